@@ -1,6 +1,6 @@
 """The node's settings: `conf/node.toml`, overridden by environment variables, overridden by flags; one frozen struct.
 
-A setting that cannot be used is a ConfigError that names where it came from, the key, what was found and what is allowed.
+A setting that cannot be used is a ConfigError: where it came from, the key, what was found, what is allowed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """What all sections of the file have in common."""
 
 
-class NodeSettings(Section):
+class NodeSettings(Section, frozen=True):
     """[node]"""
 
     worker_id: str | None = None
@@ -37,7 +37,7 @@ class NodeSettings(Section):
     """ENABLE_ELASTIC_SCALING"""
 
 
-class RedisSettings(Section):
+class RedisSettings(Section, frozen=True):
     """[redis]"""
 
     url: str | None = None
@@ -52,7 +52,7 @@ class RedisSettings(Section):
     """How often a silent connection is asked whether it lives."""
 
 
-class ResultsSettings(Section):
+class ResultsSettings(Section, frozen=True):
     """[results]"""
 
     dir: str = "./results_workers"
@@ -61,7 +61,7 @@ class ResultsSettings(Section):
     """Absolute folders besides `dir` that a task's output.destination.path may lie under."""
 
 
-class TasksSettings(Section):
+class TasksSettings(Section, frozen=True):
     """[tasks]"""
 
     cancel_grace_s: PositiveSeconds = 10.0
@@ -76,7 +76,7 @@ class TasksSettings(Section):
     """Names (`*` allowed) that a task's spec.env may set."""
 
 
-class DeliverySettings(Section):
+class DeliverySettings(Section, frozen=True):
     """[delivery]"""
 
     orchestrator_url: str | None = None
@@ -93,7 +93,7 @@ class DeliverySettings(Section):
     """Deliveries at once."""
 
 
-class ArchiveSettings(Section):
+class ArchiveSettings(Section, frozen=True):
     """[archive]"""
 
     use_pigz: bool = True
@@ -108,7 +108,7 @@ class ArchiveSettings(Section):
     """MODEL_ARCHIVE_TAR_BIN"""
 
 
-class ProcessesSettings(Section):
+class ProcessesSettings(Section, frozen=True):
     """[processes]"""
 
     isolation: str = "auto"
@@ -119,7 +119,7 @@ class ProcessesSettings(Section):
     """How long a drain waits for running tasks before it cancels them."""
 
 
-class EnvironmentSettings(Section):
+class EnvironmentSettings(Section, frozen=True):
     """[environments.NAME]: a Python interpreter with its own packages"""
 
     python: str | None = None
@@ -128,7 +128,7 @@ class EnvironmentSettings(Section):
     """Modules that its fork server imports before the first task."""
 
 
-class TaskTypeSettings(Section):
+class TaskTypeSettings(Section, frozen=True):
     """[task_types.NAME]: a task type of your own, or another environment for a built-in one"""
 
     runner: str | None = None
@@ -136,7 +136,7 @@ class TaskTypeSettings(Section):
     environment: str | None = None
 
 
-class Settings(Section):
+class Settings(Section, frozen=True):
     """Everything that can be set."""
 
     node: NodeSettings = NodeSettings()

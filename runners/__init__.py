@@ -1,1 +1,1 @@
-"""The child's side of a task: what runs in its process. Heavy libraries are imported here, and only when a task needs them."""
+"""The child's side of a task: what runs in its process. Heavy libraries are imported here, when a task needs them."""

@@ -1,4 +1,4 @@
-"""What a runner is given and what it may raise. Every runner, ours or another package's, is written against this module.
+"""What a runner is given and what it may raise. Every runner, ours or another package's, is written against this.
 
 A runner is a class with one method, `run(ctx) -> dict`; the dict is the task's result. It runs in a fresh process of
 its own, on the main thread, with stdout and stderr already going to the task's logs.
@@ -125,7 +125,7 @@ class Context:
             self.archives.append(ArchiveRequest(folder=folder))
 
     def upload(self, path: str, field: str, child: str | None = None) -> None:
-        """Have a file of out_dir uploaded, under HTTP delivery; `result[field]` then gets its url. A no-op otherwise."""
+        """Have a file of out_dir uploaded, under HTTP delivery: `result[field]` gets its url. A no-op otherwise."""
         if self.job.delivers_http:
             self.uploads.append(UploadRequest(path=path, field=field, child=child))
 
