@@ -88,3 +88,23 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     uploads: tuple[UploadRequest, ...] = ()
     phases: dict[str, float] = {}
     """Seconds in each phase, in the order they were entered."""
+
+
+class Exit(msgspec.Struct, frozen=True, kw_only=True):
+    """What the kernel and the fork server saw of a task's end."""
+
+    code: int | None = None
+    """The exit status, where it exited."""
+    signal: int | None = None
+    """The signal, where one killed it."""
+    oom_kills: int = 0
+    """Processes of this task that the kernel killed for memory, by its own count."""
+    swept: int = 0
+    """Processes that were still there when the first one had ended."""
+    left: int = 0
+    """Processes that could not be killed. Not zero only for processes stuck in the kernel."""
+    user_cpu_s: float = 0.0
+    system_cpu_s: float = 0.0
+    peak_rss_bytes: int = 0
+    gone_ms: float = 0.0
+    """From the first process's end to an empty tree."""

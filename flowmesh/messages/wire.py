@@ -1,0 +1,182 @@
+"""The contract's messages on Redis, as structs: what the orchestrator sends us, and what we publish.
+
+Decoding is in two steps. `address()` reads only who a message is for, so that a message for another worker costs
+next to nothing; `TaskMessage` is decoded by the one worker that it names.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import UNSET, Meta, UnsetType
+
+from flowmesh.errors import FieldError
+
+EVENTS_CHANNEL = "workers.events"
+TASK_EVENTS_CHANNEL = "tasks.events"
+WORKER_IDS = "workers:ids"
+
+MAX_MESSAGE_BYTES = 32 * 1024 * 1024
+"""A task document over this is refused. Data of that size belongs in a file or behind a URL."""
+
+TASK_ID = re.compile(r"[A-Za-z0-9_=@+][A-Za-z0-9._:@=+-]{0,199}", re.ASCII)
+"""What may be a task's id: it names a folder on disk and travels in URLs."""
+
+
+def utc_now() -> str:
+    """The time as every record has it: ISO 8601 in UTC, microseconds."""
+    return datetime.datetime.now(datetime.UTC).isoformat()
+
+
+def worker_key(worker_id: str) -> str:
+    return f"worker:{worker_id}"
+
+
+def heartbeat_key(worker_id: str) -> str:
+    return f"worker:{worker_id}:hb"
+
+
+def heartbeat_ttl_s(interval_s: float) -> int:
+    return max(int(4 * interval_s), 120)
+
+
+# ---- what arrives ----------------------------------------------------------------------------------------------------
+
+
+class Address(msgspec.Struct, frozen=True):
+    """Only what says whether a message is ours, and what a refusal needs."""
+
+    assigned_worker: Any = None
+    task_id: Any = None
+    dispatched_at: Any = None
+
+
+class MergedChild(msgspec.Struct, frozen=True, kw_only=True):
+    task_id: str
+    spec: dict[str, Any]
+    metadata: dict[str, Any] | None = None
+
+
+class Document(msgspec.Struct, frozen=True, kw_only=True):
+    """The submitted task. Fields that the node does not know stay in `TaskMessage.raw` for the runner."""
+
+    spec: dict[str, Any]
+    apiVersion: str | None = None
+    kind: str | None = None
+    metadata: dict[str, Any] | None = None
+
+
+class TaskMessage(msgspec.Struct, frozen=True, kw_only=True):
+    """A dispatch on the `tasks` channel."""
+
+    task_id: str
+    task: Document
+    assigned_worker: str
+    task_type: str | None = None
+    dispatched_at: str | None = None
+    parent_task_id: str | None = None
+    merged_children: list[MergedChild] | None = None
+    shard_index: int | None = None
+    shard_total: int | None = None
+
+
+class HardwareGpu(msgspec.Struct, frozen=True):
+    """`spec.resources.hardware.gpu`: what the orchestrator matched, and what caps the GPUs that the task sees."""
+
+    count: Annotated[int, Meta(ge=0)] | None = None
+    type: str | None = None
+    memory: str | int | None = None
+
+
+class HardwareWanted(msgspec.Struct, frozen=True):
+    cpu: str | int | float | None = None
+    memory: str | int | None = None
+    gpu: HardwareGpu | None = None
+
+
+class Resources(msgspec.Struct, frozen=True):
+    hardware: HardwareWanted | None = None
+
+
+class NodeSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """The part of `spec` that is the node's business whatever the task type."""
+
+    taskType: str
+    resources: Resources | None = None
+    output: Any = None
+    timeoutSec: Annotated[float, Meta(gt=0)] | None = None
+    retainLogs: bool = True
+    env: dict[str, str] = {}
+
+
+_address_decoder = msgspec.json.Decoder(Address)
+_message_decoder = msgspec.json.Decoder(dict[str, Any])
+
+
+def address(data: bytes) -> Address:
+    """Who a message is for.
+
+    Raises:
+        FieldError: the message is not a JSON object.
+    """
+    try:
+        return _address_decoder.decode(data)
+    except msgspec.ValidationError:
+        raise FieldError("the message is not a JSON object", "") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise FieldError(f"the message is not JSON: {error}", "") from None
+    except RecursionError:
+        raise FieldError("the message is nested too deep", "") from None
+
+
+def decode_object(data: bytes) -> dict[str, Any]:
+    """The whole message as plain data.
+
+    Raises:
+        FieldError: the message is not a JSON object, or nested deeper than any document is.
+    """
+    try:
+        return _message_decoder.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise FieldError(f"the message is not a JSON object: {error}", "") from None
+    except RecursionError:
+        raise FieldError("the message is nested too deep", "") from None
+
+
+def usable_task_id(value: Any) -> str | None:
+    """`value` where it can be a task's id, else None."""
+    return value if isinstance(value, str) and TASK_ID.fullmatch(value) else None
+
+
+# ---- what we publish -------------------------------------------------------------------------------------------------
+
+
+class WorkerEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """A message on `workers.events`."""
+
+    type: str
+    ts: str
+    worker_id: str
+    status: str | UnsetType = UNSET
+    tags: tuple[str, ...] | UnsetType = UNSET
+    metrics: dict[str, Any] = {}
+    payload: dict[str, Any] = {}
+
+
+class TaskEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """A message on `tasks.events`."""
+
+    type: str
+    ts: str
+    worker_id: str
+    task_id: str
+    status: str | UnsetType = UNSET
+    error: str | UnsetType = UNSET
+    payload: dict[str, Any] = {}
+
+
+def encode(message: msgspec.Struct | dict[str, Any]) -> bytes:
+    return msgspec.json.encode(message)

@@ -1,0 +1,123 @@
+"""cgroup v2 leaves, one a task, where the node may make them: `cgroup.kill` ends a tree that no fork can outrun.
+
+Only a hierarchy that is ours is used: below our own cgroup when it was delegated to us, or anywhere as root.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from pathlib import Path
+
+_CONTROLLERS = ("memory", "pids", "cpu")
+
+
+def own_cgroup() -> Path | None:
+    """The folder of the v2 cgroup that we are in, or None where no v2 hierarchy is mounted."""
+    mount = None
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        left, _, right = line.partition(" - ")
+        if right.startswith("cgroup2 "):
+            mount = Path(left.split()[4])
+    if mount is None:
+        return None
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        if line.startswith("0::"):
+            return mount / line[3:].lstrip("/")
+    return None
+
+
+def prepare(name: str) -> Path | None:
+    """A folder in which we may make leaves, or None where the system does not let us.
+
+    Args:
+        name: tells nodes on one machine apart where they share a cgroup.
+    """
+    own = own_cgroup()
+    if own is None:
+        return None
+    base = own / f"flowmesh-{name}"
+    probe = base / "probe"
+    try:
+        base.mkdir(exist_ok=True)
+        probe.mkdir(exist_ok=True)
+        usable = os.access(probe / "cgroup.kill", os.W_OK) and os.access(probe / "cgroup.procs", os.W_OK)
+        # Moving a process needs the right to write where it comes from as well.
+        usable = usable and os.access(own / "cgroup.procs", os.W_OK)
+        probe.rmdir()
+    except OSError:
+        return None
+    if not usable:
+        return None
+    for controller in _CONTROLLERS:
+        with contextlib.suppress(
+            OSError
+        ):  # not delegated, or processes live beside us: the leaf then has no such limit
+            (base / "cgroup.subtree_control").write_text(f"+{controller}")
+    return base
+
+
+class Leaf:
+    """One task's cgroup."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def make(cls, base: Path, name: str, *, memory_max_bytes: int | None = None, pids_max: int | None = None) -> Leaf:
+        """Make the leaf and set its limits.
+
+        Raises:
+            OSError: it cannot be made, or has no controller for a limit that was asked for.
+        """
+        leaf = cls(base / name)
+        leaf.path.mkdir(exist_ok=True)
+        if memory_max_bytes is not None:
+            (leaf.path / "memory.max").write_text(str(memory_max_bytes))
+            with contextlib.suppress(OSError):
+                (leaf.path / "memory.swap.max").write_text("0")
+        if pids_max is not None:
+            (leaf.path / "pids.max").write_text(str(pids_max))
+        return leaf
+
+    def join(self) -> None:
+        """Move the calling process in. Its later children are born inside."""
+        (self.path / "cgroup.procs").write_text("0")
+
+    def kill(self) -> None:
+        """SIGKILL to every process inside, those included that are being forked."""
+        with contextlib.suppress(FileNotFoundError):
+            (self.path / "cgroup.kill").write_text("1")
+
+    def populated(self) -> bool:
+        try:
+            return "populated 1" in (self.path / "cgroup.events").read_text()
+        except (FileNotFoundError, OSError):
+            return False
+
+    def pids(self) -> list[int]:
+        try:
+            return [int(word) for word in (self.path / "cgroup.procs").read_text().split()]
+        except OSError:
+            return []
+
+    def oom_kills(self) -> int | None:
+        """Processes of this leaf that the kernel killed for memory; None where it does not count them."""
+        try:
+            lines = (self.path / "memory.events").read_text().splitlines()
+        except OSError:
+            return None
+        return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), None)
+
+    def remove(self) -> bool:
+        """Remove the empty leaf; False where the kernel still holds it for a moment."""
+        try:
+            self.path.rmdir()
+        except FileNotFoundError:
+            return True
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                return False
+            raise
+        return True

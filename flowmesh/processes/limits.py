@@ -1,0 +1,64 @@
+"""What bounds a child: applied by the child itself, between fork and the first line of its work."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+from pathlib import Path
+
+import msgspec
+
+from flowmesh.processes import linux
+from flowmesh.processes.cgroup import Leaf
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """Each as the node's settings have it; None leaves what the fork server has."""
+
+    cgroup: str | None = None
+    """Folder of the leaf to join."""
+    cpus: tuple[int, ...] | None = None
+    nice: int = 0
+    oom_score_adj: int | None = None
+    open_files: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+
+
+def apply(limits: Limits, parent: int) -> None:
+    """Become a child that cannot outlive its parent, in a session and (where there is one) a cgroup of its own.
+
+    Args:
+        parent: the pid of the process that forked us; if it has died meanwhile, so do we.
+
+    Raises:
+        OSError: a limit was refused; nothing of the task has run.
+    """
+    os.setsid()
+    if limits.cgroup is not None:
+        Leaf(Path(limits.cgroup)).join()
+    if limits.oom_score_adj is not None:
+        # Lowering it needs a privilege; a task is only ever raised, which needs none.
+        Path("/proc/self/oom_score_adj").write_text(str(limits.oom_score_adj))
+    if limits.cpus is not None:
+        with contextlib.suppress(OSError):  # a CPU that went offline: better slower than not at all
+            os.sched_setaffinity(0, limits.cpus)
+    if limits.nice:
+        os.nice(limits.nice)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if limits.open_files is not None:
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        soft = limits.open_files if hard == resource.RLIM_INFINITY else min(limits.open_files, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if limits.gid is not None:
+        os.setgroups([])
+        os.setgid(limits.gid)
+    if limits.uid is not None:
+        os.setuid(limits.uid)
+    linux.forbid_new_privileges()
+    linux.become_subreaper()
+    linux.die_with_parent(signal.SIGKILL)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)

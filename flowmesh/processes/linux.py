@@ -1,0 +1,122 @@
+"""The few Linux calls that Python's standard library does not have, and readings of /proc, each in one place."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_DUMPABLE = 4
+_PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_NO_NEW_PRIVS = 38
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _prctl(option: int, value: int) -> None:
+    if _libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0) != 0:
+        errno = ctypes.get_errno()
+        raise OSError(errno, f"prctl({option}): {os.strerror(errno)}")
+
+
+def die_with_parent(signal_number: int) -> None:
+    """Get this signal when the thread that forked us ends. Cleared by a change of user, so set it after."""
+    _prctl(_PR_SET_PDEATHSIG, signal_number)
+
+
+def become_subreaper() -> None:
+    """Orphans among our descendants become our children instead of init's."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def forbid_new_privileges() -> None:
+    """No set-uid program that we or our descendants start gains anything by it."""
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+
+
+def hide_from_same_user() -> None:
+    """Keep other processes of our user from reading our memory and environment, where the secrets are."""
+    _prctl(_PR_SET_DUMPABLE, 0)
+
+
+def thread_names(pid: int | None = None) -> list[str]:
+    """The names of a process's native threads, the main one first; of our own where `pid` is None."""
+    folder = Path(f"/proc/{'self' if pid is None else pid}/task")
+    names = []
+    for tid in sorted(os.listdir(folder), key=int):
+        try:
+            names.append((folder / tid / "comm").read_text().strip())
+        except OSError:  # a thread that ended while we looked
+            continue
+    return names
+
+
+def children(pid: int) -> list[int]:
+    """The direct children of a process, by the kernel's own list where it keeps one, else by a walk of /proc."""
+    found: list[int] = []
+    try:
+        for tid in os.listdir(f"/proc/{pid}/task"):
+            found += map(int, Path(f"/proc/{pid}/task/{tid}/children").read_bytes().split())
+    except FileNotFoundError:
+        if not Path("/proc/self/task", str(os.getpid()), "children").exists():
+            return [each for each in all_pids() if parent_of(each) == pid]
+    except ProcessLookupError:
+        pass
+    return found
+
+
+def all_pids() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+def parent_of(pid: int) -> int | None:
+    """The parent's pid, or None for a process that is not there."""
+    fields = _stat(pid)
+    return None if fields is None else int(fields[1])
+
+
+def is_zombie(pid: int) -> bool:
+    fields = _stat(pid)
+    return fields is not None and fields[0] == b"Z"
+
+
+def start_ticks(pid: int) -> int | None:
+    """When a process began, in clock ticks since boot: with the pid, a name that is not used twice."""
+    fields = _stat(pid)
+    return None if fields is None else int(fields[19])
+
+
+def _stat(pid: int) -> list[bytes] | None:
+    """The fields of /proc/PID/stat from the state on (the command before it may hold anything)."""
+    try:
+        data = Path(f"/proc/{pid}/stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return data[data.rindex(b")") + 2 :].split()
+
+
+def oom_kills() -> int:
+    """Processes that the kernel has killed for memory since boot, on the whole machine."""
+    for line in Path("/proc/vmstat").read_bytes().splitlines():
+        if line.startswith(b"oom_kill "):
+            return int(line.split()[1])
+    return 0
+
+
+def wait_gone(pid: int, timeout_s: float) -> bool:
+    """Wait until a process, which need not be our child, has ended. False where it has not in `timeout_s`."""
+    try:
+        handle = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    import select
+
+    try:
+        poller = select.poll()
+        poller.register(handle, select.POLLIN)
+        deadline = time.monotonic() + timeout_s
+        return bool(poller.poll(max(0.0, deadline - time.monotonic()) * 1000))
+    finally:
+        os.close(handle)

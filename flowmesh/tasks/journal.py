@@ -1,0 +1,222 @@
+"""The node's memory on disk: accepted tasks, their states, and the outbox of events. SQLite, one writer.
+
+What a reader of Redis can see is never ahead of what stands here: a task's end and its event are one transaction,
+and an event leaves the outbox only when Redis has taken it. Survives any kill of the process; after a loss of power
+the last moments may be missing (WAL, synchronous=NORMAL), as the tasks themselves are then.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+
+from flowmesh.errors import FlowMeshError
+from flowmesh.tasks.machine import State, Task
+
+SCHEMA_VERSION = 1
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS tasks (
+    attempt INTEGER PRIMARY KEY AUTOINCREMENT,
+    task_id TEXT NOT NULL,
+    worker_id TEXT NOT NULL,
+    dispatched_at TEXT,
+    accepted_at TEXT NOT NULL,
+    started_at TEXT,
+    finished_at TEXT,
+    state TEXT NOT NULL,
+    message BLOB NOT NULL,
+    progress BLOB NOT NULL,
+    out_dir TEXT NOT NULL,
+    server TEXT
+);
+CREATE INDEX IF NOT EXISTS tasks_open ON tasks (state) WHERE state != 'done';
+CREATE INDEX IF NOT EXISTS tasks_by_id ON tasks (task_id);
+CREATE TABLE IF NOT EXISTS outbox (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    channel TEXT NOT NULL,
+    payload BLOB NOT NULL
+);
+CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+"""
+
+KEPT_DONE = 10_000
+"""Finished tasks that stay known, for `flowmesh logs` and to tell a duplicate from a retry."""
+
+
+class JournalError(FlowMeshError):
+    """The journal cannot be used. Without it the node could lose tasks, so it does not run."""
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """One attempt as the journal knows it."""
+
+    attempt: int
+    task_id: str
+    worker_id: str
+    dispatched_at: str | None
+    accepted_at: str
+    started_at: str | None
+    finished_at: str | None
+    message: bytes
+    """The dispatch, as it came. Empty for finished ones."""
+    task: Task
+    out_dir: str
+    server: str | None
+    """The fork server that has, or had, its process."""
+
+
+_task_decoder = msgspec.msgpack.Decoder(Task)
+_COLUMNS = (
+    "attempt, task_id, worker_id, dispatched_at, accepted_at, started_at, finished_at,"
+    " message, progress, out_dir, server"
+)
+
+
+def _record(row: tuple[object, ...]) -> Record:
+    names = _COLUMNS.split(", ")
+    values = dict(zip(names, row, strict=True))
+    values["task"] = _task_decoder.decode(values.pop("progress"))  # type: ignore[arg-type]
+    return msgspec.convert(values, Record)
+
+
+class Journal:
+    """Open, or make, the journal at `path`. Used from one thread."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            path.touch(mode=0o600)
+            self._db = sqlite3.connect(path, isolation_level=None)
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=NORMAL")
+            self._db.execute("PRAGMA busy_timeout=5000")
+            version = self._db.execute("PRAGMA user_version").fetchone()[0]
+            if version not in (0, SCHEMA_VERSION):
+                raise JournalError(
+                    f"{path}: written by another version (schema {version}, this one has {SCHEMA_VERSION})"
+                )
+            self._db.executescript(_SCHEMA)
+            self._db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+        except (sqlite3.Error, OSError) as error:
+            raise JournalError(f"{path}: cannot be used as the journal: {error}") from error
+
+    def close(self) -> None:
+        self._db.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All or nothing. May be nested: the outermost one decides."""
+        if self._db.in_transaction:
+            yield
+            return
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+    # ---- tasks -------------------------------------------------------------------------------------------------------
+
+    def accept(
+        self, *, task_id: str, worker_id: str, dispatched_at: str | None, at: str, message: bytes, out_dir: str
+    ) -> int:
+        """Write down a task that is now ours; returns its attempt number, which is never used again."""
+        task = Task()
+        cursor = self._db.execute(
+            "INSERT INTO tasks (task_id, worker_id, dispatched_at, accepted_at, state, message, progress, out_dir)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (task_id, worker_id, dispatched_at, at, task.state, message, msgspec.msgpack.encode(task), out_dir),
+        )
+        assert cursor.lastrowid is not None
+        return cursor.lastrowid
+
+    def update(self, attempt: int, task: Task) -> None:
+        self._db.execute(
+            "UPDATE tasks SET state = ?, progress = ? WHERE attempt = ?",
+            (task.state, msgspec.msgpack.encode(task), attempt),
+        )
+
+    def launching(self, attempt: int, task: Task, server: str) -> None:
+        """Which fork server is about to get the task: where a restarted supervisor looks for it."""
+        self._db.execute(
+            "UPDATE tasks SET state = ?, progress = ?, server = ? WHERE attempt = ?",
+            (task.state, msgspec.msgpack.encode(task), server, attempt),
+        )
+
+    def started(self, attempt: int, task: Task, at: str) -> None:
+        self._db.execute(
+            "UPDATE tasks SET state = ?, progress = ?, started_at = ? WHERE attempt = ?",
+            (task.state, msgspec.msgpack.encode(task), at, attempt),
+        )
+
+    def finish(self, attempt: int, task: Task, at: str, channel: str, event: bytes) -> None:
+        """The task's end together with its event, in one transaction."""
+        with self.transaction():
+            self._db.execute(
+                "UPDATE tasks SET state = ?, progress = ?, finished_at = ?, message = x'' WHERE attempt = ?",
+                (State.DONE, msgspec.msgpack.encode(task), at, attempt),
+            )
+            self.post(channel, event)
+            self._db.execute("DELETE FROM tasks WHERE state = 'done' AND attempt <= ?", (attempt - KEPT_DONE,))
+
+    def open_tasks(self) -> list[Record]:
+        """Every accepted task without an end, oldest first."""
+        rows = self._db.execute(f"SELECT {_COLUMNS} FROM tasks WHERE state != 'done' ORDER BY attempt")
+        return [_record(row) for row in rows]
+
+    def latest(self, task_id: str) -> Record | None:
+        """The newest attempt at a task."""
+        row = self._db.execute(
+            f"SELECT {_COLUMNS} FROM tasks WHERE task_id = ? ORDER BY attempt DESC LIMIT 1", (task_id,)
+        ).fetchone()
+        return None if row is None else _record(row)
+
+    # ---- outbox ------------------------------------------------------------------------------------------------------
+
+    def post(self, channel: str, payload: bytes) -> None:
+        """Put a message into the outbox. It leaves in order, after all that were posted before it."""
+        self._db.execute("INSERT INTO outbox (channel, payload) VALUES (?, ?)", (channel, payload))
+
+    def outgoing(self, limit: int = 100) -> list[tuple[int, str, bytes]]:
+        """The oldest messages of the outbox: (sequence, channel, payload)."""
+        return self._db.execute("SELECT seq, channel, payload FROM outbox ORDER BY seq LIMIT ?", (limit,)).fetchall()
+
+    def sent(self, seq: int) -> None:
+        """All messages up to `seq` have been taken by Redis."""
+        self._db.execute("DELETE FROM outbox WHERE seq <= ?", (seq,))
+
+    def outbox_size(self) -> int:
+        return int(self._db.execute("SELECT count(*) FROM outbox").fetchone()[0])
+
+    # ---- facts -------------------------------------------------------------------------------------------------------
+
+    def fact(self, name: str, default: str) -> str:
+        """A value that outlives a restart; `default` is kept where there is none yet."""
+        self._db.execute("INSERT OR IGNORE INTO facts (name, value) VALUES (?, ?)", (name, default))
+        return str(self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()[0])
+
+
+def ensure_private_dir(path: Path) -> None:
+    """Make `path` with its parents, readable for its owner only.
+
+    Raises:
+        JournalError: it cannot be made, or belongs to somebody else.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        owner = path.stat().st_uid
+    except OSError as error:
+        raise JournalError(
+            f"{path}: cannot be made ({error.strerror}); set node.state_dir to a folder of yours"
+        ) from error
+    if owner != os.geteuid():
+        raise JournalError(
+            f"{path}: belongs to user {owner}, not to {os.geteuid()}; set node.state_dir to another folder"
+        )

@@ -1,0 +1,132 @@
+"""How a task ended: one closed set of words, the evidence beside each, and whether trying elsewhere makes sense."""
+
+from __future__ import annotations
+
+import enum
+import signal
+from typing import Any
+
+import msgspec
+
+from flowmesh.messages.job import Exit, Fault, Outcome
+
+
+class Kind(enum.StrEnum):
+    OK = "ok"
+    ERROR = "error"
+    BAD_REQUEST = "bad_request"
+    CRASH = "crash"
+    HOST_OOM = "host_oom"
+    GPU_OOM = "gpu_oom"
+    GPU_FAULT = "gpu_fault"
+    HANG = "hang"
+    TIMEOUT = "timeout"
+    CANCELLED = "cancelled"
+    DRAINED = "drained"
+    DELIVERY_FAILED = "delivery_failed"
+    SUPERVISOR_LOST = "supervisor_lost"
+    NODE_FAULT = "node_fault"
+
+
+_RETRYABLE = {
+    Kind.CRASH,
+    Kind.HOST_OOM,
+    Kind.GPU_OOM,
+    Kind.GPU_FAULT,
+    Kind.HANG,
+    Kind.DRAINED,
+    Kind.SUPERVISOR_LOST,
+    Kind.NODE_FAULT,
+}
+"""Another worker may do better: its memory, its card, its day. Bad requests, cancels and deadlines stay what they are."""
+
+
+class Stop(enum.StrEnum):
+    """Why the node stops a task that did not end by itself."""
+
+    CANCEL = "cancelled"
+    TIMEOUT = "timeout"
+    HANG = "hang"
+    DRAIN = "drained"
+
+
+class Verdict(msgspec.Struct, frozen=True, kw_only=True):
+    kind: Kind
+    message: str = ""
+    """One line; empty for ok."""
+    evidence: str = ""
+    exit: Exit | None = None
+
+    @property
+    def ok(self) -> bool:
+        return self.kind is Kind.OK
+
+    @property
+    def retryable(self) -> bool:
+        return self.kind in _RETRYABLE
+
+
+def signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def describe_exit(exit_: Exit) -> str:
+    if exit_.signal is not None:
+        return f"killed by {signal_name(exit_.signal)}"
+    return f"exit status {exit_.code}"
+
+
+def judge(exit_: Exit, outcome: Outcome | None, stop: Stop | None, *, stop_detail: str = "") -> Verdict:
+    """The verdict on a child that is gone, from evidence only. Pure.
+
+    A stop that the node asked for wins over how the child took it, except where the child had already succeeded:
+    what is computed is not thrown away because a cancel crossed it.
+    """
+    evidence = describe_exit(exit_)
+    if exit_.oom_kills:
+        evidence += f"; memory.events oom_kill +{exit_.oom_kills}"
+    if outcome is not None and outcome.ok and exit_.code == 0:
+        return Verdict(kind=Kind.OK, exit=exit_, evidence=evidence)
+    if stop is not None:
+        return Verdict(kind=Kind(stop.value), message=stop_detail or stop.value, exit=exit_, evidence=evidence)
+    if exit_.oom_kills:
+        message = "the kernel killed the task: out of host memory"
+        return Verdict(kind=Kind.HOST_OOM, message=message, exit=exit_, evidence=evidence)
+    if outcome is not None and not outcome.ok:
+        kind = _FAULTS[outcome.fault or Fault.ERROR]
+        return Verdict(kind=kind, message=outcome.message, exit=exit_, evidence=evidence)
+    if outcome is not None:
+        message = f"the task reported success and then ended badly: {describe_exit(exit_)}"
+    elif exit_.signal is not None:
+        message = f"the task's process was killed by {signal_name(exit_.signal)}"
+    else:
+        message = f"the task's process ended with exit status {exit_.code} and no result"
+    return Verdict(kind=Kind.CRASH, message=message, exit=exit_, evidence=evidence)
+
+
+_FAULTS = {
+    Fault.ERROR: Kind.ERROR,
+    Fault.BAD_REQUEST: Kind.BAD_REQUEST,
+    Fault.GPU_OOM: Kind.GPU_OOM,
+    Fault.HOST_OOM: Kind.HOST_OOM,
+    Fault.CANCELLED: Kind.CANCELLED,
+}
+
+
+def event_fields(verdict: Verdict) -> dict[str, Any]:
+    """What a TASK_FAILED payload says of a verdict."""
+    exit_ = verdict.exit
+    return {
+        "error_kind": verdict.kind.value,
+        "retryable": verdict.retryable,
+        "exit": None
+        if exit_ is None
+        else {
+            "code": exit_.code,
+            "signal": None if exit_.signal is None else signal_name(exit_.signal),
+            "evidence": verdict.evidence,
+        },
+    }
