@@ -62,6 +62,8 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     preload_s: float
     modules: int
     rss_bytes: int
+    packages: tuple[str, ...] = ()
+    """Folders of installed packages: when one changes, what it has imported is old."""
     attempts: tuple[int, ...] = ()
     """The children that it already has."""
 

@@ -52,6 +52,11 @@ def send_group(pid: int, signal_number: int) -> bool:
     return True
 
 
+def in_session(leader: int) -> list[int]:
+    """Processes of the session that `leader` began, itself included."""
+    return [pid for pid in linux.all_pids() if linux.session_of(pid) == leader]
+
+
 def marked(name: str, value: str) -> list[int]:
     """Processes whose environment, as they were executed, has `name=value`.
 

@@ -1,0 +1,64 @@
+"""Sends the journal's outbox to Redis: in order, each at least once, for as long as it takes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from loguru import logger
+
+from flowmesh.bus.backoff import Backoff
+from flowmesh.bus.connection import RedisError, redis
+from flowmesh.tasks.journal import Journal
+
+
+class Outbox:
+    """One pump. `wake()` after each post; `up` says whether the last try reached Redis."""
+
+    def __init__(self, client: redis.Redis, journal: Journal, on_sent: Callable[[], None]) -> None:
+        self.up = True
+        self._client = client
+        self._journal = journal
+        self._on_sent = on_sent
+        self._posted = asyncio.Event()
+        self._empty = asyncio.Event()
+
+    def wake(self) -> None:
+        self._empty.clear()
+        self._posted.set()
+
+    async def run(self) -> None:
+        backoff = Backoff()
+        self.wake()
+        while True:
+            batch = self._journal.outgoing()
+            if not batch:
+                self._posted.clear()
+                self._empty.set()
+                await self._posted.wait()
+                continue
+            try:
+                async with self._client.pipeline(transaction=False) as pipeline:
+                    for _, channel, payload in batch:
+                        pipeline.publish(channel, payload)
+                    await pipeline.execute()
+            except (RedisError, OSError, TimeoutError) as error:
+                if self.up:
+                    logger.bind(waiting=self._journal.outbox_size()).warning("events wait: Redis is away ({})", error)
+                self.up = False
+                await asyncio.sleep(backoff.next_s())
+                continue
+            self._journal.sent(batch[-1][0])
+            if not self.up:
+                logger.info("events flow again")
+            self.up = True
+            backoff.reset()
+            self._on_sent()
+
+    async def flushed(self, timeout_s: float) -> bool:
+        """Wait until everything posted so far has left; False where it has not in `timeout_s`."""
+        try:
+            await asyncio.wait_for(self._empty.wait(), timeout_s)
+        except TimeoutError:
+            return False
+        return True

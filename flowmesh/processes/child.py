@@ -1,0 +1,81 @@
+"""The first lines of a forked child: limits, descriptors, environment; then the work it was forked for."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import random
+import sys
+import traceback
+from pathlib import Path
+from typing import NoReturn
+
+from flowmesh.processes import limits, linux
+from flowmesh.processes.pipe import Pipe
+from flowmesh.processes.protocol import Fork
+
+EXIT_SETUP = 70
+"""The child could not be set up, or its entry raised: an error of the node's, not of the task's (EX_SOFTWARE)."""
+
+
+def run(request: Fork, pipe: Pipe, parent: int) -> int:
+    """Become the child that `request` describes and do its work; returns its exit status."""
+    _redirect(request.stdout, request.stderr)
+    linux.set_name("flowmesh-task")
+    limits.apply(request.limits, parent)
+    os.chdir(request.cwd)
+    os.environ.clear()
+    os.environ.update(request.env)
+    _use_threads(request.threads)
+    _reseed()
+    module, _, function = request.target.partition(":")
+    status = getattr(importlib.import_module(module), function)(pipe, Path(request.spool))
+    return int(status)
+
+
+def report_crash() -> None:
+    """The traceback of what ended the entry, into the child's own log."""
+    traceback.print_exc()
+
+
+def leave(status: int) -> NoReturn:
+    """End now: without the interpreter's teardown, which costs a second with some libraries and can hang."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):  # a full disk, or the task closed it
+            status = status or EXIT_SETUP
+    os._exit(status)
+
+
+def _redirect(stdout: str, stderr: str) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+    null = os.open(os.devnull, os.O_RDONLY)
+    out = os.open(stdout, flags, 0o640)
+    err = out if stderr == stdout else os.open(stderr, flags, 0o640)
+    for source, target in ((null, 0), (out, 1), (err, 2)):
+        os.dup2(source, target, inheritable=True)
+    for fd in {null, out, err}:
+        if fd > 2:
+            os.close(fd)
+
+
+def _use_threads(count: int) -> None:
+    """Give the math libraries the threads back that the server kept from them."""
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(count)
+    if "numpy" in sys.modules:
+        try:
+            from threadpoolctl import threadpool_limits  # type: ignore[import-not-found,unused-ignore]
+        except ImportError:
+            return
+        threadpool_limits(count)
+
+
+def _reseed() -> None:
+    """Children of one server must not all draw the same numbers."""
+    random.seed()
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed()
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.seed()

@@ -1,0 +1,377 @@
+"""A fork server: a process of one Python environment that has imported its libraries, and forks a child for each task.
+
+It has one thread and no GPU context, so a fork of it is a whole process. It is the parent and the reaper of its
+children: it knows how they ended, it keeps them when its supervisor goes away, and says "gone" only when
+nothing of a child's tree is left. When it dies, its children die with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from typing import NoReturn
+
+import msgspec
+
+from flowmesh.messages.job import Exit
+from flowmesh.processes import child, linux, preload, tree
+from flowmesh.processes.cgroup import Leaf
+from flowmesh.processes.pipe import Pipe
+from flowmesh.processes.protocol import (
+    MAX_MESSAGE,
+    VERSION,
+    Forget,
+    Fork,
+    Forked,
+    ForkFailed,
+    Gone,
+    Kill,
+    Ready,
+    Reply,
+    Retire,
+    Terminate,
+    Unfit,
+    encode,
+    request_decoder,
+)
+
+SWEEP_INTERVAL_S = 0.002
+SWEEP_LIMIT_S = 5.0
+"""After this a tree that does not go (a process stuck in the kernel) is reported with what is left of it."""
+ORPHAN_EXIT = 3
+"""Exit status of a fork server whose supervisor did not come back."""
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """What the supervisor starts it with, as JSON in its one argument."""
+
+    socket: str
+    """Path that its listening socket is bound to; removed when it ends."""
+    fd: int
+    """The listening socket itself, inherited: a supervisor can connect before the first line of ours has run."""
+    preload: tuple[str, ...] = ()
+    canary: str | None = None
+    """`module:function` that a first child runs before any task does."""
+    adoption_timeout_s: float = 60.0
+
+
+class Entry:
+    """One child, from its fork to Forget."""
+
+    def __init__(self, attempt: int, pid: int, pipe: Pipe, leaf: Leaf | None) -> None:
+        self.attempt = attempt
+        self.pid = pid
+        self.pipe = pipe
+        self.leaf = leaf
+        self.killed_by_us = False
+        self.machine_oom_kills = linux.oom_kills()
+        self.leaf_oom_kills = leaf.oom_kills() if leaf is not None else None
+        self.ended_at: float | None = None
+        self.swept = 0
+        self.exit: Exit | None = None
+        self.gone = False
+
+    @property
+    def running(self) -> bool:
+        return self.ended_at is None
+
+
+class ForkServer:
+    """Serves one supervisor at a time until it is retired, or none comes back in time."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.entries: dict[int, Entry] = {}
+        self.by_pid: dict[int, Entry] = {}
+        self.supervisor: socket.socket | None = None
+        self.outgoing: deque[tuple[bytes, list[int]]] = deque()
+        self.retiring = False
+        self.alone_since = time.monotonic()
+        self.ready: Ready | None = None
+        self.listener = socket.socket(fileno=options.fd)
+        self.listener.setblocking(False)
+        os.set_inheritable(options.fd, False)
+        self.wakeup_read, self.wakeup_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self.poller = select.epoll()
+        self.poller.register(self.listener, select.EPOLLIN)
+        self.poller.register(self.wakeup_read, select.EPOLLIN)
+
+    # ---- life --------------------------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        linux.set_name("flowmesh-forksrv")
+        linux.become_subreaper()
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # the wakeup descriptor does the work
+        signal.set_wakeup_fd(self.wakeup_write, warn_on_full_buffer=False)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        report = preload.load(self.options.preload, self.options.canary)
+        if report.problem:
+            self._refuse(Unfit(message=report.problem, unsafe=report.unsafe))
+            return 1
+        gc.collect()
+        gc.freeze()
+        self.ready = Ready(
+            version=VERSION,
+            pid=os.getpid(),
+            preload_s=report.seconds,
+            modules=report.modules,
+            rss_bytes=report.rss_bytes,
+            packages=report.packages,
+        )
+        try:
+            while not self._finished():
+                self._turn()
+            return 0 if self.supervisor is not None or self.retiring else ORPHAN_EXIT
+        finally:
+            Path(self.options.socket).unlink(missing_ok=True)
+
+    def _finished(self) -> bool:
+        if self.retiring and not self.entries:
+            return True
+        if self.supervisor is None and time.monotonic() - self.alone_since > self.options.adoption_timeout_s:
+            for entry in self.entries.values():
+                self._kill(entry)
+            return not any(not entry.gone for entry in self.entries.values())
+        return False
+
+    def _turn(self) -> None:
+        sweeping = any(not entry.running and not entry.gone for entry in self.entries.values())
+        for fd, events in self.poller.poll(SWEEP_INTERVAL_S if sweeping else 1.0):
+            if fd == self.wakeup_read:
+                with contextlib.suppress(BlockingIOError):
+                    os.read(self.wakeup_read, 4096)
+            elif fd == self.listener.fileno():
+                self._accept()
+            elif self.supervisor is not None and fd == self.supervisor.fileno():
+                if events & select.EPOLLOUT:
+                    self._flush()
+                if events & ~select.EPOLLOUT:
+                    self._receive()
+        self._reap()
+        self._sweep()
+
+    def _refuse(self, reply: Unfit) -> None:
+        """Tell the first supervisor that asks within the adoption timeout, and end."""
+        self.listener.setblocking(True)
+        self.listener.settimeout(self.options.adoption_timeout_s)
+        with contextlib.suppress(OSError):
+            supervisor, _ = self.listener.accept()
+            supervisor.send(encode(reply), socket.MSG_NOSIGNAL)
+        Path(self.options.socket).unlink(missing_ok=True)
+
+    # ---- the supervisor ----------------------------------------------------------------------------------------------
+
+    def _accept(self) -> None:
+        try:
+            supervisor, _ = self.listener.accept()
+        except OSError:
+            return
+        self._drop_supervisor()  # the newest one is it: an older one is dead or about to be
+        supervisor.setblocking(False)
+        supervisor.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * MAX_MESSAGE)
+        self.supervisor = supervisor
+        self.poller.register(supervisor, select.EPOLLIN)
+        assert self.ready is not None
+        self._say(msgspec.structs.replace(self.ready, attempts=tuple(self.entries)))
+        for entry in self.entries.values():
+            self._say(Forked(attempt=entry.attempt, pid=entry.pid), entry.pipe.fileno())
+            if entry.gone:
+                self._say_gone(entry)
+
+    def _drop_supervisor(self) -> None:
+        if self.supervisor is not None:
+            self.poller.unregister(self.supervisor)
+            self.supervisor.close()
+            self.supervisor = None
+            self.outgoing.clear()
+            self.alone_since = time.monotonic()
+
+    def _receive(self) -> None:
+        assert self.supervisor is not None
+        try:
+            data = self.supervisor.recv(MAX_MESSAGE, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._drop_supervisor()
+            return
+        match request_decoder.decode(data):
+            case Fork() as request:
+                self._fork(request)
+            case Terminate(attempt):
+                if (entry := self.entries.get(attempt)) and entry.running:
+                    tree.send_group(entry.pid, signal.SIGTERM)
+            case Kill(attempt):
+                if entry := self.entries.get(attempt):
+                    self._kill(entry)
+            case Forget(attempt):
+                if (entry := self.entries.get(attempt)) and entry.gone:
+                    entry.pipe.close()
+                    del self.entries[attempt]
+            case Retire():
+                self.retiring = True
+
+    def _say(self, reply: Reply, fd: int | None = None) -> None:
+        if self.supervisor is not None:
+            self.outgoing.append((encode(reply), [] if fd is None else [fd]))
+            self._flush()
+
+    def _say_gone(self, entry: Entry) -> None:
+        assert entry.exit is not None
+        self._say(Gone(attempt=entry.attempt, exit=entry.exit))
+
+    def _flush(self) -> None:
+        assert self.supervisor is not None
+        while self.outgoing:
+            data, fds = self.outgoing[0]
+            try:
+                socket.send_fds(self.supervisor, [data], fds, socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                self.poller.modify(self.supervisor, select.EPOLLIN | select.EPOLLOUT)
+                return
+            except OSError:
+                self._drop_supervisor()
+                return
+            self.outgoing.popleft()
+        self.poller.modify(self.supervisor, select.EPOLLIN)
+
+    # ---- children ----------------------------------------------------------------------------------------------------
+
+    def _fork(self, request: Fork) -> None:
+        if request.attempt in self.entries:
+            self._say(ForkFailed(attempt=request.attempt, message="this attempt already has a process"))
+            return
+        near, far = Pipe.pair()
+        me = os.getpid()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        try:
+            pid = os.fork()
+        except OSError as error:
+            near.close()
+            far.close()
+            self._say(ForkFailed(attempt=request.attempt, message=f"fork: {error.strerror}"))
+            return
+        if pid == 0:
+            self._become_child(request, far, near, me)
+        far.close()
+        leaf = None if request.limits.cgroup is None else Leaf(Path(request.limits.cgroup))
+        entry = Entry(request.attempt, pid, near, leaf)
+        self.entries[request.attempt] = self.by_pid[pid] = entry
+        self._say(Forked(attempt=request.attempt, pid=pid), near.fileno())
+
+    def _become_child(self, request: Fork, pipe: Pipe, other_end: Pipe, parent: int) -> NoReturn:
+        """In the child: let go of all that is the server's, then never come back."""
+        status = child.EXIT_SETUP
+        try:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            other_end.close()
+            self.listener.close()
+            self.poller.close()
+            os.close(self.wakeup_read)
+            os.close(self.wakeup_write)
+            if self.supervisor is not None:
+                self.supervisor.close()
+            for entry in self.entries.values():
+                entry.pipe.close()
+            status = child.run(request, pipe, parent)
+        except BaseException:  # noqa: BLE001 - the boundary of the process: told in its log, and by its exit status
+            child.report_crash()
+        finally:
+            child.leave(status)
+
+    def _kill(self, entry: Entry) -> None:
+        entry.killed_by_us = True
+        if entry.leaf is not None:
+            entry.leaf.kill()
+        if entry.running:
+            tree.send(entry.pid, signal.SIGKILL)
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status, usage = os.wait4(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            entry = self.by_pid.pop(pid, None)
+            if entry is None:
+                continue  # an orphan of a task's, swept
+            entry.ended_at = time.monotonic()
+            killed = os.WIFSIGNALED(status)
+            entry.exit = Exit(
+                code=None if killed else os.WEXITSTATUS(status),
+                signal=os.WTERMSIG(status) if killed else None,
+                oom_kills=self._oom_kills(entry, killed and os.WTERMSIG(status) == signal.SIGKILL),
+                user_cpu_s=usage.ru_utime,
+                system_cpu_s=usage.ru_stime,
+                peak_rss_bytes=usage.ru_maxrss * 1024,
+            )
+
+    @staticmethod
+    def _oom_kills(entry: Entry, killed: bool) -> int:
+        """The kernel's count for this child's own cgroup; the machine's count is evidence only for a kill not ours."""
+        if entry.leaf is not None and (now := entry.leaf.oom_kills()) is not None:
+            return now - (entry.leaf_oom_kills or 0)
+        if killed and not entry.killed_by_us:
+            return linux.oom_kills() - entry.machine_oom_kills
+        return 0
+
+    def _sweep(self) -> None:
+        """Kill what ended children left behind; say Gone for those of whom nothing is left.
+
+        A task's first process is a subreaper, so a child of ours that we did not fork can only be what an ended task
+        left (or what a task sent away on purpose, which ends the same way).
+        """
+        ending = [entry for entry in self.entries.values() if not entry.running and not entry.gone]
+        mains = self.by_pid.keys()
+        if not ending and len(mains) == len(linux.children(os.getpid())):
+            return
+        orphans = tree.descendants(os.getpid(), besides=mains)
+        tree.kill_all(orphans)
+        self._reap()
+        for entry in ending:
+            entry.swept += len(orphans)
+            self._settle(entry)
+
+    def _settle(self, entry: Entry) -> None:
+        assert entry.ended_at is not None
+        assert entry.exit is not None
+        left = tree.descendants(os.getpid(), besides=self.by_pid.keys())
+        if entry.leaf is not None and entry.leaf.populated():
+            inside = entry.leaf.pids()
+            entry.swept += len(set(inside) - set(left))
+            entry.leaf.kill()
+            left += inside
+        for_s = time.monotonic() - entry.ended_at
+        if left and for_s < SWEEP_LIMIT_S:
+            return
+        if entry.leaf is not None and not left and not entry.leaf.remove() and for_s < SWEEP_LIMIT_S:
+            return
+        entry.exit = msgspec.structs.replace(
+            entry.exit, swept=entry.swept, left=len(set(left)), gone_ms=round(for_s * 1000, 3)
+        )
+        entry.gone = True
+        self._say_gone(entry)
+
+
+def main() -> int:
+    options = msgspec.json.decode(sys.argv[1], type=Options)
+    return ForkServer(options).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""A task's child: reads its job, runs its runner, leaves the outcome. The one place here that knows the pipe."""
+
+from __future__ import annotations
+
+import faulthandler
+import importlib
+import importlib.metadata
+import logging
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import msgspec
+
+from flowmesh.messages.job import JOB_FILE, OUTCOME_FILE, Fault, Job, Outcome
+from flowmesh.processes.pipe import VERSION, Finished, Hello, Pipe
+from runners.api import Cancelled, Context, Runner, RunnerError
+
+MAX_MESSAGE_CHARS = 2000
+MAX_DETAIL_CHARS = 64 * 1024
+
+
+def main(pipe: Pipe, spool: Path) -> int:
+    """Run the job in `spool`; returns 0 where it succeeded and 1 where it did not."""
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True, chain=False)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", force=True)
+    job = msgspec.json.decode((spool / JOB_FILE).read_bytes(), type=Job)
+    pipe.send(Hello(VERSION, os.getpid()), drop=True)
+    ctx = Context(job, pipe)
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    outcome = run(job, ctx)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from here on it ends by itself, and soon
+    sys.stdout.flush()
+    sys.stderr.flush()
+    _write(spool / OUTCOME_FILE, outcome)
+    pipe.send(Finished(outcome.ok), drop=True)
+    return 0 if outcome.ok else 1
+
+
+def run(job: Job, ctx: Context) -> Outcome:
+    """The runner's outcome, whatever it raises."""
+    fault, message, result = None, "", None
+    detail = ""
+    try:
+        result = _runner(job.runner).run(ctx)
+        if not isinstance(result, dict):
+            raise TypeError(f"{job.runner} returned {type(result).__name__}, not a mapping")
+        result = msgspec.to_builtins(result, str_keys=True, enc_hook=_plain)
+    except Cancelled as error:
+        fault, message = Fault.CANCELLED, error.reason
+    except RunnerError as error:
+        fault, message = error.fault, str(error)
+        detail = "" if error.fault is Fault.BAD_REQUEST else traceback.format_exc()
+    except MemoryError as error:
+        fault, message, detail = Fault.HOST_OOM, f"out of host memory: {error}", traceback.format_exc()
+    except (Exception, SystemExit, KeyboardInterrupt) as error:  # noqa: BLE001 - the boundary: all of it is an outcome
+        fault, message, detail = _fault_of(error), _one_line(error), traceback.format_exc()
+    if fault is not None:
+        result = None
+        ctx.log.error("the task failed: %s", message)
+        if detail:
+            print(detail, file=sys.stderr)  # noqa: T201 - stderr is the task's log
+    ctx.finish()
+    return Outcome(
+        attempt=job.attempt,
+        ok=fault is None,
+        result=result,
+        fault=fault,
+        message=message[:MAX_MESSAGE_CHARS],
+        detail=detail[-MAX_DETAIL_CHARS:],
+        archives=tuple(ctx.archives),
+        uploads=tuple(ctx.uploads),
+        phases=ctx.phases,
+    )
+
+
+def _runner(reference: str) -> Runner:
+    module, _, name = reference.partition(":")
+    runner: Runner = getattr(importlib.import_module(module), name)()
+    return runner
+
+
+def _fault_of(error: BaseException) -> Fault:
+    """CUDA's own out of memory is an exception of torch's, which is not imported here for its sake."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.cuda.OutOfMemoryError):
+        return Fault.GPU_OOM
+    return Fault.ERROR
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    name = type(error).__name__
+    return f"{name}: {text}" if text else name
+
+
+def _on_sigterm(_number: int, _frame: FrameType | None) -> None:
+    raise Cancelled("terminated by the node")
+
+
+def _plain(value: Any) -> Any:
+    """What a runner's result may hold besides JSON types: numpy and torch scalars and arrays, paths."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    raise TypeError(f"a {type(value).__name__} cannot be part of a result")
+
+
+def _write(path: Path, outcome: Outcome) -> None:
+    """Whole or not at all; what is not finite becomes null."""
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(msgspec.json.encode(outcome))
+    partial.rename(path)
