@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from typing import Any
 
 import redis.asyncio as redis
 from redis.asyncio.retry import Retry
@@ -21,7 +22,7 @@ def connect(url: str, *, timeout_s: float, health_check_interval_s: float, name:
         timeout_s: for connecting and for each answer.
         name: shows in CLIENT LIST.
     """
-    options: dict[str, object] = {}
+    options: dict[str, Any] = {}
     if not url.startswith("unix:"):
         options = {"socket_keepalive": True, "socket_keepalive_options": _KEEPALIVE}
     client: redis.Redis = redis.Redis.from_url(

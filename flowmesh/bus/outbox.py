@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Protocol
 
 from loguru import logger
 
 from flowmesh.bus.backoff import Backoff
 from flowmesh.bus.connection import RedisError, redis
-from flowmesh.tasks.journal import Journal
+
+
+class Queue(Protocol):
+    """Where the events wait: the journal."""
+
+    def outgoing(self, limit: int = 100) -> list[tuple[int, str, bytes]]: ...
+
+    def sent(self, seq: int) -> None: ...
+
+    def outbox_size(self) -> int: ...
 
 
 class Outbox:
     """One pump. `wake()` after each post; `up` says whether the last try reached Redis."""
 
-    def __init__(self, client: redis.Redis, journal: Journal, on_sent: Callable[[], None]) -> None:
+    def __init__(self, client: redis.Redis, queue: Queue, on_sent: Callable[[], None]) -> None:
         self.up = True
         self._client = client
-        self._journal = journal
+        self._queue = queue
         self._on_sent = on_sent
         self._posted = asyncio.Event()
         self._empty = asyncio.Event()
@@ -31,7 +41,7 @@ class Outbox:
         backoff = Backoff()
         self.wake()
         while True:
-            batch = self._journal.outgoing()
+            batch = self._queue.outgoing()
             if not batch:
                 self._posted.clear()
                 self._empty.set()
@@ -44,11 +54,11 @@ class Outbox:
                     await pipeline.execute()
             except (RedisError, OSError, TimeoutError) as error:
                 if self.up:
-                    logger.bind(waiting=self._journal.outbox_size()).warning("events wait: Redis is away ({})", error)
+                    logger.bind(waiting=self._queue.outbox_size()).warning("events wait: Redis is away ({})", error)
                 self.up = False
                 await asyncio.sleep(backoff.next_s())
                 continue
-            self._journal.sent(batch[-1][0])
+            self._queue.sent(batch[-1][0])
             if not self.up:
                 logger.info("events flow again")
             self.up = True

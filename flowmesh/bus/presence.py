@@ -1,6 +1,6 @@
 """One worker's face in Redis: its registration, status and heartbeat, kept true whatever happens to Redis.
 
-What is wanted is state here (`registered`, `status`); one loop makes Redis agree with it and starts over after any error.
+What is wanted is state here; one loop makes Redis agree with it, and starts over after any error.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -98,7 +98,7 @@ class Presence:
         self._changed.set()
 
     def restate(self) -> None:
-        """Write the status once more, without an event: the orchestrator may have overwritten it."""
+        """Say the status once more: the orchestrator writes that field too, and may have been behind."""
         if not self._changes:
             self._changes.append(self.status)
             self._changed.set()
@@ -178,7 +178,7 @@ class Presence:
             self._gone = False
         identity, status = self.identity, self.status
         self._changes.clear()
-        fields = {
+        fields: dict[str, str | bytes] = {
             "worker_id": identity.worker_id,
             "status": status.word,
             "started_at": identity.started_at,
@@ -194,7 +194,7 @@ class Presence:
         if (power := self._power()) is not None:
             payload["power_metrics"] = power
         async with self._client.pipeline(transaction=True) as pipeline:
-            pipeline.hset(worker_key(identity.worker_id), mapping=fields)
+            _write(pipeline, identity.worker_id, fields)
             self._set_heartbeat(pipeline)
             pipeline.sadd(WORKER_IDS, identity.worker_id)
             self._publish(pipeline, "REGISTER", status=status.word, tags=identity.tags, payload=payload)
@@ -208,10 +208,7 @@ class Presence:
 
     async def _announce(self, status: Status) -> None:
         async with self._client.pipeline(transaction=True) as pipeline:
-            pipeline.hset(
-                worker_key(self.worker_id),
-                mapping={"status": status.word, "last_seen": utc_now(), **_extra(status)},
-            )
+            _write(pipeline, self.worker_id, {"status": status.word, "last_seen": utc_now(), **_extra(status)})
             name = {"RUNNING": "task_id", "IDLE": "last_task"}.get(status.word)
             payload = {name: status.task_id} if name is not None and status.task_id is not None else {}
             self._publish(pipeline, "STATUS", status=status.word, payload=payload)
@@ -240,6 +237,10 @@ class Presence:
     def _publish(self, pipeline: redis.client.Pipeline, kind: str, **fields: Any) -> None:
         event = WorkerEvent(type=kind, ts=utc_now(), worker_id=self.worker_id, **fields)
         pipeline.publish(EVENTS_CHANNEL, encode(event))
+
+
+def _write(pipeline: redis.client.Pipeline, worker_id: str, fields: Mapping[str, str | bytes]) -> None:
+    pipeline.hset(worker_key(worker_id), items=[part for pair in fields.items() for part in pair])
 
 
 def _extra(status: Status) -> dict[str, str]:

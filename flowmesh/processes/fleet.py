@@ -1,7 +1,7 @@
-"""All fork servers of a node: one a lane, started when a task first needs it, replaced when it dies or its packages change.
+"""All fork servers of a node: one a lane, started when a task first needs it, replaced when it dies or grows old.
 
 To the supervisor it is one thing that can launch, terminate, kill and forget an attempt, and that says once for each
-attempt how it ended: `on_gone` with the exit, or `on_lost` where the server died with it. Either way nothing of it is left.
+attempt how it ended: `on_gone` with the exit, or `on_lost` where the server died. Either way nothing of it is left.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ _RETRYABLE = {
     Kind.SUPERVISOR_LOST,
     Kind.NODE_FAULT,
 }
-"""Another worker may do better: its memory, its card, its day. Bad requests, cancels and deadlines stay what they are."""
+"""Another worker may do better: its memory, its card, its day. Bad requests and cancels stay what they are."""
 
 
 class Stop(enum.StrEnum):
