@@ -1,38 +1,87 @@
 """The node's settings: `conf/node.toml`, overridden by environment variables, overridden by flags; one frozen struct.
 
-A setting that cannot be used is a ConfigError: where it came from, the key, what was found, what is allowed.
+A setting that cannot be used is a ConfigError: where it came from, the key, what was found, what is allowed. Secrets
+are in neither an error nor a repr.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
 
-PositiveSeconds = Annotated[float, Meta(gt=0, le=366 * 86400)]
-Bytes = Annotated[int, Meta(ge=0)]
+from flowmesh.errors import ConfigError, FieldError
+from flowmesh.messages.checking import convert
+from flowmesh.messages.wording import HIDDEN, dotted, quoted, redact_url
+from flowmesh.settings_checks import first_fault
+from flowmesh.settings_sources import DEFAULT, VARIABLES, Layers, Sections, read_toml
+from flowmesh.settings_types import (
+    AbsolutePath,
+    FilePath,
+    Isolation,
+    LogLevel,
+    ModuleName,
+    Name,
+    PositiveSeconds,
+    RunnerName,
+    Token,
+    VariableName,
+    Word,
+)
+
+__all__ = [
+    "VARIABLES",
+    "Described",
+    "Isolation",
+    "Loaded",
+    "LogLevel",
+    "Settings",
+    "describe",
+    "load",
+    "log_file",
+    "redact_url",
+    "results_dir",
+    "state_dir",
+]
+
+_REDACTED: dict[str, Callable[[str], str]] = {
+    "url": redact_url,
+    "orchestrator_url": redact_url,
+    "orchestrator_token": lambda _: HIDDEN,
+}
+"""How each field that is or holds a secret is shown."""
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What all sections of the file have in common."""
 
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        pairs = [(name, getattr(self, name)) for name in self.__struct_fields__]
+        return [(name, _REDACTED[name](it) if name in _REDACTED and it is not None else it) for name, it in pairs]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.__rich_repr__())})"
+
 
 class NodeSettings(Section, frozen=True):
     """[node]"""
 
-    worker_id: str | None = None
+    worker_id: Name | None = None
     """WORKER_ID. None: a random one, kept in state_dir so that it outlives a restart."""
-    tags: tuple[str, ...] = ()
+    tags: tuple[Word, ...] = ()
     """WORKER_TAGS"""
-    cost_per_hour: Annotated[float, Meta(ge=0)] = 1.0
+    cost_per_hour: Annotated[float, Meta(ge=0, le=1e6)] = 1.0
     """WORKER_COST_PER_HOUR, USD"""
-    log_level: str = "INFO"
-    """LOG_LEVEL"""
-    log_file: str | None = None
+    log_level: LogLevel = LogLevel.INFO
+    """LOG_LEVEL, in any case"""
+    log_file: FilePath | None = None
     """JSON lines; rotated."""
-    state_dir: str | None = None
-    """Journal, sockets, spool. None: $STATE_DIRECTORY, /var/lib/flowmesh for root, else ~/.local/state/flowmesh."""
+    state_dir: FilePath | None = None
+    """Journal, sockets, spool. None: see `state_dir()`."""
     elastic_scaling: bool = True
     """ENABLE_ELASTIC_SCALING"""
 
@@ -42,7 +91,7 @@ class RedisSettings(Section, frozen=True):
 
     url: str | None = None
     """REDIS_URL"""
-    task_topic: str = "tasks"
+    task_topic: Word = "tasks"
     """TASK_TOPIC"""
     heartbeat_interval_s: PositiveSeconds = 30.0
     """HEARTBEAT_INTERVAL_SEC"""
@@ -55,9 +104,9 @@ class RedisSettings(Section, frozen=True):
 class ResultsSettings(Section, frozen=True):
     """[results]"""
 
-    dir: str = "./results_workers"
+    dir: FilePath = "./results_workers"
     """RESULTS_DIR"""
-    allowed_roots: tuple[str, ...] = ()
+    allowed_roots: tuple[AbsolutePath, ...] = ()
     """Absolute folders besides `dir` that a task's output.destination.path may lie under."""
 
 
@@ -70,9 +119,9 @@ class TasksSettings(Section, frozen=True):
     """From SIGTERM to SIGKILL of the whole tree."""
     default_timeout_s: PositiveSeconds | None = None
     """For tasks without timeoutSec. None: no limit."""
-    pass_env: tuple[str, ...] = ()
+    pass_env: tuple[VariableName, ...] = ()
     """Names (`*` allowed) that a task inherits from the node's environment, besides the built-in ones."""
-    allow_env: tuple[str, ...] = ()
+    allow_env: tuple[VariableName, ...] = ()
     """Names (`*` allowed) that a task's spec.env may set."""
 
 
@@ -81,9 +130,9 @@ class DeliverySettings(Section, frozen=True):
 
     orchestrator_url: str | None = None
     """ORCHESTRATOR_BASE_URL"""
-    orchestrator_token: str | None = None
+    orchestrator_token: Token | None = None
     """ORCHESTRATOR_TOKEN"""
-    bandwidth_bytes_per_sec: Annotated[int, Meta(gt=0)] | None = None
+    bandwidth_bytes_per_sec: Annotated[int, Meta(ge=1, le=2**62)] | None = None
     """WORKER_NETWORK_BANDWIDTH_BYTES_PER_SEC"""
     cleanup_after_upload: bool = False
     """MODEL_CLEANUP_AFTER_UPLOAD"""
@@ -100,19 +149,18 @@ class ArchiveSettings(Section, frozen=True):
     """MODEL_ARCHIVE_USE_PIGZ"""
     compression_level: Annotated[int, Meta(ge=0, le=9)] = 6
     """MODEL_ARCHIVE_COMPRESSION_LEVEL"""
-    pigz_threads: Annotated[int, Meta(ge=1)] | None = None
+    pigz_threads: Annotated[int, Meta(ge=1, le=4096)] | None = None
     """MODEL_ARCHIVE_PIGZ_THREADS; None: all CPUs"""
-    pigz_bin: str = "pigz"
+    pigz_bin: FilePath = "pigz"
     """MODEL_ARCHIVE_PIGZ_BIN"""
-    tar_bin: str = "tar"
+    tar_bin: FilePath = "tar"
     """MODEL_ARCHIVE_TAR_BIN"""
 
 
 class ProcessesSettings(Section, frozen=True):
     """[processes]"""
 
-    isolation: str = "auto"
-    """auto | cgroup | subreaper"""
+    isolation: Isolation = Isolation.AUTO
     adoption_timeout_s: PositiveSeconds = 60.0
     """How long fork servers keep tasks alive with no supervisor."""
     drain_timeout_s: PositiveSeconds = 3600.0
@@ -122,18 +170,19 @@ class ProcessesSettings(Section, frozen=True):
 class EnvironmentSettings(Section, frozen=True):
     """[environments.NAME]: a Python interpreter with its own packages"""
 
-    python: str | None = None
-    """None: the supervisor's own."""
-    preload: tuple[str, ...] = ()
+    python: AbsolutePath | None = None
+    """An interpreter that exists. None: the supervisor's own."""
+    preload: tuple[ModuleName, ...] = ()
     """Modules that its fork server imports before the first task."""
 
 
 class TaskTypeSettings(Section, frozen=True):
     """[task_types.NAME]: a task type of your own, or another environment for a built-in one"""
 
-    runner: str | None = None
+    runner: RunnerName | None = None
     """module:Class. None: the built-in one of that name."""
-    environment: str | None = None
+    environment: Name | None = None
+    """An `[environments.NAME]`, or one of the built-in `default` and `light`. None: the built-in choice."""
 
 
 class Settings(Section, frozen=True):
@@ -146,5 +195,134 @@ class Settings(Section, frozen=True):
     delivery: DeliverySettings = DeliverySettings()
     archive: ArchiveSettings = ArchiveSettings()
     processes: ProcessesSettings = ProcessesSettings()
-    environments: dict[str, EnvironmentSettings] = {}
-    task_types: dict[str, TaskTypeSettings] = {}
+    environments: dict[Name, EnvironmentSettings] = {}
+    task_types: dict[Name, TaskTypeSettings] = {}
+
+
+class Loaded(msgspec.Struct, frozen=True):
+    """Settings, and who set what."""
+
+    settings: Settings
+    origins: dict[str, str]
+    """Key to file, variable or `command line`. A key that is not here has its default."""
+
+
+class Described(msgspec.Struct, frozen=True):
+    """One setting as `--check` reports it."""
+
+    key: str
+    value: Any
+    """Plain data; secrets are redacted."""
+    origin: str
+    """`default`, the file, the environment variable, or `command line`."""
+
+    @property
+    def text(self) -> str:
+        """The value as it would stand in the file; `-` where there is none."""
+        return _text(self.value)
+
+
+def load(path: Path | None, environ: Mapping[str, str], overrides: Mapping[str, str] | None = None) -> Loaded:
+    """The settings of the file, the environment over it, and the command line over both.
+
+    Args:
+        path: the node's file; None: only variables and flags.
+        overrides: dotted key to text, from `--set KEY=VALUE` and flags of their own (`redis.url`).
+
+    Raises:
+        ConfigError: one line with the origin, the key, what was found and what is allowed.
+    """
+    layers = Layers(Sections(Settings))
+    if path is not None:
+        layers.add_file(read_toml(path), str(path))
+    layers.add_environ(environ)
+    layers.add_flags(overrides or {})
+    node = layers.values.get("node", {})
+    if isinstance(level := node.get("log_level"), str):
+        node["log_level"] = level.upper()
+    try:
+        settings = convert(layers.values, Settings, where="")
+    except FieldError as error:
+        raise ConfigError(f"{layers.origin_of(error.path)}: {error}") from None
+    if fault := first_fault(settings):
+        key = dotted("", fault.path)
+        raise ConfigError(f"{layers.origin_of(key)}: {key}: {fault.what}")
+    return Loaded(settings, layers.origins)
+
+
+def describe(loaded: Loaded) -> list[Described]:
+    """Every setting, in the order of the file."""
+    described = []
+    for path, section in _sections(loaded.settings):
+        for name, value in section.__rich_repr__():
+            key = dotted("", (*path, name))
+            described.append(Described(key, msgspec.to_builtins(value), loaded.origins.get(key, DEFAULT)))
+    return described
+
+
+def _sections(settings: Settings) -> Iterator[tuple[tuple[str, ...], Section]]:
+    for name in settings.__struct_fields__:
+        match getattr(settings, name):
+            case Section() as section:
+                yield (name,), section
+            case dict() as named:
+                for inner, section in named.items():
+                    yield (name, inner), section
+
+
+def _text(value: Any) -> str:
+    match value:
+        case None:
+            return "-"
+        case bool():
+            return str(value).lower()
+        case str():
+            return quoted(value, limit=None)
+        case list() | tuple():
+            return f"[{', '.join(map(_text, value))}]"
+    return str(value)
+
+
+# ---- folders ---------------------------------------------------------------------------------------------------------
+
+
+def results_dir(settings: Settings) -> Path:
+    """The root of all outputs, absolute."""
+    return _absolute(settings.results.dir, "results.dir")
+
+
+def log_file(settings: Settings) -> Path | None:
+    """The node's own log, absolute; None: no file."""
+    return None if settings.node.log_file is None else _absolute(settings.node.log_file, "node.log_file")
+
+
+def state_dir(settings: Settings, environ: Mapping[str, str], *, euid: int | None = None) -> Path:
+    """The node's own folder: journal, sockets, spool. Absolute.
+
+    Args:
+        euid: who we are, where it is not the process's own effective user.
+
+    Raises:
+        ConfigError: it depends on a home directory, and there is none.
+    """
+    if settings.node.state_dir is not None:
+        return _absolute(settings.node.state_dir, "node.state_dir")
+    # systemd names the folders of StateDirectory= here, the first one first.
+    if first := environ.get("STATE_DIRECTORY", "").partition(":")[0]:
+        return Path(first).absolute()
+    if (os.geteuid() if euid is None else euid) == 0:
+        return Path("/var/lib/flowmesh")
+    state_home = Path(environ.get("XDG_STATE_HOME", ""))
+    if state_home.is_absolute():  # its specification has relative ones ignored
+        return state_home / "flowmesh"
+    home = environ.get("HOME") or "~"
+    return _absolute(home, "node.state_dir") / ".local" / "state" / "flowmesh"
+
+
+def _absolute(text: str, key: str) -> Path:
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError:
+        raise ConfigError(
+            f"{key}: {quoted(text)} needs a home directory, and there is none; give a full path"
+        ) from None

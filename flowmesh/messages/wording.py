@@ -1,0 +1,187 @@
+"""How a value, a path and an expectation are said to a person: in one line, in plain words, without secrets."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from msgspec import inspect
+
+HIDDEN = "***"
+
+Step = str | int
+Path = tuple[Step, ...]
+
+_BARE = re.compile(r"[A-Za-z0-9_$-]+", re.ASCII)
+_SHOWN = 80
+_ESCAPES = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
+_SECRET_NAME = re.compile(
+    r"(?i)(^|[_-])(token|password|passwd|secret|authorization|api[_-]?key|credentials?)$|(apikey|Token|Secret|Password)$"
+)
+_SECRET_QUERY = re.compile(r"(?i)([?&][^=&#]*(?:password|passwd|token|secret|key|sig|signature|credential)=)[^&#]*")
+_CLEAN_AUTHORITY = re.compile(r"(?:[\w.-]+|\[[0-9A-Fa-f:.%]+\])(?::\d{1,5})?", re.ASCII)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A tail for an error: which of `known` was probably meant, else all of them. Case, `_` and `-` count little."""
+    import difflib  # only an error needs it
+
+    folded = {_fold(name): name for name in sorted(known)}
+    if not folded:
+        return "nothing is allowed here"
+    if match := difflib.get_close_matches(_fold(word[:200]), folded, n=1, cutoff=0.6):
+        return f"did you mean {folded[match[0]]!r}?"
+    return "known: " + ", ".join(sorted(folded.values()))
+
+
+def _fold(word: str) -> str:
+    return word.lower().replace("_", "").replace("-", "")
+
+
+def quoted(text: str, limit: int | None = _SHOWN) -> str:
+    """`text` in double quotes, on one line, cut where it is over `limit`; what is not printable is escaped."""
+    cut = text if limit is None or len(text) <= limit else text[:limit] + "…"
+    return '"' + "".join(map(_escaped, cut)) + '"'
+
+
+def _escaped(c: str) -> str:
+    if c in '"\\':
+        return "\\" + c
+    if c.isprintable():
+        return c
+    # As TOML writes them.
+    return _ESCAPES.get(c) or (f"\\u{ord(c):04x}" if ord(c) <= 0xFFFF else f"\\U{ord(c):08x}")
+
+
+def dotted(where: str, path: Path) -> str:
+    """`path` below `where`, as the author of the document would write it: `a.b[0]."odd name"`."""
+    text = where
+    for step in path:
+        if isinstance(step, int):
+            text += f"[{step}]"
+        else:
+            name = step if _BARE.fullmatch(step) and len(step) <= _SHOWN else quoted(step)
+            text = f"{text}.{name}" if text else name
+    return text
+
+
+def is_secret(path: Path) -> bool:
+    """Whether what stands at `path` is, by its name, not for an error message."""
+    return bool(path) and isinstance(path[-1], str) and _SECRET_NAME.search(path[-1]) is not None
+
+
+def redact_url(url: str) -> str:
+    """`url` without its password, its tokens, and whatever could be a part of one that was not escaped."""
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        return HIDDEN
+    authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    clean = _CLEAN_AUTHORITY.fullmatch(authority) is not None
+    # A password with a bare "/" or "#" moves its "@" behind the authority. HTTP paths may hold an "@" of their own.
+    if "@" in rest and not (clean and scheme.lower() in {"http", "https"}):
+        secret, _, rest = rest.rpartition("@")
+        user, colon, _ = secret.partition(":")
+        rest = f"{user if colon else ''}{colon}{HIDDEN}@{rest}"
+    elif authority and not clean and not re.fullmatch(r":\d{1,5}", authority):
+        rest = HIDDEN
+    return f"{scheme}://" + _SECRET_QUERY.sub(rf"\g<1>{HIDDEN}", rest)
+
+
+def found(value: Any, *, secret: bool = False) -> str:
+    """`value` for the end of an error; of a `secret` only what kind of thing it is."""
+    match value:
+        case None:
+            return "null"
+        case str():
+            text = value if "://" not in value else redact_url(value)
+            return "text (not shown)" if secret else quoted(text)
+        case bool():
+            return "true or false" if secret else str(value).lower()
+        case int() | float():
+            return "a number" if secret else _number(value)
+        case Mapping():
+            return f"a mapping of {_count(value, 'field')}" if value else "an empty mapping"
+        case list() | tuple() | set() | frozenset():
+            return f"a list of {_count(value, 'item')}" if value else "an empty list"
+        case datetime.date() | datetime.time():
+            return "a date or time" if secret else value.isoformat()
+    return f"a {type(value).__name__}"
+
+
+def _count(value: Sequence[Any] | Mapping[Any, Any] | set[Any] | frozenset[Any], noun: str) -> str:
+    return f"{len(value)} {noun}{'' if len(value) == 1 else 's'}"
+
+
+def _number(value: float) -> str:
+    if isinstance(value, int):
+        # Python refuses to write out integers of more than 4300 digits.
+        return str(value) if value.bit_length() <= 128 else "a huge number"
+    if math.isfinite(value):
+        return repr(value)
+    return "NaN" if math.isnan(value) else "infinity" if value > 0 else "-infinity"
+
+
+def expected(schema: inspect.Type) -> str:
+    """What `schema` allows, for the middle of an error. `Meta(description=…)` says it in the struct's own words."""
+    match schema:
+        case inspect.Metadata():
+            return str((schema.extra_json_schema or {}).get("description") or expected(schema.type))
+        case inspect.UnionType():
+            words = [expected(each) for each in schema.types if not isinstance(each, inspect.NoneType)]
+            return " or ".join(dict.fromkeys(words))
+        case inspect.BoolType():
+            return "true or false"
+        case inspect.IntType():
+            return f"a whole number{_bounds(schema)}"
+        case inspect.FloatType():
+            return f"a number{_bounds(schema)}"
+        case inspect.StrType():
+            pattern = f" matching {schema.pattern}" if schema.pattern else ""
+            return f"text{_lengths(schema, 'character')}{pattern}"
+        case inspect.EnumType():
+            return _one_of([member.value for member in schema.cls])
+        case inspect.LiteralType():
+            return _one_of(schema.values)
+        case inspect.TupleType():
+            return f"a list of {_count(schema.item_types, 'item')}"
+        case inspect.ListType() | inspect.VarTupleType() | inspect.SetType() | inspect.FrozenSetType():
+            return f"a list{_lengths(schema, 'item')}"
+        case inspect.DictType():
+            return f"a mapping{_lengths(schema, 'field')}"
+        case inspect.StructType():
+            return "a mapping"
+        case inspect.NoneType():
+            return "null"
+    return f"a {type(schema).__name__.removesuffix('Type').lower()}"
+
+
+def _one_of(values: Iterable[Any]) -> str:
+    words = [str(value) for value in values]
+    return f"one of {', '.join(words)}" if len(words) != 1 else words[0]
+
+
+def _bounds(schema: inspect.IntType | inspect.FloatType) -> str:
+    if schema.ge is not None and schema.le is not None:
+        return f" from {_plain(schema.ge)} to {_plain(schema.le)}"
+    signs = ((">", schema.gt), (">=", schema.ge), ("<", schema.lt), ("<=", schema.le))
+    limits = [f"{sign} {_plain(limit)}" for sign, limit in signs if limit is not None]
+    multiple = f", a multiple of {_plain(schema.multiple_of)}" if schema.multiple_of is not None else ""
+    return (" " + " and ".join(limits) if limits else "") + multiple
+
+
+def _plain(number: float) -> str:
+    return str(int(number)) if math.isfinite(number) and number == int(number) else str(number)
+
+
+def _lengths(schema: Any, noun: str) -> str:
+    low, high = schema.min_length, schema.max_length
+    if low == 1 and high is None:
+        return " that is not empty"
+    if low and high is not None:
+        return f" of {low} to {high} {noun}s"
+    if low:
+        return f" of at least {low} {noun}s"
+    return f" of at most {high} {noun}s" if high is not None else ""

@@ -1,0 +1,49 @@
+"""What a setting's value may be, each type with the words that its errors use."""
+
+from __future__ import annotations
+
+import enum
+from typing import Annotated
+
+from msgspec import Meta
+
+PositiveSeconds = Annotated[float, Meta(gt=0, le=366 * 86400)]
+Name = Annotated[
+    str,
+    Meta(
+        pattern=r"\A[A-Za-z0-9][A-Za-z0-9._:-]{0,127}\Z",
+        description="1 to 128 letters, digits or . _ : - that start with a letter or a digit",
+    ),
+]
+FilePath = Annotated[str, Meta(pattern=r"\A[^\x00]{1,4096}\Z", description="a path")]
+AbsolutePath = Annotated[str, Meta(pattern=r"\A/[^\x00]{0,4095}\Z", description="an absolute path")]
+Word = Annotated[str, Meta(pattern=r"\A\S+( \S+)*\Z", description="text that is not empty, without spaces around it")]
+Token = Annotated[str, Meta(pattern=r"\A[\x21-\x7e]+\Z", description="visible ASCII characters without spaces")]
+VariableName = Annotated[
+    str, Meta(pattern=r"\A[A-Za-z_*][A-Za-z0-9_*]*\Z", description="the name of an environment variable (* allowed)")
+]
+ModuleName = Annotated[
+    str, Meta(pattern=r"\A[A-Za-z_]\w*(\.[A-Za-z_]\w*)*\Z", description="the dotted name of a Python module")
+]
+RunnerName = Annotated[
+    str,
+    Meta(pattern=r"\A[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*\Z", description="module:Class"),
+]
+
+
+class LogLevel(enum.StrEnum):
+    TRACE = "TRACE"
+    DEBUG = "DEBUG"
+    INFO = "INFO"
+    WARNING = "WARNING"
+    ERROR = "ERROR"
+    CRITICAL = "CRITICAL"
+
+
+class Isolation(enum.StrEnum):
+    """What holds a task's processes together."""
+
+    AUTO = "auto"
+    """cgroup where the node may, else subreaper."""
+    CGROUP = "cgroup"
+    SUBREAPER = "subreaper"
