@@ -1,0 +1,177 @@
+"""What one task used: the joules of its own GPUs, its share of the CPU's, money, and how busy its GPUs were."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from flowmesh.node.devices import GpuInfo, GpuSample, Look
+from flowmesh.node.gpu import ReleaseReport
+from flowmesh.node.power import JOULES_PER_KWH, Totals
+
+SECONDS_PER_HOUR = 3600.0
+
+
+class Energy(msgspec.Struct, frozen=True, kw_only=True):
+    """`energy` of a terminal event. Null: unknown."""
+
+    gpu_joules: float | None
+    cpu_joules: float | None
+    """The CPU's energy times the task's share of all CPU seconds that the machine ran meanwhile."""
+    kwh: float | None
+    """What is known of the two, together."""
+
+
+class GpuUse(msgspec.Struct, frozen=True, kw_only=True):
+    """One GPU during a task."""
+
+    index: int
+    utilization_mean_percent: float | None
+    utilization_peak_percent: int | None
+    memory_mean_bytes: int | None
+    memory_before_bytes: int | None = None
+    memory_peak_bytes: int | None = None
+    memory_after_bytes: int | None = None
+    temperature_peak_c: int | None = None
+    throttled: tuple[str, ...] = ()
+    """Every reason seen."""
+
+
+class ProcessUse(msgspec.Struct, frozen=True, kw_only=True):
+    """What the kernel counted for the task's process tree. Null: unknown."""
+
+    cpu_seconds: float | None = None
+    peak_rss_bytes: int | None = None
+    read_bytes: int | None = None
+    written_bytes: int | None = None
+
+
+NOTHING_COUNTED = ProcessUse()
+
+
+class Resources(msgspec.Struct, frozen=True, kw_only=True):
+    """`resources` of a terminal event and of a result."""
+
+    cpu_seconds: float | None
+    peak_rss_bytes: int | None
+    read_bytes: int | None
+    written_bytes: int | None
+    gpus: dict[str, GpuUse]
+    """By UUID."""
+    gpu_release_ms: float | None = None
+    """From the end of the task's last process until its GPUs were back at their baseline."""
+
+
+class TaskUsage(msgspec.Struct, frozen=True, kw_only=True):
+    """Three fields of a terminal event's payload."""
+
+    energy: Energy
+    cost_usd: float
+    resources: Resources
+
+
+class _Watched:
+    def __init__(self) -> None:
+        self.utilizations: list[int] = []
+        self.memory_sum_bytes = 0
+        self.memory_peak_bytes = 0
+        self.looks = 0
+        self.temperature_peak_c: int | None = None
+        self.throttled: set[str] = set()
+
+    def add(self, sample: GpuSample) -> None:
+        self.looks += 1
+        self.memory_sum_bytes += sample.used_bytes
+        self.memory_peak_bytes = max(self.memory_peak_bytes, sample.used_bytes)
+        self.throttled.update(sample.throttled)
+        if sample.utilization_percent is not None:
+            self.utilizations.append(sample.utilization_percent)
+        if sample.temperature_c is not None:
+            self.temperature_peak_c = max(self.temperature_peak_c or 0, sample.temperature_c)
+
+
+class TaskMeter:
+    """One task's use of its GPUs. Give it the node's totals just before the task, and again when its slot is free."""
+
+    def __init__(self, gpus: Sequence[GpuInfo], start: Totals) -> None:
+        self._gpus = tuple(gpus)
+        self._start = start
+        self._watched = {gpu.uuid: _Watched() for gpu in gpus}
+
+    def observe(self, looks: Mapping[str, Look]) -> None:
+        """Note one look. Looks at other GPUs may be among them."""
+        for uuid in self._watched.keys() & looks.keys():
+            look = looks[uuid]
+            if isinstance(look, GpuSample):
+                self._watched[uuid].add(look)
+
+    def finish(
+        self,
+        end: Totals,
+        *,
+        runtime_s: float,
+        cost_per_hour: float,
+        processes: ProcessUse = NOTHING_COUNTED,
+        release: ReleaseReport | None = None,
+    ) -> TaskUsage:
+        """The sums.
+
+        Args:
+            end: the node's totals now.
+            runtime_s: what the task's slot was taken for.
+            cost_per_hour: of the slot, USD.
+        """
+        gpu_j = self._gpu_joules(end)
+        cpu_j = self._cpu_joules(end, processes.cpu_seconds)
+        known = [joules for joules in (gpu_j, cpu_j) if joules is not None]
+        return TaskUsage(
+            energy=Energy(
+                gpu_joules=None if gpu_j is None else round(gpu_j, 3),
+                cpu_joules=None if cpu_j is None else round(cpu_j, 3),
+                kwh=round(sum(known) / JOULES_PER_KWH, 9) if known else None,
+            ),
+            cost_usd=round(cost_per_hour * runtime_s / SECONDS_PER_HOUR, 9),
+            resources=Resources(
+                cpu_seconds=processes.cpu_seconds,
+                peak_rss_bytes=processes.peak_rss_bytes,
+                read_bytes=processes.read_bytes,
+                written_bytes=processes.written_bytes,
+                gpus={gpu.uuid: self._use(gpu, release) for gpu in self._gpus},
+                gpu_release_ms=release.ms if release is not None and release.released else None,
+            ),
+        )
+
+    def _gpu_joules(self, end: Totals) -> float | None:
+        """None without GPUs, for slices of a shared board, and where a board's energy is unknown."""
+        if not self._gpus or any(gpu.mig is not None for gpu in self._gpus):
+            return None
+        if not all(gpu.board in end.board_j for gpu in self._gpus):
+            return None
+        return sum(end.board_j[gpu.board] - self._start.board_j.get(gpu.board, 0.0) for gpu in self._gpus)
+
+    def _cpu_joules(self, end: Totals, cpu_seconds: float | None) -> float | None:
+        if end.cpu_j is None or self._start.cpu_j is None or cpu_seconds is None:
+            return None
+        busy_s = end.cpu_busy_s - self._start.cpu_busy_s
+        share = min(cpu_seconds / busy_s, 1.0) if busy_s > 0 else 0.0
+        return (end.cpu_j - self._start.cpu_j) * share
+
+    def _use(self, gpu: GpuInfo, release: ReleaseReport | None) -> GpuUse:
+        seen = self._watched[gpu.uuid]
+        proof = release.gpus.get(gpu.uuid) if release is not None else None
+        peaks = [seen.memory_peak_bytes] if seen.looks else []
+        peaks += [proof.peak_bytes] if proof is not None else []
+        return GpuUse(
+            index=gpu.index,
+            utilization_mean_percent=(
+                round(sum(seen.utilizations) / len(seen.utilizations), 1) if seen.utilizations else None
+            ),
+            utilization_peak_percent=max(seen.utilizations, default=None),
+            memory_mean_bytes=seen.memory_sum_bytes // seen.looks if seen.looks else None,
+            memory_before_bytes=None if proof is None else proof.before_bytes,
+            memory_peak_bytes=max(peaks, default=None),
+            memory_after_bytes=None if proof is None else proof.after_bytes,
+            temperature_peak_c=seen.temperature_peak_c,
+            throttled=tuple(sorted(seen.throttled)),
+        )

@@ -1,0 +1,165 @@
+"""NVML for an asyncio loop: one thread owns the library, every question has a deadline, and no answer blocks the loop.
+
+A call that hangs in the driver is left where it hangs: until it answers, every question is a DeviceError at once.
+A node without a driver keeps no thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from flowmesh.errors import DeviceError
+from flowmesh.node.devices import GpuEvent, Inventory, Look
+from flowmesh.node.nvml_binding import NoDriverError
+from flowmesh.node.nvml_session import Session
+
+DEADLINE_S = 5.0
+INIT_DEADLINE_S = 60.0
+"""Without persistence mode the driver brings up every card anew at init, at seconds a card."""
+
+T = TypeVar("T")
+
+
+class _Job:
+    """One question on its way through the thread."""
+
+    def __init__(self, name: str, call: Callable[[Session], Any], loop: asyncio.AbstractEventLoop) -> None:
+        self.name = name
+        self.call = call
+        self.loop = loop
+        self.answer: asyncio.Future[Any] = loop.create_future()
+
+
+class Nvml:
+    """The node's GPUs, asked from the loop that made it."""
+
+    def __init__(
+        self,
+        *,
+        deadline_s: float = DEADLINE_S,
+        init_deadline_s: float = INIT_DEADLINE_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._deadline_s = deadline_s
+        self._init_deadline_s = init_deadline_s
+        self._clock = clock
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._running: tuple[_Job, float] | None = None
+        self._late: _Job | None = None
+        self._absent = False
+
+    async def inventory(self) -> Inventory:
+        """All GPUs of the machine; an empty one, and no error, where there is no driver.
+
+        Raises:
+            DeviceError: there is a driver, and it does not work or does not answer.
+        """
+        try:
+            found = await self._ask("init", Session.inventory, self._init_deadline_s)
+        except NoDriverError:
+            self._absent = True
+            await self.close()
+            return Inventory()
+        self._absent = False
+        return found
+
+    async def sample(self, uuids: Sequence[str], *, memory_only: bool = False) -> dict[str, Look]:
+        """One look at each of these GPUs. A GPU that does not answer is a GpuLost among the others' samples.
+
+        Raises:
+            DeviceError: the driver does not work, or did not answer in time.
+        """
+        if not uuids:
+            return {}
+        wanted = tuple(uuids)
+        return await self._ask(
+            "sample", lambda session: session.sample(wanted, memory_only=memory_only), self._deadline_s
+        )
+
+    async def events(self) -> tuple[GpuEvent, ...]:
+        """Critical events since the last call.
+
+        Raises:
+            DeviceError: as for `sample`.
+        """
+        return () if self._absent else await self._ask("events", Session.events, self._deadline_s)
+
+    async def close(self) -> None:
+        """Shut NVML down and end the thread; a thread that hangs is left behind (it is a daemon)."""
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return
+        self._jobs.put(None)
+        self._jobs = queue.SimpleQueue()
+        deadline = self._clock() + self._deadline_s
+        while thread.is_alive() and self.stuck_for_s is None and self._clock() < deadline:
+            await asyncio.sleep(0.005)
+
+    @property
+    def stuck_for_s(self) -> float | None:
+        """How long the thread has been hanging in the driver; None while it answers."""
+        running = self._running
+        return self._clock() - running[1] if running is not None and running[0] is self._late else None
+
+    async def _ask(self, name: str, call: Callable[[Session], T], deadline_s: float) -> T:
+        if (hanging_s := self.stuck_for_s) is not None:
+            raise DeviceError(self._hangs(hanging_s))
+        job = _Job(name, call, asyncio.get_running_loop())
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, args=(self._jobs,), name="nvml", daemon=True)
+            self._thread.start()
+        self._jobs.put(job)
+        try:
+            answer: T = await asyncio.wait_for(job.answer, deadline_s)
+        except NoDriverError as error:
+            if name == "init":
+                raise
+            raise DeviceError(f"NVML: {error}; is the driver being reloaded?") from error
+        except TimeoutError:
+            running = self._running
+            self._late = running[0] if running is not None else None
+            raise DeviceError(self._hangs(deadline_s)) from None
+        return answer
+
+    def _hangs(self, seconds: float) -> str:
+        running = self._running
+        doing = running[0].name if running is not None else "a call"
+        return (
+            f"NVML has not answered for {seconds:.0f} s (in {doing}): the driver hangs; "
+            "look for Xid lines in the kernel's log, and reset the GPU or reboot where it does not recover"
+        )
+
+    # ---- the thread ----------------------------------------------------------------------------------------------
+
+    def _work(self, jobs: queue.SimpleQueue[_Job | None]) -> None:
+        session = Session()
+        while (job := jobs.get()) is not None:
+            if job.answer.cancelled():
+                continue
+            self._running = (job, self._clock())
+            try:
+                outcome: Any = job.call(session)
+                failed = None
+            except Exception as error:  # noqa: BLE001 (the asker gets it: this is the boundary of a thread)
+                outcome, failed = None, error
+            self._running = None
+            try:
+                job.loop.call_soon_threadsafe(_settle, job.answer, outcome, failed)
+            except RuntimeError:
+                break  # the loop is closed: nobody asks any more
+        session.close()
+
+
+def _settle(answer: asyncio.Future[Any], outcome: Any, failed: Exception | None) -> None:
+    if answer.done():
+        return
+    if failed is None:
+        answer.set_result(outcome)
+    else:
+        answer.set_exception(failed)

@@ -1,0 +1,78 @@
+"""The driver's library and its binding, loaded when first wanted, and what its error codes mean to us."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+LIBRARY = "libnvidia-ml.so.1"
+
+T = TypeVar("T")
+
+
+class NoDriverError(Exception):
+    """This machine has no NVIDIA driver (or no library of it): a node without GPUs."""
+
+
+class Binding:
+    """pynvml, and a memory of what it cannot do here.
+
+    Raises:
+        NoDriverError: the library is not there. A node without it never pays for importing the binding.
+    """
+
+    def __init__(self) -> None:
+        try:
+            ctypes.CDLL(LIBRARY)
+        except OSError as error:
+            raise NoDriverError(str(error)) from error
+        import pynvml
+
+        self.nvml: Any = pynvml
+        self.no_driver = {pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, pynvml.NVML_ERROR_DRIVER_NOT_LOADED}
+        self.session_over = {
+            pynvml.NVML_ERROR_UNINITIALIZED,
+            pynvml.NVML_ERROR_DRIVER_NOT_LOADED,
+            pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH,
+        }
+        """Errors of the driver as a whole: no device is to blame."""
+        self.never = {
+            pynvml.NVML_ERROR_NOT_SUPPORTED,
+            pynvml.NVML_ERROR_FUNCTION_NOT_FOUND,
+            pynvml.NVML_ERROR_NO_PERMISSION,
+            pynvml.NVML_ERROR_ARGUMENT_VERSION_MISMATCH,
+            pynvml.NVML_ERROR_DEPRECATED,
+        }
+        """Errors that asking again will not mend."""
+        self.unavailable_event: int = getattr(pynvml, "nvmlEventTypeGpuUnavailableError", 0)
+        self._unsupported: set[tuple[str, str]] = set()
+
+    def optional(self, uuid: str, name: str, call: Callable[..., T], *arguments: Any) -> T | None:
+        """The call's answer; None where it is not supported (asked once for each device) or has none just now.
+
+        Raises:
+            NVMLError: the session is over.
+        """
+        try:
+            return self.supported(uuid, name, call, *arguments)
+        except self.nvml.NVMLError as error:
+            if error.value in self.session_over:
+                raise
+            return None
+
+    def supported(self, uuid: str, name: str, call: Callable[..., T], *arguments: Any) -> T | None:
+        """The call's answer; None where it is not supported (asked once for each device).
+
+        Raises:
+            NVMLError: anything else went wrong.
+        """
+        if (uuid, name) in self._unsupported:
+            return None
+        try:
+            return call(*arguments)
+        except self.nvml.NVMLError as error:
+            if error.value not in self.never:
+                raise
+            self._unsupported.add((uuid, name))
+            return None
