@@ -51,7 +51,13 @@ class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
     checkpoint: bool = False
 
 
-Frame = Hello | Phase | Progress | Finished | Cancel
+class Credentials(msgspec.Struct, frozen=True, tag="credentials"):
+    """What a delivery child may show to the orchestrator. Said over the pipe, so that it never stands in a file."""
+
+    token: str | None = None
+
+
+Frame = Hello | Phase | Progress | Finished | Cancel | Credentials
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Frame] = msgspec.msgpack.Decoder(Frame)

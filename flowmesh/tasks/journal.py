@@ -178,6 +178,10 @@ class Journal:
         ).fetchone()
         return None if row is None else _record(row)
 
+    def attempt(self, attempt: int) -> Record | None:
+        row = self._db.execute(f"SELECT {_COLUMNS} FROM tasks WHERE attempt = ?", (attempt,)).fetchone()
+        return None if row is None else _record(row)
+
     # ---- outbox ------------------------------------------------------------------------------------------------------
 
     def post(self, channel: str, payload: bytes) -> None:

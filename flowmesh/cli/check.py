@@ -1,0 +1,45 @@
+"""`flowmesh-supervisor --check`: what the settings are, where each comes from, and what the node would offer."""
+
+from __future__ import annotations
+
+import json
+import os
+
+from flowmesh.config import Loaded, describe, results_dir, state_dir
+from flowmesh.errors import EXIT_OK
+from flowmesh.execution import lanes
+
+
+def report(loaded: Loaded, *, as_json: bool) -> int:
+    """Print the report.
+
+    Raises:
+        ConfigError: the settings are well-formed and still cannot be used.
+    """
+    catalogue, _ = lanes.plan(loaded.settings)
+    rows = describe(loaded)
+    folders = {
+        "results": str(results_dir(loaded.settings)),
+        "state": str(state_dir(loaded.settings, os.environ)),
+    }
+    if as_json:
+        settings = {row.key: {"value": row.value, "origin": row.origin} for row in rows}
+        offered = sorted(catalogue.offered)
+        print(
+            json.dumps(
+                {"ok": True, "settings": settings, "task_types": offered, "missing": catalogue.missing, **folders}
+            )
+        )
+        return EXIT_OK
+    width = max(len(row.key) for row in rows)
+    for row in rows:
+        origin = "" if row.origin == "default" else f"   ({row.origin})"
+        print(f"{row.key:<{width}}  {row.text}{origin}")
+    print(f"\nresults   {folders['results']}\nstate     {folders['state']}")
+    print(f"offers    {', '.join(sorted(catalogue.offered))}")
+    for name, why in sorted(catalogue.missing.items()):
+        print(f"lacks     {name}: {why}")
+    if loaded.settings.redis.url is None:
+        print("note      redis.url is not set: set REDIS_URL, or redis.url in the file, before the node starts")
+    print("The settings are good.")
+    return EXIT_OK

@@ -1,0 +1,250 @@
+"""Has each ended task's results written and sent: small local ones in a thread, all others in a child of their own.
+
+A delivery child is forked from the light server under the attempt's negative number, so it is adopted, killed and
+reaped like a task. How many run at once is bounded; the slot was free before the first byte.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+from loguru import logger
+
+from flowmesh.errors import FlowMeshError
+from flowmesh.execution import files
+from flowmesh.execution.run import Run, progress_event
+from flowmesh.messages.job import OUTCOME_FILE, Exit, Outcome
+from flowmesh.processes import environ
+from flowmesh.processes.limits import Limits
+from flowmesh.processes.pipe import Credentials, FrameError, Phase, Pipe, Progress
+from flowmesh.processes.protocol import Fork
+from flowmesh.results import delivery
+from flowmesh.results.job import DeliveryJob, DeliveryReport, Failure
+from flowmesh.tasks import machine
+from flowmesh.tasks.machine import State
+from flowmesh.tasks.types import LIGHT
+from flowmesh.tasks.verdicts import describe_exit
+
+if TYPE_CHECKING:
+    from flowmesh.execution.executor import Executor
+
+ENTRY = "flowmesh.results.child:main"
+INLINE_BYTES = 1024 * 1024
+"""A task's folder up to this size is hashed in a thread of the node's; a larger one in a child."""
+INLINE_FILES = 200
+MAX_TRIES = 3
+"""Times that a delivery child may die without a word before the delivery counts as failed."""
+
+
+class Deliveries:
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self._pipes: dict[int, Pipe] = {}
+        self._tries: dict[int, int] = {}
+        self._aborted: set[int] = set()
+        self._places = asyncio.Semaphore(executor.settings.delivery.concurrency)
+        self._holding: set[int] = set()
+
+    # ---- start -------------------------------------------------------------------------------------------------------
+
+    async def start(self, run: Run) -> None:
+        """Write, and where the destination says so send, what a task left."""
+        executor = self._executor
+        if run.attempt in self._aborted:
+            self._done(run, "cancelled while delivering")
+            return
+        try:
+            job = await asyncio.to_thread(self._job, run)
+            if not job.over_http and await asyncio.to_thread(_is_small, run, executor.layout):
+                report = await asyncio.to_thread(self._inline, run, job)
+                self._done(run, "" if report.ok else report.error)
+                return
+            await self._places.acquire()
+            self._holding.add(run.attempt)
+            if run.task.state is not State.DELIVERING:
+                return
+            if run.attempt in self._aborted:
+                self._done(run, "cancelled while delivering")
+                return
+            await asyncio.to_thread(delivery.write_job, job, executor.layout.spool(run.attempt))
+            await executor.fleet.launch(LIGHT, self._fork(run), lambda _server: None)
+        except (FlowMeshError, OSError) as error:
+            self._done(run, f"the delivery could not be started: {error}")
+
+    def abort(self, run: Run) -> None:
+        """Stop sending; the report then says so."""
+        self._aborted.add(run.attempt)
+        self._executor.fleet.kill(-run.attempt)
+
+    def _job(self, run: Run) -> DeliveryJob:
+        settings, accepted = self._executor.settings, run.accepted
+        verdict = run.task.verdict
+        assert verdict is not None, "a task is delivered when its verdict is known"
+        failure = None
+        if not verdict.ok:
+            tail = files.log_tail(Path(accepted.target.out_dir)).splitlines()
+            failure = Failure(
+                error=verdict.message,
+                error_kind=verdict.kind.value,
+                detail=run.outcome.detail if run.outcome is not None else "",
+                evidence=verdict.evidence,
+                log_tail=tuple(tail[-200:]),
+            )
+        return DeliveryJob(
+            attempt=run.attempt,
+            worker_id=run.worker_id,
+            task=accepted.target,
+            children=accepted.children,
+            failure=failure,
+            extra={"resources": run.resources} if run.resources else {},
+            outcome_file=OUTCOME_FILE,
+            archive=settings.archive,
+            cleanup_after_upload=settings.delivery.cleanup_after_upload,
+            orchestrator_url=settings.delivery.orchestrator_url,
+            bandwidth_bytes_per_sec=settings.delivery.bandwidth_bytes_per_sec,
+            throttle_file=str(self._executor.layout.state_dir / "throttle"),
+            total_timeout_s=settings.delivery.total_timeout_s,
+        )
+
+    def _inline(self, run: Run, job: DeliveryJob) -> DeliveryReport:
+        outcome = None
+        if job.failure is None:
+            path = self._executor.layout.spool(run.attempt) / OUTCOME_FILE
+            outcome = msgspec.json.decode(path.read_bytes(), type=Outcome)
+        return delivery.deliver(job, outcome)
+
+    def _fork(self, run: Run) -> Fork:
+        layout = self._executor.layout
+        spool = layout.spool(run.attempt)
+        log = str(layout.log_dir / "delivery.log")
+        return Fork(
+            attempt=-run.attempt,
+            target=ENTRY,
+            spool=str(spool),
+            cwd=str(layout.work_dir),
+            stdout=log,
+            stderr=log,
+            env=environ.for_task(
+                layout.base_env,
+                task_env={},
+                tmp_dir=str(spool),
+                threads=1,
+                gpus=(),
+                mark=layout.mark_of(-run.attempt),
+            ),
+            limits=Limits(),
+        )
+
+    # ---- the child ---------------------------------------------------------------------------------------------------
+
+    def on_forked(self, attempt: int, _pid: int, pipe: Pipe) -> None:
+        run = self._executor.runs.get(attempt)
+        if run is None or run.task.state is not State.DELIVERING:
+            pipe.close()
+            self._executor.fleet.kill(-attempt)
+            return
+        self._pipes[attempt] = pipe
+        asyncio.get_running_loop().add_reader(pipe.fileno(), self._read, run)
+        try:
+            pipe.send(Credentials(self._executor.settings.delivery.orchestrator_token), drop=True)
+        except OSError as error:
+            logger.bind(task=run.task_id).debug("a delivery child did not listen: {}", error)
+
+    def on_failed(self, attempt: int, message: str) -> None:
+        if run := self._executor.runs.get(attempt):
+            self._done(run, f"the delivery could not be started: {message}")
+
+    def on_gone(self, attempt: int, exit_: Exit) -> None:
+        self._executor.fleet.forget(-attempt)
+        self._close(attempt)
+        run = self._executor.runs.get(attempt)
+        if run is None or run.task.state is not State.DELIVERING:
+            return
+        report = delivery.read_report(self._executor.layout.spool(attempt))
+        if report is not None:
+            for note in report.notes:
+                logger.bind(task=run.task_id).info("delivery: {}", note)
+            self._done(run, "" if report.ok else report.error)
+        elif attempt in self._aborted:
+            self._done(run, "cancelled while delivering")
+        else:
+            self._again(run, f"its process ended without a report ({describe_exit(exit_)})")
+
+    def on_lost(self, attempt: int) -> None:
+        self._close(attempt)
+        run = self._executor.runs.get(attempt)
+        if run is not None and run.task.state is State.DELIVERING:
+            self._again(run, "its fork server died")
+
+    def adopted(self, run: Run) -> None:
+        """A delivery that an earlier supervisor started goes on; it holds one of the places."""
+        if not self._places.locked():
+            self._executor.spawn(self._hold(run))
+
+    async def _hold(self, run: Run) -> None:
+        await self._places.acquire()
+        self._holding.add(run.attempt)
+
+    def _again(self, run: Run, why: str) -> None:
+        """What has arrived is not sent again; what has not is tried once more."""
+        tries = self._tries[run.attempt] = self._tries.get(run.attempt, 0) + 1
+        self._give_back(run.attempt)
+        if tries >= MAX_TRIES:
+            self._done(run, f"the delivery failed {tries} times: {why}")
+            return
+        logger.bind(task=run.task_id).warning("delivery begins again: {}", why)
+        self._executor.spawn(self.start(run))
+
+    def _read(self, run: Run) -> None:
+        pipe = self._pipes.get(run.attempt)
+        try:
+            while pipe is not None and (frame := pipe.poll()) is not None:
+                if isinstance(frame, Progress):
+                    run.progress = frame
+                    run.tell(progress_event(frame))
+                elif isinstance(frame, Phase):
+                    run.phase = frame.name[:64]
+                    run.tell({"event": "phase", "phase": run.phase})
+        except (EOFError, FrameError):
+            self._close(run.attempt)
+
+    def _close(self, attempt: int) -> None:
+        if (pipe := self._pipes.pop(attempt, None)) is not None:
+            asyncio.get_running_loop().remove_reader(pipe.fileno())
+            pipe.close()
+
+    def _give_back(self, attempt: int) -> None:
+        if attempt in self._holding:
+            self._holding.discard(attempt)
+            self._places.release()
+
+    def _done(self, run: Run, error: str) -> None:
+        self._close(run.attempt)
+        self._give_back(run.attempt)
+        self._tries.pop(run.attempt, None)
+        self._aborted.discard(run.attempt)
+        if run.task.state is State.DELIVERING:
+            self._executor.apply(run, machine.Delivered(error))
+
+
+def _is_small(run: Run, layout: files.Layout) -> bool:
+    """Whether writing and hashing what the task left takes no noticeable time."""
+    try:
+        total = (layout.spool(run.attempt) / OUTCOME_FILE).stat().st_size
+    except OSError:
+        total = 0
+    count = 0
+    for folder, _, names in os.walk(run.accepted.target.out_dir):
+        for name in names:
+            count += 1
+            try:
+                total += Path(folder, name).lstat().st_size
+            except OSError:
+                continue
+        if total > INLINE_BYTES or count > INLINE_FILES:
+            return False
+    return total <= INLINE_BYTES

@@ -1,0 +1,487 @@
+"""Runs tasks: feeds what happens into each task's state machine, and does what the machine then says.
+
+Everything here is on the event loop. Whatever touches a disk that may be slow runs in a thread and comes back as an
+event. The journal is written before an action is taken, so a crash at any line finds the truth on disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import time
+from collections.abc import Coroutine
+from typing import Any
+
+from loguru import logger
+
+from flowmesh.config import Settings
+from flowmesh.errors import FieldError, FlowMeshError
+from flowmesh.execution import deliveries, events, files
+from flowmesh.execution.accept import accept
+from flowmesh.execution.run import MAX_BAD_FRAMES, Run, progress_event
+from flowmesh.messages.job import Exit, Outcome
+from flowmesh.messages.wire import (
+    MAX_MESSAGE_BYTES,
+    TASK_EVENTS_CHANNEL,
+    address,
+    usable_task_id,
+    utc_now,
+)
+from flowmesh.node.slots import Slot
+from flowmesh.processes.fleet import Callbacks, Fleet
+from flowmesh.processes.pipe import Cancel, FrameError, Hello, Phase, Pipe, Progress
+from flowmesh.tasks import machine
+from flowmesh.tasks.journal import Journal
+from flowmesh.tasks.machine import Level, State, step
+from flowmesh.tasks.types import Catalogue
+from flowmesh.tasks.verdicts import Kind, Stop, Verdict
+
+EARLY_CANCEL_S = 600.0
+"""A cancel for a task that has not come yet is remembered this long."""
+
+
+class Hooks:
+    """What the executor tells the rest of the node. The supervisor overrides; the defaults do nothing."""
+
+    def on_posted(self) -> None:
+        """Something is in the outbox."""
+
+    def on_slot_taken(self, slot: Slot[Run], run: Run) -> None:
+        """A task has begun to use its slot."""
+
+    def on_slot_free(self, slot: Slot[Run], last: Run) -> None:
+        """The slot is free, and nobody waits for it."""
+
+    def on_accepted(self, run: Run) -> None:
+        """A task is ours from now on."""
+
+    def on_refused(self, task_id: str, message: str) -> None:
+        """A task was not accepted, and why."""
+
+
+class Counters:
+    """What happened since the node started; for `flowmesh status`."""
+
+    def __init__(self) -> None:
+        self.malformed = 0
+        self.refused = 0
+        self.duplicates = 0
+        self.verdicts: dict[str, int] = {}
+
+
+class Executor:
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        catalogue: Catalogue,
+        journal: Journal,
+        slots: dict[str, Slot[Run]],
+        layout: files.Layout,
+        hooks: Hooks,
+    ) -> None:
+        self.runs: dict[int, Run] = {}
+        self.by_id: dict[str, Run] = {}
+        self.counters = Counters()
+        self.draining: str | None = None
+        self.fleet: Fleet  # set by the supervisor, which builds it with `callbacks`
+        self.settings = settings
+        self.catalogue = catalogue
+        self.journal = journal
+        self.slots = slots
+        self.layout = layout
+        self.hooks = hooks
+        self.deliveries = deliveries.Deliveries(self)
+        self._early_cancels: dict[str, float] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._background: set[asyncio.Task[None]] = set()
+        self._loop = asyncio.get_running_loop()
+        self._needles = tuple(worker_id.encode() for worker_id in slots)
+
+    @property
+    def callbacks(self) -> Callbacks:
+        return Callbacks(
+            on_forked=self._on_forked,
+            on_fork_failed=self._on_fork_failed,
+            on_gone=self._on_gone,
+            on_lost=self._on_lost,
+        )
+
+    # ---- messages ----------------------------------------------------------------------------------------------------
+
+    def on_message(self, data: bytes) -> None:
+        """A message on the tasks channel. One for another worker costs a search for our name in it."""
+        if not any(needle in data for needle in self._needles) and data[:1] == b"{":
+            return
+        try:
+            to = address(data)
+        except FieldError as error:
+            self.counters.malformed += 1
+            logger.bind(bytes=len(data)).warning("malformed message ignored: {}", error)
+            return
+        slot = self.slots.get(to.assigned_worker) if isinstance(to.assigned_worker, str) else None
+        if slot is None:
+            return
+        task_id = usable_task_id(to.task_id)
+        dispatched_at = to.dispatched_at if isinstance(to.dispatched_at, str) else None
+        if task_id is None:
+            self.counters.malformed += 1
+            shown = str(to.task_id)[:80]
+            logger.bind(bytes=len(data)).warning("message for us ignored: task_id {!r} is no id", shown)
+            return
+        self._on_dispatch(slot, task_id, dispatched_at, data)
+
+    def _on_dispatch(self, slot: Slot[Run], task_id: str, dispatched_at: str | None, data: bytes) -> None:
+        if self.draining is not None:
+            logger.bind(task=task_id).info("dispatch not taken: draining; the orchestrator queues it again")
+            return
+        if self._is_duplicate(task_id, dispatched_at):
+            self.counters.duplicates += 1
+            logger.bind(task=task_id).info("dispatch ignored: this task is here already")
+            return
+        try:
+            if len(data) > MAX_MESSAGE_BYTES:
+                raise FieldError(f"the message has {len(data)} bytes; at most {MAX_MESSAGE_BYTES} are taken", "task")
+            accepted = accept(
+                data, settings=self.settings, catalogue=self.catalogue, results_dir=self.layout.results_dir
+            )
+        except FieldError as error:
+            self._refuse(slot, task_id, dispatched_at, str(error))
+            return
+        attempt = self.journal.accept(
+            task_id=task_id,
+            worker_id=slot.plan.worker_id,
+            dispatched_at=dispatched_at,
+            at=utc_now(),
+            message=data,
+            out_dir=accepted.target.out_dir,
+        )
+        run = Run(attempt, accepted, slot)
+        self.adopt(run)
+        slot.queue.append(run)
+        self.hooks.on_accepted(run)
+        logger.bind(task=task_id, type=accepted.type.name, attempt=attempt).info("task accepted")
+        if self._early_cancels.pop(task_id, 0.0) > time.monotonic() - EARLY_CANCEL_S:
+            self.apply(run, machine.StopRequested(Stop.CANCEL, "cancelled before it came"))
+        self.pump(slot)
+
+    def _is_duplicate(self, task_id: str, dispatched_at: str | None) -> bool:
+        """The same dispatch twice; the same task with another date is the orchestrator's retry."""
+        if task_id in self.by_id:
+            return True
+        last = self.journal.latest(task_id)
+        return last is not None and dispatched_at is not None and last.dispatched_at == dispatched_at
+
+    def _refuse(self, slot: Slot[Run], task_id: str, dispatched_at: str | None, message: str) -> None:
+        self.counters.refused += 1
+        self._count(Kind.BAD_REQUEST)
+        logger.bind(task=task_id).warning("task refused: {}", message)
+        self.hooks.on_refused(task_id, message)
+        self.journal.post(TASK_EVENTS_CHANNEL, events.refused(slot.plan.worker_id, task_id, message, dispatched_at))
+        self.hooks.on_posted()
+
+    # ---- what the node wants -----------------------------------------------------------------------------------------
+
+    def adopt(self, run: Run) -> None:
+        """Have the run among those that the executor answers for."""
+        self.runs[run.attempt] = run
+        self.by_id[run.task_id] = run
+        self._idle.clear()
+
+    def pump(self, slot: Slot[Run]) -> None:
+        """Give the slot to the next task that waits, where it is free."""
+        while (run := slot.next()) is not None:
+            self.apply(run, machine.SlotGranted())
+
+    def cancel(self, task_id: str, *, reason: str = "cancelled", force: bool = False, checkpoint: bool = False) -> str:
+        """Stop a task; says in which state it was met. One that is unknown is remembered, should it still come."""
+        run = self.by_id.get(task_id)
+        if run is None:
+            self._early_cancels[task_id] = time.monotonic()
+            return "unknown"
+        state = run.task.state
+        self.apply(run, machine.StopRequested(Stop.CANCEL, reason, checkpoint=checkpoint, force=force))
+        return state.value
+
+    def drain(self, mode: str) -> None:
+        """Take no more tasks. Waiting ones go back; running ones finish, or stop with or without a checkpoint."""
+        self.draining = mode
+        for run in list(self.runs.values()):
+            if run.task.state is State.QUEUED:
+                self.apply(run, machine.StopRequested(Stop.DRAIN, "the node drains; the task had not started"))
+            elif mode != "finish":
+                detail = "the node drains"
+                stop = machine.StopRequested(Stop.DRAIN, detail, checkpoint=mode == "checkpoint", force=mode == "now")
+                self.apply(run, stop)
+
+    async def idle(self) -> None:
+        """Wait until no task is left here, delivered ones included."""
+        await self._idle.wait()
+
+    # ---- the machine -------------------------------------------------------------------------------------------------
+
+    def apply(self, run: Run, event: machine.Event) -> None:
+        """One step of a run's life: decide, write down, act."""
+        before = run.task.state
+        try:
+            run.task, actions = step(run.task, event)
+        except machine.InvalidTransition as error:
+            logger.bind(task=run.task_id).error("event ignored: {}", error)
+            return
+        with self.journal.transaction():
+            if machine.AnnounceStarted() in actions:
+                self._start_clock(run)
+                self.journal.started(run.attempt, run.task, run.started_at or utc_now())
+                self.journal.post(TASK_EVENTS_CHANNEL, events.started(run))
+                self.hooks.on_posted()
+            elif not isinstance(event, machine.Delivered):
+                self.journal.update(run.attempt, run.task)
+        if run.task.state is not before:
+            run.tell({"event": "state", "state": run.task.state.value})
+        for action in actions:
+            self._do(run, action)
+
+    def _do(self, run: Run, action: machine.Action) -> None:
+        match action:
+            case machine.Launch():
+                self.hooks.on_slot_taken(run.slot, run)
+                self.spawn(self._launch(run))
+            case machine.AnnounceStarted():
+                self._arm_timeout(run)
+            case machine.AskToStop(reason=reason, checkpoint=checkpoint):
+                self._say(run, Cancel(reason, checkpoint))
+            case machine.Terminate():
+                self.fleet.terminate(run.attempt)
+            case machine.KillTree():
+                self.fleet.kill(run.attempt)
+            case machine.ArmGrace(level=level):
+                grace_s = self.settings.tasks.cancel_grace_s if level is Level.ASK else self.settings.tasks.term_grace_s
+                run.timers.append(self._loop.call_later(grace_s, self.apply, run, machine.GraceOver()))
+            case machine.Release():
+                self._end_process(run)
+                self.spawn(self._release(run))
+            case machine.LeaveQueue():
+                run.slot.queue.remove(run)
+            case machine.FreeSlot():
+                self._free(run)
+            case machine.Deliver():
+                self.spawn(self.deliveries.start(run))
+            case machine.AbortDelivery():
+                self.deliveries.abort(run)
+            case machine.Finish(verdict=verdict):
+                self._finish(run, verdict)
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run something beside the loop's callbacks; an error in it is the node's, and is logged once."""
+        task = self._loop.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._background.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.opt(exception=error).error("the node failed at a task")
+
+    # ---- launch ------------------------------------------------------------------------------------------------------
+
+    async def _launch(self, run: Run) -> None:
+        try:
+            prepared = await asyncio.to_thread(files.prepare, self.layout, run)
+        except OSError as error:
+            self.apply(run, machine.LaunchFailed(f"cannot prepare {error.filename or 'its folders'}: {error.strerror}"))
+            return
+        run.cgroup = prepared.limits.cgroup
+        try:
+            await self.fleet.launch(
+                run.accepted.type.environment,
+                prepared,
+                lambda server: self.journal.launching(run.attempt, run.task, server),
+            )
+        except FlowMeshError as error:
+            self.apply(run, machine.LaunchFailed(str(error)))
+
+    def _on_fork_failed(self, attempt: int, message: str) -> None:
+        if attempt < 0:
+            self.deliveries.on_failed(-attempt, message)
+        elif run := self.runs.get(attempt):
+            self.apply(run, machine.LaunchFailed(message))
+
+    def _on_forked(self, attempt: int, pid: int, pipe: Pipe) -> None:
+        if attempt < 0:
+            self.deliveries.on_forked(-attempt, pid, pipe)
+            return
+        run = self.runs.get(attempt)
+        if run is None:
+            # A child of an earlier supervisor whose end is in the journal: nothing is owed to it.
+            pipe.close()
+            self.fleet.kill(attempt)
+            return
+        run.pid = pid
+        run.pipe = pipe
+        self._loop.add_reader(pipe.fileno(), self._read, run)
+        if run.started_at is not None and run.task.state is not State.LAUNCHING:
+            self._resume_clock(run)
+            return
+        self.apply(run, machine.Launched())
+
+    def _start_clock(self, run: Run) -> None:
+        run.started = time.monotonic()
+        run.started_at = utc_now()
+
+    def _resume_clock(self, run: Run) -> None:
+        """An adopted task's time goes on from when it began."""
+        assert run.started_at is not None
+        began = datetime.datetime.fromisoformat(run.started_at)
+        run.started = time.monotonic() - max(0.0, (datetime.datetime.now(datetime.UTC) - began).total_seconds())
+        self._arm_timeout(run)
+        if run.task.state is State.STOPPING:
+            self.apply(run, machine.GraceOver())  # its grace ran out with the supervisor that gave it
+        logger.bind(task=run.task_id, pid=run.pid).info("task adopted")
+
+    def _arm_timeout(self, run: Run) -> None:
+        timeout_s = run.accepted.timeout_s
+        if timeout_s is not None:
+            left_s = max(0.0, timeout_s - run.runtime_s)
+            detail = f"timed out after {timeout_s:g} s (spec.timeoutSec)"
+            stop = machine.StopRequested(Stop.TIMEOUT, detail)
+            run.timers.append(self._loop.call_later(left_s, self.apply, run, stop))
+
+    # ---- the pipe ----------------------------------------------------------------------------------------------------
+
+    def _say(self, run: Run, frame: Cancel) -> None:
+        """Where it does not get through, the grace that runs meanwhile leads to stronger words."""
+        if run.pipe is None:
+            return
+        try:
+            run.pipe.send(frame, drop=True)
+        except (OSError, FrameError) as error:
+            logger.bind(task=run.task_id).debug("not said: {}", error)
+
+    def _read(self, run: Run) -> None:
+        """All frames that wait. Whatever a child writes there cannot hurt more than its own task."""
+        pipe = run.pipe
+        if pipe is None:
+            return
+        try:
+            while run.pipe is not None and (frame := pipe.poll()) is not None:
+                run.last_heard = time.monotonic()
+                match frame:
+                    case Phase(name=name):
+                        run.phase = name[:64]
+                        run.tell({"event": "phase", "phase": run.phase})
+                    case Progress():
+                        run.progress = frame
+                        run.tell(progress_event(frame))
+                    case Hello() | _:
+                        pass
+        except EOFError:
+            self._close_pipe(run)
+        except FrameError as error:
+            run.bad_frames += 1
+            if run.bad_frames == 1:
+                logger.bind(task=run.task_id).warning("its child writes garbage into the pipe: {}", error)
+            if run.bad_frames >= MAX_BAD_FRAMES:
+                logger.bind(task=run.task_id).warning("its pipe is closed: too much garbage")
+                self._close_pipe(run)
+
+    def _close_pipe(self, run: Run) -> None:
+        if run.pipe is not None:
+            self._loop.remove_reader(run.pipe.fileno())
+            run.pipe.close()
+            run.pipe = None
+
+    # ---- the end -----------------------------------------------------------------------------------------------------
+
+    def _on_gone(self, attempt: int, exit_: Exit) -> None:
+        if attempt < 0:
+            self.deliveries.on_gone(-attempt, exit_)
+        elif run := self.runs.get(attempt):
+            if run.task.state in (State.LAUNCHING, State.RUNNING, State.STOPPING):
+                self.spawn(self._collect(run, exit_))
+        else:
+            self.fleet.forget(attempt)
+
+    async def _collect(self, run: Run, exit_: Exit) -> None:
+        self._read(run)
+        run.exit = exit_
+        run.outcome = await self.read_outcome(run)
+        self.apply(run, machine.ChildGone(exit_, run.outcome))
+
+    def _on_lost(self, attempt: int, message: str) -> None:
+        if attempt < 0:
+            self.deliveries.on_lost(-attempt)
+        elif run := self.runs.get(attempt):
+            self.spawn(self.lose(run, message, Kind.NODE_FAULT))
+
+    async def lose(self, run: Run, message: str, kind: Kind) -> None:
+        """Its process is gone and nobody knows how; what it left on disk still counts."""
+        run.outcome = await self.read_outcome(run)
+        if run.task.state in (State.LAUNCHING, State.RUNNING, State.STOPPING):
+            self.apply(run, machine.ChildLost(message, run.outcome, kind))
+
+    async def read_outcome(self, run: Run) -> Outcome | None:
+        path = self.layout.spool(run.attempt)
+        try:
+            small = files.outcome_is_small(path)
+            outcome = files.read_outcome(path) if small else await asyncio.to_thread(files.read_outcome, path)
+        except FlowMeshError as error:
+            logger.bind(task=run.task_id).warning("{}", error)
+            return None
+        return outcome if outcome is not None and outcome.attempt == run.attempt else None
+
+    def _end_process(self, run: Run) -> None:
+        run.finished = time.monotonic()
+        run.end_timers()
+        self._close_pipe(run)
+
+    async def _release(self, run: Run) -> None:
+        run.resources = files.usage(run)
+        self.apply(run, machine.Released())
+
+    def _free(self, run: Run) -> None:
+        run.slot.free(run)
+        self.fleet.forget(run.attempt)
+        self.spawn(self._clean(run))
+        self.pump(run.slot)
+        if run.slot.current is None:
+            self.hooks.on_slot_free(run.slot, run)
+
+    async def _clean(self, run: Run) -> None:
+        await asyncio.to_thread(files.remove_tree, self.layout.tmp(run.attempt))
+
+    def _finish(self, run: Run, verdict: Verdict) -> None:
+        now = utc_now()
+        cost = self.settings.node.cost_per_hour
+        event = events.ended(run, verdict, finished_at=now, cost_per_hour=cost)
+        self.journal.finish(run.attempt, run.task, now, TASK_EVENTS_CHANNEL, event)
+        self.hooks.on_posted()
+        del self.runs[run.attempt]
+        if self.by_id.get(run.task_id) is run:
+            del self.by_id[run.task_id]
+        self._count(verdict.kind)
+        facts = {"verdict": verdict.kind.value, "runtime_s": round(run.runtime_s, 3), "evidence": verdict.evidence}
+        told = logger.bind(task=run.task_id, **facts)
+        if verdict.ok:
+            told.info("task succeeded")
+        else:
+            told.warning("task failed: {}", verdict.message)
+        run.tell(
+            {
+                "event": "end",
+                "ok": verdict.ok,
+                "verdict": verdict.kind.value,
+                "error": verdict.message,
+                "out_dir": run.accepted.target.out_dir,
+            }
+        )
+        if verdict.kind is not Kind.DELIVERY_FAILED:  # what was computed and not delivered stays, for another try
+            self.spawn(self._forget(run))
+        if not self.runs:
+            self._idle.set()
+
+    async def _forget(self, run: Run) -> None:
+        await asyncio.to_thread(files.remove_tree, self.layout.spool(run.attempt))
+
+    def _count(self, kind: Kind) -> None:
+        self.counters.verdicts[kind.value] = self.counters.verdicts.get(kind.value, 0) + 1

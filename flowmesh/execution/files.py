@@ -1,0 +1,204 @@
+"""Where an attempt's files lie, and what is written before its child exists and read after it is gone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from loguru import logger
+
+from flowmesh.errors import ProtocolError
+from flowmesh.execution.run import Run
+from flowmesh.messages.job import JOB_FILE, OUTCOME_FILE, ArchiveRequest, Fault, Job, Outcome, UploadRequest
+from flowmesh.processes import environ
+from flowmesh.processes.cgroup import Leaf
+from flowmesh.processes.limits import Limits
+from flowmesh.processes.protocol import Fork
+from flowmesh.results.job import file_url_template
+
+SMALL_BYTES = 64 * 1024
+MAX_OUTCOME_BYTES = 4 * 1024**3
+TASK_ENTRY = "runners.child:main"
+OOM_SCORE_ADJ = 500
+"""A task dies of memory before its node does."""
+
+
+class Layout(msgspec.Struct, frozen=True, kw_only=True):
+    """The node's folders."""
+
+    state_dir: Path
+    results_dir: Path
+    work_dir: Path
+    """Where tasks start: relative paths in their documents are relative to it."""
+    mark: str
+    """This node's own word in the environment of everything that its tasks execute."""
+    base_env: dict[str, str]
+    cgroup: Path | None
+
+    @property
+    def run_dir(self) -> Path:
+        return self.state_dir / "run"
+
+    @property
+    def log_dir(self) -> Path:
+        return self.state_dir / "log"
+
+    @property
+    def cache_dir(self) -> Path:
+        return self.state_dir / "cache"
+
+    def spool(self, attempt: int) -> Path:
+        """What passes between the node and the attempt's children."""
+        return self.state_dir / "spool" / str(attempt)
+
+    def tmp(self, attempt: int) -> Path:
+        """The attempt's TMPDIR. Short: sockets are made below it, and their paths are bounded."""
+        return self.state_dir / "tmp" / str(attempt)
+
+    def mark_of(self, attempt: int) -> str:
+        return f"{self.mark}:{attempt}"
+
+
+class _Head(msgspec.Struct, frozen=True, kw_only=True):
+    """An Outcome without its result, which may be large and is not the supervisor's business."""
+
+    attempt: int
+    ok: bool
+    fault: Fault | None = None
+    message: str = ""
+    detail: str = ""
+    archives: tuple[ArchiveRequest, ...] = ()
+    uploads: tuple[UploadRequest, ...] = ()
+    phases: dict[str, float] = {}
+
+
+_head_decoder = msgspec.json.Decoder(_Head)
+
+
+def prepare(layout: Layout, run: Run) -> Fork:
+    """Make the attempt's folders and its job, and say how its child is to be made.
+
+    Raises:
+        OSError: a folder cannot be made or written.
+    """
+    accepted = run.accepted
+    spool, tmp, out_dir = layout.spool(run.attempt), layout.tmp(run.attempt), Path(accepted.target.out_dir)
+    for folder in (spool, tmp):
+        remove_tree(folder)
+        folder.mkdir(parents=True, mode=0o700)
+    logs = out_dir / "logs"
+    for folder in (logs, out_dir / "artifacts"):
+        folder.mkdir(parents=True, exist_ok=True)
+    for stale in (out_dir / "responses.json", logs / "stdout.log", logs / "stderr.log"):
+        stale.unlink(missing_ok=True)
+    wanted = accepted.spec.resources.hardware if accepted.spec.resources else None
+    gpus = run.slot.plan.gpus_for(wanted.gpu.count if wanted and wanted.gpu else None)
+    threads = run.slot.plan.threads
+    job = Job(
+        attempt=run.attempt,
+        task_id=run.task_id,
+        task_type=accepted.type.name,
+        runner=accepted.type.runner,
+        task=accepted.task,
+        out_dir=str(out_dir),
+        results_dir=str(layout.results_dir),
+        cache_dir=str(layout.cache_dir),
+        tmp_dir=str(tmp),
+        gpus=gpus,
+        threads=threads,
+        delivers_http=accepted.delivers_http,
+        file_url=file_url_template(accepted.output, run.task_id),
+    )
+    (spool / JOB_FILE).write_bytes(msgspec.json.encode(job))
+    leaf = None if layout.cgroup is None else Leaf.make(layout.cgroup, str(run.attempt))
+    return Fork(
+        attempt=run.attempt,
+        target=TASK_ENTRY,
+        spool=str(spool),
+        cwd=str(layout.work_dir),
+        stdout=str(logs / "stdout.log"),
+        stderr=str(logs / "stderr.log"),
+        env=environ.for_task(
+            layout.base_env,
+            task_env=accepted.spec.env,
+            tmp_dir=str(tmp),
+            threads=threads,
+            gpus=gpus,
+            mark=layout.mark_of(run.attempt),
+        ),
+        limits=Limits(
+            cgroup=None if leaf is None else str(leaf.path),
+            cpus=run.slot.plan.cpus or None,
+            oom_score_adj=OOM_SCORE_ADJ,
+        ),
+        threads=threads,
+    )
+
+
+def outcome_is_small(spool: Path) -> bool:
+    try:
+        return (spool / OUTCOME_FILE).stat().st_size <= SMALL_BYTES
+    except OSError:
+        return True
+
+
+def read_outcome(spool: Path) -> Outcome | None:
+    """What the child left, without its result; None where it left nothing.
+
+    Raises:
+        ProtocolError: what it left is no outcome.
+    """
+    path = spool / OUTCOME_FILE
+    try:
+        if path.is_symlink() or path.stat().st_size > MAX_OUTCOME_BYTES:
+            raise ProtocolError(f"the child's {OUTCOME_FILE} is a link, or over {MAX_OUTCOME_BYTES} bytes")
+        head = _head_decoder.decode(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ProtocolError(f"the child's {OUTCOME_FILE} cannot be read: {error}") from error
+    return Outcome(**{field: getattr(head, field) for field in head.__struct_fields__})
+
+
+def usage(run: Run) -> dict[str, Any]:
+    """What the run used, as far as the kernel counts it for its first process and those that it waited for."""
+    if run.exit is None:
+        return {}
+    return {
+        "cpu_seconds": round(run.exit.user_cpu_s + run.exit.system_cpu_s, 6),
+        "peak_rss_bytes": run.exit.peak_rss_bytes,
+        "processes_swept": run.exit.swept,
+        "gone_ms": run.exit.gone_ms,
+    }
+
+
+def log_tail(out_dir: Path, limit_bytes: int = SMALL_BYTES) -> str:
+    """The last of what a task wrote: stderr, or stdout where stderr is empty; carriage returns folded."""
+    for name in ("stderr.log", "stdout.log"):
+        path = out_dir / "logs" / name
+        try:
+            with path.open("rb") as file:
+                file.seek(max(0, path.stat().st_size - limit_bytes))
+                text = file.read(limit_bytes).decode("utf-8", "replace")
+        except OSError:
+            continue
+        if text.strip():
+            return "\n".join(line.rsplit("\r", 1)[-1] for line in text.splitlines())
+    return ""
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder of ours with all that a task left in it. What cannot be removed is told, and left."""
+
+    def tell(_function: object, name: str, _info: object) -> None:
+        if not os.path.lexists(name):
+            return
+        logger.bind(path=name).warning("could not be removed")
+
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path, onerror=tell)

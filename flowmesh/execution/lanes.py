@@ -1,0 +1,44 @@
+"""From settings to what the node offers and the fork servers it needs: environments, interpreters, preloads."""
+
+from __future__ import annotations
+
+import sys
+
+from flowmesh.config import Settings
+from flowmesh.errors import ConfigError, FieldError
+from flowmesh.processes.launcher import Lane
+from flowmesh.tasks.types import DEFAULT, LIGHT, Catalogue, catalogue, known_types
+
+CANARY = "runners.canary:check"
+ALWAYS = ("runners.child",)
+DELIVERY = ("flowmesh.results.child",)
+
+
+def plan(settings: Settings) -> tuple[Catalogue, dict[str, Lane]]:
+    """The task types that can be offered, and the lane of each environment.
+
+    Raises:
+        ConfigError: a task type cannot be what the file says.
+    """
+    try:
+        types = known_types(settings)
+    except FieldError as error:
+        raise ConfigError(str(error)) from None
+    interpreters: dict[str, str | None] = {LIGHT: None, DEFAULT: None}
+    interpreters |= {name: each.python for name, each in settings.environments.items()}
+    found = catalogue(types, interpreters)
+    lanes = {}
+    for name, python in interpreters.items():
+        preload = list(ALWAYS) + (list(DELIVERY) if name == LIGHT else [])
+        for each in found.offered.values():
+            if each.environment == name:
+                preload += each.preload
+        if (own := settings.environments.get(name)) is not None:
+            preload += own.preload
+        lanes[name] = Lane(
+            name=name,
+            python=python or sys.executable,
+            preload=tuple(dict.fromkeys(preload)),
+            canary=None if name == LIGHT else CANARY,
+        )
+    return found, lanes

@@ -1,0 +1,108 @@
+"""After a restart: finds out what became of each task that the journal has without an end, and goes on from there."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from loguru import logger
+
+from flowmesh.errors import FieldError
+from flowmesh.execution import events, files
+from flowmesh.execution.accept import accept
+from flowmesh.execution.executor import Executor
+from flowmesh.execution.run import Run
+from flowmesh.messages.wire import TASK_EVENTS_CHANNEL, utc_now
+from flowmesh.processes.fleet import end_remains
+from flowmesh.tasks import machine
+from flowmesh.tasks.journal import Record
+from flowmesh.tasks.machine import State
+from flowmesh.tasks.verdicts import Kind, Verdict
+
+ANSWER_TIMEOUT_S = 10.0
+"""A fork server that keeps silent for this long when it is asked for its tasks is given up."""
+
+
+async def recover(executor: Executor) -> None:
+    """Adopt what lives, end what is lost, queue what had not begun, deliver what was computed."""
+    records = executor.journal.open_tasks()
+    runs = [run for record in records if (run := _restore(executor, record)) is not None]
+    for run in runs:
+        executor.adopt(run)
+        if run.task.state in (State.LAUNCHING, State.RUNNING, State.STOPPING, State.RELEASING):
+            run.slot.current = run
+    alive = await executor.fleet.adopt(ANSWER_TIMEOUT_S)
+    for run in runs:
+        await _go_on(executor, run, alive)
+    for slot in executor.slots.values():
+        executor.pump(slot)
+    await asyncio.to_thread(_sweep, executor, {run.attempt for run in runs} | {abs(attempt) for attempt in alive})
+    if runs:
+        logger.bind(tasks=len(runs), alive=len(alive)).info("tasks of the supervisor before this one taken over")
+
+
+def _restore(executor: Executor, record: Record) -> Run | None:
+    try:
+        accepted = accept(
+            record.message,
+            settings=executor.settings,
+            catalogue=executor.catalogue,
+            results_dir=executor.layout.results_dir,
+        )
+    except FieldError as error:
+        # It was fine when it came: the settings have changed since. Its process, if any, is swept as a stranger.
+        message = f"the node was restarted with settings that refuse this task: {error}"
+        verdict = Verdict(kind=Kind.NODE_FAULT, message=message)
+        event = events.lost(record.worker_id, record.task_id, verdict, record.dispatched_at)
+        task = machine.Task(state=State.DONE, verdict=verdict)
+        executor.journal.finish(record.attempt, task, utc_now(), TASK_EVENTS_CHANNEL, event)
+        logger.bind(task=record.task_id).error("{}", message)
+        return None
+    slot = executor.slots.get(record.worker_id) or next(iter(executor.slots.values()))
+    run = Run(record.attempt, accepted, slot)
+    run.task = record.task
+    run.started_at = record.started_at
+    if executor.layout.cgroup is not None:
+        run.cgroup = str(executor.layout.cgroup / str(record.attempt))
+    return run
+
+
+async def _go_on(executor: Executor, run: Run, alive: set[int]) -> None:
+    match run.task.state:
+        case State.QUEUED:
+            run.slot.queue.append(run)
+        case State.LAUNCHING | State.RUNNING | State.STOPPING if run.attempt in alive:
+            pass  # its Forked, and perhaps its Gone, have come or are about to
+        case State.LAUNCHING | State.RUNNING | State.STOPPING:
+            swept = await asyncio.to_thread(end_remains, executor.layout.mark_of(run.attempt), None, run.cgroup)
+            logger.bind(task=run.task_id).warning("its process did not survive the supervisor ({} ended)", swept)
+            message = "the supervisor died, and no fork server has the task any more"
+            await executor.lose(run, message, Kind.SUPERVISOR_LOST)
+        case State.RELEASING:
+            executor.apply(run, machine.Released())
+        case State.DELIVERING if -run.attempt in alive:
+            executor.deliveries.adopted(run)
+        case State.DELIVERING:
+            run.outcome = await executor.read_outcome(run)
+            executor.spawn(executor.deliveries.start(run))
+        case State.DONE:
+            pass
+
+
+def _sweep(executor: Executor, keep: set[int]) -> None:
+    """Folders and cgroups of attempts that are over."""
+    for parent in (executor.layout.state_dir / "spool", executor.layout.state_dir / "tmp"):
+        for folder in parent.glob("[0-9]*") if parent.is_dir() else ():
+            if int(folder.name) not in keep and not (parent.name == "spool" and _undelivered(executor, folder)):
+                files.remove_tree(folder)
+    if executor.layout.cgroup is not None:
+        for leaf in executor.layout.cgroup.glob("[0-9]*"):
+            if int(leaf.name) not in keep:
+                end_remains(executor.layout.mark_of(int(leaf.name)), None, str(leaf))
+
+
+def _undelivered(executor: Executor, spool: Path) -> bool:
+    """A delivery that failed keeps its spool folder: it can be tried again."""
+    record = executor.journal.attempt(int(spool.name))
+    verdict = None if record is None else record.task.verdict
+    return verdict is not None and verdict.kind is Kind.DELIVERY_FAILED

@@ -1,0 +1,94 @@
+"""One attempt at a task while the node has it: its machine state, its process, what it last said."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from flowmesh.execution.accept import Accepted
+from flowmesh.messages.job import Exit, Outcome
+from flowmesh.node.slots import Slot
+from flowmesh.processes.pipe import Pipe, Progress
+from flowmesh.tasks.machine import State, Task
+
+MAX_BAD_FRAMES = 20
+"""After so many, a child's pipe is no longer read: it has nothing to say."""
+
+
+class Run:
+    """Owned by the executor; all of it on the loop."""
+
+    def __init__(self, attempt: int, accepted: Accepted, slot: Slot[Run]) -> None:
+        self.attempt = attempt
+        self.accepted = accepted
+        self.slot = slot
+        self.task = Task()
+        self.pid: int | None = None
+        self.pipe: Pipe | None = None
+        self.cgroup: str | None = None
+        self.phase = ""
+        self.progress: Progress | None = None
+        self.last_heard = time.monotonic()
+        self.bad_frames = 0
+        self.started_at: str | None = None
+        self.started = 0.0
+        """Monotonic; counted back for an adopted one."""
+        self.finished = 0.0
+        self.exit: Exit | None = None
+        self.outcome: Outcome | None = None
+        self.resources: dict[str, Any] = {}
+        self.timers: list[asyncio.TimerHandle] = []
+        self.watchers: set[Callable[[dict[str, Any]], None]] = set()
+
+    @property
+    def task_id(self) -> str:
+        return self.accepted.message.task_id
+
+    @property
+    def worker_id(self) -> str:
+        return self.slot.plan.worker_id
+
+    @property
+    def runtime_s(self) -> float:
+        return (self.finished or time.monotonic()) - self.started if self.started else 0.0
+
+    def tell(self, event: dict[str, Any]) -> None:
+        for watcher in list(self.watchers):
+            watcher(event)
+
+    def end_timers(self) -> None:
+        for timer in self.timers:
+            timer.cancel()
+        self.timers.clear()
+
+    def snapshot(self) -> dict[str, Any]:
+        """For `flowmesh status`."""
+        return {
+            "task_id": self.task_id,
+            "task_type": self.accepted.type.name,
+            "worker_id": self.worker_id,
+            "attempt": self.attempt,
+            "state": self.task.state.value,
+            "phase": self.phase,
+            "progress": None if self.progress is None else msgspec.to_builtins(_plain(self.progress)),
+            "pid": self.pid if self.task.state not in (State.QUEUED, State.DELIVERING) else None,
+            "started_at": self.started_at,
+            "out_dir": self.accepted.target.out_dir,
+        }
+
+
+def progress_event(progress: Progress) -> dict[str, Any]:
+    return {"event": "progress", **_plain(progress)}
+
+
+def _plain(progress: Progress) -> dict[str, Any]:
+    return {
+        "done": progress.done,
+        "total": progress.total,
+        "unit": progress.unit,
+        "metrics": progress.metrics,
+    }

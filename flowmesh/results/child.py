@@ -1,0 +1,34 @@
+"""The delivery child's entry: waits for what the node says only over the pipe, then delivers its spool folder."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+from flowmesh.processes.pipe import Credentials, FrameError, Pipe
+from flowmesh.results import delivery
+
+CREDENTIALS_TIMEOUT_S = 60.0
+"""Longer than a supervisor's restart; without a word by then there is no token to show."""
+
+
+def main(pipe: Pipe, spool: Path) -> int:
+    """Deliver; 0 where everything arrived, else 1 with the reason in delivered.json."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", force=True)
+    return delivery.main(pipe, spool, _token(pipe))
+
+
+def _token(pipe: Pipe) -> str | None:
+    deadline = time.monotonic() + CREDENTIALS_TIMEOUT_S
+    while (left_s := deadline - time.monotonic()) > 0:
+        pipe.wait(left_s)
+        try:
+            frame = pipe.poll()
+        except EOFError:
+            return None
+        except FrameError:
+            continue
+        if isinstance(frame, Credentials):
+            return frame.token
+    return None
