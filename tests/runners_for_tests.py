@@ -1,0 +1,179 @@
+"""Runners that the tests register under names of their own: what a badly behaved task would do."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from typing import Any
+
+from runners.api import Context, Runner
+
+
+class EnvRunner(Runner):
+    """What a task can see of its surroundings."""
+
+    def run(self, ctx: Context) -> dict[str, Any]:
+        own = open("/proc/self/environ", "rb").read().decode("utf-8", "replace")
+        return {"env": dict(os.environ), "executed_with": own, "cwd": os.getcwd(), "sid": os.getsid(0), "pid": os.getpid()}
+
+
+class MisbehavingRunner(Runner):
+    """Does what `spec.do` says."""
+
+    def run(self, ctx: Context) -> dict[str, Any]:
+        return getattr(self, f"do_{ctx.spec['do']}")(ctx) or {"ok": True}
+
+    def do_segfault(self, ctx: Context) -> None:
+        ctypes.string_at(0)
+
+    def do_abort(self, ctx: Context) -> None:
+        os.abort()
+
+    def do_exit(self, ctx: Context) -> None:
+        os._exit(ctx.spec.get("code", 0))
+
+    def do_sys_exit(self, ctx: Context) -> None:
+        sys.exit(ctx.spec.get("code", 3))
+
+    def do_raise(self, ctx: Context) -> None:
+        raise ValueError("the runner's own error\nwith a second line")
+
+    def do_not_a_dict(self, ctx: Context) -> Any:
+        return ["no", "mapping"]
+
+    def do_kill_self(self, ctx: Context) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def do_sleep(self, ctx: Context) -> None:
+        ctx.sleep(ctx.spec.get("seconds", 60))
+
+    def do_deaf(self, ctx: Context) -> None:
+        """Neither polls nor dies of SIGTERM."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        ctx.phase("deaf")
+        while True:
+            time.sleep(1)
+
+    def do_busy(self, ctx: Context) -> None:
+        end = time.monotonic() + ctx.spec.get("seconds", 2)
+        while time.monotonic() < end:
+            pass
+
+    def do_escape(self, ctx: Context) -> dict[str, Any]:
+        """Leave processes behind in every way there is; their pids are the result."""
+        reader, writer = os.pipe()
+        # forked, with a session of its own
+        if os.fork() == 0:
+            os.setsid()
+            os.write(writer, f"{os.getpid()} ".encode())
+            time.sleep(600)
+        # forked twice: an orphan
+        if (child := os.fork()) == 0:
+            os.setsid()
+            if os.fork() == 0:
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                signal.signal(signal.SIGHUP, signal.SIG_IGN)
+                os.write(writer, f"{os.getpid()} ".encode())
+                time.sleep(600)
+            os._exit(0)
+        os.waitpid(child, 0)
+        # executed, with a clean environment and nothing inherited
+        process = subprocess.Popen(["/bin/sleep", "600"], env={}, start_new_session=True, close_fds=True, cwd="/")
+        pids = [process.pid]
+        text = b""
+        while text.count(b" ") < 2:
+            text += os.read(reader, 100)
+        pids += map(int, text.split())
+        if ctx.spec.get("then") == "die":
+            ctx.progress(1, 2, pids_0=pids[0], pids_1=pids[1], pids_2=pids[2])
+            (ctx.out_dir / "pids").write_text(" ".join(map(str, pids)))
+            os.kill(os.getpid(), signal.SIGKILL)
+        if ctx.spec.get("then") == "sleep":
+            (ctx.out_dir / "pids").write_text(" ".join(map(str, pids)))
+            ctx.sleep(60)
+        return {"ok": True, "pids": pids}
+
+    def do_fork_bomb(self, ctx: Context) -> None:
+        """Forks, each fork forking on, until it may not or there are `count`."""
+        count = ctx.spec.get("count", 200)
+        for _ in range(count):
+            try:
+                if os.fork() == 0:
+                    os.setsid()
+                    try:
+                        os.fork()
+                    except OSError:
+                        pass
+                    time.sleep(600)
+            except OSError:
+                break
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def do_garbage(self, ctx: Context) -> None:
+        """Writes what is no frame."""
+        sock = self._raw(ctx)
+        for junk in (b"\x00", b"hello", b"\xc1" * 100, os.urandom(60_000), b"\x93\x01\x02"):
+            sock.send(junk)
+        for _ in range(200):
+            sock.send(b"junk", socket.MSG_DONTWAIT)
+
+    def do_huge_frame(self, ctx: Context) -> None:
+        try:
+            self._raw(ctx).send(b"x" * 100_000_000)
+        except OSError:
+            ctx.log.info("refused by the kernel")
+
+    def do_close_pipe(self, ctx: Context) -> None:
+        os.close(self._raw(ctx).fileno())
+
+    def do_stuff_pipe(self, ctx: Context) -> None:
+        for n in range(20_000):
+            ctx._last_progress = 0.0
+            ctx.progress(n, 20_000, "frames")
+
+    def do_log_flood(self, ctx: Context) -> None:
+        line = "x" * 1023 + "\n"
+        for _ in range(ctx.spec.get("megabytes", 50) * 1024):
+            sys.stdout.write(line)
+
+    def do_eat_memory(self, ctx: Context) -> None:
+        hoard = []
+        while True:
+            hoard.append(b"x" * 10_000_000)
+
+    def do_big_result(self, ctx: Context) -> dict[str, Any]:
+        return {"ok": True, "items": ["y" * 1000] * ctx.spec.get("kilobytes", 5000)}
+
+    def do_tmp(self, ctx: Context) -> dict[str, Any]:
+        """Leaves files where tasks leave them."""
+        import tempfile
+
+        path = tempfile.mkdtemp()
+        open(os.path.join(path, "left"), "w").write("x" * 1000)
+        return {"tmp": path}
+
+    def do_shm(self, ctx: Context) -> dict[str, Any]:
+        from multiprocessing import shared_memory
+
+        block = shared_memory.SharedMemory(create=True, size=1 << 20)
+        name = block.name
+        if ctx.spec.get("then") == "die":
+            (ctx.out_dir / "shm").write_text(name)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"name": name}
+
+    def do_write(self, ctx: Context) -> dict[str, Any]:
+        (ctx.artifacts_dir / "note.txt").write_text("kept")
+        print("to stdout")
+        print("to stderr", file=sys.stderr)
+        return {"ok": True}
+
+    @staticmethod
+    def _raw(ctx: Context) -> socket.socket:
+        assert ctx._pipe is not None
+        return ctx._pipe.sock
