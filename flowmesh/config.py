@@ -123,6 +123,10 @@ class TasksSettings(Section, frozen=True):
     """Names (`*` allowed) that a task inherits from the node's environment, besides the built-in ones."""
     allow_env: tuple[VariableName, ...] = ()
     """Names (`*` allowed) that a task's spec.env may set."""
+    hang_timeout_s: PositiveSeconds | None = None
+    """A task that says nothing for this long has its stacks saved and is stopped. None: never."""
+    log_max_bytes: Annotated[int, Meta(ge=65536)] = 64 * 1024 * 1024
+    """Each log file of a task; of one that grows over it only the end is kept."""
 
 
 class DeliverySettings(Section, frozen=True):
@@ -165,6 +169,15 @@ class ProcessesSettings(Section, frozen=True):
     """How long fork servers keep tasks alive with no supervisor."""
     drain_timeout_s: PositiveSeconds = 3600.0
     """How long a drain waits for running tasks before it cancels them."""
+    private_shm: bool = True
+    """Where the system allows it: tasks of heavy environments have a /dev/shm of their own."""
+    task_user: Word | None = None
+    """User that tasks run as; only root can use it. None: the node's own."""
+    task_nice: Annotated[int, Meta(ge=0, le=19)] = 0
+    task_memory_max_bytes: Annotated[int, Meta(ge=16 * 1024 * 1024)] | None = None
+    """memory.max of each task's cgroup."""
+    task_pids_max: Annotated[int, Meta(ge=8)] | None = None
+    """pids.max of each task's cgroup."""
 
 
 class EnvironmentSettings(Section, frozen=True):

@@ -29,6 +29,7 @@ from flowmesh.execution.executor import Executor, Hooks
 from flowmesh.execution.operations import Operations
 from flowmesh.execution.recovery import recover
 from flowmesh.execution.run import Run
+from flowmesh.execution.watch import watch
 from flowmesh.messages.wire import utc_now
 from flowmesh.node import metrics
 from flowmesh.node.devices import Inventory
@@ -138,6 +139,7 @@ class Supervisor(Hooks):
                 "processes.isolation: 'cgroup' needs a cgroup v2 hierarchy that this user may write "
                 "(under systemd: Delegate=yes); 'auto' takes what there is"
             )
+        self._check_limits()
         self.executor = Executor(
             settings=settings,
             catalogue=self.catalogue,
@@ -150,6 +152,8 @@ class Supervisor(Hooks):
                 mark=self.node_id,
                 base_env=base_env,
                 cgroup=self.cgroup,
+                processes=settings.processes,
+                owner=None if settings.processes.task_user is None else files.Owner.named(settings.processes.task_user),
             ),
             hooks=self,
         )
@@ -172,6 +176,21 @@ class Supervisor(Hooks):
         )
         for name, why in sorted(self.catalogue.missing.items()):
             logger.bind(type=name).info("task type not offered: {}", why)
+
+    def _check_limits(self) -> None:
+        wants = self.settings.processes
+        there = cgroup.controllers(self.cgroup) if self.cgroup is not None else set()
+        for key, controller in (("task_memory_max_bytes", "memory"), ("task_pids_max", "pids")):
+            if getattr(wants, key) is not None and controller not in there:
+                raise ConfigError(
+                    f"processes.{key}: this system gives us no cgroup v2 {controller!r} controller "
+                    "(under systemd: Delegate=yes); leave the setting out"
+                )
+        if wants.task_user is not None:
+            for folder in (self.state_dir, self.state_dir / "spool", self.state_dir / "tmp"):
+                folder.chmod(0o711)  # its user may pass through to its own folders, and list none
+            owner = files.Owner.named(wants.task_user)
+            os.chown(self.state_dir / "cache", owner.uid, owner.gid)
 
     def _connect(self, name: str) -> None:
         settings = self.settings
@@ -239,7 +258,7 @@ class Supervisor(Hooks):
             return Inventory()
 
     def _works(self) -> list[Any]:
-        return [self._begin(), self.outbox.run(), self._watchdog()]
+        return [self._begin(), self.outbox.run(), self._watchdog(), watch(self.executor)]
 
     async def _begin(self) -> None:
         """Take over what an earlier supervisor left; then listen; then say that we are idle."""

@@ -85,6 +85,7 @@ class Deliveries:
         verdict = run.task.verdict
         assert verdict is not None, "a task is delivered when its verdict is known"
         failure = None
+        files.finish_logs(Path(accepted.target.out_dir), keep=accepted.spec.retainLogs or not verdict.ok)
         if not verdict.ok:
             tail = files.log_tail(Path(accepted.target.out_dir)).splitlines()
             failure = Failure(

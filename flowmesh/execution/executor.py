@@ -28,12 +28,13 @@ from flowmesh.messages.wire import (
     utc_now,
 )
 from flowmesh.node.slots import Slot
+from flowmesh.processes import shm
 from flowmesh.processes.fleet import Callbacks, Fleet
 from flowmesh.processes.pipe import Cancel, FrameError, Hello, Phase, Pipe, Progress
 from flowmesh.tasks import machine
 from flowmesh.tasks.journal import Journal
 from flowmesh.tasks.machine import Level, State, step
-from flowmesh.tasks.types import Catalogue
+from flowmesh.tasks.types import LIGHT, Catalogue
 from flowmesh.tasks.verdicts import Kind, Stop, Verdict
 
 EARLY_CANCEL_S = 600.0
@@ -448,7 +449,14 @@ class Executor:
             self.hooks.on_slot_free(run.slot, run)
 
     async def _clean(self, run: Run) -> None:
-        await asyncio.to_thread(files.remove_tree, self.layout.tmp(run.attempt))
+        await asyncio.to_thread(self._clean_up, run)
+
+    def _clean_up(self, run: Run) -> None:
+        """What a task leaves in the node's own places, once nobody of it is there to use it."""
+        files.remove_tree(self.layout.tmp(run.attempt))
+        if run.accepted.type.environment != LIGHT or run.task.verdict is None or not run.task.verdict.ok:
+            for name in shm.sweep(time.time() - run.runtime_s - 1.0):
+                logger.bind(task=run.task_id, name=name).info("shared memory that it left was removed")
 
     def _finish(self, run: Run, verdict: Verdict) -> None:
         now = utc_now()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import msgspec
 from loguru import logger
 
-from flowmesh.errors import ProtocolError
+from flowmesh.config import ProcessesSettings
+from flowmesh.errors import ConfigError, ProtocolError
 from flowmesh.execution.run import Run
 from flowmesh.messages.job import JOB_FILE, OUTCOME_FILE, ArchiveRequest, Fault, Job, Outcome, UploadRequest
 from flowmesh.processes import environ
@@ -18,12 +20,35 @@ from flowmesh.processes.cgroup import Leaf
 from flowmesh.processes.limits import Limits
 from flowmesh.processes.protocol import Fork
 from flowmesh.results.job import file_url_template
+from flowmesh.tasks.types import LIGHT
 
 SMALL_BYTES = 64 * 1024
 MAX_OUTCOME_BYTES = 4 * 1024**3
+MAX_FOLDED_BYTES = 128 * 1024**2
 TASK_ENTRY = "runners.child:main"
 OOM_SCORE_ADJ = 500
 """A task dies of memory before its node does."""
+
+
+class Owner(msgspec.Struct, frozen=True):
+    uid: int
+    gid: int
+    home: str
+
+    @classmethod
+    def named(cls, name: str) -> Owner:
+        """The user of that name.
+
+        Raises:
+            ConfigError: there is none, or we may not become it.
+        """
+        try:
+            found = pwd.getpwnam(name)
+        except KeyError:
+            raise ConfigError(f"processes.task_user: there is no user {name!r} on this machine") from None
+        if os.geteuid() not in (0, found.pw_uid):
+            raise ConfigError(f"processes.task_user: only root can run tasks as {name!r}; leave it out, or run as root")
+        return cls(found.pw_uid, found.pw_gid, found.pw_dir)
 
 
 class Layout(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,6 +62,9 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
     """This node's own word in the environment of everything that its tasks execute."""
     base_env: dict[str, str]
     cgroup: Path | None
+    processes: ProcessesSettings
+    owner: Owner | None = None
+    """Who tasks run as, where that is not the node's own user."""
 
     @property
     def run_dir(self) -> Path:
@@ -89,9 +117,12 @@ def prepare(layout: Layout, run: Run) -> Fork:
     for folder in (spool, tmp):
         remove_tree(folder)
         folder.mkdir(parents=True, mode=0o700)
+        _give(layout, folder)
     logs = out_dir / "logs"
     for folder in (logs, out_dir / "artifacts"):
         folder.mkdir(parents=True, exist_ok=True)
+        _give(layout, folder)
+    _give(layout, out_dir)
     for stale in (out_dir / "responses.json", logs / "stdout.log", logs / "stderr.log"):
         stale.unlink(missing_ok=True)
     wanted = accepted.spec.resources.hardware if accepted.spec.resources else None
@@ -113,7 +144,11 @@ def prepare(layout: Layout, run: Run) -> Fork:
         file_url=file_url_template(accepted.output, run.task_id),
     )
     (spool / JOB_FILE).write_bytes(msgspec.json.encode(job))
-    leaf = None if layout.cgroup is None else Leaf.make(layout.cgroup, str(run.attempt))
+    wants = layout.processes
+    leaf = None
+    if layout.cgroup is not None:
+        bounds = {"memory_max_bytes": wants.task_memory_max_bytes, "pids_max": wants.task_pids_max}
+        leaf = Leaf.make(layout.cgroup, str(run.attempt), **bounds)
     return Fork(
         attempt=run.attempt,
         target=TASK_ENTRY,
@@ -122,7 +157,7 @@ def prepare(layout: Layout, run: Run) -> Fork:
         stdout=str(logs / "stdout.log"),
         stderr=str(logs / "stderr.log"),
         env=environ.for_task(
-            layout.base_env,
+            _own_home(layout),
             task_env=accepted.spec.env,
             tmp_dir=str(tmp),
             threads=threads,
@@ -133,9 +168,23 @@ def prepare(layout: Layout, run: Run) -> Fork:
             cgroup=None if leaf is None else str(leaf.path),
             cpus=run.slot.plan.cpus or None,
             oom_score_adj=OOM_SCORE_ADJ,
+            nice=wants.task_nice,
+            uid=None if layout.owner is None else layout.owner.uid,
+            gid=None if layout.owner is None else layout.owner.gid,
+            private_shm=wants.private_shm and accepted.type.environment != LIGHT,
         ),
         threads=threads,
     )
+
+
+def _own_home(layout: Layout) -> dict[str, str]:
+    return layout.base_env if layout.owner is None else {**layout.base_env, "HOME": layout.owner.home}
+
+
+def _give(layout: Layout, folder: Path) -> None:
+    """Let the user that tasks run as write there."""
+    if layout.owner is not None:
+        os.chown(folder, layout.owner.uid, layout.owner.gid)
 
 
 def outcome_is_small(spool: Path) -> bool:
@@ -188,6 +237,19 @@ def log_tail(out_dir: Path, limit_bytes: int = SMALL_BYTES) -> str:
         if text.strip():
             return "\n".join(line.rsplit("\r", 1)[-1] for line in text.splitlines())
     return ""
+
+
+def finish_logs(out_dir: Path, *, keep: bool) -> None:
+    """Fold what progress bars wrote over themselves; drop the logs of a task that did not want them kept."""
+    for path in (out_dir / "logs").rglob("*.log"):
+        if path.is_symlink() or not path.is_file():
+            continue
+        if not keep:
+            path.unlink()
+            continue
+        data = path.read_bytes() if 0 < path.stat().st_size <= MAX_FOLDED_BYTES else b""
+        if b"\r" in data.replace(b"\r\n", b"\n"):
+            path.write_bytes(b"\n".join(line.rstrip(b"\r").rsplit(b"\r", 1)[-1] for line in data.split(b"\n")))
 
 
 def remove_tree(path: Path) -> None:

@@ -58,6 +58,14 @@ def prepare(name: str) -> Path | None:
     return base
 
 
+def controllers(base: Path) -> set[str]:
+    """What can be limited in leaves below `base`."""
+    try:
+        return set((base / "cgroup.subtree_control").read_text().split())
+    except OSError:
+        return set()
+
+
 class Leaf:
     """One task's cgroup."""
 

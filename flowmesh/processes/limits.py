@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from flowmesh.processes import linux
+from flowmesh.processes import linux, shm
 from flowmesh.processes.cgroup import Leaf
 
 
@@ -25,6 +25,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     open_files: int | None = None
     uid: int | None = None
     gid: int | None = None
+    private_shm: bool = False
+    """A /dev/shm of its own, where that is allowed."""
 
 
 def apply(limits: Limits, parent: int) -> None:
@@ -47,6 +49,8 @@ def apply(limits: Limits, parent: int) -> None:
             os.sched_setaffinity(0, limits.cpus)
     if limits.nice:
         os.nice(limits.nice)
+    if limits.private_shm:
+        shm.make_private()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if limits.open_files is not None:
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]

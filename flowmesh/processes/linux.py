@@ -13,6 +13,12 @@ _PR_SET_NAME = 15
 _PR_SET_CHILD_SUBREAPER = 36
 _PR_SET_NO_NEW_PRIVS = 38
 
+_CLONE_NEWNS = 0x00020000
+_MS_NOSUID = 2
+_MS_NODEV = 4
+_MS_REC = 0x4000
+_MS_SLAVE = 1 << 19
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -46,6 +52,20 @@ def set_name(name: str) -> None:
     """The name that `ps` and `top` show; 15 bytes of it."""
     if _libc.prctl(_PR_SET_NAME, name.encode()[:15], 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_NAME)")
+
+
+def unshare_mounts() -> None:
+    """A mount namespace of our own, whose changes nobody else sees."""
+    if _libc.unshare(_CLONE_NEWNS) != 0:
+        raise OSError(ctypes.get_errno(), "unshare(CLONE_NEWNS)")
+    if _libc.mount(None, b"/", None, ctypes.c_ulong(_MS_REC | _MS_SLAVE), None) != 0:
+        raise OSError(ctypes.get_errno(), "mount --make-rslave /")
+
+
+def mount_tmpfs(path: str) -> None:
+    flags = ctypes.c_ulong(_MS_NOSUID | _MS_NODEV)
+    if _libc.mount(b"tmpfs", path.encode(), b"tmpfs", flags, b"mode=1777") != 0:
+        raise OSError(ctypes.get_errno(), f"mount tmpfs on {path}")
 
 
 def thread_names(pid: int | None = None) -> list[str]:
