@@ -41,6 +41,7 @@ from flowmesh.node.slots import Slot, SlotPlan
 from flowmesh.processes import cgroup, environ, linux
 from flowmesh.processes.fleet import Fleet
 from flowmesh.tasks.journal import Journal, ensure_private_dir
+from flowmesh.tasks.types import LIGHT
 
 FAREWELL_TIMEOUT_S = 5.0
 FLUSH_TIMEOUT_S = 10.0
@@ -263,6 +264,7 @@ class Supervisor(Hooks):
     async def _begin(self) -> None:
         """Take over what an earlier supervisor left; then listen; then say that we are idle."""
         await recover(self.executor)
+        await self.executor.fleet.warm(LIGHT)
         for worker_id, slot in self.slots.items():
             if slot.current is not None:
                 self.presences[worker_id].set_status("RUNNING", slot.current.task_id)

@@ -125,6 +125,11 @@ class Fleet:
             raise
         asyncio.get_running_loop().call_later(FORK_TIMEOUT_S, self._check_forked, fork.attempt)
 
+    async def warm(self, lane_name: str) -> None:
+        """Have the lane's server ready before a task needs it. What is wrong with it is told when one does."""
+        with contextlib.suppress(LaunchError):
+            await self._server(lane_name)
+
     def terminate(self, attempt: int) -> None:
         """SIGTERM to its process group; for an attempt that is gone, nothing."""
         if known := self._known.get(attempt):
@@ -197,7 +202,7 @@ class Fleet:
             raise self._break(lane_name, message) from None
         except LaunchError as error:
             log = self._log_folder / f"{lane_name}.log"
-            raise self._break(lane_name, f"{error}; see {log}") from None
+            raise self._break(lane_name, f"{error}: {_last_line(log)}; see {log}") from None
         if isinstance(answer, Ready):
             return server
         assert isinstance(answer, Unfit)
@@ -312,6 +317,14 @@ class Fleet:
                 "fork server killed: a kill went unanswered for {} s", KILL_TIMEOUT_S
             )
             known.server.kill()
+
+
+def _last_line(path: Path) -> str:
+    try:
+        lines = path.read_text(errors="replace").split("\n")[-50:]
+    except OSError:
+        return "no log"
+    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "it wrote nothing")
 
 
 def end_remains(mark: str, pid: int | None, cgroup: str | None, limit_s: float = 5.0) -> int:

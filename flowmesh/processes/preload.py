@@ -41,11 +41,12 @@ def load(modules: tuple[str, ...], canary: str | None) -> Report:
         modules: each a module, or `module:NAME`, where NAME there is a tuple of modules.
     """
     began = time.monotonic()
-    for name in _expand(modules):
-        try:
+    name = ""
+    try:
+        for name in _expand(modules):
             importlib.import_module(name)
-        except Exception as error:  # noqa: BLE001 - whatever a library raises while it is imported is the environment's error
-            return Report(problem=f"cannot import {name}: {type(error).__name__}: {_one_line(error)}")
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a library raises is its environment's error
+        return Report(problem=f"cannot import {name}: {type(error).__name__}: {_one_line(error)}")
     seconds = time.monotonic() - began
     if problem := unsafe_to_fork() or _run_canary(canary):
         return Report(problem=problem, unsafe=True)

@@ -1,0 +1,211 @@
+"""One task of `flowmesh run`: published to the node and followed, by its watch and its event, to its end."""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from flowmesh.cli import deployment, locate, matching
+from flowmesh.cli.control import Ended, Seen
+from flowmesh.cli.deployment import TaskFailed
+from flowmesh.cli.documents import Submission
+from flowmesh.cli.local import LocalNode
+from flowmesh.cli.signals import Interrupted, Signals
+from flowmesh.cli.view import View
+from flowmesh.errors import FlowMeshError, LaunchError
+from flowmesh.messages import wire
+
+if TYPE_CHECKING:
+    import redis
+
+_FORCED_END_S = 10.0
+_EVENT_GRACE_S = 3.0
+_TICK_S = 0.1
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    """How a task of `flowmesh run` ended, from the node's word and its event."""
+
+    task_id: str
+    task_type: str | None
+    source: str
+    worker_id: str
+    ok: bool
+    verdict: str | None = None
+    error: str | None = None
+    out_dir: str | None = None
+    runtime_sec: float | None = None
+    event: dict[str, Any] = {}
+    """The payload of the terminal event."""
+    result: Any = None
+    """What responses.json holds, of a task that succeeded."""
+
+
+class Follow:
+    """One task: publishes it and follows it to its end."""
+
+    def __init__(
+        self,
+        node: LocalNode,
+        submission: Submission,
+        worker: deployment.Worker,
+        *,
+        view: View,
+        happened: queue.SimpleQueue[Any],
+        signals: Signals,
+        timeout_s: float | None,
+    ) -> None:
+        self._node = node
+        self._submission = submission
+        self._worker = worker
+        self._view = view
+        self._happened = happened
+        self._signals = signals
+        self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        self._timeout_s = timeout_s
+        self._give_up: float | None = None
+        self._cancels = 0
+        self._timed_out = False
+
+    def run(self) -> Outcome:
+        task_id = self._submission.task_id
+        wanted = deployment.requirements_of(self._submission.document)
+        if reasons := matching.match(self._worker.hardware or {}, wanted):
+            raise TaskFailed(f"{self._submission.source} does not fit this machine: {'; '.join(reasons)}")
+        self._signals.check()
+        self._view.note(f"{task_id}  {self._submission.task_type or 'no task type'}  {self._submission.source}")
+        with (
+            locate.connected(self._node.redis_url) as client,
+            deployment.subscribed(client, wire.TASK_EVENTS_CHANNEL) as events,
+            self._node.control() as control,
+        ):
+            watcher = threading.Thread(target=self._watch, args=(control.watch(task_id),), daemon=True)
+            watcher.start()
+            try:
+                client.publish("tasks", self._submission.dispatch(self._worker.worker_id))
+                return self._follow(events)
+            finally:
+                control.interrupt()
+                watcher.join()
+                while not self._happened.empty():
+                    self._happened.get()
+
+    def _watch(self, seen: Iterator[Seen]) -> None:
+        """In a thread: only hands on what the node says."""
+        try:
+            for event in seen:
+                self._happened.put(event)
+        except FlowMeshError as error:
+            self._happened.put(error)
+
+    def _follow(self, events: redis.client.PubSub) -> Outcome:
+        end: deployment.TaskEnd | None = None
+        ended: Ended | None = None
+        patience: float | None = None  # until when the second of the two is waited for
+        while True:
+            match self._next():
+                case Ended() as last:
+                    ended = last
+                case FlowMeshError() as error if ended is None and end is None:
+                    self._lost(error)
+                case msgspec.Struct() as event:
+                    self._view.seen(event)  # type: ignore[arg-type]
+            end = end or self._terminal(events)
+            now = time.monotonic()
+            if ended is not None or end is not None:
+                patience = patience or now + _EVENT_GRACE_S
+                if (ended is not None and end is not None) or now > patience:
+                    return self._outcome(ended, end)
+            elif self._give_up is not None and now > self._give_up:
+                raise Interrupted(self._signals.last, f"{self._submission.task_id} did not end in time and was killed")
+            self._press(now)
+
+    def _next(self) -> Any:
+        try:
+            return self._happened.get(timeout=_TICK_S)
+        except queue.Empty:
+            return None
+
+    def _terminal(self, events: redis.client.PubSub) -> deployment.TaskEnd | None:
+        while (message := events.get_message(timeout=0)) is not None:
+            event = deployment.decode_event(message)
+            if event is not None and (end := deployment.terminal_event(event, self._submission.task_id)):
+                return end
+        return None
+
+    def _press(self, now: float) -> None:
+        """Cancel where the user or the clock says so; a second word forces, a third gives up."""
+        if self._deadline is not None and now > self._deadline and not self._timed_out:
+            self._timed_out = True
+            self._view.note(f"not done after {self._timeout_s:g} s: cancelling")
+            self._cancel(force=False)
+        if self._signals.count == self._cancels:
+            return
+        self._cancels = self._signals.count
+        if self._cancels == 1:
+            self._view.note("cancelling (once more forces it)")
+            self._cancel(force=False)
+        elif self._cancels == 2:
+            self._view.note("killing it")
+            self._give_up = now + _FORCED_END_S
+            self._cancel(force=True)
+        else:
+            self._give_up = now
+
+    def _cancel(self, *, force: bool) -> None:
+        try:
+            with self._node.control() as control:
+                control.cancel(self._submission.task_id, force=force)
+        except FlowMeshError as error:  # it may have ended just now; what follows tells
+            self._view.note(f"the node did not take the cancel: {error}")
+
+    def _lost(self, error: FlowMeshError) -> None:
+        """The watch broke off. Only the node's own end does that."""
+        deadline = time.monotonic() + 2.0
+        while time.monotonic() < deadline:
+            self._view.stop()
+            self._node.raise_if_gone(f"while {self._submission.task_id} ran")
+            time.sleep(0.02)
+        self._node.show_log()
+        raise LaunchError(f"the node stopped telling about {self._submission.task_id}: {error}")
+
+    def _outcome(self, ended: Ended | None, end: deployment.TaskEnd | None) -> Outcome:
+        payload = end.payload if end is not None else {}
+        kind = payload.get("error_kind")
+        runtime = payload.get("runtime_sec")
+        ok = end.ok if end is not None else bool(ended and ended.ok)
+        error = (ended.error if ended is not None else None) or (end.error if end is not None else None)
+        out_dir = ended.out_dir if ended is not None else None
+        if self._timed_out and not ok:
+            error = f"not done after {self._timeout_s:g} s" + (f": {error}" if error else "")
+        return Outcome(
+            task_id=self._submission.task_id,
+            task_type=self._submission.task_type,
+            source=self._submission.source,
+            worker_id=self._worker.worker_id,
+            ok=ok,
+            verdict=(ended.verdict if ended is not None else None) or (kind if isinstance(kind, str) else None),
+            error=None if ok else error or "no reason was given",
+            out_dir=out_dir,
+            runtime_sec=float(runtime) if isinstance(runtime, int | float) else None,
+            event=payload,
+            result=_result(out_dir) if ok else None,
+        )
+
+
+def _result(out_dir: str | None) -> Any:
+    if out_dir is None:
+        return None
+    try:
+        return json.loads(Path(out_dir, "responses.json").read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise TaskFailed(f"{Path(out_dir, 'responses.json')} cannot be read: {error}") from None

@@ -1,0 +1,100 @@
+"""Where a command finds what it talks to: the deployment's Redis, and this node's folders.
+
+Each follows contract.md §4: a flag, else the environment, else the node's file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from flowmesh import config
+from flowmesh.config import Settings
+from flowmesh.errors import ConfigError, UnavailableError
+from flowmesh.messages.wording import redact_url
+
+if TYPE_CHECKING:
+    import redis
+
+TIMEOUT_S = 10.0
+
+config_option = click.option(
+    "--config", type=click.Path(dir_okay=False), metavar="FILE", help="The node's settings (conf/node.toml)."
+)
+redis_option = click.option(
+    "--redis", "redis_url", metavar="URL", help="redis://, rediss:// or unix://; else REDIS_URL, else from --config."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+state_dir_option = click.option(
+    "--state-dir", type=click.Path(file_okay=False), metavar="DIR", help="The node's state_dir; else from --config."
+)
+
+
+def settings(config_file: str | None, **flags: str | None) -> Settings:
+    """The node's settings, as the node itself would read them. `flags`: section__key, None where it was not given.
+
+    Raises:
+        ConfigError: one of them cannot be used.
+    """
+    overrides = {name.replace("__", "."): value for name, value in flags.items() if value is not None}
+    return config.load(Path(config_file) if config_file is not None else None, os.environ, overrides).settings
+
+
+def deployment_of(flag: str | None, config_file: str | None) -> tuple[str, str]:
+    """The deployment's Redis, and the channel on which tasks are dispatched.
+
+    Raises:
+        ConfigError: no Redis is named.
+    """
+    found = settings(config_file, redis__url=flag).redis
+    if not found.url:
+        raise ConfigError("no Redis is named: give --redis URL, set REDIS_URL, or give --config FILE with redis.url")
+    return found.url, found.task_topic
+
+
+def results_dir(flag: str | None, config_file: str | None) -> Path:
+    return config.results_dir(settings(config_file, results__dir=flag))
+
+
+def state_dir(flag: str | None, config_file: str | None) -> Path:
+    """The folder of this node's journal and sockets."""
+    return config.state_dir(settings(config_file, node__state_dir=flag), os.environ)
+
+
+@contextlib.contextmanager
+def connected(url: str) -> Iterator[redis.Redis]:
+    """A client of a Redis that has answered.
+
+    Raises:
+        UnavailableError: it does not answer, or stops doing so inside the `with`; names its address.
+    """
+    import redis
+    from redis.backoff import ExponentialWithJitterBackoff
+    from redis.retry import Retry
+
+    options: dict[str, Any] = {
+        "socket_timeout": TIMEOUT_S,
+        "retry": Retry(ExponentialWithJitterBackoff(cap=0.5, base=0.05), 2),
+        "health_check_interval": 15,
+    }
+    try:
+        client = redis.Redis.from_url(url, **options)
+    except (ValueError, redis.RedisError) as error:
+        raise ConfigError(f"the Redis URL {redact_url(url)!r} cannot be used: {error}") from None
+    try:
+        with client:
+            client.ping()
+            yield client
+    except redis.AuthenticationError as error:
+        raise UnavailableError(f"Redis at {redact_url(url)} lets us not in: {error}") from None
+    except redis.RedisError as error:
+        raise UnavailableError(f"Redis at {redact_url(url)} does not answer: {_short(error)}") from None
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

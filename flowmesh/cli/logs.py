@@ -1,0 +1,176 @@
+"""`flowmesh logs`: what a task has written, from its folder on this machine."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import click
+import msgspec
+
+from flowmesh.cli import locate, render
+from flowmesh.cli.control import Control, LogsPlace, Refused
+from flowmesh.errors import EXIT_OK, FlowMeshError, UnavailableError
+from flowmesh.messages import wire
+
+POLL_S = 0.25
+_CHUNK = 1 << 20
+_BLOCK = 64 * 1024
+
+
+class Tail:
+    """One log file, read as it grows; whole lines, as bytes."""
+
+    def __init__(self, path: Path, label: str, last_lines: int | None) -> None:
+        self.path = path
+        self.label = label
+        self._position = 0 if last_lines is None else start_of_last(path, last_lines)
+        self._inode: int | None = None
+        self._rest = b""
+
+    def lines(self, *, at_end: bool) -> list[bytes]:
+        """The next whole lines, none at the file's end; with `at_end` also what stands after the last line's end."""
+        try:
+            with self.path.open("rb") as file:
+                found = os.fstat(file.fileno())
+                if (self._inode is not None and found.st_ino != self._inode) or found.st_size < self._position:
+                    self._position, self._rest = 0, b""  # it was rotated or cut
+                self._inode = found.st_ino
+                file.seek(self._position)
+                while data := file.read(_CHUNK):
+                    self._position += len(data)
+                    *lines, self._rest = (self._rest + data).split(b"\n")
+                    if lines:
+                        return lines
+        except FileNotFoundError:
+            return []
+        rest = self._rest
+        if not at_end or not rest:
+            return []
+        self._rest = b""
+        return [rest]
+
+
+def start_of_last(path: Path, count: int) -> int:
+    """Where the last `count` lines of a file begin. Reads it from its end."""
+    if count == 0:
+        return path.stat().st_size
+    with path.open("rb") as file:
+        end = position = file.seek(0, os.SEEK_END)
+        wanted = count
+        while position > 0:
+            step = min(_BLOCK, position)
+            position -= step
+            file.seek(position)
+            block = file.read(step)
+            at = len(block) - 1 if position + step == end and block.endswith(b"\n") else len(block)
+            while (at := block.rfind(b"\n", 0, at)) >= 0:
+                wanted -= 1
+                if wanted == 0:
+                    return position + at + 1
+        return 0
+
+
+@click.command(help="Print the logs of a task that this machine's node has, or had.")
+@click.argument("task_id", metavar="TASK")
+@click.option("-f", "--follow", is_flag=True, help="Go on until the task ends.")
+@click.option("-n", "last_lines", type=click.IntRange(min=0), metavar="LINES", help="The last lines only.")
+@click.option("--stdout", "only", flag_value="stdout", help="Standard output only.")
+@click.option("--stderr", "only", flag_value="stderr", help="Standard error only.")
+@locate.config_option
+@locate.state_dir_option
+@click.option(
+    "--results-dir", type=click.Path(file_okay=False), metavar="DIR", help="RESULTS_DIR, with no node running."
+)
+@locate.json_option
+def logs(
+    *,
+    task_id: str,
+    follow: bool,
+    last_lines: int | None,
+    only: str | None,
+    config: str | None,
+    state_dir: str | None,
+    results_dir: str | None,
+    as_json: bool,
+) -> int:
+    """The command."""
+    if wire.usable_task_id(task_id) is None:
+        raise click.UsageError(f"{task_id!r} is no task id")
+    where = _Where(task_id, config, state_dir, results_dir)
+    place = where.find()
+    if as_json:
+        render.print_json({**msgspec.to_builtins(place), "files": [str(path) for path, _ in _files(place, only)]})
+        return EXIT_OK
+    _print(where, place, only, last_lines, follow=follow)
+    return EXIT_OK
+
+
+class _Where:
+    """Finds a task's folder: by asking the node, else under RESULTS_DIR."""
+
+    def __init__(self, task_id: str, config: str | None, state_dir: str | None, results_dir: str | None) -> None:
+        self._task_id = task_id
+        self._state_dir = locate.state_dir(state_dir, config)
+        self._folder = locate.results_dir(results_dir, config) / task_id
+        self._ask = results_dir is None
+
+    def find(self) -> LogsPlace:
+        """The task's folder.
+
+        Raises:
+            FlowMeshError: neither the node nor RESULTS_DIR knows the task.
+        """
+        said = "--results-dir was given"
+        if self._ask:
+            try:
+                with Control(self._state_dir) as control:
+                    return control.logs(self._task_id)
+            except (Refused, UnavailableError) as error:
+                said = str(error)
+        if not self._folder.is_dir():
+            raise FlowMeshError(f"no task {self._task_id} here: {self._folder} does not exist, and the node: {said}")
+        ended = (self._folder / "manifest.json").exists()
+        return LogsPlace(out_dir=str(self._folder), logs_dir=str(self._folder / "logs"), running=not ended)
+
+
+def _files(place: LogsPlace, only: str | None) -> list[tuple[Path, str]]:
+    """The log files of a task with their labels: `stdout`, `stderr`, and with ranks `0/stdout`."""
+    root = Path(place.logs_dir)
+    names = ("stdout.log", "stderr.log") if only is None else (f"{only}.log",)
+    found = [path for name in names for path in (*root.glob(name), *root.glob(f"*/{name}")) if path.is_file()]
+    return [(path, str(path.relative_to(root).with_suffix(""))) for path in sorted(found, key=_order)]
+
+
+def _order(path: Path) -> tuple[int, str, bool]:
+    rank = path.parent.name
+    return (int(rank) if rank.isdigit() else -1, rank, path.name == "stderr.log")
+
+
+def _print(where: _Where, place: LogsPlace, only: str | None, last_lines: int | None, *, follow: bool) -> None:
+    tails: dict[Path, Tail] = {}
+    out = sys.stdout.buffer
+    first = True
+    while True:
+        running = follow and place.running  # asked before the files are read: what it wrote last is read too
+        for path, label in _files(place, only):
+            if path not in tails:
+                tails[path] = Tail(path, label, last_lines if first else None)
+        first = False
+        written = [tail for tail in tails.values() if tail.path.exists() and tail.path.stat().st_size]
+        size = max((len(tail.label) for tail in written), default=0)
+        more = False
+        for tail in tails.values():
+            prefix = f"{tail.label:<{size}} | ".encode() if len(written) > 1 else b""
+            while lines := tail.lines(at_end=not running):
+                more = True
+                out.write(b"".join(prefix + line + b"\n" for line in lines))
+        out.flush()
+        if not running and not more:
+            return
+        if running and not more:
+            time.sleep(POLL_S)
+        if running:
+            place = where.find()

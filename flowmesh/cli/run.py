@@ -1,0 +1,113 @@
+"""`flowmesh run`: task files on this machine, with a Redis and a node that live just as long."""
+
+from __future__ import annotations
+
+import queue
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from flowmesh.cli import documents, locate, render
+from flowmesh.cli.deployment import TaskFailed
+from flowmesh.cli.documents import Submission
+from flowmesh.cli.follow import Follow, Outcome
+from flowmesh.cli.local import LocalNode, LocalOptions
+from flowmesh.cli.signals import Interrupted, Signals
+from flowmesh.cli.summary import summary
+from flowmesh.cli.view import progress_stream, view_for
+from flowmesh.errors import EXIT_OK, FlowMeshError
+
+_NODES_OWN = ("node_fault", "supervisor_lost")
+"""Verdicts that say nothing against the task."""
+
+
+@click.command(
+    help="Run task files on this machine: needs no Redis and no orchestrator. Several run one after another."
+)
+@click.argument("files", nargs=-1, required=True, metavar="FILE.yaml...")
+@locate.config_option
+@click.option("--results-dir", type=click.Path(file_okay=False), metavar="DIR", help="Where results go.")
+@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), metavar="S", help="Seconds for each task.")
+@click.option("--task-id", metavar="ID", help="The task's id, for one file; else a fresh one.")
+@click.option("-k", "--keep-going", is_flag=True, help="Run the other files after one has failed.")
+@locate.json_option
+def run(
+    *,
+    files: tuple[str, ...],
+    config: str | None,
+    results_dir: str | None,
+    timeout: float | None,
+    task_id: str | None,
+    keep_going: bool,
+    as_json: bool,
+) -> int:
+    """The command."""
+    if task_id is not None and len(files) > 1:
+        raise click.UsageError("--task-id names one task, and there are several files")
+    submissions = [documents.load(file, task_id) for file in files]
+    options = LocalOptions(config=config, results_dir=results_dir)
+    return run_all(submissions, options, timeout_s=timeout, keep_going=keep_going, as_json=as_json)
+
+
+def run_all(
+    submissions: Sequence[Submission],
+    options: LocalOptions,
+    *,
+    timeout_s: float | None = None,
+    keep_going: bool = False,
+    as_json: bool = False,
+) -> int:
+    """Run the tasks one after another on one node, and print how each ended.
+
+    Raises:
+        FlowMeshError: the last failure.
+    """
+    happened: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    view = view_for(progress_stream(as_json=as_json))
+    failure: FlowMeshError | None = None
+    with Signals(happened).handled() as signals:
+        try:
+            view.step("starting the node")
+            with LocalNode(options, lambda: signals.count > 1) as node:
+                worker = node.wait_idle(signals.check)
+                for submission in submissions:
+                    if failure is not None:
+                        view.note(f"flowmesh: {failure}")
+                    outcome = Follow(
+                        node, submission, worker, view=view, happened=happened, signals=signals, timeout_s=timeout_s
+                    ).run()
+                    view.stop()
+                    if outcome.verdict in _NODES_OWN:
+                        node.show_log()  # it goes with us
+                    failure = _report(outcome, as_json=as_json) or failure
+                    if signals.count:
+                        raise Interrupted(signals.last, str(failure or f"interrupted after {submission.task_id}"))
+                    if failure is not None and not keep_going:
+                        break
+        finally:
+            view.stop()
+    if failure is not None:
+        raise failure
+    return EXIT_OK
+
+
+def _report(outcome: Outcome, *, as_json: bool) -> FlowMeshError | None:
+    """Print how a task ended; gives what the command fails with, where it does."""
+    if as_json:
+        render.print_json(msgspec.to_builtins(outcome))
+    elif outcome.ok:
+        took = f" in {render.seconds(outcome.runtime_sec)}" if outcome.runtime_sec is not None else ""
+        print(f"succeeded{took}")
+        if isinstance(outcome.result, dict):
+            print("\n".join(summary(outcome.result, render.width(sys.stdout))))
+        print(f"results: {outcome.out_dir}")
+    elif outcome.out_dir is not None and (logs := Path(outcome.out_dir, "logs")).is_dir():
+        print(f"logs: {logs}")
+    if outcome.ok:
+        return None
+    verdict = f" ({outcome.verdict})" if outcome.verdict and outcome.verdict != "error" else ""
+    return TaskFailed(f"{outcome.task_id} failed{verdict}: {outcome.error}")

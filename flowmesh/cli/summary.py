@@ -1,0 +1,92 @@
+"""A task's result in a few lines, for the person who ran it. The whole of it lies in responses.json."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flowmesh.cli.render import seconds, shorten
+
+SHOWN_ITEMS = 5
+SHOWN_FIELDS = 12
+_LABEL = 10
+
+
+def summary(result: dict[str, Any], width: int) -> list[str]:
+    """The lines of `result`, none longer than `width`."""
+    items, queries = result.get("items"), result.get("queries")
+    if isinstance(items, list) and all(isinstance(item, dict) for item in items):
+        lines = _headline(result, len(items)) + _items(items, width)
+        children = result.get("children")
+        if isinstance(children, dict) and children:
+            lines.append(f"{len(children)} merged tasks have their results in folders of their own")
+        export = result.get("jsonl_export")
+        if isinstance(export, dict) and "path" in export:
+            lines.append(f"exported {export.get('record_count', '?')} records to {export['path']}")
+    elif isinstance(queries, list) and all(isinstance(query, dict) for query in queries):
+        lines = _queries(queries, width)
+    else:
+        lines = _fields(result, width)
+    return [line if len(line) <= width else f"{line[: width - 1]}…" for line in lines]
+
+
+def _headline(result: dict[str, Any], count: int) -> list[str]:
+    parts = [f"{count} item" if count == 1 else f"{count} items"]
+    usage = result.get("usage")
+    if isinstance(usage, dict):
+        if isinstance(usage.get("prompt_tokens"), int) and isinstance(usage.get("completion_tokens"), int):
+            parts.append(f"{usage['prompt_tokens']} + {usage['completion_tokens']} tokens (prompt + output)")
+        took = usage.get("latency_sec", usage.get("execution_time_sec"))
+        if isinstance(took, int | float):
+            parts.append(seconds(took))
+    model = result.get("model")
+    return [", ".join(parts) + (f", {shorten(model, 60)}" if isinstance(model, str) else "")]
+
+
+def _items(items: list[dict[str, Any]], width: int) -> list[str]:
+    lines = []
+    room = max(20, width - _LABEL - 8)
+    for position, item in enumerate(items[:SHOWN_ITEMS]):
+        label = f"[{item.get('index', position)}]"
+        if "prompt" in item:
+            lines.append(f"  {label:<5} prompt  {shorten(_prompt(item['prompt']), room)}")
+            label = ""
+        reason = item.get("finish_reason")
+        tail = f" ({reason})" if isinstance(reason, str) and reason != "stop" else ""
+        lines.append(f"  {label:<5} output  {shorten(item.get('output'), room - len(tail))}{tail}")
+    if len(items) > SHOWN_ITEMS:
+        lines.append(f"  … and {len(items) - SHOWN_ITEMS} more")
+    return lines
+
+
+def _prompt(prompt: Any) -> Any:
+    """What was asked: of a chat its last message."""
+    last = prompt[-1] if isinstance(prompt, list) and prompt else None
+    return last["content"] if isinstance(last, dict) and isinstance(last.get("content"), str) else prompt
+
+
+def _queries(queries: list[dict[str, Any]], width: int) -> list[str]:
+    lines = [f"{len(queries)} queries" if len(queries) != 1 else "1 query"]
+    room = max(20, width - _LABEL - 8)
+    for position, query in enumerate(queries[:SHOWN_ITEMS]):
+        found = query.get("items")
+        lines.append(f"  [{query.get('index', position)}]   query   {shorten(query.get('query'), room)}")
+        best = found[0] if isinstance(found, list) and found and isinstance(found[0], dict) else None
+        if best is not None and isinstance(found, list):
+            lines.append(f"        best    {shorten(best.get('payload', best.get('id')), room - 12)} of {len(found)}")
+        else:
+            lines.append("        best    nothing found")
+    if len(queries) > SHOWN_ITEMS:
+        lines.append(f"  … and {len(queries) - SHOWN_ITEMS} more")
+    return lines
+
+
+def _fields(result: dict[str, Any], width: int) -> list[str]:
+    shown = [(name, value) for name, value in result.items() if name != "ok" and value not in (None, "", [], {})]
+    size = max((len(name) for name, _ in shown[:SHOWN_FIELDS]), default=0)
+    lines = [
+        f"  {shorten(name, 32):<{min(size, 32)}}  {shorten(value, max(20, width - min(size, 32) - 4))}"
+        for name, value in shown[:SHOWN_FIELDS]
+    ]
+    if len(shown) > SHOWN_FIELDS:
+        lines.append(f"  … and {len(shown) - SHOWN_FIELDS} more fields")
+    return lines or ["  (no fields)"]

@@ -1,0 +1,153 @@
+"""`manifest.json`: what lies in a task's folder, with sizes and checksums (contract.md, 3).
+
+Symbolic links are followed only within the folder, and nothing but regular files is ever opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from flowmesh.results.files import PARTIAL, to_json, write_atomic
+from flowmesh.results.names import within
+
+MANIFEST_FILE = "manifest.json"
+RESPONSES_FILE = "responses.json"
+LOGS_FOLDER = "logs"
+ARTIFACTS_FOLDER = "artifacts"
+
+Kind = Literal["result", "logs", "artifact", "directory"]
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One file or folder. Sizes in bytes, times in ISO 8601."""
+
+    name: str
+    path: str
+    """Relative to the task's folder."""
+    type: Kind
+    required: bool
+    status: Literal["present", "missing"]
+    updated_at: str | None = None
+    size: int | None = None
+    sha256: str | None = None
+    file_count: int | None = None
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """The whole file."""
+
+    task_id: str
+    generated_at: str
+    entries: tuple[Entry, ...]
+
+
+def write_manifest(
+    folder: Path, task_id: str, artifacts: Iterable[str] = (), known_sha256: Mapping[str, str] | None = None
+) -> Manifest:
+    """Look at `folder` and write its manifest.
+
+    Args:
+        artifacts: `spec.output.artifacts`.
+        known_sha256: checksums of top-level files that need not be read again, by name.
+
+    Raises:
+        OSError: the folder cannot be read or written.
+    """
+    required = list(dict.fromkeys([*(a.rstrip("/") for a in artifacts), RESPONSES_FILE, LOGS_FOLDER, ARTIFACTS_FOLDER]))
+    required = [path for path in required if path != MANIFEST_FILE]  # it cannot hold its own checksum
+    others = sorted(
+        entry.name
+        for entry in os.scandir(folder)
+        if entry.name not in required
+        and entry.name != MANIFEST_FILE
+        and not entry.name.endswith(PARTIAL)
+        and (entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False))
+    )
+    known = known_sha256 or {}
+    manifest = Manifest(
+        task_id=task_id,
+        generated_at=_iso(datetime.now(UTC).timestamp()),
+        entries=(
+            *(_entry(folder, path, True, known) for path in required),
+            *(_entry(folder, path, False, known) for path in others),
+        ),
+    )
+    write_atomic(folder / MANIFEST_FILE, to_json(manifest))
+    return manifest
+
+
+def sha256_of(path: Path) -> str:
+    """The checksum of a file of any size, in constant memory."""
+    with path.open("rb", buffering=0) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _entry(folder: Path, path: str, required: bool, known: Mapping[str, str]) -> Entry:
+    name = _text(path)
+    real = within(folder / path, folder)
+    try:
+        status = real.stat() if real is not None else None
+    except OSError:
+        status = None
+    if real is None or status is None or not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+        return Entry(name=name, path=name, type=_kind(path, folder=False), required=required, status="missing")
+    if stat.S_ISDIR(status.st_mode):
+        size, count = _tree(real)
+        digest = None
+    else:
+        size, count = status.st_size, None
+        digest = known.get(path) or sha256_of(real)
+    return Entry(
+        name=name,
+        path=name,
+        type=_kind(path, folder=count is not None),
+        required=required,
+        status="present",
+        updated_at=_iso(status.st_mtime),
+        size=size,
+        sha256=digest,
+        file_count=count,
+    )
+
+
+def _kind(path: str, *, folder: bool) -> Kind:
+    match path:
+        case "responses.json":
+            return "result"
+        case "logs":
+            return "logs"
+        case "artifacts":
+            return "directory"
+    return "directory" if folder else "artifact"
+
+
+def _tree(folder: Path) -> tuple[int, int]:
+    """Bytes and number of the regular files below `folder`; links are not followed."""
+    size = count = 0
+    stack = [str(folder)]
+    while stack:
+        with os.scandir(stack.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    stack.append(entry.path)
+                elif entry.is_file(follow_symlinks=False):
+                    size += entry.stat(follow_symlinks=False).st_size
+                    count += 1
+    return size, count
+
+
+def _iso(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
+
+
+def _text(path: str) -> str:
+    """A name as JSON can carry it: bytes that are no UTF-8 are replaced."""
+    return os.fsencode(path).decode("utf-8", "replace")

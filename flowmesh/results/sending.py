@@ -1,0 +1,132 @@
+"""The requests of one delivery, in order, over as many destinations as it has."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from flowmesh.messages.output import HttpDestination, file_url
+from flowmesh.processes.pipe import Frame, Progress
+from flowmesh.results.bodies import BytesBody, FileBody, UploadError
+from flowmesh.results.job import DeliveryJob, Sent, State, Target
+from flowmesh.results.throttle import Throttle
+from flowmesh.results.upload import Uploader
+
+
+@dataclasses.dataclass(kw_only=True)
+class Item:
+    """A file to be sent."""
+
+    target: Target
+    path: Path
+    name: str
+    key: str
+    """What it is noted under once it arrived."""
+    url: str
+    """Where it can be fetched then."""
+    fields: list[tuple[dict[str, Any], dict[str, Any]]]
+    """What arriving changes in the result: (mapping, what it gets)."""
+    last: bool = False
+    """Sent after the result is final, as it is the result."""
+
+
+class Sender:
+    """Sends files and results, and notes each that arrived.
+
+    Raises (from its methods):
+        UploadError: one of them did not, and the delivery is over.
+    """
+
+    def __init__(
+        self,
+        job: DeliveryJob,
+        state: State,
+        note_state: Callable[[], None],
+        report: Callable[[Frame], object],
+        token: str | None,
+    ) -> None:
+        self.sent_bytes = 0
+        self.urls: list[str] = []
+        self._job = job
+        self._state = state
+        self._note_state = note_state
+        self._report = report
+        self._token = token
+        self._deadline = time.monotonic() + job.total_timeout_s
+        self._throttle = Throttle(job.bandwidth_bytes_per_sec, Path(job.throttle_file) if job.throttle_file else None)
+        self._uploaders: dict[str, Uploader] = {}
+        self._total_bytes = 0
+
+    def close(self) -> None:
+        for uploader in self._uploaders.values():
+            uploader.close()
+
+    def expect(self, items: Iterable[Item]) -> None:
+        """What progress is measured against. Results are not in it: their size is not known yet."""
+        self._total_bytes = sum(i.path.stat().st_size for i in items if not i.last and not self._arrived(i))
+
+    def send_file(self, item: Item) -> None:
+        if not self._arrived(item):
+            before = item.path.stat()
+            body = FileBody(item.path, item.name)
+            uploader = self._uploader(item.target)
+            uploader.send("POST", file_url(self._url(item.target), item.target.task_id), body)
+            self.sent_bytes += body.size
+            self._state.sent[item.key] = Sent(size=before.st_size, mtime_ns=before.st_mtime_ns)
+            self._note_state()
+        self.urls.append(item.url)
+        for mapping, gets in item.fields:
+            mapping.update(gets)
+
+    def send_result(self, target: Target, result: dict[str, Any]) -> None:
+        destination = target.destination
+        if not isinstance(destination, HttpDestination) or target.task_id in self._state.results:
+            return
+        said = {"task_id": target.task_id, "result": result, "worker_id": self._job.worker_id}
+        body = BytesBody(msgspec.json.encode(said), "application/json")
+        self._uploader(target).send(destination.method, self._url(target), body)
+        self.sent_bytes += body.size
+        self._state.results.append(target.task_id)
+        self._note_state()
+
+    def _arrived(self, item: Item) -> bool:
+        sent = self._state.sent.get(item.key)
+        if sent is None:
+            return False
+        try:
+            now = item.path.stat()
+        except FileNotFoundError:  # cleaned up since
+            return True
+        return (sent.size, sent.mtime_ns) == (now.st_size, now.st_mtime_ns)
+
+    def _uploader(self, target: Target) -> Uploader:
+        uploader = self._uploaders.get(target.task_id)
+        if uploader is None:
+            assert isinstance(target.destination, HttpDestination)
+            uploader = self._uploaders[target.task_id] = Uploader(
+                target.destination,
+                deadline=self._deadline,
+                throttle=self._throttle,
+                token=self._token,
+                orchestrator_url=self._job.orchestrator_url,
+                first_backoff_s=self._job.first_backoff_s,
+                max_backoff_s=self._job.max_backoff_s,
+                progress=self._progress,
+            )
+        return uploader
+
+    def _progress(self, sent_bytes: int) -> None:
+        done = self.sent_bytes + sent_bytes
+        self._report(Progress(float(done), float(max(done, self._total_bytes)), "B"))
+
+    @staticmethod
+    def _url(target: Target) -> str:
+        destination = target.destination
+        if not isinstance(destination, HttpDestination) or destination.url is None:
+            raise UploadError(f"{target.task_id} has no http destination")
+        return destination.url

@@ -1,0 +1,76 @@
+"""A token bucket for uploads, shared by every process that names the same file.
+
+The whole state is one number, the moment at which all bytes let through so far would have left at the set rate, on
+the monotonic clock (on Linux the same for all processes). A sender books under a file lock and sleeps without it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+BURST_S = 0.1
+"""What an idle bucket lets through at once, in seconds of the rate."""
+_STALE_S = 60.0  # a booking further ahead than this was made before the machine's last boot
+_STATE = struct.Struct("<d")
+
+
+class Throttle:
+    """Lets `take`n bytes through at a rate; without a rate, at once."""
+
+    def __init__(
+        self,
+        bytes_per_sec: int | None,
+        shared: Path | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.rate = bytes_per_sec
+        self._shared = shared
+        self._clock = clock
+        self._sleep = sleep
+        self._booked_until = 0.0
+        self._lock = threading.Lock()
+
+    def chunk_bytes(self, at_most: int) -> int:
+        """How much to take at a time, so that a slow rate is a steady trickle and not a sleep now and then."""
+        return at_most if self.rate is None else max(1, min(at_most, int(self.rate * BURST_S)))
+
+    def take(self, size: int) -> None:
+        """Return when `size` more bytes may leave."""
+        if self.rate is None or size <= 0:
+            return
+        wait_s = self._book(size / self.rate)
+        if wait_s > 0:
+            self._sleep(wait_s)
+
+    def _book(self, seconds: float) -> float:
+        """Book `seconds` of the line; returns how long to wait for them."""
+        if self._shared is None:
+            with self._lock:
+                self._booked_until, wait_s = self._advance(self._booked_until, seconds)
+            return wait_s
+        fd = os.open(self._shared, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            raw = os.pread(fd, _STATE.size, 0)
+            until = _STATE.unpack(raw)[0] if len(raw) == _STATE.size else 0.0
+            until, wait_s = self._advance(until, seconds)
+            os.pwrite(fd, _STATE.pack(until), 0)
+        finally:
+            os.close(fd)
+        return wait_s
+
+    def _advance(self, until: float, seconds: float) -> tuple[float, float]:
+        now = self._clock()
+        if not until - now <= _STALE_S:  # also where the file holds no number at all
+            until = now
+        until = max(until, now - BURST_S)
+        until += seconds
+        return until, until - now

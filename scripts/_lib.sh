@@ -1,0 +1,33 @@
+# Shared by the scripts beside it: finds a Python, and makes virtual environments that are made again only when
+# what they hold has changed. Sourced, never run.
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+say() { printf '\033[1m==>\033[0m %s\n' "$*"; }
+
+find_python() {
+    local name
+    for name in ${PYTHON:-} python3.11 python3.12 python3.13 python3; do
+        if command -v "$name" >/dev/null && "$name" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            command -v "$name"
+            return
+        fi
+    done
+    echo "Python 3.11 or newer with its venv module is needed; set PYTHON to one (Debian: apt-get install python3-venv)" >&2
+    return 1
+}
+
+# ensure_venv FOLDER STAMP INSTALL: makes FOLDER and runs the function INSTALL with its pip, unless that was done
+# already for the same STAMP and the same pyproject.toml.
+ensure_venv() {
+    local folder=$1 install=$3 python want
+    python=$(find_python)
+    want=$(printf '%s\n' "$2" "$("$python" -V)" | cat - "$root/pyproject.toml" "$root/scripts/_lib.sh" | sha256sum)
+    if [ "$(cat "$folder/.installed" 2>/dev/null)" = "$want" ]; then
+        return
+    fi
+    say "installing into $(basename "$folder") (once; a few minutes where torch has to be fetched)"
+    [ -x "$folder/bin/python" ] || "$python" -m venv "$folder"
+    "$install" "$folder/bin/python" -m pip install -q --disable-pip-version-check
+    printf '%s' "$want" >"$folder/.installed"
+}
