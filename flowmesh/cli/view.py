@@ -138,6 +138,8 @@ class TerminalView:
         match event:
             case PhaseSeen(phase):
                 self._enter(phase, kept=True)
+            case StateSeen("done"):
+                self._leave()
             case StateSeen(state):
                 self._enter(state, kept=state not in _QUIET_STATES)
             case ProgressSeen() if self._live is not None:

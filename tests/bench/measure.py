@@ -1,0 +1,92 @@
+"""What the measurements share."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.support import Node, Orchestrator, RedisServer
+
+
+@dataclass(frozen=True)
+class Row:
+    what: str
+    value: str
+    against: str = ""
+    aim: str = ""
+    number: float = 0.0
+    """The plain number, for later rows to compare with."""
+
+
+def percentile(values: list[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * share))]
+
+
+def ms(seconds: float) -> str:
+    return f"{seconds * 1000:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def spread(values: list[float]) -> str:
+    return " / ".join(ms(percentile(values, share)) for share in (0.5, 0.95, 0.99))
+
+
+def timed(work: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def number_of(rows: list[Row], start: str) -> float | None:
+    return next((row.number for row in rows if row.what.startswith(start)), None)
+
+
+def times(value: float, floor: float | None, name: str) -> str:
+    return "" if not floor else f"{value / floor:.1f} × {name} ({ms(floor)})"
+
+
+def pss_bytes(pid: int) -> int:
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"no PSS of {pid}")
+
+
+def cpu_s(pid: int) -> float:
+    import os
+
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@contextlib.contextmanager
+def deployment(*args: str, **options: Any) -> Iterator[tuple[Node, Orchestrator]]:
+    """A node, its Redis and a peer, all real."""
+    server = RedisServer()
+    peer = Orchestrator(server)
+    node = Node(server, *args, **options)
+    try:
+        node.start()
+        yield node, peer
+    finally:
+        node.close()
+        peer.close()
+        server.close()
+
+
+def publish_to_end(peer: Orchestrator, spec: dict[str, Any]) -> float:
+    """Seconds from the publish to the arrival of TASK_SUCCEEDED."""
+    began = time.perf_counter()
+    task_id = peer.dispatch("w1", spec)
+    while True:
+        peer.hear(1.0)
+        if ends := [e for e in peer.task_events if e["task_id"] == task_id and e["type"] != "TASK_STARTED"]:
+            seconds = time.perf_counter() - began
+            if ends[0]["type"] != "TASK_SUCCEEDED":
+                raise RuntimeError(ends[0]["error"])
+            peer.task_events.clear()
+            return seconds

@@ -1,0 +1,365 @@
+"""One body to one real server that accepts, refuses, stalls, resets, redirects and answers late."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flowmesh.messages.output import HttpDestination, file_url, read_output
+from flowmesh.results.bodies import BytesBody, FileBody, UploadError
+from flowmesh.results.throttle import Throttle
+from flowmesh.results.upload import Uploader, _retry_after_s
+from tests.http_server import Answer, Received, Reset, Server, Stall
+
+SIZE = 3_000_000
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Path:
+    path = tmp_path / "weights.bin"
+    path.write_bytes(os.urandom(SIZE))
+    return path
+
+
+def destination(url: str, **fields: Any) -> HttpDestination:
+    made = read_output({"destination": {"type": "http", "url": url, **fields}}).destination
+    assert isinstance(made, HttpDestination)
+    return made
+
+
+def uploader(url: str, *, within_s: float = 20.0, rate: int | None = None, **options: Any) -> Uploader:
+    fields = options.pop("fields", {})
+    options.setdefault("first_backoff_s", 0.01)
+    options.setdefault("max_backoff_s", 0.05)
+    return Uploader(
+        destination(url, **fields), deadline=time.monotonic() + within_s, throttle=Throttle(rate), **options
+    )
+
+
+def send_file(sender: Uploader, url: str, path: Path, name: str = "weights.bin") -> None:
+    try:
+        sender.send("POST", file_url(url, "t-1"), FileBody(path, name))
+    finally:
+        sender.close()
+
+
+def assert_whole(received: Received, path: Path) -> None:
+    assert received.file_size == path.stat().st_size
+    assert received.file_sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_file_arrives_as_the_contract_says(artifact: Path) -> None:
+    with Server() as server:
+        told: list[int] = []
+        send_file(uploader(server.url + "/r", progress=told.append), server.url + "/r", artifact)
+        (received,) = server.received
+    assert (received.method, received.path) == ("POST", "/r/t-1/files")
+    assert received.headers["content-type"].startswith("multipart/form-data; boundary=")
+    assert received.file_name == "weights.bin"
+    assert_whole(received, artifact)
+    assert told == sorted(told)
+    assert told[-1] == int(received.headers["content-length"]) == FileBody(artifact, "weights.bin").size
+
+
+@pytest.mark.parametrize("name", ["a b.txt", 'quo"te', "ünï.bin", "semi;colon"])
+def test_odd_names_survive(tmp_path: Path, name: str) -> None:
+    (tmp_path / "x").write_bytes(b"x")
+    with Server() as server:
+        send_file(uploader(server.url), server.url, tmp_path / "x", name)
+        assert list(server.files()) == [name]
+
+
+def test_an_empty_file_arrives(tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    with Server() as server:
+        send_file(uploader(server.url), server.url, tmp_path / "empty", "empty")
+        assert server.files()["empty"].file_size == 0
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        [Answer(500), Answer(503), Answer(429), Answer(408), Answer(425)],
+        [Answer(500, early=True), Answer(429, early=True)],
+        [Reset(0), Reset(1000), Reset(SIZE // 2)],
+    ],
+    ids=["answers", "early", "resets"],
+)
+def test_what_may_pass_is_tried_again_with_the_whole_body(artifact: Path, plan: list[Any]) -> None:
+    with Server(*plan) as server:
+        tries = len(plan) + 1
+        send_file(uploader(server.url), server.url, artifact)
+        assert len(server.requests) == tries
+        (received,) = server.received
+    assert_whole(received, artifact)
+
+
+def test_a_stall_ends_with_the_attempts_timeout_and_is_tried_again(artifact: Path) -> None:
+    with Server(Stall(100_000), Stall(SIZE)) as server:
+        send_file(uploader(server.url, fields={"timeoutSec": 0.3}), server.url, artifact)
+        (received,) = server.received
+    assert_whole(received, artifact)
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 405, 409, 410, 413, 415, 422, 451])
+@pytest.mark.parametrize("early", [False, True])
+def test_other_4xx_are_final_and_told_with_the_answer(artifact: Path, status: int, early: bool) -> None:
+    with Server(Answer(status, b'{"detail": "not\nlike this"}', early=early)) as server:
+        with pytest.raises(UploadError, match=r'not like this"') as caught:
+            send_file(uploader(server.url), server.url, artifact)
+        assert len(server.requests) == 1
+    assert caught.value.status == status
+    assert f"answered {status}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_answer_is_cut_after_200_characters(artifact: Path) -> None:
+    with Server(Answer(400, b"x" * 5000)) as server, pytest.raises(UploadError) as caught:
+        send_file(uploader(server.url), server.url, artifact)
+    assert str(caught.value).count("x") == 200
+
+
+def test_nobody_listening_is_tried_until_time_is_up(artifact: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(UploadError, match=r"Connection refused; gave up after \d+ s and ([3-9]|\d\d+) attempts"):
+            send_file(uploader(url, within_s=0.45), url, artifact)
+
+
+def test_the_total_ends_a_transfer_that_never_stops(artifact: Path) -> None:
+    with Server() as server, pytest.raises(UploadError, match=r"time was up after \d+ of \d+ bytes") as caught:
+        send_file(uploader(server.url, within_s=0.5, rate=200_000), server.url, artifact)
+    assert caught.value.status is None
+
+
+def test_a_server_that_comes_up_late_gets_it(artifact: Path) -> None:
+    with Server(*[Answer(503)] * 8) as server:
+        send_file(uploader(server.url), server.url, artifact)
+        assert_whole(server.files()["weights.bin"], artifact)
+
+
+def test_retry_after_is_waited_for(artifact: Path) -> None:
+    with Server(Answer(429, headers={"Retry-After": "1"})) as server:
+        started = time.monotonic()
+        send_file(uploader(server.url), server.url, artifact)
+        assert time.monotonic() - started >= 1.0
+        assert len(server.received) == 1
+
+
+def test_retry_after_never_waits_past_the_total(artifact: Path) -> None:
+    with Server(*[Answer(503, headers={"Retry-After": "100"})] * 2) as server:
+        with pytest.raises(UploadError, match="503"):
+            send_file(uploader(server.url, within_s=5), server.url, artifact)
+        assert len(server.requests) == 1
+
+
+def test_both_forms_of_retry_after() -> None:
+    assert _retry_after_s(None) == 0
+    assert _retry_after_s(" 7 ") == 7
+    assert _retry_after_s("99999999999999999999") == 300
+    assert _retry_after_s("soon") == 0
+    assert _retry_after_s("-5") == 0
+    later = datetime.now(UTC) + timedelta(seconds=60)
+    assert 50 < _retry_after_s(format_datetime(later, usegmt=True)) <= 60
+    assert _retry_after_s(format_datetime(later - timedelta(days=1), usegmt=True)) == 0
+
+
+# ---- who gets which secret -------------------------------------------------------------------------------------------
+
+CUSTOM = {"Authorization": "Bearer custom-secret", "X-Api-Key": "k3y-secret", "content-TYPE": "text/evil"}
+
+
+def headers_of(server: Server) -> dict[str, str]:
+    return server.received[-1].headers
+
+
+def test_custom_headers_go_with_every_request_but_content_type(artifact: Path) -> None:
+    with Server() as server:
+        sender = uploader(server.url, fields={"headers": {**CUSTOM, "user-agent": "mine"}})
+        sender.send("PUT", server.url, BytesBody(b"{}", "application/json"))
+        assert headers_of(server)["content-type"] == "application/json"
+        assert headers_of(server)["authorization"] == "Bearer custom-secret"
+        assert headers_of(server)["x-api-key"] == "k3y-secret"
+        assert headers_of(server)["user-agent"] == "mine"
+        send_file(sender, server.url, artifact)
+        assert headers_of(server)["content-type"].startswith("multipart/form-data")
+        assert headers_of(server)["x-api-key"] == "k3y-secret"
+        assert [r.method for r in server.received] == ["PUT", "POST"]
+
+
+def test_the_nodes_token_goes_to_the_orchestrator_only(artifact: Path) -> None:
+    with Server() as orchestrator, Server() as other:
+        options: dict[str, Any] = {"token": "n0de-token", "orchestrator_url": orchestrator.url + "/base"}
+        send_file(uploader(orchestrator.url, **options), orchestrator.url, artifact)
+        assert headers_of(orchestrator)["authorization"] == "Bearer n0de-token"
+        send_file(uploader(other.url, **options), other.url, artifact)
+        assert "authorization" not in headers_of(other)
+        # the same address under another name is another origin
+        alias = orchestrator.url.replace("127.0.0.1", "localhost")
+        send_file(uploader(alias, **options), alias, artifact)
+        assert "authorization" not in headers_of(orchestrator)
+        own = {"headers": {"authorization": "Bearer custom-secret"}}
+        send_file(uploader(orchestrator.url, fields=own, **options), orchestrator.url, artifact)
+        assert headers_of(orchestrator)["authorization"] == "Bearer custom-secret"
+        send_file(uploader(other.url, token="n0de-token"), other.url, artifact)
+        assert "authorization" not in headers_of(other)
+
+
+def test_user_and_password_of_an_address_become_basic_and_netrc_is_not_asked(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login net password rc-secret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with Server() as server:
+        send_file(uploader(server.url), server.url, artifact)
+        assert "authorization" not in headers_of(server)
+        url = server.url.replace("//", "//me:p%40ss@")
+        send_file(uploader(url), url, artifact)
+        assert headers_of(server)["authorization"] == "Basic bWU6cEBzcw=="
+
+
+@pytest.mark.parametrize("status", [307, 308])
+def test_a_redirect_on_the_same_server_keeps_method_body_and_headers(artifact: Path, status: int) -> None:
+    with Server(Answer(status, headers={"Location": "/there?x=1"})) as server:
+        send_file(uploader(server.url, fields={"headers": CUSTOM}), server.url, artifact)
+        (received,) = server.received
+    assert (received.method, received.path) == ("POST", "/there?x=1")
+    assert received.headers["authorization"] == "Bearer custom-secret"
+    assert_whole(received, artifact)
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_redirect_to_another_server_takes_no_secret_along(artifact: Path, early: bool) -> None:
+    with Server() as other:
+        redirect = Answer(307, headers={"Location": other.url + "/x"}, early=early)
+        with Server(redirect) as server:
+            options: dict[str, Any] = {"token": "n0de-token", "orchestrator_url": other.url}
+            send_file(uploader(server.url, fields={"headers": CUSTOM}, **options), server.url, artifact)
+            assert server.received == []
+        (received,) = other.received
+    assert_whole(received, artifact)
+    assert not {"authorization", "x-api-key", "cookie"} & set(received.headers)
+    assert "secret" not in str(received.headers)
+    assert "n0de-token" not in str(received.headers)
+
+
+def test_secrets_do_not_come_back_on_a_redirect_that_returns(artifact: Path) -> None:
+    with Server() as first, Server() as second:
+        first.plan.append(Answer(307, headers={"Location": second.url}))
+        second.plan.append(Answer(307, headers={"Location": first.url + "/back"}))
+        send_file(uploader(first.url, fields={"headers": CUSTOM}), first.url, artifact)
+        assert first.received[0].path == "/back"
+        assert "authorization" not in first.received[0].headers
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (Answer(302, headers={"Location": "/x"}), "302.*only 307 and 308"),
+        (Answer(303, headers={"Location": "/x"}), "303.*only 307 and 308"),
+        (Answer(307), "without a Location"),
+        (Answer(307, headers={"Location": "file:///etc/passwd"}), "must be http or https"),
+        (Answer(307, headers={"Location": "http://h:bad/"}), "bad address"),
+    ],
+)
+def test_other_redirects_are_final(artifact: Path, answer: Answer, told: str) -> None:
+    with Server(answer) as server:
+        with pytest.raises(UploadError, match=told):
+            send_file(uploader(server.url), server.url, artifact)
+        assert len(server.requests) == 1
+
+
+def test_a_circle_of_redirects_ends(artifact: Path) -> None:
+    with Server(*[Answer(307, headers={"Location": "/x"})] * 20) as server:
+        with pytest.raises(UploadError, match="more than 5 redirects"):
+            send_file(uploader(server.url), server.url, artifact)
+        assert len(server.requests) == 6
+
+
+def test_no_error_shows_a_secret(artifact: Path) -> None:
+    echo = b"got Bearer custom-secret and k3y-secret, s1gn4ture, hunter22, n0de-token"
+    for answer in (Answer(403, echo), Answer(403, b"y" * 195 + b"k3y-secret"), Reset(10)):
+        with Server(answer, *[Reset(10)] * 100) as server:
+            url = server.url.replace("//", "//me:hunter22@") + "/r?sig=s1gn4ture"
+            options: dict[str, Any] = {"token": "n0de-token", "orchestrator_url": server.url}
+            with pytest.raises(UploadError) as caught:
+                send_file(uploader(url, within_s=0.3, fields={"headers": CUSTOM}, **options), url, artifact)
+        for secret in ("custom-secret", "k3y-s", "s1gn4ture", "hunter22", "n0de-token"):
+            assert secret not in str(caught.value)
+        assert caught.value.__cause__ is None
+        assert f"127.0.0.1:{server.port}/r/t-1/files" in str(caught.value)
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_link_or_a_folder_is_no_body(tmp_path: Path, artifact: Path) -> None:
+    (tmp_path / "link").symlink_to(artifact)
+    for path in (tmp_path / "link", tmp_path, tmp_path / "absent"):
+        with pytest.raises(UploadError):
+            FileBody(path, "x")
+
+
+def test_a_file_that_shrinks_is_final(artifact: Path) -> None:
+    with Server() as server:
+        sender = uploader(server.url)
+        body = FileBody(artifact, "weights.bin")
+        os.truncate(artifact, 1000)
+        with pytest.raises(UploadError, match="became shorter"):
+            sender.send("POST", server.url, body)
+        sender.close()
+        assert server.received == []
+
+
+def test_the_throttle_holds_for_a_real_upload(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(bytes(100_000))
+    with Server() as server:
+        started = time.monotonic()
+        send_file(uploader(server.url, rate=100_000), server.url, tmp_path / "x", "x")
+        assert time.monotonic() - started >= 0.85
+        assert server.files()["x"].file_size == 100_000
+
+
+def test_200_megabytes_in_constant_memory(tmp_path: Path) -> None:
+    """The kernel's own high-water mark of a process that sends 200 MB, against one that sends 1 MB."""
+    code = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from flowmesh.messages.output import HttpDestination\n"
+        "from flowmesh.results.throttle import Throttle\n"
+        "from flowmesh.results.bodies import FileBody\n"
+        "from flowmesh.results.upload import Uploader\n"
+        "url, path = sys.argv[1], Path(sys.argv[2])\n"
+        "sender = Uploader(HttpDestination(url=url), deadline=time.monotonic() + 100, throttle=Throttle(None))\n"
+        "sender.send('POST', url, FileBody(path, path.name))\n"
+        "print(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1])\n"
+    )
+
+    def peak_kib(path: Path) -> int:
+        command = [sys.executable, "-c", code, server.url, str(path)]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout)
+
+    block = os.urandom(1 << 20)
+    (tmp_path / "small").write_bytes(block)
+    with (tmp_path / "big").open("wb") as file:
+        for index in range(200):
+            file.write(block[index:] + block[:index])
+    with Server() as server:
+        small, big = peak_kib(tmp_path / "small"), peak_kib(tmp_path / "big")
+        received = server.files()["big"]
+    with (tmp_path / "big").open("rb") as file:
+        assert received.file_sha256 == hashlib.file_digest(file, "sha256").hexdigest()
+    assert received.file_size == 200 << 20
+    assert big - small < 8 * 1024
+    assert big < 100 * 1024

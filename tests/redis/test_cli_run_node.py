@@ -1,0 +1,139 @@
+"""`flowmesh run` with the node itself: the newcomer's first minute, and what a Ctrl-C or a `kill -9` leaves."""
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+pytestmark = pytest.mark.redis
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def place(tmp_path):
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "echo.yaml").write_text("spec: {taskType: echo, text: hello}\n")
+    (tmp_path / "slow.yaml").write_text("spec: {taskType: echo, delaySec: 600}\n")
+    (tmp_path / "wrong.yaml").write_text("spec: {taskType: eco}\n")
+    yield tmp_path
+    assert processes_of(tmp_path) == []
+
+
+def start(place, *arguments, **options):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(place / "tmp")}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
+    return subprocess.Popen(
+        [sys.executable, "-m", "flowmesh.cli.main", "run", "--results-dir", str(place / "results"), *arguments],
+        cwd=ROOT,
+        env={**env, **options.pop("env", {})},
+        **options,
+    )
+
+
+def run(place, *arguments):
+    process = start(place, *(str(place / each) if each.endswith(".yaml") else each for each in arguments))
+    out, err = process.communicate(timeout=100)
+    return process.returncode, out, err
+
+
+def processes_of(place):
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if any(str(place) in word for word in (*process.cmdline(), *process.environ().values())):
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return [each for each in found if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
+
+
+def until(there, what):
+    deadline = time.monotonic() + 60
+    while not (found := there()):
+        assert time.monotonic() < deadline, f"{what} did not come"
+        time.sleep(0.02)
+    return found
+
+
+def test_an_echo(place):
+    code, out, err = run(place, "echo.yaml", "--task-id", "first")
+    assert (code, err) == (0, "")
+    assert "succeeded in " in out
+    assert re.search(r'^  echo +\{"taskType": "echo", "text": "hello"\}$', out, re.MULTILINE)
+    assert out.endswith(f"results: {place}/results/first\n")
+    assert json.loads((place / "results/first/responses.json").read_text())["echo"]["text"] == "hello"
+    assert list((place / "tmp").iterdir()) == []
+
+
+def test_two_files_on_one_node_as_json(place):
+    code, out, err = run(place, "echo.yaml", "wrong.yaml", "--json")
+    assert code == 1
+    good, bad = map(json.loads, out.splitlines())
+    assert good["ok"] is True
+    assert good["result"]["echo"]["text"] == "hello"
+    assert (bad["ok"], bad["verdict"], bad["worker_id"]) == (False, "bad_request", good["worker_id"])
+    assert err.count("\n") == 1
+    assert "eco" in err
+    assert list((place / "tmp").iterdir()) == []
+
+
+def test_ctrl_c(place):
+    process = start(place, str(place / "slow.yaml"))
+    until(lambda: "wait" in process.stdout.readline(), "the phase")
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "(cancelled)" in err
+    assert err.count("\n") == 1
+    assert list((place / "tmp").iterdir()) == []
+
+
+def test_kill_9(place):
+    process = start(place, str(place / "slow.yaml"))
+    until(lambda: "wait" in process.stdout.readline(), "the phase")
+    assert len(processes_of(place)) >= 4  # flowmesh run, Redis, the node, its fork server, the task
+    process.kill()
+    process.communicate()
+    until(lambda: not processes_of(place), "the end of all it had started")
+    assert run(place, "echo.yaml")[0] == 0
+    assert list((place / "tmp").iterdir()) == []
+
+
+def test_on_a_terminal(place):
+    """A live line while it works, and none of it left in the end."""
+    near, far = pty.openpty()
+    process = start(
+        place,
+        str(place / "echo.yaml"),
+        stdin=far,
+        stdout=far,
+        stderr=far,
+        text=False,
+        env={"TERM": "xterm", "COLUMNS": "80"},
+    )
+    os.close(far)
+    said = b""
+    while True:
+        try:
+            chunk = os.read(near, 65536)
+        except OSError:  # the far end is closed
+            break
+        if not chunk:
+            break
+        said += chunk
+    os.close(near)
+    assert process.wait(60) == 0
+    text = said.decode()
+    assert "starting the node" in text
+    assert text.count("\x1b[?25l") == text.count("\x1b[?25h") > 0  # the cursor is back
+    last = text.rpartition("\x1b[2K")[2]
+    assert "succeeded in " in last
+    assert "results: " in last.splitlines()[-1]

@@ -1,0 +1,107 @@
+"""The command line's surface: what stands on it, how fast it answers, and how errors leave it."""
+
+import subprocess
+import sys
+
+import click
+import pytest
+
+from flowmesh import __version__
+from flowmesh.cli.main import COMMANDS, cli, guarded, main
+from flowmesh.errors import BusyError, ConfigError, FieldError, FlowMeshError, UnavailableError
+
+SURFACE = {
+    "run": "FILES --config --help --json --keep-going --results-dir --task-id --timeout -k",
+    "submit": "FILE --config --help --json --redis --task-id --timeout --wait --worker",
+    "workers": "--config --help --json --redis --watch",
+    "status": "--config --help --json --state-dir",
+    "logs": "TASK_ID --config --follow --help --json --results-dir --state-dir --stderr --stdout -f -n",
+    "cancel": "TASK_ID --config --force --help --json --state-dir",
+    "drain": "--config --help --json --mode --state-dir --wait",
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_surface_stays_as_it_is(name):
+    context = click.Context(cli)
+    command = cli.get_command(context, name)
+    words = {
+        word
+        for parameter in command.get_params(click.Context(command))
+        for word in (parameter.opts if isinstance(parameter, click.Option) else [parameter.name.upper()])
+    }
+    assert sorted(words - {"-h"}) == sorted(SURFACE[name].split())
+
+
+def test_the_table_of_commands_says_what_the_commands_say(capsys):
+    assert set(COMMANDS) == set(SURFACE)
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert all(name in out and line in out for name, (_, line) in COMMANDS.items())
+
+
+def loaded(*arguments):
+    """The modules that a command line has imported when it ends."""
+    script = (
+        "import sys\nfrom flowmesh.cli.main import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        "print('|'.join(sys.modules))"
+    )
+    out = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True).stdout
+    return out.splitlines()[0], set(out.splitlines()[-1].split("|"))
+
+
+@pytest.mark.parametrize("arguments", [("--version",), ("--help",)])
+def test_the_quick_answers_import_nothing_slow(arguments):
+    first, modules = loaded(*arguments)
+    assert first == (
+        f"flowmesh {__version__}" if arguments == ("--version",) else "Usage: flowmesh [OPTIONS] COMMAND [ARGS]..."
+    )
+    assert modules & {"redis", "rich", "yaml", "msgspec", "asyncio", "flowmesh.cli.run", "flowmesh.config"} == set()
+
+
+def test_no_command_is_help_and_a_usage_error(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([])
+    assert caught.value.code == 2
+    with pytest.raises(SystemExit) as caught:
+        main(["rum"])
+    assert caught.value.code == 2
+    assert "No such command 'rum'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (FlowMeshError("a\n  b"), 1),
+        (FieldError("a b", "a"), 1),
+        (UnavailableError("a b"), 69),
+        (BusyError("a b"), 75),
+        (ConfigError("a b"), 78),
+    ],
+)
+def test_an_error_is_one_line_and_its_code(error, code, capsys):
+    def command():
+        raise error
+
+    assert guarded(command) == code
+    assert capsys.readouterr() == ("", "flowmesh: a b\n")
+
+
+def test_a_bug_is_not_hidden():
+    def command():
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        guarded(command)
+
+
+def test_bad_files_end_before_anything_is_started(tmp_path, capsys):
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("spec: [\n")
+    for command in (["run"], ["submit", "--redis", "redis://127.0.0.1:1/0"]):
+        with pytest.raises(SystemExit) as caught:
+            main([*command, str(bad)])
+        assert caught.value.code == 1
+        assert capsys.readouterr().err.startswith(f"flowmesh: {bad}: line 2, column 1: ")
