@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import gc
 import os
 import secrets
 import signal
@@ -265,6 +266,8 @@ class Supervisor(Hooks):
         """Take over what an earlier supervisor left; then listen; then say that we are idle."""
         await recover(self.executor)
         await self.executor.fleet.warm(LIGHT)
+        gc.collect()
+        gc.freeze()  # what lives for ever need not be looked at again
         for worker_id, slot in self.slots.items():
             if slot.current is not None:
                 self.presences[worker_id].set_status("RUNNING", slot.current.task_id)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import faulthandler
 import importlib
-import importlib.metadata
 import logging
 import os
 import signal
@@ -23,13 +22,17 @@ from runners.api import Cancelled, Context, Runner, RunnerError
 MAX_MESSAGE_CHARS = 2000
 MAX_DETAIL_CHARS = 64 * 1024
 
+# Made once, in the fork server: each costs more than a small task's whole work.
+_job_decoder = msgspec.json.Decoder(Job)
+_outcome_encoder = msgspec.json.Encoder()
+
 
 def main(pipe: Pipe, spool: Path) -> int:
     """Run the job in `spool`; returns 0 where it succeeded and 1 where it did not."""
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True, chain=False)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", force=True)
-    job = msgspec.json.decode((spool / JOB_FILE).read_bytes(), type=Job)
+    job = _job_decoder.decode((spool / JOB_FILE).read_bytes())
     pipe.send(Hello(VERSION, os.getpid()), drop=True)
     ctx = Context(job, pipe)
     signal.signal(signal.SIGTERM, _on_sigterm)
@@ -115,5 +118,5 @@ def _plain(value: Any) -> Any:
 def _write(path: Path, outcome: Outcome) -> None:
     """Whole or not at all; what is not finite becomes null."""
     partial = path.with_suffix(".partial")
-    partial.write_bytes(msgspec.json.encode(outcome))
+    partial.write_bytes(_outcome_encoder.encode(outcome))
     partial.rename(path)

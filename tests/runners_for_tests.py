@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from runners.api import Context, Runner
@@ -105,10 +107,8 @@ class MisbehavingRunner(Runner):
             try:
                 if os.fork() == 0:
                     os.setsid()
-                    try:
+                    with contextlib.suppress(OSError):
                         os.fork()
-                    except OSError:
-                        pass
                     time.sleep(600)
             except OSError:
                 break
@@ -154,7 +154,7 @@ class MisbehavingRunner(Runner):
         import tempfile
 
         path = tempfile.mkdtemp()
-        open(os.path.join(path, "left"), "w").write("x" * 1000)
+        Path(path, "left").write_text("x" * 1000)
         return {"tmp": path}
 
     def do_shm(self, ctx: Context) -> dict[str, Any]:

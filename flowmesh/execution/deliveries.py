@@ -1,6 +1,6 @@
 """Has each ended task's results written and sent: small local ones in a thread, all others in a child of their own.
 
-A delivery child is forked from the light server under the attempt's negative number, so it is adopted, killed and
+A delivery child is forked from a server of its own kind, under the attempt's negative number: it is adopted, killed and
 reaped like a task. How many run at once is bounded; the slot was free before the first byte.
 """
 
@@ -26,7 +26,7 @@ from flowmesh.results import delivery
 from flowmesh.results.job import DeliveryJob, DeliveryReport, Failure
 from flowmesh.tasks import machine
 from flowmesh.tasks.machine import State
-from flowmesh.tasks.types import LIGHT
+from flowmesh.tasks.types import DELIVERY
 from flowmesh.tasks.verdicts import describe_exit
 
 if TYPE_CHECKING:
@@ -38,6 +38,9 @@ INLINE_BYTES = 1024 * 1024
 INLINE_FILES = 200
 MAX_TRIES = 3
 """Times that a delivery child may die without a word before the delivery counts as failed."""
+
+
+_outcome_decoder = msgspec.json.Decoder(Outcome)
 
 
 class Deliveries:
@@ -58,9 +61,8 @@ class Deliveries:
             self._done(run, "cancelled while delivering")
             return
         try:
-            job = await asyncio.to_thread(self._job, run)
-            if not job.over_http and await asyncio.to_thread(_is_small, run, executor.layout):
-                report = await asyncio.to_thread(self._inline, run, job)
+            job, report = await asyncio.to_thread(self._write_small, run)
+            if report is not None:
                 self._done(run, "" if report.ok else report.error)
                 return
             await self._places.acquire()
@@ -71,7 +73,7 @@ class Deliveries:
                 self._done(run, "cancelled while delivering")
                 return
             await asyncio.to_thread(delivery.write_job, job, executor.layout.spool(run.attempt))
-            await executor.fleet.launch(LIGHT, self._fork(run), lambda _server: None)
+            await executor.fleet.launch(DELIVERY, self._fork(run), lambda _server: None)
         except (FlowMeshError, OSError) as error:
             self._done(run, f"the delivery could not be started: {error}")
 
@@ -111,12 +113,16 @@ class Deliveries:
             total_timeout_s=settings.delivery.total_timeout_s,
         )
 
-    def _inline(self, run: Run, job: DeliveryJob) -> DeliveryReport:
+    def _write_small(self, run: Run) -> tuple[DeliveryJob, DeliveryReport | None]:
+        """In a thread: the job, and where it is a matter of a moment, its report."""
+        job = self._job(run)
+        if job.over_http or not _is_small(run, self._executor.layout):
+            return job, None
         outcome = None
         if job.failure is None:
             path = self._executor.layout.spool(run.attempt) / OUTCOME_FILE
-            outcome = msgspec.json.decode(path.read_bytes(), type=Outcome)
-        return delivery.deliver(job, outcome)
+            outcome = _outcome_decoder.decode(path.read_bytes())
+        return job, delivery.deliver(job, outcome)
 
     def _fork(self, run: Run) -> Fork:
         layout = self._executor.layout

@@ -7,11 +7,11 @@ import sys
 from flowmesh.config import Settings
 from flowmesh.errors import ConfigError, FieldError
 from flowmesh.processes.launcher import Lane
-from flowmesh.tasks.types import DEFAULT, LIGHT, Catalogue, catalogue, known_types
+from flowmesh.tasks.types import DEFAULT, DELIVERY, LIGHT, Catalogue, catalogue, known_types
 
 CANARY = "runners.canary:check"
 ALWAYS = ("runners.child",)
-DELIVERY = ("flowmesh.results.child",)
+DELIVERS = ("flowmesh.results.child",)
 
 
 def plan(settings: Settings) -> tuple[Catalogue, dict[str, Lane]]:
@@ -29,7 +29,7 @@ def plan(settings: Settings) -> tuple[Catalogue, dict[str, Lane]]:
     found = catalogue(types, interpreters)
     lanes = {}
     for name, python in interpreters.items():
-        preload = list(ALWAYS) + (list(DELIVERY) if name == LIGHT else [])
+        preload = list(ALWAYS)
         for each in found.offered.values():
             if each.environment == name:
                 preload += each.preload
@@ -41,4 +41,5 @@ def plan(settings: Settings) -> tuple[Catalogue, dict[str, Lane]]:
             preload=tuple(dict.fromkeys(preload)),
             canary=None if name == LIGHT else CANARY,
         )
+    lanes[DELIVERY] = Lane(name=DELIVERY, python=sys.executable, preload=DELIVERS)
     return found, lanes

@@ -46,6 +46,7 @@ class Operations:
     def _status(self, _request: dict[str, Any]) -> dict[str, Any]:
         node = self._node
         presences = node.presences.values()
+        late = sorted(each for presence in presences for each in presence.late_s)
         return {
             "pid": os.getpid(),
             "version": __version__,
@@ -83,7 +84,8 @@ class Operations:
             "refused": node.executor.counters.refused,
             "duplicates": node.executor.counters.duplicates,
             "verdicts": node.executor.counters.verdicts,
-            "heartbeat_late_s": max((late for presence in presences for late in presence.late_s), default=0.0),
+            "heartbeat_late_s": late[-1] if late else 0.0,
+            "heartbeat_late_p99_s": late[int(len(late) * 0.99)] if late else 0.0,
         }
 
     def _logs(self, request: dict[str, Any]) -> dict[str, Any]:

@@ -118,6 +118,7 @@ class ForkServer:
             return 1
         gc.collect()
         gc.freeze()
+        self.alone_since = time.monotonic()  # while it imported, nobody could have come
         self.ready = Ready(
             version=VERSION,
             pid=os.getpid(),

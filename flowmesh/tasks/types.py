@@ -15,6 +15,8 @@ from flowmesh.messages.checking import nearest
 
 LIGHT = "light"
 """The built-in environment of tasks that need no heavy library: the node's own interpreter, nothing preloaded."""
+DELIVERY = "delivery"
+"""The lane of delivery children: as light, with what an upload needs."""
 DEFAULT = "default"
 """The environment of all others where the file names none: the node's own interpreter."""
 ENTRY_POINTS = "flowmesh.runners"

@@ -1,0 +1,111 @@
+"""A real HTTP server on 127.0.0.1 with files, ranges, ETags, and the ways in which servers let their clients down."""
+
+from __future__ import annotations
+
+import dataclasses
+import email.utils
+import http.server
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@dataclasses.dataclass
+class Served:
+    """One file, and how the server misbehaves with it."""
+
+    body: bytes
+    etag: str | None = '"1"'
+    modified: bool = False
+    """Whether it sends Last-Modified."""
+    ranges: bool = True
+    cut_after: list[int] = dataclasses.field(default_factory=list)
+    """For each of the next answers, how many bytes come before the connection breaks."""
+    statuses: list[int] = dataclasses.field(default_factory=list)
+    """For each of the next requests, what is answered in place of the file."""
+    token: str | None = None
+    """The Authorization header that it wants."""
+    chunk_pause_s: float = 0.0
+
+
+class Server(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.files: dict[str, Served] = {}
+        self.requests: list[tuple[str, dict[str, str], int]] = []
+        """(path, headers in lower case, answered status)."""
+
+    def url(self, path: str) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/{path}"
+
+    @contextmanager
+    def running(self) -> Iterator[Server]:
+        thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        try:
+            yield self
+        finally:
+            self.shutdown()
+            thread.join()
+            self.server_close()
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Server
+
+    def do_GET(self) -> None:
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        served = self.server.files.get(self.path.split("?")[0].lstrip("/"))
+        status, start = self._decide(served, headers)
+        self.server.requests.append((self.path, headers, status))
+        if served is None or status not in (200, 206):
+            self._answer(status, b"", served)
+            return
+        self._answer(status, served.body[start:], served, start)
+
+    def _decide(self, served: Served | None, headers: dict[str, str]) -> tuple[int, int]:
+        if served is None:
+            return 404, 0
+        if served.statuses:
+            return served.statuses.pop(0), 0
+        if served.token is not None and headers.get("authorization") != served.token:
+            return 401, 0
+        if served.etag is not None and headers.get("if-none-match") == served.etag:
+            return 304, 0
+        stamp = email.utils.formatdate(0, usegmt=True)
+        if served.modified and headers.get("if-modified-since") == stamp:
+            return 304, 0
+        match = re.fullmatch(r"bytes=(\d+)-", headers.get("range", ""))
+        fresh = headers.get("if-range") in (served.etag, stamp if served.modified else None)
+        if match and served.ranges and fresh and int(match[1]) < len(served.body):
+            return 206, int(match[1])
+        return 200, 0
+
+    def _answer(self, status: int, body: bytes, served: Served | None, start: int = 0) -> None:
+        self.send_response(status)
+        if served is not None and served.etag is not None:
+            self.send_header("ETag", served.etag)
+        if served is not None and served.modified:
+            self.send_header("Last-Modified", email.utils.formatdate(0, usegmt=True))
+        if status == 206 and served is not None:
+            whole = len(served.body)
+            self.send_header("Content-Range", f"bytes {start}-{whole - 1}/{whole}")
+        if status != 304:
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        cut = served.cut_after.pop(0) if served is not None and body and served.cut_after else None
+        try:
+            self.wfile.write(body if cut is None else body[:cut])
+        except OSError:
+            return
+        if cut is not None:
+            self.wfile.flush()
+            self.close_connection = True
+            self.connection.shutdown(2)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
