@@ -21,7 +21,13 @@ class EnvRunner(Runner):
 
     def run(self, ctx: Context) -> dict[str, Any]:
         own = open("/proc/self/environ", "rb").read().decode("utf-8", "replace")
-        return {"env": dict(os.environ), "executed_with": own, "cwd": os.getcwd(), "sid": os.getsid(0), "pid": os.getpid()}
+        return {
+            "env": dict(os.environ),
+            "executed_with": own,
+            "cwd": os.getcwd(),
+            "sid": os.getsid(0),
+            "pid": os.getpid(),
+        }
 
 
 class MisbehavingRunner(Runner):

@@ -22,9 +22,9 @@ from types import TracebackType
 
 import msgspec
 
-from flowmesh.bus.embedded import EmbeddedRedis, private_dir
 from flowmesh.cli import deployment, locate
 from flowmesh.cli.control import Control
+from flowmesh.cli.embedded import EmbeddedRedis, private_dir
 from flowmesh.errors import EXIT_CONFIG, ConfigError, LaunchError, UnavailableError
 from flowmesh.processes import linux
 

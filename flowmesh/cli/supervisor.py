@@ -51,9 +51,7 @@ def command(config: str | None, check: bool, as_json: bool, sets: tuple[str, ...
 
         return report(loaded, as_json=as_json)
     if loaded.settings.redis.url is None:
-        raise ConfigError(
-            "redis.url: missing; set REDIS_URL, or redis.url in the node's file"
-        )
+        raise ConfigError("redis.url: missing; set REDIS_URL, or redis.url in the node's file")
     return _serve(loaded)
 
 

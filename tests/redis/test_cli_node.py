@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from flowmesh.bus.embedded import EmbeddedRedis
 from flowmesh.cli.control import Control, Ended, PhaseSeen, ProgressSeen, Refused, StateSeen
+from flowmesh.cli.embedded import EmbeddedRedis
 from flowmesh.errors import ProtocolError, UnavailableError
 
 pytestmark = pytest.mark.redis

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from flowmesh.bus.embedded import EmbeddedRedis
+from flowmesh.cli.embedded import EmbeddedRedis
 from tests.redis.fake_node import HARDWARE, finish, register
 
 pytestmark = pytest.mark.redis

@@ -100,7 +100,9 @@ def test_a_task_from_dispatch_to_disk(orchestrator: Orchestrator, node: Node) ->
     payload = end["payload"]
     assert payload["taskType"] == "echo"
     assert payload["runtime_sec"] > 0
-    assert parse_time(payload["dispatched_at"]) <= parse_time(payload["started_at"]) <= parse_time(payload["finished_at"])
+    assert (
+        parse_time(payload["dispatched_at"]) <= parse_time(payload["started_at"]) <= parse_time(payload["finished_at"])
+    )
 
     running = orchestrator.wait_worker_event("STATUS", status="RUNNING")
     assert running["payload"]["task_id"] == task_id

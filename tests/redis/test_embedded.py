@@ -15,7 +15,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from flowmesh.bus.embedded import EmbeddedRedis, find_server
+from flowmesh.cli.embedded import EmbeddedRedis, find_server
 from flowmesh.errors import LaunchError, UnavailableError
 from flowmesh.processes import linux
 
@@ -59,7 +59,7 @@ def test_tcp_is_on_loopback_and_asks_for_a_password():
 def test_is_gone_when_its_owner_is_killed():
     script = """
         import time
-        from flowmesh.bus.embedded import EmbeddedRedis
+        from flowmesh.cli.embedded import EmbeddedRedis
         with EmbeddedRedis() as server:
             print(server.pid, server.socket_path.parent, flush=True)
             time.sleep(600)
