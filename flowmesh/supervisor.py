@@ -11,7 +11,7 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -54,7 +54,12 @@ CONTROL_CHANNEL = "flowmesh.control"
 class Supervisor(Hooks):
     """One node's life, from `run()` to its return value, the exit code."""
 
-    def __init__(self, loaded: Loaded, environment: Mapping[str, str]) -> None:
+    def __init__(self, loaded: Loaded, environment: Mapping[str, str], recheck: Callable[[], object]) -> None:
+        """
+        Args:
+            recheck: reads the settings anew and raises ConfigError where they cannot be used; for SIGHUP.
+        """
+        self._recheck = recheck
         self.settings: Settings = loaded.settings
         self.state_dir = state_dir(self.settings, environment)
         self.results_dir = results_dir(self.settings)
@@ -345,10 +350,20 @@ class Supervisor(Hooks):
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_stop_signal)
         loop.add_signal_handler(signal.SIGUSR2, self.hand_over)
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
         loop.add_signal_handler(signal.SIGCHLD, self._reap)
 
     def _on_stop_signal(self) -> None:
         self.stop("finish" if self._drain_mode is None else "now")
+
+    def _reload(self) -> None:
+        """Take new settings by starting anew under the running tasks; bad ones are told, and the old ones stay."""
+        try:
+            self._recheck()
+        except ConfigError as error:
+            logger.error("settings not reloaded, the old ones stay: {}", error)
+            return
+        self.hand_over()
 
     def _reap(self) -> None:
         """Collect fork servers that ended, and orphans of theirs that came to us."""

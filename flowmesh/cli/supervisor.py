@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from flowmesh import __version__
 from flowmesh.errors import EXIT_OK, ConfigError, FlowMeshError
+
+if TYPE_CHECKING:
+    from flowmesh.config import Loaded
 
 _NAMED = {
     "redis_url": "redis.url",
@@ -33,7 +38,8 @@ _NAMED = {
 def command(config: str | None, check: bool, as_json: bool, sets: tuple[str, ...], **named: str | None) -> int:
     """Run a FlowMesh node: take tasks from Redis, each in a process tree of its own.
 
-    SIGTERM drains (running tasks finish), a second one stops them; SIGUSR2 starts the program anew under running tasks.
+    SIGTERM drains (running tasks finish), a second one stops them. SIGHUP takes new settings and SIGUSR2 a new version,
+    both while the tasks run on.
     """
     import os
 
@@ -43,19 +49,20 @@ def command(config: str | None, check: bool, as_json: bool, sets: tuple[str, ...
     for each in sets:
         key, sep, value = each.partition("=")
         if not sep:
-            raise click.UsageError(f"--set {each}: expected KEY=VALUE")
+            raise click.UsageError("--set: expected KEY=VALUE")
         overrides[key.strip()] = value
-    loaded = load(Path(config) if config else None, os.environ, overrides)
+    path = Path(config) if config else None
+    loaded = load(path, os.environ, overrides)
     if check:
         from flowmesh.cli.check import report
 
         return report(loaded, as_json=as_json)
     if loaded.settings.redis.url is None:
         raise ConfigError("redis.url: missing; set REDIS_URL, or redis.url in the node's file")
-    return _serve(loaded)
+    return _serve(loaded, lambda: load(path, os.environ, overrides))
 
 
-def _serve(loaded) -> int:  # type: ignore[no-untyped-def]
+def _serve(loaded: Loaded, recheck: Callable[[], object]) -> int:
     import asyncio
     import os
 
@@ -65,7 +72,7 @@ def _serve(loaded) -> int:  # type: ignore[no-untyped-def]
     configure(loaded.settings)
 
     async def live() -> int:
-        return await Supervisor(loaded, dict(os.environ)).run()
+        return await Supervisor(loaded, dict(os.environ), recheck).run()
 
     return asyncio.run(live())
 

@@ -37,7 +37,8 @@ def test_registration(redis_server: RedisServer, orchestrator: Orchestrator, mak
     assert client.smembers("workers:ids") == {b"w1"}
     fields = {name.decode(): value.decode() for name, value in client.hgetall("worker:w1").items()}
     assert set(fields) >= {
-        "worker_id", "status", "started_at", "pid", "env_json", "hardware_json", "tags_json", "last_seen", "cost_per_hour",
+        "worker_id", "status", "started_at", "pid", "env_json", "hardware_json", "tags_json", "last_seen",
+        "cost_per_hour",
     }  # fmt: skip
     assert fields["worker_id"] == "w1"
     assert fields["status"] == "IDLE"
