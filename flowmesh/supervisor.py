@@ -328,7 +328,7 @@ class Supervisor(Hooks):
 
     async def _close(self) -> None:
         sending = asyncio.create_task(self.outbox.run())
-        if not await self.outbox.flushed(FLUSH_TIMEOUT_S):
+        if not await self.outbox.flushed(FLUSH_TIMEOUT_S if self.outbox.up else FLUSH_TIMEOUT_S / 10):
             logger.warning("{} events wait on disk for the next start", self.journal.outbox_size())
         sending.cancel()
         await asyncio.gather(*(presence.unregister(FAREWELL_TIMEOUT_S) for presence in self.presences.values()))

@@ -100,7 +100,8 @@ class Server:
                 canary=lane.canary,
                 adoption_timeout_s=adoption_timeout_s,
             )
-            command = [lane.python, "-m", "flowmesh.processes.forkserver", msgspec.json.encode(options).decode()]
+            # -P: the folder we were started in is no place to import from; tasks may write there
+            command = [lane.python, "-P", "-m", "flowmesh.processes.forkserver", msgspec.json.encode(options).decode()]
             try:
                 process = subprocess.Popen(
                     command,

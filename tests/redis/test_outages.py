@@ -1,0 +1,126 @@
+"""P7: Redis may come and go. Tasks run on, events wait in order, the registration and the subscription heal."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+import pytest
+
+from tests.support import Node, Orchestrator, RedisServer, until
+
+pytestmark = pytest.mark.redis
+QUICK = {"HEARTBEAT_INTERVAL_SEC": "1"}
+CONFIG = "[redis]\ntimeout_s = 1.0\nhealth_check_interval_s = 1.0\n"
+
+
+@pytest.fixture
+def node(make_node) -> Node:
+    return make_node(config=CONFIG, env=QUICK)
+
+
+def test_p7_a_task_that_ends_while_redis_is_down_is_told_when_it_is_back(
+    redis_server: RedisServer, orchestrator: Orchestrator, node: Node
+) -> None:
+    tasks = [orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 0.5, "n": n}) for n in range(3)]
+    orchestrator.wait_started(tasks[0])
+    redis_server.stop()
+    until(lambda: node.ask(op="status")["tasks"] == [], "all tasks ended without Redis")
+    waiting = node.ask(op="status")
+    assert waiting["outbox"] >= 3
+    assert waiting["redis_up"] is False
+    for task in tasks:
+        assert node.result(task)["ok"] is True
+    redis_server.start()
+    orchestrator.reconnect(redis_server)
+    ends = [orchestrator.wait_end(task) for task in tasks]
+    assert [end["type"] for end in ends] == ["TASK_SUCCEEDED"] * 3
+    told = [e["task_id"] for e in orchestrator.task_events if e["type"] == "TASK_SUCCEEDED"]
+    assert told == tasks
+    node.wait_status("IDLE")
+    assert orchestrator.redis.sismember("workers:ids", "w1")
+    assert orchestrator.run("w1", {"taskType": "echo"})["type"] == "TASK_SUCCEEDED"
+    assert node.ask(op="status")["outbox"] == 0
+
+
+def test_p7_after_a_gap_the_node_announces_itself_anew_once_it_holds_no_task(
+    orchestrator: Orchestrator, node: Node
+) -> None:
+    """An orchestrator that had dispatched into the gap queues that task again when it sees UNREGISTER."""
+    running = orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 3})
+    orchestrator.wait_started(running)
+    for client in orchestrator.redis.client_list():
+        if client["name"] == "flowmesh-w1-sub":
+            orchestrator.redis.client_kill_filter(_id=client["id"])
+    lost = orchestrator.dispatch("w1", {"taskType": "echo"})  # nobody listens at this moment
+    until(lambda: "subscribed again" in node.text(), "the subscription is back")
+    orchestrator.hear()
+    assert [e["type"] for e in orchestrator.worker_events if e["type"] == "UNREGISTER"] == []  # it still holds a task
+    orchestrator.wait_end(running)
+    orchestrator.wait_worker_event("UNREGISTER", worker_id="w1")
+    orchestrator.hear(0.5)
+    kinds = [e["type"] for e in orchestrator.worker_events if e["type"] in ("REGISTER", "UNREGISTER")]
+    assert kinds == ["REGISTER", "UNREGISTER", "REGISTER"]
+    node.wait_status("IDLE")
+    again = orchestrator.dispatch("w1", {"taskType": "echo"}, task_id=lost)
+    assert orchestrator.wait_end(again)["type"] == "TASK_SUCCEEDED"
+
+
+def test_p7_a_connection_that_says_nothing_is_found_out(
+    redis_server: RedisServer, orchestrator: Orchestrator, node: Node
+) -> None:
+    """A stopped server keeps its connections open and answers nothing: like a host that vanished."""
+    assert redis_server.process is not None
+    redis_server.process.send_signal(signal.SIGSTOP)
+    try:
+        until(lambda: node.ask(op="status")["redis_up"] is False, "the silence is noticed", 15)
+    finally:
+        redis_server.process.send_signal(signal.SIGCONT)
+    until(lambda: node.ask(op="status")["redis_up"], "it is back", 20)
+    assert orchestrator.run("w1", {"taskType": "echo"})["type"] == "TASK_SUCCEEDED"
+
+
+def test_p7_an_emptied_database_in_mid_task(orchestrator: Orchestrator, node: Node) -> None:
+    task = orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 7})
+    orchestrator.wait_started(task)
+    orchestrator.redis.flushall()
+    until(lambda: orchestrator.redis.hget("worker:w1", "status") == b"RUNNING", "registered again, and running")
+    assert orchestrator.redis.hget("worker:w1", "extra_task_id") == task.encode()
+    assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"
+    node.wait_status("IDLE")
+
+
+def test_a_node_started_before_redis_waits_for_it(redis_server: RedisServer, make_node) -> None:
+    redis_server.stop()
+    node = make_node(start=False, config=CONFIG)
+    node.start(wait=False)
+    until(lambda: "Redis is away" in node.text() or "not subscribed" in node.text(), "it says that Redis is away")
+    time.sleep(0.5)
+    redis_server.start()
+    node.wait_status("IDLE")
+
+
+def test_a_second_supervisor_on_the_same_folder_says_who_has_it(node: Node, make_node) -> None:
+    second = make_node(start=False, worker_id="w2", home=node.home)
+    second.start(wait=False)
+    assert second.process is not None
+    assert second.process.wait(20) == 75
+    assert f"another supervisor (pid {node.pid})" in node.text()
+
+
+def test_settings_are_reloaded_under_a_running_task(orchestrator: Orchestrator, make_node) -> None:
+    node = make_node(config=CONFIG)
+    pid = node.pid
+    task = orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 2})
+    orchestrator.wait_started(task)
+    child = node.task_pid(task)
+    (node.home / "node.toml").write_text("[redis]\ntimeout_s = 'never'\n")
+    node.process.send_signal(signal.SIGHUP)
+    until(lambda: "settings not reloaded" in node.text(), "bad settings are told")
+    (node.home / "node.toml").write_text(CONFIG + "[node]\ntags = ['new']\n")
+    node.process.send_signal(signal.SIGHUP)
+    until(lambda: orchestrator.redis.hget("worker:w1", "tags_json") == b'["new"]', "the new tags are registered")
+    assert node.pid == pid
+    assert node.task_pid(task) == child
+    assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"
+    assert len(orchestrator.ends(task)) == 1
