@@ -28,6 +28,6 @@ ensure_venv() {
     fi
     say "installing into $(basename "$folder") (once; a few minutes where torch has to be fetched)"
     [ -x "$folder/bin/python" ] || "$python" -m venv "$folder"
-    "$install" "$folder/bin/python" -m pip install -q --disable-pip-version-check
+    "$install" "$folder/bin/python" -m pip install -qq --disable-pip-version-check
     printf '%s' "$want" >"$folder/.installed"
 }
