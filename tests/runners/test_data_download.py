@@ -206,7 +206,7 @@ def test_what_is_made_from_a_file_is_made_once_and_only_whole(server, ctx) -> No
         made.append(list(folder.iterdir()))
         (folder / "whole").write_text("x")
 
-    with pytest.raises(ValueError, match="^$"):
+    with pytest.raises(ValueError, match=r"^$"):
         fetched.derived("d", fail)
     for _ in range(2):
         assert [each.name for each in fetched.derived("d", make).iterdir()] == ["whole"]

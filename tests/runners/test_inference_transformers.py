@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import threading
 from pathlib import Path
 from typing import Any
@@ -24,34 +23,7 @@ from runners.inference.sampling import Picker, keep_top
 from runners.inference.task import InferenceOptions, sampling_of
 from runners.inference.tokens import Texts
 from runners.inference.transformers_engine import TransformersEngine
-
-WORDS = [
-    "a task",
-    "starts",
-    "the node",
-    "ends",
-    "a slot",
-    "returns",
-    "the model",
-    "waits for",
-    "its memory",
-    "and",
-    "again",
-]
-
-
-def mixed_prompts(count: int, longest: int = 60, seed: int = 3) -> list[str]:
-    draw = random.Random(seed)
-    return [" ".join(draw.choices(WORDS, k=draw.randint(1, longest))) for _ in range(count)]
-
-
-def spec_of(model: Path, items: list[Any], **inference: Any) -> dict[str, Any]:
-    return {
-        "model": {"source": {"identifier": str(model)}, "transformers": {"dtype": "float32"}},
-        "data": {"type": "list", "items": items},
-        "inference": {"temperature": 0, "max_tokens": 16, **inference},
-        "enforce_cpu": True,
-    }
+from tests.runners.inference_specs import change, mixed_prompts, spec_of
 
 
 @pytest.fixture(scope="module")
@@ -407,16 +379,6 @@ def run_with_rows(context: Any, rows: int) -> Any:
         return InferenceRunner().run(context)
     finally:
         loader.CPU_ROWS = before
-
-
-def change(spec: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
-    copy = json.loads(json.dumps(spec))
-    *parents, last = path.split(".")
-    at = copy
-    for name in parents:
-        at = at.setdefault(name, {})
-    at[last] = value
-    return copy
 
 
 @pytest.mark.parametrize(

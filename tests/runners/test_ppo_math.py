@@ -21,7 +21,9 @@ def close(found: object, wanted: object) -> None:
 def test_log_probabilities_of_tokens() -> None:
     logits = torch.tensor([[[0.0, math.log(3.0)], [math.log(4.0), 0.0]]])  # odds 1:3 and 4:1
     close(ppo_math.token_logprobs(logits, torch.tensor([[1, 1]])), [[math.log(3 / 4), math.log(1 / 5)]])
-    close(ppo_math.token_logprobs(logits, torch.tensor([[1, 1]]), temperature=0.5), [[math.log(9 / 10), math.log(1 / 17)]])
+    close(
+        ppo_math.token_logprobs(logits, torch.tensor([[1, 1]]), temperature=0.5), [[math.log(9 / 10), math.log(1 / 17)]]
+    )
 
 
 def test_entropy_in_nats() -> None:

@@ -35,7 +35,9 @@ def tokenizer(tiny_llama: Path) -> Any:
     return AutoTokenizer.from_pretrained(tiny_llama)
 
 
-def roller(make_context: Make, model: Any, tokenizer: Any, *, seen: list[Any] | None = None, **generation: Any) -> Roller:
+def roller(
+    make_context: Make, model: Any, tokenizer: Any, *, seen: list[Any] | None = None, **generation: Any
+) -> Roller:
     spec = {
         "model": {"source": {"identifier": "builtin:tiny-llama"}},
         "data": {"prompts": ["a"]},
@@ -86,12 +88,12 @@ def test_where_a_response_ends(make_context: Make, model: Any, tokenizer: Any) -
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     hello = tokenizer("hello", add_special_tokens=False)["input_ids"]
     width = len(hello) + 2
-    rows = [hello + [end, pad], [end] + [pad] * (width - 1), hello + [7, 7]]
+    rows = [[*hello, end, pad], [end] + [pad] * (width - 1), [*hello, 7, 7]]
     texts, mask = roller(make_context, model, tokenizer)._read(torch.tensor(rows))
     assert mask.sum(-1).tolist() == [len(hello) + 1, 1, width]  # the end token is one of the response's
     assert texts[:2] == ["hello", ""]
     stopping = roller(make_context, model, tokenizer, stop="lo")
-    texts, mask = stopping._read(torch.tensor([hello + [pad, pad]]))
+    texts, mask = stopping._read(torch.tensor([[*hello, pad, pad]]))
     assert texts == ["hel"]
     assert mask.sum(-1).tolist() == [len(hello)]
 

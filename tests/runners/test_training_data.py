@@ -77,7 +77,11 @@ def test_max_samples_then_the_shard(make_context: Make) -> None:
     [
         ("dpo", {"preferences": [{"prompt": "a", "chosen": "b"}]}, "spec.data.preferences[0]: no column 'rejected'"),
         ("dpo", {"preferences": [{"prompt": "a", "chosen": 1, "rejected": "c"}]}, "column 'chosen': a text or a list"),
-        ("kto", {"examples": [{"prompt": "a", "completion": "b", "label": "yes"}]}, "true or false is needed, found 'yes'"),
+        (
+            "kto",
+            {"examples": [{"prompt": "a", "completion": "b", "label": "yes"}]},
+            "true or false is needed, found 'yes'",
+        ),
         ("sft", {"messages": [[{"role": "user"}]]}, "spec.data.messages[0]: column 'messages': message 0 must be"),
         ("sft", {"messages": ["hello"]}, "spec.data.messages[0]: column 'messages': a list of chat messages is needed"),
         ("grpo", {"prompts": [""]}, "spec.data.prompts[0]: column 'prompt': the prompt is empty"),
@@ -98,8 +102,13 @@ def test_jsonl_columns_by_their_settings(make_context: Make, tmp_path: Path) -> 
     assert rows(make_context, "sft", {"jsonl": pair}) == [{"text": "one\n\n1"}, {"text": "two\n\n2"}]
     found = rows(make_context, "sft", {"jsonl": {**pair, "separator": " = "}, "max_samples": 1})
     assert found == [{"text": "one = 1"}]
-    assert [row["text"] for row in rows(make_context, "sft", {"jsonl": {"path": path, "text_field": "body"}})] == ["x", "y"]
-    found = rows(make_context, "sft", {"jsonl_path": path, "prompt_column": "q", "response_column": "a", "separator": "-"})
+    assert [row["text"] for row in rows(make_context, "sft", {"jsonl": {"path": path, "text_field": "body"}})] == [
+        "x",
+        "y",
+    ]
+    found = rows(
+        make_context, "sft", {"jsonl_path": path, "prompt_column": "q", "response_column": "a", "separator": "-"}
+    )
     assert found[0] == {"text": "one-1"}
 
 

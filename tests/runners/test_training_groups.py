@@ -13,8 +13,8 @@ import pytest
 
 pytest.importorskip("trl", reason="needs the extra 'training'")
 
-from flowmesh.processes.pipe import Phase, Progress  # noqa: E402
-from tests.runners.training_tasks import (  # noqa: E402
+from flowmesh.processes.pipe import Phase, Progress
+from tests.runners.training_tasks import (
     PAIRS,
     QUICK,
     SUMS,
@@ -24,7 +24,7 @@ from tests.runners.training_tasks import (  # noqa: E402
     start,
     train,
 )
-from tests.runners.training_zygote import Running  # noqa: E402
+from tests.runners.training_zygote import Running
 
 LONG = {"max_steps": 100_000, "batch_size": 4, "learning_rate": 1e-4, "max_seq_length": 64, "nproc_per_node": 2}
 ALLOWED = {"reward_callables": ["tests.runners.training_tasks:*"]}
@@ -110,6 +110,7 @@ def test_nothing_of_a_group_outlives_its_parent(tmp_path: Path) -> None:
     ranks = training(running)
     running.kill()
     assert running.ended(5)
+    running.pipe.close()
     assert all_gone(ranks)
 
 
@@ -150,7 +151,7 @@ def test_a_cancel_stops_all_ranks_at_one_step(tmp_path: Path, checkpoint: bool) 
     outcome = running.wait(20)
     assert (outcome.fault, outcome.message) == ("cancelled", "cancelled by a test")
     assert all_gone(ranks)
-    found = [path.name for path in (running.out_dir / "checkpoints").iterdir()]
+    found = [path.name for path in (running.out_dir / "checkpoints").glob("checkpoint-*")]
     if checkpoint:
         assert len(found) == 1
         assert {"rng_state_0.pth", "rng_state_1.pth"} <= {
@@ -178,7 +179,14 @@ def free_port() -> int:
 
 
 def nodes(tmp_path: Path, **more: Any) -> list[Running]:
-    settings = {**QUICK, "max_steps": 4, "batch_size": 4, "nnodes": 2, "rdzv_endpoint": f"127.0.0.1:{free_port()}", **more}
+    settings = {
+        **QUICK,
+        "max_steps": 4,
+        "batch_size": 4,
+        "nnodes": 2,
+        "rdzv_endpoint": f"127.0.0.1:{free_port()}",
+        **more,
+    }
     spec = {"data": {"prompts": SUMS}, "training": settings}
     return [start(tmp_path, "sft", spec, task_id=f"node-{i}") for i in range(2)]
 
@@ -210,6 +218,7 @@ def test_a_node_that_is_killed_leaves_no_rank(tmp_path: Path) -> None:
     assert all(len(tree) >= 2 for tree in trees)  # torchrun, and its rank
     both[0].kill()
     assert both[0].ended(5)
+    both[0].pipe.close()
     assert all_gone(trees[0])
     outcome = both[1].wait(60)
     assert not outcome.ok

@@ -56,20 +56,19 @@ def test_the_least_a_task_needs(make_context: Make, task_type: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("task_type", "rate", "batch", "checkpointing", "folder"),
+    ("task_type", "wanted"),
     [
-        ("sft", 5e-5, 2, True, "final_model"),
-        ("lora_sft", 2e-4, 2, False, "final_lora"),
-        ("dpo", 5e-7, 4, False, "final_model"),
-        ("ppo", 1.41e-5, 8, False, "final_model"),
+        ("sft", (5e-5, 2, True, "final_model")),
+        ("lora_sft", (2e-4, 2, False, "final_lora")),
+        ("dpo", (5e-7, 4, False, "final_model")),
+        ("ppo", (1.41e-5, 8, False, "final_model")),
     ],
 )
 def test_the_defaults_that_documents_rely_on(
-    make_context: Make, task_type: str, rate: float, batch: int, checkpointing: bool, folder: str
+    make_context: Make, task_type: str, wanted: tuple[float, int, bool, str]
 ) -> None:
     found = plan(make_context, task_type, {})
-    assert (found.learning_rate, found.batch_size) == (rate, batch)
-    assert (found.gradient_checkpointing, found.folder) == (checkpointing, folder)
+    assert (found.learning_rate, found.batch_size, found.gradient_checkpointing, found.folder) == wanted
     training = found.training
     assert (training.num_train_epochs, training.logging_steps, training.save_strategy) == (1, 10, "steps")
     assert (training.max_seq_length, training.save_model, training.allow_multi_gpu) == (1024, True, True)
@@ -82,8 +81,16 @@ def test_numbers_may_be_strings_since_yaml_reads_5e_7_as_one(make_context: Make)
 @pytest.mark.parametrize(
     ("task_type", "spec", "message"),
     [
-        ("sft", {"training": {"logging_stepz": 5}}, "spec.training.logging_stepz: unknown field; did you mean 'logging_steps'?"),
-        ("dpo", {"training": {"packing": True}}, "spec.training.packing: unknown field here; it is one of sft, lora_sft"),
+        (
+            "sft",
+            {"training": {"logging_stepz": 5}},
+            "spec.training.logging_stepz: unknown field; did you mean 'logging_steps'?",
+        ),
+        (
+            "dpo",
+            {"training": {"packing": True}},
+            "spec.training.packing: unknown field here; it is one of sft, lora_sft",
+        ),
         ("sft", {"training": {"lr_scheduler_type": "cosine"}}, "own arguments go under spec.training.trainer_args"),
         ("sft", {"training": {"batch_size": 0}}, "spec.training.batch_size: expected"),
         ("sft", {"training": {"max_steps": 0}}, "spec.training.max_steps: 0 steps train nothing"),
@@ -109,9 +116,17 @@ def test_numbers_may_be_strings_since_yaml_reads_5e_7_as_one(make_context: Make)
         ("sft", {"generation": {"max_new_tokens": 3}}, "spec.generation: sft generates nothing"),
         ("ppo", {"generation": {"max_new_tokens": 3, "max_tokens": 4}}, "spec.generation.max_tokens: 4 contradicts"),
         ("sft", {"shard": {"index": 2, "total": 2}}, "spec.shard.index: 2 of 2 shards"),
-        ("sft", {"checkpoint": {"load": {"pth": "x"}}}, "spec.checkpoint.load.pth: unknown field; did you mean 'path'?"),
+        (
+            "sft",
+            {"checkpoint": {"load": {"pth": "x"}}},
+            "spec.checkpoint.load.pth: unknown field; did you mean 'path'?",
+        ),
         ("sft", {"data": {}}, "spec.data: no data; give one of dataset_name, jsonl, prompts, messages"),
-        ("sft", {"data": {"prompts": ["a"], "jsonl_path": "x"}}, "spec.data.prompts and spec.data.jsonl_path are both given"),
+        (
+            "sft",
+            {"data": {"prompts": ["a"], "jsonl_path": "x"}},
+            "spec.data.prompts and spec.data.jsonl_path are both given",
+        ),
         ("sft", {"data": {"jsonl": {}, "jsonl_path": "x"}}, "short for data.jsonl.path"),
         ("dpo", {"data": {"prompts": ["a"]}}, "spec.data.prompts: unknown field"),
     ],
@@ -175,7 +190,7 @@ def test_a_model_over_several_gpus_in_one_process(make_context: Make) -> None:
 def test_what_a_task_does_not_have(
     make_context: Make, training: dict[str, Any], gpus: tuple[str, ...], message: str
 ) -> None:
-    with pytest.raises(BadRequest, match="spec.training") as caught:
+    with pytest.raises(BadRequest, match=r"spec\.") as caught:
         layout(make_context, training, gpus)
     assert message in str(caught.value)
 
@@ -209,7 +224,10 @@ def test_batches_of_ppo(make_context: Make, training: dict[str, Any], sizes: tup
         ({"batch_size": 8, "mini_batch_size": 4, "num_mini_batches": 4}, "num_mini_batches"),
         ({"batch_size": 8, "gradient_accumulation_steps": 3}, "gradient_accumulation_steps"),
         ({"batch_size": 8, "per_device_train_batch_size": 3}, "per_device_train_batch_size"),
-        ({"batch_size": 8, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}, "gradient_accumulation"),
+        (
+            {"batch_size": 8, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4},
+            "gradient_accumulation",
+        ),
     ],
 )
 def test_sizes_that_contradict(make_context: Make, training: dict[str, Any], field: str) -> None:

@@ -10,8 +10,8 @@ import pytest
 
 pytest.importorskip("trl", reason="needs the extra 'training'")
 
-from flowmesh.processes.pipe import Phase, Progress  # noqa: E402
-from tests.runners.training_tasks import (  # noqa: E402
+from flowmesh.processes.pipe import Phase, Progress
+from tests.runners.training_tasks import (
     EXAMPLES,
     PAIRS,
     QUICK,
@@ -197,7 +197,9 @@ def test_ppos_passes_through_the_model_are_its_own_affair(tmp_path: Path) -> Non
 
     def history(task_id: str, **more: Any) -> list[dict[str, float]]:
         spec = {**ONLINE, "training": {**training, "learning_rate": 1e-3, **more}}
-        found: list[dict[str, float]] = train(tmp_path, "ppo", spec, limits=ALLOWED, task_id=task_id)["metrics"]["loss_history"]
+        found: list[dict[str, float]] = train(tmp_path, "ppo", spec, limits=ALLOWED, task_id=task_id)["metrics"][
+            "loss_history"
+        ]
         return found
 
     whole = history("whole")
@@ -227,7 +229,11 @@ def test_without_saving_there_is_no_model(tmp_path: Path) -> None:
         ("sft", {"training": {"trainer_args": {"output_dir": "x"}}}, "output_dir: cannot be set; checkpoints lie in"),
         ("sft", {"training": {"trainer_args": {"hub_token": "x"}}}, "hub_token: cannot be set; results go where"),
         ("sft", {"training": {"trainer_args": {"weight_decay": "much"}}}, "spec.training.trainer_args.weight_decay: "),
-        ("sft", {"training": {"trainer_args": {"lr_scheduler_type": "up"}}}, "spec.training: up is not a valid SchedulerType"),
+        (
+            "sft",
+            {"training": {"trainer_args": {"lr_scheduler_type": "up"}}},
+            "spec.training: up is not a valid SchedulerType",
+        ),
         (
             "sft",
             {"training": {"batch_size": 2, "trainer_args": {"per_device_train_batch_size": 4}}},
@@ -265,7 +271,11 @@ def test_completions_that_do_not_come_out_even(tmp_path: Path) -> None:
 
 
 def test_long_prompts_lose_their_beginning(tmp_path: Path) -> None:
-    spec = {**ONLINE, "data": {"prompts": [" ".join(["the node"] * 60)]}, "training": {"steps": 1, "max_seq_length": 24}}
+    spec = {
+        **ONLINE,
+        "data": {"prompts": [" ".join(["the node"] * 60)]},
+        "training": {"steps": 1, "max_seq_length": 24},
+    }
     assert train(tmp_path, "ppo", spec, limits=ALLOWED)["metrics"]["tokens"] <= 8 * 24
     chat = [{"role": "user", "content": "the node " * 60}]
     message = refused(tmp_path, "ppo", {**spec, "data": {"prompts": [chat]}}, limits=ALLOWED, task_id="chat")

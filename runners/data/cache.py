@@ -1,0 +1,187 @@
+"""The node's folder of downloads, shared by its tasks: one entry a URL, files locks, a bound on the size.
+
+Two locks an entry. `fetch.lock` is exclusive while somebody downloads. `use.lock` is shared by every task that has
+the entry's file, until its process ends; nothing that is in use is ever deleted.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+from runners.api import Context
+
+DEFAULT_MAX_BYTES = 200 * 2**30
+LOCK_POLL_S = 0.2
+
+
+class Meta(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of the entry's newest file."""
+
+    url: str
+    file: str
+    size_bytes: int
+    etag: str | None = None
+    last_modified: str | None = None
+
+
+class Lock:
+    """A `flock` on a file. Released by `close`, or by the end of the process."""
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+
+    def take(self, *, shared: bool) -> bool:
+        """Take or change the lock without waiting; False where others hold it."""
+        try:
+            fcntl.flock(self._fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def wait(self, ctx: Context, *, shared: bool) -> None:
+        """Take the lock.
+
+        Raises:
+            Cancelled: the node asked the task to stop meanwhile.
+        """
+        while not self.take(shared=shared):
+            ctx.sleep(LOCK_POLL_S)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+class Entry:
+    """The folder of one URL. Use it as a context manager: it holds `fetch.lock` inside."""
+
+    def __init__(self, ctx: Context, url: str, headers: Mapping[str, str]) -> None:
+        # What a server shows depends on who asks: another token, another entry.
+        secret = "\n".join(f"{name.lower()}: {value}" for name, value in sorted(headers.items()))
+        self.key = hashlib.sha256(f"{url}\n{secret}".encode()).hexdigest()
+        self._ctx = ctx
+        self.folder = ctx.cache_dir / "downloads" / self.key
+        self.part = self.folder / "part"
+        self.part_meta = self.folder / "part.json"
+        self._fetching: Lock | None = None
+
+    def __enter__(self) -> Entry:
+        while True:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                lock = Lock(self.folder / "fetch.lock")
+            except FileNotFoundError:
+                continue  # evicted between the two lines
+            lock.wait(self._ctx, shared=False)
+            if (self.folder / "fetch.lock").exists():
+                self._fetching = lock
+                return self
+            lock.close()
+
+    def __exit__(self, *_: object) -> None:
+        if self._fetching is not None:
+            self._fetching.close()
+
+    def meta(self) -> Meta | None:
+        """What the entry holds, or None."""
+        meta = read_meta(self.folder / "meta.json")
+        return meta if meta is not None and (self.folder / meta.file).is_file() else None
+
+    def publish(self, meta: Meta) -> None:
+        """Make `part` the entry's file. Older files go where nobody uses them."""
+        self.part.rename(self.folder / meta.file)
+        self.part_meta.unlink(missing_ok=True)
+        write_meta(self.folder / "meta.json", meta)
+        lock = Lock(self.folder / "use.lock")
+        if lock.take(shared=False):
+            for each in self.folder.iterdir():
+                if each.name.startswith("file-") and not each.name.startswith(meta.file):
+                    _remove(each)
+        lock.close()
+
+    def use(self, meta: Meta) -> Path:
+        """The entry's file, which stays until this process ends."""
+        held = _held.get(self.key)
+        if held is None:
+            held = Lock(self.folder / "use.lock")
+            held.wait(self._ctx, shared=True)
+            _held[self.key] = held
+        os.utime(self.folder)
+        return self.folder / meta.file
+
+
+_held: dict[str, Lock] = {}
+
+
+def evict(ctx: Context) -> None:
+    """Delete the entries unused for longest until the rest is within `runners.cache_max_bytes`."""
+    bound = int(ctx.job.limits.get("cache_max_bytes", DEFAULT_MAX_BYTES))
+    entries = []
+    for folder in (ctx.cache_dir / "downloads").iterdir():
+        try:
+            entries.append((folder.stat().st_mtime, size_bytes(folder), folder))
+        except FileNotFoundError:
+            continue
+    total = sum(size for _, size, _ in entries)
+    for _, size, folder in sorted(entries):
+        if total <= bound:
+            return
+        if _delete(folder):
+            total -= size
+            ctx.log.info("cache entry evicted folder=%s bytes=%d", folder.name, size)
+
+
+def _delete(folder: Path) -> bool:
+    """Delete an entry that nobody downloads or uses."""
+    locks: list[Lock] = []
+    try:
+        for name in ("fetch.lock", "use.lock"):
+            locks.append(Lock(folder / name))
+            if not locks[-1].take(shared=False):
+                return False
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        return False
+    else:
+        return True
+    finally:
+        for lock in locks:
+            lock.close()
+
+
+def size_bytes(folder: Path) -> int:
+    """All files below `folder`; what vanishes meanwhile counts nothing."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += (Path(parent) / name).lstat().st_size
+            except FileNotFoundError:
+                continue
+    return total
+
+
+def read_meta(path: Path) -> Meta | None:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Meta)
+    except (FileNotFoundError, msgspec.DecodeError):
+        return None
+
+
+def write_meta(path: Path, meta: Meta) -> None:
+    scratch = path.with_suffix(".new")
+    scratch.write_bytes(msgspec.json.encode(meta))
+    scratch.rename(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,201 @@
+"""Files behind http(s): streamed, resumed, checked for size, kept by URL and ETag in the node's cache."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import msgspec
+
+from runners.api import BadRequest, Context, RunnerError
+from runners.data.cache import Entry, Meta, evict, read_meta, write_meta
+
+CHUNK_BYTES = 1 << 18
+"""What is lost at most when a connection breaks."""
+DEFAULT_TIMEOUT_S = 30.0
+"""For the connection, and for each wait for more bytes; not for the whole file."""
+ATTEMPTS = 6
+FIRST_PAUSE_S = 0.5
+RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
+_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
+
+
+class Fetched(msgspec.Struct, frozen=True):
+    """A downloaded file, which stays as it is until this process ends."""
+
+    path: Path
+    entry: Entry
+
+    def derived(self, name: str, make: Callable[[Path], None]) -> Path:
+        """A folder made from the file once and kept beside it, such as an archive's contents.
+
+        Args:
+            make: fills the empty folder that it is given.
+        """
+        target = self.path.with_name(f"{self.path.name}.{name}")
+        with self.entry:
+            if not target.is_dir():
+                scratch = self.path.with_name(f"{self.path.name}.{name}.new")
+                _clear(scratch)
+                scratch.mkdir()
+                try:
+                    make(scratch)
+                except BaseException:
+                    _clear(scratch)
+                    raise
+                scratch.rename(target)
+        return target
+
+
+class _Interrupted(Exception):
+    """This attempt ended early; the next one may go on from what there is."""
+
+
+def fetch(
+    ctx: Context,
+    url: str,
+    where: str,
+    *,
+    headers: Mapping[str, str] | None = None,
+    timeout_s: float | None = None,
+) -> Fetched:
+    """The file behind `url`. The server is always asked whether what the cache has is still right.
+
+    Raises:
+        BadRequest: no http(s) URL, or the server says that the request is wrong (400, 401, 403, 404 …).
+        RunnerError: the server cannot be reached, or breaks off again and again.
+        Cancelled: the node asked the task to stop.
+    """
+    check_url(url, where)
+    entry = Entry(ctx, url, headers or {})
+    with entry:
+        pause_s = FIRST_PAUSE_S
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                meta = _attempt(ctx, entry, url, where, headers=headers or {}, timeout_s=timeout_s or DEFAULT_TIMEOUT_S)
+                break
+            except _Interrupted as error:
+                if attempt == ATTEMPTS:
+                    raise RunnerError(f"{where}: {_shown(url)} could not be downloaded: {error}") from error
+                ctx.log.warning("download interrupted url=%s attempt=%d reason=%s", _shown(url), attempt, error)
+                ctx.sleep(pause_s)
+                pause_s *= 2
+        path = entry.use(meta)
+    evict(ctx)
+    return Fetched(path, entry)
+
+
+def check_url(url: str, where: str) -> None:
+    """Raises BadRequest where `url` is not http(s) with a host."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise BadRequest(f"{where}: {_shown(url)!r} is no http or https URL")
+
+
+def _attempt(ctx: Context, entry: Entry, url: str, where: str, *, headers: Mapping[str, str], timeout_s: float) -> Meta:
+    import requests
+
+    cached, partial = entry.meta(), read_meta(entry.part_meta)
+    have = entry.part.stat().st_size if partial is not None and entry.part.is_file() else 0
+    asked = {**headers, "Accept-Encoding": "identity"}  # lengths and ranges count the file's own bytes
+    if have and partial is not None and (partial.etag or partial.last_modified):
+        asked |= {"Range": f"bytes={have}-", "If-Range": partial.etag or partial.last_modified or ""}
+    elif cached is not None:
+        have = 0
+        if cached.etag:
+            asked["If-None-Match"] = cached.etag
+        elif cached.last_modified:
+            asked["If-Modified-Since"] = cached.last_modified
+    try:
+        with requests.get(url, headers=asked, stream=True, timeout=timeout_s) as answer:
+            if answer.status_code == 304 and cached is not None:
+                return cached
+            _check_status(answer, url, where)
+            return _receive(ctx, entry, answer, url, have if answer.status_code == 206 else 0)
+    except requests.RequestException as error:
+        raise _Interrupted(_reason(error)) from error
+
+
+def _check_status(answer: Any, url: str, where: str) -> None:
+    status = answer.status_code
+    if status in (200, 206):
+        return
+    said = f"{status} {answer.reason}"
+    if status in RETRIED or status == 416:  # 416: what we have is longer than the file is now
+        raise _Interrupted(f"the server answered {said}")
+    if 400 <= status < 500:
+        raise BadRequest(f"{where}: the server answered {said} for {_shown(url)}")
+    raise RunnerError(f"{where}: the server answered {said} for {_shown(url)}")
+
+
+def _receive(ctx: Context, entry: Entry, answer: Any, url: str, start: int) -> Meta:
+    """Append the answer's body to what there is, check the size, publish the file."""
+    total = _total_bytes(answer, start)
+    etag = answer.headers.get("ETag")
+    meta = Meta(
+        url=_shown(url),
+        file="",
+        size_bytes=total or 0,
+        etag=etag if etag and not etag.startswith("W/") else None,  # a weak one does not promise the same bytes
+        last_modified=answer.headers.get("Last-Modified"),
+    )
+    write_meta(entry.part_meta, meta)
+    done = start
+    with entry.part.open("r+b" if start else "wb") as part:
+        part.seek(start)
+        part.truncate()
+        for chunk in answer.iter_content(CHUNK_BYTES):
+            part.write(chunk)
+            done += len(chunk)
+            ctx.progress(done, total, "bytes")
+    if total is not None and done != total:
+        raise _Interrupted(f"{done} of {total} bytes came")
+    number = sum(each.name.startswith("file-") for each in entry.folder.iterdir())
+    name = f"file-{number}"
+    while (entry.folder / name).exists():
+        number += 1
+        name = f"file-{number}"
+    meta = msgspec.structs.replace(meta, file=name, size_bytes=done)
+    entry.publish(meta)
+    return meta
+
+
+def _total_bytes(answer: Any, start: int) -> int | None:
+    if answer.status_code == 206:
+        match = _RANGE.fullmatch(answer.headers.get("Content-Range", ""))
+        if match is None or int(match[1]) != start:
+            raise _Interrupted(f"asked for bytes from {start}, got {answer.headers.get('Content-Range')!r}")
+        return None if match[2] == "*" else int(match[2])
+    length = answer.headers.get("Content-Length")
+    return int(length) if length is not None and length.isdigit() else None
+
+
+def _reason(error: Exception) -> str:
+    import requests
+
+    if isinstance(error, requests.exceptions.Timeout):
+        return "the server fell silent"
+    if isinstance(error, requests.exceptions.SSLError):
+        return f"TLS: {error}"
+    if isinstance(error, requests.exceptions.ChunkedEncodingError):
+        return "the connection broke off"
+    if isinstance(error, requests.exceptions.ConnectionError):
+        return "no connection to the server"
+    return str(error)
+
+
+def _shown(url: str) -> str:
+    """`url` without what may be secret in it: user, password, query."""
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    port = f":{parts.port}" if parts.port else ""
+    return f"{parts.scheme}://{host}{port}{parts.path}" if parts.scheme else url.split("?", maxsplit=1)[0]
+
+
+def _clear(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)

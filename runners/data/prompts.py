@@ -1,0 +1,78 @@
+"""What every data source yields: prompts, each with its metadata."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from runners.api import BadRequest, Context
+
+
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One turn of a chat."""
+
+    role: str
+    content: str
+
+
+Prompt = str | tuple[Message, ...]
+
+
+class Items(msgspec.Struct, frozen=True):
+    """A task's rows, after shuffling and sharding."""
+
+    prompts: tuple[Prompt, ...]
+    metadata: tuple[dict[str, Any] | None, ...]
+    wheres: tuple[str, ...]
+    """What each row is called in an error: `spec.data.items[3]`."""
+    system_last: bool = False
+    """Whether a system prompt goes behind the prompts and not before them."""
+
+
+def check_prompt(ctx: Context, value: Any, where: str, *, allow_empty: bool) -> Prompt:
+    """A row's value as a prompt: a string, or chat messages.
+
+    Args:
+        allow_empty: the row comes from a table: an empty string is a prompt, and a number is its text.
+
+    Raises:
+        BadRequest: it is neither.
+    """
+    if isinstance(value, str):
+        if not value and not allow_empty:
+            raise BadRequest(f"{where}: is empty; give a prompt or leave the item out")
+        return value
+    if isinstance(value, list | tuple) and value:
+        turns = [_without_nulls(turn) for turn in value]  # tables have a cell for every key, also where it says nothing
+        return ctx.check(turns, tuple[Message, ...], where)
+    if allow_empty and isinstance(value, int | float):
+        return str(value)
+    found = f"{type(value).__name__} {value!r}"[:80]
+    raise BadRequest(f"{where}: expected a string or a list of {{role, content}} messages (found {found})")
+
+
+def _without_nulls(turn: Any) -> Any:
+    return {key: value for key, value in turn.items() if value is not None} if isinstance(turn, dict) else turn
+
+
+def with_system(prompt: Prompt, system: str | None, *, last: bool = False) -> Prompt:
+    """`prompt` with the system prompt: before plain text with a newline, as the system message of a chat.
+
+    A chat that has a system message of its own keeps it, behind the system prompt.
+
+    Args:
+        last: put it behind plain text.
+    """
+    if system is None:
+        return prompt
+    if isinstance(prompt, str):
+        return f"{prompt}\n{system}" if last else f"{system}\n{prompt}"
+    if prompt[0].role == "system":
+        return (Message("system", f"{system}\n{prompt[0].content}"), *prompt[1:])
+    return (Message("system", system), *prompt)
+
+
+def to_json(prompt: Prompt) -> Any:
+    """A prompt as the result shows it."""
+    return prompt if isinstance(prompt, str) else [{"role": m.role, "content": m.content} for m in prompt]

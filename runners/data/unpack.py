@@ -1,0 +1,193 @@
+"""Unpacks tar and zip archives that strangers made: nothing leaves the target folder, nothing grows without bound."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO, Literal
+
+from runners.api import BadRequest, Context
+
+DEFAULT_MAX_BYTES = 500 * 2**30
+DEFAULT_MAX_FILES = 100_000
+CHUNK_BYTES = 1 << 20
+Format = Literal["tar", "zip"]
+
+SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".zip")
+_TAR_MODES: dict[str, Literal["r:", "r:gz", "r:bz2", "r:xz"]] = {
+    "tar": "r:",
+    "tar.gz": "r:gz",
+    "tgz": "r:gz",
+    "tar.bz2": "r:bz2",
+    "tar.xz": "r:xz",
+}
+
+_BY_NAMES = frozenset({errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP})
+
+
+def is_archive(name: str) -> bool:
+    """Whether a file's name says that it is an archive."""
+    return name.lower().endswith(SUFFIXES)
+
+
+def unpack(ctx: Context, archive: Path, into: Path, archive_format: str, where: str) -> None:
+    """Unpack `archive` into the empty folder `into`.
+
+    Args:
+        archive_format: one of tasks.md's names, or `auto`: by what the file begins with.
+
+    Raises:
+        BadRequest: it is damaged or no such archive, or a member has an absolute path, `..`, a link that leaves
+            the folder, a device or too much in it. Nothing of it must be used then.
+        Cancelled: the node asked the task to stop.
+    """
+    bounds = _Bounds(ctx, where)
+    try:
+        if archive_format == "zip" or (archive_format == "auto" and zipfile.is_zipfile(archive)):
+            _unpack_zip(archive, into, bounds)
+        else:
+            mode = "r:*" if archive_format == "auto" else _TAR_MODES[archive_format]
+            _unpack_tar(archive, into, mode, bounds)
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno in _BY_NAMES:
+            raise bounds.refusal(f"its members' names cannot all exist ({error.strerror})") from error
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk's fault, not the archive's
+        kind = "tar or zip archive" if archive_format == "auto" else f"{archive_format} archive"
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise BadRequest(f"{where}: not a sound {kind}: {lines[0]}") from error
+
+
+class _Bounds:
+    """Counts what comes out of an archive, and refuses what is too much or goes elsewhere."""
+
+    def __init__(self, ctx: Context, where: str) -> None:
+        self.ctx = ctx
+        self.where = where
+        self._max_bytes = int(ctx.job.limits.get("unpack_max_bytes", DEFAULT_MAX_BYTES))
+        self._max_files = int(ctx.job.limits.get("unpack_max_files", DEFAULT_MAX_FILES))
+        self._bytes = 0
+        self._files = 0
+
+    def member(self, name: str) -> PurePosixPath:
+        """A member's path below the target; counts it."""
+        self.ctx.check_cancelled()
+        self._files += 1
+        if self._files > self._max_files:
+            raise self.refusal(f"more than {self._max_files} members")
+        path = PurePosixPath(name.replace("\\", "/"))
+        if path.is_absolute() or ".." in path.parts or "\0" in name or (path.parts and path.parts[0].endswith(":")):
+            raise self.refusal(f"the member {name!r} would land outside of its folder")
+        return path
+
+    def grow(self, count: int) -> None:
+        self._bytes += count
+        if self._bytes > self._max_bytes:
+            raise self.refusal(f"more than {self._max_bytes} bytes unpacked")
+
+    def refusal(self, what: str) -> BadRequest:
+        return BadRequest(f"{self.where}: the archive is refused: {what}")
+
+    def copy(self, source: IO[bytes], target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("xb") as out:  # x: a member that comes twice, or goes through a link, is no honest one
+            while chunk := source.read(CHUNK_BYTES):
+                self.grow(len(chunk))
+                self.ctx.check_cancelled()
+                out.write(chunk)
+
+
+def _unpack_tar(archive: Path, into: Path, mode: str, bounds: _Bounds) -> None:
+    links: list[tuple[Path, str]] = []
+    with tarfile.open(archive, mode) as tar:  # type: ignore[call-overload]
+        for member in _members(tar):
+            path = into / bounds.member(member.name)
+            if member.isdir():
+                path.mkdir(parents=True, exist_ok=True)
+            elif member.isreg():
+                source = tar.extractfile(member)
+                assert source is not None, "regular members can be read"
+                _create(bounds, source, path, member.name)
+            elif member.issym() or member.islnk():
+                base = path.parent if member.issym() else into
+                _check_link(bounds, into, base, member)
+                links.append(
+                    (path, member.linkname if member.issym() else os.path.relpath(base / member.linkname, path.parent))
+                )
+            else:
+                raise bounds.refusal(f"the member {member.name!r} is neither a file, a folder nor a link")
+    _make_links(into.resolve(), links, bounds)
+
+
+def _make_links(root: Path, links: list[tuple[Path, str]], bounds: _Bounds) -> None:
+    """Links come last, so that no file is ever written through one, and all of them or none.
+
+    Each is looked at before and after it is made, and again at the end: a link that is harmless by its text can lead
+    out by way of another.
+    """
+    made: list[Path] = []
+    try:
+        for path, target in links:
+            if path.is_symlink() or path.exists():
+                raise bounds.refusal(f"the member {path.name!r} comes twice")
+            if path.parent.resolve().is_relative_to(root):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.symlink_to(target)
+                made.append(path)
+            if not path.resolve().is_relative_to(root):
+                raise bounds.refusal(f"the link {path.name!r} leads out of its folder, to {target!r}")
+        for path, target in links:
+            if not path.resolve().is_relative_to(root):
+                raise bounds.refusal(f"the link {path.name!r} leads out of its folder, to {target!r}")
+    except BaseException:
+        for path in reversed(made):
+            path.unlink()
+        raise
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    while (member := tar.next()) is not None:
+        yield member
+        tar.members = []  # type: ignore[attr-defined]  # else a million members stay in memory
+
+
+def _check_link(bounds: _Bounds, into: Path, base: Path, member: tarfile.TarInfo) -> None:
+    target = PurePosixPath(member.linkname)
+    landed = Path(base, *target.parts) if not target.is_absolute() else Path(target)
+    depth: list[str] = []
+    for part in landed.relative_to(into).parts if landed.is_relative_to(into) else [".."]:
+        if part == "..":
+            if not depth:
+                raise bounds.refusal(f"the link {member.name!r} leads out of its folder, to {member.linkname!r}")
+            depth.pop()
+        else:
+            depth.append(part)
+
+
+def _unpack_zip(archive: Path, into: Path, bounds: _Bounds) -> None:
+    with zipfile.ZipFile(archive) as pack:
+        for info in pack.infolist():
+            path = into / bounds.member(info.filename)
+            kind = stat.S_IFMT(info.external_attr >> 16)
+            if info.flag_bits & 1:
+                raise bounds.refusal(f"the member {info.filename!r} is encrypted")
+            if info.is_dir():
+                path.mkdir(parents=True, exist_ok=True)
+            elif kind not in (0, stat.S_IFREG):
+                raise bounds.refusal(f"the member {info.filename!r} is neither a file nor a folder")
+            else:
+                with pack.open(info) as source:
+                    _create(bounds, source, path, info.filename)
+
+
+def _create(bounds: _Bounds, source: IO[bytes], path: Path, name: str) -> None:
+    try:
+        bounds.copy(source, path)
+    except (FileExistsError, NotADirectoryError, IsADirectoryError):
+        raise bounds.refusal(f"the member {name!r} comes twice") from None

@@ -1,0 +1,70 @@
+"""Which engine a task runs on."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+
+from runners.api import BadRequest, Context, MissingDependency
+from runners.inference.engine import Engine
+from runners.inference.task import InferenceTask
+from runners.inference.tokens import Texts
+from runners.inference.vllm_args import Work
+from runners.models.adapters import LocalAdapter
+from runners.models.sources import Source
+
+
+def choose(ctx: Context, task: InferenceTask) -> str:
+    """`vllm` where it is installed and the task has a GPU or asks for it, else `transformers`.
+
+    Raises:
+        MissingDependency: the engine that the task asks for is not installed.
+    """
+    if task.engine == "vllm":
+        _need("vllm", "vllm")
+        return "vllm"
+    if task.engine == "auto" and ctx.gpus and not task.enforce_cpu and importlib.util.find_spec("vllm") is not None:
+        if _only_transformers_can(task):
+            return "transformers"
+        return "vllm"
+    _need("torch", "inference")
+    _need("transformers", "inference")
+    return "transformers"
+
+
+def load_engine(
+    ctx: Context, task: InferenceTask, source: Source, adapters: Sequence[LocalAdapter], *, work: Work
+) -> tuple[Engine, Texts]:
+    """The engine, loaded, and its tokenizer.
+
+    Args:
+        work: how much there is to do; decides what is worth preparing.
+
+    Raises:
+        BadRequest: the model or an option cannot be had here.
+        MissingDependency: the engine's library is not installed.
+        GpuOutOfMemory: the model does not fit.
+        RunnerError: the model hub cannot be reached.
+    """
+    if choose(ctx, task) == "vllm":
+        from runners.inference import vllm_engine
+
+        return vllm_engine.load(ctx, task, source, adapters, work=work)
+    if task.sampling.json_schema is not None:
+        raise BadRequest(
+            "spec.inference.json_schema: only vLLM can keep answers to a schema; set spec.engine to 'vllm'"
+        )
+    from runners.inference import loader
+
+    return loader.load(ctx, task, source, adapters)
+
+
+def _only_transformers_can(task: InferenceTask) -> bool:
+    """Options of `model.transformers` that mean nothing to vLLM. Where vLLM is not asked for, they decide."""
+    options = task.transformers
+    return bool(options.load_in_8bit or options.load_in_4bit or options.device_map == "cpu") and not task.model.vllm
+
+
+def _need(library: str, extra: str) -> None:
+    if importlib.util.find_spec(library) is None:
+        raise MissingDependency(library, extra)

@@ -1,0 +1,166 @@
+"""Loads a task's model with Transformers: dtype, device, attention, quantization, and how large its batches may be."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import psutil
+import torch
+
+from flowmesh.messages.checking import nearest
+from runners.api import BadRequest, Context, MissingDependency
+from runners.inference.batches import cache_bytes_per_token
+from runners.inference.engine import GpuOutOfMemory
+from runners.inference.lora import apply_adapters
+from runners.inference.task import DTYPES, InferenceTask, TransformersOptions
+from runners.inference.tokens import Texts, load_tokenizer
+from runners.inference.transformers_engine import TransformersEngine
+from runners.models.adapters import LocalAdapter
+from runners.models.sources import Source, loading
+
+CPU_ROWS = 32
+"""More rows at once do not make two or sixteen cores faster, but the caches colder (docs/benchmarks.md)."""
+GPU_ROWS = 1024
+GPU_SHARE = 0.8
+"""Of the free memory, for the cache; the rest is for activations and what the allocator wastes."""
+CPU_SHARE = 0.25
+LOGIT_COPIES = 6
+"""Float32 rows of the vocabulary's width that are alive at once while a token is picked."""
+
+
+def load(
+    ctx: Context, task: InferenceTask, source: Source, adapters: Sequence[LocalAdapter]
+) -> tuple[TransformersEngine, Texts]:
+    """The task's model with its adapters as an engine, with batches as large as its device has room for.
+
+    Errors as for `load_model`, and BadRequest where an adapter does not fit the model.
+    """
+    model, texts = load_model(ctx, task, source)
+    with _device_memory(source):
+        model = apply_adapters(model, adapters)
+    tokens, rows = budget(model)
+    return TransformersEngine(model, texts, batch_tokens=tokens, batch_rows=rows), texts
+
+
+def load_model(ctx: Context, task: InferenceTask, source: Source) -> tuple[Any, Texts]:
+    """The bare model, in evaluation mode, and its tokenizer.
+
+    Raises:
+        BadRequest: there is no such model, or an option does not fit it or this node.
+        MissingDependency: a library that an option needs is missing.
+        GpuOutOfMemory: the model does not fit the device.
+        RunnerError: the hub cannot be reached.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    torch.set_num_threads(max(ctx.threads, 1))
+    torch.seed()  # a forked process would otherwise draw what all its siblings draw
+    options = task.transformers
+    trust = bool(options.trust_remote_code)
+    arguments = load_arguments(ctx, task)
+    with loading(source), _device_memory(source):
+        tokenizer = load_tokenizer(source, trust)
+        model = AutoModelForCausalLM.from_pretrained(
+            source.path, revision=source.revision, trust_remote_code=trust, **arguments
+        )
+    return model.eval(), Texts(tokenizer)
+
+
+def load_arguments(ctx: Context, task: InferenceTask) -> dict[str, Any]:
+    """`from_pretrained`'s arguments for the task's options on this node's devices.
+
+    Raises:
+        BadRequest: an option that cannot be had here.
+        MissingDependency: bitsandbytes or flash_attn is missing.
+    """
+    options = task.transformers
+    dtype = DTYPES.get(options.dtype or "auto", options.dtype or "auto")
+    arguments: dict[str, Any] = {"dtype": dtype, "device_map": device_map(ctx, task)}
+    if options.attn_implementation is not None:
+        _check_attention(options, arguments["device_map"])
+        arguments["attn_implementation"] = options.attn_implementation
+    if options.load_in_8bit or options.load_in_4bit:
+        arguments["quantization_config"] = _quantization(options)
+    return arguments
+
+
+def device_map(ctx: Context, task: InferenceTask) -> str:
+    """Where the weights go, in `from_pretrained`'s words.
+
+    Raises:
+        BadRequest: the task wants a GPU and has none.
+    """
+    wanted = task.transformers.device_map
+    gpus = len(ctx.gpus) if torch.cuda.is_available() and not task.enforce_cpu else 0
+    if wanted == "cpu" or task.enforce_cpu:
+        return "cpu"
+    if gpus == 0:
+        if wanted == "cuda":
+            raise BadRequest(
+                "spec.model.transformers.device_map: 'cuda', but this task has no GPU; use 'auto' or 'cpu'"
+            )
+        if ctx.gpus:
+            ctx.log.warning("this environment's torch sees no GPU; the model runs on the CPU")
+        return "cpu"
+    if wanted in ("auto", "balanced"):
+        return wanted
+    return "cuda:0" if wanted == "cuda" or gpus == 1 else "auto"
+
+
+def budget(model: Any) -> tuple[int, int]:
+    """How much one batch may hold: tokens in the cache, and rows."""
+    config = model.config.get_text_config()
+    per_token = cache_bytes_per_token(config, model.dtype.itemsize)
+    per_row = LOGIT_COPIES * 4 * (getattr(config, "vocab_size", None) or 0)
+    if model.device.type != "cuda":
+        free = psutil.virtual_memory().available * CPU_SHARE
+        rows = CPU_ROWS
+    else:
+        free = min(torch.cuda.mem_get_info(device)[0] for device in range(torch.cuda.device_count())) * GPU_SHARE
+        rows = GPU_ROWS
+    rows = max(min(rows, int(free / 2 // max(per_row, 1))), 1)
+    return max(int(free / 2 // per_token), 1), rows
+
+
+def _quantization(options: TransformersOptions) -> Any:
+    field = "load_in_4bit" if options.load_in_4bit else "load_in_8bit"
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingDependency(f"bitsandbytes (spec.model.transformers.{field})", "quantization")
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_8bit=bool(options.load_in_8bit), load_in_4bit=bool(options.load_in_4bit))
+
+
+def _check_attention(options: TransformersOptions, device: str) -> None:
+    name = options.attn_implementation or ""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    known = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
+    if name not in known and "/" not in name:  # with a slash it is a kernel of the hub
+        raise BadRequest(f"spec.model.transformers.attn_implementation: no attention {name!r}; {nearest(name, known)}")
+    if not name.startswith("flash_attention"):
+        return
+    field = "use_flash_attention_2" if options.use_flash_attention_2 else "attn_implementation"
+    if device == "cpu":
+        raise BadRequest(
+            f"spec.model.transformers.{field}: flash attention needs a GPU, and this task runs on the CPU; leave it out"
+        )
+    from transformers.utils import is_flash_attn_2_available
+
+    if name == "flash_attention_2" and not is_flash_attn_2_available():
+        raise MissingDependency(f"flash_attn (spec.model.transformers.{field})", "flash-attention")
+
+
+@contextlib.contextmanager
+def _device_memory(source: Source) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise GpuOutOfMemory(
+            f"{source.where}: {source.shown!r} does not fit the GPU's memory: {str(error).splitlines()[0]}"
+        ) from error

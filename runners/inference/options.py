@@ -1,0 +1,114 @@
+"""`spec.inference`: how to pick tokens, with defaults filled in and the fields checked against each other."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from runners.api import BadRequest
+from runners.models.spec import Section
+
+EngineName = Literal["auto", "vllm", "transformers"]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+
+
+class InferenceOptions(Section, frozen=True, rename={"system_prompt_alias": "systemPrompt"}):
+    """spec.inference, as its author wrote it"""
+
+    temperature: Annotated[float, Meta(ge=0)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1)] | None = None
+    max_tokens: Annotated[int, Meta(ge=1)] | None = None
+    max_new_tokens: Annotated[int, Meta(ge=1)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0)] | None = None
+    stop: str | tuple[str, ...] | None = None
+    do_sample: bool | None = None
+    system_prompt: str | None = None
+    system_prompt_alias: str | None = None
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
+    n: Annotated[int, Meta(ge=1, le=1024)] | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    chat: bool | None = None
+    json_schema: dict[str, Any] | str | None = None
+    engine: EngineName | None = None
+    enforce_cpu: bool | None = None
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True):
+    """How to pick tokens, with every default filled in. The same for all requests of a batch."""
+
+    temperature: float
+    """0: greedy."""
+    top_p: float
+    top_k: int
+    """0: off."""
+    max_tokens: int
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    stop: tuple[str, ...]
+    seed: int | None
+    """Each request starts from it anew, so an answer does not depend on what else is in the batch."""
+    n: int
+    logprobs: int | None
+    json_schema: dict[str, Any] | str | None
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+def sampling_of(options: InferenceOptions, where: str = "spec.inference") -> Sampling:
+    """Fill in the defaults and check the fields against each other.
+
+    Raises:
+        BadRequest: an empty stop string, or several answers of a greedy request.
+    """
+    stop = (options.stop,) if isinstance(options.stop, str) else options.stop or ()
+    if "" in stop:
+        raise BadRequest(f"{where}.stop: an empty string would stop everything at once; leave it out")
+    temperature = 0.7 if options.temperature is None else options.temperature
+    if not math.isfinite(temperature):
+        raise BadRequest(f"{where}.temperature: expected a finite number (found {temperature})")
+    if options.do_sample is False:
+        temperature = 0.0
+    n = options.n or 1
+    if n > 1 and temperature == 0.0:
+        raise BadRequest(
+            f"{where}.n: {n} answers of a greedy request would all be the same; set n to 1, or a temperature above 0"
+        )
+    return Sampling(
+        temperature=temperature,
+        top_p=1.0 if temperature == 0.0 else _or(options.top_p, 0.95),
+        top_k=0 if temperature == 0.0 else max(options.top_k or 0, 0),
+        max_tokens=_or(options.max_new_tokens, _or(options.max_tokens, 512)),
+        presence_penalty=_or(options.presence_penalty, 0.0),
+        frequency_penalty=_or(options.frequency_penalty, 0.0),
+        repetition_penalty=_or(options.repetition_penalty, 1.0),
+        stop=stop,
+        seed=options.seed,
+        n=n,
+        logprobs=options.logprobs,
+        json_schema=options.json_schema,
+    )
+
+
+def system_prompt_of(options: InferenceOptions, where: str = "spec.inference") -> str | None:
+    """`system_prompt` under either name; None where there is none.
+
+    Raises:
+        BadRequest: both names, with different texts.
+    """
+    one, other = options.system_prompt, options.system_prompt_alias
+    if one and other and one != other:
+        raise BadRequest(f"{where}.systemPrompt: differs from {where}.system_prompt; give one of them")
+    return one or other or None
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value

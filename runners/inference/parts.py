@@ -1,0 +1,124 @@
+"""What one task brings into the batch, and its result. Merged tasks have one part each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from runners.api import BadRequest
+from runners.data.prompts import Items, Message, Prompt, to_json, with_system
+from runners.inference.engine import Completion, Engine, Output, Request
+from runners.inference.export import Export
+from runners.inference.routing import adapter_of
+from runners.inference.tokens import Texts
+from runners.models.adapters import LocalAdapter
+from runners.models.sources import Source
+
+
+class Part(msgspec.Struct, frozen=True, kw_only=True):
+    """One task's items and what is to be done with them."""
+
+    task_id: str | None
+    """None: the task that the others were merged into."""
+    folder: Path
+    items: Items
+    system_prompt: str | None
+    chat: bool
+    export: Export | None
+    requests: tuple[Request, ...] = ()
+    """Set by `prepare`."""
+
+    @property
+    def shown(self) -> list[Any]:
+        """Each prompt as the result shows it: with its system prompt, as text or as messages."""
+        return [self._asked(prompt)[0] for prompt in self.items.prompts]
+
+    @property
+    def asked(self) -> list[Prompt]:
+        """Each prompt as it goes to the tokenizer."""
+        return [self._asked(prompt)[1] for prompt in self.items.prompts]
+
+    def _asked(self, prompt: Prompt) -> tuple[Any, Prompt]:
+        if self.chat and isinstance(prompt, str) and not self.items.system_last:
+            return prompt, with_system((Message("user", prompt),), self.system_prompt)
+        text = with_system(prompt, self.system_prompt, last=self.items.system_last)
+        return to_json(text), (Message("user", text),) if self.chat and isinstance(text, str) else text
+
+    def check_export(self) -> None:
+        """Raises BadRequest where the export needs what an item does not have."""
+        if self.export is not None:
+            self.export.check([_item(self, i, prompt, "", "stop") for i, prompt in enumerate(self.shown)])
+
+
+def prepare(part: Part, texts: Texts, engine: Engine, adapters: Sequence[LocalAdapter]) -> Part:
+    """The part with its requests.
+
+    Raises:
+        BadRequest: a prompt does not fit the model or its chat template, or names no adapter.
+    """
+    wheres = part.items.wheres
+    encoded = texts.encode(part.asked, wheres)
+    for token_ids, where in zip(encoded, wheres, strict=True):
+        if engine.max_positions is not None and len(token_ids) >= engine.max_positions:
+            raise BadRequest(
+                f"{where}: the prompt has {len(token_ids)} tokens; the model takes {engine.max_positions} "
+                "with the answer; shorten it"
+            )
+    routes = [adapter_of(adapters, each, where) for each, where in zip(part.items.metadata, wheres, strict=True)]
+    requests = tuple(Request(ids, route) for ids, route in zip(encoded, routes, strict=True))
+    return msgspec.structs.replace(part, requests=requests)
+
+
+def answer(
+    part: Part, completions: Sequence[Completion], texts: Texts, source: Source, latency_s: float
+) -> dict[str, Any]:
+    """A part's result, as tasks.md has it."""
+    items = []
+    for index, (shown, completion) in enumerate(zip(part.shown, completions, strict=True)):
+        first = completion.outputs[0]
+        item = _item(part, index, shown, first.text, first.finish_reason)
+        if first.logprobs is not None:
+            item["logprobs"] = _logprobs(first, texts)
+        if len(completion.outputs) > 1:
+            item["outputs"] = [_output(output, texts) for output in completion.outputs]
+        items.append(item)
+    prompt_tokens = sum(len(request.token_ids) for request in part.requests)
+    completion_tokens = sum(len(output.token_ids) for completion in completions for output in completion.outputs)
+    return {
+        "ok": True,
+        "model": source.shown,
+        "items": items,
+        "usage": {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+            "num_requests": len(part.requests),
+            "latency_sec": round(latency_s, 6),
+        },
+    }
+
+
+def _item(part: Part, index: int, shown: Any, output: str, finish_reason: str) -> dict[str, Any]:
+    item = {"index": index, "prompt": shown, "output": output, "finish_reason": finish_reason}
+    metadata = part.items.metadata[index]
+    return item if metadata is None else {**item, "metadata": metadata}
+
+
+def _output(output: Output, texts: Texts) -> dict[str, Any]:
+    shown: dict[str, Any] = {"output": output.text, "finish_reason": output.finish_reason}
+    if output.logprobs is not None:
+        shown["logprobs"] = _logprobs(output, texts)
+    return shown
+
+
+def _logprobs(output: Output, texts: Texts) -> list[dict[str, Any]]:
+    def shown(token_id: int, logprob: float) -> dict[str, Any]:
+        return {"token_id": token_id, "token": texts.token(token_id), "logprob": logprob}
+
+    return [
+        {**shown(each.token_id, each.logprob), "top": [shown(*pair) for pair in each.top]}
+        for each in output.logprobs or ()
+    ]

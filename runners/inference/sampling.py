@@ -1,0 +1,121 @@
+"""Picks the next token of every row of a Transformers batch, the way vLLM picks it.
+
+It is a LogitsProcessor that leaves only the chosen token standing, so that `generate` in greedy mode takes it. Thus
+a seed belongs to a request and not to a batch, penalties never see padding, and a prompt's answer is the same
+whichever prompts are beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import LogitsProcessor
+
+from runners.inference.engine import TokenLogprob
+from runners.inference.options import Sampling
+
+
+class Picker(LogitsProcessor):
+    """Order of the steps, as in vLLM: logprobs of the model itself, penalties, temperature, top-k, top-p, draw."""
+
+    def __init__(
+        self, sampling: Sampling, prompts: Sequence[Sequence[int]], seeds: Sequence[int | None], width: int
+    ) -> None:
+        """
+        Args:
+            prompts: the real tokens of each row, without padding.
+            seeds: one of each row; None: drawn from torch's global generator.
+            width: length of the padded prompts; what lies behind it was generated.
+        """
+        self._sampling = sampling
+        self._prompts = prompts
+        self._seeds = seeds
+        self._width = width
+        self._generators: list[torch.Generator | None] = []
+        self._prompt_seen: torch.Tensor | None = None
+        self._counts: torch.Tensor | None = None
+        self.logprobs: list[list[TokenLogprob]] = [[] for _ in prompts]
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        sampling = self._sampling
+        if sampling.greedy and not self._penalised and sampling.logprobs is None:
+            return scores
+        raw = torch.log_softmax(scores, dim=-1) if sampling.logprobs is not None else None
+        scores = self._penalise(input_ids, scores)
+        tokens = scores.argmax(dim=-1) if sampling.greedy else self._draw(scores)
+        if raw is not None:
+            self._note(raw, tokens)
+        chosen = torch.full_like(scores, float("-inf"))
+        return chosen.scatter_(1, tokens[:, None], 0.0)
+
+    @property
+    def _penalised(self) -> bool:
+        s = self._sampling
+        return s.presence_penalty != 0 or s.frequency_penalty != 0 or s.repetition_penalty != 1
+
+    def _penalise(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Presence and frequency count what was generated; repetition also counts the prompt."""
+        if not self._penalised:
+            return scores
+        sampling = self._sampling
+        if self._counts is None or self._prompt_seen is None:
+            self._counts = torch.zeros_like(scores)
+            self._prompt_seen = torch.zeros_like(scores, dtype=torch.bool)
+            for row, prompt in enumerate(self._prompts):
+                self._prompt_seen[row, torch.tensor(prompt, device=scores.device)] = True
+        if input_ids.shape[1] > self._width:
+            newest = input_ids[:, -1:]
+            self._counts.scatter_add_(1, newest, torch.ones_like(newest, dtype=self._counts.dtype))
+        generated = self._counts > 0
+        if sampling.repetition_penalty != 1:
+            penalty = sampling.repetition_penalty
+            seen = generated | self._prompt_seen
+            scores = torch.where(seen, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
+        scores = scores - sampling.frequency_penalty * self._counts
+        return scores - sampling.presence_penalty * generated.to(scores.dtype)
+
+    def _draw(self, scores: torch.Tensor) -> torch.Tensor:
+        scores = scores / self._sampling.temperature
+        scores = keep_top(scores, self._sampling.top_k, self._sampling.top_p)
+        probabilities = torch.softmax(scores, dim=-1)
+        noise = torch.empty_like(probabilities)
+        if not self._generators:
+            self._generators = [self._generator(seed, scores.device) for seed in self._seeds]
+        if all(generator is None for generator in self._generators):
+            noise.exponential_()
+        else:
+            for row, generator in enumerate(self._generators):
+                noise[row].exponential_(generator=generator)
+        # The largest p / e with exponential e falls on each token with its probability: no host round trip.
+        return probabilities.div_(noise.clamp_min_(torch.finfo(noise.dtype).tiny)).argmax(dim=-1)
+
+    @staticmethod
+    def _generator(seed: int | None, device: torch.device) -> torch.Generator | None:
+        return None if seed is None else torch.Generator(device=device).manual_seed(seed)
+
+    def _note(self, raw: torch.Tensor, tokens: torch.Tensor) -> None:
+        picked = raw.gather(1, tokens[:, None])[:, 0].tolist()
+        count = min(self._sampling.logprobs or 0, raw.shape[-1])
+        best = raw.topk(count, dim=-1) if count else None
+        for row, (token, logprob) in enumerate(zip(tokens.tolist(), picked, strict=True)):
+            top = () if best is None else tuple(zip(best.indices[row].tolist(), best.values[row].tolist(), strict=True))
+            self.logprobs[row].append(TokenLogprob(token, logprob, top))
+
+
+def keep_top(scores: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
+    """Only the `top_k` best scores (0: all), and of these the fewest whose probability reaches `top_p`; else -inf.
+
+    Args:
+        scores: rows × vocabulary.
+    """
+    if 0 < top_k < scores.shape[-1]:
+        worst = scores.topk(top_k, dim=-1).values[:, -1:]
+        scores = scores.masked_fill(scores < worst, float("-inf"))
+    if top_p < 1.0:
+        ascending, order = scores.sort(dim=-1)
+        below = ascending.softmax(dim=-1).cumsum(dim=-1)
+        drop = below <= 1.0 - top_p
+        drop[:, -1] = False  # the best one always stays
+        scores = scores.masked_fill(drop.scatter(1, order, drop), float("-inf"))
+    return scores

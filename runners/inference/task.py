@@ -1,0 +1,159 @@
+"""An inference task's sections as frozen structs, and the checks that need more than one field.
+
+Field names are the document's own (tasks.md, "inference"). Null means "as if it were not there".
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import msgspec
+
+from flowmesh.messages.checking import nearest
+from runners.api import BadRequest, Context
+from runners.inference.options import EngineName, InferenceOptions, Sampling, sampling_of, system_prompt_of
+from runners.models.spec import Adapter, Checkpoint, CheckpointLoad, ModelSource, Section
+
+KNOWN_SPEC_FIELDS = (
+    "taskType", "resources", "model", "data", "output", "inference", "postprocess", "shard", "checkpoint", "engine",
+    "enforce_cpu", "timeoutSec", "retainLogs", "env",
+)  # fmt: skip
+
+Dtype = Literal["auto", "float16", "bfloat16", "float32", "fp16", "half", "bf16", "fp32", "float"]
+DTYPES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}
+
+
+class TransformersOptions(Section, frozen=True):
+    """spec.model.transformers"""
+
+    device_map: Literal["auto", "balanced", "cuda", "cpu"] | None = None
+    dtype: Dtype | None = None
+    trust_remote_code: bool | None = None
+    low_cpu_mem_usage: bool | None = None
+    """Transformers 5 always loads this way; false cannot be had and is refused."""
+    load_in_8bit: bool | None = None
+    load_in_4bit: bool | None = None
+    use_flash_attention_2: bool | None = None
+    attn_implementation: str | None = None
+    """Ours: any name that Transformers knows (`eager`, `sdpa`, `flash_attention_2` …)."""
+
+
+class Model(Section, frozen=True):
+    """spec.model"""
+
+    source: ModelSource = ModelSource()
+    vllm: dict[str, Any] | None = None
+    """Engine arguments, checked by vLLM's own types."""
+    transformers: TransformersOptions | None = None
+    adapters: tuple[Adapter, ...] | None = None
+
+
+class InferenceTask(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything of the document that decides which engine runs, with which weights and which sampling."""
+
+    model: Model
+    checkpoint: CheckpointLoad | None
+    sampling: Sampling
+    system_prompt: str | None
+    chat: bool
+    engine: EngineName
+    enforce_cpu: bool
+    transformers: TransformersOptions
+    vllm: dict[str, Any]
+
+
+def read_task(ctx: Context, spec: dict[str, Any], where: str = "spec") -> InferenceTask:
+    """The sections of `spec` that this runner owns, checked.
+
+    Raises:
+        BadRequest: naming the field.
+    """
+    check_known(ctx, spec, where)
+    model = ctx.check(spec.get("model") or {}, Model, f"{where}.model")
+    checkpoint = ctx.check(spec.get("checkpoint") or {}, Checkpoint, f"{where}.checkpoint").load
+    options = ctx.check(spec.get("inference") or {}, InferenceOptions, f"{where}.inference")
+    if checkpoint is None and model.source.identifier is None:
+        raise BadRequest(
+            f"{where}.model.source.identifier: missing; give a hub id, a local folder or 'builtin:tiny-llama'"
+        )
+    outer = ctx.check({name: spec[name] for name in ("engine", "enforce_cpu") if name in spec}, _Choice, where)
+    engine = _either(outer.engine, options.engine, "engine", where)
+    enforce_cpu = _either(outer.enforce_cpu, options.enforce_cpu, "enforce_cpu", where)
+    if enforce_cpu and engine == "vllm":
+        raise BadRequest(f"{where}.engine: 'vllm' and enforce_cpu exclude each other; leave one out")
+    return InferenceTask(
+        model=model,
+        checkpoint=checkpoint,
+        sampling=sampling_of(options, f"{where}.inference"),
+        system_prompt=system_prompt_of(options, f"{where}.inference"),
+        chat=bool(options.chat),
+        engine=engine or "auto",
+        enforce_cpu=bool(enforce_cpu),
+        transformers=_transformers_options(model, where),
+        vllm=_vllm_options(model, where),
+    )
+
+
+def check_known(ctx: Context, spec: dict[str, Any], where: str) -> None:
+    """Refuse a top-level field that looks like a slip of the pen; tell the log of any other unknown one.
+
+    The node and the orchestrator have fields of their own at this level, so not every stranger is an error.
+    """
+    for name in spec:
+        if name in KNOWN_SPEC_FIELDS or name.startswith("_"):
+            continue
+        hint = nearest(name, list(KNOWN_SPEC_FIELDS))
+        if hint.startswith("did you mean"):
+            raise BadRequest(f"{where}.{name}: unknown field; {hint}")
+        ctx.log.warning("%s.%s is not a field of this task type and was not used", where, name)
+
+
+class _Choice(Section, frozen=True):
+    engine: EngineName | None = None
+    enforce_cpu: bool | None = None
+
+
+def _either(outer: Any, inner: Any, name: str, where: str) -> Any:
+    """A field that is allowed both in `spec` and in `spec.inference`."""
+    if outer is not None and inner is not None and outer != inner:
+        raise BadRequest(f"{where}.{name}: {outer!r}, but {where}.inference.{name} says {inner!r}; give one of them")
+    return inner if outer is None else outer
+
+
+def _transformers_options(model: Model, where: str) -> TransformersOptions:
+    options = model.transformers or TransformersOptions()
+    if options.load_in_4bit and options.load_in_8bit:
+        raise BadRequest(f"{where}.model.transformers.load_in_4bit: excludes load_in_8bit; set one of them")
+    if options.low_cpu_mem_usage is False:
+        raise BadRequest(
+            f"{where}.model.transformers.low_cpu_mem_usage: false cannot be had, "
+            "this version of Transformers always loads weights one by one; leave it out"
+        )
+    attention = "flash_attention_2" if options.use_flash_attention_2 else None
+    if attention and options.attn_implementation not in (None, attention):
+        raise BadRequest(
+            f"{where}.model.transformers.attn_implementation: {options.attn_implementation!r} "
+            "contradicts use_flash_attention_2; give one of them"
+        )
+    changes: dict[str, Any] = {"attn_implementation": attention or options.attn_implementation}
+    shared = model.vllm or {}  # a document written for vLLM means the same weights when it lands on Transformers
+    if options.dtype is None and shared.get("dtype") in (*DTYPES, *DTYPES.values()):
+        changes["dtype"] = shared["dtype"]
+    if options.trust_remote_code is None and shared.get("trust_remote_code") is True:
+        changes["trust_remote_code"] = True
+    return msgspec.structs.replace(options, **changes)
+
+
+def _vllm_options(model: Model, where: str) -> dict[str, Any]:
+    options = {name: value for name, value in (model.vllm or {}).items() if value is not None}
+    shared = model.transformers
+    if "dtype" in options:
+        if options["dtype"] not in get_args(Dtype):
+            known = nearest(str(options["dtype"]), list(get_args(Dtype)))
+            raise BadRequest(f"{where}.model.vllm.dtype: unknown dtype {options['dtype']!r}; {known}")
+        options["dtype"] = DTYPES.get(options["dtype"], options["dtype"])
+    elif shared is not None and shared.dtype is not None:
+        options["dtype"] = DTYPES.get(shared.dtype, shared.dtype)
+    if shared is not None and shared.trust_remote_code and "trust_remote_code" not in options:
+        options["trust_remote_code"] = True
+    return options

@@ -1,0 +1,188 @@
+"""The Transformers engine: one model, batches of left-padded prompts of about one length.
+
+Promises that an answer does not depend on its batch, and that batches fit the device: their bound is counted in
+tokens of key-value cache, and a batch that runs out of memory all the same is halved and tried again.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from runners.inference.batches import Batch, plan
+from runners.inference.engine import Completion, FinishReason, GpuOutOfMemory, Output, Request, Watch
+from runners.inference.options import Sampling
+from runners.inference.sampling import Picker
+from runners.inference.tokens import Texts
+
+
+class TransformersEngine:
+    """A causal language model of `transformers`, as loaded by `loader`."""
+
+    name = "transformers"
+
+    def __init__(self, model: Any, texts: Texts, *, batch_tokens: int, batch_rows: int) -> None:
+        """
+        Args:
+            batch_tokens: tokens, prompts and answers together, that one batch may hold in the cache.
+            batch_rows: sequences that one batch may have.
+        """
+        self._model = model
+        self._texts = texts
+        self._batch_tokens = batch_tokens
+        self._batch_rows = batch_rows
+        self._ends = texts.end_ids(getattr(model, "generation_config", None))
+        self._pad = self._pad_id()
+        self.max_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        # What the model's authors put there for sampling would otherwise be mixed into every request.
+        model.generation_config = GenerationConfig(pad_token_id=self._pad)
+
+    def describe(self) -> dict[str, Any]:
+        model = self._model
+        return {"engine": self.name, "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
+
+    def generate(self, requests: list[Request], sampling: Sampling, watch: Watch) -> list[Completion]:
+        """See `Engine.generate`. One adapter at a time; within it, prompts of similar length together."""
+        answers: list[list[Output | None]] = [[None] * sampling.n for _ in requests]
+        for adapter in sorted({request.adapter for request in requests}, key=lambda name: name or ""):
+            self._use(adapter)
+            lengths = [(i, len(r.token_ids)) for i, r in enumerate(requests) if r.adapter == adapter]
+            batches = plan(
+                lengths,
+                copies=sampling.n,
+                new_tokens=sampling.max_tokens,
+                max_positions=self.max_positions,
+                batch_tokens=self._batch_tokens,
+                batch_rows=self._batch_rows,
+            )
+            for batch in batches:
+                for row, output in zip(batch, self._run(batch, requests, sampling, watch), strict=True):
+                    answers[row.request][row.copy] = output
+        return [Completion(tuple(each for each in outputs if each is not None)) for outputs in answers]
+
+    def _run(self, batch: Batch, requests: list[Request], sampling: Sampling, watch: Watch) -> list[Output]:
+        tokens, finished = watch.tokens, watch.answers
+        try:
+            return self._generate(batch, requests, sampling, watch)
+        except torch.OutOfMemoryError as error:
+            shortage = str(error)
+        # Out of the handler, so that the traceback no longer holds the tensors that did not fit.
+        gc.collect()
+        torch.cuda.empty_cache()
+        watch.rewind(tokens=tokens, answers=finished)
+        if len(batch) == 1:
+            length = len(requests[batch[0].request].token_ids)
+            raise GpuOutOfMemory(
+                f"the GPU's memory does not hold one prompt of {length} tokens and its answer: "
+                f"{shortage.splitlines()[0]}"
+            )
+        self._batch_rows = max(len(batch) // 2, 1)
+        half = (len(batch) + 1) // 2
+        return [
+            *self._run(batch[:half], requests, sampling, watch),
+            *self._run(batch[half:], requests, sampling, watch),
+        ]
+
+    def _generate(self, batch: Batch, requests: list[Request], sampling: Sampling, watch: Watch) -> list[Output]:
+        prompts = [requests[row.request].token_ids for row in batch]
+        input_ids, mask = self._pad_left(prompts)
+        width = input_ids.shape[1]
+        room = [self._room(len(prompt), sampling) for prompt in prompts]
+        seeds = [None if sampling.seed is None else sampling.seed + row.copy for row in batch]
+        picker = Picker(sampling, prompts, seeds, width)
+        ending = _Ending(self._texts, sampling.stop, self._ends, room=room, watch=watch)
+        with torch.inference_mode():
+            self._model.generate(
+                input_ids=input_ids,
+                attention_mask=mask,
+                generation_config=GenerationConfig(
+                    do_sample=False,
+                    max_new_tokens=max(room),
+                    pad_token_id=self._pad,
+                    eos_token_id=None,
+                    return_dict_in_generate=False,
+                ),
+                logits_processor=LogitsProcessorList([picker]),
+                stopping_criteria=StoppingCriteriaList([ending]),
+            )
+        return [
+            Output(
+                text=self._texts.decode(tokens, sampling.stop),
+                token_ids=tuple(tokens),
+                finish_reason=reason,
+                logprobs=tuple(picker.logprobs[row][: len(tokens)]) if sampling.logprobs is not None else None,
+            )
+            for row, (tokens, reason) in enumerate(ending.answers())
+        ]
+
+    def _room(self, prompt_tokens: int, sampling: Sampling) -> int:
+        if self.max_positions is None:
+            return sampling.max_tokens
+        return max(min(sampling.max_tokens, self.max_positions - prompt_tokens), 1)
+
+    def _pad_left(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        width = max(len(prompt) for prompt in prompts)
+        ids = torch.full((len(prompts), width), self._pad, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
+        device = self._model.device
+        return ids.to(device), mask.to(device)
+
+    def _pad_id(self) -> int:
+        """Any id does: padding is masked, and nothing counts it."""
+        pad = getattr(self._texts.tokenizer, "pad_token_id", None)
+        return pad if pad is not None else min(self._ends, default=0)
+
+    def _use(self, adapter: str | None) -> None:
+        """Switch to one runtime adapter, or to the base model."""
+        if not hasattr(self._model, "peft_config"):
+            return
+        if adapter is None:
+            self._model.base_model.disable_adapter_layers()
+        else:
+            self._model.base_model.enable_adapter_layers()
+            self._model.set_adapter(adapter)
+
+
+class _Ending(StoppingCriteria):
+    """Ends each row at its end token, its stop string or its own limit, and keeps what it answered until then."""
+
+    def __init__(
+        self, texts: Texts, stop: tuple[str, ...], ends: frozenset[int], *, room: Sequence[int], watch: Watch
+    ) -> None:
+        self._texts = texts
+        self._stop = stop
+        self._ends = ends
+        self._room = room
+        self._watch = watch
+        self._tokens: list[list[int]] = [[] for _ in room]
+        self._reasons: list[FinishReason | None] = [None] * len(room)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:  # noqa: ARG002
+        newest = input_ids[:, -1].tolist()
+        grown = finished = 0
+        for row, token in enumerate(newest):
+            if self._reasons[row] is not None:
+                continue
+            self._tokens[row].append(token)
+            self._reasons[row] = self._reason(self._tokens[row], self._room[row])
+            grown += 1
+            finished += self._reasons[row] is not None
+        self._watch.step(tokens=grown, answers=finished)
+        done = [reason is not None for reason in self._reasons]
+        return torch.tensor(done, dtype=torch.bool, device=input_ids.device)
+
+    def answers(self) -> list[tuple[list[int], FinishReason]]:
+        """Each row's tokens and why it ended."""
+        return [(tokens, reason or "length") for tokens, reason in zip(self._tokens, self._reasons, strict=True)]
+
+    def _reason(self, tokens: list[int], room: int) -> FinishReason | None:
+        if tokens[-1] in self._ends or self._texts.stops_at(tokens, self._stop):
+            return "stop"
+        return "length" if len(tokens) >= room else None

@@ -1,0 +1,226 @@
+"""`spec.model.vllm` as vLLM's engine arguments: which may be set, what the node adds, what this node can give."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import psutil
+
+from flowmesh.messages.checking import nearest
+from runners.api import BadRequest, Context
+from runners.inference.batches import cache_bytes_per_token
+from runners.inference.engine import GpuOutOfMemory
+from runners.inference.task import InferenceTask
+
+WHERE = "spec.model.vllm"
+DEFAULT_UTILIZATION = 0.9
+KEPT_FREE = 0.01
+"""Share of a GPU that stays unused when memory is short: vLLM refuses to start where it is off by a byte."""
+LEAST_UTILIZATION = 0.05
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+CPU_SHARE = 0.25
+CPU_LEAST_BYTES = 64 * 2**20
+CPU_MOST_BYTES = 16 * 2**30
+CPU_BLOCK_TOKENS = 128
+COMPILE_STEPS = 3000
+"""Decoding steps from which compiling pays: it takes half a minute, and a step is some 10 ms shorter then."""
+BATCH_ROWS = 256
+"""Sequences that vLLM decodes at once by default."""
+
+OWNED = {
+    "model": "it comes from spec.model.source",
+    "tokenizer": "it comes from spec.model.source",
+    "revision": "set spec.model.source.revision",
+    "tokenizer_revision": "set spec.model.source.revision",
+    "hf_config_path": "it comes from spec.model.source",
+    "served_model_name": "nothing is served here",
+    "runner": "inference always generates",
+    "convert": "inference always generates",
+    "skip_tokenizer_init": "stop strings need the tokenizer",
+    "data_parallel_size": "run one task a replica",
+    "seed": "set spec.inference.seed",
+    "disable_log_stats": "the node measures",
+}
+"""Arguments that the node sets itself, and where the task has its say instead."""
+
+
+class Work(msgspec.Struct, frozen=True, kw_only=True):
+    """How much a task will generate at most."""
+
+    prompts: int
+    prompt_bytes: int
+    new_tokens: int
+    """Of one answer."""
+    copies: int
+
+    @property
+    def steps(self) -> int:
+        """Decoding steps, at vLLM's default batch."""
+        return -(-self.prompts * self.copies // BATCH_ROWS) * self.new_tokens
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in the cache if everything ran at once; no token is shorter than a byte."""
+        return self.prompt_bytes + self.prompts * self.copies * (self.new_tokens + CPU_BLOCK_TOKENS)
+
+
+def check_names(options: dict[str, Any], known: Sequence[str]) -> None:
+    """Raises BadRequest for an argument that vLLM does not have or that is not the task's to set."""
+    for name in options:
+        if name in OWNED:
+            raise BadRequest(f"{WHERE}.{name}: not for the task to set; {OWNED[name]}")
+        if name not in known:
+            hint = nearest(name, list(known))
+            hint = hint if hint.startswith("did you mean") else "vLLM has no such engine argument"
+            raise BadRequest(f"{WHERE}.{name}: unknown engine argument; {hint}")
+
+
+def engine_arguments(
+    ctx: Context, task: InferenceTask, config: Any, *, work: Work, adapter_ranks: Sequence[int]
+) -> dict[str, Any]:
+    """What `LLM` is called with besides the model.
+
+    Args:
+        config: the model's configuration as Transformers reads it.
+        adapter_ranks: of the runtime adapters.
+
+    Raises:
+        BadRequest: an argument that does not exist, or that this node or model cannot have.
+        GpuOutOfMemory: the GPUs are full.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    options = dict(task.vllm)
+    check_names(options, [field.name for field in dataclasses.fields(EngineArgs)])
+    on_gpu = bool(ctx.gpus)
+    text_config = config.get_text_config()
+    options["tensor_parallel_size"] = tensor_parallel(ctx, options, text_config)
+    options.setdefault("max_model_len", -1)  # as long as the model and the memory allow
+    options.setdefault("enable_prefix_caching", True)
+    options.setdefault("enforce_eager", work.steps < COMPILE_STEPS)
+    if on_gpu:
+        options["gpu_memory_utilization"] = utilization(ctx, options)
+    elif "kv_cache_memory_bytes" not in options:
+        # On the CPU the share of memory that vLLM would take by itself is the host's, and filling it takes seconds.
+        per_token = cache_bytes_per_token(text_config, 4)
+        options["kv_cache_memory_bytes"] = cpu_cache_bytes(work, per_token, psutil.virtual_memory().available)
+        options.pop("gpu_memory_utilization", None)
+    if adapter_ranks:
+        options["enable_lora"] = True
+        options.setdefault("max_loras", len(adapter_ranks))
+        options.setdefault("max_lora_rank", lora_rank(max(adapter_ranks)))
+    return options
+
+
+def tensor_parallel(ctx: Context, options: dict[str, Any], config: Any) -> int:
+    """`tensor_parallel_size`: the task's, else the GPUs it has, lowered to what the model's heads divide by.
+
+    Raises:
+        BadRequest: more than the task has GPUs, or the heads do not divide by it.
+    """
+    where = f"{WHERE}.tensor_parallel_size"
+    gpus = len(ctx.gpus)
+    pipeline = options.get("pipeline_parallel_size", 1)
+    asked = options.get("tensor_parallel_size")
+    for name, value in (("tensor_parallel_size", asked), ("pipeline_parallel_size", pipeline)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise BadRequest(f"{WHERE}.{name}: expected a number of GPUs >= 1 (found {value!r})")
+    if asked is None:
+        most = max(_gpu_count(ctx, gpus) // pipeline, 1)
+        return next(size for size in range(most, 0, -1) if divides(config, size))
+    if asked * pipeline > max(gpus, 1):
+        has = f"{gpus} GPUs" if gpus else "no GPU"
+        raise BadRequest(f"{where}: {asked} × pipeline {pipeline} needs {asked * pipeline} GPUs; this task has {has}")
+    if not divides(config, asked):
+        heads, kv_heads = _heads(config)
+        raise BadRequest(
+            f"{where}: the model's {heads} attention heads ({kv_heads} for keys) do not divide by {asked}; leave it "
+            "out to have it chosen"
+        )
+    return int(asked)
+
+
+def divides(config: Any, size: int) -> bool:
+    """Whether a model's heads can be spread over `size` GPUs; fewer key-value heads than GPUs are copied."""
+    heads, kv_heads = _heads(config)
+    return heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)
+
+
+def _heads(config: Any) -> tuple[int, int]:
+    heads = getattr(config, "num_attention_heads", None) or 1
+    return heads, getattr(config, "num_key_value_heads", None) or heads
+
+
+def _gpu_count(ctx: Context, gpus: int) -> int:
+    """The task's GPUs, lowered by `resources.hardware.gpu.count` where the node has not done so yet."""
+    asked: Any = ctx.spec
+    for name in ("resources", "hardware", "gpu", "count"):
+        asked = asked.get(name) if isinstance(asked, dict) else None
+    try:
+        return min(gpus, max(int(asked), 1)) if asked is not None else gpus
+    except (TypeError, ValueError):
+        raise BadRequest(f"spec.resources.hardware.gpu.count: expected a number (found {asked!r})") from None
+
+
+def utilization(ctx: Context, options: dict[str, Any]) -> float:
+    """`gpu_memory_utilization`: the task's or the default, lowered with a warning to what is free.
+
+    Raises:
+        BadRequest: no share between 0 and 1.
+        GpuOutOfMemory: next to nothing is free.
+    """
+    asked = options.get("gpu_memory_utilization", DEFAULT_UTILIZATION)
+    if isinstance(asked, bool) or not isinstance(asked, int | float) or not 0 < asked <= 1:
+        raise BadRequest(f"{WHERE}.gpu_memory_utilization: expected a share, 0 < x <= 1 (found {asked!r})")
+    fits = fit_utilization(float(asked), gpu_memory(ctx.gpus))
+    if fits < LEAST_UTILIZATION:
+        raise GpuOutOfMemory("the GPU's memory is taken: next to nothing of it is free for the model")
+    if fits < asked:
+        ctx.log.warning("gpu_memory_utilization lowered asked=%s free=%s", asked, fits)
+    return fits
+
+
+def fit_utilization(asked: float, memory: Sequence[tuple[int, int]]) -> float:
+    """The largest share, at most `asked`, that is free on every device.
+
+    Args:
+        memory: (free, total) bytes of each device.
+    """
+    free = min((free_bytes / total_bytes for free_bytes, total_bytes in memory), default=1.0)
+    return asked if asked <= free - KEPT_FREE else max(int((free - KEPT_FREE) * 1000) / 1000, 0.0)
+
+
+def gpu_memory(uuids: Sequence[str]) -> list[tuple[int, int]]:
+    """(free, total) bytes of each GPU, from the driver's library: asking torch would make a CUDA context."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        memory = [pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByUUID(uuid)) for uuid in uuids]
+        return [(int(each.free), int(each.total)) for each in memory]
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def cpu_cache_bytes(work: Work, bytes_per_token: int, available_bytes: int) -> int:
+    """Key-value cache on the CPU: what the work can use, within a share of what is available."""
+    most = max(min(int(available_bytes * CPU_SHARE), CPU_MOST_BYTES), CPU_LEAST_BYTES)
+    return min(max(work.tokens * bytes_per_token * 5 // 4, CPU_LEAST_BYTES), most)
+
+
+def lora_rank(rank: int) -> int:
+    """The smallest `max_lora_rank` of vLLM's that takes `rank`.
+
+    Raises:
+        BadRequest: none does.
+    """
+    for each in LORA_RANKS:
+        if rank <= each:
+            return each
+    raise BadRequest(
+        f"spec.model.adapters: an adapter has rank {rank}; vLLM takes {LORA_RANKS[-1]} at run time; "
+        "set apply to 'merge'"
+    )

@@ -1,0 +1,290 @@
+"""The vLLM engine: in the task's own process where one GPU, or the CPU, is enough.
+
+With several GPUs vLLM has processes of its own; `EngineProcesses` ends a generation that waits for dead ones.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from runners.api import BadRequest, Context, RunnerError
+from runners.inference.engine import Completion, FinishReason, GpuOutOfMemory, Output, Request, TokenLogprob, Watch
+from runners.inference.lora import check_fit
+from runners.inference.options import Sampling
+from runners.inference.task import InferenceTask
+from runners.inference.tokens import Texts, load_tokenizer
+from runners.inference.vllm_args import WHERE, Work, engine_arguments
+from runners.inference.vllm_processes import EngineProcesses
+from runners.models.adapters import LocalAdapter
+from runners.models.sources import Source, loading
+
+_alive: list[Any] = []
+"""Taking an engine down costs half a second, and its process ends anyway."""
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "No available memory for the cache blocks",
+    "is less than desired GPU memory utilization",
+)
+
+
+class VllmEngine:
+    """A model in vLLM, as loaded by `load`."""
+
+    name = "vllm"
+
+    def __init__(self, llm: Any, texts: Texts, adapters: dict[str, Any], processes: EngineProcesses) -> None:
+        """
+        Args:
+            adapters: LoRARequest by name.
+        """
+        self._llm = llm
+        self._texts = texts
+        self._adapters = adapters
+        self._processes = processes
+        self._on_cpu = llm.llm_engine.vllm_config.device_config.device_type == "cpu"
+        self.max_positions: int | None = llm.model_config.max_model_len
+
+    def describe(self) -> dict[str, Any]:
+        config = self._llm.llm_engine.vllm_config
+        return {
+            "engine": self.name,
+            "device": config.device_config.device_type,
+            "dtype": str(config.model_config.dtype).removeprefix("torch."),
+            "tensor_parallel": config.parallel_config.tensor_parallel_size,
+            "eager": config.model_config.enforce_eager,
+            "max_model_len": config.model_config.max_model_len,
+        }
+
+    def generate(self, requests: list[Request], sampling: Sampling, watch: Watch) -> list[Completion]:
+        """See `Engine.generate`."""
+        params = sampling_params(sampling)
+        completions: dict[int, Completion] = {}
+        with self._processes.watched():
+            for rows in self._rounds(requests):
+                answers = self._answer([requests[row] for row in rows], params, sampling, watch)
+                completions |= zip(rows, answers, strict=True)
+        return [completions[row] for row in range(len(requests))]
+
+    def _rounds(self, requests: list[Request]) -> list[list[int]]:
+        """Rows that may run together. All of them, but on the CPU: there, a row without an adapter is answered by
+        one of its neighbours' (vLLM 0.32; rows of several adapters are right)."""
+        plain = [row for row, request in enumerate(requests) if request.adapter is None]
+        adapted = [row for row, request in enumerate(requests) if request.adapter is not None]
+        if plain and adapted and self._on_cpu:
+            return [adapted, plain]
+        return [list(range(len(requests)))]
+
+    def _answer(self, requests: list[Request], params: Any, sampling: Sampling, watch: Watch) -> list[Completion]:
+        prompts = [{"prompt_token_ids": list(request.token_ids)} for request in requests]
+        loras = [self._adapters[request.adapter] if request.adapter else None for request in requests]
+        try:
+            ids = self._llm.enqueue(prompts, params, lora_request=loras, use_tqdm=False)
+        except Exception as error:  # each of its grammar libraries has errors of its own
+            if sampling.json_schema is None:
+                raise
+            raise BadRequest(f"spec.inference.json_schema: vLLM refuses it: {_first_line(error)}") from error
+        finished = dict(self._finished(watch))
+        # Ids count up in the order of the requests; vLLM may add a random tail to the ones that it was given.
+        ordered = sorted(finished, key=lambda each: int(each.partition("-")[0]))
+        if len(ordered) != len(ids):
+            raise RunnerError(f"vLLM answered {len(ordered)} of {len(ids)} prompts; the log may say why")
+        return [self._completion(finished[each], sampling) for each in ordered]
+
+    def _finished(self, watch: Watch) -> Iterable[tuple[str, Any]]:
+        engine = self._llm.llm_engine
+        while engine.has_unfinished_requests():
+            done = [output for output in _guarded(engine.step) if output.finished]
+            watch.step(
+                tokens=sum(len(answer.token_ids) for output in done for answer in output.outputs),
+                answers=sum(len(output.outputs) for output in done),
+            )
+            yield from ((output.request_id, output) for output in done)
+
+    def _completion(self, output: Any, sampling: Sampling) -> Completion:
+        answers = sorted(output.outputs, key=lambda answer: answer.index)
+        return Completion(tuple(self._output(answer, sampling) for answer in answers))
+
+    def _output(self, answer: Any, sampling: Sampling) -> Output:
+        if answer.finish_reason not in get_args(FinishReason):
+            raise RunnerError(f"vLLM ended an answer with {answer.finish_reason!r}; the log may say why")
+        ids = tuple(answer.token_ids)
+        return Output(
+            text=self._texts.decode(ids, sampling.stop),
+            token_ids=ids,
+            finish_reason=answer.finish_reason,
+            logprobs=_logprobs(ids, answer.logprobs, sampling.logprobs) if sampling.logprobs is not None else None,
+        )
+
+
+def load(
+    ctx: Context, task: InferenceTask, source: Source, adapters: Sequence[LocalAdapter], *, work: Work
+) -> tuple[VllmEngine, Texts]:
+    """The task's model in vLLM, and its tokenizer.
+
+    Raises:
+        BadRequest: there is no such model, or an argument, an adapter or the node does not fit it.
+        GpuOutOfMemory: it does not fit the GPU.
+        RunnerError: the engine did not start, or the hub cannot be reached.
+    """
+    trust = bool(task.vllm.get("trust_remote_code"))
+    cache_dir = task.vllm.get("download_dir")
+    with loading(source):
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(
+            source.path, revision=source.revision, trust_remote_code=trust, cache_dir=cache_dir
+        )
+        texts = Texts(load_tokenizer(source, trust, cache_dir))
+    runtime = [adapter for adapter in adapters if adapter.apply == "runtime"]
+    for adapter in runtime:
+        check_fit(adapter, config)
+    arguments = engine_arguments(ctx, task, config, work=work, adapter_ranks=[each.rank for each in runtime])
+    path = source.path
+    if len(runtime) < len(adapters):
+        path = str(merged(ctx, task, source, adapters, texts))
+    alone = arguments["tensor_parallel_size"] * arguments.get("pipeline_parallel_size", 1) == 1
+    alone = alone and arguments.get("distributed_executor_backend") in (None, "uni")
+    # Its own default is the same seed for everybody, so that unseeded tasks would all draw the same.
+    arguments["seed"] = task.sampling.seed if task.sampling.seed is not None else secrets.randbits(31)
+    _environment(ctx, alone=alone, eager=bool(arguments["enforce_eager"]))
+    llm = start(path, None if path != source.path else source.revision, source, arguments, asked=list(task.vllm))
+    _alive.append(llm)
+    engine = VllmEngine(llm, texts, _add_adapters(llm, runtime), EngineProcesses())
+    return engine, texts
+
+
+def start(path: str, revision: str | None, source: Source, arguments: dict[str, Any], *, asked: Sequence[str]) -> Any:
+    """vLLM's LLM. Errors as for `load`.
+
+    Args:
+        asked: the arguments that the task itself gave.
+    """
+    import pydantic
+    from vllm import LLM
+
+    try:
+        return LLM(model=path, tokenizer=source.tokenizer or source.path, revision=revision, **arguments)
+    except pydantic.ValidationError as error:
+        raise BadRequest(_explain(error.errors()[0], source, asked)) from error
+    except Exception as error:
+        if any(each in str(error) for each in _OUT_OF_MEMORY):
+            raise GpuOutOfMemory(f"{source.where}: {source.shown!r} does not fit: {_first_line(error)}") from error
+        if isinstance(error, ValueError | TypeError | KeyError | AssertionError | NotImplementedError):
+            raise BadRequest(f"{WHERE}: vLLM cannot run {source.shown!r} so: {_first_line(error)}") from error
+        raise RunnerError(f"vLLM's engine did not start: {_first_line(error)}; the log has the whole story") from error
+
+
+def _explain(problem: Any, source: Source, asked: Sequence[str]) -> str:
+    """One of pydantic's problems as a line about the argument that it is down to, as far as that can be told."""
+    text = _first_line(problem["msg"].removeprefix("Value error, "))
+    named = str(problem["loc"][0]) if problem["loc"] else ""
+    guilty = [name for name in asked if name == named] or [name for name in asked if name in text]
+    if guilty:
+        return f"{WHERE}.{guilty[0]}: {text}"
+    if named and asked:
+        return f"{WHERE}: {named}: {text} (given: {', '.join(asked)})"
+    return f"{source.where}: {source.shown!r}: {text}"
+
+
+def merged(ctx: Context, task: InferenceTask, source: Source, adapters: Sequence[LocalAdapter], texts: Texts) -> Path:
+    """The model with the adapters to merge in its weights, written into this attempt's TMPDIR."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from runners.inference.lora import apply_adapters
+
+    target = Path(tempfile.mkdtemp(prefix="merged-", dir=ctx.tmp_dir))
+    trust = bool(task.vllm.get("trust_remote_code"))
+    with loading(source):
+        model = AutoModelForCausalLM.from_pretrained(
+            source.path, revision=source.revision, trust_remote_code=trust, dtype="auto", device_map="cpu"
+        )
+    with torch.no_grad():
+        model = apply_adapters(model, [adapter for adapter in adapters if adapter.apply == "merge"])
+    model.save_pretrained(target)
+    texts.tokenizer.save_pretrained(target)
+    return target
+
+
+def sampling_params(sampling: Sampling) -> Any:
+    """Our Sampling as vLLM's."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    schema = sampling.json_schema
+    return SamplingParams(
+        n=sampling.n,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        max_tokens=sampling.max_tokens,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        repetition_penalty=sampling.repetition_penalty,
+        stop=list(sampling.stop) or None,
+        seed=sampling.seed,
+        logprobs=sampling.logprobs,
+        detokenize=bool(sampling.stop),  # text is made by `Texts` from the ids, for both engines alike
+        # Without the limit on white space a model may fill its whole answer with it.
+        structured_outputs=None
+        if schema is None
+        else StructuredOutputsParams(json=schema, disable_any_whitespace=True),
+    )
+
+
+def _environment(ctx: Context, *, alone: bool, eager: bool) -> None:
+    """vLLM reads these when it starts. A process of its own for the engine costs 15 s and can outlive the task."""
+    import torch
+
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if alone else "1"
+    os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_CACHE_ROOT", str(ctx.cache_dir / "vllm"))
+    if eager:
+        # Its sampler compiles small functions even so: 4 s with a warm cache, 16 s without, on the first seeded token.
+        torch.compiler.set_stance("force_eager")
+    if not ctx.gpus:
+        torch.set_num_threads(max(ctx.threads, 1))
+
+
+def _add_adapters(llm: Any, adapters: Sequence[LocalAdapter]) -> dict[str, Any]:
+    from vllm.lora.request import LoRARequest
+
+    requests: dict[str, Any] = {}
+    for number, adapter in enumerate(adapters, start=1):
+        request = LoRARequest(adapter.name, number, str(adapter.folder))
+        try:
+            llm.llm_engine.add_lora(request)
+        except (ValueError, RuntimeError, KeyError, AssertionError, TypeError) as error:
+            raise BadRequest(f"{adapter.where}: the adapter does not fit the model: {_first_line(error)}") from error
+        requests[adapter.name] = request
+    return requests
+
+
+def _guarded(step: Any) -> Any:
+    try:
+        return step()
+    except Exception as error:
+        if any(each in str(error) for each in _OUT_OF_MEMORY):
+            raise GpuOutOfMemory(f"the GPU's memory ran out while generating: {_first_line(error)}") from error
+        raise
+
+
+def _logprobs(ids: Sequence[int], steps: Any, count: int) -> tuple[TokenLogprob, ...]:
+    """vLLM's ranked mappings, one a token, in our shape."""
+    shown = []
+    for token_id, ranked in zip(ids, steps, strict=True):
+        best = sorted((each.rank, other, each.logprob) for other, each in ranked.items() if each.rank <= count)
+        top = tuple((other, float(logprob)) for _, other, logprob in best)
+        shown.append(TokenLogprob(token_id, float(ranked[token_id].logprob), top))
+    return tuple(shown)
+
+
+def _first_line(error: object) -> str:
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return text if len(text) <= 300 else f"{text[:299]}…"

@@ -1,0 +1,64 @@
+"""Watches the processes that vLLM runs an engine in: when one dies, vLLM's own `generate` would wait forever."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+import psutil
+
+from runners.api import RunnerError
+
+POLL_S = 0.5
+SIGNAL = signal.SIGUSR2
+
+
+class EngineProcesses:
+    """The processes below this one, as they are when it is made: right after the engine came up."""
+
+    def __init__(self) -> None:
+        self._processes = psutil.Process().children(recursive=True)
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """While the body runs, which has to be on the main thread, a death among the processes ends it.
+
+        Raises:
+            RunnerError: one of them died.
+        """
+        if not self._processes:
+            yield
+            return
+        over = threading.Event()
+        dead: list[str] = []
+
+        def look() -> None:
+            while not over.wait(POLL_S):
+                for process in self._processes:
+                    if not _alive(process):
+                        dead.append(str(process.pid))
+                        signal.pthread_kill(threading.main_thread().ident or 0, SIGNAL)
+                        return
+
+        def stop(_number: int, _frame: FrameType | None) -> None:
+            raise RunnerError(f"a process of vLLM's engine (pid {dead[0]}) died; the log may say why")
+
+        before = signal.signal(SIGNAL, stop)
+        watcher = threading.Thread(target=look, daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            over.set()
+            watcher.join()
+            signal.signal(SIGNAL, before)
+
+
+def _alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -1,0 +1,116 @@
+"""`spec.model.adapters`: LoRA adapters as folders on this node, with their `scale` already in their configuration."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from runners.api import BadRequest, Context
+from runners.models.files import downloaded, find_root, opened, task_folder
+from runners.models.sources import local_path
+from runners.models.spec import Adapter
+
+CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+class LocalAdapter(msgspec.Struct, frozen=True, kw_only=True):
+    """An adapter that both engines load as it is."""
+
+    name: str
+    folder: Path
+    rank: int
+    apply: Literal["runtime", "merge"]
+    where: str
+
+
+def load_adapters(
+    ctx: Context, adapters: tuple[Adapter, ...] | None, where: str = "spec.model.adapters"
+) -> tuple[LocalAdapter, ...]:
+    """Fetch every adapter, in the document's order.
+
+    Raises:
+        BadRequest: one cannot be had, is no LoRA, or has the name of another.
+        RunnerError: its server cannot be reached.
+    """
+    loaded: list[LocalAdapter] = []
+    for i, adapter in enumerate(adapters or ()):
+        one = load_adapter(ctx, adapter, i, f"{where}[{i}]")
+        if any(one.name == other.name for other in loaded):
+            raise BadRequest(f"{one.where}.name: {one.name!r} is another adapter's name, too")
+        loaded.append(one)
+    return tuple(loaded)
+
+
+def load_adapter(ctx: Context, adapter: Adapter, index: int, where: str) -> LocalAdapter:
+    """One adapter. A scale other than 1 is written into the configuration of a copy, as a larger or smaller alpha."""
+    given = [name for name in ("path", "url", "task_id") if getattr(adapter, name) is not None]
+    if len(given) != 1:
+        raise BadRequest(f"{where}: give exactly one of `path`, `url` and `taskId`")
+    field = f"{where}.{'taskId' if given[0] == 'task_id' else given[0]}"
+    folder = _folder(ctx, adapter, field)
+    config = _config(folder, field)
+    scale = 1.0 if adapter.scale is None else adapter.scale
+    if not math.isfinite(scale):
+        raise BadRequest(f"{where}.scale: expected a finite number (found {scale})")
+    if scale != 1.0:
+        folder = scaled_copy(folder, config, scale, Path(tempfile.mkdtemp(prefix="adapter-", dir=ctx.tmp_dir)))
+    name = adapter.name if adapter.name is not None else str(adapter.id if adapter.id is not None else index + 1)
+    if not name or "." in name:
+        raise BadRequest(f"{where}.name: {name!r} cannot be an adapter's name; leave out dots")
+    ranks = [config.get("r") or 1, *(config.get("rank_pattern") or {}).values()]
+    return LocalAdapter(name=name, folder=folder, rank=max(ranks), apply=adapter.apply or "runtime", where=where)
+
+
+def scaled_copy(folder: Path, config: dict[str, Any], scale: float, target: Path) -> Path:
+    """The adapter, in the empty folder `target`, with its effect multiplied by `scale`; its weights are linked.
+
+    A LoRA adds alpha / r (or alpha / sqrt(r)) times its product, so every alpha times `scale` is exactly that.
+    """
+    for each in folder.iterdir():
+        if each.name != CONFIG:
+            (target / each.name).symlink_to(each.resolve())
+    changed = {**config, "lora_alpha": (config.get("lora_alpha") or 8) * scale}
+    if pattern := config.get("alpha_pattern"):
+        changed["alpha_pattern"] = {name: alpha * scale for name, alpha in pattern.items()}
+    (target / CONFIG).write_text(json.dumps(changed, indent=2))
+    return target
+
+
+def _folder(ctx: Context, adapter: Adapter, field: str) -> Path:
+    archive_format = adapter.archive_format or "auto"
+    if adapter.url is not None:
+        unpacked = downloaded(
+            ctx, adapter.url, archive_format, field, headers=adapter.headers, timeout_s=adapter.timeout_s
+        )
+        return find_root(unpacked, CONFIG, "adapter", field)
+    if adapter.task_id is not None:
+        folder = task_folder(ctx, adapter.task_id, field)
+        if folder is None:
+            raise BadRequest(f"{field}: this node has no results of task {adapter.task_id!r}")
+        for each in (folder / "final_lora", folder / "final_model", folder):
+            if (each / CONFIG).is_file():
+                return each
+        raise BadRequest(f"{field}: the results of task {adapter.task_id!r} hold no adapter ({CONFIG})")
+    path = local_path(ctx, adapter.path or "")
+    if not path.exists():
+        raise BadRequest(f"{field}: there is no {adapter.path!r} on this node")
+    return find_root(opened(ctx, path, archive_format, field), CONFIG, "adapter", field)
+
+
+def _config(folder: Path, field: str) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+    except ValueError as error:
+        raise BadRequest(f"{field}: its {CONFIG} is not JSON ({error})") from None
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind != "LORA":
+        raise BadRequest(f"{field}: an adapter of type {kind!r}; only LORA adapters can be applied")
+    if not any((folder / name).is_file() for name in WEIGHTS):
+        raise BadRequest(f"{field}: the adapter has no weights ({' or '.join(WEIGHTS)})")
+    return config

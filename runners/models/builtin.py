@@ -1,0 +1,128 @@
+"""`builtin:tiny-llama`: a random Llama and a byte-level BPE tokenizer, made on the spot, for examples and tests.
+
+Its answers mean nothing; everything around them is real. The same call writes the same weights (seed 0).
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from runners.api import BadRequest
+
+PREFIX = "builtin:"
+TINY_LLAMA = "builtin:tiny-llama"
+_FOLDER = "tiny-llama-v1"  # a changed recipe needs a new name: nodes keep what they have built
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}{{ eos_token }}\n"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+_SUBJECTS = ("a task", "the node", "a slot", "the model", "an engine", "the queue", "a result", "the network", "a user")
+_VERBS = ("starts", "ends", "returns", "waits for", "shares", "reports", "measures", "keeps", "sends", "reads")
+_OBJECTS = ("its memory", "every token", "the prompt", "an answer", "the next batch", "one GPU", "the log", "a folder")
+
+
+def corpus() -> list[str]:
+    """The few hundred sentences that the built-in tokenizer is trained on."""
+    return [
+        f"{subject} {verb} {thing}, and then {_SUBJECTS[(i + j + k) % len(_SUBJECTS)]} {verb} {thing} again."
+        for i, subject in enumerate(_SUBJECTS)
+        for j, verb in enumerate(_VERBS)
+        for k, thing in enumerate(_OBJECTS)
+    ]
+
+
+def resolve(identifier: str, cache_dir: Path) -> Path:
+    """The folder of a `builtin:` model under `cache_dir`, built there once; safe under concurrency.
+
+    Raises:
+        BadRequest: there is no such built-in model.
+    """
+    if identifier != TINY_LLAMA:
+        raise BadRequest(f"spec.model.source.identifier: no built-in model {identifier!r}; there is {TINY_LLAMA!r}")
+    target = cache_dir / "builtin" / _FOLDER
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{_FOLDER}.", dir=target.parent))
+    try:
+        write_tiny_llama(scratch)
+        scratch.chmod(0o755)
+        scratch.rename(target)  # a rename, so that nobody ever sees half a model
+    except OSError:
+        if not target.is_dir():  # else another task was first, and its model is the same
+            raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+def write_tiny_llama(
+    folder: Path, *, seed: int = 0, layers: int = 2, hidden_size: int = 128, max_positions: int = 2048
+) -> None:
+    """Write a Llama of random float32 weights and a tokenizer with chat template, bos, eos and pad into `folder`.
+
+    Args:
+        hidden_size: a multiple of 32; each head has 32 dimensions, two heads share a key-value head.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
+
+    tokenizer = train_tokenizer()
+    heads = hidden_size // 32
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=max(heads // 2, 1),
+        max_position_embeddings=max_positions,
+        # Wide enough that the best token stands clear of the second: greedy text then survives rounding.
+        initializer_range=0.2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config).to(torch.float32)
+    with torch.no_grad():  # what is no readable text scores 0, far below the best: answers stay readable
+        for token, token_id in tokenizer.get_vocab().items():
+            text = tokenizer.convert_tokens_to_string([token])
+            readable = text.isascii() and text.isprintable() and token not in (tokenizer.bos_token, tokenizer.pad_token)
+            if not readable:
+                model.lm_head.weight[token_id] = 0.0
+    logging.disable_progress_bar()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def train_tokenizer(vocab_size: int = 512) -> Any:
+    """A byte-level BPE tokenizer trained on `corpus()`; any text round-trips through it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<s>", "</s>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus(), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    fast.chat_template = CHAT_TEMPLATE
+    return fast

@@ -1,0 +1,145 @@
+"""`spec.checkpoint.load`: weights of an earlier run, from a path, a task of this node, or a URL, in this order."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path, PurePosixPath
+from urllib.parse import quote, unquote, urlsplit
+
+import msgspec
+
+from runners.api import BadRequest, Context
+from runners.models.files import downloaded, find_root, opened, safe_name, task_folder
+from runners.models.sources import local_path
+from runners.models.spec import CheckpointLoad
+
+DEFAULT_FILE = "final_model.tar.gz"
+_STEP = re.compile(r"checkpoint-(\d+)")
+
+
+class Loaded(msgspec.Struct, frozen=True):
+    """A checkpoint on this node."""
+
+    folder: Path
+    shown: str
+    """What the document called it."""
+    where: str
+    """The field that named it."""
+
+
+def load_checkpoint(ctx: Context, load: CheckpointLoad, where: str = "spec.checkpoint.load") -> Loaded:
+    """The folder that the document's checkpoint lies in, `subdir` included; what is in it is for the caller to check.
+
+    Raises:
+        BadRequest: there is no such checkpoint, or the document names none.
+        RunnerError: its server cannot be reached.
+    """
+    archive_format = load.archive_format or "auto"
+    path, url = _path_and_url(load, where)
+    task_id = load.taskId or load.task_id
+    if load.taskId and load.task_id and load.taskId != load.task_id:
+        raise BadRequest(f"{where}.task_id: differs from {where}.taskId; give one of them")
+    if path is None and url is None and task_id is None:
+        raise BadRequest(f"{where}: needs a `path`, a `url` or a `taskId`")
+    if path is not None and local_path(ctx, path).exists():
+        folder = opened(ctx, local_path(ctx, path), archive_format, f"{where}.path")
+        return _below(folder, load, path, f"{where}.path", where)
+    id_field = f"{where}.{'taskId' if load.taskId else 'task_id'}"
+    if task_id is not None:
+        found = _of_task(ctx, load, task_id, archive_format, id_field)
+        if found is not None:
+            return _below(found, load, task_id, id_field, where)
+    field = f"{where}.{'url' if load.url else 'uri'}"
+    if url is None and task_id is not None:
+        url, field = _task_url(ctx, load, task_id, where), id_field
+    if url is not None and load.type != "local":
+        folder = downloaded(ctx, url, archive_format, field, headers=load.headers, timeout_s=load.timeout_s)
+        return _below(folder, load, url, field, where)
+    if path is not None:
+        raise BadRequest(f"{where}.path: there is no {path!r} on this node")
+    raise BadRequest(f"{id_field}: this node has no results of task {task_id!r}, and there is no URL to get them from")
+
+
+def model_root(folder: Path, where: str) -> Path:
+    """The model in a checkpoint's folder: the folder itself, its `final_model`, its latest `checkpoint-N`, or deeper.
+
+    Raises:
+        BadRequest: there is none.
+    """
+    if (folder / "config.json").is_file():
+        return folder
+    if (folder / "final_model" / "config.json").is_file():
+        return folder / "final_model"
+    if latest := latest_step(folder):
+        return latest
+    return find_root(folder, "config.json", "model", where)
+
+
+def latest_step(folder: Path) -> Path | None:
+    """The `checkpoint-N` of the highest N in `folder` or its `checkpoints`, with a whole model in it."""
+    steps = [
+        (int(match[1]), each)
+        for parent in (folder, folder / "checkpoints")
+        if parent.is_dir()
+        for each in parent.iterdir()
+        if (match := _STEP.fullmatch(each.name)) and (each / "config.json").is_file()
+    ]
+    return max(steps)[1] if steps else None
+
+
+def _path_and_url(load: CheckpointLoad, where: str) -> tuple[str | None, str | None]:
+    """`uri` is a path or a URL, by its look."""
+    path, url = load.path, load.url
+    if load.uri is not None:
+        if load.uri.startswith(("http://", "https://")):
+            url = url or load.uri
+        else:
+            path = path or unquote(load.uri.removeprefix("file://"))
+    if path is not None and path.startswith(("http://", "https://")):
+        path, url = None, url or path
+    if load.type == "http" and url is None and load.taskId is None and load.task_id is None:
+        raise BadRequest(f"{where}.url: missing; type 'http' needs one, or a taskId")
+    return path, url
+
+
+def _of_task(ctx: Context, load: CheckpointLoad, task_id: str, archive_format: str, where: str) -> Path | None:
+    folder = task_folder(ctx, task_id, where)
+    if folder is None:
+        return None
+    if load.filename is None:
+        return folder
+    name = safe_name(load.filename, where)
+    for candidate in (folder / name, folder / "artifacts" / name):
+        if candidate.exists():
+            return opened(ctx, candidate, archive_format, where)
+    return None
+
+
+def _task_url(ctx: Context, load: CheckpointLoad, task_id: str, where: str) -> str | None:
+    """Where the orchestrator keeps a file of another task (contract.md, 2)."""
+    name = quote(safe_name(load.filename or DEFAULT_FILE, f"{where}.filename"))
+    if load.base_url is not None:
+        base = load.base_url.rstrip("/")
+        root = base if base.endswith("/results") else f"{base}/api/v1/results"
+        return f"{root}/{task_id}/files/{name}"
+    own = f"/{ctx.task_id}/files/"
+    if ctx.job.file_url is not None and own in ctx.job.file_url:
+        return ctx.job.file_url.replace(own, f"/{task_id}/files/").replace("{name}", name)
+    return None
+
+
+def _below(folder: Path, load: CheckpointLoad, shown: str, field: str, where: str) -> Loaded:
+    if load.subdir is None:
+        return Loaded(folder, _without_query(shown), field)
+    inside = PurePosixPath(load.subdir)
+    target = folder / inside
+    if inside.is_absolute() or ".." in inside.parts:
+        raise BadRequest(f"{where}.subdir: {load.subdir!r} leads out of the checkpoint")
+    if not target.is_dir():
+        there = ", ".join(sorted(each.name for each in folder.iterdir() if each.is_dir())) or "none"
+        raise BadRequest(f"{where}.subdir: no folder {load.subdir!r} in the checkpoint; folders: {there}")
+    return Loaded(target, _without_query(shown), f"{where}.subdir")
+
+
+def _without_query(shown: str) -> str:
+    return shown.split("?", maxsplit=1)[0] if urlsplit(shown).scheme in ("http", "https") else shown

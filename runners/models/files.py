@@ -1,0 +1,97 @@
+"""Folders of weights, wherever a task says they are: a path, another task's results, a URL; archives are unpacked."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from runners.api import BadRequest, Context
+from runners.data.download import fetch
+from runners.data.unpack import is_archive, unpack
+
+SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+DEPTH = 4
+"""How deep in an archive a model may lie."""
+
+
+def task_folder(ctx: Context, task_id: str, where: str) -> Path | None:
+    """The results of another task of this node, or None.
+
+    Raises:
+        BadRequest: `task_id` is no task's id.
+    """
+    if not SAFE_ID.fullmatch(task_id):
+        raise BadRequest(f"{where}: {task_id!r} is no task id")
+    folder = ctx.results_dir / task_id
+    return folder if folder.is_dir() else None
+
+
+def safe_name(name: str, where: str) -> str:
+    """Raises BadRequest where `name` is not the plain name of a file."""
+    if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
+        raise BadRequest(f"{where}: {name!r} is no plain file name")
+    return name
+
+
+def opened(ctx: Context, path: Path, archive_format: str, where: str) -> Path:
+    """A folder as it is; an archive unpacked into this attempt's TMPDIR.
+
+    Raises:
+        BadRequest: it is neither.
+    """
+    if path.is_dir():
+        return path
+    if archive_format == "none" or (archive_format == "auto" and not is_archive(path.name)):
+        raise BadRequest(f"{where}: {str(path)!r} is a file and no archive; give a folder, or say archive_format")
+    target = Path(tempfile.mkdtemp(prefix="unpacked-", dir=ctx.tmp_dir))
+    unpack(ctx, path, target, archive_format, where)
+    return target
+
+
+def downloaded(
+    ctx: Context,
+    url: str,
+    archive_format: str,
+    where: str,
+    *,
+    headers: Mapping[str, str] | None = None,
+    timeout_s: float | None = None,
+) -> Path:
+    """An archive behind a URL, unpacked once for all tasks of the node.
+
+    Raises:
+        BadRequest: it cannot be had, or is no archive.
+        RunnerError: the server cannot be reached.
+    """
+    if archive_format == "none":
+        raise BadRequest(f"{where}: a URL has to be an archive, so archive_format cannot be 'none'")
+    file = fetch(ctx, url, where, headers=headers, timeout_s=timeout_s)
+    ctx.log.info("downloaded %s bytes=%d", Path(urlsplit(url).path).name, file.path.stat().st_size)
+    suffix = archive_format.replace(".", "-")
+    return file.derived(f"unpacked-{suffix}", lambda target: unpack(ctx, file.path, target, archive_format, where))
+
+
+def find_root(folder: Path, marker: str, what: str, where: str) -> Path:
+    """The folder below `folder` that holds `marker`: the uppermost, which has to be the only one at its depth.
+
+    Raises:
+        BadRequest: there is none, or several.
+    """
+    for level in _levels(folder):
+        found = [each for each in level if (each / marker).is_file()]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            names = ", ".join(str(each.relative_to(folder)) for each in sorted(found)[:8])
+            raise BadRequest(f"{where}: several folders with {marker}: {names}; name one of them")
+    raise BadRequest(f"{where}: no {what} there: no folder in it has a {marker}")
+
+
+def _levels(folder: Path) -> Iterator[list[Path]]:
+    level = [folder]
+    for _ in range(DEPTH + 1):
+        yield level
+        level = [each for parent in level for each in parent.iterdir() if each.is_dir() and not each.is_symlink()]

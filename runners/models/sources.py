@@ -1,0 +1,139 @@
+"""Where a task's weights lie, and what went wrong where they do not load, in one line.
+
+The training runners use this, too: nothing here knows of engines.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from runners.api import BadRequest, Context, MissingDependency, RunnerError
+from runners.models import builtin
+
+
+class Source(msgspec.Struct, frozen=True, kw_only=True):
+    """Weights that `from_pretrained` can be pointed at."""
+
+    path: str
+    """A folder of this node, or a hub id."""
+    revision: str | None
+    shown: str
+    """What the result calls the model."""
+    where: str
+    """The field that named it, for errors."""
+    tokenizer: str | None = None
+    """Where the tokenizer comes from; None: from `path`, too."""
+
+    @property
+    def is_local(self) -> bool:
+        return Path(self.path).is_dir()
+
+
+def local_path(ctx: Context, text: str) -> Path:
+    """A path that a document names: absolute, in the home folder, or relative to where the node runs or RESULTS_DIR."""
+    path = Path(text).expanduser()
+    if path.is_absolute() or path.exists():
+        return path.absolute()
+    below_results = ctx.results_dir / path
+    return below_results if below_results.exists() else path.absolute()
+
+
+def resolve_identifier(ctx: Context, identifier: str, revision: str | None, where: str) -> Source:
+    """`model.source`, which may be built in, a local folder or a hub id.
+
+    Raises:
+        BadRequest: it looks like a path, and there is no model.
+    """
+    if identifier.startswith(builtin.PREFIX):
+        folder = builtin.resolve(identifier, ctx.cache_dir)
+        return Source(path=str(folder), revision=None, shown=identifier, where=where)
+    path = local_path(ctx, identifier)
+    if path.is_dir():
+        check_model_folder(path, where)
+        return Source(path=str(path), revision=None, shown=identifier, where=where)
+    if path.exists():
+        raise BadRequest(f"{where}: {identifier!r} is a file; give the folder that holds config.json and the weights")
+    if identifier.startswith(("/", "./", "../", "~")) or identifier.count("/") > 1:
+        raise BadRequest(f"{where}: there is no folder {identifier!r} on this node; give an existing one, or a hub id")
+    return Source(path=identifier, revision=revision, shown=identifier, where=where)
+
+
+def check_model_folder(folder: Path, where: str) -> None:
+    """Raises BadRequest where `folder` holds no model at all."""
+    if (folder / "config.json").is_file():
+        return
+    if (folder / "adapter_config.json").is_file():
+        raise BadRequest(
+            f"{where}: {str(folder)!r} holds an adapter and no whole model; "
+            "name its base model here and the adapter in spec.model.adapters"
+        )
+    raise BadRequest(f"{where}: {str(folder)!r} has no config.json, so it is no model folder")
+
+
+@contextlib.contextmanager
+def loading(source: Source) -> Iterator[None]:
+    """Turns what `from_pretrained` raises into one line about `source`.
+
+    Raises:
+        BadRequest: there is no such model or revision, or the folder's contents are not one.
+        RunnerError: the hub cannot be reached.
+    """
+    from huggingface_hub import errors as hub
+
+    try:
+        yield
+    except ImportError as error:
+        raise MissingDependency(_library(error), "inference") from error
+    except (RunnerError, MemoryError):
+        raise
+    except Exception as error:  # each format of weights has errors of its own, and all of them mean one thing here
+        if "out of memory" in str(error).lower():
+            raise
+        causes = list(_causes(error))
+        name, where = source.shown, source.where
+        if _any(causes, hub.GatedRepoError):
+            raise BadRequest(f"{where}: {name!r} is gated, and this node's hub token may not read it") from error
+        if _any(causes, hub.RevisionNotFoundError):
+            raise BadRequest(f"{where}: {name!r} has no revision {source.revision!r} on the hub") from error
+        if _any(causes, hub.RepositoryNotFoundError):
+            raise BadRequest(f"{where}: there is no model {name!r} on the hub, or it is private") from error
+        if _any(causes, hub.HFValidationError):
+            raise BadRequest(f"{where}: {name!r} is neither a folder of this node nor a hub id (owner/name)") from error
+        if _any(causes, hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled):
+            if _hub_is_off():
+                raise BadRequest(
+                    f"{where}: {name!r} is not in this node's model cache, and the node works offline (HF_HUB_OFFLINE)"
+                ) from error
+            raise RunnerError(
+                f"{where}: the model hub cannot be reached, and {name!r} is not in this node's cache"
+            ) from error
+        raise BadRequest(f"{where}: {name!r} cannot be loaded: {_first_line(error)}") from error
+
+
+def _hub_is_off() -> bool:
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def _library(error: ImportError) -> str:
+    return error.name or _first_line(error)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _any(causes: list[BaseException], *kinds: type[BaseException]) -> bool:
+    return any(isinstance(cause, kinds) for cause in causes)
+
+
+def _first_line(error: BaseException) -> str:
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return text if len(text) <= 300 else f"{text[:299]}…"

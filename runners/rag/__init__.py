@@ -1,0 +1,1 @@
+"""Retrieval: embeddings, FAISS and Qdrant, and answers made from what was found."""

@@ -1,0 +1,30 @@
+"""What the task's document may have at its top level, and what becomes of the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from flowmesh.messages.checking import nearest
+from runners.api import BadRequest, Context
+
+COMMON = ("taskType", "resources", "output", "shard", "timeoutSec", "retainLogs", "env")
+"""Fields that every task type has, most of them the node's business."""
+
+
+def check_known(ctx: Context, spec: dict[str, Any], where: str, own: Sequence[str]) -> None:
+    """Refuse a top-level field that looks like a slip of the pen; tell the log of any other unknown one.
+
+    The node and the orchestrator have fields of their own at this level, so not every stranger is an error.
+
+    Args:
+        own: the task type's own fields.
+    """
+    known = [*COMMON, *own]
+    for name in spec:
+        if name in known or name.startswith("_"):
+            continue
+        hint = nearest(name, known)
+        if hint.startswith("did you mean"):
+            raise BadRequest(f"{where}.{name}: unknown field; {hint}")
+        ctx.log.warning("%s.%s is not a field of this task type and was not used", where, name)

@@ -1,0 +1,245 @@
+"""A rag task's sections as frozen structs, and the checks that need more than one field.
+
+Field names are the document's own (tasks.md, "rag"). Null means "as if it were not there".
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from runners.api import BadRequest, Context
+from runners.inference.options import InferenceOptions, sampling_of, system_prompt_of
+from runners.inference.task import InferenceTask, read_task
+from runners.models.spec import ArchiveFormat, Headers, Section
+from runners.rag.fields import check_known
+
+OWN_FIELDS = (
+    "query", "data", "search", "embedding", "qdrant", "faiss", "generate", "model", "checkpoint", "engine",
+    "enforce_cpu",
+)  # fmt: skip
+MODEL_FIELDS = ("model", "checkpoint", "engine", "enforce_cpu")
+DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+DEFAULT_TOP_K = 5
+DEFAULT_TEMPLATE = (
+    "Answer the question from the passages below. Say so where they do not hold the answer.\n\n"
+    "Passages:\n{context}\n\nQuestion: {query}\nAnswer:"
+)
+PLACEHOLDERS = re.compile(r"\{(context|query)\}")
+
+Count = Annotated[int, Meta(ge=1)]
+Seconds = Annotated[float, Meta(gt=0)]
+
+
+class Search(Section, frozen=True):
+    """spec.search"""
+
+    top_k: Annotated[int, Meta(ge=1, le=10_000)] | None = None
+
+
+class Embedding(Section, frozen=True):
+    """spec.embedding"""
+
+    model: Annotated[str, Meta(min_length=1)] | None = None
+    """A hub id or a local folder that sentence-transformers can load."""
+    revision: str | None = None
+    device: Literal["auto", "cpu", "cuda"] | None = None
+    batch_tokens: Annotated[int, Meta(ge=16)] | None = None
+    """Tokens, padding counted, that go through the model at once."""
+    query_prompt: str | None = None
+    """Stands before each query, where the model was trained so; default: what the model's own files say."""
+    document_prompt: str | None = None
+    trust_remote_code: bool | None = None
+
+
+class Chunk(Section, frozen=True):
+    """spec.faiss.chunk"""
+
+    tokens: Annotated[int, Meta(ge=8)] | None = None
+    """Tokens a passage has at most; default: 256, or what the embedding model takes."""
+    overlap: Annotated[int, Meta(ge=0)] | None = None
+    """Tokens that a passage shares with the one before it; default: an eighth of `tokens`."""
+
+
+class IndexSource(Section, frozen=True, rename={"task_id": "taskId", "timeout_s": "timeoutSec"}):
+    """spec.faiss.index, written out"""
+
+    path: str | None = None
+    url: str | None = None
+    task_id: str | None = None
+    headers: Headers | None = None
+    timeout_s: Seconds | None = None
+    archive_format: ArchiveFormat | None = None
+
+
+class Faiss(Section, frozen=True):
+    """spec.faiss"""
+
+    index: str | IndexSource | None = None
+    documents: dict[str, Any] | None = None
+    """A data source; its column is the text."""
+    path: str | None = None
+    """A text file, or a folder of them; or the folder of an index."""
+    metric: Literal["ip", "l2"] | None = None
+    index_type: Literal["flat", "ivf", "hnsw"] | None = None
+    save: bool | None = None
+    normalize: bool | None = None
+    """Unit vectors, so that `ip` is the cosine. Default: true."""
+    chunk: Chunk | None = None
+    nlist: Count | None = None
+    """ivf: cells."""
+    nprobe: Count | None = None
+    """ivf: cells looked into by each query."""
+    m: Annotated[int, Meta(ge=2, le=256)] | None = None
+    """hnsw: links a node."""
+    ef_construction: Count | None = None
+    ef_search: Count | None = None
+
+    @property
+    def source(self) -> str:
+        """The one field that says where the passages come from."""
+        return next(name for name in ("index", "documents", "path") if getattr(self, name) is not None)
+
+
+class Qdrant(Section, frozen=True, rename={"timeout_s": "timeoutSec"}):
+    """spec.qdrant"""
+
+    url: str | None = None
+    path: str | None = None
+    """Ours: a folder of qdrant-client's local mode, in place of a server."""
+    api_key: str | None = None
+    api_key_env: str | None = None
+    """Ours: the variable that holds the key, so that it does not stand in the document."""
+    collection: Annotated[str, Meta(min_length=1)]
+    vector: str | None = None
+    """Ours: which vector, where a collection has several."""
+    timeout_s: Seconds | None = None
+
+    def __repr__(self) -> str:
+        return f"Qdrant(collection={self.collection!r})"
+
+
+class Generate(InferenceOptions, frozen=True):
+    """spec.generate: the fields of spec.inference, and"""
+
+    template: Annotated[str, Meta(min_length=1)] | None = None
+    """The prompt, with {context} and {query}."""
+
+
+class Generation(msgspec.Struct, frozen=True, kw_only=True):
+    """How answers are made from passages, with every default filled in."""
+
+    template: str
+    inference: InferenceTask
+    """Its system prompt is not set: see `RagTask.system_prompt`."""
+
+
+class RagTask(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything of the document but its queries."""
+
+    embedding: Embedding
+    top_k: int
+    faiss: Faiss | None
+    qdrant: Qdrant | None
+    generation: Generation | None
+    system_prompt: str | None = None
+
+
+def read_rag(ctx: Context, spec: dict[str, Any], where: str = "spec") -> RagTask:
+    """The sections of `spec`, checked.
+
+    Raises:
+        BadRequest: naming the field.
+    """
+    check_known(ctx, spec, where, OWN_FIELDS)
+
+    def section(name: str, into: type[Any]) -> Any:
+        return ctx.check(spec.get(name) or {}, into, f"{where}.{name}")
+
+    faiss = section("faiss", Faiss) if spec.get("faiss") is not None else None
+    qdrant = section("qdrant", Qdrant) if spec.get("qdrant") is not None else None
+    if (faiss is None) == (qdrant is None):
+        found = "neither is there" if faiss is None else "both are there"
+        raise BadRequest(f"{where}: give either `faiss` or `qdrant` ({found})")
+    if faiss is not None:
+        _check_faiss(faiss, f"{where}.faiss")
+    if qdrant is not None:
+        qdrant = _with_key(qdrant, f"{where}.qdrant")
+    options = section("generate", Generate) if spec.get("generate") is not None else None
+    stray = next((name for name in MODEL_FIELDS if spec.get(name) is not None), None)
+    if options is None and stray is not None:
+        raise BadRequest(f"{where}.{stray}: only `generate` uses a model; add {where}.generate, or leave it out")
+    return RagTask(
+        embedding=section("embedding", Embedding),
+        top_k=section("search", Search).top_k or DEFAULT_TOP_K,
+        faiss=faiss,
+        qdrant=qdrant,
+        generation=None if options is None else _generation(ctx, spec, options, where),
+        system_prompt=None if options is None else system_prompt_of(options, f"{where}.generate"),
+    )
+
+
+def _check_faiss(faiss: Faiss, where: str) -> None:
+    given = [name for name in ("index", "documents", "path") if getattr(faiss, name) is not None]
+    if len(given) != 1:
+        found = " and ".join(given) or "none of them"
+        raise BadRequest(f"{where}: give one of `index`, `documents` and `path` (found {found})")
+    kind = faiss.index_type or "flat"
+    if faiss.index is None:
+        for name, owner in (("nlist", "ivf"), ("nprobe", "ivf"), ("m", "hnsw"), ("ef_construction", "hnsw"),
+                            ("ef_search", "hnsw")):  # fmt: skip
+            if getattr(faiss, name) is not None and kind != owner:
+                raise BadRequest(f"{where}.{name}: means something to index_type {owner!r} only (found {kind!r})")
+    else:
+        for name in ("metric", "index_type", "normalize", "chunk", "nlist", "m", "ef_construction"):
+            if getattr(faiss, name) is not None:
+                raise BadRequest(f"{where}.{name}: was settled when {where}.index was built; leave it out")
+        if faiss.save:
+            raise BadRequest(f"{where}.save: the index of {where}.index is saved already; leave it out")
+    chunk = faiss.chunk
+    if chunk is not None and chunk.tokens is not None and (chunk.overlap or 0) > chunk.tokens // 2:
+        raise BadRequest(
+            f"{where}.chunk.overlap: {chunk.overlap} of {chunk.tokens} tokens; at most half of them can be shared"
+        )
+
+
+def _with_key(qdrant: Qdrant, where: str) -> Qdrant:
+    """The section with its key in `api_key`, wherever the document has it."""
+    if (qdrant.url is None) == (qdrant.path is None):
+        raise BadRequest(f"{where}: give either `url` (a server) or `path` (a local folder)")
+    if qdrant.api_key_env is None:
+        return qdrant
+    if qdrant.api_key is not None:
+        raise BadRequest(f"{where}.api_key_env: {where}.api_key is there, too; give one of them")
+    key = os.environ.get(qdrant.api_key_env)
+    if not key:
+        raise BadRequest(
+            f"{where}.api_key_env: the variable {qdrant.api_key_env} is not set for this task; "
+            "the node passes on what its tasks.pass_env names"
+        )
+    return msgspec.structs.replace(qdrant, api_key=key, api_key_env=None)
+
+
+def _generation(ctx: Context, spec: dict[str, Any], options: Generate, where: str) -> Generation:
+    template = options.template or DEFAULT_TEMPLATE
+    missing = {"context", "query"} - {match[1] for match in PLACEHOLDERS.finditer(template)}
+    if missing:
+        names = " and ".join(f"{{{name}}}" for name in sorted(missing))
+        raise BadRequest(f"{where}.generate.template: {names} must stand in it")
+    wanted = {name: spec[name] for name in MODEL_FIELDS if spec.get(name) is not None}
+    for name in ("engine", "enforce_cpu"):
+        if (value := getattr(options, name)) is not None:
+            if wanted.get(name, value) != value:
+                raise BadRequest(f"{where}.generate.{name}: {value!r}, but {where}.{name} says {wanted[name]!r}")
+            wanted[name] = value
+    task = msgspec.structs.replace(
+        read_task(ctx, wanted, where),
+        sampling=sampling_of(options, f"{where}.generate"),
+        chat=bool(options.chat),
+        system_prompt=None,
+    )
+    return Generation(template=template, inference=task)

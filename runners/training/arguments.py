@@ -1,0 +1,213 @@
+"""A task's settings as the trainer's arguments; `training.trainer_args` last, each name and type checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from flowmesh.messages.checking import nearest
+from runners.api import BadRequest, Context
+from runners.training import settings
+from runners.training.devices import Device, Layout
+from runners.training.plan import Plan
+from runners.training.sharding import Sharding
+
+WHERE = "spec.training.trainer_args"
+
+OURS = {
+    "output_dir": "checkpoints lie in the task's own folder",
+    "use_cpu": "the node decides on the device",
+    "local_rank": "the group sets it",
+    "resume_from_checkpoint": "use spec.training.resume_from_path",
+    "deepspeed": "use spec.training.deepspeed",
+    "fsdp": "use spec.training.fsdp",
+    "fsdp_config": "use spec.training.fsdp",
+    "enable_jit_checkpoint": "a drain writes a checkpoint anyway",
+    "push_to_hub": "results go where spec.output says",
+    "model_init_kwargs": "use spec.model.transformers",
+    "trust_remote_code": "use spec.model.transformers.trust_remote_code",
+    "disable_tqdm": "progress goes to the node",
+    "do_train": "it always trains",
+    "do_eval": "a training task has no evaluation data",
+    "do_predict": "a training task has no evaluation data",
+    "eval_strategy": "a training task has no evaluation data",
+    "load_best_model_at_end": "a training task has no evaluation data",
+}
+"""What a task cannot set, and why."""
+
+RENAMED = {
+    "evaluation_strategy": "eval_strategy",
+    "warmup_ratio": "warmup_steps, which takes a fraction below 1",
+    "max_seq_length": "spec.training.max_seq_length",
+    "max_prompt_length": "spec.training.max_seq_length",
+    "no_cuda": "spec.model.transformers.device_map: cpu",
+    "group_by_length": "train_sampling_strategy",
+    "torch_dtype": "spec.model.transformers.dtype",
+    "adafactor": "optim",
+    "kl_coef": "spec.training.kl_coef",
+    "per_gpu_train_batch_size": "spec.training.batch_size",
+}
+
+NATIVE = {
+    "batch_size": "per_device_train_batch_size",
+    "per_device_train_batch_size": "per_device_train_batch_size",
+    "max_seq_length": "max_length",
+    "save_freq": "save_steps",
+    "kl_coef": "beta",
+    "ppo_epochs": "num_iterations",
+    "steps": "max_steps",
+}
+"""How the trainer calls what the task calls otherwise; every other field has one name."""
+
+
+def build(plan: Plan, ctx: Context, layout: Layout, device: Device, sharding: Sharding) -> Any:
+    """The trainer's configuration object.
+
+    Raises:
+        BadRequest: an argument is unknown, of the wrong type, set twice, or refused by the trainer.
+    """
+    import trl
+
+    config = getattr(trl, plan.kind.config)
+    arguments = {**common(plan, ctx, layout, device), **particular(plan), **sharding.arguments}
+    arguments |= checked(plan, ctx, config)
+    _check_generations(plan, layout, arguments)
+    try:
+        return config(**arguments)
+    except (ValueError, TypeError, ImportError) as error:
+        raise BadRequest(f"spec.training: {_one_line(error)}") from error
+
+
+def common(plan: Plan, ctx: Context, layout: Layout, device: Device) -> dict[str, Any]:
+    """What all of TRL's trainers are told."""
+    training = plan.training
+    if training.bf16 and training.fp16:
+        raise BadRequest("spec.training.fp16: given besides bf16; give one")
+    if training.fp16 and not device.cuda:
+        raise BadRequest("spec.training.fp16: needs a GPU, and this task has none; leave it out")
+    bf16 = device.bf16 and not training.fp16 if training.bf16 is None else training.bf16
+    find_unused = training.ddp_find_unused_parameters
+    return {
+        "output_dir": str(checkpoints_dir(ctx)),
+        "num_train_epochs": training.num_train_epochs,
+        "max_steps": training.step_limit or -1,
+        "per_device_train_batch_size": plan.batch_size,
+        "gradient_accumulation_steps": training.gradient_accumulation_steps,
+        "learning_rate": plan.learning_rate,
+        "warmup_steps": training.warmup_steps,
+        "logging_steps": training.logging_steps,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,  # a loss that is not a number must be seen
+        "save_steps": training.saves_every or plan.kind.save_steps,
+        "save_strategy": training.save_strategy,
+        "bf16": bf16,
+        "fp16": training.fp16,
+        "seed": training.seed,
+        "gradient_checkpointing": plan.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if plan.gradient_checkpointing else None,
+        "use_cpu": not device.cuda,
+        "dataloader_pin_memory": device.cuda,
+        "ddp_find_unused_parameters": (False if layout.is_group else None) if find_unused is None else find_unused,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def particular(plan: Plan) -> dict[str, Any]:
+    """What only some are told."""
+    training = plan.training
+    match training:
+        case settings.SftTraining():
+            return {"max_length": training.max_seq_length, "packing": training.packing}
+        case settings.PreferenceTraining():
+            return {"max_length": training.max_seq_length, "beta": training.beta}
+        case settings.RewardTraining():
+            return {"max_length": training.max_seq_length}
+        case settings.OnlineTraining():
+            given = {
+                "beta": training.kl_weight,
+                "num_generations": training.num_generations,
+                "num_iterations": training.ppo_epochs,
+                "temperature": plan.generation.temperature or training.temperature,
+            }
+            found = {name: value for name, value in given.items() if value is not None}
+            return found | {"max_completion_length": completion_length(plan)}
+    raise AssertionError(f"no trainer of TRL's takes {type(training).__name__}")
+
+
+DEFAULT_COMPLETION = 256
+
+
+def completion_length(plan: Plan) -> int:
+    """How many tokens a completion may have; the prompt has the rest of max_seq_length."""
+    room = plan.training.max_seq_length
+    given = plan.generation.length
+    if given is None:
+        return min(DEFAULT_COMPLETION, max(room // 2, 1))
+    if given >= room:
+        raise BadRequest(
+            f"spec.generation.max_new_tokens: {given} leaves no room for a prompt in training.max_seq_length {room}"
+        )
+    return given
+
+
+def _check_generations(plan: Plan, layout: Layout, arguments: dict[str, Any]) -> None:
+    """TRL makes a prompt's completions in one batch: told here in the task's words."""
+    if not isinstance(plan.training, settings.OnlineTraining):
+        return
+    count = arguments.get("num_generations") or (8 if plan.kind.task_type == "grpo" else 2)
+    per_step = arguments["per_device_train_batch_size"] * layout.world
+    batch = arguments.get("generation_batch_size")
+    if batch is None:
+        passes = arguments.get("steps_per_generation") or arguments["gradient_accumulation_steps"]
+        batch = per_step * passes
+    if batch % count:
+        raise BadRequest(
+            f"spec.training.num_generations: {count} does not divide the {batch} completions of a step "
+            f"(batch_size x ranks x gradient_accumulation_steps); change one of them"
+        )
+
+
+# ---- trainer_args ------------------------------------------------------------------------------------------------
+
+
+def checked(plan: Plan, ctx: Context, config: type) -> dict[str, Any]:
+    """`training.trainer_args`, each a field of `config` and of its type."""
+    known = {field.name for field in dataclasses.fields(config)}
+    hints = typing.get_type_hints(config)
+    taken = {NATIVE.get(name, name): name for name in ctx.spec.get("training") or {}}
+    found = {}
+    for name, value in plan.training.trainer_args.items():
+        if name in OURS or name.startswith("hub_"):
+            raise BadRequest(f"{WHERE}.{name}: cannot be set; {OURS.get(name, OURS['push_to_hub'])}")
+        if name not in known:
+            hint = f"use {RENAMED[name]}" if name in RENAMED else nearest(name, sorted(known - OURS.keys()))
+            raise BadRequest(f"{WHERE}.{name}: {config.__name__} has no such argument; {hint}")
+        if name in taken:
+            raise BadRequest(f"{WHERE}.{name}: spec.training.{taken[name]} sets it already; give one of them")
+        if name == "use_vllm" and value and not ctx.gpus:
+            raise BadRequest(f"{WHERE}.use_vllm: vLLM can take new weights on a GPU only; leave it out")
+        found[name] = typed(value, hints[name], f"{WHERE}.{name}")
+    return found
+
+
+def typed(value: Any, hint: Any, where: str) -> Any:
+    """`value` as `hint`, where msgspec knows such a type; what it does not know is left to the trainer."""
+    try:
+        return msgspec.convert(value, hint, strict=False)
+    except msgspec.ValidationError as error:
+        raise BadRequest(f"{where}: {_one_line(error)} (found {value!r:.80})") from None
+    except TypeError:
+        return value
+
+
+def checkpoints_dir(ctx: Context) -> Path:
+    return ctx.out_dir / "checkpoints"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

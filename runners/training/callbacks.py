@@ -1,0 +1,41 @@
+"""Joins a `Meter` to transformers' Trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from runners.training.progress import Meter
+
+
+class MeterCallback(TrainerCallback):
+    """Reports each step, and stops the trainer between two steps where the node wants so."""
+
+    def __init__(self, meter: Meter, *, counts_tokens_over_lives: bool) -> None:
+        self._meter = meter
+        self._over_lives = counts_tokens_over_lives
+
+    def on_train_begin(self, _args: Any, state: TrainerState, _control: TrainerControl, **_: Any) -> None:
+        tokens = state.num_input_tokens_seen if self._over_lives else 0
+        self._meter.restore(state.log_history)
+        self._meter.begin(state.global_step, state.max_steps, tokens)
+
+    def on_log(self, _args: Any, state: TrainerState, _control: TrainerControl, logs: Any = None, **_: Any) -> None:
+        if logs:
+            self._meter.log(state.global_step, logs)
+
+    def on_substep_end(self, _args: Any, _state: TrainerState, control: TrainerControl, **_: Any) -> TrainerControl:
+        return self._stop(control)
+
+    def on_step_end(self, _args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> TrainerControl:
+        self._meter.advance(state.global_step)
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # the last loss is part of the result
+        return self._stop(control)
+
+    def _stop(self, control: TrainerControl) -> TrainerControl:
+        if stopped := self._meter.must_stop():
+            control.should_training_stop = True
+            control.should_save = control.should_save or stopped.checkpoint
+        return control

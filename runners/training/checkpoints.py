@@ -1,0 +1,226 @@
+"""Where a run begins: at the model, at other weights, or at a trainer's checkpoint; and which checkpoints are whole.
+
+A process that is killed while it writes leaves a torn checkpoint: it is skipped with a warning, the one before counts.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from runners.api import BadRequest, Context
+from runners.models.checkpoints import Loaded
+from runners.models.files import find_root
+from runners.models.sources import Source, check_model_folder, local_path, resolve_identifier
+from runners.training.plan import Plan
+
+STATE_FILE = "trainer_state.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What a run begins with."""
+
+    weights: Source
+    """The model as it was before this run: for dpo, ppo and their like also the reference."""
+    adapter: Path | None = None
+    """A LoRA adapter to go on from (or, where all weights are trained, to merge first)."""
+    resume: Path | None = None
+    """A trainer's checkpoint: same step, same optimiser state."""
+
+
+def start_of(plan: Plan, ctx: Context, loaded: Loaded | None) -> Start:
+    """Where this run begins.
+
+    The task's own checkpoints win, since they are there only if it was begun before; then `resume_from_path`,
+    then `checkpoint.load`, then `model.source`.
+
+    Args:
+        loaded: what `checkpoint.load` came to.
+
+    Raises:
+        BadRequest: what the task names is no model and no checkpoint.
+    """
+    resume: Path | None = None
+    adapter: Path | None = None
+    weights: Source | None = None
+    if own := last_whole(ctx.out_dir / "checkpoints", ctx):
+        resume = own
+        ctx.log.info("the task was begun before; going on from %s", own.name)
+    elif plan.training.resume_from_path is not None:
+        where = "spec.training.resume_from_path"
+        resume = _checkpoint_at(local_path(ctx, plan.training.resume_from_path), ctx, where)
+    if loaded is not None:
+        folder = contents(loaded)
+        if _is_trainers(folder):
+            resume = resume or _checkpoint_at(folder, ctx, loaded.where)
+        elif (folder / "adapter_config.json").is_file():
+            adapter = folder
+        else:
+            check_model_folder(folder, loaded.where)
+            weights = Source(path=str(folder), revision=None, shown=loaded.shown, where=loaded.where)
+    if resume is not None:
+        _check_fits(resume, plan)
+    for given in (resume, adapter):
+        if given is not None and plan.lora is not None:
+            _check_lora(given, plan, ctx)
+    return Start(weights=weights or _source(plan, ctx, resume), adapter=adapter, resume=resume)
+
+
+def _source(plan: Plan, ctx: Context, resume: Path | None) -> Source:
+    source = plan.model.source
+    where = "spec.model.source"
+    if source is not None:
+        return resolve_identifier(ctx, source.identifier, source.revision, f"{where}.identifier")
+    if resume is not None and not plan.kind.reference and (resume / "config.json").is_file():
+        return Source(path=str(resume), revision=None, shown=resume.name, where=where)
+    needs = f"; {plan.kind.task_type} compares with it" if resume is not None and plan.kind.reference else ""
+    raise BadRequest(f"{where}: missing; give {{type: huggingface, identifier: …}}{needs}")
+
+
+def contents(loaded: Loaded) -> Path:
+    """What to go on from in a folder: a task's result, else its checkpoints; or what an archive's top folder holds.
+
+    Raises:
+        BadRequest: there is nothing of the kind.
+    """
+    folder = loaded.folder
+    for candidate in (folder, folder / "final_lora", folder / "final_model", folder / "checkpoints"):
+        if _is_trainers(candidate) or any(
+            (candidate / name).is_file() for name in ("adapter_config.json", "config.json")
+        ):
+            return candidate
+    try:
+        return find_root(folder, "adapter_config.json", "adapter", loaded.where)
+    except BadRequest:
+        return find_root(folder, "config.json", "model", loaded.where)
+
+
+def _is_trainers(folder: Path) -> bool:
+    return (folder / STATE_FILE).is_file() or any(steps(folder))
+
+
+def _checkpoint_at(path: Path, ctx: Context, where: str) -> Path:
+    """The checkpoint that `path` is, or the last whole one in it (or in its checkpoints/)."""
+    if not path.is_dir():
+        raise BadRequest(f"{where}: there is no folder {str(path)!r} on this node")
+    if (path / STATE_FILE).is_file() or _NAME.fullmatch(path.name):
+        if reason := torn(path):
+            raise BadRequest(f"{where}: {str(path)!r} is no whole checkpoint: {reason}")
+        return path
+    for folder in (path, path / "checkpoints"):
+        if found := last_whole(folder, ctx):
+            return found
+    raise BadRequest(f"{where}: {str(path)!r} holds no whole checkpoint-N folder")
+
+
+def _check_fits(resume: Path, plan: Plan) -> None:
+    """An adapter's checkpoint goes on as an adapter, whole weights as whole weights."""
+    is_adapter = (resume / "adapter_config.json").is_file()
+    if is_adapter and plan.lora is None:
+        raise BadRequest(f"spec.lora: {resume.name} is a LoRA run's checkpoint; this task trains all weights")
+    if plan.lora is not None and (resume / "config.json").is_file() and not is_adapter:
+        raise BadRequest(f"spec.lora: {resume.name} is the checkpoint of a run that trained all weights")
+
+
+_LORA = {"r": "r", "alpha": "lora_alpha", "bias": "bias", "use_rslora": "use_rslora"}
+
+
+def _check_lora(folder: Path, plan: Plan, ctx: Context) -> None:
+    """An adapter that is gone on from keeps its shape: what the task says of it must not contradict."""
+    try:
+        there = json.loads((folder / "adapter_config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise BadRequest(f"spec.checkpoint.load: {folder.name}/adapter_config.json: {error}") from None
+    for name, value in ((name, getattr(plan.lora, name)) for name in ctx.spec.get("lora") or {} if name in _LORA):
+        if there.get(_LORA[name], value) != value:
+            has = there[_LORA[name]]
+            raise BadRequest(f"spec.lora.{name}: {value!r}, but the adapter in {folder.name} has {has!r}; leave it out")
+
+
+# ---- whole or torn -----------------------------------------------------------------------------------------------
+
+
+def last_whole(folder: Path, ctx: Context) -> Path | None:
+    """The latest whole checkpoint-N in `folder`; each later one that is torn is told and left out."""
+    for _, path in sorted(steps(folder), reverse=True):
+        reason = torn(path)
+        if not reason:
+            return path
+        ctx.log.warning("skipped %s: it is torn (%s)", path.name, reason)
+    return None
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which it was written."""
+    return int(json.loads((checkpoint / STATE_FILE).read_text())["global_step"])
+
+
+def steps(folder: Path) -> list[tuple[int, Path]]:
+    if not folder.is_dir():
+        return []
+    found = ((_NAME.fullmatch(path.name), path) for path in folder.iterdir() if path.is_dir())
+    return [(int(match[1]), path) for match, path in found if match]
+
+
+def torn(folder: Path) -> str:
+    """Why `folder` cannot be gone on from; empty where it is whole. Reads headers and sizes, not the weights."""
+    try:
+        state = json.loads((folder / STATE_FILE).read_text())
+        step = int(state["global_step"])
+    except FileNotFoundError:
+        return f"no {STATE_FILE}"
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        return f"{STATE_FILE}: {error}"
+    match = _NAME.fullmatch(folder.name)
+    if match and int(match[1]) != step:
+        return f"{STATE_FILE} says step {step}"
+    if any(folder.glob("global_step*")) or any(folder.glob("pytorch_model_fsdp_*")):
+        return ""  # DeepSpeed's and FSDP's own layouts, whose loaders check themselves
+    return _torn_weights(folder) or _torn_archives(folder)
+
+
+def _torn_weights(folder: Path) -> str:
+    names = ["adapter_model.safetensors"] if (folder / "adapter_config.json").is_file() else ["model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            return f"{index.name}: {error}"
+    for name in names:
+        if reason := _torn_safetensors(folder / name):
+            return f"{name}: {reason}"
+    return ""
+
+
+def _torn_safetensors(path: Path) -> str:
+    """A safetensors file says in its header how long it is (its format: 8 bytes of length, JSON, then the data)."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = file.read(length) if length < 2**27 else b""
+        ends = [entry["data_offsets"][1] for key, entry in json.loads(header).items() if key != "__metadata__"]
+    except FileNotFoundError:
+        return "missing"
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):
+        return "its header cannot be read"
+    wanted, size = 8 + length + max(ends, default=0), path.stat().st_size
+    return "" if size == wanted else f"{size} of {wanted} bytes"
+
+
+def _torn_archives(folder: Path) -> str:
+    """What torch saves is a zip, whose directory comes last: a torn one has none."""
+    for name in ("optimizer.pt", "scheduler.pt"):
+        if not (folder / name).is_file():
+            return f"no {name}"
+    for path in [*folder.glob("*.pt"), *folder.glob("rng_state*.pth")]:
+        if not zipfile.is_zipfile(path):
+            return f"{path.name} ends early"
+    if not any(folder.glob("rng_state*.pth")):
+        return "no rng_state.pth"
+    return ""

@@ -1,0 +1,243 @@
+"""The one way that every training task goes: plan, fetch, ranks, load, train, save, result.
+
+The trainers differ by the table in `kinds` and by what `trl` or `ppo` do between load and save.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import socket
+import sys
+import time
+from typing import Any
+
+from runners.api import BadRequest, Context, MissingDependency, RunnerError
+from runners.training import checkpoints, costs, devices, groups, inputs, models, ranks
+from runners.training.arguments import checkpoints_dir
+from runners.training.checkpoints import Start
+from runners.training.devices import Layout
+from runners.training.faults import explain
+from runners.training.inputs import Inputs
+from runners.training.plan import Plan, read
+from runners.training.progress import Meter
+from runners.training.ranks import Place, Report
+from runners.training.setup import Setup, TrainingJob
+
+LIBRARIES = ("torch", "transformers", "accelerate", "peft", "datasets", "trl")
+
+
+def run(task_type: str, ctx: Context) -> dict[str, Any]:
+    """Run a training task; returns its result.
+
+    Raises:
+        BadRequest, MissingDependency, RunnerError, Cancelled: as `Runner.run` says.
+    """
+    for library in LIBRARIES:
+        if importlib.util.find_spec(library) is None:
+            raise MissingDependency(library, "training")
+    plan = read(task_type, ctx)
+    layout = devices.lay_out(plan, ctx)
+    ctx.check_cancelled()
+    ctx.phase("fetch")
+    fetched = inputs.fetch(plan, ctx)
+    devices.restrict(layout)
+    quiet()
+    energy = costs.EnergyMeter(layout.gpus)
+    if layout.nodes > 1:
+        from runners.training import torchrun
+
+        reports = torchrun.run(plan, layout, ctx, fetched)
+    elif layout.is_group:
+        ctx.phase("ranks")
+        reports = groups.run(
+            layout,
+            ctx,
+            lambda place, own, listener, port: train(plan, own, fetched, layout, place, store=(listener, port)),
+        )
+    else:
+        result = train(plan, ctx, fetched, layout, Place())
+        return with_costs(result, [_own_report(result)], energy)
+    ctx.finish()
+    leader = reports[0]
+    ctx.phases.update(leader.phases)
+    ctx.archives.extend(leader.archives)
+    assert leader.result is not None, "a good report has a result"
+    return with_costs(leader.result, reports, energy)
+
+
+def train(
+    plan: Plan,
+    ctx: Context,
+    fetched: Inputs,
+    layout: Layout,
+    place: Place,
+    *,
+    store: tuple[socket.socket, int] | None = None,
+) -> dict[str, Any]:
+    """One rank's whole work; the only one, or one of a group. Returns the result.
+
+    Args:
+        store: where the ranks of a forked group meet (see `ranks.join`).
+    """
+    import torch
+
+    torch.set_num_threads(ranks.threads(ctx, place))
+    stage = "loaded"
+    try:
+        ctx.phase("load")
+        setup = set_up(plan, ctx, fetched, layout, place, store=store)
+        job = load(setup)
+        ctx.check_cancelled()
+        stage = "trained"
+        ctx.phase("train")
+        began = time.monotonic()
+        job.train()
+        seconds = time.monotonic() - began
+        if setup.meter.stopped is not None:
+            ctx.log.info("stopped at step %d of %d", setup.meter.step, setup.meter.total)
+            raise setup.meter.stopped
+        stage = "saved"
+        if plan.training.save_model:
+            ctx.phase("save")
+            job.save()
+            if place.leads:
+                ctx.archive(plan.folder)
+        return result_of(setup, job, seconds)
+    except RunnerError:
+        raise
+    except Exception as error:
+        if clear := explain(error, stage):
+            raise clear from error
+        raise
+
+
+def set_up(
+    plan: Plan,
+    ctx: Context,
+    fetched: Inputs,
+    layout: Layout,
+    place: Place,
+    *,
+    store: tuple[socket.socket, int] | None,
+) -> Setup:
+    """Device, peers, and where the run begins."""
+    from transformers import set_seed
+
+    set_seed(plan.training.seed)
+    device = devices.find(layout, place.local_rank)
+    start = checkpoints.start_of(plan, ctx, fetched.checkpoint)
+    start = models.merged_start(plan, start, ctx, write=place.leads_node)
+    if place.world > 1:
+        ranks.join(place, device, store, _timeout_s(plan))
+    meter = Meter(ctx, ranks.agreement(place))
+    if layout.nodes > 1:
+        start = _agreed(start, ctx, meter)
+    checkpoints_dir(ctx).mkdir(parents=True, exist_ok=True)
+    return Setup(
+        plan=plan, ctx=ctx, fetched=fetched, layout=layout, place=place, device=device, meter=meter, start=start
+    )
+
+
+def load(setup: Setup) -> TrainingJob:
+    """Model, data and trainer."""
+    if setup.plan.kind.trainer:
+        from runners.training.trl_job import TrlJob
+
+        return TrlJob(setup)
+    from runners.training.ppo import PpoJob
+
+    return PpoJob(setup)
+
+
+def _agreed(start: Start, ctx: Context, meter: Meter) -> Start:
+    """A checkpoint that only some nodes' tasks have is none: the group begins anew.
+
+    Raises:
+        RunnerError: the task named the checkpoint itself, and other nodes see another.
+    """
+    step = -1 if start.resume is None else checkpoints.step_of(start.resume)
+    least, most = -meter.furthest(-step), meter.furthest(step)
+    if least == most:
+        return start
+    if step == -1 or (start.resume is not None and start.resume.parent == checkpoints_dir(ctx)):
+        ctx.log.warning("the nodes have checkpoints of different steps; all begin anew")
+        return dataclasses.replace(start, resume=None)
+    raise RunnerError(
+        f"this node goes on from step {step}, others from {least if most == step else most}; "
+        "name a folder that all nodes see in spec.training.resume_from_path"
+    )
+
+
+def quiet() -> None:
+    """No progress bars, no telemetry. Also where the libraries were imported before, by a fork server."""
+    os.environ |= {
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": os.environ.get("TOKENIZERS_PARALLELISM", "false"),
+    }
+    if (constants := sys.modules.get("huggingface_hub.constants")) is not None:
+        vars(constants)["HF_HUB_DISABLE_TELEMETRY"] = True
+    if (datasets := sys.modules.get("datasets")) is not None:
+        datasets.disable_progress_bars()
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def _timeout_s(plan: Plan) -> int:
+    given = plan.training.trainer_args.get("ddp_timeout", ranks.DEFAULT_TIMEOUT_S)
+    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+        raise BadRequest(f"spec.training.trainer_args.ddp_timeout: seconds are needed, found {given!r}")
+    return given
+
+
+# ---- the result --------------------------------------------------------------------------------------------------
+
+
+def result_of(setup: Setup, job: TrainingJob, seconds: float) -> dict[str, Any]:
+    """The result as tasks.md has it; delivery adds the archive's fields."""
+    plan, ctx = setup.plan, setup.ctx
+    result: dict[str, Any] = {
+        "task_id": ctx.task_id,
+        "training_successful": True,
+        "training_time_seconds": round(seconds, 3),
+        "error_message": None,
+        "model_name": job.start.weights.shown,
+        "dataset_size": job.dataset_size,
+        "output_dir": str(ctx.out_dir),
+        "checkpoints_dir": str(checkpoints_dir(ctx)),
+        "resume_from_path": str(job.start.resume) if job.start.resume is not None else None,
+    }
+    if plan.training.save_model and setup.place.leads:
+        result[f"{plan.folder}_path"] = str(ctx.out_dir / plan.folder)
+    result["metrics"] = {
+        **setup.meter.summary(samples_a_step=job.samples_a_step),
+        **job.describe(),
+        "device": "cuda" if setup.device.cuda else "cpu",
+        "world_size": setup.layout.world,
+    }
+    return result
+
+
+def _own_report(result: dict[str, Any]) -> Report:
+    return Report(
+        rank=0,
+        ok=True,
+        when=time.monotonic(),
+        result=result,
+        peak_host_bytes=costs.peak_host_bytes(),
+        peak_gpu_bytes=costs.peak_gpu_bytes(),
+    )
+
+
+def with_costs(result: dict[str, Any], reports: list[Report], energy: costs.EnergyMeter) -> dict[str, Any]:
+    """Adds what all ranks of this node cost together."""
+    result["metrics"] |= {
+        "peak_host_bytes": sum(report.peak_host_bytes for report in reports),
+        "peak_gpu_bytes": sum(report.peak_gpu_bytes for report in reports),
+        **energy.read(),
+    }
+    return result

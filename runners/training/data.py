@@ -1,0 +1,224 @@
+"""Rows to train on, from wherever the task has them, as a `datasets.Dataset` with the columns the trainer knows.
+
+What is wrong with a row is told with its place: the file and line, the item's number, or the dataset's row.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from runners.api import BadRequest, Context, RunnerError
+from runners.training.inputs import JsonlFile
+from runners.training.plan import Plan
+from runners.training.sources import Column, TextData
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+BATCH = 4096
+"""Rows that are Python objects at a time; the rest is Arrow."""
+CHAT = ("role", "content")
+
+
+def load(plan: Plan, ctx: Context, jsonl: JsonlFile | None) -> Dataset:
+    """The training rows of the task: checked, in the trainer's columns, cut to `max_samples`, then sharded.
+
+    Args:
+        jsonl: the local copy of the task's JSONL file, where it has one.
+
+    Raises:
+        BadRequest: naming the place of the first bad row, the missing column and those there are.
+    """
+    dataset = _dataset(plan, ctx) if plan.source == "dataset" else _from_rows(plan, jsonl)
+    if plan.data.max_samples is not None:
+        dataset = dataset.select(range(min(plan.data.max_samples, len(dataset))))
+    if plan.shard is not None:
+        dataset = dataset.select(plan.shard.rows(len(dataset)))
+    if len(dataset) == 0:
+        raise BadRequest("spec.data: there is not one row to train on")
+    return dataset
+
+
+# ---- rows of ours: inline and JSONL ------------------------------------------------------------------------------
+
+
+def _from_rows(plan: Plan, jsonl: JsonlFile | None) -> Dataset:
+    import pyarrow as pa  # type: ignore[import-not-found,unused-ignore]
+    from datasets import Dataset
+
+    columns = plan.data.columns(jsonl=jsonl is not None)
+    rows = inline_rows(plan) if jsonl is None else jsonl_rows(jsonl)
+    shaped = (shape(row, columns, where, plan) for where, row in itertools.islice(rows, plan.data.max_samples))
+    tables = []
+    try:
+        while part := list(itertools.islice(shaped, BATCH)):
+            tables.append(pa.Table.from_pylist(_same_keys(part)))
+        if not tables:
+            raise BadRequest("spec.data: there is not one row to train on")
+        return Dataset(pa.concat_tables(tables, promote_options="permissive"))
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise BadRequest(f"spec.data: a column mixes types: {error}") from None
+
+
+def _same_keys(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    keys = {key: None for row in rows for key in row}
+    return [{key: row.get(key) for key in keys} for row in rows]
+
+
+def inline_rows(plan: Plan) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows that stand in the task itself, each with its dotted place."""
+    assert plan.data.inline is not None
+    name, rows = plan.data.inline
+    for i, row in enumerate(rows):
+        yield f"spec.data.{name}[{i}]", row
+
+
+def jsonl_rows(file: JsonlFile) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a JSONL file, each with file and line; empty lines are skipped."""
+    with file.path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            where = f"{file.name} line {number}"
+            try:
+                row = json.loads(line)
+            except ValueError as error:  # UnicodeDecodeError is one too
+                raise BadRequest(f"{where}: not JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise BadRequest(f"{where}: a JSON object is needed, found {type(row).__name__}")
+            yield where, row
+
+
+def shape(row: Any, columns: list[Column], where: str, plan: Plan) -> dict[str, Any]:
+    """`row` in the trainer's columns.
+
+    Raises:
+        BadRequest: a column is missing or holds what cannot be trained on.
+    """
+    if not isinstance(row, dict):
+        raise BadRequest(f"{where}: a mapping with {', '.join(c.name for c in columns)} is needed, found {row!r:.80}")
+    if columns[0].role == "text" and _is_chat_instead(row, columns[0], plan):
+        columns = [Column("messages", "messages", columns[0].setting)]
+    found: dict[str, Any] = {}
+    for column in columns:
+        if column.name not in row:
+            if column.required:
+                raise BadRequest(f"{where}: {missing(column, list(row))}")
+            continue
+        found[column.role] = checked(row[column.name], column, where)
+    if plan.kind.rewarded:  # rewards may look at any other column
+        taken = {column.name for column in columns}
+        found |= {key: value for key, value in row.items() if key not in found and key not in taken}
+    return _joined(found, plan)
+
+
+def _is_chat_instead(row: dict[str, Any], text: Column, plan: Plan) -> bool:
+    """A row of {messages} where the task names no column: chat."""
+    return text.name == "text" and "text" not in row and "messages" in row and isinstance(plan.data, TextData)
+
+
+def _joined(found: dict[str, Any], plan: Plan) -> dict[str, Any]:
+    """A prompt and a response of sft's are one text; a column of chats is called messages."""
+    if not isinstance(plan.data, TextData):
+        return found
+    if "prompt" in found:
+        separator = plan.data.separator_of(jsonl=plan.source == "jsonl")
+        return {"text": f"{found['prompt']}{separator}{found['response']}"}
+    if isinstance(found.get("text"), list):
+        return {"messages": found["text"]}
+    return found
+
+
+def missing(column: Column, there: list[str]) -> str:
+    return f"no column {column.name!r} ({column.setting}); there are: {', '.join(map(repr, there)) or 'none'}"
+
+
+def checked(value: Any, column: Column, where: str) -> Any:
+    """`value` where it suits its column."""
+    place = f"{where}: column {column.name!r}"
+    if column.role == "label":
+        if isinstance(value, bool) or value in (0, 1):
+            return bool(value)
+        raise BadRequest(f"{place}: true or false is needed, found {value!r:.80}")
+    if isinstance(value, list) and column.role != "response" and value:
+        for i, message in enumerate(value):
+            if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in CHAT):
+                raise BadRequest(f"{place}: message {i} must be {{role, content}} with texts, found {message!r:.80}")
+        return [{key: message[key] for key in CHAT} for message in value]
+    if not isinstance(value, str):
+        raise BadRequest(f"{place}: a text or a list of chat messages is needed, found {value!r:.80}")
+    if column.role == "messages":
+        raise BadRequest(f"{place}: a list of chat messages is needed, found a text")
+    if column.role == "prompt" and not value:
+        raise BadRequest(f"{place}: the prompt is empty")
+    return value
+
+
+# ---- datasets of others ------------------------------------------------------------------------------------------
+
+
+def _dataset(plan: Plan, ctx: Context) -> Dataset:
+    dataset = open_dataset(plan, ctx)
+    columns = plan.data.columns(jsonl=False)
+    there = list(dataset.column_names)
+    if columns[0].role == "text" and columns[0].name == "text" and "text" not in there and "messages" in there:
+        columns = [Column("messages", "messages", columns[0].setting)]
+    columns = [column for column in columns if column.required or column.name in there]
+    for column in columns:
+        if column.name not in there:
+            raise BadRequest(f"spec.data.dataset_name {plan.data.dataset_name!r}: {missing(column, there)}")
+    names = [column.name for column in columns]
+    rest = [name for name in there if name not in names] if plan.kind.rewarded else []
+    name = plan.data.dataset_name
+
+    def rows(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        keys = [*names, *rest]
+        shaped = [
+            shape(dict(zip(keys, values, strict=True)), columns, f"{name} row {i}", plan)
+            for i, values in zip(indices, zip(*(batch[key] for key in keys), strict=True), strict=True)
+        ]
+        return {key: [row[key] for row in shaped] for key in shaped[0]}
+
+    limit = plan.data.max_samples
+    if limit is not None and limit < len(dataset):
+        dataset = dataset.select(range(limit))
+    if len(dataset) == 0:
+        return dataset
+    mapped: Dataset = dataset.map(
+        rows,
+        batched=True,
+        batch_size=BATCH,
+        with_indices=True,
+        remove_columns=there,
+        load_from_cache_file=False,
+        new_fingerprint=f"{dataset._fingerprint}-flowmesh",
+        keep_in_memory=dataset.dataset_size is not None and dataset.dataset_size < 2**28,
+    )
+    return mapped
+
+
+def open_dataset(plan: Plan, ctx: Context) -> Any:
+    """A dataset of the hub's, a local folder or a local file.
+
+    Raises:
+        BadRequest: there is none, or it cannot be read; says why.
+        RunnerError: the hub cannot be reached.
+    """
+    from runners.data import hub
+
+    data = plan.data
+    source = hub.HubData(
+        type="dataset",
+        url=str(data.dataset_name),
+        name=data.config_name,
+        split=data.split,
+        revision=data.revision,
+    )
+    try:
+        return hub.open_dataset(ctx, source, "spec.data")
+    except RunnerError as error:  # the shared loader calls the fields as the inference tasks do
+        text = str(error).replace("spec.data.url", "spec.data.dataset_name")
+        raise type(error)(text.replace("spec.data.name:", "spec.data.config_name:")) from error

@@ -1,0 +1,42 @@
+"""What a library raised, as the task's one line: out of memory told apart, since it is worth another retry."""
+
+from __future__ import annotations
+
+import re
+
+from flowmesh.messages.job import Fault
+from runners.api import RunnerError
+
+_HOST = re.compile(r"DefaultCPUAllocator: can't allocate memory|Cannot allocate memory|bad_alloc", re.IGNORECASE)
+_GPU = re.compile(r"CUDA out of memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)
+_PEER = re.compile(
+    r"Connection closed by peer|Connection reset by peer|Broken pipe|NCCL|gloo|Socket Timeout|wait timeout|TCPStore|"
+    r"DistNetworkError|DistStoreError|DistBackendError|No backend type associated",
+    re.IGNORECASE,
+)
+
+SMALLER = "lower spec.training.batch_size or max_seq_length, or use gradient_checkpointing"
+
+
+class OutOfMemory(RunnerError):
+    """The machine's or the GPU's memory was not enough; `fault` says which."""
+
+    def __init__(self, message: str, fault: Fault) -> None:
+        super().__init__(message)
+        self.fault = fault
+
+
+def explain(error: BaseException, where: str) -> RunnerError | None:
+    """A clearer error than `error`, raised while the run was at `where`; None where it is clear as it is."""
+    text = " ".join(str(error).split())
+    name = type(error).__name__
+    if name == "OutOfMemoryError" or _GPU.search(text):
+        return OutOfMemory(f"out of GPU memory while it {where}: {SMALLER} ({text:.300})", Fault.GPU_OOM)
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError | OSError) and _HOST.search(text)):
+        return OutOfMemory(f"out of host memory while it {where}: {SMALLER} ({text or name:.300})", Fault.HOST_OOM)
+    return None
+
+
+def is_echo(error_text: str) -> bool:
+    """Whether an error only says that another rank is gone."""
+    return _PEER.search(error_text) is not None

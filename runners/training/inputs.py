@@ -1,0 +1,79 @@
+"""What a run needs from elsewhere, brought to this node before any rank is forked: data and a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from runners.api import BadRequest, Context, RunnerError
+from runners.data import download
+from runners.models.checkpoints import Loaded, load_checkpoint
+from runners.models.sources import local_path
+from runners.training.plan import Plan
+from runners.training.settings import Jsonl
+
+
+@dataclass(frozen=True)
+class JsonlFile:
+    path: Path
+    name: str
+    """What its author calls it, for errors."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """Local paths."""
+
+    jsonl: JsonlFile | None = None
+    checkpoint: Loaded | None = None
+    """What `checkpoint.load` came to."""
+
+
+def fetch(plan: Plan, ctx: Context) -> Inputs:
+    """Bring everything here.
+
+    Raises:
+        BadRequest, RunnerError: something cannot be had; says what was tried.
+        Cancelled: the node asked the task to stop.
+    """
+    given = plan.data.jsonl_source()
+    return Inputs(
+        jsonl=None if given is None else fetch_jsonl(given, ctx),
+        checkpoint=None if plan.checkpoint is None else load_checkpoint(ctx, plan.checkpoint),
+    )
+
+
+def fetch_jsonl(given: Jsonl, ctx: Context) -> JsonlFile:
+    """The first of download_url, url, path and worker_path that can be read, as a local file.
+
+    Raises:
+        BadRequest: none can be; says why not, for each that is given.
+    """
+    failures: list[RunnerError | str] = []
+    for field in ("download_url", "url"):
+        url = getattr(given, field)
+        if url is not None:
+            try:
+                path = _download(url, f"spec.data.jsonl.{field}", given, ctx)
+                return JsonlFile(path, Path(urlsplit(url).path).name or url)
+            except RunnerError as error:
+                failures.append(error)
+    for field in ("path", "worker_path"):
+        text = getattr(given, field)
+        if text is not None:
+            path = local_path(ctx, text)
+            if path.is_file():
+                return JsonlFile(path, path.name)
+            failures.append(f"spec.data.jsonl.{field}: there is no file {text!r} on this node")
+    if not failures:
+        raise BadRequest("spec.data.jsonl: gives no file; name one as path, url, download_url or worker_path")
+    if len(failures) == 1 and isinstance(failures[0], RunnerError):
+        raise failures[0]
+    raise BadRequest("; ".join(map(str, failures)))
+
+
+def _download(url: str, where: str, given: Jsonl, ctx: Context) -> Path:
+    if url.startswith("file://") or "://" not in url:
+        raise BadRequest(f"{where}: {url!r} is no http or https URL; a file of this node is a path")
+    return download.fetch(ctx, url, where, headers=given.headers, timeout_s=given.timeout_s).path

@@ -1,0 +1,127 @@
+"""The table of trainers: what tells sft from dpo from grpo. Everything that is not here is the same for all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from runners.training import settings, sources
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """One task type."""
+
+    task_type: str
+    trainer: str
+    """TRL's class; empty for the loop of our own."""
+    training: type[settings.Training]
+    data: type[sources.Data]
+    learning_rate: float
+    lora_learning_rate: float
+    batch_size: int = 4
+    save_steps: int = 100
+    gradient_checkpointing: bool = False
+    lora: Literal["never", "always", "optional"] = "optional"
+    head: Literal["causal", "score"] = "causal"
+    reference: bool = False
+    """Compares with the model as it was at the start."""
+    rewarded: bool = False
+    """Generates text and learns from what a reward says of it."""
+
+    @property
+    def config(self) -> str:
+        return self.trainer.replace("Trainer", "Config")
+
+    def folder(self, *, lora: bool) -> str:
+        """The top-level folder that the result goes to."""
+        return "final_lora" if lora else "final_model"
+
+
+KINDS = {
+    kind.task_type: kind
+    for kind in (
+        Kind(
+            task_type="sft",
+            trainer="SFTTrainer",
+            training=settings.SftTraining,
+            data=sources.TextData,
+            learning_rate=5e-5,
+            lora_learning_rate=2e-4,
+            batch_size=2,
+            gradient_checkpointing=True,
+            lora="never",
+        ),
+        Kind(
+            task_type="lora_sft",
+            trainer="SFTTrainer",
+            training=settings.SftTraining,
+            data=sources.TextData,
+            learning_rate=2e-4,
+            lora_learning_rate=2e-4,
+            batch_size=2,
+            lora="always",
+        ),
+        Kind(
+            task_type="dpo",
+            trainer="DPOTrainer",
+            training=settings.PreferenceTraining,
+            data=sources.PreferenceData,
+            learning_rate=5e-7,
+            lora_learning_rate=5e-7,
+            save_steps=500,
+            reference=True,
+        ),
+        Kind(
+            task_type="kto",
+            trainer="KTOTrainer",
+            training=settings.PreferenceTraining,
+            data=sources.ExampleData,
+            learning_rate=1e-6,
+            lora_learning_rate=1e-6,
+            reference=True,
+        ),
+        Kind(
+            task_type="reward",
+            trainer="RewardTrainer",
+            training=settings.RewardTraining,
+            data=sources.RewardData,
+            learning_rate=1e-4,
+            lora_learning_rate=1e-4,
+            head="score",
+        ),
+        Kind(
+            task_type="grpo",
+            trainer="GRPOTrainer",
+            training=settings.OnlineTraining,
+            data=sources.PromptData,
+            learning_rate=1e-6,
+            lora_learning_rate=1e-5,
+            batch_size=8,
+            reference=True,
+            rewarded=True,
+        ),
+        Kind(
+            task_type="rloo",
+            trainer="RLOOTrainer",
+            training=settings.OnlineTraining,
+            data=sources.PromptData,
+            learning_rate=1e-6,
+            lora_learning_rate=1e-5,
+            batch_size=8,
+            reference=True,
+            rewarded=True,
+        ),
+        Kind(
+            task_type="ppo",
+            trainer="",
+            training=settings.PpoTraining,
+            data=sources.PromptData,
+            learning_rate=1.41e-5,
+            lora_learning_rate=1.41e-5,
+            batch_size=8,
+            reference=True,
+            rewarded=True,
+        ),
+    )
+}

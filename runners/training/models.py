@@ -1,0 +1,194 @@
+"""Loads the model to train and its tokenizer: dtype, attention, quantisation, pad token, adapter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from runners.api import BadRequest, Context, MissingDependency
+from runners.models.sources import Source, loading
+from runners.training.checkpoints import Start
+from runners.training.devices import Device
+from runners.training.plan import Plan
+
+DTYPES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}
+KNOWN_DTYPES = ("auto", "float16", "bfloat16", "float32")
+
+
+def load_tokenizer(plan: Plan, start: Start) -> Any:
+    """The model's tokenizer, with a pad token.
+
+    Raises:
+        BadRequest: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    with loading(start.weights):
+        tokenizer = AutoTokenizer.from_pretrained(
+            start.weights.path,
+            revision=start.weights.revision,
+            trust_remote_code=plan.model.transformers.trust_remote_code,
+        )
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise BadRequest(f"{start.weights.where}: {start.weights.shown!r} has neither a pad nor an end token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(plan: Plan, start: Start, device: Device, tokenizer: Any) -> Any:
+    """The model that is trained; with LoRA going on from an adapter, a PeftModel.
+
+    Raises:
+        BadRequest: there is no such model, or an option does not fit it or this node.
+        MissingDependency: a library that an option needs is missing.
+    """
+    options = load_options(plan, device)
+    model = _pretrained(plan, start.weights, options)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if start.adapter is not None:
+        model = _with_adapter(plan, start, model)
+    elif plan.lora is not None:
+        check_targets(plan, model)
+    return model
+
+
+def _pretrained(plan: Plan, source: Source, options: dict[str, Any]) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    more: dict[str, Any] = {}
+    loader = AutoModelForCausalLM
+    if plan.kind.head == "score":
+        loader, more = AutoModelForSequenceClassification, {"num_labels": 1}
+    with loading(source):
+        return loader.from_pretrained(source.path, revision=source.revision, **options, **more)
+
+
+def load_options(plan: Plan, device: Device) -> dict[str, Any]:
+    """`from_pretrained`'s arguments for `model.transformers` on this device."""
+    given = plan.model.transformers
+    where = "spec.model.transformers"
+    if given.low_cpu_mem_usage is False:
+        raise BadRequest(f"{where}.low_cpu_mem_usage: Transformers 5 always loads so; leave it out or set it to true")
+    options: dict[str, Any] = {"dtype": dtype(plan, device), "trust_remote_code": given.trust_remote_code}
+    if attention := _attention(plan, device):
+        options["attn_implementation"] = attention
+    if given.load_in_8bit or given.load_in_4bit:
+        options["quantization_config"] = _quantisation(plan, device)
+    if device.spread:
+        options["device_map"] = given.device_map
+    return options
+
+
+def dtype(plan: Plan, device: Device) -> str:
+    """The weights' dtype: float32 where all are trained (bf16 is for the arithmetic), else what the GPU likes best."""
+    given = plan.model.transformers.dtype
+    where = "spec.model.transformers.dtype"
+    if given is None:
+        return "bfloat16" if plan.lora is not None and device.cuda and device.bf16 else "float32"
+    name = DTYPES.get(given, given)
+    if name not in KNOWN_DTYPES:
+        raise BadRequest(f"{where}: {given!r} is none; known: {', '.join([*KNOWN_DTYPES, *DTYPES])}")
+    if name == "float16" and plan.lora is None:
+        raise BadRequest(f"{where}: float16 weights cannot be trained; use bfloat16 or float32, or spec.lora")
+    return name
+
+
+def _attention(plan: Plan, device: Device) -> str | None:
+    given = plan.model.transformers
+    name = given.attn_implementation or ("flash_attention_2" if given.use_flash_attention_2 else None)
+    if name is None or not name.startswith("flash_attention"):
+        return name
+    field = "use_flash_attention_2" if given.use_flash_attention_2 else "attn_implementation"
+    if not device.cuda:
+        raise BadRequest(f"spec.model.transformers.{field}: flash attention needs a GPU; leave it out")
+    from transformers.utils import is_flash_attn_2_available
+
+    if name == "flash_attention_2" and not is_flash_attn_2_available():
+        raise MissingDependency(f"flash_attn (spec.model.transformers.{field})", "flash-attention")
+    return name
+
+
+def _quantisation(plan: Plan, device: Device) -> Any:
+    given = plan.model.transformers
+    field = "load_in_4bit" if given.load_in_4bit else "load_in_8bit"
+    try:
+        import bitsandbytes  # type: ignore[import-not-found,unused-ignore]  # noqa: F401
+    except ImportError:
+        raise MissingDependency(f"bitsandbytes (spec.model.transformers.{field})", "quantization") from None
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_8bit=given.load_in_8bit,
+        load_in_4bit=given.load_in_4bit,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16 if device.bf16 else torch.float32,
+    )
+
+
+# ---- adapters ----------------------------------------------------------------------------------------------------
+
+
+def lora_config(plan: Plan) -> Any:
+    """PEFT's configuration of `spec.lora`."""
+    from peft import LoraConfig
+
+    lora = plan.lora
+    assert lora is not None
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        bias=lora.bias,
+        target_modules=lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules),
+        task_type="SEQ_CLS" if plan.kind.head == "score" else "CAUSAL_LM",
+        use_rslora=lora.use_rslora,
+    )
+
+
+def check_targets(plan: Plan, model: Any) -> None:
+    """Raises BadRequest where a target module is none of the model's linear layers; lists those there are."""
+    import torch
+
+    assert plan.lora is not None
+    wanted = plan.lora.target_modules
+    if isinstance(wanted, str):
+        return  # all-linear, or a pattern over whole names: PEFT's own to judge
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding) or type(module).__name__ == "Conv1D"
+    }
+    whole = [name for name, _ in model.named_modules()]
+    for target in wanted:
+        if target not in linear and not any(name == target or name.endswith(f".{target}") for name in whole):
+            there = ", ".join(sorted(linear))
+            raise BadRequest(f"spec.lora.target_modules: the model has no {target!r}; it has: {there}")
+
+
+def _with_adapter(plan: Plan, start: Start, model: Any) -> Any:
+    """The model with the adapter it goes on from: trainable with LoRA, merged where all weights are trained."""
+    from peft import PeftModel
+
+    assert start.adapter is not None
+    where = Source(path=str(start.adapter), revision=None, shown=start.adapter.name, where="spec.checkpoint.load")
+    with loading(where):
+        found = PeftModel.from_pretrained(model, str(start.adapter), is_trainable=plan.lora is not None)
+    return found if plan.lora is not None else found.merge_and_unload()
+
+
+def merged_start(plan: Plan, start: Start, ctx: Context, *, write: bool) -> Start:
+    """Where all weights are trained from an adapter on: its merged weights, so that a reference model has them too.
+
+    Args:
+        write: do it; else another rank of this node does. Before the ranks meet, since then only rank 0 can save.
+    """
+    if start.adapter is None or plan.lora is not None:
+        return start
+    folder = ctx.tmp_dir / "merged"
+    if write:
+        plain = {"dtype": "auto", "trust_remote_code": plan.model.transformers.trust_remote_code}
+        _with_adapter(plan, start, _pretrained(plan, start.weights, plain)).save_pretrained(folder)
+        load_tokenizer(plan, start).save_pretrained(folder)
+    merged = Source(path=str(folder), revision=None, shown=start.weights.shown, where="spec.checkpoint.load")
+    return Start(weights=merged, resume=start.resume)

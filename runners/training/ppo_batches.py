@@ -1,0 +1,105 @@
+"""How PPO cuts its work: completions an update, a step of the optimiser, a pass through the model; and their order."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+
+from runners.api import BadRequest
+from runners.training.plan import Plan
+from runners.training.settings import PpoTraining
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Completions, on each rank."""
+
+    update: int
+    """Made and rated before the policy changes."""
+    step: int
+    """Behind one step of the optimiser."""
+    forward: int
+    """Through the model at once."""
+
+    @property
+    def steps_a_pass(self) -> int:
+        return self.update // self.step
+
+
+def sizes(plan: Plan) -> Sizes:
+    """The task's batch_size, mini_batch_size, num_mini_batches, per_device_train_batch_size and
+    gradient_accumulation_steps as one set of sizes.
+
+    Raises:
+        BadRequest: they contradict each other.
+    """
+    training = plan.training
+    assert isinstance(training, PpoTraining)
+    where = "spec.training"
+    parts = training.num_mini_batches
+    accumulate = training.gradient_accumulation_steps
+    forward = training.per_device_train_batch_size
+    step = training.mini_batch_size
+    if step is None and forward is not None and training.batch_size is None:
+        step = forward * accumulate
+    update = training.batch_size
+    if update is None:
+        update = step * (parts or 1) if step is not None else plan.kind.batch_size
+    if step is None:
+        if update % (parts or 1):
+            raise BadRequest(f"{where}.num_mini_batches: {parts} does not divide batch_size {update}")
+        step = update // (parts or 1)
+    if update % step:
+        raise BadRequest(f"{where}.mini_batch_size: {step} does not divide batch_size {update}")
+    if parts is not None and update // step != parts:
+        raise BadRequest(
+            f"{where}.num_mini_batches: {parts}, but batch_size {update} / mini_batch_size {step} is {update // step}"
+        )
+    if forward is None:
+        if step % accumulate:
+            raise BadRequest(
+                f"{where}.gradient_accumulation_steps: {accumulate} does not divide mini_batch_size {step}"
+            )
+        forward = step // accumulate
+    if step % forward:
+        raise BadRequest(f"{where}.per_device_train_batch_size: {forward} does not divide mini_batch_size {step}")
+    if accumulate not in (1, step // forward):
+        raise BadRequest(
+            f"{where}.gradient_accumulation_steps: {accumulate}, but mini_batch_size {step} / "
+            f"per_device_train_batch_size {forward} is {step // forward}"
+        )
+    return Sizes(update=update, step=step, forward=forward)
+
+
+def updates(plan: Plan, rows: int, per_update: int) -> int:
+    """How many updates the task asks for.
+
+    Args:
+        per_update: completions of all ranks.
+    """
+    limit = plan.training.step_limit
+    if limit is not None:
+        return int(limit)
+    return max(1, math.ceil(plan.training.num_train_epochs * rows / per_update))
+
+
+class Order:
+    """The rows in an endless seeded order, anew each epoch: a function of the position alone, so a resumed run
+    goes on where it was."""
+
+    def __init__(self, rows: int, seed: int) -> None:
+        self._rows = rows
+        self._seed = seed
+        self._epochs: dict[int, list[int]] = {}
+
+    def take(self, start: int, count: int) -> list[int]:
+        return [self._at(position) for position in range(start, start + count)]
+
+    def _at(self, position: int) -> int:
+        epoch, index = divmod(position, self._rows)
+        if epoch not in self._epochs:
+            order = list(range(self._rows))
+            random.Random(f"{self._seed}-{epoch}").shuffle(order)
+            self._epochs = {key: value for key, value in self._epochs.items() if key == epoch - 1} | {epoch: order}
+        return self._epochs[epoch][index]

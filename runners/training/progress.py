@@ -1,0 +1,142 @@
+"""What a run tells while it trains, and what it hears: steps, loss, tokens/s and the time left; a cancel, on all ranks.
+
+One `Meter` a rank. Only the rank that has the task's pipe reports; the others keep step with it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any, Protocol
+
+from flowmesh.processes.pipe import Cancel
+from runners.api import Cancelled, Context, RunnerError
+
+MAX_HISTORY = 1000
+"""Points of the loss that a result holds; of a longer run every second, fourth … one."""
+
+
+class Agreement(Protocol):
+    """How the ranks agree on one number: the largest that any of them says."""
+
+    def __call__(self, value: int) -> int: ...
+
+
+def alone(value: int) -> int:
+    return value
+
+
+class Meter:
+    """Counts a run's steps and tokens, reports them, and asks whether to stop."""
+
+    def __init__(self, ctx: Context, agree: Agreement = alone) -> None:
+        self.stopped: Cancelled | None = None
+        self.history: list[dict[str, float]] = []
+        self.last: dict[str, float] = {}
+        self.first_step = 0
+        self.step = 0
+        self.total = 0
+        self.tokens: float | None = None
+        self.seconds = 0.0
+        self._tokens_before = 0.0
+        self._ctx = ctx
+        self._agree = agree
+        self._began = time.monotonic()
+
+    def begin(self, step: int, total: int, tokens: float = 0.0) -> None:
+        """The first step is next; `step` were done before, in an earlier life."""
+        self.first_step = self.step = step
+        self.total = total
+        self._tokens_before = tokens
+        self._began = time.monotonic()
+        self._report({})
+
+    def must_stop(self) -> Cancelled | None:
+        """The node's wish to stop, known to every rank at the same step. With several ranks, a collective."""
+        if self.stopped is None:
+            request = self._ctx.cancelled
+            level = self._agree(0 if request is None else 2 if request.checkpoint else 1)
+            if level:
+                reason = request.reason if isinstance(request, Cancel) else "cancelled"
+                self.stopped = Cancelled(reason, checkpoint=level == 2)
+        return self.stopped
+
+    def furthest(self, step: int) -> int:
+        """The largest `step` of all ranks. A collective."""
+        return self._agree(step)
+
+    def advance(self, step: int) -> None:
+        """`step` is done."""
+        self.step = step
+        self.seconds = time.monotonic() - self._began
+        self._report(self._rates())
+
+    def log(self, step: int, numbers: dict[str, Any]) -> None:
+        """Take what the trainer logged at `step`.
+
+        Raises:
+            RunnerError: the loss or the gradient is no number any more.
+        """
+        found = {key: float(value) for key, value in numbers.items() if isinstance(value, int | float)}
+        for key in ("loss", "grad_norm", "train_loss"):
+            if not math.isfinite(found.get(key, 0.0)):
+                raise RunnerError(
+                    f"{key} is {found[key]} at step {step}: the training diverged; lower spec.training.learning_rate, "
+                    "or look for bad rows in the data"
+                )
+        if (tokens := found.get("num_tokens")) is not None:
+            self.tokens = tokens - self._tokens_before
+        if "loss" in found:
+            self.history.append(_point(step, found))
+            self.last = found
+            if len(self.history) > 2 * MAX_HISTORY:
+                self.history = self.history[::2]
+
+    def restore(self, history: list[dict[str, Any]]) -> None:
+        """The losses of an earlier life, out of its checkpoint."""
+        self.history = [_point(entry["step"], entry) for entry in history if "loss" in entry]
+
+    def summary(self, *, samples_a_step: int) -> dict[str, Any]:
+        """The numbers of this run for the result's `metrics`. Rates count this life's steps only."""
+        steps = self.step - self.first_step
+        seconds = self.seconds or None
+        samples = steps * samples_a_step
+        losses = self.history[:: max(1, math.ceil(len(self.history) / MAX_HISTORY))]
+        return {
+            "steps": self.step,
+            "first_step": self.first_step,
+            "loss_history": losses,
+            "final_loss": self.history[-1]["loss"] if self.history else None,
+            "steps_per_s": _rate(steps, seconds),
+            "samples": samples,
+            "samples_per_s": _rate(samples, seconds),
+            "tokens": None if self.tokens is None else int(self.tokens),
+            "tokens_per_s": _rate(self.tokens, seconds),
+            "last": {key: value for key, value in self.last.items() if key not in ("loss", "num_tokens")},
+        }
+
+    def _rates(self) -> dict[str, float]:
+        done = self.step - self.first_step
+        rates = {"eta_s": self.seconds / done * (self.total - self.step)} if done else {}
+        if "loss" in self.last:
+            rates["loss"] = self.last["loss"]
+        if self.tokens and self.seconds:
+            rates["tokens_per_s"] = self.tokens / self.seconds
+        return rates
+
+    def _report(self, numbers: dict[str, float]) -> None:
+        try:
+            self._ctx.progress(self.step, self.total, "steps", **numbers)
+        except Cancelled:
+            # A cancel that came this instant is for must_stop(), so that all ranks hear it at one step.
+            # A signal (the next rung) has no frame behind it, and is obeyed at once.
+            if self._ctx.cancelled is None:
+                raise
+
+
+def _point(step: int, numbers: dict[str, float]) -> dict[str, float]:
+    return {"step": step, **{key: numbers[key] for key in ("loss", "reward", "kl") if key in numbers}}
+
+
+def _rate(count: float | None, seconds: float | None) -> float | None:
+    return None if count is None or not seconds else round(count / seconds, 4)

@@ -1,0 +1,116 @@
+"""A reward from a sequence classifier: its logit for a label, or how much more positive than negative it reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from runners.api import BadRequest, Context
+from runners.models.sources import loading, resolve_identifier
+from runners.training.rewards import text_of
+from runners.training.settings import RewardModel
+
+BATCH = 32
+NAMES = {"positive": ("positive", "pos", "label_1"), "negative": ("negative", "neg", "label_0")}
+"""How classifiers of sentiment call their labels, in the order they are tried."""
+
+
+class ModelReward:
+    """Scores prompt and completion together. Keeps its model on `device`, frozen."""
+
+    weight = 1.0
+
+    def __init__(self, given: RewardModel, model: Any, tokenizer: Any, device: Any) -> None:
+        self.name = given.identifier
+        self._given = given
+        self._model = model.to(device).eval().requires_grad_(False)
+        self._tokenizer = tokenizer
+        self._device = device
+        labels = {str(name).lower(): int(index) for index, name in model.config.id2label.items()}
+        self._positive, self._negative = _labels(given, labels, model.config.num_labels)
+
+    @classmethod
+    def load(cls, given: RewardModel, ctx: Context, device: Any) -> ModelReward:
+        """
+        Raises:
+            BadRequest: there is no such model, it is no classifier, or it lacks a label that the task names.
+        """
+        from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+        where = "spec.reward_model.identifier"
+        source = resolve_identifier(ctx, given.identifier, given.revision, where)
+        with loading(source):
+            config = AutoConfig.from_pretrained(source.path, revision=source.revision)
+            made_for = config.architectures or []
+            if not any("SequenceClassification" in name for name in made_for):
+                raise BadRequest(f"{where}: {source.shown!r} is no classifier but {', '.join(made_for) or 'unnamed'}")
+            tokenizer = AutoTokenizer.from_pretrained(source.path, revision=source.revision)
+            model = AutoModelForSequenceClassification.from_pretrained(source.path, revision=source.revision)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = tokenizer.pad_token_id
+        return cls(given, model, tokenizer, device)
+
+    def score(self, prompts: list[Any], completions: list[str], _columns: dict[str, list[Any]]) -> list[float]:
+        import torch
+
+        texts = [self._text(*pair) for pair in zip(prompts, completions, strict=True)]
+        found: list[float] = []
+        for start in range(0, len(texts), BATCH):
+            inputs = self._tokenizer(
+                texts[start : start + BATCH],
+                return_tensors="pt",
+                padding=True,
+                truncation=True,
+                max_length=self._given.max_length,
+            ).to(self._device)
+            with torch.no_grad():
+                logits = self._model(**inputs).logits.float()
+            found += (self._given.scale * self._rate(logits)).tolist()
+        return found
+
+    def _rate(self, logits: Any) -> Any:
+        if self._given.type == "sentiment":
+            shares = logits.softmax(-1)
+            return shares[:, self._positive] - shares[:, self._negative]
+        rate = logits[:, self._positive]
+        return rate if self._negative is None else rate - logits[:, self._negative]
+
+    def _text(self, prompt: Any, completion: str) -> str:
+        if isinstance(prompt, str):
+            return prompt + completion
+        if self._tokenizer.chat_template:
+            chat = [*prompt, {"role": "assistant", "content": completion}]
+            return str(self._tokenizer.apply_chat_template(chat, tokenize=False))
+        return f"{text_of(prompt)}\n{completion}"
+
+
+def _labels(given: RewardModel, labels: dict[str, int], count: int) -> tuple[int, int | None]:
+    """The outputs that speak for and against a completion."""
+
+    def find(name: str | None, field: str, default: tuple[str, ...]) -> int | None:
+        wanted = (name.lower(),) if name else default
+        for each in wanted:
+            if each in labels:
+                return labels[each]
+        if name:
+            raise BadRequest(f"spec.reward_model.{field}: no label {name!r}; the model has: {', '.join(labels)}")
+        return None
+
+    if given.type == "classification":
+        if count == 1:
+            if given.positive_label or given.negative_label:
+                raise BadRequest(
+                    "spec.reward_model.positive_label: the model has one output and no labels; leave it out"
+                )
+            return 0, None
+        positive = find(given.positive_label, "positive_label", ())
+        if positive is None:
+            raise BadRequest(f"spec.reward_model.positive_label: missing; the model has: {', '.join(labels)}")
+        return positive, find(given.negative_label, "negative_label", ())
+    positive = find(given.positive_label, "positive_label", NAMES["positive"])
+    negative = find(given.negative_label, "negative_label", NAMES["negative"])
+    if positive is None or negative is None:
+        field = "positive_label" if positive is None else "negative_label"
+        raise BadRequest(f"spec.reward_model.{field}: missing; the model has: {', '.join(labels)}")
+    return positive, negative

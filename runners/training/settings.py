@@ -1,0 +1,296 @@
+"""What a training task may ask, as structs: `training`, `lora`, `generation`, `reward_model`, `reward`, `model`.
+
+Every field of tasks.md has its place here and a reader elsewhere; a field that is not here is refused by name.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, field
+
+from runners.api import BadRequest
+
+Count = Annotated[int, Meta(ge=1)]
+Fraction = Annotated[float, Meta(ge=0, le=1)]
+NotNegative = Annotated[float, Meta(ge=0)]
+Positive = Annotated[float, Meta(gt=0)]
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A mapping of the task's document."""
+
+
+# ---- training ----------------------------------------------------------------------------------------------------
+
+
+class Training(Section, frozen=True):
+    """What all trainers understand under `spec.training`."""
+
+    num_train_epochs: Positive = 1.0
+    max_steps: int | None = None
+    """Updates of the optimiser; wins over the epochs. -1 is no limit, as the libraries write it."""
+    batch_size: Count | None = None
+    """Rows a rank and step."""
+    per_device_train_batch_size: Count | None = None
+    """Alias of batch_size."""
+    gradient_accumulation_steps: Count = 1
+    learning_rate: Positive | None = None
+    warmup_steps: NotNegative = 0
+    """Below 1: a fraction of all steps."""
+    logging_steps: Count = 10
+    save_steps: Count | None = None
+    save_freq: Count | None = None
+    """Alias of save_steps."""
+    save_strategy: Literal["steps", "epoch", "no"] = "steps"
+    save_model: bool = True
+    bf16: bool | None = None
+    """None: where the GPU can."""
+    fp16: bool = False
+    max_seq_length: Count = 1024
+    gradient_checkpointing: bool | None = None
+    seed: Annotated[int, Meta(ge=0, lt=2**32)] = 42
+    ddp_find_unused_parameters: bool | None = None
+    resume_from_path: str | None = None
+
+    allow_multi_gpu: bool = True
+    nproc_per_node: Count | None = None
+    visible_devices: str | list[int | str] | None = None
+    """Which of the task's GPUs: indices into them, or UUIDs."""
+    primary_gpu: Annotated[int, Meta(ge=0)] | None = None
+    """The one that rank 0 (or the only process) uses: an index into visible_devices."""
+    nnodes: Count = 1
+    node_rank: Annotated[int, Meta(ge=0)] | None = None
+    rdzv_endpoint: str | None = None
+    rdzv_id: str = "flowmesh"
+
+    trainer_args: dict[str, Any] = {}
+    """The trainer's own arguments, by its own names."""
+
+    @property
+    def device_batch(self) -> int | None:
+        return either(self.batch_size, self.per_device_train_batch_size, "batch_size", "per_device_train_batch_size")
+
+    @property
+    def saves_every(self) -> int | None:
+        return either(self.save_steps, self.save_freq, "save_steps", "save_freq")
+
+    @property
+    def step_limit(self) -> int | None:
+        if self.max_steps is None or self.max_steps == -1:
+            return None
+        if self.max_steps < 1:
+            raise BadRequest(
+                f"spec.training.max_steps: {self.max_steps} steps train nothing; give 1 or more, or leave it out"
+            )
+        return self.max_steps
+
+
+class ShardedTraining(Training, frozen=True):
+    """The trainers that can spread a model's state over the ranks."""
+
+    deepspeed: dict[str, Any] | str | None = None
+    """A DeepSpeed configuration, or the path of one."""
+    auto_deepspeed: bool = True
+    auto_deepspeed_stage: Annotated[int, Meta(ge=1, le=3)] | None = None
+    zero_stage: Annotated[int, Meta(ge=1, le=3)] | None = None
+    """Alias of auto_deepspeed_stage."""
+    fsdp: bool | str | dict[str, Any] | None = None
+
+    @property
+    def stage(self) -> int | None:
+        return either(self.auto_deepspeed_stage, self.zero_stage, "auto_deepspeed_stage", "zero_stage")
+
+
+class SftTraining(ShardedTraining, frozen=True):
+    packing: bool = False
+
+
+class PreferenceTraining(ShardedTraining, frozen=True):
+    """dpo, kto"""
+
+    beta: Positive = 0.1
+
+
+class RewardTraining(ShardedTraining, frozen=True):
+    """reward"""
+
+
+class OnlineTraining(ShardedTraining, frozen=True):
+    """grpo, rloo"""
+
+    num_generations: Annotated[int, Meta(ge=2)] | None = None
+    beta: NotNegative | None = None
+    kl_coef: NotNegative | None = None
+    """Alias of beta."""
+    ppo_epochs: Count | None = None
+    """Passes over each batch of completions (the trainers call it num_iterations)."""
+    steps: Count | None = None
+    """Alias of max_steps."""
+    temperature: Positive | None = None
+
+    @property
+    def kl_weight(self) -> float | None:
+        return either(self.beta, self.kl_coef, "beta", "kl_coef")
+
+    @property
+    def step_limit(self) -> int | None:
+        return either(super().step_limit, self.steps, "max_steps", "steps")
+
+
+class PpoTraining(Training, frozen=True):
+    mini_batch_size: Count | None = None
+    """Completions a step of the optimiser, on each rank."""
+    num_mini_batches: Count | None = None
+    ppo_epochs: Count = 4
+    steps: Count | None = None
+    """Updates: batches of completions. Alias of max_steps."""
+    kl_coef: NotNegative = 0.2
+    target_kl: Positive | None = None
+    """An update's passes end early once the new policy is further than 1.5 times this from the old one."""
+    temperature: Positive | None = None
+
+    @property
+    def device_batch(self) -> int | None:
+        return self.batch_size  # here per_device_train_batch_size is another number: see ppo_batches
+
+    @property
+    def step_limit(self) -> int | None:
+        return either(super().step_limit, self.steps, "max_steps", "steps")
+
+
+class PpoArgs(Section, frozen=True):
+    """`training.trainer_args` of ppo."""
+
+    gamma: Fraction = 1.0
+    lam: Fraction = 0.95
+    cliprange: Positive = 0.2
+    cliprange_value: Positive = 0.2
+    vf_coef: NotNegative = 0.1
+    entropy_coef: NotNegative = 0.0
+    max_grad_norm: Positive = 1.0
+    weight_decay: NotNegative = 0.0
+    adam_beta1: Fraction = 0.9
+    adam_beta2: Fraction = 0.999
+    adam_epsilon: Positive = 1e-8
+    lr_scheduler_type: str = "constant"
+    whiten_rewards: bool = False
+    reward_clip: Positive | None = None
+    save_total_limit: Count | None = None
+    ddp_timeout: Count = 1800
+
+
+# ---- adapters, generation, rewards -------------------------------------------------------------------------------
+
+
+class Lora(Section, frozen=True):
+    """`spec.lora`"""
+
+    r: Count = 16
+    alpha: Positive = 32
+    dropout: Fraction = 0.05
+    bias: Literal["none", "all", "lora_only"] = "none"
+    target_modules: tuple[str, ...] | str = ("q_proj", "k_proj", "v_proj", "o_proj")
+    task_type: Literal["CAUSAL_LM", "SEQ_CLS"] | None = None
+    use_rslora: bool = False
+
+
+class Generation(Section, frozen=True):
+    """`spec.generation`"""
+
+    max_new_tokens: Count | None = None
+    max_tokens: Count | None = None
+    """Alias of max_new_tokens."""
+    temperature: Positive | None = None
+    do_sample: bool = True
+    stop: str | list[str] | None = None
+
+    @property
+    def length(self) -> int | None:
+        return either(self.max_new_tokens, self.max_tokens, "max_new_tokens", "max_tokens", "generation")
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+
+class RewardModel(Section, frozen=True):
+    """`spec.reward_model`"""
+
+    identifier: str
+    revision: str | None = None
+    type: Literal["classification", "sentiment"] = "classification"
+    positive_label: str | None = None
+    negative_label: str | None = None
+    scale: float = 1.0
+    max_length: Count = 512
+
+
+class RewardFunction(Section, frozen=True):
+    """`spec.reward`, or one of them in a list"""
+
+    function: str
+    """length | regex | exact_match | json_valid | module:callable"""
+    weight: float = 1.0
+    pattern: str | None = None
+    """regex: what a completion should contain."""
+    target: Count | None = None
+    """length: the characters that earn the whole reward."""
+    column: str | None = None
+    """exact_match: the column of the data that holds the answer."""
+
+
+# ---- model -------------------------------------------------------------------------------------------------------
+
+
+class ModelSource(Section, frozen=True):
+    identifier: str
+    type: Literal["huggingface"] = "huggingface"
+    revision: str | None = None
+
+
+class TransformersModel(Section, frozen=True):
+    """`spec.model.transformers`"""
+
+    device_map: Literal["auto", "balanced", "cuda", "cpu"] | None = None
+    dtype: str | None = None
+    trust_remote_code: bool = False
+    low_cpu_mem_usage: bool | None = None
+    load_in_8bit: bool = False
+    load_in_4bit: bool = False
+    use_flash_attention_2: bool = False
+    attn_implementation: str | None = None
+
+
+class Model(Section, frozen=True):
+    """`spec.model`"""
+
+    source: ModelSource | None = None
+    transformers: TransformersModel = TransformersModel()
+    vllm: dict[str, Any] | None = None
+    adapters: list[Any] | None = None
+
+
+class Jsonl(Section, frozen=True):
+    """Where a JSONL file is. The first of download_url, url, path, worker_path that can be read."""
+
+    path: str | None = None
+    url: str | None = None
+    download_url: str | None = None
+    worker_path: str | None = None
+    headers: dict[str, str] = {}
+    timeout_s: Positive | None = field(default=None, name="timeoutSec")
+
+
+def either(first: Any, second: Any, first_name: str, second_name: str, section: str = "training") -> Any:
+    """The one of a field and its alias that is set.
+
+    Raises:
+        BadRequest: both are, and differ.
+    """
+    if first is not None and second is not None and first != second:
+        raise BadRequest(
+            f"spec.{section}.{second_name}: {second!r} contradicts {first_name} {first!r}; they are one, give one"
+        )
+    return second if first is None else first

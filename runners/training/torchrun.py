@@ -1,0 +1,183 @@
+"""A group over several nodes: torchrun on each, as each node's own task; every rank is `python -m` this module.
+
+The task's pipe reaches local rank 0 over a unix socket, since torchrun hands its ranks no descriptors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import msgspec
+
+from flowmesh.messages.job import Job
+from flowmesh.processes.pipe import Pipe
+from runners.api import Context, RunnerError
+from runners.training import groups, ranks
+from runners.training.devices import Layout
+from runners.training.inputs import Inputs
+from runners.training.plan import Plan, read
+from runners.training.ranks import Place, Report
+
+ORDER_FILE = "order.json"
+SOCKET = "pipe.sock"
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]", "::1")
+
+
+class Order(msgspec.Struct, frozen=True, kw_only=True):
+    """What a rank's process needs to know."""
+
+    task_type: str
+    job: Job
+    fetched: Inputs
+    layout: Layout
+
+
+def run(plan: Plan, layout: Layout, ctx: Context, fetched: Inputs) -> list[Report]:
+    """Run this node's part of the group; as `groups.run`.
+
+    Raises:
+        RankFailed: a rank of this node failed.
+        RunnerError: torchrun itself did, for example since the other nodes never came.
+        Cancelled: the node asked the task to stop.
+    """
+    folder = groups.reports_dir(ctx)
+    folder.mkdir(parents=True, exist_ok=True)
+    order = Order(task_type=plan.kind.task_type, job=ctx.job, fetched=fetched, layout=layout)
+    (folder / ORDER_FILE).write_bytes(msgspec.json.encode(order))
+    parent = os.getpid()
+    with _listening(folder) as listener:
+        agent = subprocess.Popen(
+            command(plan, layout, folder),
+            env={**os.environ, **_environment(plan)},
+            preexec_fn=lambda: ranks.die_with_parent(parent),  # noqa: PLW1509 - this process has one thread
+        )
+        ended_by_us = True
+        try:
+            _serve(listener, agent, ctx)
+            ended_by_us = False
+        finally:
+            _end(agent)
+    status = agent.returncode
+    if status != 0 and all(ranks.read_report(folder, local) is None for local in range(layout.ranks)):
+        raise RunnerError(f"torchrun ended with {status} before a rank had begun; its log is in the task's")
+    endings = [groups.Ending(local, status, ended_by_us) for local in range(layout.ranks)]
+    return groups.verdict(ctx, folder, endings)
+
+
+def command(plan: Plan, layout: Layout, folder: Path) -> list[str]:
+    """torchrun's command line, the same on each node but for its rank."""
+    training = plan.training
+    local = ["--local-addr", "127.0.0.1"] if _is_local(plan) else []
+    rank = [] if training.node_rank is None else ["--node-rank", str(training.node_rank)]
+    return [
+        *(sys.executable, "-m", "torch.distributed.run"),
+        *("--nnodes", str(layout.nodes), "--nproc-per-node", str(layout.ranks)),
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", str(training.rdzv_endpoint), "--rdzv-id", training.rdzv_id),
+        *("--max-restarts", "0", "--monitor-interval", "0.2", *local, *rank),
+        *("-m", "runners.training.torchrun", str(folder)),
+    ]
+
+
+def _is_local(plan: Plan) -> bool:
+    return str(plan.training.rdzv_endpoint).rpartition(":")[0] in LOCAL_HOSTS
+
+
+def _environment(plan: Plan) -> dict[str, str]:
+    return {"GLOO_SOCKET_IFNAME": "lo"} if _is_local(plan) else {}
+
+
+def _serve(listener: socket.socket, agent: subprocess.Popen[bytes], ctx: Context) -> None:
+    """Hand the task's pipe to the rank that asks for it, until torchrun ends."""
+    handle = os.pidfd_open(agent.pid)
+    try:
+        poller = select.poll()
+        poller.register(listener, select.POLLIN)
+        poller.register(handle, select.POLLIN)
+        while handle not in (ready := {fd for fd, _ in poller.poll()}):
+            if listener.fileno() in ready:
+                with listener.accept()[0] as peer:
+                    pipe = ctx._pipe
+                    socket.send_fds(peer, [b"p"], [] if pipe is None else [pipe.fileno()])
+    finally:
+        os.close(handle)
+
+
+def _end(agent: subprocess.Popen[bytes]) -> None:
+    """torchrun hands SIGTERM on to its ranks; what is left of them dies with it."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        if agent.poll() is None:
+            agent.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                agent.wait(groups.GRACE_S)
+        if agent.poll() is None:
+            agent.kill()
+        agent.wait()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _listening(folder: Path) -> Iterator[socket.socket]:
+    """A unix socket in `folder`, whose path may be longer than such a socket's may be."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    (folder / SOCKET).unlink(missing_ok=True)
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+            listener.bind(f"/proc/self/fd/{handle}/{SOCKET}")
+            listener.listen(1)
+            yield listener
+    finally:
+        os.close(handle)
+
+
+# ---- a rank's process --------------------------------------------------------------------------------------------
+
+
+def main(folder: Path) -> NoReturn:
+    """Be the rank that torchrun's variables say."""
+    ranks.die_with_parent(os.getppid())
+    order = msgspec.json.decode((folder / ORDER_FILE).read_bytes(), type=Order)
+    place = Place(
+        rank=int(os.environ["RANK"]),
+        local_rank=int(os.environ["LOCAL_RANK"]),
+        world=int(os.environ["WORLD_SIZE"]),
+        local_world=int(os.environ["LOCAL_WORLD_SIZE"]),
+    )
+    ranks.redirect(Path(order.job.out_dir) / "logs" / str(place.local_rank))
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", force=True)
+    ctx = Context(order.job, _pipe(folder) if place.leads_node else None)
+    os.environ["OMP_NUM_THREADS"] = str(ranks.threads(ctx, place))
+
+    def work(place: Place, ctx: Context) -> dict[str, object]:
+        from runners.training import core
+
+        core.quiet()
+        return core.train(read(order.task_type, ctx), ctx, order.fetched, order.layout, place)
+
+    ranks.serve(place, ctx, folder, work)
+
+
+def _pipe(folder: Path) -> Pipe | None:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
+            peer.connect(f"/proc/self/fd/{handle}/{SOCKET}")
+            _, fds, _, _ = socket.recv_fds(peer, 1, 1)
+    finally:
+        os.close(handle)
+    return Pipe(socket.socket(fileno=fds[0])) if fds else None
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,92 @@
+"""sft, lora_sft, dpo, kto, reward, grpo, rloo: TRL's trainers, built from a plan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import trl
+
+from runners.api import BadRequest, RunnerError
+from runners.training import arguments, data, models, prompts, rewards, saving, sharding
+from runners.training.callbacks import MeterCallback
+from runners.training.setup import Setup
+
+
+class TrlJob:
+    """A trainer of TRL's with everything loaded."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._plan, self._ctx = plan, ctx = setup.plan, setup.ctx
+        layout, device = setup.layout, setup.device
+        self.sharding = sharding.pick(plan, ctx, layout, device)
+        ctx.log.info("sharding: %s", self.sharding.name)
+        config = arguments.build(plan, ctx, layout, device, self.sharding)  # before the model: ZeRO-3 loads by it
+        self.start = start = setup.start
+        tokenizer = models.load_tokenizer(plan, start)
+        dataset = data.load(plan, ctx, setup.fetched.jsonl)
+        prompts.check_chat(dataset, tokenizer, start)
+        extra: dict[str, Any] = {}
+        if plan.kind.rewarded:
+            room = plan.training.max_seq_length - config.max_completion_length
+            dataset = prompts.fit(dataset, tokenizer, room)
+            columns = [name for name in dataset.column_names if name != "prompt"]
+            found = rewards.load(plan, ctx, device.name, columns)
+            extra["reward_funcs"] = [rewards.for_trl(reward) for reward in found]
+            if config.reward_weights is None:
+                config.reward_weights = [reward.weight for reward in found]
+        model = models.load_model(plan, start, device, tokenizer)
+        if plan.lora is not None and start.adapter is None:
+            extra["peft_config"] = models.lora_config(plan)
+        if plan.kind.reference:
+            config.model_init_kwargs = models.load_options(plan, device)  # for the reference that the trainer loads
+        self.dataset_size = len(dataset)
+        self.samples_a_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * layout.world
+        self.trainer = _build(
+            getattr(trl, plan.kind.trainer),
+            model=model,
+            args=config,
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            callbacks=[MeterCallback(setup.meter, counts_tokens_over_lives=plan.kind.rewarded)],
+            **extra,
+        )
+        if config.max_steps < 0 and len(self.trainer.get_train_dataloader()) == 0:
+            raise BadRequest("spec.training.batch_size: the data do not fill one batch; lower it")
+        self._meter = setup.meter
+
+    def train(self) -> None:
+        """Train, from the checkpoint on where there is one.
+
+        Raises:
+            RunnerError: the checkpoint does not fit, or the loss is no number any more.
+        """
+        resume = str(self.start.resume) if self.start.resume is not None else None
+        try:
+            self.trainer.train(resume_from_checkpoint=resume)
+        except (ValueError, KeyError, RuntimeError) as error:
+            if resume is not None and self._meter.total == 0:  # it had not begun yet
+                raise RunnerError(f"cannot go on from {resume}: {' '.join(str(error).split()):.500}") from error
+            raise
+
+    def save(self) -> None:
+        saving.save_trainer(self.trainer, self._plan, self._ctx)
+
+    def describe(self) -> dict[str, Any]:
+        """What only this kind of job knows, for the result's metrics."""
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        return {
+            "epochs": self.trainer.state.epoch,
+            "sharding": self.sharding.name,
+            "parameters": sum(weight.numel() for weight in model.parameters()),
+            "trainable_parameters": sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
+        }
+
+
+def _build(trainer: Any, **arguments: Any) -> Any:
+    """The trainer; what it refuses is the task's to mend."""
+    try:
+        return trainer(**arguments)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise BadRequest(f"{trainer.__name__}: {' '.join(str(error).split()):.500}") from error
+    except ImportError as error:
+        raise BadRequest(f"{trainer.__name__} needs a library that is not installed: {error}") from error

@@ -1,0 +1,81 @@
+"""What goes wrong while it trains, told in one line with the right fault."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("trl", reason="needs the extra 'training'")
+
+import torch
+
+from flowmesh.messages.job import Fault
+from runners.training.faults import explain, is_echo
+from tests.runners.training_tasks import QUICK, SUMS, refused, run, start
+
+ALLOWED = {"reward_callables": ["tests.runners.training_tasks:*"]}
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path) -> None:
+    training = {**QUICK, "learning_rate": 1e30, "trainer_args": {"max_grad_norm": 1e30}}
+    running = start(tmp_path, "sft", {"data": {"prompts": SUMS}, "training": training})
+    outcome = running.wait()
+    assert (outcome.ok, outcome.fault) == (False, "error")
+    assert "the training diverged; lower spec.training.learning_rate" in outcome.message
+    assert not (running.out_dir / "final_model").exists()
+
+
+def test_a_bad_line_and_a_bad_column_reach_the_author(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "fine"}\n{"text": \n')
+    assert refused(tmp_path, "sft", {"data": {"jsonl_path": str(path)}}).startswith("rows.jsonl line 2: not JSON")
+    path.write_text('{"question": "why"}\n')
+    message = refused(tmp_path, "sft", {"data": {"jsonl": {"path": str(path), "text_field": "body"}}}, task_id="two")
+    assert message == "rows.jsonl line 1: no column 'body' (spec.data.jsonl.text_field); there are: 'question'"
+
+
+@pytest.mark.parametrize("task_type", ["grpo", "ppo"])
+def test_rewards_that_are_none(tmp_path: Path, task_type: str) -> None:
+    spec = {
+        "data": {"prompts": ["a", "b"]},
+        "generation": {"max_new_tokens": 4},
+        "training": {"steps": 1, "batch_size": 8, "max_seq_length": 32},
+    }
+    reward = "tests.runners.training_tasks:says_nan"
+    outcome = run(tmp_path, task_type, {**spec, "reward": reward}, limits=ALLOWED, task_id="nan")
+    assert outcome.fault == "error"
+    assert f"reward {reward}: nan for" in outcome.message
+    outcome = run(
+        tmp_path,
+        task_type,
+        {**spec, "reward": "tests.runners.training_tasks:runs_out_of_memory"},
+        limits=ALLOWED,
+        task_id="memory",
+    )
+    assert outcome.fault == "host_oom"
+    message = refused(tmp_path, task_type, {**spec, "reward": reward}, task_id="forbidden")
+    assert f"spec.reward.function: this node does not allow '{reward}'" in message
+
+
+def test_out_of_memory_is_told_apart() -> None:
+    with pytest.raises(RuntimeError) as host:
+        torch.empty(1 << 60)
+    found = explain(host.value, "trained")
+    assert found is not None
+    assert found.fault is Fault.HOST_OOM
+    assert str(found).startswith(
+        "out of host memory while it trained: lower spec.training.batch_size or max_seq_length"
+    )
+    gpu = explain(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."), "trained")
+    assert gpu is not None
+    assert gpu.fault is Fault.GPU_OOM
+    bare = explain(MemoryError(), "loaded")
+    assert bare is not None
+    assert bare.fault is Fault.HOST_OOM
+    assert explain(ValueError("something else"), "trained") is None
+
+
+def test_losing_a_peer_is_nobodys_own_error() -> None:
+    assert is_echo("RuntimeError: [gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234")
+    assert not is_echo("ValueError: the column is missing")
