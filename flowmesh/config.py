@@ -21,13 +21,17 @@ from flowmesh.settings_checks import first_fault
 from flowmesh.settings_sources import DEFAULT, VARIABLES, Layers, Sections, read_toml
 from flowmesh.settings_types import (
     AbsolutePath,
+    CpuList,
     FilePath,
+    GpuName,
     Isolation,
     LogLevel,
     ModuleName,
     Name,
     PositiveSeconds,
     RunnerName,
+    SlotName,
+    SlotsMode,
     Token,
     VariableName,
     Word,
@@ -84,6 +88,8 @@ class NodeSettings(Section, frozen=True):
     """Journal, sockets, spool. None: see `state_dir()`."""
     elastic_scaling: bool = True
     """ENABLE_ELASTIC_SCALING"""
+    slots: SlotsMode = SlotsMode.ALL
+    """What `[[slots]]` says in detail, in one word."""
 
 
 class RedisSettings(Section, frozen=True):
@@ -180,6 +186,32 @@ class ProcessesSettings(Section, frozen=True):
     """pids.max of each task's cgroup."""
 
 
+class GpuSettings(Section, frozen=True):
+    """[gpu]"""
+
+    allow_foreign: bool = False
+    """Whether tasks start on a GPU that somebody else's process is on."""
+    release_timeout_s: PositiveSeconds = 30.0
+    """How long a task's GPUs may take to be empty again before their slot is closed."""
+    release_tolerance_bytes: Annotated[int, Meta(ge=0, le=2**40)] = 64 * 1024 * 1024
+    """What a GPU may have in use above what it had before the task."""
+    sample_interval_s: Annotated[float, Meta(ge=0.1, le=60)] = 1.0
+    """Between two looks at the GPUs of running tasks."""
+    probe_interval_s: PositiveSeconds = 60.0
+    """The longest pause between two probes of a closed slot; the first is a second."""
+    canary: RunnerName = "runners.canary:check_gpu"
+    """What has to run well on a GPU that had a fault, in a child, before tasks do."""
+
+
+class SlotSettings(Section, frozen=True):
+    """[[slots]]: what one task at a time may have"""
+
+    name: SlotName
+    gpus: tuple[GpuName, ...] = ()
+    cpus: CpuList | None = None
+    """CPU numbers that its tasks are confined to. None: those that no other slot names, shared by all such slots."""
+
+
 class EnvironmentSettings(Section, frozen=True):
     """[environments.NAME]: a Python interpreter with its own packages"""
 
@@ -208,6 +240,8 @@ class Settings(Section, frozen=True):
     delivery: DeliverySettings = DeliverySettings()
     archive: ArchiveSettings = ArchiveSettings()
     processes: ProcessesSettings = ProcessesSettings()
+    gpu: GpuSettings = GpuSettings()
+    slots: tuple[SlotSettings, ...] = ()
     environments: dict[Name, EnvironmentSettings] = {}
     task_types: dict[Name, TaskTypeSettings] = {}
 
@@ -269,11 +303,12 @@ def describe(loaded: Loaded) -> list[Described]:
     for path, section in _sections(loaded.settings):
         for name, value in section.__rich_repr__():
             key = dotted("", (*path, name))
-            described.append(Described(key, msgspec.to_builtins(value), loaded.origins.get(key, DEFAULT)))
+            given = key if key in loaded.origins else path[0]  # a list is set as a whole
+            described.append(Described(key, msgspec.to_builtins(value), loaded.origins.get(str(given), DEFAULT)))
     return described
 
 
-def _sections(settings: Settings) -> Iterator[tuple[tuple[str, ...], Section]]:
+def _sections(settings: Settings) -> Iterator[tuple[tuple[str | int, ...], Section]]:
     for name in settings.__struct_fields__:
         match getattr(settings, name):
             case Section() as section:
@@ -281,6 +316,9 @@ def _sections(settings: Settings) -> Iterator[tuple[tuple[str, ...], Section]]:
             case dict() as named:
                 for inner, section in named.items():
                     yield (name, inner), section
+            case tuple() as listed:
+                for index, section in enumerate(listed):
+                    yield (name, index), section
 
 
 def _text(value: Any) -> str:

@@ -47,25 +47,28 @@ _TOML_AT = re.compile(r"^(?P<what>.*) \(at (?:line (?P<line>\d+), column (?P<col
 
 
 class Sections:
-    """The keys that there are: `[section]` with its fields, and `[section.NAME]` with the fields of each."""
+    """The keys that there are: of each `[section]`, of each `[section.NAME]`, and of each `[[section]]` of a list."""
 
     def __init__(self, settings: type[msgspec.Struct]) -> None:
         self.plain: dict[str, dict[str, inspect.Type]] = {}
         self.named: dict[str, dict[str, inspect.Type]] = {}
+        self.listed: dict[str, dict[str, inspect.Type]] = {}
         schema = inspect.type_info(settings)
         assert isinstance(schema, inspect.StructType)
         for field in schema.fields:
             if isinstance(field.type, inspect.DictType):
                 self.named[field.encode_name] = _fields(field.type.value_type)
+            elif isinstance(field.type, inspect.VarTupleType):
+                self.listed[field.encode_name] = _fields(field.type.item_type)
             else:
                 self.plain[field.encode_name] = _fields(field.type)
 
     @property
     def names(self) -> list[str]:
-        return [*self.plain, *self.named]
+        return [*self.plain, *self.named, *self.listed]
 
     def keys(self) -> list[str]:
-        """Every key, with NAME where a name of one's own goes."""
+        """Every key that has a name for flags, with NAME where a name of one's own goes."""
         plain = [f"{section}.{key}" for section, fields in self.plain.items() for key in fields]
         return plain + [f"{section}.NAME.{key}" for section, fields in self.named.items() for key in fields]
 
@@ -85,6 +88,8 @@ class Sections:
         name, _, last = rest.rpartition(".")
         if name and last in (fields := self.named.get(section, {})):
             return (section, name, last), fields[last]
+        if section.partition("[")[0] in self.listed:
+            raise ConfigError(f"{COMMAND_LINE}: {section}: can only be set in the file, as [[{section}]]")
         shown = quoted(key) if not key.isprintable() or len(key) > 200 else key
         if (section in self.plain and not rest) or (section in self.named and not name):
             inside = [known for known in self.keys() if known.startswith(f"{section}.")]
@@ -119,6 +124,9 @@ class Layers:
         for section, body in document.items():
             if section not in self.sections.names:
                 raise ConfigError(f"{origin}: {dotted('', (section,))}: {self._stray(section)}")
+            if (fields := self.sections.listed.get(section)) is not None:
+                self._add_list(section, body, fields, origin)
+                continue
             _must_be_section(body, (section,), origin)
             if (fields := self.sections.plain.get(section)) is not None:
                 self._add_section((section,), body, fields, origin)
@@ -135,6 +143,19 @@ class Layers:
                 hint = f"it belongs to [{home}]" if home else nearest(key, known)
                 raise ConfigError(f"{origin}: {dotted('', (*path, key))}: unknown setting; {hint}")
             self.put((*path, key), value, origin)
+
+    def _add_list(self, section: str, body: Any, known: Iterable[str], origin: str) -> None:
+        if not isinstance(body, list):
+            raise ConfigError(f"{origin}: {section}: expected a list, [[{section}]], found {found(body, secret=True)}")
+        for index, entry in enumerate(body):
+            place = dotted("", (section, index))
+            if not isinstance(entry, Mapping):
+                raise ConfigError(f"{origin}: {place}: expected [[{section}]], found {found(entry, secret=True)}")
+            for key in entry:
+                if key not in known:
+                    where = dotted("", (section, index, key))
+                    raise ConfigError(f"{origin}: {where}: unknown setting; {nearest(key, known)}")
+        self.put((section,), body, origin)
 
     def _stray(self, section: str) -> str:
         if home := self.sections.home_of(section):

@@ -31,6 +31,23 @@ RunnerName = Annotated[
 ]
 
 
+SlotName = Annotated[
+    str,
+    Meta(
+        pattern=r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,31}\Z",
+        description="1 to 32 letters, digits or . _ - that start with a letter or a digit",
+    ),
+]
+GpuName = (
+    Annotated[int, Meta(ge=0, le=1023, description="a GPU's index")]
+    | Annotated[str, Meta(pattern=r"\A(GPU|MIG)-[A-Za-z0-9/-]{1,100}\Z", description='its UUID ("GPU-…" or "MIG-…")')]
+)
+CpuList = Annotated[
+    str,
+    Meta(pattern=r"\A\d{1,5}(-\d{1,5})?(,\d{1,5}(-\d{1,5})?)*\Z", description='CPU numbers such as "0-7,16"'),
+]
+
+
 class LogLevel(enum.StrEnum):
     TRACE = "TRACE"
     DEBUG = "DEBUG"
@@ -47,3 +64,12 @@ class Isolation(enum.StrEnum):
     """cgroup where the node may, else subreaper."""
     CGROUP = "cgroup"
     SUBREAPER = "subreaper"
+
+
+class SlotsMode(enum.StrEnum):
+    """How a node is cut into slots, each a worker with one task at a time."""
+
+    ALL = "all"
+    """One slot with everything."""
+    PER_GPU = "per-gpu"
+    """One slot for each GPU; the CPUs are shared."""

@@ -13,7 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from runners.api import Context, Runner
+import msgspec
+
+from runners.api import Cancelled, Context, Runner
 
 
 class EnvRunner(Runner):
@@ -67,6 +69,17 @@ class MisbehavingRunner(Runner):
         while True:
             time.sleep(1)
 
+    def do_checkpoint(self, ctx: Context) -> None:
+        """Saves where it is when it is asked to, and only then."""
+        ctx.phase("work")
+        try:
+            ctx.sleep(600)
+        except Cancelled as asked:
+            if asked.checkpoint:
+                (ctx.out_dir / "checkpoints").mkdir()
+                (ctx.out_dir / "checkpoints" / "last").write_text("saved")
+            raise
+
     def do_busy(self, ctx: Context) -> None:
         end = time.monotonic() + ctx.spec.get("seconds", 2)
         while time.monotonic() < end:
@@ -99,10 +112,10 @@ class MisbehavingRunner(Runner):
         pids += map(int, text.split())
         if ctx.spec.get("then") == "die":
             ctx.progress(1, 2, pids_0=pids[0], pids_1=pids[1], pids_2=pids[2])
-            (ctx.out_dir / "pids").write_text(" ".join(map(str, pids)))
+            (ctx.out_dir / "pids").write_text(" ".join(map(str, pids)) + "\n")
             os.kill(os.getpid(), signal.SIGKILL)
         if ctx.spec.get("then") == "sleep":
-            (ctx.out_dir / "pids").write_text(" ".join(map(str, pids)))
+            (ctx.out_dir / "pids").write_text(" ".join(map(str, pids)) + "\n")
             ctx.sleep(60)
         return {"ok": True, "pids": pids}
 
@@ -125,8 +138,9 @@ class MisbehavingRunner(Runner):
         sock = self._raw(ctx)
         for junk in (b"\x00", b"hello", b"\xc1" * 100, os.urandom(60_000), b"\x93\x01\x02"):
             sock.send(junk)
-        for _ in range(200):
-            sock.send(b"junk", socket.MSG_DONTWAIT)
+        with contextlib.suppress(OSError):  # the node stops to listen
+            for _ in range(200):
+                sock.send(b"junk", socket.MSG_DONTWAIT)
 
     def do_huge_frame(self, ctx: Context) -> None:
         try:
@@ -141,6 +155,40 @@ class MisbehavingRunner(Runner):
         for n in range(20_000):
             ctx._last_progress = 0.0
             ctx.progress(n, 20_000, "frames")
+
+    def do_flood_pipe(self, ctx: Context) -> None:
+        """Frames as fast as they go, from two processes, with no pause for the reader to come to its end."""
+        from flowmesh.processes.pipe import Progress
+
+        frame = msgspec.msgpack.encode(Progress(1.0, 2.0))
+        sock = self._raw(ctx)
+        child = os.fork()
+        end = time.monotonic() + ctx.spec.get("seconds", 2)
+        while time.monotonic() < end:
+            with contextlib.suppress(BlockingIOError):
+                sock.send(frame, socket.MSG_DONTWAIT)
+        if child == 0:
+            os._exit(0)
+        os.waitpid(child, 0)
+
+    def do_hop(self, ctx: Context) -> None:
+        """A process that is never there for long: each forks its successor and ends, and each says so in a file."""
+        beat = os.open(ctx.out_dir / "beat", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        if os.fork() == 0:
+            os.setsid()
+            signal.alarm(60)
+            while os.fork() == 0:
+                os.write(beat, b".")
+            os._exit(0)
+        while os.fstat(beat).st_size < 20:
+            time.sleep(0.001)
+        if ctx.spec.get("then") == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def do_exec(self, ctx: Context) -> None:
+        """Becomes another program."""
+        command = ctx.spec["command"]
+        os.execv(command, [command, "600"])
 
     def do_log_flood(self, ctx: Context) -> None:
         line = "x" * 1023 + "\n"

@@ -32,6 +32,7 @@ def connect(url: str, *, timeout_s: float, health_check_interval_s: float, name:
         health_check_interval=health_check_interval_s,
         client_name=name,
         max_connections=4,
+        protocol=2,  # redis-py's RESP3 renders every published message for its log, which costs more than reading it
         retry=Retry(NoBackoff(), 0),
         **options,
     )

@@ -37,6 +37,8 @@ from flowmesh.tasks.machine import Level, State, step
 from flowmesh.tasks.types import LIGHT, Catalogue
 from flowmesh.tasks.verdicts import Kind, Stop, Verdict
 
+FRAMES_A_TURN = 512
+"""More than a pipe holds; a child that writes as fast as we read does not keep the loop."""
 EARLY_CANCEL_S = 600.0
 """A cancel for a task that has not come yet is remembered this long."""
 
@@ -365,7 +367,9 @@ class Executor:
         if pipe is None:
             return
         try:
-            while run.pipe is not None and (frame := pipe.poll()) is not None:
+            for _ in range(FRAMES_A_TURN):
+                if run.pipe is None or (frame := pipe.poll()) is None:
+                    return
                 run.last_heard = time.monotonic()
                 match frame:
                     case Phase(name=name):

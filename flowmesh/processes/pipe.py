@@ -82,19 +82,21 @@ class Pipe:
         return self.sock.fileno()
 
     def send(self, frame: Frame, *, drop: bool = False) -> bool:
-        """Send one frame. With `drop`, never blocks: says False where the reader is behind.
+        """Send one frame. With `drop`, neither blocks nor fails: says False where the reader is behind, or gone.
 
         Raises:
             FrameError: the frame is over MAX_FRAME.
-            OSError: the other end is gone.
+            OSError: the other end is gone, and `drop` was not set.
         """
         data = _encoder.encode(frame)
         if len(data) > MAX_FRAME:
             raise FrameError(f"a {type(frame).__name__} frame of {len(data)} bytes; at most {MAX_FRAME} fit")
         try:
             self.sock.send(data, socket.MSG_NOSIGNAL | (socket.MSG_DONTWAIT if drop else 0))
-        except BlockingIOError:
-            return False
+        except OSError:
+            if drop:
+                return False
+            raise
         return True
 
     def poll(self) -> Frame | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import threading
 from pathlib import Path
@@ -432,16 +433,34 @@ def run_with_rows(context: Any, rows: int) -> Any:
         ("shard", {"index": 0}, r"spec\.shard\.total: missing"),
         ("inferense", {}, r"spec\.inferense: unknown field; did you mean 'inference'\?"),
         ("engine", "vlm", r"spec\.engine: .*vlm"),
-        ("engine", "vllm", r"spec\.engine: 'vllm' and enforce_cpu exclude each other"),
+        ("inference.engine", "vllm", r"spec\.engine: 'transformers', but spec\.inference\.engine says 'vllm'"),
     ],
 )
 def test_what_cannot_be_done_is_one_clear_line(tiny_llama, make_context, path: str, value: Any, message: str) -> None:
     spec = change(spec_of(tiny_llama, ["a task"]), path, value)
-    if path.endswith("device_map"):
-        del spec["enforce_cpu"]
     with pytest.raises(BadRequest, match=message) as caught:
         InferenceRunner().run(make_context(spec))
     assert "\n" not in str(caught.value)
+
+
+def test_the_cpu_and_vllm_exclude_each_other(tiny_llama, make_context) -> None:
+    spec = spec_of(tiny_llama, ["a"], "vllm") | {"enforce_cpu": True}
+    with pytest.raises(BadRequest, match=r"spec\.engine: 'vllm' and enforce_cpu exclude each other"):
+        InferenceRunner().run(make_context(spec))
+
+
+def test_vllm_where_it_is_not_installed(tiny_llama, make_context) -> None:
+    if importlib.util.find_spec("vllm") is not None:
+        pytest.skip("vllm is installed here")
+    with pytest.raises(MissingDependency, match=r"vllm is not installed .*flowmesh-supervisor\[vllm\]"):
+        InferenceRunner().run(make_context(spec_of(tiny_llama, ["a"], "vllm")))
+
+
+def test_a_stranger_in_the_spec_is_told_to_the_log(tiny_llama, make_context, caplog) -> None:
+    spec = spec_of(tiny_llama, ["a"], max_tokens=1) | {"priority_class": "high", "_private": 1}
+    assert InferenceRunner().run(make_context(spec))["ok"] is True
+    assert "spec.priority_class is not a field of this task type" in caplog.text
+    assert "_private" not in caplog.text
 
 
 def test_both_names_of_the_metadata_are_too_many(tiny_llama, make_context) -> None:
