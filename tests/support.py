@@ -248,7 +248,7 @@ class Node:
             "--redis-url", self.server.url, "--state-dir", str(self.state_dir),
             "--results-dir", str(self.results_dir), "--worker-id", self.worker_id, *self.args,
         ]  # fmt: skip
-        env = {**os.environ, **self.env, "PYTHONPATH": str(ROOT)}
+        env = {**os.environ, "PYTHONPATH": str(ROOT), **self.env}
         env.pop("REDIS_URL", None)
         env |= {name: value for name, value in self.env.items() if name == "REDIS_URL"}
         with open(self.log, "ab") as log:

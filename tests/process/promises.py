@@ -1,0 +1,88 @@
+"""What the tests of design.md's promises share: a node that gives up quickly, and what must be true after a task."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from tests.support import Node, Orchestrator, alive, until
+
+CONFIG = """
+[tasks]
+cancel_grace_s = 0.5
+term_grace_s = 0.5
+
+[processes]
+adoption_timeout_s = 3
+
+[task_types.misbehave]
+runner = "tests.runners_for_tests:MisbehavingRunner"
+environment = "light"
+"""
+ISOLATIONS = ("auto", "subreaper")
+
+
+def misbehave(do: str, **fields: Any) -> dict[str, Any]:
+    """A task that does this (see MisbehavingRunner)."""
+    return {"taskType": "misbehave", "do": do, **fields}
+
+
+def mark_of(node: Node) -> str:
+    """The node's own word, which stands in the environment of all that its tasks execute."""
+    import sqlite3
+
+    with sqlite3.connect(f"file:{node.state_dir / 'journal.sqlite'}?mode=ro", uri=True) as journal:
+        return str(journal.execute("SELECT value FROM facts WHERE name = 'node_id'").fetchone()[0])
+
+
+def of_tasks(mark: str) -> list[int]:
+    """Every process that carries the mark of one of the node's attempts."""
+    needle = f"FLOWMESH_ATTEMPT={mark}:".encode()
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                environ = Path("/proc", name, "environ").read_bytes()
+            except OSError:
+                continue
+            if needle in environ:
+                found.append(int(name))
+    return [pid for pid in found if alive(pid)]
+
+
+def pids_in(path: Path) -> list[int]:
+    """The pids that a task wrote down, once they are all there."""
+    until(lambda: path.exists() and path.read_text().endswith("\n"), f"{path.name} is written")
+    return [int(word) for word in path.read_text().split()]
+
+
+def leaves(mark: str) -> list[str]:
+    """Names of the cgroups that the node's tasks still have."""
+    return sorted(path.name for path in Path("/sys/fs/cgroup").rglob(f"flowmesh-{mark}/*") if path.is_dir())
+
+
+def responses(node: Node, task_id: str) -> dict[str, Any]:
+    return dict(json.loads((node.results_dir / task_id / "responses.json").read_text()))
+
+
+def assert_serves(orchestrator: Orchestrator, node: Node) -> None:
+    """The next task runs, and the slot is idle after it."""
+    end = orchestrator.run(node.worker_id, {"taskType": "echo"})
+    assert end["type"] == "TASK_SUCCEEDED", end
+    until(lambda: node.ask(op="status")["tasks"] == [], "nothing is left to do")
+    (worker,) = node.ask(op="status")["workers"]
+    assert worker["task_id"] is None
+
+
+def wait_state(node: Node, task_id: str, state: str, phase: str | None = None) -> dict[str, Any]:
+    """The task's line in the node's status, once it is in this state (and phase)."""
+
+    def there() -> dict[str, Any] | None:
+        for task in node.ask(op="status")["tasks"]:
+            if task["task_id"] == task_id and task["state"] == state and phase in (None, task["phase"]):
+                return dict(task)
+        return None
+
+    return dict(until(there, f"{task_id} is {state} {phase or ''}"))

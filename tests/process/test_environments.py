@@ -1,0 +1,147 @@
+"""Environments: other interpreters, preloads that fail or are not safe to fork, packages that change on disk."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import sysconfig
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from tests.support import ROOT, Node, Orchestrator, until
+
+pytestmark = pytest.mark.redis
+
+RUNNER = """
+import os, sys, threading
+from runners.api import Runner
+import {module}
+
+class Probe(Runner):
+    def run(self, ctx):
+        return {{"prefix": sys.prefix, "value": {module}.VALUE, "preloaded": {module}.PID != os.getpid()}}
+"""
+
+
+def make_environment(folder: Path, module: str, body: str) -> Path:
+    """A virtual environment that sees our own packages, and has one module that only it has."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    site = folder / "lib" / version / "site-packages"
+    (site / "shared.pth").write_text(f"{sysconfig.get_path('purelib')}\n{ROOT}\n")
+    (site / f"{module}.py").write_text(body)
+    (site / f"{module}_runner.py").write_text(textwrap.dedent(RUNNER.format(module=module)))
+    return folder / "bin" / "python"
+
+
+def config(python: Path, module: str) -> str:
+    return f"""
+[environments.other]
+python = "{python}"
+preload = ["{module}"]
+[task_types.probe]
+runner = "{module}_runner:Probe"
+environment = "other"
+"""
+
+
+BODY = "import os\nVALUE = 1\nPID = os.getpid()\n"
+
+
+def test_another_interpreter_runs_its_tasks_with_its_own_packages(
+    orchestrator: Orchestrator, make_node, tmp_path: Path
+) -> None:
+    python = make_environment(tmp_path / "venv", "only_there", BODY)
+    node: Node = make_node(config=config(python, "only_there"))
+    assert orchestrator.run("w1", {"taskType": "probe"}, task_id="p")["type"] == "TASK_SUCCEEDED"
+    result = node.result("p")
+    assert result["prefix"] == str(tmp_path / "venv")
+    assert result["value"] == 1
+    assert result["preloaded"] is True
+
+
+def test_a_server_whose_packages_changed_is_replaced(orchestrator: Orchestrator, make_node, tmp_path: Path) -> None:
+    python = make_environment(tmp_path / "venv", "only_there", BODY)
+    node: Node = make_node(config=config(python, "only_there"))
+    orchestrator.run("w1", {"taskType": "probe"}, task_id="before")
+    module = next((tmp_path / "venv").rglob("only_there.py"))
+    module.unlink()  # as pip does it: the folder changes
+    module.write_text(BODY.replace("VALUE = 1", "VALUE = 22"))
+    orchestrator.run("w1", {"taskType": "probe"}, task_id="after")
+    assert (node.result("before")["value"], node.result("after")["value"]) == (1, 22)
+    assert "its packages changed" in node.text()
+
+
+def test_recycle_on_request_replaces_the_servers_and_keeps_their_tasks(orchestrator: Orchestrator, node: Node) -> None:
+    task = orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 1.5})
+    orchestrator.wait_started(task)
+    (before,) = node.servers()
+    assert node.ask(op="recycle")["recycled"] == ["light"]
+    assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"
+    orchestrator.run("w1", {"taskType": "echo"})
+    (after,) = until(lambda: len(node.servers()) == 1 and node.servers(), "the old server is gone")
+    assert after != before
+    unknown = node.ask(op="recycle", environment="defolt")
+    assert unknown["ok"] is False
+    assert "did you mean 'default'" in unknown["error"]
+
+
+def test_an_import_error_is_told_once_with_its_cause_and_others_go_on(
+    orchestrator: Orchestrator, make_node, tmp_path: Path
+) -> None:
+    python = make_environment(tmp_path / "venv", "broken", "raise RuntimeError('libfoo.so.3 is missing')")
+    node: Node = make_node(config=config(python, "broken"))
+    for _ in range(3):
+        end = orchestrator.run("w1", {"taskType": "probe"})
+        assert end["payload"]["error_kind"] == "node_fault"
+        assert end["payload"]["retryable"] is True
+        assert end["error"] == "environment other: cannot import broken: RuntimeError: libfoo.so.3 is missing"
+    assert len([line for line in node.text().splitlines() if " ERROR " in line]) == 1
+    assert "libfoo.so.3" in node.ask(op="status")["warnings"]["other"]
+    assert orchestrator.run("w1", {"taskType": "echo"})["type"] == "TASK_SUCCEEDED"
+
+
+def test_a_server_that_dies_while_it_imports_is_told_with_its_last_line(
+    orchestrator: Orchestrator, make_node, tmp_path: Path
+) -> None:
+    body = "import os, sys\nprint('no licence found', file=sys.stderr, flush=True)\nos._exit(9)\n"
+    python = make_environment(tmp_path / "venv", "dies", body)
+    make_node(config=config(python, "dies"))
+    end = orchestrator.run("w1", {"taskType": "probe"})
+    assert end["payload"]["error_kind"] == "node_fault"
+    assert "no licence found" in end["error"]
+
+
+def test_a_preload_that_leaves_a_thread_is_not_forked(orchestrator: Orchestrator, make_node, tmp_path: Path) -> None:
+    body = BODY + (
+        "import threading, time\n"
+        "if os.environ.get('FLOWMESH_ATTEMPT') is None:\n"
+        "    threading.Thread(target=time.sleep, args=(600,), daemon=True, name='pool').start()\n"
+    )
+    python = make_environment(tmp_path / "venv", "threaded", body)
+    node: Node = make_node(config=config(python, "threaded"))
+    assert orchestrator.run("w1", {"taskType": "probe"}, task_id="p")["type"] == "TASK_SUCCEEDED"
+    assert node.result("p")["preloaded"] is False
+    (warning,) = [line for line in node.text().splitlines() if "not safe to fork" in line]
+    assert "2 native threads" in warning
+    assert "no preload" in node.ask(op="status")["warnings"]["other"]
+
+
+def test_an_interpreter_without_our_package_offers_nothing_and_says_what_to_install(
+    orchestrator: Orchestrator, make_node, tmp_path: Path
+) -> None:
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "bare")], check=True)
+    make_node(config=config(tmp_path / "bare" / "bin" / "python", "nothing"), env={"PYTHONPATH": ""})
+    end = orchestrator.run("w1", {"taskType": "probe"})
+    assert end["payload"]["error_kind"] == "bad_request"
+    assert "-m pip install flowmesh-supervisor" in end["error"]
+
+
+def test_an_interpreter_that_is_not_there_is_a_settings_error(make_node) -> None:
+    node: Node = make_node(start=False, config='[environments.other]\npython = "/no/such/python"\n')
+    node.start(wait=False)
+    assert node.process is not None
+    assert node.process.wait(20) == 78
+    assert "environments.other.python" in node.text()

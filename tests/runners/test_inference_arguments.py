@@ -1,0 +1,148 @@
+"""Decisions that need no model: batches, vLLM's arguments, agreement; as pure functions."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runners.api import BadRequest
+from runners.inference.batches import cache_bytes_per_token, plan
+from runners.inference.vllm_args import (
+    CPU_LEAST_BYTES,
+    KEPT_FREE,
+    Work,
+    check_names,
+    cpu_cache_bytes,
+    divides,
+    fit_utilization,
+    lora_rank,
+    tensor_parallel,
+    utilization,
+)
+
+GIB = 2**30
+
+
+@given(
+    lengths=st.lists(st.integers(1, 500), max_size=60),
+    copies=st.integers(1, 4),
+    new_tokens=st.integers(1, 300),
+    batch_tokens=st.integers(1, 20_000),
+    batch_rows=st.integers(1, 70),
+    max_positions=st.one_of(st.none(), st.integers(1, 600)),
+)
+def test_batches_hold_every_row_once_and_fit(lengths, copies, new_tokens, batch_tokens, batch_rows, max_positions):
+    batches = plan(
+        list(enumerate(lengths)),
+        copies=copies,
+        new_tokens=new_tokens,
+        max_positions=max_positions,
+        batch_tokens=batch_tokens,
+        batch_rows=batch_rows,
+    )
+    rows = [(row.request, row.copy) for batch in batches for row in batch]
+    assert sorted(rows) == [(request, copy) for request in range(len(lengths)) for copy in range(copies)]
+    widths = [[lengths[row.request] for row in batch] for batch in batches]
+    for width in widths:
+        assert len(width) <= batch_rows
+        row_tokens = max(width) + new_tokens
+        row_tokens = row_tokens if max_positions is None else min(row_tokens, max_positions)
+        assert len(width) == 1 or len(width) * row_tokens <= batch_tokens
+    flat = [length for width in widths for length in width]
+    assert flat == sorted(flat, reverse=True)
+
+
+def test_the_cache_of_a_token() -> None:
+    llama = SimpleNamespace(
+        num_attention_heads=32, num_key_value_heads=8, head_dim=128, hidden_size=4096, num_hidden_layers=32
+    )
+    assert cache_bytes_per_token(llama, 2) == 128 * 1024
+    assert cache_bytes_per_token(SimpleNamespace(num_attention_heads=4, hidden_size=64, num_hidden_layers=1), 4) == 512
+
+
+@pytest.mark.parametrize(
+    ("asked", "memory", "share"),
+    [
+        (0.9, [(79 * GIB, 80 * GIB)], 0.9),
+        (0.9, [(79 * GIB, 80 * GIB), (40 * GIB, 80 * GIB)], 0.5 - KEPT_FREE),
+        (0.3, [(40 * GIB, 80 * GIB)], 0.3),
+        (0.9, [(0, 80 * GIB)], 0.0),
+        (0.9, [], 0.9),
+    ],
+)
+def test_the_share_of_a_gpu_is_what_is_free(asked: float, memory: list[Any], share: float) -> None:
+    assert fit_utilization(asked, memory) == pytest.approx(share, abs=0.001)
+
+
+@pytest.mark.parametrize("asked", [0, 1.5, "most", True, -0.1])
+def test_a_share_that_is_none(make_context, asked: Any) -> None:
+    with pytest.raises(BadRequest, match=r"spec\.model\.vllm\.gpu_memory_utilization: expected a share"):
+        utilization(make_context({}), {"gpu_memory_utilization": asked})
+
+
+def model(heads: int, kv_heads: int) -> Any:
+    return SimpleNamespace(num_attention_heads=heads, num_key_value_heads=kv_heads)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "count", "heads", "kv_heads", "size"),
+    [
+        (8, None, 32, 8, 8),
+        (8, 4, 32, 8, 4),
+        (8, "2", 32, 8, 2),
+        (3, None, 32, 8, 2),
+        (6, None, 12, 2, 6),
+        (8, None, 14, 2, 2),
+        (4, None, 32, 1, 4),
+        (1, None, 32, 8, 1),
+        (0, None, 32, 8, 1),
+    ],
+)
+def test_tensor_parallel_by_gpus_and_heads(make_context, gpus, count, heads, kv_heads, size) -> None:
+    spec = {} if count is None else {"resources": {"hardware": {"gpu": {"count": count}}}}
+    context = make_context(spec, gpus=tuple(f"GPU-{i}" for i in range(gpus)))
+    assert tensor_parallel(context, {}, model(heads, kv_heads)) == size
+    assert divides(model(heads, kv_heads), size)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tensor_parallel_size": 4}, r"tensor_parallel_size: 4 × pipeline 1 needs 4 GPUs; this task has 3 GPUs"),
+        ({"tensor_parallel_size": 2, "pipeline_parallel_size": 2}, r"tensor_parallel_size: 2 × pipeline 2 needs 4"),
+        ({"tensor_parallel_size": 3}, r"tensor_parallel_size: the model's 32 attention heads \(8 for keys\) do not"),
+        ({"tensor_parallel_size": "2"}, r"tensor_parallel_size: expected a number of GPUs >= 1 \(found '2'\)"),
+        ({"pipeline_parallel_size": True}, r"pipeline_parallel_size: expected a number of GPUs"),
+    ],
+)
+def test_tensor_parallel_that_cannot_be(make_context, options: dict[str, Any], message: str) -> None:
+    context = make_context({}, gpus=("GPU-0", "GPU-1", "GPU-2"))
+    with pytest.raises(BadRequest, match=r"^spec\.model\.vllm\." + message):
+        tensor_parallel(context, options, model(32, 8))
+
+
+def test_arguments_that_are_not_the_tasks() -> None:
+    known = ["model", "seed", "max_num_seqs"]
+    check_names({"max_num_seqs": 1}, known)
+    with pytest.raises(BadRequest, match=r"spec\.model\.vllm\.seed: not for the task to set; set spec\.inference\.seed"):
+        check_names({"seed": 1}, known)
+    with pytest.raises(BadRequest, match=r"max_num_seq: unknown engine argument; did you mean 'max_num_seqs'"):
+        check_names({"max_num_seq": 1}, known)
+
+
+def test_the_cpus_cache_is_what_the_work_needs_within_a_share() -> None:
+    small = Work(prompts=1, prompt_bytes=10, new_tokens=5, copies=1)
+    large = Work(prompts=10**6, prompt_bytes=10**9, new_tokens=500, copies=1)
+    assert cpu_cache_bytes(small, 1024, 100 * GIB) == CPU_LEAST_BYTES
+    assert cpu_cache_bytes(large, 100_000, 8 * GIB) == 2 * GIB
+    assert large.steps > small.steps == 5
+
+
+def test_lora_ranks() -> None:
+    assert [lora_rank(rank) for rank in (1, 8, 9, 100, 512)] == [8, 8, 16, 128, 512]
+    with pytest.raises(BadRequest, match=r"rank 513; vLLM takes 512"):
+        lora_rank(513)
