@@ -50,6 +50,7 @@ class Operations:
         return {
             "pid": os.getpid(),
             "version": __version__,
+            "node_id": node.node_id,
             "uptime_s": round(time.monotonic() - node.started, 3),
             "redis_up": node.outbox.up and node.intake.up and all(presence.up for presence in presences),
             "draining": node.executor.draining,

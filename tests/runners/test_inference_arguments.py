@@ -35,7 +35,7 @@ GIB = 2**30
     batch_rows=st.integers(1, 70),
     max_positions=st.one_of(st.none(), st.integers(1, 600)),
 )
-def test_batches_hold_every_row_once_and_fit(lengths, copies, new_tokens, batch_tokens, batch_rows, max_positions):
+def test_batches_hold_every_row_once_and_fit(*, lengths, copies, new_tokens, batch_tokens, batch_rows, max_positions):
     batches = plan(
         list(enumerate(lengths)),
         copies=copies,
@@ -102,7 +102,7 @@ def model(heads: int, kv_heads: int) -> Any:
         (0, None, 32, 8, 1),
     ],
 )
-def test_tensor_parallel_by_gpus_and_heads(make_context, gpus, count, heads, kv_heads, size) -> None:
+def test_tensor_parallel_by_gpus_and_heads(make_context, *, gpus, count, heads, kv_heads, size) -> None:
     spec = {} if count is None else {"resources": {"hardware": {"gpu": {"count": count}}}}
     context = make_context(spec, gpus=tuple(f"GPU-{i}" for i in range(gpus)))
     assert tensor_parallel(context, {}, model(heads, kv_heads)) == size
@@ -128,7 +128,9 @@ def test_tensor_parallel_that_cannot_be(make_context, options: dict[str, Any], m
 def test_arguments_that_are_not_the_tasks() -> None:
     known = ["model", "seed", "max_num_seqs"]
     check_names({"max_num_seqs": 1}, known)
-    with pytest.raises(BadRequest, match=r"spec\.model\.vllm\.seed: not for the task to set; set spec\.inference\.seed"):
+    with pytest.raises(
+        BadRequest, match=r"spec\.model\.vllm\.seed: not for the task to set; set spec\.inference\.seed"
+    ):
         check_names({"seed": 1}, known)
     with pytest.raises(BadRequest, match=r"max_num_seq: unknown engine argument; did you mean 'max_num_seqs'"):
         check_names({"max_num_seq": 1}, known)

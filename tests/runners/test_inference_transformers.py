@@ -405,7 +405,7 @@ def run_with_rows(context: Any, rows: int) -> Any:
             r"spec\.model\.source\.identifier: 'no/such-model' is not in this",
         ),
         ("model.source.identifier", "a b", r"spec\.model\.source\.identifier: 'a b' is neither a folder"),
-        ("model.source.identifier", "builtin:huge", r"spec\.model\.source\.identifier: no built-in model"),
+        ("model.source.identifier", "builtin:huge", r"spec\.model\.source\.identifier: no built-in 'builtin:huge'"),
         ("model.source.type", "ftp", r"spec\.model\.source\.type"),
         ("model.transformers.torch_dtyp", "auto", r"spec\.model\.transformers\.torch_dtyp: unknown field"),
         ("model.transformers.dtype", "int3", r"spec\.model\.transformers\.dtype: .*int3"),

@@ -231,6 +231,23 @@ def test_checkpoint_load_goes_on_from_a_checkpoint_weights_or_an_adapter(tmp_pat
     assert "spec.lora.r: 8, but the adapter in final_lora has 4" in message
 
 
+@pytest.mark.parametrize("task_type", ["dpo", "ppo"])
+def test_preferences_on_top_of_an_adapter(tmp_path: Path, task_type: str) -> None:
+    adapter = train(
+        tmp_path, "lora_sft", {**SPECS["lora_sft"], "training": {**STEPS, "learning_rate": 3e-2}}, task_id="a"
+    )
+    spec = {**SPECS[task_type], "lora": {"r": 4}, "checkpoint": {"load": {"path": adapter["final_lora_path"]}}}
+    result = train(tmp_path, task_type, spec, task_id="b", limits=ALLOWED)
+    first = result["metrics"]["loss_history"][0]
+    if task_type == "dpo":
+        assert first["loss"] == pytest.approx(0.6931, abs=1e-3)  # the adapter as it was is the reference
+    else:
+        assert first["kl"] == pytest.approx(0, abs=1e-3)
+    names = {path.name for path in Path(result["final_lora_path"]).iterdir()}
+    assert "adapter_model.safetensors" in names
+    assert "ref" not in names
+
+
 def test_a_merged_adapter_is_also_the_reference(tmp_path: Path) -> None:
     adapter = train(
         tmp_path, "lora_sft", {**SPECS["lora_sft"], "training": {**STEPS, "learning_rate": 3e-2}}, task_id="a"

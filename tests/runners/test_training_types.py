@@ -209,6 +209,31 @@ def test_ppos_passes_through_the_model_are_its_own_affair(tmp_path: Path) -> Non
         assert one["reward"] == other["reward"]
 
 
+@pytest.mark.parametrize(
+    ("task_type", "data"),
+    [("reward", {"preferences": PAIRS}), ("kto", {"examples": EXAMPLES}), ("grpo", LETTERS), ("rloo", LETTERS)],
+)
+def test_every_trainer_can_train_an_adapter(tmp_path: Path, task_type: str, data: dict[str, Any]) -> None:
+    online = {"reward": LIKES_E, "generation": {"max_new_tokens": 4}} if data is LETTERS else {}
+    training = {"max_steps": 2, "batch_size": 8, "max_seq_length": 32, "gradient_checkpointing": True}
+    spec = {**online, "data": data, "training": training, "lora": {"r": 4}}
+    result = train(tmp_path, task_type, spec, limits=ALLOWED)
+    written = json.loads((Path(result["final_lora_path"]) / "adapter_config.json").read_text())
+    assert written["task_type"] == ("SEQ_CLS" if task_type == "reward" else "CAUSAL_LM")
+
+
+@pytest.mark.parametrize("task_type", ["sft", "ppo"])
+def test_bfloat16_and_less_memory(tmp_path: Path, task_type: str) -> None:
+    online = {} if task_type == "sft" else ONLINE
+    training = {"max_steps": 3, "batch_size": 8, "max_seq_length": 64, "bf16": True, "gradient_checkpointing": True}
+    spec = {"data": {"prompts": SUMS}, **online, "training": {**training, "logging_steps": 1}}
+    result = train(tmp_path, task_type, spec, limits=ALLOWED)
+    plain = {**spec, "training": {**training, "logging_steps": 1, "bf16": False, "gradient_checkpointing": False}}
+    wanted = train(tmp_path, task_type, plain, limits=ALLOWED, task_id="plain")
+    assert losses(result)[0] == pytest.approx(losses(wanted)[0], rel=0.05, abs=0.02)
+    assert losses(result) != losses(wanted)
+
+
 def test_without_saving_there_is_no_model(tmp_path: Path) -> None:
     training = {**QUICK, "max_steps": 2, "save_model": False, "save_strategy": "no"}
     running = start(tmp_path, "sft", {"data": {"prompts": SUMS}, "training": training})
