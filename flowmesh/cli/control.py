@@ -62,6 +62,8 @@ class NodeStatus(msgspec.Struct, frozen=True, kw_only=True):
     tasks: tuple[TaskStatus, ...] = ()
     queued: int = 0
     outbox: int = 0
+    warnings: dict[str, str] = {}
+    """By environment: why its tasks fail, or are slow to start."""
 
 
 class LogsPlace(msgspec.Struct, frozen=True, kw_only=True):
@@ -146,6 +148,12 @@ class Control:
 
     def drain(self, mode: str) -> dict[str, Any]:
         return self._ask({"op": "drain", "mode": mode}, dict[str, Any])
+
+    def recycle(self, environment: str | None) -> dict[str, Any]:
+        return self._ask({"op": "recycle", "environment": environment}, dict[str, Any])
+
+    def upgrade(self) -> dict[str, Any]:
+        return self._ask({"op": "upgrade"}, dict[str, Any])
 
     def watch(self, task_id: str) -> Iterator[Seen]:
         """What becomes of a task, until its `Ended`. The task may be unknown yet. Events of a newer node are skipped.

@@ -1,4 +1,4 @@
-"""`flowmesh status`, `cancel`, `drain`: what concerns this machine's node, over its control socket."""
+"""`flowmesh status`, `cancel`, `drain`, `recycle`, `upgrade`: what concerns this machine's node, over its control socket."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from flowmesh.cli.view import amount
 from flowmesh.errors import EXIT_OK, UnavailableError
 
 DRAIN_POLL_S = 0.5
+UPGRADE_POLL_S = 0.05
+UPGRADE_TIMEOUT_S = 30.0
 _WORKERS = (
     Column("WORKER", least=20),
     Column("SLOT", drop=2),
@@ -53,6 +55,8 @@ def status(config: str | None, state_dir: str | None, as_json: bool) -> int:
             for each in found.workers
         ],
     )
+    for environment, message in found.warnings.items():
+        print(f"\nenvironment {environment}: {message}")
     if found.tasks:
         print()
         render.table(_TASKS, [_task_row(each) for each in found.tasks])
@@ -113,6 +117,51 @@ def drain(mode: str, wait: bool, config: str | None, state_dir: str | None, as_j
         render.print_json({**answer, "drained": wait})
     elif wait:
         print("drained")
+    return EXIT_OK
+
+
+@click.command(help="Replace the fork servers of ENVIRONMENT (of all); running tasks end in the old ones.")
+@click.argument("environment", required=False)
+@locate.config_option
+@locate.state_dir_option
+@locate.json_option
+def recycle(environment: str | None, config: str | None, state_dir: str | None, as_json: bool) -> int:
+    """The command."""
+    with Control(locate.state_dir(state_dir, config)) as control:
+        answer = control.recycle(environment)
+    if as_json:
+        render.print_json(answer)
+    else:
+        print("recycled: " + (", ".join(answer.get("recycled", [])) or "none was running"))
+    return EXIT_OK
+
+
+@click.command(help="Start the node's program anew, as it is on disk now. Tasks run on and are taken over.")
+@locate.config_option
+@locate.state_dir_option
+@locate.json_option
+def upgrade(config: str | None, state_dir: str | None, as_json: bool) -> int:
+    """The command."""
+    where = locate.state_dir(state_dir, config)
+    with Control(where) as control:
+        before = control.status()
+        answer = control.upgrade()
+    deadline = time.monotonic() + UPGRADE_TIMEOUT_S
+    while True:
+        try:
+            with Control(where) as control:
+                found = control.status()
+            if found.uptime_s < before.uptime_s:
+                break
+        except UnavailableError:  # between the two programs
+            pass
+        if time.monotonic() > deadline:
+            raise UnavailableError(f"no node answers {UPGRADE_TIMEOUT_S:.0f} s after the upgrade; see its log")
+        time.sleep(UPGRADE_POLL_S)
+    if as_json:
+        render.print_json({**answer, "from": before.version, "to": found.version})
+    else:
+        print(f"{before.version} -> {found.version}, pid {found.pid}, {len(found.tasks)} tasks run on")
     return EXIT_OK
 
 

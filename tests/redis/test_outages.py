@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 
-from tests.support import Node, Orchestrator, RedisServer, until
+from tests.support import ROOT, Node, Orchestrator, RedisServer, until
 
 pytestmark = pytest.mark.redis
 QUICK = {"HEARTBEAT_INTERVAL_SEC": "1"}
@@ -124,3 +126,15 @@ def test_settings_are_reloaded_under_a_running_task(orchestrator: Orchestrator, 
     assert node.task_pid(task) == child
     assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"
     assert len(orchestrator.ends(task)) == 1
+
+
+def test_flowmesh_upgrade_and_recycle_work_by_hand(orchestrator: Orchestrator, node: Node) -> None:
+    task = orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 3})
+    orchestrator.wait_started(task)
+    command = [sys.executable, "-m", "flowmesh.cli.main"]
+    place = ["--state-dir", str(node.state_dir)]
+    recycled = subprocess.run([*command, "recycle", *place], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert recycled.stdout == "recycled: light\n"
+    upgraded = subprocess.run([*command, "upgrade", *place], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert f"pid {node.pid}, 1 tasks run on" in upgraded.stdout
+    assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"
