@@ -25,7 +25,7 @@ _ESCAPE = "write / : @ # ? in a user name or password as %2F %3A %40 %23 %3F"
 
 
 class Fault(NamedTuple):
-    path: tuple[str, ...]
+    path: tuple[str | int, ...]
     what: str
 
 
@@ -51,6 +51,51 @@ def _faults(settings: Settings) -> Iterator[Fault]:
         if task_type.environment is not None and task_type.environment not in known:
             what = f"there is no [environments.{task_type.environment}]; {nearest(task_type.environment, known)}"
             yield Fault(("task_types", name, "environment"), what)
+    yield from _slot_faults(settings)
+
+
+def _slot_faults(settings: Settings) -> Iterator[Fault]:
+    """What shows without looking at the machine; `node.slots.plan` sees the rest."""
+    if settings.slots and settings.node.slots != "all":
+        what = f"{quoted(settings.node.slots)} and [[slots]] exclude each other; leave one out"
+        yield Fault(("node", "slots"), what)
+    names: dict[str, int] = {}
+    gpus: dict[str, str] = {}
+    cpus: dict[int, str] = {}
+    for index, slot in enumerate(settings.slots):
+        if slot.name.lower() in names:
+            yield Fault(("slots", index, "name"), f"{quoted(slot.name)} is slots[{names[slot.name.lower()]}] already")
+        names[slot.name.lower()] = index
+        for at, gpu in enumerate(slot.gpus):
+            if (other := gpus.setdefault(str(gpu).lower(), slot.name)) != slot.name:
+                yield Fault(("slots", index, "gpus", at), f"GPU {gpu} is in slot {quoted(other)} already")
+        if slot.cpus is not None:
+            try:
+                numbers = cpu_numbers(slot.cpus)
+            except ValueError as error:
+                yield Fault(("slots", index, "cpus"), str(error))
+                continue
+            for cpu in numbers:
+                if (other := cpus.setdefault(cpu, slot.name)) != slot.name:
+                    yield Fault(("slots", index, "cpus"), f"CPU {cpu} is in slot {quoted(other)} already")
+
+
+def cpu_numbers(text: str) -> tuple[int, ...]:
+    """The numbers of a list such as `0-7,16`, in order.
+
+    Raises:
+        ValueError: a range runs backwards, or a number stands there twice.
+    """
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        run = range(int(first), int(last or first) + 1)
+        if not run:
+            raise ValueError(f"{quoted(part)} runs backwards")
+        numbers += run
+    if twice := [number for number in set(numbers) if numbers.count(number) > 1]:
+        raise ValueError(f"CPU {min(twice)} stands there twice")
+    return tuple(sorted(numbers))
 
 
 def _split(url: str) -> SplitResult | None:

@@ -1,4 +1,4 @@
-"""`flowmesh status`, `cancel`, `drain`, `recycle`, `upgrade`: what concerns this machine's node, over its control socket."""
+"""`flowmesh status`, `cancel`, `drain`, `recycle`, `upgrade`: this machine's node, over its control socket."""
 
 from __future__ import annotations
 

@@ -51,6 +51,8 @@ class Deliveries:
         self._aborted: set[int] = set()
         self._places = asyncio.Semaphore(executor.settings.delivery.concurrency)
         self._holding: set[int] = set()
+        self._waiting: set[int] = set()
+        """For a place; they have no child that could be told to stop."""
 
     # ---- start -------------------------------------------------------------------------------------------------------
 
@@ -65,20 +67,25 @@ class Deliveries:
             if report is not None:
                 self._done(run, "" if report.ok else report.error)
                 return
+            self._waiting.add(run.attempt)
             await self._places.acquire()
             self._holding.add(run.attempt)
-            if run.task.state is not State.DELIVERING:
-                return
-            if run.attempt in self._aborted:
-                self._done(run, "cancelled while delivering")
+            self._waiting.discard(run.attempt)
+            if run.task.state is not State.DELIVERING:  # aborted while it waited
+                self._give_back(run.attempt)
                 return
             await asyncio.to_thread(delivery.write_job, job, executor.layout.spool(run.attempt))
             await executor.fleet.launch(DELIVERY, self._fork(run), lambda _server: None)
+            if run.attempt in self._aborted:  # before there was a child to kill
+                executor.fleet.kill(-run.attempt)
         except (FlowMeshError, OSError) as error:
             self._done(run, f"the delivery could not be started: {error}")
 
     def abort(self, run: Run) -> None:
         """Stop sending; the report then says so."""
+        if run.attempt in self._waiting:
+            self._done(run, "cancelled while delivering")
+            return
         self._aborted.add(run.attempt)
         self._executor.fleet.kill(-run.attempt)
 

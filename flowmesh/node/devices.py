@@ -126,14 +126,22 @@ def visible_gpus(gpus: Sequence[GpuInfo], setting: str | None) -> tuple[GpuInfo,
     for entry in (part.strip() for part in setting.split(",")):
         if entry.startswith("-") and entry[1:].isdigit():
             break
-        gpu = _match(gpus, entry)
+        gpu = find_gpu(gpus, entry, "CUDA_VISIBLE_DEVICES")
         if gpu in chosen:
             raise ConfigError(f"CUDA_VISIBLE_DEVICES: {entry!r} names {gpu.uuid} a second time; list each GPU once")
         chosen.append(gpu)
     return tuple(chosen)
 
 
-def _match(gpus: Sequence[GpuInfo], entry: str) -> GpuInfo:
+def find_gpu(gpus: Sequence[GpuInfo], entry: str, where: str) -> GpuInfo:
+    """The one GPU that `entry` names, as in `visible_gpus`.
+
+    Args:
+        where: the setting that `entry` comes from, for the error.
+
+    Raises:
+        ConfigError: it names none, or more than one.
+    """
     if entry.isdecimal():
         found = [gpu for gpu in gpus if gpu.index == int(entry)]
     elif "/" in entry:
@@ -143,15 +151,15 @@ def _match(gpus: Sequence[GpuInfo], entry: str) -> GpuInfo:
         if not found:
             found = [gpu for gpu in gpus if gpu.mig is not None and gpu.board.lower().startswith(entry.lower())]
     else:
-        raise ConfigError("CUDA_VISIBLE_DEVICES: an entry is empty; list indices or UUIDs with one comma between them")
+        raise ConfigError(f"{where}: an entry is empty; list indices or UUIDs with one comma between them")
     names = ", ".join(f"{gpu.index} {gpu.uuid}" for gpu in found or gpus)
     if not found:
-        raise ConfigError(f"CUDA_VISIBLE_DEVICES: {entry!r} matches no GPU; this node has: {names or 'none'}")
+        raise ConfigError(f"{where}: {entry!r} matches no GPU; this node has: {names or 'none'}")
     sliced = found[0].mig is not None and not entry.upper().startswith("MIG-")
     if sliced:
-        raise ConfigError(f"CUDA_VISIBLE_DEVICES: {entry!r} is cut into MIG slices; name a slice: {names}")
+        raise ConfigError(f"{where}: {entry!r} is cut into MIG slices; name a slice: {names}")
     if len(found) > 1:
-        raise ConfigError(f"CUDA_VISIBLE_DEVICES: {entry!r} matches more than one GPU: {names}")
+        raise ConfigError(f"{where}: {entry!r} matches more than one GPU: {names}")
     return found[0]
 
 

@@ -33,6 +33,9 @@ class GpuUse(msgspec.Struct, frozen=True, kw_only=True):
     memory_before_bytes: int | None = None
     memory_peak_bytes: int | None = None
     memory_after_bytes: int | None = None
+    processes_before: tuple[int, ...] = ()
+    processes_after: tuple[int, ...] = ()
+    """Pids on it just before the task, and when its release was proven or given up."""
     temperature_peak_c: int | None = None
     throttled: tuple[str, ...] = ()
     """Every reason seen."""
@@ -61,6 +64,8 @@ class Resources(msgspec.Struct, frozen=True, kw_only=True):
     """By UUID."""
     gpu_release_ms: float | None = None
     """From the end of the task's last process until its GPUs were back at their baseline."""
+    gpu_held: str | None = None
+    """What kept them from it, where they did not come back in time."""
 
 
 class TaskUsage(msgspec.Struct, frozen=True, kw_only=True):
@@ -139,6 +144,7 @@ class TaskMeter:
                 written_bytes=processes.written_bytes,
                 gpus={gpu.uuid: self._use(gpu, release) for gpu in self._gpus},
                 gpu_release_ms=release.ms if release is not None and release.released else None,
+                gpu_held=str(release) if release is not None and not release.released else None,
             ),
         )
 
@@ -172,6 +178,8 @@ class TaskMeter:
             memory_before_bytes=None if proof is None else proof.before_bytes,
             memory_peak_bytes=max(peaks, default=None),
             memory_after_bytes=None if proof is None else proof.after_bytes,
+            processes_before=() if proof is None else proof.pids_before,
+            processes_after=() if proof is None else proof.pids_after,
             temperature_peak_c=seen.temperature_peak_c,
             throttled=tuple(sorted(seen.throttled)),
         )

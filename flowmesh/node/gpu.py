@@ -77,6 +77,8 @@ class GpuRelease(msgspec.Struct, frozen=True, kw_only=True):
     peak_bytes: int
     after_bytes: int | None
     """None: it no longer answers."""
+    pids_before: tuple[int, ...] = ()
+    pids_after: tuple[int, ...] = ()
     holders: tuple[Holder, ...] = ()
     why: str = ""
 
@@ -231,9 +233,15 @@ class ReleaseProof:
 
     async def _describe(self, uuid: str, state: GpuState, look: Look, own_pids: Collection[int]) -> GpuRelease:
         before_bytes, peak_bytes = self.baselines[uuid].used_bytes, self.peak_bytes[uuid]
+        pids_before = tuple(sorted(self.baselines[uuid].pids))
         if isinstance(look, GpuLost):
             return GpuRelease(
-                state=state, before_bytes=before_bytes, peak_bytes=peak_bytes, after_bytes=None, why=look.why
+                state=state,
+                before_bytes=before_bytes,
+                peak_bytes=peak_bytes,
+                after_bytes=None,
+                pids_before=pids_before,
+                why=look.why,
             )
         there = [] if state is GpuState.RELEASED else [*(look.processes or ())]
         strangers = [process for process in there if process.pid not in self.baselines[uuid].pids]
@@ -242,6 +250,8 @@ class ReleaseProof:
             before_bytes=before_bytes,
             peak_bytes=peak_bytes,
             after_bytes=look.used_bytes,
+            pids_before=pids_before,
+            pids_after=tuple(sorted(look.pids)),
             holders=await name_holders(strangers or there, own_pids),
         )
 

@@ -158,8 +158,12 @@ class PowerMeter:
                 seen.add(look.board)
                 self._observe_board(look, now_s)
 
-    def power(self, gpus: Sequence[GpuInfo] = ()) -> Power:
-        """What is drawn now, by the CPU and these GPUs."""
+    def power(self, gpus: Sequence[GpuInfo] = (), cpu_share: float = 1.0) -> Power:
+        """What is drawn now, by the CPU and these GPUs.
+
+        Args:
+            cpu_share: the part of the CPU's that is told, so that the workers of one node do not count it twice.
+        """
         boards = _boards(gpus)
         per_gpu = tuple(
             GpuWatts(index, _rounded(self._boards[board].watts if board in self._boards else None))
@@ -168,22 +172,22 @@ class PowerMeter:
         known = [each.power_w for each in per_gpu if each.power_w is not None]
         return Power(
             timestamp=self._timestamp(),
-            cpu_watts=_rounded(self._cpu.watts),
+            cpu_watts=_rounded(_times(self._cpu.watts, cpu_share)),
             gpu_watts=GpusWatts(total=_rounded(sum(known)) if known else None, per_gpu=per_gpu),
         )
 
-    def summary(self, gpus: Sequence[GpuInfo] = ()) -> PowerSummary:
-        """What has been drawn since the start, by the CPU and these GPUs."""
+    def summary(self, gpus: Sequence[GpuInfo] = (), cpu_share: float = 1.0) -> PowerSummary:
+        """What has been drawn since the start, by the CPU (its `cpu_share`) and these GPUs."""
         boards = {board: index for board, index in _boards(gpus).items() if board in self._boards}
         channels = [self._boards[board] for board in boards]
         means = [mean for channel in channels if (mean := channel.mean_w) is not None]
         gpu_j = [joules for channel in channels if (joules := channel.known_j) is not None]
-        cpu_kwh = _kwh(self._cpu.known_j)
+        cpu_kwh = _kwh(_times(self._cpu.known_j, cpu_share))
         gpu_kwh = _kwh(sum(gpu_j) if gpu_j else None)
         known = [kwh for kwh in (cpu_kwh, gpu_kwh) if kwh is not None]
         return PowerSummary(
             uptime_sec=round(self._clock() - self._started_s, 3),
-            avg_cpu_watts=_rounded(self._cpu.mean_w),
+            avg_cpu_watts=_rounded(_times(self._cpu.mean_w, cpu_share)),
             avg_gpu_watts=_rounded(sum(means)) if means else None,
             per_gpu_avg_watts={
                 str(index): round(mean, 3)
@@ -238,6 +242,10 @@ def machine_cpu_busy_s() -> float:
 def _boards(gpus: Sequence[GpuInfo]) -> dict[str, int]:
     """Board and index; the slices of one board share its power and appear once."""
     return {gpu.board: gpu.index for gpu in gpus}
+
+
+def _times(value: float | None, share: float) -> float | None:
+    return None if value is None else value * share
 
 
 def _kwh(joules: float | None) -> float | None:

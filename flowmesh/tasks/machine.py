@@ -80,6 +80,8 @@ class ChildGone(msgspec.Struct, frozen=True):
 
     exit: Exit
     outcome: Outcome | None
+    gpu_fault: str = ""
+    """What the driver reported of its GPUs while it ran."""
 
 
 class ChildLost(msgspec.Struct, frozen=True):
@@ -207,7 +209,8 @@ def step(task: Task, event: Event) -> tuple[Task, list[Action]]:
                 verdict = Verdict(kind=Kind(task.stop.value), message=task.stop_detail or task.stop.value)
             return _to(task, state=State.RELEASING, verdict=verdict), [Release()]
         case ChildGone() if task.state in (State.LAUNCHING, State.RUNNING, State.STOPPING):
-            verdict = judge(event.exit, event.outcome, task.stop, stop_detail=task.stop_detail)
+            stop, detail, fault = task.stop, task.stop_detail, event.gpu_fault
+            verdict = judge(event.exit, event.outcome, stop, stop_detail=detail, gpu_fault=fault)
             return _to(task, state=State.RELEASING, verdict=verdict), [Release()]
         case ChildLost() if task.state in (State.LAUNCHING, State.RUNNING, State.STOPPING):
             return _to(task, state=State.RELEASING, verdict=_lost(task, event)), [Release()]

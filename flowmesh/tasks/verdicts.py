@@ -48,6 +48,9 @@ class Stop(enum.StrEnum):
     TIMEOUT = "timeout"
     HANG = "hang"
     DRAIN = "drained"
+    GPU_FAULT = "gpu_fault"
+    NODE_FAULT = "node_fault"
+    """Its slot cannot take it, and it has not started."""
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,8 +82,14 @@ def describe_exit(exit_: Exit) -> str:
     return f"exit status {exit_.code}"
 
 
-def judge(exit_: Exit, outcome: Outcome | None, stop: Stop | None, *, stop_detail: str = "") -> Verdict:
+def judge(
+    exit_: Exit, outcome: Outcome | None, stop: Stop | None, *, stop_detail: str = "", gpu_fault: str = ""
+) -> Verdict:
     """The verdict on a child that is gone, from evidence only. Pure.
+
+    Args:
+        gpu_fault: what the driver reported of the task's GPUs while it ran. It explains a crash or an error that is
+            not the task's own word for something else.
 
     A stop that the node asked for wins over how the child took it, except where the child had already succeeded:
     what is computed is not thrown away because a cancel crossed it.
@@ -95,6 +104,10 @@ def judge(exit_: Exit, outcome: Outcome | None, stop: Stop | None, *, stop_detai
     if exit_.oom_kills:
         message = "the kernel killed the task: out of host memory"
         return Verdict(kind=Kind.HOST_OOM, message=message, exit=exit_, evidence=evidence)
+    said = None if outcome is None or outcome.ok else outcome.fault or Fault.ERROR
+    if gpu_fault and said in (None, Fault.ERROR):
+        message = f"GPU fault: {gpu_fault}" + (f" ({outcome.message})" if outcome is not None and said else "")
+        return Verdict(kind=Kind.GPU_FAULT, message=message, exit=exit_, evidence=f"{evidence}; {gpu_fault}")
     if outcome is not None and not outcome.ok:
         kind = _FAULTS[outcome.fault or Fault.ERROR]
         return Verdict(kind=kind, message=outcome.message, exit=exit_, evidence=evidence)

@@ -108,6 +108,10 @@ def engine_arguments(
         per_token = cache_bytes_per_token(text_config, 4)
         options["kv_cache_memory_bytes"] = cpu_cache_bytes(work, per_token, psutil.virtual_memory().available)
         options.pop("gpu_memory_utilization", None)
+    if task.sampling.json_schema is not None:
+        # With free white space a model may fill its whole answer with it; of the two grammar libraries that can forbid
+        # it, this one takes more of JSON Schema.
+        options.setdefault("structured_outputs_config", {"backend": "guidance", "disable_any_whitespace": True})
     if adapter_ranks:
         options["enable_lora"] = True
         options.setdefault("max_loras", len(adapter_ranks))

@@ -230,10 +230,7 @@ def sampling_params(sampling: Sampling) -> Any:
         seed=sampling.seed,
         logprobs=sampling.logprobs,
         detokenize=bool(sampling.stop),  # text is made by `Texts` from the ids, for both engines alike
-        # Without the limit on white space a model may fill its whole answer with it.
-        structured_outputs=None
-        if schema is None
-        else StructuredOutputsParams(json=schema, disable_any_whitespace=True),
+        structured_outputs=None if schema is None else StructuredOutputsParams(json=schema),
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import msgspec
 
 from runners.api import BadRequest, Context
+from runners.models import builtin
 from runners.models.files import downloaded, find_root, opened, task_folder
 from runners.models.sources import local_path
 from runners.models.spec import Adapter
@@ -97,6 +98,8 @@ def _folder(ctx: Context, adapter: Adapter, field: str) -> Path:
             if (each / CONFIG).is_file():
                 return each
         raise BadRequest(f"{field}: the results of task {adapter.task_id!r} hold no adapter ({CONFIG})")
+    if (adapter.path or "").startswith(builtin.PREFIX):
+        return builtin.resolve(adapter.path or "", ctx.cache_dir, field)
     path = local_path(ctx, adapter.path or "")
     if not path.exists():
         raise BadRequest(f"{field}: there is no {adapter.path!r} on this node")

@@ -1,12 +1,14 @@
-"""`builtin:tiny-llama`: a random Llama and a byte-level BPE tokenizer, made on the spot, for examples and tests.
+"""`builtin:tiny-llama` and `builtin:tiny-lora`: a random Llama, its tokenizer and an adapter, for examples and tests.
 
-Its answers mean nothing; everything around them is real. The same call writes the same weights (seed 0).
+Made on the spot. The answers mean nothing; everything around them is real. The same call writes the same weights.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ from runners.api import BadRequest
 
 PREFIX = "builtin:"
 TINY_LLAMA = "builtin:tiny-llama"
-_FOLDER = "tiny-llama-v1"  # a changed recipe needs a new name: nodes keep what they have built
+TINY_LORA = "builtin:tiny-lora"
+"""A random LoRA adapter for it."""
+LAYERS, HIDDEN_SIZE, LORA_RANK = 2, 128, 4
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}{{ eos_token }}\n"
@@ -36,25 +40,26 @@ def corpus() -> list[str]:
     ]
 
 
-def resolve(identifier: str, cache_dir: Path) -> Path:
-    """The folder of a `builtin:` model under `cache_dir`, built there once; safe under concurrency.
+def resolve(identifier: str, cache_dir: Path, where: str = "spec.model.source.identifier") -> Path:
+    """The folder of a `builtin:` model or adapter under `cache_dir`, built there once; safe under concurrency.
 
     Raises:
-        BadRequest: there is no such built-in model.
+        BadRequest: there is no such thing.
     """
-    if identifier != TINY_LLAMA:
-        raise BadRequest(f"spec.model.source.identifier: no built-in model {identifier!r}; there is {TINY_LLAMA!r}")
-    target = cache_dir / "builtin" / _FOLDER
+    if identifier not in _RECIPES:
+        raise BadRequest(f"{where}: no built-in {identifier!r}; there are: {', '.join(_RECIPES)}")
+    name, write = _RECIPES[identifier]
+    target = cache_dir / "builtin" / name
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{_FOLDER}.", dir=target.parent))
+    scratch = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=target.parent))
     try:
-        write_tiny_llama(scratch)
+        write(scratch)
         scratch.chmod(0o755)
-        scratch.rename(target)  # a rename, so that nobody ever sees half a model
+        scratch.rename(target)  # a rename, so that nobody ever sees half of it
     except OSError:
-        if not target.is_dir():  # else another task was first, and its model is the same
+        if not target.is_dir():  # else another task was first, and what it made is the same
             raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -62,7 +67,7 @@ def resolve(identifier: str, cache_dir: Path) -> Path:
 
 
 def write_tiny_llama(
-    folder: Path, *, seed: int = 0, layers: int = 2, hidden_size: int = 128, max_positions: int = 2048
+    folder: Path, *, seed: int = 0, layers: int = LAYERS, hidden_size: int = HIDDEN_SIZE, max_positions: int = 2048
 ) -> None:
     """Write a Llama of random float32 weights and a tokenizer with chat template, bos, eos and pad into `folder`.
 
@@ -104,6 +109,31 @@ def write_tiny_llama(
     tokenizer.save_pretrained(folder)
 
 
+def write_tiny_lora(folder: Path, *, seed: int = 1) -> None:
+    """Write a LoRA adapter of random weights, large enough to change every answer, into `folder`."""
+    import torch
+    from safetensors.torch import save_file
+
+    draw = torch.Generator().manual_seed(seed)
+    weights = {}
+    for layer in range(LAYERS):
+        for module, size in (("q_proj", HIDDEN_SIZE), ("v_proj", HIDDEN_SIZE // 2)):
+            path = f"base_model.model.model.layers.{layer}.self_attn.{module}"
+            weights[f"{path}.lora_A.weight"] = torch.randn(LORA_RANK, HIDDEN_SIZE, generator=draw) * 0.2
+            weights[f"{path}.lora_B.weight"] = torch.randn(size, LORA_RANK, generator=draw) * 0.2
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": TINY_LLAMA,
+        "r": LORA_RANK,
+        "lora_alpha": 4 * LORA_RANK,
+        "target_modules": ["q_proj", "v_proj"],
+        "bias": "none",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
+
+
 def train_tokenizer(vocab_size: int = 512) -> Any:
     """A byte-level BPE tokenizer trained on `corpus()`; any text round-trips through it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -126,3 +156,10 @@ def train_tokenizer(vocab_size: int = 512) -> Any:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
     fast.chat_template = CHAT_TEMPLATE
     return fast
+
+
+# A changed recipe needs a new name: nodes keep what they have built.
+_RECIPES: dict[str, tuple[str, Callable[[Path], None]]] = {
+    TINY_LLAMA: ("tiny-llama-v1", write_tiny_llama),
+    TINY_LORA: ("tiny-lora-v1", write_tiny_lora),
+}

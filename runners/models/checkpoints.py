@@ -49,12 +49,12 @@ def load_checkpoint(ctx: Context, load: CheckpointLoad, where: str = "spec.check
         found = _of_task(ctx, load, task_id, archive_format, id_field)
         if found is not None:
             return _below(found, load, task_id, id_field, where)
-    field = f"{where}.{'url' if load.url else 'uri'}"
+    field, shown = f"{where}.{'url' if load.url else 'uri'}", url or ""
     if url is None and task_id is not None:
-        url, field = _task_url(ctx, load, task_id, where), id_field
+        url, field, shown = _task_url(ctx, load, task_id, where), id_field, task_id
     if url is not None and load.type != "local":
         folder = downloaded(ctx, url, archive_format, field, headers=load.headers, timeout_s=load.timeout_s)
-        return _below(folder, load, url, field, where)
+        return _below(folder, load, shown, field, where)
     if path is not None:
         raise BadRequest(f"{where}.path: there is no {path!r} on this node")
     raise BadRequest(f"{id_field}: this node has no results of task {task_id!r}, and there is no URL to get them from")

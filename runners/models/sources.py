@@ -49,7 +49,7 @@ def resolve_identifier(ctx: Context, identifier: str, revision: str | None, wher
         BadRequest: it looks like a path, and there is no model.
     """
     if identifier.startswith(builtin.PREFIX):
-        folder = builtin.resolve(identifier, ctx.cache_dir)
+        folder = builtin.resolve(identifier, ctx.cache_dir, where)
         return Source(path=str(folder), revision=None, shown=identifier, where=where)
     path = local_path(ctx, identifier)
     if path.is_dir():

@@ -34,6 +34,7 @@ class Adapter(Section, frozen=True, rename={"task_id": "taskId", "timeout_s": "t
     name: str | None = None
     id: Annotated[int, Meta(ge=1)] | str | None = None
     path: str | None = None
+    """A folder or an archive of this node, or `builtin:tiny-lora`."""
     url: str | None = None
     task_id: str | None = None
     headers: Headers | None = None

@@ -108,13 +108,13 @@ class Faiss(Section, frozen=True):
 class Qdrant(Section, frozen=True, rename={"timeout_s": "timeoutSec"}):
     """spec.qdrant"""
 
+    collection: Annotated[str, Meta(min_length=1)]
     url: str | None = None
     path: str | None = None
     """Ours: a folder of qdrant-client's local mode, in place of a server."""
     api_key: str | None = None
     api_key_env: str | None = None
     """Ours: the variable that holds the key, so that it does not stand in the document."""
-    collection: Annotated[str, Meta(min_length=1)]
     vector: str | None = None
     """Ours: which vector, where a collection has several."""
     timeout_s: Seconds | None = None

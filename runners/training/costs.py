@@ -47,8 +47,10 @@ class EnergyMeter:
 def _gpu_joules(gpus: tuple[str, ...]) -> float | None:
     if not gpus:
         return None
-    import pynvml
-
+    try:
+        import pynvml
+    except ImportError:  # an environment of its own may lack it; the node counts, too
+        return None
     try:
         pynvml.nvmlInit()
         handles = [pynvml.nvmlDeviceGetHandleByUUID(gpu) for gpu in gpus]

@@ -12,6 +12,9 @@ from runners.training.plan import Plan
 NOT_PART = ("training_args.bin", "README.md")
 """What trainers write beside the weights: pickled settings with paths of this machine, and a card about themselves."""
 
+REFERENCE = "ref"
+"""The adapter that dpo compares with, where it goes on from one; TRL saves it as a second one."""
+
 
 def scratch(plan: Plan, ctx: Context) -> Path:
     """Where the weights are written before they get their name."""
@@ -37,6 +40,7 @@ def publish(folder: Path, target: Path) -> None:
     """Give a finished folder its name; an older one of that name (a retry's) is replaced."""
     for name in NOT_PART:
         (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / REFERENCE, ignore_errors=True)
     if target.exists():
         shutil.rmtree(target)
     folder.rename(target)

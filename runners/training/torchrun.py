@@ -6,6 +6,7 @@ The task's pipe reaches local rank 0 over a unix socket, since torchrun hands it
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import logging
 import os
 import select
@@ -147,6 +148,8 @@ def _listening(folder: Path) -> Iterator[socket.socket]:
 def main(folder: Path) -> NoReturn:
     """Be the rank that torchrun's variables say."""
     ranks.die_with_parent(os.getppid())
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True, chain=False)
     order = msgspec.json.decode((folder / ORDER_FILE).read_bytes(), type=Order)
     place = Place(
         rank=int(os.environ["RANK"]),
