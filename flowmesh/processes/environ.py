@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import flowmesh
 
 PASSED = (
     "PATH", "PYTHONPATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "LC_*", "TZ", "LD_LIBRARY_PATH",
@@ -46,6 +50,12 @@ def base(environ: Mapping[str, str], pass_env: Iterable[str]) -> dict[str, str]:
 
 def for_server(base_env: Mapping[str, str]) -> dict[str, str]:
     return {**base_env, **SERVER}
+
+
+def with_package(env: Mapping[str, str]) -> dict[str, str]:
+    """`env` for our own interpreter, which then finds this package from wherever we were started."""
+    paths = [path for path in env.get("PYTHONPATH", "").split(os.pathsep) if path]
+    return {**env, "PYTHONPATH": os.pathsep.join([*paths, str(Path(flowmesh.__file__).parents[1])])}
 
 
 def for_task(

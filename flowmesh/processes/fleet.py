@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from loguru import logger
 
 from flowmesh.errors import LaunchError
 from flowmesh.messages.job import Exit
-from flowmesh.processes import linux, tree
+from flowmesh.processes import environ, linux, tree
 from flowmesh.processes.cgroup import Leaf
 from flowmesh.processes.launcher import Lane, Server, ServerState
 from flowmesh.processes.pipe import Pipe
@@ -228,7 +229,7 @@ class Fleet:
         server = Server.start(
             lane,
             self._folder,
-            self._env,
+            environ.with_package(self._env) if lane.python == sys.executable else self._env,
             self._log_folder / f"{lane_name}.log",
             self._adoption_timeout_s,
             **self._hears(),
