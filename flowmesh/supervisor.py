@@ -11,7 +11,7 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,22 +29,25 @@ from flowmesh.execution import files, lanes
 from flowmesh.execution.executor import Executor, Hooks
 from flowmesh.execution.operations import Operations
 from flowmesh.execution.recovery import recover
+from flowmesh.execution.release import Devices
 from flowmesh.execution.run import Run
 from flowmesh.execution.watch import watch
 from flowmesh.messages.wire import utc_now
 from flowmesh.node import metrics
-from flowmesh.node.devices import Inventory
-from flowmesh.node.hardware import collect
+from flowmesh.node.devices import Inventory, visible_gpus
+from flowmesh.node.hardware import collect, logical_cores
 from flowmesh.node.notify import Notifier
 from flowmesh.node.nvml import Nvml
 from flowmesh.node.power import PowerMeter
-from flowmesh.node.slots import Slot, SlotPlan
+from flowmesh.node.slots import Slot
+from flowmesh.node.slots import plan as plan_slots
 from flowmesh.processes import cgroup, environ, linux
 from flowmesh.processes.fleet import Fleet
 from flowmesh.tasks.journal import Journal, ensure_private_dir
 from flowmesh.tasks.types import LIGHT
 
 FAREWELL_TIMEOUT_S = 5.0
+CANCEL_AGAIN_S = 0.2
 FLUSH_TIMEOUT_S = 10.0
 """How long a node that ends waits for Redis to take its last events; the rest is sent after its next start."""
 CONTROL_CHANNEL = "flowmesh.control"
@@ -98,9 +101,7 @@ class Supervisor(Hooks):
                 self._hand_over()
             await self._drained()
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await _end(tasks)
         await self._close()
         return 0
 
@@ -135,8 +136,9 @@ class Supervisor(Hooks):
         self.power = PowerMeter()
         self.nvml = Nvml()
         self.inventory = await self._take_inventory()
-        plans = [SlotPlan(name="main", worker_id=worker_id, cpus=tuple(sorted(os.sched_getaffinity(0))))]
-        self.slots: dict[str, Slot[Run]] = {plan.worker_id: Slot(plan) for plan in plans}
+        visible = visible_gpus(self.inventory.gpus, self._environ.get("CUDA_VISIBLE_DEVICES"))
+        plans = plan_slots(settings, worker_id, visible, sorted(os.sched_getaffinity(0)), logical_cores())
+        self.slots: dict[str, Slot[Run]] = {plan.worker_id: Slot(plan, lambda run: bool(run.gpus)) for plan in plans}
         base_env = environ.base(self._environ, settings.tasks.pass_env)
         self.catalogue, lane_table = lanes.plan(settings)
         isolated = settings.processes.isolation != "subreaper"
@@ -164,11 +166,12 @@ class Supervisor(Hooks):
             ),
             hooks=self,
         )
+        self.executor.devices = Devices(self.executor, self.nvml, self.power, visible)
         self.executor.fleet = Fleet(
             lane_table,
             folder=self.state_dir / "run",
             log_folder=self.state_dir / "log",
-            env=environ.for_server(base_env),
+            env=environ.for_server(base_env) | {"CUDA_VISIBLE_DEVICES": ",".join(gpu.uuid for gpu in visible)},
             adoption_timeout_s=settings.processes.adoption_timeout_s,
             mark=self.node_id,
             callbacks=self.executor.callbacks,
@@ -227,7 +230,7 @@ class Supervisor(Hooks):
             worker_id=plan.worker_id,
             pid=os.getpid(),
             started_at=self.started_at,
-            cost_per_hour=settings.node.cost_per_hour,
+            cost_per_hour=settings.node.cost_per_hour * plan.share,
             tags=settings.node.tags,
             env={
                 "RESULTS_DIR": str(self.results_dir),
@@ -243,10 +246,17 @@ class Supervisor(Hooks):
                 driver_version=self.inventory.driver_version,
                 cuda_version=self.inventory.cuda_version,
                 bandwidth_bytes_per_sec=settings.delivery.bandwidth_bytes_per_sec,
+                cpus=plan.threads,
             ),
         )
         reporter = metrics.Reporter(
-            self.power, self.nvml, gpus, cost_per_hour=settings.node.cost_per_hour, started=self.started
+            self.power,
+            self.nvml,
+            gpus,
+            cost_per_hour=identity.cost_per_hour,
+            started=self.started,
+            cpu_share=plan.threads / sum(each.plan.threads for each in self.slots.values()),
+            watch=self.executor.devices.watch(slot) if gpus else None,
         )
         return Presence(
             self._clients[0],
@@ -259,18 +269,25 @@ class Supervisor(Hooks):
 
     async def _take_inventory(self) -> Inventory:
         try:
-            return await self.nvml.inventory()
+            found = await self.nvml.inventory()
         except DeviceError as error:
+            if any(slot.gpus for slot in self.settings.slots):
+                raise  # later, or after a repair, it may be there: a restart is worth a try
             logger.error("the node starts without GPUs: {}", error)
             return Inventory()
+        for problem in found.unusable:
+            logger.error("not offered: {}", problem)
+        return found
 
     def _works(self) -> list[Any]:
-        return [self._begin(), self.outbox.run(), self._watchdog(), watch(self.executor)]
+        looks = [watch(self.executor), self.executor.devices.sample()]
+        return [self._begin(), self.outbox.run(), self._watchdog(), *looks]
 
     async def _begin(self) -> None:
         """Take over what an earlier supervisor left; then listen; then say that we are idle."""
         await recover(self.executor)
         await self.executor.fleet.warm(LIGHT)
+        await self.executor.devices.first_look()
         gc.collect()
         gc.freeze()  # what lives for ever need not be looked at again
         for worker_id, slot in self.slots.items():
@@ -378,8 +395,8 @@ class Supervisor(Hooks):
         for worker_id, slot in self.slots.items():
             if gap:
                 self.gaps.add(worker_id)
-            if slot.idle and self.executor.draining is None:
-                self.presences[worker_id].set_status("IDLE")
+            if (slot.idle or slot.closed) and slot.current is None:
+                self._rest(slot)
             self._heal(slot)
 
     def _heal(self, slot: Slot[Run]) -> None:
@@ -392,7 +409,7 @@ class Supervisor(Hooks):
     def _on_events_sent(self) -> None:
         """The orchestrator sets a worker idle when it sees a success; one that is busy by then says so again."""
         for worker_id, slot in self.slots.items():
-            if slot.current is not None:
+            if slot.current is not None or slot.closed:
                 self.presences[worker_id].restate()
 
     def on_posted(self) -> None:
@@ -403,9 +420,17 @@ class Supervisor(Hooks):
             self.presences[slot.plan.worker_id].set_status("RUNNING", run.task_id)
 
     def on_slot_free(self, slot: Slot[Run], last: Run) -> None:
+        self._rest(slot, last.task_id)
+        self._heal(slot)
+
+    def on_slot_changed(self, slot: Slot[Run]) -> None:
+        if slot.current is None and slot.plan.worker_id in self.presences:
+            self._rest(slot)
+
+    def _rest(self, slot: Slot[Run], last: str | None = None) -> None:
+        """Say what a slot without a task is."""
         if self.executor.draining is None:
-            self.presences[slot.plan.worker_id].set_status("IDLE", last.task_id)
-            self._heal(slot)
+            self.presences[slot.plan.worker_id].set_status("DEGRADED" if slot.closed else "IDLE", last)
 
     def on_accepted(self, run: Run) -> None:
         self.operations.on_accepted(run)
@@ -425,3 +450,12 @@ class Supervisor(Hooks):
     @property
     def isolation(self) -> str:
         return "cgroup" if self.cgroup is not None else "subreaper"
+
+
+async def _end(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Cancel these, more than once where it takes that: redis-py loses a cancel that meets an answer."""
+    left = set(tasks)
+    while left:
+        for task in left:
+            task.cancel()
+        _, left = await asyncio.wait(left, timeout=CANCEL_AGAIN_S)
