@@ -212,6 +212,18 @@ class SlotSettings(Section, frozen=True):
     """CPU numbers that its tasks are confined to. None: those that no other slot names, shared by all such slots."""
 
 
+class RunnersSettings(Section, frozen=True):
+    """[runners]: what task types obey"""
+
+    reward_callables: tuple[Word, ...] = ()
+    """module:callable patterns (`*` allowed) that a task may name as its reward function."""
+    cache_max_bytes: Annotated[int, Meta(ge=0)] = 100 * 1024**3
+    """Downloads kept for other tasks."""
+    unpack_max_bytes: Annotated[int, Meta(ge=0)] = 500 * 1024**3
+    """Content of one downloaded archive."""
+    unpack_max_files: Annotated[int, Meta(ge=1)] = 100_000
+
+
 class EnvironmentSettings(Section, frozen=True):
     """[environments.NAME]: a Python interpreter with its own packages"""
 
@@ -242,6 +254,7 @@ class Settings(Section, frozen=True):
     processes: ProcessesSettings = ProcessesSettings()
     gpu: GpuSettings = GpuSettings()
     slots: tuple[SlotSettings, ...] = ()
+    runners: RunnersSettings = RunnersSettings()
     environments: dict[Name, EnvironmentSettings] = {}
     task_types: dict[Name, TaskTypeSettings] = {}
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+import msgspec
 from loguru import logger
 
 from flowmesh import __version__
@@ -162,6 +163,7 @@ class Supervisor(Hooks):
                 base_env=base_env,
                 cgroup=self.cgroup,
                 processes=settings.processes,
+                limits=msgspec.to_builtins(settings.runners),
                 owner=None if settings.processes.task_user is None else files.Owner.named(settings.processes.task_user),
             ),
             hooks=self,
@@ -347,7 +349,7 @@ class Supervisor(Hooks):
         sending = asyncio.create_task(self.outbox.run())
         if not await self.outbox.flushed(FLUSH_TIMEOUT_S if self.outbox.up else FLUSH_TIMEOUT_S / 10):
             logger.warning("{} events wait on disk for the next start", self.journal.outbox_size())
-        sending.cancel()
+        await _end([sending])
         await asyncio.gather(*(presence.unregister(FAREWELL_TIMEOUT_S) for presence in self.presences.values()))
         await self.control.close()
         await self.executor.fleet.close()

@@ -74,6 +74,11 @@ class Context:
         self._phase: tuple[str, float] | None = None
         self._last_progress = 0.0
 
+    @property
+    def pipe(self) -> Pipe | None:
+        """The task's own pipe, for a runner that has ranks report over it; None outside a node."""
+        return self._pipe
+
     # ---- the task's document -------------------------------------------------------------------------------------
 
     def section(self, name: str, into: type[T]) -> T:

@@ -1,8 +1,14 @@
-"""What the first child of a fork server does, to show that its forks compute: once, before any task."""
+"""What children run to show that tasks may: the first one of each fork server, and one on GPUs that had a fault."""
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
+
+SIDE = 1024
+BLOCK_BYTES = 1 << 30
+PATTERN = 0xA5
 
 
 def check() -> None:
@@ -35,3 +41,32 @@ def _tokenize() -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     if [e.ids for e in tokenizer.encode_batch(["a b c"] * 64)] != [[0, 1, 2]] * 64:
         raise RuntimeError("a tokenizer's result was wrong")
+
+
+def check_gpu(_pipe: object, _spool: Path) -> int:
+    """On each GPU that this process has: allocate, write and read back, multiply, compare, free. A child's entry.
+
+    Raises:
+        RuntimeError: a GPU is missing, or computed wrongly. Whatever CUDA raises on a bad one comes through too.
+    """
+    import torch
+
+    wanted = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    if not torch.cuda.is_available():
+        raise RuntimeError("torch cannot use CUDA in this environment")
+    if torch.cuda.device_count() != len(wanted):
+        raise RuntimeError(f"CUDA shows {torch.cuda.device_count()} of {len(wanted)} GPUs: {', '.join(wanted)}")
+    # Whole numbers whose sums float32 holds exactly: right is right to the last bit.
+    left, right = torch.randint(0, 8, (2, SIDE, SIDE)).float()
+    product = left @ right
+    for index, name in enumerate(wanted):
+        device = torch.device("cuda", index)
+        free_bytes, _ = torch.cuda.mem_get_info(device)
+        block = torch.full((min(BLOCK_BYTES, free_bytes // 4),), PATTERN, dtype=torch.uint8, device=device)
+        if not bool((block == PATTERN).all()):
+            raise RuntimeError(f"{name}: memory did not keep what was written")
+        if not torch.equal((left.to(device) @ right.to(device)).cpu(), product):
+            raise RuntimeError(f"{name}: a matrix product was wrong")
+        del block
+        torch.cuda.empty_cache()
+    return 0

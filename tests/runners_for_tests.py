@@ -117,7 +117,14 @@ class MisbehavingRunner(Runner):
         if ctx.spec.get("then") == "sleep":
             (ctx.out_dir / "pids").write_text(" ".join(map(str, pids)) + "\n")
             ctx.sleep(60)
+        if ctx.spec.get("then") == "doze":
+            (ctx.out_dir / "pids").write_text(" ".join(map(str, pids)) + "\n")
+            ctx.sleep(1)
         return {"ok": True, "pids": pids}
+
+    def do_patricide(self, ctx: Context) -> None:
+        os.kill(os.getppid(), signal.SIGKILL)
+        time.sleep(60)
 
     def do_fork_bomb(self, ctx: Context) -> None:
         """Forks, each fork forking on, until it may not or there are `count`."""

@@ -53,6 +53,9 @@ class Deliveries:
         self._holding: set[int] = set()
         self._waiting: set[int] = set()
         """For a place; they have no child that could be told to stop."""
+        self.left: set[int] = set()
+        """Attempts whose sending is left to the next supervisor, because this one has to end now."""
+        self._suspended = False
 
     # ---- start -------------------------------------------------------------------------------------------------------
 
@@ -67,16 +70,19 @@ class Deliveries:
             if report is not None:
                 self._done(run, "" if report.ok else report.error)
                 return
+            if self._suspended and job.failure is None:
+                self._leave(run)
+                return
             self._waiting.add(run.attempt)
             await self._places.acquire()
             self._holding.add(run.attempt)
             self._waiting.discard(run.attempt)
-            if run.task.state is not State.DELIVERING:  # aborted while it waited
+            if run.task.state is not State.DELIVERING or run.attempt in self.left:  # stopped while it waited
                 self._give_back(run.attempt)
                 return
             await asyncio.to_thread(delivery.write_job, job, executor.layout.spool(run.attempt))
             await executor.fleet.launch(DELIVERY, self._fork(run), lambda _server: None)
-            if run.attempt in self._aborted:  # before there was a child to kill
+            if run.attempt in self._aborted or (self._suspended and job.failure is None):  # since before it had a child
                 executor.fleet.kill(-run.attempt)
         except (FlowMeshError, OSError) as error:
             self._done(run, f"the delivery could not be started: {error}")
@@ -88,6 +94,21 @@ class Deliveries:
             return
         self._aborted.add(run.attempt)
         self._executor.fleet.kill(-run.attempt)
+
+    def suspend(self) -> None:
+        """Stop all sending, and leave it to the next supervisor: results are on disk, and the journal knows of them."""
+        self._suspended = True
+        for run in list(self._executor.runs.values()):
+            if run.task.state is State.DELIVERING and run.task.verdict is not None and run.task.verdict.ok:
+                self._executor.fleet.kill(-run.attempt)
+                if run.attempt in self._waiting:
+                    self._leave(run)
+
+    def _leave(self, run: Run) -> None:
+        self._close(run.attempt)
+        self._give_back(run.attempt)
+        self.left.add(run.attempt)
+        self._executor.look_idle()
 
     def _job(self, run: Run) -> DeliveryJob:
         settings, accepted = self._executor.settings, run.accepted
@@ -185,6 +206,8 @@ class Deliveries:
             self._done(run, "" if report.ok else report.error)
         elif attempt in self._aborted:
             self._done(run, "cancelled while delivering")
+        elif self._suspended:
+            self._leave(run)
         else:
             self._again(run, f"its process ended without a report ({describe_exit(exit_)})")
 

@@ -34,6 +34,7 @@ def ended(run: Run, verdict: Verdict, *, finished_at: str, cost_per_hour: float)
         "started_at": run.started_at,
         "finished_at": finished_at,
         "cost_usd": round(cost_per_hour / 3600 * runtime_s, 9),
+        "energy": run.energy,
         "resources": run.resources,
         "phases": {} if run.outcome is None else run.outcome.phases,
     }

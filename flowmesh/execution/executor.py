@@ -18,6 +18,7 @@ from flowmesh.config import Settings
 from flowmesh.errors import FieldError, FlowMeshError
 from flowmesh.execution import deliveries, events, files
 from flowmesh.execution.accept import accept
+from flowmesh.execution.release import Devices
 from flowmesh.execution.run import MAX_BAD_FRAMES, Run, progress_event
 from flowmesh.messages.job import Exit, Outcome
 from flowmesh.messages.wire import (
@@ -55,6 +56,9 @@ class Hooks:
     def on_slot_free(self, slot: Slot[Run], last: Run) -> None:
         """The slot is free, and nobody waits for it."""
 
+    def on_slot_changed(self, slot: Slot[Run]) -> None:
+        """The slot was closed (`slot.closed` says why), or is open again."""
+
     def on_accepted(self, run: Run) -> None:
         """A task is ours from now on."""
 
@@ -88,6 +92,7 @@ class Executor:
         self.counters = Counters()
         self.draining: str | None = None
         self.fleet: Fleet  # set by the supervisor, which builds it with `callbacks`
+        self.devices: Devices  # likewise
         self.settings = settings
         self.catalogue = catalogue
         self.journal = journal
@@ -217,10 +222,17 @@ class Executor:
                 detail = "the node drains"
                 stop = machine.StopRequested(Stop.DRAIN, detail, checkpoint=mode == "checkpoint", force=mode == "now")
                 self.apply(run, stop)
+        if mode == "now":
+            self.deliveries.suspend()
 
     async def idle(self) -> None:
-        """Wait until no task is left here, delivered ones included."""
+        """Wait until no task is left here, delivered ones included; in a drain "now" their sending is left undone."""
         await self._idle.wait()
+
+    def look_idle(self) -> None:
+        """Tell `idle()` where nothing keeps the node any more."""
+        if self.runs.keys() <= self.deliveries.left:
+            self._idle.set()
 
     # ---- the machine -------------------------------------------------------------------------------------------------
 
@@ -295,6 +307,9 @@ class Executor:
             self.apply(run, machine.LaunchFailed(f"cannot prepare {error.filename or 'its folders'}: {error.strerror}"))
             return
         run.cgroup = prepared.limits.cgroup
+        if refusal := await self.devices.begin(run):
+            self.apply(run, machine.LaunchFailed(refusal))
+            return
         try:
             await self.fleet.launch(
                 run.accepted.type.environment,
@@ -307,6 +322,8 @@ class Executor:
     def _on_fork_failed(self, attempt: int, message: str) -> None:
         if attempt < 0:
             self.deliveries.on_failed(-attempt, message)
+        elif attempt in self.devices.canaries:
+            self.devices.canaries.on_failed(attempt, message)
         elif run := self.runs.get(attempt):
             self.apply(run, machine.LaunchFailed(message))
 
@@ -314,17 +331,24 @@ class Executor:
         if attempt < 0:
             self.deliveries.on_forked(-attempt, pid, pipe)
             return
+        if attempt in self.devices.canaries:
+            self.devices.canaries.on_forked(attempt, pipe)
+            return
         run = self.runs.get(attempt)
         if run is None:
             # A child of an earlier supervisor whose end is in the journal: nothing is owed to it.
             pipe.close()
             self.fleet.kill(attempt)
             return
+        if run.task.state in (State.RELEASING, State.DELIVERING, State.DONE):
+            pipe.close()  # an earlier supervisor wrote its end down, and died before it said Forget
+            return
         run.pid = pid
         run.pipe = pipe
         self._loop.add_reader(pipe.fileno(), self._read, run)
         if run.started_at is not None and run.task.state is not State.LAUNCHING:
             self._resume_clock(run)
+            self.devices.resume(run)
             return
         self.apply(run, machine.Launched())
 
@@ -401,9 +425,13 @@ class Executor:
     def _on_gone(self, attempt: int, exit_: Exit) -> None:
         if attempt < 0:
             self.deliveries.on_gone(-attempt, exit_)
+        elif attempt in self.devices.canaries:
+            self.devices.canaries.on_gone(attempt, exit_)
         elif run := self.runs.get(attempt):
             if run.task.state in (State.LAUNCHING, State.RUNNING, State.STOPPING):
                 self.spawn(self._collect(run, exit_))
+            elif run.task.state in (State.DELIVERING, State.DONE):
+                self.fleet.forget(attempt)
         else:
             self.fleet.forget(attempt)
 
@@ -411,11 +439,14 @@ class Executor:
         self._read(run)
         run.exit = exit_
         run.outcome = await self.read_outcome(run)
-        self.apply(run, machine.ChildGone(exit_, run.outcome))
+        fault = await self.devices.fault_of(run, exit_, run.outcome) if run.gpus else ""
+        self.apply(run, machine.ChildGone(exit_, run.outcome, fault))
 
     def _on_lost(self, attempt: int, message: str) -> None:
         if attempt < 0:
             self.deliveries.on_lost(-attempt)
+        elif attempt in self.devices.canaries:
+            self.devices.canaries.on_failed(attempt, message)
         elif run := self.runs.get(attempt):
             self.spawn(self.lose(run, message, Kind.NODE_FAULT))
 
@@ -442,6 +473,7 @@ class Executor:
 
     async def _release(self, run: Run) -> None:
         run.resources = files.usage(run)
+        await self.devices.end(run)
         self.apply(run, machine.Released())
 
     def _free(self, run: Run) -> None:
@@ -464,7 +496,7 @@ class Executor:
 
     def _finish(self, run: Run, verdict: Verdict) -> None:
         now = utc_now()
-        cost = self.settings.node.cost_per_hour
+        cost = self.settings.node.cost_per_hour * run.slot.plan.share
         event = events.ended(run, verdict, finished_at=now, cost_per_hour=cost)
         self.journal.finish(run.attempt, run.task, now, TASK_EVENTS_CHANNEL, event)
         self.hooks.on_posted()
@@ -489,8 +521,7 @@ class Executor:
         )
         if verdict.kind is not Kind.DELIVERY_FAILED:  # what was computed and not delivered stays, for another try
             self.spawn(self._forget(run))
-        if not self.runs:
-            self._idle.set()
+        self.look_idle()
 
     async def _forget(self, run: Run) -> None:
         await asyncio.to_thread(files.remove_tree, self.layout.spool(run.attempt))

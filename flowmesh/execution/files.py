@@ -63,6 +63,8 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
     base_env: dict[str, str]
     cgroup: Path | None
     processes: ProcessesSettings
+    limits: dict[str, Any] = {}
+    """[runners]: what runners obey."""
     owner: Owner | None = None
     """Who tasks run as, where that is not the node's own user."""
 
@@ -117,16 +119,15 @@ def prepare(layout: Layout, run: Run) -> Fork:
     for folder in (spool, tmp):
         remove_tree(folder)
         folder.mkdir(parents=True, mode=0o700)
-        _give(layout, folder)
+        give(layout, folder)
     logs = out_dir / "logs"
     for folder in (logs, out_dir / "artifacts"):
         folder.mkdir(parents=True, exist_ok=True)
-        _give(layout, folder)
-    _give(layout, out_dir)
+        give(layout, folder)
+    give(layout, out_dir)
     for stale in (out_dir / "responses.json", logs / "stdout.log", logs / "stderr.log"):
         stale.unlink(missing_ok=True)
-    wanted = accepted.spec.resources.hardware if accepted.spec.resources else None
-    gpus = run.slot.plan.gpus_for(wanted.gpu.count if wanted and wanted.gpu else None)
+    gpus = run.gpus
     threads = run.slot.plan.threads
     job = Job(
         attempt=run.attempt,
@@ -142,6 +143,8 @@ def prepare(layout: Layout, run: Run) -> Fork:
         threads=threads,
         delivers_http=accepted.delivers_http,
         file_url=file_url_template(accepted.output, run.task_id),
+        child_dirs={child.task_id: child.out_dir for child in accepted.children},
+        limits=layout.limits,
     )
     (spool / JOB_FILE).write_bytes(msgspec.json.encode(job))
     wants = layout.processes
@@ -181,7 +184,7 @@ def _own_home(layout: Layout) -> dict[str, str]:
     return layout.base_env if layout.owner is None else {**layout.base_env, "HOME": layout.owner.home}
 
 
-def _give(layout: Layout, folder: Path) -> None:
+def give(layout: Layout, folder: Path) -> None:
     """Let the user that tasks run as write there."""
     if layout.owner is not None:
         os.chown(folder, layout.owner.uid, layout.owner.gid)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
+import time
 from pathlib import Path
 
 from loguru import logger
@@ -12,6 +14,7 @@ from flowmesh.execution import events, files
 from flowmesh.execution.accept import accept
 from flowmesh.execution.executor import Executor
 from flowmesh.execution.run import Run
+from flowmesh.messages.job import OUTCOME_FILE
 from flowmesh.messages.wire import TASK_EVENTS_CHANNEL, utc_now
 from flowmesh.processes.fleet import end_remains
 from flowmesh.tasks import machine
@@ -74,19 +77,41 @@ async def _go_on(executor: Executor, run: Run, alive: set[int]) -> None:
         case State.LAUNCHING | State.RUNNING | State.STOPPING if run.attempt in alive:
             pass  # its Forked, and perhaps its Gone, have come or are about to
         case State.LAUNCHING | State.RUNNING | State.STOPPING:
+            _set_clock(executor, run)
             swept = await asyncio.to_thread(end_remains, executor.layout.mark_of(run.attempt), None, run.cgroup)
             logger.bind(task=run.task_id).warning("its process did not survive the supervisor ({} ended)", swept)
             message = "the supervisor died, and no fork server has the task any more"
             await executor.lose(run, message, Kind.SUPERVISOR_LOST)
         case State.RELEASING:
+            _set_clock(executor, run)
             executor.apply(run, machine.Released())
         case State.DELIVERING if -run.attempt in alive:
+            _set_clock(executor, run)
+            run.outcome = await executor.read_outcome(run)
             executor.deliveries.adopted(run)
         case State.DELIVERING:
+            _set_clock(executor, run)
             run.outcome = await executor.read_outcome(run)
             executor.spawn(executor.deliveries.start(run))
         case State.DONE:
             pass
+
+
+def _set_clock(executor: Executor, run: Run) -> None:
+    """What its event says of its time: it ran until it left its outcome; where there is none, until now."""
+    if run.started_at is None:
+        return
+    began = datetime.datetime.fromisoformat(run.started_at).timestamp()
+    now, monotonic = time.time(), time.monotonic()
+    try:
+        ended = (executor.layout.spool(run.attempt) / OUTCOME_FILE).stat().st_mtime
+    except OSError:
+        ended = now
+    run.started = monotonic - max(0.0, now - began)
+    run.finished = max(run.started, monotonic - max(0.0, now - ended))
+    if run.task.verdict is not None and run.task.verdict.exit is not None:
+        run.exit = run.task.verdict.exit
+        run.resources = files.usage(run)
 
 
 def _sweep(executor: Executor, keep: set[int]) -> None:

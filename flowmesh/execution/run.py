@@ -14,6 +14,7 @@ from flowmesh.messages.job import Exit, Outcome
 from flowmesh.node.slots import Slot
 from flowmesh.processes.pipe import Pipe, Progress
 from flowmesh.tasks.machine import State, Task
+from flowmesh.tasks.types import LIGHT
 
 MAX_BAD_FRAMES = 20
 """After so many, a child's pipe is no longer read: it has nothing to say."""
@@ -41,6 +42,8 @@ class Run:
         self.exit: Exit | None = None
         self.outcome: Outcome | None = None
         self.resources: dict[str, Any] = {}
+        self.energy: dict[str, Any] | None = None
+        self.gpus = gpus_of(accepted, slot)
         self.timers: list[asyncio.TimerHandle] = []
         self.watchers: set[Callable[[dict[str, Any]], None]] = set()
 
@@ -79,6 +82,14 @@ class Run:
             "started_at": self.started_at,
             "out_dir": self.accepted.target.out_dir,
         }
+
+
+def gpus_of(accepted: Accepted, slot: Slot[Run]) -> tuple[str, ...]:
+    """UUIDs of the GPUs that a task gets: its slot's, capped by its `gpu.count`. Light tasks compute on none."""
+    if accepted.type.environment == LIGHT:
+        return ()
+    wanted = accepted.spec.resources.hardware if accepted.spec.resources else None
+    return slot.plan.gpus_for(wanted.gpu.count if wanted and wanted.gpu else None)
 
 
 def progress_event(progress: Progress) -> dict[str, Any]:

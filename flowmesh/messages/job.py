@@ -41,6 +41,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """Whether results go over HTTP; a training runner then asks for its archive."""
     file_url: str | None = None
     """The URL under which a delivered file will be found, with `{name}` for its name; None without HTTP."""
+    child_dirs: dict[str, str] = {}
+    """The folder of each merged child, by its id."""
     limits: dict[str, Any] = {}
     """Node settings that runners obey, by name (see `[runners]` in conf/node.toml)."""
 

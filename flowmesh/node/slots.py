@@ -64,7 +64,9 @@ def plan(
         slots = _listed(settings, gpus, cpus, cores)
     elif settings.node.slots is SlotsMode.PER_GPU and len(gpus) > 1:
         each = max(1, cores // len(gpus))
-        slots = [SlotPlan(name=name, worker_id="", gpus=(uuid,), cpus=tuple(cpus), cores=each) for name, uuid in _names(gpus)]
+        slots = [
+            SlotPlan(name=_name(gpu), worker_id="", gpus=(gpu.uuid,), cpus=tuple(cpus), cores=each) for gpu in gpus
+        ]
     else:
         uuids = tuple(gpu.uuid for gpu in gpus)
         slots = [SlotPlan(name=ONLY, worker_id="", gpus=uuids, cpus=tuple(cpus), cores=cores)]
@@ -80,12 +82,9 @@ def plan(
     )
 
 
-def _names(gpus: Sequence[GpuInfo]) -> list[tuple[str, str]]:
-    """`gpu0`; for slices of one board `gpu0-1`, `gpu0-2` by their instances."""
-    return [
-        (f"gpu{gpu.index}" if gpu.mig is None else f"gpu{gpu.index}-{gpu.mig.gpu_instance}-{gpu.mig.compute_instance}", gpu.uuid)
-        for gpu in gpus
-    ]
+def _name(gpu: GpuInfo) -> str:
+    """`gpu0`; for slices of one board `gpu0-1-0`, `gpu0-2-0` by their instances."""
+    return f"gpu{gpu.index}" + ("" if gpu.mig is None else f"-{gpu.mig.gpu_instance}-{gpu.mig.compute_instance}")
 
 
 def _listed(settings: Settings, gpus: Sequence[GpuInfo], cpus: Sequence[int], cores: int) -> list[SlotPlan]:

@@ -33,7 +33,20 @@ class TaskType(msgspec.Struct, frozen=True, kw_only=True):
     """The extra of our package that installs them."""
     preload: tuple[str, ...] = ()
     """What the environment's fork server imports for it; see processes.preload.load."""
+    preload_with: dict[str, str] = {}
+    """More of that, for modules that the type can use and need not have."""
 
+
+_TRAINING = {
+    "sft": "Sft",
+    "lora_sft": "LoraSft",
+    "dpo": "Dpo",
+    "ppo": "Ppo",
+    "grpo": "Grpo",
+    "rloo": "Rloo",
+    "kto": "Kto",
+    "reward": "Reward",
+}
 
 BUILTIN = (
     TaskType(name="echo", runner="runners.echo:EchoRunner", environment=LIGHT, preload=("runners.echo",)),
@@ -43,6 +56,17 @@ BUILTIN = (
         requires=("torch", "transformers"),
         extra="inference",
         preload=("runners.inference.preload:TRANSFORMERS",),
+        preload_with={"vllm": "runners.inference.preload:VLLM"},
+    ),
+    *(
+        TaskType(
+            name=name,
+            runner=f"runners.training.runner:{prefix}Runner",
+            requires=("torch", "transformers", "accelerate", "peft", "datasets", "trl"),
+            extra="training",
+            preload=("runners.training.preload:TRAINING",),
+        )
+        for name, prefix in _TRAINING.items()
     ),
 )
 
@@ -94,7 +118,7 @@ def catalogue(types: Mapping[str, TaskType], interpreters: Mapping[str, str | No
     missing: dict[str, str] = {}
     for environment, python in interpreters.items():
         here = [each for each in types.values() if each.environment == environment]
-        modules = {name for each in here for name in each.requires}
+        modules = {name for each in here for name in (*each.requires, *each.preload_with)}
         absent, problem = _absent(modules, python)
         for each in here:
             lacking = [name for name in each.requires if name in absent]
@@ -103,7 +127,8 @@ def catalogue(types: Mapping[str, TaskType], interpreters: Mapping[str, str | No
             elif lacking:
                 missing[each.name] = f"{', '.join(lacking)} not installed: {_remedy(each, python)}"
             else:
-                offered[each.name] = each
+                more = tuple(entry for name, entry in each.preload_with.items() if name not in absent)
+                offered[each.name] = msgspec.structs.replace(each, preload=each.preload + more)
     return Catalogue(offered=offered, missing=missing)
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from typing import Any
+
+import msgspec
 
 from runners.api import BadRequest, Context, MissingDependency
 from runners.inference.engine import Engine
-from runners.inference.task import InferenceTask
+from runners.inference.task import SHARED, InferenceTask, TransformersOptions
 from runners.inference.tokens import Texts
 from runners.inference.vllm_args import Work
 from runners.models.adapters import LocalAdapter
@@ -46,7 +49,9 @@ def load_engine(
         GpuOutOfMemory: the model does not fit.
         RunnerError: the model hub cannot be reached.
     """
-    if choose(ctx, task) == "vllm":
+    chosen = choose(ctx, task)
+    _tell_unused(ctx, task, chosen)
+    if chosen == "vllm":
         from runners.inference import vllm_engine
 
         return vllm_engine.load(ctx, task, source, adapters, work=work)
@@ -57,6 +62,17 @@ def load_engine(
     from runners.inference import loader
 
     return loader.load(ctx, task, source, adapters)
+
+
+def _tell_unused(ctx: Context, task: InferenceTask, chosen: str) -> None:
+    """A document may have options for both engines; the log says which of them had no effect on this node."""
+    other: dict[str, Any] = task.model.vllm or {}
+    if chosen == "vllm":
+        other = msgspec.structs.asdict(task.model.transformers or TransformersOptions())
+    unused = [name for name, value in other.items() if value is not None and name not in SHARED]
+    if unused:
+        section = "transformers" if chosen == "vllm" else "vllm"
+        ctx.log.warning("spec.model.%s was not used by engine=%s: %s", section, chosen, ", ".join(unused))
 
 
 def _only_transformers_can(task: InferenceTask) -> bool:

@@ -21,6 +21,8 @@ KNOWN_SPEC_FIELDS = (
 
 Dtype = Literal["auto", "float16", "bfloat16", "float32", "fp16", "half", "bf16", "fp32", "float"]
 DTYPES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}
+SHARED = ("dtype", "trust_remote_code")
+"""Options that mean the same to both engines: each takes them from the other's section where its own is silent."""
 
 
 class TransformersOptions(Section, frozen=True):

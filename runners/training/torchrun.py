@@ -107,7 +107,7 @@ def _serve(listener: socket.socket, agent: subprocess.Popen[bytes], ctx: Context
         while handle not in (ready := {fd for fd, _ in poller.poll()}):
             if listener.fileno() in ready:
                 with listener.accept()[0] as peer:
-                    pipe = ctx._pipe
+                    pipe = ctx.pipe
                     socket.send_fds(peer, [b"p"], [] if pipe is None else [pipe.fileno()])
     finally:
         os.close(handle)

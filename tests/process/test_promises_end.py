@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -112,7 +113,7 @@ def test_p1_what_a_task_left_in_tmp_is_gone(node: Node, peer: Orchestrator) -> N
 def test_p1_what_a_killed_task_left_in_shared_memory_is_gone(node: Node, peer: Orchestrator) -> None:
     end = peer.run(node.worker_id, misbehave("shm", then="die"))
     name = (node.results_dir / end["task_id"] / "shm").read_text()
-    until(lambda: not os.path.exists(f"/dev/shm/{name}"), "its block is removed")
+    until(lambda: not Path("/dev/shm", name).exists(), "its block is removed")
     assert_nothing_left(node, [])
 
 
@@ -136,11 +137,17 @@ EVERY_WAY: list[tuple[dict[str, Any], str, int | None, str | None, str]] = [
 
 
 @pytest.mark.parametrize(
-    ("spec", "kind", "code", "signal_name", "words"), EVERY_WAY, ids=lambda value: value["do"] if isinstance(value, dict) else ""
+    ("spec", "kind", "code", "signal_name", "words"), EVERY_WAY, ids=[way[0]["do"] for way in EVERY_WAY]
 )
-def test_p3_p6_a_bad_end_costs_only_its_own_task_and_is_told_with_evidence(
-    node: Node, peer: Orchestrator, spec: dict[str, Any], kind: str, code: int | None, signal_name: str | None, words: str
-) -> None:  # fmt: skip
+def test_p3_p6_a_bad_end_costs_only_its_own_task_and_is_told_with_evidence(  # noqa: PLR0917
+    node: Node,
+    peer: Orchestrator,
+    spec: dict[str, Any],
+    kind: str,
+    code: int | None,
+    signal_name: str | None,
+    words: str,
+) -> None:
     end = peer.run(node.worker_id, spec)
     assert end["type"] == "TASK_FAILED", end
     payload = end["payload"]

@@ -143,7 +143,9 @@ def test_cancel_while_delivering(orchestrator: Orchestrator, node: Node) -> None
     assert_serves(orchestrator, node)
 
 
-def test_cancel_while_waiting_for_a_place_to_deliver(orchestrator: Orchestrator, make_node: Callable[..., Node]) -> None:
+def test_cancel_while_waiting_for_a_place_to_deliver(
+    orchestrator: Orchestrator, make_node: Callable[..., Node]
+) -> None:
     node = make_node("--set", "delivery.concurrency=1", config=CONFIG)
     with Server(Stall()) as server:
         spec = {"taskType": "echo", "output": {"destination": {"type": "http", "url": server.url, "timeoutSec": 60}}}

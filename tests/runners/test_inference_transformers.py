@@ -524,3 +524,18 @@ def test_the_builtin_model_is_made_once_and_always_the_same(make_context, tmp_pa
     assert weights.stat().st_mtime_ns == made
     assert one["items"] == again["items"] == other["items"]
     assert [each.name for each in weights.parent.parent.iterdir()] == ["tiny-llama-v1"]
+
+
+def test_options_of_the_other_engine_are_told_or_shared(tiny_llama, make_context, caplog) -> None:
+    spec = spec_of(tiny_llama, ["a"], max_tokens=1)
+    spec["model"] = {
+        "source": spec["model"]["source"],
+        "vllm": {"dtype": "half", "max_model_len": 9, "trust_remote_code": True},
+    }
+    context = make_context(spec)
+    task = runner.read_task(context, spec)
+    assert (task.transformers.dtype, task.transformers.trust_remote_code) == ("half", True)
+    with caplog.at_level("INFO"):
+        InferenceRunner().run(context)
+    assert "spec.model.vllm was not used by engine=transformers: max_model_len" in caplog.text
+    assert "dtype=float16" in caplog.text

@@ -5,11 +5,13 @@ Each engine starts in a process of its own that a server forked, as on a node: v
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import signal
+import subprocess
 import sys
-import traceback
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from typing import Any
 import msgspec
 import psutil
 import pytest
+import yaml
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vllm is not installed here", allow_module_level=True)
@@ -24,55 +27,55 @@ if importlib.util.find_spec("vllm") is None:
 from flowmesh.messages.job import Fault
 from runners.api import BadRequest, Context, RunnerError
 from runners.inference import preload
-from runners.inference.runner import InferenceRunner
 from tests.runners.inference_specs import change, mixed_prompts, outputs, spec_of
 from tests.tiny_models import write_tiny_lora
 
-
-def _work(context: Context) -> dict[str, Any]:
-    try:
-        return {"result": InferenceRunner().run(context)}
-    except RunnerError as error:
-        return {"error": type(error).__name__, "fault": error.fault.value, "message": str(error)}
-    except BaseException:  # noqa: BLE001 - a child tells everything
-        return {"error": "bug", "message": traceback.format_exc()}
+ROOT = Path(__file__).parents[2]
 
 
-def forked(context: Context, while_running: Callable[[int], None] | None = None) -> dict[str, Any]:
-    """Run in a forked child; gives its result, or raises what it raised."""
-    read, write = os.pipe()
-    sys.stdout.flush()
-    pid = os.fork()
-    if pid == 0:
-        os.close(read)
-        with os.fdopen(write, "wb") as pipe:
-            pipe.write(msgspec.json.encode(_work(context)))
-        os._exit(0)
-    os.close(write)
-    if while_running is not None:
-        while_running(pid)
-    with os.fdopen(read, "rb") as pipe:
-        said = pipe.read()
-    os.waitpid(pid, 0)
-    answer = msgspec.json.decode(said) if said else {"error": "bug", "message": "the child died"}
-    if answer.get("error") == "bug":
-        pytest.fail(answer["message"])
-    if "error" in answer:
-        kind = BadRequest if answer["fault"] == Fault.BAD_REQUEST else RunnerError
-        raise kind(answer["message"])
-    return answer["result"]
+class Zygote:
+    """The fork server, and its answers as results or exceptions."""
+
+    def __init__(self) -> None:
+        env = {**os.environ, **preload.ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+        self._server = subprocess.Popen(
+            [sys.executable, "-m", "tests.runners.zygote", "VLLM"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=env,
+            cwd=ROOT,
+        )
+        assert self._line() == "ready"
+
+    def close(self) -> None:
+        self._server.communicate(timeout=60)
+
+    def __call__(self, context: Context, while_running: Callable[[int], None] | None = None) -> dict[str, Any]:
+        answer = context.tmp_dir / f"answer-{time.monotonic_ns()}"
+        assert self._server.stdin is not None
+        self._server.stdin.write(msgspec.json.encode([context.job, str(answer)]) + b"\n")
+        self._server.stdin.flush()
+        pid = int(self._line())
+        if while_running is not None:
+            while_running(pid)
+        assert self._line() == "ended"
+        said = msgspec.json.decode(answer.read_bytes())
+        if said.get("error") == "bug":
+            pytest.fail(said["message"])
+        if "error" in said:
+            raise (BadRequest if said["fault"] == Fault.BAD_REQUEST else RunnerError)(said["message"])
+        return said["result"]
+
+    def _line(self) -> str:
+        assert self._server.stdout is not None
+        return self._server.stdout.readline().decode().strip()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def imported() -> Iterator[None]:
-    """What a fork server does first. Its environment is this process's until the tests are over."""
-    before = dict(os.environ)
-    os.environ.update(preload.ENVIRONMENT)
-    for name in preload.VLLM:
-        importlib.import_module(name)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
+@pytest.fixture(scope="module")
+def forked() -> Iterator[Zygote]:
+    zygote = Zygote()
+    yield zygote
+    zygote.close()
 
 
 def on_vllm(model: Path, items: list[Any], **inference: Any) -> dict[str, Any]:
@@ -81,7 +84,9 @@ def on_vllm(model: Path, items: list[Any], **inference: Any) -> dict[str, Any]:
     return spec
 
 
-def both(make_context: Any, model: Path, items: list[Any], **inference: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def both(
+    forked: Zygote, make_context: Any, model: Path, items: list[Any], **inference: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """The same task on both engines."""
     spec = on_vllm(model, items, **inference)
     one = forked(make_context(spec))
@@ -92,14 +97,14 @@ def without_time(result: dict[str, Any]) -> dict[str, Any]:
     return {**result, "usage": {**result["usage"], "latency_sec": 0}}
 
 
-def test_greedy_answers_are_those_of_transformers(tiny_llama, make_context) -> None:
+def test_greedy_answers_are_those_of_transformers(forked, tiny_llama, make_context) -> None:
     chat = [{"role": "user", "content": "what does a slot share?"}]
-    vllm, transformers = both(make_context, tiny_llama, [*mixed_prompts(63), chat], system_prompt="be brief")
+    vllm, transformers = both(forked, make_context, tiny_llama, [*mixed_prompts(63), chat], system_prompt="be brief")
     assert without_time(vllm) == without_time(transformers)
     assert vllm["usage"]["num_requests"] == 64
 
 
-def test_stops_penalties_and_logprobs_are_the_same(tiny_llama, make_context) -> None:
+def test_stops_penalties_and_logprobs_are_the_same(forked, tiny_llama, make_context) -> None:
     prompts = mixed_prompts(6, longest=10)
     text = outputs(forked(make_context({**spec_of(tiny_llama, prompts[:1])})))[0]
     options = {
@@ -109,7 +114,7 @@ def test_stops_penalties_and_logprobs_are_the_same(tiny_llama, make_context) -> 
         "repetition_penalty": 1.2,
         "logprobs": 2,
     }
-    vllm, transformers = both(make_context, tiny_llama, prompts, **options)
+    vllm, transformers = both(forked, make_context, tiny_llama, prompts, **options)
     for one, other in zip(vllm["items"], transformers["items"], strict=True):
         assert {**one, "logprobs": 0} == {**other, "logprobs": 0}
         for mine, theirs in zip(one["logprobs"], other["logprobs"], strict=True):
@@ -118,7 +123,7 @@ def test_stops_penalties_and_logprobs_are_the_same(tiny_llama, make_context) -> 
             assert [each["token_id"] for each in mine["top"]] == [each["token_id"] for each in theirs["top"]]
 
 
-def test_seeds_and_several_answers(tiny_llama, make_context) -> None:
+def test_seeds_and_several_answers(forked, tiny_llama, make_context) -> None:
     spec = on_vllm(tiny_llama, ["a task", "the node"], temperature=1.2, seed=5, n=3, max_tokens=8)
     one, again = forked(make_context(spec)), forked(make_context(spec))
     assert without_time(one) == without_time(again)
@@ -127,12 +132,12 @@ def test_seeds_and_several_answers(tiny_llama, make_context) -> None:
     assert outputs(other) != outputs(one)
 
 
-def test_unseeded_tasks_draw_for_themselves(tiny_llama, make_context) -> None:
+def test_unseeded_tasks_draw_for_themselves(forked, tiny_llama, make_context) -> None:
     spec = on_vllm(tiny_llama, ["a task"], temperature=1.5, max_tokens=12)
     assert len({tuple(outputs(forked(make_context(spec)))) for _ in range(3)}) > 1
 
 
-def test_adapters_at_run_time_and_merged(tiny_llama, make_context, tmp_path) -> None:
+def test_adapters_at_run_time_and_merged(forked, tiny_llama, make_context, tmp_path) -> None:
     for i in range(2):
         write_tiny_lora(tiny_llama, tmp_path / f"lora-{i}", seed=20 + i, rank=4 + 8 * i)
     spec = on_vllm(tiny_llama, mixed_prompts(6, longest=8))
@@ -155,7 +160,7 @@ def json_copy(spec: dict[str, Any]) -> dict[str, Any]:
     return msgspec.json.decode(msgspec.json.encode(spec))
 
 
-def test_json_schema(tiny_llama, make_context) -> None:
+def test_json_schema(forked, tiny_llama, make_context) -> None:
     schema = {"type": "object", "properties": {"ok": {"enum": ["yes", "no"]}}, "required": ["ok"],
               "additionalProperties": False}  # fmt: skip
     result = forked(make_context(on_vllm(tiny_llama, ["a task", "the node"], json_schema=schema, max_tokens=40)))
@@ -166,7 +171,15 @@ def test_json_schema(tiny_llama, make_context) -> None:
         forked(make_context(on_vllm(tiny_llama, ["a"], json_schema={"type": "colour"})))
 
 
-def test_merged_children_share_the_engine(tiny_llama, make_context) -> None:
+def test_the_example(forked, make_context) -> None:
+    document = yaml.safe_load((ROOT / "conf" / "tasks" / "inference-vllm.yaml").read_text())
+    result = forked(make_context(document["spec"]))
+    verdicts = {msgspec.json.decode(item["output"])["verdict"] for item in result["items"]}
+    assert verdicts <= {"yes", "no", "unknown"}
+    assert len(result["items"]) == 2
+
+
+def test_merged_children_share_the_engine(forked, tiny_llama, make_context) -> None:
     parent = on_vllm(tiny_llama, ["a task"])
     children = [
         {"task_id": "good", "spec": on_vllm(tiny_llama, ["the node", "a slot"])},
@@ -178,7 +191,7 @@ def test_merged_children_share_the_engine(tiny_llama, make_context) -> None:
     assert "max_tokens: 3, but" in result["children"]["bad"]["error"]
 
 
-def test_a_prompt_longer_than_max_model_len(tiny_llama, make_context) -> None:
+def test_a_prompt_longer_than_max_model_len(forked, tiny_llama, make_context) -> None:
     spec = change(on_vllm(tiny_llama, ["a", "a task " * 50]), "model.vllm.max_model_len", 64)
     with pytest.raises(BadRequest, match=r"spec\.data\.items\[1\]: the prompt has \d+ tokens; the model takes 64"):
         forked(make_context(spec))
@@ -201,13 +214,15 @@ def test_a_prompt_longer_than_max_model_len(tiny_llama, make_context) -> None:
         ("model.adapters", [{"path": "/no/such"}], r"spec\.model\.adapters\[0\]\.path: there is no"),
     ],
 )
-def test_what_cannot_be_done_is_one_clear_line(tiny_llama, make_context, path: str, value: Any, message: str) -> None:
+def test_what_cannot_be_done_is_one_clear_line(
+    forked, tiny_llama, make_context, *, path: str, value: Any, message: str
+) -> None:
     with pytest.raises(BadRequest, match=message) as caught:
         forked(make_context(change(on_vllm(tiny_llama, ["a task"]), path, value)))
     assert "\n" not in str(caught.value)
 
 
-def test_an_adapter_that_does_not_fit(tiny_llama, make_context, tmp_path) -> None:
+def test_an_adapter_that_does_not_fit(forked, tiny_llama, make_context, tmp_path) -> None:
     from runners.models.builtin import write_tiny_llama
 
     (tmp_path / "wide").mkdir()
@@ -220,23 +235,29 @@ def test_an_adapter_that_does_not_fit(tiny_llama, make_context, tmp_path) -> Non
 
 
 @pytest.mark.slow
-def test_a_dead_engine_process_ends_the_task(tiny_llama, make_context) -> None:
+def test_a_dead_engine_process_ends_the_task(forked, tiny_llama, make_context) -> None:
     """With an engine in a process of its own, as several GPUs need: vLLM alone would wait for the dead forever."""
+
+    family: list[psutil.Process] = []
 
     def kill_engine(pid: int) -> None:
         task = psutil.Process(pid)
-        marker = context.tmp_dir / "generating"
+        marker = context.tmp_dir / "phase-generate"
         while not marker.exists():
             if not task.is_running() or task.status() == psutil.STATUS_ZOMBIE:
                 return
             os.sched_yield()
-        for child in task.children(recursive=True):
+        family.extend(task.children(recursive=True))
+        for child in family:
             if "EngineCore" in " ".join([child.name(), *child.cmdline()]):
                 child.send_signal(signal.SIGKILL)
 
     spec = on_vllm(tiny_llama, ["a task"] * 64, max_tokens=2000)
     spec["model"]["vllm"]["distributed_executor_backend"] = "mp"
     context = make_context(spec)
-    context.phase = lambda name: (context.tmp_dir / "generating").touch() if name == "generate" else None
     with pytest.raises(RunnerError, match=r"a process of vLLM's engine \(pid \d+\) died|EngineCore"):
         forked(context, kill_engine)
+    assert family
+    for child in family:  # vLLM's workers outlive their engine; on a node they are swept
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()

@@ -22,8 +22,8 @@ def lines_of_node_toml() -> list[tuple[str, str, bool]]:
     """(section, `key = value`, whether it is an example) of each setting in the file, commented out or not."""
     section, found = "", []
     for line in NODE_TOML.read_text().splitlines():
-        if header := re.match(r"^#?\[([\w.]+)\]$", line):
-            section = header[1]
+        if header := re.match(r"^#?(\[[\w.]+\]|\[\[\w+\]\])$", line):
+            section = header[1][1:-1]
         elif match := COMMENTED.match(line):
             found.append((section, match["setting"], match["example"] is not None))
         elif line and not line.startswith("#"):
@@ -42,7 +42,9 @@ def test_node_toml_has_every_setting_once_and_nothing_else() -> None:
         return f"{first}.NAME" if name else first
 
     found = [f"{generic(section)}.{setting.partition(' = ')[0]}" for section, setting, _ in lines_of_node_toml()]
-    assert sorted(found) == sorted(Sections(Settings).keys())
+    sections = Sections(Settings)
+    listed = [f"[{section}].{key}" for section, fields in sections.listed.items() for key in fields]
+    assert sorted(found) == sorted([*sections.keys(), *listed])
 
 
 @pytest.mark.parametrize(("section", "setting", "example"), lines_of_node_toml())
@@ -50,9 +52,15 @@ def test_each_default_in_node_toml_is_the_default(tmp_path: Path, section: str, 
     setting = setting.replace("/opt/flowmesh/vllm/bin/python", sys.executable)
     environments = "" if section == "environments.vllm" else "[environments.vllm]\n"
     path = tmp_path / "node.toml"
+    key = setting.partition(" = ")[0]
+    if section.startswith("["):
+        name = "" if key == "name" else "name = 'x'\n"
+        path.write_text(f"[{section}]\n{name}{setting}\n")
+        assert getattr(load(path, {}).settings.slots[0], key) not in (None, ())
+        assert example
+        return
     path.write_text(f"{environments}[{section}]\n{setting}\n")
     loaded = load(path, {}).settings
-    key = setting.partition(" = ")[0]
     first, _, name = section.partition(".")
     found = getattr(loaded, first)[name] if name else getattr(loaded, first)
     default = getattr(type(found)(), key)

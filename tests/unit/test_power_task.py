@@ -73,7 +73,9 @@ def test_utilisation_and_memory_are_of_its_own_gpus_only() -> None:
         other = GpuSample(uuid="GPU-b", board="GPU-b", used_bytes=1 << 40, utilization_percent=100)
         meter.observe({"GPU-a": mine, "GPU-b": other})
     meter.observe({"GPU-a": GpuLost("GPU-a", "GPU is lost")})
-    proof = GpuRelease(state=GpuState.RELEASED, before_bytes=7, peak_bytes=400, after_bytes=8)
+    proof = GpuRelease(
+        state=GpuState.RELEASED, before_bytes=7, peak_bytes=400, after_bytes=8, pids_before=(3,), pids_after=(3,)
+    )
     used = meter.finish(
         totals(None, 0.0),
         runtime_s=1.0,
@@ -87,6 +89,7 @@ def test_utilisation_and_memory_are_of_its_own_gpus_only() -> None:
         "read_bytes": 4,
         "written_bytes": 5,
         "gpu_release_ms": 12.5,
+        "gpu_held": None,
         "gpus": {
             "GPU-a": {
                 "index": 0,
@@ -96,6 +99,8 @@ def test_utilisation_and_memory_are_of_its_own_gpus_only() -> None:
                 "memory_before_bytes": 7,
                 "memory_peak_bytes": 400,
                 "memory_after_bytes": 8,
+                "processes_before": (3,),
+                "processes_after": (3,),
                 "temperature_peak_c": 71,
                 "throttled": ("sw_power_cap",),
             }

@@ -1,0 +1,172 @@
+"""Closed slots: GPUs that must not be worked on, why, and the probes that open their slot again without anybody's help.
+
+A closed slot's worker says DEGRADED. Tasks that need its GPUs wait for as long as a release may take, then go back for
+another worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from loguru import logger
+
+from flowmesh.errors import DeviceError
+from flowmesh.execution.canary import Canaries
+from flowmesh.execution.run import Run
+from flowmesh.node.devices import GpuLost, GpuProcess, GpuSample, Look
+from flowmesh.node.gpu import Baseline, ReleaseProof, foreign_processes, name_holders
+from flowmesh.node.health import GpuHealth
+from flowmesh.node.nvml import Nvml
+from flowmesh.node.slots import Slot
+from flowmesh.processes import linux
+from flowmesh.tasks import machine
+from flowmesh.tasks.verdicts import Stop
+
+if TYPE_CHECKING:
+    from flowmesh.execution.executor import Executor
+
+FIRST_PAUSE_S = 1.0
+_MIB = 1 << 20
+
+
+class Quarantine:
+    def __init__(self, executor: Executor, nvml: Nvml, health: GpuHealth) -> None:
+        self.canaries = Canaries(executor)
+        self._executor = executor
+        self._settings = executor.settings.gpu
+        self._nvml = nvml
+        self._health = health
+        self._floors: dict[str, int] = {}
+        """The least that each GPU has had in use while nobody of ours was on it."""
+
+    # ---- judging -----------------------------------------------------------------------------------------------------
+
+    async def objection(self, uuids: Sequence[str], looks: Mapping[str, Look]) -> str:
+        """Why no task may start on these GPUs, which hold no task now; empty where one may."""
+        for condemned in self._health.condemned(uuids).values():
+            return condemned
+        return await self._occupied(uuids, looks)
+
+    async def _occupied(self, uuids: Sequence[str], looks: Mapping[str, Look]) -> str:
+        for run in self._executor.runs.values():
+            # Where slots were cut anew under running tasks, a GPU may still be used by another slot's.
+            if run.pid is not None and set(uuids) & set(run.gpus) and not set(uuids) <= set(run.slot.plan.gpus):
+                return f"task {run.task_id}, which another worker has, is still on one of its GPUs"
+        for uuid in uuids:
+            look = looks[uuid]
+            if isinstance(look, GpuLost):
+                return f"{uuid} does not answer: {look.why}"
+            own = {pid for pid in look.pids if is_below(pid, os.getpid())}
+            strangers = foreign_processes({uuid: look}, own).get(uuid, ())
+            if strangers and not self._settings.allow_foreign:
+                holders = ", ".join(map(str, await name_holders(strangers)))
+                return f"{uuid} is used by somebody else: {holders}"
+            used_bytes = _unclaimed_bytes(look.used_bytes, look.processes or ())
+            floor = self._floors[uuid] = min(used_bytes, self._floors.get(uuid, used_bytes))
+            if used_bytes - floor > self._settings.release_tolerance_bytes:
+                return f"{uuid} has {(used_bytes - floor) / _MIB:.0f} MiB more in use than when it was idle before"
+        return ""
+
+    def remember(self, baselines: Mapping[str, Baseline]) -> None:
+        """What GPUs had in use before a task: they are not idle with more than that."""
+        for uuid, baseline in baselines.items():
+            idle_bytes = _unclaimed_bytes(baseline.used_bytes, baseline.processes)
+            self._floors[uuid] = min(idle_bytes, self._floors.get(uuid, idle_bytes))
+
+    # ---- closing and opening -----------------------------------------------------------------------------------------
+
+    def close(self, slot: Slot[Run], reason: str) -> None:
+        """Take no GPU task in this slot from now on, and probe until one may be taken again."""
+        if slot.closed == reason:
+            return
+        told = logger.bind(worker=slot.plan.worker_id)
+        already, slot.closed = bool(slot.closed), reason
+        if already:
+            told.info("slot stays closed: {}", reason)
+            return
+        told.error("slot closed: {}", reason)
+        self._executor.hooks.on_slot_changed(slot)
+        self._executor.spawn(self._probe(slot))
+
+    def _open(self, slot: Slot[Run], closed_s: float) -> None:
+        slot.closed = ""
+        logger.bind(worker=slot.plan.worker_id, closed_s=round(closed_s, 1)).info("slot open again: its GPUs are free")
+        self._executor.hooks.on_slot_changed(slot)
+        self._executor.pump(slot)
+
+    async def _probe(self, slot: Slot[Run]) -> None:
+        closed_at = time.monotonic()
+        pause_s = min(FIRST_PAUSE_S, self._settings.probe_interval_s)
+        while True:
+            await asyncio.sleep(pause_s)
+            reason = await self._examine(slot)
+            closed_s = time.monotonic() - closed_at
+            if not reason:
+                self._open(slot, closed_s)
+                return
+            self.close(slot, reason)
+            if closed_s > self._settings.release_timeout_s:
+                self._hand_back(slot)
+            pause_s = min(pause_s * 2, self._settings.probe_interval_s)
+
+    async def _examine(self, slot: Slot[Run]) -> str:
+        """One probe; what is still wrong."""
+        uuids = slot.plan.gpus
+        try:
+            looks = await self._nvml.sample(uuids, memory_only=True)
+        except DeviceError as error:
+            return str(error)
+        self._health.observe({uuid: look for uuid, look in looks.items() if isinstance(look, GpuLost)})
+        if reason := await self._occupied(uuids, looks):
+            return reason
+        condemned = self._health.condemned(uuids)
+        if not condemned:
+            return ""
+        fault = "; ".join(condemned.values())
+        if failed := await self.canaries.run(slot.plan):
+            return f"{fault}; {failed}"
+        proof = ReleaseProof(
+            self._nvml,
+            uuids,
+            tolerance_bytes=self._settings.release_tolerance_bytes,
+            allow_foreign=self._settings.allow_foreign,
+        )
+        proof.resume(
+            {
+                uuid: Baseline(uuid, look.used_bytes, look.processes or ())
+                for uuid, look in looks.items()
+                if isinstance(look, GpuSample)
+            }
+        )
+        report = await proof.wait_released((), self._settings.release_timeout_s)
+        if not report.released:
+            return f"{fault}; after the canary {report}"
+        if self._health.condemned(uuids) != condemned:
+            return "; ".join(self._health.condemned(uuids).values())  # another fault came while it ran
+        self._health.readmit(uuids)
+        logger.bind(worker=slot.plan.worker_id).info("GPUs good again after {}: the canary computed well", fault)
+        return ""
+
+    def _hand_back(self, slot: Slot[Run]) -> None:
+        for run in [run for run in slot.queue if run.gpus]:
+            detail = f"not started: the worker's GPUs cannot be used now ({slot.closed})"
+            self._executor.apply(run, machine.StopRequested(Stop.NODE_FAULT, detail))
+
+
+def _unclaimed_bytes(used_bytes: int, processes: Sequence[GpuProcess]) -> int:
+    return max(0, used_bytes - sum(process.used_bytes or 0 for process in processes))
+
+
+def is_below(pid: int, ancestor: int) -> bool:
+    """Whether a process is another one, or descends from it."""
+    seen = 0
+    at: int | None = pid
+    while at is not None and at > 1 and seen < 256:
+        if at == ancestor:
+            return True
+        at, seen = linux.parent_of(at), seen + 1
+    return False

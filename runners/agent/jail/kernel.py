@@ -1,0 +1,216 @@
+"""The Linux calls behind the jail that Python does not have, each raising OSError with its own name."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import struct
+from collections.abc import Iterable
+
+CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x04000000, 0x08000000
+CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
+MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 8, 0x1000, 0x4000, 1 << 18
+MNT_DETACH = 2
+
+_PR_SET_PDEATHSIG, _PR_CAPBSET_DROP, _PR_SET_SECCOMP = 1, 24, 22
+_PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS, _PR_SET_DUMPABLE = 36, 38, 4
+_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
+_SECCOMP_MODE_FILTER = 2
+
+# Numbers that are the same on every architecture, as all system calls since 2019 are.
+_SYS_MOUNT_SETATTR, _SYS_LANDLOCK_CREATE, _SYS_LANDLOCK_ADD, _SYS_LANDLOCK_RESTRICT = 442, 444, 445, 446
+_IO_URING_SETUP = 425
+_ARCHITECTURES = {
+    # name: (audit number, pivot_root, capset, socket)
+    "x86_64": (0xC000003E, 155, 126, 41),
+    "aarch64": (0xC00000B7, 41, 91, 198),
+}
+_CHANGE_OWNER_OR_MODE = {
+    # chmod, chown, setxattr and removexattr in all their forms
+    "x86_64": (90, 91, 92, 93, 94, 188, 189, 190, 197, 198, 199, 260, 268),
+    "aarch64": (5, 6, 7, 14, 15, 16, 52, 53, 54, 55),
+}
+_CHANGE_SINCE_2019 = (452, 463, 466, 469)
+_X32 = 0x40000000
+_AT_FDCWD, _AT_RECURSIVE = -100, 0x8000
+_MOUNT_ATTR_RDONLY, _MOUNT_ATTR_NOSUID, _MOUNT_ATTR_NODEV = 1, 2, 4
+_LAST_CAPABILITY = 63
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+
+
+def _checked(name: str, result: int) -> int:
+    if result < 0:
+        errno = ctypes.get_errno()
+        raise OSError(errno, f"{name}: {os.strerror(errno)}")
+    return result
+
+
+def _syscall(name: str, number: int, *args: object) -> int:
+    return _checked(name, _libc.syscall(ctypes.c_long(number), *args))
+
+
+def _numbers() -> tuple[int, int, int, int]:
+    numbers = _ARCHITECTURES.get(platform.machine())
+    if numbers is None:
+        raise OSError(38, f"no system call numbers for {platform.machine()}")
+    return numbers
+
+
+def _prctl(option: int, *args: int) -> None:
+    padded = [ctypes.c_ulong(arg) for arg in (*args, 0, 0, 0, 0)[:4]]
+    _checked(f"prctl({option})", _libc.prctl(option, *padded))
+
+
+def die_with_parent(signal_number: int) -> None:
+    _prctl(_PR_SET_PDEATHSIG, signal_number)
+
+
+def become_subreaper() -> None:
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def forbid_new_privileges() -> None:
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+
+
+def undumpable() -> None:
+    """Nobody of our user may look into us by /proc or ptrace."""
+    _prctl(_PR_SET_DUMPABLE, 0)
+
+
+def dumpable() -> None:
+    """A new user namespace can only be given its user by a process that may be looked into."""
+    _prctl(_PR_SET_DUMPABLE, 1)
+
+
+def unshare(flags: int) -> None:
+    _checked("unshare", _libc.unshare(ctypes.c_int(flags)))
+
+
+def mount(source: str | None, target: str, kind: str | None, flags: int, data: str | None = None) -> None:
+    encoded = [None if each is None else os.fsencode(each) for each in (source, target, kind, data)]
+    _checked(f"mount {target}", _libc.mount(*encoded[:3], ctypes.c_ulong(flags), encoded[3]))
+
+
+def make_read_only(target: str) -> None:
+    """The mount and all below it: no writing, no set-uid, no devices. Works where a remount is refused."""
+    attributes = struct.pack("=QQQQ", _MOUNT_ATTR_RDONLY | _MOUNT_ATTR_NOSUID | _MOUNT_ATTR_NODEV, 0, 0, 0)
+    path = os.fsencode(target)
+    _syscall("mount_setattr", _SYS_MOUNT_SETATTR, _AT_FDCWD, path, _AT_RECURSIVE, attributes, ctypes.c_size_t(32))
+
+
+def pivot_root(new_root: str, put_old: str) -> None:
+    _syscall("pivot_root", _numbers()[1], os.fsencode(new_root), os.fsencode(put_old))
+
+
+def unmount(target: str) -> None:
+    _checked(f"umount {target}", _libc.umount2(os.fsencode(target), MNT_DETACH))
+
+
+def drop_capabilities() -> None:
+    """None are left, and no program that is executed gets any."""
+    for capability in range(_LAST_CAPABILITY + 1):
+        try:
+            _prctl(_PR_CAPBSET_DROP, capability)
+        except OSError:
+            break  # past the last one that this kernel knows
+    _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
+    header, none = struct.pack("=Ii", 0x20080522, 0), bytes(24)
+    _syscall("capset", _numbers()[2], header, none)
+
+
+# ---- Landlock --------------------------------------------------------------------------------------------------------
+
+_EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR = 1, 2, 4, 8
+_FS_V1 = (1 << 13) - 1
+_REFER, _TRUNCATE, _IOCTL_DEV = 1 << 13, 1 << 14, 1 << 15
+_NET_ALL = 3  # bind and connect of TCP
+_SCOPE_ALL = 3  # abstract unix sockets, signals
+_READING = _EXECUTE | _READ_FILE | _READ_DIR
+_OF_FILES = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE | _IOCTL_DEV
+
+
+def landlock_version() -> int:
+    """The kernel's Landlock interface; 0 where there is none, or it is switched off."""
+    try:
+        return _syscall("landlock", _SYS_LANDLOCK_CREATE, None, ctypes.c_size_t(0), ctypes.c_uint32(1))
+    except OSError:
+        return 0
+
+
+def landlock(readable: Iterable[str], writable: Iterable[str], *, network: bool) -> None:
+    """From now on only files below `readable` can be read, and only those below `writable` changed.
+
+    Args:
+        network: whether TCP stays allowed, where this kernel's Landlock can tell.
+
+    Raises:
+        OSError: the kernel has none.
+    """
+    version = landlock_version()
+    handled = _FS_V1
+    for since, right in ((2, _REFER), (3, _TRUNCATE), (5, _IOCTL_DEV)):
+        handled |= right if version >= since else 0
+    net = 0 if network or version < 4 else _NET_ALL
+    scope = _SCOPE_ALL if version >= 6 else 0
+    attributes = struct.pack("=QQQ", handled, net, scope)[: 24 if version >= 6 else 16 if version >= 4 else 8]
+    ruleset = _syscall(
+        "landlock", _SYS_LANDLOCK_CREATE, attributes, ctypes.c_size_t(len(attributes)), ctypes.c_uint32(0)
+    )
+    for paths, rights in ((readable, _READING), (writable, handled)):
+        for path in paths:
+            try:
+                fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            except OSError:
+                continue  # what is not there needs no right
+            allowed = rights & handled if os.path.isdir(path) else rights & handled & _OF_FILES
+            rule = struct.pack("=Qi", allowed, fd)
+            _syscall("landlock", _SYS_LANDLOCK_ADD, ruleset, ctypes.c_int(1), rule, ctypes.c_uint32(0))
+            os.close(fd)
+    _syscall("landlock", _SYS_LANDLOCK_RESTRICT, ruleset, ctypes.c_uint32(0))
+    os.close(ruleset)
+
+
+# ---- seccomp ---------------------------------------------------------------------------------------------------------
+
+_LD_ABS, _JEQ, _JGE, _RET = 0x20, 0x15, 0x35, 0x06
+_ALLOW, _ERRNO_EPERM, _KILL = 0x7FFF0000, 0x00050001, 0x80000000
+
+
+def filter_calls(families: Iterable[int], *, keep_modes: bool = False) -> None:
+    """From now on `socket` refuses all families but these, and io_uring, which could go around it, is refused.
+
+    Args:
+        keep_modes: refuse as well what changes owners, modes and attributes, which Landlock does not look at.
+    """
+    audit, _, _, socket_number = _numbers()
+    allowed = list(families)
+    refused = [_IO_URING_SETUP]
+    if keep_modes:
+        refused += [*_CHANGE_OWNER_OR_MODE[platform.machine()], *_CHANGE_SINCE_2019]
+    program = [
+        (_LD_ABS, 0, 0, 4),
+        (_JEQ, 1, 0, audit),
+        (_RET, 0, 0, _KILL),
+        (_LD_ABS, 0, 0, 0),
+        (_JGE, 0, 1, _X32),
+        (_RET, 0, 0, _ERRNO_EPERM),
+    ]
+    for number in refused:
+        program += [(_JEQ, 0, 1, number), (_RET, 0, 0, _ERRNO_EPERM)]
+    program += [
+        (_JEQ, 1, 0, socket_number),
+        (_RET, 0, 0, _ALLOW),
+        (_LD_ABS, 0, 0, 16),  # its first argument, the low half
+        *((_JEQ, len(allowed) - index, 0, family) for index, family in enumerate(allowed)),
+        (_RET, 0, 0, _ERRNO_EPERM),
+        (_RET, 0, 0, _ALLOW),
+    ]
+    code = b"".join(struct.pack("=HBBI", *line) for line in program)
+    buffer = ctypes.create_string_buffer(code, len(code))
+    header = struct.pack("@HP", len(program), ctypes.addressof(buffer))
+    holder = ctypes.create_string_buffer(header, len(header))
+    _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(holder))

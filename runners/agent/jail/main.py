@@ -1,0 +1,262 @@
+"""Runs one command confined: `python -I -S main.py PLAN COMMAND …`, PLAN being JSON (see `sandbox.py`, which starts it).
+
+Two ways. `namespaces`: a file system of its own with little in it, its own processes, no network. `landlock`: the
+kernel's file rules and a filter on sockets, for systems that refuse namespaces. Whatever the command leaves behind is
+killed when it ends, when we get a SIGTERM, and when whoever started us dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import socket
+import struct
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import kernel  # type: ignore[import-not-found,unused-ignore]  # noqa: E402 - a script finds its neighbour by its folder
+
+EXIT_NOT_CONFINED = 97
+"""The jail could not be built; the command has not run."""
+DEVICES = ("null", "zero", "full", "random", "urandom")
+TMP_BYTES = 256 * 2**20
+NETWORKED = (socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK)
+
+
+def main() -> int:
+    plan, command = json.loads(sys.argv[1]), sys.argv[2:]
+    parent = os.getppid()
+    os.setsid()
+    kernel.die_with_parent(signal.SIGKILL)
+    if os.getppid() != parent:
+        return EXIT_NOT_CONFINED
+    try:
+        kernel.become_subreaper()
+        child = (_start_in_namespaces if plan["mode"] == "namespaces" else _start_under_landlock)(plan, command)
+    except OSError as error:
+        return _refuse(error)
+    signal.signal(signal.SIGTERM, lambda *_: _leave(child, 128 + signal.SIGTERM))
+    status = _wait_for(child)
+    _kill_descendants()
+    return status
+
+
+# ---- namespaces ------------------------------------------------------------------------------------------------------
+
+
+def _start_in_namespaces(plan: dict[str, Any], command: list[str]) -> int:
+    uid, gid = os.geteuid(), os.getegid()
+    kernel.dumpable()
+    flags = kernel.CLONE_NEWUSER | kernel.CLONE_NEWNS | kernel.CLONE_NEWPID | kernel.CLONE_NEWIPC | kernel.CLONE_NEWUTS
+    kernel.unshare(flags | (0 if plan["network"] else kernel.CLONE_NEWNET))
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")
+    Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1")
+    ready, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(ready)
+        _be_init(plan, command, tell)
+    os.close(tell)
+    with os.fdopen(ready, "rb") as file:
+        trouble = file.read()
+    if trouble:
+        os.waitpid(child, 0)
+        raise OSError(1, trouble.decode(errors="replace"))
+    return child
+
+
+def _be_init(plan: dict[str, Any], command: list[str], tell: int) -> NoReturn:
+    """The first process of the new namespace: when it ends, the kernel ends all others in it."""
+    kernel.die_with_parent(signal.SIGKILL)
+    status = EXIT_NOT_CONFINED
+    try:
+        _build_root(plan)
+        if not plan["network"]:
+            _raise_loopback()
+        kernel.forbid_new_privileges()
+        kernel.drop_capabilities()
+        if plan["network"]:
+            kernel.filter_calls(NETWORKED)  # the machine's abstract unix sockets would be in reach
+        os.set_inheritable(tell, False)
+        child = os.fork()
+        if child == 0:
+            _execute(plan, command, tell)
+        os.close(tell)
+        status = _wait_for(child)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.write(tell, str(error).encode())
+    os._exit(status)
+
+
+def _build_root(plan: dict[str, Any]) -> None:
+    """Mount what the command may see below `plan["root"]`, and make that the root."""
+    root = plan["root"]
+    kernel.mount(None, "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
+    kernel.mount("tmpfs", root, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "mode=755,size=16m")
+    for name, size in (("/tmp", TMP_BYTES), ("/dev", 2**16), ("/dev/shm", TMP_BYTES)):
+        Path(root + name).mkdir(parents=True)
+        kernel.mount("tmpfs", root + name, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, f"mode=1777,size={size}")
+    for path in plan["readable"]:
+        _show(root, path, writable=False)
+    for device in DEVICES:
+        _bind_device(root, f"/dev/{device}")
+    for link, target in (("fd", "/proc/self/fd"), ("stdin", "/proc/self/fd/0"), ("stdout", "/proc/self/fd/1"),
+                         ("stderr", "/proc/self/fd/2")):  # fmt: skip
+        os.symlink(target, f"{root}/dev/{link}")
+    _show(root, plan["work_dir"], writable=True)
+    Path(root, "proc").mkdir(exist_ok=True)
+    with contextlib.suppress(OSError):  # refused inside some containers; then the command has no /proc
+        kernel.mount("proc", f"{root}/proc", "proc", kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC)
+    old = Path(root, ".old")
+    old.mkdir()
+    kernel.pivot_root(root, str(old))
+    os.chdir("/")
+    kernel.unmount("/.old")
+    os.rmdir("/.old")
+    kernel.mount("tmpfs", "/", None, 32 | 1 | kernel.MS_BIND | kernel.MS_NOSUID | kernel.MS_NODEV)  # remount, read-only
+
+
+def _show(root: str, path: str, *, writable: bool) -> None:
+    """Bind a file or folder to the same place in the new root; a link is made again as a link."""
+    source, target = Path(path), Path(root + path)
+    if source.is_symlink() and not writable:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.is_symlink():
+            target.symlink_to(source.readlink())
+        return
+    if not source.exists():
+        return
+    if source.is_dir():
+        target.mkdir(parents=True, exist_ok=True)
+    else:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.touch(exist_ok=True)
+    kernel.mount(path, str(target), None, kernel.MS_BIND | kernel.MS_REC)
+    if not writable:
+        kernel.make_read_only(str(target))
+
+
+def _bind_device(root: str, path: str) -> None:
+    Path(root + path).touch()
+    kernel.mount(path, root + path, None, kernel.MS_BIND)
+
+
+def _raise_loopback() -> None:
+    """The namespace's own 127.0.0.1, which leads nowhere else."""
+    import fcntl
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
+        fcntl.ioctl(sock, 0x8914, struct.pack("16sH14x", b"lo", 1))  # SIOCSIFFLAGS, IFF_UP
+
+
+# ---- Landlock --------------------------------------------------------------------------------------------------------
+
+
+def _start_under_landlock(plan: dict[str, Any], command: list[str]) -> int:
+    if not kernel.landlock_version():
+        raise OSError(38, "this kernel has no Landlock")
+    kernel.undumpable()
+    ready, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(ready)
+        os.set_inheritable(tell, False)
+        kernel.die_with_parent(signal.SIGKILL)
+        try:
+            kernel.forbid_new_privileges()
+            kernel.drop_capabilities()
+            devices = [f"/dev/{name}" for name in DEVICES]
+            kernel.landlock(plan["readable"], [plan["work_dir"], *devices], network=plan["network"])
+            kernel.filter_calls(NETWORKED if plan["network"] else (), keep_modes=True)
+            _execute(plan, command, tell)
+        except OSError as error:
+            os.write(tell, str(error).encode())
+            os._exit(EXIT_NOT_CONFINED)
+    os.close(tell)
+    with os.fdopen(ready, "rb") as file:
+        trouble = file.read()
+    if trouble:
+        os.waitpid(child, 0)
+        raise OSError(1, trouble.decode(errors="replace"))
+    return child
+
+
+# ---- common ----------------------------------------------------------------------------------------------------------
+
+
+def _execute(plan: dict[str, Any], command: list[str], tell: int) -> NoReturn:
+    """Become the command. `tell` closes when that has worked."""
+    os.chdir(plan["work_dir"])
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    for name, value in plan["limits"].items():
+        kind = getattr(resource, name)
+        hard = resource.getrlimit(kind)[1]
+        bound = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(kind, (bound, bound))
+    try:
+        os.execvpe(command[0], command, plan["env"])
+    except OSError as error:
+        os.write(tell, f"{command[0]}: {error.strerror}".encode())
+        os._exit(EXIT_NOT_CONFINED)
+
+
+def _wait_for(child: int) -> int:
+    """Reap whatever ends, until `child` has; its status as a shell has it."""
+    while True:
+        pid, status = os.waitpid(-1, 0)
+        if pid == child:
+            code = os.waitstatus_to_exitcode(status)
+            return code if code >= 0 else 128 - code
+
+
+def _leave(child: int, status: int) -> NoReturn:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child, signal.SIGKILL)
+    _kill_descendants()
+    os._exit(status)
+
+
+def _kill_descendants() -> None:
+    """We are their subreaper: who has lost its parent is our child, and so in reach, until nobody is left."""
+    while True:
+        for pid in _descendants(os.getpid()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            return
+
+
+def _descendants(root: int) -> list[int]:
+    children: dict[int, list[int]] = {}
+    for name in os.listdir("/proc"):
+        if not name.isdigit():
+            continue
+        try:
+            fields = Path(f"/proc/{name}/stat").read_bytes().rpartition(b")")[2].split()
+        except OSError:
+            continue
+        children.setdefault(int(fields[1]), []).append(int(name))
+    found, todo = [], [root]
+    while todo:
+        below = children.get(todo.pop(), [])
+        found += below
+        todo += below
+    return found
+
+
+def _refuse(error: OSError) -> int:
+    print(f"jail: {error.strerror or error}", file=sys.stderr)  # noqa: T201 - stderr is all we have
+    return EXIT_NOT_CONFINED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

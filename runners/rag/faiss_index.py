@@ -1,0 +1,183 @@
+"""A FAISS index over vectors: built, asked in batches, on the GPU where FAISS and the task have one.
+
+Scores are FAISS's own: for `ip` the inner product (the cosine of unit vectors), for `l2` the squared distance.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import faiss
+import msgspec
+import numpy as np
+
+from runners.api import BadRequest, Context
+from runners.rag.task import Faiss
+
+Metric = Literal["ip", "l2"]
+IndexType = Literal["flat", "ivf", "hnsw"]
+
+ADD_ROWS = 1 << 16
+QUERY_ROWS = 1024
+POINTS_A_CELL = 39
+"""Fewer, and FAISS says that the cells of an ivf index are not well trained."""
+PROBED_SHARE = 8
+HNSW_LINKS = 32
+HNSW_EF_CONSTRUCTION = 200
+HNSW_EF_SEARCH = 64
+GPU_MAX_K = 2048
+"""FAISS's GPU search returns no more than that."""
+
+
+class Recipe(msgspec.Struct, frozen=True, kw_only=True):
+    """What an index is, with every default filled in; stored beside it."""
+
+    metric: Metric
+    index_type: IndexType
+    normalize: bool
+    dimension: int
+    nlist: int | None = None
+    m: int | None = None
+    ef_construction: int | None = None
+
+
+class Index:
+    """A searchable index. `recipe` says what it is."""
+
+    def __init__(self, index: Any, recipe: Recipe, *, on_gpu: bool = False) -> None:
+        self._index = index
+        self.recipe = recipe
+        self.on_gpu = on_gpu
+
+    @property
+    def count(self) -> int:
+        return int(self._index.ntotal)
+
+    def on_cpu(self) -> Any:
+        """FAISS's own object, as it can be written to a file."""
+        return faiss.index_gpu_to_cpu(self._index) if self.on_gpu else self._index
+
+    def search(
+        self, ctx: Context, vectors: np.ndarray, top_k: int, *, nprobe: int | None, ef_search: int | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and row numbers of each query's best rows, best first; -1 where there are fewer than `top_k`.
+
+        Raises:
+            BadRequest: the vectors are of another dimension than the index.
+            Cancelled: the node asked the task to stop.
+        """
+        check_dimension(vectors.shape[1], self.recipe.dimension)
+        top_k = min(top_k, self.count)
+        index = self._index
+        if self.on_gpu and top_k > GPU_MAX_K:
+            index = self.on_cpu()
+        self._tune(index, top_k, nprobe, ef_search)
+        vectors = prepared(vectors, self.recipe.normalize)
+        scores = np.empty((len(vectors), top_k), dtype=np.float32)
+        rows = np.empty((len(vectors), top_k), dtype=np.int64)
+        for first in range(0, len(vectors), QUERY_ROWS):
+            ctx.progress(first, len(vectors), "queries")
+            part = slice(first, first + QUERY_ROWS)
+            scores[part], rows[part] = index.search(vectors[part], top_k)
+        return scores, rows
+
+    def _tune(self, index: Any, top_k: int, nprobe: int | None, ef_search: int | None) -> None:
+        if self.recipe.index_type == "ivf":
+            index.nprobe = min(nprobe or max(index.nlist // PROBED_SHARE, 1), index.nlist)
+        elif self.recipe.index_type == "hnsw":
+            index.hnsw.efSearch = max(ef_search or HNSW_EF_SEARCH, top_k)
+
+
+def build(ctx: Context, vectors: np.ndarray, wanted: Faiss) -> Index:
+    """An index over `vectors`, whose row numbers are theirs.
+
+    Raises:
+        BadRequest: more cells than vectors.
+        Cancelled: the node asked the task to stop.
+    """
+    use_threads(ctx)
+    count, dimension = vectors.shape
+    recipe = _recipe(wanted, count, dimension)
+    index = _empty(recipe)
+    on_gpu = gpu_usable(ctx) and recipe.index_type != "hnsw"  # FAISS has no HNSW for GPUs
+    if on_gpu:
+        index = to_gpu(index)
+    vectors = prepared(vectors, recipe.normalize)
+    if not index.is_trained:
+        index.train(vectors)
+    for first in range(0, count, ADD_ROWS):
+        ctx.progress(first, count, "vectors")
+        index.add(vectors[first : first + ADD_ROWS])
+    return Index(index, recipe, on_gpu=on_gpu)
+
+
+def loaded(ctx: Context, index: Any, recipe: Recipe) -> Index:
+    """An index that came from a file, moved to the GPU where there is one."""
+    use_threads(ctx)
+    on_gpu = gpu_usable(ctx) and recipe.index_type != "hnsw"
+    return Index(to_gpu(index) if on_gpu else index, recipe, on_gpu=on_gpu)
+
+
+def check_dimension(found: int, wanted: int, what: str = "the index") -> None:
+    """Raises BadRequest where vectors of `found` numbers cannot be compared with those of `what`."""
+    if found != wanted:
+        raise BadRequest(
+            f"spec.embedding.model: its vectors have {found} dimensions, those of {what} have {wanted}; "
+            "use the model that it was built with"
+        )
+
+
+def prepared(vectors: np.ndarray, normalize: bool) -> np.ndarray:
+    """Contiguous float32 rows, of unit length where that is wanted; a row of zeros stays."""
+    rows = np.array(vectors, dtype=np.float32, order="C", copy=normalize)
+    if normalize:
+        faiss.normalize_L2(rows)
+    return rows
+
+
+def use_threads(ctx: Context) -> None:
+    faiss.omp_set_num_threads(max(ctx.threads, 1))
+
+
+def gpu_usable(ctx: Context) -> bool:
+    """Whether FAISS was built for GPUs and this task has one."""
+    return bool(ctx.gpus) and hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
+
+
+def to_gpu(index: Any) -> Any:
+    return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
+
+
+def _recipe(wanted: Faiss, count: int, dimension: int) -> Recipe:
+    kind = wanted.index_type or "flat"
+    nlist = None
+    if kind == "ivf":
+        if wanted.nlist is not None and wanted.nlist > count:
+            raise BadRequest(f"spec.faiss.nlist: {wanted.nlist} cells for {count} passages; give at most {count}")
+        nlist = wanted.nlist or max(min(int(4 * math.sqrt(count)), count // POINTS_A_CELL), 1)
+    return Recipe(
+        metric=wanted.metric or "ip",
+        index_type=kind,
+        normalize=True if wanted.normalize is None else wanted.normalize,
+        dimension=dimension,
+        nlist=nlist,
+        m=(wanted.m or HNSW_LINKS) if kind == "hnsw" else None,
+        ef_construction=(wanted.ef_construction or HNSW_EF_CONSTRUCTION) if kind == "hnsw" else None,
+    )
+
+
+def _empty(recipe: Recipe) -> Any:
+    metric = faiss.METRIC_INNER_PRODUCT if recipe.metric == "ip" else faiss.METRIC_L2
+    match recipe.index_type:
+        case "flat":
+            return faiss.IndexFlat(recipe.dimension, metric)
+        case "ivf":
+            quantizer = faiss.IndexFlat(recipe.dimension, metric)
+            index = faiss.IndexIVFFlat(quantizer, recipe.dimension, recipe.nlist, metric)
+            index.cp.min_points_per_centroid = 1  # few passages are no reason for a warning in the task's log
+            return index
+        case "hnsw":
+            index = faiss.IndexHNSWFlat(recipe.dimension, recipe.m, metric)
+            index.hnsw.efConstruction = recipe.ef_construction
+            return index

@@ -1,0 +1,124 @@
+"""`spec.faiss`: an index from documents or from an earlier task, and the passages nearest to each query."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from runners.api import BadRequest, Context
+from runners.models.sources import local_path
+from runners.rag import store
+from runners.rag.chunks import window
+from runners.rag.documents import cut_documents, read_documents
+from runners.rag.embedder import Embedder, load_embedder
+from runners.rag.faiss_index import build, check_dimension
+from runners.rag.search import Hit
+from runners.rag.task import Faiss, RagTask
+
+WHERE = "spec.faiss"
+
+
+class FaissSearcher:
+    """An index and its passages. See `search.Searcher`."""
+
+    name = "faiss"
+
+    def __init__(self, loaded: store.Loaded, wanted: Faiss) -> None:
+        self._loaded = loaded
+        self._wanted = wanted
+
+    def search(self, ctx: Context, vectors: np.ndarray, top_k: int) -> list[list[Hit]]:
+        """See `search.Searcher`."""
+        wanted, passages = self._wanted, self._loaded.passages
+        scores, rows = self._loaded.index.search(ctx, vectors, top_k, nprobe=wanted.nprobe, ef_search=wanted.ef_search)
+        return [
+            [self._hit(passages[row], score) for score, row in zip(*pair, strict=True) if row >= 0]
+            for pair in zip(scores.tolist(), rows.tolist(), strict=True)
+        ]
+
+    def describe(self) -> dict[str, Any]:
+        about, index = self._loaded.about, self._loaded.index
+        said = {name: value for name, value in msgspec.to_builtins(about.recipe).items() if value is not None}
+        said |= {"count": index.count, "device": "cuda" if index.on_gpu else "cpu"}
+        said |= {"chunk_tokens": about.chunk_tokens, "chunk_overlap": about.chunk_overlap}
+        return said if self._loaded.folder is None else {**said, "index_path": str(self._loaded.folder)}
+
+    @staticmethod
+    def _hit(passage: Any, score: float) -> Hit:
+        payload = msgspec.to_builtins(passage)
+        payload.pop("id")
+        if payload["metadata"] is None:
+            payload.pop("metadata")
+        return Hit(passage.id, score, payload)
+
+
+def open_faiss(ctx: Context, task: RagTask) -> tuple[FaissSearcher, Embedder]:
+    """The task's index, loaded or built, and the model for its queries.
+
+    Raises:
+        BadRequest: there are no documents, no such index, or the model does not fit it.
+        RunnerError: a server cannot be reached.
+        Cancelled: the node asked the task to stop.
+    """
+    wanted = task.faiss
+    assert wanted is not None, "the caller has looked"
+    if wanted.index is not None:
+        return _open(ctx, task, wanted, store.load(ctx, wanted.index, f"{WHERE}.index"))
+    if wanted.path is not None and store.is_index(local_path(ctx, wanted.path)):
+        for name in ("metric", "index_type", "normalize", "chunk", "save"):
+            if getattr(wanted, name) is not None:
+                raise BadRequest(f"{WHERE}.{name}: {WHERE}.path holds an index that is built already; leave it out")
+        return _open(ctx, task, wanted, store.read(ctx, local_path(ctx, wanted.path), f"{WHERE}.path"))
+    return _build(ctx, task, wanted)
+
+
+def _open(ctx: Context, task: RagTask, wanted: Faiss, loaded: store.Loaded) -> tuple[FaissSearcher, Embedder]:
+    recipe, own = loaded.about.recipe, loaded.about.embedding_model
+    for name, owner in (("nprobe", "ivf"), ("ef_search", "hnsw")):
+        if getattr(wanted, name) is not None and recipe.index_type != owner:
+            raise BadRequest(
+                f"{WHERE}.{name}: means something to an {owner} index only; this one is {recipe.index_type}"
+            )
+    ctx.phase("load")
+    embedder = load_embedder(ctx, task.embedding, default=own)
+    check_dimension(embedder.dimension, recipe.dimension)
+    if embedder.name != own:
+        ctx.log.warning("queries are embedded by %s, the index was built with %s", embedder.name, own)
+    ctx.log.info("index loaded folder=%s count=%d type=%s", loaded.folder, loaded.index.count, recipe.index_type)
+    return FaissSearcher(loaded, wanted), embedder
+
+
+def _build(ctx: Context, task: RagTask, wanted: Faiss) -> tuple[FaissSearcher, Embedder]:
+    documents = read_documents(ctx, wanted.documents, wanted.path, WHERE)
+    ctx.phase("load")
+    embedder = load_embedder(ctx, task.embedding)
+    chunk = wanted.chunk
+    takes = embedder.max_tokens
+    special = embedder.tokenizer.num_special_tokens_to_add()
+    cut = window(
+        None if chunk is None else chunk.tokens,
+        None if chunk is None else chunk.overlap,
+        model_takes=None if takes is None else takes - special,
+        where=f"{WHERE}.chunk",
+    )
+    ctx.phase("index")
+    passages = cut_documents(ctx, documents, embedder.tokenizer, cut)
+    if not passages:
+        raise BadRequest(f"{WHERE}.{wanted.source}: all documents are empty, there is nothing to find in them")
+    vectors = embedder.embed(ctx, [each.text for each in passages], "document")
+    index = build(ctx, vectors, wanted)
+    about = store.About(
+        version=store.VERSION,
+        recipe=index.recipe,
+        embedding_model=embedder.name,
+        count=index.count,
+        chunk_tokens=cut.tokens,
+        chunk_overlap=cut.overlap,
+    )
+    built = store.Loaded(index, store.Passages.of(passages), about, None)
+    if wanted.save:
+        built = msgspec.structs.replace(built, folder=store.save(ctx, built))
+    ctx.log.info("index built documents=%d passages=%d type=%s", len(documents), index.count, index.recipe.index_type)
+    return FaissSearcher(built, wanted), embedder

@@ -1,0 +1,126 @@
+"""Retrieve, then generate: passages into a prompt, the prompt through the inference runner's engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from runners.api import BadRequest, Context
+from runners.data.prompts import Items
+from runners.inference.engine import Watch
+from runners.inference.engines import load_engine
+from runners.inference.parts import Part, answer, prepare
+from runners.inference.runner import find_source, work_of
+from runners.inference.tokens import Texts
+from runners.models.adapters import load_adapters
+from runners.rag.search import Hit
+from runners.rag.task import PLACEHOLDERS, Generation
+
+WHERE = "spec.generate"
+
+
+class Question(msgspec.Struct, frozen=True):
+    """One query with what was found for it."""
+
+    query: str
+    hits: Sequence[Hit]
+    system_prompt: str | None
+    where: str
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """What a query's entry in the result gets."""
+
+    fields: dict[str, Any]
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Answers(msgspec.Struct, frozen=True):
+    model: str
+    answers: tuple[Answer, ...]
+    latency_s: float
+
+
+def generate(ctx: Context, generation: Generation, questions: Sequence[Question]) -> Answers:
+    """An answer to each question, all in one batch of the engine.
+
+    Raises:
+        BadRequest: the model cannot be had, or a question does not fit it even without a passage.
+        RunnerError: see the inference runner.
+        Cancelled: the node asked the task to stop.
+    """
+    ctx.phase("load model")
+    task = generation.inference
+    source = find_source(ctx, task)
+    adapters = load_adapters(ctx, task.model.adapters)
+    prompts = [_prompt(generation, question, len(question.hits)) for question in questions]
+    whole = [_part(ctx, generation, *pair) for pair in zip(questions, prompts, strict=True)]
+    engine, texts = load_engine(ctx, task, source, adapters, work=work_of(whole, task))
+    ctx.log.info("model loaded model=%s %s", source.shown, " ".join(f"{k}={v}" for k, v in engine.describe().items()))
+    room = None if engine.max_positions is None else engine.max_positions - task.sampling.max_tokens
+    used = [len(question.hits) for question in questions]
+    parts = []
+    for index, question in enumerate(questions):
+        used[index], prompt = _fitting(ctx, generation, question, texts, room)
+        parts.append(prepare(_part(ctx, generation, question, prompt), texts, engine, adapters))
+    ctx.phase("generate")
+    requests = [request for part in parts for request in part.requests]
+    since = time.monotonic()
+    completions = engine.generate(requests, task.sampling, Watch(ctx, len(requests), task.sampling.n))
+    latency_s = time.monotonic() - since
+    answers = []
+    for part, completion, passages in zip(parts, completions, used, strict=True):
+        made = answer(part, [completion], texts, source, latency_s)
+        item, usage = made["items"][0], made["usage"]
+        fields = {name: value for name, value in item.items() if name not in ("index", "prompt", "metadata")}
+        answers.append(
+            Answer({**fields, "passages_used": passages}, usage["prompt_tokens"], usage["completion_tokens"])
+        )
+    return Answers(source.shown, tuple(answers), latency_s)
+
+
+def _prompt(generation: Generation, question: Question, passages: int) -> str:
+    """The template with the best `passages` passages, numbered, in place."""
+    context = "\n\n".join(f"[{number}] {hit.text()}" for number, hit in enumerate(question.hits[:passages], start=1))
+    values = {"context": context, "query": question.query}
+    return PLACEHOLDERS.sub(lambda match: values[match[1]], generation.template)
+
+
+def _part(ctx: Context, generation: Generation, question: Question, prompt: str) -> Part:
+    return Part(
+        task_id=None,
+        folder=ctx.out_dir,
+        items=Items((prompt,), (None,), (question.where,)),
+        system_prompt=question.system_prompt,
+        chat=generation.inference.chat,
+        export=None,
+    )
+
+
+def _fitting(
+    ctx: Context, generation: Generation, question: Question, texts: Texts, room: int | None
+) -> tuple[int, str]:
+    """As many of the best passages as the model has room for beside its answer, and the prompt with them."""
+    passages = len(question.hits)
+    while True:
+        prompt = _prompt(generation, question, passages)
+        if room is None:
+            return passages, prompt
+        tokens = len(texts.encode(_part(ctx, generation, question, prompt).asked, [question.where])[0])
+        if tokens <= room:
+            break
+        if passages == 0:
+            raise BadRequest(
+                f"{question.where}: the question alone has {tokens} tokens; the model has room for {max(room, 0)} "
+                f"beside an answer of {generation.inference.sampling.max_tokens}; lower {WHERE}.max_tokens"
+            )
+        passages -= 1
+    if passages < len(question.hits):
+        ctx.log.warning(
+            "passages left out: %d of %d fit the model where=%s", passages, len(question.hits), question.where
+        )
+    return passages, prompt

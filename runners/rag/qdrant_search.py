@@ -1,0 +1,170 @@
+"""`spec.qdrant`: a collection of a Qdrant server, or of qdrant-client's local mode, asked with vectors made here.
+
+Errors name the server's host and the collection, and never the key or what else stands in the address.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from flowmesh.messages.checking import nearest
+from runners.api import BadRequest, Context, MissingDependency, RunnerError
+from runners.models.sources import local_path
+from runners.rag.faiss_index import check_dimension
+from runners.rag.search import Hit
+from runners.rag.task import Qdrant
+from runners.rag.waiting import patiently
+
+QUERIES_A_REQUEST = 64
+DEFAULT_TIMEOUT_S = 30.0
+WHERE = "spec.qdrant"
+
+
+class QdrantSearcher:
+    """One collection. See `search.Searcher`."""
+
+    name = "qdrant"
+
+    def __init__(self, client: Any, wanted: Qdrant, place: str) -> None:
+        self._client = client
+        self._wanted = wanted
+        self._place = place
+        self._using: str | None = None
+        self._about: dict[str, Any] = {}
+
+    def open(self, ctx: Context, dimension: int) -> None:
+        """Look at the collection, before anything is embedded for it.
+
+        Raises:
+            BadRequest: there is no such collection, it refuses us, or its vectors are others.
+            RunnerError: the server does not answer.
+        """
+        info = self._ask(ctx, lambda: self._client.get_collection(self._wanted.collection))
+        vectors = info.config.params.vectors
+        if isinstance(vectors, dict):
+            self._using = self._choose(vectors)
+            vectors = vectors[self._using]
+        elif self._wanted.vector is not None:
+            raise BadRequest(f"{WHERE}.vector: the vectors of {self._collection} have no names; leave it out")
+        if vectors is None:
+            raise BadRequest(f"{WHERE}.collection: {self._collection} has no dense vectors")
+        check_dimension(dimension, int(vectors.size), self._collection)
+        self._about = {
+            "metric": str(getattr(vectors.distance, "value", vectors.distance)).lower(),
+            "dimension": int(vectors.size),
+            "count": info.points_count,
+        }
+
+    def search(self, ctx: Context, vectors: np.ndarray, top_k: int) -> list[list[Hit]]:
+        """See `search.Searcher`."""
+        from qdrant_client import models
+
+        hits: list[list[Hit]] = []
+        for first in range(0, len(vectors), QUERIES_A_REQUEST):
+            ctx.progress(first, len(vectors), "queries")
+            requests = [
+                models.QueryRequest(query=vector, limit=top_k, with_payload=True, using=self._using)
+                for vector in vectors[first : first + QUERIES_A_REQUEST].tolist()
+            ]
+            answers = self._ask(ctx, lambda r=requests: self._client.query_batch_points(self._wanted.collection, r))
+            hits += [[Hit(p.id, float(p.score), dict(p.payload or {})) for p in each.points] for each in answers]
+        return hits
+
+    def describe(self) -> dict[str, Any]:
+        said = {"url" if self._wanted.url else "path": self._place, "collection": self._wanted.collection}
+        return said | self._about
+
+    @property
+    def _collection(self) -> str:
+        return f"collection {self._wanted.collection!r} at {self._place}"
+
+    def _choose(self, vectors: dict[str, Any]) -> str:
+        wanted = self._wanted.vector
+        if wanted is None and len(vectors) == 1:
+            return next(iter(vectors))
+        if wanted is None:
+            raise BadRequest(
+                f"{WHERE}.vector: missing; {self._collection} has several vectors: {', '.join(sorted(vectors))}"
+            )
+        if wanted not in vectors:
+            raise BadRequest(
+                f"{WHERE}.vector: {self._collection} has no vector {wanted!r}; {nearest(wanted, list(vectors))}"
+            )
+        return wanted
+
+    def _ask(self, ctx: Context, call: Any) -> Any:
+        from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
+
+        try:
+            return patiently(ctx.check_cancelled, call)
+        except UnexpectedResponse as error:
+            raise self._refusal(error.status_code, error.reason_phrase) from None
+        except ResponseHandlingException as error:
+            kind = type(error.source).__name__ if error.args == () else type(error).__name__
+            raise RunnerError(
+                f"{WHERE}.url: no usable answer from {self._place} ({kind}) for {self._collection}"
+            ) from None
+        except ValueError as error:  # the local mode's way to say that there is none
+            if "not found" in str(error):
+                raise BadRequest(f"{WHERE}.collection: there is no {self._collection}") from None
+            raise RunnerError(f"{WHERE}: {self._collection} cannot be asked: {type(error).__name__}") from None
+
+    def _refusal(self, status: int | None, reason: str) -> RunnerError:
+        if status == 404:
+            return BadRequest(f"{WHERE}.collection: there is no {self._collection}")
+        if status in (401, 403):
+            return BadRequest(f"{WHERE}.api_key: {self._collection} refuses it, or wants one ({status} {reason})")
+        kind = BadRequest if status is not None and 400 <= status < 500 and status not in (408, 429) else RunnerError
+        return kind(f"{WHERE}: {self._collection} answered {status} {reason}")
+
+
+def open_qdrant(ctx: Context, wanted: Qdrant) -> QdrantSearcher:
+    """A client for the task's collection. A server is not asked yet.
+
+    Raises:
+        BadRequest: the address is none, or another process has the local folder.
+        MissingDependency: qdrant-client is not installed.
+    """
+    if importlib.util.find_spec("qdrant_client") is None:
+        raise MissingDependency("qdrant_client", "rag")
+    from qdrant_client import QdrantClient
+
+    if wanted.path is not None:
+        folder = local_path(ctx, wanted.path)
+        if not folder.is_dir():
+            raise BadRequest(f"{WHERE}.path: there is no folder {wanted.path!r} on this node")
+        try:
+            client = QdrantClient(path=str(folder), force_disable_check_same_thread=True)
+        except RuntimeError:
+            raise RunnerError(
+                f"{WHERE}.path: another process has {wanted.path!r} open; use a server to share it"
+            ) from None
+        return QdrantSearcher(client, wanted, wanted.path)
+    url, place = _address(wanted.url or "")
+    timeout_s = wanted.timeout_s or DEFAULT_TIMEOUT_S
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a key goes over http, inside a cluster, is the operator's choice
+        client = QdrantClient(
+            url=url, api_key=wanted.api_key, timeout=max(round(timeout_s), 1), check_compatibility=False
+        )
+    return QdrantSearcher(client, wanted, place)
+
+
+def _address(url: str) -> tuple[str, str]:
+    """The address as it is used, and as people may see it."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host, port, parts = None, None, urlsplit("")
+    if parts.scheme not in ("http", "https") or not host:
+        raise BadRequest(f"{WHERE}.url: an http or https address is needed, such as http://HOST:6333")
+    if parts.username or parts.password or parts.query:
+        raise BadRequest(f"{WHERE}.url: no user, password or query belongs there; use api_key or api_key_env")
+    shown = f"{parts.scheme}://{host}" + (f":{port}" if port else "")
+    return url, shown + parts.path.rstrip("/")

@@ -1,0 +1,189 @@
+"""The rag runner: queries in, passages out, and answers made from them where the task wants any."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from runners.api import BadRequest, Context, MissingDependency, Runner, RunnerError
+from runners.data.sources import load_items
+from runners.inference.merge import read_children
+from runners.rag.merge import check_agreement, failed
+from runners.rag.task import RagTask, read_rag
+
+
+class Queries(msgspec.Struct, frozen=True):
+    """One task's queries."""
+
+    texts: tuple[str, ...]
+    metadata: tuple[dict[str, Any] | None, ...]
+    wheres: tuple[str, ...]
+    system_prompt: str | None
+
+
+class RagRunner(Runner):
+    """Task type `rag`."""
+
+    def run(self, ctx: Context) -> dict[str, Any]:
+        ctx.phase("prepare")
+        task = read_rag(ctx, ctx.spec)
+        own: dict[str | None, Queries] = {None: read_queries(ctx, task, ctx.spec, "spec")}
+        children = read_children(ctx)
+        refused: dict[str, dict[str, Any]] = {}
+        for child in children:
+            try:
+                theirs = read_rag(ctx, child.spec, child.where)
+                queries = read_queries(ctx, theirs, child.spec, child.where)
+                check_agreement(task, theirs, child.where)
+                own[child.task_id] = queries
+            except RunnerError as error:
+                ctx.log.error("child refused child=%s error=%s", child.task_id, error)
+                refused[child.task_id] = failed(error)
+        searcher, embedder = self._open(ctx, task)
+        ctx.phase("search")
+        since = time.monotonic()
+        texts = [text for queries in own.values() for text in queries.texts]
+        found: list[list[Any]] = []
+        if texts:
+            found = searcher.search(ctx, embedder.embed(ctx, texts, "query"), task.top_k)
+        search_s = time.monotonic() - since
+        embedding = {"model": embedder.name, "dimension": embedder.dimension, "device": embedder.device}
+        del embedder  # its memory is the model's, where answers are made
+        entries, model, answer_s, tokens = self._answer(ctx, task, own, found)
+        ctx.phase("save")
+        results: dict[str | None, dict[str, Any]] = {}
+        at = 0
+        for task_id, queries in own.items():
+            part = slice(at, at + len(queries.texts))
+            at = part.stop
+            results[task_id] = {
+                "ok": True,
+                "executor": "rag",
+                **({} if model is None else {"model": model}),
+                searcher.name: searcher.describe(),
+                "embedding": embedding,
+                "search": {"top_k": task.top_k},
+                "queries": [{"index": index, **entry} for index, entry in enumerate(entries[part])],
+                "usage": _usage(entries[part], search_s, answer_s, None if model is None else tokens[part]),
+            }
+        result = results.pop(None)
+        if children:
+            result["children"] = {
+                child.task_id: refused.get(child.task_id) or results[child.task_id] for child in children
+            }
+        return result
+
+    @staticmethod
+    def _open(ctx: Context, task: RagTask) -> tuple[Any, Any]:
+        _need("sentence_transformers")
+        if task.faiss is not None:
+            _need("faiss")
+            from runners.rag.faiss_search import open_faiss
+
+            return open_faiss(ctx, task)
+        from runners.rag.embedder import load_embedder
+        from runners.rag.qdrant_search import open_qdrant
+
+        assert task.qdrant is not None, "one of the two is given"
+        searcher = open_qdrant(ctx, task.qdrant)
+        ctx.phase("load")
+        embedder = load_embedder(ctx, task.embedding)
+        searcher.open(ctx, embedder.dimension)
+        return searcher, embedder
+
+    @staticmethod
+    def _answer(
+        ctx: Context, task: RagTask, own: dict[str | None, Queries], found: list[list[Any]]
+    ) -> tuple[list[dict[str, Any]], str | None, float, list[tuple[int, int]]]:
+        """Each query's entry, and with answers: the model, seconds, and each one's tokens."""
+        asked = [
+            (text, metadata, where, queries.system_prompt)
+            for queries in own.values()
+            for text, metadata, where in zip(queries.texts, queries.metadata, queries.wheres, strict=True)
+        ]
+        entries: list[dict[str, Any]] = [
+            {
+                "query": text,
+                "items": [{"id": hit.id, "score": hit.score, "payload": hit.payload} for hit in hits],
+                **({} if metadata is None else {"metadata": metadata}),
+            }
+            for (text, metadata, _, _), hits in zip(asked, found, strict=True)
+        ]
+        if task.generation is None or not asked:
+            return entries, None, 0.0, []
+        from runners.rag.generate import Question, generate
+
+        _empty_cache()
+        questions = [
+            Question(text, hits, system, where) for (text, _, where, system), hits in zip(asked, found, strict=True)
+        ]
+        made = generate(ctx, task.generation, questions)
+        entries = [{**entry, **each.fields} for entry, each in zip(entries, made.answers, strict=True)]
+        tokens = [(each.prompt_tokens, each.completion_tokens) for each in made.answers]
+        return entries, made.model, made.latency_s, tokens
+
+
+def read_queries(ctx: Context, task: RagTask, spec: dict[str, Any], where: str) -> Queries:
+    """`query`, or the rows of `data`; none where the task only builds an index.
+
+    Raises:
+        BadRequest: naming the field.
+    """
+    query, data = spec.get("query"), spec.get("data")
+    if query is not None and data is not None:
+        raise BadRequest(f"{where}.query: {where}.data is there, too; give one of them")
+    if query is not None:
+        if spec.get("shard") is not None:
+            raise BadRequest(f"{where}.shard: only the rows of {where}.data can be sharded; leave it out")
+        if not isinstance(query, str) or not query.strip():
+            raise BadRequest(f"{where}.query: expected a text (found {type(query).__name__} {query!r:.60})")
+        return Queries((query,), (None,), (f"{where}.query",), task.system_prompt)
+    if data is None:
+        if task.faiss is not None and task.faiss.save and task.generation is None:
+            return Queries((), (), (), None)
+        raise BadRequest(
+            f"{where}.query: missing; give a query or {where}.data (or faiss.save, to only build an index)"
+        )
+    items = load_items(ctx, spec, where)
+    for prompt, place in zip(items.prompts, items.wheres, strict=True):
+        if not isinstance(prompt, str):
+            raise BadRequest(f"{place}: chat messages cannot be searched for; give one text")
+        if not prompt.strip():
+            raise BadRequest(f"{place}: is empty; give a query or leave it out")
+    texts = tuple(prompt for prompt in items.prompts if isinstance(prompt, str))
+    return Queries(texts, items.metadata, items.wheres, task.system_prompt)
+
+
+def _usage(
+    entries: Sequence[dict[str, Any]], search_s: float, answer_s: float, tokens: Sequence[tuple[int, int]] | None
+) -> dict[str, Any]:
+    usage: dict[str, Any] = {
+        "latency_sec": round(search_s + answer_s, 6),
+        "num_queries": len(entries),
+        "total_results": sum(len(entry["items"]) for entry in entries),
+    }
+    if tokens is not None:
+        prompt, completion = (sum(column) for column in zip(*tokens, strict=True)) if tokens else (0, 0)
+        usage |= {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        usage |= {"search_sec": round(search_s, 6), "generate_sec": round(answer_s, 6)}
+    return usage
+
+
+def _need(library: str) -> None:
+    import importlib.util
+
+    if importlib.util.find_spec(library) is None:
+        raise MissingDependency(library, "rag")
+
+
+def _empty_cache() -> None:
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

@@ -1,0 +1,146 @@
+"""Slots on a real node: what each worker registers, what its tasks are given, and that they run beside one another."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from tests.process.gpu_node import GIB, MIB, A, B, MakeGpuNode, held
+from tests.support import Node, Orchestrator
+
+pytestmark = pytest.mark.redis
+
+
+def test_one_slot_registers_all_gpus_and_a_task_sees_them_by_uuid(
+    orchestrator: Orchestrator,
+    gpu_node: MakeGpuNode,
+) -> None:
+    node = gpu_node()
+    gpus = node.hardware()["gpu"]
+    assert gpus == {
+        "driver_version": "570.10",
+        "cuda_version": "12.8",
+        "gpus": [
+            {"index": 0, "name": "NVIDIA H100", "uuid": A, "memory_total_bytes": 80 * GIB},
+            {"index": 1, "name": "NVIDIA H100", "uuid": B, "memory_total_bytes": 80 * GIB},
+        ],
+    }
+    result = node.result(orchestrator.run("w1", {"taskType": "look"})["task_id"])
+    assert (result["gpus"], result["visible"]) == ([A, B], f"{A},{B}")
+    capped = {"taskType": "look", "resources": {"hardware": {"gpu": {"count": 1}}}}
+    assert node.result(orchestrator.run("w1", capped)["task_id"])["visible"] == A
+    capped["resources"]["hardware"]["gpu"]["count"] = 0  # type: ignore[index]
+    end = orchestrator.run("w1", capped)
+    assert node.result(end["task_id"])["visible"] == ""
+    assert "gpus" not in end["payload"]["resources"]
+
+    beat = orchestrator.wait_worker_event("HEARTBEAT")
+    orchestrator.worker_events.clear()
+    beat = orchestrator.wait_worker_event("HEARTBEAT")
+    assert beat["metrics"]["power"]["gpu_watts"]["total"] == 300.0
+
+
+def test_the_nodes_own_visible_devices_are_all_that_it_offers(gpu_node: MakeGpuNode) -> None:
+    node = gpu_node(env={"CUDA_VISIBLE_DEVICES": "1"})
+    assert [gpu["uuid"] for gpu in node.hardware()["gpu"]["gpus"]] == [B]
+
+
+def test_a_visible_device_that_there_is_not_ends_the_node_with_the_reason(gpu_node: MakeGpuNode) -> None:
+    node = gpu_node(env={"CUDA_VISIBLE_DEVICES": "7"}, wait=None)
+    assert node.process is not None
+    assert node.process.wait(30) == 78
+    assert "CUDA_VISIBLE_DEVICES: '7' matches no GPU; this node has: 0 GPU-aaaa, 1 GPU-bbbb" in node.text()
+
+
+def test_per_gpu_slots_are_workers_that_run_tasks_at_once(
+    orchestrator: Orchestrator,
+    gpu_node: MakeGpuNode,
+) -> None:
+    node = gpu_node(env={"WORKER_COST_PER_HOUR": "4"}, config="[node]\nslots = 'per-gpu'\n", worker="w1-gpu0")
+    node.wait_word("IDLE", "w1-gpu1")
+    assert orchestrator.redis.smembers("workers:ids") == {b"w1-gpu0", b"w1-gpu1"}
+    for worker, uuid in (("w1-gpu0", A), ("w1-gpu1", B)):
+        assert [gpu["uuid"] for gpu in node.hardware(worker)["gpu"]["gpus"]] == [uuid]
+        assert orchestrator.redis.hget(f"worker:{worker}", "cost_per_hour") == b"2.0"
+        assert orchestrator.redis.ttl(f"worker:{worker}:hb") > 0
+    first, _ = held(orchestrator, node, "w1-gpu0")
+    second, _ = held(orchestrator, node, "w1-gpu1")
+    for task_id, uuid in ((first, A), (second, B)):
+        node.let_go(task_id)
+        end = orchestrator.wait_end(task_id)
+        assert node.result(task_id)["visible"] == uuid
+        assert list(end["payload"]["resources"]["gpus"]) == [uuid]
+        assert end["payload"]["cost_usd"] == pytest.approx(2 / 3600 * end["payload"]["runtime_sec"], abs=1e-8)
+    beat = orchestrator.wait_worker_event("HEARTBEAT", worker_id="w1-gpu1")
+    assert [gpu["index"] for gpu in beat["metrics"]["power"]["gpu_watts"]["per_gpu"]] == [1]
+
+
+def test_two_cpu_slots_run_two_tasks_at_once_each_on_its_own_cpus(orchestrator: Orchestrator, make_node) -> None:
+    ours = sorted(os.sched_getaffinity(0))
+    if len(ours) < 2:
+        pytest.skip("needs two CPUs")
+    config = f"""
+        [environments.bare]
+        [task_types.look]
+        runner = "tests.gpu_runners:LookRunner"
+        environment = "bare"
+        [[slots]]
+        name = "one"
+        cpus = "{ours[0]}"
+        [[slots]]
+        name = "two"
+        cpus = "{ours[1]}"
+    """
+    node: Node = make_node(config=config, start=False)
+    node.start(wait=False)
+    tasks = {}
+    for name in ("one", "two"):
+        orchestrator.wait_worker_event("STATUS", worker_id=f"w1-{name}", status="IDLE")
+        tasks[name] = orchestrator.dispatch(f"w1-{name}", {"taskType": "look", "wait": True})
+    for name, cpu in (("one", ours[0]), ("two", ours[1])):
+        orchestrator.wait_started(tasks[name])
+        hardware = orchestrator.redis.hget(f"worker:w1-{name}", "hardware_json")
+        assert b'"logical_cores":1' in hardware
+        assert orchestrator.redis.hget(f"worker:w1-{name}", "cost_per_hour") == b"0.5"
+        assert cpu in os.sched_getaffinity(node.task_pid(tasks[name]))
+    for name, cpu in (("one", ours[0]), ("two", ours[1])):
+        (node.results_dir / tasks[name] / "go").touch()
+        assert orchestrator.wait_end(tasks[name])["type"] == "TASK_SUCCEEDED"
+        result = node.result(tasks[name])
+        assert (result["cpus"], result["threads"], result["gpus"]) == ([cpu], 1, [])
+
+
+def test_a_task_tells_what_its_gpus_and_its_processes_used(
+    orchestrator: Orchestrator,
+    gpu_node: MakeGpuNode,
+) -> None:
+    node = gpu_node()
+    task_id, pid = held(orchestrator, node, burn=True, resources={"hardware": {"gpu": {"count": 1}}})
+    node.stub.change(f"set {A} used", f"set {A} used {20 * GIB}")
+    node.stub.add(f"set {A} util 80", f"set {A} temp 61", f"set {A} throttle 0x20", f"process {A} {pid} {19 * GIB}")
+    node.stub.change(f"set {A} energy", f"set {A} energy 1500000")
+    beat = orchestrator.wait_worker_event("HEARTBEAT")
+    while "gpu_throttled" not in beat["metrics"]:
+        orchestrator.worker_events.clear()
+        beat = orchestrator.wait_worker_event("HEARTBEAT")
+    assert beat["metrics"]["gpu_throttled"] == {A: ["sw_thermal"]}
+    node.stub.remove(f"process {A}")
+    node.stub.change(f"set {A} used", f"set {A} used {501 * MIB}")
+    node.let_go(task_id)
+    payload = orchestrator.wait_end(task_id)["payload"]
+    assert payload["energy"]["gpu_joules"] == 500.0
+    assert payload["energy"]["kwh"] == pytest.approx(500 / 3.6e6, rel=0.5)
+    used = payload["resources"]
+    gpu = used["gpus"][A]
+    assert (gpu["memory_before_bytes"], gpu["memory_peak_bytes"], gpu["memory_after_bytes"]) == (
+        500 * MIB,
+        20 * GIB,
+        501 * MIB,
+    )
+    assert (gpu["processes_before"], gpu["processes_after"]) == ([], [])
+    assert (gpu["utilization_peak_percent"], gpu["temperature_peak_c"], gpu["throttled"]) == (80, 61, ["sw_thermal"])
+    assert used["gpu_release_ms"] >= 0
+    assert used["cpu_seconds"] > 0.05
+    assert used["peak_rss_bytes"] > 5 * MIB
+    assert node.result(task_id)["resources"] == used

@@ -1,0 +1,287 @@
+"""P4: every accepted task ends in exactly one terminal event. P5: a supervisor's death is not a task's death."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+
+import pytest
+
+from tests.http_server import Server, Stall
+from tests.process.promises import (
+    CONFIG,
+    ISOLATIONS,
+    assert_serves,
+    leaves,
+    mark_of,
+    misbehave,
+    pids_in,
+    responses,
+    wait_state,
+)
+from tests.support import Node, Orchestrator, alive, below, until
+
+pytestmark = pytest.mark.redis
+
+
+@pytest.fixture(params=ISOLATIONS)
+def node(make_node: Callable[..., Node], request: pytest.FixtureRequest) -> Node:
+    return make_node("--set", f"processes.isolation={request.param}", config=CONFIG)
+
+
+def wait_gone(pids: list[int], what: str) -> None:
+    until(lambda: not any(alive(pid) for pid in pids), f"{what} is gone")
+
+
+def assert_one_end_each(orchestrator: Orchestrator, ids: list[str]) -> None:
+    orchestrator.hear(0.3)
+    for task_id in ids:
+        assert len(orchestrator.ends(task_id)) == 1, orchestrator.of_task(task_id)
+
+
+def the_task(node: Node) -> int:
+    """The pid of the one task's first process, found without asking the node."""
+    (server,) = [pid for pid in node.servers()]
+    (child,) = until(lambda: [pid for pid in below(server) if alive(pid)], "the server has a child")
+    return int(child)
+
+
+# ---- the supervisor dies ---------------------------------------------------------------------------------------------
+
+
+def test_p4_p5_a_supervisor_killed_in_the_middle_of_ten_tasks(orchestrator: Orchestrator, node: Node) -> None:
+    ids = [orchestrator.dispatch("w1", misbehave("sleep", seconds=1.5))]
+    ids += [orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 0.05, "n": n}) for n in range(9)]
+    orchestrator.wait_started(ids[0])
+    pid = node.task_pid(ids[0])
+    for _ in range(3):
+        wait_state(node, ids[9], "queued")
+        node.kill()
+        assert alive(pid), "the task goes on without a supervisor"
+        node.start()
+    assert node.task_pid(ids[0]) == pid, "it is the same process still"
+    for task_id in ids:
+        assert orchestrator.wait_end(task_id)["type"] == "TASK_SUCCEEDED"
+    assert_one_end_each(orchestrator, ids)
+    starts = [event["task_id"] for event in orchestrator.task_events if event["type"] == "TASK_STARTED"]
+    assert list(dict.fromkeys(starts)) == ids, "in the order they came"
+    assert 1.4 < orchestrator.ends(ids[0])[0]["payload"]["runtime_sec"] < 30
+    assert_serves(orchestrator, node)
+
+
+def test_p4_p5_killed_again_and_again_while_tasks_come_and_go(orchestrator: Orchestrator, node: Node) -> None:
+    ids = [orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 0.03}) for _ in range(30)]
+    until(lambda: len(node.ask(op="status")["tasks"]) > 10, "they were accepted")
+    for pause_s in (0.0, 0.05, 0.11, 0.17):
+        time.sleep(pause_s)
+        node.kill()
+        node.start()
+    for task_id in ids:
+        assert orchestrator.wait_end(task_id)["type"] == "TASK_SUCCEEDED"
+    distinct = {
+        event["task_id"]: {e["ts"] for e in orchestrator.ends(event["task_id"])} for event in orchestrator.task_events
+    }
+    assert {task_id: len(times) for task_id, times in distinct.items()} == dict.fromkeys(ids, 1)
+    assert_serves(orchestrator, node)
+
+
+def test_p5_what_was_computed_while_no_supervisor_lived_is_delivered(orchestrator: Orchestrator, node: Node) -> None:
+    task_id = orchestrator.dispatch("w1", misbehave("escape", then="doze"))
+    orchestrator.wait_started(task_id)
+    pids = pids_in(node.results_dir / task_id / "pids")
+    pids.append(the_task(node))
+    node.kill()
+    wait_gone(pids, "the task, with what it left")
+    assert orchestrator.ends(task_id) == []
+    node.start()
+    end = orchestrator.wait_end(task_id)
+    assert end["type"] == "TASK_SUCCEEDED", end
+    assert responses(node, task_id)["ok"] is True
+    assert end["payload"]["resources"]["processes_swept"] >= 3
+    assert_one_end_each(orchestrator, [task_id])
+    assert_serves(orchestrator, node)
+
+
+def test_p5_a_crash_while_no_supervisor_lived_is_told_truthfully(orchestrator: Orchestrator, node: Node) -> None:
+    task_id = orchestrator.dispatch("w1", misbehave("sleep"))
+    orchestrator.wait_started(task_id)
+    pid = the_task(node)
+    node.kill()
+    os.kill(pid, signal.SIGSEGV)
+    wait_gone([pid], "the task")
+    node.start()
+    end = orchestrator.wait_end(task_id)
+    assert (end["payload"]["error_kind"], end["payload"]["exit"]["signal"]) == ("crash", "SIGSEGV")
+    assert_one_end_each(orchestrator, [task_id])
+
+
+def test_p5_an_adopted_task_can_be_cancelled(orchestrator: Orchestrator, node: Node) -> None:
+    task_id = orchestrator.dispatch("w1", misbehave("sleep"))
+    orchestrator.wait_started(task_id)
+    node.kill()
+    node.start()
+    wait_state(node, task_id, "running")
+    node.ask(op="cancel", task_id=task_id)
+    end = orchestrator.wait_end(task_id)
+    assert (end["payload"]["error_kind"], end["payload"]["exit"]["code"]) == ("cancelled", 1), "it heard the frame"
+
+
+def test_p5_a_cancel_outlives_the_supervisor_that_heard_it(orchestrator: Orchestrator, node: Node) -> None:
+    task_id = orchestrator.dispatch("w1", misbehave("deaf"))
+    wait_state(node, task_id, "running", "deaf")
+    assert node.ask(op="cancel", task_id=task_id)["state"] == "running"
+    node.kill()
+    node.start()
+    end = orchestrator.wait_end(task_id)
+    assert (end["payload"]["error_kind"], end["payload"]["exit"]["signal"]) == ("cancelled", "SIGKILL")
+    assert_one_end_each(orchestrator, [task_id])
+
+
+def test_p5_nobody_comes_back(orchestrator: Orchestrator, node: Node) -> None:
+    task_id = orchestrator.dispatch("w1", misbehave("escape", then="sleep"))
+    queued = orchestrator.dispatch("w1", {"taskType": "echo"})
+    orchestrator.wait_started(task_id)
+    pids = [*pids_in(node.results_dir / task_id / "pids"), the_task(node), *node.servers()]
+    wait_state(node, queued, "queued")
+    node.kill()
+    wait_gone(pids, "the task and its fork server")
+    node.start()
+    end = orchestrator.wait_end(task_id)
+    assert (end["payload"]["error_kind"], end["payload"]["retryable"]) == ("supervisor_lost", True)
+    assert orchestrator.wait_end(queued)["type"] == "TASK_SUCCEEDED"
+    assert_one_end_each(orchestrator, [task_id, queued])
+    assert leaves(mark_of(node)) == []
+
+
+def test_p5_the_settings_that_refuse_an_open_task(orchestrator: Orchestrator, node: Node) -> None:
+    """The file has changed while no supervisor lived: the task's type is gone, and so is its process."""
+    task_id = orchestrator.dispatch("w1", misbehave("sleep"))
+    orchestrator.wait_started(task_id)
+    pid = the_task(node)
+    node.kill()
+    (node.home / "node.toml").write_text("[processes]\nadoption_timeout_s = 3\n")
+    node.start()
+    end = orchestrator.wait_end(task_id)
+    assert end["payload"]["error_kind"] == "node_fault"
+    assert "misbehave" in end["error"]
+    wait_gone([pid], "the task")
+    assert_serves(orchestrator, node)
+
+
+# ---- hot upgrade -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["signal", "command"])
+def test_p5_a_hot_upgrade_keeps_the_task_and_its_process(orchestrator: Orchestrator, node: Node, how: str) -> None:
+    task_id = orchestrator.dispatch("w1", misbehave("sleep", seconds=2.5))
+    queued = orchestrator.dispatch("w1", {"taskType": "echo"})
+    orchestrator.wait_started(task_id)
+    wait_state(node, queued, "queued")
+    pid, fds = node.task_pid(task_id), len(os.listdir(f"/proc/{node.pid}/fd"))
+    if how == "signal":
+        os.kill(node.pid, signal.SIGUSR2)
+    else:
+        assert node.ask(op="upgrade")["ok"]
+    until(lambda: node.text().count("node starts") == 2, "the new supervisor starts")
+    until(lambda: node.text().count("subscribed") == 2, "the new supervisor listens")
+    assert node.task_pid(task_id) == pid
+    assert node.ask(op="status")["pid"] == node.pid
+    assert len(os.listdir(f"/proc/{node.pid}/fd")) <= fds + 2, "nothing of the old one is still open"
+    assert orchestrator.wait_end(task_id)["type"] == "TASK_SUCCEEDED"
+    assert orchestrator.wait_end(queued)["type"] == "TASK_SUCCEEDED"
+    assert_one_end_each(orchestrator, [task_id, queued])
+    assert node.stop() == 0
+
+
+# ---- the fork server dies --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adopted", [False, True])
+def test_p5_a_killed_fork_server(orchestrator: Orchestrator, node: Node, adopted: bool) -> None:
+    task_id = orchestrator.dispatch("w1", misbehave("escape", then="sleep"))
+    pids = pids_in(node.results_dir / task_id / "pids")
+    pid = node.task_pid(task_id)
+    if adopted:  # its orphans then come to init, and not to the supervisor
+        node.kill()
+        node.start()
+        wait_state(node, task_id, "running")
+    (server,) = node.servers()
+    os.kill(server, signal.SIGKILL)
+    end = orchestrator.wait_end(task_id)
+    assert (end["payload"]["error_kind"], end["payload"]["retryable"]) == ("node_fault", True)
+    assert not alive(pid)
+    if node.ask(op="status")["isolation"] == "cgroup" or not adopted:
+        assert not any(alive(each) for each in pids)
+    else:  # the one that was executed with an empty environment cannot be told from a stranger's
+        assert not any(alive(each) for each in pids[1:])
+        if alive(pids[0]):
+            os.kill(pids[0], signal.SIGKILL)
+    assert_serves(orchestrator, node)
+    assert_one_end_each(orchestrator, [task_id])
+
+
+def test_p5_a_task_that_kills_its_fork_server(orchestrator: Orchestrator, node: Node) -> None:
+    end = orchestrator.run("w1", misbehave("patricide"))
+    assert end["payload"]["error_kind"] == "node_fault"
+    assert_serves(orchestrator, node)
+
+
+def test_p5_supervisor_and_fork_server_killed_together(orchestrator: Orchestrator, node: Node) -> None:
+    task_id = orchestrator.dispatch("w1", misbehave("escape", then="sleep"))
+    pids = pids_in(node.results_dir / task_id / "pids")
+    isolation, servers = node.ask(op="status")["isolation"], node.servers()
+    node.kill()
+    for pid in servers:
+        os.kill(pid, signal.SIGKILL)
+    node.start()
+    end = orchestrator.wait_end(task_id)
+    assert (end["payload"]["error_kind"], end["payload"]["retryable"]) == ("supervisor_lost", True)
+    known = pids if isolation == "cgroup" else pids[1:]
+    assert not any(alive(each) for each in known)
+    if alive(pids[0]):
+        os.kill(pids[0], signal.SIGKILL)
+    assert_serves(orchestrator, node)
+    assert_one_end_each(orchestrator, [task_id])
+
+
+# ---- delivery --------------------------------------------------------------------------------------------------------
+
+
+def test_p4_a_killed_delivery_child_begins_again(orchestrator: Orchestrator, node: Node) -> None:
+    with Server(Stall()) as server:
+        spec = {"taskType": "echo", "output": {"destination": {"type": "http", "url": server.url, "timeoutSec": 60}}}
+        task_id = orchestrator.dispatch("w1", spec)
+        until(lambda: server.requests, "it began to send")
+        (lane,) = [s["pid"] for s in node.ask(op="status")["servers"] if s["environment"] == "delivery"]
+        (child,) = below(lane)
+        os.kill(child, signal.SIGKILL)
+        assert orchestrator.wait_end(task_id)["type"] == "TASK_SUCCEEDED"
+        assert len(server.results()) == 1
+    assert_one_end_each(orchestrator, [task_id])
+
+
+@pytest.mark.parametrize("server_too", [False, True])
+def test_p4_a_delivery_outlives_its_supervisor(orchestrator: Orchestrator, node: Node, server_too: bool) -> None:
+    with Server(Stall()) as server:
+        spec = {"taskType": "echo", "output": {"destination": {"type": "http", "url": server.url, "timeoutSec": 60}}}
+        task_id = orchestrator.dispatch("w1", spec)
+        until(lambda: server.requests, "it began to send")
+        wait_state(node, task_id, "delivering")
+        servers = node.servers()
+        node.kill()
+        if server_too:
+            for pid in servers:
+                os.kill(pid, signal.SIGKILL)
+        node.start()
+        if not server_too:
+            wait_state(node, task_id, "delivering")
+            assert len(server.requests) == 1, "the same child still sends"
+            node.ask(op="cancel", task_id=task_id)
+        end = orchestrator.wait_end(task_id)
+        assert end["type"] == ("TASK_SUCCEEDED" if server_too else "TASK_FAILED"), end
+        runtime_s = end["payload"]["runtime_sec"]
+    assert 0 < runtime_s < 5, "the time that it ran, and not the time until it was delivered"
+    assert_one_end_each(orchestrator, [task_id])
+    assert_serves(orchestrator, node)

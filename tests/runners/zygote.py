@@ -1,0 +1,60 @@
+"""A small fork server for tests: imports what `argv[1]` names of `preload`, then runs a job in a fork for each line.
+
+A test process has computed with many threads, and a fork of it would hang; this one never computes.
+A line of stdin is `[job, file for the answer]`; for each it says the child's pid, and then that it has ended.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import msgspec
+
+from flowmesh.messages.job import Job
+from runners.api import Context, RunnerError
+from runners.inference import preload
+from runners.inference.runner import InferenceRunner
+
+
+class MarkingContext(Context):
+    """Leaves a file for each phase, so that a test knows when to act."""
+
+    def phase(self, name: str) -> None:
+        super().phase(name)
+        (self.tmp_dir / f"phase-{name}").touch()
+
+
+def work(job: Job) -> dict[str, object]:
+    try:
+        return {"result": InferenceRunner().run(MarkingContext(job))}
+    except RunnerError as error:
+        return {"error": type(error).__name__, "fault": error.fault.value, "message": str(error)}
+    except BaseException:  # noqa: BLE001 - a child tells everything
+        return {"error": "bug", "message": traceback.format_exc()}
+
+
+def main() -> None:
+    for name in getattr(preload, sys.argv[1]):
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
+    print("ready", flush=True)
+    for line in sys.stdin.buffer:
+        job, answer = msgspec.json.decode(line, type=tuple[Job, str])
+        pid = os.fork()
+        if pid == 0:
+            os.dup2(2, 1)
+            Path(answer).write_bytes(msgspec.json.encode(work(job)))
+            os._exit(0)
+        print(pid, flush=True)
+        os.waitpid(pid, 0)
+        print("ended", flush=True)
+
+
+if __name__ == "__main__":
+    main()
