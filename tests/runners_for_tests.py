@@ -22,11 +22,11 @@ class EnvRunner(Runner):
     """What a task can see of its surroundings."""
 
     def run(self, ctx: Context) -> dict[str, Any]:
-        own = open("/proc/self/environ", "rb").read().decode("utf-8", "replace")
+        own = Path("/proc/self/environ").read_bytes().decode("utf-8", "replace")
         return {
             "env": dict(os.environ),
             "executed_with": own,
-            "cwd": os.getcwd(),
+            "cwd": str(Path.cwd()),
             "sid": os.getsid(0),
             "pid": os.getpid(),
         }

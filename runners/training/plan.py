@@ -6,8 +6,7 @@ import difflib
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from flowmesh.errors import FieldError
-from flowmesh.messages.checking import convert
+from flowmesh.messages.checking import FieldError, convert
 from runners.api import BadRequest, Context
 from runners.data.shard import Shard
 from runners.models.spec import Checkpoint, CheckpointLoad
