@@ -275,7 +275,7 @@ class Executor:
                 run.timers.append(self._loop.call_later(grace_s, self.apply, run, machine.GraceOver()))
             case machine.Release():
                 self._end_process(run)
-                self.spawn(self._release(run))
+                self.spawn(self.release(run))
             case machine.LeaveQueue():
                 run.slot.queue.remove(run)
             case machine.FreeSlot():
@@ -345,6 +345,7 @@ class Executor:
             return
         run.pid = pid
         run.pipe = pipe
+        self.fleet.place(attempt, run.cgroup)
         self._loop.add_reader(pipe.fileno(), self._read, run)
         if run.started_at is not None and run.task.state is not State.LAUNCHING:
             self._resume_clock(run)
@@ -471,7 +472,8 @@ class Executor:
         run.end_timers()
         self._close_pipe(run)
 
-    async def _release(self, run: Run) -> None:
+    async def release(self, run: Run) -> None:
+        """Nothing of it is left but, perhaps, what it had on its GPUs."""
         run.resources = files.usage(run)
         await self.devices.end(run)
         self.apply(run, machine.Released())

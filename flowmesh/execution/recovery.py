@@ -35,8 +35,10 @@ async def recover(executor: Executor) -> None:
         if run.task.state in (State.LAUNCHING, State.RUNNING, State.STOPPING, State.RELEASING):
             run.slot.current = run
     alive = await executor.fleet.adopt(ANSWER_TIMEOUT_S)
+    servers = {server.id for server in executor.fleet.servers}
+    dead = {record.attempt: record.server for record in records if record.server not in servers}
     for run in runs:
-        await _go_on(executor, run, alive)
+        await _go_on(executor, run, alive, dead.get(run.attempt))
     for slot in executor.slots.values():
         executor.pump(slot)
     await asyncio.to_thread(_sweep, executor, {run.attempt for run in runs} | {abs(attempt) for attempt in alive})
@@ -70,7 +72,7 @@ def _restore(executor: Executor, record: Record) -> Run | None:
     return run
 
 
-async def _go_on(executor: Executor, run: Run, alive: set[int]) -> None:
+async def _go_on(executor: Executor, run: Run, alive: set[int], dead_server: str | None) -> None:
     match run.task.state:
         case State.QUEUED:
             run.slot.queue.append(run)
@@ -78,13 +80,14 @@ async def _go_on(executor: Executor, run: Run, alive: set[int]) -> None:
             pass  # its Forked, and perhaps its Gone, have come or are about to
         case State.LAUNCHING | State.RUNNING | State.STOPPING:
             _set_clock(executor, run)
-            swept = await asyncio.to_thread(end_remains, executor.layout.mark_of(run.attempt), None, run.cgroup)
+            mark = executor.layout.mark_of(run.attempt)
+            swept = await asyncio.to_thread(end_remains, mark, None, run.cgroup, dead_server)
             logger.bind(task=run.task_id).warning("its process did not survive the supervisor ({} ended)", swept)
             message = "the supervisor died, and no fork server has the task any more"
             await executor.lose(run, message, Kind.SUPERVISOR_LOST)
         case State.RELEASING:
             _set_clock(executor, run)
-            executor.apply(run, machine.Released())
+            executor.spawn(executor.release(run))
         case State.DELIVERING if -run.attempt in alive:
             _set_clock(executor, run)
             run.outcome = await executor.read_outcome(run)

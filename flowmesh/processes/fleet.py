@@ -131,6 +131,11 @@ class Fleet:
         with contextlib.suppress(LaunchError):
             await self._server(lane_name)
 
+    def place(self, attempt: int, cgroup: str | None) -> None:
+        """Where an attempt that was adopted has its cgroup: its end is looked for there."""
+        if known := self._known.get(attempt):
+            known.cgroup = cgroup
+
     def terminate(self, attempt: int) -> None:
         """SIGTERM to its process group; for an attempt that is gone, nothing."""
         if known := self._known.get(attempt):
@@ -294,7 +299,7 @@ class Fleet:
             server.kill()  # it closed its socket and lives: nothing good
             await server.gone(5.0)
         for attempt, known in lost.items():
-            await asyncio.to_thread(end_remains, f"{self._mark}:{attempt}", known.pid, known.cgroup)
+            await asyncio.to_thread(end_remains, f"{self._mark}:{attempt}", known.pid, known.cgroup, server.id)
         self.sweep_orphans()
         for attempt in lost:
             self._known.pop(attempt, None)
@@ -328,10 +333,13 @@ def _last_line(path: Path) -> str:
     return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "it wrote nothing")
 
 
-def end_remains(mark: str, pid: int | None, cgroup: str | None, limit_s: float = 5.0) -> int:
+def end_remains(
+    mark: str, pid: int | None, cgroup: str | None, dead_server: str | None = None, limit_s: float = 5.0
+) -> int:
     """End what is left of an attempt that has no fork server any more; returns how many processes there were.
 
-    By its cgroup where it has one, by its session, and by the mark that everything it executed carries.
+    By its cgroup where it has one, by its session, by the mark that everything it executed carries, and by the
+    arguments of the dead server that its forks still have.
     """
     leaf = None if cgroup is None else Leaf(Path(cgroup))
     seen: set[int] = set()
@@ -340,6 +348,8 @@ def end_remains(mark: str, pid: int | None, cgroup: str | None, limit_s: float =
         found = set(tree.marked("FLOWMESH_ATTEMPT", mark))
         if pid is not None:
             found.update(tree.in_session(pid))
+        if dead_server is not None:
+            found.update(tree.forked_from(dead_server))
         if leaf is not None:
             found.update(leaf.pids())
             leaf.kill()

@@ -73,3 +73,20 @@ def marked(name: str, value: str) -> list[int]:
         except OSError:  # gone, or somebody else's
             continue
     return [pid for pid in found if pid != os.getpid()]
+
+
+def forked_from(server_id: str) -> list[int]:
+    """Processes that still have the arguments of this fork server: itself, and its forks that executed nothing.
+
+    For a server that is dead; what a task has forked and not executed carries no other mark.
+    """
+    needle = f"/{server_id}.sock\"".encode()
+    found = []
+    for pid in linux.all_pids():
+        try:
+            with open(f"/proc/{pid}/cmdline", "rb") as file:
+                if needle in file.read():
+                    found.append(pid)
+        except OSError:
+            continue
+    return found

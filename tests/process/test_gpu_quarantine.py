@@ -266,3 +266,19 @@ def test_an_adopted_task_is_proven_released_against_what_was_there_before_it(
     node.wait_reason("19980 MiB more in use than when it was idle before")
     node.stub.change(USED, f"{USED} {500 * MIB}")
     node.wait_word("IDLE")
+
+
+def test_a_supervisor_that_dies_while_gpus_come_back_does_not_forget_them(
+    orchestrator: Orchestrator, gpu_node: MakeGpuNode
+) -> None:
+    node = gpu_node(args=["--set", "gpu.release_timeout_s=1"])
+    task_id, _ = held(orchestrator, node)
+    node.stub.change(USED, f"{USED} {20 * GIB}")
+    node.let_go(task_id)
+    until(lambda: {task["state"] for task in node.ask(op="status")["tasks"]} == {"releasing"}, "it is released")
+    node.stop(signal.SIGKILL)
+    node.start(wait=False)
+    end = orchestrator.wait_end(task_id)
+    assert end["type"] == "TASK_SUCCEEDED"
+    assert "19980 MiB more" in end["payload"]["resources"]["gpu_held"]
+    node.wait_word("DEGRADED")

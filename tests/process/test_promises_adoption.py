@@ -43,9 +43,8 @@ def assert_one_end_each(orchestrator: Orchestrator, ids: list[str]) -> None:
 
 def the_task(node: Node) -> int:
     """The pid of the one task's first process, found without asking the node."""
-    (server,) = [pid for pid in node.servers()]
-    (child,) = until(lambda: [pid for pid in below(server) if alive(pid)], "the server has a child")
-    return int(child)
+    (server,) = node.servers()
+    return int(until(lambda: [pid for pid in below(server) if alive(pid)], "the server has a child")[0])
 
 
 # ---- the supervisor dies ---------------------------------------------------------------------------------------------

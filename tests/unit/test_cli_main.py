@@ -18,6 +18,8 @@ SURFACE = {
     "logs": "TASK_ID --config --follow --help --json --results-dir --state-dir --stderr --stdout -f -n",
     "cancel": "TASK_ID --config --force --help --json --state-dir",
     "drain": "--config --help --json --mode --state-dir --wait",
+    "recycle": "ENVIRONMENT --config --help --json --state-dir",
+    "upgrade": "--config --help --json --state-dir",
 }
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-import kernel  # type: ignore[import-not-found,unused-ignore]  # noqa: E402 - a script finds its neighbour by its folder
+import kernel  # type: ignore[import-not-found,unused-ignore]
 
 EXIT_NOT_CONFINED = 97
 """The jail could not be built; the command has not run."""
