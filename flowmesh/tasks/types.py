@@ -68,6 +68,14 @@ BUILTIN = (
         )
         for name, prefix in _TRAINING.items()
     ),
+    TaskType(
+        name="rag",
+        runner="runners.rag.runner:RagRunner",
+        requires=("torch", "transformers", "sentence_transformers", "faiss"),
+        extra="rag",
+        preload=("runners.rag.preload:RAG",),
+        preload_with={"qdrant_client": "runners.rag.preload:QDRANT"},
+    ),
 )
 
 
