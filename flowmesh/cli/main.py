@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "cancel": ("flowmesh.cli.node_commands:cancel", "Cancel a task of this machine's node."),
     "drain": ("flowmesh.cli.node_commands:drain", "Let this machine's node take no more tasks."),
     "recycle": ("flowmesh.cli.node_commands:recycle", "Have fork servers import their libraries anew."),
+    "doctor": ("flowmesh.cli.doctor:doctor", "Look at this machine as a node would: what is fine, what is not."),
     "upgrade": ("flowmesh.cli.node_commands:upgrade", "Start the node's program anew; its tasks run on."),
 }
 """Name → (`module:attribute` of its click command, one line for `flowmesh --help`)."""

@@ -35,8 +35,8 @@ async def recover(executor: Executor) -> None:
         if run.task.state in (State.LAUNCHING, State.RUNNING, State.STOPPING, State.RELEASING):
             run.slot.current = run
     alive = await executor.fleet.adopt(ANSWER_TIMEOUT_S)
-    servers = {server.id for server in executor.fleet.servers}
-    dead = {record.attempt: record.server for record in records if record.server not in servers}
+    living = {server.id for server in executor.fleet.servers if server.ready is not None}
+    dead = {record.attempt: record.server for record in records if record.server not in {*living, None}}
     for run in runs:
         await _go_on(executor, run, alive, dead.get(run.attempt))
     for slot in executor.slots.values():
@@ -78,6 +78,10 @@ async def _go_on(executor: Executor, run: Run, alive: set[int], dead_server: str
             run.slot.queue.append(run)
         case State.LAUNCHING | State.RUNNING | State.STOPPING if run.attempt in alive:
             pass  # its Forked, and perhaps its Gone, have come or are about to
+        case State.LAUNCHING if dead_server is None:
+            executor.apply(run, machine.NeverForked())
+            run.slot.current = None
+            run.slot.queue.append(run)
         case State.LAUNCHING | State.RUNNING | State.STOPPING:
             _set_clock(executor, run)
             mark = executor.layout.mark_of(run.attempt)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from flowmesh.execution.quarantine import is_below
 from flowmesh.execution.run import Run
 from flowmesh.execution.tree_use import TreeUse
 from flowmesh.node.devices import GpuLost, GpuSample, Look
 from flowmesh.node.energy import TaskMeter
-from flowmesh.node.gpu import ReleaseProof
+from flowmesh.node.gpu import Baseline, ReleaseProof
 from flowmesh.node.health import Finding
 
 
@@ -38,11 +38,21 @@ class Watched:
         self.lost_looks = self.lost_looks + 1 if any(isinstance(look, GpuLost) for look in mine) else 0
 
     def is_to_blame(self, finding: Finding) -> bool:
-        """Whether a fault was this task's: by its processes, or, where the driver counts pids in another namespace
-        than we do, by there having been somebody on its GPUs who was not there before it."""
-        if not set(finding.uuids) & set(self.run.gpus):
-            return False
-        if not finding.pids or finding.pids & self.pids:
-            return True
-        before = {pid for baseline in self.proof.baselines.values() for pid in baseline.pids}
-        return not self.pids and bool(finding.pids - before)
+        return blames(finding, self.run.gpus, self.pids, self.proof.baselines)
+
+
+def blames(
+    finding: Finding, uuids: Collection[str], own_pids: Collection[int], baselines: Mapping[str, Baseline]
+) -> bool:
+    """Whether a fault was a task's: by its processes, or, where the driver counts pids in another namespace than we
+    do, by there having been somebody on its GPUs who was not there before it.
+
+    Args:
+        own_pids: the task's processes that have been seen on its GPUs.
+    """
+    if not set(finding.uuids) & set(uuids):
+        return False
+    if not finding.pids or finding.pids & set(own_pids):
+        return True
+    before = {pid for baseline in baselines.values() for pid in baseline.pids}
+    return not own_pids and bool(finding.pids - before)

@@ -102,6 +102,8 @@ class Fleet:
                 await asyncio.wait_for(asyncio.shield(server.answered), timeout_s)
             except (TimeoutError, LaunchError) as error:
                 logger.bind(server=server.id).warning("fork server not adopted: {}", str(error) or "it does not answer")
+                if server.state is not ServerState.ENDED:  # with all that it forked: nobody would hear of them again
+                    tree.kill_all(await asyncio.to_thread(tree.forked_from, server.id))
                 continue
             if server.ready is not None:
                 self._current.setdefault(server.lane, server)

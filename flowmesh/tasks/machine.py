@@ -41,6 +41,8 @@ class Level(enum.IntEnum):
 
 class Task(msgspec.Struct, frozen=True, kw_only=True):
     state: State = State.QUEUED
+    launched: bool = False
+    """Its process was made, and its start announced."""
     stop: Stop | None = None
     stop_detail: str = ""
     checkpoint: bool = False
@@ -62,6 +64,10 @@ class Launched(msgspec.Struct, frozen=True):
 class LaunchFailed(msgspec.Struct, frozen=True):
     message: str
     kind: Kind = Kind.NODE_FAULT
+
+
+class NeverForked(msgspec.Struct, frozen=True):
+    """After a restart: its fork server lives and does not know it, so nothing of it has run."""
 
 
 class StopRequested(msgspec.Struct, frozen=True):
@@ -101,7 +107,18 @@ class Delivered(msgspec.Struct, frozen=True):
     """Why it did not reach its destination; empty where it did."""
 
 
-Event = SlotGranted | Launched | LaunchFailed | StopRequested | GraceOver | ChildGone | ChildLost | Released | Delivered
+Event = (
+    SlotGranted
+    | Launched
+    | LaunchFailed
+    | NeverForked
+    | StopRequested
+    | GraceOver
+    | ChildGone
+    | ChildLost
+    | Released
+    | Delivered
+)
 
 
 # ---- actions ---------------------------------------------------------------------------------------------------------
@@ -199,15 +216,17 @@ def step(task: Task, event: Event) -> tuple[Task, list[Action]]:
         case SlotGranted() if task.state is State.QUEUED:
             return _to(task, state=State.LAUNCHING), [Launch()]
         case Launched() if task.state is State.LAUNCHING:
-            return _to(task, state=State.RUNNING), [AnnounceStarted()]
-        case Launched() if task.state is State.STOPPING:
+            return _to(task, state=State.RUNNING, launched=True), [AnnounceStarted()]
+        case Launched() if task.state is State.STOPPING and not task.launched:
             # The stop came while the process was being made: it is said again, now that somebody can hear it.
-            return task, [AnnounceStarted(), *_say(task)]
+            return _to(task, launched=True), [AnnounceStarted(), *_say(task)]
         case LaunchFailed() if task.state in (State.LAUNCHING, State.STOPPING):
             verdict = Verdict(kind=event.kind, message=event.message)
             if task.stop is not None:
                 verdict = Verdict(kind=Kind(task.stop.value), message=task.stop_detail or task.stop.value)
             return _to(task, state=State.RELEASING, verdict=verdict), [Release()]
+        case NeverForked() if task.state is State.LAUNCHING:
+            return _to(task, state=State.QUEUED), []
         case ChildGone() if task.state in (State.LAUNCHING, State.RUNNING, State.STOPPING):
             stop, detail, fault = task.stop, task.stop_detail, event.gpu_fault
             verdict = judge(event.exit, event.outcome, stop, stop_detail=detail, gpu_fault=fault)

@@ -1,1 +1,1 @@
-"""What confines the code that agents run. Started as a script of its own; imports the standard library and nothing else."""
+"""What confines the code that agents run: a script of its own, of the standard library alone."""

@@ -7,6 +7,7 @@ import os
 import platform
 import struct
 from collections.abc import Iterable
+from pathlib import Path
 
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x04000000, 0x08000000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
@@ -166,7 +167,7 @@ def landlock(readable: Iterable[str], writable: Iterable[str], *, network: bool)
                 fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
             except OSError:
                 continue  # what is not there needs no right
-            allowed = rights & handled if os.path.isdir(path) else rights & handled & _OF_FILES
+            allowed = rights & handled if Path(path).is_dir() else rights & handled & _OF_FILES
             rule = struct.pack("=Qi", allowed, fd)
             _syscall("landlock", _SYS_LANDLOCK_ADD, ruleset, ctypes.c_int(1), rule, ctypes.c_uint32(0))
             os.close(fd)

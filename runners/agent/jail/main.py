@@ -1,4 +1,4 @@
-"""Runs one command confined: `python -I -S main.py PLAN COMMAND …`, PLAN being JSON (see `sandbox.py`, which starts it).
+"""Runs one command confined: `python -I -S main.py PLAN COMMAND …`, PLAN being the JSON that `sandbox.py` makes.
 
 Two ways. `namespaces`: a file system of its own with little in it, its own processes, no network. `landlock`: the
 kernel's file rules and a filter on sockets, for systems that refuse namespaces. Whatever the command leaves behind is
@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 import kernel  # type: ignore[import-not-found,unused-ignore]
 
 EXIT_NOT_CONFINED = 97
@@ -109,7 +109,7 @@ def _build_root(plan: dict[str, Any]) -> None:
         _bind_device(root, f"/dev/{device}")
     for link, target in (("fd", "/proc/self/fd"), ("stdin", "/proc/self/fd/0"), ("stdout", "/proc/self/fd/1"),
                          ("stderr", "/proc/self/fd/2")):  # fmt: skip
-        os.symlink(target, f"{root}/dev/{link}")
+        Path(f"{root}/dev/{link}").symlink_to(target)
     _show(root, plan["work_dir"], writable=True)
     Path(root, "proc").mkdir(exist_ok=True)
     with contextlib.suppress(OSError):  # refused inside some containers; then the command has no /proc
@@ -119,7 +119,7 @@ def _build_root(plan: dict[str, Any]) -> None:
     kernel.pivot_root(root, str(old))
     os.chdir("/")
     kernel.unmount("/.old")
-    os.rmdir("/.old")
+    Path("/.old").rmdir()
     kernel.mount("tmpfs", "/", None, 32 | 1 | kernel.MS_BIND | kernel.MS_NOSUID | kernel.MS_NODEV)  # remount, read-only
 
 
