@@ -17,6 +17,7 @@ from loguru import logger
 from flowmesh.errors import FlowMeshError
 from flowmesh.execution import files
 from flowmesh.execution.run import Run, progress_event
+from flowmesh.execution.watch import bound_logs
 from flowmesh.messages.job import OUTCOME_FILE, Exit, Outcome
 from flowmesh.processes import environ
 from flowmesh.processes.limits import Limits
@@ -115,6 +116,7 @@ class Deliveries:
         verdict = run.task.verdict
         assert verdict is not None, "a task is delivered when its verdict is known"
         failure = None
+        bound_logs([Path(accepted.target.out_dir, "logs")], settings.tasks.log_max_bytes)
         files.finish_logs(Path(accepted.target.out_dir), keep=accepted.spec.retainLogs or not verdict.ok)
         if not verdict.ok:
             tail = files.log_tail(Path(accepted.target.out_dir)).splitlines()

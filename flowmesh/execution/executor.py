@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import datetime
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from loguru import logger
@@ -33,11 +33,12 @@ from flowmesh.processes import shm
 from flowmesh.processes.fleet import Callbacks, Fleet
 from flowmesh.processes.pipe import Cancel, FrameError, Hello, Phase, Pipe, Progress
 from flowmesh.tasks import machine
-from flowmesh.tasks.journal import Journal
+from flowmesh.tasks.journal import Journal, JournalError
 from flowmesh.tasks.machine import Level, State, step
 from flowmesh.tasks.types import LIGHT, Catalogue
 from flowmesh.tasks.verdicts import Kind, Stop, Verdict
 
+JOURNAL_RETRY_S = 1.0
 FRAMES_A_TURN = 512
 """More than a pipe holds; a child that writes as fast as we read does not keep the loop."""
 EARLY_CANCEL_S = 600.0
@@ -58,6 +59,9 @@ class Hooks:
 
     def on_slot_changed(self, slot: Slot[Run]) -> None:
         """The slot was closed (`slot.closed` says why), or is open again."""
+
+    def on_missed(self, slot: Slot[Run]) -> None:
+        """A dispatch could not be taken, and nobody was told: the orchestrator should queue it again."""
 
     def on_accepted(self, run: Run) -> None:
         """A task is ours from now on."""
@@ -157,14 +161,18 @@ class Executor:
         except FieldError as error:
             self._refuse(slot, task_id, dispatched_at, str(error))
             return
-        attempt = self.journal.accept(
-            task_id=task_id,
-            worker_id=slot.plan.worker_id,
-            dispatched_at=dispatched_at,
-            at=utc_now(),
-            message=data,
-            out_dir=accepted.target.out_dir,
-        )
+        try:
+            attempt = self.journal.accept(
+                task_id=task_id,
+                worker_id=slot.plan.worker_id,
+                dispatched_at=dispatched_at,
+                at=utc_now(),
+                message=data,
+                out_dir=accepted.target.out_dir,
+            )
+        except JournalError as error:
+            self._miss(slot, task_id, error)
+            return
         run = Run(attempt, accepted, slot)
         self.adopt(run)
         slot.queue.append(run)
@@ -186,8 +194,16 @@ class Executor:
         self._count(Kind.BAD_REQUEST)
         logger.bind(task=task_id).warning("task refused: {}", message)
         self.hooks.on_refused(task_id, message)
-        self.journal.post(TASK_EVENTS_CHANNEL, events.refused(slot.plan.worker_id, task_id, message, dispatched_at))
+        try:
+            self.journal.post(TASK_EVENTS_CHANNEL, events.refused(slot.plan.worker_id, task_id, message, dispatched_at))
+        except JournalError as error:
+            self._miss(slot, task_id, error)
+            return
         self.hooks.on_posted()
+
+    def _miss(self, slot: Slot[Run], task_id: str, error: JournalError) -> None:
+        logger.bind(task=task_id).error("dispatch not taken: {}", error)
+        self.hooks.on_missed(slot)
 
     # ---- what the node wants -----------------------------------------------------------------------------------------
 
@@ -238,24 +254,35 @@ class Executor:
 
     def apply(self, run: Run, event: machine.Event) -> None:
         """One step of a run's life: decide, write down, act."""
-        before = run.task.state
+        before = run.task
         try:
-            run.task, actions = step(run.task, event)
+            task, actions = step(run.task, event)
         except machine.InvalidTransition as error:
             logger.bind(task=run.task_id).error("event ignored: {}", error)
             return
-        with self.journal.transaction():
-            if machine.AnnounceStarted() in actions:
-                self._start_clock(run)
-                self.journal.started(run.attempt, run.task, run.started_at or utc_now())
-                self.journal.post(TASK_EVENTS_CHANNEL, events.started(run))
-                self.hooks.on_posted()
-            elif not isinstance(event, machine.Delivered):
-                self.journal.update(run.attempt, run.task)
-        if run.task.state is not before:
+        run.task = task
+        try:
+            with self.journal.transaction():
+                if machine.AnnounceStarted() in actions:
+                    self._start_clock(run)
+                    self.journal.started(run.attempt, run.task, run.started_at or utc_now())
+                    self.journal.post(TASK_EVENTS_CHANNEL, events.started(run))
+                    self.hooks.on_posted()
+                elif not isinstance(event, machine.Delivered):
+                    self.journal.update(run.attempt, run.task)
+        except JournalError as error:
+            run.task = before
+            self._later(run, error, self.apply, run, event)
+            return
+        if run.task.state is not before.state:
             run.tell({"event": "state", "state": run.task.state.value})
         for action in actions:
             self._do(run, action)
+
+    def _later(self, run: Run, error: JournalError, step: Callable[..., None], *arguments: Any) -> None:
+        """What could not be written down has not happened; it is tried again, for as long as it takes."""
+        logger.bind(task=run.task_id).error("{}; tried again in {:g} s", error, JOURNAL_RETRY_S)
+        self._loop.call_later(JOURNAL_RETRY_S, step, *arguments)
 
     def _do(self, run: Run, action: machine.Action) -> None:
         match action:
@@ -500,7 +527,11 @@ class Executor:
         now = utc_now()
         cost = self.settings.node.cost_per_hour * run.slot.plan.share
         event = events.ended(run, verdict, finished_at=now, cost_per_hour=cost)
-        self.journal.finish(run.attempt, run.task, now, TASK_EVENTS_CHANNEL, event)
+        try:
+            self.journal.finish(run.attempt, run.task, now, TASK_EVENTS_CHANNEL, event)
+        except JournalError as error:
+            self._later(run, error, self._finish, run, verdict)
+            return
         self.hooks.on_posted()
         del self.runs[run.attempt]
         if self.by_id.get(run.task_id) is run:

@@ -24,12 +24,14 @@ from flowmesh.node.nvml import Nvml
 from flowmesh.node.slots import Slot
 from flowmesh.processes import linux
 from flowmesh.tasks import machine
+from flowmesh.tasks.machine import State
 from flowmesh.tasks.verdicts import Stop
 
 if TYPE_CHECKING:
     from flowmesh.execution.executor import Executor
 
 FIRST_PAUSE_S = 1.0
+_ON_ITS_GPUS = (State.RUNNING, State.STOPPING, State.RELEASING)
 _MIB = 1 << 20
 
 
@@ -54,7 +56,8 @@ class Quarantine:
     async def _occupied(self, uuids: Sequence[str], looks: Mapping[str, Look]) -> str:
         for run in self._executor.runs.values():
             # Where slots were cut anew under running tasks, a GPU may still be used by another slot's.
-            if run.pid is not None and set(uuids) & set(run.gpus) and not set(uuids) <= set(run.slot.plan.gpus):
+            elsewhere = set(uuids) & set(run.gpus) and not set(uuids) <= set(run.slot.plan.gpus)
+            if elsewhere and run.task.state in _ON_ITS_GPUS:
                 return f"task {run.task_id}, which another worker has, is still on one of its GPUs"
         for uuid in uuids:
             look = looks[uuid]

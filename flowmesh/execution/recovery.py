@@ -34,11 +34,12 @@ async def recover(executor: Executor) -> None:
         executor.adopt(run)
         if run.task.state in (State.LAUNCHING, State.RUNNING, State.STOPPING, State.RELEASING):
             run.slot.current = run
+    found = {run.attempt: run.task.state for run in runs}  # while others are looked at, some of them go on
     alive = await executor.fleet.adopt(ANSWER_TIMEOUT_S)
     living = {server.id for server in executor.fleet.servers if server.ready is not None}
     dead = {record.attempt: record.server for record in records if record.server not in {*living, None}}
     for run in runs:
-        await _go_on(executor, run, alive, dead.get(run.attempt))
+        await _go_on(executor, run, found[run.attempt], alive, dead.get(run.attempt))
     for slot in executor.slots.values():
         executor.pump(slot)
     await asyncio.to_thread(_sweep, executor, {run.attempt for run in runs} | {abs(attempt) for attempt in alive})
@@ -72,8 +73,8 @@ def _restore(executor: Executor, record: Record) -> Run | None:
     return run
 
 
-async def _go_on(executor: Executor, run: Run, alive: set[int], dead_server: str | None) -> None:
-    match run.task.state:
+async def _go_on(executor: Executor, run: Run, found: State, alive: set[int], dead_server: str | None) -> None:
+    match found:
         case State.QUEUED:
             run.slot.queue.append(run)
         case State.LAUNCHING | State.RUNNING | State.STOPPING if run.attempt in alive:

@@ -7,6 +7,7 @@ the last moments may be missing (WAL, synchronous=NORMAL), as the tasks themselv
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sqlite3
 from collections.abc import Iterator
@@ -45,6 +46,8 @@ CREATE TABLE IF NOT EXISTS outbox (
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
 
+RESERVE_PAGES = 1024
+"""Pages (of 4 KiB) that the file, and its log, have beforehand: tasks' ends are written on a full disk, too."""
 KEPT_DONE = 10_000
 """Finished tasks that stay known, for `flowmesh logs` and to tell a duplicate from a retry."""
 
@@ -102,6 +105,9 @@ class Journal:
                 )
             self._db.executescript(_SCHEMA)
             self._db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+            self._sent = 0
+            """Up to here Redis has taken the outbox, even where that could not be written down yet."""
+            self._reserve()
         except (sqlite3.Error, OSError) as error:
             raise JournalError(f"{path}: cannot be used as the journal: {error}") from error
 
@@ -114,13 +120,30 @@ class Journal:
         if self._db.in_transaction:
             yield
             return
-        self._db.execute("BEGIN IMMEDIATE")
+        self._write("BEGIN IMMEDIATE")
         try:
             yield
+            self._write("COMMIT")
         except BaseException:
-            self._db.execute("ROLLBACK")
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
             raise
-        self._db.execute("COMMIT")
+
+    def _write(self, statement: str, values: tuple[object, ...] = ()) -> sqlite3.Cursor:
+        try:
+            return self._db.execute(statement, values)
+        except sqlite3.OperationalError as error:
+            raise JournalError(f"the journal cannot be written: {error}") from error
+
+    def _reserve(self) -> None:
+        """Have room in the file and in its log: what is free inside of them needs no disk when it is used."""
+        try:
+            self._db.execute("INSERT OR REPLACE INTO facts VALUES ('reserve', zeroblob(?))", (RESERVE_PAGES * 4096,))
+            self._db.execute("DELETE FROM facts WHERE name = 'reserve'")
+            self._db.execute("PRAGMA wal_checkpoint(PASSIVE)")
+            self._db.execute("PRAGMA shrink_memory")
+        except sqlite3.OperationalError:
+            return  # no room now; what was reserved before is there still
 
     # ---- tasks -------------------------------------------------------------------------------------------------------
 
@@ -129,7 +152,7 @@ class Journal:
     ) -> int:
         """Write down a task that is now ours; returns its attempt number, which is never used again."""
         task = Task()
-        cursor = self._db.execute(
+        cursor = self._write(
             "INSERT INTO tasks (task_id, worker_id, dispatched_at, accepted_at, state, message, progress, out_dir)"
             " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
             (task_id, worker_id, dispatched_at, at, task.state, message, msgspec.msgpack.encode(task), out_dir),
@@ -138,20 +161,20 @@ class Journal:
         return cursor.lastrowid
 
     def update(self, attempt: int, task: Task) -> None:
-        self._db.execute(
+        self._write(
             "UPDATE tasks SET state = ?, progress = ? WHERE attempt = ?",
             (task.state, msgspec.msgpack.encode(task), attempt),
         )
 
     def launching(self, attempt: int, task: Task, server: str) -> None:
         """Which fork server is about to get the task: where a restarted supervisor looks for it."""
-        self._db.execute(
+        self._write(
             "UPDATE tasks SET state = ?, progress = ?, server = ? WHERE attempt = ?",
             (task.state, msgspec.msgpack.encode(task), server, attempt),
         )
 
     def started(self, attempt: int, task: Task, at: str) -> None:
-        self._db.execute(
+        self._write(
             "UPDATE tasks SET state = ?, progress = ?, started_at = ? WHERE attempt = ?",
             (task.state, msgspec.msgpack.encode(task), at, attempt),
         )
@@ -159,12 +182,12 @@ class Journal:
     def finish(self, attempt: int, task: Task, at: str, channel: str, event: bytes) -> None:
         """The task's end together with its event, in one transaction."""
         with self.transaction():
-            self._db.execute(
+            self._write(
                 "UPDATE tasks SET state = ?, progress = ?, finished_at = ?, message = x'' WHERE attempt = ?",
                 (State.DONE, msgspec.msgpack.encode(task), at, attempt),
             )
             self.post(channel, event)
-            self._db.execute("DELETE FROM tasks WHERE state = 'done' AND attempt <= ?", (attempt - KEPT_DONE,))
+            self._write("DELETE FROM tasks WHERE state = 'done' AND attempt <= ?", (attempt - KEPT_DONE,))
 
     def open_tasks(self) -> list[Record]:
         """Every accepted task without an end, oldest first."""
@@ -186,18 +209,21 @@ class Journal:
 
     def post(self, channel: str, payload: bytes) -> None:
         """Put a message into the outbox. It leaves in order, after all that were posted before it."""
-        self._db.execute("INSERT INTO outbox (channel, payload) VALUES (?, ?)", (channel, payload))
+        self._write("INSERT INTO outbox (channel, payload) VALUES (?, ?)", (channel, payload))
 
     def outgoing(self, limit: int = 100) -> list[tuple[int, str, bytes]]:
         """The oldest messages of the outbox: (sequence, channel, payload)."""
-        return self._db.execute("SELECT seq, channel, payload FROM outbox ORDER BY seq LIMIT ?", (limit,)).fetchall()
+        query = "SELECT seq, channel, payload FROM outbox WHERE seq > ? ORDER BY seq LIMIT ?"
+        return self._db.execute(query, (self._sent, limit)).fetchall()
 
     def sent(self, seq: int) -> None:
         """All messages up to `seq` have been taken by Redis."""
-        self._db.execute("DELETE FROM outbox WHERE seq <= ?", (seq,))
+        self._sent = seq
+        with contextlib.suppress(JournalError):  # with the next ones, then
+            self._write("DELETE FROM outbox WHERE seq <= ?", (seq,))
 
     def outbox_size(self) -> int:
-        return int(self._db.execute("SELECT count(*) FROM outbox").fetchone()[0])
+        return int(self._db.execute("SELECT count(*) FROM outbox WHERE seq > ?", (self._sent,)).fetchone()[0])
 
     # ---- facts -------------------------------------------------------------------------------------------------------
 

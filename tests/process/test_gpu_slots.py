@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 
@@ -144,3 +145,21 @@ def test_a_task_tells_what_its_gpus_and_its_processes_used(
     assert used["cpu_seconds"] > 0.05
     assert used["peak_rss_bytes"] > 5 * MIB
     assert node.result(task_id)["resources"] == used
+
+
+def test_a_task_that_runs_on_while_the_slots_are_cut_anew_keeps_its_gpus(
+    orchestrator: Orchestrator, gpu_node: MakeGpuNode
+) -> None:
+    node = gpu_node()
+    first, _ = held(orchestrator, node)
+    node.stop(signal.SIGKILL)
+    node.args += ["--set", "node.slots=per-gpu"]
+    node.start(wait=False)
+    node.wait_word("DEGRADED", "w1-gpu1")
+    assert node.reason("w1-gpu1") == f"task {first}, which another worker has, is still on one of its GPUs"
+    node.let_go(first)
+    used = orchestrator.wait_end(first)["payload"]["resources"]
+    assert sorted(used["gpus"]) == [A, B]
+    for worker in ("w1-gpu0", "w1-gpu1"):
+        node.wait_word("IDLE", worker)
+    assert orchestrator.run("w1-gpu1", {"taskType": "look"})["type"] == "TASK_SUCCEEDED"
