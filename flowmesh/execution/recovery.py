@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import datetime
 import time
-from pathlib import Path
 
 from loguru import logger
 
@@ -42,7 +41,8 @@ async def recover(executor: Executor) -> None:
         await _go_on(executor, run, found[run.attempt], alive, dead.get(run.attempt))
     for slot in executor.slots.values():
         executor.pump(slot)
-    await asyncio.to_thread(_sweep, executor, {run.attempt for run in runs} | {abs(attempt) for attempt in alive})
+    keep = {run.attempt for run in runs} | {abs(attempt) for attempt in alive}
+    await asyncio.to_thread(_sweep, executor.layout, keep, _undelivered(executor) - keep)
     if runs:
         logger.bind(tasks=len(runs), alive=len(alive)).info("tasks of the supervisor before this one taken over")
 
@@ -122,20 +122,24 @@ def _set_clock(executor: Executor, run: Run) -> None:
         run.resources = files.usage(run)
 
 
-def _sweep(executor: Executor, keep: set[int]) -> None:
-    """Folders and cgroups of attempts that are over."""
-    for parent in (executor.layout.state_dir / "spool", executor.layout.state_dir / "tmp"):
-        for folder in parent.glob("[0-9]*") if parent.is_dir() else ():
-            if int(folder.name) not in keep and not (parent.name == "spool" and _undelivered(executor, folder)):
+def _sweep(layout: files.Layout, keep: set[int], undelivered: set[int]) -> None:
+    """Folders and cgroups of attempts that are over. In a thread: the journal belongs to the loop's."""
+    for parent, kept in ((layout.state_dir / "spool", keep | undelivered), (layout.state_dir / "tmp", keep)):
+        for folder in parent.glob("[0-9]*"):
+            if int(folder.name) not in kept:
                 files.remove_tree(folder)
-    if executor.layout.cgroup is not None:
-        for leaf in executor.layout.cgroup.glob("[0-9]*"):
+    if layout.cgroup is not None:
+        for leaf in layout.cgroup.glob("[0-9]*"):
             if int(leaf.name) not in keep:
-                end_remains(executor.layout.mark_of(int(leaf.name)), None, str(leaf))
+                end_remains(layout.mark_of(int(leaf.name)), None, str(leaf))
 
 
-def _undelivered(executor: Executor, spool: Path) -> bool:
+def _undelivered(executor: Executor) -> set[int]:
     """A delivery that failed keeps its spool folder: it can be tried again."""
-    record = executor.journal.attempt(int(spool.name))
-    verdict = None if record is None else record.task.verdict
-    return verdict is not None and verdict.kind is Kind.DELIVERY_FAILED
+    found = set()
+    for folder in (executor.layout.state_dir / "spool").glob("[0-9]*"):
+        record = executor.journal.attempt(int(folder.name))
+        verdict = None if record is None else record.task.verdict
+        if verdict is not None and verdict.kind is Kind.DELIVERY_FAILED:
+            found.add(int(folder.name))
+    return found
