@@ -60,7 +60,11 @@ def pids_in(path: Path) -> list[int]:
 
 def leaves(mark: str) -> list[str]:
     """Names of the cgroups that the node's tasks still have."""
-    return sorted(path.name for path in Path("/sys/fs/cgroup").rglob(f"flowmesh-{mark}/*") if path.is_dir())
+    mounts = [line.split(" - ") for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    roots = [Path(left.split()[4]) for left, right in mounts if right.startswith("cgroup2 ")]
+    ours = [line[4:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::/")]
+    folders = [root / own / f"flowmesh-{mark}" for root in roots for own in ours]
+    return sorted(path.name for folder in folders for path in folder.glob("*/"))
 
 
 def responses(node: Node, task_id: str) -> dict[str, Any]:

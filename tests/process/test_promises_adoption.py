@@ -51,7 +51,7 @@ def the_task(node: Node) -> int:
 
 
 def test_p4_p5_a_supervisor_killed_in_the_middle_of_ten_tasks(orchestrator: Orchestrator, node: Node) -> None:
-    ids = [orchestrator.dispatch("w1", misbehave("sleep", seconds=1.5))]
+    ids = [orchestrator.dispatch("w1", misbehave("sleep", seconds=6))]
     ids += [orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 0.05, "n": n}) for n in range(9)]
     orchestrator.wait_started(ids[0])
     pid = node.task_pid(ids[0])
@@ -284,3 +284,18 @@ def test_p4_a_delivery_outlives_its_supervisor(orchestrator: Orchestrator, node:
     assert 0 < runtime_s < 5, "the time that it ran, and not the time until it was delivered"
     assert_one_end_each(orchestrator, [task_id])
     assert_serves(orchestrator, node)
+
+
+@pytest.mark.slow
+def test_p5_a_fork_server_that_stays_silent_is_given_up(orchestrator: Orchestrator, node: Node) -> None:
+    """It is stopped when the new supervisor asks for its tasks: it must not come back with them later."""
+    task_id = orchestrator.dispatch("w1", misbehave("sleep"))
+    orchestrator.wait_started(task_id)
+    pid, (server,) = the_task(node), node.servers()
+    os.kill(server, signal.SIGSTOP)
+    node.kill()
+    node.start()
+    assert orchestrator.wait_end(task_id)["payload"]["error_kind"] == "supervisor_lost"
+    wait_gone([pid, server], "the task and its fork server")
+    assert_serves(orchestrator, node)
+    assert_one_end_each(orchestrator, [task_id])
