@@ -27,6 +27,7 @@ from flowmesh.config import Loaded, Settings, results_dir, state_dir
 from flowmesh.control import ControlServer
 from flowmesh.errors import BusyError, ConfigError, DeviceError
 from flowmesh.execution import files, lanes
+from flowmesh.execution.dispatch import Dispatcher
 from flowmesh.execution.executor import Executor, Hooks
 from flowmesh.execution.operations import Operations
 from flowmesh.execution.recovery import recover
@@ -218,7 +219,7 @@ class Supervisor(Hooks):
         self.outbox = Outbox(bus, self.journal, self._on_events_sent)
         self.intake = Intake(
             listener,
-            {settings.redis.task_topic: self.executor.on_message, CONTROL_CHANNEL: self._on_control},
+            {settings.redis.task_topic: Dispatcher(self.executor).on_message, CONTROL_CHANNEL: self._on_control},
             self._on_subscribed,
             silence_s=settings.redis.health_check_interval_s,
         )

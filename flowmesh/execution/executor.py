@@ -15,17 +15,13 @@ from typing import Any
 from loguru import logger
 
 from flowmesh.config import Settings
-from flowmesh.errors import FieldError, FlowMeshError
+from flowmesh.errors import FlowMeshError
 from flowmesh.execution import deliveries, events, files
-from flowmesh.execution.accept import accept
 from flowmesh.execution.release import Devices
 from flowmesh.execution.run import MAX_BAD_FRAMES, Run, progress_event
 from flowmesh.messages.job import Exit, Outcome
 from flowmesh.messages.wire import (
-    MAX_MESSAGE_BYTES,
     TASK_EVENTS_CHANNEL,
-    address,
-    usable_task_id,
     utc_now,
 )
 from flowmesh.node.slots import Slot
@@ -109,7 +105,6 @@ class Executor:
         self._idle.set()
         self._background: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
-        self._needles = tuple(worker_id.encode() for worker_id in slots)
 
     @property
     def callbacks(self) -> Callbacks:
@@ -119,91 +114,6 @@ class Executor:
             on_gone=self._on_gone,
             on_lost=self._on_lost,
         )
-
-    # ---- messages ----------------------------------------------------------------------------------------------------
-
-    def on_message(self, data: bytes) -> None:
-        """A message on the tasks channel. One for another worker costs a search for our name in it."""
-        if not any(needle in data for needle in self._needles) and data[:1] == b"{":
-            return
-        try:
-            to = address(data)
-        except FieldError as error:
-            self.counters.malformed += 1
-            logger.bind(bytes=len(data)).warning("malformed message ignored: {}", error)
-            return
-        slot = self.slots.get(to.assigned_worker) if isinstance(to.assigned_worker, str) else None
-        if slot is None:
-            return
-        task_id = usable_task_id(to.task_id)
-        dispatched_at = to.dispatched_at if isinstance(to.dispatched_at, str) else None
-        if task_id is None:
-            self.counters.malformed += 1
-            shown = str(to.task_id)[:80]
-            logger.bind(bytes=len(data)).warning("message for us ignored: task_id {!r} is no id", shown)
-            return
-        self._on_dispatch(slot, task_id, dispatched_at, data)
-
-    def _on_dispatch(self, slot: Slot[Run], task_id: str, dispatched_at: str | None, data: bytes) -> None:
-        if self.draining is not None:
-            logger.bind(task=task_id).info("dispatch not taken: draining; the orchestrator queues it again")
-            return
-        if self._is_duplicate(task_id, dispatched_at):
-            self.counters.duplicates += 1
-            logger.bind(task=task_id).info("dispatch ignored: this task is here already")
-            return
-        try:
-            if len(data) > MAX_MESSAGE_BYTES:
-                raise FieldError(f"the message has {len(data)} bytes; at most {MAX_MESSAGE_BYTES} are taken", "task")
-            accepted = accept(
-                data, settings=self.settings, catalogue=self.catalogue, results_dir=self.layout.results_dir
-            )
-        except FieldError as error:
-            self._refuse(slot, task_id, dispatched_at, str(error))
-            return
-        try:
-            attempt = self.journal.accept(
-                task_id=task_id,
-                worker_id=slot.plan.worker_id,
-                dispatched_at=dispatched_at,
-                at=utc_now(),
-                message=data,
-                out_dir=accepted.target.out_dir,
-            )
-        except JournalError as error:
-            self._miss(slot, task_id, error)
-            return
-        run = Run(attempt, accepted, slot)
-        self.adopt(run)
-        slot.queue.append(run)
-        self.hooks.on_accepted(run)
-        logger.bind(task=task_id, type=accepted.type.name, attempt=attempt).info("task accepted")
-        if self._early_cancels.pop(task_id, 0.0) > time.monotonic() - EARLY_CANCEL_S:
-            self.apply(run, machine.StopRequested(Stop.CANCEL, "cancelled before it came"))
-        self.pump(slot)
-
-    def _is_duplicate(self, task_id: str, dispatched_at: str | None) -> bool:
-        """The same dispatch twice; the same task with another date is the orchestrator's retry."""
-        if task_id in self.by_id:
-            return True
-        last = self.journal.latest(task_id)
-        return last is not None and dispatched_at is not None and last.dispatched_at == dispatched_at
-
-    def _refuse(self, slot: Slot[Run], task_id: str, dispatched_at: str | None, message: str) -> None:
-        self.counters.refused += 1
-        self._count(Kind.BAD_REQUEST)
-        logger.bind(task=task_id).warning("task refused: {}", message)
-        self.hooks.on_refused(task_id, message)
-        try:
-            self.journal.post(TASK_EVENTS_CHANNEL, events.refused(slot.plan.worker_id, task_id, message, dispatched_at))
-        except JournalError as error:
-            self._miss(slot, task_id, error)
-            return
-        self.hooks.on_posted()
-
-    def _miss(self, slot: Slot[Run], task_id: str, error: JournalError) -> None:
-        logger.bind(task=task_id).error("dispatch not taken: {}", error)
-        self.hooks.on_missed(slot)
 
     # ---- what the node wants -----------------------------------------------------------------------------------------
 
@@ -240,6 +150,10 @@ class Executor:
                 self.apply(run, stop)
         if mode == "now":
             self.deliveries.suspend()
+
+    def was_cancelled_early(self, task_id: str) -> bool:
+        """Whether a cancel came before the task did; asked once."""
+        return self._early_cancels.pop(task_id, 0.0) > time.monotonic() - EARLY_CANCEL_S
 
     async def idle(self) -> None:
         """Wait until no task is left here, delivered ones included; in a drain "now" their sending is left undone."""
@@ -536,7 +450,7 @@ class Executor:
         del self.runs[run.attempt]
         if self.by_id.get(run.task_id) is run:
             del self.by_id[run.task_id]
-        self._count(verdict.kind)
+        self.count(verdict.kind)
         facts = {"verdict": verdict.kind.value, "runtime_s": round(run.runtime_s, 3), "evidence": verdict.evidence}
         told = logger.bind(task=run.task_id, **facts)
         if verdict.ok:
@@ -559,5 +473,5 @@ class Executor:
     async def _forget(self, run: Run) -> None:
         await asyncio.to_thread(files.remove_tree, self.layout.spool(run.attempt))
 
-    def _count(self, kind: Kind) -> None:
+    def count(self, kind: Kind) -> None:
         self.counters.verdicts[kind.value] = self.counters.verdicts.get(kind.value, 0) + 1

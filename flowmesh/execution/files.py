@@ -117,8 +117,11 @@ def prepare(layout: Layout, run: Run) -> Fork:
     accepted = run.accepted
     spool, tmp, out_dir = layout.spool(run.attempt), layout.tmp(run.attempt), Path(accepted.target.out_dir)
     for folder in (spool, tmp):
-        remove_tree(folder)
-        folder.mkdir(parents=True, mode=0o700)
+        try:
+            folder.mkdir(mode=0o700)
+        except FileExistsError:  # launched before, by a supervisor that died over it
+            remove_tree(folder)
+            folder.mkdir(mode=0o700)
         give(layout, folder)
     logs = out_dir / "logs"
     for folder in (logs, out_dir / "artifacts"):

@@ -1,0 +1,112 @@
+"""What a message on the tasks channel leads to: a task that is ours, a refusal that is told, or nothing."""
+
+from __future__ import annotations
+
+from loguru import logger
+
+from flowmesh.errors import FieldError
+from flowmesh.execution import events
+from flowmesh.execution.accept import accept
+from flowmesh.execution.executor import Executor
+from flowmesh.execution.run import Run
+from flowmesh.messages.wire import MAX_MESSAGE_BYTES, TASK_EVENTS_CHANNEL, address, usable_task_id, utc_now
+from flowmesh.node.slots import Slot
+from flowmesh.tasks import machine
+from flowmesh.tasks.journal import JournalError
+from flowmesh.tasks.verdicts import Kind, Stop
+
+
+class Dispatcher:
+    """Takes messages in, on the loop; what is accepted stands in the journal before this returns."""
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self._needles = tuple(worker_id.encode() for worker_id in executor.slots)
+
+    def on_message(self, data: bytes) -> None:
+        """A message on the tasks channel. One for another worker costs a search for our name in it."""
+        if not any(needle in data for needle in self._needles) and data[:1] == b"{":
+            return
+        try:
+            to = address(data)
+        except FieldError as error:
+            self._executor.counters.malformed += 1
+            logger.bind(bytes=len(data)).warning("malformed message ignored: {}", error)
+            return
+        slot = self._executor.slots.get(to.assigned_worker) if isinstance(to.assigned_worker, str) else None
+        if slot is None:
+            return
+        task_id = usable_task_id(to.task_id)
+        dispatched_at = to.dispatched_at if isinstance(to.dispatched_at, str) else None
+        if task_id is None:
+            self._executor.counters.malformed += 1
+            shown = str(to.task_id)[:80]
+            logger.bind(bytes=len(data)).warning("message for us ignored: task_id {!r} is no id", shown)
+            return
+        self._dispatch(slot, task_id, dispatched_at, data)
+
+    def _dispatch(self, slot: Slot[Run], task_id: str, dispatched_at: str | None, data: bytes) -> None:
+        if self._executor.draining is not None:
+            logger.bind(task=task_id).info("dispatch not taken: draining; the orchestrator queues it again")
+            return
+        if self._is_duplicate(task_id, dispatched_at):
+            self._executor.counters.duplicates += 1
+            logger.bind(task=task_id).info("dispatch ignored: this task is here already")
+            return
+        try:
+            if len(data) > MAX_MESSAGE_BYTES:
+                raise FieldError(f"the message has {len(data)} bytes; at most {MAX_MESSAGE_BYTES} are taken", "task")
+            accepted = accept(
+                data,
+                settings=self._executor.settings,
+                catalogue=self._executor.catalogue,
+                results_dir=self._executor.layout.results_dir,
+            )
+        except FieldError as error:
+            self._refuse(slot, task_id, dispatched_at, str(error))
+            return
+        try:
+            attempt = self._executor.journal.accept(
+                task_id=task_id,
+                worker_id=slot.plan.worker_id,
+                dispatched_at=dispatched_at,
+                at=utc_now(),
+                message=data,
+                out_dir=accepted.target.out_dir,
+            )
+        except JournalError as error:
+            self._miss(slot, task_id, error)
+            return
+        run = Run(attempt, accepted, slot)
+        self._executor.adopt(run)
+        slot.queue.append(run)
+        self._executor.hooks.on_accepted(run)
+        logger.bind(task=task_id, type=accepted.type.name, attempt=attempt).info("task accepted")
+        if self._executor.was_cancelled_early(task_id):
+            self._executor.apply(run, machine.StopRequested(Stop.CANCEL, "cancelled before it came"))
+        self._executor.pump(slot)
+
+    def _is_duplicate(self, task_id: str, dispatched_at: str | None) -> bool:
+        """The same dispatch twice; the same task with another date is the orchestrator's retry."""
+        if task_id in self._executor.by_id:
+            return True
+        last = self._executor.journal.latest(task_id)
+        return last is not None and dispatched_at is not None and last.dispatched_at == dispatched_at
+
+    def _refuse(self, slot: Slot[Run], task_id: str, dispatched_at: str | None, message: str) -> None:
+        self._executor.counters.refused += 1
+        self._executor.count(Kind.BAD_REQUEST)
+        logger.bind(task=task_id).warning("task refused: {}", message)
+        self._executor.hooks.on_refused(task_id, message)
+        try:
+            self._executor.journal.post(
+                TASK_EVENTS_CHANNEL, events.refused(slot.plan.worker_id, task_id, message, dispatched_at)
+            )
+        except JournalError as error:
+            self._miss(slot, task_id, error)
+            return
+        self._executor.hooks.on_posted()
+
+    def _miss(self, slot: Slot[Run], task_id: str, error: JournalError) -> None:
+        logger.bind(task=task_id).error("dispatch not taken: {}", error)
+        self._executor.hooks.on_missed(slot)
