@@ -1,4 +1,4 @@
-"""Qdrant's REST interface, as far as the runner uses it, over qdrant-client's own local engine: real HTTP, real search."""
+"""Qdrant's REST interface, as far as the runner uses it, over qdrant-client's local engine: real HTTP, real search."""
 
 from __future__ import annotations
 

@@ -74,7 +74,6 @@ BUILTIN = (
         requires=("torch", "transformers", "sentence_transformers", "faiss"),
         extra="rag",
         preload=("runners.rag.preload:RAG",),
-        preload_with={"qdrant_client": "runners.rag.preload:QDRANT"},
     ),
 )
 

@@ -18,8 +18,11 @@ from runners.rag.task import Faiss
 Metric = Literal["ip", "l2"]
 IndexType = Literal["flat", "ivf", "hnsw"]
 
-ADD_ROWS = 1 << 16
-QUERY_ROWS = 1024
+ADD_ROWS = {"flat": 1 << 24, "ivf": 1 << 16, "hnsw": 1 << 12}
+"""Rows between two looks for a cancel, a few seconds' work. A flat index only copies; in pieces it would copy twice."""
+QUERY_ROWS = 4096
+COMPARED_AT_ONCE = 1 << 29
+"""Queries × vectors of one call; of more vectors, fewer queries go at once."""
 POINTS_A_CELL = 39
 """Fewer, and FAISS says that the cells of an ivf index are not well trained."""
 PROBED_SHARE = 8
@@ -76,9 +79,10 @@ class Index:
         vectors = prepared(vectors, self.recipe.normalize)
         scores = np.empty((len(vectors), top_k), dtype=np.float32)
         rows = np.empty((len(vectors), top_k), dtype=np.int64)
-        for first in range(0, len(vectors), QUERY_ROWS):
+        step = max(min(QUERY_ROWS, COMPARED_AT_ONCE // max(self.count, 1)), 32)
+        for first in range(0, len(vectors), step):
             ctx.progress(first, len(vectors), "queries")
-            part = slice(first, first + QUERY_ROWS)
+            part = slice(first, first + step)
             scores[part], rows[part] = index.search(vectors[part], top_k)
         return scores, rows
 
@@ -106,9 +110,10 @@ def build(ctx: Context, vectors: np.ndarray, wanted: Faiss) -> Index:
     vectors = prepared(vectors, recipe.normalize)
     if not index.is_trained:
         index.train(vectors)
-    for first in range(0, count, ADD_ROWS):
+    step = ADD_ROWS[recipe.index_type]
+    for first in range(0, count, step):
         ctx.progress(first, count, "vectors")
-        index.add(vectors[first : first + ADD_ROWS])
+        index.add(vectors[first : first + step])
     return Index(index, recipe, on_gpu=on_gpu)
 
 

@@ -3,6 +3,8 @@
 As `runners.inference.preload` has it: the server sets ENVIRONMENT before it imports them, and keeps one native thread.
 """
 
+import importlib.util
+
 ENVIRONMENT: dict[str, str] = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
@@ -12,6 +14,12 @@ ENVIRONMENT: dict[str, str] = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
+
+
+def if_installed(library: str, *modules: str) -> tuple[str, ...]:
+    """`modules` where the library is there, else none of them."""
+    return modules if importlib.util.find_spec(library) is not None else ()
+
 
 RAG: tuple[str, ...] = (
     "faiss",
@@ -26,10 +34,9 @@ RAG: tuple[str, ...] = (
     "sentence_transformers",
     "runners.rag.runner",
     "runners.rag.embedder",
-    "runners.rag.faiss_index",
+    "runners.rag.faiss_search",
+    "runners.rag.generate",
     "runners.inference.warm",
+    *if_installed("qdrant_client", "qdrant_client", "qdrant_client.http.models", "runners.rag.qdrant_search"),
 )
-"""For FAISS. Imports in 6 s; an index of a few passages is then built and asked in 0.2 s."""
-
-QDRANT: tuple[str, ...] = (*RAG, "qdrant_client", "qdrant_client.http.models", "runners.rag.qdrant_search")
-"""For a node that has qdrant-client as well."""
+"""For FAISS, and for Qdrant where its client is installed. Imports in 6 s."""

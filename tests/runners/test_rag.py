@@ -6,7 +6,7 @@ import json
 import random
 import tarfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,15 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def embedder(saved: Path):
     ctx = context_in(saved, "embedder", {})
     return ctx, load_embedder(ctx, Embedding())
+
+
+@pytest.fixture
+def pipes() -> Iterator[tuple[Pipe, Pipe]]:
+    """The node's end and the task's."""
+    pair = Pipe.pair()
+    yield pair
+    for each in pair:
+        each.close()
 
 
 def test_the_right_passage_comes_first_for_paraphrased_questions(saved, make_context) -> None:
@@ -457,8 +466,8 @@ def test_merged_children_get_what_they_would_get_alone(saved, make_context) -> N
     assert list(result["children"]) == ["one", "other", "bad", "many"]
 
 
-def test_a_cancel_ends_the_embedding(make_context) -> None:
-    near, far = Pipe.pair()
+def test_a_cancel_ends_the_embedding(pipes, make_context) -> None:
+    near, far = pipes
     texts = [" ".join(PASSAGES.values())] * 2000
     spec = {"query": "x", "faiss": {"documents": {"type": "list", "items": texts}}, "embedding": {"batch_tokens": 512}}
     ctx = make_context(spec, task_type="rag", pipe=far)

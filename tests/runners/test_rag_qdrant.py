@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,23 @@ def fill(client: QdrantClient, vectors: list[list[float]]) -> QdrantClient:
         "handbook",
         [models.PointStruct(id=i, vector=v, payload={"name": n, "text": t}) for i, ((n, t), v) in enumerate(pairs)],
     )
-    client.upsert("named", [models.PointStruct(id=i, vector={"b": v}, payload={"name": n}) for i, ((n, _), v) in enumerate(pairs)])  # fmt: skip
+    named = [models.PointStruct(id=i, vector={"b": v}, payload={"name": n}) for i, ((n, _), v) in enumerate(pairs)]
+    client.upsert("named", named)
     return client
 
 
 @pytest.fixture
 def engine(vectors) -> QdrantClient:
     return fill(QdrantClient(":memory:", force_disable_check_same_thread=True), vectors)
+
+
+@pytest.fixture
+def pipes() -> Iterator[tuple[Pipe, Pipe]]:
+    """The node's end and the task's."""
+    pair = Pipe.pair()
+    yield pair
+    for each in pair:
+        each.close()
 
 
 def ask(make_context: Any, qdrant: dict[str, Any], *queries: str, **more: Any) -> dict[str, Any]:
@@ -94,7 +105,8 @@ def test_a_server_is_asked_with_its_key(engine, make_context, monkeypatch, caplo
             assert names(result) == ["whales", "printing"]
             assert [len(entry["items"]) for entry in result["queries"]] == [2, 2]
             assert result["qdrant"] == {
-                "url": server.url, "collection": "handbook", "metric": "cosine", "dimension": 384, "count": len(PASSAGES),
+                "url": server.url, "collection": "handbook", "metric": "cosine", "dimension": 384,
+                "count": len(PASSAGES),
             }  # fmt: skip
             assert KEY not in repr(result)
     assert KEY not in caplog.text
@@ -168,8 +180,8 @@ def test_faults_of_the_server_can_be_tried_again(engine, make_context) -> None:
     assert not isinstance(caught.value, BadRequest)
 
 
-def test_a_cancel_does_not_wait_for_a_silent_server(engine, make_context) -> None:
-    near, far = Pipe.pair()
+def test_a_cancel_does_not_wait_for_a_silent_server(pipes, engine, make_context) -> None:
+    near, far = pipes
     with Server(engine).running() as server:
         server.silent.set()
 
