@@ -222,6 +222,10 @@ class RunnersSettings(Section, frozen=True):
     unpack_max_bytes: Annotated[int, Meta(ge=0)] = 500 * 1024**3
     """Content of one downloaded archive."""
     unpack_max_files: Annotated[int, Meta(ge=1)] = 100_000
+    agents_dir: FilePath | None = None
+    """Agent configurations, one YAML file a name. None: conf/agents where the node runs, else the built-in ones."""
+    agent_network: bool = False
+    """Whether code that an agent runs may use the network."""
 
 
 class EnvironmentSettings(Section, frozen=True):

@@ -119,7 +119,7 @@ class MisbehavingRunner(Runner):
             ctx.sleep(60)
         if ctx.spec.get("then") == "doze":
             (ctx.out_dir / "pids").write_text(" ".join(map(str, pids)) + "\n")
-            ctx.sleep(1)
+            ctx.sleep(ctx.spec.get("seconds", 1))
         return {"ok": True, "pids": pids}
 
     def do_patricide(self, ctx: Context) -> None:
@@ -162,6 +162,27 @@ class MisbehavingRunner(Runner):
         for n in range(20_000):
             ctx._last_progress = 0.0
             ctx.progress(n, 20_000, "frames")
+
+    def do_truncated(self, ctx: Context) -> None:
+        """Frames that end too early, each a datagram."""
+        frame = msgspec.msgpack.encode({"type": "progress", "done": 1.0, "total": 2.0, "unit": "x" * 50})
+        sock = self._raw(ctx)
+        with contextlib.suppress(OSError):
+            for length in range(1, len(frame)):
+                sock.send(frame[:length])
+
+    def do_open_files(self, ctx: Context) -> None:
+        """Opens all that it may."""
+        held = []
+        while True:
+            held.append(os.dup(1))
+
+    def do_fill(self, ctx: Context) -> None:
+        """Fills the disk that its TMPDIR, or its out_dir, is on."""
+        folder = ctx.tmp_dir if ctx.spec["where"] == "tmp" else ctx.out_dir
+        with open(folder / "filler", "wb", buffering=0) as file:
+            while True:
+                file.write(b"\0" * 65536)
 
     def do_flood_pipe(self, ctx: Context) -> None:
         """Frames as fast as they go, from two processes, with no pause for the reader to come to its end."""

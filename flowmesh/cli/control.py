@@ -72,6 +72,14 @@ class LogsPlace(msgspec.Struct, frozen=True, kw_only=True):
     running: bool = False
 
 
+class Delivered(msgspec.Struct, frozen=True, kw_only=True):
+    task_id: str
+    out_dir: str = ""
+    sent_bytes: int = 0
+    seconds: float = 0.0
+    urls: tuple[str, ...] = ()
+
+
 class StateSeen(msgspec.Struct, frozen=True, tag_field="event", tag="state"):
     state: str
 
@@ -149,6 +157,9 @@ class Control:
     def drain(self, mode: str) -> dict[str, Any]:
         return self._ask({"op": "drain", "mode": mode}, dict[str, Any])
 
+    def deliver(self, task_id: str) -> Delivered:
+        return self._ask({"op": "deliver", "task_id": task_id}, Delivered, timeout_s=None)
+
     def recycle(self, environment: str | None) -> dict[str, Any]:
         return self._ask({"op": "recycle", "environment": environment}, dict[str, Any])
 
@@ -178,10 +189,11 @@ class Control:
             if isinstance(seen, Ended):
                 return
 
-    def _ask(self, request: dict[str, Any], answer: type[T]) -> T:
+    def _ask(self, request: dict[str, Any], answer: type[T], timeout_s: float | None = TIMEOUT_S) -> T:
         self._send(request)
-        deadline = time.monotonic() + TIMEOUT_S
-        line = self._line(deadline)
+        if timeout_s is None:
+            self._sock.settimeout(None)
+        line = self._line(None if timeout_s is None else time.monotonic() + timeout_s)
         said = _decode(line, dict[str, Any])
         if said.get("ok") is not True:
             raise Refused(str(said.get("error") or f"the node refused the operation {request['op']!r}"))

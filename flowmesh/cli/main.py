@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "status": ("flowmesh.cli.node_commands:status", "Show the node of this machine and its tasks."),
     "logs": ("flowmesh.cli.logs:logs", "Print the logs of a task of this machine's node."),
     "cancel": ("flowmesh.cli.node_commands:cancel", "Cancel a task of this machine's node."),
+    "deliver": ("flowmesh.cli.node_commands:deliver", "Send a task's results again that did not arrive."),
     "drain": ("flowmesh.cli.node_commands:drain", "Let this machine's node take no more tasks."),
     "recycle": ("flowmesh.cli.node_commands:recycle", "Have fork servers import their libraries anew."),
     "doctor": ("flowmesh.cli.doctor:doctor", "Look at this machine as a node would: what is fine, what is not."),

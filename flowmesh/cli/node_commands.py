@@ -1,4 +1,4 @@
-"""`flowmesh status`, `cancel`, `drain`, `recycle`, `upgrade`: this machine's node, over its control socket."""
+"""`flowmesh status`, `cancel`, `deliver`, `drain`, `recycle`, `upgrade`: this machine's node, over its control socket."""
 
 from __future__ import annotations
 
@@ -77,6 +77,24 @@ def cancel(task_id: str, force: bool, config: str | None, state_dir: str | None,
         render.print_json(answer)
     else:
         print(f"{'killing' if force else 'cancelling'} {task_id}")
+    return EXIT_OK
+
+
+@click.command(help="Send a task's results once more, after its delivery failed; waits until they have arrived.")
+@click.argument("task_id", metavar="TASK")
+@locate.config_option
+@locate.state_dir_option
+@locate.json_option
+def deliver(task_id: str, config: str | None, state_dir: str | None, as_json: bool) -> int:
+    """The command."""
+    with Control(locate.state_dir(state_dir, config)) as control:
+        answer = control.deliver(task_id)
+    if as_json:
+        render.print_json(msgspec.to_builtins(answer))
+    else:
+        print(f"delivered {task_id}: {answer.sent_bytes} bytes sent in {render.seconds(answer.seconds)}")
+        for url in answer.urls:
+            print(f"  {url}")
     return EXIT_OK
 
 

@@ -7,6 +7,7 @@ reaped like a task. How many run at once is bounded; the slot was free before th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from loguru import logger
 
 from flowmesh.errors import FlowMeshError
 from flowmesh.execution import files
+from flowmesh.execution.redelivery import Redeliveries
 from flowmesh.execution.run import Run, progress_event
 from flowmesh.execution.watch import bound_logs
 from flowmesh.messages.job import OUTCOME_FILE, Exit, Outcome
@@ -57,6 +59,7 @@ class Deliveries:
         self.left: set[int] = set()
         """Attempts whose sending is left to the next supervisor, because this one has to end now."""
         self._suspended = False
+        self.again = Redeliveries(executor, self._places)
 
     # ---- start -------------------------------------------------------------------------------------------------------
 
@@ -69,6 +72,9 @@ class Deliveries:
         try:
             job, report = await asyncio.to_thread(self._write_small, run)
             if report is not None:
+                if not report.ok and job.failure is None:  # for another try, if this disk takes it
+                    with contextlib.suppress(OSError):
+                        await asyncio.to_thread(delivery.write_job, job, executor.layout.spool(run.attempt))
                 self._done(run, "" if report.ok else report.error)
                 return
             if self._suspended and job.failure is None:
@@ -82,7 +88,7 @@ class Deliveries:
                 self._give_back(run.attempt)
                 return
             await asyncio.to_thread(delivery.write_job, job, executor.layout.spool(run.attempt))
-            await executor.fleet.launch(DELIVERY, self._fork(run), lambda _server: None)
+            await executor.fleet.launch(DELIVERY, self.fork(run.attempt), lambda _server: None)
             if run.attempt in self._aborted or (self._suspended and job.failure is None):  # since before it had a child
                 executor.fleet.kill(-run.attempt)
         except (FlowMeshError, OSError) as error:
@@ -99,6 +105,7 @@ class Deliveries:
     def suspend(self) -> None:
         """Stop all sending, and leave it to the next supervisor: results are on disk, and the journal knows of them."""
         self._suspended = True
+        self.again.stop("the node ends")
         for run in list(self._executor.runs.values()):
             if run.task.state is State.DELIVERING and run.task.verdict is not None and run.task.verdict.ok:
                 self._executor.fleet.kill(-run.attempt)
@@ -154,12 +161,13 @@ class Deliveries:
             outcome = _outcome_decoder.decode(path.read_bytes())
         return job, delivery.deliver(job, outcome)
 
-    def _fork(self, run: Run) -> Fork:
+    def fork(self, attempt: int) -> Fork:
+        """How an attempt's delivery child is made."""
         layout = self._executor.layout
-        spool = layout.spool(run.attempt)
+        spool = layout.spool(attempt)
         log = str(layout.log_dir / "delivery.log")
         return Fork(
-            attempt=-run.attempt,
+            attempt=-attempt,
             target=ENTRY,
             spool=str(spool),
             cwd=str(layout.work_dir),
@@ -171,7 +179,7 @@ class Deliveries:
                 tmp_dir=str(spool),
                 threads=1,
                 gpus=(),
-                mark=layout.mark_of(-run.attempt),
+                mark=layout.mark_of(-attempt),
             ),
             limits=Limits(),
         )
@@ -179,6 +187,9 @@ class Deliveries:
     # ---- the child ---------------------------------------------------------------------------------------------------
 
     def on_forked(self, attempt: int, _pid: int, pipe: Pipe) -> None:
+        if attempt in self.again:
+            self.again.on_forked(attempt, pipe)
+            return
         run = self._executor.runs.get(attempt)
         if run is None or run.task.state is not State.DELIVERING:
             pipe.close()
@@ -192,12 +203,17 @@ class Deliveries:
             logger.bind(task=run.task_id).debug("a delivery child did not listen: {}", error)
 
     def on_failed(self, attempt: int, message: str) -> None:
-        if run := self._executor.runs.get(attempt):
+        if attempt in self.again:
+            self.again.on_over(attempt, message)
+        elif run := self._executor.runs.get(attempt):
             self._done(run, f"the delivery could not be started: {message}")
 
     def on_gone(self, attempt: int, exit_: Exit) -> None:
         self._executor.fleet.forget(-attempt)
         self._close(attempt)
+        if attempt in self.again:
+            self.again.on_over(attempt, exit_)
+            return
         run = self._executor.runs.get(attempt)
         if run is None or run.task.state is not State.DELIVERING:
             return
@@ -215,6 +231,9 @@ class Deliveries:
 
     def on_lost(self, attempt: int) -> None:
         self._close(attempt)
+        if attempt in self.again:
+            self.again.on_over(attempt, "its fork server died")
+            return
         run = self._executor.runs.get(attempt)
         if run is not None and run.task.state is State.DELIVERING:
             self._again(run, "its fork server died")

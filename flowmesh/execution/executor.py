@@ -122,6 +122,7 @@ class Executor:
         self.runs[run.attempt] = run
         self.by_id[run.task_id] = run
         self._idle.clear()
+        self.deliveries.again.stop("the task came again", run.task_id)
 
     def pump(self, slot: Slot[Run]) -> None:
         """Give the slot to the next task that waits, where it is free."""
@@ -161,8 +162,10 @@ class Executor:
 
     def look_idle(self) -> None:
         """Tell `idle()` where nothing keeps the node any more."""
-        if self.runs.keys() <= self.deliveries.left:
+        if self.runs.keys() <= self.deliveries.left and not self.deliveries.again:
             self._idle.set()
+        else:
+            self._idle.clear()
 
     # ---- the machine -------------------------------------------------------------------------------------------------
 

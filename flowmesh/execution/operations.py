@@ -37,6 +37,7 @@ class Operations:
             "logs": self._logs,
             "cancel": self._cancel,
             "drain": self._drain,
+            "deliver": self._deliver,
             "recycle": self._recycle,
             "upgrade": self._upgrade,
         }
@@ -115,6 +116,25 @@ class Operations:
             raise ControlError(f"mode: {mode!r} is none; {nearest(str(mode), list(DRAIN_MODES))}")
         self._node.stop(mode)
         return {"tasks": len(self._node.executor.runs)}
+
+    async def _deliver(self, request: dict[str, Any]) -> dict[str, Any]:
+        task_id = text_field(request, "task_id")
+        run, record = self._find(task_id)
+        if run is not None:
+            state = run.task.state
+            told = "it is being delivered now" if state is State.DELIVERING else f"it has not ended yet ({state})"
+            raise ControlError(f"{task_id}: {told}")
+        if record is None:
+            raise ControlError(f"{task_id}: this node knows no such task")
+        deliveries = self._node.executor.deliveries
+        report = await deliveries.again.send(record, deliveries.fork)
+        return {
+            "task_id": task_id,
+            "out_dir": record.out_dir,
+            "sent_bytes": report.sent_bytes,
+            "seconds": report.seconds,
+            "urls": list(report.urls),
+        }
 
     def _recycle(self, request: dict[str, Any]) -> dict[str, Any]:
         lane = request.get("environment")

@@ -75,6 +75,13 @@ BUILTIN = (
         extra="rag",
         preload=("runners.rag.preload:RAG",),
     ),
+    TaskType(
+        name="agent",
+        runner="runners.agent.runner:AgentRunner",
+        requires=("smolagents",),
+        extra="agent",
+        preload=("runners.agent.preload:AGENT",),
+    ),
 )
 
 

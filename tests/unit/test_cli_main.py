@@ -17,6 +17,7 @@ SURFACE = {
     "status": "--config --help --json --state-dir",
     "logs": "TASK_ID --config --follow --help --json --results-dir --state-dir --stderr --stdout -f -n",
     "cancel": "TASK_ID --config --force --help --json --state-dir",
+    "deliver": "TASK_ID --config --help --json --state-dir",
     "drain": "--config --help --json --mode --state-dir --wait",
     "doctor": "--config --help --json",
     "recycle": "ENVIRONMENT --config --help --json --state-dir",

@@ -124,9 +124,9 @@ def _build_root(plan: dict[str, Any]) -> None:
 
 
 def _show(root: str, path: str, *, writable: bool) -> None:
-    """Bind a file or folder to the same place in the new root; a link is made again as a link."""
+    """Bind a file or folder to the same place in the new root; a link to a folder is made again as a link."""
     source, target = Path(path), Path(root + path)
-    if source.is_symlink() and not writable:
+    if source.is_symlink() and source.is_dir() and not writable:
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.is_symlink():
             target.symlink_to(source.readlink())

@@ -1,0 +1,144 @@
+"""The files of agent configurations: found by name, one extending another, filled from the environment, checked."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from flowmesh.messages.checking import nearest
+from runners.agent.config import AgentConfig, SearchProvider
+from runners.agent.secrets import from_env
+from runners.api import BadRequest, Context
+
+FOLDER = Path("conf") / "agents"
+PROVIDERS_FILE = "search_providers.yaml"
+MAX_EXTENDS = 8
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_VARIABLE = re.compile(r"\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>[^}]*))?\}")
+
+
+def agents_folder(ctx: Context) -> Path:
+    """The node's agents folder: its setting, else conf/agents where the node runs, else the one beside this package."""
+    if isinstance(wanted := ctx.job.limits.get("agents_dir"), str) and wanted:
+        return Path(wanted)
+    if FOLDER.is_dir():
+        return FOLDER.absolute()
+    return Path(__file__).parents[2] / FOLDER
+
+
+def load_config(ctx: Context, name: str, where: str) -> AgentConfig:
+    """The configuration of that name.
+
+    Raises:
+        BadRequest: there is none (with those there are), or it is wrong (with the file and the field).
+    """
+    folder = agents_folder(ctx)
+    data = _read(folder, name, where, ())
+    config = ctx.check(_filled(data, name), AgentConfig, name)
+    _check(config, name)
+    return config
+
+
+def load_provider(ctx: Context, name: str, where: str) -> SearchProvider:
+    """A search provider by name.
+
+    Raises:
+        BadRequest: there is none, or it is wrong.
+    """
+    path = agents_folder(ctx) / PROVIDERS_FILE
+    providers = _parse(path) if path.is_file() else {}
+    if name not in providers:
+        known = f"known: {', '.join(sorted(providers))}" if providers else "it has none"
+        raise BadRequest(f"{where}: no search provider {name!r} in {PROVIDERS_FILE}; {known}")
+    return ctx.check(_filled(providers[name], f"{PROVIDERS_FILE}:{name}"), SearchProvider, f"{PROVIDERS_FILE}:{name}")
+
+
+def known_names(folder: Path) -> list[str]:
+    return sorted(path.stem for path in folder.glob("*.yaml") if path.name != PROVIDERS_FILE)
+
+
+def _read(folder: Path, name: str, where: str, seen: tuple[str, ...]) -> dict[str, Any]:
+    """A file with what it extends below it."""
+    known = known_names(folder)
+    if not _NAME.fullmatch(name) or name not in known:
+        hint = nearest(name, known) if known else f"there are none in {folder}"
+        listed = f" (known: {', '.join(known)})" if known and hint.startswith("did you mean") else ""
+        raise BadRequest(f"{where}: unknown agent configuration {name!r}; {hint}{listed}")
+    if name in seen or len(seen) > MAX_EXTENDS:
+        raise BadRequest(f"{name}.extends: goes round in a circle: {' → '.join((*seen, name))}")
+    data = _parse(folder / f"{name}.yaml")
+    base = data.pop("extends", None)
+    if base is None:
+        return data
+    if not isinstance(base, str):
+        raise BadRequest(f"{name}.extends: expected the name of a configuration")
+    return _merged(_read(folder, base, f"{name}.extends", (*seen, name)), data)
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BadRequest(f"{path.name}: not YAML: {' '.join(str(error).split())[:300]}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise BadRequest(f"{path.name}: expected a mapping (found {type(data).__name__})")
+    return data
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Mappings are joined, anything else above replaces what is below; null takes it away."""
+    joined = dict(below)
+    for key, value in above.items():
+        if value is None:
+            joined.pop(key, None)
+        elif isinstance(value, dict) and isinstance(joined.get(key), dict):
+            joined[key] = _merged(joined[key], value)
+        else:
+            joined[key] = value
+    return joined
+
+
+def _filled(value: Any, where: str) -> Any:
+    """`${NAME}` and `${NAME:-default}` in texts, from the environment."""
+    match value:
+        case str():
+            return _VARIABLE.sub(lambda match: _variable(match, where), value)
+        case dict():
+            return {key: _filled(each, f"{where}.{key}") for key, each in value.items()}
+        case list():
+            return [_filled(each, f"{where}[{index}]") for index, each in enumerate(value)]
+    return value
+
+
+def _variable(match: re.Match[str], where: str) -> str:
+    if match["default"] is not None:
+        return os.environ.get(match["name"]) or match["default"]
+    return from_env(match["name"], where)
+
+
+def _check(config: AgentConfig, name: str) -> None:
+    model = config.model
+    if model.type == "local" and model.identifier is None:
+        raise BadRequest(f"{name}.model.identifier: missing; a local model needs a hub id or a folder")
+    if model.type == "openai" and (model.base_url is None) == (model.serve is None):
+        raise BadRequest(f"{name}.model.base_url: give either the endpoint's address, or `serve` to start one")
+    if config.type != "simple" and not config.workers:
+        raise BadRequest(f"{name}.workers: missing; type {config.type!r} needs at least one")
+    if config.type == "simple" and config.workers:
+        raise BadRequest(f"{name}.workers: only orchestra and workforce have workers")
+    for server, each in config.mcp_servers.items():
+        where = f"{name}.mcp_servers.{server}"
+        needed = "command" if each.transport == "stdio" else "url"
+        if getattr(each, needed) is None:
+            raise BadRequest(f"{where}.{needed}: missing; {each.transport} needs it")
+    for worker, member in config.workers.items():
+        for server in member.mcp_servers or ():
+            if server not in config.mcp_servers:
+                hint = nearest(server, list(config.mcp_servers)) if config.mcp_servers else "there are none"
+                raise BadRequest(f"{name}.workers.{worker}.mcp_servers: no server {server!r}; {hint}")

@@ -1,0 +1,290 @@
+"""The tools of MCP servers, over stdio, SSE and streamable HTTP, on the `mcp` package itself.
+
+All sessions live on one event loop in a thread of its own; the run waits for their answers and hears a cancel
+meanwhile. Servers that were started are gone when `close` returns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import sys
+import threading
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+
+from runners.agent.config import McpServer
+from runners.agent.secrets import Redactor, from_env
+from runners.agent.tools import ToolRefused, ToolSpec
+from runners.agent.watch import Watch
+from runners.api import BadRequest, MissingDependency, RunnerError
+from runners.rag.waiting import POLL_S
+
+CLOSE_S = 10.0
+TYPES = frozenset({"string", "boolean", "integer", "number", "array", "object", "null"})
+PASSED = ("LANG", "TMPDIR", "FLOWMESH_ATTEMPT", "VIRTUAL_ENV")
+
+
+class _Session(msgspec.Struct):
+    """One connected server."""
+
+    name: str
+    wanted: McpServer
+    client: Any = None
+    tools: list[Any] = []
+    ready: Any = None
+    over: Any = None
+    task: Any = None
+
+
+class McpBridge:
+    """The servers of one task. Use it as a context manager."""
+
+    def __init__(self, servers: dict[str, McpServer], redact: Redactor, where: str) -> None:
+        """
+        Args:
+            where: what the servers are called in an error.
+
+        Raises:
+            MissingDependency: there are servers, and `mcp` is not installed.
+        """
+        if servers and importlib.util.find_spec("mcp") is None:
+            raise MissingDependency("mcp", "agent")
+        self._servers = servers
+        self._redact = redact
+        self._where = where
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._sessions: dict[str, _Session] = {}
+
+    def __enter__(self) -> McpBridge:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def open(self, watch: Watch) -> None:
+        """Start or reach all servers and ask what tools they have.
+
+        Raises:
+            RunnerError: one does not start, does not answer, or lacks a tool that the configuration names.
+            Cancelled, OutOfTime: as `watch` says.
+        """
+        if not self._servers:
+            return
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="mcp", daemon=True)
+        self._thread.start()
+        for name, wanted in self._servers.items():
+            session = _Session(name, wanted)
+            self._sessions[name] = session
+            try:
+                self._await(self._start(session), watch, wanted.timeout_s)
+            except BadRequest:
+                raise
+            except Exception as error:  # noqa: BLE001 - whatever a transport raises means the same here
+                raise RunnerError(f"{self._where}.{name}: {self._why(error, wanted)}") from None
+            lacking = set(wanted.tools or ()) - {tool.name for tool in session.tools}
+            if lacking:
+                have = ", ".join(sorted(tool.name for tool in session.tools)) or "none"
+                raise RunnerError(
+                    f"{self._where}.{name}.tools: it has no {', '.join(sorted(lacking))} (it has: {have})"
+                )
+
+    def tools(self, servers: tuple[str, ...] | None, watch: Watch) -> list[ToolSpec]:
+        """The tools of these servers (None: of all), under names that are unique and valid."""
+        specs: list[ToolSpec] = []
+        for session in self._sessions.values():
+            if servers is not None and session.name not in servers:
+                continue
+            for tool in session.tools:
+                if session.wanted.tools is not None and tool.name not in session.wanted.tools:
+                    continue
+                name = re.sub(r"\W", "_", tool.name)
+                if name in {spec.name for spec in specs} or not name.isidentifier():
+                    name = f"{session.name}_{name}"
+                specs.append(self._spec(session, tool, name, watch))
+        return specs
+
+    def close(self) -> None:
+        """End all sessions and the servers that were started; bounded."""
+        if self._loop is None or self._thread is None:
+            return
+        with contextlib.suppress(Exception):  # what a dying server does to its session is no news any more
+            asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(CLOSE_S)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(CLOSE_S)
+        if not self._thread.is_alive():
+            self._loop.close()
+        self._loop = None
+
+    # ---- on the loop -------------------------------------------------------------------------------------------------
+
+    async def _start(self, session: _Session) -> None:
+        session.ready = asyncio.get_running_loop().create_future()
+        session.over = asyncio.Event()
+        session.task = asyncio.create_task(self._live(session))
+        await asyncio.shield(session.ready)
+
+    async def _live(self, session: _Session) -> None:
+        """One session from beginning to end, in one task, as its library wants it."""
+        from mcp.client import Client  # type: ignore[import-not-found,unused-ignore]
+
+        try:
+            async with (
+                self._http(session.wanted) as http,
+                Client(self._transport(session, http), read_timeout_seconds=session.wanted.timeout_s) as client,
+            ):
+                cursor, tools = None, []
+                while True:
+                    page = await client.list_tools(cursor=cursor)
+                    tools += page.tools
+                    cursor = page.next_cursor
+                    if not cursor:
+                        break
+                session.client, session.tools = client, tools
+                session.ready.set_result(None)
+                await session.over.wait()
+        except BaseException as error:  # noqa: BLE001 - whoever waits for the session raises it
+            if session.ready.done():
+                return
+            session.ready.set_exception(error if isinstance(error, Exception) else RunnerError("ended"))
+
+    @contextlib.asynccontextmanager
+    async def _http(self, wanted: McpServer) -> AsyncIterator[Any]:
+        """The HTTP client that streamable HTTP goes over; its library does not close one that it was given."""
+        if wanted.transport != "streamable_http":
+            yield None
+            return
+        from mcp.shared import _httpx_utils  # type: ignore[import-not-found,unused-ignore]
+
+        async with _httpx_utils.create_mcp_http_client(headers=dict(wanted.headers) or None) as client:
+            yield client
+
+    def _transport(self, session: _Session, http: Any) -> Any:
+        wanted, where = session.wanted, f"{self._where}.{session.name}"
+        for value in (*wanted.headers.values(), *wanted.env.values()):
+            self._redact.learn(value)
+        if wanted.transport == "stdio":
+            from mcp.client import stdio  # type: ignore[import-not-found,unused-ignore]
+
+            env = {name: os.environ[name] for name in PASSED if name in os.environ}
+            for name in wanted.env_from:
+                env[name] = from_env(name, f"{where}.env_from")
+                self._redact.learn(env[name])
+            command = sys.executable if wanted.command == "{python}" else wanted.command or ""
+            return stdio.stdio_client(
+                stdio.StdioServerParameters(command=command, args=list(wanted.args), env={**env, **wanted.env}),
+                errlog=sys.__stderr__ or sys.stderr,
+            )
+        if wanted.transport == "sse":
+            from mcp.client.sse import sse_client  # type: ignore[import-not-found,unused-ignore]
+
+            return sse_client(wanted.url or "", headers=dict(wanted.headers) or None, timeout=wanted.timeout_s)
+        from mcp.client import streamable_http  # type: ignore[import-not-found,unused-ignore]
+
+        return streamable_http.streamable_http_client(wanted.url or "", http_client=http)
+
+    async def _end(self) -> None:
+        tasks = [session.task for session in self._sessions.values() if session.task is not None]
+        for session in self._sessions.values():
+            if session.over is not None:
+                session.over.set()
+            if session.client is None and session.task is not None:
+                session.task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=CLOSE_S - 1)
+
+    # ---- on the run's thread -----------------------------------------------------------------------------------------
+
+    def _await(self, coroutine: Any, watch: Watch, timeout_s: float) -> Any:
+        import time
+
+        assert self._loop is not None, "open has been called"
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        deadline = time.monotonic() + timeout_s
+        try:
+            while True:
+                watch.check()
+                try:
+                    return future.result(POLL_S)
+                except concurrent.futures.TimeoutError:
+                    if future.done():
+                        raise
+                    if time.monotonic() > deadline:
+                        raise TimeoutError(f"no answer within {timeout_s:g} s") from None
+        finally:
+            future.cancel()
+
+    def _spec(self, session: _Session, tool: Any, name: str, watch: Watch) -> ToolSpec:
+        schema = dict(tool.input_schema or {"type": "object", "properties": {}})
+
+        def call(**arguments: Any) -> str:
+            given = {key: value for key, value in arguments.items() if value is not None}
+            try:
+                result = self._await(session.client.call_tool(tool.name, given), watch, session.wanted.timeout_s)
+            except Exception as error:  # noqa: BLE001 - a server's trouble is the agent's news, not our end
+                raise ToolRefused(f"the MCP server {session.name}: {self._why(error, session.wanted)}") from None
+            text = _text(result)
+            if result.is_error:
+                raise ToolRefused(text or "the tool failed and did not say why")
+            return text
+
+        return ToolSpec(
+            name=name,
+            description=tool.description or tool.name,
+            inputs=_inputs(schema),
+            call=call,
+            schema=schema,
+        )
+
+    def _why(self, error: BaseException, wanted: McpServer) -> str:
+        """One line about what went wrong, without what must not be shown."""
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        if isinstance(error, RunnerError | TimeoutError):
+            return self._redact(str(error))
+        if isinstance(error, FileNotFoundError | PermissionError):
+            return f"{wanted.command!r} cannot be started: {error.strerror}"
+        return self._redact(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+
+
+def _text(result: Any) -> str:
+    """What a tool answered, as one text; of what is no text only the kind."""
+    parts = []
+    for block in result.content or ():
+        if (text := getattr(block, "text", None)) is not None:
+            parts.append(text)
+        elif getattr(block, "type", "") == "resource" and getattr(block.resource, "text", None) is not None:
+            parts.append(block.resource.text)
+        elif getattr(block, "type", "") == "resource_link":
+            parts.append(str(block.uri))
+        else:
+            parts.append(f"[{getattr(block, 'type', 'content')}]")
+    if not parts and (structured := getattr(result, "structured_content", None)) is not None:
+        parts.append(json.dumps(structured, ensure_ascii=False, default=str))
+    return "\n".join(parts)
+
+
+def _inputs(schema: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """A JSON schema's arguments as smolagents checks them; what it cannot say is left to the server."""
+    required = set(schema.get("required") or ())
+    inputs: dict[str, dict[str, Any]] = {}
+    for name, each in (schema.get("properties") or {}).items():
+        kind = each.get("type") if isinstance(each, dict) else None
+        known = kind in TYPES if isinstance(kind, str) else False
+        inputs[name] = {
+            "type": kind if known else "any",
+            "description": str(each.get("description") or each.get("title") or name)
+            if isinstance(each, dict)
+            else name,
+            **({} if name in required else {"nullable": True}),
+        }
+    return inputs

@@ -1,0 +1,235 @@
+"""What an agent task holds while it runs: its configuration, model, MCP servers and journal; and each item's run."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from runners.agent import sandbox, serve
+from runners.agent.command import Bounds, end_all
+from runners.agent.config import AgentConfig, SearchProvider, Tools
+from runners.agent.config_files import agents_folder, load_config, load_provider
+from runners.agent.journal import Journal
+from runners.agent.mcp_bridge import McpBridge
+from runners.agent.models import AgentModel, EndpointModel, LocalModel
+from runners.agent.sandbox import Sandbox
+from runners.agent.secrets import Redactor
+from runners.agent.solo import Bench, Member, Said, work
+from runners.agent.task import AgentTask
+from runners.agent.team import orchestra, workforce
+from runners.agent.tools import Kit, build_tools, search_of
+from runners.agent.watch import OutOfTime, Watch
+from runners.agent.web import check_provider
+from runners.agent.workspace import Workspace
+from runners.api import BadRequest, Context, RunnerError
+
+WORKSPACE = "workspace"
+"""In the task's folder; of a data source's items each has one of its own below it."""
+LONE = "agent"
+
+
+class Session:
+    """One task. `close` ends everything that `open` started."""
+
+    def __init__(self, ctx: Context, task: AgentTask, redact: Redactor) -> None:
+        """
+        Raises:
+            BadRequest: the configuration cannot be used.
+        """
+        self._ctx = ctx
+        self._task = task
+        self._redact = redact
+        self._config = load_config(ctx, task.config_name, task.config_where)
+        self._name = task.config_name
+        self._timeout_s = task.timeout_s or self._config.timeout_s
+        self._providers = self._load_providers()
+        self._bounds = self._load_bounds()
+        if self._bounds is not None:
+            sandbox.best_mode()  # said before anything is paid for
+        self.journal = Journal(ctx, redact)
+        self._stack = contextlib.ExitStack()
+        self._stack.callback(self.journal.close)
+        self._bridge = McpBridge(self._config.mcp_servers, redact, f"{self._name}.mcp_servers")
+        self._model: AgentModel | None = None
+        self._confinement: dict[str, str] | None = None
+        self._dropped: list[str] = []
+
+    def open(self) -> None:
+        """Load or reach the model, start the MCP servers.
+
+        Raises:
+            BadRequest, RunnerError: one of them cannot be had.
+            Cancelled: the node asked the task to stop.
+        """
+        ctx, config = self._ctx, self._config
+        watch = Watch(ctx, None)
+        ctx.phase("load")
+        wanted = config.model
+        if wanted.type == "local":
+            self._model = LocalModel(ctx, wanted)
+        else:
+            from runners.agent.endpoint import Endpoint
+
+            where = f"{self._name}.model"
+            base_url = wanted.base_url or ""
+            if wanted.serve is not None:
+                agents = agents_folder(ctx)
+                started = serve.endpoint(ctx, wanted.serve, agents, watch, f"{where}.serve")
+                base_url = self._stack.enter_context(started)
+            self._model = EndpointModel(Endpoint(wanted, base_url, self._redact, where), wanted, watch)
+        self._stack.enter_context(self._bridge)
+        self._bridge.open(watch)
+
+    def close(self) -> None:
+        end_all()
+        self._stack.close()
+
+    @property
+    def model_name(self) -> str:
+        return "" if self._model is None else str(self._model.model_id)
+
+    def run_item(self, index: int, text: str) -> dict[str, Any]:
+        """One item from its task to its entry in the result. What goes wrong in it is its own.
+
+        Raises:
+            Cancelled: the node asked the task to stop.
+        """
+        since = time.monotonic()
+        folder = self._ctx.out_dir / WORKSPACE / (f"{index:04d}" if self._task.batch else "")
+        workspace = Workspace(folder)
+        watch = Watch(self._ctx, self._timeout_s)
+        self.journal.note(index, LONE, "task", task=text)
+        output, error = "", ""
+        try:
+            said = self._work(index, text, workspace, watch)
+            output = said.text
+            if said.out_of_turns:
+                error = f"max_turns: no answer after {self._max_turns} turns; the output is what it had by then"
+        except OutOfTime as late:
+            error = str(late)
+        except RunnerError as problem:
+            error = self._redact(str(problem))
+        finally:
+            self._dropped += [f"{folder.name}/{name}" for name in workspace.tidy()]
+        entry: dict[str, Any] = {"index": index, "output": output, "finish_reason": "failed" if error else "completed"}
+        if error:
+            entry["error"] = error
+            self.journal.note(index, LONE, "failed", error=error)
+        else:
+            self.journal.note(index, LONE, "answer", text=output)
+        entry["execution_time_sec"] = round(time.monotonic() - since, 6)
+        return entry
+
+    def counts(self) -> dict[str, Any]:
+        """For the result's usage."""
+        model, events = self._model, self.journal.counts
+        assert model is not None, "open has been called"
+        return {
+            "model_requests": model.requests,
+            "tool_calls": events["tool_call"],
+            "prompt_tokens": model.prompt_tokens,
+            "completion_tokens": model.completion_tokens,
+            "total_tokens": model.prompt_tokens + model.completion_tokens,
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """For the result's metadata."""
+        said: dict[str, Any] = {"agent_type": self._config.type}
+        if self._confinement is not None:
+            said["sandbox"] = self._confinement
+        if self._dropped:
+            said["files_dropped"] = self._dropped[:50]
+        return said
+
+    # ---- one run -----------------------------------------------------------------------------------------------------
+
+    def _work(self, index: int, text: str, workspace: Workspace, watch: Watch) -> Said:
+        model = self._model
+        assert model is not None, "open has been called"
+        model.watch = watch
+        bench = Bench(item=index, model=model, watch=watch, journal=self.journal, redact=self._redact)
+        kit = Kit(
+            watch=watch,
+            workspace=workspace,
+            sandbox=self._sandbox(workspace.folder),
+            providers=self._providers,
+            redact=self._redact,
+        )
+        config = self._config
+        if config.type == "simple":
+            return work(self._member(LONE, config.instructions, config.tools, None, kit), text, bench)
+        members = {
+            name: self._member(
+                name,
+                f"{config.instructions}\n{worker.instructions}",
+                worker.tools if worker.tools is not None else config.tools,
+                worker.mcp_servers,
+                kit,
+                max_turns=worker.max_turns,
+            )
+            for name, worker in config.workers.items()
+        }
+        return (orchestra if config.type == "orchestra" else workforce)(config, members, text, bench)
+
+    def _member(
+        self,
+        name: str,
+        instructions: str,
+        tools: Tools,
+        servers: tuple[str, ...] | None,
+        kit: Kit,
+        *,
+        max_turns: int | None = None,
+    ) -> Member:
+        specs = build_tools(tools, kit)
+        taken = {spec.name for spec in specs} | {"final_answer"}
+        for spec in self._bridge.tools(servers, kit.watch):
+            unique = spec if spec.name not in taken else msgspec.structs.replace(spec, name=f"mcp_{spec.name}")
+            taken.add(unique.name)
+            specs.append(unique)
+        return Member(name=name, instructions=instructions, tools=specs, max_turns=max_turns or self._max_turns)
+
+    @property
+    def _max_turns(self) -> int:
+        return self._task.max_turns or self._config.max_turns
+
+    def _sandbox(self, folder: Path) -> Sandbox | None:
+        if self._bounds is None:
+            return None
+        made = Sandbox(folder, self._bounds)
+        self._confinement = made.describe()
+        return made
+
+    # ---- of the configuration ----------------------------------------------------------------------------------------
+
+    def _all_tools(self) -> Iterator[tuple[str, Tools]]:
+        config: AgentConfig = self._config
+        if config.type == "simple" or any(worker.tools is None for worker in config.workers.values()):
+            yield f"{self._name}.tools", config.tools
+        for name, worker in config.workers.items():
+            if worker.tools is not None:
+                yield f"{self._name}.workers.{name}.tools", worker.tools
+
+    def _load_providers(self) -> dict[str, SearchProvider]:
+        providers = {}
+        for where, tools in self._all_tools():
+            if (wanted := search_of(tools)) is not None:
+                provider = load_provider(self._ctx, wanted.provider, f"{where}.web_search.provider")
+                check_provider(provider, wanted.provider)
+                providers[wanted.provider] = provider
+        return providers
+
+    def _load_bounds(self) -> Bounds | None:
+        if not any(tools.python or tools.shell for _, tools in self._all_tools()):
+            return None
+        wanted = self._config.sandbox
+        if wanted.network and not self._ctx.job.limits.get("agent_network", False):
+            raise BadRequest(
+                f"{self._name}.sandbox.network: this node allows no network to agents' code (runners.agent_network)"
+            )
+        return Bounds(**msgspec.structs.asdict(wanted))

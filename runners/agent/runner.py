@@ -1,0 +1,89 @@
+"""The agent runner: one run an item, each with a folder, a time limit and an end of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from pathlib import Path
+from typing import Any
+
+from runners.agent.task import AgentTask, read_agent
+from runners.api import BadRequest, Context, MissingDependency, Runner, RunnerError
+
+OUTPUT_FILE = "agent_output.txt"
+
+
+class AgentRunner(Runner):
+    """Task type `agent`."""
+
+    def run(self, ctx: Context) -> dict[str, Any]:
+        ctx.phase("prepare")
+        task = read_agent(ctx)
+        if importlib.util.find_spec("smolagents") is None:
+            raise MissingDependency("smolagents", "agent")
+        from runners.agent.run import Session
+        from runners.agent.secrets import Redactor
+
+        redact = Redactor()
+        try:
+            return self._run(ctx, task, Session(ctx, task, redact))
+        except RunnerError as error:
+            clean = redact(str(error))
+            kind = BadRequest if isinstance(error, BadRequest) else RunnerError
+            made = kind(clean)
+            made.fault = error.fault
+            raise made from None  # what it came from may have shown a key
+
+    def _run(self, ctx: Context, task: AgentTask, session: Any) -> dict[str, Any]:
+        since = time.monotonic()
+        items: list[dict[str, Any]] = []
+        try:
+            session.open()
+            ctx.phase("run")
+            for index, text in enumerate(task.tasks):
+                ctx.progress(index, len(task.tasks), "items")
+                item = session.run_item(index, text)
+                if (metadata := task.metadata[index]) is not None:
+                    item["metadata"] = metadata
+                items.append(item)
+                _write_output(ctx.out_dir / OUTPUT_FILE, items, batch=task.batch)
+        finally:
+            session.close()
+        failed = [item for item in items if item["finish_reason"] == "failed"]
+        if len(failed) == len(items):
+            first = failed[0]["error"]
+            raise RunnerError(first if len(items) == 1 else f"all {len(items)} runs failed; the first: {first}")
+        return {
+            "ok": True,
+            "model": session.model_name,
+            "items": items,
+            "usage": {
+                "execution_time_sec": round(time.monotonic() - since, 6),
+                "num_requests": len(items),
+                "agent_config": task.config_name,
+                **session.counts(),
+            },
+            "metadata": {
+                **({"tasks_count": len(items)} if task.batch else {"task": task.tasks[0]}),
+                "execution_log": session.journal.entries(),
+                **({"batch_summary": _summary(items)} if task.batch else {}),
+                **session.describe(),
+            },
+        }
+
+
+def _summary(items: list[dict[str, Any]]) -> dict[str, Any]:
+    failed = [item["index"] for item in items if item["finish_reason"] == "failed"]
+    return {"total": len(items), "completed": len(items) - len(failed), "failed": len(failed), "failed_items": failed}
+
+
+def _write_output(path: Path, items: list[dict[str, Any]], *, batch: bool) -> None:
+    """After each item, so that what is there stays when a later one ends the task."""
+    if not batch:
+        text = items[0]["output"]
+    else:
+        text = "\n\n".join(
+            f"## {item['index']} ({item['finish_reason']})\n\n{item['output'] or item.get('error', '')}"
+            for item in items
+        )
+    path.write_text(text + "\n", encoding="utf-8", errors="replace")

@@ -1,0 +1,108 @@
+"""An agent task's document: which configuration, and what is to be done."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from runners.api import BadRequest, Context
+from runners.data.sources import load_items
+from runners.models.spec import Section
+from runners.rag.fields import check_known
+
+OWN_FIELDS = ("task", "data", "configName", "agent")
+DEFAULT_CONFIG = "default"
+
+
+class AgentSection(Section, frozen=True, rename={"config_name": "configName"}):
+    """spec.agent"""
+
+    config_name: str | None = None
+    timeout: Annotated[float, Meta(gt=0)] | None = None
+    """Seconds of one run."""
+    max_turns: Annotated[int, Meta(ge=1)] | None = None
+
+
+class StaticData(Section, frozen=True):
+    """spec.data of type static"""
+
+    type: str
+    task: Annotated[str, Meta(min_length=1)]
+
+
+class AgentTask(msgspec.Struct, frozen=True, kw_only=True):
+    """What is asked for."""
+
+    config_name: str
+    config_where: str
+    timeout_s: float | None
+    max_turns: int | None
+    tasks: tuple[str, ...]
+    metadata: tuple[dict[str, Any] | None, ...]
+    batch: bool
+    """Whether they are the rows of a data source."""
+
+
+def read_agent(ctx: Context) -> AgentTask:
+    """The document, checked, with its data loaded.
+
+    Raises:
+        BadRequest: naming the field.
+        RunnerError: a data source cannot be reached.
+    """
+    spec = ctx.spec
+    check_known(ctx, spec, "spec", OWN_FIELDS)
+    section = ctx.section("agent", AgentSection)
+    name, where = _config_name(spec, section)
+    if ctx.merge_children:
+        raise BadRequest("merge_children: agent tasks cannot be merged; send each by itself")
+    tasks, metadata, batch = _tasks(ctx, spec)
+    return AgentTask(
+        config_name=name,
+        config_where=where,
+        timeout_s=section.timeout,
+        max_turns=section.max_turns,
+        tasks=tasks,
+        metadata=metadata,
+        batch=batch,
+    )
+
+
+def _config_name(spec: dict[str, Any], section: AgentSection) -> tuple[str, str]:
+    outer = spec.get("configName")
+    if outer is not None and not isinstance(outer, str):
+        raise BadRequest(f"spec.configName: expected a name (found {type(outer).__name__})")
+    if outer is not None and section.config_name not in (None, outer):
+        raise BadRequest(f"spec.configName: {outer!r}, but spec.agent.configName says {section.config_name!r}")
+    where = "spec.agent.configName" if outer is None and section.config_name else "spec.configName"
+    return outer or section.config_name or DEFAULT_CONFIG, where
+
+
+def _tasks(ctx: Context, spec: dict[str, Any]) -> tuple[tuple[str, ...], tuple[dict[str, Any] | None, ...], bool]:
+    task, data = spec.get("task"), spec.get("data")
+    if task is not None and data is not None:
+        raise BadRequest("spec.task: spec.data is there, too; give one of them")
+    if task is not None:
+        if not isinstance(task, str) or not task.strip():
+            raise BadRequest(f"spec.task: expected a text (found {type(task).__name__} {task!r:.60})")
+        _no_shard(spec)
+        return (task,), (None,), False
+    if data is None:
+        raise BadRequest("spec.task: missing; give a task or spec.data")
+    if isinstance(data, dict) and data.get("type") == "static":
+        _no_shard(spec)
+        return (ctx.check(data, StaticData, "spec.data").task,), (None,), False
+    items = load_items(ctx, spec)
+    for prompt, where in zip(items.prompts, items.wheres, strict=True):
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise BadRequest(f"{where}: an agent's task is one text, and not empty")
+    if not items.prompts:
+        raise BadRequest("spec.data: has no rows for this task")
+    return tuple(each for each in items.prompts if isinstance(each, str)), items.metadata, True
+
+
+def _no_shard(spec: dict[str, Any]) -> None:
+    if spec.get("shard") is not None:
+        raise BadRequest("spec.shard: only the rows of a data source can be sharded; leave it out")

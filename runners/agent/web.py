@@ -1,0 +1,185 @@
+"""The agent's way to the web: pages fetched from public addresses only, and search by a configured provider.
+
+What a name resolves to is looked at, and just that address is connected to: a page cannot send the agent to the
+node's own services, nor to its cloud's metadata, neither by a name nor by a redirect.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import socket
+import urllib.request
+from typing import Any
+from urllib.parse import urlencode, urljoin, urlsplit
+
+import msgspec
+
+from runners.agent.config import Fetch, SearchProvider
+from runners.agent.secrets import Redactor, from_env
+from runners.api import BadRequest
+from runners.data.paths import PathError, parse, walk
+
+MAX_REDIRECTS = 5
+USER_AGENT = "flowmesh-agent/1.0"
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+
+
+class WebRefused(ValueError):
+    """An address that is not allowed, or that does not answer. The message is for the agent."""
+
+
+class Page(msgspec.Struct, frozen=True):
+    """What came from an address."""
+
+    url: str
+    content_type: str
+    body: bytes
+
+
+def fetch(url: str, wanted: Fetch) -> Page:
+    """GET an address, following redirects as far as each is allowed.
+
+    Raises:
+        WebRefused: it is not allowed, does not answer, or is too large.
+    """
+    for _ in range(MAX_REDIRECTS + 1):
+        status, headers, body = _get(url, wanted)
+        if status in _REDIRECTS and headers.get("location"):
+            url = urljoin(url, headers["location"])
+            continue
+        if status != 200:
+            raise WebRefused(f"{_shown(url)} answered {status}")
+        return Page(url, headers.get("content-type", ""), body)
+    raise WebRefused(f"more than {MAX_REDIRECTS} redirects")
+
+
+def _get(url: str, wanted: Fetch) -> tuple[int, dict[str, str], bytes]:
+    import urllib3
+
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        parts = urlsplit("")
+    host = parts.hostname
+    if parts.scheme not in ("http", "https") or not host:
+        raise WebRefused(f"{url[:200]!r} is no http or https address")
+    if wanted.allow_hosts and not any(host == name or host.endswith(f".{name}") for name in wanted.allow_hosts):
+        raise WebRefused(f"{host} is not among the hosts that this agent may ask")
+    timeout = urllib3.Timeout(total=wanted.timeout_s)
+    headers = {"User-Agent": USER_AGENT, "Accept": "text/html,text/*;q=0.9,*/*;q=0.5", "Accept-Encoding": "identity"}
+    try:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        address = _address(host, port, wanted)
+        proxy = urllib.request.getproxies().get(parts.scheme)
+        pool: Any
+        if proxy and not urllib.request.proxy_bypass(host):
+            pool, target = urllib3.ProxyManager(proxy), url
+        else:
+            target = urlsplit(url)._replace(scheme="", netloc="", fragment="").geturl() or "/"
+            headers["Host"] = host if parts.port is None else f"{host}:{port}"
+            pool = (
+                urllib3.HTTPSConnectionPool(address, port, server_hostname=host, assert_hostname=host)
+                if parts.scheme == "https"
+                else urllib3.HTTPConnectionPool(address, port)
+            )
+        answer = pool.request(
+            "GET", target, headers=headers, timeout=timeout, redirect=False, retries=False, preload_content=False
+        )
+        try:
+            body = answer.read(wanted.max_bytes + 1, decode_content=False)
+        finally:
+            answer.release_conn()
+            pool.clear() if proxy else pool.close()
+    except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+        if isinstance(error, WebRefused):
+            raise
+        raise WebRefused(f"{_shown(url)} cannot be reached ({type(error).__name__})") from None
+    if len(body) > wanted.max_bytes:
+        raise WebRefused(f"{_shown(url)} has more than {wanted.max_bytes} bytes")
+    return answer.status, {name.lower(): value for name, value in answer.headers.items()}, body
+
+
+def _address(host: str, port: int, wanted: Fetch) -> str:
+    """The one address that is connected to. All that the name stands for have to be allowed."""
+    try:
+        found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    except (OSError, UnicodeError):
+        raise WebRefused(f"{host}: there is no such host") from None
+    for text in found:
+        address = ipaddress.ip_address(text.partition("%")[0])
+        mapped = getattr(address, "ipv4_mapped", None) or address
+        if not wanted.allow_private and not (mapped.is_global and not mapped.is_multicast):
+            raise WebRefused(f"{host} is not a public address, and this agent may only ask public ones")
+    return found[0]
+
+
+def search(query: str, count: int, provider: SearchProvider, redact: Redactor, where: str) -> list[dict[str, str]]:
+    """What the provider finds: title, url and snippet of each result.
+
+    Raises:
+        BadRequest: its key is not set.
+        WebRefused: it does not answer, or not as its configuration says.
+    """
+    import requests
+
+    params = _filled(provider.params, {"{query}": query, "{count}": str(count)}, count)
+    headers = {"User-Agent": USER_AGENT, "Accept": "application/json"}
+    if provider.api_key_env is not None:
+        key = from_env(provider.api_key_env, f"{where}.api_key_env")
+        redact.learn(key)
+        headers[provider.api_key_header] = provider.api_key_prefix + key
+    url = provider.url + ("?" + urlencode(params) if provider.method == "GET" and params else "")
+    try:
+        answer = requests.request(
+            provider.method, url, json=params if provider.method == "POST" else None, headers=headers,
+            timeout=provider.timeout_s, allow_redirects=False,
+        )  # fmt: skip
+    except requests.RequestException as error:
+        raise WebRefused(f"the search provider cannot be reached ({type(error).__name__})") from None
+    if answer.status_code != 200:
+        raise WebRefused(f"the search provider answered {answer.status_code} {answer.reason}")
+    try:
+        found = walk(answer.json(), parse(provider.results), "answer")
+        if not isinstance(found, list):
+            raise PathError(f"answer.{provider.results} is no list")
+    except (ValueError, PathError) as error:
+        raise WebRefused(f"the search provider's answer is not what its configuration says: {error}") from None
+    names = {"title": provider.title, "url": provider.link, "snippet": provider.snippet}
+    return [{name: _field(each, path) for name, path in names.items()} for each in found[:count]]
+
+
+def check_provider(provider: SearchProvider, where: str) -> None:
+    """Raises BadRequest where the provider cannot be asked at all."""
+    parts = urlsplit(provider.url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise BadRequest(f"{where}.url: an http or https address is needed")
+    if "{query}" not in json.dumps(provider.params):
+        raise BadRequest(f"{where}.params: {{query}} must stand in one of them")
+
+
+def _filled(value: Any, texts: dict[str, str], count: int) -> Any:
+    match value:
+        case "{count}":
+            return count
+        case str():
+            for name, text in texts.items():
+                value = value.replace(name, text)
+            return value
+        case dict():
+            return {key: _filled(each, texts, count) for key, each in value.items()}
+        case list():
+            return [_filled(each, texts, count) for each in value]
+    return value
+
+
+def _field(entry: Any, path: str) -> str:
+    try:
+        return " ".join(str(walk(entry, parse(path), "result")).split())[:500]
+    except PathError:
+        return ""
+
+
+def _shown(url: str) -> str:
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"

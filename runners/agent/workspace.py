@@ -1,0 +1,148 @@
+"""The folder that an agent's file tools see. No path and no link leads out of it, whoever made the link.
+
+Every step of a path is opened without following links, relative to the folder before it: what is checked is what is
+opened, also while a command of the agent's changes the folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+MAX_READ_BYTES = 16 * 2**20
+MAX_LISTED = 500
+_READ = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class PathRefused(ValueError):
+    """A path that is not below the folder, or not what it should be. The message is for the agent."""
+
+
+class Workspace:
+    """One run's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder.resolve()
+
+    def read(self, path: str, limit_bytes: int = MAX_READ_BYTES) -> bytes:
+        """A file's content.
+
+        Raises:
+            PathRefused: it is not in the folder, no file, or too large.
+        """
+        with self._parent(path, create=False) as (parent, name):
+            try:
+                fd = os.open(name, _READ, dir_fd=parent)
+            except OSError as error:
+                raise PathRefused(f"{path!r}: {_reason(error)}") from None
+            with _regular(fd, "rb", path) as file:
+                about = os.fstat(fd)
+                if about.st_size > limit_bytes:
+                    raise PathRefused(f"{path!r} has {about.st_size} bytes; at most {limit_bytes} can be read")
+                return file.read(limit_bytes + 1)[:limit_bytes]
+
+    def write(self, path: str, data: bytes) -> None:
+        """Write a file, making the folders on its way.
+
+        Raises:
+            PathRefused: it would not be in the folder, or it is no file.
+        """
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+        with self._parent(path, create=True) as (parent, name):
+            try:
+                fd = os.open(name, flags, 0o644, dir_fd=parent)
+            except OSError as error:
+                raise PathRefused(f"{path!r}: {_reason(error)}") from None
+            with _regular(fd, "wb", path) as file:
+                file.write(data)
+
+    def listing(self) -> list[str]:
+        """All files below the folder with their sizes, but for hidden folders; links are not followed."""
+        lines: list[str] = []
+        for parent, folders, names in os.walk(self.folder):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for name in sorted(names):
+                full = Path(parent, name)
+                with contextlib.suppress(OSError):
+                    lines.append(f"{full.relative_to(self.folder)} ({full.lstat().st_size} bytes)")
+                if len(lines) >= MAX_LISTED:
+                    return [*lines, "… and more"]
+        return lines
+
+    def tidy(self) -> list[str]:
+        """Drop scratch, links that lead out, and what is neither file nor folder; says what of the latter there was.
+
+        What stays can be packed and delivered.
+        """
+        shutil.rmtree(self.folder / ".tmp", ignore_errors=True)
+        dropped: list[str] = []
+        for parent, folders, names in os.walk(self.folder):
+            for name in (*folders, *names):
+                full = Path(parent, name)
+                mode = full.lstat().st_mode
+                leads_out = stat.S_ISLNK(mode) and not _stays(full, self.folder)
+                if leads_out or not (stat.S_ISLNK(mode) or stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                    full.unlink()
+                    dropped.append(str(full.relative_to(self.folder)))
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()  # only where it is empty
+        return dropped
+
+    @contextlib.contextmanager
+    def _parent(self, path: str, *, create: bool) -> Iterator[tuple[int, str]]:
+        """The opened folder that `path`'s last part lies in, and that part."""
+        parts = self._parts(path)
+        fd = os.open(self.folder, _FOLDER)
+        try:
+            for part in parts[:-1]:
+                if create:
+                    with contextlib.suppress(FileExistsError):
+                        os.mkdir(part, 0o755, dir_fd=fd)
+                try:
+                    below = os.open(part, _FOLDER, dir_fd=fd)
+                except OSError as error:
+                    raise PathRefused(f"{path!r}: {part!r}: {_reason(error)}") from None
+                os.close(fd)
+                fd = below
+            yield fd, parts[-1]
+        finally:
+            os.close(fd)
+
+    def _parts(self, path: str) -> tuple[str, ...]:
+        inside = path.removeprefix(f"{self.folder}/") if path.startswith("/") else path
+        parts = PurePosixPath(inside).parts
+        if not parts or inside.startswith("/") or ".." in parts or "\0" in path:
+            raise PathRefused(f"{path!r} is not in the task's folder; give a path relative to it, without `..`")
+        return parts
+
+
+def _regular(fd: int, mode: str, path: str) -> IO[bytes]:
+    """The descriptor as a file object; pipes, devices and folders are refused."""
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise PathRefused(f"{path!r} is no file")
+    return os.fdopen(fd, mode)
+
+
+def _stays(link: Path, root: Path) -> bool:
+    try:
+        return not link.readlink().is_absolute() and link.resolve().is_relative_to(root)
+    except (OSError, RuntimeError):
+        return False
+
+
+def _reason(error: OSError) -> str:
+    import errno
+
+    if error.errno == errno.ELOOP:
+        return "is a link, and links are not followed"
+    if error.errno == errno.ENOTDIR:
+        return "is no folder, or a link to one"
+    return (error.strerror or "cannot be opened").lower()

@@ -1,0 +1,346 @@
+"""One world for faults: a Redis, a node, a peer and an HTTP server; and what must be true of them after each fault."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import itertools
+import json
+import os
+import random
+import shutil
+import sqlite3
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import redis
+
+from tests.http_server import Server
+from tests.process.promises import leaves, of_tasks
+from tests.support import Node, Orchestrator, RedisServer, alive, below, short_dir, until, with_mark
+
+BEAT_S = 1.0
+LATE_S = 1.0
+"""How late a heartbeat may be."""
+GONE_S = 5.0
+"""How long after the last task's end something of it may still be there."""
+END_S = 40.0
+"""A task that has no end by then is lost."""
+SOCKET_SLACK = 3
+"""Connections to Redis that the client's pool may keep beside those that it had at the first look."""
+
+CONFIG = f"""
+[redis]
+heartbeat_interval_s = {BEAT_S}
+timeout_s = 2
+
+[tasks]
+cancel_grace_s = 0.3
+term_grace_s = 0.3
+log_max_bytes = 1048576
+
+[processes]
+isolation = "{{isolation}}"
+adoption_timeout_s = 20
+
+[task_types.misbehave]
+runner = "tests.runners_for_tests:MisbehavingRunner"
+environment = "light"
+"""
+
+
+class Lost(Exception):
+    """The world is not what it must be; the message says how."""
+
+
+class Rig:
+    """Made for many injections; thrown away after a violation.
+
+    Args:
+        disk: `results` or `state`: that folder is on a small tmpfs of its own (needs root).
+    """
+
+    def __init__(self, isolation: str = "auto", disk: str | None = None) -> None:
+        self.isolation = isolation
+        self.disk = disk
+        self.tasks: dict[str, set[str]] = {}
+        """Of this injection: the verdicts that each may truthfully end with."""
+        self.expect_accepted = True
+        self.may_repeat = False
+        """Whether the same event may be heard twice: after a crash it may."""
+        self.may_be_late = False
+        self.tame = False
+        """No task that executes something without its environment: without a cgroup that cannot be found again."""
+        self._undelivered: set[str] = set()
+        """Spool folders that stay: their delivery failed, and can be tried again."""
+        self._fds: dict[int, tuple[int, int]] = {}
+
+    # ---- life --------------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Rig:
+        with contextlib.ExitStack() as stack:
+            self.server = RedisServer()
+            stack.callback(self.server.close)
+            self.peer = Orchestrator(self.server)
+            self.http = stack.enter_context(Server())
+            home = short_dir()
+            if self.disk is not None:
+                mount = home / {"results": "results", "state": "s"}[self.disk]
+                mount.mkdir(mode=0o700)
+                subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m,mode=700", "tmpfs", str(mount)], check=True)
+                stack.callback(self._unmount, mount)
+            config, env = CONFIG.format(isolation=self.isolation), {"HEARTBEAT_INTERVAL_SEC": str(BEAT_S)}
+            self.node = Node(self.server, config=config, home=home, env=env)
+            stack.callback(self.node.close)
+            self.start_node()
+            self.settle()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @staticmethod
+    def _unmount(mount: Path) -> None:
+        subprocess.run(["umount", "-l", str(mount)], check=True)
+        shutil.rmtree(mount.parent, ignore_errors=True)
+
+    def start_node(self) -> None:
+        self.node.start()
+        self._fds.clear()
+
+    def settle(self) -> None:
+        """The next task runs, and the baselines are taken after it."""
+        until(lambda: self.status()["redis_up"], "the node finds Redis", 30.0)
+        self.begin()
+        self.dispatch({"taskType": "echo"})
+        self.check()
+
+    # ---- what faults do ----------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """A new injection."""
+        self.tasks = {}
+        self.expect_accepted, self.may_repeat, self.may_be_late = True, False, False
+        self.tame = False
+        self.http.plan.clear()
+        self.peer.hear()
+        self.peer.task_events.clear()
+        self.peer.worker_events.clear()
+
+    def dispatch(self, spec: dict[str, Any], *kinds: str, **fields: Any) -> str:
+        task_id = self.peer.dispatch(self.node.worker_id, spec, **fields)
+        self.tasks[task_id] = set(kinds or ("ok",))
+        return task_id
+
+    def do(self, what: str, *kinds: str, **fields: Any) -> str:
+        return self.dispatch({"taskType": "misbehave", "do": what, **fields}, *kinds)
+
+    def some_task(self, rng: random.Random, *kinds: str) -> str:
+        """A task of a second or less that does no harm."""
+        destination = {"type": "http", "url": f"{self.http.url}/r", "timeoutSec": 2}
+        match rng.randrange(6):
+            case 0 | 1:
+                return self.dispatch({"taskType": "echo", "delaySec": rng.uniform(0, 0.5)}, *kinds)
+            case 2 if not self.tame:
+                return self.do("escape", *kinds, then="doze", seconds=rng.uniform(0, 0.3))
+            case 3:
+                return self.do("tmp", *kinds)
+            case 4:
+                spec = {"taskType": "echo", "delaySec": rng.uniform(0, 0.3), "output": {"destination": destination}}
+                return self.dispatch(spec, *kinds)
+            case _:
+                return self.do("busy", *kinds, seconds=rng.uniform(0, 0.3))
+
+    def some_tasks(self, rng: random.Random, *kinds: str) -> list[str]:
+        return [self.some_task(rng, *kinds) for _ in range(rng.randint(1, 3))]
+
+    @staticmethod
+    def pause(rng: random.Random, most_s: float = 0.6) -> None:
+        time.sleep(rng.uniform(0, most_s))
+
+    def allow(self, *kinds: str) -> None:
+        """All tasks so far may end so, too."""
+        for allowed in self.tasks.values():
+            allowed.update(kinds)
+
+    def status(self) -> dict[str, Any]:
+        return self.node.ask(op="status")
+
+    def child(self, task_id: str, wait_s: float = 3.0) -> int | None:
+        """The pid of the task's first process; None where it had ended before we looked."""
+        end = time.monotonic() + wait_s
+        while time.monotonic() < end:
+            for task in self.status()["tasks"]:
+                if task["task_id"] == task_id and task["pid"]:
+                    return int(task["pid"])
+            if self.peer.ends(task_id):
+                return None
+            time.sleep(0.005)
+        return None
+
+    def server_pid(self, lane: str = "light") -> int | None:
+        return next((each["pid"] for each in self.status()["servers"] if each["environment"] == lane), None)
+
+    def delivery_child(self, wait_s: float = 5.0) -> int | None:
+        end = time.monotonic() + wait_s
+        while time.monotonic() < end:
+            lane = self.server_pid("delivery")
+            if lane is not None and (children := below(lane)):
+                return children[0]
+            time.sleep(0.005)
+        return None
+
+    @staticmethod
+    def hit(pid: int | None, number: int) -> None:
+        """A signal to whoever is still there."""
+        if pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def swap_redis(self, rng: random.Random) -> None:
+        """Kill Redis and start an empty one; the peer listens before the node can find it."""
+        self.server.stop()
+        with contextlib.suppress(redis.RedisError):
+            self.peer.hear(0.05)  # what it had said before it died
+        self.pause(rng)
+        real = self.server.path
+        self.server.path = real.with_suffix(".new")
+        self.server.start()
+        self.peer.reconnect(self.server)
+        while self.peer._pubsub.get_message(timeout=0.01) is None:
+            pass
+        self.server.path.rename(real)
+        self.server.path = real
+        self._subscribes_by = self.peer.redis  # a client that is collected closes its connections
+        self.peer.redis = self.server.client()
+
+    # ---- what must be true -------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Wait until all has ended, and look.
+
+        Raises:
+            Lost: each thing that is not as it must be.
+        """
+        wrong = self._wait_ends()
+        wrong += self._verdicts()
+        wrong += self._late()
+        deadline = time.monotonic() + GONE_S
+        left = self._left()
+        while left and time.monotonic() < deadline:
+            time.sleep(0.02)
+            left = self._left()
+        if wrong or left:
+            raise Lost("; ".join(wrong + left))
+
+    def _journal(self) -> dict[str, str]:
+        """The state of each task of this injection that was accepted."""
+        path = f"file:{self.node.state_dir / 'journal.sqlite'}?mode=ro"
+        with contextlib.closing(sqlite3.connect(path, uri=True, timeout=5)) as db:
+            rows = db.execute("SELECT task_id, state FROM tasks ORDER BY attempt").fetchall()
+        return {task_id: state for task_id, state in rows if task_id in self.tasks}
+
+    def _attempt(self, task_id: str) -> int:
+        path = f"file:{self.node.state_dir / 'journal.sqlite'}?mode=ro"
+        with contextlib.closing(sqlite3.connect(path, uri=True, timeout=5)) as db:
+            return int(db.execute("SELECT max(attempt) FROM tasks WHERE task_id = ?", (task_id,)).fetchone()[0])
+
+    def _wait_ends(self) -> list[str]:
+        assert self.node.process is not None
+        deadline = time.monotonic() + END_S
+        states: dict[str, str] = {}
+        while time.monotonic() < deadline:
+            if self.node.process.poll() is not None:
+                return [f"the node ended by itself with {self.node.process.returncode}"]
+            self.peer.hear(0.01)
+            states = self._journal()
+            awaited = set(self.tasks) if self.expect_accepted else set(states)
+            if all(states.get(each) == "done" and self.peer.ends(each) for each in awaited):
+                return []
+        return [
+            f"{self._what(each)} has no end ({states.get(each, 'not accepted')} in the journal)"
+            for each in self.tasks
+            if not self.peer.ends(each) and (self.expect_accepted or each in states)
+        ]
+
+    def _what(self, task_id: str) -> str:
+        return f"{task_id} [{'/'.join(sorted(self.tasks[task_id]))}]"
+
+    def _verdicts(self) -> list[str]:
+        wrong = []
+        self.peer.hear(0.02)
+        for task_id, allowed in self.tasks.items():
+            ends = self.peer.ends(task_id)
+            distinct = {json.dumps(event, sort_keys=True) for event in ends}
+            if len(distinct) > 1 or (len(ends) > 1 and not self.may_repeat):
+                wrong.append(
+                    f"{self._what(task_id)} has {len(ends)} terminal events, {len(distinct)} of them different"
+                )
+            for event in ends[:1]:
+                kind = event["payload"].get("error_kind", "ok")
+                if kind == "delivery_failed":
+                    self._undelivered.add(str(self._attempt(task_id)))
+                if kind not in allowed:
+                    wrong.append(f"{self._what(task_id)} ended with {kind}: {event.get('error')}")
+        return wrong
+
+    def _late(self) -> list[str]:
+        if self.may_be_late:
+            return []
+        beats = [event["ts"] for event in self.peer.worker_events if event["type"] == "HEARTBEAT"]
+        times = [datetime.datetime.fromisoformat(ts).timestamp() for ts in beats]
+        gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
+        return [f"a heartbeat came {max(gaps) - BEAT_S:.2f} s late"] if gaps and max(gaps) > BEAT_S + LATE_S else []
+
+    def _left(self) -> list[str]:
+        """What is still there of tasks that have ended."""
+        wrong = []
+        try:
+            status = self.status()
+        except OSError as error:
+            return [f"the node does not answer on its socket: {error}"]
+        if status["tasks"]:
+            wrong.append(f"{len(status['tasks'])} tasks are not idle: {status['tasks'][0]['state']}")
+        (worker,) = status["workers"]
+        word = self.server.client().hget(f"worker:{self.node.worker_id}", "status")
+        if worker["task_id"] is not None or worker["status"] != "IDLE" or word != b"IDLE":
+            wrong.append(f"the slot is not idle: {worker['status']}, in Redis {word!r}")
+        if status["outbox"]:
+            wrong.append(f"{status['outbox']} events are still in the outbox")
+        servers = {each["pid"]: each["environment"] for each in status["servers"] if each["state"] == "ready"}
+        ours = {self.node.pid, *servers}
+        strangers = [pid for pid in with_mark(str(self.node.home)) if pid not in ours] + of_tasks(status["node_id"])
+        wrong += [f"pid {pid} is left: {_command(pid)}" for pid in dict.fromkeys(strangers) if alive(pid)]
+        wrong += [f"the cgroup {name} is left" for name in leaves(status["node_id"])]
+        for name in ("tmp", "spool"):
+            there = set(os.listdir(self.node.state_dir / name))
+            wrong += [f"{name}/{each} is left" for each in there - (self._undelivered if name == "spool" else set())]
+        sockets = [each for each in os.listdir(self.node.state_dir / "run") if each.endswith(".sock")]
+        if len(sockets) != 1 + len(status["servers"]):
+            wrong.append(f"sockets in run/: {sockets}")
+        return wrong + self._leaks(ours)
+
+    def _leaks(self, pids: set[int]) -> list[str]:
+        """Descriptors over the first count of each process, when nothing was going on either."""
+        wrong = []
+        for pid in pids:
+            try:
+                links = [str(Path(f"/proc/{pid}/fd", fd).readlink()) for fd in os.listdir(f"/proc/{pid}/fd")]
+            except OSError:
+                continue
+            sockets = sum(link.startswith("socket:") for link in links)
+            first = self._fds.setdefault(pid, (len(links) - sockets, sockets))
+            slack = SOCKET_SLACK if pid == self.node.pid else 0
+            if len(links) - sockets > first[0] or sockets > first[1] + slack:
+                name = "the supervisor" if pid == self.node.pid else "a fork server"
+                wrong.append(f"{name} has {len(links) - sockets} files and {sockets} sockets open, at first {first}")
+        return wrong
+
+
+def _command(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").replace("\0", " ")[:60]
+    return "?"

@@ -1,0 +1,219 @@
+"""An OpenAI-compatible server whose every answer a test decides: text, tool calls, streams, errors, slowness.
+
+Real HTTP on 127.0.0.1; `requests` has what came in, as it came in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import http.server
+import json
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+
+@dataclasses.dataclass
+class Say:
+    """A message of the model: text, and calls as (name, arguments)."""
+
+    text: str = ""
+    calls: tuple[tuple[str, Any], ...] = ()
+    usage: tuple[int, int] = (10, 5)
+    same_ids: bool = False
+
+
+def call(tool: str, /, **arguments: Any) -> Say:
+    return Say(calls=((tool, arguments),))
+
+
+def answer(text: str) -> Say:
+    return call("final_answer", answer=text)
+
+
+@dataclasses.dataclass
+class Fail:
+    """An HTTP status in place of an answer."""
+
+    status: int
+    body: str = ""
+    headers: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class Hang:
+    """No answer until the server ends."""
+
+
+@dataclasses.dataclass
+class Break:
+    """The connection ends in the middle of the answer."""
+
+
+@dataclasses.dataclass
+class Raw:
+    """A body of one's own, with status 200."""
+
+    body: bytes
+
+
+Step = Say | Fail | Hang | Break | Raw
+Decide = Callable[[dict[str, Any]], Step]
+
+
+@dataclasses.dataclass
+class Request:
+    path: str
+    headers: dict[str, str]
+    body: dict[str, Any]
+
+    @property
+    def results(self) -> list[str]:
+        """What the tools gave, of a request in the endpoint's own messages."""
+        return [each["content"] for each in self.body.get("messages", ()) if each["role"] == "tool"]
+
+
+class Server(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, *steps: Step, decide: Decide | None = None, key: str | None = None) -> None:
+        """
+        Args:
+            steps: one after the other, where `decide` does not make them from the request.
+            key: the bearer token that it wants.
+        """
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.steps = list(steps)
+        self.decide = decide
+        self.key = key
+        self.models = ["test-model"]
+        self.requests: list[Request] = []
+        self.asked = threading.Event()
+        self.over = threading.Event()
+        self._lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[Server]:
+        thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        try:
+            yield self
+        finally:
+            self.over.set()
+            self.shutdown()
+            thread.join()
+            self.server_close()
+
+    def next_step(self, request: Request) -> Step:
+        with self._lock:
+            self.requests.append(request)
+            if self.key is not None and request.headers.get("authorization") != f"Bearer {self.key}":
+                said = request.headers.get("authorization", "nothing")
+                return Fail(401, json.dumps({"error": {"message": f"Incorrect API key provided: {said}"}}))
+            if self.decide is not None:
+                return self.decide(request.body)
+            return self.steps.pop(0) if self.steps else Fail(400, '{"error": "the test has no more answers"}')
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Server
+
+    def do_GET(self) -> None:
+        self._send(200, json.dumps({"data": [{"id": name} for name in self.server.models]}).encode())
+
+    def do_POST(self) -> None:
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        body = json.loads(self.rfile.read(int(headers.get("content-length", 0))))
+        step = self.server.next_step(Request(self.path, headers, body))
+        self.server.asked.set()
+        match step:
+            case Fail():
+                self._send(step.status, step.body.encode(), step.headers)
+            case Hang():
+                self.server.over.wait(60)
+                self.close_connection = True
+            case Break():
+                self.send_response(200)
+                self.send_header("Content-Type", "text/event-stream" if body.get("stream") else "application/json")
+                self.send_header("Content-Length", "10000")
+                self.end_headers()
+                self.wfile.write(
+                    b'data: {"choices": [{"delta": {"content": "half"}}]}\n\n' if body.get("stream") else b'{"ch'
+                )
+                self.close_connection = True
+            case Raw():
+                self._send(200, step.body)
+            case Say() if body.get("stream"):
+                self._stream(step)
+            case Say():
+                self._send(200, json.dumps(_completion(step)).encode())
+
+    def _stream(self, step: Say) -> None:
+        """The answer in small pieces, arguments cut wherever it falls."""
+        events: list[dict[str, Any]] = [{"content": step.text[i : i + 3]} for i in range(0, len(step.text), 3)]
+        for index, each in enumerate(_calls(step)):
+            function = each["function"]
+            first = {"index": index, "id": each["id"], "type": "function"}
+            events.append({"tool_calls": [{**first, "function": {"name": function["name"], "arguments": ""}}]})
+            text = function["arguments"]
+            for i in range(0, len(text), 5):
+                events.append({"tool_calls": [{"index": index, "function": {"arguments": text[i : i + 5]}}]})
+        lines = [{"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in events]
+        lines.append({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+        lines.append({"choices": [], "usage": _usage(step)})
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        self.close_connection = True
+        for line in lines:
+            self.wfile.write(f"data: {json.dumps(line)}\n\n".encode())
+            self.wfile.flush()
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def _send(self, status: int, data: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def _calls(step: Say) -> list[dict[str, Any]]:
+    return [
+        {
+            "id": "call_same" if step.same_ids else f"call_{index}",
+            "type": "function",
+            "function": {"name": name, "arguments": a if isinstance(a, str) else json.dumps(a)},
+        }
+        for index, (name, a) in enumerate(step.calls)
+    ]
+
+
+def _usage(step: Say) -> dict[str, int]:
+    prompt, completion = step.usage
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def _completion(step: Say) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": step.text or None}
+    if step.calls:
+        message["tool_calls"] = _calls(step)
+    finish = "tool_calls" if step.calls else "stop"
+    return {
+        "id": "x",
+        "object": "chat.completion",
+        "choices": [{"index": 0, "message": message, "finish_reason": finish}],
+        "usage": _usage(step),
+    }
