@@ -1,4 +1,4 @@
-"""`flowmesh status`, `cancel`, `deliver`, `drain`, `recycle`, `upgrade`: this machine's node, over its control socket."""
+"""`flowmesh status`, `cancel`, `deliver`, `drain`, `recycle`, `upgrade`: this machine's node, on its control socket."""
 
 from __future__ import annotations
 

@@ -99,11 +99,11 @@ class Redeliveries:
     async def _send(self, this: Redelivery, fork: Fork) -> DeliveryReport:
         record, executor = this.record, self._executor
         spool = executor.layout.spool(record.attempt)
-        log = logger.bind(task=record.task_id)
+        told = logger.bind(task=record.task_id)
         try:
             await asyncio.to_thread(self._renew, record, spool)
             if not this.stopped:
-                log.info("delivery tried again, as asked")
+                told.info("delivery tried again, as asked")
                 await executor.fleet.launch(DELIVERY, fork, lambda _server: None)
         except OSError as error:
             raise DeliveryError(f"{record.task_id}: {error.filename or spool}: {error.strerror}") from error
@@ -113,9 +113,9 @@ class Redeliveries:
             why = this.stopped or (end if isinstance(end, str) else f"its process ended: {describe_exit(end)}")
             raise DeliveryError(f"{record.task_id}: the delivery was cut short ({why}); try again")
         for note in report.notes:
-            log.info("delivery: {}", note)
+            told.info("delivery: {}", note)
         if not report.ok:
-            log.warning("delivery failed again: {}", report.error)
+            told.warning("delivery failed again: {}", report.error)
             raise DeliveryError(f"{record.task_id}: {report.error}")
         return report
 

@@ -80,7 +80,7 @@ def forked_from(server_id: str) -> list[int]:
 
     For a server that is dead; what a task has forked and not executed carries no other mark.
     """
-    needle = f"/{server_id}.sock\"".encode()
+    needle = f'/{server_id}.sock"'.encode()
     found = []
     for pid in linux.all_pids():
         try:
