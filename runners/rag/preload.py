@@ -5,15 +5,9 @@ As `runners.inference.preload` has it: the server sets ENVIRONMENT before it imp
 
 import importlib.util
 
-ENVIRONMENT: dict[str, str] = {
-    "OMP_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "JE_ARROW_MALLOC_CONF": "background_thread:false",
-    "TOKENIZERS_PARALLELISM": "false",
-    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-}
+from runners.inference.preload import ENVIRONMENT
+
+__all__ = ["ENVIRONMENT", "RAG", "if_installed"]
 
 
 def if_installed(library: str, *modules: str) -> tuple[str, ...]:
