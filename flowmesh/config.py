@@ -114,6 +114,14 @@ class ResultsSettings(Section, frozen=True):
     """RESULTS_DIR"""
     allowed_roots: tuple[AbsolutePath, ...] = ()
     """Absolute folders besides `dir` that a task's output.destination.path may lie under."""
+    min_free_bytes: Annotated[int, Meta(ge=0, le=2**62)] = 1024**3
+    """Free space that `dir`, the state folder and a task's own folder need before a task is started. 0: any."""
+    wait_for_room_s: PositiveSeconds = 60.0
+    """How long tasks wait for it before they go back to the orchestrator."""
+    keep_days: Annotated[float, Meta(gt=0, le=36500)] | None = None
+    """Results of finished tasks that are older are removed. None: never."""
+    keep_bytes: Annotated[int, Meta(ge=0, le=2**62)] | None = None
+    """The oldest results are removed while all of them are larger. None: never."""
 
 
 class TasksSettings(Section, frozen=True):

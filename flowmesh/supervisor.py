@@ -283,7 +283,7 @@ class Supervisor(Hooks):
         return found
 
     def _works(self) -> list[Any]:
-        looks = [watch(self.executor), self.executor.devices.sample()]
+        looks = [watch(self.executor), self.executor.room.watch(), self.executor.devices.sample()]
         return [self._begin(), self.outbox.run(), self._watchdog(), *looks]
 
     async def _begin(self) -> None:
@@ -398,7 +398,7 @@ class Supervisor(Hooks):
         for worker_id, slot in self.slots.items():
             if gap:
                 self.gaps.add(worker_id)
-            if (slot.idle or slot.closed) and slot.current is None:
+            if (slot.idle or slot.trouble) and slot.current is None:
                 self._rest(slot)
             self._heal(slot)
 
@@ -412,7 +412,7 @@ class Supervisor(Hooks):
     def _on_events_sent(self) -> None:
         """The orchestrator sets a worker idle when it sees a success; one that is busy by then says so again."""
         for worker_id, slot in self.slots.items():
-            if slot.current is not None or slot.closed:
+            if slot.current is not None or slot.trouble:
                 self.presences[worker_id].restate()
 
     def on_posted(self) -> None:
@@ -433,7 +433,7 @@ class Supervisor(Hooks):
     def _rest(self, slot: Slot[Run], last: str | None = None) -> None:
         """Say what a slot without a task is."""
         if self.executor.draining is None:
-            self.presences[slot.plan.worker_id].set_status("DEGRADED" if slot.closed else "IDLE", last)
+            self.presences[slot.plan.worker_id].set_status("DEGRADED" if slot.trouble else "IDLE", last)
 
     def on_accepted(self, run: Run) -> None:
         self.operations.on_accepted(run)

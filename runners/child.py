@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import faulthandler
 import importlib
 import logging
 import os
+import shutil
 import signal
 import sys
 import traceback
@@ -21,6 +24,7 @@ from runners.api import Cancelled, Context, Runner, RunnerError
 
 MAX_MESSAGE_CHARS = 2000
 MAX_DETAIL_CHARS = 64 * 1024
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 # Made once, in the fork server: each costs more than a small task's whole work.
 _job_decoder = msgspec.json.Decoder(Job)
@@ -38,9 +42,14 @@ def main(pipe: Pipe, spool: Path) -> int:
     signal.signal(signal.SIGTERM, _on_sigterm)
     outcome = run(job, ctx)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from here on it ends by itself, and soon
-    sys.stdout.flush()
-    sys.stderr.flush()
-    _write(spool / OUTCOME_FILE, outcome)
+    _tell("")
+    try:
+        _write(spool / OUTCOME_FILE, outcome)
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        shutil.rmtree(job.tmp_dir, ignore_errors=True)  # on the same disk, and nobody needs it any more
+        _write(spool / OUTCOME_FILE, outcome)
     pipe.send(Finished(outcome.ok), drop=True)
     return 0 if outcome.ok else 1
 
@@ -62,12 +71,12 @@ def run(job: Job, ctx: Context) -> Outcome:
     except MemoryError as error:
         fault, message, detail = Fault.HOST_OOM, f"out of host memory: {error}", traceback.format_exc()
     except (Exception, SystemExit, KeyboardInterrupt) as error:  # noqa: BLE001 - the boundary: all of it is an outcome
-        fault, message, detail = _fault_of(error), _one_line(error), traceback.format_exc()
+        fault, message, detail = _fault_of(error), _no_room(error, job) or _one_line(error), traceback.format_exc()
     if fault is not None:
         result = None
         ctx.log.error("the task failed: %s", message)
         if detail:
-            print(detail, file=sys.stderr)  # noqa: T201 - stderr is the task's log
+            _tell(detail)
     ctx.finish()
     return Outcome(
         attempt=job.attempt,
@@ -80,6 +89,13 @@ def run(job: Job, ctx: Context) -> Outcome:
         uploads=tuple(ctx.uploads),
         phases=ctx.phases,
     )
+
+
+def _tell(text: str) -> None:
+    """Write to the task's log, as far as its disk takes it; that must not cost the outcome."""
+    for stream, words in ((sys.stdout, ""), (sys.stderr, text)):
+        with contextlib.suppress(OSError):
+            print(words, end="\n" if words else "", file=stream, flush=True)  # noqa: T201 - stderr is the task's log
 
 
 def _runner(reference: str) -> Runner:
@@ -100,6 +116,28 @@ def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     name = type(error).__name__
     return f"{name}: {text}" if text else name
+
+
+def _no_room(error: BaseException, job: Job) -> str:
+    """Which disk is full, where that is what ended the task; libraries say it in errors of their own."""
+    at: BaseException | None = error
+    while at is not None:
+        told_in_words = os.strerror(errno.ENOSPC) in str(at)
+        if told_in_words or (isinstance(at, OSError) and at.errno in _FULL):
+            names = [at.filename] if isinstance(at, OSError) and isinstance(at.filename, str) else []
+            folders = [*(os.path.dirname(name) or "." for name in names), job.out_dir, job.tmp_dir, job.cache_dir]  # noqa: PTH120
+            folder = min(folders, key=_free_bytes)
+            return f"the disk is full: {folder} has {_free_bytes(folder) >> 20} MiB left ({_one_line(at)})"
+        at = at.__cause__ or at.__context__
+    return ""
+
+
+def _free_bytes(folder: str) -> int:
+    try:
+        found = os.statvfs(folder)
+    except OSError:
+        return 1 << 62  # not there: this is not the one
+    return found.f_bavail * found.f_frsize
 
 
 def _on_sigterm(_number: int, _frame: FrameType | None) -> None:

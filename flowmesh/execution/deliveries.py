@@ -77,6 +77,9 @@ class Deliveries:
                         await asyncio.to_thread(delivery.write_job, job, executor.layout.spool(run.attempt))
                 self._done(run, "" if report.ok else report.error)
                 return
+            if run.attempt in self._aborted:
+                self._done(run, "cancelled while delivering")
+                return
             if self._suspended and job.failure is None:
                 self._leave(run)
                 return

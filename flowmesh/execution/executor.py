@@ -18,6 +18,7 @@ from flowmesh.config import Settings
 from flowmesh.errors import FlowMeshError
 from flowmesh.execution import deliveries, events, files
 from flowmesh.execution.release import Devices
+from flowmesh.execution.room import Room
 from flowmesh.execution.run import MAX_BAD_FRAMES, Run, progress_event
 from flowmesh.messages.job import Exit, Outcome
 from flowmesh.messages.wire import (
@@ -100,6 +101,7 @@ class Executor:
         self.layout = layout
         self.hooks = hooks
         self.deliveries = deliveries.Deliveries(self)
+        self.room = Room(self)
         self._early_cancels: dict[str, float] = {}
         self._idle = asyncio.Event()
         self._idle.set()
@@ -245,6 +247,12 @@ class Executor:
     # ---- launch ------------------------------------------------------------------------------------------------------
 
     async def _launch(self, run: Run) -> None:
+        short, lacks = await self.room.admit(run)
+        if short and run.task.state is State.LAUNCHING and self._put_back(run):
+            return
+        if short or lacks:
+            self.apply(run, machine.LaunchFailed(f"not started: {short or lacks}"))
+            return
         try:
             prepared = await asyncio.to_thread(files.prepare, self.layout, run)
         except OSError as error:
@@ -262,6 +270,18 @@ class Executor:
             )
         except FlowMeshError as error:
             self.apply(run, machine.LaunchFailed(str(error)))
+
+    def _put_back(self, run: Run) -> bool:
+        """Have it wait anew, as the first one; not in a drain, which waits for nobody."""
+        if self.draining is not None:
+            return False
+        self.apply(run, machine.NeverForked())
+        if run.task.state is not State.QUEUED:
+            return False
+        run.slot.free(run)
+        run.slot.queue.appendleft(run)
+        self.hooks.on_slot_changed(run.slot)
+        return True
 
     def _on_fork_failed(self, attempt: int, message: str) -> None:
         if attempt < 0:

@@ -64,7 +64,7 @@ class Operations:
                     "status": node.presences[worker_id].status.word,
                     "task_id": slot.current.task_id if slot.current is not None else None,
                     "gpus": list(slot.plan.gpus),
-                    "reason": slot.closed or None,
+                    "reason": slot.trouble or None,
                 }
                 for worker_id, slot in node.slots.items()
             ],

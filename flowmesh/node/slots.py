@@ -138,15 +138,22 @@ class Slot(Generic[RunT]):
         self.queue: deque[RunT] = deque()
         self.closed = ""
         """Why the slot takes no task now; empty where it does."""
+        self.paused = ""
+        """Why it starts nothing at all now, whatever a task needs; empty where it does."""
         self._needs_open = needs_open
 
     @property
     def idle(self) -> bool:
         return self.current is None and not self.queue
 
+    @property
+    def trouble(self) -> str:
+        """Why the slot is not as it should be; empty where it is."""
+        return self.paused or self.closed
+
     def next(self) -> RunT | None:
         """Take the next task, where the slot is free and somebody waits who may have it."""
-        if self.current is not None:
+        if self.current is not None or self.paused:
             return None
         self.current = next((run for run in self.queue if not (self.closed and self._needs_open(run))), None)
         if self.current is not None:

@@ -67,7 +67,7 @@ class LaunchFailed(msgspec.Struct, frozen=True):
 
 
 class NeverForked(msgspec.Struct, frozen=True):
-    """After a restart: its fork server lives and does not know it, so nothing of it has run."""
+    """Nothing of it has run: its fork server does not know it (after a restart), or was not asked for it."""
 
 
 class StopRequested(msgspec.Struct, frozen=True):

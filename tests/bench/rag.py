@@ -5,11 +5,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import tempfile
-import time
 from collections.abc import Callable
 from typing import Any
 
-from tests.bench.measure import Row, percentile
+from tests.bench.measure import Row, timed
 
 DIMENSION = 384
 TOP_K = 10
@@ -92,12 +91,10 @@ def _of_kind(kind: str, count: int, *, queries: int) -> list[Row]:
     ]
 
 
-def _in_turns(one: Callable[[], Any], other: Callable[[], Any], rounds: int = 5) -> tuple[float, float]:
-    """The median seconds of each, measured in turns so that both meet the same machine."""
-    taken: tuple[list[float], list[float]] = ([], [])
-    for _ in range(rounds):
-        for call, into in zip((one, other), taken, strict=True):
-            since = time.perf_counter()
-            call()
-            into.append(time.perf_counter() - since)
-    return percentile(taken[0], 0.5), percentile(taken[1], 0.5)
+def _in_turns(one: Callable[[], Any], other: Callable[[], Any], rounds: int = 6) -> tuple[float, float]:
+    """The least seconds of each, measured in turns: what a busy machine adds is neither's."""
+    taken: dict[Callable[[], Any], list[float]] = {one: [], other: []}
+    for number in range(rounds):
+        for call in (one, other) if number % 2 else (other, one):
+            taken[call].append(timed(call))
+    return min(taken[one]), min(taken[other])

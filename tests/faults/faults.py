@@ -46,6 +46,11 @@ def crashes(rig: Rig) -> None:
     rig.expect_accepted, rig.may_repeat, rig.may_be_late = False, True, True
 
 
+def orphans(rig: Rig) -> None:
+    """What a task left may come to init: without a cgroup, what it executed with no environment is then a stranger."""
+    rig.tame = rig.status()["isolation"] == "subreaper"
+
+
 @fault("supervisor: SIGKILL, started again", weight=10)
 def _(rig: Rig, rng: random.Random) -> None:
     rig.some_tasks(rng)
@@ -91,7 +96,7 @@ def _(rig: Rig, rng: random.Random) -> None:
 
 @fault("supervisor and fork server: SIGKILL together")
 def _(rig: Rig, rng: random.Random) -> None:
-    rig.tame = rig.status()["isolation"] == "subreaper"
+    orphans(rig)
     rig.some_tasks(rng, "ok", "supervisor_lost")
     rig.pause(rng)
     crashes(rig)
@@ -110,6 +115,7 @@ def _(rig: Rig, rng: random.Random) -> None:
 
 @fault("fork server: SIGKILL", weight=8)
 def _(rig: Rig, rng: random.Random) -> None:
+    orphans(rig)
     rig.some_tasks(rng, "ok", "node_fault")
     rig.pause(rng)
     rig.hit(rig.server_pid(), signal.SIGKILL)
@@ -127,6 +133,7 @@ def _(rig: Rig, rng: random.Random) -> None:
 
 @fault("fork server: SIGSTOP, SIGKILL")
 def _(rig: Rig, rng: random.Random) -> None:
+    orphans(rig)
     rig.some_tasks(rng, "ok", "node_fault")
     rig.pause(rng)
     server = rig.server_pid()

@@ -36,6 +36,9 @@ CONFIG = f"""
 heartbeat_interval_s = {BEAT_S}
 timeout_s = 2
 
+[results]
+min_free_bytes = 0
+
 [tasks]
 cancel_grace_s = 0.3
 term_grace_s = 0.3

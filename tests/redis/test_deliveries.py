@@ -1,0 +1,206 @@
+"""P9 and what is beside it: deliveries of a real node that fail, are killed, wait their turn, and are tried again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.http_server import Answer, Server, Stall
+from tests.support import ROOT, Node, Orchestrator, below, until
+
+pytestmark = pytest.mark.redis
+CONFIG = """
+[delivery]
+total_timeout_s = {total_s}
+concurrency = {concurrency}
+
+[task_types.model]
+runner = "tests.delivery_runners:ModelRunner"
+environment = "light"
+"""
+
+
+def config(total_s: float = 60.0, concurrency: int = 2) -> str:
+    return CONFIG.format(total_s=total_s, concurrency=concurrency)
+
+
+def model_to(server: Server, **fields: Any) -> dict[str, Any]:
+    destination = {"type": "http", "url": f"{server.url}/r", **fields}
+    return {"taskType": "model", "output": {"destination": destination}}
+
+
+def flowmesh(node: Node, *words: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "flowmesh.cli.main", *words, "--state-dir", str(node.state_dir)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def said(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=30)
+    return process.returncode, out, err
+
+
+def children(node: Node) -> list[int]:
+    """The delivery children that live now."""
+    servers = [server["pid"] for server in node.ask(op="status")["servers"] if server["environment"] == "delivery"]
+    return [pid for server in servers for pid in below(server)]
+
+
+def refused(orchestrator: Orchestrator, server: Server) -> str:
+    """A task whose delivery has failed for good, for now."""
+    server.plan = [Answer(500, b"no room")] * 1000
+    task = orchestrator.dispatch("w1", model_to(server))
+    end = orchestrator.wait_end(task)
+    assert end["type"] == "TASK_FAILED"
+    assert end["payload"]["error_kind"] == "delivery_failed"
+    assert "no room" in end["error"]
+    return task
+
+
+def test_p9_what_was_computed_is_delivered_again_by_a_command(orchestrator: Orchestrator, make_node) -> None:
+    node = make_node(config=config(total_s=1.0), env={"ORCHESTRATOR_TOKEN": "s3cret"})
+    with Server() as server:
+        task = refused(orchestrator, server)
+        assert (node.results_dir / task / "final_model" / "weights.bin").stat().st_size == 2_048_000
+        code, out, err = said(flowmesh(node, "deliver", task))
+        assert (code, out) == (1, "")
+        assert err.startswith(f"flowmesh: {task}: ")
+        assert "no room" in err
+        node.kill()
+        node.start()  # neither a restart nor its sweep loses what waits
+        server.plan = []
+        code, out, err = said(flowmesh(node, "deliver", task, "--json"))
+        assert (code, err) == (0, "")
+        assert json.loads(out)["urls"] == [f"{server.url}/r/{task}/files/final_model.tar.gz"]
+        assert server.files()["final_model.tar.gz"].file_size > 2_000_000
+        (result,) = server.results()
+        assert result["final_model_archive_uploaded"] is True
+        assert node.result(task)["final_model_archive_uploaded"] is True
+        assert list((node.state_dir / "spool").iterdir()) == []
+        orchestrator.run("w1", {"taskType": "echo"})
+        assert len(orchestrator.ends(task)) == 1
+        code, out, err = said(flowmesh(node, "deliver", task))
+        assert code == 1
+        assert "it was delivered already" in err
+
+
+def test_deliver_says_what_is_wrong(orchestrator: Orchestrator, make_node) -> None:
+    node = make_node(config=config(total_s=1.0))
+    assert "knows no such task" in said(flowmesh(node, "deliver", "never-heard-of"))[2]
+    orchestrator.run("w1", {"taskType": "echo", "delaySec": -1}, task_id="bad")
+    assert "it has no result to deliver (bad_request" in said(flowmesh(node, "deliver", "bad"))[2]
+    running = orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 60})
+    orchestrator.wait_started(running)
+    assert "it has not ended yet (running)" in said(flowmesh(node, "deliver", running))[2]
+    node.ask(op="cancel", task_id=running)
+    orchestrator.wait_end(running)
+    assert "it has no result to deliver (cancelled" in said(flowmesh(node, "deliver", running))[2]
+    with Server() as server:
+        task = refused(orchestrator, server)
+        server.plan = [Stall(1000)]
+        first = flowmesh(node, "deliver", task)
+        until(lambda: server.plan == [], "the first one sends")
+        assert "it is being delivered now" in said(flowmesh(node, "deliver", task))[2]
+        assert said(first)[0] == 1  # total_timeout_s bounds this one, too
+        assert said(flowmesh(node, "deliver", task))[0] == 0
+        task = refused(orchestrator, server)
+        (spool,) = (node.state_dir / "spool").iterdir()
+        (spool / "delivery.json").unlink()
+        assert "nothing of it waits here any more" in said(flowmesh(node, "deliver", task))[2]
+
+
+def test_deliver_is_cut_short_by_nothing_but_a_kill(orchestrator: Orchestrator, make_node) -> None:
+    """Not by a drain, nor by the end of the command; a killed child leaves things as they were."""
+    node = make_node(config=config(total_s=3.0))
+    with Server() as server:
+        task = refused(orchestrator, server)
+        server.plan = [Stall(1000)]
+        asked = flowmesh(node, "deliver", task)
+        until(lambda: server.plan == [], "it sends")
+        (child,) = children(node)
+        os.kill(child, signal.SIGKILL)
+        code, _, err = said(asked)
+        assert code == 1
+        assert "killed by SIGKILL" in err
+        server.plan = [Answer(503, headers={"Retry-After": "1"})]
+        asked = flowmesh(node, "deliver", task)
+        until(lambda: server.plan == [], "it was asked for patience")
+        asked.kill()
+        asked.communicate()
+        assert node.stop() == 0
+        assert len(server.results()) == 1
+
+
+def test_a_delivery_child_that_is_killed_in_mid_upload_goes_on(orchestrator: Orchestrator, make_node) -> None:
+    node = make_node(config=config())
+    with Server(Stall(1_000_000)) as server:
+        task = orchestrator.dispatch("w1", model_to(server))
+        until(lambda: server.plan == [], "the upload has begun")
+        (child,) = children(node)
+        os.kill(child, signal.SIGKILL)
+        assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"
+        assert server.files()["final_model.tar.gz"].file_size > 2_000_000
+        assert len(server.received) == 2
+        assert "delivery begins again" in node.text()
+
+
+@pytest.mark.parametrize("with_child", [False, True], ids=["supervisor", "both"])
+def test_a_supervisor_killed_in_mid_delivery_goes_on_with_it(
+    orchestrator: Orchestrator, make_node, with_child: bool
+) -> None:
+    node = make_node(config=config())
+    with Server(Stall(1_000_000)) as server:
+        task = orchestrator.dispatch("w1", model_to(server, timeoutSec=3))
+        until(lambda: server.plan == [], "the upload has begun")
+        (child,) = children(node)
+        node.kill()
+        if with_child:
+            os.kill(child, signal.SIGKILL)
+        node.start()
+        assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"
+        orchestrator.run("w1", {"taskType": "echo"})
+        assert len(orchestrator.ends(task)) == 1
+        assert len(server.results()) == 1
+        assert node.result(task)["final_model_archive_uploaded"] is True
+
+
+def test_deliveries_at_once_are_bounded(orchestrator: Orchestrator, make_node) -> None:
+    node = make_node(config=config(concurrency=2))
+    with Server(Stall(), Stall()) as server:
+        tasks = [orchestrator.dispatch("w1", model_to(server, timeoutSec=3)) for _ in range(5)]
+        states = ["delivering"] * 5
+        until(lambda: [each["state"] for each in node.ask(op="status")["tasks"]] == states, "five are to be delivered")
+        until(lambda: server.plan == [], "two are")
+        time.sleep(0.3)
+        assert len(children(node)) == 2
+        assert len(server.requests) == 2
+        assert [orchestrator.wait_end(task)["type"] for task in tasks] == ["TASK_SUCCEEDED"] * 5
+
+
+def test_a_drain_waits_for_deliveries(orchestrator: Orchestrator, make_node) -> None:
+    node = make_node(config=config())
+    with Server(Answer(503, headers={"Retry-After": "1"})) as server:
+        task = orchestrator.dispatch("w1", model_to(server))
+        until(lambda: server.plan == [], "its server asked for patience")
+        assert node.stop() == 0
+        assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"
+        assert len(server.results()) == 1
+
+
+def test_a_model_that_was_uploaded_may_go(orchestrator: Orchestrator, make_node) -> None:
+    node = make_node(config=config(), env={"MODEL_CLEANUP_AFTER_UPLOAD": "true"})
+    with Server() as server:
+        task = orchestrator.dispatch("w1", model_to(server))
+        assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"
+        assert server.files()["final_model.tar.gz"].file_size > 2_000_000
+    folder: Path = node.results_dir / task
+    assert sorted(path.name for path in folder.iterdir()) == ["artifacts", "logs", "manifest.json", "responses.json"]
+    names = {entry["name"] for entry in json.loads((folder / "manifest.json").read_text())["entries"]}
+    assert "final_model.tar.gz" not in names
