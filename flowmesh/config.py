@@ -105,6 +105,8 @@ class RedisSettings(Section, frozen=True):
     """Connecting, and each command's answer."""
     health_check_interval_s: PositiveSeconds = 15.0
     """How often a silent connection is asked whether it lives."""
+    stream: bool = False
+    """Whether each worker also takes tasks from the Redis Stream `tasks:WORKER_ID`."""
 
 
 class ResultsSettings(Section, frozen=True):

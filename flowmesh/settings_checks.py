@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from flowmesh.messages.sentinel import SENTINEL_FORM, is_sentinel, sentinel_address
 from flowmesh.messages.wording import nearest, quoted
 
 if TYPE_CHECKING:
@@ -113,13 +114,17 @@ def _split(url: str) -> SplitResult | None:
 
 
 def _redis_fault(url: str) -> str | None:
-    allowed = "redis://HOST:PORT/DB, rediss://HOST:PORT/DB or unix:///PATH?db=DB"
+    allowed = "redis://HOST:PORT/DB, rediss://HOST:PORT/DB, unix:///PATH?db=DB or " + SENTINEL_FORM
     scheme, separator, _ = url.partition("://")
     scheme = scheme.lower()
     if not separator:
         return f"expected {allowed}, found text without a scheme"
-    if "sentinel" in scheme:
-        return f"Redis Sentinel is not supported yet; expected {allowed}"
+    if is_sentinel(url):
+        try:
+            sentinel_address(url)
+        except ValueError as error:
+            return f"expected {SENTINEL_FORM}, found {error}; {_ESCAPE}"
+        return None
     if scheme not in {"redis", "rediss", "unix"}:
         return f"expected {allowed}, found the scheme {quoted(scheme)}"
     if (parts := _split(url)) is None:

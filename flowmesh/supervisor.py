@@ -23,6 +23,7 @@ from flowmesh.bus.connection import connect
 from flowmesh.bus.intake import Intake
 from flowmesh.bus.outbox import Outbox
 from flowmesh.bus.presence import Identity, Presence
+from flowmesh.bus.stream import Stream
 from flowmesh.config import Loaded, Settings, results_dir, state_dir
 from flowmesh.control import ControlServer
 from flowmesh.errors import BusyError, ConfigError, DeviceError
@@ -71,6 +72,7 @@ class Supervisor(Hooks):
         self.started = time.monotonic()
         self.started_at = utc_now()
         self.presences: dict[str, Presence] = {}
+        self.streams: list[Stream] = []
         self.gaps: set[str] = set()
         """Workers that may have missed a dispatch, and have not re-announced themselves yet."""
         self.upgrade = False
@@ -216,15 +218,20 @@ class Supervisor(Hooks):
             connect(settings.redis.url, name=f"flowmesh-{name}-{part}", **knobs) for part in ("bus", "sub")
         ]
         bus, listener = self._clients
+        dispatcher = Dispatcher(self.executor)
         self.outbox = Outbox(bus, self.journal, self._on_events_sent)
         self.intake = Intake(
             listener,
-            {settings.redis.task_topic: Dispatcher(self.executor).on_message, CONTROL_CHANNEL: self._on_control},
+            {settings.redis.task_topic: dispatcher.on_message, CONTROL_CHANNEL: self._on_control},
             self._on_subscribed,
             silence_s=settings.redis.health_check_interval_s,
         )
         for slot in self.slots.values():
             self.presences[slot.plan.worker_id] = self._presence(slot)
+        for worker_id in self.slots if settings.redis.stream else ():
+            client = connect(settings.redis.url, name=f"flowmesh-{worker_id}-stream", **knobs)
+            self._clients.append(client)
+            self.streams.append(Stream(client, worker_id, dispatcher.take, block_s=settings.redis.timeout_s / 2))
 
     def _presence(self, slot: Slot[Run]) -> Presence:
         settings, plan = self.settings, slot.plan
@@ -296,7 +303,7 @@ class Supervisor(Hooks):
         for worker_id, slot in self.slots.items():
             if slot.current is not None:
                 self.presences[worker_id].set_status("RUNNING", slot.current.task_id)
-        await asyncio.gather(self.intake.run(), *(presence.run() for presence in self.presences.values()))
+        await asyncio.gather(self.intake.run(), *(each.run() for each in [*self.presences.values(), *self.streams]))
 
     # ---- ends --------------------------------------------------------------------------------------------------------
 

@@ -94,8 +94,8 @@ def run(job: Job, ctx: Context) -> Outcome:
 def _tell(text: str) -> None:
     """Write to the task's log, as far as its disk takes it; that must not cost the outcome."""
     for stream, words in ((sys.stdout, ""), (sys.stderr, text)):
-        with contextlib.suppress(OSError):
-            print(words, end="\n" if words else "", file=stream, flush=True)  # noqa: T201 - stderr is the task's log
+        with contextlib.suppress(OSError, ValueError):  # full, or closed by the task
+            print(words, end="\n" if words else "", file=stream, flush=True)
 
 
 def _runner(reference: str) -> Runner:

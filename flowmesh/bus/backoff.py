@@ -17,6 +17,11 @@ class Backoff:
     def reset(self) -> None:
         self._next_s = FIRST_S
 
+    @property
+    def fresh(self) -> bool:
+        """Whether nothing has failed since the last success."""
+        return self._next_s == FIRST_S
+
     def next_s(self) -> float:
         wait_s = self._next_s * random.uniform(0.5, 1.0)
         self._next_s = min(self._next_s * 2, LONGEST_S)

@@ -7,8 +7,11 @@ from typing import Any
 
 import redis.asyncio as redis
 from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
+
+from flowmesh.messages.sentinel import SentinelAddress, is_sentinel, sentinel_address
 
 __all__ = ["RedisError", "connect", "redis"]
 
@@ -22,18 +25,30 @@ def connect(url: str, *, timeout_s: float, health_check_interval_s: float, name:
         timeout_s: for connecting and for each answer.
         name: shows in CLIENT LIST.
     """
-    options: dict[str, Any] = {}
+    reaching: dict[str, Any] = {
+        "socket_timeout": timeout_s,
+        "socket_connect_timeout": timeout_s,
+        "retry": Retry(NoBackoff(), 0),
+    }
     if not url.startswith("unix:"):
-        options = {"socket_keepalive": True, "socket_keepalive_options": _KEEPALIVE}
-    client: redis.Redis = redis.Redis.from_url(
-        url,
-        socket_timeout=timeout_s,
-        socket_connect_timeout=timeout_s,
-        health_check_interval=health_check_interval_s,
-        client_name=name,
-        max_connections=4,
-        protocol=2,  # redis-py's RESP3 renders every published message for its log, which costs more than reading it
-        retry=Retry(NoBackoff(), 0),
-        **options,
+        reaching |= {"socket_keepalive": True, "socket_keepalive_options": _KEEPALIVE}
+    options: dict[str, Any] = {
+        **reaching,
+        "health_check_interval": health_check_interval_s,
+        "client_name": name,
+        "max_connections": 4,
+        "protocol": 2,  # redis-py's RESP3 renders every published message for its log, which costs more than reading it
+    }
+    if is_sentinel(url):
+        return _master(sentinel_address(url), reaching, options)
+    client: redis.Redis = redis.Redis.from_url(url, **options)
+    return client
+
+
+def _master(address: SentinelAddress, reaching: dict[str, Any], options: dict[str, Any]) -> redis.Redis:
+    """A client of the service's master: each new connection asks the sentinels which one that is."""
+    sentinel = Sentinel(address.hosts, sentinel_kwargs=reaching)  # type: ignore[no-untyped-call]
+    client: redis.Redis = sentinel.master_for(
+        address.service, db=address.db, username=address.username, password=address.password, **options
     )
     return client

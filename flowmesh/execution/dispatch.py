@@ -25,34 +25,54 @@ class Dispatcher:
 
     def on_message(self, data: bytes) -> None:
         """A message on the tasks channel. One for another worker costs a search for our name in it."""
-        if not any(needle in data for needle in self._needles) and data[:1] == b"{":
-            return
+        if any(needle in data for needle in self._needles) or data[:1] != b"{":
+            self.take(data)
+
+    def take(self, data: bytes, entry: str | None = None) -> bool:
+        """What a message leads to; False where it has to be brought again, as nothing of it stands in the journal.
+
+        Args:
+            entry: its id in a stream, which keeps it until it is taken; None: it came once, and is gone.
+        """
         try:
             to = address(data)
         except FieldError as error:
             self._executor.counters.malformed += 1
             logger.bind(bytes=len(data)).warning("malformed message ignored: {}", error)
-            return
+            return True
         slot = self._executor.slots.get(to.assigned_worker) if isinstance(to.assigned_worker, str) else None
         if slot is None:
-            return
+            if entry is not None:
+                logger.bind(entry=entry).warning("entry ignored: it is for worker {!r}", str(to.assigned_worker)[:80])
+            return True
         task_id = usable_task_id(to.task_id)
         dispatched_at = to.dispatched_at if isinstance(to.dispatched_at, str) else None
         if task_id is None:
             self._executor.counters.malformed += 1
             shown = str(to.task_id)[:80]
             logger.bind(bytes=len(data)).warning("message for us ignored: task_id {!r} is no id", shown)
-            return
-        self._dispatch(slot, task_id, dispatched_at, data)
+            return True
+        try:
+            return self._dispatch(slot, task_id, dispatched_at, data, entry)
+        except JournalError as error:
+            logger.bind(task=task_id).error("dispatch not taken: {}", error)
+            if entry is None:
+                self._executor.hooks.on_missed(slot)
+            return False
 
-    def _dispatch(self, slot: Slot[Run], task_id: str, dispatched_at: str | None, data: bytes) -> None:
+    def _dispatch(
+        self, slot: Slot[Run], task_id: str, dispatched_at: str | None, data: bytes, entry: str | None
+    ) -> bool:
         if self._executor.draining is not None:
+            if entry is not None:
+                return False
             logger.bind(task=task_id).info("dispatch not taken: draining; the orchestrator queues it again")
-            return
-        if self._is_duplicate(task_id, dispatched_at):
+            return True
+        known_by = f"entry {entry}" if dispatched_at is None and entry is not None else dispatched_at
+        if self._is_duplicate(task_id, known_by):
             self._executor.counters.duplicates += 1
             logger.bind(task=task_id).info("dispatch ignored: this task is here already")
-            return
+            return True
         try:
             if len(data) > MAX_MESSAGE_BYTES:
                 raise FieldError(f"the message has {len(data)} bytes; at most {MAX_MESSAGE_BYTES} are taken", "task")
@@ -64,19 +84,15 @@ class Dispatcher:
             )
         except FieldError as error:
             self._refuse(slot, task_id, dispatched_at, str(error))
-            return
-        try:
-            attempt = self._executor.journal.accept(
-                task_id=task_id,
-                worker_id=slot.plan.worker_id,
-                dispatched_at=dispatched_at,
-                at=utc_now(),
-                message=data,
-                out_dir=accepted.target.out_dir,
-            )
-        except JournalError as error:
-            self._miss(slot, task_id, error)
-            return
+            return True
+        attempt = self._executor.journal.accept(
+            task_id=task_id,
+            worker_id=slot.plan.worker_id,
+            dispatched_at=known_by,
+            at=utc_now(),
+            message=data,
+            out_dir=accepted.target.out_dir,
+        )
         run = Run(attempt, accepted, slot)
         self._executor.adopt(run)
         slot.queue.append(run)
@@ -85,6 +101,7 @@ class Dispatcher:
         if self._executor.was_cancelled_early(task_id):
             self._executor.apply(run, machine.StopRequested(Stop.CANCEL, "cancelled before it came"))
         self._executor.pump(slot)
+        return True
 
     def _is_duplicate(self, task_id: str, dispatched_at: str | None) -> bool:
         """The same dispatch twice; the same task with another date is the orchestrator's retry."""
@@ -94,19 +111,10 @@ class Dispatcher:
         return last is not None and dispatched_at is not None and last.dispatched_at == dispatched_at
 
     def _refuse(self, slot: Slot[Run], task_id: str, dispatched_at: str | None, message: str) -> None:
+        event = events.refused(slot.plan.worker_id, task_id, message, dispatched_at)
+        self._executor.journal.post(TASK_EVENTS_CHANNEL, event)
         self._executor.counters.refused += 1
         self._executor.count(Kind.BAD_REQUEST)
         logger.bind(task=task_id).warning("task refused: {}", message)
         self._executor.hooks.on_refused(task_id, message)
-        try:
-            self._executor.journal.post(
-                TASK_EVENTS_CHANNEL, events.refused(slot.plan.worker_id, task_id, message, dispatched_at)
-            )
-        except JournalError as error:
-            self._miss(slot, task_id, error)
-            return
         self._executor.hooks.on_posted()
-
-    def _miss(self, slot: Slot[Run], task_id: str, error: JournalError) -> None:
-        logger.bind(task=task_id).error("dispatch not taken: {}", error)
-        self._executor.hooks.on_missed(slot)

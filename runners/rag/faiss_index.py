@@ -5,8 +5,10 @@ Scores are FAISS's own: for `ip` the inner product (the cosine of unit vectors),
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
 
 import faiss
 import msgspec
@@ -14,12 +16,14 @@ import numpy as np
 
 from runners.api import BadRequest, Context
 from runners.rag.task import Faiss
+from runners.rag.waiting import patiently
 
 Metric = Literal["ip", "l2"]
 IndexType = Literal["flat", "ivf", "hnsw"]
+T = TypeVar("T")
 
-ADD_ROWS = {"flat": 1 << 24, "ivf": 1 << 16, "hnsw": 1 << 12}
-"""Rows between two looks for a cancel, a few seconds' work. A flat index only copies; in pieces it would copy twice."""
+ADD_ROWS = {"flat": 1 << 24, "ivf": 1 << 18, "hnsw": 1 << 16}
+"""Rows between two reports. A flat index only copies; in pieces it would copy twice."""
 QUERY_ROWS = 4096
 COMPARED_AT_ONCE = 1 << 29
 """Queries × vectors of one call; of more vectors, fewer queries go at once."""
@@ -83,7 +87,7 @@ class Index:
         for first in range(0, len(vectors), step):
             ctx.progress(first, len(vectors), "queries")
             part = slice(first, first + step)
-            scores[part], rows[part] = index.search(vectors[part], top_k)
+            scores[part], rows[part] = computing(ctx, functools.partial(index.search, vectors[part], top_k))
         return scores, rows
 
     def _tune(self, index: Any, top_k: int, nprobe: int | None, ef_search: int | None) -> None:
@@ -100,7 +104,6 @@ def build(ctx: Context, vectors: np.ndarray, wanted: Faiss) -> Index:
         BadRequest: more cells than vectors.
         Cancelled: the node asked the task to stop.
     """
-    use_threads(ctx)
     count, dimension = vectors.shape
     recipe = _recipe(wanted, count, dimension)
     index = _empty(recipe)
@@ -109,17 +112,16 @@ def build(ctx: Context, vectors: np.ndarray, wanted: Faiss) -> Index:
         index = to_gpu(index)
     vectors = prepared(vectors, recipe.normalize)
     if not index.is_trained:
-        index.train(vectors)
+        computing(ctx, lambda: index.train(vectors))
     step = ADD_ROWS[recipe.index_type]
     for first in range(0, count, step):
         ctx.progress(first, count, "vectors")
-        index.add(vectors[first : first + step])
+        computing(ctx, functools.partial(index.add, vectors[first : first + step]))
     return Index(index, recipe, on_gpu=on_gpu)
 
 
 def loaded(ctx: Context, index: Any, recipe: Recipe) -> Index:
     """An index that came from a file, moved to the GPU where there is one."""
-    use_threads(ctx)
     on_gpu = gpu_usable(ctx) and recipe.index_type != "hnsw"
     return Index(to_gpu(index) if on_gpu else index, recipe, on_gpu=on_gpu)
 
@@ -141,8 +143,17 @@ def prepared(vectors: np.ndarray, normalize: bool) -> np.ndarray:
     return rows
 
 
-def use_threads(ctx: Context) -> None:
-    faiss.omp_set_num_threads(max(ctx.threads, 1))
+def computing(ctx: Context, call: Callable[[], T]) -> T:
+    """The result of one of FAISS's long calls, which a cancel does not wait for.
+
+    It runs on a thread of its own, and how many threads OpenMP may use is a thread's own setting.
+    """
+
+    def run() -> T:
+        faiss.omp_set_num_threads(max(ctx.threads, 1))
+        return call()
+
+    return patiently(ctx.check_cancelled, run)
 
 
 def gpu_usable(ctx: Context) -> bool:

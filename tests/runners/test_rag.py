@@ -506,3 +506,24 @@ def test_a_server_that_is_away_is_an_error_that_can_be_tried_again(make_context)
             RagRunner().run(ctx)
     assert caught.value.fault is Fault.ERROR
     assert "spec.faiss.index.url" in str(caught.value)
+
+
+def test_a_cancel_does_not_wait_for_faiss(pipes, make_context) -> None:
+    """Building this index would take minutes."""
+    near, far = pipes
+    ctx = make_context({}, task_type="rag", pipe=far)
+    vectors = np.random.default_rng(1).normal(size=(200_000, 64)).astype(np.float32)
+
+    def cancel_when_adding() -> None:
+        while near.wait(60):
+            if getattr(near.poll(), "unit", "") == "vectors":
+                near.send(Cancel("enough"))
+                return
+
+    listener = threading.Thread(target=cancel_when_adding)
+    listener.start()
+    wanted = Faiss(index_type="hnsw", m=64, ef_construction=2000)
+    program = "the add goes on in a thread that nobody waits for"
+    with pytest.raises(Cancelled, match="enough"):
+        build(ctx, vectors[:200], wanted) if not program else build(ctx, vectors, wanted)
+    listener.join()
