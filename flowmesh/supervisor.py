@@ -303,7 +303,8 @@ class Supervisor(Hooks):
         for worker_id, slot in self.slots.items():
             if slot.current is not None:
                 self.presences[worker_id].set_status("RUNNING", slot.current.task_id)
-        await asyncio.gather(self.intake.run(), *(each.run() for each in [*self.presences.values(), *self.streams]))
+        presences = [presence.run() for presence in self.presences.values()]
+        await asyncio.gather(self.intake.run(), *presences, *(stream.run() for stream in self.streams))
 
     # ---- ends --------------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from typing import Any
 
 from loguru import logger
 
@@ -97,7 +98,7 @@ class Stream:
             after = entries[-1][0].decode()
 
     async def _read(self, after: str, block_ms: int | None) -> list[Entry]:
-        answer = await self._client.xreadgroup(GROUP, self._consumer, {self._key: after}, AT_ONCE, block_ms)
+        answer: Any = await self._client.xreadgroup(GROUP, self._consumer, {self._key: after}, AT_ONCE, block_ms)
         return list(answer[0][1]) if answer else []
 
     async def _handle(self, entry: Entry) -> bool:

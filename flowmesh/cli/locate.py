@@ -16,6 +16,7 @@ import click
 from flowmesh import config
 from flowmesh.config import Settings
 from flowmesh.errors import ConfigError, UnavailableError
+from flowmesh.messages.sentinel import is_sentinel, sentinel_address
 from flowmesh.messages.wording import redact_url
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def connected(url: str) -> Iterator[redis.Redis]:
         "health_check_interval": 15,
     }
     try:
-        client = redis.Redis.from_url(url, **options)
+        client = _master(url, options) if is_sentinel(url) else redis.Redis.from_url(url, **options)
     except (ValueError, redis.RedisError) as error:
         raise ConfigError(f"the Redis URL {redact_url(url)!r} cannot be used: {error}") from None
     try:
@@ -94,6 +95,17 @@ def connected(url: str) -> Iterator[redis.Redis]:
         raise UnavailableError(f"Redis at {redact_url(url)} lets us not in: {error}") from None
     except redis.RedisError as error:
         raise UnavailableError(f"Redis at {redact_url(url)} does not answer: {_short(error)}") from None
+
+
+def _master(url: str, options: dict[str, Any]) -> redis.Redis:
+    """A client of the master that sentinels name."""
+    from redis.sentinel import Sentinel
+
+    address = sentinel_address(url)
+    sentinel = Sentinel(address.hosts, sentinel_kwargs={"socket_timeout": TIMEOUT_S})  # type: ignore[no-untyped-call]
+    login = {"username": address.username, "password": address.password}
+    client: redis.Redis = sentinel.master_for(address.service, db=address.db, **login, **options)
+    return client
 
 
 def _short(error: Exception) -> str:

@@ -128,6 +128,21 @@ def test_a_disk_that_a_task_fills_is_its_own_clear_failure(
         assert orchestrator.run("w1", {"taskType": "echo"})["type"] == "TASK_SUCCEEDED"
 
 
+@pytest.mark.redis
+@needs_root
+def test_a_result_that_found_no_room_is_written_when_asked_again(
+    redis_server: RedisServer, orchestrator: Orchestrator
+) -> None:
+    with on_small_disk(redis_server, "results", "[results]\nmin_free_bytes = 0\n") as node:
+        task = orchestrator.dispatch("w1", {"taskType": "fill", "where": "out", "then": "succeed"})
+        assert orchestrator.wait_end(task)["payload"]["error_kind"] == "delivery_failed"
+        assert "No space left" in node.ask(op="deliver", task_id=task)["error"]
+        (node.results_dir / task / "filler").unlink()
+        assert node.ask(op="deliver", task_id=task)["ok"] is True
+        assert node.result(task)["ok"] is True
+        assert len(orchestrator.ends(task)) == 1
+
+
 def test_room_is_looked_for_where_the_folder_will_be(tmp_path: Path) -> None:
     absent = tmp_path / "a" / "b"
     there, at_once = free_bytes_at(tmp_path), free_bytes_at(absent)

@@ -138,6 +138,31 @@ def test_deliver_is_cut_short_by_nothing_but_a_kill(orchestrator: Orchestrator, 
         assert len(server.results()) == 1
 
 
+def test_deliver_gives_way_to_the_nodes_end_and_to_the_task_itself(orchestrator: Orchestrator, make_node) -> None:
+    node = make_node(config=config(total_s=2.0))
+    with Server() as server:
+        task = refused(orchestrator, server)
+        server.plan = [Stall(1000)]
+        asked = flowmesh(node, "deliver", task)
+        until(lambda: server.plan == [], "it sends")
+        node.process.send_signal(signal.SIGTERM)
+        until(lambda: "draining mode=finish" in node.text(), "it drains")
+        assert node.stop() == 0  # a second word: now
+        assert said(asked)[0] != 0
+        assert server.received == []
+        node.start()
+        server.plan = [Stall(1000)]
+        asked = flowmesh(node, "deliver", task)
+        until(lambda: server.plan == [], "it sends")
+        orchestrator.dispatch("w1", model_to(server), task_id=task)
+        code, _, err = said(asked)
+        assert code == 1
+        assert "the task came again" in err
+        until(lambda: len({event["ts"] for event in orchestrator.ends(task)}) == 2, "it ends a second time")
+        assert orchestrator.ends(task)[-1]["type"] == "TASK_SUCCEEDED"
+        assert len(server.results()) == 1
+
+
 def test_a_delivery_child_that_is_killed_in_mid_upload_goes_on(orchestrator: Orchestrator, make_node) -> None:
     node = make_node(config=config())
     with Server(Stall(1_000_000)) as server:

@@ -26,7 +26,8 @@ WORD = "text that is not empty, without spaces around it"
 VARIABLE = "the name of an environment variable (* allowed)"
 SECONDS = "a number > 0 and <= 31622400"
 COST = "a number from 0 to 1000000"
-REDIS = "redis://HOST:PORT/DB, rediss://HOST:PORT/DB or unix:///PATH?db=DB"
+SENTINEL = "redis+sentinel://HOST:PORT,HOST:PORT/SERVICE/DB"
+REDIS = f"redis://HOST:PORT/DB, rediss://HOST:PORT/DB, unix:///PATH?db=DB or {SENTINEL}"
 HTTP = "http://HOST:PORT or https://HOST:PORT"
 LEVELS = "TRACE, DEBUG, INFO, WARNING, ERROR, CRITICAL"
 PYTHON = "an absolute path of a Python interpreter"
@@ -173,10 +174,11 @@ def test_an_error_names_the_file_the_key_what_was_found_and_what_is_allowed(
         ),
         ({"REDIS_URL": "localhost:6379"}, f"redis.url: expected {REDIS}, found text without a scheme"),
         ({"REDIS_URL": "http://h"}, f'redis.url: expected {REDIS}, found the scheme "http"'),
-        (
-            {"REDIS_URL": "redis+sentinel://h:26379/mymaster"},
-            "redis.url: Redis Sentinel is not supported yet; expected redis://",
-        ),
+        ({"REDIS_URL": "redis+sentinel://h:26379"}, f"redis.url: expected {SENTINEL}, found no name of a service"),
+        ({"REDIS_URL": "redis+sentinel://h,:1/main"}, f"redis.url: expected {SENTINEL}, found an empty host"),
+        ({"REDIS_URL": "redis+sentinel://h:99999/main"}, f"redis.url: expected {SENTINEL}, found a port that is not"),
+        ({"REDIS_URL": "redis+sentinel://h/main/x"}, f"redis.url: expected {SENTINEL}, found a database that is not"),
+        ({"REDIS_URL": "redis+sentinel://u:a@b@h/main"}, f"redis.url: expected {SENTINEL}, found a user name or"),
         ({"REDIS_URL": "unix://run/redis.sock"}, f"redis.url: expected {REDIS}, found no absolute path"),
         ({"REDIS_URL": "redis://h:6379/main"}, f"redis.url: expected {REDIS}, found a database that is not a number"),
         ({"REDIS_URL": "redis://h:99999"}, f"redis.url: expected {REDIS}, found a host or port that cannot be used"),

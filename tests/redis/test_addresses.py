@@ -1,0 +1,198 @@
+"""The ways in which a Redis can be reached: sentinels, users with few rights, TLS. The servers are real ones."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import redis
+
+from flowmesh.messages.sentinel import SentinelAddress, sentinel_address
+from flowmesh.messages.wording import redact_url
+from tests.support import ROOT, Node, Orchestrator, RedisServer, end_process, running, until
+
+RIGHTS = (
+    "~worker:* ~workers:* ~tasks:* &tasks &tasks.events &workers.events &flowmesh.control "
+    "+@read +@write +@pubsub +@stream +@connection +@transaction -@dangerous"
+)
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+class TcpServer(RedisServer):
+    """On a port of 127.0.0.1."""
+
+    def start(self) -> None:
+        self.port = free_port()
+        self._launch("--port", str(self.port))
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+
+    def _launch(self, *options: str) -> None:
+        assert self.binary is not None
+        command = [self.binary, "--bind", "127.0.0.1", "--save", "", *options]
+        with open(self.folder / "redis.log", "ab") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder, start_new_session=True)
+        until(self._answers, "redis-server answers", 20)
+
+    def client(self) -> redis.Redis:
+        return redis.Redis(port=self.port)
+
+
+class TlsServer(TcpServer):
+    """With TLS only, and a certificate that it signed itself."""
+
+    def start(self) -> None:
+        if shutil.which("openssl") is None:
+            pytest.skip("no openssl on this machine, to make a certificate")
+        self.certificate, key = str(self.folder / "cert.pem"), str(self.folder / "key.pem")
+        command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"]
+        command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", self.certificate]
+        subprocess.run(command, check=True, capture_output=True)
+        self.port = free_port()
+        options = ["--port", "0", "--tls-port", str(self.port), "--tls-cert-file", self.certificate]
+        options += ["--tls-key-file", key, "--tls-auth-clients", "no", "--tls-ca-cert-file", self.certificate]
+        assert self.binary is not None
+        probe = subprocess.run(
+            [self.binary, "--port", "0", "--tls-port", "0", "--tls-auth-clients", "no", "--version"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if "Bad directive" in probe.stdout + probe.stderr and "'tls" in probe.stdout + probe.stderr:
+            pytest.skip(f"{self.binary} was built without TLS")
+        self._launch(*options)
+        self.url = f"rediss://127.0.0.1:{self.port}/0?ssl_ca_certs={self.certificate}"
+
+    def client(self) -> redis.Redis:
+        return redis.Redis(port=self.port, host="127.0.0.1", ssl=True, ssl_ca_certs=self.certificate)
+
+
+@contextlib.contextmanager
+def started(kind: type[RedisServer]) -> Iterator[tuple[RedisServer, Orchestrator]]:
+    server = kind()
+    try:
+        peer = Orchestrator(server)
+        try:
+            yield server, peer
+        finally:
+            peer.close()
+    finally:
+        server.close()
+
+
+def works(node: Node, peer: Orchestrator) -> None:
+    """All that a node does with Redis: registration, dispatch, events, farewell; and the commands do theirs."""
+    assert peer.run("w1", {"taskType": "echo"})["type"] == "TASK_SUCCEEDED"
+    command = [sys.executable, "-m", "flowmesh.cli.main", "workers", "--redis", node.server.url]
+    listed = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert "w1" in listed.stdout, listed.stderr
+    assert node.stop() == 0
+    peer.wait_worker_event("UNREGISTER", worker_id="w1")
+    assert "Redis is away" not in node.text()
+
+
+@pytest.mark.redis
+def test_the_master_is_found_through_its_sentinels() -> None:
+    with started(TcpServer) as (server, peer):
+        port = free_port()
+        file = server.folder / "sentinel.conf"
+        file.write_text(f"port {port}\nbind 127.0.0.1\nsentinel monitor main 127.0.0.1 {server.port} 1\n")
+        assert server.binary is not None
+        with open(server.folder / "sentinel.log", "ab") as log:
+            command = [server.binary, str(file), "--sentinel"]
+            sentinel = subprocess.Popen(command, stdout=log, stderr=log, cwd=server.folder, start_new_session=True)
+        try:
+            with redis.Redis(port=port) as asked:
+                until(lambda: _knows(asked), "the sentinel knows the master", 20)
+            server.url = f"redis+sentinel://127.0.0.1:{free_port()},127.0.0.1:{port}/main/0"  # the first one is down
+            with running(Node(server, config="[redis]\nstream = true\n")) as node:
+                works(node, peer)
+        finally:
+            end_process(sentinel)
+
+
+def _knows(asked: redis.Redis) -> bool:
+    with contextlib.suppress(redis.RedisError):
+        return bool(asked.execute_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", "main"))
+    return False
+
+
+@pytest.mark.redis
+def test_a_user_with_no_more_rights_than_a_node_needs(redis_server: RedisServer, orchestrator: Orchestrator) -> None:
+    client = orchestrator.redis
+    client.execute_command("ACL", "SETUSER", "node", "on", ">p@ss/w:rd", *RIGHTS.split())
+    redis_server.url = f"unix://node:p%40ss%2Fw%3Ard@{redis_server.path}"
+    with running(Node(redis_server, config="[redis]\nstream = true\n")) as node:
+        names = {each["name"]: each["user"] for each in client.client_list()}
+        assert {names[f"flowmesh-w1-{part}"] for part in ("bus", "sub", "stream")} == {"node"}
+        works(node, orchestrator)
+        assert client.execute_command("ACL", "LOG") == []
+        assert "p@ss" not in node.text()
+        assert "p%40ss" not in node.text()
+
+
+@pytest.mark.redis
+def test_a_wrong_password_is_told_without_showing_it(redis_server: RedisServer, orchestrator: Orchestrator) -> None:
+    orchestrator.redis.execute_command("ACL", "SETUSER", "node", "on", ">right", *RIGHTS.split())
+    redis_server.url = f"unix://node:wr0ng@{redis_server.path}"
+    node = Node(redis_server)
+    try:
+        node.start(wait=False)
+        until(lambda: "invalid username-password pair" in node.text(), "it says what Redis says")
+        assert "wr0ng" not in node.text()
+        orchestrator.redis.execute_command("ACL", "SETUSER", "node", ">wr0ng")
+        node.wait_status("IDLE")
+    finally:
+        node.close()
+
+
+@pytest.mark.redis
+def test_tls() -> None:
+    with started(TlsServer) as (server, peer), running(Node(server)) as node:
+        works(node, peer)
+
+
+@pytest.mark.redis
+def test_tls_with_a_certificate_that_nobody_vouches_for() -> None:
+    with started(TlsServer) as (server, _):
+        server.url = server.url.partition("?")[0]
+        node = Node(server)
+        try:
+            node.start(wait=False)
+            until(lambda: "certificate verify failed" in node.text(), "it is told")
+            with server.client() as client:
+                assert client.keys("*") == []
+        finally:
+            node.close()
+
+
+@pytest.mark.parametrize(
+    ("url", "hosts", "fields"),
+    [
+        ("redis+sentinel://h/main", [("h", 26379)], {}),
+        (
+            "redis+sentinel://a:1,b:2,[::1]:3,[::2]/my-svc/4",
+            [("a", 1), ("b", 2), ("::1", 3), ("::2", 26379)],
+            {"db": 4},
+        ),
+        ("REDIS+SENTINEL://u:p%40ss@h:1/main", [("h", 1)], {"username": "u", "password": "p@ss"}),
+        ("redis+sentinel://:pw@h:1/main/0", [("h", 1)], {"password": "pw"}),
+    ],
+)
+def test_addresses_of_sentinels(url: str, hosts: list[tuple[str, int]], fields: dict[str, object]) -> None:
+    found = sentinel_address(url)
+    service = "my-svc" if "my-svc" in url else "main"
+    assert found == SentinelAddress(hosts=hosts, service=service, **fields)  # type: ignore[arg-type]
+
+
+def test_their_password_is_not_shown() -> None:
+    assert "hush" not in redact_url("redis+sentinel://u:hush@a:1,b:2/main/0")
