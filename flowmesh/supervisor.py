@@ -443,6 +443,10 @@ class Supervisor(Hooks):
         if self.executor.draining is None:
             self.presences[slot.plan.worker_id].set_status("DEGRADED" if slot.trouble else "IDLE", last)
 
+    def on_missed(self, slot: Slot[Run]) -> None:
+        self.gaps.add(slot.plan.worker_id)
+        self._heal(slot)
+
     def on_accepted(self, run: Run) -> None:
         self.operations.on_accepted(run)
 

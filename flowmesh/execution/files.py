@@ -24,7 +24,8 @@ from flowmesh.tasks.types import LIGHT
 
 SMALL_BYTES = 64 * 1024
 MAX_OUTCOME_BYTES = 4 * 1024**3
-MAX_FOLDED_BYTES = 128 * 1024**2
+MAX_FOLDED_BYTES = 8 * 1024**2
+"""A larger log keeps what progress bars wrote over themselves: folding it would take as much memory."""
 TASK_ENTRY = "runners.child:main"
 OOM_SCORE_ADJ = 500
 """A task dies of memory before its node does."""
