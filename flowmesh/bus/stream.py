@@ -71,14 +71,14 @@ class Stream:
             if self._left and time.monotonic() - tried >= RETRY_S:
                 tried = time.monotonic()
                 await self._read_left()
-            block_ms = min(self._block_ms, int(RETRY_S * 1000)) if self._left else self._block_ms
-            for entry in await self._read(">", block_ms):
-                if not await self._handle(entry):
-                    self._left = True
             if not self.up:
                 self.up = True
                 backoff.reset()
                 logger.bind(stream=self._key).info("stream is read")
+            block_ms = min(self._block_ms, int(RETRY_S * 1000)) if self._left else self._block_ms
+            for entry in await self._read(">", block_ms):
+                if not await self._handle(entry):
+                    self._left = True
 
     async def _make_group(self) -> None:
         try:

@@ -28,7 +28,10 @@ config_option = click.option(
     "--config", type=click.Path(dir_okay=False), metavar="FILE", help="The node's settings (conf/node.toml)."
 )
 redis_option = click.option(
-    "--redis", "redis_url", metavar="URL", help="redis://, rediss:// or unix://; else REDIS_URL, else from --config."
+    "--redis",
+    "redis_url",
+    metavar="URL",
+    help="redis://, rediss://, unix:// or redis+sentinel://; else REDIS_URL, else from --config.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 state_dir_option = click.option(
@@ -101,7 +104,7 @@ def _master(url: str, options: dict[str, Any]) -> redis.Redis:
     """A client of the master that sentinels name."""
     from redis.sentinel import Sentinel
 
-    address = sentinel_address(url)
+    address = sentinel_address(url)  # type: ignore[no-untyped-call]
     sentinel = Sentinel(address.hosts, sentinel_kwargs={"socket_timeout": TIMEOUT_S})  # type: ignore[no-untyped-call]
     login = {"username": address.username, "password": address.password}
     client: redis.Redis = sentinel.master_for(address.service, db=address.db, **login, **options)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from loguru import logger
 
+from flowmesh.errors import FlowMeshError
 from flowmesh.execution.retention import Retention
 from flowmesh.execution.run import Run
 from flowmesh.tasks import machine
@@ -45,7 +46,13 @@ class Room:
             keeps_all = settings.keep_days is None and settings.keep_bytes is None
             if not keeps_all and time.monotonic() - last >= RETENTION_INTERVAL_S:
                 last = time.monotonic()
-                await self._retention.sweep()
+                await self._sweep()
+
+    async def _sweep(self) -> None:
+        try:
+            await self._retention.sweep()
+        except (FlowMeshError, OSError) as error:
+            logger.warning("old results stay: {}", error)
 
     async def look(self) -> None:
         """Pause all slots where there is too little, and have them go on where there is enough."""

@@ -210,7 +210,10 @@ class Journal:
     def finished(self) -> list[Finished]:
         """Every attempt that has ended, oldest first; cheap, and to be looked into elsewhere than on the loop."""
         query = "SELECT task_id, out_dir, finished_at, progress FROM tasks WHERE state = 'done' ORDER BY attempt"
-        return [Finished(*row) for row in self._db.execute(query)]
+        try:
+            return [Finished(*row) for row in self._db.execute(query)]
+        except sqlite3.Error as error:
+            raise JournalError(f"the journal cannot be read: {error}") from error
 
     def latest(self, task_id: str) -> Record | None:
         """The newest attempt at a task."""
