@@ -104,10 +104,12 @@ def _master(url: str, options: dict[str, Any]) -> redis.Redis:
     """A client of the master that sentinels name."""
     from redis.sentinel import Sentinel
 
-    address = sentinel_address(url)  # type: ignore[no-untyped-call]
-    sentinel = Sentinel(address.hosts, sentinel_kwargs={"socket_timeout": TIMEOUT_S})  # type: ignore[no-untyped-call]
+    address = sentinel_address(url)
+    sentinel = Sentinel(address.hosts, sentinel_kwargs={"socket_timeout": TIMEOUT_S})
     login = {"username": address.username, "password": address.password}
-    client: redis.Redis = sentinel.master_for(address.service, db=address.db, **login, **options)
+    client: redis.Redis = sentinel.master_for(  # type: ignore[no-untyped-call]
+        address.service, db=address.db, **login, **options
+    )
     return client
 
 

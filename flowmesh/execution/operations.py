@@ -47,14 +47,15 @@ class Operations:
     def _status(self, _request: dict[str, Any]) -> dict[str, Any]:
         node = self._node
         presences = node.presences.values()
-        readers = [node.intake, *node.streams, *presences]
         late = sorted(each for presence in presences for each in presence.late_s)
         return {
             "pid": os.getpid(),
             "version": __version__,
             "node_id": node.node_id,
             "uptime_s": round(time.monotonic() - node.started, 3),
-            "redis_up": node.outbox.up and all(reader.up for reader in readers),
+            "redis_up": all(part.up for part in (node.outbox, node.intake))
+            and all(each.up for each in presences)
+            and all(each.up for each in node.streams),
             "draining": node.executor.draining,
             "isolation": node.isolation,
             "task_types": sorted(node.catalogue.offered),
