@@ -105,11 +105,10 @@ def _master(url: str, options: dict[str, Any]) -> redis.Redis:
     from redis.sentinel import Sentinel
 
     address = sentinel_address(url)
-    sentinel = Sentinel(address.hosts, sentinel_kwargs={"socket_timeout": TIMEOUT_S})
     login = {"username": address.username, "password": address.password}
-    client: redis.Redis = sentinel.master_for(  # type: ignore[no-untyped-call]
-        address.service, db=address.db, **login, **options
-    )
+    sentinel: Any = Sentinel  # redis-py leaves these two without types
+    found = sentinel(address.hosts, sentinel_kwargs={"socket_timeout": TIMEOUT_S})
+    client: redis.Redis = found.master_for(address.service, db=address.db, **login, **options)
     return client
 
 

@@ -25,6 +25,9 @@ from tests.bench.measure import Row, ms, timed
 from tests.support import ROOT, end_process
 
 BLOCK = 16 << 20
+TAR = "tar -c final_model | pigz -6 > /dev/null"
+NICE = 5
+"""As deliveries are: otherwise what else this machine does would count against one of the two only."""
 SINK = """
 import socket, sys
 listener = socket.create_server(("127.0.0.1", 0))
@@ -69,9 +72,7 @@ def _rows(folder: Path, size: int, port: int) -> Iterator[Row]:
     model.mkdir(parents=True)
     _fill(model / "weights.bin", size)
     shown = f"{size >> 20} MiB"
-    tar = timed(
-        lambda: subprocess.run("tar -c final_model | pigz -6 > /dev/null", shell=True, check=True, cwd=model.parent)
-    )
+    tar = timed(lambda: subprocess.run(f"nice -n {NICE} sh -c '{TAR}'", shell=True, check=True, cwd=model.parent))
     copy = timed(lambda: _copy(model / "weights.bin", port))
     slower = max(tar, copy)
     yield Row(f"`tar | pigz -6` of {shown} to /dev/null", ms(tar), number=tar)

@@ -54,7 +54,7 @@ def test_there_is_an_example_of_everything() -> None:
     assert {f"inference-{name}.yaml" for name in names} <= set(EXAMPLES)
 
 
-@pytest.mark.parametrize("which", ["TRANSFORMERS", "VLLM"])
+@pytest.mark.parametrize("which", ["TRANSFORMERS", pytest.param("VLLM", marks=pytest.mark.vllm)])
 def test_what_is_preloaded_keeps_one_thread_and_no_gpu(which: str) -> None:
     if which == "VLLM" and importlib.util.find_spec("vllm") is None:
         pytest.skip("vllm is not installed here")

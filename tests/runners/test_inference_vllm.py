@@ -21,15 +21,16 @@ import psutil
 import pytest
 import yaml
 
-if importlib.util.find_spec("vllm") is None:
-    pytest.skip("vllm is not installed here", allow_module_level=True)
-
 from flowmesh.messages.job import Fault
 from runners.api import BadRequest, Context, RunnerError
 from runners.inference import preload
 from tests.runners.inference_specs import change, mixed_prompts, outputs, spec_of
 from tests.tiny_models import write_tiny_lora
 
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed here"),
+]
 ROOT = Path(__file__).parents[2]
 
 
