@@ -78,6 +78,7 @@ class Supervisor(Hooks):
         self.upgrade = False
         self._environ = environment
         self._stop = asyncio.Event()
+        self._subscribed = asyncio.Event()
         self._drain_mode: str | None = None
         self._notifier = Notifier(environment)
         self._lock: IO[str] | None = None
@@ -291,7 +292,12 @@ class Supervisor(Hooks):
 
     def _works(self) -> list[Any]:
         looks = [watch(self.executor), self.executor.room.watch(), self.executor.devices.sample()]
-        return [self._begin(), self.outbox.run(), self._watchdog(), *looks]
+        return [self._begin(), self._send_events(), self._watchdog(), *looks]
+
+    async def _send_events(self) -> None:
+        """What an event makes the orchestrator send must find us listening."""
+        await self._subscribed.wait()
+        await self.outbox.run()
 
     async def _begin(self) -> None:
         """Take over what an earlier supervisor left; then listen; then say that we are idle."""
@@ -403,6 +409,7 @@ class Supervisor(Hooks):
         self.operations.on_channel(data)
 
     def _on_subscribed(self, gap: bool) -> None:
+        self._subscribed.set()
         for worker_id, slot in self.slots.items():
             if gap:
                 self.gaps.add(worker_id)
@@ -439,8 +446,8 @@ class Supervisor(Hooks):
             self._rest(slot)
 
     def _rest(self, slot: Slot[Run], last: str | None = None) -> None:
-        """Say what a slot without a task is."""
-        if self.executor.draining is None:
+        """Say what a slot without a task is; before we listen, not yet."""
+        if self.executor.draining is None and self._subscribed.is_set():
             self.presences[slot.plan.worker_id].set_status("DEGRADED" if slot.trouble else "IDLE", last)
 
     def on_missed(self, slot: Slot[Run]) -> None:

@@ -165,9 +165,11 @@ class Presence:
     async def _is_registered(self) -> bool:
         async with self._client.pipeline(transaction=False) as pipeline:
             pipeline.sismember(WORKER_IDS, self.worker_id)
-            pipeline.hget(worker_key(self.worker_id), "pid")
-            member, pid = await pipeline.execute()
+            pipeline.hmget(worker_key(self.worker_id), "pid", "status")
+            member, (pid, status) = await pipeline.execute()
         there = bool(member) and pid == str(self.identity.pid).encode()
+        if there and status == b"IDLE" and self.status.word != "IDLE":
+            self.restate()  # the orchestrator said so of an earlier task, and was behind
         if not there:
             logger.bind(worker=self.worker_id).warning("the registration is gone: registering again")
         return there
