@@ -98,7 +98,7 @@ class Dispatcher:
         slot.queue.append(run)
         self._executor.hooks.on_accepted(run)
         logger.bind(task=task_id, type=accepted.type.name, attempt=attempt).info("task accepted")
-        if self._executor.was_cancelled_early(task_id):
+        if self._executor.early_cancels.take(task_id):
             self._executor.apply(run, machine.StopRequested(Stop.CANCEL, "cancelled before it came"))
         self._executor.pump(slot)
         return True

@@ -17,6 +17,7 @@ from loguru import logger
 from flowmesh.config import Settings
 from flowmesh.errors import FlowMeshError
 from flowmesh.execution import deliveries, events, files
+from flowmesh.execution.early import EarlyCancels
 from flowmesh.execution.release import Devices
 from flowmesh.execution.room import Room
 from flowmesh.execution.run import MAX_BAD_FRAMES, Run, progress_event
@@ -38,8 +39,6 @@ from flowmesh.tasks.verdicts import Kind, Stop, Verdict
 JOURNAL_RETRY_S = 1.0
 FRAMES_A_TURN = 512
 """More than a pipe holds; a child that writes as fast as we read does not keep the loop."""
-EARLY_CANCEL_S = 600.0
-"""A cancel for a task that has not come yet is remembered this long."""
 
 
 class Hooks:
@@ -102,7 +101,7 @@ class Executor:
         self.hooks = hooks
         self.deliveries = deliveries.Deliveries(self)
         self.room = Room(self)
-        self._early_cancels: dict[str, float] = {}
+        self.early_cancels = EarlyCancels()
         self._idle = asyncio.Event()
         self._idle.set()
         self._background: set[asyncio.Task[None]] = set()
@@ -135,7 +134,7 @@ class Executor:
         """Stop a task; says in which state it was met. One that is unknown is remembered, should it still come."""
         run = self.by_id.get(task_id)
         if run is None:
-            self._early_cancels[task_id] = time.monotonic()
+            self.early_cancels.add(task_id)
             return "unknown"
         state = run.task.state
         self.apply(run, machine.StopRequested(Stop.CANCEL, reason, checkpoint=checkpoint, force=force))
@@ -153,10 +152,6 @@ class Executor:
                 self.apply(run, stop)
         if mode == "now":
             self.deliveries.suspend()
-
-    def was_cancelled_early(self, task_id: str) -> bool:
-        """Whether a cancel came before the task did; asked once."""
-        return self._early_cancels.pop(task_id, 0.0) > time.monotonic() - EARLY_CANCEL_S
 
     async def idle(self) -> None:
         """Wait until no task is left here, delivered ones included; in a drain "now" their sending is left undone."""

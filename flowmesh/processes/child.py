@@ -66,7 +66,7 @@ def _use_threads(count: int) -> None:
         torch.set_num_threads(count)
     if "numpy" in sys.modules:
         try:
-            from threadpoolctl import threadpool_limits  # type: ignore[import-not-found,unused-ignore]
+            from threadpoolctl import threadpool_limits
         except ImportError:
             return
         threadpool_limits(count)
