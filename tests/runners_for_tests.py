@@ -53,6 +53,14 @@ class MisbehavingRunner(Runner):
     def do_raise(self, ctx: Context) -> None:
         raise ValueError("the runner's own error\nwith a second line")
 
+    def do_forge(self, ctx: Context) -> None:
+        """Leaves an outcome that nobody can read, where the node expects the child's own."""
+        spool = Path(ctx.job.tmp_dir).parents[1] / "spool" / str(ctx.job.attempt)
+        padding = b"x" * ctx.spec["bytes"]
+        forged = b'{"attempt":%d,"ok":true,"result":{"a":"%s\xff"}}' % (ctx.job.attempt, padding)
+        (spool / "outcome.json").write_bytes(forged)
+        os._exit(0)
+
     def do_not_a_dict(self, ctx: Context) -> Any:
         return ["no", "mapping"]
 

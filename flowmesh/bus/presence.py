@@ -209,7 +209,7 @@ class Presence:
             self._changes.append(status)
 
     async def _announce(self, status: Status) -> None:
-        async with self._client.pipeline(transaction=True) as pipeline:
+        async with self._client.pipeline(transaction=False) as pipeline:  # in order is enough: the hash, then the word
             _write(pipeline, self.worker_id, {"status": status.word, "last_seen": utc_now(), **_extra(status)})
             name = {"RUNNING": "task_id", "IDLE": "last_task"}.get(status.word)
             payload = {name: status.task_id} if name is not None and status.task_id is not None else {}

@@ -65,18 +65,30 @@ class Deliveries:
 
     async def start(self, run: Run) -> None:
         """Write, and where the destination says so send, what a task left."""
-        executor = self._executor
+        if (job := await self.write(run)) is not None:
+            await self.send(run, job)
+
+    async def write(self, run: Run) -> DeliveryJob | None:
+        """Write what a task left, where that is a matter of a moment; else the job that `send` is to do."""
         if run.attempt in self._aborted:
             self._done(run, "cancelled while delivering")
-            return
+            return None
         try:
             job, report = await asyncio.to_thread(self._write_small, run)
-            if report is not None:
-                if not report.ok and job.failure is None:  # for another try, if this disk takes it
-                    with contextlib.suppress(OSError):
-                        await asyncio.to_thread(delivery.write_job, job, executor.layout.spool(run.attempt))
-                self._done(run, "" if report.ok else report.error)
-                return
+            if report is None:
+                return job
+            if not report.ok and job.failure is None:  # for another try, if this disk takes it
+                with contextlib.suppress(OSError):
+                    await asyncio.to_thread(delivery.write_job, job, self._executor.layout.spool(run.attempt))
+            self._done(run, "" if report.ok else report.error)
+        except OSError as error:
+            self._not_started(run, error)
+        return None
+
+    async def send(self, run: Run, job: DeliveryJob) -> None:
+        """Have a child of its own do the job, once one of the places is free."""
+        executor = self._executor
+        try:
             if run.attempt in self._aborted:
                 self._done(run, "cancelled while delivering")
                 return
@@ -95,7 +107,10 @@ class Deliveries:
             if run.attempt in self._aborted or (self._suspended and job.failure is None):  # since before it had a child
                 executor.fleet.kill(-run.attempt)
         except (FlowMeshError, OSError) as error:
-            self._done(run, f"the delivery could not be started: {error}")
+            self._not_started(run, error)
+
+    def _not_started(self, run: Run, error: object) -> None:
+        self._done(run, f"the delivery could not be started: {error}")
 
     def abort(self, run: Run) -> None:
         """Stop sending; the report then says so."""
@@ -209,7 +224,7 @@ class Deliveries:
         if attempt in self.again:
             self.again.on_over(attempt, message)
         elif run := self._executor.runs.get(attempt):
-            self._done(run, f"the delivery could not be started: {message}")
+            self._not_started(run, message)
 
     def on_gone(self, attempt: int, exit_: Exit) -> None:
         self._executor.fleet.forget(-attempt)
@@ -258,7 +273,7 @@ class Deliveries:
             self._done(run, f"the delivery failed {tries} times: {why}")
             return
         logger.bind(task=run.task_id).warning("delivery begins again: {}", why)
-        self._executor.spawn(self.start(run))
+        self._executor.spawn(self.start(run), run)
 
     def _read(self, run: Run) -> None:
         pipe = self._pipes.get(run.attempt)

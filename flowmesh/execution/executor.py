@@ -19,7 +19,7 @@ from flowmesh.errors import FlowMeshError
 from flowmesh.execution import deliveries, events, files
 from flowmesh.execution.early import EarlyCancels
 from flowmesh.execution.release import Devices
-from flowmesh.execution.room import Room
+from flowmesh.execution.room import Room, Shortages
 from flowmesh.execution.run import MAX_BAD_FRAMES, Run, progress_event
 from flowmesh.messages.job import Exit, Outcome
 from flowmesh.messages.wire import (
@@ -30,6 +30,7 @@ from flowmesh.node.slots import Slot
 from flowmesh.processes import shm
 from flowmesh.processes.fleet import Callbacks, Fleet
 from flowmesh.processes.pipe import Cancel, FrameError, Hello, Phase, Pipe, Progress
+from flowmesh.processes.protocol import Fork
 from flowmesh.tasks import machine
 from flowmesh.tasks.journal import Journal, JournalError
 from flowmesh.tasks.machine import Level, State, step
@@ -202,7 +203,7 @@ class Executor:
         match action:
             case machine.Launch():
                 self.hooks.on_slot_taken(run.slot, run)
-                self.spawn(self._launch(run))
+                self.spawn(self._launch(run), run)
             case machine.AnnounceStarted():
                 self._arm_timeout(run)
             case machine.AskToStop(reason=reason, checkpoint=checkpoint):
@@ -216,42 +217,62 @@ class Executor:
                 run.timers.append(self._loop.call_later(grace_s, self.apply, run, machine.GraceOver()))
             case machine.Release():
                 self._end_process(run)
-                self.spawn(self.release(run))
+                self.spawn(self.release(run), run)
             case machine.LeaveQueue():
                 run.slot.queue.remove(run)
             case machine.FreeSlot():
                 self._free(run)
             case machine.Deliver():
-                self.spawn(self.deliveries.start(run))
+                self.spawn(self._deliver(run), run)
             case machine.AbortDelivery():
                 self.deliveries.abort(run)
             case machine.Finish(verdict=verdict):
                 self._finish(run, verdict)
 
-    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run something beside the loop's callbacks; an error in it is the node's, and is logged once."""
+    def spawn(self, work: Coroutine[Any, Any, None], run: Run | None = None) -> None:
+        """Run something beside the loop's callbacks; an error in it is the node's, and is logged once.
+
+        Args:
+            run: who waits for it. It goes on where the node failed at it: every task ends.
+        """
         task = self._loop.create_task(work)
         self._background.add(task)
-        task.add_done_callback(self._ended)
+        task.add_done_callback(lambda task: self._ended(task, run))
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
+    def _ended(self, task: asyncio.Task[None], run: Run | None) -> None:
         self._background.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.opt(exception=error).error("the node failed at a task")
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        logger.bind(task=run and run.task_id).opt(exception=error).error("the node failed at a task")
+        if run is None:
+            return
+        message = f"the node failed at it: {type(error).__name__}: {error}"
+        match run.task.state:
+            case State.LAUNCHING | State.RUNNING | State.STOPPING if run.pid is not None and run.exit is None:
+                self.fleet.kill(run.attempt)  # and then hears how it ended
+            case State.LAUNCHING | State.RUNNING | State.STOPPING:
+                self.apply(run, machine.ChildLost(message))
+            case State.RELEASING:
+                self.apply(run, machine.Released())
+            case State.DELIVERING:
+                self.apply(run, machine.Delivered(message))
+            case _:
+                pass  # it goes on without
 
     # ---- launch ------------------------------------------------------------------------------------------------------
 
     async def _launch(self, run: Run) -> None:
-        short, lacks = await self.room.admit(run)
-        if short and run.task.state is State.LAUNCHING and self._put_back(run):
-            return
-        if short or lacks:
-            self.apply(run, machine.LaunchFailed(f"not started: {short or lacks}"))
-            return
         try:
-            prepared = await asyncio.to_thread(files.prepare, self.layout, run)
+            prepared = await asyncio.to_thread(self._prepare, run)
         except OSError as error:
             self.apply(run, machine.LaunchFailed(f"cannot prepare {error.filename or 'its folders'}: {error.strerror}"))
+            return
+        lacks = prepared if isinstance(prepared, Shortages) else Shortages()
+        self.room.judge(lacks.node)
+        if lacks.node and run.task.state is State.LAUNCHING and self._put_back(run):
+            return
+        if isinstance(prepared, Shortages):
+            self.apply(run, machine.LaunchFailed(f"not started: {lacks.node or lacks.own}"))
             return
         run.cgroup = prepared.limits.cgroup
         if refusal := await self.devices.begin(run):
@@ -265,6 +286,10 @@ class Executor:
             )
         except FlowMeshError as error:
             self.apply(run, machine.LaunchFailed(str(error)))
+
+    def _prepare(self, run: Run) -> Fork | Shortages:
+        """In a thread: the task's folders and job, where there is room for them."""
+        return self.room.shortages(run) or files.prepare(self.layout, run)
 
     def _put_back(self, run: Run) -> bool:
         """Have it wait anew, as the first one; not in a drain, which waits for nobody."""
@@ -389,7 +414,7 @@ class Executor:
             self.devices.canaries.on_gone(attempt, exit_)
         elif run := self.runs.get(attempt):
             if run.task.state in (State.LAUNCHING, State.RUNNING, State.STOPPING):
-                self.spawn(self._collect(run, exit_))
+                self.spawn(self._collect(run, exit_), run)
             elif run.task.state in (State.DELIVERING, State.DONE):
                 self.fleet.forget(attempt)
         else:
@@ -408,10 +433,11 @@ class Executor:
         elif attempt in self.devices.canaries:
             self.devices.canaries.on_failed(attempt, message)
         elif run := self.runs.get(attempt):
-            self.spawn(self.lose(run, message, Kind.NODE_FAULT))
+            self.spawn(self.lose(run, message, Kind.NODE_FAULT), run)
 
     async def lose(self, run: Run, message: str, kind: Kind) -> None:
         """Its process is gone and nobody knows how; what it left on disk still counts."""
+        run.pid = None
         run.outcome = await self.read_outcome(run)
         if run.task.state in (State.LAUNCHING, State.RUNNING, State.STOPPING):
             self.apply(run, machine.ChildLost(message, run.outcome, kind))
@@ -440,13 +466,18 @@ class Executor:
     def _free(self, run: Run) -> None:
         run.slot.free(run)
         self.fleet.forget(run.attempt)
-        self.spawn(self._clean(run))
         self.pump(run.slot)
         if run.slot.current is None:
             self.hooks.on_slot_free(run.slot, run)
 
-    async def _clean(self, run: Run) -> None:
-        await asyncio.to_thread(self._clean_up, run)
+    async def _deliver(self, run: Run) -> None:
+        """Results first, where they take a moment; then what it left behind goes; then what takes longer is sent."""
+        try:
+            job = await self.deliveries.write(run)
+        finally:
+            await asyncio.to_thread(self._clean_up, run)
+        if job is not None:
+            await self.deliveries.send(run, job)
 
     def _clean_up(self, run: Run) -> None:
         """What a task leaves in the node's own places, once nobody of it is there to use it."""

@@ -107,6 +107,7 @@ class _Head(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _head_decoder = msgspec.json.Decoder(_Head)
+_outcome_decoder = msgspec.json.Decoder(Outcome)
 
 
 def prepare(layout: Layout, run: Run) -> Fork:
@@ -202,15 +203,18 @@ def outcome_is_small(spool: Path) -> bool:
 
 
 def read_outcome(spool: Path) -> Outcome | None:
-    """What the child left, without its result; None where it left nothing.
+    """What the child left (of a large one without its result); None where it left nothing.
 
     Raises:
         ProtocolError: what it left is no outcome.
     """
     path = spool / OUTCOME_FILE
     try:
-        if path.is_symlink() or path.stat().st_size > MAX_OUTCOME_BYTES:
+        size = path.stat().st_size
+        if path.is_symlink() or size > MAX_OUTCOME_BYTES:
             raise ProtocolError(f"the child's {OUTCOME_FILE} is a link, or over {MAX_OUTCOME_BYTES} bytes")
+        if size <= SMALL_BYTES:
+            return _outcome_decoder.decode(path.read_bytes())
         head = _head_decoder.decode(path.read_bytes())
     except FileNotFoundError:
         return None

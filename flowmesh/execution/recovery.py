@@ -92,7 +92,7 @@ async def _go_on(executor: Executor, run: Run, found: State, alive: set[int], de
             await executor.lose(run, message, Kind.SUPERVISOR_LOST)
         case State.RELEASING:
             _set_clock(executor, run)
-            executor.spawn(executor.release(run))
+            executor.spawn(executor.release(run), run)
         case State.DELIVERING if -run.attempt in alive:
             _set_clock(executor, run)
             run.outcome = await executor.read_outcome(run)
@@ -100,7 +100,7 @@ async def _go_on(executor: Executor, run: Run, found: State, alive: set[int], de
         case State.DELIVERING:
             _set_clock(executor, run)
             run.outcome = await executor.read_outcome(run)
-            executor.spawn(executor.deliveries.start(run))
+            executor.spawn(executor.deliveries.start(run), run)
         case State.DONE:
             pass
 

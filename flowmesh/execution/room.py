@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 from loguru import logger
 
 from flowmesh.errors import FlowMeshError
@@ -26,6 +27,18 @@ if TYPE_CHECKING:
 INTERVAL_S = 1.0
 RETENTION_INTERVAL_S = 60.0
 _MIB = 1 << 20
+
+
+class Shortages(msgspec.Struct, frozen=True):
+    """What keeps a task from being launched; empty where nothing does."""
+
+    node: str = ""
+    """All the node's tasks have to wait for this."""
+    own: str = ""
+    """Only this task lacks it."""
+
+    def __bool__(self) -> bool:
+        return bool(self.node or self.own)
 
 
 class Room:
@@ -56,26 +69,22 @@ class Room:
 
     async def look(self) -> None:
         """Pause all slots where there is too little, and have them go on where there is enough."""
-        self._judge(await asyncio.to_thread(self._shortage))
+        self.judge(await asyncio.to_thread(self._shortage))
 
-    async def admit(self, run: Run) -> tuple[str, str]:
-        """Just before a task is launched: what all the node's tasks have to wait for, and what only this one lacks."""
+    def shortages(self, run: Run) -> Shortages:
+        """In a thread, just before a task is launched; what it says is then told to `judge`."""
         if not self._settings.min_free_bytes:
-            return "", ""
-        short, own = await asyncio.to_thread(self._shortages, Path(run.accepted.target.out_dir))
-        self._judge(short)
-        return short, own
-
-    def _shortages(self, out_dir: Path) -> tuple[str, str]:
-        own = shortage({"spec.output.destination.path": out_dir}, self._settings.min_free_bytes)
-        return self._shortage(), own
+            return Shortages()
+        out_dir = {"spec.output.destination.path": Path(run.accepted.target.out_dir)}
+        return Shortages(self._shortage(), shortage(out_dir, self._settings.min_free_bytes))
 
     def _shortage(self) -> str:
         layout = self._executor.layout
         folders = {"results.dir": layout.results_dir, "node.state_dir": layout.state_dir}
         return shortage(folders, self._settings.min_free_bytes)
 
-    def _judge(self, reason: str) -> None:
+    def judge(self, reason: str) -> None:
+        """Pause all slots for this reason, or have them go on where there is none."""
         if reason and not self._short_since:
             self._short_since = time.monotonic()
             logger.error("no task is started: {}", reason)

@@ -202,6 +202,8 @@ class Fleet:
             server = None
         if server is None:
             server = self._start(lane_name)
+        elif server.ready is not None:
+            return server
         try:
             answer = await asyncio.wait_for(asyncio.shield(server.answered), READY_TIMEOUT_S)
         except TimeoutError:

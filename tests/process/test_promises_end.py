@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,26 @@ def test_p1_what_a_killed_task_left_in_shared_memory_is_gone(node: Node, peer: O
     name = (node.results_dir / end["task_id"] / "shm").read_text()
     until(lambda: not Path("/dev/shm", name).exists(), "its block is removed")
     assert_nothing_left(node, [])
+
+
+# ---- P4 --------------------------------------------------------------------------------------------------------------
+
+
+def test_p4_a_small_outcome_that_cannot_be_read_ends_its_task(node: Node, peer: Orchestrator) -> None:
+    end = peer.run(node.worker_id, misbehave("forge", bytes=10))
+    assert (end["type"], end["payload"]["error_kind"]) == ("TASK_FAILED", "crash"), end
+    assert_serves(peer, node)
+
+
+@pytest.mark.parametrize("size", [200_000, 2_000_000])
+def test_p4_a_large_outcome_that_cannot_be_read_ends_its_task(
+    make_node: Callable[..., Node], orchestrator: Orchestrator, size: int
+) -> None:
+    """Found out when its result is written; what is kept for another delivery stays on this node alone."""
+    node = make_node(config=CONFIG)
+    end = orchestrator.run(node.worker_id, misbehave("forge", bytes=size))
+    assert (end["type"], end["payload"]["error_kind"]) == ("TASK_FAILED", "delivery_failed"), end
+    assert_serves(orchestrator, node)
 
 
 # ---- P3 and P6 -------------------------------------------------------------------------------------------------------
