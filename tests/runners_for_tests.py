@@ -207,6 +207,28 @@ class MisbehavingRunner(Runner):
             os._exit(0)
         os.waitpid(child, 0)
 
+    def do_ranks(self, ctx: Context) -> dict[str, Any]:
+        """A group of two ranks, under the same watch as those of a training, that wait for each other at every step."""
+        from runners.training import groups
+        from runners.training.devices import Layout
+        from runners.training.ranks import Place
+
+        def work(place: Place, own: Context, listener: socket.socket, port: int) -> dict[str, Any]:
+            note = os.open(ctx.out_dir / "ranks", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.write(note, f"{place.rank} {os.getpid()}\n".encode())
+            peer = listener.accept()[0] if place.leads else socket.create_connection(("127.0.0.1", port))
+            steps = int(ctx.spec.get("seconds", 1) * 100)
+            for step in range(steps):
+                own.progress(step, steps, "steps")
+                time.sleep(0.01)
+                peer.send(b".")
+                if not peer.recv(1):
+                    raise ConnectionError("Connection closed by peer")
+            return {"steps": steps}
+
+        reports = groups.run(Layout(gpus=(), ranks=2), ctx, work)
+        return {"ok": True, "ranks": [report.result for report in reports]}
+
     def do_hop(self, ctx: Context) -> None:
         """A process that is never there for long: each forks its successor and ends, and each says so in a file."""
         beat = os.open(ctx.out_dir / "beat", os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -143,6 +143,8 @@ class Orchestrator:
         self.topic = topic
         self.worker_events: list[dict[str, Any]] = []
         self.task_events: list[dict[str, Any]] = []
+        self.beats_heard_s: list[float] = []
+        """When each heartbeat came, by a clock that nobody sets; as exactly as `hear` is called."""
         self._pubsub = self.redis.pubsub()
         self._pubsub.subscribe("workers.events", "tasks.events")
         until(lambda: self._pubsub.get_message(timeout=0.01), "subscribed")
@@ -174,6 +176,8 @@ class Orchestrator:
             timeout_s = 0.0
             if message["type"] == "message":
                 event = json.loads(message["data"])
+                if event["type"] == "HEARTBEAT":
+                    self.beats_heard_s.append(time.monotonic())
                 (self.worker_events if message["channel"] == b"workers.events" else self.task_events).append(event)
 
     def of_task(self, task_id: str) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from loguru import logger
 
 from flowmesh.config import Settings
 from flowmesh.errors import FlowMeshError
-from flowmesh.execution import deliveries, events, files
+from flowmesh.execution import clock, deliveries, events, files
 from flowmesh.execution.early import EarlyCancels
 from flowmesh.execution.release import Devices
 from flowmesh.execution.room import Room, Shortages
@@ -38,6 +38,8 @@ from flowmesh.tasks.types import LIGHT, Catalogue
 from flowmesh.tasks.verdicts import Kind, Stop, Verdict
 
 JOURNAL_RETRY_S = 1.0
+GONE_FOLLOWS_S = 0.5
+"""An adopted task may have ended in time, while nobody looked: word of that comes right after word of its fork."""
 FRAMES_A_TURN = 512
 """More than a pipe holds; a child that writes as fast as we read does not keep the loop."""
 
@@ -180,7 +182,7 @@ class Executor:
             with self.journal.transaction():
                 if machine.AnnounceStarted() in actions:
                     self._start_clock(run)
-                    self.journal.started(run.attempt, run.task, run.started_at or utc_now())
+                    self.journal.started(run.attempt, run.task, run.started_at or utc_now(), run.boot_mark)
                     self.journal.post(TASK_EVENTS_CHANNEL, events.started(run))
                     self.hooks.on_posted()
                 elif not isinstance(event, machine.Delivered):
@@ -340,21 +342,22 @@ class Executor:
     def _start_clock(self, run: Run) -> None:
         run.started = time.monotonic()
         run.started_at = utc_now()
+        run.boot_mark = clock.mark()
+        run.last_heard = run.started  # in the queue it had nothing to say
 
     def _resume_clock(self, run: Run) -> None:
         """An adopted task's time goes on from when it began."""
         assert run.started_at is not None
-        began = datetime.datetime.fromisoformat(run.started_at)
-        run.started = time.monotonic() - max(0.0, (datetime.datetime.now(datetime.UTC) - began).total_seconds())
-        self._arm_timeout(run)
+        run.started = time.monotonic() - clock.age_s(run.boot_mark, run.started_at)
+        self._arm_timeout(run, at_least_s=GONE_FOLLOWS_S)
         if run.task.state is State.STOPPING:
             self.apply(run, machine.GraceOver())  # its grace ran out with the supervisor that gave it
         logger.bind(task=run.task_id, pid=run.pid).info("task adopted")
 
-    def _arm_timeout(self, run: Run) -> None:
+    def _arm_timeout(self, run: Run, at_least_s: float = 0.0) -> None:
         timeout_s = run.accepted.timeout_s
         if timeout_s is not None:
-            left_s = max(0.0, timeout_s - run.runtime_s)
+            left_s = max(at_least_s, timeout_s - run.runtime_s)
             detail = f"timed out after {timeout_s:g} s (spec.timeoutSec)"
             stop = machine.StopRequested(Stop.TIMEOUT, detail)
             run.timers.append(self._loop.call_later(left_s, self.apply, run, stop))
@@ -453,7 +456,7 @@ class Executor:
         return outcome if outcome is not None and outcome.attempt == run.attempt else None
 
     def _end_process(self, run: Run) -> None:
-        run.finished = time.monotonic()
+        run.end_clock()
         run.end_timers()
         self._close_pipe(run)
 
@@ -483,7 +486,7 @@ class Executor:
         """What a task leaves in the node's own places, once nobody of it is there to use it."""
         files.remove_tree(self.layout.tmp(run.attempt))
         if run.accepted.type.environment != LIGHT or run.task.verdict is None or not run.task.verdict.ok:
-            for name in shm.sweep(time.time() - run.runtime_s - 1.0):
+            for name in shm.sweep(_started_by_any_clock(run) - 1.0):
                 logger.bind(task=run.task_id, name=name).info("shared memory that it left was removed")
 
     def _finish(self, run: Run, verdict: Verdict) -> None:
@@ -524,3 +527,11 @@ class Executor:
 
     def count(self, kind: Kind) -> None:
         self.counters.verdicts[kind.value] = self.counters.verdicts.get(kind.value, 0) + 1
+
+
+def _started_by_any_clock(run: Run) -> float:
+    """Seconds of the epoch, the earlier of what it was then and of what it would be by now: the clock may be set."""
+    counted_back = time.time() - run.runtime_s
+    if run.started_at is None:
+        return counted_back
+    return min(counted_back, datetime.datetime.fromisoformat(run.started_at).timestamp())

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import datetime
 import time
 
 from loguru import logger
 
 from flowmesh.errors import FieldError
-from flowmesh.execution import events, files
+from flowmesh.execution import clock, events, files
 from flowmesh.execution.accept import accept
 from flowmesh.execution.executor import Executor
 from flowmesh.execution.run import Run
@@ -67,7 +66,7 @@ def _restore(executor: Executor, record: Record) -> Run | None:
     slot = executor.slots.get(record.worker_id) or next(iter(executor.slots.values()))
     run = Run(record.attempt, accepted, slot)
     run.task = record.task
-    run.started_at = record.started_at
+    run.started_at, run.boot_mark = record.started_at, record.boot_mark or ""
     if executor.layout.cgroup is not None:
         run.cgroup = str(executor.layout.cgroup / str(record.attempt))
     return run
@@ -106,20 +105,21 @@ async def _go_on(executor: Executor, run: Run, found: State, alive: set[int], de
 
 
 def _set_clock(executor: Executor, run: Run) -> None:
-    """What its event says of its time: it ran until it left its outcome; where there is none, until now."""
+    """What its event says of its time: what its fork server saw; else until it left its outcome, or until now."""
     if run.started_at is None:
         return
-    began = datetime.datetime.fromisoformat(run.started_at).timestamp()
-    now, monotonic = time.time(), time.monotonic()
-    try:
-        ended = (executor.layout.spool(run.attempt) / OUTCOME_FILE).stat().st_mtime
-    except OSError:
-        ended = now
-    run.started = monotonic - max(0.0, now - began)
-    run.finished = max(run.started, monotonic - max(0.0, now - ended))
+    now = time.monotonic()
+    run.started = now - clock.age_s(run.boot_mark, run.started_at)
     if run.task.verdict is not None and run.task.verdict.exit is not None:
         run.exit = run.task.verdict.exit
         run.resources = files.usage(run)
+    run.end_clock()
+    if run.exit is None or not run.exit.ran_s:
+        try:
+            left_at = (executor.layout.spool(run.attempt) / OUTCOME_FILE).stat().st_mtime
+        except OSError:
+            return
+        run.finished = max(run.started, now - max(0.0, time.time() - left_at))
 
 
 def _sweep(layout: files.Layout, keep: set[int], undelivered: set[int]) -> None:

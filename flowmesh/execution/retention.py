@@ -16,6 +16,7 @@ import msgspec
 from loguru import logger
 
 from flowmesh.execution import files
+from flowmesh.execution.clock import SteadyClock
 from flowmesh.tasks.journal import Finished
 from flowmesh.tasks.verdicts import Kind
 
@@ -38,6 +39,7 @@ class Retention:
         self._settings = executor.settings.results
         self._sizes: dict[tuple[str, str], int] = {}
         """By folder and end: what is finished does not grow."""
+        self._clock = SteadyClock()
 
     async def sweep(self) -> list[Kept]:
         """One round; returns what was removed, oldest first."""
@@ -45,7 +47,7 @@ class Retention:
         finished = self._executor.journal.finished()
         kept = await asyncio.to_thread(self._look, finished, self._in_use(), layout.results_dir)
         removed = []
-        for each in choose(kept, settings.keep_days, settings.keep_bytes, datetime.datetime.now(datetime.UTC)):
+        for each in choose(kept, settings.keep_days, settings.keep_bytes, self._clock.now()):
             if _touches(each.folder, self._in_use()):  # it came again meanwhile
                 continue
             await asyncio.to_thread(files.remove_tree, each.folder)

@@ -36,6 +36,8 @@ class Run:
         self.last_heard = time.monotonic()
         self.bad_frames = 0
         self.started_at: str | None = None
+        self.boot_mark = ""
+        """When it started, as execution.clock writes it."""
         self.started = 0.0
         """Monotonic; counted back for an adopted one."""
         self.finished = 0.0
@@ -58,6 +60,11 @@ class Run:
     @property
     def runtime_s(self) -> float:
         return (self.finished or time.monotonic()) - self.started if self.started else 0.0
+
+    def end_clock(self) -> None:
+        """It ran until now; where its fork server has seen its end, until then: nobody else may have looked."""
+        ran_s = 0.0 if self.exit is None else self.exit.ran_s
+        self.finished = self.started + ran_s if ran_s and self.started else time.monotonic()
 
     def tell(self, event: dict[str, Any]) -> None:
         for watcher in list(self.watchers):

@@ -105,6 +105,8 @@ class Exit(msgspec.Struct, frozen=True, kw_only=True):
     """Processes that were still there when the first one had ended."""
     left: int = 0
     """Processes that could not be killed. Not zero only for processes stuck in the kernel."""
+    ran_s: float = 0.0
+    """From its fork to its end, whoever looked; 0 where the fork server is too old to say."""
     user_cpu_s: float = 0.0
     system_cpu_s: float = 0.0
     peak_rss_bytes: int = 0

@@ -72,6 +72,7 @@ class Entry:
         self.pipe = pipe
         self.leaf = leaf
         self.killed_by_us = False
+        self.forked_at = time.monotonic()
         self.machine_oom_kills = linux.oom_kills()
         self.leaf_oom_kills = leaf.oom_kills() if leaf is not None else None
         self.ended_at: float | None = None
@@ -317,6 +318,7 @@ class ForkServer:
                 code=None if killed else os.WEXITSTATUS(status),
                 signal=os.WTERMSIG(status) if killed else None,
                 oom_kills=self._oom_kills(entry, killed and os.WTERMSIG(status) == signal.SIGKILL),
+                ran_s=entry.ended_at - entry.forked_at,
                 user_cpu_s=usage.ru_utime,
                 system_cpu_s=usage.ru_stime,
                 peak_rss_bytes=usage.ru_maxrss * 1024,

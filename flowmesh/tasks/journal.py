@@ -34,7 +34,8 @@ CREATE TABLE IF NOT EXISTS tasks (
     message BLOB NOT NULL,
     progress BLOB NOT NULL,
     out_dir TEXT NOT NULL,
-    server TEXT
+    server TEXT,
+    boot_mark TEXT
 );
 CREATE INDEX IF NOT EXISTS tasks_open ON tasks (state) WHERE state != 'done';
 CREATE INDEX IF NOT EXISTS tasks_by_id ON tasks (task_id);
@@ -72,6 +73,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     out_dir: str
     server: str | None
     """The fork server that has, or had, its process."""
+    boot_mark: str | None
+    """Its start as seconds since the machine's boot; see execution.clock."""
 
 
 class Finished(msgspec.Struct, frozen=True):
@@ -90,7 +93,7 @@ class Finished(msgspec.Struct, frozen=True):
 _task_decoder = msgspec.msgpack.Decoder(Task)
 _COLUMNS = (
     "attempt, task_id, worker_id, dispatched_at, accepted_at, started_at, finished_at,"
-    " message, progress, out_dir, server"
+    " message, progress, out_dir, server, boot_mark"
 )
 
 
@@ -117,6 +120,7 @@ class Journal:
                     f"{path}: written by another version (schema {version}, this one has {SCHEMA_VERSION})"
                 )
             self._db.executescript(_SCHEMA)
+            self._add_columns()
             self._db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
             self._sent = 0
             """Up to here Redis has taken the outbox, even where that could not be written down yet."""
@@ -126,6 +130,12 @@ class Journal:
 
     def close(self) -> None:
         self._db.close()
+
+    def _add_columns(self) -> None:
+        """What a journal of the same schema may lack. An older node does not miss them, and can have it back."""
+        there = {row[1] for row in self._db.execute("PRAGMA table_info(tasks)")}
+        if "boot_mark" not in there:
+            self._db.execute("ALTER TABLE tasks ADD COLUMN boot_mark TEXT")
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -186,10 +196,10 @@ class Journal:
             (task.state, msgspec.msgpack.encode(task), server, attempt),
         )
 
-    def started(self, attempt: int, task: Task, at: str) -> None:
+    def started(self, attempt: int, task: Task, at: str, boot_mark: str) -> None:
         self._write(
-            "UPDATE tasks SET state = ?, progress = ?, started_at = ? WHERE attempt = ?",
-            (task.state, msgspec.msgpack.encode(task), at, attempt),
+            "UPDATE tasks SET state = ?, progress = ?, started_at = ?, boot_mark = ? WHERE attempt = ?",
+            (task.state, msgspec.msgpack.encode(task), at, boot_mark, attempt),
         )
 
     def finish(self, attempt: int, task: Task, at: str, channel: str, event: bytes) -> None:

@@ -13,6 +13,8 @@ from pathlib import Path
 from tests.faults.rig import Lost, Rig
 from tests.http_server import Stall
 
+SLOW_S = 12.0
+"""What a busy machine, a restart and the steps of an escalation may add to a time limit: minutes less than an hour."""
 KILLED = ("crash", "ok")
 """Killed from outside: unless it had ended before."""
 
@@ -24,16 +26,17 @@ class Fault:
     disk: str | None = None
     weight: int = 4
     """How often it comes, beside the others."""
+    sets_clock: bool = False
 
 
 FAULTS: list[Fault] = []
 
 
 def fault(
-    name: str, *, disk: str | None = None, weight: int = 4
+    name: str, *, disk: str | None = None, weight: int = 4, sets_clock: bool = False
 ) -> Callable[[Callable[[Rig, random.Random], None]], None]:
     def add(act: Callable[[Rig, random.Random], None]) -> None:
-        FAULTS.append(Fault(name, act, disk, weight))
+        FAULTS.append(Fault(name, act, disk, weight, sets_clock))
 
     return add
 
@@ -380,6 +383,97 @@ def _(rig: Rig, rng: random.Random) -> None:
         rig.hit(rig.server_pid("delivery"), signal.SIGKILL)
     rig.node.kill()
     rig.start_node()
+
+
+# ---- ranks -----------------------------------------------------------------------------------------------------------
+
+
+def _group(rig: Rig, *kinds: str, seconds: float) -> tuple[str, list[int]]:
+    """A task with a group of two ranks, and their pids in order; none where it had ended before we looked."""
+    task_id = rig.do("ranks", *kinds, seconds=seconds)
+    note = rig.node.results_dir / task_id / "ranks"
+    _until(lambda: note.exists() and note.read_text().count("\n") == 2, "both ranks work")
+    return task_id, [int(line.split()[1]) for line in sorted(note.read_text().splitlines())]
+
+
+def _hit_rank(rank: int, *numbers: int, kinds: tuple[str, ...]) -> Callable[[Rig, random.Random], None]:
+    def act(rig: Rig, rng: random.Random) -> None:
+        task_id, pids = _group(rig, *kinds, seconds=rng.uniform(0.3, 1.5))
+        for number in numbers:
+            rig.pause(rng)
+            rig.hit(pids[rank], number)
+        if numbers[-1] == signal.SIGSTOP:
+            rig.pause(rng, 0.3)
+            rig.node.ask(op="cancel", task_id=task_id)
+
+    return act
+
+
+for _rank, _other in ((0, "rank 0"), (1, "the other rank")):
+    fault(f"{_other}: SIGKILL")(_hit_rank(_rank, signal.SIGKILL, kinds=("error", "ok")))
+    fault(f"{_other}: SIGSTOP, SIGCONT")(_hit_rank(_rank, signal.SIGSTOP, signal.SIGCONT, kinds=("ok",)))
+    fault(f"{_other}: SIGSTOP, then cancelled")(_hit_rank(_rank, signal.SIGSTOP, kinds=("cancelled", "ok")))
+
+
+@fault("ranks: their parent is killed")
+def _(rig: Rig, rng: random.Random) -> None:
+    task_id, _ = _group(rig, "crash", "ok", seconds=rng.uniform(0.3, 1.5))
+    rig.pause(rng)
+    rig.hit(rig.child(task_id), signal.SIGKILL)
+
+
+# ---- the clock -------------------------------------------------------------------------------------------------------
+
+
+@fault("clock: set by hours while tasks run", weight=8, sets_clock=True)
+def _(rig: Rig, rng: random.Random) -> None:
+    """Nothing takes longer or shorter for it: no time limit, no heartbeat, no task's own account of its time."""
+    _timed(rig, rng, lambda: _set_again_and_again(rig, rng))
+
+
+@fault("clock: set by hours while no supervisor lives", weight=8, sets_clock=True)
+def _(rig: Rig, rng: random.Random) -> None:
+    crashes(rig)
+
+    def restart() -> None:
+        rig.node.kill()
+        rig.set_clock(rng)
+        rig.start_node()
+        rig.listen(rng)
+
+    _timed(rig, rng, restart)
+
+
+@fault("clock: set by hours between deliveries", sets_clock=True)
+def _(rig: Rig, rng: random.Random) -> None:
+    _deliver(rig)
+    rig.delivery_child()
+    _set_again_and_again(rig, rng)
+
+
+def _set_again_and_again(rig: Rig, rng: random.Random) -> None:
+    for _ in range(rng.randint(1, 5)):
+        rig.listen(rng)
+        rig.set_clock(rng)
+
+
+def _timed(rig: Rig, rng: random.Random, act: Callable[[], None]) -> None:
+    """Do it in the middle of a task with a time limit: it may have all of it, and not more."""
+    limit_s = rng.uniform(1.5, 4.0)
+    began = time.monotonic()
+    if rng.random() < 0.5:
+        task_id = rig.do("deaf", "timeout", timeoutSec=limit_s)
+    else:
+        task_id = rig.dispatch({"taskType": "echo", "delaySec": rng.uniform(0.3, 2.0), "timeoutSec": 30})
+    _until(lambda: rig.child(task_id), "it runs")
+    rig.listen(rng)
+    act()
+    end = rig.peer.wait_end(task_id)
+    took_s, told_s = time.monotonic() - began, end["payload"]["runtime_sec"]
+    if not 0.0 < told_s <= took_s:
+        raise Lost(f"{task_id} is said to have run for {told_s} s, and was over after {took_s:.2f} s")
+    if rig.tasks[task_id] == {"timeout"} and not limit_s <= told_s <= limit_s + SLOW_S:
+        raise Lost(f"{task_id} had {limit_s:.2f} s, and got {told_s:.2f} s")
 
 
 # ---- disks -----------------------------------------------------------------------------------------------------------

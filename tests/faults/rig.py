@@ -17,6 +17,7 @@ from typing import Any
 
 import redis
 
+from tests.clock_shim import PASS_ENV, Clock, compiler
 from tests.http_server import Server
 from tests.process.promises import leaves, of_tasks
 from tests.support import Node, Orchestrator, RedisServer, alive, below, short_dir, until, with_mark
@@ -28,6 +29,8 @@ GONE_S = 5.0
 """How long after the last task's end something of it may still be there."""
 END_S = 40.0
 """A task that has no end by then is lost."""
+HANG_S = 25.0
+"""No task of the matrix is silent for so long."""
 SOCKET_SLACK = 3
 """Connections to Redis that the client's pool may keep beside those that it had at the first look."""
 
@@ -43,6 +46,8 @@ min_free_bytes = 0
 cancel_grace_s = 0.3
 term_grace_s = 0.3
 log_max_bytes = 1048576
+hang_timeout_s = {HANG_S}
+pass_env = {json.dumps(PASS_ENV)}
 
 [processes]
 isolation = "{{isolation}}"
@@ -74,6 +79,8 @@ class Rig:
         self.may_repeat = False
         """Whether the same event may be heard twice: after a crash it may."""
         self.may_be_late = False
+        self.clock: Clock | None = None
+        """The node's own, where there is a compiler to make one."""
         self.tame = False
         """No task that executes something without its environment: without a cgroup that cannot be found again."""
         self._undelivered: set[str] = set()
@@ -95,6 +102,9 @@ class Rig:
                 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m,mode=700", "tmpfs", str(mount)], check=True)
                 stack.callback(self._unmount, mount)
             config, env = CONFIG.format(isolation=self.isolation), {"HEARTBEAT_INTERVAL_SEC": str(BEAT_S)}
+            if compiler() is not None:
+                self.clock = Clock(home / "clock")
+                env |= self.clock.env
             self.node = Node(self.server, config=config, home=home, env=env)
             stack.callback(self.node.close)
             self.start_node()
@@ -129,9 +139,30 @@ class Rig:
         self.expect_accepted, self.may_repeat, self.may_be_late = True, False, False
         self.tame = False
         self.http.plan.clear()
+        self._set_clock_right()
         self.peer.hear()
+        self.peer.beats_heard_s.clear()
         self.peer.task_events.clear()
         self.peer.worker_events.clear()
+
+    def _set_clock_right(self) -> None:
+        """And wait until it is heard of: times of before and after must not meet in one injection."""
+        if self.clock is not None and self.clock.offset_s:
+            self.clock.set(0)
+            self.peer.hear()
+            self.peer.worker_events.clear()
+            self.peer.wait_worker_event("HEARTBEAT")
+
+    def set_clock(self, rng: random.Random) -> None:
+        """By hours, to where it was not yet."""
+        assert self.clock is not None, "the plan has left this fault out"
+        self.clock.set(self.clock.offset_s + rng.choice([-1, 1]) * rng.uniform(0.5, 40) * 3600)
+
+    def listen(self, rng: random.Random, most_s: float = 0.6) -> None:
+        """Pause, and hear what is said meanwhile when it is said."""
+        end = time.monotonic() + rng.uniform(0, most_s)
+        while time.monotonic() < end:
+            self.peer.hear(0.01)
 
     def dispatch(self, spec: dict[str, Any], *kinds: str, **fields: Any) -> str:
         task_id = self.peer.dispatch(self.node.worker_id, spec, **fields)
@@ -293,8 +324,11 @@ class Rig:
     def _late(self) -> list[str]:
         if self.may_be_late:
             return []
-        beats = [event["ts"] for event in self.peer.worker_events if event["type"] == "HEARTBEAT"]
-        times = [datetime.datetime.fromisoformat(ts).timestamp() for ts in beats]
+        if self.clock is not None and self.clock.offset_s:
+            times = self.peer.beats_heard_s
+        else:
+            beats = [event["ts"] for event in self.peer.worker_events if event["type"] == "HEARTBEAT"]
+            times = [datetime.datetime.fromisoformat(ts).timestamp() for ts in beats]
         gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
         return [f"a heartbeat came {max(gaps) - BEAT_S:.2f} s late"] if gaps and max(gaps) > BEAT_S + LATE_S else []
 

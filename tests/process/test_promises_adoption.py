@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.clock_shim import Clock, compiler
 from tests.http_server import Server, Stall
 from tests.process.promises import (
     CONFIG,
@@ -87,16 +88,20 @@ def test_p4_p5_killed_again_and_again_while_tasks_come_and_go(orchestrator: Orch
 
 
 def test_p5_what_was_computed_while_no_supervisor_lived_is_delivered(orchestrator: Orchestrator, node: Node) -> None:
+    began = time.monotonic()
     task_id = orchestrator.dispatch("w1", misbehave("escape", then="doze"))
     orchestrator.wait_started(task_id)
     pids = pids_in(node.results_dir / task_id / "pids")
     pids.append(the_task(node))
     node.kill()
     wait_gone(pids, "the task, with what it left")
+    ran_s = time.monotonic() - began
+    time.sleep(1.0)
     assert orchestrator.ends(task_id) == []
     node.start()
     end = orchestrator.wait_end(task_id)
     assert end["type"] == "TASK_SUCCEEDED", end
+    assert 1.0 <= end["payload"]["runtime_sec"] <= ran_s, "and not what it waited for somebody to look"
     assert responses(node, task_id)["ok"] is True
     assert end["payload"]["resources"]["processes_swept"] >= 3
     assert_one_end_each(orchestrator, [task_id])
@@ -125,6 +130,29 @@ def test_p5_an_adopted_task_can_be_cancelled(orchestrator: Orchestrator, node: N
     node.ask(op="cancel", task_id=task_id)
     end = orchestrator.wait_end(task_id)
     assert (end["payload"]["error_kind"], end["payload"]["exit"]["code"]) == ("cancelled", 1), "it heard the frame"
+
+
+@pytest.mark.skipif(compiler() is None, reason="needs a C compiler to make a clock that can be set")
+@pytest.mark.parametrize("hours", [5, -5])
+def test_p5_a_clock_that_is_set_meanwhile_is_nothing_to_an_adopted_task(
+    orchestrator: Orchestrator, make_node: Callable[..., Node], hours: int
+) -> None:
+    node = make_node(start=False, config=CONFIG)
+    clock = Clock(node.home / "clock")
+    node.env |= clock.env
+    node.start()
+    task_id = orchestrator.dispatch("w1", misbehave("sleep", timeoutSec=600))
+    orchestrator.wait_started(task_id)
+    began = time.monotonic()
+    node.kill()
+    clock.set(hours * 3600)
+    node.start()
+    wait_state(node, task_id, "running")
+    ran_s = time.monotonic() - began
+    node.ask(op="cancel", task_id=task_id)
+    end = orchestrator.wait_end(task_id)
+    assert end["payload"]["error_kind"] == "cancelled", end
+    assert ran_s <= end["payload"]["runtime_sec"] < ran_s + 60
 
 
 def test_p5_a_cancel_outlives_the_supervisor_that_heard_it(orchestrator: Orchestrator, node: Node) -> None:

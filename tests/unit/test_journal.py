@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -30,9 +32,10 @@ def test_a_task_from_accepted_to_done(journal: Journal) -> None:
     (record,) = journal.open_tasks()
     assert (record.attempt, record.task_id, record.task.state) == (attempt, "t", State.QUEUED)
     journal.launching(attempt, Task(state=State.LAUNCHING), "light-1")
-    journal.started(attempt, Task(state=State.RUNNING), "2026-01-02")
+    journal.started(attempt, Task(state=State.RUNNING), "2026-01-02", "boot 1.5")
     (record,) = journal.open_tasks()
     assert (record.server, record.started_at, record.task.state) == ("light-1", "2026-01-02", State.RUNNING)
+    assert record.boot_mark == "boot 1.5"
     journal.finish(attempt, Task(state=State.DONE), "2026-01-03", "tasks.events", b"end")
     assert journal.open_tasks() == []
     assert [row[1:] for row in journal.outgoing()] == [("tasks.events", b"end")]
@@ -127,3 +130,15 @@ def test_its_folder_is_private(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "b").stat().st_mode & 0o777 == 0o700
     Journal(tmp_path / "a" / "b" / "j")
     assert (tmp_path / "a" / "b" / "j").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_journal_that_lacks_a_column_gets_it(tmp_path: Path) -> None:
+    path = tmp_path / "journal.sqlite"
+    Journal(path).close()
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("ALTER TABLE tasks DROP COLUMN boot_mark")
+    journal = Journal(path)
+    attempt = accept(journal)
+    journal.started(attempt, Task(state=State.RUNNING), "2026-01-02", "boot 1.5")
+    (record,) = journal.open_tasks()
+    assert record.boot_mark == "boot 1.5"
