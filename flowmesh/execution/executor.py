@@ -191,6 +191,8 @@ class Executor:
             run.task = before
             self._later(run, error, self.apply, run, event)
             return
+        if run.task.state is State.STOPPING and run.waiting is not None:
+            run.waiting.cancel()
         if run.task.state is not before.state:
             run.tell({"event": "state", "state": run.task.state.value})
         for action in actions:
@@ -264,6 +266,9 @@ class Executor:
     # ---- launch ------------------------------------------------------------------------------------------------------
 
     async def _launch(self, run: Run) -> None:
+        if not self.fleet.is_ready(run.accepted.type.environment) and not await self._await_server(run):
+            self.apply(run, machine.LaunchFailed("stopped before it was started"))
+            return
         try:
             prepared = await asyncio.to_thread(self._prepare, run)
         except OSError as error:
@@ -292,6 +297,14 @@ class Executor:
     def _prepare(self, run: Run) -> Fork | Shortages:
         """In a thread: the task's folders and job, where there is room for them."""
         return self.room.shortages(run) or files.prepare(self.layout, run)
+
+    async def _await_server(self, run: Run) -> bool:
+        """Imports take their time, and a stop does not wait for them: False where one came meanwhile."""
+        if run.task.state is State.LAUNCHING:
+            run.waiting = self._loop.create_task(self.fleet.warm(run.accepted.type.environment))
+            await asyncio.wait([run.waiting])
+            run.waiting = None
+        return run.task.state is State.LAUNCHING
 
     def _put_back(self, run: Run) -> bool:
         """Have it wait anew, as the first one; not in a drain, which waits for nobody."""

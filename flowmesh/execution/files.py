@@ -34,6 +34,8 @@ OOM_SCORE_ADJ = 500
 class Owner(msgspec.Struct, frozen=True):
     uid: int
     gid: int
+    groups: tuple[int, ...]
+    name: str
     home: str
 
     @classmethod
@@ -49,7 +51,8 @@ class Owner(msgspec.Struct, frozen=True):
             raise ConfigError(f"processes.task_user: there is no user {name!r} on this machine") from None
         if os.geteuid() not in (0, found.pw_uid):
             raise ConfigError(f"processes.task_user: only root can run tasks as {name!r}; leave it out, or run as root")
-        return cls(found.pw_uid, found.pw_gid, found.pw_dir)
+        groups = tuple(os.getgrouplist(name, found.pw_gid))
+        return cls(found.pw_uid, found.pw_gid, groups, name, found.pw_dir)
 
 
 class Layout(msgspec.Struct, frozen=True, kw_only=True):
@@ -179,6 +182,7 @@ def prepare(layout: Layout, run: Run) -> Fork:
             nice=wants.task_nice,
             uid=None if layout.owner is None else layout.owner.uid,
             gid=None if layout.owner is None else layout.owner.gid,
+            groups=() if layout.owner is None else layout.owner.groups,
             private_shm=wants.private_shm and accepted.type.environment != LIGHT,
         ),
         threads=threads,
@@ -186,7 +190,10 @@ def prepare(layout: Layout, run: Run) -> Fork:
 
 
 def _own_home(layout: Layout) -> dict[str, str]:
-    return layout.base_env if layout.owner is None else {**layout.base_env, "HOME": layout.owner.home}
+    owner = layout.owner
+    if owner is None:
+        return layout.base_env
+    return {**layout.base_env, "HOME": owner.home, "USER": owner.name, "LOGNAME": owner.name}
 
 
 def give(layout: Layout, folder: Path) -> None:

@@ -35,6 +35,8 @@ class Run:
         self.progress: Progress | None = None
         self.last_heard = time.monotonic()
         self.bad_frames = 0
+        self.waiting: asyncio.Task[None] | None = None
+        """For its environment's fork server to have imported."""
         self.started_at: str | None = None
         self.boot_mark = ""
         """When it started, as execution.clock writes it."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 from pathlib import Path
 
@@ -15,16 +16,10 @@ _CONTROLLERS = ("memory", "pids", "cpu")
 
 def own_cgroup() -> Path | None:
     """The folder of the v2 cgroup that we are in, or None where no v2 hierarchy is mounted."""
-    mount = None
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        left, _, right = line.partition(" - ")
-        if right.startswith("cgroup2 "):
-            mount = Path(left.split()[4])
-    if mount is None:
-        return None
+    mounts = _mounts("cgroup2")
     for line in Path("/proc/self/cgroup").read_text().splitlines():
-        if line.startswith("0::"):
-            return mount / line[3:].lstrip("/")
+        if mounts and line.startswith("0::"):
+            return mounts[-1] / line[3:].lstrip("/")
     return None
 
 
@@ -64,6 +59,45 @@ def controllers(base: Path) -> set[str]:
         return set((base / "cgroup.subtree_control").read_text().split())
     except OSError:
         return set()
+
+
+def oom_kills_near() -> int:
+    """Processes that the kernel has killed for memory in our own cgroup, or where it does not count them, anywhere.
+
+    In a container, whose cgroups are its host's, this leaves out what happened to its neighbours.
+    """
+    for path in _counters_near():
+        try:
+            lines = path.read_bytes().splitlines()
+        except OSError:
+            continue
+        if found := [int(line.split()[1]) for line in lines if line.startswith(b"oom_kill ")]:
+            return found[0]
+    return 0
+
+
+@functools.cache
+def _counters_near() -> tuple[Path, ...]:
+    own = own_cgroup()
+    return (*(() if own is None else (own / "memory.events",)), *_v1_counters(), Path("/proc/vmstat"))
+
+
+def _v1_counters() -> list[Path]:
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            return [mount / path.lstrip("/") / "memory.oom_control" for mount in _mounts("cgroup", "memory")]
+    return []
+
+
+def _mounts(kind: str, option: str = "") -> list[Path]:
+    found = []
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        left, _, right = line.partition(" - ")
+        name, _, options = right.split(" ", 2)
+        if name == kind and (not option or option in options.split()[-1].split(",")):
+            found.append(Path(left.split()[4]))
+    return found
 
 
 class Leaf:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import os
 import sys
 import time
@@ -17,6 +18,7 @@ from pathlib import Path
 import msgspec
 from loguru import logger
 
+from flowmesh import __version__
 from flowmesh.errors import LaunchError
 from flowmesh.messages.job import Exit
 from flowmesh.processes import environ, linux, tree
@@ -94,8 +96,8 @@ class Fleet:
 
     async def adopt(self, timeout_s: float) -> set[int]:
         """Find the servers of an earlier supervisor; returns the attempts that they still have."""
-        for path in sorted(self._folder.glob("*.sock")):
-            if path.stem.rpartition("-")[0] in self.lanes and (server := Server.adopt(path, **self._hears())):
+        for path in sorted(self._folder.glob("*-*.sock")):
+            if server := Server.adopt(path, **self._hears()):
                 self.servers.add(server)
         for server in list(self.servers):
             try:
@@ -105,8 +107,13 @@ class Fleet:
                 if server.state is not ServerState.ENDED:  # with all that it forked: nobody would hear of them again
                     tree.kill_all(await asyncio.to_thread(tree.forked_from, server.id))
                 continue
-            if server.ready is not None:
-                self._current.setdefault(server.lane, server)
+            if server.ready is None:
+                continue
+            if self._may_serve(server, server.ready):
+                self._current[server.lane] = server
+            else:
+                logger.bind(server=server.id).info("fork server adopted for its tasks only: the next get a new one")
+                self._retire(server)
         return {attempt for server in self.servers if server.ready for attempt in server.ready.attempts}
 
     async def launch(self, lane_name: str, fork: Fork, before_fork: Callable[[str], None]) -> None:
@@ -127,6 +134,11 @@ class Fleet:
             del self._known[fork.attempt]
             raise
         asyncio.get_running_loop().call_later(FORK_TIMEOUT_S, self._check_forked, fork.attempt)
+
+    def is_ready(self, lane_name: str) -> bool:
+        """Whether a task of this lane can be forked at once."""
+        server = self._current.get(lane_name)
+        return server is not None and server.state is ServerState.READY
 
     async def warm(self, lane_name: str) -> None:
         """Have the lane's server ready before a task needs it. What is wrong with it is told when one does."""
@@ -228,11 +240,24 @@ class Fleet:
             )  # fmt: skip
         return await self._server(lane_name)
 
+    def _may_serve(self, server: Server, ready: Ready) -> bool:
+        """Whether one that was adopted is what its lane needs today: settings and versions may have changed."""
+        lane = self.lanes.get(server.lane)
+        if lane is None or server.lane in self._current or ready.retiring:
+            return False
+        return ready.made_of == self._made_of(lane) and not server.is_stale()
+
+    def _made_of(self, lane: Lane) -> str:
+        """The same for all servers that could take each other's place."""
+        parts = msgspec.json.encode((__version__, lane, sorted(self._env.items())))
+        return hashlib.blake2b(parts, digest_size=8).hexdigest()
+
     def _start(self, lane_name: str) -> Server:
         since, message = self._broken.get(lane_name, (0.0, ""))
         if message and time.monotonic() - since < BROKEN_FOR_S:
             raise LaunchError(message)
         lane = self.lanes[lane_name]
+        made_of = self._made_of(lane)
         if lane_name in self._bare:
             lane = msgspec.structs.replace(lane, preload=(), canary=None)
         server = Server.start(
@@ -240,7 +265,8 @@ class Fleet:
             self._folder,
             environ.with_package(self._env) if lane.python == sys.executable else self._env,
             self._log_folder / f"{lane_name}.log",
-            self._adoption_timeout_s,
+            adoption_timeout_s=self._adoption_timeout_s,
+            made_of=made_of,
             **self._hears(),
         )
         self.servers.add(server)

@@ -22,7 +22,7 @@ from typing import NoReturn
 import msgspec
 
 from flowmesh.messages.job import Exit
-from flowmesh.processes import child, linux, preload, tree
+from flowmesh.processes import cgroup, child, linux, preload, tree
 from flowmesh.processes.cgroup import Leaf
 from flowmesh.processes.pipe import Pipe
 from flowmesh.processes.protocol import (
@@ -61,6 +61,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     canary: str | None = None
     """`module:function` that a first child runs before any task does."""
     adoption_timeout_s: float = 60.0
+    made_of: str = ""
+    """Said again to each supervisor: one whose settings have changed wants another server for its next tasks."""
 
 
 class Entry:
@@ -73,7 +75,7 @@ class Entry:
         self.leaf = leaf
         self.killed_by_us = False
         self.forked_at = time.monotonic()
-        self.machine_oom_kills = linux.oom_kills()
+        self.near_oom_kills = cgroup.oom_kills_near()
         self.leaf_oom_kills = leaf.oom_kills() if leaf is not None else None
         self.ended_at: float | None = None
         self.swept = 0
@@ -127,6 +129,8 @@ class ForkServer:
             modules=report.modules,
             rss_bytes=report.rss_bytes,
             packages=report.packages,
+            stamp=preload.stamp(report.packages),
+            made_of=self.options.made_of,
         )
         try:
             while not self._finished():
@@ -182,7 +186,7 @@ class ForkServer:
         self.supervisor = supervisor
         self.poller.register(supervisor, select.EPOLLIN)
         assert self.ready is not None
-        self._say(msgspec.structs.replace(self.ready, attempts=tuple(self.entries)))
+        self._say(msgspec.structs.replace(self.ready, attempts=tuple(self.entries), retiring=self.retiring))
         for entry in self.entries.values():
             self._say(Forked(attempt=entry.attempt, pid=entry.pid), entry.pipe.fileno())
             if entry.gone:
@@ -207,8 +211,14 @@ class ForkServer:
         if not data:
             self._drop_supervisor()
             return
-        match request_decoder.decode(data):
-            case Fork() as request:
+        try:
+            request = request_decoder.decode(data)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:  # another version's: no reason to end any task
+            sys.stderr.write(f"a request that this fork server does not have: {error}\n")
+            sys.stderr.flush()
+            return
+        match request:
+            case Fork():
                 self._fork(request)
             case Terminate(attempt):
                 if (entry := self.entries.get(attempt)) and entry.running:
@@ -326,11 +336,11 @@ class ForkServer:
 
     @staticmethod
     def _oom_kills(entry: Entry, killed: bool) -> int:
-        """The kernel's count for this child's own cgroup; the machine's count is evidence only for a kill not ours."""
+        """The kernel's count for this child alone; where it counts others with it, only a kill not ours is evidence."""
         if entry.leaf is not None and (now := entry.leaf.oom_kills()) is not None:
             return now - (entry.leaf_oom_kills or 0)
         if killed and not entry.killed_by_us:
-            return linux.oom_kills() - entry.machine_oom_kills
+            return cgroup.oom_kills_near() - entry.near_oom_kills
         return 0
 
     def _sweep(self) -> None:

@@ -14,9 +14,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import msgspec
+from loguru import logger
 
 from flowmesh.errors import LaunchError
-from flowmesh.processes import linux
+from flowmesh.processes import linux, preload
 from flowmesh.processes.forkserver import Options
 from flowmesh.processes.pipe import Pipe
 from flowmesh.processes.protocol import MAX_MESSAGE, Ready, Reply, Request, Unfit, encode, reply_decoder
@@ -66,7 +67,6 @@ class Server:
         self._on_ended = on_ended
         self._loop = asyncio.get_running_loop()
         self._outgoing: deque[bytes] = deque()
-        self._stamp: tuple[float, ...] = ()
         self._sock: socket.socket | None = None
 
     # ---- coming and going --------------------------------------------------------------------------------------------
@@ -78,7 +78,9 @@ class Server:
         folder: Path,
         env: Mapping[str, str],
         log: Path,
+        *,
         adoption_timeout_s: float,
+        made_of: str,
         **callbacks: Callable[..., None],
     ) -> Server:
         """Start a new one and connect to it; it says Ready, or Unfit, when its imports are done.
@@ -99,6 +101,7 @@ class Server:
                 preload=lane.preload,
                 canary=lane.canary,
                 adoption_timeout_s=adoption_timeout_s,
+                made_of=made_of,
             )
             # -P: the folder we were started in is no place to import from; tasks may write there
             command = [lane.python, "-P", "-m", "flowmesh.processes.forkserver", msgspec.json.encode(options).decode()]
@@ -161,7 +164,7 @@ class Server:
 
     def is_stale(self) -> bool:
         """Whether packages of its environment were changed after it imported them."""
-        return self.ready is not None and self._stamp != _stamp(self.ready.packages)
+        return self.ready is not None and self.ready.stamp != preload.stamp(self.ready.packages)
 
     # ---- talk --------------------------------------------------------------------------------------------------------
 
@@ -204,12 +207,17 @@ class Server:
         if not data:
             self._end()
             return
-        reply = reply_decoder.decode(data)
+        try:
+            reply = reply_decoder.decode(data)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            logger.bind(server=self.id).warning("not understood: {}", error)
+            for fd in fds:
+                os.close(fd)
+            return
         match reply:
             case Ready():
                 self.pid = reply.pid
                 self.ready = reply
-                self._stamp = _stamp(reply.packages)
                 if self.state is ServerState.STARTING:
                     self.state = ServerState.READY
                 if not self.answered.done():
@@ -236,7 +244,3 @@ class Server:
         if self.pid is None:
             return True
         return await asyncio.to_thread(linux.wait_gone, self.pid, timeout_s)
-
-
-def _stamp(folders: tuple[str, ...]) -> tuple[float, ...]:
-    return tuple(os.stat(folder).st_mtime if os.path.isdir(folder) else 0.0 for folder in folders)  # noqa: PTH112,PTH116

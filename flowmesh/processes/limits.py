@@ -22,9 +22,10 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     cpus: tuple[int, ...] | None = None
     nice: int = 0
     oom_score_adj: int | None = None
-    open_files: int | None = None
     uid: int | None = None
     gid: int | None = None
+    groups: tuple[int, ...] = ()
+    """The user's other groups; only with `gid`."""
     private_shm: bool = False
     """A /dev/shm of its own, where that is allowed."""
 
@@ -42,8 +43,7 @@ def apply(limits: Limits, parent: int) -> None:
     if limits.cgroup is not None:
         Leaf(Path(limits.cgroup)).join()
     if limits.oom_score_adj is not None:
-        # Lowering it needs a privilege; a task is only ever raised, which needs none.
-        Path("/proc/self/oom_score_adj").write_text(str(limits.oom_score_adj))
+        _raise_oom_score_adj(limits.oom_score_adj)
     if limits.cpus is not None:
         with contextlib.suppress(OSError):  # a CPU that went offline: better slower than not at all
             os.sched_setaffinity(0, limits.cpus)
@@ -52,12 +52,8 @@ def apply(limits: Limits, parent: int) -> None:
     if limits.private_shm:
         shm.make_private()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if limits.open_files is not None:
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        soft = limits.open_files if hard == resource.RLIM_INFINITY else min(limits.open_files, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     if limits.gid is not None:
-        os.setgroups([])
+        os.setgroups(limits.groups)
         os.setgid(limits.gid)
     if limits.uid is not None:
         os.setuid(limits.uid)
@@ -66,3 +62,10 @@ def apply(limits: Limits, parent: int) -> None:
     linux.die_with_parent(signal.SIGKILL)
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _raise_oom_score_adj(wanted: int) -> None:
+    """Lowering it needs a privilege, so where the node's own is higher already, as in many a container, it stays."""
+    path = Path("/proc/self/oom_score_adj")
+    if wanted > int(path.read_text()):
+        path.write_text(str(wanted))

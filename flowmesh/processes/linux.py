@@ -130,14 +130,6 @@ def _stat(pid: int) -> list[bytes] | None:
     return data[data.rindex(b")") + 2 :].split()
 
 
-def oom_kills() -> int:
-    """Processes that the kernel has killed for memory since boot, on the whole machine."""
-    for line in Path("/proc/vmstat").read_bytes().splitlines():
-        if line.startswith(b"oom_kill "):
-            return int(line.split()[1])
-    return 0
-
-
 def wait_gone(pid: int, timeout_s: float) -> bool:
     """Wait until a process, which need not be our child, has ended. False where it has not in `timeout_s`."""
     try:

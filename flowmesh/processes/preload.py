@@ -115,6 +115,11 @@ def _packages() -> tuple[str, ...]:
     return tuple(sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}))
 
 
+def stamp(folders: tuple[str, ...]) -> tuple[float, ...]:
+    """When each folder of packages was last changed: an installer adds and removes entries of it."""
+    return tuple(os.stat(folder).st_mtime if os.path.isdir(folder) else 0.0 for folder in folders)  # noqa: PTH112,PTH116
+
+
 def _rss_bytes() -> int:
     return int(Path("/proc/self/statm").read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 

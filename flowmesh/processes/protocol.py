@@ -64,6 +64,12 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     rss_bytes: int
     packages: tuple[str, ...] = ()
     """Folders of installed packages: when one changes, what it has imported is old."""
+    stamp: tuple[float, ...] = ()
+    """When those folders had last changed, once it had imported from them."""
+    made_of: str = ""
+    """What the supervisor that started it said that it is made of."""
+    retiring: bool = False
+    """It ends with the last of its children."""
     attempts: tuple[int, ...] = ()
     """The children that it already has."""
 

@@ -96,7 +96,7 @@ def judge(
     """
     evidence = describe_exit(exit_)
     if exit_.oom_kills:
-        evidence += f"; memory.events oom_kill +{exit_.oom_kills}"
+        evidence += f"; the kernel's count oom_kill +{exit_.oom_kills}"
     if outcome is not None and outcome.ok and exit_.code == 0:
         return Verdict(kind=Kind.OK, exit=exit_, evidence=evidence)
     if stop is not None:

@@ -31,9 +31,7 @@ def library() -> Path:
     atexit.register(lambda: shutil.rmtree(folder) if os.getpid() == owner else None)
     out = folder / "clock.so"
     source = Path(__file__).with_name("shim.c")
-    subprocess.run(
-        [program, "-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror", "-o", out, source], check=True
-    )
+    subprocess.run([program, "-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror", "-o", out, source], check=True)
     return out
 
 

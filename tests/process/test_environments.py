@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
-import sysconfig
 import textwrap
 from pathlib import Path
 
@@ -21,7 +22,9 @@ import {module}
 
 class Probe(Runner):
     def run(self, ctx):
-        return {{"prefix": sys.prefix, "value": {module}.VALUE, "preloaded": {module}.PID != os.getpid()}}
+        ctx.sleep(ctx.spec.get("seconds", 0))
+        told = {{"probed": os.environ.get("PROBED"), "prefix": sys.prefix}}
+        return {{**told, "value": {module}.VALUE, "preloaded": {module}.PID != os.getpid()}}
 """
 
 
@@ -30,7 +33,8 @@ def make_environment(folder: Path, module: str, body: str) -> Path:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     site = folder / "lib" / version / "site-packages"
-    (site / "shared.pth").write_text(f"{sysconfig.get_path('purelib')}\n{ROOT}\n")
+    ours = [path for path in sys.path if path.endswith("site-packages")]
+    (site / "shared.pth").write_text("\n".join([*ours, str(ROOT), ""]))
     (site / f"{module}.py").write_text(body)
     (site / f"{module}_runner.py").write_text(textwrap.dedent(RUNNER.format(module=module)))
     return folder / "bin" / "python"
@@ -74,6 +78,68 @@ def test_a_server_whose_packages_changed_is_replaced(orchestrator: Orchestrator,
     assert "its packages changed" in node.text()
 
 
+def test_packages_that_changed_while_no_supervisor_lived(orchestrator: Orchestrator, make_node, tmp_path: Path) -> None:
+    """As an upgrade does it: the server that is adopted has imported what is no longer there."""
+    python = make_environment(tmp_path / "venv", "only_there", BODY)
+    node: Node = make_node(config=config(python, "only_there"))
+    orchestrator.run("w1", {"taskType": "probe"}, task_id="before")
+    node.kill()
+    module = next((tmp_path / "venv").rglob("only_there.py"))
+    module.unlink()
+    module.write_text(BODY.replace("VALUE = 1", "VALUE = 22"))
+    node.start()
+    orchestrator.run("w1", {"taskType": "probe"}, task_id="after")
+    assert (node.result("before")["value"], node.result("after")["value"]) == (1, 22)
+
+
+@pytest.mark.parametrize("how", ["another interpreter", "another name", "another variable"])
+def test_settings_that_changed_while_a_task_ran_are_the_next_ones(
+    orchestrator: Orchestrator, make_node, tmp_path: Path, how: str
+) -> None:
+    """SIGHUP: the task goes on in the server that it was forked from, the next one gets what the file says now."""
+    first = make_environment(tmp_path / "first", "only_there", BODY)
+    second = make_environment(tmp_path / "second", "only_there", BODY)
+    node: Node = make_node(config=config(first, "only_there"), env={"PROBED": "yes"})
+    running = orchestrator.dispatch("w1", {"taskType": "probe", "seconds": 2.5}, task_id="running")
+    orchestrator.wait_started(running)
+    pid = node.task_pid(running)
+    changed = {
+        "another interpreter": config(second, "only_there"),
+        "another name": config(first, "only_there").replace("other", "elsewhere"),
+        "another variable": config(first, "only_there") + '[tasks]\npass_env = ["PROBED"]\n',
+    }
+    (node.home / "node.toml").write_text(changed[how])
+    os.kill(node.pid, signal.SIGHUP)
+    until(lambda: node.text().count("subscribed") == 2, "the new supervisor listens")
+    assert node.task_pid(running) == pid
+    assert orchestrator.wait_end(running)["type"] == "TASK_SUCCEEDED"
+    assert orchestrator.run("w1", {"taskType": "probe"}, task_id="next")["type"] == "TASK_SUCCEEDED"
+    assert node.result("next")["preloaded"] is True
+    assert node.result("next")["prefix"] == str(tmp_path / ("second" if how == "another interpreter" else "first"))
+    assert node.result("next")["probed"] == ("yes" if how == "another variable" else None)
+    kept = until(lambda: len(node.servers()) == 2 and node.ask(op="status")["servers"], "the old servers are gone")
+    assert sorted(each["environment"] for each in kept) == sorted(
+        ["light", "elsewhere" if how == "another name" else "other"]
+    )
+
+
+def test_a_cancel_does_not_wait_for_the_imports(orchestrator: Orchestrator, make_node, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    body = BODY + f"import pathlib, time\nwhile not pathlib.Path({str(gate)!r}).exists(): time.sleep(0.02)\n"
+    python = make_environment(tmp_path / "venv", "slow", body)
+    node: Node = make_node(config=config(python, "slow"))
+    for force in (False, True):
+        task_id = orchestrator.dispatch("w1", {"taskType": "probe"})
+        until(lambda: len(node.servers()) == 2 and node.ask(op="status")["tasks"], "its environment is imported")
+        assert node.ask(op="cancel", task_id=task_id, force=force)["state"] == "launching"
+        end = orchestrator.wait_end(task_id)
+        assert (end["payload"]["error_kind"], end["payload"]["started_at"]) == ("cancelled", None)
+    after = orchestrator.dispatch("w1", {"taskType": "probe"}, task_id="after")
+    gate.touch()
+    assert orchestrator.wait_end(after)["type"] == "TASK_SUCCEEDED"
+    assert node.result("after")["preloaded"] is True
+
+
 def test_recycle_on_request_replaces_the_servers_and_keeps_their_tasks(orchestrator: Orchestrator, node: Node) -> None:
     task = orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 1.5})
     orchestrator.wait_started(task)
@@ -86,6 +152,19 @@ def test_recycle_on_request_replaces_the_servers_and_keeps_their_tasks(orchestra
     unknown = node.ask(op="recycle", environment="defolt")
     assert unknown["ok"] is False
     assert "did you mean 'default'" in unknown["error"]
+
+
+def test_a_retired_server_stays_so_for_the_next_supervisor(orchestrator: Orchestrator, node: Node) -> None:
+    task = orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 2.0})
+    orchestrator.wait_started(task)
+    (before,) = node.servers()
+    node.ask(op="recycle")
+    node.kill()
+    node.start()
+    assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"
+    assert orchestrator.run("w1", {"taskType": "echo"})["type"] == "TASK_SUCCEEDED"
+    (after,) = until(lambda: len(node.servers()) == 1 and node.servers(), "the old server is gone")
+    assert after != before
 
 
 def test_an_import_error_is_told_once_with_its_cause_and_others_go_on(

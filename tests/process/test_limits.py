@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import ctypes
+import grp
+import json
 import os
 import pwd
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
+from flowmesh.execution.files import Owner
+from flowmesh.processes import limits
+from flowmesh.processes.limits import Limits
 from tests.support import Node, Orchestrator, until
 
 pytestmark = pytest.mark.redis
+T = TypeVar("T")
+CAP_SYS_RESOURCE = 24
 CONFIG = """
 [tasks]
 cancel_grace_s = 0.5
@@ -105,3 +115,124 @@ def test_without_one_what_a_killed_task_left_is_swept(orchestrator: Orchestrator
     orchestrator.run("w1", {"taskType": "misbehave", "do": "shm", "then": "die"}, task_id="swept")
     name = (node.results_dir / "swept" / "shm").read_text()
     until(lambda: not Path("/dev/shm", name).exists(), "the block is gone", 10)
+
+
+def test_an_owner_has_all_its_groups() -> None:
+    """A GPU's device file, or a share with the data, may be a group's."""
+    name = next((each for entry in grp.getgrall() for each in entry.gr_mem if each in everybody()), "nobody")
+    if os.geteuid() not in {0, pwd.getpwnam(name).pw_uid}:
+        pytest.skip("only root can become another user")
+    owner = Owner.named(name)
+    assert {entry.gr_gid for entry in grp.getgrall() if name in entry.gr_mem} <= set(owner.groups)
+    assert (owner.name, owner.gid in owner.groups) == (name, True)
+
+
+def everybody() -> set[str]:
+    return {entry.pw_name for entry in pwd.getpwall()}
+
+
+@needs_root
+def test_a_child_gets_the_groups_of_its_user_and_no_others() -> None:
+    wanted = Limits(uid=65534, gid=65534, groups=(4, 27))
+    assert in_a_child(lambda: limits.apply(wanted, os.getppid()), os.getgroups) == [4, 27]
+
+
+@needs_root
+def test_a_node_that_is_killed_early_already_does_not_lower_its_tasks() -> None:
+    """As in a container of Kubernetes: a high score, and no right to lower it."""
+
+    def without_the_right() -> None:
+        Path("/proc/self/oom_score_adj").write_text("900")
+        drop_capability(CAP_SYS_RESOURCE)
+        limits.apply(Limits(oom_score_adj=500), os.getppid())
+
+    assert in_a_child(without_the_right, lambda: int(Path("/proc/self/oom_score_adj").read_text())) == 900
+    raised = in_a_child(
+        lambda: limits.apply(Limits(oom_score_adj=500), os.getppid()),
+        lambda: int(Path("/proc/self/oom_score_adj").read_text()),
+    )
+    assert raised == 500
+
+
+def drop_capability(number: int) -> None:
+    """From the effective and permitted sets of this process."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    sets = (ctypes.c_uint32 * 6)()
+    assert libc.capget(header, sets) == 0
+    for at in (0, 1):
+        sets[at] &= ~(1 << number)
+    assert libc.capset(header, sets) == 0, os.strerror(ctypes.get_errno())
+
+
+def in_a_child(act: Callable[[], object], look: Callable[[], T]) -> T:
+    """What `look` finds in a forked child after `act`."""
+    reader, writer = os.pipe()
+    if (pid := os.fork()) == 0:
+        try:
+            act()
+            os.write(writer, json.dumps({"found": look()}).encode())
+        except BaseException as error:  # noqa: BLE001 - said in the parent
+            os.write(writer, json.dumps({"failed": repr(error)}).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        told = json.load(pipe)
+    os.waitpid(pid, 0)
+    assert "failed" not in told, told["failed"]
+    found: T = told["found"]
+    return found
+
+
+def memory_group() -> Path | None:
+    """Where a cgroup with a limit of memory can be made, whatever generation this machine has."""
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        left, _, right = line.partition(" - ")
+        if right.startswith("cgroup ") and "memory" in right.split()[-1].split(","):
+            own = next(each for each in Path("/proc/self/cgroup").read_text().splitlines() if ":memory:" in each)
+            return Path(left.split()[4]) / own.split(":", 2)[2].lstrip("/")
+    return None
+
+
+@needs_root
+@pytest.mark.skipif(memory_group() is None, reason="needs cgroups of version 1 with a memory controller")
+def test_out_of_host_memory_is_told_by_the_kernels_own_count(orchestrator: Orchestrator, make_node) -> None:
+    """Where a task has no cgroup with such a count of its own, its fork server's counts."""
+    parent = memory_group()
+    assert parent is not None
+    group = parent / f"flowmesh-test-{os.getpid()}"
+    group.mkdir()
+    try:
+        node: Node = make_node(config=config())
+        (server,) = node.servers()
+        (group / "cgroup.procs").write_text(str(server))
+        (group / "memory.limit_in_bytes").write_text(str(200 << 20))
+        end = orchestrator.run("w1", {"taskType": "misbehave", "do": "eat_memory"})
+        assert end["payload"]["error_kind"] == "host_oom", end
+        assert end["payload"]["retryable"] is True
+        assert "oom_kill +1" in end["payload"]["exit"]["evidence"]
+        killed = orchestrator.run("w1", {"taskType": "misbehave", "do": "kill_self"})
+        assert killed["payload"]["error_kind"] == "crash", "another kill is not for memory"
+        assert node.stop() == 0
+    finally:
+        until(lambda: (group / "cgroup.procs").read_text() == "", "nobody is in it")
+        group.rmdir()
+
+
+@needs_root
+def test_a_task_has_its_own_limits_of_memory_and_processes(orchestrator: Orchestrator, make_node) -> None:
+    node: Node = make_node(
+        start=False, config=config(processes="task_memory_max_bytes = 209715200\ntask_pids_max = 30")
+    )
+    node.start(wait=False)
+    assert node.process is not None
+    until(lambda: node.process.poll() is not None or "subscribed" in node.text(), "it runs, or says why it cannot")
+    if node.process.poll() == 78:
+        assert "processes.task_" in node.text()
+        assert "controller" in node.text()
+        pytest.skip("this machine delegates no memory and pids controller of cgroup v2 to us")
+    end = orchestrator.run("w1", {"taskType": "misbehave", "do": "eat_memory"})
+    assert (end["payload"]["error_kind"], end["payload"]["retryable"]) == ("host_oom", True)
+    bomb = orchestrator.run("w1", {"taskType": "misbehave", "do": "fork_bomb", "count": 500})
+    assert bomb["payload"]["resources"]["processes_swept"] < 30
