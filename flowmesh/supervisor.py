@@ -46,7 +46,7 @@ from flowmesh.node.slots import Slot
 from flowmesh.node.slots import plan as plan_slots
 from flowmesh.processes import cgroup, environ, linux
 from flowmesh.processes.fleet import Fleet
-from flowmesh.tasks.journal import Journal, ensure_private_dir
+from flowmesh.tasks.journal import Journal, JournalError, ensure_private_dir
 from flowmesh.tasks.types import LIGHT
 
 FAREWELL_TIMEOUT_S = 5.0
@@ -112,9 +112,14 @@ class Supervisor(Hooks):
 
     def _prepare_folders(self) -> None:
         ensure_private_dir(self.state_dir)
-        for name in ("run", "log", "spool", "tmp", "cache"):
-            (self.state_dir / name).mkdir(exist_ok=True, mode=0o700)
-        self._lock = open(self.state_dir / "lock", "a+")  # noqa: SIM115 - held for the whole life
+        try:
+            for name in ("run", "log", "spool", "tmp", "cache"):
+                (self.state_dir / name).mkdir(exist_ok=True, mode=0o700)
+            self._lock = open(self.state_dir / "lock", "a+")  # noqa: SIM115 - held for the whole life
+        except OSError as error:
+            raise JournalError(
+                f"{error.filename}: {error.strerror}; set node.state_dir to a folder that can be written"
+            ) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

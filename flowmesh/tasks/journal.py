@@ -117,8 +117,10 @@ class Journal:
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
             if version not in (0, SCHEMA_VERSION):
                 raise JournalError(
-                    f"{path}: written by another version (schema {version}, this one has {SCHEMA_VERSION})"
+                    f"{path}: written by another version (schema {version}, this one has {SCHEMA_VERSION}); "
+                    "run that version, or set node.state_dir to another folder"
                 )
+            self._look_for_damage(path)
             self._db.executescript(_SCHEMA)
             self._add_columns()
             self._db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
@@ -126,10 +128,21 @@ class Journal:
             """Up to here Redis has taken the outbox, even where that could not be written down yet."""
             self._reserve()
         except (sqlite3.Error, OSError) as error:
-            raise JournalError(f"{path}: cannot be used as the journal: {error}") from error
+            raise JournalError(
+                f"{path}: cannot be used as the journal: {error}; mend its disk, or move the file away "
+                "(what it knew of tasks is then lost)"
+            ) from error
 
     def close(self) -> None:
         self._db.close()
+
+    def _look_for_damage(self, path: Path) -> None:
+        found = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if found != "ok":
+            raise JournalError(
+                f"{path}: damaged ({' '.join(found.split())[:200]}); move the file away to start with an empty one "
+                "(what it knew of tasks is then lost)"
+            )
 
     def _add_columns(self) -> None:
         """What a journal of the same schema may lack. An older node does not miss them, and can have it back."""
@@ -155,7 +168,7 @@ class Journal:
     def _write(self, statement: str, values: tuple[object, ...] = ()) -> sqlite3.Cursor:
         try:
             return self._db.execute(statement, values)
-        except sqlite3.OperationalError as error:
+        except sqlite3.Error as error:
             raise JournalError(f"the journal cannot be written: {error}") from error
 
     def _reserve(self) -> None:

@@ -142,3 +142,37 @@ def test_a_journal_that_lacks_a_column_gets_it(tmp_path: Path) -> None:
     journal.started(attempt, Task(state=State.RUNNING), "2026-01-02", "boot 1.5")
     (record,) = journal.open_tasks()
     assert record.boot_mark == "boot 1.5"
+
+
+def test_what_is_no_journal_is_told_in_one_line_with_the_remedy(tmp_path: Path) -> None:
+    path = tmp_path / "journal.sqlite"
+    path.write_bytes(b"not a database" * 1000)
+    with pytest.raises(JournalError, match=r"cannot be used as the journal: file is not a database; .*move the file"):
+        Journal(path)
+
+
+def test_a_damaged_journal_is_found_before_it_is_used(tmp_path: Path) -> None:
+    path = tmp_path / "journal.sqlite"
+    journal = Journal(path)
+    with journal.transaction():
+        for n in range(2000):
+            accept(journal, f"task-{n}")
+    journal.close()
+    data = bytearray(path.read_bytes())
+    for at in range(2 * 4096, len(data), 4096):
+        data[at : at + 64] = b"\xff" * 64
+    path.write_bytes(data)
+    with pytest.raises(JournalError, match="move the file away") as told:
+        Journal(path)
+    assert "\n" not in str(told.value)
+
+
+def test_another_versions_journal_is_left_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "journal.sqlite"
+    Journal(path).close()
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("PRAGMA user_version=7")
+    before = path.read_bytes()
+    with pytest.raises(JournalError, match=r"schema 7, this one has 1\); run that version, or set node.state_dir"):
+        Journal(path)
+    assert path.read_bytes() == before
