@@ -205,7 +205,7 @@ class Supervisor(Hooks):
             if getattr(wants, key) is not None and controller not in there:
                 raise ConfigError(
                     f"processes.{key}: this system gives us no cgroup v2 {controller!r} controller "
-                    "(under systemd: Delegate=yes); leave the setting out"
+                    "(under systemd 254 or newer: Delegate=yes and DelegateSubgroup=supervisor); leave the setting out"
                 )
         if wants.task_user is not None:
             for folder in (self.state_dir, self.state_dir / "spool", self.state_dir / "tmp"):

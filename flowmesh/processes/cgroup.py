@@ -9,9 +9,13 @@ import contextlib
 import errno
 import functools
 import os
+from collections.abc import Collection
 from pathlib import Path
 
-_CONTROLLERS = ("memory", "pids", "cpu")
+CONTROLLERS = ("memory", "pids", "cpu")
+SUBGROUP = "supervisor"
+"""The node's own leaf below a cgroup that is delegated to it (systemd: DelegateSubgroup=supervisor). A cgroup with
+processes in it can hand no controller on, so only with this leaf can a task's memory be counted and limited."""
 
 
 def own_cgroup() -> Path | None:
@@ -23,33 +27,36 @@ def own_cgroup() -> Path | None:
     return None
 
 
-def prepare(name: str) -> Path | None:
+def prepare(name: str, wanted: Collection[str] = CONTROLLERS) -> Path | None:
     """A folder in which we may make leaves, or None where the system does not let us.
 
     Args:
         name: tells nodes on one machine apart where they share a cgroup.
+        wanted: controllers that leaves should have, as far as the system hands them on.
     """
     own = own_cgroup()
     if own is None:
         return None
-    base = own / f"flowmesh-{name}"
+    ours = own.parent if own.name == SUBGROUP else own
+    base = ours / f"flowmesh-{name}"
     probe = base / "probe"
     try:
         base.mkdir(exist_ok=True)
         probe.mkdir(exist_ok=True)
         usable = os.access(probe / "cgroup.kill", os.W_OK) and os.access(probe / "cgroup.procs", os.W_OK)
-        # Moving a process needs the right to write where it comes from as well.
-        usable = usable and os.access(own / "cgroup.procs", os.W_OK)
+        # Moving a process needs the right to write to what it does not leave as well.
+        usable = usable and os.access(ours / "cgroup.procs", os.W_OK)
         probe.rmdir()
+        if not usable:
+            base.rmdir()
     except OSError:
         return None
     if not usable:
         return None
-    for controller in _CONTROLLERS:
-        with contextlib.suppress(
-            OSError
-        ):  # not delegated, or processes live beside us: the leaf then has no such limit
-            (base / "cgroup.subtree_control").write_text(f"+{controller}")
+    for folder in (ours, base) if ours != own else (base,):
+        for controller in wanted:
+            with contextlib.suppress(OSError):  # not handed on to us, or processes live beside us: leaves then lack it
+                (folder / "cgroup.subtree_control").write_text(f"+{controller}")
     return base
 
 
