@@ -184,6 +184,7 @@ class Supervisor(Hooks):
             log_folder=self.state_dir / "log",
             env=environ.for_server(base_env) | {"CUDA_VISIBLE_DEVICES": ",".join(gpu.uuid for gpu in visible)},
             adoption_timeout_s=settings.processes.adoption_timeout_s,
+            cgroup=self.cgroup,
             mark=self.node_id,
             callbacks=self.executor.callbacks,
         )

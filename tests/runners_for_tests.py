@@ -70,6 +70,11 @@ class MisbehavingRunner(Runner):
     def do_sleep(self, ctx: Context) -> None:
         ctx.sleep(ctx.spec.get("seconds", 60))
 
+    def do_wait_for(self, ctx: Context) -> None:
+        """Until a file of that name lies in its folder."""
+        while not (ctx.out_dir / ctx.spec["file"]).exists():
+            ctx.sleep(0.02)
+
     def do_deaf(self, ctx: Context) -> None:
         """Neither polls nor dies of SIGTERM."""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -55,13 +55,16 @@ def end_process(process: subprocess.Popen[bytes], number: int = signal.SIGTERM, 
 
 
 def below(pid: int) -> list[int]:
-    """All processes below one, by /proc alone."""
+    """All processes below one, by /proc alone; not those that a fork server has ahead, which do nothing yet."""
     parents: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):
         if name.isdigit():
             with contextlib.suppress(OSError):
-                fields = Path("/proc", name, "stat").read_text().rpartition(")")[2].split()
-                parents.setdefault(int(fields[1]), []).append(int(name))
+                head, _, tail = Path("/proc", name, "stat").read_text().rpartition(")")
+                parent = int(tail.split()[1])
+                if parent == pid and head.endswith(("(flowmesh-spare", "(flowmesh-forksrv")):
+                    continue
+                parents.setdefault(parent, []).append(int(name))
     found, open_ = [], [pid]
     while open_:
         children = parents.get(open_.pop(), [])

@@ -204,7 +204,7 @@ class Deliveries:
 
     # ---- the child ---------------------------------------------------------------------------------------------------
 
-    def on_forked(self, attempt: int, _pid: int, pipe: Pipe) -> None:
+    def on_forked(self, attempt: int, pipe: Pipe) -> None:
         if attempt in self.again:
             self.again.on_forked(attempt, pipe)
             return

@@ -30,7 +30,7 @@ from flowmesh.node.slots import Slot
 from flowmesh.processes import shm
 from flowmesh.processes.fleet import Callbacks, Fleet
 from flowmesh.processes.pipe import Cancel, FrameError, Hello, Phase, Pipe, Progress
-from flowmesh.processes.protocol import Fork
+from flowmesh.processes.protocol import Fork, Forked
 from flowmesh.tasks import machine
 from flowmesh.tasks.journal import Journal, JournalError
 from flowmesh.tasks.machine import Level, State, step
@@ -281,7 +281,6 @@ class Executor:
         if isinstance(prepared, Shortages):
             self.apply(run, machine.LaunchFailed(f"not started: {lacks.node or lacks.own}"))
             return
-        run.cgroup = prepared.limits.cgroup
         if refusal := await self.devices.begin(run):
             self.apply(run, machine.LaunchFailed(refusal))
             return
@@ -326,9 +325,10 @@ class Executor:
         elif run := self.runs.get(attempt):
             self.apply(run, machine.LaunchFailed(message))
 
-    def _on_forked(self, attempt: int, pid: int, pipe: Pipe) -> None:
+    def _on_forked(self, forked: Forked, pipe: Pipe) -> None:
+        attempt = forked.attempt
         if attempt < 0:
-            self.deliveries.on_forked(-attempt, pid, pipe)
+            self.deliveries.on_forked(-attempt, pipe)
             return
         if attempt in self.devices.canaries:
             self.devices.canaries.on_forked(attempt, pipe)
@@ -342,9 +342,8 @@ class Executor:
         if run.task.state in (State.RELEASING, State.DELIVERING, State.DONE):
             pipe.close()  # an earlier supervisor wrote its end down, and died before it said Forget
             return
-        run.pid = pid
+        run.pid, run.cgroup = forked.pid, forked.cgroup
         run.pipe = pipe
-        self.fleet.place(attempt, run.cgroup)
         self._loop.add_reader(pipe.fileno(), self._read, run)
         if run.started_at is not None and run.task.state is not State.LAUNCHING:
             self._resume_clock(run)

@@ -16,7 +16,6 @@ from flowmesh.errors import ConfigError, ProtocolError
 from flowmesh.execution.run import Run
 from flowmesh.messages.job import JOB_FILE, OUTCOME_FILE, ArchiveRequest, Fault, Job, Outcome, UploadRequest
 from flowmesh.processes import environ
-from flowmesh.processes.cgroup import Leaf
 from flowmesh.processes.limits import Limits
 from flowmesh.processes.protocol import Fork
 from flowmesh.results.job import file_url_template
@@ -156,10 +155,6 @@ def prepare(layout: Layout, run: Run) -> Fork:
     )
     (spool / JOB_FILE).write_bytes(msgspec.json.encode(job))
     wants = layout.processes
-    leaf = None
-    if layout.cgroup is not None:
-        bounds = {"memory_max_bytes": wants.task_memory_max_bytes, "pids_max": wants.task_pids_max}
-        leaf = Leaf.make(layout.cgroup, str(run.attempt), **bounds)
     return Fork(
         attempt=run.attempt,
         target=TASK_ENTRY,
@@ -176,7 +171,8 @@ def prepare(layout: Layout, run: Run) -> Fork:
             mark=layout.mark_of(run.attempt),
         ),
         limits=Limits(
-            cgroup=None if leaf is None else str(leaf.path),
+            memory_max_bytes=wants.task_memory_max_bytes,
+            pids_max=wants.task_pids_max,
             cpus=run.slot.plan.cpus or None,
             oom_score_adj=OOM_SCORE_ADJ,
             nice=wants.task_nice,

@@ -41,5 +41,5 @@ def plan(settings: Settings) -> tuple[Catalogue, dict[str, Lane]]:
             preload=tuple(dict.fromkeys(preload)),
             canary=None if name == LIGHT else CANARY,
         )
-    lanes[DELIVERY] = Lane(name=DELIVERY, python=sys.executable, preload=DELIVERS)
+    lanes[DELIVERY] = Lane(name=DELIVERY, python=sys.executable, preload=DELIVERS, contained=False)
     return found, lanes

@@ -14,7 +14,8 @@ from flowmesh.execution.executor import Executor
 from flowmesh.execution.run import Run
 from flowmesh.messages.job import OUTCOME_FILE
 from flowmesh.messages.wire import TASK_EVENTS_CHANNEL, utc_now
-from flowmesh.processes.fleet import end_remains
+from flowmesh.processes.cgroup import Leaf
+from flowmesh.processes.fleet import end_leaves, end_remains
 from flowmesh.tasks import machine
 from flowmesh.tasks.journal import Record
 from flowmesh.tasks.machine import State
@@ -41,7 +42,7 @@ async def recover(executor: Executor) -> None:
     for slot in executor.slots.values():
         executor.pump(slot)
     keep = {run.attempt for run in runs} | {abs(attempt) for attempt in alive}
-    await asyncio.to_thread(_sweep, executor.layout, keep, _undelivered(executor) - keep)
+    await asyncio.to_thread(_sweep, executor.layout, keep, _undelivered(executor) - keep, living)
     if runs:
         logger.bind(tasks=len(runs), alive=len(alive)).info("tasks of the supervisor before this one taken over")
 
@@ -67,8 +68,6 @@ def _restore(executor: Executor, record: Record) -> Run | None:
     run = Run(record.attempt, accepted, slot)
     run.task = record.task
     run.started_at, run.boot_mark = record.started_at, record.boot_mark or ""
-    if executor.layout.cgroup is not None:
-        run.cgroup = str(executor.layout.cgroup / str(record.attempt))
     return run
 
 
@@ -85,7 +84,9 @@ async def _go_on(executor: Executor, run: Run, found: State, alive: set[int], de
         case State.LAUNCHING | State.RUNNING | State.STOPPING:
             _set_clock(executor, run)
             mark = executor.layout.mark_of(run.attempt)
-            swept = await asyncio.to_thread(end_remains, mark, None, run.cgroup, dead_server)
+            base = executor.layout.cgroup
+            leaves = Leaf.of_server(base, dead_server) if base is not None and dead_server is not None else []
+            swept = await asyncio.to_thread(end_remains, mark, None, leaves, dead_server)
             logger.bind(task=run.task_id).warning("its process did not survive the supervisor ({} ended)", swept)
             message = "the supervisor died, and no fork server has the task any more"
             await executor.lose(run, message, Kind.SUPERVISOR_LOST)
@@ -122,16 +123,15 @@ def _set_clock(executor: Executor, run: Run) -> None:
         run.finished = max(run.started, now - max(0.0, time.time() - left_at))
 
 
-def _sweep(layout: files.Layout, keep: set[int], undelivered: set[int]) -> None:
+def _sweep(layout: files.Layout, keep: set[int], undelivered: set[int], living: set[str]) -> None:
     """Folders and cgroups of attempts that are over. In a thread: the journal belongs to the loop's."""
     for parent, kept in ((layout.state_dir / "spool", keep | undelivered), (layout.state_dir / "tmp", keep)):
         for folder in parent.glob("[0-9]*"):
             if int(folder.name) not in kept:
                 files.remove_tree(folder)
     if layout.cgroup is not None:
-        for leaf in layout.cgroup.glob("[0-9]*"):
-            if int(leaf.name) not in keep:
-                end_remains(layout.mark_of(int(leaf.name)), None, str(leaf))
+        leaves = [Leaf(path) for path in layout.cgroup.glob("*.*/")]
+        end_leaves([leaf for leaf in leaves if leaf.server_id not in living])
 
 
 def _undelivered(executor: Executor) -> set[int]:

@@ -65,6 +65,8 @@ class Run:
 
     def end_clock(self) -> None:
         """It ran until now; where its fork server has seen its end, until then: nobody else may have looked."""
+        if self.finished:
+            return  # known from before: it is a restarted supervisor that asks
         ran_s = 0.0 if self.exit is None else self.exit.ran_s
         self.finished = self.started + ran_s if ran_s and self.started else time.monotonic()
 

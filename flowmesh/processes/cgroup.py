@@ -114,21 +114,37 @@ class Leaf:
         self.path = path
 
     @classmethod
-    def make(cls, base: Path, name: str, *, memory_max_bytes: int | None = None, pids_max: int | None = None) -> Leaf:
-        """Make the leaf and set its limits.
+    def make(cls, base: Path, name: str) -> Leaf:
+        """Make the leaf.
 
         Raises:
-            OSError: it cannot be made, or has no controller for a limit that was asked for.
+            OSError: it cannot be made.
         """
         leaf = cls(base / name)
         leaf.path.mkdir(exist_ok=True)
-        if memory_max_bytes is not None:
-            (leaf.path / "memory.max").write_text(str(memory_max_bytes))
-            with contextlib.suppress(OSError):
-                (leaf.path / "memory.swap.max").write_text("0")
-        if pids_max is not None:
-            (leaf.path / "pids.max").write_text(str(pids_max))
         return leaf
+
+    @classmethod
+    def of_server(cls, base: Path, server_id: str) -> list[Leaf]:
+        """Those of a fork server's children, whether it lives or not."""
+        return [cls(path) for path in base.glob(f"{server_id}.*")]
+
+    @property
+    def server_id(self) -> str:
+        return self.path.name.partition(".")[0]
+
+    def limit(self, *, memory_max_bytes: int | None, pids_max: int | None) -> None:
+        """Set its limits; None leaves one open.
+
+        Raises:
+            OSError: it has no controller for one that is asked for.
+        """
+        if memory_max_bytes is not None:
+            (self.path / "memory.max").write_text(str(memory_max_bytes))
+            with contextlib.suppress(OSError):
+                (self.path / "memory.swap.max").write_text("0")
+        if pids_max is not None:
+            (self.path / "pids.max").write_text(str(pids_max))
 
     def join(self) -> None:
         """Move the calling process in. Its later children are born inside."""

@@ -5,31 +5,61 @@ from __future__ import annotations
 import importlib
 import os
 import random
+import socket
 import sys
 import traceback
 from pathlib import Path
 from typing import NoReturn
 
+import msgspec
+
 from flowmesh.processes import limits, linux
+from flowmesh.processes.cgroup import Leaf
 from flowmesh.processes.pipe import Pipe
-from flowmesh.processes.protocol import Fork
+from flowmesh.processes.protocol import MAX_MESSAGE, fork_decoder
+
+SPARE = "flowmesh-spare"
+"""The name of a child that waits for its task."""
 
 EXIT_SETUP = 70
 """The child could not be set up, or its entry raised: an error of the node's, not of the task's (EX_SOFTWARE)."""
 
 
-def run(request: Fork, pipe: Pipe, parent: int) -> int:
-    """Become the child that `request` describes and do its work; returns its exit status."""
+class Start(msgspec.Struct, frozen=True):
+    """What a child has from its fork server."""
+
+    orders: socket.socket
+    """One datagram comes here: its task. Closed without one: there is none."""
+    pipe: Pipe
+    leaf: Leaf | None
+    parent: int
+
+
+def run(start: Start) -> int:
+    """Wait for a task, become the child that it describes, and do its work; returns the exit status."""
+    linux.set_name(SPARE)
+    refusal = None
+    try:
+        limits.enter(start.leaf, start.parent)
+    except OSError as error:
+        refusal = error  # told in its task's log, once it has one
+    order = start.orders.recv(MAX_MESSAGE)
+    start.orders.close()
+    if not order:
+        return 0
+    request = fork_decoder.decode(order)
     _redirect(request.stdout, request.stderr)
+    if refusal is not None:
+        raise refusal
     linux.set_name("flowmesh-task")
-    limits.apply(request.limits, parent)
+    limits.apply(request.limits, start.parent)
     os.chdir(request.cwd)
     os.environ.clear()
     os.environ.update(request.env)
     _use_threads(request.threads)
     _reseed()
     module, _, function = request.target.partition(":")
-    status = getattr(importlib.import_module(module), function)(pipe, Path(request.spool))
+    status = getattr(importlib.import_module(module), function)(start.pipe, Path(request.spool))
     return int(status)
 
 

@@ -12,7 +12,7 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -52,14 +52,13 @@ class Known(msgspec.Struct, kw_only=True):
 
     server: Server
     pid: int | None = None
-    cgroup: str | None = None
 
 
 class Callbacks(msgspec.Struct, frozen=True, kw_only=True):
     """What the supervisor hears; always on the loop, in the order it happened."""
 
-    on_forked: Callable[[int, int, Pipe], None]
-    """attempt, pid, our end of its pipe. Also for those that were adopted."""
+    on_forked: Callable[[Forked, Pipe], None]
+    """With our end of its pipe. Also for those that were adopted."""
     on_fork_failed: Callable[[int, str], None]
     on_gone: Callable[[int, Exit], None]
     on_lost: Callable[[int, str], None]
@@ -74,6 +73,7 @@ class Fleet:
         log_folder: Path,
         env: Mapping[str, str],
         adoption_timeout_s: float,
+        cgroup: Path | None,
         mark: str,
         callbacks: Callbacks,
     ) -> None:
@@ -87,6 +87,7 @@ class Fleet:
         self._log_folder = log_folder
         self._env = env
         self._adoption_timeout_s = adoption_timeout_s
+        self._cgroup = cgroup
         self._mark = mark
         self._callbacks = callbacks
         self._closing = False
@@ -127,7 +128,7 @@ class Fleet:
         """
         server = await self._server(lane_name)
         before_fork(server.id)
-        self._known[fork.attempt] = Known(server=server, cgroup=fork.limits.cgroup)
+        self._known[fork.attempt] = Known(server=server)
         try:
             server.send(fork)
         except LaunchError:
@@ -144,11 +145,6 @@ class Fleet:
         """Have the lane's server ready before a task needs it. What is wrong with it is told when one does."""
         with contextlib.suppress(LaunchError):
             await self._server(lane_name)
-
-    def place(self, attempt: int, cgroup: str | None) -> None:
-        """Where an attempt that was adopted has its cgroup: its end is looked for there."""
-        if known := self._known.get(attempt):
-            known.cgroup = cgroup
 
     def terminate(self, attempt: int) -> None:
         """SIGTERM to its process group; for an attempt that is gone, nothing."""
@@ -249,7 +245,7 @@ class Fleet:
 
     def _made_of(self, lane: Lane) -> str:
         """The same for all servers that could take each other's place."""
-        parts = msgspec.json.encode((__version__, lane, sorted(self._env.items())))
+        parts = msgspec.json.encode((__version__, lane, str(self._cgroup), sorted(self._env.items())))
         return hashlib.blake2b(parts, digest_size=8).hexdigest()
 
     def _start(self, lane_name: str) -> Server:
@@ -266,6 +262,7 @@ class Fleet:
             environ.with_package(self._env) if lane.python == sys.executable else self._env,
             self._log_folder / f"{lane_name}.log",
             adoption_timeout_s=self._adoption_timeout_s,
+            cgroup=self._cgroup if lane.contained else None,
             made_of=made_of,
             **self._hears(),
         )
@@ -296,11 +293,11 @@ class Fleet:
                 logger.bind(
                     server=server.id, pid=reply.pid, rss_mb=reply.rss_bytes >> 20, preload_s=reply.preload_s
                 ).info("fork server ready")
-            case Forked(attempt=attempt, pid=pid):
+            case Forked():
                 assert pipe is not None, "a Forked comes with a pipe"
-                known = self._known.setdefault(attempt, Known(server=server))
-                known.pid = pid
-                self._callbacks.on_forked(attempt, pid, pipe)
+                known = self._known.setdefault(reply.attempt, Known(server=server))
+                known.pid = reply.pid
+                self._callbacks.on_forked(reply, pipe)
             case ForkFailed(attempt=attempt, message=message):
                 self._known.pop(attempt, None)
                 self._callbacks.on_fork_failed(attempt, message)
@@ -316,7 +313,7 @@ class Fleet:
         lost = {attempt: known for attempt, known in self._known.items() if known.server is server}
         if lost or (server.state is ServerState.READY and not self._closing):
             logger.bind(server=server.id, tasks=len(lost)).warning("fork server ended unasked")
-        if lost:
+        if lost or self._leaves(server):
             task = asyncio.get_running_loop().create_task(self._bury(server, lost))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -328,12 +325,16 @@ class Fleet:
         if not await server.gone(5.0):
             server.kill()  # it closed its socket and lives: nothing good
             await server.gone(5.0)
+        await asyncio.to_thread(end_leaves, self._leaves(server))
         for attempt, known in lost.items():
-            await asyncio.to_thread(end_remains, f"{self._mark}:{attempt}", known.pid, known.cgroup, server.id)
+            await asyncio.to_thread(end_remains, f"{self._mark}:{attempt}", known.pid, (), server.id)
         self.sweep_orphans()
         for attempt in lost:
             self._known.pop(attempt, None)
             self._callbacks.on_lost(attempt, f"the fork server {server.id} died, and its tasks with it")
+
+    def _leaves(self, server: Server) -> list[Leaf]:
+        return [] if self._cgroup is None else Leaf.of_server(self._cgroup, server.id)
 
     def sweep_orphans(self) -> None:
         """Kill what was reparented to us: below us only fork servers and their children have a place."""
@@ -364,27 +365,41 @@ def _last_line(path: Path) -> str:
 
 
 def end_remains(
-    mark: str, pid: int | None, cgroup: str | None, dead_server: str | None = None, limit_s: float = 5.0
+    mark: str, pid: int | None, leaves: Sequence[Leaf] = (), dead_server: str | None = None, limit_s: float = 5.0
 ) -> int:
     """End what is left of an attempt that has no fork server any more; returns how many processes there were.
 
-    By its cgroup where it has one, by its session, by the mark that everything it executed carries, and by the
+    By cgroups where there are some, by its session, by the mark that everything it executed carries, and by the
     arguments of the dead server that its forks still have.
     """
-    leaf = None if cgroup is None else Leaf(Path(cgroup))
-    seen: set[int] = set()
-    deadline = time.monotonic() + limit_s
-    while True:
+
+    def there() -> set[int]:
         found = set(tree.marked("FLOWMESH_ATTEMPT", mark))
         if pid is not None:
             found.update(tree.in_session(pid))
         if dead_server is not None:
             found.update(tree.forked_from(dead_server))
-        if leaf is not None:
+        return found
+
+    return _end(there, leaves, limit_s)
+
+
+def end_leaves(leaves: Sequence[Leaf], limit_s: float = 5.0) -> int:
+    """End all that is in these cgroups and remove them; returns how many processes there were."""
+    return _end(set, leaves, limit_s)
+
+
+def _end(there: Callable[[], set[int]], leaves: Sequence[Leaf], limit_s: float) -> int:
+    seen: set[int] = set()
+    deadline = time.monotonic() + limit_s
+    while True:
+        found = there()
+        for leaf in leaves:
             found.update(leaf.pids())
             leaf.kill()
         tree.kill_all(found)
         seen |= found
-        if (not found and (leaf is None or leaf.remove())) or time.monotonic() > deadline:
+        removed = [leaf.remove() for leaf in leaves] if not found else [False]
+        if all(removed) or time.monotonic() > deadline:
             return len(seen)
         time.sleep(0.01)

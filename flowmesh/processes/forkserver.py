@@ -24,6 +24,7 @@ import msgspec
 from flowmesh.messages.job import Exit
 from flowmesh.processes import cgroup, child, linux, preload, tree
 from flowmesh.processes.cgroup import Leaf
+from flowmesh.processes.children import Entry, Spare
 from flowmesh.processes.pipe import Pipe
 from flowmesh.processes.protocol import (
     MAX_MESSAGE,
@@ -61,30 +62,10 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     canary: str | None = None
     """`module:function` that a first child runs before any task does."""
     adoption_timeout_s: float = 60.0
+    cgroup: str | None = None
+    """The folder in which each child gets a leaf; None: they get none."""
     made_of: str = ""
     """Said again to each supervisor: one whose settings have changed wants another server for its next tasks."""
-
-
-class Entry:
-    """One child, from its fork to Forget."""
-
-    def __init__(self, attempt: int, pid: int, pipe: Pipe, leaf: Leaf | None) -> None:
-        self.attempt = attempt
-        self.pid = pid
-        self.pipe = pipe
-        self.leaf = leaf
-        self.killed_by_us = False
-        self.forked_at = time.monotonic()
-        self.near_oom_kills = cgroup.oom_kills_near()
-        self.leaf_oom_kills = leaf.oom_kills() if leaf is not None else None
-        self.ended_at: float | None = None
-        self.swept = 0
-        self.exit: Exit | None = None
-        self.gone = False
-
-    @property
-    def running(self) -> bool:
-        return self.ended_at is None
 
 
 class ForkServer:
@@ -94,6 +75,8 @@ class ForkServer:
         self.options = options
         self.entries: dict[int, Entry] = {}
         self.by_pid: dict[int, Entry] = {}
+        self.spare: Spare | None = None
+        self.leaves = 0
         self.supervisor: socket.socket | None = None
         self.outgoing: deque[tuple[bytes, list[int]]] = deque()
         self.retiring = False
@@ -133,10 +116,12 @@ class ForkServer:
             made_of=self.options.made_of,
         )
         try:
+            self._fork_ahead()
             while not self._finished():
                 self._turn()
             return 0 if self.supervisor is not None or self.retiring else ORPHAN_EXIT
         finally:
+            self._drop_spare()
             Path(self.options.socket).unlink(missing_ok=True)
 
     def _finished(self) -> bool:
@@ -150,7 +135,10 @@ class ForkServer:
 
     def _turn(self) -> None:
         sweeping = any(not entry.running and not entry.gone for entry in self.entries.values())
-        for fd, events in self.poller.poll(SWEEP_INTERVAL_S if sweeping else 1.0):
+        happened = self.poller.poll(SWEEP_INTERVAL_S if sweeping else 1.0)
+        if not happened and not sweeping:
+            self._fork_ahead()
+        for fd, events in happened:
             if fd == self.wakeup_read:
                 with contextlib.suppress(BlockingIOError):
                     os.read(self.wakeup_read, 4096)
@@ -188,7 +176,7 @@ class ForkServer:
         assert self.ready is not None
         self._say(msgspec.structs.replace(self.ready, attempts=tuple(self.entries), retiring=self.retiring))
         for entry in self.entries.values():
-            self._say(Forked(attempt=entry.attempt, pid=entry.pid), entry.pipe.fileno())
+            self._say_forked(entry)
             if entry.gone:
                 self._say_gone(entry)
 
@@ -219,7 +207,7 @@ class ForkServer:
             return
         match request:
             case Fork():
-                self._fork(request)
+                self._start(request)
             case Terminate(attempt):
                 if (entry := self.entries.get(attempt)) and entry.running:
                     tree.send_group(entry.pid, signal.SIGTERM)
@@ -230,13 +218,19 @@ class ForkServer:
                 if (entry := self.entries.get(attempt)) and entry.gone:
                     entry.pipe.close()
                     del self.entries[attempt]
+                self._fork_ahead()
             case Retire():
                 self.retiring = True
+                self._drop_spare()
 
     def _say(self, reply: Reply, fd: int | None = None) -> None:
         if self.supervisor is not None:
             self.outgoing.append((encode(reply), [] if fd is None else [fd]))
             self._flush()
+
+    def _say_forked(self, entry: Entry) -> None:
+        folder = None if entry.leaf is None else str(entry.leaf.path)
+        self._say(Forked(attempt=entry.attempt, pid=entry.pid, cgroup=folder), entry.pipe.fileno())
 
     def _say_gone(self, entry: Entry) -> None:
         assert entry.exit is not None
@@ -259,37 +253,91 @@ class ForkServer:
 
     # ---- children ----------------------------------------------------------------------------------------------------
 
-    def _fork(self, request: Fork) -> None:
+    def _start(self, request: Fork) -> None:
         if request.attempt in self.entries:
             self._say(ForkFailed(attempt=request.attempt, message="this attempt already has a process"))
             return
+        try:
+            entry = self._hand_out(request)
+        except OSError as error:
+            at = f" ({error.filename})" if error.filename else ""
+            self._say(ForkFailed(attempt=request.attempt, message=f"fork: {error.strerror}{at}"))
+            return
+        self.entries[request.attempt] = self.by_pid[entry.pid] = entry
+        self._say_forked(entry)
+
+    def _hand_out(self, request: Fork) -> Entry:
+        """The spare gets the task; a new one where there is none, or where it died while it waited.
+
+        Raises:
+            OSError: neither will do.
+        """
+        spare, self.spare = self.spare, None
+        if spare is not None:
+            try:
+                return spare.take(request)
+            except OSError:
+                spare.discard()
+        spare = self._fork()
+        try:
+            return spare.take(request)
+        except OSError:
+            spare.discard()
+            raise
+
+    def _fork_ahead(self) -> None:
+        """Have a spare. Where that fails now, the next task's own fork says why."""
+        if self.spare is None and not self.retiring:
+            with contextlib.suppress(OSError):
+                self.spare = self._fork()
+
+    def _drop_spare(self) -> None:
+        if self.spare is not None:
+            self.spare.discard()
+            self.spare = None
+
+    def _fork(self) -> Spare:
+        """A child that waits to be told its task.
+
+        Raises:
+            OSError: there cannot be one now.
+        """
+        leaf = self._make_leaf()
         near, far = Pipe.pair()
+        orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         me = os.getpid()
         sys.stdout.flush()
         sys.stderr.flush()
         try:
             pid = os.fork()
-        except OSError as error:
-            near.close()
-            far.close()
-            self._say(ForkFailed(attempt=request.attempt, message=f"fork: {error.strerror}"))
-            return
+        except OSError:
+            for each in (near, far, orders, theirs):
+                each.close()
+            if leaf is not None:
+                leaf.remove()
+            raise
         if pid == 0:
-            self._become_child(request, far, near, me)
+            near.close()
+            orders.close()
+            self._become_child(child.Start(theirs, far, leaf, me))
         far.close()
-        leaf = None if request.limits.cgroup is None else Leaf(Path(request.limits.cgroup))
-        entry = Entry(request.attempt, pid, near, leaf)
-        self.entries[request.attempt] = self.by_pid[pid] = entry
-        self._say(Forked(attempt=request.attempt, pid=pid), near.fileno())
+        theirs.close()
+        orders.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MAX_MESSAGE)
+        return Spare(pid, near, orders, leaf)
 
-    def _become_child(self, request: Fork, pipe: Pipe, other_end: Pipe, parent: int) -> NoReturn:
+    def _make_leaf(self) -> Leaf | None:
+        if self.options.cgroup is None:
+            return None
+        self.leaves += 1
+        return Leaf.make(Path(self.options.cgroup), f"{Path(self.options.socket).stem}.{self.leaves}")
+
+    def _become_child(self, start: child.Start) -> NoReturn:
         """In the child: let go of all that is the server's, then never come back."""
         status = child.EXIT_SETUP
         try:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-            other_end.close()
             self.listener.close()
             self.poller.close()
             os.close(self.wakeup_read)
@@ -298,7 +346,7 @@ class ForkServer:
                 self.supervisor.close()
             for entry in self.entries.values():
                 entry.pipe.close()
-            status = child.run(request, pipe, parent)
+            status = child.run(start)
         except BaseException:  # noqa: BLE001 - the boundary of the process: told in its log, and by its exit status
             child.report_crash()
         finally:
@@ -319,6 +367,9 @@ class ForkServer:
                 return
             if pid == 0:
                 return
+            if self.spare is not None and pid == self.spare.pid:
+                self.spare.discard(reaped=True)  # the next task's fork says what is wrong, if it still is
+                self.spare = None
             entry = self.by_pid.pop(pid, None)
             if entry is None:
                 continue  # an orphan of a task's, swept
@@ -350,20 +401,24 @@ class ForkServer:
         left (or what a task sent away on purpose, which ends the same way).
         """
         ending = [entry for entry in self.entries.values() if not entry.running and not entry.gone]
-        mains = self.by_pid.keys()
-        if not ending and len(mains) == len(linux.children(os.getpid())):
+        if not ending and len(self._own) == len(linux.children(os.getpid())):
             return
-        orphans = tree.descendants(os.getpid(), besides=mains)
+        orphans = tree.descendants(os.getpid(), besides=self._own)
         tree.kill_all(orphans)
         self._reap()
         for entry in ending:
             entry.swept += len(orphans)
             self._settle(entry)
 
+    @property
+    def _own(self) -> set[int]:
+        """The children that we forked."""
+        return self.by_pid.keys() | (set() if self.spare is None else {self.spare.pid})
+
     def _settle(self, entry: Entry) -> None:
         assert entry.ended_at is not None
         assert entry.exit is not None
-        left = tree.descendants(os.getpid(), besides=self.by_pid.keys())
+        left = tree.descendants(os.getpid(), besides=self._own)
         if entry.leaf is not None and entry.leaf.populated():
             inside = entry.leaf.pids()
             entry.swept += len(set(inside) - set(left))

@@ -30,6 +30,8 @@ class Lane(msgspec.Struct, frozen=True, kw_only=True):
     python: str
     preload: tuple[str, ...] = ()
     canary: str | None = None
+    contained: bool = True
+    """Its children get a cgroup each, where the node has them."""
 
 
 class ServerState(enum.StrEnum):
@@ -80,6 +82,7 @@ class Server:
         log: Path,
         *,
         adoption_timeout_s: float,
+        cgroup: Path | None,
         made_of: str,
         **callbacks: Callable[..., None],
     ) -> Server:
@@ -101,6 +104,7 @@ class Server:
                 preload=lane.preload,
                 canary=lane.canary,
                 adoption_timeout_s=adoption_timeout_s,
+                cgroup=None if cgroup is None else str(cgroup),
                 made_of=made_of,
             )
             # -P: the folder we were started in is no place to import from; tasks may write there

@@ -17,8 +17,9 @@ from flowmesh.processes.cgroup import Leaf
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """Each as the node's settings have it; None leaves what the fork server has."""
 
-    cgroup: str | None = None
-    """Folder of the leaf to join."""
+    memory_max_bytes: int | None = None
+    """Of its cgroup, as `pids_max`; the fork server sets both."""
+    pids_max: int | None = None
     cpus: tuple[int, ...] | None = None
     nice: int = 0
     oom_score_adj: int | None = None
@@ -30,18 +31,33 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """A /dev/shm of its own, where that is allowed."""
 
 
-def apply(limits: Limits, parent: int) -> None:
+def enter(leaf: Leaf | None, parent: int) -> None:
     """Become a child that cannot outlive its parent, in a session and (where there is one) a cgroup of its own.
 
     Args:
         parent: the pid of the process that forked us; if it has died meanwhile, so do we.
 
     Raises:
+        OSError: the cgroup cannot be joined.
+    """
+    die_with(parent)
+    os.setsid()
+    if leaf is not None:
+        leaf.join()
+
+
+def die_with(parent: int) -> None:
+    linux.die_with_parent(signal.SIGKILL)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def apply(limits: Limits, parent: int) -> None:
+    """Take on what bounds the task, and its user.
+
+    Raises:
         OSError: a limit was refused; nothing of the task has run.
     """
-    os.setsid()
-    if limits.cgroup is not None:
-        Leaf(Path(limits.cgroup)).join()
     if limits.oom_score_adj is not None:
         _raise_oom_score_adj(limits.oom_score_adj)
     if limits.cpus is not None:
@@ -59,9 +75,7 @@ def apply(limits: Limits, parent: int) -> None:
         os.setuid(limits.uid)
     linux.forbid_new_privileges()
     linux.become_subreaper()
-    linux.die_with_parent(signal.SIGKILL)
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGKILL)
+    die_with(parent)  # anew: a change of user clears it
 
 
 def _raise_oom_score_adj(wanted: int) -> None:

@@ -87,6 +87,8 @@ class Forked(msgspec.Struct, frozen=True, kw_only=True, tag="forked"):
 
     attempt: int
     pid: int
+    cgroup: str | None = None
+    """Its leaf, where it has one."""
 
 
 class ForkFailed(msgspec.Struct, frozen=True, kw_only=True, tag="fork_failed"):
@@ -104,5 +106,6 @@ class Gone(msgspec.Struct, frozen=True, kw_only=True, tag="gone"):
 Reply = Ready | Unfit | Forked | ForkFailed | Gone
 
 request_decoder: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
+fork_decoder: msgspec.msgpack.Decoder[Fork] = msgspec.msgpack.Decoder(Fork)
 reply_decoder: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
 encode = msgspec.msgpack.Encoder().encode

@@ -52,7 +52,7 @@ def the_task(node: Node) -> int:
 
 
 def test_p4_p5_a_supervisor_killed_in_the_middle_of_ten_tasks(orchestrator: Orchestrator, node: Node) -> None:
-    ids = [orchestrator.dispatch("w1", misbehave("sleep", seconds=6))]
+    ids = [orchestrator.dispatch("w1", misbehave("wait_for", file="go on"))]
     ids += [orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 0.05, "n": n}) for n in range(9)]
     orchestrator.wait_started(ids[0])
     pid = node.task_pid(ids[0])
@@ -62,12 +62,12 @@ def test_p4_p5_a_supervisor_killed_in_the_middle_of_ten_tasks(orchestrator: Orch
         assert alive(pid), "the task goes on without a supervisor"
         node.start()
     assert node.task_pid(ids[0]) == pid, "it is the same process still"
+    (node.results_dir / ids[0] / "go on").touch()
     for task_id in ids:
         assert orchestrator.wait_end(task_id)["type"] == "TASK_SUCCEEDED"
     assert_one_end_each(orchestrator, ids)
     starts = [event["task_id"] for event in orchestrator.task_events if event["type"] == "TASK_STARTED"]
     assert list(dict.fromkeys(starts)) == ids, "in the order they came"
-    assert 1.4 < orchestrator.ends(ids[0])[0]["payload"]["runtime_sec"] < 30
     assert_serves(orchestrator, node)
 
 
@@ -166,7 +166,10 @@ def test_p5_a_cancel_outlives_the_supervisor_that_heard_it(orchestrator: Orchest
     assert_one_end_each(orchestrator, [task_id])
 
 
-def test_p5_nobody_comes_back(orchestrator: Orchestrator, node: Node) -> None:
+@pytest.mark.parametrize("isolation", ISOLATIONS)
+def test_p5_nobody_comes_back(orchestrator: Orchestrator, make_node: Callable[..., Node], isolation: str) -> None:
+    flags = (f"processes.isolation={isolation}", "processes.adoption_timeout_s=3")
+    node = make_node(*(f"--set={flag}" for flag in flags), config=CONFIG)
     task_id = orchestrator.dispatch("w1", misbehave("escape", then="sleep"))
     queued = orchestrator.dispatch("w1", {"taskType": "echo"})
     orchestrator.wait_started(task_id)

@@ -1,0 +1,84 @@
+"""What a fork server has of its children: the one that waits for its task, and those that have theirs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+
+from flowmesh.messages.job import Exit
+from flowmesh.processes import cgroup
+from flowmesh.processes.cgroup import Leaf
+from flowmesh.processes.pipe import Pipe
+from flowmesh.processes.protocol import Fork, encode
+
+_LEAF_TRIES = 200
+_LEAF_TRY_S = 0.005
+
+
+class Spare:
+    """A child forked ahead: in a session and a cgroup of its own, waiting to be told its task.
+
+    A task waits for neither then: the fork of a process with large libraries takes milliseconds, and the move into a
+    cgroup a grace period of the kernel's RCU (11 ms in the middle where it was measured, under 1 ms only right after
+    another move).
+    """
+
+    def __init__(self, pid: int, pipe: Pipe, orders: socket.socket, leaf: Leaf | None) -> None:
+        self.pid = pid
+        self.pipe = pipe
+        self.leaf = leaf
+        self._orders = orders
+
+    def take(self, request: Fork) -> Entry:
+        """Give it its task.
+
+        Raises:
+            OSError: it has died, or a limit cannot be set; it is of no use then.
+        """
+        if self.leaf is not None:
+            wants = request.limits
+            self.leaf.limit(memory_max_bytes=wants.memory_max_bytes, pids_max=wants.pids_max)
+        entry = Entry(request.attempt, self.pid, self.pipe, self.leaf)
+        self._orders.send(encode(request), socket.MSG_NOSIGNAL)
+        self._orders.close()
+        return entry
+
+    def discard(self, *, reaped: bool = False) -> None:
+        """End it. Bounded by a second.
+
+        Args:
+            reaped: it has ended and was waited for: its pid may be another process's by now.
+        """
+        self._orders.close()
+        self.pipe.close()
+        if not reaped:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+        for _ in range(_LEAF_TRIES if self.leaf is not None else 0):
+            if self.leaf is None or self.leaf.remove():
+                return
+            time.sleep(_LEAF_TRY_S)
+
+
+class Entry:
+    """One child with a task, until Forget."""
+
+    def __init__(self, attempt: int, pid: int, pipe: Pipe, leaf: Leaf | None) -> None:
+        self.attempt = attempt
+        self.pid = pid
+        self.pipe = pipe
+        self.leaf = leaf
+        self.killed_by_us = False
+        self.forked_at = time.monotonic()
+        self.near_oom_kills = cgroup.oom_kills_near()
+        self.leaf_oom_kills = leaf.oom_kills() if leaf is not None else None
+        self.ended_at: float | None = None
+        self.swept = 0
+        self.exit: Exit | None = None
+        self.gone = False
+
+    @property
+    def running(self) -> bool:
+        return self.ended_at is None
