@@ -35,7 +35,7 @@ from flowmesh.execution.recovery import recover
 from flowmesh.execution.release import Devices
 from flowmesh.execution.run import Run
 from flowmesh.execution.watch import watch
-from flowmesh.messages.wire import utc_now
+from flowmesh.messages.wire import utc_now, worker_key
 from flowmesh.node import metrics
 from flowmesh.node.devices import Inventory, visible_gpus
 from flowmesh.node.hardware import collect, logical_cores
@@ -226,7 +226,7 @@ class Supervisor(Hooks):
         ]
         bus, listener = self._clients
         dispatcher = Dispatcher(self.executor)
-        self.outbox = Outbox(bus, self.journal, self._on_events_sent)
+        self.outbox = Outbox(bus, self.journal, self._on_events_sent, guard=f"{worker_key(name)}:guard")
         self.intake = Intake(
             listener,
             {settings.redis.task_topic: dispatcher.on_message, CONTROL_CHANNEL: self._on_control},
@@ -282,6 +282,7 @@ class Supervisor(Hooks):
             metrics=reporter.heartbeat,
             power=reporter.power,
             farewell=reporter.farewell,
+            on_left_over=lambda: self.on_missed(slot),
         )
 
     async def _take_inventory(self) -> Inventory:
@@ -368,7 +369,7 @@ class Supervisor(Hooks):
 
     async def _close(self) -> None:
         sending = asyncio.create_task(self.outbox.run())
-        if not await self.outbox.flushed(FLUSH_TIMEOUT_S if self.outbox.up else FLUSH_TIMEOUT_S / 10):
+        if not await self.outbox.flushed(FLUSH_TIMEOUT_S / 10 if self.outbox.trouble else FLUSH_TIMEOUT_S):
             logger.warning("{} events wait on disk for the next start", self.journal.outbox_size())
         await _end([sending])
         await asyncio.gather(*(presence.unregister(FAREWELL_TIMEOUT_S) for presence in self.presences.values()))
@@ -424,8 +425,13 @@ class Supervisor(Hooks):
             self._heal(slot)
 
     def _heal(self, slot: Slot[Run]) -> None:
-        """After a gap in the subscription: once no task is here, have the orchestrator queue again what we missed."""
-        if slot.plan.worker_id in self.gaps and slot.idle and self.executor.draining is None:
+        """After a gap in the subscription: have the orchestrator queue again what we missed.
+
+        It queues all that we hold, too: so not before each task's end, delivered ones' included, has been told.
+        """
+        if slot.plan.worker_id not in self.gaps or self.executor.draining is not None or not self.intake.up:
+            return
+        if not self.executor.holds(slot) and not self.journal.outbox_size():
             self.gaps.discard(slot.plan.worker_id)
             logger.bind(worker=slot.plan.worker_id).info("announcing anew: a dispatch may have been missed")
             self.presences[slot.plan.worker_id].reannounce()
@@ -435,6 +441,7 @@ class Supervisor(Hooks):
         for worker_id, slot in self.slots.items():
             if slot.current is not None or slot.trouble:
                 self.presences[worker_id].restate()
+            self._heal(slot)
 
     def on_posted(self) -> None:
         self.outbox.wake()
@@ -470,10 +477,16 @@ class Supervisor(Hooks):
         """Feeds systemd for as long as the loop turns; Redis' health has no part in it."""
         interval_s = self._notifier.watchdog_s
         while True:
-            up = self.outbox.up and all(presence.up for presence in self.presences.values())
-            status = f"{len(self.executor.runs)} tasks" if up else "Redis is away"
+            status = next(iter(self.redis_troubles()), f"{len(self.executor.runs)} tasks")
             self._notifier.say(WATCHDOG="1", STATUS=status)
             await asyncio.sleep(min(interval_s / 3, 10.0) if interval_s is not None else 10.0)
+
+    def redis_troubles(self) -> list[str]:
+        """Why parts of the bus do not get on with Redis; empty where all do."""
+        presences = self.presences.values()
+        parts = [self.intake, self.outbox, *presences, *self.streams]
+        troubles = [part.trouble for part in parts] + [presence.beats for presence in presences]
+        return list(dict.fromkeys(trouble.reason for trouble in troubles if trouble))
 
     @property
     def isolation(self) -> str:

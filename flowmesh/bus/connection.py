@@ -9,11 +9,11 @@ import redis.asyncio as redis
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import ReadOnlyError, RedisError
 
 from flowmesh.messages.sentinel import SentinelAddress, is_sentinel, sentinel_address
 
-__all__ = ["RedisError", "connect", "redis"]
+__all__ = ["RedisError", "connect", "leave_replica", "redis"]
 
 _KEEPALIVE = {socket.TCP_KEEPIDLE: 15, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 3}
 
@@ -52,3 +52,9 @@ def _master(address: SentinelAddress, reaching: dict[str, Any], options: dict[st
         address.service, db=address.db, username=address.username, password=address.password, **options
     )
     return client
+
+
+async def leave_replica(client: redis.Redis, error: BaseException) -> None:
+    """After a failover behind one address, a master that became a replica answers on: the next try connects anew."""
+    if isinstance(error, ReadOnlyError):
+        await client.connection_pool.disconnect(inuse_connections=False)

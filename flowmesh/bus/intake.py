@@ -14,6 +14,7 @@ from loguru import logger
 
 from flowmesh.bus.backoff import Backoff
 from flowmesh.bus.connection import RedisError, redis
+from flowmesh.bus.trouble import Trouble
 
 
 class Intake:
@@ -33,6 +34,7 @@ class Intake:
         silence_s: float,
     ) -> None:
         self.up = False
+        self.trouble = Trouble("not subscribed", "subscribed")
         self._client = client
         self._handlers = {channel.encode(): handler for channel, handler in handlers.items()}
         self._on_subscribed = on_subscribed
@@ -46,9 +48,8 @@ class Intake:
             try:
                 await self._listen()
             except (RedisError, OSError, TimeoutError) as error:
-                if self.up or not self._subscribed_before:
-                    logger.warning("not subscribed: {}", str(error) or type(error).__name__)
                 self.up = False
+                self.trouble.met(error)
             if time.monotonic() - began > self._silence_s:
                 backoff.reset()
             await asyncio.sleep(backoff.next_s())
@@ -72,6 +73,7 @@ class Intake:
                 if message["type"] == "subscribe":
                     awaited -= 1
                     if awaited == 0:
+                        awaited = len(self._handlers)  # should redis-py subscribe anew by itself, that is a gap, too
                         self._stands()
                 elif message["type"] == "message" and (handler := self._handlers.get(message["channel"])):
                     handler(message["data"])
@@ -80,5 +82,7 @@ class Intake:
         gap = self._subscribed_before
         self._subscribed_before = True
         self.up = True
-        logger.info("subscribed{}", " again, after a gap" if gap else "")
+        self.trouble.over()
+        if gap:
+            logger.info("subscribed again, after a gap")
         self._on_subscribed(gap)

@@ -6,10 +6,9 @@ import asyncio
 from collections.abc import Callable
 from typing import Protocol
 
-from loguru import logger
-
 from flowmesh.bus.backoff import Backoff
-from flowmesh.bus.connection import RedisError, redis
+from flowmesh.bus.connection import RedisError, leave_replica, redis
+from flowmesh.bus.trouble import Trouble
 
 
 class Queue(Protocol):
@@ -23,10 +22,16 @@ class Queue(Protocol):
 
 
 class Outbox:
-    """One pump. `wake()` after each post; `up` says whether the last try reached Redis."""
+    """One pump. `wake()` after each post.
 
-    def __init__(self, client: redis.Redis, queue: Queue, on_sent: Callable[[], None]) -> None:
-        self.up = True
+    Args:
+        guard: a key of ours that never exists. To delete it does nothing, but a replica refuses that; a PUBLISH
+            it would take, and tell nobody who matters. So the events wait.
+    """
+
+    def __init__(self, client: redis.Redis, queue: Queue, on_sent: Callable[[], None], *, guard: str) -> None:
+        self.trouble = Trouble("events wait", "events flow again")
+        self._guard = guard
         self._client = client
         self._queue = queue
         self._on_sent = on_sent
@@ -48,20 +53,18 @@ class Outbox:
                 await self._posted.wait()
                 continue
             try:
-                async with self._client.pipeline(transaction=False) as pipeline:
+                async with self._client.pipeline(transaction=True) as pipeline:
+                    pipeline.delete(self._guard)
                     for _, channel, payload in batch:
                         pipeline.publish(channel, payload)
                     await pipeline.execute()
             except (RedisError, OSError, TimeoutError) as error:
-                if self.up:
-                    logger.bind(waiting=self._queue.outbox_size()).warning("events wait: Redis is away ({})", error)
-                self.up = False
+                self.trouble.met(error, waiting=self._queue.outbox_size())
+                await leave_replica(self._client, error)
                 await asyncio.sleep(backoff.next_s())
                 continue
             self._queue.sent(batch[-1][0])
-            if not self.up:
-                logger.info("events flow again")
-            self.up = True
+            self.trouble.over()
             backoff.reset()
             self._on_sent()
 

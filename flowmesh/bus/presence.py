@@ -15,7 +15,8 @@ import msgspec
 from loguru import logger
 
 from flowmesh.bus.backoff import Backoff
-from flowmesh.bus.connection import RedisError, redis
+from flowmesh.bus.connection import RedisError, leave_replica, redis
+from flowmesh.bus.trouble import Trouble, in_words
 from flowmesh.messages.wire import (
     EVENTS_CHANNEL,
     WORKER_IDS,
@@ -55,6 +56,8 @@ class Presence:
     Args:
         metrics: what a heartbeat carries; awaited each time, must be quick.
         farewell: the payload of UNREGISTER.
+        on_left_over: told where our registration was there before we made it: the node before us went without a word,
+            and what was dispatched to it since is gone.
     """
 
     def __init__(
@@ -66,10 +69,14 @@ class Presence:
         metrics: Callable[[], Awaitable[dict[str, Any]]],
         power: Callable[[], dict[str, Any] | None],
         farewell: Callable[[], dict[str, Any]],
+        on_left_over: Callable[[], None],
     ) -> None:
         self.identity = identity
         self.status = Status("STARTING")
         self.up = False
+        """Whether Redis knows what we want it to."""
+        self.trouble = Trouble("not announced", "announced again", worker=identity.worker_id)
+        self.beats = Trouble("heartbeats are lost", "heartbeats arrive again", worker=identity.worker_id)
         self.late_s: deque[float] = deque(maxlen=1000)
         """How late each heartbeat left; for `flowmesh status` and the benchmark."""
         self._client = client
@@ -77,6 +84,7 @@ class Presence:
         self._metrics = metrics
         self._power = power
         self._farewell = farewell
+        self._on_left_over: Callable[[], None] | None = on_left_over
         self._registered = False
         self._gone = False
         self._changes: deque[Status] = deque()
@@ -120,7 +128,7 @@ class Presence:
         try:
             await asyncio.wait_for(self._unregister(), timeout_s)
         except (RedisError, OSError, TimeoutError) as error:
-            logger.bind(worker=self.worker_id).warning("left without a farewell: {}", error or "Redis does not answer")
+            logger.bind(worker=self.worker_id).warning("left without a farewell: {}", in_words(error))
 
     async def _agree(self) -> None:
         backoff = Backoff()
@@ -133,6 +141,7 @@ class Presence:
                     self._changes.popleft()
                 if not self.up:
                     self.up = True
+                    self.trouble.over()
                     backoff.reset()
                 self._changed.clear()
                 if not self._registered or self._changes:
@@ -142,9 +151,9 @@ class Presence:
                 except TimeoutError:
                     self._registered = await self._is_registered()
             except (RedisError, OSError, TimeoutError) as error:
-                if self.up:
-                    logger.bind(worker=self.worker_id).warning("Redis is away: {}", str(error) or type(error).__name__)
                 self.up = False
+                self.trouble.met(error)
+                await leave_replica(self._client, error)
                 await asyncio.sleep(backoff.next_s())
 
     async def _beat(self) -> None:
@@ -158,7 +167,10 @@ class Presence:
             try:
                 await self._heartbeat()
             except (RedisError, OSError, TimeoutError) as error:
-                logger.bind(worker=self.worker_id).debug("a heartbeat was lost: {}", error)
+                self.beats.met(error)
+                await leave_replica(self._client, error)
+            else:
+                self.beats.over()
 
     # ---- what Redis is told ------------------------------------------------------------------------------------------
 
@@ -175,6 +187,10 @@ class Presence:
         return there
 
     async def _register(self) -> None:
+        if self._on_left_over is not None:
+            if await self._client.hexists(worker_key(self.worker_id), "pid"):
+                self._on_left_over()
+            self._on_left_over = None
         if self._gone:
             await self._unregister()
             self._gone = False

@@ -14,7 +14,8 @@ from typing import Any
 from loguru import logger
 
 from flowmesh.bus.backoff import Backoff
-from flowmesh.bus.connection import RedisError, redis
+from flowmesh.bus.connection import RedisError, leave_replica, redis
+from flowmesh.bus.trouble import Trouble
 
 GROUP = "flowmesh"
 FIELD = b"message"
@@ -44,6 +45,7 @@ class Stream:
         self.up = False
         self._client = client
         self._key = stream_key(worker_id)
+        self.trouble = Trouble("stream not read", "stream is read again", stream=self._key)
         self._consumer = worker_id
         self._take = take
         self._block_ms = max(1, int(block_s * 1000))
@@ -57,9 +59,9 @@ class Stream:
             try:
                 await self._read_on(backoff)
             except (RedisError, OSError, TimeoutError) as error:
-                if self.up or backoff.fresh:
-                    logger.bind(stream=self._key).warning("stream not read: {}", str(error) or type(error).__name__)
                 self.up = False
+                self.trouble.met(error)
+                await leave_replica(self._client, error)
             await asyncio.sleep(backoff.next_s())
 
     async def _read_on(self, backoff: Backoff) -> None:
@@ -74,7 +76,7 @@ class Stream:
             if not self.up:
                 self.up = True
                 backoff.reset()
-                logger.bind(stream=self._key).info("stream is read")
+                self.trouble.over()
             block_ms = min(self._block_ms, int(RETRY_S * 1000)) if self._left else self._block_ms
             for entry in await self._read(">", block_ms):
                 if not await self._handle(entry):

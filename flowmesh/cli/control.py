@@ -56,6 +56,7 @@ class NodeStatus(msgspec.Struct, frozen=True, kw_only=True):
     version: str = ""
     uptime_s: float = 0.0
     redis_up: bool = False
+    redis_troubles: tuple[str, ...] = ()
     draining: str | None = None
     isolation: str = ""
     workers: tuple[WorkerStatus, ...] = ()

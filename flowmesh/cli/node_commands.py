@@ -55,6 +55,8 @@ def status(config: str | None, state_dir: str | None, as_json: bool) -> int:
             for each in found.workers
         ],
     )
+    for trouble in found.redis_troubles:
+        print(f"\n{trouble}")
     for environment, message in found.warnings.items():
         print(f"\nenvironment {environment}: {message}")
     if found.tasks:

@@ -128,6 +128,10 @@ class Executor:
         self._idle.clear()
         self.deliveries.again.stop("the task came again", run.task_id)
 
+    def holds(self, slot: Slot[Run]) -> bool:
+        """Whether a task of this slot has not ended yet; one that is being delivered has not."""
+        return any(run.slot is slot for run in self.runs.values())
+
     def pump(self, slot: Slot[Run]) -> None:
         """Give the slot to the next task that waits, where it is free."""
         while (run := slot.next()) is not None:

@@ -48,14 +48,14 @@ class Operations:
         node = self._node
         presences = node.presences.values()
         late = sorted(each for presence in presences for each in presence.late_s)
+        troubles = node.redis_troubles()
         return {
             "pid": os.getpid(),
             "version": __version__,
             "node_id": node.node_id,
             "uptime_s": round(time.monotonic() - node.started, 3),
-            "redis_up": all(part.up for part in (node.outbox, node.intake))
-            and all(each.up for each in presences)
-            and all(each.up for each in node.streams),
+            "redis_up": node.intake.up and all(each.up for each in (*presences, *node.streams)) and not troubles,
+            "redis_troubles": troubles,
             "draining": node.executor.draining,
             "isolation": node.isolation,
             "task_types": sorted(node.catalogue.offered),

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
+from tests.http_server import Server, Stall
 from tests.support import ROOT, Node, Orchestrator, RedisServer, until
 
 pytestmark = pytest.mark.redis
@@ -51,9 +55,7 @@ def test_p7_after_a_gap_the_node_announces_itself_anew_once_it_holds_no_task(
     """An orchestrator that had dispatched into the gap queues that task again when it sees UNREGISTER."""
     running = orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 3})
     orchestrator.wait_started(running)
-    for client in orchestrator.redis.client_list():
-        if client["name"] == "flowmesh-w1-sub":
-            orchestrator.redis.client_kill_filter(_id=client["id"])
+    cut_off(orchestrator)
     lost = orchestrator.dispatch("w1", {"taskType": "echo"})  # nobody listens at this moment
     until(lambda: "subscribed again" in node.text(), "the subscription is back")
     orchestrator.hear()
@@ -68,6 +70,86 @@ def test_p7_after_a_gap_the_node_announces_itself_anew_once_it_holds_no_task(
     assert orchestrator.wait_end(again)["type"] == "TASK_SUCCEEDED"
 
 
+def registrations(orchestrator: Orchestrator) -> list[str]:
+    orchestrator.hear()
+    return [e["type"] for e in orchestrator.worker_events if e["type"] in ("REGISTER", "UNREGISTER")]
+
+
+def test_p7_a_task_that_is_being_delivered_is_not_queued_again_after_a_gap(
+    orchestrator: Orchestrator, node: Node
+) -> None:
+    """Its slot is free long before its end is told; an UNREGISTER in between would have it run twice."""
+    with Server(Stall()) as server:
+        destination = {"type": "http", "url": server.url, "timeoutSec": 2}
+        task = orchestrator.dispatch("w1", {"taskType": "echo", "output": {"destination": destination}})
+        until(lambda: server.plan == [], "it is being delivered")
+        cut_off(orchestrator)
+        until(lambda: "subscribed again" in node.text(), "the subscription is back")
+        assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"
+        assert registrations(orchestrator) == ["REGISTER"]
+        orchestrator.wait_worker_event("UNREGISTER", worker_id="w1")
+        until(
+            lambda: registrations(orchestrator) == ["REGISTER", "UNREGISTER", "REGISTER"], "then it is announced anew"
+        )
+
+
+def test_p7_what_was_dispatched_while_the_supervisor_was_restarted_is_queued_again(
+    orchestrator: Orchestrator, node: Node
+) -> None:
+    """The orchestrator saw no UNREGISTER, and its message reached nobody."""
+    running = orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 2})
+    orchestrator.wait_started(running)
+    node.kill()
+    lost = orchestrator.dispatch("w1", {"taskType": "echo"})
+    node.start()
+    assert orchestrator.wait_end(running)["type"] == "TASK_SUCCEEDED"
+    orchestrator.wait_worker_event("UNREGISTER", worker_id="w1")
+    node.wait_status("IDLE")
+    assert orchestrator.wait_end(orchestrator.dispatch("w1", {"taskType": "echo"}, task_id=lost))
+    assert node.stop() == 0
+    node.start()
+    assert orchestrator.run("w1", {"taskType": "echo"})["type"] == "TASK_SUCCEEDED"
+    assert registrations(orchestrator)[-2:] == ["UNREGISTER", "REGISTER"]  # after a farewell there is nothing to heal
+    assert "announcing anew" not in node.text().rpartition("unregistered")[2]
+
+
+REFUSALS = {
+    "full": ("CONFIG SET maxmemory 1", "used memory > 'maxmemory'", "CONFIG SET maxmemory 0"),
+    "replica": ("REPLICAOF 127.0.0.1 1", "read only replica", "REPLICAOF NO ONE"),
+    "locked": ("CONFIG SET requirepass hush", "Authentication required", "CONFIG RESETSTAT"),
+}
+
+
+@pytest.mark.parametrize("how", REFUSALS)
+def test_p7_a_redis_that_refuses_is_quoted_and_asked_again(orchestrator: Orchestrator, node: Node, how: str) -> None:
+    breaks, told, mends = REFUSALS[how]
+    task = orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 1})
+    orchestrator.wait_started(task)
+    orchestrator.redis.execute_command(*breaks.split())
+    if how == "locked":
+        cut_off(orchestrator, "bus")
+    until(lambda: f"Redis refuses ({told}" in node.text() or told in node.text(), "Redis' own words are told")
+    until(lambda: any(told in each for each in node.ask(op="status")["redis_troubles"]), "and asked for")
+    assert node.ask(op="status")["redis_up"] is False
+    until(lambda: node.ask(op="status")["tasks"] == [], "the task ended meanwhile")
+    if how != "full":  # which takes what needs no memory
+        assert orchestrator.ends(task) == []
+    orchestrator.redis.execute_command(*mends.split())
+    if how == "locked":
+        orchestrator.redis.config_set("requirepass", "")
+    assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"
+    until(lambda: node.ask(op="status")["redis_up"], "all is well again")
+    assert len([line for line in node.text().splitlines() if "heartbeats are lost" in line]) <= 2
+    assert orchestrator.run("w1", {"taskType": "echo"})["type"] == "TASK_SUCCEEDED"
+
+
+def cut_off(orchestrator: Orchestrator, part: str = "sub") -> None:
+    """End a connection of the node's, as a failing network does."""
+    for client in orchestrator.redis.client_list():
+        if client["name"] == f"flowmesh-w1-{part}":
+            orchestrator.redis.client_kill_filter(_id=client["id"])
+
+
 def test_p7_a_connection_that_says_nothing_is_found_out(
     redis_server: RedisServer, orchestrator: Orchestrator, node: Node
 ) -> None:
@@ -80,6 +162,71 @@ def test_p7_a_connection_that_says_nothing_is_found_out(
         redis_server.process.send_signal(signal.SIGCONT)
     until(lambda: node.ask(op="status")["redis_up"], "it is back", 20)
     assert orchestrator.run("w1", {"taskType": "echo"})["type"] == "TASK_SUCCEEDED"
+
+
+class Proxy:
+    """TCP before a Redis on a unix socket. Stalled, it keeps its connections, and nothing goes through them again."""
+
+    def __init__(self, server: RedisServer) -> None:
+        self._path = str(server.path)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._sockets: list[socket.socket] = [self._listener]
+        self._stalls = 0
+        self.stalled = False
+        self.url = f"redis://127.0.0.1:{self._listener.getsockname()[1]}/0"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def stall(self) -> None:
+        self._stalls += 1
+        self.stalled = True
+
+    def resume(self) -> None:
+        """For new connections."""
+        self.stalled = False
+
+    def close(self) -> None:
+        for each in self._sockets:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                far = socket.socket(socket.AF_UNIX)
+                far.connect(self._path)
+                self._sockets += [near, far]
+                alive = -1 if self.stalled else self._stalls
+                for pair in ((near, far), (far, near)):
+                    threading.Thread(target=self._copy, args=(*pair, alive), daemon=True).start()
+
+    def _copy(self, source: socket.socket, target: socket.socket, alive: int) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                if alive == self._stalls:
+                    target.sendall(data)
+            if alive == self._stalls:
+                target.shutdown(socket.SHUT_RDWR)
+
+
+def test_p7_what_is_published_into_a_half_open_connection_is_queued_again(
+    redis_server: RedisServer, orchestrator: Orchestrator, make_node
+) -> None:
+    """Redis gave the message to a connection that nobody hears any more, and counts it as received."""
+    with contextlib.closing(Proxy(redis_server)) as proxy:
+        node = make_node("--redis-url", proxy.url, config=CONFIG, env=QUICK)
+        assert orchestrator.run("w1", {"taskType": "echo"})["type"] == "TASK_SUCCEEDED"
+        proxy.stall()
+        lost = orchestrator.dispatch("w1", {"taskType": "echo"})
+        until(lambda: not node.ask(op="status")["redis_up"], "the silence is noticed")
+        until(lambda: "not subscribed" in node.text(), "on the subscription's connection, too")
+        proxy.resume()
+        orchestrator.wait_worker_event("UNREGISTER", worker_id="w1")
+        node.wait_status("IDLE")
+        assert orchestrator.of_task(lost) == []
+        orchestrator.dispatch("w1", {"taskType": "echo"}, task_id=lost)
+        assert orchestrator.wait_end(lost)["type"] == "TASK_SUCCEEDED"
 
 
 def test_p7_an_emptied_database_in_mid_task(orchestrator: Orchestrator, node: Node) -> None:
