@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import msgspec
 from loguru import logger
 
-from flowmesh.errors import FlowMeshError
+from flowmesh.errors import DeliveryError, FlowMeshError
 from flowmesh.execution import files
 from flowmesh.execution.redelivery import Redeliveries
 from flowmesh.execution.run import Run, progress_event
@@ -176,7 +176,10 @@ class Deliveries:
         outcome = None
         if job.failure is None:
             path = self._executor.layout.spool(run.attempt) / OUTCOME_FILE
-            outcome = _outcome_decoder.decode(path.read_bytes())
+            try:
+                outcome = _outcome_decoder.decode(path.read_bytes())
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+                raise DeliveryError(f"the result that the task left is no JSON ({error})") from error
         return job, delivery.deliver(job, outcome)
 
     def fork(self, attempt: int) -> Fork:
@@ -264,6 +267,8 @@ class Deliveries:
     async def _hold(self, run: Run) -> None:
         await self._places.acquire()
         self._holding.add(run.attempt)
+        if run.task.state is not State.DELIVERING:  # it was over before it could be counted
+            self._give_back(run.attempt)
 
     def _again(self, run: Run, why: str) -> None:
         """What has arrived is not sent again; what has not is tried once more."""

@@ -58,7 +58,9 @@ def _restore(executor: Executor, record: Record) -> Run | None:
     except FieldError as error:
         # It was fine when it came: the settings have changed since. Its process, if any, is swept as a stranger.
         message = f"the node was restarted with settings that refuse this task: {error}"
-        verdict = Verdict(kind=Kind.NODE_FAULT, message=message)
+        had = record.task.verdict
+        computed = record.task.state is State.DELIVERING and had is not None and had.ok
+        verdict = Verdict(kind=Kind.DELIVERY_FAILED if computed else Kind.NODE_FAULT, message=message)
         event = events.lost(record.worker_id, record.task_id, verdict, record.dispatched_at)
         task = machine.Task(state=State.DONE, verdict=verdict)
         executor.journal.finish(record.attempt, task, utc_now(), TASK_EVENTS_CHANNEL, event)

@@ -25,6 +25,10 @@ concurrency = {concurrency}
 [task_types.model]
 runner = "tests.delivery_runners:ModelRunner"
 environment = "light"
+
+[task_types.outcome]
+runner = "tests.delivery_runners:OutcomeRunner"
+environment = "light"
 """
 
 
@@ -229,3 +233,41 @@ def test_a_model_that_was_uploaded_may_go(orchestrator: Orchestrator, make_node)
     assert sorted(path.name for path in folder.iterdir()) == ["artifacts", "logs", "manifest.json", "responses.json"]
     names = {entry["name"] for entry in json.loads((folder / "manifest.json").read_text())["entries"]}
     assert "final_model.tar.gz" not in names
+
+
+@pytest.mark.parametrize(
+    ("outcome", "kind"),
+    [
+        ('{"a": "\xff"}', "delivery_failed"),  # its head can be read
+        ("[1]", "delivery_failed"),
+        ('{"a":' * 100_000 + "1" + "}" * 100_000, "crash"),
+        ("tru", "crash"),
+    ],
+    ids=["no UTF-8", "no mapping", "deep", "no JSON"],
+)
+def test_whatever_lies_where_the_outcome_belongs_the_task_ends(
+    orchestrator: Orchestrator, make_node, outcome: str, kind: str
+) -> None:
+    make_node(config=config())
+    end = orchestrator.run("w1", {"taskType": "outcome", "outcome": outcome}, 20)
+    assert (end["type"], end["payload"]["error_kind"]) == ("TASK_FAILED", kind)
+    assert orchestrator.run("w1", {"taskType": "echo"})["type"] == "TASK_SUCCEEDED"
+
+
+def test_what_new_settings_refuse_was_computed_and_can_be_delivered_later(
+    orchestrator: Orchestrator, make_node
+) -> None:
+    with Server(Stall(1000)) as server:
+        node = make_node(config=config(), env={"ORCHESTRATOR_BASE_URL": server.url})
+        spec = {"taskType": "model", "output": {"destination": {"type": "http", "timeoutSec": 60}}}
+        task = orchestrator.dispatch("w1", spec)
+        until(lambda: server.plan == [], "the upload has begun")
+        node.kill()
+        del node.env["ORCHESTRATOR_BASE_URL"]
+        node.start()
+        end = orchestrator.wait_end(task)
+        assert end["payload"]["error_kind"] == "delivery_failed"
+        assert "ORCHESTRATOR_BASE_URL" in end["error"]
+        until(lambda: not children(node), "its child is ended")
+        assert said(flowmesh(node, "deliver", task))[0] == 0
+        assert len(server.results()) == 1
