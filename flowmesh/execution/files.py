@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from flowmesh.processes import environ
 from flowmesh.processes.limits import Limits
 from flowmesh.processes.protocol import Fork
 from flowmesh.results.job import file_url_template
+from flowmesh.results.names import within
 from flowmesh.tasks.types import LIGHT
 
 SMALL_BYTES = 64 * 1024
@@ -129,6 +131,8 @@ def prepare(layout: Layout, run: Run) -> Fork:
         give(layout, folder)
     logs = out_dir / "logs"
     for folder in (logs, out_dir / "artifacts"):
+        if folder.is_symlink():  # an earlier attempt's: what is written and given away here must be here
+            folder.unlink()
         folder.mkdir(parents=True, exist_ok=True)
         give(layout, folder)
     give(layout, out_dir)
@@ -195,7 +199,7 @@ def _own_home(layout: Layout) -> dict[str, str]:
 def give(layout: Layout, folder: Path) -> None:
     """Let the user that tasks run as write there."""
     if layout.owner is not None:
-        os.chown(folder, layout.owner.uid, layout.owner.gid)
+        os.chown(folder, layout.owner.uid, layout.owner.gid, follow_symlinks=False)
 
 
 def outcome_is_small(spool: Path) -> bool:
@@ -221,7 +225,7 @@ def read_outcome(spool: Path) -> Outcome | None:
         head = _head_decoder.decode(path.read_bytes())
     except FileNotFoundError:
         return None
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"the child's {OUTCOME_FILE} cannot be read: {error}") from error
     return Outcome(**{field: getattr(head, field) for field in head.__struct_fields__})
 
@@ -240,24 +244,30 @@ def usage(run: Run) -> dict[str, Any]:
 
 def log_tail(out_dir: Path, limit_bytes: int = SMALL_BYTES) -> str:
     """The last of what a task wrote: stderr, or stdout where stderr is empty; carriage returns folded."""
-    for name in ("stderr.log", "stdout.log"):
-        path = out_dir / "logs" / name
+    for path in (out_dir / "logs" / "stderr.log", out_dir / "logs" / "stdout.log"):
         try:
+            if within(path, out_dir) != path or not path.is_file():  # a link of the task's to what is not its own
+                continue
             with path.open("rb") as file:
                 file.seek(max(0, path.stat().st_size - limit_bytes))
                 text = file.read(limit_bytes).decode("utf-8", "replace")
         except OSError:
             continue
         if text.strip():
-            return "\n".join(line.rsplit("\r", 1)[-1] for line in text.splitlines())
+            lines = text.removesuffix("\n").split("\n")
+            return "\n".join(line.rstrip("\r").rsplit("\r", 1)[-1] for line in lines)
     return ""
+
+
+def log_files(logs: Path) -> Iterator[Path]:
+    """Every log below a task's `logs`; none where the task has put a link there, or in its place."""
+    if not logs.is_symlink():
+        yield from (path for path in logs.rglob("*.log") if not path.is_symlink() and path.is_file())
 
 
 def finish_logs(out_dir: Path, *, keep: bool) -> None:
     """Fold what progress bars wrote over themselves; drop the logs of a task that did not want them kept."""
-    for path in (out_dir / "logs").rglob("*.log"):
-        if path.is_symlink() or not path.is_file():
-            continue
+    for path in log_files(out_dir / "logs"):
         if not keep:
             path.unlink()
             continue

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from loguru import logger
 
+from flowmesh.execution import files
 from flowmesh.execution.run import Run
 from flowmesh.processes import tree
 from flowmesh.tasks import machine
@@ -59,9 +60,9 @@ async def _stop_hung(executor: Executor, run: Run, after_s: float) -> None:
 def bound_logs(folders: list[Path], limit_bytes: int) -> None:
     """Cut each log file over the limit down to its end. What is written meanwhile may be lost with the middle."""
     for folder in folders:
-        for path in folder.rglob("*.log"):
+        for path in files.log_files(folder):
             try:
-                if path.lstat().st_size > limit_bytes and path.is_file() and not path.is_symlink():
+                if path.lstat().st_size > limit_bytes:
                     _cut(path, limit_bytes // KEPT_OF_LOG)
             except OSError as error:
                 logger.bind(path=str(path)).warning("a log could not be cut: {}", error)

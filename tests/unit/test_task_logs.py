@@ -1,0 +1,49 @@
+"""The node reads, cuts and removes a task's logs: never what the task made a link to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flowmesh.execution.files import finish_logs, log_tail
+from flowmesh.execution.watch import bound_logs
+
+
+@pytest.fixture
+def victim(tmp_path: Path) -> Path:
+    folder = tmp_path / "var-log"
+    folder.mkdir()
+    (folder / "stderr.log").write_text("s3cret\rof\nothers\n")
+    return folder / "stderr.log"
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["the folder", "the file"])
+def test_links_are_left_alone(tmp_path: Path, victim: Path, whole: bool) -> None:
+    out_dir = tmp_path / "t-1"
+    logs = out_dir / "logs"
+    if whole:
+        out_dir.mkdir()
+        logs.symlink_to(victim.parent)
+    else:
+        logs.mkdir(parents=True)
+        (logs / "stderr.log").symlink_to(victim)
+    before = victim.read_bytes()
+    assert log_tail(out_dir) == ""
+    bound_logs([logs], 4)
+    finish_logs(out_dir, keep=True)
+    finish_logs(out_dir, keep=False)
+    assert victim.read_bytes() == before
+
+
+def test_a_tasks_own_logs_are_folded_and_read(tmp_path: Path) -> None:
+    (tmp_path / "logs" / "0").mkdir(parents=True)
+    (tmp_path / "logs" / "stderr.log").write_bytes(b"1 %\r2 %\ndone\n")
+    (tmp_path / "logs" / "0" / "stderr.log").write_bytes(b"x" * 100_000)
+    assert log_tail(tmp_path) == "2 %\ndone"
+    bound_logs([tmp_path / "logs"], 65_536)
+    assert (tmp_path / "logs" / "0" / "stderr.log").stat().st_size < 20_000
+    finish_logs(tmp_path, keep=True)
+    assert (tmp_path / "logs" / "stderr.log").read_bytes() == b"2 %\ndone\n"
+    finish_logs(tmp_path, keep=False)
+    assert [path for path in (tmp_path / "logs").rglob("*") if path.is_file()] == []
