@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import datetime
 import os
+import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,8 @@ from flowmesh.tasks.verdicts import Kind
 
 if TYPE_CHECKING:
     from flowmesh.execution.executor import Executor
+
+_ASIDE = ".removed-"  # no task's id begins like this
 
 
 class Kept(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,17 +46,19 @@ class Retention:
 
     async def sweep(self) -> list[Kept]:
         """One round; returns what was removed, oldest first."""
-        settings, layout = self._settings, self._executor.layout
-        finished = self._executor.journal.finished()
+        settings, layout, journal = self._settings, self._executor.layout, self._executor.journal
+        finished = journal.finished()
         kept = await asyncio.to_thread(self._look, finished, self._in_use(), layout.results_dir)
         removed = []
         for each in choose(kept, settings.keep_days, settings.keep_bytes, self._clock.now()):
             if _touches(each.folder, self._in_use()):  # it came again meanwhile
                 continue
-            await asyncio.to_thread(files.remove_tree, each.folder)
+            await asyncio.to_thread(files.remove_tree, _set_aside(each.folder, layout.results_dir))
             facts = {"path": str(each.folder), "bytes": each.size_bytes, "finished_at": each.finished_at.isoformat()}
             logger.bind(task=each.task_id, **facts).info("old results removed")
             removed.append(each)
+        still = {(each.task_id, str(each.folder)) for each in kept} - {(r.task_id, str(r.folder)) for r in removed}
+        journal.forget(each.attempt for each in finished if (each.task_id, each.out_dir) not in still)
         return removed
 
     def _in_use(self) -> set[Path]:
@@ -63,6 +68,9 @@ class Retention:
 
     def _look(self, finished: list[Finished], in_use: set[Path], results_dir: Path) -> list[Kept]:
         """In a thread: the folders that are there and may go. Of several attempts at a task the last one counts."""
+        results_dir = results_dir.resolve()  # as the tasks' folders are
+        for left in results_dir.glob(f"{_ASIDE}*"):  # by a node that was killed over it
+            files.remove_tree(left)
         last = {each.out_dir: each for each in finished}
         kinds = {out_dir: each.task.verdict.kind for out_dir, each in last.items() if each.task.verdict is not None}
         protected = in_use | {Path(out_dir) for out_dir, kind in kinds.items() if kind is Kind.DELIVERY_FAILED}
@@ -94,6 +102,16 @@ def choose(kept: list[Kept], keep_days: float | None, keep_bytes: int | None, no
         chosen.append(each)
         left_bytes -= each.size_bytes
     return chosen
+
+
+def _set_aside(folder: Path, results_dir: Path) -> Path:
+    """In one step, on the loop: a task that comes again from now on has a folder of its own, whole."""
+    aside = results_dir / f"{_ASIDE}{secrets.token_hex(8)}"
+    try:
+        folder.rename(aside)
+    except OSError:  # a disk of its own
+        return folder
+    return aside
 
 
 def _touches(folder: Path, others: set[Path]) -> bool:

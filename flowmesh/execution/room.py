@@ -56,14 +56,17 @@ class Room:
             await asyncio.sleep(INTERVAL_S)
             if settings.min_free_bytes:
                 await self.look()
-            keeps_all = settings.keep_days is None and settings.keep_bytes is None
-            if not keeps_all and time.monotonic() - last >= RETENTION_INTERVAL_S:
+            if time.monotonic() - last >= RETENTION_INTERVAL_S:
                 last = time.monotonic()
                 await self._sweep()
 
     async def _sweep(self) -> None:
+        keeps_all = self._settings.keep_days is None and self._settings.keep_bytes is None
         try:
-            await self._retention.sweep()
+            if keeps_all:
+                self._executor.journal.forget()
+            else:
+                await self._retention.sweep()
         except (FlowMeshError, OSError) as error:
             logger.warning("old results stay: {}", error)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import msgspec
 
 from flowmesh.errors import FlowMeshError
 from flowmesh.tasks.machine import State, Task
+from flowmesh.tasks.verdicts import Kind
 
 SCHEMA_VERSION = 1
 
@@ -50,7 +51,8 @@ CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 RESERVE_PAGES = 1024
 """Pages (of 4 KiB) that the file, and its log, have beforehand: tasks' ends are written on a full disk, too."""
 KEPT_DONE = 10_000
-"""Finished tasks that stay known, for `flowmesh logs` and to tell a duplicate from a retry."""
+"""Finished tasks that stay known, for `flowmesh logs` and to tell a duplicate from a retry. Older ones stay, too, where
+they still have to be delivered, or where their results are to be removed one day."""
 
 
 class JournalError(FlowMeshError):
@@ -80,6 +82,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 class Finished(msgspec.Struct, frozen=True):
     """A finished attempt, as long as nobody asks for more."""
 
+    attempt: int
     task_id: str
     out_dir: str
     finished_at: str
@@ -223,7 +226,6 @@ class Journal:
                 (State.DONE, msgspec.msgpack.encode(task), at, attempt),
             )
             self.post(channel, event)
-            self._write("DELETE FROM tasks WHERE state = 'done' AND attempt <= ?", (attempt - KEPT_DONE,))
 
     def open_tasks(self) -> list[Record]:
         """Every accepted task without an end, oldest first."""
@@ -232,11 +234,31 @@ class Journal:
 
     def finished(self) -> list[Finished]:
         """Every attempt that has ended, oldest first; cheap, and to be looked into elsewhere than on the loop."""
-        query = "SELECT task_id, out_dir, finished_at, progress FROM tasks WHERE state = 'done' ORDER BY attempt"
+        query = (
+            "SELECT attempt, task_id, out_dir, finished_at, progress FROM tasks WHERE state = 'done' ORDER BY attempt"
+        )
         try:
             return [Finished(*row) for row in self._db.execute(query)]
         except sqlite3.Error as error:
             raise JournalError(f"the journal cannot be read: {error}") from error
+
+    def forget(self, gone: Iterable[int] | None = None) -> None:
+        """Drop finished attempts of long ago, but none that still has to be delivered.
+
+        Args:
+            gone: those that nothing is left of; None: nobody will ask.
+        """
+        last = self._db.execute("SELECT max(attempt) FROM tasks").fetchone()[0] or 0
+        # a blob of msgpack has its words as they are
+        drop = "DELETE FROM tasks WHERE state = 'done' AND attempt <= ? AND instr(progress, CAST(? AS BLOB)) = 0"
+        values = (last - KEPT_DONE, Kind.DELIVERY_FAILED.value)
+        if gone is None:
+            self._write(drop, values)
+            return
+        with self.transaction():
+            for attempt in gone:
+                if attempt <= last - KEPT_DONE:
+                    self._write(f"{drop} AND attempt = ?", (*values, attempt))
 
     def latest(self, task_id: str) -> Record | None:
         """The newest attempt at a task."""

@@ -218,6 +218,22 @@ def test_old_results_go_and_nothing_else(orchestrator: Orchestrator, make_node) 
 
 
 @pytest.mark.redis
+def test_old_results_go_where_the_results_folder_is_a_link(orchestrator: Orchestrator, make_node) -> None:
+    node = make_node(start=False, config="[results]\n")
+    (node.home / "disk").mkdir()
+    node.results_dir.symlink_to(node.home / "disk")
+    node.start()
+    task = orchestrator.dispatch("w1", {"taskType": "echo"})
+    orchestrator.wait_end(task)
+    assert (node.home / "disk" / task).is_dir()
+    assert node.stop() == 0
+    (node.home / "disk" / ".removed-0" / "half").mkdir(parents=True)  # of a node that was killed over it
+    (node.home / "node.toml").write_text("[results]\nkeep_bytes = 0\n")
+    node.start()
+    until(lambda: list((node.home / "disk").iterdir()) == [], "what is finished goes")
+
+
+@pytest.mark.redis
 def test_results_stay_as_long_as_nobody_says_otherwise(orchestrator: Orchestrator, make_node) -> None:
     node = make_node(config="[results]\nkeep_days = 1.0\n")
     task = orchestrator.dispatch("w1", {"taskType": "echo"})

@@ -14,6 +14,7 @@ import pytest
 
 from flowmesh.tasks.journal import Journal, JournalError, ensure_private_dir
 from flowmesh.tasks.machine import State, Task
+from flowmesh.tasks.verdicts import Kind, Verdict
 
 
 @pytest.fixture
@@ -176,3 +177,17 @@ def test_another_versions_journal_is_left_as_it_is(tmp_path: Path) -> None:
     with pytest.raises(JournalError, match=r"schema 7, this one has 1\); run that version, or set node.state_dir"):
         Journal(path)
     assert path.read_bytes() == before
+
+
+def test_what_was_long_ago_goes_but_not_what_still_has_to_be_delivered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flowmesh.tasks.journal.KEPT_DONE", 3)
+    journal = Journal(tmp_path / "j")
+    for kind in (Kind.OK, Kind.DELIVERY_FAILED, Kind.OK, Kind.ERROR, Kind.OK, Kind.OK, Kind.OK):
+        attempt = journal.accept(task_id="t", worker_id="w", dispatched_at=None, at="", message=b"{}", out_dir="/t")
+        journal.finish(attempt, Task(state=State.DONE, verdict=Verdict(kind=kind)), "", "c", b"{}")
+    journal.forget(gone=[1, 2, 3, 6])
+    assert [each.attempt for each in journal.finished()] == [2, 4, 5, 6, 7]
+    journal.forget()
+    assert [each.attempt for each in journal.finished()] == [2, 5, 6, 7]
