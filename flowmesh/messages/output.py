@@ -136,7 +136,8 @@ def _check_headers(headers: dict[str, str], where: str) -> None:
     seen: set[str] = set()
     for name, value in headers.items():
         if not _TOKEN.fullmatch(name):
-            raise FieldError(f"{where}: {name!r} cannot be the name of a header", where)
+            shown = name.partition(":")[0][:80]  # behind a colon stands a value, which may be a secret
+            raise FieldError(f"{where}: {shown!r} cannot be the name of a header", where)
         path, lower = f"{where}.{name}", name.lower()
         if lower in _FRAMING:
             raise FieldError(f"{path}: the connection's own header; the node sets it itself", path)

@@ -19,7 +19,7 @@ _BARE = re.compile(r"[A-Za-z0-9_$-]+", re.ASCII)
 _SHOWN = 80
 _ESCAPES = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 _SECRET_NAME = re.compile(
-    r"(?i)(^|[_-])(token|password|passwd|secret|authorization|api[_-]?key|credentials?)$|(apikey|Token|Secret|Password)$"
+    r"(?i)(^|[_-])(token|password|passwd|secret|authorization|api[_-]?key|credentials?|headers)$|(apikey|Token|Secret|Password)$"
 )
 _SECRET_QUERY = re.compile(r"(?i)([?&][^=&#]*(?:password|passwd|token|secret|key|sig|signature|credential)=)[^&#]*")
 _CLEAN_AUTHORITY = re.compile(r"(?:[\w.-]+|\[[0-9A-Fa-f:.%]+\])(?::\d{1,5})?", re.ASCII)

@@ -25,6 +25,7 @@ class Redactor:
         """One that knows what a destination's address, its headers and the node's token hold."""
         parts = urlsplit(url)
         query = [value for _, value in parse_qsl(parts.query)]
+        query += [part.partition("=")[2] or part for part in parts.query.split("&")]  # as they stand there
         values = [value for name, value in headers.items() if name.lower() != "content-type"]
         return cls([token, *values, parts.username, parts.password, *query])
 

@@ -91,6 +91,8 @@ def test_what_cannot_be_delivered_to_is_refused_with_its_path(value: dict[str, A
         http(url="ftp://user:hunter2@host/?key=hunter2"),
         http(headers={"X-A": "hunter2\r\n"}),
         http(headers={"X-A": "hunter2ü"}),
+        http(headers="Bearer hunter2"),
+        http(headers={"Authorization: Bearer hunter2": "x"}),
     ],
 )
 def test_an_error_shows_no_secret(value: dict[str, Any]) -> None:

@@ -34,6 +34,11 @@ def test_what_a_request_knows_is_hidden_and_ordinary_words_are_not() -> None:
     assert hide("a application/json 1") == "a application/json 1"
 
 
+def test_a_query_is_hidden_as_it_stands_there_too() -> None:
+    hide = Redactor.of_request("https://h/x?sig=a%2Fb%2Bc&bare-token&flag=", {}, None)
+    assert hide("a%2Fb%2Bc a/b+c bare-token") == "[hidden] [hidden] [hidden]"
+
+
 def test_the_longer_of_two_secrets_goes_first() -> None:
     assert Redactor(["abcd", "abcdefgh"])("abcdefgh") == "[hidden]"
 
