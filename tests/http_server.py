@@ -12,6 +12,7 @@ import http.server
 import json
 import socket
 import struct
+import tempfile
 import threading
 import time
 from dataclasses import dataclass, field
@@ -34,6 +35,8 @@ class Received:
     file_size: int = 0
     file_sha256: str = ""
     seconds: float = 0.0
+    unsized: bool = False
+    """Whether it came without a length, in chunks."""
 
     @property
     def json(self) -> Any:
@@ -48,6 +51,8 @@ class Answer:
     body: bytes = b"{}"
     headers: dict[str, str] = field(default_factory=dict)
     early: bool = False
+    trickle_s: float = 0.0
+    """Between two bytes of the body."""
 
 
 @dataclass
@@ -68,10 +73,15 @@ Step = Answer | Reset | Stall
 
 
 class Server:
-    """`with Server() as server`: listens on a free port of 127.0.0.1 until the block ends."""
+    """`with Server() as server`: listens on a free port of 127.0.0.1 until the block ends.
 
-    def __init__(self, *plan: Step) -> None:
+    Args:
+        unsized: whether it takes bodies without a length; otherwise it answers 411 to them, whatever the plan says.
+    """
+
+    def __init__(self, *plan: Step, unsized: bool = False) -> None:
         self.plan = list(plan)
+        self.unsized = unsized
         self.requests: list[tuple[str, str]] = []
         """(method, path) of every request, also of those that went wrong."""
         self.received: list[Received] = []
@@ -132,7 +142,8 @@ class Server:
 
     def _serve(self, handler: http.server.BaseHTTPRequestHandler) -> None:
         started = time.monotonic()
-        step = self._step()
+        in_chunks = handler.headers.get("Transfer-Encoding") == "chunked"
+        step = self._step() if self.unsized or not in_chunks else Answer(411, early=True)
         with self._lock:
             self.requests.append((handler.command, handler.path))
         match step:
@@ -162,23 +173,36 @@ class Server:
             handler.send_header("Connection", "close")
             handler.close_connection = True
         handler.end_headers()
-        handler.wfile.write(step.body)
+        if not step.trickle_s:
+            handler.wfile.write(step.body)
+            return
+        for byte in step.body:
+            handler.wfile.write(bytes((byte,)))
+            if self._over.wait(step.trickle_s):
+                break
 
     @staticmethod
     def _read(handler: http.server.BaseHTTPRequestHandler) -> Received:
         headers = {name.lower(): value for name, value in handler.headers.items()}
-        assert "transfer-encoding" not in headers, "a known length was promised"
         received = Received(handler.command, handler.path, headers)
-        left = int(headers.get("content-length", 0))
-        kind, _, rest = headers.get("content-type", "").partition(";")
+        received.unsized = "transfer-encoding" in headers
+        if not received.unsized:
+            return Server._parse(received, handler.rfile, int(headers.get("content-length", 0)))
+        assert "content-length" not in headers
+        with tempfile.TemporaryFile() as body:
+            return Server._parse(received, body, _unchunk(handler.rfile, body))
+
+    @staticmethod
+    def _parse(received: Received, body: Any, left: int) -> Received:
+        kind, _, rest = received.headers.get("content-type", "").partition(";")
         if kind != "multipart/form-data":
-            received.body = handler.rfile.read(left)
+            received.body = body.read(left)
             assert len(received.body) == left
             return received
         boundary = rest.strip().removeprefix("boundary=").encode()
         head = b""
         while not head.endswith(b"\r\n\r\n"):
-            line = handler.rfile.readline()
+            line = body.readline()
             assert line
             head += line
         assert head.startswith(b"--" + boundary + b"\r\n")
@@ -189,11 +213,24 @@ class Server:
         left -= len(head) + len(tail)
         digest = hashlib.sha256()
         while left:
-            data = handler.rfile.read(min(BLOCK, left))
+            data = body.read(min(BLOCK, left))
             assert data, "the body ended early"
             digest.update(data)
             received.file_size += len(data)
             left -= len(data)
-        assert handler.rfile.read(len(tail)) == tail
+        assert body.read(len(tail)) == tail
         received.file_sha256 = digest.hexdigest()
         return received
+
+
+def _unchunk(source: Any, target: Any) -> int:
+    """Write a chunked body's content to `target`, and go back to its beginning; returns its length."""
+    while size := int(source.readline(), 16):
+        data = source.read(size)
+        assert len(data) == size, "the body ended early"
+        target.write(data)
+        assert source.readline() == b"\r\n"
+    assert source.readline() == b"\r\n"
+    length = int(target.tell())
+    target.seek(0)
+    return length

@@ -46,11 +46,6 @@ class Archive(msgspec.Struct, frozen=True, kw_only=True):
     notes: tuple[str, ...] = ()
 
 
-def archive_size_bytes(folder: Path) -> int:
-    """Bytes of the files that an archive of `folder` would hold."""
-    return sum(member.size for member in members_of(folder))
-
-
 def make_archive(
     folder: Path,
     target: Path,

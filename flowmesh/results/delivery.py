@@ -183,8 +183,10 @@ class _Delivery:
             self.record()
             return
         self._write_results()  # whatever the network does, what was computed is there to be read
-        items = self._pack()
-        self._send(items)
+        sender = self.sender = Sender(self.job, self._state, self._note_state, self._report, self._token)
+        with contextlib.closing(sender):
+            items = self._pack(sender)
+            self._send(sender, items)
         if self.job.cleanup_after_upload:
             self._clean_up()
 
@@ -204,8 +206,8 @@ class _Delivery:
 
     # ---- HTTP --------------------------------------------------------------------------------------------------------
 
-    def _pack(self) -> list[Item]:
-        """Everything that is to be sent, folders packed first."""
+    def _pack(self, sender: Sender) -> list[Item]:
+        """Everything that is to be sent, folders packed first; large archives leave while they are written."""
         assert self._outcome is not None
         self._report(Phase("archive"))
         items: list[Item] = []
@@ -214,7 +216,7 @@ class _Delivery:
                 continue
             requests = self._outcome.archives if folder is self._task else ()
             for request in requests:
-                archive = folder.pack(request.folder, self.job.archive, self._state, self._note_state)
+                archive = folder.pack(request.folder, self.job.archive, self._state, self._note_state, sender)
                 items.append(folder.archive_item(request, archive, self._state))
             child = None if folder is self._task else folder.task_id
             fields = self._task.result if child is None else _child_part(self._task.result, child)
@@ -222,25 +224,23 @@ class _Delivery:
                 if upload.child == child:
                     items.append(folder.upload_item(upload, fields))
             for path in folder.target.artifacts:
-                item = folder.artifact_item(path, self.job.archive, self._state, self._note_state)
+                item = folder.artifact_item(path, self.job.archive, self._state, self._note_state, sender)
                 if item is not None:
                     items.append(item)
         return _once(items)
 
-    def _send(self, items: list[Item]) -> None:
+    def _send(self, sender: Sender, items: list[Item]) -> None:
         self._report(Phase("upload"))
-        sender = self.sender = Sender(self.job, self._state, self._note_state, self._report, self._token)
-        with contextlib.closing(sender):
-            sender.expect(items)
-            for item in items:
-                if not item.last:
-                    sender.send_file(item)
-            self.record()  # with the links
-            for item in items:
-                if item.last:
-                    sender.send_file(item)
-            for folder in self._folders:
-                sender.send_result(folder.target, folder.result)
+        sender.expect(items)
+        for item in items:
+            if not item.last:
+                sender.send_file(item)
+        self.record()  # with the links
+        for item in items:
+            if item.last:
+                sender.send_file(item)
+        for folder in self._folders:
+            sender.send_result(folder.target, folder.result)
 
     def _clean_up(self) -> None:
         """Drop what was uploaded and can be had again. Only after everything arrived."""
@@ -250,11 +250,15 @@ class _Delivery:
             return
         for name in (*dropped, "checkpoints", "checkpoints.tar.gz"):
             path = self._task.path / name
-            if path.is_symlink() or path.is_file():
-                path.unlink()
-            elif path.is_dir():
-                shutil.rmtree(path)
-        self._task.write_manifest({})
+            try:
+                if path.is_symlink() or path.is_file():
+                    path.unlink()
+                elif path.is_dir():
+                    shutil.rmtree(path)
+            except OSError as error:  # everything has arrived: that stands
+                self.notes.append(f"{name} could not be removed after its upload: {error.strerror}")
+        with contextlib.suppress(OSError):
+            self._task.write_manifest({})
 
     # ---- what need not be done again ---------------------------------------------------------------------------------
 
@@ -267,8 +271,12 @@ class _Delivery:
         return State(attempt=self.job.attempt)
 
     def _note_state(self) -> None:
-        if self._spool is not None:
+        if self._spool is None:
+            return
+        try:
             write_atomic(self._spool / STATE_FILE, msgspec.json.encode(self._state), private=True)
+        except OSError as error:  # should this process be killed, more is done again; no reason to fail
+            log.warning("state not noted task=%s: %s", self.job.task.task_id, error.strerror)
 
 
 def _failure_of(outcome: Outcome | None) -> Failure | None:

@@ -15,7 +15,7 @@ from flowmesh.results.files import to_json, write_atomic
 from flowmesh.results.job import State, Target
 from flowmesh.results.manifest import MANIFEST_FILE, RESPONSES_FILE, write_manifest
 from flowmesh.results.names import is_plain_name, within
-from flowmesh.results.sending import Item
+from flowmesh.results.sending import Item, Sender
 
 ARCHIVE_SUFFIX = ".tar.gz"
 
@@ -39,7 +39,9 @@ class TaskFolder:
         known = {Path(path).name: digest for path, digest in sha256_by_path.items() if Path(path).parent == self.path}
         write_manifest(self.path, self.task_id, self.target.artifacts, known)
 
-    def pack(self, folder: str, settings: ArchiveSettings, state: State, note: Callable[[], None]) -> Path:
+    def pack(
+        self, folder: str, settings: ArchiveSettings, state: State, note: Callable[[], None], sender: Sender
+    ) -> Path:
         """`<folder>.tar.gz` beside the folder; not made again where this attempt has made it already."""
         source = self.path / folder
         archive = source.with_name(source.name + ARCHIVE_SUFFIX)
@@ -49,10 +51,11 @@ class TaskFolder:
             return archive
         if within(source, self.path) in {None, self.path} or not source.is_dir():
             raise DeliveryError(f"{folder} is to be packed, and there is no such folder in {self.path}")
-        done = make_archive(source, archive, settings)
+        with sender.early(self._item(archive, [])) as written:
+            done = make_archive(source, archive, settings, written)
+            state.archives[str(archive)] = (done.size, done.sha256)
+            note()
         self._notes.extend(done.notes)
-        state.archives[str(archive)] = (done.size, done.sha256)
-        note()
         return archive
 
     # ---- what is sent ------------------------------------------------------------------------------------------------
@@ -81,7 +84,7 @@ class TaskFolder:
         return self._item(path, [(result[request.field], {"uploaded": True, "url": url, "download_url": url})])
 
     def artifact_item(
-        self, artifact: str, settings: ArchiveSettings, state: State, note: Callable[[], None]
+        self, artifact: str, settings: ArchiveSettings, state: State, note: Callable[[], None], sender: Sender
     ) -> Item | None:
         """One of `spec.output.artifacts`; None where it does not exist (the manifest says so)."""
         relative = artifact.rstrip("/")
@@ -94,7 +97,7 @@ class TaskFolder:
             self._notes.append(f"{artifact} leads out of the task's folder: it was not delivered")
             return None
         if path.is_dir() or str(archive) in state.archives:
-            return self._item(self.pack(relative, settings, state, note), [])
+            return self._item(self.pack(relative, settings, state, note, sender), [])
         return self._item(path, [], name=asked.name) if path.is_file() else None
 
     def _item(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
+import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +16,14 @@ import msgspec
 
 from flowmesh.messages.output import HttpDestination, file_url
 from flowmesh.processes.pipe import Frame, Progress
-from flowmesh.results.bodies import BytesBody, FileBody, UploadError
+from flowmesh.results.bodies import BytesBody, FileBody, GrowingBody, UploadError
+from flowmesh.results.files import PARTIAL
 from flowmesh.results.job import DeliveryJob, Sent, State, Target
 from flowmesh.results.throttle import Throttle
 from flowmesh.results.upload import Uploader
+
+EARLY_FROM_BYTES = 32 << 20
+"""An archive of this size is sent while it is written. More than sockets hold: what a server never read is noticed."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -57,7 +65,8 @@ class Sender:
         self._note_state = note_state
         self._report = report
         self._token = token
-        self._deadline = time.monotonic() + job.total_timeout_s
+        self._deadline = 0.0
+        """From the first request on that has its whole body: packing takes what it takes."""
         self._throttle = Throttle(job.bandwidth_bytes_per_sec, Path(job.throttle_file) if job.throttle_file else None)
         self._uploaders: dict[str, Uploader] = {}
         self._total_bytes = 0
@@ -76,22 +85,59 @@ class Sender:
             body = FileBody(item.path, item.name)
             uploader = self._uploader(item.target)
             uploader.send("POST", file_url(self._url(item.target), item.target.task_id), body)
-            self.sent_bytes += body.size
-            self._state.sent[item.key] = Sent(size=before.st_size, mtime_ns=before.st_mtime_ns)
-            self._note_state()
+            self._has_arrived(item, before, body.size or 0)
         self.urls.append(item.url)
         for mapping, gets in item.fields:
             mapping.update(gets)
+
+    @contextlib.contextmanager
+    def early(self, item: Item) -> Iterator[Callable[[int], None]]:
+        """While an archive is written: sends it already, where it is large and the server takes an unknown length.
+
+        Where it did not arrive, it is sent as all others when it is whole. What is yielded has to be told how many
+        bytes are there.
+        """
+        body = GrowingBody(
+            (item.path.with_name(item.path.name + PARTIAL), item.path), item.name, self._job.total_timeout_s
+        )
+        with ThreadPoolExecutor(1, thread_name_prefix="early") as pool:
+            sending: Future[bool] | None = None
+
+            def written(size: int) -> None:
+                nonlocal sending
+                body.grew(size)
+                if sending is None and size >= EARLY_FROM_BYTES:
+                    sending = pool.submit(self._send_early, item, body)
+
+            whole = False
+            try:
+                yield written
+                whole = True
+            finally:
+                body.ended(whole=whole)
+        if sending is not None and sending.result():
+            status = item.path.stat()
+            self._has_arrived(item, status, status.st_size)
+
+    def _send_early(self, item: Item, body: GrowingBody) -> bool:
+        uploader = self._make_uploader(item.target, math.inf)
+        with contextlib.closing(uploader):
+            return uploader.try_unsized(file_url(self._url(item.target), item.target.task_id), body)
 
     def send_result(self, target: Target, result: dict[str, Any]) -> None:
         destination = target.destination
         if not isinstance(destination, HttpDestination) or target.task_id in self._state.results:
             return
         said = {"task_id": target.task_id, "result": result, "worker_id": self._job.worker_id}
-        body = BytesBody(msgspec.json.encode(said), "application/json")
-        self._uploader(target).send(destination.method, self._url(target), body)
-        self.sent_bytes += body.size
+        encoded = msgspec.json.encode(said)
+        self._uploader(target).send(destination.method, self._url(target), BytesBody(encoded, "application/json"))
+        self.sent_bytes += len(encoded)
         self._state.results.append(target.task_id)
+        self._note_state()
+
+    def _has_arrived(self, item: Item, status: os.stat_result, sent_bytes: int) -> None:
+        self.sent_bytes += sent_bytes
+        self._state.sent[item.key] = Sent(size=status.st_size, mtime_ns=status.st_mtime_ns)
         self._note_state()
 
     def _arrived(self, item: Item) -> bool:
@@ -107,22 +153,27 @@ class Sender:
     def _uploader(self, target: Target) -> Uploader:
         uploader = self._uploaders.get(target.task_id)
         if uploader is None:
-            assert isinstance(target.destination, HttpDestination)
-            uploader = self._uploaders[target.task_id] = Uploader(
-                target.destination,
-                deadline=self._deadline,
-                throttle=self._throttle,
-                token=self._token,
-                orchestrator_url=self._job.orchestrator_url,
-                first_backoff_s=self._job.first_backoff_s,
-                max_backoff_s=self._job.max_backoff_s,
-                progress=self._progress,
-            )
+            self._deadline = self._deadline or time.monotonic() + self._job.total_timeout_s
+            uploader = self._uploaders[target.task_id] = self._make_uploader(target, self._deadline)
         return uploader
+
+    def _make_uploader(self, target: Target, deadline: float) -> Uploader:
+        assert isinstance(target.destination, HttpDestination)
+        return Uploader(
+            target.destination,
+            deadline=deadline,
+            throttle=self._throttle,
+            token=self._token,
+            orchestrator_url=self._job.orchestrator_url,
+            first_backoff_s=self._job.first_backoff_s,
+            max_backoff_s=self._job.max_backoff_s,
+            progress=self._progress,
+        )
 
     def _progress(self, sent_bytes: int) -> None:
         done = self.sent_bytes + sent_bytes
-        self._report(Progress(float(done), float(max(done, self._total_bytes)), "B"))
+        total = float(max(done, self._total_bytes)) if self._total_bytes else None  # nobody knows, while it is packed
+        self._report(Progress(float(done), total, "B"))
 
     @staticmethod
     def _url(target: Target) -> str:

@@ -7,17 +7,17 @@ were meant for and nowhere else: not across a redirect, not into an error's text
 from __future__ import annotations
 
 import base64
-import email.utils
 import os
 import ssl
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import unquote, urljoin, urlsplit
 
 from flowmesh import __version__
 from flowmesh.errors import FieldError
 from flowmesh.messages.output import HttpDestination, check_url
+from flowmesh.results.answers import ANSWER_SHOWN, answer_of, in_words, innermost, retry_after_s
 from flowmesh.results.bodies import Body, UploadError
 from flowmesh.results.redact import Redactor, bare_url
 from flowmesh.results.throttle import Throttle
@@ -28,10 +28,9 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 64 * 1024
 MAX_REDIRECTS = 5
-MAX_RETRY_AFTER_S = 300.0
-ANSWER_SHOWN = 200
-_ANSWER_READ = 4096
 _TRY_AGAIN = frozenset((408, 425, 429))
+_LENGTH_WANTED = frozenset((400, 408, 411))
+"""What a server says of a chunked body that it does not take, or took too long for."""
 
 
 class _TryAgain(UploadError):
@@ -95,9 +94,13 @@ class Uploader:
             tenacity.wait_exponential(multiplier=first_s, max=self._max_backoff_s), tenacity.wait_random(0, first_s)
         )
         waits_s: dict[int, float] = {}
+        last_answer = ""
 
         def wait_s(state: tenacity.RetryCallState) -> float:
+            nonlocal last_answer
             error = state.outcome.exception() if state.outcome is not None else None
+            if isinstance(error, UploadError) and error.status is not None:
+                last_answer = str(error)
             asked = error.retry_after_s if isinstance(error, _TryAgain) else 0.0
             return waits_s.setdefault(state.attempt_number, max(asked, backoff(state)))
 
@@ -116,8 +119,26 @@ class Uploader:
             told = f"{method} {bare_url(url)}: {error}"
             if isinstance(error, _TryAgain):
                 tries = retrying.statistics.get("attempt_number", 1)
+                if error.status is None and last_answer:
+                    told += f"; before that {last_answer}"
                 told += f"; gave up after {time.monotonic() - started:.0f} s and {tries} attempts"
             raise UploadError(self._redact(told), error.status) from None
+
+    def try_unsized(self, url: str, body: Body) -> bool:
+        """One attempt with a body whose length is not known yet (a chunked one); whether it was accepted.
+
+        Where it was not, sending it with its length is worth a try.
+
+        Raises:
+            UploadError: the server refused it for another reason, which would stand then, too.
+        """
+        try:
+            self._attempt("POST", url, body)
+        except UploadError as error:
+            if isinstance(error, _TryAgain) or error.status in _LENGTH_WANTED:
+                return False
+            raise UploadError(self._redact(f"POST {bare_url(url)}: {error}"), error.status) from None
+        return True
 
     # ---- one attempt -------------------------------------------------------------------------------------------------
 
@@ -126,10 +147,14 @@ class Uploader:
         at_home = True  # once a redirect has left the first origin, nothing secret is sent any more
         for _ in range(MAX_REDIRECTS + 1):
             at_home = at_home and _origin(url) == first
-            response = self._request(method, url, body, self._headers(url, body, at_home))
+            kind = _Stream if body.size is None else _SizedStream
+            stream = kind(body, self._throttle, self._deadline, self._progress)
+            response = self._request(method, url, stream, self._headers(url, body, at_home))
             try:
                 status = response.status_code
                 if 200 <= status < 300:
+                    if not stream.whole:
+                        raise _TryAgain(f"the server answered {status} before it had read everything", status)
                     return
                 if status not in {307, 308}:
                     raise self._refusal(response)
@@ -152,7 +177,7 @@ class Uploader:
         headers["Content-Type"] = body.content_type
         return headers
 
-    def _request(self, method: str, url: str, body: Body, headers: Mapping[str, str]) -> requests.Response:
+    def _request(self, method: str, url: str, stream: _Stream, headers: Mapping[str, str]) -> requests.Response:
         import requests
         import requests.utils
 
@@ -169,7 +194,7 @@ class Uploader:
             return session.request(
                 method,
                 plain,
-                data=_Stream(body, self._throttle, self._deadline, self._progress),
+                data=stream,
                 headers=dict(headers),
                 timeout=(timeout_s, timeout_s),
                 proxies=requests.utils.get_environ_proxies(plain),
@@ -178,8 +203,8 @@ class Uploader:
                 stream=True,
             )
         except requests.exceptions.RequestException as error:
-            cause = _innermost(error)
-            told = _told(error, cause, timeout_s)
+            cause = innermost(error)
+            told = in_words(error, cause, timeout_s)
             again = isinstance(error, requests.exceptions.ConnectionError | requests.exceptions.Timeout)
             if again and not isinstance(cause, ssl.SSLCertVerificationError):
                 raise _TryAgain(told) from error
@@ -190,11 +215,12 @@ class Uploader:
         told = f"the server answered {status} {response.reason or ''}".rstrip()
         if 300 <= status < 400:
             return UploadError(f"{told}: only 307 and 308 keep a body; give the address it redirects to", status)
-        answer = " ".join(self._redact(_answer(response)).split())
+        shown = "".join(c if c.isprintable() else " " for c in self._redact(answer_of(response, self._timeout_s)))
+        answer = " ".join(shown.split())
         if answer:
             told += f": {answer[:ANSWER_SHOWN]}"
         if status in _TRY_AGAIN or status >= 500:
-            return _TryAgain(told, status, _retry_after_s(response.headers.get("Retry-After")))
+            return _TryAgain(told, status, retry_after_s(response.headers.get("Retry-After")))
         return UploadError(told, status)
 
     @staticmethod
@@ -212,16 +238,15 @@ class Uploader:
 
 
 class _Stream:
-    """A body as `requests` takes it: it has a length, so no chunked encoding, and is read as it is sent."""
+    """A body as `requests` takes it: read as it is sent, and without a length, chunked."""
 
     def __init__(self, body: Body, throttle: Throttle, deadline: float, progress: Callable[[int], None]) -> None:
         self._body = body
         self._throttle = throttle
         self._deadline = deadline
         self._progress = progress
-
-    def __len__(self) -> int:
-        return self._body.size
+        self.whole = False
+        """Whether all of it has left."""
 
     def __iter__(self) -> Iterator[bytes]:
         sent = 0
@@ -232,6 +257,14 @@ class _Stream:
             yield chunk
             sent += len(chunk)
             self._progress(sent)
+        self.whole = True
+
+
+class _SizedStream(_Stream):
+    """It has a length, so no chunked encoding."""
+
+    def __len__(self) -> int:
+        return self._body.size or 0
 
 
 # ---- small things ----------------------------------------------------------------------------------------------------
@@ -253,47 +286,3 @@ def _userinfo(url: str) -> str | None:
 def _without_userinfo(url: str) -> str:
     parts = urlsplit(url)
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], fragment="").geturl()
-
-
-def _answer(response: requests.Response) -> str:
-    """The beginning of what the server said; empty where it cannot be read."""
-    import urllib3.exceptions
-
-    try:
-        data: Any = response.raw.read(_ANSWER_READ, decode_content=True)
-    except (OSError, urllib3.exceptions.HTTPError):
-        return ""
-    return bytes(data).decode("utf-8", "replace")
-
-
-def _retry_after_s(value: str | None) -> float:
-    """Retry-After as seconds, whichever of its two forms it has; 0 where it has none. Bounded."""
-    if value is None:
-        return 0.0
-    value = value.strip()
-    if value.isascii() and value.isdigit():
-        return min(float(value[:9]), MAX_RETRY_AFTER_S)
-    try:
-        at = email.utils.parsedate_to_datetime(value).timestamp()
-    except (TypeError, ValueError):
-        return 0.0
-    return min(max(at - time.time(), 0.0), MAX_RETRY_AFTER_S)
-
-
-def _innermost(error: BaseException) -> BaseException:
-    """What is behind the wrappers of requests and urllib3."""
-    seen: set[int] = set()
-    while id(error) not in seen:
-        seen.add(id(error))
-        nested = [getattr(error, "reason", None), error.__cause__, *error.args, error.__context__]
-        error = next((e for e in nested if isinstance(e, BaseException) and id(e) not in seen), error)
-    return error
-
-
-def _told(error: BaseException, cause: BaseException, timeout_s: float) -> str:
-    """An attempt's failure in a few words; never the wrappers' own, which quote the whole address."""
-    if isinstance(cause, TimeoutError) or "Timeout" in type(error).__name__:
-        return f"no answer within {timeout_s:g} s"
-    if isinstance(cause, OSError) and cause.strerror:
-        return cause.strerror
-    return f"{type(cause).__name__}: {' '.join(str(cause).split())[:ANSWER_SHOWN]}"

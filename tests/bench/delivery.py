@@ -33,17 +33,25 @@ import socket, sys
 listener = socket.create_server(("127.0.0.1", 0))
 print(listener.getsockname()[1], flush=True)
 buffer = bytearray(1 << 20)
+def drop(lines, left):
+    while left:
+        left -= lines.readinto(memoryview(buffer)[:min(left, len(buffer))])
 while True:
     peer, _ = listener.accept()
     with peer, peer.makefile("rb") as lines:
         while line := lines.readline():
-            left = int(line) if line[:1].isdigit() else 0
+            left, chunked = int(line) if line[:1].isdigit() else 0, False
             while line not in (b"\\r\\n", b"\\n") and not line[:1].isdigit():
                 line = lines.readline()
                 if line.lower().startswith(b"content-length:"):
                     left = int(line.split(b":")[1])
-            while left:
-                left -= lines.readinto(memoryview(buffer)[:min(left, len(buffer))])
+                chunked |= line.lower().startswith(b"transfer-encoding: chunked")
+            drop(lines, left)
+            while chunked and (size := int(lines.readline(), 16)):
+                drop(lines, size)
+                lines.readline()
+            if chunked:
+                lines.readline()
             peer.sendall(b"HTTP/1.1 200 OK\\r\\nContent-Length: 2\\r\\n\\r\\n{}")
 """
 """Reads and drops: HTTP requests, or after a line with a number so many bytes. Answers each in the same way."""

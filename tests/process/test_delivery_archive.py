@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import os
 import subprocess
+import sys
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -182,8 +183,6 @@ def test_a_full_disk_is_a_clear_error(model: Path, tmp_path: Path, settings: Arc
         "try: make_archive(Path(sys.argv[1]) / 'final_model', Path(sys.argv[1]) / 'a.tar.gz', settings)\n"
         "except DeliveryError as error: print(error)\n"
     )
-    import sys
-
     import msgspec
 
     said = subprocess.run(
@@ -224,6 +223,21 @@ def test_levels_have_their_meaning() -> None:
     assert packed(1, None) < len(text) / 2
     if compress.library_name() == "zlib":  # ISA-L's levels differ in speed more than in size
         assert packed(9, None) < packed(1, None)
+
+
+def test_many_threads_take_no_more_memory_than_is_promised() -> None:
+    code = (
+        "import os, resource\n"
+        "from flowmesh.config import ArchiveSettings\n"
+        "from flowmesh.results import compress\n"
+        "settings = ArchiveSettings(use_pigz=False, compression_level=1, pigz_threads=128)\n"
+        "block = os.urandom(1 << 20)\n"
+        "size = sum(map(len, compress.gzipped((block for _ in range(200)), settings, None)))\n"
+        "assert size > 200 << 20, size\n"
+        "print(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1])\n"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert int(said.stdout) * 1024 < 100e6
 
 
 def test_a_reader_that_stops_leaves_no_process(tmp_path: Path) -> None:

@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 
 from flowmesh.messages.output import HttpDestination, file_url, read_output
+from flowmesh.results.answers import retry_after_s
 from flowmesh.results.bodies import BytesBody, FileBody, UploadError
 from flowmesh.results.throttle import Throttle
-from flowmesh.results.upload import Uploader, _retry_after_s
+from flowmesh.results.upload import Uploader
 from tests.http_server import Answer, Received, Reset, Server, Stall
 
 SIZE = 3_000_000
@@ -104,6 +105,16 @@ def test_what_may_pass_is_tried_again_with_the_whole_body(artifact: Path, plan: 
     assert_whole(received, artifact)
 
 
+def test_an_acceptance_before_the_end_is_none(tmp_path: Path) -> None:
+    """More than the sockets between the two hold: what was not read is lost."""
+    large = tmp_path / "large.bin"
+    large.write_bytes(os.urandom(1 << 20) * 24)
+    with Server(Answer(200, early=True)) as server:
+        send_file(uploader(server.url), server.url, large, "large.bin")
+        assert len(server.requests) == 2
+        assert_whole(server.files()["large.bin"], large)
+
+
 def test_a_stall_ends_with_the_attempts_timeout_and_is_tried_again(artifact: Path) -> None:
     with Server(Stall(100_000), Stall(SIZE)) as server:
         send_file(uploader(server.url, fields={"timeoutSec": 0.3}), server.url, artifact)
@@ -127,6 +138,14 @@ def test_an_answer_is_cut_after_200_characters(artifact: Path) -> None:
     with Server(Answer(400, b"x" * 5000)) as server, pytest.raises(UploadError) as caught:
         send_file(uploader(server.url), server.url, artifact)
     assert str(caught.value).count("x") == 200
+
+
+def test_an_answer_that_trickles_is_cut_short(artifact: Path) -> None:
+    with Server(Answer(403, b"never the end of it" * 50, trickle_s=0.05)) as server:
+        with pytest.raises(UploadError, match="never the") as caught:
+            send_file(uploader(server.url, fields={"timeoutSec": 0.5}), server.url, artifact)
+        assert caught.value.status == 403
+        assert len(str(caught.value)) < 150
 
 
 def test_nobody_listening_is_tried_until_time_is_up(artifact: Path) -> None:
@@ -165,14 +184,14 @@ def test_retry_after_never_waits_past_the_total(artifact: Path) -> None:
 
 
 def test_both_forms_of_retry_after() -> None:
-    assert _retry_after_s(None) == 0
-    assert _retry_after_s(" 7 ") == 7
-    assert _retry_after_s("99999999999999999999") == 300
-    assert _retry_after_s("soon") == 0
-    assert _retry_after_s("-5") == 0
+    assert retry_after_s(None) == 0
+    assert retry_after_s(" 7 ") == 7
+    assert retry_after_s("99999999999999999999") == 300
+    assert retry_after_s("soon") == 0
+    assert retry_after_s("-5") == 0
     later = datetime.now(UTC) + timedelta(seconds=60)
-    assert 50 < _retry_after_s(format_datetime(later, usegmt=True)) <= 60
-    assert _retry_after_s(format_datetime(later - timedelta(days=1), usegmt=True)) == 0
+    assert 50 < retry_after_s(format_datetime(later, usegmt=True)) <= 60
+    assert retry_after_s(format_datetime(later - timedelta(days=1), usegmt=True)) == 0
 
 
 # ---- who gets which secret -------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from flowmesh.messages.job import ArchiveRequest, Fault, Outcome, UploadRequest
 from flowmesh.messages.output import HttpDestination, LocalDestination, read_output
 from flowmesh.processes.pipe import Finished, Frame, Hello, Phase, Pipe, Progress
 from flowmesh.results.delivery import deliver, main, read_report, write_job
-from flowmesh.results.job import DeliveryJob, Failure, Target, children_of, file_url_template
+from flowmesh.results.job import DeliveryJob, DeliveryReport, Failure, Target, children_of, file_url_template
 from tests.http_server import Answer, Reset, Server, Stall
 
 QUICK: dict[str, Any] = {
@@ -211,6 +212,88 @@ def test_a_model_is_packed_and_sent_before_the_result_that_names_it(out: Path, t
     assert done[-1] == report.sent_bytes
 
 
+SLOW_PIGZ = """#!/bin/sh
+cat > /dev/null
+head -c 40000000 /dev/urandom
+while [ ! -e {go} ] && [ -e {home} ]; do sleep 0.02; done
+echo the end
+exit {status}
+"""
+
+
+def slow_pigz(tmp_path: Path, status: int = 0) -> ArchiveSettings:
+    """Does not come to its end before `tmp_path`/go is there."""
+    script = tmp_path / "slow-pigz"
+    script.write_text(SLOW_PIGZ.format(go=tmp_path / "go", home=tmp_path, status=status))
+    script.chmod(0o755)
+    return ArchiveSettings(pigz_bin=str(script))
+
+
+def deliver_slowly(job: DeliveryJob, go: Path, when: Any) -> DeliveryReport:
+    """Deliver, and let pigz end as soon as `when` says so."""
+    with ThreadPoolExecutor(1) as pool:
+        report = pool.submit(deliver, job, trained())
+        try:
+            until(when)
+        finally:
+            go.touch()
+        return report.result(60)
+
+
+def test_a_large_archive_leaves_while_it_is_still_written(out: Path, tmp_path: Path) -> None:
+    with_model(out)
+    with Server(unsized=True) as server:
+        job = delivery(target(out, http(server.url)), archive=slow_pigz(tmp_path))
+        report = deliver_slowly(job, tmp_path / "go", lambda: server.requests)
+        assert report.ok, report
+        file, result = server.received
+        archive = out / "final_model.tar.gz"
+        assert (file.unsized, file.file_name, file.file_size) == (True, archive.name, archive.stat().st_size)
+        assert file.file_sha256 == checksum(archive) == manifest(out)[archive.name]["sha256"]
+        assert not result.unsized
+        assert result.json["result"]["final_model_archive_bytes"] == file.file_size
+        assert result.json["result"]["final_model_archive_uploaded"] is True
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [None, [Answer(411)], [Answer(400)], [Answer(501)], [Answer(503)], [Reset(50_000)], [Stall(50_000)],
+     [Answer(200, early=True)]],
+    ids=["411", "late 411", "400", "501", "503", "reset", "stall", "200 at once"],
+)  # fmt: skip
+def test_a_server_that_wants_a_length_gets_it(out: Path, tmp_path: Path, plan: list[Any] | None) -> None:
+    with_model(out)
+    with Server(*(plan or []), unsized=plan is not None) as server:
+        job = delivery(target(out, http(server.url, timeoutSec=0.5)), archive=slow_pigz(tmp_path))
+        report = deliver_slowly(job, tmp_path / "go", lambda: server.requests)
+        assert report.ok, report
+        assert len(server.requests) == 3
+        file, _ = server.received
+        assert (file.unsized, file.file_sha256) == (False, checksum(out / "final_model.tar.gz"))
+
+
+def test_a_refusal_of_an_early_archive_is_final_and_the_archive_is_kept(out: Path, tmp_path: Path) -> None:
+    with_model(out)
+    with Server(Answer(403, b"quota"), unsized=True) as server:
+        job = delivery(target(out, http(server.url)), archive=slow_pigz(tmp_path))
+        report = deliver_slowly(job, tmp_path / "go", lambda: server.requests)
+        assert (report.ok, report.status) == (False, 403)
+        assert "quota" in report.error
+        assert len(server.requests) == 1
+        assert (out / "final_model.tar.gz").stat().st_size > 40_000_000
+
+
+def test_an_archive_that_fails_after_its_beginning_left_never_arrives(out: Path, tmp_path: Path) -> None:
+    with_model(out)
+    with Server(unsized=True) as server:
+        job = delivery(target(out, http(server.url)), archive=slow_pigz(tmp_path, status=3))
+        report = deliver_slowly(job, tmp_path / "go", lambda: server.requests)
+        assert not report.ok
+        assert "status 3" in report.error
+        assert server.received == []
+        assert not (out / "final_model.tar.gz").exists()
+
+
 def test_artifacts_are_sent_files_as_they_are_and_folders_packed(out: Path) -> None:
     (out / "nested").mkdir()
     (out / "nested" / "table.csv").write_text("a,b\n")
@@ -374,6 +457,24 @@ def test_after_a_success_the_model_may_go(out: Path) -> None:
     assert sorted(p.name for p in out.iterdir()) == ["keep.txt", "logs", "manifest.json", "responses.json"]
     assert "final_model.tar.gz" not in manifest(out)
     assert said(out)["final_model_archive_uploaded"] is True
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a mount needs root")
+def test_what_cannot_be_removed_after_the_upload_is_told_and_no_failure(out: Path) -> None:
+    with_model(out)
+    busy = out / "checkpoints" / "checkpoint-5"
+    mount = ["mount", "-t", "tmpfs", "tmpfs", str(busy)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("this system lets nobody mount a tmpfs")
+    try:
+        with Server() as server:
+            report = deliver(delivery(target(out, http(server.url)), cleanup_after_upload=True), trained())
+            assert report.ok, report
+            assert len(server.received) == 2
+    finally:
+        subprocess.run(["umount", "-l", str(busy)], check=True)
+    assert not (out / "final_model").exists()
+    assert "checkpoints could not be removed after its upload: Device or resource busy" in report.notes
 
 
 def test_a_model_that_was_not_sent_is_never_dropped(out: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -271,3 +272,20 @@ def test_what_new_settings_refuse_was_computed_and_can_be_delivered_later(
         until(lambda: not children(node), "its child is ended")
         assert said(flowmesh(node, "deliver", task))[0] == 0
         assert len(server.results()) == 1
+
+
+def test_a_second_attempt_writes_into_its_folder_and_not_where_the_first_one_led(
+    orchestrator: Orchestrator, make_node
+) -> None:
+    node = make_node()
+    orchestrator.run("w1", {"taskType": "echo"}, task_id="again")
+    elsewhere, folder = node.home / "elsewhere", node.results_dir / "again"
+    elsewhere.mkdir()
+    for name in ("logs", "artifacts"):
+        shutil.rmtree(folder / name)
+        (folder / name).symlink_to(elsewhere)
+    orchestrator.dispatch("w1", {"taskType": "echo"}, task_id="again")
+    until(lambda: len(orchestrator.ends("again")) == 2, "it ran again")
+    assert orchestrator.ends("again")[-1]["type"] == "TASK_SUCCEEDED"
+    assert list(elsewhere.iterdir()) == []
+    assert (folder / "logs" / "stdout.log").exists()
