@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import TypeVar
 
 import pytest
 import redis
@@ -76,8 +77,11 @@ class TlsServer(TcpServer):
         return redis.Redis(port=self.port, host="127.0.0.1", ssl=True, ssl_ca_certs=self.certificate)
 
 
+ServerT = TypeVar("ServerT", bound=RedisServer)
+
+
 @contextlib.contextmanager
-def started(kind: type[RedisServer]) -> Iterator[tuple[RedisServer, Orchestrator]]:
+def started(kind: type[ServerT]) -> Iterator[tuple[ServerT, Orchestrator]]:
     server = kind()
     try:
         peer = Orchestrator(server)
@@ -102,22 +106,51 @@ def works(node: Node, peer: Orchestrator) -> None:
 
 @pytest.mark.redis
 def test_the_master_is_found_through_its_sentinels() -> None:
-    with started(TcpServer) as (server, peer):
-        port = free_port()
-        file = server.folder / "sentinel.conf"
-        file.write_text(f"port {port}\nbind 127.0.0.1\nsentinel monitor main 127.0.0.1 {server.port} 1\n")
-        assert server.binary is not None
-        with open(server.folder / "sentinel.log", "ab") as log:
-            command = [server.binary, str(file), "--sentinel"]
-            sentinel = subprocess.Popen(command, stdout=log, stderr=log, cwd=server.folder, start_new_session=True)
-        try:
-            with redis.Redis(port=port) as asked:
-                until(lambda: _knows(asked), "the sentinel knows the master", 20)
-            server.url = f"redis+sentinel://127.0.0.1:{free_port()},127.0.0.1:{port}/main/0"  # the first one is down
-            with running(Node(server, config="[redis]\nstream = true\n")) as node:
-                works(node, peer)
-        finally:
-            end_process(sentinel)
+    with started(TcpServer) as (server, peer), sentinel_of(server) as port:
+        server.url = f"redis+sentinel://127.0.0.1:{free_port()},127.0.0.1:{port}/main/0"  # the first one is down
+        with running(Node(server, config="[redis]\nstream = true\n")) as node:
+            works(node, peer)
+
+
+@pytest.mark.redis
+def test_after_a_failover_the_node_is_with_the_new_master() -> None:
+    """The old one is killed in mid-task; what ends meanwhile is told to the new one."""
+    with started(TcpServer) as (first, peer), contextlib.closing(TcpServer()) as second:
+        second.client().replicaof("127.0.0.1", first.port)
+        until(lambda: second.client().info("replication")["master_link_status"] == "up", "the replica follows", 20)
+        with sentinel_of(first) as port, redis.Redis(port=port) as asked:
+            until(lambda: asked.execute_command("SENTINEL", "REPLICAS", "main"), "the sentinel knows the replica", 30)
+            first.url = f"redis+sentinel://127.0.0.1:{port}/main/0"
+            with running(Node(first, config="[redis]\ntimeout_s = 1.0\nhealth_check_interval_s = 1.0\n")) as node:
+                task = peer.dispatch("w1", {"taskType": "echo", "delaySec": 1})
+                peer.wait_started(task)
+                first.stop()
+                until(lambda: second.client().info("replication")["role"] == "master", "the replica is promoted", 60)
+                peer.reconnect(second)
+                assert peer.wait_end(task)["type"] == "TASK_SUCCEEDED"
+                node.server = second
+                node.wait_status("IDLE")
+                assert peer.run("w1", {"taskType": "echo"})["type"] == "TASK_SUCCEEDED"
+
+
+@contextlib.contextmanager
+def sentinel_of(server: TcpServer) -> Iterator[int]:
+    """A sentinel that looks after a server as `main`, and is quick to replace it; yields its port."""
+    port = free_port()
+    file = server.folder / "sentinel.conf"
+    monitor = f"sentinel monitor main 127.0.0.1 {server.port} 1\n"
+    quick = "sentinel down-after-milliseconds main 500\nsentinel failover-timeout main 2000\n"
+    file.write_text(f"port {port}\nbind 127.0.0.1\n{monitor}{quick}")
+    assert server.binary is not None
+    with open(server.folder / "sentinel.log", "ab") as log:
+        command = [server.binary, str(file), "--sentinel"]
+        sentinel = subprocess.Popen(command, stdout=log, stderr=log, cwd=server.folder, start_new_session=True)
+    try:
+        with redis.Redis(port=port) as asked:
+            until(lambda: _knows(asked), "the sentinel knows the master", 20)
+        yield port
+    finally:
+        end_process(sentinel)
 
 
 def _knows(asked: redis.Redis) -> bool:
