@@ -483,9 +483,9 @@ class Supervisor(Hooks):
 
     def redis_troubles(self) -> list[str]:
         """Why parts of the bus do not get on with Redis; empty where all do."""
-        presences = self.presences.values()
-        parts = [self.intake, self.outbox, *presences, *self.streams]
-        troubles = [part.trouble for part in parts] + [presence.beats for presence in presences]
+        troubles = [self.intake.trouble, self.outbox.trouble, *(stream.trouble for stream in self.streams)]
+        for presence in self.presences.values():
+            troubles += presence.trouble, presence.beats
         return list(dict.fromkeys(trouble.reason for trouble in troubles if trouble))
 
     @property

@@ -92,6 +92,7 @@ class Dispatcher:
             at=utc_now(),
             message=data,
             out_dir=accepted.target.out_dir,
+            child_dirs=(child.out_dir for child in accepted.children),
         )
         run = Run(attempt, accepted, slot)
         self._executor.adopt(run)

@@ -54,7 +54,10 @@ class Operations:
             "version": __version__,
             "node_id": node.node_id,
             "uptime_s": round(time.monotonic() - node.started, 3),
-            "redis_up": node.intake.up and all(each.up for each in (*presences, *node.streams)) and not troubles,
+            "redis_up": not troubles
+            and node.intake.up
+            and all(each.up for each in presences)
+            and all(each.up for each in node.streams),
             "redis_troubles": troubles,
             "draining": node.executor.draining,
             "isolation": node.isolation,

@@ -28,8 +28,9 @@ _ASIDE = ".removed-"  # no task's id begins like this
 
 
 class Kept(msgspec.Struct, frozen=True, kw_only=True):
-    """A finished task's folder."""
+    """A finished task's folder, or that of a task that was merged into it."""
 
+    attempt: int = 0
     task_id: str
     folder: Path
     finished_at: datetime.datetime
@@ -57,8 +58,8 @@ class Retention:
             facts = {"path": str(each.folder), "bytes": each.size_bytes, "finished_at": each.finished_at.isoformat()}
             logger.bind(task=each.task_id, **facts).info("old results removed")
             removed.append(each)
-        still = {(each.task_id, str(each.folder)) for each in kept} - {(r.task_id, str(r.folder)) for r in removed}
-        journal.forget(each.attempt for each in finished if (each.task_id, each.out_dir) not in still)
+        still = {each.attempt for each in set(kept) - set(removed)}
+        journal.forget(each.attempt for each in finished if each.attempt not in still)
         return removed
 
     def _in_use(self) -> set[Path]:
@@ -71,7 +72,7 @@ class Retention:
         results_dir = results_dir.resolve()  # as the tasks' folders are
         for left in results_dir.glob(f"{_ASIDE}*"):  # by a node that was killed over it
             files.remove_tree(left)
-        last = {each.out_dir: each for each in finished}
+        last = {out_dir: each for each in finished for out_dir in (each.out_dir, *each.child_dirs)}
         kinds = {out_dir: each.task.verdict.kind for out_dir, each in last.items() if each.task.verdict is not None}
         protected = in_use | {Path(out_dir) for out_dir, kind in kinds.items() if kind is Kind.DELIVERY_FAILED}
         found, sizes = [], {}
@@ -84,7 +85,13 @@ class Retention:
             key = (out_dir, each.finished_at)
             sizes[key] = self._sizes[key] if key in self._sizes else _size_bytes(folder)
             finished_at = datetime.datetime.fromisoformat(each.finished_at)
-            kept = Kept(task_id=each.task_id, folder=folder, finished_at=finished_at, size_bytes=sizes[key])
+            kept = Kept(
+                attempt=each.attempt,
+                task_id=each.task_id,
+                folder=folder,
+                finished_at=finished_at,
+                size_bytes=sizes[key],
+            )
             found.append(kept)
         self._sizes = sizes
         return found

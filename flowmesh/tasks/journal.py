@@ -40,6 +40,8 @@ CREATE TABLE IF NOT EXISTS tasks (
 );
 CREATE INDEX IF NOT EXISTS tasks_open ON tasks (state) WHERE state != 'done';
 CREATE INDEX IF NOT EXISTS tasks_by_id ON tasks (task_id);
+CREATE TABLE IF NOT EXISTS child_folders (attempt INTEGER NOT NULL, out_dir TEXT NOT NULL);
+CREATE INDEX IF NOT EXISTS child_folders_by_attempt ON child_folders (attempt);
 CREATE TABLE IF NOT EXISTS outbox (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,
     channel TEXT NOT NULL,
@@ -87,6 +89,8 @@ class Finished(msgspec.Struct, frozen=True):
     out_dir: str
     finished_at: str
     progress: bytes
+    child_dirs: tuple[str, ...] = ()
+    """Folders of the tasks that were merged into it."""
 
     @property
     def task(self) -> Task:
@@ -187,16 +191,27 @@ class Journal:
     # ---- tasks -------------------------------------------------------------------------------------------------------
 
     def accept(
-        self, *, task_id: str, worker_id: str, dispatched_at: str | None, at: str, message: bytes, out_dir: str
+        self,
+        *,
+        task_id: str,
+        worker_id: str,
+        dispatched_at: str | None,
+        at: str,
+        message: bytes,
+        out_dir: str,
+        child_dirs: Iterable[str] = (),
     ) -> int:
         """Write down a task that is now ours; returns its attempt number, which is never used again."""
         task = Task()
-        cursor = self._write(
-            "INSERT INTO tasks (task_id, worker_id, dispatched_at, accepted_at, state, message, progress, out_dir)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            (task_id, worker_id, dispatched_at, at, task.state, message, msgspec.msgpack.encode(task), out_dir),
-        )
-        assert cursor.lastrowid is not None
+        with self.transaction():
+            cursor = self._write(
+                "INSERT INTO tasks (task_id, worker_id, dispatched_at, accepted_at, state, message, progress, out_dir)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (task_id, worker_id, dispatched_at, at, task.state, message, msgspec.msgpack.encode(task), out_dir),
+            )
+            assert cursor.lastrowid is not None
+            for child_dir in child_dirs:
+                self._write("INSERT INTO child_folders VALUES (?, ?)", (cursor.lastrowid, child_dir))
         return cursor.lastrowid
 
     def update(self, attempt: int, task: Task) -> None:
@@ -237,8 +252,11 @@ class Journal:
         query = (
             "SELECT attempt, task_id, out_dir, finished_at, progress FROM tasks WHERE state = 'done' ORDER BY attempt"
         )
+        children: dict[int, list[str]] = {}
         try:
-            return [Finished(*row) for row in self._db.execute(query)]
+            for attempt, child_dir in self._db.execute("SELECT attempt, out_dir FROM child_folders"):
+                children.setdefault(attempt, []).append(child_dir)
+            return [Finished(*row, tuple(children.get(row[0], ()))) for row in self._db.execute(query)]
         except sqlite3.Error as error:
             raise JournalError(f"the journal cannot be read: {error}") from error
 
@@ -252,13 +270,13 @@ class Journal:
         # a blob of msgpack has its words as they are
         drop = "DELETE FROM tasks WHERE state = 'done' AND attempt <= ? AND instr(progress, CAST(? AS BLOB)) = 0"
         values = (last - KEPT_DONE, Kind.DELIVERY_FAILED.value)
-        if gone is None:
-            self._write(drop, values)
-            return
         with self.transaction():
-            for attempt in gone:
+            if gone is None:
+                self._write(drop, values)
+            for attempt in gone or ():
                 if attempt <= last - KEPT_DONE:
                     self._write(f"{drop} AND attempt = ?", (*values, attempt))
+            self._write("DELETE FROM child_folders WHERE attempt NOT IN (SELECT attempt FROM tasks)")
 
     def latest(self, task_id: str) -> Record | None:
         """The newest attempt at a task."""

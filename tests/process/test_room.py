@@ -223,9 +223,11 @@ def test_old_results_go_where_the_results_folder_is_a_link(orchestrator: Orchest
     (node.home / "disk").mkdir()
     node.results_dir.symlink_to(node.home / "disk")
     node.start()
-    task = orchestrator.dispatch("w1", {"taskType": "echo"})
+    merged = [{"task_id": "merged", "spec": {"taskType": "echo"}}]
+    task = orchestrator.dispatch("w1", {"taskType": "echo"}, merged_children=merged)
     orchestrator.wait_end(task)
     assert (node.home / "disk" / task).is_dir()
+    assert (node.home / "disk" / "merged").is_dir()
     assert node.stop() == 0
     (node.home / "disk" / ".removed-0" / "half").mkdir(parents=True)  # of a node that was killed over it
     (node.home / "node.toml").write_text("[results]\nkeep_bytes = 0\n")
