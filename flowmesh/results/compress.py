@@ -23,9 +23,8 @@ from flowmesh.config import ArchiveSettings
 from flowmesh.errors import DeliveryError
 
 CHUNK_BYTES = 1 << 20
-_BLOCK_BYTES = 512 * 1024
-_MOST_THREADS = 32
-"""Of our own: each holds a block and what became of it, and one checksum of all does not keep up with more."""
+_MOST_THREADS = 24
+"""Of our own: each holds a block and what became of it, and one checksum of all would not keep up with more."""
 _WINDOW = 32 * 1024
 _HEADER = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\xff"  # deflate, no name, no time, unknown system
 _TOOL_ENV = {"PATH": os.defpath, "LC_ALL": "C"}  # neither PIGZ nor TAR_OPTIONS nor a secret of ours
@@ -62,7 +61,8 @@ def gzipped(chunks: Iterable[bytes] | IO[bytes], settings: ArchiveSettings, pigz
     """
     if pigz is not None:
         return _through_pigz(chunks, settings, pigz)
-    return _blocks(_reads(chunks), settings.compression_level, min(thread_count(settings), _MOST_THREADS))
+    threads = min(thread_count(settings), _MOST_THREADS)
+    return _blocks(_reads(chunks), settings.compression_level, threads)
 
 
 # ---- pigz ------------------------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ def _blocks(chunks: Iterable[bytes], level: int, threads: int) -> Iterator[bytes
     yield _HEADER
     waiting: deque[Future[bytes]] = deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="gzip") as pool:
-        for block in _of_size(chunks, _BLOCK_BYTES):
+        for block in _of_size(chunks, CHUNK_BYTES):
             waiting.append(pool.submit(_deflate, library, level, block, window))
             checksum, size, window = library.crc32(block, checksum), size + len(block), block[-_WINDOW:]
             if len(waiting) > threads + 1:

@@ -256,7 +256,11 @@ class Journal:
         try:
             for attempt, child_dir in self._db.execute("SELECT attempt, out_dir FROM child_folders"):
                 children.setdefault(attempt, []).append(child_dir)
-            return [Finished(*row, tuple(children.get(row[0], ()))) for row in self._db.execute(query)]
+            rows = self._db.execute(query)
+            return [
+                Finished(attempt, task_id, out_dir, at, progress, tuple(children.get(attempt, ())))
+                for attempt, task_id, out_dir, at, progress in rows
+            ]
         except sqlite3.Error as error:
             raise JournalError(f"the journal cannot be read: {error}") from error
 

@@ -129,6 +129,7 @@ def test_after_a_failover_the_node_is_with_the_new_master() -> None:
                 peer.reconnect(second)
                 assert peer.wait_end(task)["type"] == "TASK_SUCCEEDED"
                 node.server = second
+                until(lambda: "subscribed again" in node.text(), "it listens at the new one")
                 node.wait_status("IDLE")
                 assert peer.run("w1", {"taskType": "echo"})["type"] == "TASK_SUCCEEDED"
 
