@@ -55,6 +55,8 @@ class Fault(enum.StrEnum):
     GPU_OOM = "gpu_oom"
     HOST_OOM = "host_oom"
     CANCELLED = "cancelled"
+    CRASH = "crash"
+    """A process that the run needs was killed, or ended without a word."""
 
 
 class ArchiveRequest(msgspec.Struct, frozen=True, kw_only=True):

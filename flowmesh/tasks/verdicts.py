@@ -105,7 +105,7 @@ def judge(
         message = "the kernel killed the task: out of host memory"
         return Verdict(kind=Kind.HOST_OOM, message=message, exit=exit_, evidence=evidence)
     said = None if outcome is None or outcome.ok else outcome.fault or Fault.ERROR
-    if gpu_fault and said in (None, Fault.ERROR):
+    if gpu_fault and said in (None, Fault.ERROR, Fault.CRASH):
         message = f"GPU fault: {gpu_fault}" + (f" ({outcome.message})" if outcome is not None and said else "")
         return Verdict(kind=Kind.GPU_FAULT, message=message, exit=exit_, evidence=f"{evidence}; {gpu_fault}")
     if outcome is not None and not outcome.ok:
@@ -126,6 +126,7 @@ _FAULTS = {
     Fault.GPU_OOM: Kind.GPU_OOM,
     Fault.HOST_OOM: Kind.HOST_OOM,
     Fault.CANCELLED: Kind.CANCELLED,
+    Fault.CRASH: Kind.CRASH,
 }
 
 
