@@ -18,6 +18,8 @@ from runners.models.sources import Source, check_model_folder, local_path, resol
 from runners.training.plan import Plan
 
 STATE_FILE = "trainer_state.json"
+FSDP_WEIGHTS = "pytorch_model_fsdp.bin"
+"""Accelerate's whole copy of a model that is spread by FSDP; the optimiser's state beside it is called otherwise, too."""
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -179,8 +181,8 @@ def torn(folder: Path) -> str:
     match = _NAME.fullmatch(folder.name)
     if match and int(match[1]) != step:
         return f"{STATE_FILE} says step {step}"
-    if any(folder.glob("global_step*")) or any(folder.glob("pytorch_model_fsdp_*")):
-        return ""  # DeepSpeed's and FSDP's own layouts, whose loaders check themselves
+    if any(folder.glob("global_step*")) or (folder / "pytorch_model_fsdp_0").is_dir():
+        return ""  # DeepSpeed's layout and FSDP's of one part a rank, whose loaders check themselves
     return _torn_weights(folder) or _torn_archives(folder)
 
 
@@ -215,10 +217,11 @@ def _torn_safetensors(path: Path) -> str:
 
 def _torn_archives(folder: Path) -> str:
     """What torch saves is a zip, whose directory comes last: a torn one has none."""
-    for name in ("optimizer.pt", "scheduler.pt"):
+    sharded = (folder / FSDP_WEIGHTS).is_file()
+    for name in ("optimizer.bin" if sharded else "optimizer.pt", "scheduler.pt"):
         if not (folder / name).is_file():
             return f"no {name}"
-    for path in [*folder.glob("*.pt"), *folder.glob("rng_state*.pth")]:
+    for path in [*folder.glob("*.pt"), *folder.glob("*.bin"), *folder.glob("rng_state*.pth")]:
         if not zipfile.is_zipfile(path):
             return f"{path.name} ends early"
     if not any(folder.glob("rng_state*.pth")):
