@@ -44,7 +44,6 @@ def run(task_type: str, ctx: Context) -> dict[str, Any]:
     fetched = inputs.fetch(plan, ctx)
     devices.restrict(layout)
     quiet()
-    energy = costs.EnergyMeter(layout.gpus)
     if layout.nodes > 1:
         from runners.training import torchrun
 
@@ -58,13 +57,13 @@ def run(task_type: str, ctx: Context) -> dict[str, Any]:
         )
     else:
         result = train(plan, ctx, fetched, layout, Place())
-        return with_costs(result, [_own_report(result)], energy)
+        return with_peaks(result, [_own_report(result)])
     ctx.finish()
     leader = reports[0]
     ctx.phases.update(leader.phases)
     ctx.archives.extend(leader.archives)
     assert leader.result is not None, "a good report has a result"
-    return with_costs(leader.result, reports, energy)
+    return with_peaks(leader.result, reports)
 
 
 def train(
@@ -84,6 +83,7 @@ def train(
     import torch
 
     torch.set_num_threads(ranks.threads(ctx, place))
+    energy = costs.EnergyMeter(layout.gpus) if place.leads_node else None
     stage = "loaded"
     try:
         ctx.phase("load")
@@ -104,7 +104,10 @@ def train(
             job.save()
             if place.leads:
                 ctx.archive(plan.folder)
-        return result_of(setup, job, seconds)
+        result = result_of(setup, job, seconds)
+        if energy is not None:
+            result["metrics"] |= energy.read()
+        return result
     except RunnerError:
         raise
     except Exception as error:
@@ -131,7 +134,7 @@ def set_up(
     start = models.merged_start(plan, start, ctx, write=place.leads_node)
     if place.world > 1:
         ranks.join(place, device, store, _timeout_s(plan))
-    meter = Meter(ctx, ranks.agreement(place))
+    meter = Meter(ctx, ranks.agreement(place), scaled=plan.training.fp16)
     if layout.nodes > 1:
         start = _agreed(start, ctx, meter)
     checkpoints_dir(ctx).mkdir(parents=True, exist_ok=True)
@@ -233,11 +236,10 @@ def _own_report(result: dict[str, Any]) -> Report:
     )
 
 
-def with_costs(result: dict[str, Any], reports: list[Report], energy: costs.EnergyMeter) -> dict[str, Any]:
-    """Adds what all ranks of this node cost together."""
+def with_peaks(result: dict[str, Any], reports: list[Report]) -> dict[str, Any]:
+    """Adds the memory that all ranks of this node needed together."""
     result["metrics"] |= {
         "peak_host_bytes": sum(report.peak_host_bytes for report in reports),
         "peak_gpu_bytes": sum(report.peak_gpu_bytes for report in reports),
-        **energy.read(),
     }
     return result

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import resource
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 RAPL = Path("/sys/class/powercap")
+LOOK_S = 60.0
+"""The CPU's counters wrap around after a quarter of an hour, some after four minutes."""
 
 
 def peak_host_bytes() -> int:
@@ -26,22 +29,45 @@ def peak_gpu_bytes() -> int:
 class EnergyMeter:
     """Joules since it was made, from the counters of the GPUs (NVML) and of the CPU packages (RAPL).
 
-    RAPL counts the whole machine, and is read by root only; a counter that cannot be read is None in the answer.
+    RAPL counts the whole machine, and is read by root only; a counter that cannot be read is None in the answer. Has a
+    thread where there is RAPL: make it in the process that trains, after all forks.
     """
 
-    def __init__(self, gpus: tuple[str, ...]) -> None:
-        self._gpus = gpus
+    def __init__(self, gpus: tuple[str, ...], root: Path = RAPL) -> None:
+        self._gpus, self._root = gpus, root
         self._gpu_began = _gpu_joules(gpus)
-        self._cpu_began = _rapl()
+        self._cpu_uj, self._last = 0, _rapl(root)
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._keep_up, name="energy", daemon=True)
+        if self._last:
+            self._thread.start()
 
     def read(self) -> dict[str, Any]:
-        gpu_now, cpu_now = _gpu_joules(self._gpus), _rapl()
+        """The joules; ends the counting."""
+        self._done.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        self.look()
+        gpu_now = _gpu_joules(self._gpus)
         gpu = None if gpu_now is None or self._gpu_began is None else round(gpu_now - self._gpu_began, 3)
-        cpu = None
-        if cpu_now and cpu_now.keys() == self._cpu_began.keys():
-            cpu = round(sum(_passed(self._cpu_began[zone], cpu_now[zone]) for zone in cpu_now), 3)
+        cpu = round(self._cpu_uj / 1e6, 3) if self._last else None
         known = [joules for joules in (gpu, cpu) if joules is not None]
         return {"joules": round(sum(known), 3) if known else None, "gpu_joules": gpu, "cpu_joules": cpu}
+
+    def look(self) -> None:
+        """Add what the CPU has used since the last look."""
+        if not self._last:
+            return
+        now = _rapl(self._root)
+        if now.keys() == self._last.keys():
+            self._cpu_uj += sum((now[zone][0] - self._last[zone][0]) % (now[zone][1] + 1) for zone in now)
+            self._last = now
+        else:  # not to be read any more
+            self._last = {}
+
+    def _keep_up(self) -> None:
+        while not self._done.wait(LOOK_S):
+            self.look()
 
 
 def _gpu_joules(gpus: tuple[str, ...]) -> float | None:
@@ -59,19 +85,17 @@ def _gpu_joules(gpus: tuple[str, ...]) -> float | None:
         return None
 
 
-def _rapl() -> dict[str, tuple[int, int]]:
-    """Each CPU package's counter and where it wraps around, in microjoules."""
+def _rapl(root: Path) -> dict[str, tuple[int, int]]:
+    """Each CPU package's counter and where it wraps around, in microjoules.
+
+    Other zones hold parts of a package, or (`psys`) the whole machine: they would count joules twice.
+    """
     found = {}
-    for zone in RAPL.glob("intel-rapl:[0-9]*"):
-        if zone.name.count(":") != 1:
-            continue  # a part of a package, counted there
+    for zone in root.glob("intel-rapl:[0-9]*"):
         try:
-            now = int((zone / "energy_uj").read_text())
-            found[zone.name] = now, int((zone / "max_energy_range_uj").read_text())
+            if (zone / "name").read_text().startswith("package-"):
+                now = int((zone / "energy_uj").read_text())
+                found[zone.name] = now, int((zone / "max_energy_range_uj").read_text())
         except (OSError, ValueError):
             continue
     return found
-
-
-def _passed(began: tuple[int, int], now: tuple[int, int]) -> float:
-    return (now[0] - began[0]) % (now[1] + 1) / 1e6

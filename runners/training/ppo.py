@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch.optim import AdamW
 from transformers import get_scheduler
+from trl.trainer.utils import disable_dropout_in_model
 
 from runners.api import BadRequest
 from runners.models.sources import Source
@@ -76,6 +77,8 @@ class PpoJob:
             from peft import get_peft_model
 
             policy = get_peft_model(policy, models.lora_config(plan))
+        if plan.lora is None or plan.lora.dropout is None:
+            disable_dropout_in_model(policy)  # else its ratios differ from 1 before it has learnt anything
         if plan.gradient_checkpointing:
             policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             policy.enable_input_require_grads()
@@ -142,7 +145,7 @@ class PpoJob:
 
     def _note(self, step: int, numbers: dict[str, float]) -> None:
         due = step % self._plan.training.logging_steps == 0 or step in (self._meter.first_step + 1, self._total)
-        self._meter.log(step, numbers if due else {"grad_norm": numbers["loss"], "num_tokens": numbers["num_tokens"]})
+        self._meter.log(step, numbers if due else {"train_loss": numbers["loss"], "num_tokens": numbers["num_tokens"]})
         if due and self._place.leads:
             self._ctx.log.info("step %d of %d: %s", step, self._total, {k: round(v, 4) for k, v in numbers.items()})
 

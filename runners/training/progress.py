@@ -29,7 +29,12 @@ def alone(value: int) -> int:
 class Meter:
     """Counts a run's steps and tokens, reports them, and asks whether to stop."""
 
-    def __init__(self, ctx: Context, agree: Agreement = alone) -> None:
+    def __init__(self, ctx: Context, agree: Agreement = alone, *, scaled: bool = False) -> None:
+        """
+        Args:
+            scaled: the loss is scaled (fp16): a gradient that overflows is a step left out, and no divergence.
+        """
+        self._checked = ("loss", "train_loss") if scaled else ("loss", "grad_norm", "train_loss")
         self.stopped: Cancelled | None = None
         self.history: list[dict[str, float]] = []
         self.last: dict[str, float] = {}
@@ -39,6 +44,7 @@ class Meter:
         self.tokens: float | None = None
         self.seconds = 0.0
         self._tokens_before = 0.0
+        self._tokens_after_s = 0.0
         self._ctx = ctx
         self._agree = agree
         self._began = time.monotonic()
@@ -78,7 +84,7 @@ class Meter:
             RunnerError: the loss or the gradient is no number any more.
         """
         found = {key: float(value) for key, value in numbers.items() if isinstance(value, int | float)}
-        for key in ("loss", "grad_norm", "train_loss"):
+        for key in self._checked:
             if not math.isfinite(found.get(key, 0.0)):
                 raise RunnerError(
                     f"{key} is {found[key]} at step {step}: the training diverged; lower spec.training.learning_rate, "
@@ -86,6 +92,7 @@ class Meter:
                 )
         if (tokens := found.get("num_tokens")) is not None:
             self.tokens = tokens - self._tokens_before
+            self._tokens_after_s = time.monotonic() - self._began
         if "loss" in found:
             self.history.append(_point(step, found))
             self.last = found
@@ -120,8 +127,8 @@ class Meter:
         rates = {"eta_s": self.seconds / done * (self.total - self.step)} if done else {}
         if "loss" in self.last:
             rates["loss"] = self.last["loss"]
-        if self.tokens and self.seconds:
-            rates["tokens_per_s"] = self.tokens / self.seconds
+        if self.tokens and self._tokens_after_s:  # counted when the trainer logs, which is not at every step
+            rates["tokens_per_s"] = self.tokens / self._tokens_after_s
         return rates
 
     def _report(self, numbers: dict[str, float]) -> None:
