@@ -56,6 +56,8 @@ def lay_out(plan: Plan, ctx: Context) -> Layout:
     placing = plan.model.transformers.device_map
     if placing == "cuda" and not ctx.gpus:
         raise BadRequest("spec.model.transformers.device_map: 'cuda', but this task has no GPU; use 'auto' or 'cpu'")
+    if placing == "cpu" and (field := _names_gpus(plan)):
+        raise BadRequest(f"{WHERE}.{field}: given, but spec.model.transformers.device_map is 'cpu'; leave one out")
     gpus = () if placing == "cpu" else _chosen(plan, ctx)
     wanted = training.nproc_per_node
     if not training.allow_multi_gpu and ((wanted or 1) > 1 or training.nnodes > 1):
@@ -81,8 +83,7 @@ def _chosen(plan: Plan, ctx: Context) -> tuple[str, ...]:
     given = training.visible_devices
     if isinstance(given, str):
         given = [part.strip() for part in given.split(",") if part.strip()]
-    if (given or training.primary_gpu is not None) and not ctx.gpus:
-        field = "visible_devices" if given else "primary_gpu"
+    if (field := _names_gpus(plan)) and not ctx.gpus:
         raise BadRequest(f"{WHERE}.{field}: this task has no GPU; ask for some in spec.resources.hardware.gpu")
     gpus = tuple(_gpu(item, ctx) for item in given) if given else ctx.gpus
     if len(set(gpus)) != len(gpus):
@@ -95,10 +96,18 @@ def _chosen(plan: Plan, ctx: Context) -> tuple[str, ...]:
     return (gpus[primary], *gpus[:primary], *gpus[primary + 1 :]) if gpus else ()
 
 
+def _names_gpus(plan: Plan) -> str | None:
+    """The field in which the task names some of its GPUs."""
+    training = plan.training
+    if training.visible_devices:
+        return "visible_devices"
+    return None if training.primary_gpu is None else "primary_gpu"
+
+
 def _gpu(item: int | str, ctx: Context) -> str:
     if isinstance(item, int) or item.isdigit():
         index = int(item)
-        if index < len(ctx.gpus):
+        if 0 <= index < len(ctx.gpus):
             return ctx.gpus[index]
     elif item in ctx.gpus:
         return item
@@ -124,4 +133,5 @@ def find(layout: Layout, local_rank: int) -> Device:
     if not torch.cuda.is_available():
         raise RunnerError(f"the task has {len(layout.gpus)} GPUs, but torch {torch.__version__} sees none")
     torch.cuda.set_device(local_rank)
-    return Device(cuda=True, bf16=torch.cuda.is_bf16_supported(), spread=layout.spread, local_rank=local_rank)
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # a T4 or V100 has no unit for it, only emulation
+    return Device(cuda=True, bf16=bf16, spread=layout.spread, local_rank=local_rank)

@@ -8,7 +8,11 @@ from flowmesh.messages.job import Fault
 from runners.api import RunnerError
 
 _HOST = re.compile(r"DefaultCPUAllocator: can't allocate memory|Cannot allocate memory|bad_alloc", re.IGNORECASE)
-_GPU = re.compile(r"CUDA out of memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)
+_GPU = re.compile(
+    r"CUDA out of memory|CUDA (?:driver )?error: out of memory|Cuda failure \d* ?'out of memory'|"
+    r"(?:CUBLAS|CUDNN|CUSOLVER|CUSPARSE)_STATUS_ALLOC_FAILED",
+    re.IGNORECASE,
+)
 _PEER = re.compile(
     r"Connection closed by peer|Connection reset by peer|Broken pipe|NCCL|gloo|Socket Timeout|wait timeout|TCPStore|"
     r"DistNetworkError|DistStoreError|DistBackendError|No backend type associated",

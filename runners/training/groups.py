@@ -192,13 +192,15 @@ def verdict(ctx: Context, folder: Path, endings: list[Ending]) -> list[Report]:
     culprit = blame(found)
     dead = [each for each in endings if reports[each.local_rank] is None and not each.ended_by_us]
     if dead and (culprit is None or _order(culprit)[0] > SILENT):
-        raise _failed(ctx, dead[0].local_rank, f"rank {dead[0].local_rank} {_words(dead[0].status)}", Fault.ERROR, "")
+        raise _failed(ctx, dead[0].local_rank, f"rank {dead[0].local_rank} {_words(dead[0].status)}", Fault.CRASH, "")
     assert culprit is not None, "a rank that did not succeed has reported or died"
     if culprit.fault is Fault.CANCELLED and culprit.message != ranks.TERMINATED:
         raise Cancelled(culprit.message, checkpoint=culprit.checkpoint)
     fault = Fault.ERROR if culprit.fault in (None, Fault.CANCELLED) else culprit.fault
     local_rank = next(local for local, report in reports.items() if report is culprit)
     message = culprit.message if fault is Fault.BAD_REQUEST else f"rank {culprit.rank}: {culprit.message}"
+    if _order(culprit)[0] == ECHO:
+        message += _still_at_work(endings, reports)
     raise _failed(ctx, local_rank, message, fault, culprit.detail)
 
 
@@ -216,7 +218,15 @@ def _order(report: Report) -> tuple[int, float]:
     if report.fault is Fault.CANCELLED:
         # The first rank has the pipe, and knows why.
         return (TERMINATED, report.when) if report.message == ranks.TERMINATED else (CANCELLED, report.rank)
-    return ECHO if is_echo(report.message) else OWN, report.when
+    return ECHO if report.fault is Fault.ERROR and is_echo(report.message) else OWN, report.when
+
+
+def _still_at_work(endings: list[Ending], reports: dict[int, Report | None]) -> str:
+    """Of ranks that waited in vain: whom they may have waited for."""
+    ended = [each.local_rank for each in endings if each.ended_by_us]
+    silent = [rank for rank in ended if (report := reports[rank]) is None or report.message == ranks.TERMINATED]
+    names = ", ".join(map(str, silent))
+    return f"; still at work: rank {names} (where, is at the end of its logs/<rank>/stderr.log)" if silent else ""
 
 
 def _words(status: int) -> str:

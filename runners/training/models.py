@@ -11,6 +11,7 @@ from runners.training.devices import Device
 from runners.training.plan import Plan
 
 DTYPES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}
+DROPOUT = 0.05
 KNOWN_DTYPES = ("auto", "float16", "bfloat16", "float32")
 
 
@@ -138,7 +139,7 @@ def lora_config(plan: Plan) -> Any:
     return LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
+        lora_dropout=DROPOUT if lora.dropout is None else lora.dropout,
         bias=lora.bias,
         target_modules=lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules),
         task_type="SEQ_CLS" if plan.kind.head == "score" else "CAUSAL_LM",

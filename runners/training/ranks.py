@@ -114,6 +114,8 @@ def attempt(place: Place, ctx: Context, work: Callable[[Place, Context], dict[st
         result = work(place, ctx)
     except Cancelled as error:
         fault, message, checkpoint = Fault.CANCELLED, error.reason, error.checkpoint
+        if message == TERMINATED:
+            traceback.print_exc()  # the others may have waited for this one: the log says where it was
     except BaseException as error:  # noqa: BLE001 - the boundary of the rank: all of it is its report
         clear = error if isinstance(error, RunnerError) else explain(error, "ran")
         fault = clear.fault if clear is not None else Fault.ERROR

@@ -43,7 +43,11 @@ class ModelReward:
             made_for = config.architectures or []
             if not any("SequenceClassification" in name for name in made_for):
                 raise BadRequest(f"{where}: {source.shown!r} is no classifier but {', '.join(made_for) or 'unnamed'}")
-            tokenizer = AutoTokenizer.from_pretrained(source.path, revision=source.revision)
+            tokenizer = AutoTokenizer.from_pretrained(
+                source.path,
+                revision=source.revision,
+                truncation_side="left",  # the completion is what is judged
+            )
             model = AutoModelForSequenceClassification.from_pretrained(source.path, revision=source.revision)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token

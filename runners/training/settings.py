@@ -189,7 +189,8 @@ class Lora(Section, frozen=True):
 
     r: Count = 16
     alpha: Positive = 32
-    dropout: Fraction = 0.05
+    dropout: Fraction | None = None
+    """None: 0.05, but 0 for ppo, which compares what one model says twice."""
     bias: Literal["none", "all", "lora_only"] = "none"
     target_modules: tuple[str, ...] | str = ("q_proj", "k_proj", "v_proj", "o_proj")
     task_type: Literal["CAUSAL_LM", "SEQ_CLS"] | None = None

@@ -44,17 +44,28 @@ def pick(plan: Plan, ctx: Context, layout: Layout, device: Device) -> Sharding:
             if not _has_deepspeed():
                 raise MissingDependency("deepspeed (spec.training.deepspeed)", "deepspeed")
             return _deepspeed(_configuration(training.deepspeed, ctx), plan, device)
+        quantised = _quantised(plan)
         if training.fsdp:
+            if quantised:
+                raise BadRequest(f"spec.training.fsdp: {quantised} weights cannot be spread by it; leave one out")
             return _fsdp(training.fsdp, layout, device)
         if layout.is_group and device.cuda and training.auto_deepspeed:
             if _has_deepspeed():
                 return _deepspeed(automatic(training.stage or DEFAULT_STAGE), plan, device)
+            if quantised:
+                return Sharding(f"ddp (auto_deepspeed: {quantised} weights are not spread without deepspeed)")
             return Sharding("fsdp2 (auto_deepspeed: deepspeed is not installed)", dict(FSDP))
         if training.stage is not None and layout.is_group and not device.cuda and training.auto_deepspeed:
             ctx.log.warning("auto_deepspeed shards on GPUs; on the CPU each rank keeps the whole model (ddp)")
     if layout.is_group:
         return Sharding("ddp")
     return Sharding("model spread over the GPUs" if layout.spread else "none")
+
+
+def _quantised(plan: Plan) -> str | None:
+    """The field by which the weights are loaded in a few bits, which FSDP cannot cut up."""
+    options = plan.model.transformers
+    return "load_in_4bit" if options.load_in_4bit else "load_in_8bit" if options.load_in_8bit else None
 
 
 def _has_deepspeed() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,11 @@ pytest.importorskip("trl", reason="needs the extra 'training'")
 import torch
 
 from flowmesh.messages.job import Fault
+from runners.api import Context, RunnerError
 from runners.training.faults import explain, is_echo
+from runners.training.groups import blame
+from runners.training.progress import Meter
+from runners.training.ranks import Report
 from tests.runners.training_tasks import QUICK, SUMS, refused, run, start
 
 ALLOWED = {"reward_callables": ["tests.runners.training_tasks:*"]}
@@ -74,6 +79,33 @@ def test_out_of_memory_is_told_apart() -> None:
     assert bare is not None
     assert bare.fault is Fault.HOST_OOM
     assert explain(ValueError("something else"), "trained") is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+        "NCCL error in: ProcessGroupNCCL.cpp:77, unhandled cuda error. Last error: Cuda failure 2 'out of memory'",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ],
+)
+def test_a_rank_without_memory_is_no_echo_of_another(text: str) -> None:
+    found = explain(RuntimeError(text), "trained")
+    assert found is not None
+    assert found.fault is Fault.GPU_OOM
+    own = Report(rank=1, ok=False, when=2.0, fault=found.fault, message=str(found))
+    echo = Report(
+        rank=0, ok=False, when=1.0, fault=Fault.ERROR, message="DistBackendError: NCCL communicator was aborted"
+    )
+    assert blame([echo, own]) is own
+
+
+def test_an_overflow_under_loss_scaling_is_no_divergence(make_context: Callable[..., Context]) -> None:
+    Meter(make_context({}), scaled=True).log(1, {"loss": 2.0, "grad_norm": float("inf")})
+    with pytest.raises(RunnerError, match="loss is nan at step 1"):
+        Meter(make_context({}), scaled=True).log(1, {"loss": float("nan")})
+    with pytest.raises(RunnerError, match="grad_norm is inf at step 1"):
+        Meter(make_context({})).log(1, {"loss": 2.0, "grad_norm": float("inf")})
 
 
 def test_losing_a_peer_is_nobodys_own_error() -> None:

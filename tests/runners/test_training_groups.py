@@ -100,7 +100,7 @@ def test_a_rank_that_is_killed_ends_the_group_by_name(tmp_path: Path) -> None:
     os.kill(ranks[1].pid, signal.SIGKILL)
     outcome = running.wait(20)
     assert time.monotonic() - began < 10
-    assert (outcome.ok, outcome.fault) == (False, "error")
+    assert (outcome.ok, outcome.fault) == (False, "crash")
     assert outcome.message == "rank 1 was killed by SIGKILL"
     assert all_gone(ranks)
 
@@ -126,6 +126,28 @@ def test_the_failing_ranks_own_error_is_the_groups(tmp_path: Path) -> None:
     assert outcome.message.startswith("rank 1: reward tests.runners.training_tasks:fails_on_rank_1 raised ValueError")
     assert "fails_on_rank_1" in outcome.detail
     assert "Traceback" in outcome.detail
+
+
+def test_a_rank_that_hangs_is_named_when_the_others_have_waited_long_enough(tmp_path: Path) -> None:
+    spec = {
+        "data": {"prompts": ["a", "b"]},
+        "reward": {"function": "tests.runners.training_tasks:hangs_on_rank_1"},
+        "generation": {"max_new_tokens": 4},
+        "training": {
+            "steps": 3,
+            "batch_size": 4,
+            "max_seq_length": 32,
+            "nproc_per_node": 2,
+            "trainer_args": {"ddp_timeout": 8},
+        },
+    }
+    running = start(tmp_path, "ppo", spec, limits=ALLOWED)
+    outcome = running.wait(60)
+    assert (outcome.ok, outcome.fault) == (False, "error")
+    assert outcome.message.startswith("rank 0: ")
+    assert "Timed out waiting 8000ms" in outcome.message
+    assert "still at work: rank 1 (where, is at the end of its logs/<rank>/stderr.log)" in outcome.message
+    assert "in hangs_on_rank_1" in (running.out_dir / "logs" / "1" / "stderr.log").read_text()
 
 
 def test_memory_and_bad_requests_keep_their_fault(tmp_path: Path) -> None:

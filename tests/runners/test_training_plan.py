@@ -178,6 +178,7 @@ def test_a_model_over_several_gpus_in_one_process(make_context: Make) -> None:
     ("training", "gpus", "message"),
     [
         ({"visible_devices": "3"}, GPUS, "spec.training.visible_devices: no GPU '3'; the task has 3"),
+        ({"visible_devices": [-1]}, GPUS, "spec.training.visible_devices: no GPU -1; the task has 3"),
         ({"visible_devices": "0,0"}, GPUS, "spec.training.visible_devices: names a GPU twice"),
         ({"visible_devices": [0]}, (), "spec.training.visible_devices: this task has no GPU"),
         ({"primary_gpu": 3}, GPUS, "spec.training.primary_gpu: 3, but the task uses 3 GPUs; the last is 2"),
@@ -193,6 +194,13 @@ def test_what_a_task_does_not_have(
     with pytest.raises(BadRequest, match=r"spec\.") as caught:
         layout(make_context, training, gpus)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("training", [{"visible_devices": "0"}, {"primary_gpu": 0}])
+def test_gpus_are_not_chosen_for_a_run_on_the_cpu(make_context: Make, training: dict[str, Any]) -> None:
+    field = f"spec.training.{next(iter(training))}: given, but spec.model.transformers.device_map is 'cpu'"
+    with pytest.raises(BadRequest, match=field):
+        layout(make_context, training, GPUS, transformers={"device_map": "cpu"})
 
 
 # ---- ppo's sizes -------------------------------------------------------------------------------------------------

@@ -140,6 +140,8 @@ def test_models_of_each_type(make_context: Make, judges: dict[str, Path]) -> Non
     assert scores("sentiment", type="sentiment") == wanted("sentiment", lambda x: x.softmax(-1)[1] - x.softmax(-1)[0])
     assert scores("three", positive_label="Good") == wanted("three", lambda x: x[2])
     assert scores("three", positive_label="good", negative_label="bad") == wanted("three", lambda x: x[2] - x[0])
+    prompt, near_end = ["the node " * 20] * 2, judge(make_context, judges["one"], max_length=4)
+    assert len(set(rewards.scores(near_end, prompt, texts, {}))) == 2  # a long prompt is cut, never what is judged
     short = judge(make_context, judges["one"], max_length=3)
     assert rewards.scores(short, ["the node "], ["starts"], {}) != pytest.approx(scores("one")[:1], abs=1e-6)
 

@@ -192,6 +192,15 @@ def test_ppo_stays_near_the_reference_when_that_is_dear(tmp_path: Path) -> None:
     assert held < free * 0.8
 
 
+def test_ppo_begins_each_update_where_its_rollout_was(tmp_path: Path) -> None:
+    training = {"steps": 3, "batch_size": 8, "ppo_epochs": 1, "learning_rate": 3e-2, "max_seq_length": 64}
+    spec = {**ONLINE, "training": {**training, "logging_steps": 1}}
+    last = train(tmp_path, "ppo", {**spec, "lora": {"r": 4}}, limits=ALLOWED)["metrics"]["last"]
+    assert (last["approx_kl"], last["clip_fraction"]) == (pytest.approx(0, abs=1e-6), 0)  # no dropout between them
+    noisy = train(tmp_path, "ppo", {**spec, "lora": {"r": 4, "dropout": 0.5}}, limits=ALLOWED, task_id="noisy")
+    assert noisy["metrics"]["last"]["approx_kl"] > 1e-5  # unless it is asked for
+
+
 def test_ppos_passes_through_the_model_are_its_own_affair(tmp_path: Path) -> None:
     training = {"steps": 2, "batch_size": 8, "ppo_epochs": 2, "max_seq_length": 64, "logging_steps": 1}
 

@@ -7,6 +7,7 @@ import functools
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,12 @@ def runs_out_of_memory(completions: list[str], **_: Any) -> list[float]:
 
 def says_nan(completions: list[str], **_: Any) -> list[float]:
     return [float("nan")] * len(completions)
+
+
+def hangs_on_rank_1(completions: list[str], **_: Any) -> list[float]:
+    if os.environ["RANK"] == "1":
+        time.sleep(600)
+    return [0.0] * len(completions)
 
 
 def fails_on_rank_1(completions: list[str], **_: Any) -> list[float]:
