@@ -24,6 +24,7 @@ def failed(fault: Fault | None, message: str = "why") -> Outcome:
         (Exit(code=1), failed(Fault.BAD_REQUEST), None, Kind.BAD_REQUEST),
         (Exit(code=1), failed(Fault.GPU_OOM), None, Kind.GPU_OOM),
         (Exit(code=1), failed(Fault.HOST_OOM), None, Kind.HOST_OOM),
+        (Exit(code=1), failed(Fault.CRASH), None, Kind.CRASH),
         (Exit(code=1), failed(Fault.CANCELLED), Stop.TIMEOUT, Kind.TIMEOUT),
         (Exit(signal=9, oom_kills=1), None, None, Kind.HOST_OOM),
         (Exit(signal=9, oom_kills=1), None, Stop.CANCEL, Kind.CANCELLED),
@@ -49,6 +50,12 @@ def test_the_signal_is_named() -> None:
     assert "SIGSEGV" in verdict.message
     assert describe_exit(Exit(signal=11)) == "killed by SIGSEGV"
     assert event_fields(verdict)["exit"]["signal"] == "SIGSEGV"
+
+
+def test_what_killed_a_rank_may_be_its_gpu() -> None:
+    verdict = judge(Exit(code=1), failed(Fault.CRASH, "rank 1 was killed by SIGABRT"), None, gpu_fault="Xid 79")
+    assert verdict.kind is Kind.GPU_FAULT
+    assert verdict.message == "GPU fault: Xid 79 (rank 1 was killed by SIGABRT)"
 
 
 def test_the_kernels_count_is_the_evidence_for_memory() -> None:
