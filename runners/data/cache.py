@@ -54,6 +54,13 @@ class Lock:
         while not self.take(shared=shared):
             ctx.sleep(LOCK_POLL_S)
 
+    def is_of(self, path: Path) -> bool:
+        """Whether it is the file that is there now, and not one that was deleted meanwhile."""
+        try:
+            return os.path.samestat(os.fstat(self._fd), path.stat())
+        except FileNotFoundError:
+            return False
+
     def close(self) -> None:
         os.close(self._fd)
 
@@ -65,7 +72,7 @@ class Entry:
         # What a server shows depends on who asks: another token, another entry.
         secret = "\n".join(f"{name.lower()}: {value}" for name, value in sorted(headers.items()))
         self.key = hashlib.sha256(f"{url}\n{secret}".encode()).hexdigest()
-        self._ctx = ctx
+        self.ctx = ctx
         self.folder = ctx.cache_dir / "downloads" / self.key
         self.part = self.folder / "part"
         self.part_meta = self.folder / "part.json"
@@ -78,8 +85,8 @@ class Entry:
                 lock = Lock(self.folder / "fetch.lock")
             except FileNotFoundError:
                 continue  # evicted between the two lines
-            lock.wait(self._ctx, shared=False)
-            if (self.folder / "fetch.lock").exists():
+            lock.wait(self.ctx, shared=False)
+            if lock.is_of(self.folder / "fetch.lock"):
                 self._fetching = lock
                 return self
             lock.close()
@@ -87,6 +94,10 @@ class Entry:
     def __exit__(self, *_: object) -> None:
         if self._fetching is not None:
             self._fetching.close()
+
+    def part_bytes(self) -> int:
+        """How much an earlier attempt left."""
+        return self.part.stat().st_size if self.part.is_file() else 0
 
     def meta(self) -> Meta | None:
         """What the entry holds, or None."""
@@ -110,7 +121,7 @@ class Entry:
         held = _held.get(self.key)
         if held is None:
             held = Lock(self.folder / "use.lock")
-            held.wait(self._ctx, shared=True)
+            held.wait(self.ctx, shared=True)
             _held[self.key] = held
         os.utime(self.folder)
         return self.folder / meta.file
@@ -119,8 +130,8 @@ class Entry:
 _held: dict[str, Lock] = {}
 
 
-def evict(ctx: Context) -> None:
-    """Delete the entries unused for longest until the rest is within `runners.cache_max_bytes`."""
+def evict(ctx: Context, *, coming_bytes: int = 0) -> None:
+    """Delete the entries unused for longest until the rest, and what is coming, is within `runners.cache_max_bytes`."""
     bound = int(ctx.job.limits.get("cache_max_bytes", DEFAULT_MAX_BYTES))
     entries = []
     for folder in (ctx.cache_dir / "downloads").iterdir():
@@ -128,7 +139,7 @@ def evict(ctx: Context) -> None:
             entries.append((folder.stat().st_mtime, size_bytes(folder), folder))
         except FileNotFoundError:
             continue
-    total = sum(size for _, size, _ in entries)
+    total = coming_bytes + sum(size for _, size, _ in entries)
     for _, size, folder in sorted(entries):
         if total <= bound:
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,9 +19,15 @@ CHUNK_BYTES = 1 << 18
 DEFAULT_TIMEOUT_S = 30.0
 """For the connection, and for each wait for more bytes; not for the whole file."""
 ATTEMPTS = 6
+"""In a row that brought less than PROGRESS_BYTES each."""
+PROGRESS_BYTES = 64 * 2**20
 FIRST_PAUSE_S = 0.5
 RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
 _RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
+_WHOLE = re.compile(r"bytes \*/(\d+)")
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Fetched(msgspec.Struct, frozen=True):
@@ -47,6 +54,7 @@ class Fetched(msgspec.Struct, frozen=True):
                     _clear(scratch)
                     raise
                 scratch.rename(target)
+        evict(self.entry.ctx)
         return target
 
 
@@ -70,19 +78,23 @@ def fetch(
         Cancelled: the node asked the task to stop.
     """
     check_url(url, where)
+    _check_headers(headers or {}, where)
     entry = Entry(ctx, url, headers or {})
     with entry:
-        pause_s = FIRST_PAUSE_S
-        for attempt in range(1, ATTEMPTS + 1):
+        attempt, pause_s = 1, FIRST_PAUSE_S
+        while True:
+            before = entry.part_bytes()
             try:
                 meta = _attempt(ctx, entry, url, where, headers=headers or {}, timeout_s=timeout_s or DEFAULT_TIMEOUT_S)
                 break
             except _Interrupted as error:
+                if entry.part_bytes() - before >= PROGRESS_BYTES:
+                    attempt, pause_s = 0, FIRST_PAUSE_S
                 if attempt == ATTEMPTS:
                     raise RunnerError(f"{where}: {_shown(url)} could not be downloaded: {error}") from error
                 ctx.log.warning("download interrupted url=%s attempt=%d reason=%s", _shown(url), attempt, error)
                 ctx.sleep(pause_s)
-                pause_s *= 2
+                attempt, pause_s = attempt + 1, pause_s * 2
         path = entry.use(meta)
     evict(ctx)
     return Fetched(path, entry)
@@ -90,21 +102,31 @@ def fetch(
 
 def check_url(url: str, where: str) -> None:
     """Raises BadRequest where `url` is not http(s) with a host."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(url)
+        sound = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 0) >= 0
+    except ValueError as error:  # a port or an IPv6 address that is none
+        raise BadRequest(f"{where}: {url.split('?', maxsplit=1)[0]!r} is no URL: {error}") from None
+    if not sound:
         raise BadRequest(f"{where}: {_shown(url)!r} is no http or https URL")
+
+
+def _check_headers(headers: Mapping[str, str], where: str) -> None:
+    """Values may be secret, so only the name is told."""
+    for name, value in headers.items():
+        if not _HEADER_NAME.fullmatch(name) or not _HEADER_VALUE.fullmatch(value):
+            raise BadRequest(f"{where}: the header {name!r} cannot be sent: only plain letters, and no line breaks")
 
 
 def _attempt(ctx: Context, entry: Entry, url: str, where: str, *, headers: Mapping[str, str], timeout_s: float) -> Meta:
     import requests
 
     cached, partial = entry.meta(), read_meta(entry.part_meta)
-    have = entry.part.stat().st_size if partial is not None and entry.part.is_file() else 0
+    have = entry.part_bytes()
     asked = {**headers, "Accept-Encoding": "identity"}  # lengths and ranges count the file's own bytes
     if have and partial is not None and (partial.etag or partial.last_modified):
         asked |= {"Range": f"bytes={have}-", "If-Range": partial.etag or partial.last_modified or ""}
     elif cached is not None:
-        have = 0
         if cached.etag:
             asked["If-None-Match"] = cached.etag
         elif cached.last_modified:
@@ -113,10 +135,23 @@ def _attempt(ctx: Context, entry: Entry, url: str, where: str, *, headers: Mappi
         with requests.get(url, headers=asked, stream=True, timeout=timeout_s) as answer:
             if answer.status_code == 304 and cached is not None:
                 return cached
+            if answer.status_code == 416 and partial is not None and "Range" in asked:
+                return _nothing_left(entry, answer, partial, have)
             _check_status(answer, url, where)
             return _receive(ctx, entry, answer, url, have if answer.status_code == 206 else 0)
+    except (requests.exceptions.TooManyRedirects, requests.exceptions.InvalidURL) as error:
+        raise BadRequest(f"{where}: {_shown(url)}: {error}") from error
     except requests.RequestException as error:
         raise _Interrupted(_reason(error)) from error
+
+
+def _nothing_left(entry: Entry, answer: Any, partial: Meta, have: int) -> Meta:
+    """There is nothing behind what an earlier task has: it was ended just before its file was whole to the cache."""
+    match = _WHOLE.fullmatch(answer.headers.get("Content-Range", ""))
+    if match is not None and int(match[1]) == have and answer.headers.get("ETag", partial.etag) == partial.etag:
+        return _publish(entry, partial, have)
+    entry.part.unlink(missing_ok=True)
+    raise _Interrupted("what there was of it is longer than the file")
 
 
 def _check_status(answer: Any, url: str, where: str) -> None:
@@ -124,7 +159,7 @@ def _check_status(answer: Any, url: str, where: str) -> None:
     if status in (200, 206):
         return
     said = f"{status} {answer.reason}"
-    if status in RETRIED or status == 416:  # 416: what we have is longer than the file is now
+    if status in RETRIED:
         raise _Interrupted(f"the server answered {said}")
     if 400 <= status < 500:
         raise BadRequest(f"{where}: the server answered {said} for {_shown(url)}")
@@ -142,25 +177,43 @@ def _receive(ctx: Context, entry: Entry, answer: Any, url: str, start: int) -> M
         etag=etag if etag and not etag.startswith("W/") else None,  # a weak one does not promise the same bytes
         last_modified=answer.headers.get("Last-Modified"),
     )
-    write_meta(entry.part_meta, meta)
+    evict(ctx, coming_bytes=(total or start) - start)
     done = start
     with entry.part.open("r+b" if start else "wb") as part:
-        part.seek(start)
-        part.truncate()
-        for chunk in answer.iter_content(CHUNK_BYTES):
-            part.write(chunk)
-            done += len(chunk)
-            ctx.progress(done, total, "bytes")
+        if start:
+            part.seek(start)
+            part.truncate()
+        # Not before: an older file's bytes must never stand under it. What was packed for the way cannot be resumed.
+        write_meta(
+            entry.part_meta, msgspec.structs.replace(meta, etag=None, last_modified=None) if _packed(answer) else meta
+        )
+        try:
+            for chunk in answer.iter_content(CHUNK_BYTES):
+                part.write(chunk)
+                done += len(chunk)
+                ctx.progress(done, total, "bytes")
+            part.flush()
+        except OSError as error:
+            if error.errno in _FULL:
+                entry.part.unlink()  # it will not fit the next time either, and others need the room
+            raise
     if total is not None and done != total:
         raise _Interrupted(f"{done} of {total} bytes came")
+    return _publish(entry, meta, done)
+
+
+def _publish(entry: Entry, meta: Meta, size_bytes: int) -> Meta:
     number = sum(each.name.startswith("file-") for each in entry.folder.iterdir())
-    name = f"file-{number}"
-    while (entry.folder / name).exists():
+    while (entry.folder / f"file-{number}").exists():
         number += 1
-        name = f"file-{number}"
-    meta = msgspec.structs.replace(meta, file=name, size_bytes=done)
+    meta = msgspec.structs.replace(meta, file=f"file-{number}", size_bytes=size_bytes)
     entry.publish(meta)
     return meta
+
+
+def _packed(answer: Any) -> bool:
+    """Whether the server packed the file for the way, though it was asked not to: its length is not the file's then."""
+    return bool(answer.headers.get("Content-Encoding", "identity") != "identity")
 
 
 def _total_bytes(answer: Any, start: int) -> int | None:
@@ -169,6 +222,8 @@ def _total_bytes(answer: Any, start: int) -> int | None:
         if match is None or int(match[1]) != start:
             raise _Interrupted(f"asked for bytes from {start}, got {answer.headers.get('Content-Range')!r}")
         return None if match[2] == "*" else int(match[2])
+    if _packed(answer):
+        return None
     length = answer.headers.get("Content-Length")
     return int(length) if length is not None and length.isdigit() else None
 

@@ -26,7 +26,10 @@ class Served:
     """For each of the next requests, what is answered in place of the file."""
     token: str | None = None
     """The Authorization header that it wants."""
-    chunk_pause_s: float = 0.0
+    encoding: str | None = None
+    """The Content-Encoding that it claims."""
+    length: int | None = None
+    """The Content-Length that it claims, if it is not the true one; the connection is closed behind the body."""
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -81,8 +84,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return 304, 0
         match = re.fullmatch(r"bytes=(\d+)-", headers.get("range", ""))
         fresh = headers.get("if-range") in (served.etag, stamp if served.modified else None)
-        if match and served.ranges and fresh and int(match[1]) < len(served.body):
-            return 206, int(match[1])
+        if match and served.ranges and fresh:
+            return (206 if int(match[1]) < len(served.body) else 416), int(match[1])
         return 200, 0
 
     def _answer(self, status: int, body: bytes, served: Served | None, start: int = 0) -> None:
@@ -94,9 +97,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if status == 206 and served is not None:
             whole = len(served.body)
             self.send_header("Content-Range", f"bytes {start}-{whole - 1}/{whole}")
+        if status == 416 and served is not None:
+            self.send_header("Content-Range", f"bytes */{len(served.body)}")
+        if served is not None and served.encoding is not None:
+            self.send_header("Content-Encoding", served.encoding)
+        claimed = served.length if served is not None and body else None
         if status != 304:
-            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Length", str(len(body) if claimed is None else claimed))
         self.end_headers()
+        self.close_connection = self.close_connection or claimed is not None
         cut = served.cut_after.pop(0) if served is not None and body and served.cut_after else None
         try:
             self.wfile.write(body if cut is None else body[:cut])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import multiprocessing
 import os
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,6 +98,94 @@ def test_a_later_task_takes_up_what_an_earlier_one_left(server, ctx) -> None:
     assert [status for _, _, status in server.requests] == [206]
 
 
+def test_a_task_that_ended_just_before_its_file_was_whole_costs_the_next_one_nothing(server, ctx) -> None:
+    """The server answers 416 then: there is nothing behind what is there. It must not do so for good."""
+    server.files["a"] = Served(BODY)
+    entry = cache.Entry(ctx, server.url("a"), {})
+    with entry:
+        entry.part.write_bytes(BODY)
+        cache.write_meta(entry.part_meta, cache.Meta(url="", file="", size_bytes=len(BODY), etag='"1"'))
+    assert fetch(ctx, server.url("a"), "here").path.read_bytes() == BODY
+    assert [status for _, _, status in server.requests] == [416]
+    with entry:
+        entry.part.write_bytes(BODY + b"more than there is")
+        cache.write_meta(entry.part_meta, cache.Meta(url="", file="", size_bytes=len(BODY), etag='"1"'))
+    assert fetch(ctx, server.url("a"), "here").path.read_bytes() == BODY
+    assert [status for _, _, status in server.requests] == [416, 416, 304]
+
+
+def test_the_bytes_of_an_older_file_never_stand_under_a_newer_ones_name(server, ctx, tmp_path) -> None:
+    """Whenever a task ends: what part.json promises is what `part` holds. Here it cannot be opened for writing."""
+    busy = tmp_path / "sleep"
+    shutil.copy(shutil.which("sleep") or "", busy)
+    entry = cache.Entry(ctx, server.url("a"), {})
+    with entry:
+        entry.part.symlink_to(busy)
+        cache.write_meta(entry.part_meta, cache.Meta(url="", file="", size_bytes=0, etag='"1"'))
+    server.files["a"] = Served(BODY, etag='"2"')
+    with subprocess.Popen([busy, "60"]) as running:
+        with pytest.raises(OSError, match="Text file busy"):
+            fetch(ctx, server.url("a"), "here")
+        running.kill()
+    assert cache.read_meta(entry.part_meta).etag == '"1"'
+    assert fetch(ctx, server.url("a"), "here").path.read_bytes() == BODY
+
+
+def test_attempts_that_get_on_are_not_counted(server, ctx, monkeypatch) -> None:
+    monkeypatch.setattr(download, "PROGRESS_BYTES", 20_000)
+    server.files["a"] = Served(BODY, cut_after=[25_000] * (2 * download.ATTEMPTS - 1))
+    assert fetch(ctx, server.url("a"), "here").path.read_bytes() == BODY
+
+
+def test_a_wrong_length_is_found_out(server, ctx) -> None:
+    server.files["a"] = Served(BODY, etag=None, length=len(BODY) + 5)
+    with pytest.raises(RunnerError, match=r"here: .* could not be downloaded: the connection broke off"):
+        fetch(ctx, server.url("a"), "here")
+    assert not list(ctx.cache_dir.rglob("file-*"))
+
+
+def test_a_file_that_was_packed_for_the_way_is_unpacked_and_never_resumed(server, ctx) -> None:
+    server.files["a"] = Served(gzip.compress(BODY), encoding="gzip", cut_after=[100_000])
+    assert fetch(ctx, server.url("a"), "here").path.read_bytes() == BODY
+    assert fetch(ctx, server.url("a"), "here").path.read_bytes() == BODY
+    assert [status for _, _, status in server.requests] == [200, 200, 304]
+
+
+def test_a_full_disk_is_not_kept_full(server, ctx) -> None:
+    server.files["a"] = Served(BODY)
+    entry = cache.Entry(ctx, server.url("a"), {})
+    with entry:
+        entry.part.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        fetch(ctx, server.url("a"), "here")
+    assert not entry.part.is_symlink()
+    assert fetch(ctx, server.url("a"), "here").path.read_bytes() == BODY
+
+
+def test_room_is_made_before_a_file_comes(server, make_context, tmp_path) -> None:
+    tight = make_context({}, cache_dir=str(tmp_path / "cache"), limits={"cache_max_bytes": 400_000})
+    server.files["old"] = Served(BODY)
+    old = fetch(tight, server.url("old"), "here").path
+    let_go()
+    server.files["new"] = Served(BODY, cut_after=[0] * download.ATTEMPTS)
+    with pytest.raises(RunnerError):
+        fetch(tight, server.url("new"), "here")
+    assert not old.exists()
+
+
+def test_a_lock_of_a_folder_that_was_deleted_meanwhile_is_none(ctx) -> None:
+    entry = cache.Entry(ctx, "http://h/x", {})
+    with entry:
+        pass
+    stale = cache.Lock(entry.folder / "fetch.lock")
+    assert stale.is_of(entry.folder / "fetch.lock")
+    (entry.folder / "fetch.lock").unlink()
+    assert not stale.is_of(entry.folder / "fetch.lock")
+    with cache.Entry(ctx, "http://h/x", {}):
+        assert not stale.is_of(entry.folder / "fetch.lock")
+    stale.close()
+
+
 def test_a_server_that_is_busy_is_asked_again(server, ctx) -> None:
     server.files["a"] = Served(BODY, statuses=[503, 429])
     assert fetch(ctx, server.url("a"), "here").path.read_bytes() == BODY
@@ -116,10 +207,21 @@ def test_missing_file_and_missing_server(server, ctx) -> None:
         fetch(ctx, "http://127.0.0.1:9/x", "here")
 
 
-@pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://host/x", "http:///x", "/etc/passwd", "gopher://x"])
+@pytest.mark.parametrize(
+    "url",
+    ["file:///etc/passwd", "ftp://host/x", "http:///x", "/etc/passwd", "gopher://x", "http://[::1", "http://h:99999/x",
+     "http://h:port/x", "http://\u2100.example/x"],
+)  # fmt: skip
 def test_only_http(ctx, url: str) -> None:
-    with pytest.raises(BadRequest, match=r"here: .* is no http or https URL"):
+    with pytest.raises(BadRequest, match=r"here: .* is no (http or https )?URL"):
         fetch(ctx, url, "here")
+
+
+@pytest.mark.parametrize("headers", [{"X": "a\r\nY: b"}, {"X Y": "a"}, {"X": "€"}, {"": "a"}])
+def test_headers_that_cannot_be_sent_are_told_at_once(server, ctx, headers: dict[str, str]) -> None:
+    with pytest.raises(BadRequest, match=r"^here: the header '.*' cannot be sent"):
+        fetch(ctx, server.url("a"), "here", headers=headers)
+    assert server.requests == []
 
 
 def test_headers_are_sent_and_separate_what_they_open(server, ctx) -> None:
