@@ -17,8 +17,10 @@ from runners.inference.task import InferenceTask
 
 WHERE = "spec.model.vllm"
 DEFAULT_UTILIZATION = 0.9
-KEPT_FREE = 0.01
-"""Share of a GPU that stays unused when memory is short: vLLM refuses to start where it is off by a byte."""
+CONTEXT_BYTES = 2**29
+"""What CUDA takes of a GPU before vLLM looks how much is free; it refuses to start where it is off by a byte."""
+NCCL_BYTES = 2**29
+"""What NCCL takes besides, where there are several GPUs."""
 LEAST_UTILIZATION = 0.05
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 CPU_SHARE = 0.25
@@ -104,11 +106,13 @@ def engine_arguments(
     options.setdefault("enforce_eager", work.steps < COMPILE_STEPS)
     if on_gpu:
         options["gpu_memory_utilization"] = utilization(ctx, options)
-    elif "kv_cache_memory_bytes" not in options:
-        # On the CPU the share of memory that vLLM would take by itself is the host's, and filling it takes seconds.
-        per_token = cache_bytes_per_token(text_config, 4)
-        options["kv_cache_memory_bytes"] = cpu_cache_bytes(work, per_token, psutil.virtual_memory().available)
-        options.pop("gpu_memory_utilization", None)
+    else:
+        if options.pop("gpu_memory_utilization", None) is not None:
+            ctx.log.warning("%s.gpu_memory_utilization was not used: this task has no GPU", WHERE)
+        if "kv_cache_memory_bytes" not in options:
+            # The share of memory that vLLM would take by itself is the host's, and filling it takes seconds.
+            per_token = cache_bytes_per_token(text_config, 4)
+            options["kv_cache_memory_bytes"] = cpu_cache_bytes(work, per_token, psutil.virtual_memory().available)
     if task.sampling.json_schema is not None:
         # With free white space a model may fill its whole answer with it; of the two grammar libraries that can forbid
         # it, this one takes more of JSON Schema.
@@ -180,7 +184,9 @@ def utilization(ctx: Context, options: dict[str, Any]) -> float:
     asked = options.get("gpu_memory_utilization", DEFAULT_UTILIZATION)
     if isinstance(asked, bool) or not isinstance(asked, int | float) or not 0 < asked <= 1:
         raise BadRequest(f"{WHERE}.gpu_memory_utilization: expected a share, 0 < x <= 1 (found {asked!r})")
-    fits = fit_utilization(float(asked), gpu_memory(ctx.gpus))
+    used = ctx.gpus[: options.get("tensor_parallel_size", 1) * options.get("pipeline_parallel_size", 1)]
+    kept_bytes = CONTEXT_BYTES + (NCCL_BYTES if len(used) > 1 else 0)
+    fits = fit_utilization(float(asked), gpu_memory(used), kept_bytes)
     if fits < LEAST_UTILIZATION:
         raise GpuOutOfMemory("the GPU's memory is taken: next to nothing of it is free for the model")
     if fits < asked:
@@ -188,14 +194,15 @@ def utilization(ctx: Context, options: dict[str, Any]) -> float:
     return fits
 
 
-def fit_utilization(asked: float, memory: Sequence[tuple[int, int]]) -> float:
+def fit_utilization(asked: float, memory: Sequence[tuple[int, int]], kept_bytes: int) -> float:
     """The largest share, at most `asked`, that is free on every device.
 
     Args:
         memory: (free, total) bytes of each device.
+        kept_bytes: what goes to others than vLLM of each.
     """
-    free = min((free_bytes / total_bytes for free_bytes, total_bytes in memory), default=1.0)
-    return asked if asked <= free - KEPT_FREE else max(int((free - KEPT_FREE) * 1000) / 1000, 0.0)
+    free = min(((free_bytes - kept_bytes) / total_bytes for free_bytes, total_bytes in memory), default=1.0)
+    return asked if asked <= free else max(int(free * 1000) / 1000, 0.0)
 
 
 def gpu_memory(uuids: Sequence[str]) -> list[tuple[int, int]]:

@@ -13,23 +13,19 @@ from pathlib import Path
 from typing import Any, get_args
 
 from runners.api import BadRequest, Context, RunnerError
-from runners.inference.engine import Completion, FinishReason, GpuOutOfMemory, Output, Request, TokenLogprob, Watch
+from runners.inference.engine import Completion, FinishReason, Output, Request, TokenLogprob, Watch
 from runners.inference.lora import check_fit
 from runners.inference.options import Sampling
 from runners.inference.task import InferenceTask
 from runners.inference.tokens import Texts, load_tokenizer
-from runners.inference.vllm_args import WHERE, Work, engine_arguments
+from runners.inference.vllm_args import Work, engine_arguments
+from runners.inference.vllm_failures import Logs, explain, first_line, start_failure, step_failure
 from runners.inference.vllm_processes import EngineProcesses
 from runners.models.adapters import LocalAdapter
 from runners.models.sources import Source, loading
 
 _alive: list[Any] = []
 """Taking an engine down costs half a second, and its process ends anyway."""
-_OUT_OF_MEMORY = (
-    "out of memory",
-    "No available memory for the cache blocks",
-    "is less than desired GPU memory utilization",
-)
 
 
 class VllmEngine:
@@ -87,7 +83,7 @@ class VllmEngine:
         except Exception as error:  # each of its grammar libraries has errors of its own
             if sampling.json_schema is None:
                 raise
-            raise BadRequest(f"spec.inference.json_schema: vLLM refuses it: {_first_line(error)}") from error
+            raise BadRequest(f"spec.inference.json_schema: vLLM refuses it: {first_line(error)}") from error
         finished = dict(self._finished(watch))
         # Ids count up in the order of the requests; vLLM may add a random tail to the ones that it was given.
         ordered = sorted(finished, key=lambda each: int(each.partition("-")[0]))
@@ -96,9 +92,14 @@ class VllmEngine:
         return [self._completion(finished[each], sampling) for each in ordered]
 
     def _finished(self, watch: Watch) -> Iterable[tuple[str, Any]]:
-        engine = self._llm.llm_engine
+        engine, logs = self._llm.llm_engine, Logs()
         while engine.has_unfinished_requests():
-            done = [output for output in _guarded(engine.step) if output.finished]
+            try:
+                done = [output for output in engine.step() if output.finished]
+            except RunnerError:
+                raise  # what `EngineProcesses` found
+            except Exception as error:
+                raise step_failure(error, logs) from error
             watch.step(
                 tokens=sum(len(answer.token_ids) for output in done for answer in output.outputs),
                 answers=sum(len(output.outputs) for output in done),
@@ -151,7 +152,7 @@ def load(
     alone = alone and arguments.get("distributed_executor_backend") in (None, "uni")
     # Its own default is the same seed for everybody, so that unseeded tasks would all draw the same.
     arguments["seed"] = task.sampling.seed if task.sampling.seed is not None else secrets.randbits(31)
-    _environment(ctx, alone=alone, eager=bool(arguments["enforce_eager"]))
+    set_environment(ctx, alone=alone, eager=bool(arguments["enforce_eager"]))
     llm = start(path, None if path != source.path else source.revision, source, arguments, asked=list(task.vllm))
     _alive.append(llm)
     engine = VllmEngine(llm, texts, _add_adapters(llm, runtime), EngineProcesses())
@@ -167,28 +168,13 @@ def start(path: str, revision: str | None, source: Source, arguments: dict[str, 
     import pydantic
     from vllm import LLM
 
+    logs = Logs()
     try:
         return LLM(model=path, tokenizer=source.tokenizer or source.path, revision=revision, **arguments)
     except pydantic.ValidationError as error:
-        raise BadRequest(_explain(error.errors()[0], source, asked)) from error
+        raise BadRequest(explain(error.errors()[0], source, asked)) from error
     except Exception as error:
-        if any(each in str(error) for each in _OUT_OF_MEMORY):
-            raise GpuOutOfMemory(f"{source.where}: {source.shown!r} does not fit: {_first_line(error)}") from error
-        if isinstance(error, ValueError | TypeError | KeyError | AssertionError | NotImplementedError):
-            raise BadRequest(f"{WHERE}: vLLM cannot run {source.shown!r} so: {_first_line(error)}") from error
-        raise RunnerError(f"vLLM's engine did not start: {_first_line(error)}; the log has the whole story") from error
-
-
-def _explain(problem: Any, source: Source, asked: Sequence[str]) -> str:
-    """One of pydantic's problems as a line about the argument that it is down to, as far as that can be told."""
-    text = _first_line(problem["msg"].removeprefix("Value error, "))
-    named = str(problem["loc"][0]) if problem["loc"] else ""
-    guilty = [name for name in asked if name == named] or [name for name in asked if name in text]
-    if guilty:
-        return f"{WHERE}.{guilty[0]}: {text}"
-    if named and asked:
-        return f"{WHERE}: {named}: {text} (given: {', '.join(asked)})"
-    return f"{source.where}: {source.shown!r}: {text}"
+        raise start_failure(error, source, logs) from error
 
 
 def merged(ctx: Context, task: InferenceTask, source: Source, adapters: Sequence[LocalAdapter], texts: Texts) -> Path:
@@ -234,7 +220,7 @@ def sampling_params(sampling: Sampling) -> Any:
     )
 
 
-def _environment(ctx: Context, *, alone: bool, eager: bool) -> None:
+def set_environment(ctx: Context, *, alone: bool, eager: bool) -> None:
     """vLLM reads these when it starts. A process of its own for the engine costs 15 s and can outlive the task."""
     import torch
 
@@ -242,6 +228,10 @@ def _environment(ctx: Context, *, alone: bool, eager: bool) -> None:
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_CACHE_ROOT", str(ctx.cache_dir / "vllm"))
+    if not alone and len(os.listdir("/proc/self/task")) > 1:
+        # Something was computed here, such as a merged adapter. What is forked off now would wait for ever for the
+        # threads that did it, which it does not have.
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     if eager:
         # Its sampler compiles small functions even so: 4 s with a warm cache, 16 s without, on the first seeded token.
         torch.compiler.set_stance("force_eager")
@@ -258,18 +248,9 @@ def _add_adapters(llm: Any, adapters: Sequence[LocalAdapter]) -> dict[str, Any]:
         try:
             llm.llm_engine.add_lora(request)
         except (ValueError, RuntimeError, KeyError, AssertionError, TypeError) as error:
-            raise BadRequest(f"{adapter.where}: the adapter does not fit the model: {_first_line(error)}") from error
+            raise BadRequest(f"{adapter.where}: the adapter does not fit the model: {first_line(error)}") from error
         requests[adapter.name] = request
     return requests
-
-
-def _guarded(step: Any) -> Any:
-    try:
-        return step()
-    except Exception as error:
-        if any(each in str(error) for each in _OUT_OF_MEMORY):
-            raise GpuOutOfMemory(f"the GPU's memory ran out while generating: {_first_line(error)}") from error
-        raise
 
 
 def _logprobs(ids: Sequence[int], steps: Any, count: int) -> tuple[TokenLogprob, ...]:
@@ -280,8 +261,3 @@ def _logprobs(ids: Sequence[int], steps: Any, count: int) -> tuple[TokenLogprob,
         top = tuple((other, float(logprob)) for _, other, logprob in best)
         shown.append(TokenLogprob(token_id, float(ranked[token_id].logprob), top))
     return tuple(shown)
-
-
-def _first_line(error: object) -> str:
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return text if len(text) <= 300 else f"{text[:299]}…"

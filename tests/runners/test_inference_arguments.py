@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runners.api import BadRequest
+from runners.api import BadRequest, RunnerError
 from runners.inference.batches import cache_bytes_per_token, plan
 from runners.inference.vllm_args import (
+    CONTEXT_BYTES,
     CPU_LEAST_BYTES,
-    KEPT_FREE,
     Work,
     check_names,
     cpu_cache_bytes,
@@ -23,6 +25,7 @@ from runners.inference.vllm_args import (
     tensor_parallel,
     utilization,
 )
+from runners.models.sources import Source
 
 GIB = 2**30
 
@@ -68,14 +71,15 @@ def test_the_cache_of_a_token() -> None:
     ("asked", "memory", "share"),
     [
         (0.9, [(79 * GIB, 80 * GIB)], 0.9),
-        (0.9, [(79 * GIB, 80 * GIB), (40 * GIB, 80 * GIB)], 0.5 - KEPT_FREE),
+        (0.9, [(79 * GIB, 80 * GIB), (40 * GIB, 80 * GIB)], 39.5 / 80),
+        (0.9, [(22 * GIB, 24 * GIB)], 21.5 / 24),
         (0.3, [(40 * GIB, 80 * GIB)], 0.3),
         (0.9, [(0, 80 * GIB)], 0.0),
         (0.9, [], 0.9),
     ],
 )
 def test_the_share_of_a_gpu_is_what_is_free(asked: float, memory: list[Any], share: float) -> None:
-    assert fit_utilization(asked, memory) == pytest.approx(share, abs=0.001)
+    assert fit_utilization(asked, memory, CONTEXT_BYTES) == pytest.approx(share, abs=0.001)
 
 
 @pytest.mark.parametrize("asked", [0, 1.5, "most", True, -0.1])
@@ -148,3 +152,52 @@ def test_lora_ranks() -> None:
     assert [lora_rank(rank) for rank in (1, 8, 9, 100, 512)] == [8, 8, 16, 128, 512]
     with pytest.raises(BadRequest, match=r"rank 513; vLLM takes 512"):
         lora_rank(513)
+
+
+TRACEBACK = """(EngineCore pid=7) ERROR 11-27 00:21:43 [core.py:1510] Traceback (most recent call last):
+(Worker_TP1 pid=9) ERROR 11-27 00:21:43 [mp.py:9] torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB.
+(EngineCore pid=7) ERROR 11-27 00:21:43 [core.py:1510] Exception: WorkerProc failed. See stack trace for root cause.
+RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}
+"""
+
+
+def test_what_an_engine_process_told_the_log_is_the_tasks_line(tmp_path) -> None:
+    from runners.inference.engine import GpuOutOfMemory
+    from runners.inference.vllm_failures import Logs, start_failure, step_failure
+
+    told = RuntimeError("Engine core initialization failed. See root cause above. Failed core proc(s): {}")
+    source = Source(path="m", revision=None, shown="m", where="spec.model.source.identifier")
+    before, log = os.dup(1), os.open(tmp_path / "log", os.O_RDWR | os.O_CREAT | os.O_APPEND)
+    try:
+        os.dup2(log, 1)
+        os.write(1, b"ValueError: an older one\n")
+        logs = Logs()
+        silent = start_failure(told, source, logs)
+        os.write(1, TRACEBACK.encode())
+        failures = start_failure(told, source, logs), step_failure(told, logs)
+        other = start_failure(ValueError("no such thing"), source, logs)
+    finally:
+        os.dup2(before, 1)
+        os.close(before)
+        os.close(log)
+    assert type(silent) is RunnerError
+    assert [type(each) for each in failures] == [GpuOutOfMemory] * 2
+    assert "'m' does not fit: CUDA out of memory. Tried to allocate 2 GiB." in str(failures[0])
+    assert type(other) is BadRequest
+
+
+def test_a_process_with_threads_is_not_forked_by_vllm(make_context, monkeypatch) -> None:
+    pytest.importorskip("torch", reason="needs the extra 'inference'")
+    from runners.inference.vllm_engine import set_environment
+
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    os.environ.pop("VLLM_WORKER_MULTIPROC_METHOD", None)
+    done = threading.Event()
+    thread = threading.Thread(target=done.wait)
+    thread.start()
+    set_environment(make_context({}, gpus=("GPU-0", "GPU-1")), alone=True, eager=False)
+    assert "VLLM_WORKER_MULTIPROC_METHOD" not in os.environ
+    set_environment(make_context({}, gpus=("GPU-0", "GPU-1")), alone=False, eager=False)
+    done.set()
+    thread.join()
+    assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"

@@ -236,6 +236,19 @@ def test_an_adapter_that_does_not_fit(forked, tiny_llama, make_context, tmp_path
 
 
 @pytest.mark.slow
+def test_an_engine_process_that_does_not_start_says_why(forked, tiny_llama, make_context) -> None:
+    """vLLM itself says "see root cause above", and so would every task on several GPUs."""
+    spec = on_vllm(tiny_llama, ["a task"])
+    spec["model"]["vllm"] |= {
+        "distributed_executor_backend": "mp",
+        "max_model_len": 2048,
+        "kv_cache_memory_bytes": 9000,
+    }
+    with pytest.raises(BadRequest, match=r"^spec\.model\.vllm: vLLM cannot run .* so: To serve at least one request"):
+        forked(make_context(spec))
+
+
+@pytest.mark.slow
 def test_a_dead_engine_process_ends_the_task(forked, tiny_llama, make_context) -> None:
     """With an engine in a process of its own, as several GPUs need: vLLM alone would wait for the dead forever."""
 
