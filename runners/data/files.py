@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -48,8 +49,13 @@ def load_file(ctx: Context, section: dict[str, Any], shard: Shard | None, spec: 
     else:
         file = local_path(ctx, data.path or "")
         field = f"{where}.path"
+        for name, value in (("headers", data.headers), ("timeoutSec", data.timeout_s)):
+            if value is not None:
+                raise BadRequest(f"{where}.{name}: goes with `url`; a file of this node needs none")
         if not file.is_file():
             raise BadRequest(f"{field}: there is no file {data.path!r} on this node")
+        if not os.access(file, os.R_OK):
+            raise BadRequest(f"{field}: {data.path!r} cannot be read by the node's user")
     columns = Columns(data.column or "text", data.metadata_columns, bool(data.metadata_include_all), where)
     reader = {"jsonl": read_jsonl, "csv": read_csv, "parquet": read_parquet}[data.type]
     return to_items(ctx, reader(file, columns, field), columns, shard)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from runners.data.download import fetch
 from runners.data.prompts import Items
 from runners.data.shard import Shard
 from runners.data.tables import Columns, to_items
-from runners.models.sources import local_path
+from runners.models.sources import check_no_revision, local_path
 
 FORMATS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 _SPLIT_NAME = re.compile(r"[\w.-]+")
@@ -51,13 +52,17 @@ def load_hub(ctx: Context, section: dict[str, Any], shard: Shard | None, spec: d
     columns = Columns(data.column or "text", data.metadata_columns, bool(data.metadata_include_all), where)
     columns.check(rows.column_names)
     rows = rows.select_columns(columns.wanted(rows.column_names))
+    count = len(rows)
     if data.shuffle:
         seed = 42 if data.seed is None else data.seed
         if data.buffer_size is not None:
             rows = rows.to_iterable_dataset().shuffle(seed=seed, buffer_size=data.buffer_size)
         else:
             rows = rows.shuffle(seed=seed)
-    return to_items(ctx, ((f"{where} row {i}", row) for i, row in enumerate(rows)), columns, shard)
+    mine = shard.rows(count) if shard is not None else range(count)
+    # A shard of a large dataset reads no more than its own rows, where they can be chosen.
+    chosen = rows.select(mine) if hasattr(rows, "select") else itertools.islice(rows, mine.start, mine.stop, mine.step)
+    return to_items(ctx, ((f"{where} row {i}", row) for i, row in zip(mine, chosen, strict=True)), columns, None)
 
 
 def open_dataset(ctx: Context, data: HubData, where: str) -> Any:
@@ -100,7 +105,11 @@ def _load(ctx: Context, data: HubData, where: str, cache_dir: str) -> Any:
     path = local_path(ctx, data.url)
     if path.is_file():
         return _load_file(data, path, path.suffix.lower(), where, cache_dir)
+    if path.is_dir():
+        check_no_revision(data.revision, f"{where}.url")
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        if data.name is not None:
+            raise BadRequest(f"{where}.name: what save_to_disk wrote has no configurations; leave it out")
         return _slice_saved(datasets.load_from_disk(str(path)), data, where)
     name = str(path) if path.is_dir() else data.url
     if not path.is_dir() and (data.url.startswith(("/", "./", "../", "~")) or data.url.count("/") > 1):
@@ -113,6 +122,7 @@ def _load_file(data: HubData, file: Path, suffix: str, where: str, cache_dir: st
 
     if data.name is not None:
         raise BadRequest(f"{where}.name: a single file has no configurations; leave it out")
+    check_no_revision(data.revision, f"{where}.url")
     if suffix not in FORMATS:
         raise BadRequest(f"{where}.url: no format is known for files ending in {suffix!r}; known: {', '.join(FORMATS)}")
     # A file has one split, and datasets calls it train.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import psutil
@@ -76,7 +76,7 @@ def load_arguments(ctx: Context, task: InferenceTask) -> dict[str, Any]:
 
     Raises:
         BadRequest: an option that cannot be had here.
-        MissingDependency: bitsandbytes or flash_attn is missing.
+        MissingDependency: bitsandbytes is missing.
     """
     options = task.transformers
     dtype = DTYPES.get(options.dtype or "auto", options.dtype or "auto")
@@ -150,10 +150,23 @@ def _check_attention(options: TransformersOptions, device: str) -> None:
         raise BadRequest(
             f"spec.model.transformers.{field}: flash attention needs a GPU, and this task runs on the CPU; leave it out"
         )
-    from transformers.utils import is_flash_attn_2_available
+    if DTYPES.get(options.dtype or "", options.dtype) == "float32":
+        raise BadRequest(
+            f"spec.model.transformers.{field}: flash attention computes in float16 or bfloat16 only, and dtype is "
+            "float32; change one of them"
+        )
+    from transformers import utils
 
-    if name == "flash_attention_2" and not is_flash_attn_2_available():
-        raise MissingDependency(f"flash_attn (spec.model.transformers.{field})", "flash-attention")
+    there: dict[str, Callable[[], bool]] = {
+        "flash_attention_2": utils.is_flash_attn_2_available,
+        "flash_attention_3": utils.is_flash_attn_3_available,
+        "flash_attention_4": utils.is_flash_attn_4_available,
+    }
+    if name in there and not there[name]():
+        raise BadRequest(
+            f"spec.model.transformers.{field}: {name} is not installed in this environment (flash-attn 2.3.3 or newer "
+            "for the second version); install it or leave the field out"
+        )
 
 
 @contextlib.contextmanager

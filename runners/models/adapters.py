@@ -53,6 +53,9 @@ def load_adapter(ctx: Context, adapter: Adapter, index: int, where: str) -> Loca
     given = [name for name in ("path", "url", "task_id") if getattr(adapter, name) is not None]
     if len(given) != 1:
         raise BadRequest(f"{where}: give exactly one of `path`, `url` and `taskId`")
+    for each, value in (("headers", adapter.headers), ("timeoutSec", adapter.timeout_s)):
+        if value is not None and adapter.url is None:
+            raise BadRequest(f"{where}.{each}: goes with `url`, which is not there")
     field = f"{where}.{'taskId' if given[0] == 'task_id' else given[0]}"
     folder = _folder(ctx, adapter, field)
     config = _config(folder, field)

@@ -39,6 +39,7 @@ def load_checkpoint(ctx: Context, load: CheckpointLoad, where: str = "spec.check
     task_id = load.taskId or load.task_id
     if load.taskId and load.task_id and load.taskId != load.task_id:
         raise BadRequest(f"{where}.task_id: differs from {where}.taskId; give one of them")
+    _check_belongings(load, path=path, url=url, task_id=task_id, where=where)
     if path is None and url is None and task_id is None:
         raise BadRequest(f"{where}: needs a `path`, a `url` or a `taskId`")
     if path is not None and local_path(ctx, path).exists():
@@ -57,6 +58,8 @@ def load_checkpoint(ctx: Context, load: CheckpointLoad, where: str = "spec.check
         return _below(folder, load, shown, field, where)
     if path is not None:
         raise BadRequest(f"{where}.path: there is no {path!r} on this node")
+    if load.filename is not None and task_folder(ctx, task_id or "", id_field) is not None:
+        raise BadRequest(f"{where}.filename: the results of task {task_id!r} hold no {load.filename!r}")
     raise BadRequest(f"{id_field}: this node has no results of task {task_id!r}, and there is no URL to get them from")
 
 
@@ -92,14 +95,35 @@ def _path_and_url(load: CheckpointLoad, where: str) -> tuple[str | None, str | N
     path, url = load.path, load.url
     if load.uri is not None:
         if load.uri.startswith(("http://", "https://")):
-            url = url or load.uri
+            name, one, other = "url", url, load.uri
+            url = other
         else:
-            path = path or unquote(load.uri.removeprefix("file://"))
+            name, one, other = "path", path, unquote(load.uri.removeprefix("file://"))
+            path = other
+        if one not in (None, other):
+            raise BadRequest(f"{where}.uri: differs from {where}.{name}; give one of them")
     if path is not None and path.startswith(("http://", "https://")):
         path, url = None, url or path
     if load.type == "http" and url is None and load.taskId is None and load.task_id is None:
         raise BadRequest(f"{where}.url: missing; type 'http' needs one, or a taskId")
     return path, url
+
+
+def _check_belongings(
+    load: CheckpointLoad, *, path: str | None, url: str | None, task_id: str | None, where: str
+) -> None:
+    """Raises BadRequest for a field that says something about another one which is not there."""
+    if load.type == "local" and path is None and task_id is None and url is not None:
+        raise BadRequest(f"{where}.type: 'local', and there is only a URL; set it to 'http' or leave it out")
+    far = load.type != "local" and (url is not None or task_id is not None)
+    for name, value, there, needed in (
+        ("filename", load.filename, task_id is not None, "`taskId`"),
+        ("base_url", load.base_url, task_id is not None, "`taskId`"),
+        ("headers", load.headers, far, "`url` or `taskId`"),
+        ("timeoutSec", load.timeout_s, far, "`url` or `taskId`"),
+    ):
+        if value is not None and not there:
+            raise BadRequest(f"{where}.{name}: goes with {needed}, which is not there")
 
 
 def _of_task(ctx: Context, load: CheckpointLoad, task_id: str, archive_format: str, where: str) -> Path | None:

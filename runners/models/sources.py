@@ -46,20 +46,31 @@ def resolve_identifier(ctx: Context, identifier: str, revision: str | None, wher
     """`model.source`, which may be built in, a local folder or a hub id.
 
     Raises:
-        BadRequest: it looks like a path, and there is no model.
+        BadRequest: it looks like a path, and there is no model; or it is on this node and has no revisions.
     """
     if identifier.startswith(builtin.PREFIX):
         folder = builtin.resolve(identifier, ctx.cache_dir, where)
+        check_no_revision(revision, where)
         return Source(path=str(folder), revision=None, shown=identifier, where=where)
     path = local_path(ctx, identifier)
     if path.is_dir():
         check_model_folder(path, where)
+        check_no_revision(revision, where)
         return Source(path=str(path), revision=None, shown=identifier, where=where)
     if path.exists():
         raise BadRequest(f"{where}: {identifier!r} is a file; give the folder that holds config.json and the weights")
     if identifier.startswith(("/", "./", "../", "~")) or identifier.count("/") > 1:
         raise BadRequest(f"{where}: there is no folder {identifier!r} on this node; give an existing one, or a hub id")
     return Source(path=identifier, revision=revision, shown=identifier, where=where)
+
+
+def check_no_revision(revision: str | None, where: str) -> None:
+    """Raises BadRequest where something on this node is to have a revision of the hub's; `main` is what none means."""
+    if revision not in (None, "main"):
+        raise BadRequest(
+            f"{where.removesuffix('.identifier').removesuffix('.url')}.revision: {revision!r}, but what lies on this "
+            "node has no revisions; leave it out"
+        )
 
 
 def check_model_folder(folder: Path, where: str) -> None:
