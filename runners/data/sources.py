@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
 from flowmesh.messages.checking import nearest
 from runners.api import BadRequest, Context
 from runners.data.files import load_file
@@ -45,4 +47,17 @@ def load_items(ctx: Context, spec: dict[str, Any], where: str = "spec") -> Items
     shard = None if spec.get("shard") is None else ctx.check(spec["shard"], Shard, f"{where}.shard")
     if shard is not None:
         shard.check(f"{where}.shard")
-    return loader(ctx, section, shard, spec, here)
+    items = loader(ctx, section, shard, spec, here)
+    for prompt, metadata, place in zip(items.prompts, items.metadata, items.wheres, strict=True):
+        _check_text([prompt, metadata], place)
+    return items
+
+
+def _check_text(value: Any, where: str) -> None:
+    """Raises BadRequest for what no tokenizer takes and no result can carry."""
+    try:
+        msgspec.json.encode(value)
+    except UnicodeEncodeError:
+        raise BadRequest(
+            f"{where}: half a character in its text (a lone surrogate, \\ud800 to \\udfff); mend it"
+        ) from None

@@ -99,7 +99,7 @@ class _Bounds:
         with target.open("xb") as out:  # x: a member that comes twice, or goes through a link, is no honest one
             while chunk := source.read(CHUNK_BYTES):
                 self.grow(len(chunk))
-                self.ctx.check_cancelled()
+                self.ctx.progress(self._bytes, None, "bytes")
                 out.write(chunk)
 
 
@@ -140,15 +140,23 @@ def _make_links(root: Path, links: list[tuple[Path, str]], bounds: _Bounds) -> N
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.symlink_to(target)
                 made.append(path)
-            if not path.resolve().is_relative_to(root):
-                raise bounds.refusal(f"the link {path.name!r} leads out of its folder, to {target!r}")
+            _check_landing(bounds, root, path, target)
         for path, target in links:
-            if not path.resolve().is_relative_to(root):
-                raise bounds.refusal(f"the link {path.name!r} leads out of its folder, to {target!r}")
+            _check_landing(bounds, root, path, target)
     except BaseException:
         for path in reversed(made):
             path.unlink()
         raise
+
+
+def _check_landing(bounds: _Bounds, root: Path, path: Path, target: str) -> None:
+    try:
+        path.stat()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise bounds.refusal(f"the link {path.name!r} leads back to itself") from None
+    if not path.resolve().is_relative_to(root):
+        raise bounds.refusal(f"the link {path.name!r} leads out of its folder, to {target!r}")
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
@@ -158,6 +166,8 @@ def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 
 
 def _check_link(bounds: _Bounds, into: Path, base: Path, member: tarfile.TarInfo) -> None:
+    if not member.linkname:
+        raise bounds.refusal(f"the link {member.name!r} leads nowhere")
     target = PurePosixPath(member.linkname)
     landed = Path(base, *target.parts) if not target.is_absolute() else Path(target)
     depth: list[str] = []

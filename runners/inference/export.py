@@ -5,7 +5,6 @@ What an item lacks is found out before the model runs: a task never fails here a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -78,9 +77,9 @@ class Export:
         target = folder / self.relative_path
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = target.with_name(f".{target.name}.partial")
-        with scratch.open("w", encoding="utf-8") as lines:
+        with scratch.open("wb") as lines:
             for item in items:
-                lines.write(json.dumps(self._record(item), ensure_ascii=False) + "\n")
+                lines.write(msgspec.json.encode(self._record(item)) + b"\n")  # what is not finite becomes null
         scratch.rename(target)
         ctx.upload(self.relative_path, "jsonl_export", child)
         return {

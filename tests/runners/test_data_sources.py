@@ -154,6 +154,17 @@ def test_a_missing_metadata_column_lists_those_there_are(load, tmp_path) -> None
         load(data)
 
 
+@pytest.mark.parametrize("row", [{"text": "\ud800"}, {"text": "a", "n": ["\udfff"]}])
+def test_half_a_character_is_found_before_anything_is_computed(load, tmp_path, row: dict[str, Any]) -> None:
+    data = {
+        "type": "jsonl",
+        "path": str(jsonl(tmp_path / "x", [{"text": "𝔘", "n": 1}, row])),
+        "metadata_include_all": True,
+    }
+    with pytest.raises(BadRequest, match=r"spec\.data\.path line 2: half a character in its text"):
+        load(data)
+
+
 # ---- graph templates -------------------------------------------------------------------------------------------------
 
 UPSTREAM = {

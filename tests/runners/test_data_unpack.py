@@ -85,6 +85,8 @@ EVIL: dict[str, list[tarfile.TarInfo]] = {
     "absolute": [info("/tmp/evil")],
     "dotdot": [info("a/../../evil")],
     "backslash": [info("..\\evil")],
+    "links in a circle": [info("a", tarfile.SYMTYPE, "b"), info("b", tarfile.SYMTYPE, "a")],
+    "a link to nothing": [info("a", tarfile.SYMTYPE, "")],
     "link out": [info("a", tarfile.SYMTYPE, "../../evil")],
     "absolute link": [info("a", tarfile.SYMTYPE, "/etc/passwd")],
     "hard link out": [info("a", tarfile.LNKTYPE, "../evil")],

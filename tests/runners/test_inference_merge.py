@@ -95,7 +95,7 @@ def export(make_context: Any, model: Any, wanted: dict[str, Any], metadata: list
     assert result["jsonl_export"]["path"] == str(path)
     assert result["jsonl_export"]["record_count"] == 2
     assert [each.name for each in path.parent.iterdir()] == [path.name]
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text().removesuffix("\n").split("\n")]
 
 
 def test_export_by_default(tiny_llama, make_context) -> None:
@@ -130,6 +130,12 @@ def test_export_fields(tiny_llama, make_context) -> None:
          "version": {"major": 1}, "chain": "why", "three": 3, "none": None},
     ]  # fmt: skip
     assert records[1]["all"] == metadata[1]
+
+
+def test_an_export_is_json_whatever_the_metadata_holds(tiny_llama, make_context) -> None:
+    metadata = [{"x": float("nan")}, {"x": "𝔘\u2028"}]
+    records = export(make_context, tiny_llama, {"fields": {"x": "metadata.x"}}, metadata)
+    assert records == [{"x": None}, {"x": "𝔘\u2028"}]
 
 
 @pytest.mark.parametrize(
