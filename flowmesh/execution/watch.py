@@ -47,12 +47,12 @@ async def watch(executor: Executor) -> None:
 
 
 async def _stop_hung(executor: Executor, run: Run, after_s: float) -> None:
-    run.last_heard = time.monotonic()  # once is enough
+    asked = run.last_heard = time.monotonic()  # once is enough
     pid = run.pid
     if pid is not None:
         await asyncio.to_thread(save_stacks, pid, Path(run.accepted.target.out_dir, "logs"))
         await asyncio.sleep(STACKS_WAIT_S)
-    if run.task.state is State.RUNNING:
+    if run.task.state is State.RUNNING and run.last_heard == asked:  # else it has found its voice again
         detail = f"hung: no word from it for {after_s:g} s (tasks.hang_timeout_s); stacks are in its logs"
         executor.apply(run, machine.StopRequested(Stop.HANG, detail))
 

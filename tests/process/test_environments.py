@@ -208,6 +208,24 @@ def test_a_preload_that_leaves_a_thread_is_not_forked(orchestrator: Orchestrator
     assert "no preload" in node.ask(op="status")["warnings"]["other"]
 
 
+def test_what_a_task_waited_in_the_queue_is_not_its_silence(
+    orchestrator: Orchestrator, make_node, tmp_path: Path
+) -> None:
+    """A task that imports for itself says nothing at first; it has all of tasks.hang_timeout_s for that."""
+    body = BODY + "import threading, time\nthreading.Thread(target=time.sleep, args=(600,), daemon=True).start()\n"
+    python = make_environment(tmp_path / "venv", "threaded", body)
+    ours = next(python.parents[1].rglob("site-packages")) / "runners"
+    ours.mkdir()
+    slow = f"import time\ntime.sleep(2.2)\n__path__.append({str(ROOT / 'runners')!r})\n"
+    (ours / "__init__.py").write_text(slow)
+    make_node(config=config(python, "threaded") + "[tasks]\nhang_timeout_s = 4\n", env={"PYTHONPATH": ""})
+    orchestrator.run("w1", {"taskType": "probe"})  # its fork server is there
+    first = orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 5})
+    second = orchestrator.dispatch("w1", {"taskType": "probe"})
+    for task in (first, second):
+        assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED", orchestrator.ends(task)
+
+
 def test_an_interpreter_without_our_package_offers_nothing_and_says_what_to_install(
     orchestrator: Orchestrator, make_node, tmp_path: Path
 ) -> None:
