@@ -10,8 +10,10 @@ import os
 import secrets
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
@@ -49,6 +51,7 @@ from flowmesh.processes.fleet import Fleet
 from flowmesh.tasks.journal import Journal, JournalError, ensure_private_dir
 from flowmesh.tasks.types import LIGHT
 
+THREADS = 8
 FAREWELL_TIMEOUT_S = 5.0
 CANCEL_AGAIN_S = 0.2
 FLUSH_TIMEOUT_S = 10.0
@@ -94,6 +97,7 @@ class Supervisor(Hooks):
         self._prepare_folders()
         linux.become_subreaper()
         linux.hide_from_same_user()
+        _start_threads()
         self.journal = Journal(self.state_dir / "journal.sqlite")
         await self._wire()
         self._handle_signals()
@@ -491,6 +495,16 @@ class Supervisor(Hooks):
     @property
     def isolation(self) -> str:
         return "cgroup" if self.cgroup is not None else "subreaper"
+
+
+def _start_threads() -> None:
+    """Have the threads for what blocks beforehand: none can be had later, while a task holds all the processes that
+    there may be."""
+    pool = ThreadPoolExecutor(THREADS, thread_name_prefix="flowmesh")
+    all_there = threading.Barrier(THREADS)
+    for _ in range(THREADS):
+        pool.submit(all_there.wait)
+    asyncio.get_running_loop().set_default_executor(pool)
 
 
 async def _end(tasks: Iterable[asyncio.Task[Any]]) -> None:

@@ -210,8 +210,8 @@ class Fleet:
             server = None
         if server is None:
             server = self._start(lane_name)
-        elif server.ready is not None:
-            return server
+        if server.state is ServerState.READY:
+            return server  # at once: were there a moment between choosing it and asking it, it could be retired in it
         try:
             answer = await asyncio.wait_for(asyncio.shield(server.answered), READY_TIMEOUT_S)
         except TimeoutError:
@@ -222,7 +222,7 @@ class Fleet:
             log = self._log_folder / f"{lane_name}.log"
             raise self._break(lane_name, f"{error}: {_last_line(log)}; see {log}") from None
         if isinstance(answer, Ready):
-            return server
+            return server if server.state is ServerState.READY else await self._server(lane_name)
         assert isinstance(answer, Unfit)
         if self._current.get(lane_name) is server:
             del self._current[lane_name]

@@ -557,6 +557,8 @@ def _(rig: Rig, rng: random.Random) -> None:
     rig.some_tasks(rng)
     rig.pause(rng)
     rig.peer.redis.flushdb()
+    key = f"worker:{rig.node.worker_id}"
+    _until(lambda: rig.peer.redis.exists(key), "the node finds that its registration is gone")
 
 
 @fault("Redis: slow (CLIENT PAUSE)")

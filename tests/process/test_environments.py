@@ -154,6 +154,15 @@ def test_recycle_on_request_replaces_the_servers_and_keeps_their_tasks(orchestra
     assert "did you mean 'default'" in unknown["error"]
 
 
+def test_no_task_is_given_to_a_server_that_is_being_retired(orchestrator: Orchestrator, node: Node) -> None:
+    ids = []
+    for _ in range(20):
+        ids += [orchestrator.dispatch("w1", {"taskType": "echo"}) for _ in range(3)]
+        orchestrator.wait_end(ids[-3])
+        node.ask(op="recycle")
+    assert {orchestrator.wait_end(task)["type"] for task in ids} == {"TASK_SUCCEEDED"}
+
+
 def test_a_retired_server_stays_so_for_the_next_supervisor(orchestrator: Orchestrator, node: Node) -> None:
     task = orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 2.0})
     orchestrator.wait_started(task)

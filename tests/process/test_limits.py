@@ -236,3 +236,39 @@ def test_a_task_has_its_own_limits_of_memory_and_processes(orchestrator: Orchest
     assert (end["payload"]["error_kind"], end["payload"]["retryable"]) == ("host_oom", True)
     bomb = orchestrator.run("w1", {"taskType": "misbehave", "do": "fork_bomb", "count": 500})
     assert bomb["payload"]["resources"]["processes_swept"] < 30
+
+
+def processes_group() -> Path | None:
+    """Where a cgroup with a limit of processes can be made; version 1."""
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        left, _, right = line.partition(" - ")
+        if right.startswith("cgroup ") and "pids" in right.split()[-1].split(","):
+            return Path(left.split()[4])
+    return None
+
+
+@needs_root
+@pytest.mark.skipif(processes_group() is None, reason="needs cgroups of version 1 with a pids controller")
+def test_a_node_that_can_start_no_process_and_no_thread_says_so_for_each_task(
+    orchestrator: Orchestrator, make_node
+) -> None:
+    """As while somebody's fork bomb has them all."""
+    parent = processes_group()
+    assert parent is not None
+    group = parent / f"flowmesh-test-{os.getpid()}"
+    group.mkdir()
+    try:
+        node: Node = make_node(config=config())
+        for pid in (node.pid, *node.servers()):
+            (group / "cgroup.procs").write_text(str(pid))
+        (group / "pids.max").write_text((group / "pids.current").read_text())
+        for _ in range(3):
+            end = orchestrator.run("w1", {"taskType": "echo"})
+            assert (end["payload"]["error_kind"], end["payload"]["retryable"]) == ("node_fault", True)
+            assert end["error"] == "fork: Resource temporarily unavailable"
+        (group / "pids.max").write_text("max")
+        assert orchestrator.run("w1", {"taskType": "echo"})["type"] == "TASK_SUCCEEDED"
+        assert node.stop() == 0
+    finally:
+        until(lambda: (group / "cgroup.procs").read_text() == "", "nobody is in it")
+        group.rmdir()
