@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 
@@ -21,7 +22,7 @@ from tests.process.promises import (
     responses,
     wait_state,
 )
-from tests.support import Node, Orchestrator, until
+from tests.support import ROOT, Node, Orchestrator, until
 
 pytestmark = pytest.mark.redis
 NEVER_S = 120
@@ -198,6 +199,16 @@ def test_drain_finish(orchestrator: Orchestrator, node: Node, how: str) -> None:
     assert orchestrator.of_task(late) == [], "what came later is the orchestrator's to give away"
     assert of_tasks(mark) == []
     assert list((node.state_dir / "run").iterdir()) == []
+
+
+def test_the_drain_command_waits_until_the_node_has_ended(orchestrator: Orchestrator, node: Node) -> None:
+    running = orchestrator.dispatch("w1", misbehave("sleep", seconds=1))
+    orchestrator.wait_started(running)
+    command = [sys.executable, "-m", "flowmesh.cli.main", "drain", "--wait", "--state-dir", str(node.state_dir)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "drained"), done.stderr
+    assert ended(node) == 0
+    assert orchestrator.wait_end(running)["type"] == "TASK_SUCCEEDED"
 
 
 def test_drain_checkpoint(orchestrator: Orchestrator, node: Node) -> None:
