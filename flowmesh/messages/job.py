@@ -51,12 +51,12 @@ class Fault(enum.StrEnum):
     """Who an unsuccessful run is down to. Anything a runner raises without saying is `ERROR`."""
 
     ERROR = "error"
+    CRASH = "crash"
+    """A process that the task had started for its work died without a word."""
     BAD_REQUEST = "bad_request"
     GPU_OOM = "gpu_oom"
     HOST_OOM = "host_oom"
     CANCELLED = "cancelled"
-    CRASH = "crash"
-    """A process that the run needs was killed, or ended without a word."""
 
 
 class ArchiveRequest(msgspec.Struct, frozen=True, kw_only=True):

@@ -108,6 +108,9 @@ def judge(
     if gpu_fault and said in (None, Fault.ERROR, Fault.CRASH):
         message = f"GPU fault: {gpu_fault}" + (f" ({outcome.message})" if outcome is not None and said else "")
         return Verdict(kind=Kind.GPU_FAULT, message=message, exit=exit_, evidence=f"{evidence}; {gpu_fault}")
+    if said is Fault.CANCELLED:
+        message = "the task was ended by a SIGTERM that the node did not send"
+        return Verdict(kind=Kind.CRASH, message=message, exit=exit_, evidence=evidence)
     if outcome is not None and not outcome.ok:
         kind = _FAULTS[outcome.fault or Fault.ERROR]
         return Verdict(kind=kind, message=outcome.message, exit=exit_, evidence=evidence)
@@ -122,11 +125,10 @@ def judge(
 
 _FAULTS = {
     Fault.ERROR: Kind.ERROR,
+    Fault.CRASH: Kind.CRASH,
     Fault.BAD_REQUEST: Kind.BAD_REQUEST,
     Fault.GPU_OOM: Kind.GPU_OOM,
     Fault.HOST_OOM: Kind.HOST_OOM,
-    Fault.CANCELLED: Kind.CANCELLED,
-    Fault.CRASH: Kind.CRASH,
 }
 
 

@@ -179,7 +179,7 @@ def _hit_child(number: int, *kinds: str) -> Callable[[Rig, random.Random], None]
 fault("child: SIGKILL", weight=8)(_hit_child(signal.SIGKILL, *KILLED))
 fault("child: SIGSEGV")(_hit_child(signal.SIGSEGV, *KILLED))
 fault("child: SIGABRT")(_hit_child(signal.SIGABRT, *KILLED))
-fault("child: SIGTERM from a stranger")(_hit_child(signal.SIGTERM, "ok", "crash", "cancelled", "error"))
+fault("child: SIGTERM from a stranger")(_hit_child(signal.SIGTERM, *KILLED))
 
 
 @fault("child: SIGSTOP, SIGCONT")
@@ -410,7 +410,7 @@ def _hit_rank(rank: int, *numbers: int, kinds: tuple[str, ...]) -> Callable[[Rig
 
 
 for _rank, _other in ((0, "rank 0"), (1, "the other rank")):
-    fault(f"{_other}: SIGKILL")(_hit_rank(_rank, signal.SIGKILL, kinds=("error", "ok")))
+    fault(f"{_other}: SIGKILL")(_hit_rank(_rank, signal.SIGKILL, kinds=KILLED))
     fault(f"{_other}: SIGSTOP, SIGCONT")(_hit_rank(_rank, signal.SIGSTOP, signal.SIGCONT, kinds=("ok",)))
     fault(f"{_other}: SIGSTOP, then cancelled")(_hit_rank(_rank, signal.SIGSTOP, kinds=("cancelled", "ok")))
 

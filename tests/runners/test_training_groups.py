@@ -92,16 +92,17 @@ def test_online_training_on_two_ranks(tmp_path: Path, task_type: str) -> None:
     assert (Path(result["final_model_path"]) / "model.safetensors").is_file()
 
 
-def test_a_rank_that_is_killed_ends_the_group_by_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_killed_ends_the_group_by_name(tmp_path: Path, rank: int) -> None:
     running = start(tmp_path, "sft", {"data": {"prompts": SUMS}, "training": LONG})
     ranks = training(running)
     assert len(ranks) == 2
     began = time.monotonic()
-    os.kill(ranks[1].pid, signal.SIGKILL)
+    os.kill(ranks[rank].pid, signal.SIGKILL)
     outcome = running.wait(20)
     assert time.monotonic() - began < 10
     assert (outcome.ok, outcome.fault) == (False, "crash")
-    assert outcome.message == "rank 1 was killed by SIGKILL"
+    assert outcome.message == f"rank {rank} was killed by SIGKILL"
     assert all_gone(ranks)
 
 
