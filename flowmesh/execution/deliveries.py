@@ -288,8 +288,7 @@ class Deliveries:
                     run.progress = frame
                     run.tell(progress_event(frame))
                 elif isinstance(frame, Phase):
-                    run.phase = frame.name[:64]
-                    run.tell({"event": "phase", "phase": run.phase})
+                    run.enter(frame.name)
         except (EOFError, FrameError):
             self._close(run.attempt)
 

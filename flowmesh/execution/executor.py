@@ -304,6 +304,7 @@ class Executor:
     async def _await_server(self, run: Run) -> bool:
         """Imports take their time, and a stop does not wait for them: False where one came meanwhile."""
         if run.task.state is State.LAUNCHING:
+            run.enter("import libraries")
             run.waiting = self._loop.create_task(self.fleet.warm(run.accepted.type.environment))
             await asyncio.wait([run.waiting])
             run.waiting = None
@@ -401,8 +402,7 @@ class Executor:
                 run.last_heard = time.monotonic()
                 match frame:
                     case Phase(name=name):
-                        run.phase = name[:64]
-                        run.tell({"event": "phase", "phase": run.phase})
+                        run.enter(name)
                     case Progress():
                         run.progress = frame
                         run.tell(progress_event(frame))

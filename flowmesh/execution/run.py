@@ -70,6 +70,11 @@ class Run:
         ran_s = 0.0 if self.exit is None else self.exit.ran_s
         self.finished = self.started + ran_s if ran_s and self.started else time.monotonic()
 
+    def enter(self, phase: str) -> None:
+        """It is in this phase now."""
+        self.phase = phase[:64]
+        self.tell({"event": "phase", "phase": self.phase})
+
     def tell(self, event: dict[str, Any]) -> None:
         for watcher in list(self.watchers):
             watcher(event)

@@ -222,7 +222,7 @@ class Fleet:
             log = self._log_folder / f"{lane_name}.log"
             raise self._break(lane_name, f"{error}: {_last_line(log)}; see {log}") from None
         if isinstance(answer, Ready):
-            return server if server.state is ServerState.READY else await self._server(lane_name)
+            return await self._server(lane_name)  # looked at anew: it may have been retired meanwhile
         assert isinstance(answer, Unfit)
         if self._current.get(lane_name) is server:
             del self._current[lane_name]

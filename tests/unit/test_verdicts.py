@@ -27,7 +27,6 @@ def failed(fault: Fault | None, message: str = "why") -> Outcome:
         (Exit(code=1), failed(Fault.CRASH), None, Kind.CRASH),
         (Exit(code=1), failed(Fault.CANCELLED), Stop.TIMEOUT, Kind.TIMEOUT),
         (Exit(code=1), failed(Fault.CANCELLED), None, Kind.CRASH),
-        (Exit(code=1), failed(Fault.CRASH), None, Kind.CRASH),
         (Exit(signal=9, oom_kills=1), None, None, Kind.HOST_OOM),
         (Exit(signal=9, oom_kills=1), None, Stop.CANCEL, Kind.CANCELLED),
         (Exit(signal=9), None, None, Kind.CRASH),
