@@ -147,7 +147,8 @@ class Presence:
                 if not self._registered or self._changes:
                     continue
                 try:
-                    await asyncio.wait_for(self._changed.wait(), CHECK_INTERVAL_S)
+                    async with asyncio.timeout(CHECK_INTERVAL_S):
+                        await self._changed.wait()
                 except TimeoutError:
                     self._registered = await self._is_registered()
             except (RedisError, OSError, TimeoutError) as error:
