@@ -71,12 +71,20 @@ def unsafe_to_fork() -> str:
         return "the imports made a CUDA context"
     for fd in os.listdir("/proc/self/fd"):
         try:
-            device = str(Path("/proc/self/fd", fd).readlink())
+            path = str(Path("/proc/self/fd", fd).readlink())
         except OSError:
             continue
-        if device.startswith("/dev/nvidia-uvm") or device.removeprefix("/dev/nvidia").isdigit():
-            return f"the imports opened {device}"
+        if belongs_to_cuda(path):
+            return f"the imports started CUDA (they opened {path})"
     return ""
+
+
+def belongs_to_cuda(path: str) -> bool:
+    """Whether an open file shows that CUDA was started here, which a fork does not survive.
+
+    NVML, which libraries ask for the GPUs there are, keeps /dev/nvidiactl and /dev/nvidia0 … open, and does no harm.
+    """
+    return path.startswith("/dev/nvidia-uvm")
 
 
 def _run_canary(target: str | None) -> str:
