@@ -17,8 +17,8 @@ from loguru import logger
 from flowmesh.errors import DeviceError
 from flowmesh.execution.canary import Canaries
 from flowmesh.execution.run import Run
-from flowmesh.node.devices import GpuLost, GpuProcess, GpuSample, Look
-from flowmesh.node.gpu import Baseline, ReleaseProof, foreign_processes, name_holders
+from flowmesh.node.devices import GpuLost, GpuSample, Look
+from flowmesh.node.gpu import Baseline, ReleaseProof, is_shared_blindly, name_holders
 from flowmesh.node.health import GpuHealth
 from flowmesh.node.nvml import Nvml
 from flowmesh.node.slots import Slot
@@ -63,12 +63,16 @@ class Quarantine:
             look = looks[uuid]
             if isinstance(look, GpuLost):
                 return f"{uuid} does not answer: {look.why}"
-            own = {pid for pid in look.pids if is_below(pid, os.getpid())}
-            strangers = foreign_processes({uuid: look}, own).get(uuid, ())
-            if strangers and not self._settings.allow_foreign:
-                holders = ", ".join(map(str, await name_holders(strangers)))
+            ours = [each for each in (*(look.processes or ()), *look.graphics) if is_below(each.pid, os.getpid())]
+            if ours:
+                holders = ", ".join(map(str, await name_holders(ours)))
+                return f"{uuid} is still held by a process of this node: {holders}"
+            if look.processes and not self._settings.allow_foreign:
+                holders = ", ".join(map(str, await name_holders(look.processes)))
                 return f"{uuid} is used by somebody else: {holders}"
-            used_bytes = _unclaimed_bytes(look.used_bytes, look.processes or ())
+            if is_shared_blindly(look):
+                continue
+            used_bytes = _unclaimed_bytes(Baseline.of(look))
             floor = self._floors[uuid] = min(used_bytes, self._floors.get(uuid, used_bytes))
             if used_bytes - floor > self._settings.release_tolerance_bytes:
                 return f"{uuid} has {(used_bytes - floor) / _MIB:.0f} MiB more in use than when it was idle before"
@@ -77,7 +81,9 @@ class Quarantine:
     def remember(self, baselines: Mapping[str, Baseline]) -> None:
         """What GPUs had in use before a task: they are not idle with more than that."""
         for uuid, baseline in baselines.items():
-            idle_bytes = _unclaimed_bytes(baseline.used_bytes, baseline.processes)
+            if any(process.used_bytes is None for process in baseline.processes):
+                continue
+            idle_bytes = _unclaimed_bytes(baseline)
             self._floors[uuid] = min(idle_bytes, self._floors.get(uuid, idle_bytes))
 
     # ---- closing and opening -----------------------------------------------------------------------------------------
@@ -139,11 +145,7 @@ class Quarantine:
             allow_foreign=self._settings.allow_foreign,
         )
         proof.resume(
-            {
-                uuid: Baseline(uuid, look.used_bytes, look.processes or ())
-                for uuid, look in looks.items()
-                if isinstance(look, GpuSample)
-            }
+            {uuid: Baseline.of(look) for uuid, look in looks.items() if isinstance(look, GpuSample)}
         )
         report = await proof.wait_released((), self._settings.release_timeout_s)
         if not report.released:
@@ -160,14 +162,15 @@ class Quarantine:
             self._executor.apply(run, machine.StopRequested(Stop.NODE_FAULT, detail))
 
 
-def _unclaimed_bytes(used_bytes: int, processes: Sequence[GpuProcess]) -> int:
-    return max(0, used_bytes - sum(process.used_bytes or 0 for process in processes))
+def _unclaimed_bytes(baseline: Baseline) -> int:
+    claimed = sum(process.used_bytes or 0 for process in baseline.processes)
+    return max(0, baseline.used_bytes - claimed - baseline.graphics_bytes)
 
 
 def is_below(pid: int, ancestor: int) -> bool:
-    """Whether a process is another one, or descends from it."""
+    """Whether a process (or the one that a thread belongs to) is another one, or descends from it."""
     seen = 0
-    at: int | None = pid
+    at: int | None = linux.process_of(pid)
     while at is not None and at > 1 and seen < 256:
         if at == ancestor:
             return True

@@ -201,7 +201,8 @@ class Devices:
         watched = self.resume(run)
         if watched is None:  # it never had them
             return
-        report = await watched.proof.wait_released(watched.pids, self._settings.release_timeout_s)
+        pids = watched.pids if run.pid is None else {*watched.pids, run.pid}  # a short one is gone before any look
+        report = await watched.proof.wait_released(pids, self._settings.release_timeout_s)
         try:
             self._power.observe(await self._nvml.sample(run.gpus))
         except DeviceError as error:

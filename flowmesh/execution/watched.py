@@ -34,7 +34,8 @@ class Watched:
         mine = [look for uuid in self.run.gpus if (look := looks.get(uuid)) is not None]
         for look in mine:
             if isinstance(look, GpuSample) and self.run.pid is not None:
-                self.pids.update(pid for pid in look.pids - self.pids if is_below(pid, self.run.pid))
+                there = look.pids | {process.pid for process in look.graphics}
+                self.pids.update(pid for pid in there - self.pids if is_below(pid, self.run.pid))
         self.lost_looks = self.lost_looks + 1 if any(isinstance(look, GpuLost) for look in mine) else 0
 
     def is_to_blame(self, finding: Finding) -> bool:

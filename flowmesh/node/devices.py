@@ -52,11 +52,12 @@ class Inventory(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GpuProcess(msgspec.Struct, frozen=True):
-    """A process with a compute context on a GPU."""
+    """A process that has something on a GPU."""
 
     pid: int
-    """As the driver's PID namespace counts; in a container without `--pid=host` it may not be one of ours."""
+    """As the driver counts: in a container it may be the host's number, or that of a thread of the process."""
     used_bytes: int | None = None
+    """None: the driver does not tell, as in many containers."""
 
 
 class GpuSample(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,6 +68,9 @@ class GpuSample(msgspec.Struct, frozen=True, kw_only=True):
     """Whose power, energy, temperature and throttling these are; the same for all MIG slices of one board."""
     used_bytes: int
     processes: tuple[GpuProcess, ...] | None = ()
+    """Those with a compute context."""
+    graphics: tuple[GpuProcess, ...] = ()
+    """Those that only draw, such as a display server: nobody minds them, and their bytes come and go."""
     utilization_percent: int | None = None
     power_w: float | None = None
     energy_mj: int | None = None
@@ -77,7 +81,12 @@ class GpuSample(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def pids(self) -> frozenset[int]:
+        """Of the processes that compute."""
         return frozenset(process.pid for process in self.processes or ())
+
+    @property
+    def graphics_bytes(self) -> int:
+        return sum(process.used_bytes or 0 for process in self.graphics)
 
 
 class GpuLost(msgspec.Struct, frozen=True):

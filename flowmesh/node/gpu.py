@@ -47,6 +47,11 @@ class Baseline(msgspec.Struct, frozen=True):
     uuid: str
     used_bytes: int
     processes: tuple[GpuProcess, ...] = ()
+    graphics_bytes: int = 0
+
+    @classmethod
+    def of(cls, look: GpuSample) -> Baseline:
+        return cls(look.uuid, look.used_bytes, look.processes or (), look.graphics_bytes)
 
     @property
     def pids(self) -> frozenset[int]:
@@ -113,11 +118,13 @@ def judge(
     """
     if isinstance(look, GpuLost):
         return GpuState.LOST
-    if look.pids & frozenset(own_pids):
+    if any(process.pid in own_pids for process in (*(look.processes or ()), *look.graphics)):
         return GpuState.HELD
     newcomers = [process for process in look.processes or () if process.pid not in baseline.pids]
     if newcomers and not allow_foreign:
         return GpuState.FOREIGN
+    if allow_foreign and is_shared_blindly(look):
+        return GpuState.RELEASED
     return GpuState.LEAKED if _excess(baseline, look, newcomers) > tolerance_bytes else GpuState.RELEASED
 
 
@@ -129,18 +136,13 @@ def _excess(baseline: Baseline, look: GpuSample, newcomers: Sequence[GpuProcess]
     before = {process.pid: process.used_bytes or 0 for process in baseline.processes}
     stayed = {process.pid: process.used_bytes or 0 for process in look.processes or () if process.pid in before}
     moved = sum(stayed.values()) - sum(before.values()) if look.processes is not None else 0
+    moved += look.graphics_bytes - baseline.graphics_bytes
     return look.used_bytes - baseline.used_bytes - moved - sum(process.used_bytes or 0 for process in newcomers)
 
 
-def foreign_processes(looks: Mapping[str, Look], known_pids: Collection[int] = ()) -> dict[str, tuple[GpuProcess, ...]]:
-    """By UUID: the processes on idle GPUs that are none of ours. GPUs that are free of them are left out."""
-    known = frozenset(known_pids)
-    found = {
-        uuid: tuple(process for process in look.processes or () if process.pid not in known)
-        for uuid, look in looks.items()
-        if isinstance(look, GpuSample)
-    }
-    return {uuid: processes for uuid, processes in found.items() if processes}
+def is_shared_blindly(look: GpuSample) -> bool:
+    """Whether somebody is on the GPU of whom the driver does not tell how much he has: then bytes prove nothing."""
+    return any(process.used_bytes is None for process in look.processes or ())
 
 
 class ReleaseProof:
@@ -177,7 +179,7 @@ class ReleaseProof:
         for uuid, look in looks.items():
             if isinstance(look, GpuLost):
                 raise DeviceError(f"{uuid} does not answer: {look.why}")
-            self.baselines[uuid] = Baseline(uuid, look.used_bytes, look.processes or ())
+            self.baselines[uuid] = Baseline.of(look)
             self.peak_bytes[uuid] = look.used_bytes
         return looks
 
@@ -244,6 +246,7 @@ class ReleaseProof:
                 why=look.why,
             )
         there = [] if state is GpuState.RELEASED else [*(look.processes or ())]
+        there += [process for process in look.graphics if process.pid in own_pids]
         strangers = [process for process in there if process.pid not in self.baselines[uuid].pids]
         return GpuRelease(
             state=state,

@@ -50,6 +50,8 @@ class Nvml:
         self._clock = clock
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._session: Session | None = None
+        """The thread's; here to see whether it is initialising."""
         self._running: tuple[_Job, float] | None = None
         self._late: _Job | None = None
         self._absent = False
@@ -110,13 +112,13 @@ class Nvml:
     async def _ask(self, name: str, call: Callable[[Session], T], deadline_s: float) -> T:
         if (hanging_s := self.stuck_for_s) is not None:
             raise DeviceError(self._hangs(hanging_s))
-        job = _Job(name, call, asyncio.get_running_loop())
+        job, asked_s = _Job(name, call, asyncio.get_running_loop()), time.monotonic()
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, args=(self._jobs,), name="nvml", daemon=True)
             self._thread.start()
         self._jobs.put(job)
         try:
-            answer: T = await asyncio.wait_for(job.answer, deadline_s)
+            answer: T = await self._answer(job, deadline_s)
         except NoDriverError as error:
             if name == "init":
                 raise
@@ -124,12 +126,28 @@ class Nvml:
         except TimeoutError:
             running = self._running
             self._late = running[0] if running is not None else None
-            raise DeviceError(self._hangs(deadline_s)) from None
+            raise DeviceError(self._hangs(time.monotonic() - asked_s)) from None
         return answer
+
+    async def _answer(self, job: _Job, deadline_s: float) -> Any:
+        """The answer in time, where initialising anew on the way may take as long as at the start."""
+        try:
+            done, _ = await asyncio.wait({job.answer}, timeout=deadline_s)
+            if not done and self._opening:
+                done, _ = await asyncio.wait({job.answer}, timeout=max(0.0, self._init_deadline_s - deadline_s))
+            if not done:
+                raise TimeoutError
+            return job.answer.result()
+        finally:
+            job.answer.cancel()  # nobody waits for it any more
+
+    @property
+    def _opening(self) -> bool:
+        return self._session is not None and self._session.opening
 
     def _hangs(self, seconds: float) -> str:
         running = self._running
-        doing = running[0].name if running is not None else "a call"
+        doing = "init" if self._opening else running[0].name if running is not None else "a call"
         return (
             f"NVML has not answered for {seconds:.0f} s (in {doing}): the driver hangs; "
             "look for Xid lines in the kernel's log, and reset the GPU or reboot where it does not recover"
@@ -138,7 +156,7 @@ class Nvml:
     # ---- the thread ----------------------------------------------------------------------------------------------
 
     def _work(self, jobs: queue.SimpleQueue[_Job | None]) -> None:
-        session = Session()
+        session = self._session = Session()
         while (job := jobs.get()) is not None:
             if job.answer.cancelled():
                 continue

@@ -11,40 +11,28 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-import msgspec
-
 from flowmesh.errors import DeviceError
 from flowmesh.node.devices import (
     EventKind,
     GpuEvent,
     GpuInfo,
     GpuLost,
-    GpuProcess,
-    GpuSample,
     Inventory,
     Look,
     MigSlice,
 )
 from flowmesh.node.nvml_binding import Binding, NoDriverError
+from flowmesh.node.nvml_reader import Handle, Reader
 
 _EVENT_WAIT_MS = 1
 _EVENTS_AT_ONCE = 256
 _NO_INSTANCE = 0xFFFFFFFF
 _REOPEN_INTERVAL_S = 30.0
-"""A lost GPU comes back with a new init only; trying that at every look would cost more than the GPU."""
-
-# nvmlClocksEventReasons that mean a card is slower than it could be; idling and chosen clocks are not among them.
-_THROTTLING = {
-    0x04: "sw_power_cap",
-    0x08: "hw_slowdown",
-    0x10: "sync_boost",
-    0x20: "sw_thermal",
-    0x40: "hw_thermal",
-    0x80: "hw_power_brake",
-}
+_LONGEST_REOPEN_INTERVAL_S = 960.0
+"""A lost GPU comes back with a new init only, and that one costs the other GPUs their answers for a while: it is tried
+less and less often."""
 
 T = TypeVar("T")
-Handle = Any
 
 
 class Session:
@@ -53,13 +41,19 @@ class Session:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._binding: Binding | None = None
+        self.opening = False
+        """Whether the driver is being initialised just now, which takes seconds a card without persistence mode."""
         self._open = False
         self._opened_at = 0.0
         self._handles: dict[str, Handle] = {}
         self._boards: dict[str, str] = {}
         self._by_address: dict[int, str] = {}
         self._events: Any = None
-        self._reopen = False
+        self._heard: list[GpuEvent] = []
+        """Events taken from a session that was closed before anybody asked for them."""
+        self._deaf = False
+        self._lost: set[str] = set()
+        self._reopen_interval_s = _REOPEN_INTERVAL_S
 
     @property
     def _bound(self) -> Binding:
@@ -69,6 +63,10 @@ class Session:
     @property
     def _nvml(self) -> Any:
         return self._bound.nvml
+
+    @property
+    def _reader(self) -> Reader:
+        return Reader(self._bound)
 
     # ---- what the node asks --------------------------------------------------------------------------------------
 
@@ -85,9 +83,13 @@ class Session:
         unusable: list[str] = []
         for index in range(self._must("number of GPUs", nvml.nvmlDeviceGetCount)):
             try:
-                gpus.extend(self._describe(index))
+                found = self._describe(index)
             except nvml.NVMLError as error:
                 unusable.append(f"GPU {index}: {error}")
+                continue
+            gpus += found
+            if not found:
+                unusable.append(f"GPU {index}: MIG mode is on, and it has no slice that CUDA could use")
         cuda = self._bound.optional("", "cuda version", nvml.nvmlSystemGetCudaDriverVersion_v2)
         return Inventory(
             gpus=tuple(gpus),
@@ -102,8 +104,8 @@ class Session:
         Raises:
             DeviceError: the driver itself does not answer as it should.
         """
-        if self._reopen and self._clock() - self._opened_at >= _REOPEN_INTERVAL_S:
-            self._close()
+        if (self._lost or self._deaf) and self._clock() - self._opened_at >= self._reopen_interval_s:
+            self._reopen()
         self._ensure_open()
         try:
             return {uuid: self._look(uuid, memory_only) for uuid in uuids}
@@ -123,18 +125,9 @@ class Session:
             DeviceError: as for `sample`.
         """
         self._ensure_open()
-        nvml = self._nvml
-        found: list[GpuEvent] = []
-        while self._events is not None and len(found) < _EVENTS_AT_ONCE:
-            try:
-                data = nvml.nvmlEventSetWait_v2(self._events, _EVENT_WAIT_MS)
-            except nvml.NVMLError as error:
-                if error.value != nvml.NVML_ERROR_TIMEOUT:
-                    self._reopen = True  # a lost GPU or a reloaded driver: `sample` tells which
-                break
-            if (event := self._event(data)) is not None:
-                found.append(event)
-        return tuple(found)
+        self._listen()
+        heard, self._heard = tuple(self._heard), []
+        return heard
 
     def close(self) -> None:
         self._close()
@@ -142,75 +135,51 @@ class Session:
     # ---- one device ----------------------------------------------------------------------------------------------
 
     def _look(self, uuid: str, memory_only: bool) -> Look:
-        nvml = self._nvml
         handle = self._handles.get(uuid)
         if handle is None:
-            self._reopen = True  # it may be back after the next init
+            self._lost.add(uuid)  # it may be back after the next init
             return GpuLost(uuid, "the driver no longer lists it")
+        board = self._boards[uuid]
         try:
-            memory = self._memory(uuid, handle)
-            processes = self._processes(uuid, handle)
-        except nvml.NVMLError as error:
+            brief = self._reader.brief(uuid, board, handle)
+        except self._nvml.NVMLError as error:
             if error.value in self._bound.session_over:
                 raise
-            self._reopen = True
+            self._lost.add(uuid)
             return GpuLost(uuid, str(error))
-        board = self._boards[uuid]
-        brief = GpuSample(uuid=uuid, board=board, used_bytes=int(memory.used), processes=processes)
-        if memory_only:
-            return brief
-        whole = self._handles.get(board, handle)
-        utilization = self._bound.optional(uuid, "utilization", nvml.nvmlDeviceGetUtilizationRates, handle)
-        power_mw = self._bound.optional(board, "power", nvml.nvmlDeviceGetPowerUsage, whole)
-        reasons = self._bound.optional(board, "clock reasons", self._clock_reasons, whole) or 0
-        return msgspec.structs.replace(
-            brief,
-            utilization_percent=None if utilization is None else int(utilization.gpu),
-            power_w=None if power_mw is None else power_mw / 1000,
-            energy_mj=self._bound.optional(board, "energy", nvml.nvmlDeviceGetTotalEnergyConsumption, whole),
-            temperature_c=self._bound.optional(
-                board, "temperature", nvml.nvmlDeviceGetTemperature, whole, nvml.NVML_TEMPERATURE_GPU
-            ),
-            throttled=tuple(name for bit, name in _THROTTLING.items() if reasons & bit),
-        )
+        self._lost.discard(uuid)
+        return brief if memory_only else self._reader.rest(brief, handle, self._handles.get(board, handle))
 
-    def _describe(self, index: int) -> Iterator[GpuInfo]:
+    def _describe(self, index: int) -> list[GpuInfo]:
+        """The GPU, or its slices where it is cut into some: then CUDA takes no whole one, and with no slice nothing."""
         nvml = self._nvml
         handle = nvml.nvmlDeviceGetHandleByIndex(index)
         board = nvml.nvmlDeviceGetUUID(handle)
-        parts: list[tuple[Handle, str, MigSlice | None]] = [*self._slices(board, handle)]
-        for part, uuid, mig in parts or [(handle, board, None)]:
-            yield GpuInfo(
+        parts: list[tuple[Handle, str, MigSlice | None]] = [(handle, board, None)]
+        if self._is_cut(board, handle):
+            parts = [*self._slices(board, handle)]
+        return [
+            GpuInfo(
                 index=index,
                 uuid=uuid,
                 name=nvml.nvmlDeviceGetName(part),
-                memory_total_bytes=int(self._memory(uuid, part).total),
+                memory_total_bytes=int(self._reader.memory(uuid, part).total),
                 mig=mig,
             )
+            for part, uuid, mig in parts
+        ]
 
-    def _processes(self, uuid: str, handle: Handle) -> tuple[GpuProcess, ...] | None:
-        """None where the driver never tells. Any other failure is raised: silence must not pass for an idle GPU."""
-        list_them = self._nvml.nvmlDeviceGetComputeRunningProcesses_v3
-        found = self._bound.supported(uuid, "processes", list_them, handle)
-        if found is None:
-            return None
-        return tuple(GpuProcess(int(process.pid), process.usedGpuMemory) for process in found)
-
-    def _memory(self, uuid: str, handle: Handle) -> Any:
-        """Version 2 tells what nvidia-smi shows: version 1 counts the driver's own reserve as used."""
-        second = self._bound.optional(
-            uuid, "memory v2", self._nvml.nvmlDeviceGetMemoryInfo, handle, self._nvml.nvmlMemory_v2
-        )
-        return second if second is not None else self._nvml.nvmlDeviceGetMemoryInfo(handle)
-
-    def _clock_reasons(self, handle: Handle) -> int:
+    def _listen(self) -> None:
         nvml = self._nvml
-        try:
-            return int(nvml.nvmlDeviceGetCurrentClocksEventReasons(handle))
-        except nvml.NVMLError as error:
-            if error.value != nvml.NVML_ERROR_FUNCTION_NOT_FOUND:
-                raise
-            return int(nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle))  # its name before driver 535
+        while self._events is not None and len(self._heard) < _EVENTS_AT_ONCE:
+            try:
+                data = nvml.nvmlEventSetWait_v2(self._events, _EVENT_WAIT_MS)
+            except nvml.NVMLError as error:
+                if error.value != nvml.NVML_ERROR_TIMEOUT:
+                    self._deaf = True  # a lost GPU or a reloaded driver: `sample` tells which
+                break
+            if (event := self._event(data)) is not None:
+                self._heard.append(event)
 
     def _event(self, data: Any) -> GpuEvent | None:
         nvml = self._nvml
@@ -222,9 +191,12 @@ class Session:
         if kind is None:
             return None
         instance = int(data.gpuInstanceId)
+        board = self._by_address.get(_address(data.device))
+        if board is None:
+            board = self._bound.optional("", "uuid of an event's device", nvml.nvmlDeviceGetUUID, data.device)
         return GpuEvent(
             kind=kind,
-            board=self._by_address.get(_address(data.device)),
+            board=board,
             xid=int(data.eventData) if kind is EventKind.XID else None,
             gpu_instance=None if instance == _NO_INSTANCE else instance,
         )
@@ -244,6 +216,13 @@ class Session:
             return
         if self._binding is None:
             self._binding = Binding()
+        self.opening = True
+        try:
+            self._greet()
+        finally:
+            self.opening = False
+
+    def _greet(self) -> None:
         nvml = self._nvml
         try:
             nvml.nvmlInit()
@@ -251,16 +230,24 @@ class Session:
             if error.value in self._bound.no_driver:
                 raise NoDriverError(str(error)) from error
             raise DeviceError(
-                f"NVML cannot be initialised: {error}; `nvidia-smi` should say the same, and a driver that was "
-                "updated under its running kernel module needs a reboot"
+                f"NVML cannot be initialised: {error}; where `nvidia-smi` says the same, reboot (a driver was updated "
+                "under its running kernel module), else restart this node"
             ) from error
-        self._open, self._reopen, self._opened_at = True, False, self._clock()
+        self._open, self._opened_at = True, self._clock()
         try:
             self._find_handles()
-            self._listen()
+            self._subscribe()
         except nvml.NVMLError as error:
             self._close()
             raise DeviceError(f"NVML: {error}, right after it was initialised") from error
+
+    def _reopen(self) -> None:
+        """Have the next question greet the driver anew, for the sake of what is lost; what waits to be heard is kept."""
+        self._listen()
+        self._close()
+        longer_s = min(self._reopen_interval_s * 2, _LONGEST_REOPEN_INTERVAL_S)
+        self._reopen_interval_s = longer_s if self._lost else _REOPEN_INTERVAL_S
+        self._lost, self._deaf = set(), False
 
     def _close(self) -> None:
         self._handles, self._boards, self._by_address, self._events = {}, {}, {}, None
@@ -284,10 +271,13 @@ class Session:
             for part, uuid, _ in self._slices(board, handle):
                 self._handles[uuid], self._boards[uuid] = part, board
 
+    def _is_cut(self, board: str, handle: Handle) -> bool:
+        mode = self._bound.optional(board, "mig", self._nvml.nvmlDeviceGetMigMode, handle)
+        return mode is not None and mode[0] == self._nvml.NVML_DEVICE_MIG_ENABLE
+
     def _slices(self, board: str, handle: Handle) -> Iterator[tuple[Handle, str, MigSlice]]:
         nvml = self._nvml
-        mode = self._bound.optional(board, "mig", nvml.nvmlDeviceGetMigMode, handle)
-        if mode is None or mode[0] != nvml.NVML_DEVICE_MIG_ENABLE:
+        if not self._is_cut(board, handle):
             return
         for index in range(self._bound.optional(board, "mig count", nvml.nvmlDeviceGetMaxMigDeviceCount, handle) or 0):
             try:
@@ -299,7 +289,7 @@ class Session:
                 continue  # this place of the board holds no slice
             yield part, uuid, MigSlice(board, gpu_instance, compute_instance)
 
-    def _listen(self) -> None:
+    def _subscribe(self) -> None:
         nvml, optional = self._nvml, self._bound.optional
         self._events = optional("", "events", nvml.nvmlEventSetCreate)
         if self._events is None:

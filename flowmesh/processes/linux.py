@@ -104,6 +104,15 @@ def parent_of(pid: int) -> int | None:
     return None if fields is None else int(fields[1])
 
 
+def process_of(thread: int) -> int:
+    """The pid of the process that a thread belongs to; the number itself where there is no such thread."""
+    try:
+        lines = Path(f"/proc/{thread}/status").read_text().splitlines()
+    except OSError:
+        return thread
+    return next((int(line.split()[1]) for line in lines if line.startswith("Tgid:")), thread)
+
+
 def session_of(pid: int) -> int | None:
     """The session's id, or None for a process that is not there (a zombie is as good as not there)."""
     fields = _stat(pid)

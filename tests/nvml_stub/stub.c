@@ -6,9 +6,10 @@
  *   forget N                       when N changes, the library loses its initialisation, as after a driver reload
  *   gpu UUID TOTAL NAME...         a device; its place in the file is its index
  *   mig BOARD UUID TOTAL GI CI     a slice of the board named BOARD
- *   set UUID KEY VALUE             used, util, power (mW), energy (mJ), temp, throttle (bits), events (bits)
+ *   set UUID KEY VALUE             used, util, power (mW), energy (mJ), temp, throttle (bits), events (bits),
+ *                                  mig (1: the mode is on, even without slices)
  *   memory UUID V1 V2 ...          used bytes by number of looks; the last one stays
- *   process UUID PID BYTES
+ *   process UUID PID BYTES         one that computes; of `graphics UUID PID BYTES`, that draws
  *   event SERIAL UUID TYPE DATA    delivered once, in order of SERIAL (above 0, rising)
  *   fail CALL UUID CODE            CALL as below; UUID * is any
  *   hang CALL UUID                 does not return while the line is there
@@ -341,14 +342,24 @@ static int list_process(char **words, int count, void *state)
     return 0;
 }
 
-int nvmlDeviceGetComputeRunningProcesses_v3(device *d, unsigned *count, process *into)
+static int list_all(const char *call, const char *verb, device *d, unsigned *count, process *into)
 {
     listing l = {d->uuid, 0, *count, into};
-    int code = enter("processes", d->uuid);
+    int code = enter(call, d->uuid);
     if (code) return code;
-    each("process", list_process, &l);
+    each(verb, list_process, &l);
     *count = l.count;
     return l.count > l.room || (l.count && !into) ? INSUFFICIENT_SIZE : OK;
+}
+
+int nvmlDeviceGetComputeRunningProcesses_v3(device *d, unsigned *count, process *into)
+{
+    return list_all("processes", "process", d, count, into);
+}
+
+int nvmlDeviceGetGraphicsRunningProcesses_v3(device *d, unsigned *count, process *into)
+{
+    return list_all("graphics", "graphics", d, count, into);
 }
 
 /* ---- MIG -------------------------------------------------------------------------------------------------------- */
@@ -363,7 +374,7 @@ static unsigned slices(const device *d)
 int nvmlDeviceGetMigMode(device *d, unsigned *current, unsigned *pending)
 {
     int code = enter("mig", d->uuid);
-    *current = *pending = slices(d) > 0;
+    *current = *pending = value_of(d, "mig") || slices(d) > 0;
     return code;
 }
 

@@ -32,6 +32,8 @@ TWO_GPUS = f"""
     set GPU-aaaa throttle 0x44
     process GPU-aaaa 4242 {3 * GIB}
     process GPU-aaaa 4243 {GIB}
+    graphics GPU-aaaa 4242 {3 * GIB}
+    graphics GPU-aaaa 77 {GIB}
 """
 
 
@@ -63,6 +65,7 @@ def test_a_sample_says_all_that_the_device_tells() -> None:
             board="GPU-aaaa",
             used_bytes=4 * GIB,  # what nvidia-smi shows, without the driver's reserve
             processes=(GpuProcess(4242, 3 * GIB), GpuProcess(4243, GIB)),
+            graphics=(GpuProcess(77, GIB),),  # one that does both is not counted twice
             utilization_percent=87,
             power_w=612.345,
             energy_mj=9876543210,
@@ -74,6 +77,28 @@ def test_a_sample_says_all_that_the_device_tells() -> None:
         assert (brief.used_bytes, brief.pids, brief.power_w) == (4 * GIB, {4242, 4243}, None)
 
     run_with_stub(TWO_GPUS, body)
+
+
+def test_a_process_whose_bytes_the_driver_does_not_tell() -> None:
+    async def body(stub: Stub) -> None:
+        look = (await Nvml().sample(["GPU-bbbb"], memory_only=True))["GPU-bbbb"]
+        assert isinstance(look, GpuSample)
+        assert look.processes == (GpuProcess(1, None), GpuProcess(2, None)), "0 is what a container's driver says"
+
+    not_available = 2**64 - 1
+    run_with_stub(f"{TWO_GPUS}\nprocess GPU-bbbb 1 0\nprocess GPU-bbbb 2 {not_available}\n", body)
+
+
+def test_a_passing_failure_does_not_mix_two_ways_to_count_memory() -> None:
+    async def body(stub: Stub) -> None:
+        nvml = Nvml()
+        assert isinstance((await nvml.sample(["GPU-aaaa"]))["GPU-aaaa"], GpuLost)
+        stub.remove("fail")
+        look = (await nvml.sample(["GPU-aaaa"]))["GPU-aaaa"]
+        assert isinstance(look, GpuSample)
+        assert look.used_bytes == 4 * GIB
+
+    run_with_stub(TWO_GPUS + "fail memory GPU-aaaa 999\n", body)
 
 
 def test_the_memory_of_an_old_driver_includes_its_reserve() -> None:
@@ -146,6 +171,64 @@ def test_a_lost_gpu_is_found_again_after_a_new_init() -> None:
         assert isinstance(session.sample(["GPU-aaaa"])["GPU-aaaa"], GpuSample)
 
     run_with_stub(TWO_GPUS + "fail handle GPU-aaaa 15\n", body)
+
+
+def test_a_gpu_that_stays_lost_is_looked_for_less_and_less_often() -> None:
+    async def body(stub: Stub) -> None:
+        now_s, inits = 0.0, []
+        session = Session(clock=lambda: now_s)
+        while now_s < 2000:
+            session.sample(["GPU-aaaa", "GPU-bbbb"])
+            if not inits or inits[-1] != session._opened_at:
+                inits.append(session._opened_at)
+            now_s += 10
+        assert inits == [0, 30, 90, 210, 450, 930, 1890], "each new init costs the other GPU its answers"
+        stub.remove("fail")
+        now_s = 3000
+        assert isinstance(session.sample(["GPU-aaaa"])["GPU-aaaa"], GpuSample)
+
+    run_with_stub(TWO_GPUS + "fail handle GPU-aaaa 15\n", body)
+
+
+def test_what_the_driver_reported_before_a_new_init_is_heard_after_it() -> None:
+    async def body(stub: Stub) -> None:
+        now_s = 0.0
+        session = Session(clock=lambda: now_s)
+        session.sample(["GPU-aaaa"])
+        stub.add("event 1 GPU-bbbb 8 79")
+        now_s = 31.0
+        session.sample(["GPU-aaaa"])
+        assert [event.xid for event in session.events()] == [79]
+        assert session.events() == ()
+
+    run_with_stub(TWO_GPUS + "fail handle GPU-aaaa 15\n", body)
+
+
+def test_a_slow_new_init_is_given_its_own_time_and_not_a_samples() -> None:
+    async def body(stub: Stub) -> None:
+        nvml = Nvml(deadline_s=0.1)
+        await nvml.inventory()
+        stub.add("hang init *", "forget 1")
+        slow = asyncio.create_task(nvml.sample(["GPU-aaaa"]))
+        beside = asyncio.create_task(nvml.sample(["GPU-bbbb"]))  # waits behind it
+        done, _ = await asyncio.wait({slow, beside}, timeout=0.5)
+        assert not done
+        stub.remove("hang")
+        assert isinstance((await slow)["GPU-aaaa"], GpuSample)
+        assert isinstance((await beside)["GPU-bbbb"], GpuSample)
+        await nvml.close()
+
+    run_with_stub(TWO_GPUS, body)
+
+
+def test_an_init_that_never_ends_is_said_so() -> None:
+    async def body(stub: Stub) -> None:
+        nvml = Nvml(deadline_s=0.1, init_deadline_s=0.3)
+        with pytest.raises(DeviceError, match=r"has not answered.*\(in init\)"):
+            await nvml.sample(["GPU-aaaa"])
+        stub.remove("hang")
+
+    run_with_stub(TWO_GPUS + "hang init *\n", body)
 
 
 def test_a_driver_that_forgot_us_is_initialised_again_at_once() -> None:
@@ -278,6 +361,16 @@ def test_mig_slices_are_devices_and_share_their_boards_readings() -> None:
         """,
         body,
     )
+
+
+def test_a_board_in_mig_mode_without_slices_is_no_gpu_that_cuda_could_use() -> None:
+    async def body(stub: Stub) -> None:
+        found = await Nvml().inventory()
+        assert [gpu.uuid for gpu in found.gpus] == ["GPU-bbbb"]
+        (problem,) = found.unusable
+        assert problem.startswith("GPU 0: MIG mode is on")
+
+    run_with_stub(TWO_GPUS + "set GPU-aaaa mig 1\n", body)
 
 
 def test_the_library_is_found_as_the_loader_finds_it(tmp_path: Path) -> None:

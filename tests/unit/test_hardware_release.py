@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowmesh.node.devices import GpuLost, GpuProcess, GpuSample
-from flowmesh.node.gpu import Baseline, GpuState, foreign_processes, judge
+from flowmesh.node.gpu import Baseline, GpuState, judge
 
 MIB = 1 << 20
 TOLERANCE = 64 * MIB
@@ -18,6 +18,10 @@ processes = st.lists(st.builds(GpuProcess, pids, sizes), max_size=4, unique_by=l
 
 def look(used_bytes: int, on_it: tuple[GpuProcess, ...] | None = ()) -> GpuSample:
     return GpuSample(uuid="GPU-a", board="GPU-a", used_bytes=used_bytes, processes=on_it)
+
+
+def drawn(used_bytes: int, *by: GpuProcess) -> GpuSample:
+    return GpuSample(uuid="GPU-a", board="GPU-a", used_bytes=used_bytes, graphics=by)
 
 
 def before(used_bytes: int, on_it: tuple[GpuProcess, ...] = ()) -> Baseline:
@@ -77,10 +81,20 @@ def test_a_gpu_that_does_not_answer_is_not_released() -> None:
     assert judge(before(0), GpuLost("GPU-a", "GPU is lost"), ()) is GpuState.LOST
 
 
-@given(processes, st.data())
-def test_foreign_processes_are_those_that_are_none_of_ours(on_it: tuple[GpuProcess, ...], data: st.DataObject) -> None:
-    ours = data.draw(st.sets(st.sampled_from([process.pid for process in on_it]))) if on_it else set()
-    found = foreign_processes({"GPU-a": look(0, on_it), "GPU-b": GpuLost("GPU-b", "")}, ours)
-    assert {process.pid for process in found.get("GPU-a", ())} == {process.pid for process in on_it} - ours
-    assert "GPU-b" not in found
-    assert all(found.values()), "a GPU free of them is left out"
+@given(sizes, sizes, sizes)
+def test_a_display_server_may_come_grow_and_go(base: int, then: int, now: int) -> None:
+    baseline = Baseline.of(drawn(base + then, GpuProcess(9, then)))
+    assert judge(baseline, drawn(base + now, GpuProcess(9, now)), (1,)) is GpuState.RELEASED
+    assert judge(baseline, drawn(base), (1,)) is GpuState.RELEASED
+    assert judge(baseline, drawn(base + now + 65 * MIB, GpuProcess(9, now)), (1,)) is GpuState.LEAKED
+
+
+def test_a_process_of_the_task_holds_it_also_where_it_only_draws() -> None:
+    assert judge(before(0), drawn(0, GpuProcess(1, None)), {1}) is GpuState.HELD
+
+
+def test_bytes_prove_nothing_beside_somebody_who_may_be_there_and_of_whom_nobody_knows_how_much() -> None:
+    now = look(9 << 30, (GpuProcess(9, None),))
+    assert judge(before(0), now, (), allow_foreign=True) is GpuState.RELEASED
+    assert judge(before(0), now, (9,), allow_foreign=True) is GpuState.HELD
+    assert judge(before(0), now, ()) is GpuState.FOREIGN
