@@ -112,7 +112,11 @@ class Quarantine:
         pause_s = min(FIRST_PAUSE_S, self._settings.probe_interval_s)
         while True:
             await asyncio.sleep(pause_s)
-            reason = await self._examine(slot)
+            try:
+                reason = await self._examine(slot)
+            except Exception as error:  # noqa: BLE001 - a slot whose probe has died would never open again
+                logger.opt(exception=error).error("the node failed at a probe")
+                reason = f"its probe failed: {type(error).__name__}: {error}"
             closed_s = time.monotonic() - closed_at
             if not reason:
                 self._open(slot, closed_s)
@@ -144,9 +148,7 @@ class Quarantine:
             tolerance_bytes=self._settings.release_tolerance_bytes,
             allow_foreign=self._settings.allow_foreign,
         )
-        proof.resume(
-            {uuid: Baseline.of(look) for uuid, look in looks.items() if isinstance(look, GpuSample)}
-        )
+        proof.resume({uuid: Baseline.of(look) for uuid, look in looks.items() if isinstance(look, GpuSample)})
         report = await proof.wait_released((), self._settings.release_timeout_s)
         if not report.released:
             return f"{fault}; after the canary {report}"

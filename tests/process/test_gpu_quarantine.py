@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from tests.process.gpu_node import GIB, MIB, TWO_GPUS, A, B, MakeGpuNode, held, samples
@@ -102,12 +103,64 @@ def test_a_stranger_that_comes_just_before_a_task_fails_it_before_it_starts(
     assert node.status() == "DEGRADED"
 
 
+@pytest.mark.parametrize("kind", ["process", "graphics"])
+def test_a_process_of_the_nodes_own_that_is_left_on_a_gpu_keeps_the_slot_closed(
+    orchestrator: Orchestrator, gpu_node: MakeGpuNode, kind: str
+) -> None:
+    node = gpu_node()
+    child = psutil.Process(node.pid).children()[0].pid  # as one of a task would be that the driver does not let end
+    node.stub.change(USED, f"{USED} {500 * MIB + 7 * GIB}")
+    node.stub.add(f"{kind} {A} {child} {7 * GIB}")
+    node.wait_word("DEGRADED")
+    assert node.wait_reason(f"{A} is still held by a process of this node: pid {child} (user ")
+    node.stub.remove(f"{kind} {A}")
+    node.stub.change(USED, f"{USED} {500 * MIB}")
+    node.wait_word("IDLE")
+
+
+def test_a_display_server_is_nobody_to_wait_for(orchestrator: Orchestrator, gpu_node: MakeGpuNode) -> None:
+    node = gpu_node(script=f"{TWO_GPUS}\ngraphics {A} 1 {100 * MIB}\n")
+    task_id, _ = held(orchestrator, node)
+    node.stub.change(USED, f"{USED} {800 * MIB}")
+    node.stub.change(f"graphics {A}", f"graphics {A} 1 {400 * MIB}")
+    node.let_go(task_id)
+    end = orchestrator.wait_end(task_id)
+    assert "gpu_held" not in end["payload"]["resources"]
+    assert orchestrator.run("w1", {"taskType": "look"})["type"] == "TASK_SUCCEEDED"
+
+
+def test_a_tasks_process_that_was_never_seen_on_its_gpu_is_not_called_a_stranger(
+    orchestrator: Orchestrator, gpu_node: MakeGpuNode
+) -> None:
+    node = gpu_node()
+    task_id, pid = held(orchestrator, node)
+    node.stub.add(f"hang memory {A}")  # no look at it while the task runs
+    node.stub.add(f"process {A} {pid} {GIB}")
+    node.let_go(task_id)
+    until(lambda: not psutil.pid_exists(pid), "its process is gone")
+    node.stub.remove("hang")
+    held_by = orchestrator.wait_end(task_id)["payload"]["resources"]["gpu_held"]
+    assert held_by.startswith(f"{A} is still held by the task: pid {pid} ")
+
+
 def test_strangers_may_be_allowed(orchestrator: Orchestrator, gpu_node: MakeGpuNode) -> None:
     node = gpu_node(script=f"{TWO_GPUS}\nprocess {A} 1 {GIB}\n", args=["--set", "gpu.allow_foreign=1"])
     end = orchestrator.run("w1", {"taskType": "look"})
     assert end["type"] == "TASK_SUCCEEDED"
     assert end["payload"]["resources"]["gpus"][A]["processes_before"] == [1]
     node.wait_word("IDLE")
+
+
+def test_of_strangers_that_are_allowed_nobody_has_to_know_how_much_they_have(
+    orchestrator: Orchestrator, gpu_node: MakeGpuNode
+) -> None:
+    node = gpu_node(script=f"{TWO_GPUS}\nprocess {A} 1 0\n", args=["--set", "gpu.allow_foreign=1"])
+    task_id, _ = held(orchestrator, node)
+    node.stub.change(USED, f"{USED} {9 * GIB}")
+    node.let_go(task_id)
+    end = orchestrator.wait_end(task_id)
+    assert "gpu_held" not in end["payload"]["resources"]
+    assert orchestrator.run("w1", {"taskType": "look"})["type"] == "TASK_SUCCEEDED"
 
 
 def test_a_node_that_starts_beside_a_stranger_never_says_idle(

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
+from flowmesh.execution.quarantine import is_below
 from flowmesh.execution.watched import blames
 from flowmesh.messages.job import Exit, Fault, Outcome
 from flowmesh.node.devices import GpuProcess
@@ -78,3 +83,26 @@ def test_whose_fault_it_was(on_gpu: set[int], own: set[int], before: set[int], b
     baselines = {"GPU-a": Baseline("GPU-a", 0, tuple(GpuProcess(pid) for pid in before))}
     assert blames(finding, ("GPU-a", "GPU-b"), own, baselines) is blamed
     assert blames(finding, ("GPU-b",), own, {}) is False
+
+
+def test_a_thread_is_below_what_its_process_is_below() -> None:
+    # In a container the driver may name the thread that made the context in place of its process.
+    child = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys, threading\n"
+            "threading.Thread(target=lambda: (print(threading.get_native_id(), flush=True), sys.stdin.read())).start()",
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout is not None
+    thread = int(child.stdout.readline())
+    assert thread != child.pid
+    assert is_below(thread, child.pid)
+    assert is_below(thread, os.getpid())
+    assert not is_below(os.getpid(), child.pid)
+    child.communicate("")
+    assert not is_below(thread, os.getpid()), "it is gone"
