@@ -150,8 +150,12 @@ class Supervisor(Hooks):
         self.power = PowerMeter()
         self.nvml = Nvml()
         self.inventory = await self._take_inventory()
-        visible = visible_gpus(self.inventory.gpus, self._environ.get("CUDA_VISIBLE_DEVICES"))
-        plans = plan_slots(settings, worker_id, visible, sorted(os.sched_getaffinity(0)), logical_cores())
+        down = self.inventory.some_are_down
+        visible = visible_gpus(self.inventory.gpus, self._environ.get("CUDA_VISIBLE_DEVICES"), some_are_down=down)
+        cpus = sorted(os.sched_getaffinity(0))
+        plans = plan_slots(settings, worker_id, visible, cpus, logical_cores(), some_are_down=down)
+        for name in sorted({slot.name for slot in settings.slots} - {plan.name for plan in plans}):
+            logger.error("slot {} is left out: none of its GPUs works", name)
         self.slots: dict[str, Slot[Run]] = {plan.worker_id: Slot(plan, lambda run: bool(run.gpus)) for plan in plans}
         base_env = environ.base(self._environ, settings.tasks.pass_env)
         self.catalogue, lane_table = lanes.plan(settings)

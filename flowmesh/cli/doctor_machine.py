@@ -51,19 +51,41 @@ def gpus(settings: Settings, environ: Mapping[str, str], *, node_runs: bool) -> 
         cuda = f", CUDA up to {inventory.cuda_version}" if inventory.cuda_version else ""
         yield Finding("GPUs", Level.OK, f"driver {inventory.driver_version}{cuda}")
     for problem in inventory.unusable:
-        index = problem.removeprefix("GPU ").partition(":")[0]
-        yield Finding("GPUs", Level.BROKEN, problem, f"sudo nvidia-smi --gpu-reset -i {index}; or reboot")
+        yield _unusable(problem)
     for gpu in inventory.gpus:
         yield from _gpu(gpu, looks.get(gpu.uuid), settings, node_runs=node_runs)
     try:
-        visible = visible_gpus(inventory.gpus, environ.get("CUDA_VISIBLE_DEVICES"))
-        plans = slots.plan(settings, "", visible, sorted(os.sched_getaffinity(0)), logical_cores())
+        down = inventory.some_are_down
+        visible = visible_gpus(inventory.gpus, environ.get("CUDA_VISIBLE_DEVICES"), some_are_down=down)
+        cpus = sorted(os.sched_getaffinity(0))
+        plans = slots.plan(settings, "", visible, cpus, logical_cores(), some_are_down=down)
     except ConfigError as error:
         yield Finding("slots", Level.BROKEN, str(error), "mend that setting")
         return
-    for plan in plans:
-        count = f"{len(plan.gpus)} GPU{'' if len(plan.gpus) == 1 else 's'}"
-        yield Finding("slots", Level.OK, f"{plan.name}: {count}, {plan.threads} of CPUs {slots.cpu_list(plan.cpus)}")
+    except DeviceError as error:
+        yield Finding("slots", Level.BROKEN, str(error), "mend the GPUs above, or name others")
+        return
+    left = {gpu.uuid: gpu for gpu in visible}
+    yield from (Finding("slots", Level.OK, _slot(plan, left)) for plan in plans)
+    for name in sorted({slot.name for slot in settings.slots} - {plan.name for plan in plans}):
+        yield Finding("slots", Level.BROKEN, f"{name}: none of its GPUs works", "mend the GPUs above")
+
+
+def _unusable(problem: str) -> Finding:
+    index = problem.removeprefix("GPU ").partition(":")[0]
+    remedy = f"sudo nvidia-smi --gpu-reset -i {index}; or reboot"
+    if "MIG mode" in problem:
+        remedy = (
+            f"sudo nvidia-smi mig -i {index} -cgi PROFILE -C (-lgip lists them); or sudo nvidia-smi -i {index} -mig 0"
+        )
+    return Finding("GPUs", Level.BROKEN, problem, remedy)
+
+
+def _slot(plan: slots.SlotPlan, gpus: Mapping[str, GpuInfo]) -> str:
+    indices = [gpus[uuid].index for uuid in plan.gpus]
+    what = f"GPU{'' if len(indices) == 1 else 's'} {slots.cpu_list(indices)}" if indices else "no GPU"
+    part = "" if plan.threads == len(plan.cpus) else f"{plan.threads} of "
+    return f"{plan.name}: {what}, {part}CPUs {slots.cpu_list(plan.cpus)}"
 
 
 async def _ask() -> tuple[Inventory, dict[str, Look]]:
@@ -99,9 +121,10 @@ def _gpu(gpu: GpuInfo, look: Look | None, settings: Settings, *, node_runs: bool
     heat = "" if look.temperature_c is None else f", {look.temperature_c} °C"
     yield Finding("GPUs", Level.OK, f"{name}: {gib(look.used_bytes)} of {gib(gpu.memory_total_bytes)} in use{heat}")
     if look.throttled:
+        at_work = look.throttled == ("sw_power_cap",)  # a card that is busy at its rated power says so
         yield Finding(
             "GPUs",
-            Level.WARN,
+            Level.NOTE if at_work else Level.WARN,
             f"GPU {gpu.index} is slowed down: {', '.join(look.throttled)}",
             "nvidia-smi -q -d PERFORMANCE,TEMPERATURE,POWER",
         )

@@ -50,6 +50,11 @@ class Inventory(msgspec.Struct, frozen=True, kw_only=True):
     unusable: tuple[str, ...] = ()
     """GPUs that the driver counts and cannot talk to: one line each, such as `GPU 3: GPU is lost`."""
 
+    @property
+    def some_are_down(self) -> bool:
+        """Whether a GPU that is missing here may be one that does not work now, or there is no driver for any."""
+        return bool(self.unusable) or self.driver_version is None
+
 
 class GpuProcess(msgspec.Struct, frozen=True):
     """A process that has something on a GPU."""
@@ -116,13 +121,20 @@ class GpuEvent(msgspec.Struct, frozen=True, kw_only=True):
     """The MIG slice, where the driver narrows it down."""
 
 
-def visible_gpus(gpus: Sequence[GpuInfo], setting: str | None) -> tuple[GpuInfo, ...]:
+class NoSuchGpuError(ConfigError):
+    """A setting names a GPU that is not there."""
+
+
+def visible_gpus(gpus: Sequence[GpuInfo], setting: str | None, *, some_are_down: bool = False) -> tuple[GpuInfo, ...]:
     """The GPUs that CUDA_VISIBLE_DEVICES leaves, in its order.
 
     Takes what CUDA takes: indices, UUIDs or unique beginnings of them, `MIG-<uuid>` and the older
     `MIG-GPU-<uuid>/<gpu instance>/<compute instance>`; None means all, an empty string none, and a negative index
     ends the list. Indices are in PCI bus order; on a node of mixed models CUDA's own order differs from it
     unless CUDA_DEVICE_ORDER=PCI_BUS_ID, so UUIDs are the safe names there.
+
+    Args:
+        some_are_down: leave out what matches no GPU: one that fell off the bus must not take the others along.
 
     Raises:
         ConfigError: an entry matches no GPU, more than one, or one that is already listed.
@@ -135,7 +147,12 @@ def visible_gpus(gpus: Sequence[GpuInfo], setting: str | None) -> tuple[GpuInfo,
     for entry in (part.strip() for part in setting.split(",")):
         if entry.startswith("-") and entry[1:].isdigit():
             break
-        gpu = find_gpu(gpus, entry, "CUDA_VISIBLE_DEVICES")
+        try:
+            gpu = find_gpu(gpus, entry, "CUDA_VISIBLE_DEVICES")
+        except NoSuchGpuError:
+            if some_are_down:
+                continue
+            raise
         if gpu in chosen:
             raise ConfigError(f"CUDA_VISIBLE_DEVICES: {entry!r} names {gpu.uuid} a second time; list each GPU once")
         chosen.append(gpu)
@@ -149,7 +166,8 @@ def find_gpu(gpus: Sequence[GpuInfo], entry: str, where: str) -> GpuInfo:
         where: the setting that `entry` comes from, for the error.
 
     Raises:
-        ConfigError: it names none, or more than one.
+        NoSuchGpuError: it names none.
+        ConfigError: it names more than one, or one that is cut into slices.
     """
     if entry.isdecimal():
         found = [gpu for gpu in gpus if gpu.index == int(entry)]
@@ -163,7 +181,7 @@ def find_gpu(gpus: Sequence[GpuInfo], entry: str, where: str) -> GpuInfo:
         raise ConfigError(f"{where}: an entry is empty; list indices or UUIDs with one comma between them")
     names = ", ".join(f"{gpu.index} {gpu.uuid}" for gpu in found or gpus)
     if not found:
-        raise ConfigError(f"{where}: {entry!r} matches no GPU; this node has: {names or 'none'}")
+        raise NoSuchGpuError(f"{where}: {entry!r} matches no GPU; this node has: {names or 'none'}")
     sliced = found[0].mig is not None and not entry.upper().startswith("MIG-")
     if sliced:
         raise ConfigError(f"{where}: {entry!r} is cut into MIG slices; name a slice: {names}")

@@ -242,7 +242,7 @@ class Session:
             raise DeviceError(f"NVML: {error}, right after it was initialised") from error
 
     def _reopen(self) -> None:
-        """Have the next question greet the driver anew, for the sake of what is lost; what waits to be heard is kept."""
+        """Greet the driver anew with the next question, to find what is lost. What waits to be heard is kept."""
         self._listen()
         self._close()
         longer_s = min(self._reopen_interval_s * 2, _LONGEST_REOPEN_INTERVAL_S)

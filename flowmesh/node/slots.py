@@ -12,8 +12,8 @@ from typing import Generic, TypeVar
 import msgspec
 
 from flowmesh.config import Settings
-from flowmesh.errors import ConfigError
-from flowmesh.node.devices import GpuInfo, find_gpu
+from flowmesh.errors import ConfigError, DeviceError
+from flowmesh.node.devices import GpuInfo, NoSuchGpuError, find_gpu
 from flowmesh.settings_checks import cpu_numbers
 from flowmesh.settings_types import SlotsMode
 
@@ -47,7 +47,13 @@ class SlotPlan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def plan(
-    settings: Settings, worker_id: str, gpus: Sequence[GpuInfo], cpus: Sequence[int], cores: int
+    settings: Settings,
+    worker_id: str,
+    gpus: Sequence[GpuInfo],
+    cpus: Sequence[int],
+    cores: int,
+    *,
+    some_are_down: bool = False,
 ) -> tuple[SlotPlan, ...]:
     """The node's slots.
 
@@ -56,12 +62,14 @@ def plan(
         gpus: what the node may offer.
         cpus: the numbers that the node may use.
         cores: how many of them it can keep busy at once (a cgroup's quota may be less).
+        some_are_down: a slot goes without a GPU of its own that is not there; one without any is left out.
 
     Raises:
         ConfigError: names the key of a slot that cannot be as the settings want it.
+        DeviceError: all slots are left out.
     """
     if settings.slots:
-        slots = _listed(settings, gpus, cpus, cores)
+        slots = _listed(settings, gpus, cpus, cores, some_are_down=some_are_down)
     elif settings.node.slots is SlotsMode.PER_GPU and len(gpus) > 1:
         each = max(1, cores // len(gpus))
         slots = [
@@ -70,16 +78,34 @@ def plan(
     else:
         uuids = tuple(gpu.uuid for gpu in gpus)
         slots = [SlotPlan(name=ONLY, worker_id="", gpus=uuids, cpus=tuple(cpus), cores=cores)]
+    _check_slices(slots, gpus, settings)
+    alone = len(settings.slots or slots) == 1
     total = sum(len(slot.gpus) for slot in slots)
     weights = [len(slot.gpus) if total else slot.threads for slot in slots]
     return tuple(
         msgspec.structs.replace(
             slot,
-            worker_id=worker_id if len(slots) == 1 else f"{worker_id}-{slot.name}",
+            worker_id=worker_id if alone else f"{worker_id}-{slot.name}",
             share=weight / sum(weights),
         )
         for slot, weight in zip(slots, weights, strict=True)
     )
+
+
+def _check_slices(slots: Sequence[SlotPlan], gpus: Sequence[GpuInfo], settings: Settings) -> None:
+    """CUDA shows a process one MIG slice, however many it is given.
+
+    https://docs.nvidia.com/datacenter/tesla/mig-user-guide/ (device enumeration)
+    """
+    slices = {gpu.uuid for gpu in gpus if gpu.mig is not None}
+    for slot in slots:
+        if len(slot.gpus) > 1 and slices.intersection(slot.gpus):
+            where = f"slots: {slot.name!r}" if settings.slots else "node.slots: its one slot"
+            remedy = "give each a slot of its own" if settings.slots else "set it to 'per-gpu'"
+            raise ConfigError(
+                f"{where} has {len(slot.gpus)} GPUs, MIG slices among them, and CUDA lets a task use one slice and "
+                f"nothing else; {remedy}"
+            )
 
 
 def _name(gpu: GpuInfo) -> str:
@@ -87,7 +113,9 @@ def _name(gpu: GpuInfo) -> str:
     return f"gpu{gpu.index}" + ("" if gpu.mig is None else f"-{gpu.mig.gpu_instance}-{gpu.mig.compute_instance}")
 
 
-def _listed(settings: Settings, gpus: Sequence[GpuInfo], cpus: Sequence[int], cores: int) -> list[SlotPlan]:
+def _listed(
+    settings: Settings, gpus: Sequence[GpuInfo], cpus: Sequence[int], cores: int, *, some_are_down: bool
+) -> list[SlotPlan]:
     named = {cpu for slot in settings.slots if slot.cpus is not None for cpu in cpu_numbers(slot.cpus)}
     rest = tuple(cpu for cpu in cpus if cpu not in named)
     sharing = sum(slot.cpus is None for slot in settings.slots)
@@ -97,11 +125,18 @@ def _listed(settings: Settings, gpus: Sequence[GpuInfo], cpus: Sequence[int], co
         key = f"slots[{index}]"
         uuids = []
         for at, entry in enumerate(slot.gpus):
-            uuid = find_gpu(gpus, str(entry), f"{key}.gpus[{at}]").uuid
+            try:
+                uuid = find_gpu(gpus, str(entry), f"{key}.gpus[{at}]").uuid
+            except NoSuchGpuError:
+                if some_are_down:
+                    continue
+                raise
             if uuid in taken:
                 raise ConfigError(f"{key}.gpus[{at}]: {entry!r} is {uuid}, which is in slot {taken[uuid]!r} already")
             taken[uuid] = slot.name
             uuids.append(uuid)
+        if slot.gpus and not uuids:
+            continue
         own = rest if slot.cpus is None else cpu_numbers(slot.cpus)
         if absent := [cpu for cpu in own if cpu not in cpus]:
             raise ConfigError(f"{key}.cpus: there is no CPU {absent[0]} for this node; it has: {cpu_list(cpus)}")
@@ -111,6 +146,8 @@ def _listed(settings: Settings, gpus: Sequence[GpuInfo], cpus: Sequence[int], co
         slots.append(
             SlotPlan(name=slot.name, worker_id="", gpus=tuple(uuids), cpus=own, cores=max(1, min(count, cores)))
         )
+    if not slots:
+        raise DeviceError("slots: none of the GPUs that they name works now; `flowmesh doctor` says more")
     return slots
 
 

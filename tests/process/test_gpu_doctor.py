@@ -67,16 +67,32 @@ def test_a_machine_where_nothing_is_broken(redis_server: RedisServer, tmp_path: 
         said = f"default: torch {version('torch')} is built without CUDA: its tasks run on the CPU"
         assert ("warn", said) in of(findings, "environments")
     ((_, slot),) = of(findings, "slots")
-    assert slot.startswith("main: 2 GPUs, ")
+    assert slot.startswith("main: GPUs 0-1, CPUs ")
     assert {"isolation", "limits", "disk", "tools"} <= {each["area"] for each in findings}
     assert not (tmp_path / "state").exists(), "it changes nothing"
 
 
 def test_a_machine_without_gpus_is_fine(redis_server: RedisServer, tmp_path: Path) -> None:
     env = environ(tmp_path, redis_server.url, "init 9\n")  # a library, and no kernel module below it
+    env["CUDA_VISIBLE_DEVICES"] = "0"  # as some images set it
     code, findings = doctor(env)
     assert code == 0
     assert of(findings, "GPUs") == [("ok", "none: a CPU node")]
+    ((level, slot),) = of(findings, "slots")
+    assert (level, slot.split(",")[0]) == ("ok", "main: no GPU")
+
+
+def test_one_gpu_that_is_down_leaves_the_slots_of_the_others(tmp_path: Path) -> None:
+    file = tmp_path / "node.toml"
+    file.write_text("[[slots]]\nname = 'a'\ngpus = [0]\n[[slots]]\nname = 'b'\ngpus = [1]\n")
+    script = f"{TWO_GPUS}\nset {A} mig 1\n"
+    code, findings = doctor(environ(tmp_path, None, script) | {"CUDA_VISIBLE_DEVICES": "0,1"}, "--config", str(file))
+    assert code == 1
+    (mig,) = [each for each in findings if each["text"].startswith("GPU 0: MIG mode is on")]
+    assert mig["remedy"].startswith("sudo nvidia-smi mig -i 0 -cgi ")
+    (good, left_out) = of(findings, "slots")
+    assert (good[0], good[1].split(",")[0]) == ("ok", "b: GPU 1")
+    assert left_out == ("broken", "a: none of its GPUs works")
 
 
 def test_what_is_broken_ends_it_with_1_and_names_the_mending(tmp_path: Path) -> None:

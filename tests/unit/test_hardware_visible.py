@@ -76,6 +76,13 @@ def test_what_names_nothing_is_an_error_that_names_it(gpus: tuple[GpuInfo, ...],
         visible_gpus(gpus, setting)
 
 
+def test_where_some_gpus_are_down_what_names_nothing_is_left_out() -> None:
+    assert visible_gpus(PLAIN, "0,3,GPU-ffff,2", some_are_down=True) == (PLAIN[0], PLAIN[2])
+    assert visible_gpus((), "0,1", some_are_down=True) == ()
+    with pytest.raises(ConfigError, match="more than one"):
+        visible_gpus(PLAIN, "GPU-aa", some_are_down=True)
+
+
 @given(st.permutations(PLAIN), st.data())
 def test_any_choice_by_index_or_uuid_comes_back_in_its_order(order: list[GpuInfo], data: st.DataObject) -> None:
     chosen = order[: data.draw(st.integers(1, 3))]

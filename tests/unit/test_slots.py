@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowmesh.config import Settings, describe, load
-from flowmesh.errors import ConfigError
+from flowmesh.errors import ConfigError, DeviceError
 from flowmesh.node.devices import GpuInfo, MigSlice
 from flowmesh.node.slots import Slot, SlotPlan, cpu_list, plan
 from flowmesh.settings_checks import cpu_numbers
@@ -24,8 +24,15 @@ def settings(folder: Path, text: str) -> Settings:
     return load(path, {}).settings
 
 
-def cut(folder: Path, text: str, gpus: tuple[GpuInfo, ...] = GPUS, cores: int = 16) -> tuple[SlotPlan, ...]:
-    return plan(settings(folder, text), "node", gpus, CPUS, cores)
+SLICES = tuple(
+    GpuInfo(index=0, uuid=f"MIG-{i}", name="X", memory_total_bytes=1, mig=MigSlice("GPU-a", i, 0)) for i in (1, 2)
+)
+
+
+def cut(
+    folder: Path, text: str, gpus: tuple[GpuInfo, ...] = GPUS, cores: int = 16, some_are_down: bool = False
+) -> tuple[SlotPlan, ...]:
+    return plan(settings(folder, text), "node", gpus, CPUS, cores, some_are_down=some_are_down)
 
 
 def test_one_slot_has_everything_and_the_nodes_own_id(tmp_path: Path) -> None:
@@ -58,11 +65,32 @@ def test_per_gpu_with_one_gpu_or_none_is_one_slot(tmp_path: Path, gpus: tuple[Gp
 
 
 def test_slices_of_one_board_have_names_of_their_own(tmp_path: Path) -> None:
-    slices = tuple(
-        GpuInfo(index=0, uuid=f"MIG-{i}", name="X", memory_total_bytes=1, mig=MigSlice("GPU-a", i, 0)) for i in (1, 2)
-    )
-    names = [slot.name for slot in cut(tmp_path, "[node]\nslots = 'per-gpu'", slices)]
+    names = [slot.name for slot in cut(tmp_path, "[node]\nslots = 'per-gpu'", SLICES)]
     assert names == ["gpu0-1-0", "gpu0-2-0"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", r"node.slots: its one slot has 2 GPUs, MIG slices among them.*set it to 'per-gpu'"),
+        ("[[slots]]\nname = 'a'\ngpus = ['MIG-1', 'MIG-2']", r"slots: 'a' has 2 GPUs.*a slot of its own"),
+    ],
+)
+def test_two_slices_in_one_slot_are_refused_for_cuda_would_show_one(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        cut(tmp_path, text, SLICES)
+    (slot,) = cut(tmp_path, "", SLICES[:1])
+    assert slot.gpus == ("MIG-1",)
+
+
+def test_a_gpu_that_is_down_leaves_the_other_slots_and_their_names(tmp_path: Path) -> None:
+    text = "[[slots]]\nname = 'a'\ngpus = [0, 7]\n[[slots]]\nname = 'b'\ngpus = [8]\n"
+    (slot,) = cut(tmp_path, text, some_are_down=True)
+    assert (slot.worker_id, slot.gpus, slot.share) == ("node-a", (GPUS[0].uuid,), 1.0)
+    with pytest.raises(ConfigError, match=r"slots\[0\].gpus\[1\]: '7' matches no GPU"):
+        cut(tmp_path, text)
+    with pytest.raises(DeviceError, match="none of the GPUs that they name works"):
+        cut(tmp_path, text, (), some_are_down=True)
 
 
 def test_a_list_of_slots(tmp_path: Path) -> None:
