@@ -16,7 +16,7 @@ import msgspec
 from loguru import logger
 
 from flowmesh.errors import DeliveryError, FlowMeshError
-from flowmesh.execution import files
+from flowmesh.execution import events, files
 from flowmesh.execution.redelivery import Redeliveries
 from flowmesh.execution.run import Run, progress_event
 from flowmesh.execution.watch import bound_logs
@@ -158,7 +158,7 @@ class Deliveries:
             task=accepted.target,
             children=accepted.children,
             failure=failure,
-            extra={"resources": run.resources} if run.resources else {},
+            extra=events.used(run, settings.node.cost_per_hour * run.slot.plan.share),
             outcome_file=OUTCOME_FILE,
             archive=settings.archive,
             cleanup_after_upload=settings.delivery.cleanup_after_upload,

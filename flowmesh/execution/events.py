@@ -26,16 +26,22 @@ def started(run: Run) -> bytes:
     return encode(event)
 
 
-def ended(run: Run, verdict: Verdict, *, finished_at: str, cost_per_hour: float) -> bytes:
-    runtime_s = run.runtime_s
-    payload: dict[str, Any] = {
-        "taskType": run.accepted.type.name,
-        "runtime_sec": round(runtime_s, 6),
-        "started_at": run.started_at,
-        "finished_at": finished_at,
-        "cost_usd": round(cost_per_hour / 3600 * runtime_s, 9),
+def used(run: Run, cost_per_hour: float) -> dict[str, Any]:
+    """What a task has used, for its event and its result. Of an energy that is not known: null."""
+    return {
+        "cost_usd": round(cost_per_hour / 3600 * run.runtime_s, 9),
         "energy": run.energy,
         "resources": run.resources,
+    }
+
+
+def ended(run: Run, verdict: Verdict, *, finished_at: str, cost_per_hour: float) -> bytes:
+    payload: dict[str, Any] = {
+        "taskType": run.accepted.type.name,
+        "runtime_sec": round(run.runtime_s, 6),
+        "started_at": run.started_at,
+        "finished_at": finished_at,
+        **used(run, cost_per_hour),
         "phases": {} if run.outcome is None else run.outcome.phases,
     }
     if run.accepted.message.dispatched_at is not None:
