@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from tests.process.gpu_node import GIB, MIB, A, B, MakeGpuNode, held
+from tests.process.gpu_node import GIB, MIB, TWO_GPUS, A, B, MakeGpuNode, held
 from tests.support import Node, Orchestrator
 
 pytestmark = pytest.mark.redis
@@ -52,6 +52,21 @@ def test_a_visible_device_that_there_is_not_ends_the_node_with_the_reason(gpu_no
     assert node.process is not None
     assert node.process.wait(30) == 78
     assert "CUDA_VISIBLE_DEVICES: '7' matches no GPU; this node has: 0 GPU-aaaa, 1 GPU-bbbb" in node.text()
+
+
+def test_a_gpu_that_is_down_leaves_the_node_the_others(orchestrator: Orchestrator, gpu_node: MakeGpuNode) -> None:
+    lost = f"{TWO_GPUS}\nfail handle {A} 15\n"
+    node = gpu_node(script=lost, env={"CUDA_VISIBLE_DEVICES": "0,1"})
+    assert [gpu["uuid"] for gpu in node.hardware()["gpu"]["gpus"]] == [B]
+    assert "not offered: GPU 0: GPU is lost" in node.text()
+    node.stop(signal.SIGTERM)
+    node = gpu_node(
+        script=lost,
+        config="[[slots]]\nname = 'a'\ngpus = [0]\n[[slots]]\nname = 'b'\ngpus = [1]\n",
+        worker="w1-b",
+    )
+    assert orchestrator.redis.smembers("workers:ids") == {b"w1-b"}
+    assert "slot a is left out: none of its GPUs works" in node.text()
 
 
 def test_per_gpu_slots_are_workers_that_run_tasks_at_once(
@@ -144,7 +159,10 @@ def test_a_task_tells_what_its_gpus_and_its_processes_used(
     assert used["gpu_release_ms"] >= 0
     assert used["cpu_seconds"] > 0.05
     assert used["peak_rss_bytes"] > 5 * MIB
-    assert node.result(task_id)["resources"] == used
+    result = node.result(task_id)
+    assert {name: result[name] for name in ("resources", "energy", "cost_usd")} == {
+        name: payload[name] for name in ("resources", "energy", "cost_usd")
+    }
 
 
 def test_a_task_that_runs_on_while_the_slots_are_cut_anew_keeps_its_gpus(
