@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import selectors
 import signal
@@ -19,10 +20,16 @@ from runners.api import RunnerError
 
 EXIT_NOT_CONFINED = 97
 POLL_S = 0.05
-MEASURE_EVERY_S = 0.2
 DISK_EVERY_S = 1.0
+READS_AT_ONCE = 16
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+DEEPEST = 100
+"""Folders in folders that a command may make. Deeper ones would be out of sight of whoever measures or packs them."""
+ENTRY_BYTES = 4096
+"""What a file or folder counts for at least: empty ones use up a disk, too."""
 STOP_S = 2.0
 KEPT_BYTES = 32 * 1024
+MOST_SWEPT = 1000
 
 
 class Bounds(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,7 +82,6 @@ class Command:
         os.set_blocking(pipe, False)
         stopped = ""
         began = time.monotonic()
-        measured = began
         with selectors.DefaultSelector() as selector, _pidfd(self._process.pid) as end:
             selector.register(pipe, selectors.EVENT_READ)
             selector.register(end, selectors.EVENT_READ)
@@ -83,26 +89,25 @@ class Command:
             while self._process.poll() is None:
                 check()
                 selector.select(POLL_S)
-                if not at_end and self._drain(pipe):  # closed by a command that goes on without it
+                if not at_end and self._drain(pipe) is True:  # closed by a command that goes on without it
                     at_end = True
                     selector.unregister(pipe)
-                now = time.monotonic()
-                if now - began > self._limit_s:
+                if time.monotonic() - began > self._limit_s:
                     stopped = f"it ran for more than {self._limit_s:g} s"
-                elif now - measured > MEASURE_EVERY_S:
-                    measured = now
+                else:
                     stopped = self._over()
                 if stopped:
                     stop(self._process)
-        self._drain(pipe)
+        while self._drain(pipe) is None:
+            check()
         code = self._process.returncode
         if code == EXIT_NOT_CONFINED and not stopped and self._kept.text().startswith("jail: "):
             raise NotConfined(f"the command was not run: {self._kept.text().strip()}")
         return Ended(code=code if code >= 0 else 128 - code, output=self._kept.text(), stopped=stopped)
 
-    def _drain(self, pipe: int) -> bool:
-        """Take what there is; whether the pipe is at its end."""
-        while True:
+    def _drain(self, pipe: int) -> bool | None:
+        """Take what there is; whether the pipe is at its end. None: there may be more, and the bounds are due first."""
+        for _ in range(READS_AT_ONCE):
             try:
                 data = os.read(pipe, 1 << 16)
             except BlockingIOError:
@@ -110,26 +115,36 @@ class Command:
             if not data:
                 return True
             self._kept.add(data)
+        return None
 
     def _over(self) -> str:
-        rss_bytes, count = 0, 0
-        try:
-            family = psutil.Process(self._process.pid).children(recursive=True)
-        except psutil.NoSuchProcess:
-            return ""
-        for each in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                rss_bytes += each.memory_info().rss
-                count += 1
+        rss_bytes = 0
+        for others, pid in enumerate(descendants(self._process.pid)):
+            if others > self._bounds.processes:  # with the jail's own; of a fork bomb no more is looked at
+                return f"it had more than {self._bounds.processes} processes"
+            with contextlib.suppress(OSError, IndexError):
+                rss_bytes += int(Path(f"/proc/{pid}/statm").read_bytes().split()[1]) * PAGE_BYTES
         if rss_bytes > self._bounds.memory_bytes:
             return f"it used more than {self._bounds.memory_bytes} bytes of memory"
-        if count > self._bounds.processes + 1:  # with the jail's own
-            return f"it had more than {self._bounds.processes} processes"
         if time.monotonic() - self._disk_measured > DISK_EVERY_S:
             self._disk_measured = time.monotonic()
-            if folder_bytes(self._folder) > self._bounds.disk_bytes:
-                return f"it filled its folder with more than {self._bounds.disk_bytes} bytes"
+            return over_disk(self._folder, self._bounds.disk_bytes)
         return ""
+
+
+def descendants(pid: int) -> Iterator[int]:
+    """The processes below one, as far as the caller wants them: with many, looking at all of them takes seconds."""
+    todo = [pid]
+    while todo:
+        for child in _below(todo.pop()):
+            yield child
+            todo.append(child)
+
+
+def _below(pid: int) -> Iterator[int]:
+    with contextlib.suppress(OSError):
+        for task in os.listdir(f"/proc/{pid}/task"):
+            yield from map(int, Path(f"/proc/{pid}/task/{task}/children").read_bytes().split())
 
 
 @contextlib.contextmanager
@@ -170,7 +185,11 @@ _lock = threading.Lock()
 
 def stop(process: subprocess.Popen[bytes]) -> None:
     """End a jail and all in it. Its namespace, else itself, ends the rest; orphans that got away are swept here."""
-    known = _family(process.pid)
+    for pid in _below(process.pid):  # a namespace's first process, else the command; here, as the jail may be starved
+        for kill in (os.kill, os.killpg):
+            with contextlib.suppress(ProcessLookupError):
+                kill(pid, signal.SIGKILL)
+    known = [each for pid in itertools.islice(descendants(process.pid), MOST_SWEPT) if (each := _process(pid))]
     if process.poll() is None:
         process.terminate()
         try:
@@ -185,20 +204,29 @@ def stop(process: subprocess.Popen[bytes]) -> None:
         _running.discard(process.pid)
 
 
-def _family(pid: int) -> list[psutil.Process]:
-    try:
-        return psutil.Process(pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
+def _process(pid: int) -> psutil.Process | None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid)
+    return None
 
 
-def folder_bytes(folder: Path) -> int:
+def over_disk(folder: Path, limit_bytes: int) -> str:
+    """How a folder is over its bounds; empty: it is not."""
     total = 0
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(OSError):
-                total += os.lstat(os.path.join(parent, name)).st_blocks * 512  # noqa: PTH118 - called often
-    return total
+    todo = [(os.fspath(folder), 0)]
+    while todo:
+        path, depth = todo.pop()
+        if depth > DEEPEST:
+            return f"it made more than {DEEPEST} folders in one another"
+        with contextlib.suppress(OSError), os.scandir(path) as entries:
+            for entry in entries:
+                with contextlib.suppress(OSError):
+                    total += max(entry.stat(follow_symlinks=False).st_blocks * 512, ENTRY_BYTES)
+                if entry.is_dir(follow_symlinks=False):
+                    todo.append((entry.path, depth + 1))
+                if total > limit_bytes:
+                    return f"it filled its folder with more than {limit_bytes} bytes"
+    return ""
 
 
 def end_all() -> None:

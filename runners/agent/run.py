@@ -143,7 +143,7 @@ class Session:
         if self._confinement is not None:
             said["sandbox"] = self._confinement
         if self._dropped:
-            said["files_dropped"] = self._dropped[:50]
+            said["files_dropped"] = self._redact.deep(self._dropped[:50])
         return said
 
     # ---- one run -----------------------------------------------------------------------------------------------------

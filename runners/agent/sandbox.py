@@ -6,6 +6,7 @@ user can read.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -25,12 +26,18 @@ MODES: tuple[Mode, ...] = ("namespaces", "landlock")
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/nix/store", "/gnu/store")
 ETC = (
     "alternatives", "ca-certificates", "ca-certificates.conf", "crypto-policies", "group", "hosts", "ld.so.cache",
-    "ld.so.conf", "ld.so.conf.d", "localtime", "mime.types", "nsswitch.conf", "passwd", "pki", "protocols",
-    "resolv.conf", "services", "ssl",
+    "ld.so.conf", "ld.so.conf.d", "localtime", "mime.types", "nsswitch.conf", "passwd", "pki/ca-trust",
+    "pki/tls/cert.pem", "pki/tls/certs", "pki/tls/openssl.cnf", "protocols", "resolv.conf", "services",
+    "ssl/cert.pem", "ssl/certs", "ssl/openssl.cnf",
 )  # fmt: skip
+"""Not all of `ssl` and `pki`: private keys lie there, too."""
+OF_PYTHON = ("bin", "include", "lib", "lib64", "libexec", "share", "ssl", "pyvenv.cfg")
+"""Of the folder that a Python is installed in. A node's own folders may lie beside them."""
 PASSED = ("LANG", "LC_ALL", "LC_CTYPE", "TZ", "FLOWMESH_ATTEMPT")
 FILE_BYTES = 512 * 2**20
 OPEN_FILES = 1024
+TASKS_A_PROCESS = 16
+"""The kernel counts threads, too; its bound only has to stop what forks faster than processes are counted."""
 
 
 class Sandbox:
@@ -55,9 +62,9 @@ class Sandbox:
             network = "on"
         else:
             network = "off (network namespace)" if self.mode == "namespaces" else "off (no sockets)"
-        processes = "own (pid namespace)" if self.mode == "namespaces" else "the node's (its user's can be signalled)"
-        if self.mode == "landlock" and signals_confined():
-            processes = "the node's (signals confined)"
+        processes = "own (pid namespace)"
+        if self.mode == "landlock":
+            processes = f"the node's (signals {'confined' if signals_confined() else 'refused'})"
         return {"files": self.mode, "network": network, "processes": processes}
 
     def run(self, command: Sequence[str], check: Callable[[], None], *, timeout_s: float | None = None) -> Ended:
@@ -88,6 +95,8 @@ class Sandbox:
             "work_dir": str(self.folder),
             "readable": readable_paths(),
             "env": environment(self.folder),
+            "tasks": self.bounds.processes * TASKS_A_PROCESS,
+            "tasks_of_user": tasks_of_user() if self.mode == "landlock" else 0,
             "limits": {
                 "RLIMIT_CORE": 0,
                 "RLIMIT_DATA": self.bounds.memory_bytes,
@@ -108,8 +117,14 @@ class Sandbox:
 
 def readable_paths() -> list[str]:
     """The programs and libraries of this machine, and this Python's."""
-    own = {sys.prefix, sys.base_prefix, sys.exec_prefix, os.path.realpath(sys.base_prefix)}
-    paths = [*SYSTEM, *(f"/etc/{name}" for name in ETC), *sorted(own - {"/", "/usr"})]
+    own = {sys.prefix, sys.base_prefix, sys.exec_prefix, os.path.realpath(sys.base_prefix)} - {"/", "/usr"}
+    packages = {path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")}
+    paths = [
+        *SYSTEM,
+        *(f"/etc/{name}" for name in ETC),
+        *(f"{root}/{name}" for root in sorted(own) for name in OF_PYTHON),
+    ]
+    paths += sorted(path for path in packages if not any(path.startswith(f"{shown}/") for shown in paths))
     return [path for path in paths if os.path.lexists(path)]
 
 
@@ -131,11 +146,21 @@ def environment(folder: Path) -> dict[str, str]:
     }
 
 
-def signals_confined() -> bool:
-    """Whether this kernel's Landlock keeps a command from signalling processes that are not its own."""
-    from runners.agent.jail.kernel import landlock_version
+def tasks_of_user() -> int:
+    """Processes and threads of this user, on the whole machine."""
+    own, count = os.geteuid(), 0
+    for entry in os.scandir("/proc"):
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and entry.stat().st_uid == own:
+                count += os.stat(f"/proc/{entry.name}/task").st_nlink - 2  # noqa: PTH116 - called for each process
+    return count
 
-    return landlock_version() >= 6
+
+def signals_confined() -> bool:
+    """Whether this kernel's Landlock keeps a command's signals to its own processes; else it can send none."""
+    from runners.agent.jail import kernel
+
+    return kernel.landlock_version() >= kernel.LANDLOCK_OF_SIGNALS
 
 
 @functools.cache

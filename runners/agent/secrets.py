@@ -13,6 +13,7 @@ HIDDEN = "[hidden]"
 _SHORTEST = 6  # a shorter "secret" would blank out ordinary words
 _SECRET_NAME = re.compile(r"(?i)(^|_)(api_?key|key|token|secret|password|passwd|credentials?)(_|$)")
 _BEARER = re.compile(r"(?i)\b(bearer\s+)(?=\S*\d)[A-Za-z0-9._~+/=-]{16,}")
+_HALVES = re.compile("[\ud800-\udfff]")
 _USERINFO = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)[^/\s@]+@")
 
 
@@ -32,7 +33,10 @@ def from_env(name: str, where: str) -> str:
 
 
 class Redactor:
-    """Hides the secrets that it knows, and what looks like a credential, in any text."""
+    """Hides the secrets that it knows, and what looks like a credential, in any text.
+
+    What comes out is sound UTF-8, whatever a model or the name of a file had in it: it goes into logs and results.
+    """
 
     def __init__(self, secrets: Iterable[str] = ()) -> None:
         self._known: set[str] = set()
@@ -49,7 +53,7 @@ class Redactor:
     _pattern = re.compile(r"(?!)")
 
     def __call__(self, text: str) -> str:
-        text = self._pattern.sub(HIDDEN, text)
+        text = _HALVES.sub("\ufffd", self._pattern.sub(HIDDEN, text))
         return _BEARER.sub(rf"\1{HIDDEN}", _USERINFO.sub(rf"\1{HIDDEN}@", text))
 
     def deep(self, value: Any) -> Any:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import stat
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO
+
+from runners.agent.command import DEEPEST
 
 MAX_READ_BYTES = 16 * 2**20
 MAX_LISTED = 500
@@ -77,19 +79,26 @@ class Workspace:
         return lines
 
     def tidy(self) -> list[str]:
-        """Drop scratch, links that lead out, and what is neither file nor folder; says what of the latter there was.
+        """Drop scratch, links that lead out, folders below too many others, and what is neither file nor folder.
+
+        Says what was dropped, but for the scratch.
 
         What stays can be packed and delivered.
         """
-        shutil.rmtree(self.folder / ".tmp", ignore_errors=True)
+        remove(self.folder / ".tmp")
         dropped: list[str] = []
-        for parent, folders, names in os.walk(self.folder):
-            for name in (*folders, *names):
-                full = Path(parent, name)
-                mode = full.lstat().st_mode
-                leads_out = stat.S_ISLNK(mode) and not _stays(full, self.folder)
-                if leads_out or not (stat.S_ISLNK(mode) or stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-                    full.unlink()
+        todo = [(self.folder, 0)]
+        while todo:
+            folder, depth = todo.pop()
+            os.chmod(folder, 0o755)  # noqa: PTH101 - what a command closed to us has to be opened to be packed
+            for entry in sorted(os.scandir(folder), key=lambda each: each.name):
+                full = Path(entry.path)
+                if entry.is_dir(follow_symlinks=False) and depth < DEEPEST:
+                    todo.append((full, depth + 1))
+                elif entry.is_file(follow_symlinks=False) or (entry.is_symlink() and _stays(full, self.folder)):
+                    continue
+                else:
+                    remove(full)
                     dropped.append(str(full.relative_to(self.folder)))
         with contextlib.suppress(OSError):
             self.folder.rmdir()  # only where it is empty
@@ -129,6 +138,14 @@ def _regular(fd: int, mode: str, path: str) -> IO[bytes]:
         os.close(fd)
         raise PathRefused(f"{path!r} is no file")
     return os.fdopen(fd, mode)
+
+
+def remove(path: Path) -> None:
+    """A file, or a folder with all in it, however deep; what is not there is gone already."""
+    if path.is_dir() and not path.is_symlink():
+        subprocess.run(["rm", "-rf", "--", path], check=False, stderr=subprocess.DEVNULL)  # no recursion to run out of
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _stays(link: Path, root: Path) -> bool:

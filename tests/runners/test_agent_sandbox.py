@@ -14,7 +14,8 @@ import psutil
 import pytest
 
 from runners.agent.command import KEPT_BYTES, Bounds, Ended, Kept, NotConfined
-from runners.agent.sandbox import MODES, Mode, Sandbox, mode_works
+from runners.agent.sandbox import MODES, Mode, Sandbox, mode_works, readable_paths
+from runners.agent.workspace import Workspace
 
 SECRET = "node-secret-4711"
 
@@ -108,6 +109,63 @@ def test_nothing_outside_can_be_changed(make, tmp_path) -> None:
     assert (after.st_mode, after.st_uid, after.st_mtime_ns) == (before.st_mode, before.st_uid, before.st_mtime_ns)
     assert not Path("/usr/flowmesh-was-here").exists()
     assert not Path("/flowmesh-was-here").exists()
+
+
+def test_times_outside_cannot_be_changed(make, tmp_path) -> None:
+    """The node goes by them where it makes room."""
+    precious = tmp_path / "precious"
+    precious.write_text("old")
+    before = precious.stat().st_mtime_ns
+    assert python(make(), f"import os; os.utime({str(precious)!r}, (1, 1))").code != 0
+    assert precious.stat().st_mtime_ns == before
+    assert shell(make(), "touch new && touch -d @1 new && stat -c %Y new").output == "1\n"
+
+
+def test_settings_of_the_machine_cannot_be_written(make) -> None:
+    """Root would need no capability for it: the owner of those files is enough."""
+    paths = ["/proc/sys/kernel/core_pattern", "/proc/sys/vm/overcommit_memory", "/proc/sysrq-trigger"]
+    code = f"import os\nfor path in {paths}:\n    try: os.open(path, os.O_WRONLY)\n    except OSError: print('kept')"
+    assert python(make(), code).output == "kept\n" * len(paths)
+
+
+REACHING = {
+    "vsock": "socket.socket(socket.AF_VSOCK)",
+    "packet": "socket.socket(socket.AF_PACKET, socket.SOCK_RAW)",
+    "user namespace": "call(syscall, 272, 0x10000000)",
+    "user namespace by clone": "call(syscall, 56, 0x10000011, 0, 0, 0, 0)",
+    "session keyring": "call(syscall, 250, 0, -3, 0)",
+    "io_uring": "call(syscall, 425, 1, ctypes.create_string_buffer(120))",
+    "userfaultfd": "call(syscall, 323, 1)",
+    "memory in no process": "os.memfd_create('x')",
+    "memory beyond processes": "call(libc.shmget, 0, 1 << 20, 0o1600)",
+    "limits of others": "resource.prlimit({pid}, resource.RLIMIT_NOFILE, (512, 1024))",
+    "niceness of others": "os.setpriority(os.PRIO_PROCESS, {pid}, 19)",
+    "a signal to others": "os.kill({pid}, 0)",
+}
+
+
+@pytest.mark.parametrize("name", REACHING)
+def test_calls_that_reach_past_the_jail_are_refused(name, make) -> None:
+    if os.uname().machine != "x86_64":
+        pytest.skip("the numbers here are those of x86_64")
+    prelude = (
+        "import ctypes, os, resource, socket\nlibc = ctypes.CDLL(None, use_errno=True)\nsyscall = libc.syscall\n"
+        "def call(function, *args):\n    if function(*args) < 0: raise OSError(ctypes.get_errno(), 'refused')\n"
+    )
+    call = REACHING[name].format(pid=os.getpid())
+    ended = python(make(), f"{prelude}try: {call}\nexcept OSError: print('refused')\nelse: print('done')")
+    assert ended.output == "refused\n"
+
+
+def test_private_keys_and_what_lies_beside_python_are_not_shown(tmp_path, monkeypatch) -> None:
+    for name in ("bin", "lib/python3/site-packages", "results_workers", "overlay/site-packages"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.setattr(sys, "path", [str(tmp_path), str(tmp_path / "overlay" / "site-packages")])
+    shown = [Path(path) for path in readable_paths()]
+    assert {tmp_path / "bin", tmp_path / "lib", tmp_path / "overlay" / "site-packages"} <= set(shown)
+    for path in (tmp_path / "results_workers", Path("/etc/ssl/private/key.pem"), Path("/etc/pki/tls/private/key.pem")):
+        assert not [each for each in shown if path.is_relative_to(each)]
 
 
 def test_files_of_this_python_keep_their_modes(make) -> None:
@@ -254,6 +312,16 @@ def test_memory_processes_and_disk_have_bounds(make) -> None:
     filled = shell(box, "for i in 1 2 3 4 5; do head -c 4000000 /dev/zero > f$i; done; sleep 60")
     assert "filled its folder" in filled.stopped
     assert shell(box, "rm -f f*; head -c 20000000 /dev/zero > big").code != 0
+    empty = "import time\nfor n in range(3000): open(f'e{n}', 'w').close()\ntime.sleep(60)"
+    assert "filled its folder" in python(box, empty).stopped
+    assert shell(box, "rm -f e* big").code == 0
+    deep = "import os, time\nfor _ in range(1500):\n    os.mkdir('a'); os.chdir('a')\ntime.sleep(60)"
+    assert python(box, deep).stopped == "it made more than 100 folders in one another"
+    assert Workspace(box.folder).tidy() == ["/".join(["a"] * 101)]
+
+
+def test_endless_output_does_not_keep_a_command_alive(make) -> None:
+    assert shell(make(timeout_s=0.5), "yes & yes & yes").stopped == "it ran for more than 0.5 s"
 
 
 def test_much_output_is_cut_in_its_middle(make) -> None:

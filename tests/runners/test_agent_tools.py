@@ -96,6 +96,17 @@ def test_what_remains_can_be_packed(space, tmp_path) -> None:
     assert not empty.folder.exists()
 
 
+def test_what_a_command_closed_is_opened_and_too_deep_folders_go(space) -> None:
+    (space.folder / "closed").mkdir()
+    (space.folder / "closed" / "x").write_text("x")
+    (space.folder / "closed").chmod(0o600)
+    (space.folder / os.fsdecode(b"\xff")).write_text("x")
+    os.mkfifo(space.folder / os.fsdecode(b"p\xfe"))
+    dropped = space.tidy()
+    assert Redactor().deep(dropped) == ["p\ufffd"]
+    assert (space.folder / "closed").stat().st_mode & 0o777 == 0o755
+
+
 # ---- documents -------------------------------------------------------------------------------------------------------
 
 
@@ -279,6 +290,7 @@ def test_secrets_are_hidden_wherever_they_stand(monkeypatch) -> None:
     assert redact("a key-from-env-1 b dXNlcjpwdw== short") == "a [hidden] b [hidden] short"
     assert redact("http://me:pw@host/x") == "http://[hidden]@host/x"
     assert redact("Authorization: Bearer abcdef0123456789abcdef") == "Authorization: Bearer [hidden]"
+    assert redact("half a \ud83d pair") == "half a \ufffd pair"
     assert redact("a bearer of good tidings") == "a bearer of good tidings"
     assert redact.deep({"key-from-env-1": ["x key-from-env-1", 3, None]}) == {"[hidden]": ["x [hidden]", 3, None]}
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import platform
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x04000000, 0x08000000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
@@ -21,19 +25,7 @@ _SECCOMP_MODE_FILTER = 2
 
 # Numbers that are the same on every architecture, as all system calls since 2019 are.
 _SYS_MOUNT_SETATTR, _SYS_LANDLOCK_CREATE, _SYS_LANDLOCK_ADD, _SYS_LANDLOCK_RESTRICT = 442, 444, 445, 446
-_IO_URING_SETUP = 425
-_ARCHITECTURES = {
-    # name: (audit number, pivot_root, capset, socket)
-    "x86_64": (0xC000003E, 155, 126, 41),
-    "aarch64": (0xC00000B7, 41, 91, 198),
-}
-_CHANGE_OWNER_OR_MODE = {
-    # chmod, chown, setxattr and removexattr in all their forms
-    "x86_64": (90, 91, 92, 93, 94, 188, 189, 190, 197, 198, 199, 260, 268),
-    "aarch64": (5, 6, 7, 14, 15, 16, 52, 53, 54, 55),
-}
-_CHANGE_SINCE_2019 = (452, 463, 466, 469)
-_X32 = 0x40000000
+_PIVOT_ROOT_AND_CAPSET = {"x86_64": (155, 126), "aarch64": (41, 91)}
 _AT_FDCWD, _AT_RECURSIVE = -100, 0x8000
 _MOUNT_ATTR_RDONLY, _MOUNT_ATTR_NOSUID, _MOUNT_ATTR_NODEV = 1, 2, 4
 _LAST_CAPABILITY = 63
@@ -53,16 +45,27 @@ def _syscall(name: str, number: int, *args: object) -> int:
     return _checked(name, _libc.syscall(ctypes.c_long(number), *args))
 
 
-def _numbers() -> tuple[int, int, int, int]:
-    numbers = _ARCHITECTURES.get(platform.machine())
-    if numbers is None:
+def of_this_machine(by_machine: Mapping[str, T]) -> T:
+    """The entry for this machine's architecture.
+
+    Raises:
+        OSError: it has none.
+    """
+    found = by_machine.get(platform.machine())
+    if found is None:
         raise OSError(38, f"no system call numbers for {platform.machine()}")
-    return numbers
+    return found
 
 
 def _prctl(option: int, *args: int) -> None:
     padded = [ctypes.c_ulong(arg) for arg in (*args, 0, 0, 0, 0)[:4]]
     _checked(f"prctl({option})", _libc.prctl(option, *padded))
+
+
+def release() -> tuple[int, int]:
+    """This kernel's version."""
+    major, minor = os.uname().release.split(".")[:2]
+    return int(major), int("".join(itertools.takewhile(str.isdigit, minor)) or 0)
 
 
 def die_with_parent(signal_number: int) -> None:
@@ -75,6 +78,14 @@ def become_subreaper() -> None:
 
 def forbid_new_privileges() -> None:
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+
+
+def filter_calls(program: bytes) -> None:
+    """From now on every system call goes through this seccomp program; see `seccomp.py`."""
+    buffer = ctypes.create_string_buffer(program, len(program))
+    header = struct.pack("@HP", len(program) // 8, ctypes.addressof(buffer))
+    holder = ctypes.create_string_buffer(header, len(header))
+    _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(holder))
 
 
 def undumpable() -> None:
@@ -104,7 +115,7 @@ def make_read_only(target: str) -> None:
 
 
 def pivot_root(new_root: str, put_old: str) -> None:
-    _syscall("pivot_root", _numbers()[1], os.fsencode(new_root), os.fsencode(put_old))
+    _syscall("pivot_root", of_this_machine(_PIVOT_ROOT_AND_CAPSET)[0], os.fsencode(new_root), os.fsencode(put_old))
 
 
 def unmount(target: str) -> None:
@@ -120,7 +131,7 @@ def drop_capabilities() -> None:
             break  # past the last one that this kernel knows
     _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
     header, none = struct.pack("=Ii", 0x20080522, 0), bytes(24)
-    _syscall("capset", _numbers()[2], header, none)
+    _syscall("capset", of_this_machine(_PIVOT_ROOT_AND_CAPSET)[1], header, none)
 
 
 # ---- Landlock --------------------------------------------------------------------------------------------------------
@@ -132,6 +143,10 @@ _NET_ALL = 3  # bind and connect of TCP
 _SCOPE_ALL = 3  # abstract unix sockets, signals
 _READING = _EXECUTE | _READ_FILE | _READ_DIR
 _OF_FILES = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE | _IOCTL_DEV
+LANDLOCK_NEEDED = 3
+"""Before it, files that cannot be opened could be truncated."""
+LANDLOCK_OF_SIGNALS = 6
+"""Since it, signals can be confined, too."""
 
 
 def landlock_version() -> int:
@@ -156,7 +171,7 @@ def landlock(readable: Iterable[str], writable: Iterable[str], *, network: bool)
     for since, right in ((2, _REFER), (3, _TRUNCATE), (5, _IOCTL_DEV)):
         handled |= right if version >= since else 0
     net = 0 if network or version < 4 else _NET_ALL
-    scope = _SCOPE_ALL if version >= 6 else 0
+    scope = _SCOPE_ALL if version >= LANDLOCK_OF_SIGNALS else 0
     attributes = struct.pack("=QQQ", handled, net, scope)[: 24 if version >= 6 else 16 if version >= 4 else 8]
     ruleset = _syscall(
         "landlock", _SYS_LANDLOCK_CREATE, attributes, ctypes.c_size_t(len(attributes)), ctypes.c_uint32(0)
@@ -173,45 +188,3 @@ def landlock(readable: Iterable[str], writable: Iterable[str], *, network: bool)
             os.close(fd)
     _syscall("landlock", _SYS_LANDLOCK_RESTRICT, ruleset, ctypes.c_uint32(0))
     os.close(ruleset)
-
-
-# ---- seccomp ---------------------------------------------------------------------------------------------------------
-
-_LD_ABS, _JEQ, _JGE, _RET = 0x20, 0x15, 0x35, 0x06
-_ALLOW, _ERRNO_EPERM, _KILL = 0x7FFF0000, 0x00050001, 0x80000000
-
-
-def filter_calls(families: Iterable[int], *, keep_modes: bool = False) -> None:
-    """From now on `socket` refuses all families but these, and io_uring, which could go around it, is refused.
-
-    Args:
-        keep_modes: refuse as well what changes owners, modes and attributes, which Landlock does not look at.
-    """
-    audit, _, _, socket_number = _numbers()
-    allowed = list(families)
-    refused = [_IO_URING_SETUP]
-    if keep_modes:
-        refused += [*_CHANGE_OWNER_OR_MODE[platform.machine()], *_CHANGE_SINCE_2019]
-    program = [
-        (_LD_ABS, 0, 0, 4),
-        (_JEQ, 1, 0, audit),
-        (_RET, 0, 0, _KILL),
-        (_LD_ABS, 0, 0, 0),
-        (_JGE, 0, 1, _X32),
-        (_RET, 0, 0, _ERRNO_EPERM),
-    ]
-    for number in refused:
-        program += [(_JEQ, 0, 1, number), (_RET, 0, 0, _ERRNO_EPERM)]
-    program += [
-        (_JEQ, 1, 0, socket_number),
-        (_RET, 0, 0, _ALLOW),
-        (_LD_ABS, 0, 0, 16),  # its first argument, the low half
-        *((_JEQ, len(allowed) - index, 0, family) for index, family in enumerate(allowed)),
-        (_RET, 0, 0, _ERRNO_EPERM),
-        (_RET, 0, 0, _ALLOW),
-    ]
-    code = b"".join(struct.pack("=HBBI", *line) for line in program)
-    buffer = ctypes.create_string_buffer(code, len(code))
-    header = struct.pack("@HP", len(program), ctypes.addressof(buffer))
-    holder = ctypes.create_string_buffer(header, len(header))
-    _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(holder))

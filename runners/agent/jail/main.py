@@ -15,16 +15,19 @@ import signal
 import socket
 import struct
 import sys
+import time
 from pathlib import Path
 from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import kernel  # type: ignore[import-not-found,unused-ignore]
+import seccomp  # type: ignore[import-not-found,unused-ignore]
 
 EXIT_NOT_CONFINED = 97
 """The jail could not be built; the command has not run."""
 DEVICES = ("null", "zero", "full", "random", "urandom")
 TMP_BYTES = 256 * 2**20
+LEAST_PID_MAX = 512
 NETWORKED = (socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK)
 
 
@@ -81,8 +84,9 @@ def _be_init(plan: dict[str, Any], command: list[str], tell: int) -> NoReturn:
             _raise_loopback()
         kernel.forbid_new_privileges()
         kernel.drop_capabilities()
-        if plan["network"]:
-            kernel.filter_calls(NETWORKED)  # the machine's abstract unix sockets would be in reach
+        # With the machine's network its abstract unix sockets would be in reach; others of its own lead nowhere.
+        families = NETWORKED if plan["network"] else (socket.AF_UNIX, *NETWORKED)
+        kernel.filter_calls(seccomp.program(families, shares_machine=False))
         os.set_inheritable(tell, False)
         child = os.fork()
         if child == 0:
@@ -114,6 +118,8 @@ def _build_root(plan: dict[str, Any]) -> None:
     Path(root, "proc").mkdir(exist_ok=True)
     with contextlib.suppress(OSError):  # refused inside some containers; then the command has no /proc
         kernel.mount("proc", f"{root}/proc", "proc", kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC)
+        _bound_pids(f"{root}/proc", plan["tasks"])
+        kernel.make_read_only(f"{root}/proc")  # root needs no capability to write the machine's settings in there
     old = Path(root, ".old")
     old.mkdir()
     kernel.pivot_root(root, str(old))
@@ -121,6 +127,13 @@ def _build_root(plan: dict[str, Any]) -> None:
     kernel.unmount("/.old")
     Path("/.old").rmdir()
     kernel.mount("tmpfs", "/", None, 32 | 1 | kernel.MS_BIND | kernel.MS_NOSUID | kernel.MS_NODEV)  # remount, read-only
+
+
+def _bound_pids(proc: str, most: int) -> None:
+    """The namespace's own bound on processes and threads, for root too, whom RLIMIT_NPROC does not bind."""
+    if kernel.release() >= (6, 14):  # before, it was the machine's
+        with contextlib.suppress(OSError):
+            Path(f"{proc}/sys/kernel/pid_max").write_text(str(max(most, LEAST_PID_MAX)))
 
 
 def _show(root: str, path: str, *, writable: bool) -> None:
@@ -160,8 +173,11 @@ def _raise_loopback() -> None:
 
 
 def _start_under_landlock(plan: dict[str, Any], command: list[str]) -> int:
-    if not kernel.landlock_version():
-        raise OSError(38, "this kernel has no Landlock")
+    version = kernel.landlock_version()
+    if version < kernel.LANDLOCK_NEEDED:
+        had = f"version {version} of Landlock" if version else "no Landlock"
+        raise OSError(38, f"this kernel has {had}; version {kernel.LANDLOCK_NEEDED} (Linux 6.2) is needed")
+    confined = version >= kernel.LANDLOCK_OF_SIGNALS
     kernel.undumpable()
     ready, tell = os.pipe()
     child = os.fork()
@@ -169,12 +185,14 @@ def _start_under_landlock(plan: dict[str, Any], command: list[str]) -> int:
         os.close(ready)
         os.set_inheritable(tell, False)
         kernel.die_with_parent(signal.SIGKILL)
+        os.setpgid(0, 0)  # not ours, which is killed as a whole
         try:
             kernel.forbid_new_privileges()
             kernel.drop_capabilities()
             devices = [f"/dev/{name}" for name in DEVICES]
             kernel.landlock(plan["readable"], [plan["work_dir"], *devices], network=plan["network"])
-            kernel.filter_calls(NETWORKED if plan["network"] else (), keep_modes=True)
+            families = NETWORKED if plan["network"] else ()
+            kernel.filter_calls(seccomp.program(families, shares_machine=True, signals_confined=confined))
             _execute(plan, command, tell)
         except OSError as error:
             os.write(tell, str(error).encode())
@@ -200,11 +218,26 @@ def _execute(plan: dict[str, Any], command: list[str], tell: int) -> NoReturn:
         hard = resource.getrlimit(kind)[1]
         bound = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(kind, (bound, bound))
+    _bound_tasks(plan)
     try:
         os.execvpe(command[0], command, plan["env"])
     except OSError as error:
         os.write(tell, f"{command[0]}: {error.strerror}".encode())
         os._exit(EXIT_NOT_CONFINED)
+
+
+def _bound_tasks(plan: dict[str, Any]) -> None:
+    """Processes and threads of a user that is not root: of the new namespace, else beside those that there are."""
+    there = 0
+    if plan["mode"] == "namespaces":
+        if kernel.release() < (5, 14):  # before, it counted the user's all over the machine
+            return
+    else:
+        there = plan["tasks_of_user"]
+    hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
+    most = there + plan["tasks"]
+    bound = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(resource.RLIMIT_NPROC, (bound, bound))
 
 
 def _wait_for(child: int) -> int:
@@ -217,25 +250,34 @@ def _wait_for(child: int) -> int:
 
 
 def _leave(child: int, status: int) -> NoReturn:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(child, signal.SIGKILL)
+    for kill in (os.kill, os.killpg):
+        with contextlib.suppress(ProcessLookupError):
+            kill(child, signal.SIGKILL)
     _kill_descendants()
     os._exit(status)
 
 
 def _kill_descendants() -> None:
-    """We are their subreaper: who has lost its parent is our child, and so in reach, until nobody is left."""
+    """We are their subreaper: who has lost its parent is our child, and so in reach, until nobody is left.
+
+    By whole process groups: of one that forks faster than we look, the kernel gets all at once.
+    """
+    own = os.getpgrp()
     while True:
-        for pid in _descendants(os.getpid()):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        for pid, group in _descendants(os.getpid()):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(group, signal.SIGKILL) if group != own else os.kill(pid, signal.SIGKILL)
         try:
-            os.waitpid(-1, 0)
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
         except ChildProcessError:
             return
+        time.sleep(0.002)
 
 
-def _descendants(root: int) -> list[int]:
+def _descendants(root: int) -> list[tuple[int, int]]:
+    """Each with its process group."""
+    groups: dict[int, int] = {}
     children: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):
         if not name.isdigit():
@@ -244,11 +286,12 @@ def _descendants(root: int) -> list[int]:
             fields = Path(f"/proc/{name}/stat").read_bytes().rpartition(b")")[2].split()
         except OSError:
             continue
+        groups[int(name)] = int(fields[2])
         children.setdefault(int(fields[1]), []).append(int(name))
     found, todo = [], [root]
     while todo:
         below = children.get(todo.pop(), [])
-        found += below
+        found += [(pid, groups[pid]) for pid in below]
         todo += below
     return found
 
