@@ -79,7 +79,7 @@ class Session:
             base_url = wanted.base_url or ""
             if wanted.serve is not None:
                 agents = agents_folder(ctx)
-                started = serve.endpoint(ctx, wanted.serve, agents, watch, f"{where}.serve")
+                started = serve.endpoint(ctx, wanted.serve, agents, watch, f"{where}.serve", redact=self._redact)
                 base_url = self._stack.enter_context(started)
             self._model = EndpointModel(Endpoint(wanted, base_url, self._redact, where), wanted, watch)
         self._stack.enter_context(self._bridge)

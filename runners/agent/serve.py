@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from runners.agent.config import Serve
-from runners.agent.secrets import from_env
+from runners.agent.secrets import Redactor, from_env
 from runners.agent.watch import Watch
 from runners.api import Context, RunnerError
 
@@ -27,7 +27,7 @@ POLL_S = 0.1
 
 
 @contextlib.contextmanager
-def endpoint(ctx: Context, wanted: Serve, agents: Path, watch: Watch, where: str) -> Iterator[str]:
+def endpoint(ctx: Context, wanted: Serve, agents: Path, watch: Watch, where: str, *, redact: Redactor) -> Iterator[str]:
     """Start the command, wait until it answers, and give its base URL. It ends with the block.
 
     Raises:
@@ -42,7 +42,9 @@ def endpoint(ctx: Context, wanted: Serve, agents: Path, watch: Watch, where: str
             part = part.replace(name, value)  # noqa: PLW2901 - one after the other
         command.append(part)
     env = {name: os.environ[name] for name in PASSED if name in os.environ}
-    env |= {name: from_env(name, f"{where}.env_from") for name in wanted.env_from}
+    for name in wanted.env_from:
+        env[name] = from_env(name, f"{where}.env_from")
+        redact.learn(env[name])
     env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [env.get("PYTHONPATH")])])
     log = ctx.out_dir / "logs" / LOG
     log.parent.mkdir(exist_ok=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import socket
+import time
 import urllib.request
 from typing import Any
 from urllib.parse import urlencode, urljoin, urlsplit
@@ -23,6 +24,11 @@ from runners.data.paths import PathError, parse, walk
 MAX_REDIRECTS = 5
 USER_AGENT = "flowmesh-agent/1.0"
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
+
+EMBEDDING = tuple(map(ipaddress.IPv6Network, ("::/96", "64:ff9b::/96")))
+"""IPv6 addresses whose end is one of IPv4: compatible ones, and those that NAT64 translates."""
+OF_CLOUDS = tuple(map(ipaddress.IPv4Network, ("168.63.129.16/32", "192.0.0.0/24")))
+"""Public by their numbers, and yet the machine's own: Azure's services for it; Oracle's metadata."""
 
 
 class WebRefused(ValueError):
@@ -61,7 +67,7 @@ def _get(url: str, wanted: Fetch) -> tuple[int, dict[str, str], bytes]:
         parts = urlsplit(url)
     except ValueError:
         parts = urlsplit("")
-    host = parts.hostname
+    host = _ascii(parts.hostname)
     if parts.scheme not in ("http", "https") or not host:
         raise WebRefused(f"{url[:200]!r} is no http or https address")
     if wanted.allow_hosts and not any(host == name or host.endswith(f".{name}") for name in wanted.allow_hosts):
@@ -77,7 +83,8 @@ def _get(url: str, wanted: Fetch) -> tuple[int, dict[str, str], bytes]:
             pool, target = urllib3.ProxyManager(proxy), url
         else:
             target = urlsplit(url)._replace(scheme="", netloc="", fragment="").geturl() or "/"
-            headers["Host"] = host if parts.port is None else f"{host}:{port}"
+            named = f"[{host}]" if ":" in host else host
+            headers["Host"] = named if parts.port is None else f"{named}:{port}"
             pool = (
                 urllib3.HTTPSConnectionPool(address, port, server_hostname=host, assert_hostname=host)
                 if parts.scheme == "https"
@@ -87,7 +94,7 @@ def _get(url: str, wanted: Fetch) -> tuple[int, dict[str, str], bytes]:
             "GET", target, headers=headers, timeout=timeout, redirect=False, retries=False, preload_content=False
         )
         try:
-            body = answer.read(wanted.max_bytes + 1, decode_content=False)
+            body = _body(answer, wanted)
         finally:
             answer.release_conn()
             pool.clear() if proxy else pool.close()
@@ -100,6 +107,25 @@ def _get(url: str, wanted: Fetch) -> tuple[int, dict[str, str], bytes]:
     return answer.status, {name.lower(): value for name, value in answer.headers.items()}, body
 
 
+def _body(answer: Any, wanted: Fetch) -> bytes:
+    """What comes, at most one byte too many, within the time for all of it: a trickle is no reason to wait longer."""
+    deadline = time.monotonic() + wanted.timeout_s
+    body = bytearray()
+    while len(body) <= wanted.max_bytes and (piece := answer.read1(1 << 16, decode_content=False)):
+        body += piece
+        if time.monotonic() > deadline:
+            raise TimeoutError
+    return bytes(body[: wanted.max_bytes + 1])
+
+
+def _ascii(host: str | None) -> str | None:
+    """A host's name as it goes over the wire; as it is, where there is no such form."""
+    try:
+        return host if host is None or host.isascii() else host.encode("idna").decode()
+    except UnicodeError:
+        return host
+
+
 def _address(host: str, port: int, wanted: Fetch) -> str:
     """The one address that is connected to. All that the name stands for have to be allowed."""
     try:
@@ -108,10 +134,22 @@ def _address(host: str, port: int, wanted: Fetch) -> str:
         raise WebRefused(f"{host}: there is no such host") from None
     for text in found:
         address = ipaddress.ip_address(text.partition("%")[0])
-        mapped = getattr(address, "ipv4_mapped", None) or address
-        if not wanted.allow_private and not (mapped.is_global and not mapped.is_multicast):
+        if not wanted.allow_private and not is_public(address):
             raise WebRefused(f"{host} is not a public address, and this agent may only ask public ones")
     return found[0]
+
+
+def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Whether it is of the internet, also where an IPv6 address stands for one of IPv4."""
+    if isinstance(address, ipaddress.IPv6Address):
+        embedded = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
+        if any(address in block for block in EMBEDDING):
+            embedded.append(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
+        if not all(is_public(each) for each in embedded if each is not None):
+            return False
+        if address.ipv4_mapped is not None:
+            return True
+    return address.is_global and not address.is_multicast and not any(address in block for block in OF_CLOUDS)
 
 
 def search(query: str, count: int, provider: SearchProvider, redact: Redactor, where: str) -> list[dict[str, str]]:

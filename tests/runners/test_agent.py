@@ -459,11 +459,16 @@ def test_the_examples_run_as_they_are(name, said, make_context, monkeypatch) -> 
         assert (ctx.out_dir / artifact).is_file()
 
 
-def test_a_local_endpoint_that_does_not_start_is_said(agents, make_context) -> None:
+def test_a_local_endpoint_that_does_not_start_is_said(agents, make_context, monkeypatch) -> None:
     serve = {"command": ["{python}", "-c", "import sys; sys.exit('no such model here')"]}
     config = {"model": {"base_url": None, "serve": serve}}
     with pytest.raises(RunnerError, match=r"test.model.serve.command: .* ended with status 1 .*: no such model here"):
         run_agent(make_context, agents, "", config=config)
+    monkeypatch.setenv("HUB_ENTRY", "hub-entry-0815")
+    shown = "import os, sys; sys.exit('refused: ' + os.environ['HUB_ENTRY'])"
+    serve = {"command": ["{python}", "-c", shown], "env_from": ["HUB_ENTRY"]}
+    with pytest.raises(RunnerError, match=r"refused: \[hidden\]"):
+        run_agent(make_context, agents, "", config={"model": {"base_url": None, "serve": serve}})
     serve = {"command": ["{python}", "-c", "import time; time.sleep(60)"], "ready_timeout_s": 0.5}
     with pytest.raises(RunnerError, match=r"did not answer within 0.5 s"):
         run_agent(make_context, agents, "", config={"model": {"base_url": None, "serve": serve}})

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import io
+import ipaddress
 import json
 import os
 import threading
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +23,7 @@ from runners.agent.config import Fetch, SearchProvider
 from runners.agent.documents import UnreadableDocument, document_text
 from runners.agent.html_text import html_text
 from runners.agent.secrets import Redactor
-from runners.agent.web import WebRefused, check_provider, fetch, search
+from runners.agent.web import WebRefused, check_provider, fetch, is_public, search
 from runners.agent.workspace import PathRefused, Workspace
 from runners.api import BadRequest
 
@@ -163,6 +166,7 @@ class Site(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.pages: dict[str, tuple[int, dict[str, str], bytes]] = {}
         self.asked: list[tuple[str, str, dict[str, str], bytes]] = []
+        self.trickle_s = 0.0
 
     def url(self, path: str = "/") -> str:
         return f"http://127.0.0.1:{self.server_address[1]}{path}"
@@ -181,7 +185,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         for name, value in more.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(data)
+        with contextlib.suppress(ConnectionError):
+            for start in range(0, len(data), 1 if self.server.trickle_s else len(data)):
+                self.wfile.write(data[start : start + 1] if self.server.trickle_s else data)
+                time.sleep(self.server.trickle_s)
 
     do_POST = do_GET
 
@@ -233,6 +240,26 @@ def test_addresses_that_are_not_public_are_refused(url, site) -> None:
     with pytest.raises(WebRefused):
         fetch(url.format(site=site.url(), port=site.server_address[1]), Fetch(timeout_s=5))
     assert site.asked == []
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("93.184.215.14", True), ("2606:2800:21f:cb07::1", True), ("::ffff:93.184.215.14", True),
+        ("100.100.100.200", False), ("168.63.129.16", False), ("192.0.0.192", False), ("fd00:ec2::254", False),
+        ("64:ff9b::169.254.169.254", False), ("2002:7f00:1::", False), ("::127.0.0.1", False), ("fe80::1", False),
+        ("::ffff:10.0.0.1", False), ("::ffff:168.63.129.16", False), ("ff0e::1", False), ("224.0.0.1", False),
+    ],
+)  # fmt: skip
+def test_public_addresses_are_told_from_others(address, public) -> None:
+    assert is_public(ipaddress.ip_address(address)) is public
+
+
+def test_a_page_that_trickles_does_not_hold_an_agent(site) -> None:
+    site.pages["/slow"] = (200, {}, b"x" * 500)
+    site.trickle_s = 0.1
+    with pytest.raises(WebRefused, match="cannot be reached"):
+        fetch(site.url("/slow"), Fetch(allow_private=True, timeout_s=0.5))
 
 
 def test_only_allowed_hosts_are_asked(site) -> None:
