@@ -9,6 +9,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from runners.training.progress import Meter
 
 
+class NothingLeft(Exception):
+    """The run goes on from its last step. The trainer itself would do one more before it looks."""
+
+
 class MeterCallback(TrainerCallback):
     """Reports each step, and stops the trainer between two steps where the node wants so."""
 
@@ -20,6 +24,8 @@ class MeterCallback(TrainerCallback):
         tokens = state.num_input_tokens_seen if self._over_lives else 0
         self._meter.restore(state.log_history)
         self._meter.begin(state.global_step, state.max_steps, tokens)
+        if state.global_step >= state.max_steps:
+            raise NothingLeft
 
     def on_log(self, _args: Any, state: TrainerState, _control: TrainerControl, logs: Any = None, **_: Any) -> None:
         if logs:

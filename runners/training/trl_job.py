@@ -8,7 +8,7 @@ import trl
 
 from runners.api import BadRequest, RunnerError
 from runners.training import arguments, data, models, prompts, rewards, saving, sharding
-from runners.training.callbacks import MeterCallback
+from runners.training.callbacks import MeterCallback, NothingLeft
 from runners.training.setup import Setup
 
 
@@ -63,6 +63,8 @@ class TrlJob:
         resume = str(self.start.resume) if self.start.resume is not None else None
         try:
             self.trainer.train(resume_from_checkpoint=resume)
+        except NothingLeft:
+            self._ctx.log.info("%s is of the last step: nothing is left to train", self.start.resume)
         except (ValueError, KeyError, RuntimeError) as error:
             if resume is not None and self._meter.total == 0:  # it had not begun yet
                 raise RunnerError(f"cannot go on from {resume}: {' '.join(str(error).split()):.500}") from error

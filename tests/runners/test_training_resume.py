@@ -73,6 +73,16 @@ def test_a_resumed_run_ends_as_if_it_had_never_been_stopped(tmp_path: Path, task
     assert weights(again) == weights(whole)
 
 
+@pytest.mark.parametrize("task_type", ["lora_sft", "ppo"])
+def test_a_run_that_ended_before_its_result_was_saved_trains_no_further_step(tmp_path: Path, task_type: str) -> None:
+    whole = whole_run(tmp_path, task_type)
+    with_checkpoint(tmp_path, whole, "checkpoint-12")
+    again = train(tmp_path, task_type, SPECS[task_type], task_id="again", limits=ALLOWED)
+    assert (again["metrics"]["first_step"], again["metrics"]["steps"]) == (12, 12)
+    assert losses(again) == losses(whole)
+    assert weights(again) == weights(whole)
+
+
 def test_torn_checkpoints_are_skipped_with_a_warning(tmp_path: Path) -> None:
     whole = whole_run(tmp_path, "sft")
     folder = with_checkpoint(tmp_path, whole, "checkpoint-4", "checkpoint-8", "checkpoint-12")
