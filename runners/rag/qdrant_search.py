@@ -98,12 +98,15 @@ class QdrantSearcher:
         return wanted
 
     def _ask(self, ctx: Context, call: Any) -> Any:
+        from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
         from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
 
         try:
             return patiently(ctx.check_cancelled, call)
         except UnexpectedResponse as error:
             raise self._refusal(error.status_code, error.reason_phrase) from None
+        except ResourceExhaustedResponse:
+            raise self._refusal(429, "Too Many Requests") from None
         except ResponseHandlingException as error:
             kind = type(error.source).__name__ if error.args == () else type(error).__name__
             raise RunnerError(
