@@ -139,7 +139,7 @@ class Fleet:
     def is_ready(self, lane_name: str) -> bool:
         """Whether a task of this lane can be forked at once."""
         server = self._current.get(lane_name)
-        return server is not None and server.state is ServerState.READY
+        return server is not None and server.serves
 
     async def warm(self, lane_name: str) -> None:
         """Have the lane's server ready before a task needs it. What is wrong with it is told when one does."""
@@ -210,7 +210,7 @@ class Fleet:
             server = None
         if server is None:
             server = self._start(lane_name)
-        if server.state is ServerState.READY:
+        if server.serves:
             return server  # at once: were there a moment between choosing it and asking it, it could be retired in it
         try:
             answer = await asyncio.wait_for(asyncio.shield(server.answered), READY_TIMEOUT_S)
@@ -222,7 +222,7 @@ class Fleet:
             log = self._log_folder / f"{lane_name}.log"
             raise self._break(lane_name, f"{error}: {_last_line(log)}; see {log}") from None
         if isinstance(answer, Ready):
-            return await self._server(lane_name)  # looked at anew: it may have been retired meanwhile
+            return server if server.serves else await self._server(lane_name)
         assert isinstance(answer, Unfit)
         if self._current.get(lane_name) is server:
             del self._current[lane_name]

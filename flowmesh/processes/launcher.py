@@ -166,6 +166,11 @@ class Server:
             except ProcessLookupError:
                 return
 
+    @property
+    def serves(self) -> bool:
+        """Whether it takes tasks: it is ready, and not to end with those that it has."""
+        return self.state is ServerState.READY
+
     def is_stale(self) -> bool:
         """Whether packages of its environment were changed after it imported them."""
         return self.ready is not None and self.ready.stamp != preload.stamp(self.ready.packages)
