@@ -22,7 +22,8 @@ import {module}
 
 class Probe(Runner):
     def run(self, ctx):
-        ctx.sleep(ctx.spec.get("seconds", 0))
+        while "gate" in ctx.spec and not os.path.exists(ctx.spec["gate"]):
+            ctx.sleep(0.05)
         told = {{"probed": os.environ.get("PROBED"), "prefix": sys.prefix}}
         return {{**told, "value": {module}.VALUE, "preloaded": {module}.PID != os.getpid()}}
 """
@@ -97,10 +98,11 @@ def test_settings_that_changed_while_a_task_ran_are_the_next_ones(
     orchestrator: Orchestrator, make_node, tmp_path: Path, how: str
 ) -> None:
     """SIGHUP: the task goes on in the server that it was forked from, the next one gets what the file says now."""
+    gate = tmp_path / "gate"
     first = make_environment(tmp_path / "first", "only_there", BODY)
     second = make_environment(tmp_path / "second", "only_there", BODY)
     node: Node = make_node(config=config(first, "only_there"), env={"PROBED": "yes"})
-    running = orchestrator.dispatch("w1", {"taskType": "probe", "seconds": 2.5}, task_id="running")
+    running = orchestrator.dispatch("w1", {"taskType": "probe", "gate": str(gate)}, task_id="running")
     orchestrator.wait_started(running)
     pid = node.task_pid(running)
     changed = {
@@ -112,6 +114,7 @@ def test_settings_that_changed_while_a_task_ran_are_the_next_ones(
     os.kill(node.pid, signal.SIGHUP)
     until(lambda: node.text().count("subscribed") == 2, "the new supervisor listens")
     assert node.task_pid(running) == pid
+    gate.touch()
     assert orchestrator.wait_end(running)["type"] == "TASK_SUCCEEDED"
     assert orchestrator.run("w1", {"taskType": "probe"}, task_id="next")["type"] == "TASK_SUCCEEDED"
     assert node.result("next")["preloaded"] is True
