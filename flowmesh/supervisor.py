@@ -31,7 +31,8 @@ from flowmesh.control import ControlServer
 from flowmesh.errors import BusyError, ConfigError, DeviceError
 from flowmesh.execution import files, lanes
 from flowmesh.execution.dispatch import Dispatcher
-from flowmesh.execution.executor import Executor, Hooks
+from flowmesh.execution.executor import Executor
+from flowmesh.execution.hooks import Hooks
 from flowmesh.execution.operations import Operations
 from flowmesh.execution.recovery import recover
 from flowmesh.execution.release import Devices

@@ -16,11 +16,14 @@ from loguru import logger
 
 from flowmesh.config import Settings
 from flowmesh.errors import FlowMeshError
-from flowmesh.execution import clock, deliveries, events, files
+from flowmesh.execution import deliveries, events, files
 from flowmesh.execution.early import EarlyCancels
+from flowmesh.execution.hearing import Hearing
+from flowmesh.execution.hooks import Counters, Hooks
+from flowmesh.execution.launches import Launches
 from flowmesh.execution.release import Devices
-from flowmesh.execution.room import Room, Shortages
-from flowmesh.execution.run import MAX_BAD_FRAMES, Run, progress_event
+from flowmesh.execution.room import Room
+from flowmesh.execution.run import Run
 from flowmesh.messages.job import Exit, Outcome
 from flowmesh.messages.wire import (
     TASK_EVENTS_CHANNEL,
@@ -29,8 +32,7 @@ from flowmesh.messages.wire import (
 from flowmesh.node.slots import Slot
 from flowmesh.processes import shm
 from flowmesh.processes.fleet import Callbacks, Fleet
-from flowmesh.processes.pipe import Cancel, FrameError, Hello, Phase, Pipe, Progress
-from flowmesh.processes.protocol import Fork, Forked
+from flowmesh.processes.pipe import Cancel
 from flowmesh.tasks import machine
 from flowmesh.tasks.journal import Journal, JournalError
 from flowmesh.tasks.machine import Level, State, step
@@ -38,45 +40,6 @@ from flowmesh.tasks.types import LIGHT, Catalogue
 from flowmesh.tasks.verdicts import Kind, Stop, Verdict
 
 JOURNAL_RETRY_S = 1.0
-GONE_FOLLOWS_S = 0.5
-"""An adopted task may have ended in time, while nobody looked: word of that comes right after word of its fork."""
-FRAMES_A_TURN = 512
-"""More than a pipe holds; a child that writes as fast as we read does not keep the loop."""
-
-
-class Hooks:
-    """What the executor tells the rest of the node. The supervisor overrides; the defaults do nothing."""
-
-    def on_posted(self) -> None:
-        """Something is in the outbox."""
-
-    def on_slot_taken(self, slot: Slot[Run], run: Run) -> None:
-        """A task has begun to use its slot."""
-
-    def on_slot_free(self, slot: Slot[Run], last: Run) -> None:
-        """The slot is free, and nobody waits for it."""
-
-    def on_slot_changed(self, slot: Slot[Run]) -> None:
-        """The slot was closed (`slot.closed` says why), or is open again."""
-
-    def on_missed(self, slot: Slot[Run]) -> None:
-        """A dispatch could not be taken, and nobody was told: the orchestrator should queue it again."""
-
-    def on_accepted(self, run: Run) -> None:
-        """A task is ours from now on."""
-
-    def on_refused(self, task_id: str, message: str) -> None:
-        """A task was not accepted, and why."""
-
-
-class Counters:
-    """What happened since the node started; for `flowmesh status`."""
-
-    def __init__(self) -> None:
-        self.malformed = 0
-        self.refused = 0
-        self.duplicates = 0
-        self.verdicts: dict[str, int] = {}
 
 
 class Executor:
@@ -103,6 +66,8 @@ class Executor:
         self.layout = layout
         self.hooks = hooks
         self.deliveries = deliveries.Deliveries(self)
+        self.launches = Launches(self)
+        self.hearing = Hearing()
         self.room = Room(self)
         self.early_cancels = EarlyCancels()
         self._idle = asyncio.Event()
@@ -113,8 +78,8 @@ class Executor:
     @property
     def callbacks(self) -> Callbacks:
         return Callbacks(
-            on_forked=self._on_forked,
-            on_fork_failed=self._on_fork_failed,
+            on_forked=self.launches.on_forked,
+            on_fork_failed=self.launches.on_fork_failed,
             on_gone=self._on_gone,
             on_lost=self._on_lost,
         )
@@ -185,7 +150,7 @@ class Executor:
         try:
             with self.journal.transaction():
                 if machine.AnnounceStarted() in actions:
-                    self._start_clock(run)
+                    self.launches.start_clock(run)
                     self.journal.started(run.attempt, run.task, run.started_at or utc_now(), run.boot_mark)
                     self.journal.post(TASK_EVENTS_CHANNEL, events.started(run))
                     self.hooks.on_posted()
@@ -211,11 +176,11 @@ class Executor:
         match action:
             case machine.Launch():
                 self.hooks.on_slot_taken(run.slot, run)
-                self.spawn(self._launch(run), run)
+                self.spawn(self.launches.start(run), run)
             case machine.AnnounceStarted():
-                self._arm_timeout(run)
+                self.launches.arm_timeout(run)
             case machine.AskToStop(reason=reason, checkpoint=checkpoint):
-                self._say(run, Cancel(reason, checkpoint))
+                self.hearing.say(run, Cancel(reason, checkpoint))
             case machine.Terminate():
                 self.fleet.terminate(run.attempt)
             case machine.KillTree():
@@ -267,163 +232,6 @@ class Executor:
             case _:
                 pass  # it goes on without
 
-    # ---- launch ------------------------------------------------------------------------------------------------------
-
-    async def _launch(self, run: Run) -> None:
-        if not self.fleet.is_ready(run.accepted.type.environment) and not await self._await_server(run):
-            self.apply(run, machine.LaunchFailed("stopped before it was started"))
-            return
-        try:
-            prepared = await asyncio.to_thread(self._prepare, run)
-        except OSError as error:
-            self.apply(run, machine.LaunchFailed(f"cannot prepare {error.filename or 'its folders'}: {error.strerror}"))
-            return
-        lacks = prepared if isinstance(prepared, Shortages) else Shortages()
-        self.room.judge(lacks.node)
-        if lacks.node and run.task.state is State.LAUNCHING and self._put_back(run):
-            return
-        if isinstance(prepared, Shortages):
-            self.apply(run, machine.LaunchFailed(f"not started: {lacks.node or lacks.own}"))
-            return
-        if refusal := await self.devices.begin(run):
-            self.apply(run, machine.LaunchFailed(refusal))
-            return
-        try:
-            await self.fleet.launch(
-                run.accepted.type.environment,
-                prepared,
-                lambda server: self.journal.launching(run.attempt, run.task, server),
-            )
-        except FlowMeshError as error:
-            self.apply(run, machine.LaunchFailed(str(error)))
-
-    def _prepare(self, run: Run) -> Fork | Shortages:
-        """In a thread: the task's folders and job, where there is room for them."""
-        return self.room.shortages(run) or files.prepare(self.layout, run)
-
-    async def _await_server(self, run: Run) -> bool:
-        """Imports take their time, and a stop does not wait for them: False where one came meanwhile."""
-        if run.task.state is State.LAUNCHING:
-            run.enter("import libraries")
-            run.waiting = self._loop.create_task(self.fleet.warm(run.accepted.type.environment))
-            await asyncio.wait([run.waiting])
-            run.waiting = None
-        return run.task.state is State.LAUNCHING
-
-    def _put_back(self, run: Run) -> bool:
-        """Have it wait anew, as the first one; not in a drain, which waits for nobody."""
-        if self.draining is not None:
-            return False
-        self.apply(run, machine.NeverForked())
-        if run.task.state is not State.QUEUED:
-            return False
-        run.slot.free(run)
-        run.slot.queue.appendleft(run)
-        self.hooks.on_slot_changed(run.slot)
-        return True
-
-    def _on_fork_failed(self, attempt: int, message: str) -> None:
-        if attempt < 0:
-            self.deliveries.on_failed(-attempt, message)
-        elif attempt in self.devices.canaries:
-            self.devices.canaries.on_failed(attempt, message)
-        elif run := self.runs.get(attempt):
-            self.apply(run, machine.LaunchFailed(message))
-
-    def _on_forked(self, forked: Forked, pipe: Pipe) -> None:
-        attempt = forked.attempt
-        if attempt < 0:
-            self.deliveries.on_forked(-attempt, pipe)
-            return
-        if attempt in self.devices.canaries:
-            self.devices.canaries.on_forked(attempt, pipe)
-            return
-        run = self.runs.get(attempt)
-        if run is None:
-            # A child of an earlier supervisor whose end is in the journal: nothing is owed to it.
-            pipe.close()
-            self.fleet.kill(attempt)
-            return
-        if run.task.state in (State.RELEASING, State.DELIVERING, State.DONE):
-            pipe.close()  # an earlier supervisor wrote its end down, and died before it said Forget
-            return
-        run.pid, run.cgroup = forked.pid, forked.cgroup
-        run.pipe = pipe
-        self._loop.add_reader(pipe.fileno(), self._read, run)
-        if run.started_at is not None and run.task.state is not State.LAUNCHING:
-            self._resume_clock(run)
-            self.devices.resume(run)
-            return
-        self.apply(run, machine.Launched())
-
-    def _start_clock(self, run: Run) -> None:
-        run.started = time.monotonic()
-        run.started_at = utc_now()
-        run.boot_mark = clock.mark()
-        run.last_heard = run.started  # in the queue it had nothing to say
-
-    def _resume_clock(self, run: Run) -> None:
-        """An adopted task's time goes on from when it began."""
-        assert run.started_at is not None
-        run.started = time.monotonic() - clock.age_s(run.boot_mark, run.started_at)
-        self._arm_timeout(run, at_least_s=GONE_FOLLOWS_S)
-        if run.task.state is State.STOPPING:
-            self.apply(run, machine.GraceOver())  # its grace ran out with the supervisor that gave it
-        logger.bind(task=run.task_id, pid=run.pid).info("task adopted")
-
-    def _arm_timeout(self, run: Run, at_least_s: float = 0.0) -> None:
-        timeout_s = run.accepted.timeout_s
-        if timeout_s is not None:
-            left_s = max(at_least_s, timeout_s - run.runtime_s)
-            detail = f"timed out after {timeout_s:g} s (spec.timeoutSec)"
-            stop = machine.StopRequested(Stop.TIMEOUT, detail)
-            run.timers.append(self._loop.call_later(left_s, self.apply, run, stop))
-
-    # ---- the pipe ----------------------------------------------------------------------------------------------------
-
-    def _say(self, run: Run, frame: Cancel) -> None:
-        """Where it does not get through, the grace that runs meanwhile leads to stronger words."""
-        if run.pipe is None:
-            return
-        try:
-            run.pipe.send(frame, drop=True)
-        except (OSError, FrameError) as error:
-            logger.bind(task=run.task_id).debug("not said: {}", error)
-
-    def _read(self, run: Run) -> None:
-        """All frames that wait. Whatever a child writes there cannot hurt more than its own task."""
-        pipe = run.pipe
-        if pipe is None:
-            return
-        try:
-            for _ in range(FRAMES_A_TURN):
-                if run.pipe is None or (frame := pipe.poll()) is None:
-                    return
-                run.last_heard = time.monotonic()
-                match frame:
-                    case Phase(name=name):
-                        run.enter(name)
-                    case Progress():
-                        run.progress = frame
-                        run.tell(progress_event(frame))
-                    case Hello() | _:
-                        pass
-        except EOFError:
-            self._close_pipe(run)
-        except FrameError as error:
-            run.bad_frames += 1
-            if run.bad_frames == 1:
-                logger.bind(task=run.task_id).warning("its child writes garbage into the pipe: {}", error)
-            if run.bad_frames >= MAX_BAD_FRAMES:
-                logger.bind(task=run.task_id).warning("its pipe is closed: too much garbage")
-                self._close_pipe(run)
-
-    def _close_pipe(self, run: Run) -> None:
-        if run.pipe is not None:
-            self._loop.remove_reader(run.pipe.fileno())
-            run.pipe.close()
-            run.pipe = None
-
     # ---- the end -----------------------------------------------------------------------------------------------------
 
     def _on_gone(self, attempt: int, exit_: Exit) -> None:
@@ -440,7 +248,7 @@ class Executor:
             self.fleet.forget(attempt)
 
     async def _collect(self, run: Run, exit_: Exit) -> None:
-        self._read(run)
+        self.hearing.read(run)
         run.exit = exit_
         run.outcome = await self.read_outcome(run)
         fault = await self.devices.fault_of(run, exit_, run.outcome) if run.gpus else ""
@@ -474,7 +282,7 @@ class Executor:
     def _end_process(self, run: Run) -> None:
         run.end_clock()
         run.end_timers()
-        self._close_pipe(run)
+        self.hearing.close(run)
 
     async def release(self, run: Run) -> None:
         """Nothing of it is left but, perhaps, what it had on its GPUs."""
