@@ -29,7 +29,7 @@ from flowmesh.bus.stream import Stream
 from flowmesh.config import Loaded, Settings, results_dir, state_dir
 from flowmesh.control import ControlServer
 from flowmesh.errors import BusyError, ConfigError, DeviceError
-from flowmesh.execution import files, lanes
+from flowmesh.execution import events, files, lanes
 from flowmesh.execution.dispatch import Dispatcher
 from flowmesh.execution.executor import Executor
 from flowmesh.execution.hooks import Hooks
@@ -445,8 +445,10 @@ class Supervisor(Hooks):
             logger.bind(worker=slot.plan.worker_id).info("announcing anew: a dispatch may have been missed")
             self.presences[slot.plan.worker_id].reannounce()
 
-    def _on_events_sent(self) -> None:
+    def _on_events_sent(self, sent: list[bytes]) -> None:
         """The orchestrator sets a worker idle when it sees a success; one that is busy by then says so again."""
+        if all(events.is_start(event) for event in sent):
+            return
         for worker_id, slot in self.slots.items():
             if slot.current is not None or slot.trouble:
                 self.presences[worker_id].restate()

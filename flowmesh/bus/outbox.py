@@ -29,7 +29,9 @@ class Outbox:
             it would take, and tell nobody who matters. So the events wait.
     """
 
-    def __init__(self, client: redis.Redis, queue: Queue, on_sent: Callable[[], None], *, guard: str) -> None:
+    def __init__(
+        self, client: redis.Redis, queue: Queue, on_sent: Callable[[list[bytes]], None], *, guard: str
+    ) -> None:
         self.trouble = Trouble("events wait", "events flow again")
         self._guard = guard
         self._client = client
@@ -66,7 +68,7 @@ class Outbox:
             self._queue.sent(batch[-1][0])
             self.trouble.over()
             backoff.reset()
-            self._on_sent()
+            self._on_sent([payload for _, _, payload in batch])
 
     async def flushed(self, timeout_s: float) -> bool:
         """Wait until everything posted so far has left; False where it has not in `timeout_s`."""

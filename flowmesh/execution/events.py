@@ -26,6 +26,11 @@ def started(run: Run) -> bytes:
     return encode(event)
 
 
+def is_start(event: bytes) -> bool:
+    """Whether an event tells of a beginning; all others here tell of an end."""
+    return event.startswith(b'{"type":"TASK_STARTED"')
+
+
 def used(run: Run, cost_per_hour: float) -> dict[str, Any]:
     """What a task has used, for its event and its result. Of an energy that is not known: null."""
     return {
