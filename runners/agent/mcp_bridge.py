@@ -156,6 +156,7 @@ class McpBridge:
             if session.ready.done():
                 return
             session.ready.set_exception(error if isinstance(error, Exception) else RunnerError("ended"))
+            session.ready.exception()  # nobody may wait for it any more; then that is no news for the log
 
     @contextlib.asynccontextmanager
     async def _http(self, wanted: McpServer) -> AsyncIterator[Any]:
