@@ -126,7 +126,7 @@ def drain(mode: str, wait: bool, config: str | None, state_dir: str | None, as_j
                 found = control.status()
         except UnavailableError:  # it has ended: drained as can be
             break
-        held = len(found.tasks) + found.queued
+        held = len(found.tasks)  # queued ones are among them
         if not held:
             break
         if held != left and not as_json:

@@ -23,6 +23,9 @@ TOKENS = 32
 PROMPTS = [" ".join(f"word{(n * 7 + k) % 97}" for k in range(1 + (n * 5) % 24)) for n in range(64)]
 ARGUMENTS = {"dtype": "float32", "max_model_len": 512, "enforce_eager": True}
 
+_ENGINES = ("vllm", "transformers")
+_BARE_KINDS = {"bare vllm": "vllm", "bare batch": "transformers", "continuous": "continuous"}
+
 _BARE = """
 import json, os, sys, time
 model, kind, *rest = sys.argv[1:]
@@ -41,6 +44,16 @@ else:
     llm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     batch = tok(prompts, return_tensors="pt", padding=True)
     began = time.perf_counter()
+    if kind == "continuous":
+        from transformers import ContinuousBatchingConfig, GenerationConfig
+        greedy = GenerationConfig(do_sample=False, max_new_tokens=tokens, eos_token_id=tok.eos_token_id,
+                                  pad_token_id=tok.pad_token_id)
+        blocks = ContinuousBatchingConfig(page_size=16, num_blocks=1024, max_batch_tokens=256)
+        ids = [tok(prompt)["input_ids"] for prompt in prompts]
+        done = llm.generate_batch(ids, generation_config=greedy, continuous_batching_config=blocks)
+        made = sum(len(each.generated_tokens) for each in done.values())
+        print(json.dumps(made / (time.perf_counter() - began)), flush=True)
+        os._exit(0)
     with torch.inference_mode():
         out = llm.generate(**batch, do_sample=False, max_new_tokens=tokens)
     made = int((out[:, batch["input_ids"].shape[1]:] != tok.pad_token_id).sum())
@@ -70,17 +83,17 @@ def _measure(*, quick: bool) -> list[Row]:
         cold = publish_to_end(peer, tiny)
         forked = [publish_to_end(peer, tiny) for _ in range(3 if quick else 10)]
         model, size = _model(Path(folder))
-        rates: dict[str, list[float]] = {name: [] for name in ("vllm", "transformers", "bare vllm", "bare batch")}
+        rates: dict[str, list[float]] = {name: [] for name in (*_ENGINES, *_BARE_KINDS)}
         for _ in range(rounds):
-            for engine in ("vllm", "transformers"):
+            for engine in _ENGINES:
                 task = peer.dispatch("w1", _spec(model, engine))
                 end = peer.wait_end(task, 300)
                 if end["type"] != "TASK_SUCCEEDED":
                     raise RuntimeError(end["error"])
                 usage = node.result(task)["usage"]
                 rates[engine].append(usage["completion_tokens"] / usage["latency_sec"])
-            rates["bare vllm"].append(_bare(model, "vllm"))
-            rates["bare batch"].append(_bare(model, "transformers"))
+            for name, kind in _BARE_KINDS.items():
+                rates[name].append(_bare(model, kind))
     best = {name: max(values) for name, values in rates.items()}
     what = f"{len(PROMPTS)} mixed prompts × {TOKENS} tokens, {size / 1e6:.0f} M parameters, float32, best of {rounds}"
     return [
@@ -100,6 +113,11 @@ def _measure(*, quick: bool) -> list[Row]:
             f"Transformers: {what}",
             f"{best['transformers']:.0f} tokens/s",
             f"{best['transformers'] / best['bare batch']:.2f} × one padded batch ({best['bare batch']:.0f})",
+        ),
+        Row(
+            "continuous batching of Transformers, which the engine does not use, on the same prompts",
+            f"{best['continuous']:.0f} tokens/s",
+            f"{best['continuous'] / best['transformers']:.2f} × the engine's sorted batches",
         ),
     ]
 
