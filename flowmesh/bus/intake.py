@@ -83,6 +83,5 @@ class Intake:
         self._subscribed_before = True
         self.up = True
         self.trouble.over()
-        if gap:
-            logger.info("subscribed again, after a gap")
+        logger.info("subscribed{}", " again, after a gap" if gap else "")
         self._on_subscribed(gap)
