@@ -142,9 +142,7 @@ class Devices:
             return
         self._deaf = False
         self._power.observe(looks)
-        for watched in self._watched.values():
-            watched.observe(looks)
-        self._judge(self.health.observe(looks))
+        self.observe(looks)
         for watched in list(self._watched.values()):
             if watched.lost_looks >= LOST_LOOKS:
                 stop = machine.StopRequested(Stop.GPU_FAULT, "; ".join(watched.faults) or "its GPU does not answer")
@@ -257,7 +255,9 @@ class Devices:
         return _IdleWatch(self, self._executor, slot)
 
     def observe(self, looks: Mapping[str, Look]) -> None:
-        """Somebody looked at GPUs anyway."""
+        """Somebody looked at GPUs anyway: what running tasks have there is told by this look, too."""
+        for watched in self._watched.values():
+            watched.observe(looks)
         self._judge(self.health.observe(looks))
 
     async def look_at_idle(self, slot: Slot[Run]) -> None:

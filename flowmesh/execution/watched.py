@@ -29,6 +29,7 @@ class Watched:
         self.lost_looks = 0
 
     def observe(self, looks: Mapping[str, Look]) -> None:
+        """Note one look; one at other GPUs only says nothing."""
         self.proof.observe(looks)
         self.meter.observe(looks)
         mine = [look for uuid in self.run.gpus if (look := looks.get(uuid)) is not None]
@@ -36,6 +37,8 @@ class Watched:
             if isinstance(look, GpuSample) and self.run.pid is not None:
                 there = look.pids | {process.pid for process in look.graphics}
                 self.pids.update(pid for pid in there - self.pids if is_below(pid, self.run.pid))
+        if not mine:
+            return
         self.lost_looks = self.lost_looks + 1 if any(isinstance(look, GpuLost) for look in mine) else 0
 
     def is_to_blame(self, finding: Finding) -> bool:

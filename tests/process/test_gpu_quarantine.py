@@ -275,6 +275,18 @@ def test_a_gpu_that_falls_off_the_bus_stops_its_task(orchestrator: Orchestrator,
     assert orchestrator.run("w1", {"taskType": "echo"})["type"] == "TASK_SUCCEEDED"
 
 
+def test_what_another_slots_gpu_says_is_no_answer_of_a_lost_one(
+    orchestrator: Orchestrator, gpu_node: MakeGpuNode
+) -> None:
+    config = "[tasks]\ncancel_grace_s = 0.2\n[node]\nslots = 'per-gpu'\n"
+    node = gpu_node(config=config, args=["--set", "gpu.sample_interval_s=1"], worker="w1-gpu0")
+    task_id, _ = held(orchestrator, node, "w1-gpu0")
+    node.stub.add(f"fail memory {A} 15", f"fail memory_v1 {A} 15")
+    assert orchestrator.wait_end(task_id)["payload"]["error_kind"] == "gpu_fault"
+    node.wait_word("DEGRADED", "w1-gpu0")
+    assert node.status("w1-gpu1") == "IDLE"
+
+
 def test_a_driver_that_hangs_delays_no_heartbeat_and_no_light_task(
     orchestrator: Orchestrator,
     gpu_node: MakeGpuNode,
