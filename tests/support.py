@@ -81,6 +81,14 @@ def alive(pid: int) -> bool:
         return False
 
 
+def spares(server: int) -> list[int]:
+    """The children that a fork server has ahead of its tasks."""
+    with contextlib.suppress(OSError):
+        children = Path(f"/proc/{server}/task/{server}/children").read_text().split()
+        return [int(pid) for pid in children if Path(f"/proc/{pid}/comm").read_text() == "flowmesh-spare\n"]
+    return []
+
+
 def with_mark(mark: str) -> list[int]:
     """Processes whose arguments, environment, folder or open files name `mark`."""
     found = []
