@@ -196,7 +196,7 @@ class Executor:
             case machine.FreeSlot():
                 self._free(run)
             case machine.Deliver():
-                self.spawn(self._deliver(run), run)
+                self.spawn(self.deliver(run), run)
             case machine.AbortDelivery():
                 self.deliveries.abort(run)
             case machine.Finish(verdict=verdict):
@@ -297,14 +297,18 @@ class Executor:
         if run.slot.current is None:
             self.hooks.on_slot_free(run.slot, run)
 
-    async def _deliver(self, run: Run) -> None:
+    async def deliver(self, run: Run) -> None:
         """Results first, where they take a moment; then what it left behind goes; then what takes longer is sent."""
         try:
             job = await self.deliveries.write(run)
         finally:
-            await asyncio.to_thread(self._clean_up, run)
+            await self.clean(run)
         if job is not None:
             await self.deliveries.send(run, job)
+
+    async def clean(self, run: Run) -> None:
+        """Have what a task left in the node's own places removed."""
+        await asyncio.to_thread(self._clean_up, run)
 
     def _clean_up(self, run: Run) -> None:
         """What a task leaves in the node's own places, once nobody of it is there to use it."""

@@ -99,10 +99,11 @@ async def _go_on(executor: Executor, run: Run, found: State, alive: set[int], de
             _set_clock(executor, run)
             run.outcome = await executor.read_outcome(run)
             executor.deliveries.adopted(run)
+            executor.spawn(executor.clean(run))
         case State.DELIVERING:
             _set_clock(executor, run)
             run.outcome = await executor.read_outcome(run)
-            executor.spawn(executor.deliveries.start(run), run)
+            executor.spawn(executor.deliver(run), run)
         case State.DONE:
             pass
 
