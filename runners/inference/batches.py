@@ -1,7 +1,7 @@
 """Which prompts go through the model together, and how many of them.
 
-Prompts of like length share a batch. Transformers' own continuous batching made two thirds of the tokens a second of this
-on two CPU cores (`scripts/bench`); on a GPU it was not measured, and vLLM is the engine for it.
+Prompts of like length share a batch. Transformers' own continuous batching made two thirds of the tokens a second of
+this on two CPU cores (`scripts/bench`); on a GPU it was not measured, and vLLM is the engine for it.
 """
 
 from __future__ import annotations
