@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import functools
 import gc
 import os
 import secrets
@@ -226,14 +227,16 @@ class Supervisor(Hooks):
     def _connect(self, name: str) -> None:
         settings = self.settings
         assert settings.redis.url is not None, "checked before the node starts"
-        knobs = {
-            "timeout_s": settings.redis.timeout_s,
-            "health_check_interval_s": settings.redis.health_check_interval_s,
-        }
-        self._clients = [
-            connect(settings.redis.url, name=f"flowmesh-{name}-{part}", **knobs) for part in ("bus", "sub")
-        ]
-        bus, listener = self._clients
+        reach = functools.partial(
+            connect,
+            settings.redis.url,
+            timeout_s=settings.redis.timeout_s,
+            health_check_interval_s=settings.redis.health_check_interval_s,
+        )
+        asking = 2 * len(self.slots) + 1  # each worker's status and heartbeat, and the outbox
+        bus = reach(name=f"flowmesh-{name}-bus", users=asking)
+        listener = reach(name=f"flowmesh-{name}-sub")
+        self._clients = [bus, listener]
         dispatcher = Dispatcher(self.executor)
         self.outbox = Outbox(bus, self.journal, self._on_events_sent, guard=f"{worker_key(name)}:guard")
         self.intake = Intake(
@@ -245,7 +248,7 @@ class Supervisor(Hooks):
         for slot in self.slots.values():
             self.presences[slot.plan.worker_id] = self._presence(slot)
         for worker_id in self.slots if settings.redis.stream else ():
-            client = connect(settings.redis.url, name=f"flowmesh-{worker_id}-stream", **knobs)
+            client = reach(name=f"flowmesh-{worker_id}-stream")
             self._clients.append(client)
             self.streams.append(Stream(client, worker_id, dispatcher.take, block_s=settings.redis.timeout_s / 2))
 

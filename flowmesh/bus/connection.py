@@ -15,15 +15,18 @@ from flowmesh.messages.sentinel import SentinelAddress, is_sentinel, sentinel_ad
 
 __all__ = ["RedisError", "connect", "leave_replica", "redis"]
 
+_SPARE_CONNECTIONS = 2
+"""For one that is being given up while its successor is made."""
 _KEEPALIVE = {socket.TCP_KEEPIDLE: 15, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 3}
 
 
-def connect(url: str, *, timeout_s: float, health_check_interval_s: float, name: str) -> redis.Redis:
+def connect(url: str, *, timeout_s: float, health_check_interval_s: float, name: str, users: int = 2) -> redis.Redis:
     """A client of its own pool. It does not retry by itself: its callers know what a retry means.
 
     Args:
         timeout_s: for connecting and for each answer.
         name: shows in CLIENT LIST.
+        users: how many may ask it at the same moment; redis-py refuses one more rather than have it wait.
     """
     reaching: dict[str, Any] = {
         "socket_timeout": timeout_s,
@@ -36,7 +39,7 @@ def connect(url: str, *, timeout_s: float, health_check_interval_s: float, name:
         **reaching,
         "health_check_interval": health_check_interval_s,
         "client_name": name,
-        "max_connections": 4,
+        "max_connections": users + _SPARE_CONNECTIONS,
         "protocol": 2,  # redis-py's RESP3 renders every published message for its log, which costs more than reading it
     }
     if is_sentinel(url):
