@@ -9,6 +9,7 @@ import time
 from tests.bench.measure import Row, deployment, ms, percentile, pss_bytes, spread
 from tests.support import until
 
+SLOTS = 10
 _CONFIG = '[task_types.burn]\nrunner = "tests.bench.runners:BurnRunner"\nenvironment = "light"\n'
 
 
@@ -31,8 +32,17 @@ def measure(*, quick: bool, so_far: list[Row]) -> list[Row]:
             aim="p99 under 100 ms",
         ),
         Row("supervisor with that task running, PSS", f"{pss / 1e6:.1f} MB"),
+        Row(f"supervisor with {SLOTS} tasks running in as many slots, PSS", f"{_pss_with_tasks() / 1e6:.1f} MB"),
         Row("SIGKILL of a task's process → slot free (p50 / p95 / p99)", spread(free), number=percentile(free, 0.5)),
     ]
+
+
+def _pss_with_tasks() -> int:
+    slots = "\n".join(f'[[slots]]\nname = "s{n}"' for n in range(SLOTS))
+    with deployment("--log-level", "WARNING", config=slots, first="w1-s0") as (node, peer):
+        for n in range(SLOTS):
+            peer.wait_started(peer.dispatch(f"w1-s{n}", {"taskType": "echo", "delaySec": 60}))
+        return pss_bytes(node.pid)
 
 
 def _kill_to_free(node, peer) -> float:  # type: ignore[no-untyped-def]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.support import Node, Orchestrator, RedisServer
+from tests.support import Node, Orchestrator, RedisServer, until
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,18 @@ def cpu_s(pid: int) -> float:
 
 
 @contextlib.contextmanager
-def deployment(*args: str, **options: Any) -> Iterator[tuple[Node, Orchestrator]]:
-    """A node, its Redis and a peer, all real."""
+def deployment(*args: str, first: str = "", **options: Any) -> Iterator[tuple[Node, Orchestrator]]:
+    """A node, its Redis and a peer, all real.
+
+    Args:
+        first: the id of a worker of a node that has several; one with a single slot has one id.
+    """
     server = RedisServer()
     peer = Orchestrator(server)
     node = Node(server, *args, **options)
     try:
-        node.start()
+        node.start(wait=not first)
+        until(lambda: not first or server.client().hget(f"worker:{first}", "status") == b"IDLE", "the node is idle")
         yield node, peer
     finally:
         node.close()
