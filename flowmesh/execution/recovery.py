@@ -36,13 +36,14 @@ async def recover(executor: Executor) -> None:
     found = {run.attempt: run.task.state for run in runs}  # while others are looked at, some of them go on
     alive = await executor.fleet.adopt(ANSWER_TIMEOUT_S)
     living = {server.id for server in executor.fleet.servers if server.ready is not None}
+    left = _left_over(executor.layout, living)  # before any server is started anew: its leaves are none of these
     dead = {record.attempt: record.server for record in records if record.server not in {*living, None}}
     for run in runs:
         await _go_on(executor, run, found[run.attempt], alive, dead.get(run.attempt))
     for slot in executor.slots.values():
         executor.pump(slot)
     keep = {run.attempt for run in runs} | {abs(attempt) for attempt in alive}
-    await asyncio.to_thread(_sweep, executor.layout, keep, _undelivered(executor) - keep, living)
+    await asyncio.to_thread(_sweep, executor.layout, keep, _undelivered(executor) - keep, left)
     if runs:
         logger.bind(tasks=len(runs), alive=len(alive)).info("tasks of the supervisor before this one taken over")
 
@@ -126,15 +127,19 @@ def _set_clock(executor: Executor, run: Run) -> None:
         run.finished = max(run.started, now - max(0.0, time.time() - left_at))
 
 
-def _sweep(layout: files.Layout, keep: set[int], undelivered: set[int], living: set[str]) -> None:
+def _sweep(layout: files.Layout, keep: set[int], undelivered: set[int], left: list[Leaf]) -> None:
     """Folders and cgroups of attempts that are over. In a thread: the journal belongs to the loop's."""
     for parent, kept in ((layout.state_dir / "spool", keep | undelivered), (layout.state_dir / "tmp", keep)):
         for folder in parent.glob("[0-9]*"):
             if int(folder.name) not in kept:
                 files.remove_tree(folder)
-    if layout.cgroup is not None:
-        leaves = [Leaf(path) for path in layout.cgroup.glob("*.*/")]
-        end_leaves([leaf for leaf in leaves if leaf.server_id not in living])
+    end_leaves(left)
+
+
+def _left_over(layout: files.Layout, living: set[str]) -> list[Leaf]:
+    """The cgroups of fork servers that live no more."""
+    leaves = [] if layout.cgroup is None else [Leaf(path) for path in layout.cgroup.glob("*.*/")]
+    return [leaf for leaf in leaves if leaf.server_id not in living]
 
 
 def _undelivered(executor: Executor) -> set[int]:
