@@ -82,6 +82,21 @@ class MisbehavingRunner(Runner):
         while True:
             time.sleep(1)
 
+    def do_wait_for_others(self, ctx: Context) -> None:
+        """Says nothing: it waits for another interpreter, for a stopped fork, and for what is no Python."""
+        waits = "import time\n\ndef spawned_waits():\n    time.sleep(600)\n\nspawned_waits()\n"
+        others = [subprocess.Popen([sys.executable, "-c", waits]), subprocess.Popen(["sleep", "600"])]
+        stopped = os.fork()
+        if stopped == 0:
+            self._stops_itself()
+        (ctx.out_dir / "others").write_text(" ".join(str(each) for each in [*(one.pid for one in others), stopped]))
+        for each in others:
+            each.wait()
+
+    def _stops_itself(self) -> None:
+        os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(600)
+
     def do_checkpoint(self, ctx: Context) -> None:
         """Saves where it is when it is asked to, and only then."""
         ctx.phase("work")

@@ -81,6 +81,7 @@ def for_task(
         **base_env,
         **{name: value for name, value in SERVER.items() if not name.endswith("_NUM_THREADS")},
         "OMP_NUM_THREADS": str(threads),
+        "PYTHONFAULTHANDLER": "1",  # an interpreter that the task starts says where it was when it dies of a signal
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",

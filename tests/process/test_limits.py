@@ -7,6 +7,8 @@ import grp
 import json
 import os
 import pwd
+import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -14,6 +16,7 @@ from typing import TypeVar
 import pytest
 
 from flowmesh.execution.files import Owner
+from flowmesh.execution.stacks import Stacks
 from flowmesh.processes import limits
 from flowmesh.processes.limits import Limits
 from tests.support import Node, Orchestrator, until
@@ -47,10 +50,39 @@ def test_a_silent_task_is_stopped_and_its_stacks_are_saved(orchestrator: Orchest
     assert end["payload"]["retryable"] is True
     assert "tasks.hang_timeout_s" in end["error"]
     logs = node.results_dir / "silent" / "logs"
-    assert "waits in" in (logs / "stacks.txt").read_text()
-    assert "do_deaf" in (logs / "stderr.log").read_text()  # Python's own stack, by faulthandler
+    stacks = (logs / "stacks.txt").read_text()
+    assert "waits in" in stacks
+    assert "do_deaf" in stacks  # Python's own stack, by faulthandler
+    assert "do_deaf" in (logs / "stderr.log").read_text()
     spoken = orchestrator.run("w1", {"taskType": "echo", "delaySec": 2.5})
     assert spoken["type"] == "TASK_SUCCEEDED"  # it reports progress all the while
+
+
+def test_the_stacks_of_every_process_are_saved(orchestrator: Orchestrator, make_node) -> None:
+    node: Node = make_node(config=config(tasks="hang_timeout_s = 3.0"))
+    end = orchestrator.run("w1", {"taskType": "misbehave", "do": "wait_for_others"}, task_id="waits")
+    assert end["payload"]["error_kind"] == "hang"
+    stacks = (node.results_dir / "waits" / "logs" / "stacks.txt").read_text()
+    spawned, program, stopped = (node.results_dir / "waits" / "others").read_text().split()
+    told = dict(re.findall(r"^pid (\d+)(.*?)(?=^pid |\Z)", stacks, re.DOTALL | re.MULTILINE))
+    assert {spawned, program, stopped} < told.keys()
+    assert "sleep 600" in told[program]
+    assert "File " not in told[program], "no Python, no stacks of Python"
+    assert "when it was ended" in told[spawned]
+    assert "in spawned_waits" in told[spawned]
+    assert "_stops_itself" in told[stopped]
+    assert "in do_wait_for_others" in stacks
+
+
+def test_stacks_are_not_written_through_a_link(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task" / "logs").symlink_to(elsewhere)
+    with subprocess.Popen(["sleep", "60"]) as process:
+        Stacks(process.pid, tmp_path / "task").save()
+        process.kill()
+    assert list(elsewhere.iterdir()) == []
 
 
 def test_a_log_that_grows_too_large_keeps_its_end(orchestrator: Orchestrator, make_node) -> None:

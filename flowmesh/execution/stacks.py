@@ -1,0 +1,149 @@
+"""What a task that hangs is doing: the stacks of every process of it, gathered in its logs/stacks.txt.
+
+The kernel's view is there of each process. A process of Python adds its own stacks to its log, by faulthandler: our
+children and their forks at a signal of ours. An interpreter that something else started (vLLM's engine, a data loader)
+has no such handler, but PYTHONFAULTHANDLER of `environ.for_task`: it tells where it is when it aborts, so it is asked
+last, when the task is to end anyhow.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from loguru import logger
+
+from flowmesh.processes import tree
+from flowmesh.results.files import write_atomic
+from flowmesh.results.names import within
+
+FILE = "stacks.txt"
+MOST_PROCESSES = 256
+"""Of a crowd of forks, the first tell enough."""
+MOST_BYTES = 64 * 1024
+"""Of what one process says of itself."""
+ANSWER_S = 0.3
+ALL_ANSWERS_S = 5.0
+_POLL_S = 0.005
+
+
+class Stacks:
+    """The stacks of one task."""
+
+    def __init__(self, pid: int, out_dir: Path) -> None:
+        """
+        Args:
+            pid: the task's first process.
+        """
+        self._first = pid
+        self._out_dir = out_dir
+        self._parts: list[str] = []
+        self._silent: list[int] = []
+
+    def save(self) -> None:
+        """Of all of it, disturbing none."""
+        deadline = time.monotonic() + ALL_ANSWERS_S
+        pids = (self._first, *tree.descendants(self._first))
+        for pid in pids[:MOST_PROCESSES]:
+            asked = _catches(pid, signal.SIGUSR1)  # it would end a process without a handler
+            told = _answer(pid, (signal.SIGUSR1,), deadline) if asked else ""
+            if not told:
+                self._silent.append(pid)
+            self._parts.append(_describe(pid) + told)
+        if len(pids) > MOST_PROCESSES:
+            self._parts.append(f"and {len(pids) - MOST_PROCESSES} processes more\n")
+        self._write()
+
+    def save_last_words(self) -> None:
+        """Of those that said nothing so far, by ending them: the first process excepted, whose end is the task's."""
+        deadline = time.monotonic() + ALL_ANSWERS_S
+        for pid in self._silent:
+            signals: tuple[int, ...] = (signal.SIGCONT,)  # one that was stopped has the question still before it
+            if pid != self._first and _catches(pid, signal.SIGABRT):
+                signals = (signal.SIGABRT, signal.SIGCONT)
+            if told := _answer(pid, signals, deadline):
+                self._parts.append(f"pid {pid}, when it was ended:\n{told}")
+        self._write()
+
+    def _write(self) -> None:
+        logs = self._out_dir / "logs"
+        if within(logs, self._out_dir) != logs:  # a link that the task has put in its place
+            return
+        try:
+            write_atomic(logs / FILE, "\n".join(self._parts).encode())
+        except OSError as error:
+            logger.bind(path=str(logs / FILE)).warning("a hung task's stacks could not be saved: {}", error)
+
+
+def _answer(pid: int, signals: tuple[int, ...], deadline: float) -> str:
+    """What a process adds to its error output after these signals; empty where that is no file, or it adds nothing."""
+    log = _open_log(pid)
+    before = 0 if log is None else os.fstat(log).st_size
+    for number in signals:
+        tree.send(pid, number)
+    if log is None:
+        return ""
+    try:
+        _wait_grown(log, before, min(time.monotonic() + ANSWER_S, deadline))
+        said = os.pread(log, MOST_BYTES, before).decode(errors="replace")
+    finally:
+        os.close(log)
+    return said if not said or said.endswith("\n") else said + "\n"
+
+
+def _open_log(pid: int) -> int | None:
+    path = Path(f"/proc/{pid}/fd/2")
+    try:
+        if path.is_file():
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:  # gone, closed, or not ours to read
+        pass
+    return None
+
+
+def _wait_grown(log: int, before: int, end: float) -> None:
+    """Until it has grown and grows no more."""
+    seen = before
+    while time.monotonic() < end:
+        time.sleep(_POLL_S)
+        size = os.fstat(log).st_size
+        if size == seen != before:
+            return
+        seen = size
+
+
+def _describe(pid: int) -> str:
+    command = _read(f"/proc/{pid}/cmdline").replace("\0", " ").strip()[:500]
+    try:
+        threads = sorted(os.listdir(f"/proc/{pid}/task"), key=int)
+    except OSError:
+        return f"pid {pid}: gone\n"
+    lines = [f"pid {pid}: {command}", *(line for tid in threads for line in _thread(pid, tid))]
+    return "\n".join(lines) + "\n"
+
+
+def _thread(pid: int, tid: str) -> Iterator[str]:
+    folder = f"/proc/{pid}/task/{tid}"
+    state = _field(_read(f"{folder}/status"), "State:") or "?"
+    yield f"  thread {tid} {_read(f'{folder}/comm').strip()}: {state}, waits in {_read(f'{folder}/wchan') or '?'}"
+    for line in _read(f"{folder}/stack").splitlines():
+        yield f"    {line}"
+
+
+def _catches(pid: int, number: int) -> bool:
+    caught = _field(_read(f"/proc/{pid}/status"), "SigCgt:")
+    return caught is not None and bool(int(caught, 16) >> (number - 1) & 1)
+
+
+def _field(status: str, name: str) -> str | None:
+    return next((line.removeprefix(name).strip() for line in status.splitlines() if line.startswith(name)), None)
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(errors="replace")
+    except OSError:
+        return ""
