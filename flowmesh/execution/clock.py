@@ -6,6 +6,7 @@ The machine's clock may be set, by hours, while nobody looks; the seconds since 
 from __future__ import annotations
 
 import datetime
+import functools
 import time
 from pathlib import Path
 
@@ -67,6 +68,7 @@ def _since_boot_s() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
+@functools.cache
 def _boot_id() -> str:
     try:
         return _BOOT_ID.read_text().strip()

@@ -318,13 +318,15 @@ def _is_small(run: Run, layout: files.Layout) -> bool:
     except OSError:
         total = 0
     count = 0
-    for folder, _, names in os.walk(run.accepted.target.out_dir):
-        for name in names:
-            count += 1
-            try:
-                total += Path(folder, name).lstat().st_size
-            except OSError:
-                continue
-        if total > INLINE_BYTES or count > INLINE_FILES:
-            return False
+    open_ = [run.accepted.target.out_dir]
+    while open_:
+        with contextlib.suppress(OSError), os.scandir(open_.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    open_.append(entry.path)
+                    continue
+                count += 1
+                total += entry.stat(follow_symlinks=False).st_size
+                if total > INLINE_BYTES or count > INLINE_FILES:
+                    return False
     return total <= INLINE_BYTES

@@ -24,7 +24,7 @@ from flowmesh.execution.launches import Launches
 from flowmesh.execution.release import Devices
 from flowmesh.execution.room import Room
 from flowmesh.execution.run import Run
-from flowmesh.messages.job import Exit, Outcome
+from flowmesh.messages.job import JOB_FILE, OUTCOME_FILE, Exit, Outcome
 from flowmesh.messages.wire import (
     TASK_EVENTS_CHANNEL,
     utc_now,
@@ -148,14 +148,14 @@ class Executor:
             return
         run.task = task
         try:
-            with self.journal.transaction():
-                if machine.AnnounceStarted() in actions:
-                    self.launches.start_clock(run)
+            if machine.AnnounceStarted() in actions:
+                self.launches.start_clock(run)
+                with self.journal.transaction():
                     self.journal.started(run.attempt, run.task, run.started_at or utc_now(), run.boot_mark)
                     self.journal.post(TASK_EVENTS_CHANNEL, events.started(run))
-                    self.hooks.on_posted()
-                elif not isinstance(event, machine.Delivered):
-                    self.journal.update(run.attempt, run.task)
+                self.hooks.on_posted()
+            elif not isinstance(event, machine.Delivered):
+                self.journal.update(run.attempt, run.task)
         except JournalError as error:
             run.task = before
             self._later(run, error, self.apply, run, event)
@@ -307,13 +307,14 @@ class Executor:
             await self.deliveries.send(run, job)
 
     async def clean(self, run: Run) -> None:
-        """Have what a task left in the node's own places removed."""
-        await asyncio.to_thread(self._clean_up, run)
+        """Have what a task left in the node's own places removed, once nobody of it is there to use it."""
+        shared = run.accepted.type.environment != LIGHT or run.task.verdict is None or not run.task.verdict.ok
+        if not files.removed_empty(self.layout.tmp(run.attempt)) or shared:
+            await asyncio.to_thread(self._clean_up, run, shared)
 
-    def _clean_up(self, run: Run) -> None:
-        """What a task leaves in the node's own places, once nobody of it is there to use it."""
+    def _clean_up(self, run: Run, shared: bool) -> None:
         files.remove_tree(self.layout.tmp(run.attempt))
-        if run.accepted.type.environment != LIGHT or run.task.verdict is None or not run.task.verdict.ok:
+        if shared:
             for name in shm.sweep(_started_by_any_clock(run) - 1.0):
                 logger.bind(task=run.task_id, name=name).info("shared memory that it left was removed")
 
@@ -351,7 +352,8 @@ class Executor:
         self.look_idle()
 
     async def _forget(self, run: Run) -> None:
-        await asyncio.to_thread(files.remove_tree, self.layout.spool(run.attempt))
+        if not files.removed_empty(spool := self.layout.spool(run.attempt), but=(JOB_FILE, OUTCOME_FILE)):
+            await asyncio.to_thread(files.remove_tree, spool)
 
     def count(self, kind: Kind) -> None:
         self.counters.verdicts[kind.value] = self.counters.verdicts.get(kind.value, 0) + 1

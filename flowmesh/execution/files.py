@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -261,8 +262,14 @@ def log_tail(out_dir: Path, limit_bytes: int = SMALL_BYTES) -> str:
 
 def log_files(logs: Path) -> Iterator[Path]:
     """Every log below a task's `logs`; none where the task has put a link there, or in its place."""
-    if not logs.is_symlink():
-        yield from (path for path in logs.rglob("*.log") if not path.is_symlink() and path.is_file())
+    open_ = [] if logs.is_symlink() or not logs.is_dir() else [str(logs)]
+    while open_:
+        with contextlib.suppress(OSError), os.scandir(open_.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    open_.append(entry.path)
+                elif entry.name.endswith(".log") and entry.is_file(follow_symlinks=False):
+                    yield Path(entry.path)
 
 
 def finish_logs(out_dir: Path, *, keep: bool) -> None:
@@ -274,6 +281,23 @@ def finish_logs(out_dir: Path, *, keep: bool) -> None:
         data = path.read_bytes() if 0 < path.stat().st_size <= MAX_FOLDED_BYTES else b""
         if b"\r" in data.replace(b"\r\n", b"\n"):
             path.write_bytes(b"\n".join(line.rstrip(b"\r").rsplit(b"\r", 1)[-1] for line in data.split(b"\n")))
+
+
+def removed_empty(path: Path, but: Iterable[str] = ()) -> bool:
+    """Remove a folder that holds nothing but these small files; False where it holds more, and the files may be gone.
+
+    Quick enough for the loop.
+    """
+    try:
+        for name in but:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(f"{path}/{name}")  # noqa: PTH108
+        os.rmdir(path)  # noqa: PTH106
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def remove_tree(path: Path) -> None:

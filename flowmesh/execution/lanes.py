@@ -10,6 +10,7 @@ from flowmesh.processes.launcher import Lane
 from flowmesh.tasks.types import DEFAULT, DELIVERY, LIGHT, Catalogue, catalogue, known_types
 
 CANARY = "runners.canary:check"
+REHEARSAL = "runners.child:rehearse"
 ALWAYS = ("runners.child",)
 DELIVERS = ("flowmesh.results.child",)
 
@@ -40,6 +41,7 @@ def plan(settings: Settings) -> tuple[Catalogue, dict[str, Lane]]:
             python=python or sys.executable,
             preload=tuple(dict.fromkeys(preload)),
             canary=None if name == LIGHT else CANARY,
+            rehearsal=REHEARSAL,
         )
     lanes[DELIVERY] = Lane(name=DELIVERY, python=sys.executable, preload=DELIVERS, contained=False)
     return found, lanes

@@ -9,13 +9,18 @@ import contextlib
 import errno
 import functools
 import os
+import time
 from collections.abc import Collection
 from pathlib import Path
+
+from flowmesh.processes.linux import read_small
 
 CONTROLLERS = ("memory", "pids", "cpu")
 SUBGROUP = "supervisor"
 """The node's own leaf below a cgroup that is delegated to it (systemd: DelegateSubgroup=supervisor). A cgroup with
 processes in it can hand no controller on, so only with this leaf can a task's memory be counted and limited."""
+
+_REMOVE_AGAIN_S = 0.005
 
 
 def own_cgroup() -> Path | None:
@@ -75,7 +80,7 @@ def oom_kills_near() -> int:
     """
     for path in _counters_near():
         try:
-            lines = path.read_bytes().splitlines()
+            lines = read_small(path).splitlines()
         except OSError:
             continue
         if found := [int(line.split()[1]) for line in lines if line.startswith(b"oom_kill ")]:
@@ -157,8 +162,8 @@ class Leaf:
 
     def populated(self) -> bool:
         try:
-            return "populated 1" in (self.path / "cgroup.events").read_text()
-        except (FileNotFoundError, OSError):
+            return b"populated 1" in read_small(f"{self.path}/cgroup.events")
+        except OSError:
             return False
 
     def pids(self) -> list[int]:
@@ -170,10 +175,19 @@ class Leaf:
     def oom_kills(self) -> int | None:
         """Processes of this leaf that the kernel killed for memory; None where it does not count them."""
         try:
-            lines = (self.path / "memory.events").read_text().splitlines()
+            lines = read_small(f"{self.path}/memory.events").splitlines()
         except OSError:
             return None
-        return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), None)
+        return next((int(line.split()[1]) for line in lines if line.startswith(b"oom_kill ")), None)
+
+    def remove_within(self, limit_s: float) -> bool:
+        """Remove the leaf, as soon as the kernel lets it go; False where that takes longer."""
+        end = time.monotonic() + limit_s
+        while not self.remove():
+            if time.monotonic() >= end:
+                return False
+            time.sleep(_REMOVE_AGAIN_S)
+        return True
 
     def remove(self) -> bool:
         """Remove the empty leaf; False where the kernel still holds it for a moment."""

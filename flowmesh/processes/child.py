@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib
 import os
-import random
 import socket
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import msgspec
 
@@ -33,6 +33,8 @@ class Start(msgspec.Struct, frozen=True):
     pipe: Pipe
     leaf: Leaf | None
     parent: int
+    rehearsal: str | None = None
+    """`module:function` to call while it waits."""
 
 
 def run(start: Start) -> int:
@@ -41,8 +43,10 @@ def run(start: Start) -> int:
     refusal = None
     try:
         limits.enter(start.leaf, start.parent)
-    except OSError as error:
-        refusal = error  # told in its task's log, once it has one
+        if start.rehearsal is not None:
+            _named(start.rehearsal)()
+    except Exception as error:  # noqa: BLE001 - told in its task's log, once it has one
+        refusal = error
     order = start.orders.recv(MAX_MESSAGE)
     start.orders.close()
     if not order:
@@ -58,9 +62,13 @@ def run(start: Start) -> int:
     os.environ.update(request.env)
     _use_threads(request.threads)
     _reseed()
-    module, _, function = request.target.partition(":")
-    status = getattr(importlib.import_module(module), function)(start.pipe, Path(request.spool))
-    return int(status)
+    return int(_named(request.target)(start.pipe, Path(request.spool)))
+
+
+def _named(target: str) -> Callable[..., Any]:
+    module, _, function = target.partition(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return found
 
 
 def report_crash() -> None:
@@ -103,8 +111,7 @@ def _use_threads(count: int) -> None:
 
 
 def _reseed() -> None:
-    """Children of one server must not all draw the same numbers."""
-    random.seed()
+    """Children of one server must not all draw the same numbers. Python's own generator sees to that by itself."""
     if (numpy := sys.modules.get("numpy")) is not None:
         numpy.random.seed()
     if (torch := sys.modules.get("torch")) is not None:

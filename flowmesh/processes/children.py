@@ -11,10 +11,9 @@ from flowmesh.messages.job import Exit
 from flowmesh.processes import cgroup
 from flowmesh.processes.cgroup import Leaf
 from flowmesh.processes.pipe import Pipe
-from flowmesh.processes.protocol import Fork, encode
+from flowmesh.processes.protocol import Fork
 
-_LEAF_TRIES = 200
-_LEAF_TRY_S = 0.005
+_LEAF_S = 1.0
 
 
 class Spare:
@@ -31,8 +30,11 @@ class Spare:
         self.leaf = leaf
         self._orders = orders
 
-    def take(self, request: Fork) -> Entry:
+    def take(self, request: Fork, data: bytes) -> Entry:
         """Give it its task.
+
+        Args:
+            data: the request as a message.
 
         Raises:
             OSError: it has died, or a limit cannot be set; it is of no use then.
@@ -40,10 +42,14 @@ class Spare:
         if self.leaf is not None:
             wants = request.limits
             self.leaf.limit(memory_max_bytes=wants.memory_max_bytes, pids_max=wants.pids_max)
-        entry = Entry(request.attempt, self.pid, self.pipe, self.leaf)
-        self._orders.send(encode(request), socket.MSG_NOSIGNAL)
+        self._orders.send(data, socket.MSG_NOSIGNAL)
         self._orders.close()
-        return entry
+        return Entry(request.attempt, self.pid, self.pipe, self.leaf)
+
+    def close(self) -> None:
+        """Let go of its descriptors, as another child does that has inherited them."""
+        self._orders.close()
+        self.pipe.close()
 
     def discard(self, *, reaped: bool = False) -> None:
         """End it. Bounded by a second.
@@ -51,15 +57,12 @@ class Spare:
         Args:
             reaped: it has ended and was waited for: its pid may be another process's by now.
         """
-        self._orders.close()
-        self.pipe.close()
+        self.close()
         if not reaped:
             os.kill(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
-        for _ in range(_LEAF_TRIES if self.leaf is not None else 0):
-            if self.leaf is None or self.leaf.remove():
-                return
-            time.sleep(_LEAF_TRY_S)
+        if self.leaf is not None:
+            self.leaf.remove_within(_LEAF_S)
 
 
 class Entry:
@@ -72,12 +75,20 @@ class Entry:
         self.leaf = leaf
         self.killed_by_us = False
         self.forked_at = time.monotonic()
-        self.near_oom_kills = cgroup.oom_kills_near()
-        self.leaf_oom_kills = leaf.oom_kills() if leaf is not None else None
+        self.near_oom_kills = 0
         self.ended_at: float | None = None
         self.swept = 0
         self.exit: Exit | None = None
         self.gone = False
+
+    def close(self) -> None:
+        """Let go of its pipe."""
+        self.pipe.close()
+
+    def note_kills(self) -> None:
+        """What the kernel has killed for memory so far, where it does not count for this child alone."""
+        if self.leaf is None or self.leaf.oom_kills() is None:
+            self.near_oom_kills = cgroup.oom_kills_near()
 
     @property
     def running(self) -> bool:

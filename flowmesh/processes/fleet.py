@@ -255,7 +255,7 @@ class Fleet:
         lane = self.lanes[lane_name]
         made_of = self._made_of(lane)
         if lane_name in self._bare:
-            lane = msgspec.structs.replace(lane, preload=(), canary=None)
+            lane = msgspec.structs.replace(lane, preload=(), canary=None, rehearsal=None)
         server = Server.start(
             lane,
             self._folder,

@@ -47,6 +47,12 @@ from flowmesh.processes.protocol import (
 SWEEP_INTERVAL_S = 0.002
 SWEEP_LIMIT_S = 5.0
 """After this a tree that does not go (a process stuck in the kernel) is reported with what is left of it."""
+SPARES = 2
+"""Children ahead of their tasks. With one alone, a task that follows the last at once would wait for the kernel."""
+QUIET_S = 0.003
+"""Without a word from anybody, before a child is forked ahead: what is going on wants the processors more."""
+QUIET_AT_LAST_S = 0.02
+"""It is forked then, quiet or not."""
 ORPHAN_EXIT = 3
 """Exit status of a fork server whose supervisor did not come back."""
 
@@ -61,6 +67,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     preload: tuple[str, ...] = ()
     canary: str | None = None
     """`module:function` that a first child runs before any task does."""
+    rehearsal: str | None = None
+    """`module:function` that each child calls while it waits for its task."""
     adoption_timeout_s: float = 60.0
     cgroup: str | None = None
     """The folder in which each child gets a leaf; None: they get none."""
@@ -75,8 +83,12 @@ class ForkServer:
         self.options = options
         self.entries: dict[int, Entry] = {}
         self.by_pid: dict[int, Entry] = {}
-        self.spare: Spare | None = None
+        self.spares: deque[Spare] = deque()
+        self.lacking_since = 0.0
+        """Monotonic."""
         self.leaves = 0
+        self.emptied: list[tuple[Leaf, float]] = []
+        """Nobody is in them any more, and they are to be removed; until when to try."""
         self.supervisor: socket.socket | None = None
         self.outgoing: deque[tuple[bytes, list[int]]] = deque()
         self.retiring = False
@@ -121,7 +133,9 @@ class ForkServer:
                 self._turn()
             return 0 if self.supervisor is not None or self.retiring else ORPHAN_EXIT
         finally:
-            self._drop_spare()
+            self._drop_spares()
+            for leaf, until_s in self.emptied:
+                leaf.remove_within(until_s - time.monotonic())
             Path(self.options.socket).unlink(missing_ok=True)
 
     def _finished(self) -> bool:
@@ -134,9 +148,10 @@ class ForkServer:
         return False
 
     def _turn(self) -> None:
-        sweeping = any(not entry.running and not entry.gone for entry in self.entries.values())
-        happened = self.poller.poll(SWEEP_INTERVAL_S if sweeping else 1.0)
-        if not happened and not sweeping:
+        sweeping = bool(self.emptied) or any(not entry.running and not entry.gone for entry in self.entries.values())
+        lacking = len(self.spares) < SPARES and not self.retiring
+        happened = self.poller.poll(SWEEP_INTERVAL_S if sweeping else QUIET_S if lacking else 1.0)
+        if lacking and (not (happened or sweeping) or time.monotonic() > self.lacking_since + QUIET_AT_LAST_S):
             self._fork_ahead()
         for fd, events in happened:
             if fd == self.wakeup_read:
@@ -207,7 +222,7 @@ class ForkServer:
             return
         match request:
             case Fork():
-                self._start(request)
+                self._start(request, data)
             case Terminate(attempt):
                 if (entry := self.entries.get(attempt)) and entry.running:
                     tree.send_group(entry.pid, signal.SIGTERM)
@@ -216,12 +231,11 @@ class ForkServer:
                     self._kill(entry)
             case Forget(attempt):
                 if (entry := self.entries.get(attempt)) and entry.gone:
-                    entry.pipe.close()
+                    entry.close()
                     del self.entries[attempt]
-                self._fork_ahead()
             case Retire():
                 self.retiring = True
-                self._drop_spare()
+                self._drop_spares()
 
     def _say(self, reply: Reply, fd: int | None = None) -> None:
         if self.supervisor is not None:
@@ -253,48 +267,52 @@ class ForkServer:
 
     # ---- children ----------------------------------------------------------------------------------------------------
 
-    def _start(self, request: Fork) -> None:
+    def _start(self, request: Fork, data: bytes) -> None:
         if request.attempt in self.entries:
             self._say(ForkFailed(attempt=request.attempt, message="this attempt already has a process"))
             return
         try:
-            entry = self._hand_out(request)
+            entry = self._hand_out(request, data)
         except OSError as error:
             at = f" ({error.filename})" if error.filename else ""
             self._say(ForkFailed(attempt=request.attempt, message=f"fork: {error.strerror}{at}"))
             return
         self.entries[request.attempt] = self.by_pid[entry.pid] = entry
         self._say_forked(entry)
+        entry.note_kills()
 
-    def _hand_out(self, request: Fork) -> Entry:
-        """The spare gets the task; a new one where there is none, or where it died while it waited.
+    def _hand_out(self, request: Fork, data: bytes) -> Entry:
+        """A spare gets the task; a new one where there is none, or where it died while it waited.
+
+        Args:
+            data: the request as it came, which goes on to the child as it is.
 
         Raises:
             OSError: neither will do.
         """
-        spare, self.spare = self.spare, None
-        if spare is not None:
+        self.lacking_since = time.monotonic()
+        while self.spares:
+            spare = self.spares.popleft()
             try:
-                return spare.take(request)
+                return spare.take(request, data)
             except OSError:
                 spare.discard()
         spare = self._fork()
         try:
-            return spare.take(request)
+            return spare.take(request, data)
         except OSError:
             spare.discard()
             raise
 
     def _fork_ahead(self) -> None:
-        """Have a spare. Where that fails now, the next task's own fork says why."""
-        if self.spare is None and not self.retiring:
-            with contextlib.suppress(OSError):
-                self.spare = self._fork()
+        """Have one spare more. Where that fails now, the next task's own fork says why."""
+        self.lacking_since = time.monotonic()
+        with contextlib.suppress(OSError):
+            self.spares.append(self._fork())
 
-    def _drop_spare(self) -> None:
-        if self.spare is not None:
-            self.spare.discard()
-            self.spare = None
+    def _drop_spares(self) -> None:
+        while self.spares:
+            self.spares.popleft().discard()
 
     def _fork(self) -> Spare:
         """A child that waits to be told its task.
@@ -319,7 +337,7 @@ class ForkServer:
         if pid == 0:
             near.close()
             orders.close()
-            self._become_child(child.Start(theirs, far, leaf, me))
+            self._become_child(child.Start(theirs, far, leaf, me, self.options.rehearsal))
         far.close()
         theirs.close()
         orders.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MAX_MESSAGE)
@@ -345,7 +363,9 @@ class ForkServer:
             if self.supervisor is not None:
                 self.supervisor.close()
             for entry in self.entries.values():
-                entry.pipe.close()
+                entry.close()
+            for spare in self.spares:
+                spare.close()
             status = child.run(start)
         except BaseException:  # noqa: BLE001 - the boundary of the process: told in its log, and by its exit status
             child.report_crash()
@@ -367,9 +387,9 @@ class ForkServer:
                 return
             if pid == 0:
                 return
-            if self.spare is not None and pid == self.spare.pid:
-                self.spare.discard(reaped=True)  # the next task's fork says what is wrong, if it still is
-                self.spare = None
+            for spare in [spare for spare in self.spares if spare.pid == pid]:
+                self.spares.remove(spare)
+                spare.discard(reaped=True)  # the next task's fork says what is wrong, if it still is
             entry = self.by_pid.pop(pid, None)
             if entry is None:
                 continue  # an orphan of a task's, swept
@@ -388,8 +408,8 @@ class ForkServer:
     @staticmethod
     def _oom_kills(entry: Entry, killed: bool) -> int:
         """The kernel's count for this child alone; where it counts others with it, only a kill not ours is evidence."""
-        if entry.leaf is not None and (now := entry.leaf.oom_kills()) is not None:
-            return now - (entry.leaf_oom_kills or 0)
+        if entry.leaf is not None and (kills := entry.leaf.oom_kills()) is not None:
+            return kills
         if killed and not entry.killed_by_us:
             return cgroup.oom_kills_near() - entry.near_oom_kills
         return 0
@@ -401,24 +421,26 @@ class ForkServer:
         left (or what a task sent away on purpose, which ends the same way).
         """
         ending = [entry for entry in self.entries.values() if not entry.running and not entry.gone]
-        if not ending and len(self._own) == len(linux.children(os.getpid())):
-            return
-        orphans = tree.descendants(os.getpid(), besides=self._own)
-        tree.kill_all(orphans)
-        self._reap()
+        orphans = self._orphans()
+        if orphans:
+            tree.kill_all(orphans)
+            self._reap()
         for entry in ending:
             entry.swept += len(orphans)
-            self._settle(entry)
+            self._settle(entry, self._orphans() if orphans else [])
+        now = time.monotonic()
+        self.emptied = [(leaf, until_s) for leaf, until_s in self.emptied if not leaf.remove() and now < until_s]
 
-    @property
-    def _own(self) -> set[int]:
-        """The children that we forked."""
-        return self.by_pid.keys() | (set() if self.spare is None else {self.spare.pid})
+    def _orphans(self) -> list[int]:
+        """Processes below us that neither we forked nor any child of ours that runs."""
+        own = self.by_pid.keys() | {spare.pid for spare in self.spares}
+        if own.issuperset(linux.own_children()):
+            return []
+        return tree.descendants(os.getpid(), besides=own)
 
-    def _settle(self, entry: Entry) -> None:
+    def _settle(self, entry: Entry, left: list[int]) -> None:
         assert entry.ended_at is not None
         assert entry.exit is not None
-        left = tree.descendants(os.getpid(), besides=self._own)
         if entry.leaf is not None and entry.leaf.populated():
             inside = entry.leaf.pids()
             entry.swept += len(set(inside) - set(left))
@@ -427,13 +449,13 @@ class ForkServer:
         for_s = time.monotonic() - entry.ended_at
         if left and for_s < SWEEP_LIMIT_S:
             return
-        if entry.leaf is not None and not left and not entry.leaf.remove() and for_s < SWEEP_LIMIT_S:
-            return
         entry.exit = msgspec.structs.replace(
             entry.exit, swept=entry.swept, left=len(set(left)), gone_ms=round(for_s * 1000, 3)
         )
         entry.gone = True
         self._say_gone(entry)
+        if entry.leaf is not None:
+            self.emptied.append((entry.leaf, time.monotonic() + SWEEP_LIMIT_S))
 
 
 def main() -> int:

@@ -30,6 +30,7 @@ class Lane(msgspec.Struct, frozen=True, kw_only=True):
     python: str
     preload: tuple[str, ...] = ()
     canary: str | None = None
+    rehearsal: str | None = None
     contained: bool = True
     """Its children get a cgroup each, where the node has them."""
 
@@ -103,6 +104,7 @@ class Server:
                 fd=listener.fileno(),
                 preload=lane.preload,
                 canary=lane.canary,
+                rehearsal=lane.rehearsal,
                 adoption_timeout_s=adoption_timeout_s,
                 cgroup=None if cgroup is None else str(cgroup),
                 made_of=made_of,

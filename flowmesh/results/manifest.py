@@ -92,11 +92,7 @@ def sha256_of(path: Path) -> str:
 
 def _entry(folder: Path, path: str, required: bool, known: Mapping[str, str]) -> Entry:
     name = _text(path)
-    real = within(folder / path, folder)
-    try:
-        status = real.stat() if real is not None else None
-    except OSError:
-        status = None
+    real, status = _look(folder, path)
     if real is None or status is None or not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
         return Entry(name=name, path=name, type=_kind(path, folder=False), required=required, status="missing")
     if stat.S_ISDIR(status.st_mode):
@@ -116,6 +112,22 @@ def _entry(folder: Path, path: str, required: bool, known: Mapping[str, str]) ->
         sha256=digest,
         file_count=count,
     )
+
+
+def _look(folder: Path, path: str) -> tuple[Path | None, os.stat_result | None]:
+    """What lies at `path`, and where it really is, if that is within `folder`."""
+    try:
+        if _is_below(path) and not stat.S_ISLNK((status := (folder / path).lstat()).st_mode):
+            return folder / path, status
+        real = within(folder / path, folder)
+        return real, None if real is None else real.stat()
+    except OSError:
+        return None, None
+
+
+def _is_below(path: str) -> bool:
+    """Whether it is the name of something right in the folder, which only a link could lead out of it."""
+    return "/" not in path and path not in {"", ".", ".."}
 
 
 def _kind(path: str, *, folder: bool) -> Kind:

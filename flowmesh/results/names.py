@@ -42,11 +42,15 @@ def is_plain_name(name: str) -> bool:
 
 def within(path: Path, folder: Path) -> Path | None:
     """Where `path` really is, following symbolic links, if that is below `folder` (or `folder` itself); else None."""
+    real = _real(path)
+    return real if real is not None and real.is_relative_to(folder.resolve()) else None
+
+
+def _real(path: Path) -> Path | None:
     try:
-        real = path.resolve()
+        return path.resolve()
     except (OSError, RuntimeError):  # a loop of links
         return None
-    return real if real.is_relative_to(folder.resolve()) else None
 
 
 def task_folder(results_dir: Path, allowed_roots: Iterable[str | Path], task_id: str, output: Output) -> Path:
@@ -67,10 +71,10 @@ def task_folder(results_dir: Path, allowed_roots: Iterable[str | Path], task_id:
     folder = results_dir / path  # an absolute path replaces results_dir
     if folder.name != task_id or path == Path():
         folder = folder / task_id
-    roots = [results_dir, *(Path(root) for root in allowed_roots)]
-    for root in roots:
-        real = within(folder, root)
-        if real is not None and real != root.resolve():
+    real = _real(folder)
+    for root in (results_dir, *map(Path, allowed_roots)):
+        base = root.resolve()
+        if real is not None and real != base and real.is_relative_to(base):
             return real
     raise FieldError(
         f"{where}: {str(folder)!r} lies outside of the folders that tasks may write to; "

@@ -59,8 +59,8 @@ environment = "light"
 """
 
 
-SPARE_SOCKETS = 2
-"""What a fork server has open for the child that it has ahead, which it may just not have."""
+SPARE_SOCKETS = 4
+"""What a fork server has open for the two children that it has ahead, which it may just not have."""
 
 
 class Lost(Exception):

@@ -18,6 +18,7 @@ import pytest
 from flowmesh.execution.files import Owner
 from flowmesh.execution.stacks import Stacks
 from flowmesh.processes import limits
+from flowmesh.processes.forkserver import SPARES
 from flowmesh.processes.limits import Limits
 from tests.support import Node, Orchestrator, until
 
@@ -231,7 +232,7 @@ def move_servers(node: Node, group: Path) -> None:
     """The fork servers, with the children that they have ahead."""
     for server in node.servers():
         ahead = Path(f"/proc/{server}/task/{server}/children")
-        until(ahead.read_text, "a child is forked ahead")
+        until(lambda: len(ahead.read_text().split()) == SPARES, "children are forked ahead")  # noqa: B023
         for pid in (str(server), *ahead.read_text().split()):
             (group / "cgroup.procs").write_text(pid)
 
@@ -301,8 +302,9 @@ def test_a_node_that_can_start_no_process_and_no_thread_says_so_for_each_task(
         node: Node = make_node(config=config())
         (group / "cgroup.procs").write_text(str(node.pid))
         move_servers(node, group)
-        (group / "pids.max").write_text(str(int((group / "pids.current").read_text()) - 1))
-        assert orchestrator.run("w1", {"taskType": "echo"})["type"] == "TASK_SUCCEEDED", "one was forked ahead"
+        (group / "pids.max").write_text(str(int((group / "pids.current").read_text()) - SPARES))
+        for _ in range(SPARES):
+            assert orchestrator.run("w1", {"taskType": "echo"})["type"] == "TASK_SUCCEEDED", "forked ahead"
         for _ in range(3):
             end = orchestrator.run("w1", {"taskType": "echo"})
             assert (end["payload"]["error_kind"], end["payload"]["retryable"]) == ("node_fault", True)
