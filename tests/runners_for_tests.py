@@ -53,6 +53,13 @@ class MisbehavingRunner(Runner):
     def do_raise(self, ctx: Context) -> None:
         raise ValueError("the runner's own error\nwith a second line")
 
+    def do_tell_secrets(self, ctx: Context) -> None:
+        """After a long log of other things."""
+        found = [os.environ.get(name, "nothing") for name in ("MY_API_KEY", "NODES_TOKEN")]
+        sys.stderr.write(("many words " * 30 + "\n") * 100)
+        print("in my log, too:", *found, file=sys.stderr)
+        raise ValueError(f"I have {found[0]} and {found[1]}")
+
     def do_forge(self, ctx: Context) -> None:
         """Leaves an outcome that nobody can read, where the node expects the child's own."""
         spool = Path(ctx.job.tmp_dir).parents[1] / "spool" / str(ctx.job.attempt)

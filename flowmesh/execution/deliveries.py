@@ -39,6 +39,8 @@ ENTRY = "flowmesh.results.child:main"
 INLINE_BYTES = 1024 * 1024
 """A task's folder up to this size is hashed in a thread of the node's; a larger one in a child."""
 INLINE_FILES = 200
+TAIL_LINES = 200
+"""What responses.json has of a failed task's log, at most 64 KiB."""
 MAX_TRIES = 3
 """Times that a delivery child may die without a word before the delivery counts as failed."""
 
@@ -144,13 +146,13 @@ class Deliveries:
         bound_logs([Path(accepted.target.out_dir, "logs")], settings.tasks.log_max_bytes)
         files.finish_logs(Path(accepted.target.out_dir), keep=accepted.spec.retainLogs or not verdict.ok)
         if not verdict.ok:
-            tail = files.log_tail(Path(accepted.target.out_dir)).splitlines()
+            run.log_tail = tuple(files.log_tail(Path(accepted.target.out_dir)).splitlines()[-TAIL_LINES:])
             failure = Failure(
                 error=verdict.message,
                 error_kind=verdict.kind.value,
                 detail=run.outcome.detail if run.outcome is not None else "",
                 evidence=verdict.evidence,
-                log_tail=tuple(tail[-200:]),
+                log_tail=run.log_tail,
             )
         return DeliveryJob(
             attempt=run.attempt,

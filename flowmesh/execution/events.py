@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flowmesh.execution.run import Run
+from flowmesh.messages.output import HttpDestination
 from flowmesh.messages.wire import TaskEvent, encode, utc_now
+from flowmesh.messages.wording import is_secret
+from flowmesh.results.redact import Redactor, in_request
 from flowmesh.tasks.verdicts import Kind, Verdict, event_fields
+
+TAIL_LINES = 20
+TAIL_BYTES = 4096
+"""What a failed task's event has of its log. responses.json has more."""
 
 
 def started(run: Run) -> bytes:
@@ -40,7 +48,8 @@ def used(run: Run, cost_per_hour: float) -> dict[str, Any]:
     }
 
 
-def ended(run: Run, verdict: Verdict, *, finished_at: str, cost_per_hour: float) -> bytes:
+def ended(run: Run, verdict: Verdict, *, finished_at: str, cost_per_hour: float, base_env: Mapping[str, str]) -> bytes:
+    """Args: base_env: what of the node's environment tasks see; no secret in it is told."""
     payload: dict[str, Any] = {
         "taskType": run.accepted.type.name,
         "runtime_sec": round(run.runtime_s, 6),
@@ -61,14 +70,17 @@ def ended(run: Run, verdict: Verdict, *, finished_at: str, cost_per_hour: float)
             payload=payload,
         )
     else:
+        redact = _redactor(run, base_env)
         payload |= event_fields(verdict)
+        if run.log_tail:
+            payload["log_tail"] = _last([redact(line) for line in run.log_tail[-TAIL_LINES:]])
         event = TaskEvent(
             type="TASK_FAILED",
             ts=finished_at,
             worker_id=run.worker_id,
             task_id=run.task_id,
             status="FAILED",
-            error=verdict.message,
+            error=redact(verdict.message),
             payload=payload,
         )
     return encode(event)
@@ -101,3 +113,26 @@ def lost(worker_id: str, task_id: str, verdict: Verdict, dispatched_at: str | No
         payload=payload,
     )
     return encode(event)
+
+
+def _redactor(run: Run, base_env: Mapping[str, str]) -> Redactor:
+    """Knows the secrets that the task was given."""
+    env = {**base_env, **run.accepted.spec.env}
+    known: list[str | None] = [value for name, value in env.items() if is_secret((name,))]
+    for target in (run.accepted.target, *run.accepted.children):
+        if isinstance(to := target.destination, HttpDestination):
+            known += in_request(to.url or "", to.headers)
+    return Redactor(known)
+
+
+def _last(lines: Sequence[str]) -> list[str]:
+    """The last of them, as far as TAIL_BYTES go; the one in which they end keeps its end."""
+    kept: list[str] = []
+    room = TAIL_BYTES
+    for line in reversed(lines):
+        if room <= 0:
+            break
+        end = line.encode()[-room:].decode(errors="ignore")
+        room -= len(end.encode()) + 1
+        kept.append(end)
+    return kept[::-1]

@@ -321,7 +321,8 @@ class Executor:
     def _finish(self, run: Run, verdict: Verdict) -> None:
         now = utc_now()
         cost = self.settings.node.cost_per_hour * run.slot.plan.share
-        event = events.ended(run, verdict, finished_at=now, cost_per_hour=cost)
+        base_env = self.layout.base_env
+        event = events.ended(run, verdict, finished_at=now, cost_per_hour=cost, base_env=base_env)
         try:
             self.journal.finish(run.attempt, run.task, now, TASK_EVENTS_CHANNEL, event)
         except JournalError as error:

@@ -45,6 +45,8 @@ class Run:
         self.finished = 0.0
         self.exit: Exit | None = None
         self.outcome: Outcome | None = None
+        self.log_tail: tuple[str, ...] = ()
+        """The last lines of one that failed."""
         self.resources: dict[str, Any] = {}
         self.energy: dict[str, Any] | None = None
         self.gpus = gpus_of(accepted, slot)

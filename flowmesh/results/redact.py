@@ -23,17 +23,22 @@ class Redactor:
     @classmethod
     def of_request(cls, url: str, headers: Mapping[str, str], token: str | None) -> Redactor:
         """One that knows what a destination's address, its headers and the node's token hold."""
-        parts = urlsplit(url)
-        query = [value for _, value in parse_qsl(parts.query)]
-        query += [part.partition("=")[2] or part for part in parts.query.split("&")]  # as they stand there
-        values = [value for name, value in headers.items() if name.lower() != "content-type"]
-        return cls([token, *values, parts.username, parts.password, *query])
+        return cls([token, *in_request(url, headers)])
 
     def __call__(self, text: str) -> str:
         if self._known is not None:
             text = self._known.sub(HIDDEN, text)
         text = _USERINFO.sub(rf"\1{HIDDEN}@", text)
         return _CREDENTIALS.sub(rf"\1{HIDDEN}", text)
+
+
+def in_request(url: str, headers: Mapping[str, str]) -> list[str | None]:
+    """What may be secret in an address and its headers."""
+    parts = urlsplit(url)
+    query = [value for _, value in parse_qsl(parts.query)]
+    query += [part.partition("=")[2] or part for part in parts.query.split("&")]  # as they stand there
+    values = [value for name, value in headers.items() if name.lower() != "content-type"]
+    return [*values, parts.username, parts.password, *query]
 
 
 def bare_url(url: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -223,7 +224,21 @@ def test_p6_the_last_lines_of_the_log_go_along(node: Node, peer: Orchestrator) -
     failure = responses(node, end["task_id"])
     assert "ValueError: the runner's own error" in failure["detail"]
     assert "Traceback" in "\n".join(failure["log_tail"])
-    assert "log_tail" not in end["payload"], "events stay small"
+    assert "ValueError: the runner's own error" in "\n".join(end["payload"]["log_tail"])
+    end = peer.run(node.worker_id, misbehave("tell_secrets"))
+    assert 2 <= len(end["payload"]["log_tail"]) <= 20
+    assert len(json.dumps(end["payload"]["log_tail"])) < 5000, "events stay small"
+
+
+def test_p10_the_event_of_a_failed_task_tells_no_secret(make_node, orchestrator: Orchestrator) -> None:
+    allowed = ("--set", "tasks.allow_env=MY_API_KEY", "--set", "tasks.pass_env=NODES_TOKEN")
+    node = make_node(*allowed, config=CONFIG, env={"NODES_TOKEN": "hush-node"})
+    spec = misbehave("tell_secrets") | {"env": {"MY_API_KEY": "hush-task"}}
+    end = orchestrator.run(node.worker_id, spec)
+    said = json.dumps(end)
+    assert end["error"].startswith("ValueError: I have [hidden] and [hidden]")
+    assert "in my log, too: [hidden] [hidden]" in "\n".join(end["payload"]["log_tail"])
+    assert "hush" not in said
 
 
 def test_p6_a_segfault_leaves_its_stack(node: Node, peer: Orchestrator) -> None:
