@@ -6,29 +6,47 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 from loguru import logger
 
 from flowmesh import __version__
 from flowmesh.control import ControlError, Handler, text_field
+from flowmesh.execution.executor import Executor
+from flowmesh.execution.identity import About
 from flowmesh.execution.run import Run, progress_event
+from flowmesh.execution.workers import Workers
 from flowmesh.messages.checking import nearest
 from flowmesh.messages.wire import usable_task_id
 from flowmesh.tasks.journal import Record
 from flowmesh.tasks.machine import State
-
-if TYPE_CHECKING:
-    from flowmesh.supervisor import Supervisor
 
 DRAIN_MODES = ("finish", "checkpoint", "now")
 Watcher = Callable[[dict[str, Any]], None]
 
 
 class Operations:
-    def __init__(self, node: Supervisor) -> None:
-        self._node = node
+    """
+    Args:
+        stop: drains in the mode that it is given, and ends the node.
+        hand_over: has a new supervisor take this one's place.
+    """
+
+    def __init__(
+        self,
+        about: About,
+        executor: Executor,
+        workers: Workers,
+        *,
+        stop: Callable[[str], None],
+        hand_over: Callable[[], None],
+    ) -> None:
+        self._about = about
+        self._executor = executor
+        self._workers = workers
+        self._stop = stop
+        self._hand_over = hand_over
         self._waiting: dict[str, set[Watcher]] = {}
 
     def handlers(self) -> dict[str, Handler]:
@@ -45,35 +63,30 @@ class Operations:
     # ---- requests ----------------------------------------------------------------------------------------------------
 
     def _status(self, _request: dict[str, Any]) -> dict[str, Any]:
-        node = self._node
-        presences = node.presences.values()
-        late = sorted(each for presence in presences for each in presence.late_s)
-        troubles = node.redis_troubles()
+        about, executor, presences = self._about, self._executor, self._workers.presences
+        late = sorted(each for presence in presences.values() for each in presence.late_s)
         return {
             "pid": os.getpid(),
             "version": __version__,
-            "node_id": node.node_id,
-            "uptime_s": round(time.monotonic() - node.started, 3),
-            "redis_up": not troubles
-            and node.intake.up
-            and all(each.up for each in presences)
-            and all(each.up for each in node.streams),
-            "redis_troubles": troubles,
-            "draining": node.executor.draining,
-            "isolation": node.isolation,
-            "task_types": sorted(node.catalogue.offered),
+            "node_id": about.node_id,
+            "uptime_s": round(time.monotonic() - about.started, 3),
+            "redis_up": self._workers.uplink.up,
+            "redis_troubles": self._workers.uplink.troubles(),
+            "draining": executor.draining,
+            "isolation": about.isolation,
+            "task_types": sorted(executor.catalogue.offered),
             "workers": [
                 {
                     "worker_id": worker_id,
                     "slot": slot.plan.name,
-                    "status": node.presences[worker_id].status.word,
+                    "status": presences[worker_id].status.word,
                     "task_id": slot.current.task_id if slot.current is not None else None,
                     "gpus": list(slot.plan.gpus),
                     "reason": slot.trouble or None,
                 }
-                for worker_id, slot in node.slots.items()
+                for worker_id, slot in executor.slots.items()
             ],
-            "tasks": [run.snapshot() for run in node.executor.runs.values()],
+            "tasks": [run.snapshot() for run in executor.runs.values()],
             "servers": [
                 {
                     "environment": server.lane,
@@ -82,15 +95,15 @@ class Operations:
                     "rss_bytes": server.ready.rss_bytes if server.ready else None,
                     "preload_s": server.ready.preload_s if server.ready else None,
                 }
-                for server in node.executor.fleet.servers
+                for server in executor.fleet.servers
             ],
-            "warnings": node.executor.fleet.warnings(),
-            "queued": sum(len(slot.queue) for slot in node.slots.values()),
-            "outbox": node.journal.outbox_size(),
-            "malformed": node.executor.counters.malformed,
-            "refused": node.executor.counters.refused,
-            "duplicates": node.executor.counters.duplicates,
-            "verdicts": node.executor.counters.verdicts,
+            "warnings": executor.fleet.warnings(),
+            "queued": sum(len(slot.queue) for slot in executor.slots.values()),
+            "outbox": executor.journal.outbox_size(),
+            "malformed": executor.counters.malformed,
+            "refused": executor.counters.refused,
+            "duplicates": executor.counters.duplicates,
+            "verdicts": executor.counters.verdicts,
             "heartbeat_late_s": late[-1] if late else 0.0,
             "heartbeat_late_p99_s": late[int(len(late) * 0.99)] if late else 0.0,
         }
@@ -107,7 +120,7 @@ class Operations:
     def _cancel(self, request: dict[str, Any]) -> dict[str, Any]:
         task_id = text_field(request, "task_id")
         force = request.get("force", False) is True
-        state = self._node.executor.cancel(task_id, reason="cancelled by a user of the node", force=force)
+        state = self._executor.cancel(task_id, reason="cancelled by a user of the node", force=force)
         if state == "unknown":
             _, record = self._find(task_id)
             if record is not None and record.task.verdict is not None:
@@ -119,8 +132,8 @@ class Operations:
         mode = request.get("mode", "finish")
         if mode not in DRAIN_MODES:
             raise ControlError(f"mode: {mode!r} is none; {nearest(str(mode), list(DRAIN_MODES))}")
-        self._node.stop(mode)
-        return {"tasks": len(self._node.executor.runs)}
+        self._stop(mode)
+        return {"tasks": len(self._executor.runs)}
 
     async def _deliver(self, request: dict[str, Any]) -> dict[str, Any]:
         task_id = text_field(request, "task_id")
@@ -131,7 +144,7 @@ class Operations:
             raise ControlError(f"{task_id}: {told}")
         if record is None:
             raise ControlError(f"{task_id}: this node knows no such task")
-        deliveries = self._node.executor.deliveries
+        deliveries = self._executor.deliveries
         report = await deliveries.again.send(record, deliveries.fork)
         return {
             "task_id": task_id,
@@ -143,18 +156,18 @@ class Operations:
 
     def _recycle(self, request: dict[str, Any]) -> dict[str, Any]:
         lane = request.get("environment")
-        lanes = self._node.executor.fleet.lanes
+        lanes = self._executor.fleet.lanes
         if lane is not None and lane not in lanes:
             raise ControlError(f"environment: unknown {lane!r}; {nearest(str(lane), list(lanes))}")
-        return {"recycled": self._node.executor.fleet.recycle(lane)}
+        return {"recycled": self._executor.fleet.recycle(lane)}
 
     def _upgrade(self, _request: dict[str, Any]) -> dict[str, Any]:
-        self._node.hand_over()
-        return {"tasks": len(self._node.executor.runs)}
+        self._hand_over()
+        return {"tasks": len(self._executor.runs)}
 
     def _find(self, task_id: str) -> tuple[Run | None, Record | None]:
-        run = self._node.executor.by_id.get(task_id)
-        return run, None if run is not None else self._node.journal.latest(task_id)
+        run = self._executor.by_id.get(task_id)
+        return run, None if run is not None else self._executor.journal.latest(task_id)
 
     # ---- the control channel -----------------------------------------------------------------------------------------
 
@@ -170,7 +183,7 @@ class Operations:
             logger.warning("control message ignored: only CANCEL with a task_id is known")
             return
         reason = message.get("reason")
-        self._node.executor.cancel(
+        self._executor.cancel(
             task_id,
             reason=reason[:200] if isinstance(reason, str) and reason else "cancelled",
             force=message.get("force") is True,
@@ -203,7 +216,7 @@ class Operations:
                 waiting.discard(put)
                 if not waiting:
                     del self._waiting[task_id]
-            if (later := self._node.executor.by_id.get(task_id)) is not None:
+            if (later := self._executor.by_id.get(task_id)) is not None:
                 later.watchers.discard(put)
 
         return unsubscribe
