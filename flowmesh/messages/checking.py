@@ -11,7 +11,7 @@ import functools
 import math
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeGuard, TypeVar
 
 import msgspec
 from msgspec import inspect
@@ -25,6 +25,7 @@ T = TypeVar("T")
 
 _AT = re.compile(r"^(?P<what>.*?)(?: - at (?:`key` in )?`\$(?P<path>[^`]*)`)?$", re.DOTALL)
 _SCALARS = {inspect.BoolType: bool, inspect.IntType: int, inspect.FloatType: float, inspect.StrType: str}
+_NO_MAPPINGS = (str, int, float, list, tuple, type(None), datetime.date)
 _LIMITS = ("gt", "ge", "lt", "le", "multiple_of", "min_length", "max_length", "pattern")
 _LISTS = (inspect.ListType, inspect.VarTupleType, inspect.SetType, inspect.FrozenSetType, inspect.TupleType)
 
@@ -179,13 +180,18 @@ def _bare(schema: inspect.Type) -> inspect.Type:
     return schema
 
 
+def _is_mapping(value: Any) -> TypeGuard[Mapping[Any, Any]]:
+    """To ask an abstract class about a scalar takes milliseconds where large libraries have registered theirs."""
+    return isinstance(value, dict) or (not isinstance(value, _NO_MAPPINGS) and isinstance(value, Mapping))
+
+
 def _choose(value: Any, schema: inspect.Type) -> inspect.Type:
     """Of a union the one member that `value` has the shape of, where there is just one."""
     if not isinstance(schema, inspect.UnionType):
         return schema
     members = [_bare(each) for each in schema.types]
     shaped: list[inspect.Type]
-    if isinstance(value, Mapping):
+    if _is_mapping(value):
         shaped = [each for each in members if isinstance(each, inspect.StructType | inspect.DictType)]
         tagged: list[inspect.Type] = [
             each
@@ -288,10 +294,10 @@ def _not_finite(value: Any, wanted: inspect.Type, path: Path, strict: bool) -> F
     """The first NaN or infinity that stands where a number is wanted."""
     schema = _choose(value, _bare(wanted))
     match schema:
-        case inspect.StructType() if isinstance(value, Mapping):
+        case inspect.StructType() if _is_mapping(value):
             pairs = ((field.encode_name, field.type) for field in schema.fields if field.encode_name in value)
             faults = (_not_finite(value[name], kind, (*path, name), strict) for name, kind in pairs)
-        case inspect.DictType() if isinstance(value, Mapping):
+        case inspect.DictType() if _is_mapping(value):
             faults = (_not_finite(item, schema.value_type, (*path, str(key)), strict) for key, item in value.items())
         case _ if isinstance(schema, _LISTS) and isinstance(value, list | tuple):
             faults = (_not_finite(x, _item(schema, i), (*path, i), strict) for i, x in enumerate(value))

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from flowmesh.processes import limits, linux
+from flowmesh.processes import limits, linux, threads
 from flowmesh.processes.cgroup import Leaf
 from flowmesh.processes.pipe import Pipe
 from flowmesh.processes.protocol import MAX_MESSAGE, fork_decoder
@@ -43,6 +43,7 @@ def run(start: Start) -> int:
     refusal = None
     try:
         limits.enter(start.leaf, start.parent)
+        reseed()
         if start.rehearsal is not None:
             _named(start.rehearsal)()
     except Exception as error:  # noqa: BLE001 - told in its task's log, once it has one
@@ -60,8 +61,7 @@ def run(start: Start) -> int:
     os.chdir(request.cwd)
     os.environ.clear()
     os.environ.update(request.env)
-    _use_threads(request.threads)
-    _reseed()
+    threads.use(request.threads)
     return int(_named(request.target)(start.pipe, Path(request.spool)))
 
 
@@ -98,19 +98,7 @@ def _redirect(stdout: str, stderr: str) -> None:
             os.close(fd)
 
 
-def _use_threads(count: int) -> None:
-    """Give the math libraries the threads back that the server kept from them."""
-    if (torch := sys.modules.get("torch")) is not None:
-        torch.set_num_threads(count)
-    if "numpy" in sys.modules:
-        try:
-            from threadpoolctl import threadpool_limits
-        except ImportError:
-            return
-        threadpool_limits(count)
-
-
-def _reseed() -> None:
+def reseed() -> None:
     """Children of one server must not all draw the same numbers. Python's own generator sees to that by itself."""
     if (numpy := sys.modules.get("numpy")) is not None:
         numpy.random.seed()

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import msgspec
 
-from flowmesh.processes import linux
+from flowmesh.processes import linux, threads
 
 CANARY_TIMEOUT_S = 120.0
 
@@ -47,6 +47,7 @@ def load(modules: tuple[str, ...], canary: str | None) -> Report:
             importlib.import_module(name)
     except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a library raises is its environment's error
         return Report(problem=f"cannot import {name}: {type(error).__name__}: {_one_line(error)}")
+    threads.find()
     seconds = time.monotonic() - began
     if problem := unsafe_to_fork() or _run_canary(canary):
         return Report(problem=problem, unsafe=True)
@@ -63,9 +64,9 @@ def _expand(modules: tuple[str, ...]) -> Iterator[str]:
 
 def unsafe_to_fork() -> str:
     """The thread or context that makes a fork of this process unsafe; empty where there is none."""
-    threads = linux.thread_names()
-    if len(threads) > 1:
-        return f"{len(threads)} native threads after the imports: {', '.join(threads[1:])}"
+    names = linux.thread_names()
+    if len(names) > 1:
+        return f"{len(names)} native threads after the imports: {', '.join(names[1:])}"
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         return "the imports made a CUDA context"

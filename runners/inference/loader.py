@@ -54,19 +54,19 @@ def load_model(ctx: Context, task: InferenceTask, source: Source) -> tuple[Any, 
         GpuOutOfMemory: the model does not fit the device.
         RunnerError: the hub cannot be reached.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(max(ctx.threads, 1))
-    torch.seed()  # a forked process would otherwise draw what all its siblings draw
     options = task.transformers
     trust = bool(options.trust_remote_code)
     arguments = load_arguments(ctx, task)
     with loading(source), _device_memory(source):
-        tokenizer = load_tokenizer(source, trust)
+        config = AutoConfig.from_pretrained(source.path, revision=source.revision, trust_remote_code=trust)
+        tokenizer = load_tokenizer(source, trust, config)
         model = AutoModelForCausalLM.from_pretrained(
-            source.path, revision=source.revision, trust_remote_code=trust, **arguments
+            source.path, config=config, revision=source.revision, trust_remote_code=trust, **arguments
         )
     return model.eval(), Texts(tokenizer)
 

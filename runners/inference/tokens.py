@@ -89,12 +89,17 @@ class Texts:
         raise BadRequest(f"{where}: an empty prompt, and the model has no token that begins a text")
 
 
-def load_tokenizer(source: Source, trust_remote_code: bool, cache_dir: str | None = None) -> Any:
-    """The model's tokenizer. Raises what `transformers` raises; see `sources.loading`."""
+def load_tokenizer(source: Source, trust_remote_code: bool, config: Any, cache_dir: str | None = None) -> Any:
+    """The model's tokenizer. Raises what `transformers` raises; see `sources.loading`.
+
+    Args:
+        config: the model's, which need not be read and checked twice.
+    """
     from transformers import AutoTokenizer
 
     revision = source.revision if source.tokenizer is None else None
     path = source.tokenizer or source.path
+    own = config if source.tokenizer is None else None
     return AutoTokenizer.from_pretrained(
-        path, revision=revision, trust_remote_code=trust_remote_code, cache_dir=cache_dir
+        path, revision=revision, trust_remote_code=trust_remote_code, config=own, cache_dir=cache_dir
     )

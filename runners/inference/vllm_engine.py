@@ -140,7 +140,7 @@ def load(
         config = AutoConfig.from_pretrained(
             source.path, revision=source.revision, trust_remote_code=trust, cache_dir=cache_dir
         )
-        texts = Texts(load_tokenizer(source, trust, cache_dir))
+        texts = Texts(load_tokenizer(source, trust, config, cache_dir))
     runtime = [adapter for adapter in adapters if adapter.apply == "runtime"]
     for adapter in runtime:
         check_fit(adapter, config)

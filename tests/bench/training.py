@@ -117,6 +117,6 @@ def _bare(model: str, folder: str, steps: int) -> float:
     }
     texts = [model, f"{folder}/bare", json.dumps(ROWS), json.dumps(arguments), str(os.cpu_count())]
     command = [sys.executable, "-c", _BARE, *texts]
-    env = {**os.environ, "GOMP_SPINCOUNT": "1000", "TOKENIZERS_PARALLELISM": "false"}
+    env = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
     return float(done.stdout.splitlines()[-1])

@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 
 from flowmesh.messages.job import Job
+from flowmesh.processes.child import reseed
 from runners.api import Context, RunnerError
 from runners.inference import preload
 from runners.inference.runner import InferenceRunner
@@ -30,6 +31,7 @@ class MarkingContext(Context):
 
 
 def work(job: Job) -> dict[str, object]:
+    reseed()  # as a node's child does
     try:
         return {"result": InferenceRunner().run(MarkingContext(job))}
     except RunnerError as error:
