@@ -17,7 +17,7 @@ from flowmesh.config import ProcessesSettings
 from flowmesh.errors import ConfigError, ProtocolError
 from flowmesh.execution.run import Run
 from flowmesh.messages.job import JOB_FILE, OUTCOME_FILE, ArchiveRequest, Fault, Job, Outcome, UploadRequest
-from flowmesh.processes import environ
+from flowmesh.processes import environ, shm
 from flowmesh.processes.limits import Limits
 from flowmesh.processes.protocol import Fork
 from flowmesh.results.job import file_url_template
@@ -121,7 +121,7 @@ def prepare(layout: Layout, run: Run) -> Fork:
     Raises:
         OSError: a folder cannot be made or written.
     """
-    accepted = run.accepted
+    accepted, children = run.accepted, run.accepted.children
     spool, tmp, out_dir = layout.spool(run.attempt), layout.tmp(run.attempt), Path(accepted.target.out_dir)
     for folder in (spool, tmp):
         try:
@@ -155,7 +155,7 @@ def prepare(layout: Layout, run: Run) -> Fork:
         threads=threads,
         delivers_http=accepted.delivers_http,
         file_url=file_url_template(accepted.output, run.task_id),
-        child_dirs={child.task_id: child.out_dir for child in accepted.children},
+        child_dirs={child.task_id: child.out_dir for child in children},
         limits=layout.limits,
     )
     (spool / JOB_FILE).write_bytes(msgspec.json.encode(job))
@@ -184,7 +184,9 @@ def prepare(layout: Layout, run: Run) -> Fork:
             uid=None if layout.owner is None else layout.owner.uid,
             gid=None if layout.owner is None else layout.owner.gid,
             groups=() if layout.owner is None else layout.owner.groups,
-            private_shm=wants.private_shm and accepted.type.environment != LIGHT,
+            private_shm=wants.private_shm
+            and accepted.type.environment != LIGHT
+            and not shm.would_hide(layout.state_dir, layout.work_dir, out_dir, *(each.out_dir for each in children)),
         ),
         threads=threads,
     )

@@ -15,6 +15,11 @@ _LEFT_BY_LIBRARIES = re.compile(
 """Names that multiprocessing, torch, vLLM, NCCL, CUDA and OpenMP give."""
 
 
+def would_hide(*folders: str | Path) -> bool:
+    """Whether one of these lies in the machine's /dev/shm: a task with one of its own would not find it."""
+    return any(Path(folder).resolve().is_relative_to(SHM.resolve()) for folder in folders)
+
+
 def make_private() -> bool:
     """Give the calling process, and all that it will start, an empty /dev/shm. False where that is not allowed."""
     try:

@@ -9,6 +9,7 @@ import os
 import pwd
 import re
 import subprocess
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -148,6 +149,16 @@ def test_without_one_what_a_killed_task_left_is_swept(orchestrator: Orchestrator
     orchestrator.run("w1", {"taskType": "misbehave", "do": "shm", "then": "die"}, task_id="swept")
     name = (node.results_dir / "swept" / "shm").read_text()
     until(lambda: not Path("/dev/shm", name).exists(), "the block is gone", 10)
+
+
+@needs_root
+def test_a_node_that_lives_in_shm_does_not_hide_it_from_its_tasks(orchestrator: Orchestrator, make_node) -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        node: Node = make_node("--set", f"results.dir={folder}", config=config(environment="own"))
+        end = orchestrator.run("w1", {"taskType": "misbehave", "do": "write"})
+        assert end["type"] == "TASK_SUCCEEDED", end
+        assert Path(folder, end["task_id"], "responses.json").exists()
+        assert node.stop() == 0
 
 
 def test_an_owner_has_all_its_groups() -> None:
