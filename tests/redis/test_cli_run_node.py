@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,18 +14,22 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.support import short_dir
+
 pytestmark = pytest.mark.redis
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def place(tmp_path):
-    (tmp_path / "tmp").mkdir()
-    (tmp_path / "echo.yaml").write_text("spec: {taskType: echo, text: hello}\n")
-    (tmp_path / "slow.yaml").write_text("spec: {taskType: echo, delaySec: 600}\n")
-    (tmp_path / "wrong.yaml").write_text("spec: {taskType: eco}\n")
-    yield tmp_path
-    assert processes_of(tmp_path) == []
+def place():
+    folder = short_dir()
+    (folder / "tmp").mkdir()
+    (folder / "echo.yaml").write_text("spec: {taskType: echo, text: hello}\n")
+    (folder / "slow.yaml").write_text("spec: {taskType: echo, delaySec: 600}\n")
+    (folder / "wrong.yaml").write_text("spec: {taskType: eco}\n")
+    yield folder
+    assert processes_of(folder) == []
+    shutil.rmtree(folder)
 
 
 def start(place, *arguments, **options):
