@@ -23,6 +23,7 @@ import msgspec
 
 from flowmesh.messages.job import Exit
 from flowmesh.processes import cgroup, child, linux, preload, tree
+from flowmesh.processes.ahead import QUIET_S, Ahead
 from flowmesh.processes.cgroup import Leaf
 from flowmesh.processes.children import Entry, Spare
 from flowmesh.processes.pipe import Pipe
@@ -47,12 +48,6 @@ from flowmesh.processes.protocol import (
 SWEEP_INTERVAL_S = 0.002
 SWEEP_LIMIT_S = 5.0
 """After this a tree that does not go (a process stuck in the kernel) is reported with what is left of it."""
-SPARES = 2
-"""Children ahead of their tasks. With one alone, a task that follows the last at once would wait for the kernel."""
-QUIET_S = 0.003
-"""Without a word from anybody, before a child is forked ahead: what is going on wants the processors more."""
-QUIET_AT_LAST_S = 0.02
-"""It is forked then, quiet or not."""
 ORPHAN_EXIT = 3
 """Exit status of a fork server whose supervisor did not come back."""
 
@@ -83,9 +78,7 @@ class ForkServer:
         self.options = options
         self.entries: dict[int, Entry] = {}
         self.by_pid: dict[int, Entry] = {}
-        self.spares: deque[Spare] = deque()
-        self.lacking_since = 0.0
-        """Monotonic."""
+        self.ahead = Ahead(self._fork)
         self.leaves = 0
         self.emptied: list[tuple[Leaf, float]] = []
         """Nobody is in them any more, and they are to be removed; until when to try."""
@@ -128,12 +121,12 @@ class ForkServer:
             made_of=self.options.made_of,
         )
         try:
-            self._fork_ahead()
+            self.ahead.look(quiet=True)
             while not self._finished():
                 self._turn()
             return 0 if self.supervisor is not None or self.retiring else ORPHAN_EXIT
         finally:
-            self._drop_spares()
+            self.ahead.drop()
             for leaf, until_s in self.emptied:
                 leaf.remove_within(until_s - time.monotonic())
             Path(self.options.socket).unlink(missing_ok=True)
@@ -149,10 +142,10 @@ class ForkServer:
 
     def _turn(self) -> None:
         sweeping = bool(self.emptied) or any(not entry.running and not entry.gone for entry in self.entries.values())
-        lacking = len(self.spares) < SPARES and not self.retiring
+        lacking = self.ahead.lacking and not self.retiring
         happened = self.poller.poll(SWEEP_INTERVAL_S if sweeping else QUIET_S if lacking else 1.0)
-        if lacking and (not (happened or sweeping) or time.monotonic() > self.lacking_since + QUIET_AT_LAST_S):
-            self._fork_ahead()
+        if lacking:
+            self.ahead.look(quiet=not happened and not sweeping)
         for fd, events in happened:
             if fd == self.wakeup_read:
                 with contextlib.suppress(BlockingIOError):
@@ -235,7 +228,7 @@ class ForkServer:
                     del self.entries[attempt]
             case Retire():
                 self.retiring = True
-                self._drop_spares()
+                self.ahead.drop()
 
     def _say(self, reply: Reply, fd: int | None = None) -> None:
         if self.supervisor is not None:
@@ -272,7 +265,7 @@ class ForkServer:
             self._say(ForkFailed(attempt=request.attempt, message="this attempt already has a process"))
             return
         try:
-            entry = self._hand_out(request, data)
+            entry = self.ahead.hand_out(request, data)
         except OSError as error:
             at = f" ({error.filename})" if error.filename else ""
             self._say(ForkFailed(attempt=request.attempt, message=f"fork: {error.strerror}{at}"))
@@ -280,39 +273,6 @@ class ForkServer:
         self.entries[request.attempt] = self.by_pid[entry.pid] = entry
         self._say_forked(entry)
         entry.note_kills()
-
-    def _hand_out(self, request: Fork, data: bytes) -> Entry:
-        """A spare gets the task; a new one where there is none, or where it died while it waited.
-
-        Args:
-            data: the request as it came, which goes on to the child as it is.
-
-        Raises:
-            OSError: neither will do.
-        """
-        self.lacking_since = time.monotonic()
-        while self.spares:
-            spare = self.spares.popleft()
-            try:
-                return spare.take(request, data)
-            except OSError:
-                spare.discard()
-        spare = self._fork()
-        try:
-            return spare.take(request, data)
-        except OSError:
-            spare.discard()
-            raise
-
-    def _fork_ahead(self) -> None:
-        """Have one spare more. Where that fails now, the next task's own fork says why."""
-        self.lacking_since = time.monotonic()
-        with contextlib.suppress(OSError):
-            self.spares.append(self._fork())
-
-    def _drop_spares(self) -> None:
-        while self.spares:
-            self.spares.popleft().discard()
 
     def _fork(self) -> Spare:
         """A child that waits to be told its task.
@@ -364,8 +324,7 @@ class ForkServer:
                 self.supervisor.close()
             for entry in self.entries.values():
                 entry.close()
-            for spare in self.spares:
-                spare.close()
+            self.ahead.close()
             status = child.run(start)
         except BaseException:  # noqa: BLE001 - the boundary of the process: told in its log, and by its exit status
             child.report_crash()
@@ -387,9 +346,7 @@ class ForkServer:
                 return
             if pid == 0:
                 return
-            for spare in [spare for spare in self.spares if spare.pid == pid]:
-                self.spares.remove(spare)
-                spare.discard(reaped=True)  # the next task's fork says what is wrong, if it still is
+            self.ahead.reaped(pid)
             entry = self.by_pid.pop(pid, None)
             if entry is None:
                 continue  # an orphan of a task's, swept
@@ -433,7 +390,7 @@ class ForkServer:
 
     def _orphans(self) -> list[int]:
         """Processes below us that neither we forked nor any child of ours that runs."""
-        own = self.by_pid.keys() | {spare.pid for spare in self.spares}
+        own = self.by_pid.keys() | self.ahead.pids
         if own.issuperset(linux.own_children()):
             return []
         return tree.descendants(os.getpid(), besides=own)

@@ -19,7 +19,7 @@ import pytest
 from flowmesh.execution.files import Owner
 from flowmesh.execution.stacks import Stacks
 from flowmesh.processes import limits
-from flowmesh.processes.forkserver import SPARES
+from flowmesh.processes.ahead import MANY
 from flowmesh.processes.limits import Limits
 from tests.support import Node, Orchestrator, until
 
@@ -243,7 +243,7 @@ def move_servers(node: Node, group: Path) -> None:
     """The fork servers, with the children that they have ahead."""
     for server in node.servers():
         ahead = Path(f"/proc/{server}/task/{server}/children")
-        until(lambda: len(ahead.read_text().split()) == SPARES, "children are forked ahead")  # noqa: B023
+        until(lambda: len(ahead.read_text().split()) == MANY, "children are forked ahead")  # noqa: B023
         for pid in (str(server), *ahead.read_text().split()):
             (group / "cgroup.procs").write_text(pid)
 
@@ -313,8 +313,8 @@ def test_a_node_that_can_start_no_process_and_no_thread_says_so_for_each_task(
         node: Node = make_node(config=config())
         (group / "cgroup.procs").write_text(str(node.pid))
         move_servers(node, group)
-        (group / "pids.max").write_text(str(int((group / "pids.current").read_text()) - SPARES))
-        for _ in range(SPARES):
+        (group / "pids.max").write_text(str(int((group / "pids.current").read_text()) - MANY))
+        for _ in range(MANY):
             assert orchestrator.run("w1", {"taskType": "echo"})["type"] == "TASK_SUCCEEDED", "forked ahead"
         for _ in range(3):
             end = orchestrator.run("w1", {"taskType": "echo"})
