@@ -8,6 +8,7 @@ import json
 import os
 import pwd
 import re
+import signal
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from flowmesh.execution.stacks import Stacks
 from flowmesh.processes import limits
 from flowmesh.processes.ahead import MANY
 from flowmesh.processes.limits import Limits
-from tests.support import Node, Orchestrator, until
+from tests.support import Node, Orchestrator, spares, until
 
 pytestmark = pytest.mark.redis
 T = TypeVar("T")
@@ -246,6 +247,18 @@ def move_servers(node: Node, group: Path) -> None:
         until(lambda: len(ahead.read_text().split()) == MANY, "children are forked ahead")  # noqa: B023
         for pid in (str(server), *ahead.read_text().split()):
             (group / "cgroup.procs").write_text(pid)
+
+
+def test_children_ahead_that_are_killed_cost_nobody_a_task(orchestrator: Orchestrator, make_node) -> None:
+    node: Node = make_node(config=config())
+    (server,) = node.servers()
+    for _ in range(2):
+        until(lambda: len(spares(server)) == MANY, "children are forked ahead")
+        for pid in spares(server):
+            os.kill(pid, signal.SIGKILL)
+        ends = [orchestrator.run("w1", {"taskType": "echo"}) for _ in range(3)]
+        assert [end["type"] for end in ends] == ["TASK_SUCCEEDED"] * 3
+    until(lambda: len(spares(server)) == MANY, "there are new ones")
 
 
 @needs_root
