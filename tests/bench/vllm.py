@@ -171,7 +171,6 @@ def _bare(model: str, kind: str) -> float:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "HF_HUB_OFFLINE": "1",
-        "GOMP_SPINCOUNT": "1000",
     }
     command = [sys.executable, "-c", _BARE, *texts]
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
