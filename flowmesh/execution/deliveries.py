@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +25,7 @@ from flowmesh.processes.limits import Limits
 from flowmesh.processes.pipe import Credentials, FrameError, Phase, Pipe, Progress
 from flowmesh.processes.protocol import Fork
 from flowmesh.results import delivery
+from flowmesh.results.files import below
 from flowmesh.results.job import DeliveryJob, DeliveryReport, Failure
 from flowmesh.tasks import machine
 from flowmesh.tasks.machine import State
@@ -319,16 +319,9 @@ def _is_small(run: Run, layout: files.Layout) -> bool:
         total = (layout.spool(run.attempt) / OUTCOME_FILE).stat().st_size
     except OSError:
         total = 0
-    count = 0
-    open_ = [run.accepted.target.out_dir]
-    while open_:
-        with contextlib.suppress(OSError), os.scandir(open_.pop()) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    open_.append(entry.path)
-                    continue
-                count += 1
-                total += entry.stat(follow_symlinks=False).st_size
-                if total > INLINE_BYTES or count > INLINE_FILES:
-                    return False
+    for count, entry in enumerate(below(run.accepted.target.out_dir), 1):
+        with contextlib.suppress(OSError):
+            total += entry.stat(follow_symlinks=False).st_size
+        if total > INLINE_BYTES or count > INLINE_FILES:
+            return False
     return total <= INLINE_BYTES

@@ -20,6 +20,7 @@ from flowmesh.messages.job import JOB_FILE, OUTCOME_FILE, ArchiveRequest, Fault,
 from flowmesh.processes import environ, shm
 from flowmesh.processes.limits import Limits
 from flowmesh.processes.protocol import Fork
+from flowmesh.results.files import below
 from flowmesh.results.job import file_url_template
 from flowmesh.results.names import within
 from flowmesh.tasks.types import LIGHT
@@ -264,14 +265,9 @@ def log_tail(out_dir: Path, limit_bytes: int = SMALL_BYTES) -> str:
 
 def log_files(logs: Path) -> Iterator[Path]:
     """Every log below a task's `logs`; none where the task has put a link there, or in its place."""
-    open_ = [] if logs.is_symlink() or not logs.is_dir() else [str(logs)]
-    while open_:
-        with contextlib.suppress(OSError), os.scandir(open_.pop()) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    open_.append(entry.path)
-                elif entry.name.endswith(".log") and entry.is_file(follow_symlinks=False):
-                    yield Path(entry.path)
+    if not logs.is_symlink():
+        found = (entry for entry in below(logs) if entry.name.endswith(".log"))
+        yield from (Path(entry.path) for entry in found if entry.is_file(follow_symlinks=False))
 
 
 def finish_logs(out_dir: Path, *, keep: bool) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from loguru import logger
 
-from flowmesh.processes import tree
+from flowmesh.processes import linux, tree
 from flowmesh.results.files import write_atomic
 from flowmesh.results.names import within
 
@@ -144,6 +144,6 @@ def _field(status: str, name: str) -> str | None:
 
 def _read(path: str) -> str:
     try:
-        return Path(path).read_text(errors="replace")
+        return linux.read_small(path).decode(errors="replace")
     except OSError:
         return ""

@@ -42,7 +42,7 @@ class Ahead:
 
     def look(self, *, quiet: bool) -> None:
         """Fork one that is lacking, where this is the moment. Where it fails, the next task's own fork says why."""
-        if self.lacking and (quiet or time.monotonic() > self._since + QUIET_AT_LAST_S):
+        if quiet or time.monotonic() > self._since + QUIET_AT_LAST_S:
             self._since = time.monotonic()
             try:
                 self._spares.append(self._fork())

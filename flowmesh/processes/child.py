@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import socket
 import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import msgspec
 
 from flowmesh.processes import limits, linux, threads
 from flowmesh.processes.cgroup import Leaf
 from flowmesh.processes.pipe import Pipe
+from flowmesh.processes.preload import named
 from flowmesh.processes.protocol import MAX_MESSAGE, fork_decoder
 
 SPARE = "flowmesh-spare"
@@ -45,7 +44,7 @@ def run(start: Start) -> int:
         limits.enter(start.leaf, start.parent)
         reseed()
         if start.rehearsal is not None:
-            _named(start.rehearsal)()
+            named(start.rehearsal)()
     except Exception as error:  # noqa: BLE001 - told in its task's log, once it has one
         refusal = error
     order = start.orders.recv(MAX_MESSAGE)
@@ -62,13 +61,7 @@ def run(start: Start) -> int:
     os.environ.clear()
     os.environ.update(request.env)
     threads.use(request.threads)
-    return int(_named(request.target)(start.pipe, Path(request.spool)))
-
-
-def _named(target: str) -> Callable[..., Any]:
-    module, _, function = target.partition(":")
-    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
-    return found
+    return int(named(request.target)(start.pipe, Path(request.spool)))
 
 
 def report_crash() -> None:

@@ -81,10 +81,6 @@ class Entry:
         self.exit: Exit | None = None
         self.gone = False
 
-    def close(self) -> None:
-        """Let go of its pipe."""
-        self.pipe.close()
-
     def note_kills(self) -> None:
         """What the kernel has killed for memory so far, where it does not count for this child alone."""
         if self.leaf is None or self.leaf.oom_kills() is None:

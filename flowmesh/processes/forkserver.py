@@ -224,7 +224,7 @@ class ForkServer:
                     self._kill(entry)
             case Forget(attempt):
                 if (entry := self.entries.get(attempt)) and entry.gone:
-                    entry.close()
+                    entry.pipe.close()
                     del self.entries[attempt]
             case Retire():
                 self.retiring = True
@@ -323,7 +323,7 @@ class ForkServer:
             if self.supervisor is not None:
                 self.supervisor.close()
             for entry in self.entries.values():
-                entry.close()
+                entry.pipe.close()
             self.ahead.close()
             status = child.run(start)
         except BaseException:  # noqa: BLE001 - the boundary of the process: told in its log, and by its exit status

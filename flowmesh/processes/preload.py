@@ -13,8 +13,9 @@ import signal
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -52,6 +53,13 @@ def load(modules: tuple[str, ...], canary: str | None) -> Report:
     if problem := unsafe_to_fork() or _run_canary(canary):
         return Report(problem=problem, unsafe=True)
     return Report(seconds=round(seconds, 3), modules=len(sys.modules), rss_bytes=_rss_bytes(), packages=_packages())
+
+
+def named(target: str) -> Callable[..., Any]:
+    """What `module:function` stands for."""
+    module, _, function = target.partition(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return found
 
 
 def _expand(modules: tuple[str, ...]) -> Iterator[str]:
@@ -98,8 +106,7 @@ def _run_canary(target: str | None) -> str:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             linux.die_with_parent(signal.SIGKILL)
-            module, _, function = target.partition(":")
-            getattr(importlib.import_module(module), function)()
+            named(target)()
             status = 0
         finally:
             os._exit(status)

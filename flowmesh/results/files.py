@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,31 @@ def write_atomic(path: Path, data: bytes, *, private: bool = False) -> None:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
+
+
+def below(folder: Path | str, *, strict: bool = False) -> Iterator[os.DirEntry[str]]:
+    """Everything below a folder that is no folder itself; links are not followed.
+
+    Args:
+        strict: a folder that cannot be read is not passed over.
+
+    Raises:
+        OSError: that was wanted, and there is one.
+    """
+    open_ = [os.fspath(folder)]
+    while open_:
+        try:
+            with os.scandir(open_.pop()) as entries:
+                found = list(entries)
+        except OSError:
+            if strict:
+                raise
+            continue
+        for entry in found:
+            if entry.is_dir(follow_symlinks=False):
+                open_.append(entry.path)
+            else:
+                yield entry
 
 
 def to_json(value: Any) -> bytes:

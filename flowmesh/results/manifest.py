@@ -15,8 +15,8 @@ from typing import Literal
 
 import msgspec
 
-from flowmesh.results.files import PARTIAL, to_json, write_atomic
-from flowmesh.results.names import within
+from flowmesh.results.files import PARTIAL, below, to_json, write_atomic
+from flowmesh.results.names import is_plain_name, within
 
 MANIFEST_FILE = "manifest.json"
 RESPONSES_FILE = "responses.json"
@@ -115,19 +115,14 @@ def _entry(folder: Path, path: str, required: bool, known: Mapping[str, str]) ->
 
 
 def _look(folder: Path, path: str) -> tuple[Path | None, os.stat_result | None]:
-    """What lies at `path`, and where it really is, if that is within `folder`."""
+    """What lies at `path`, and where it really is, if that is within `folder`. A plain name is, but for a link."""
     try:
-        if _is_below(path) and not stat.S_ISLNK((status := (folder / path).lstat()).st_mode):
+        if is_plain_name(path) and not stat.S_ISLNK((status := (folder / path).lstat()).st_mode):
             return folder / path, status
         real = within(folder / path, folder)
         return real, None if real is None else real.stat()
     except OSError:
         return None, None
-
-
-def _is_below(path: str) -> bool:
-    """Whether it is the name of something right in the folder, which only a link could lead out of it."""
-    return "/" not in path and path not in {"", ".", ".."}
 
 
 def _kind(path: str, *, folder: bool) -> Kind:
@@ -144,15 +139,10 @@ def _kind(path: str, *, folder: bool) -> Kind:
 def _tree(folder: Path) -> tuple[int, int]:
     """Bytes and number of the regular files below `folder`; links are not followed."""
     size = count = 0
-    stack = [str(folder)]
-    while stack:
-        with os.scandir(stack.pop()) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    stack.append(entry.path)
-                elif entry.is_file(follow_symlinks=False):
-                    size += entry.stat(follow_symlinks=False).st_size
-                    count += 1
+    for entry in below(folder, strict=True):
+        if entry.is_file(follow_symlinks=False):
+            size += entry.stat(follow_symlinks=False).st_size
+            count += 1
     return size, count
 
 
