@@ -39,6 +39,10 @@ SERVER = {
     # with this as with that; with 5,000 vLLM lost a tenth, and with 1,000 a small model's training more than half:
     # threads then sleep between its small operations. Read once, when libgomp is loaded.
     "GOMP_SPINCOUNT": "30000",
+    # Likewise for OpenBLAS (numpy, scipy and faiss have one each), whose threads spin as soon as there are any, which
+    # is when a task gets its number of threads: for 2^22 cycles, under 2 ms, and not for 2^28, a tenth of a second. On
+    # two cores that was half of a small Transformers task's time; linear algebra is as fast with this as with that.
+    "OPENBLAS_THREAD_TIMEOUT": "22",
     # One engine in the task's own process, where its parallelism allows that: comes up in a fifth of the time.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "PYTHONUNBUFFERED": "1",
