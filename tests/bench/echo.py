@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 
+from tests.bench.floor import QUEUE
 from tests.bench.measure import Row, deployment, ms, number_of, percentile, publish_to_end, spread, times
 
 MEMORY = "/dev/shm"
@@ -19,15 +20,15 @@ MEMORY = "/dev/shm"
 
 def measure(*, quick: bool, so_far: list[Row]) -> list[Row]:
     count = 50 if quick else 200
-    fork, start = number_of(so_far, "a bare fork"), number_of(so_far, "`python -c pass`")
+    fork, start, queue = (number_of(so_far, name) for name in ("a bare fork", "`python -c pass`", QUEUE))
     one_by_one, at_once = _echoes(count)
     p50 = percentile(one_by_one, 0.5)
     rows = [
         Row(
             f"echo, {count} one after another: publish → TASK_SUCCEEDED (p50 / p95 / p99)",
             spread(one_by_one),
-            times(p50, fork, "a bare fork"),
-            "p50 under 8 ms",
+            " and ".join(filter(None, (times(p50, fork, "a bare fork"), times(p50, queue, "RQ")))),
+            "p50 under 8 ms where RQ takes 9.4: 0.85 ×",
             p50,
         ),
         Row(
@@ -45,7 +46,7 @@ def measure(*, quick: bool, so_far: list[Row]) -> list[Row]:
             Row(
                 "the same with the node's folders in memory: one after another (p50 / p95 / p99)",
                 spread(one_by_one),
-                times(p50, fork, "a bare fork"),
+                times(p50, queue, "RQ"),
                 "",
                 p50,
             ),
