@@ -55,14 +55,14 @@ def end_process(process: subprocess.Popen[bytes], number: int = signal.SIGTERM, 
 
 
 def below(pid: int) -> list[int]:
-    """All processes below one, by /proc alone; not those that a fork server has ahead, which are no task's."""
+    """All processes below one, by /proc alone; not those that a fork server has ahead, which do nothing yet."""
     parents: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):
         if name.isdigit():
             with contextlib.suppress(OSError):
                 head, _, tail = Path("/proc", name, "stat").read_text().rpartition(")")
                 parent = int(tail.split()[1])
-                if parent == pid and head.endswith(("(flowmesh-spare", "(flowmesh-scout", "(flowmesh-forksrv")):
+                if parent == pid and head.endswith(("(flowmesh-spare", "(flowmesh-forksrv")):
                     continue
                 parents.setdefault(parent, []).append(int(name))
     found, open_ = [], [pid]
@@ -81,17 +81,12 @@ def alive(pid: int) -> bool:
         return False
 
 
-def spares(server: int, name: str = "flowmesh-spare") -> list[int]:
+def spares(server: int) -> list[int]:
     """The children that a fork server has ahead of its tasks."""
     with contextlib.suppress(OSError):
         children = Path(f"/proc/{server}/task/{server}/children").read_text().split()
-        return [int(pid) for pid in children if Path(f"/proc/{pid}/comm").read_text() == f"{name}\n"]
+        return [int(pid) for pid in children if Path(f"/proc/{pid}/comm").read_text() == "flowmesh-spare\n"]
     return []
-
-
-def scouts(server: int) -> list[int]:
-    """The child that a fork server has once, to see what memory tasks write to."""
-    return spares(server, "flowmesh-scout")
 
 
 def with_mark(mark: str) -> list[int]:

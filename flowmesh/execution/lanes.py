@@ -11,7 +11,6 @@ from flowmesh.tasks.types import DEFAULT, DELIVERY, LIGHT, Catalogue, catalogue,
 
 CANARY = "runners.canary:check"
 REHEARSAL = "runners.child:rehearse"
-SCOUT = "runners.scout:work"
 ALWAYS = ("runners.child",)
 DELIVERS = ("flowmesh.results.child",)
 
@@ -43,7 +42,6 @@ def plan(settings: Settings) -> tuple[Catalogue, dict[str, Lane]]:
             preload=tuple(dict.fromkeys(preload)),
             canary=None if name == LIGHT else CANARY,
             rehearsal=REHEARSAL,
-            scout=SCOUT,
         )
     lanes[DELIVERY] = Lane(name=DELIVERY, python=sys.executable, preload=DELIVERS, contained=False)
     return found, lanes

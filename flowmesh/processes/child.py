@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import select
 import socket
 import sys
 import traceback
@@ -12,9 +11,8 @@ from typing import NoReturn
 
 import msgspec
 
-from flowmesh.processes import limits, linux, pages, threads
+from flowmesh.processes import limits, linux, threads
 from flowmesh.processes.cgroup import Leaf
-from flowmesh.processes.pages import Span
 from flowmesh.processes.pipe import Pipe
 from flowmesh.processes.preload import named
 from flowmesh.processes.protocol import MAX_MESSAGE, fork_decoder
@@ -22,8 +20,6 @@ from flowmesh.processes.protocol import MAX_MESSAGE, fork_decoder
 SPARE = "flowmesh-spare"
 """The name of a child that waits for its task."""
 
-SPANS_AT_ONCE = 50
-"""Less than a millisecond's worth."""
 EXIT_SETUP = 70
 """The child could not be set up, or its entry raised: an error of the node's, not of the task's (EX_SOFTWARE)."""
 
@@ -38,8 +34,6 @@ class Start(msgspec.Struct, frozen=True):
     parent: int
     rehearsal: str | None = None
     """`module:function` to call while it waits."""
-    written: tuple[Span, ...] = ()
-    """Pages that its task will write to."""
 
 
 def run(start: Start) -> int:
@@ -51,7 +45,6 @@ def run(start: Start) -> int:
         reseed()
         if start.rehearsal is not None:
             named(start.rehearsal)()
-        make_own(start)
     except Exception as error:  # noqa: BLE001 - told in its task's log, once it has one
         refusal = error
     order = start.orders.recv(MAX_MESSAGE)
@@ -69,16 +62,6 @@ def run(start: Start) -> int:
     os.environ.update(request.env)
     threads.use(request.threads)
     return int(named(request.target)(start.pipe, Path(request.spool)))
-
-
-def make_own(start: Start) -> None:
-    """Have copies of the pages that its task will write to, as far as there is time before it comes."""
-    poller = select.poll()
-    poller.register(start.orders, select.POLLIN)
-    for index, span in enumerate(start.written):
-        if index % SPANS_AT_ONCE == 0 and poller.poll(0):
-            return
-        pages.make_own(span)
 
 
 def report_crash() -> None:

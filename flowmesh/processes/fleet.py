@@ -193,7 +193,7 @@ class Fleet:
                 server.kill()
                 await server.gone(timeout_s)
             server.close()
-            server.remove()
+            server.path.unlink(missing_ok=True)
 
     def warnings(self) -> dict[str, str]:
         """What is wrong with a lane, by its name."""
@@ -255,7 +255,7 @@ class Fleet:
         lane = self.lanes[lane_name]
         made_of = self._made_of(lane)
         if lane_name in self._bare:
-            lane = msgspec.structs.replace(lane, preload=(), canary=None, rehearsal=None, scout=None)
+            lane = msgspec.structs.replace(lane, preload=(), canary=None, rehearsal=None)
         server = Server.start(
             lane,
             self._folder,

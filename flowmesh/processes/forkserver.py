@@ -44,7 +44,6 @@ from flowmesh.processes.protocol import (
     encode,
     request_decoder,
 )
-from flowmesh.processes.warmup import Warmup, folder_of
 
 SWEEP_INTERVAL_S = 0.002
 SWEEP_LIMIT_S = 5.0
@@ -65,8 +64,6 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     """`module:function` that a first child runs before any task does."""
     rehearsal: str | None = None
     """`module:function` that each child calls while it waits for its task."""
-    scout: str | None = None
-    """`module:function` that does in a folder what tasks do, once, so that children have what it writes to."""
     adoption_timeout_s: float = 60.0
     cgroup: str | None = None
     """The folder in which each child gets a leaf; None: they get none."""
@@ -82,7 +79,6 @@ class ForkServer:
         self.entries: dict[int, Entry] = {}
         self.by_pid: dict[int, Entry] = {}
         self.ahead = Ahead(self._fork)
-        self.warmup = Warmup(options.scout, folder_of(Path(options.socket)))
         self.leaves = 0
         self.emptied: list[tuple[Leaf, float]] = []
         """Nobody is in them any more, and they are to be removed; until when to try."""
@@ -125,12 +121,12 @@ class ForkServer:
             made_of=self.options.made_of,
         )
         try:
+            self.ahead.look(quiet=True)
             while not self._finished():
                 self._turn()
             return 0 if self.supervisor is not None or self.retiring else ORPHAN_EXIT
         finally:
             self.ahead.drop()
-            self.warmup.drop()
             for leaf, until_s in self.emptied:
                 leaf.remove_within(until_s - time.monotonic())
             Path(self.options.socket).unlink(missing_ok=True)
@@ -146,15 +142,10 @@ class ForkServer:
 
     def _turn(self) -> None:
         sweeping = bool(self.emptied) or any(not entry.running and not entry.gone for entry in self.entries.values())
-        lacking = self.ahead.lacking and self.warmup.over and not self.retiring
-        waiting = lacking or self.warmup.waits
-        happened = self.poller.poll(SWEEP_INTERVAL_S if sweeping else QUIET_S if waiting else 1.0)
-        quiet = not happened and not sweeping
+        lacking = self.ahead.lacking and not self.retiring
+        happened = self.poller.poll(SWEEP_INTERVAL_S if sweeping else QUIET_S if lacking else 1.0)
         if lacking:
-            self.ahead.look(quiet=quiet)
-        elif waiting and quiet:
-            while self.warmup.step() and not self.poller.poll(0):
-                pass
+            self.ahead.look(quiet=not happened and not sweeping)
         for fd, events in happened:
             if fd == self.wakeup_read:
                 with contextlib.suppress(BlockingIOError):
@@ -238,7 +229,6 @@ class ForkServer:
             case Retire():
                 self.retiring = True
                 self.ahead.drop()
-                self.warmup.drop()
 
     def _say(self, reply: Reply, fd: int | None = None) -> None:
         if self.supervisor is not None:
@@ -307,7 +297,7 @@ class ForkServer:
         if pid == 0:
             near.close()
             orders.close()
-            self._become_child(child.Start(theirs, far, leaf, me, self.options.rehearsal, self.warmup.written))
+            self._become_child(child.Start(theirs, far, leaf, me, self.options.rehearsal))
         far.close()
         theirs.close()
         orders.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MAX_MESSAGE)
@@ -335,7 +325,6 @@ class ForkServer:
             for entry in self.entries.values():
                 entry.pipe.close()
             self.ahead.close()
-            self.warmup.close()
             status = child.run(start)
         except BaseException:  # noqa: BLE001 - the boundary of the process: told in its log, and by its exit status
             child.report_crash()
@@ -358,7 +347,6 @@ class ForkServer:
             if pid == 0:
                 return
             self.ahead.reaped(pid)
-            self.warmup.reaped(pid, status)
             entry = self.by_pid.pop(pid, None)
             if entry is None:
                 continue  # an orphan of a task's, swept
@@ -402,7 +390,7 @@ class ForkServer:
 
     def _orphans(self) -> list[int]:
         """Processes below us that neither we forked nor any child of ours that runs."""
-        own = self.by_pid.keys() | self.ahead.pids | self.warmup.pids
+        own = self.by_pid.keys() | self.ahead.pids
         if own.issuperset(linux.own_children()):
             return []
         return tree.descendants(os.getpid(), besides=own)

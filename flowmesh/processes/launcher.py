@@ -6,7 +6,6 @@ import asyncio
 import enum
 import os
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
@@ -18,7 +17,7 @@ import msgspec
 from loguru import logger
 
 from flowmesh.errors import LaunchError
-from flowmesh.processes import linux, preload, warmup
+from flowmesh.processes import linux, preload
 from flowmesh.processes.forkserver import Options
 from flowmesh.processes.pipe import Pipe
 from flowmesh.processes.protocol import MAX_MESSAGE, Ready, Reply, Request, Unfit, encode, reply_decoder
@@ -32,7 +31,6 @@ class Lane(msgspec.Struct, frozen=True, kw_only=True):
     preload: tuple[str, ...] = ()
     canary: str | None = None
     rehearsal: str | None = None
-    scout: str | None = None
     contained: bool = True
     """Its children get a cgroup each, where the node has them."""
 
@@ -107,7 +105,6 @@ class Server:
                 preload=lane.preload,
                 canary=lane.canary,
                 rehearsal=lane.rehearsal,
-                scout=lane.scout,
                 adoption_timeout_s=adoption_timeout_s,
                 cgroup=None if cgroup is None else str(cgroup),
                 made_of=made_of,
@@ -140,7 +137,7 @@ class Server:
         try:
             server._connect()
         except OSError:
-            server.remove()
+            path.unlink(missing_ok=True)
             return None
         return server  # its pid comes with Ready
 
@@ -163,11 +160,6 @@ class Server:
             self._loop.remove_writer(self._sock)
             self._sock.close()
             self._sock = None
-
-    def remove(self) -> None:
-        """What it had in the node's folder, once it is gone; it does so itself, if it can."""
-        self.path.unlink(missing_ok=True)
-        shutil.rmtree(warmup.folder_of(self.path), ignore_errors=True)
 
     def kill(self) -> None:
         if self.pid is not None and self.state is not ServerState.ENDED:
@@ -252,7 +244,7 @@ class Server:
             return
         self.state = ServerState.ENDED
         self.close()
-        self.remove()
+        self.path.unlink(missing_ok=True)
         if not self.answered.done():
             self.answered.set_exception(LaunchError(f"environment {self.lane}: its fork server ended while it started"))
             self.answered.exception()  # whether anybody waits for it is not this object's business

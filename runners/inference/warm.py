@@ -16,7 +16,6 @@ from runners.api import Context
 from runners.data.sources import load_items
 from runners.inference.export import read_export
 from runners.inference.task import read_task
-from runners.scout import SPEC
 
 get_checkpoint_conversion_mapping("llama")  # compiles some 600 patterns for all architectures: 0.1 s
 LlamaConfig().to_dict()  # the checks of its fields, and of all configurations
@@ -35,7 +34,14 @@ _ctx = Context(
         results_dir="",
         cache_dir="",
         tmp_dir="",
-        task={"spec": SPEC},
+        task={
+            "spec": {
+                "taskType": "inference",
+                "model": {"source": {"type": "huggingface", "identifier": "builtin:tiny-llama"}, "transformers": {}},
+                "data": {"type": "list", "items": ["one"]},
+                "inference": {"temperature": 0.0, "max_tokens": 1},
+            }
+        },
     )
 )
 # msgspec builds tables for each struct when it first reads one: tens of milliseconds

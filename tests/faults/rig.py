@@ -20,7 +20,7 @@ import redis
 from tests.clock_shim import PASS_ENV, Clock, compiler
 from tests.http_server import Server
 from tests.process.promises import leaves, of_tasks
-from tests.support import Node, Orchestrator, RedisServer, alive, below, scouts, short_dir, spares, until, with_mark
+from tests.support import Node, Orchestrator, RedisServer, alive, below, short_dir, spares, until, with_mark
 
 BEAT_S = 1.0
 LATE_S = 1.0
@@ -353,7 +353,7 @@ class Rig:
             wrong.append(f"{status['outbox']} events are still in the outbox")
         servers = {each["pid"]: each["environment"] for each in status["servers"] if each["state"] == "ready"}
         ours = {self.node.pid, *servers}
-        ahead = {pid for server in servers for pid in (*spares(server), *scouts(server))}
+        ahead = {pid for server in servers for pid in spares(server)}
         strangers = [pid for pid in with_mark(str(self.node.home)) if pid not in ours | ahead] + of_tasks(
             status["node_id"]
         )
@@ -362,7 +362,6 @@ class Rig:
         for name in ("tmp", "spool"):
             there = set(os.listdir(self.node.state_dir / name))
             wrong += [f"{name}/{each} is left" for each in there - (self._undelivered if name == "spool" else set())]
-        wrong += [f"run/{each} is left" for each in os.listdir(self.node.state_dir / "run") if each.endswith(".scout")]
         sockets = [each for each in os.listdir(self.node.state_dir / "run") if each.endswith(".sock")]
         if len(sockets) != 1 + len(status["servers"]):
             wrong.append(f"sockets in run/: {sockets}")
