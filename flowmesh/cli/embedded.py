@@ -28,6 +28,8 @@ _TERM_GRACE_S = 2.0
 _LOG_TAIL = 400
 MAX_SOCKET_PATH = 107
 """What fits `sockaddr_un.sun_path` with its closing NUL."""
+ENVIRONMENT_CHARS = 32
+"""Room for an environment's name, which is in the names of its fork servers' sockets."""
 
 
 def find_server() -> str:
@@ -60,7 +62,8 @@ def _packaged_server() -> str | None:
 def private_dir(prefix: str) -> Path:
     """A new folder that only we may enter, with a name short enough for unix sockets below it."""
     where = tempfile.gettempdir()
-    room = MAX_SOCKET_PATH - len("/xxxxxxxx/state/run/control.sock") - len(prefix)
+    longest = f"/xxxxxxxx/state/run/{'x' * ENVIRONMENT_CHARS}-xxxxxxxx.sock"
+    room = MAX_SOCKET_PATH - len(prefix) - len(longest)
     return Path(tempfile.mkdtemp(prefix=prefix, dir=where if len(os.fsencode(where)) <= room else "/tmp"))
 
 

@@ -142,3 +142,15 @@ def test_on_a_terminal(place):
     last = text.rpartition("\x1b[2K")[2]
     assert "succeeded in " in last
     assert "results: " in last.splitlines()[-1]
+
+
+@pytest.mark.parametrize("length", [40, 63, 90])
+def test_a_long_tmpdir_is_no_obstacle(place, length):
+    """Sockets below it have names of bounded length."""
+    folder = place / "x".ljust(length - len(str(place)) - 1, "x")
+    folder.mkdir()
+    process = start(place, str(place / "echo.yaml"), env={"TMPDIR": str(folder)})
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 0, err
+    assert "succeeded" in out
+    assert list(folder.iterdir()) == []
