@@ -46,7 +46,7 @@ def number_of(rows: list[Row], start: str) -> float | None:
 
 
 def times(value: float, floor: float | None, name: str) -> str:
-    return "" if not floor else f"{value / floor:.2g} × {name} ({ms(floor)})"
+    return "" if not floor else f"{value / floor:.1f} × {name} ({ms(floor)})"
 
 
 def pss_bytes(pid: int) -> int:
