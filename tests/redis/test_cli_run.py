@@ -5,6 +5,7 @@ The node's place is taken by `fake_node`, a peer that speaks the contract and th
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import yaml
 
 from flowmesh.cli.local import sweep_abandoned
 from flowmesh.processes import linux
+from tests.support import short_dir
 
 pytestmark = pytest.mark.redis
 ROOT = Path(__file__).parents[2]
@@ -39,11 +41,12 @@ RESULT = {
 
 
 @pytest.fixture
-def place(tmp_path_factory):
-    """A folder for files and results, and a TMPDIR of the test's own."""
-    folder = tmp_path_factory.mktemp("run")
+def place():
+    """A folder for files and results, and a TMPDIR of the test's own, short enough to be used."""
+    folder = short_dir()
     (folder / "tmp").mkdir()
-    return folder
+    yield folder
+    shutil.rmtree(folder)
 
 
 def write(place, name="task.yaml", *, hardware=None, **fake):
