@@ -147,7 +147,7 @@ def test_on_a_terminal(place):
 @pytest.mark.parametrize("length", [30, 60, 90])
 def test_a_long_tmpdir_is_no_obstacle(place, length):
     """Sockets below it have names of bounded length."""
-    folder = place / "x".ljust(length - len(str(place)) - 1, "x")
+    folder = place / ("x" * (length - len(str(place)) - 1))
     folder.mkdir()
     process = start(place, str(place / "echo.yaml"), env={"TMPDIR": str(folder)})
     out, err = process.communicate(timeout=100)
