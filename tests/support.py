@@ -154,6 +154,8 @@ class Orchestrator:
         self.topic = topic
         self.worker_events: list[dict[str, Any]] = []
         self.task_events: list[dict[str, Any]] = []
+        self.told: list[str] = []
+        """The types of all events, of both channels, in the order in which they came."""
         self.beats_heard_s: list[float] = []
         """When each heartbeat came, by a clock that nobody sets; as exactly as `hear` is called."""
         self._pubsub = self.redis.pubsub()
@@ -187,6 +189,7 @@ class Orchestrator:
             timeout_s = 0.0
             if message["type"] == "message":
                 event = json.loads(message["data"])
+                self.told.append(event["type"])
                 if event["type"] == "HEARTBEAT":
                     self.beats_heard_s.append(time.monotonic())
                 (self.worker_events if message["channel"] == b"workers.events" else self.task_events).append(event)

@@ -58,21 +58,19 @@ def test_p7_after_a_gap_the_node_announces_itself_anew_once_it_holds_no_task(
     cut_off(orchestrator)
     lost = orchestrator.dispatch("w1", {"taskType": "echo"})  # nobody listens at this moment
     until(lambda: "subscribed again" in node.text(), "the subscription is back")
-    orchestrator.hear()
-    assert [e["type"] for e in orchestrator.worker_events if e["type"] == "UNREGISTER"] == []  # it still holds a task
-    orchestrator.wait_end(running)
-    orchestrator.wait_worker_event("UNREGISTER", worker_id="w1")
-    orchestrator.hear(0.5)
-    kinds = [e["type"] for e in orchestrator.worker_events if e["type"] in ("REGISTER", "UNREGISTER")]
-    assert kinds == ["REGISTER", "UNREGISTER", "REGISTER"]
+    wait_announced_anew_after_the_end_of_its_task(orchestrator)
     node.wait_status("IDLE")
     again = orchestrator.dispatch("w1", {"taskType": "echo"}, task_id=lost)
     assert orchestrator.wait_end(again)["type"] == "TASK_SUCCEEDED"
 
 
-def registrations(orchestrator: Orchestrator) -> list[str]:
-    orchestrator.hear()
-    return [e["type"] for e in orchestrator.worker_events if e["type"] in ("REGISTER", "UNREGISTER")]
+def wait_announced_anew_after_the_end_of_its_task(orchestrator: Orchestrator) -> None:
+    def told() -> list[str]:
+        orchestrator.hear(0.05)
+        return [kind for kind in orchestrator.told if kind in ("REGISTER", "UNREGISTER", "TASK_SUCCEEDED")]
+
+    until(lambda: len(told()) == 4, "it is announced anew")
+    assert told() == ["REGISTER", "TASK_SUCCEEDED", "UNREGISTER", "REGISTER"]
 
 
 def test_p7_a_task_that_is_being_delivered_is_not_queued_again_after_a_gap(
@@ -81,16 +79,11 @@ def test_p7_a_task_that_is_being_delivered_is_not_queued_again_after_a_gap(
     """Its slot is free long before its end is told; an UNREGISTER in between would have it run twice."""
     with Server(Stall()) as server:
         destination = {"type": "http", "url": server.url, "timeoutSec": 2}
-        task = orchestrator.dispatch("w1", {"taskType": "echo", "output": {"destination": destination}})
+        orchestrator.dispatch("w1", {"taskType": "echo", "output": {"destination": destination}})
         until(lambda: server.plan == [], "it is being delivered")
         cut_off(orchestrator)
         until(lambda: "subscribed again" in node.text(), "the subscription is back")
-        assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"
-        assert registrations(orchestrator) == ["REGISTER"]
-        orchestrator.wait_worker_event("UNREGISTER", worker_id="w1")
-        until(
-            lambda: registrations(orchestrator) == ["REGISTER", "UNREGISTER", "REGISTER"], "then it is announced anew"
-        )
+        wait_announced_anew_after_the_end_of_its_task(orchestrator)
 
 
 def test_p7_what_was_dispatched_while_the_supervisor_was_restarted_is_queued_again(
@@ -109,7 +102,8 @@ def test_p7_what_was_dispatched_while_the_supervisor_was_restarted_is_queued_aga
     assert node.stop() == 0
     node.start()
     assert orchestrator.run("w1", {"taskType": "echo"})["type"] == "TASK_SUCCEEDED"
-    assert registrations(orchestrator)[-2:] == ["UNREGISTER", "REGISTER"]  # after a farewell there is nothing to heal
+    registrations = [kind for kind in orchestrator.told if kind in ("REGISTER", "UNREGISTER")]
+    assert registrations[-2:] == ["UNREGISTER", "REGISTER"]  # after a farewell there is nothing to heal
     assert "announcing anew" not in node.text().rpartition("unregistered")[2]
 
 
