@@ -228,7 +228,7 @@ class RunnersSettings(Section, frozen=True):
     reward_callables: tuple[Word, ...] = ()
     """module:callable patterns (`*` allowed) that a task may name as its reward function."""
     cache_max_bytes: Annotated[int, Meta(ge=0)] = 100 * 1024**3
-    """Downloads kept for other tasks."""
+    """What tasks keep for each other: downloads, datasets as they are read, what vLLM compiled."""
     unpack_max_bytes: Annotated[int, Meta(ge=0)] = 500 * 1024**3
     """Content of one downloaded archive."""
     unpack_max_files: Annotated[int, Meta(ge=1)] = 100_000

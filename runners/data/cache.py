@@ -1,7 +1,7 @@
-"""The node's folder of downloads, shared by its tasks: one entry a URL, files locks, a bound on the size.
+"""What a node's tasks keep for each other: downloads by their URL, and what libraries keep. With locks, and a bound.
 
 Two locks an entry. `fetch.lock` is exclusive while somebody downloads. `use.lock` is shared by every task that has
-the entry's file, until its process ends; nothing that is in use is ever deleted.
+what the entry holds, until its process ends; nothing that is in use is ever deleted.
 """
 
 from __future__ import annotations
@@ -17,6 +17,12 @@ import msgspec
 
 from runners.api import Context
 
+DOWNLOADS = "downloads"
+DATASETS = "datasets"
+"""As `datasets` reads them, and what is made of their rows; by what the task calls them."""
+COMPILED = "vllm"
+"""What vLLM compiled, in one folder."""
+KINDS = (DOWNLOADS, DATASETS, COMPILED)
 DEFAULT_MAX_BYTES = 200 * 2**30
 LOCK_POLL_S = 0.2
 
@@ -71,9 +77,8 @@ class Entry:
     def __init__(self, ctx: Context, url: str, headers: Mapping[str, str]) -> None:
         # What a server shows depends on who asks: another token, another entry.
         secret = "\n".join(f"{name.lower()}: {value}" for name, value in sorted(headers.items()))
-        self.key = hashlib.sha256(f"{url}\n{secret}".encode()).hexdigest()
         self.ctx = ctx
-        self.folder = ctx.cache_dir / "downloads" / self.key
+        self.folder = _folder(ctx, DOWNLOADS, f"{url}\n{secret}")
         self.part = self.folder / "part"
         self.part_meta = self.folder / "part.json"
         self._fetching: Lock | None = None
@@ -118,23 +123,51 @@ class Entry:
 
     def use(self, meta: Meta) -> Path:
         """The entry's file, which stays until this process ends."""
-        held = _held.get(self.key)
-        if held is None:
-            held = Lock(self.folder / "use.lock")
-            held.wait(self.ctx, shared=True)
-            _held[self.key] = held
-        os.utime(self.folder)
+        _hold(self.ctx, self.folder)
         return self.folder / meta.file
 
 
-_held: dict[str, Lock] = {}
+def library_folder(ctx: Context, kind: str, name: str) -> Path:
+    """A folder for what a library keeps of `name` by itself. It stays until this process ends.
+
+    Raises:
+        Cancelled: the node asked the task to stop, while another one deleted the folder.
+    """
+    folder = _folder(ctx, kind, name)
+    _hold(ctx, folder)
+    evict(ctx)
+    return folder
+
+
+def _folder(ctx: Context, kind: str, name: str) -> Path:
+    return ctx.cache_dir / kind / hashlib.sha256(name.encode()).hexdigest()
+
+
+_held: dict[Path, Lock] = {}
+
+
+def _hold(ctx: Context, folder: Path) -> None:
+    """Have it until this process ends, as used just now."""
+    path = folder / "use.lock"
+    while folder not in _held:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = Lock(path)
+        except FileNotFoundError:
+            continue  # evicted between the two lines
+        lock.wait(ctx, shared=True)
+        if lock.is_of(path):
+            _held[folder] = lock
+        else:
+            lock.close()
+    os.utime(folder)
 
 
 def evict(ctx: Context, *, coming_bytes: int = 0) -> None:
     """Delete the entries unused for longest until the rest, and what is coming, is within `runners.cache_max_bytes`."""
     bound = int(ctx.job.limits.get("cache_max_bytes", DEFAULT_MAX_BYTES))
     entries = []
-    for folder in (ctx.cache_dir / "downloads").iterdir():
+    for folder in (folder for kind in KINDS for folder in (ctx.cache_dir / kind).glob("*/")):
         try:
             entries.append((folder.stat().st_mtime, size_bytes(folder), folder))
         except FileNotFoundError:
@@ -145,7 +178,7 @@ def evict(ctx: Context, *, coming_bytes: int = 0) -> None:
             return
         if _delete(folder):
             total -= size
-            ctx.log.info("cache entry evicted folder=%s bytes=%d", folder.name, size)
+            ctx.log.info("cache entry evicted kind=%s folder=%s bytes=%d", folder.parent.name, folder.name, size)
 
 
 def _delete(folder: Path) -> bool:

@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from runners.api import BadRequest, Context, MissingDependency, RunnerError
+from runners.data.cache import DATASETS, library_folder
 from runners.data.download import fetch
 from runners.data.prompts import Items
 from runners.data.shard import Shard
@@ -75,7 +76,7 @@ def open_dataset(ctx: Context, data: HubData, where: str) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
-    cache_dir = str(ctx.cache_dir / "datasets")
+    cache_dir = str(library_folder(ctx, DATASETS, data.url))
     try:
         rows = _load(ctx, data, where, cache_dir)
     except datasets.exceptions.DatasetGenerationError as error:

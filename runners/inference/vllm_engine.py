@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from runners.api import BadRequest, Context, RunnerError
+from runners.data.cache import COMPILED, library_folder
 from runners.inference.engine import Completion, FinishReason, Output, Request, TokenLogprob, Watch
 from runners.inference.lora import check_fit
 from runners.inference.options import Sampling
@@ -227,7 +228,8 @@ def set_environment(ctx: Context, *, alone: bool, eager: bool) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if alone else "1"
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_CACHE_ROOT", str(ctx.cache_dir / "vllm"))
+    if "VLLM_CACHE_ROOT" not in os.environ:
+        os.environ["VLLM_CACHE_ROOT"] = str(library_folder(ctx, COMPILED, ""))
     if not alone and len(os.listdir("/proc/self/task")) > 1:
         # Something was computed here, such as a merged adapter. What is forked off now would wait for ever for the
         # threads that did it, which it does not have.

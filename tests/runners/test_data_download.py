@@ -250,6 +250,25 @@ def test_what_is_unused_longest_goes_first_and_what_is_used_stays(server, make_c
     assert fetch(roomy, server.url("a"), "here").path.read_bytes() == b"a" * 100_000
 
 
+def test_what_libraries_keep_counts_and_goes_too(server, make_context, tmp_path) -> None:
+    tight = make_context({}, cache_dir=str(tmp_path / "cache"), limits={"cache_max_bytes": 250_000})
+    kept = [cache.library_folder(tight, cache.DATASETS, name) for name in "ab"]
+    kept.append(cache.library_folder(tight, cache.COMPILED, ""))
+    for i, folder in enumerate(kept):
+        (folder / "deep").mkdir()
+        (folder / "deep" / "rows.arrow").write_bytes(b"x" * 100_000)
+        os.utime(folder, (1000 + i, 1000 + i))
+    server.files["c"] = Served(b"c")
+    fetch(tight, server.url("c"), "here")
+    assert all(folder.is_dir() for folder in kept), "all of them are in use"
+    let_go()
+    assert cache.library_folder(tight, cache.DATASETS, "b") == kept[1]
+    assert [folder.is_dir() for folder in kept] == [False, True, True]
+    assert (kept[1] / "deep" / "rows.arrow").stat().st_size == 100_000
+    assert cache.library_folder(tight, cache.DATASETS, "a") == kept[0]
+    assert [each.name for each in kept[0].iterdir()] == ["use.lock"]
+
+
 def test_an_old_version_in_use_outlives_the_new_one(server, ctx, make_context, tmp_path) -> None:
     server.files["a"] = Served(b"old")
     old = fetch(ctx, server.url("a"), "here").path

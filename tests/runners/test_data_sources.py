@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from runners.api import BadRequest, Context
+from runners.data import cache
 from runners.data.prompts import Message
 from runners.data.shard import Shard
 from runners.data.sources import load_items
@@ -315,6 +316,19 @@ def test_a_dataset_behind_a_url(load, server, datasets) -> None:
     server.files["rows.jsonl"] = Served("".join(json.dumps(row) + "\n" for row in ROWS).encode())
     data = {"type": "dataset", "url": server.url("rows.jsonl"), "metadata_columns": ["id"]}
     assert [each["id"] for each in load(data).metadata] == list(range(10))
+
+
+def test_a_dataset_that_nobody_uses_makes_room(make_context, tmp_path, datasets, monkeypatch) -> None:
+    monkeypatch.setattr(cache, "_held", {})
+    for name in ("a", "b"):
+        spec = {"data": {"type": "dataset", "url": str(jsonl(tmp_path / f"{name}.jsonl"))}}
+        ctx = make_context(spec, cache_dir=str(tmp_path / "cache"), limits={"cache_max_bytes": 1})
+        assert load_items(ctx, spec).prompts[9] == "row 9"
+        (kept,) = (tmp_path / "cache" / "datasets").iterdir()
+        assert list(kept.rglob("*.arrow"))
+        for lock in cache._held.values():
+            lock.close()
+        cache._held.clear()
 
 
 def test_shuffled_first_and_sharded_then(load, folder, datasets) -> None:
