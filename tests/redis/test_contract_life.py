@@ -240,10 +240,13 @@ def test_the_next_task_may_come_before_the_last_one_is_delivered(orchestrator: O
         destination = {"type": "http", "url": f"{server.url}/r"}
         slow = orchestrator.dispatch("w1", {"taskType": "echo", "output": {"destination": destination}})
         orchestrator.wait_started(slow)
-        quick = orchestrator.run("w1", {"taskType": "echo"})
-        assert quick["type"] == "TASK_SUCCEEDED"
-        assert orchestrator.ends(slow) == []  # its server asked for patience
-        assert orchestrator.wait_end(slow)["type"] == "TASK_SUCCEEDED"
+        quick = orchestrator.dispatch("w1", {"taskType": "echo"})
+        assert orchestrator.wait_end(slow)["type"] == "TASK_SUCCEEDED"  # its server asked for patience
+        ends = [event for event in orchestrator.task_events if event["type"] != "TASK_STARTED"]
+        assert [(event["type"], event["task_id"]) for event in ends] == [
+            ("TASK_SUCCEEDED", quick),
+            ("TASK_SUCCEEDED", slow),
+        ]
 
 
 def test_many_at_once_wait_in_the_queue(orchestrator: Orchestrator, node: Node) -> None:
