@@ -59,7 +59,7 @@ def load_hub(ctx: Context, section: dict[str, Any], shard: Shard | None, spec: d
         if data.buffer_size is not None:
             rows = rows.to_iterable_dataset().shuffle(seed=seed, buffer_size=data.buffer_size)
         else:
-            rows = rows.shuffle(seed=seed)
+            rows = rows.shuffle(seed=seed, keep_in_memory=True)  # and not into a folder that is the user's own
     mine = shard.rows(count) if shard is not None else range(count)
     # A shard of a large dataset reads no more than its own rows, where they can be chosen.
     chosen = rows.select(mine) if hasattr(rows, "select") else itertools.islice(rows, mine.start, mine.stop, mine.step)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -32,14 +33,21 @@ def load(plan: Plan, ctx: Context, jsonl: JsonlFile | None) -> Dataset:
     Raises:
         BadRequest: naming the place of the first bad row, the missing column and those there are.
     """
-    dataset = _dataset(plan, ctx) if plan.source == "dataset" else _from_rows(plan, jsonl)
-    if plan.data.max_samples is not None:
-        dataset = dataset.select(range(min(plan.data.max_samples, len(dataset))))
-    if plan.shard is not None:
-        dataset = dataset.select(plan.shard.rows(len(dataset)))
+    if plan.source == "dataset":
+        dataset = _dataset(plan, ctx)
+    else:
+        dataset = _from_rows(plan, jsonl)
+        dataset = dataset.select(_chosen(plan, len(dataset)))
     if len(dataset) == 0:
         raise BadRequest("spec.data: there is not one row to train on")
     return dataset
+
+
+def _chosen(plan: Plan, count: int) -> range:
+    """The rows, of `count`, that are this task's."""
+    if plan.data.max_samples is not None:
+        count = min(plan.data.max_samples, count)
+    return range(count) if plan.shard is None else plan.shard.rows(count)
 
 
 # ---- rows of ours: inline and JSONL ------------------------------------------------------------------------------
@@ -177,16 +185,16 @@ def _dataset(plan: Plan, ctx: Context) -> Dataset:
     def rows(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         keys = [*names, *rest]
         shaped = [
-            shape(dict(zip(keys, values, strict=True)), columns, f"{name} row {i}", plan)
+            shape(dict(zip(keys, values, strict=True)), columns, f"{name} row {chosen[i]}", plan)
             for i, values in zip(indices, zip(*(batch[key] for key in keys), strict=True), strict=True)
         ]
         return {key: [row[key] for row in shaped] for key in shaped[0]}
 
-    limit = plan.data.max_samples
-    if limit is not None and limit < len(dataset):
-        dataset = dataset.select(range(limit))
+    chosen = _chosen(plan, len(dataset))
+    dataset = dataset.select(chosen)
     if len(dataset) == 0:
         return dataset
+    in_memory = dataset.dataset_size is not None and dataset.dataset_size < 2**28
     mapped: Dataset = dataset.map(
         rows,
         batched=True,
@@ -194,8 +202,11 @@ def _dataset(plan: Plan, ctx: Context) -> Dataset:
         with_indices=True,
         remove_columns=there,
         load_from_cache_file=False,
+        # `datasets` cannot tell our closures apart. What the trainer makes of these rows it keeps under a name made of
+        # this one, beside them: in this attempt's own folder no other task finds it.
         new_fingerprint=f"{dataset._fingerprint}-flowmesh",
-        keep_in_memory=dataset.dataset_size is not None and dataset.dataset_size < 2**28,
+        keep_in_memory=in_memory,
+        cache_file_name=None if in_memory else str(ctx.tmp_dir / f"rows-{os.getpid()}.arrow"),
     )
     return mapped
 

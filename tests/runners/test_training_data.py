@@ -65,6 +65,32 @@ def test_the_other_shapes_in_the_task(make_context: Make) -> None:
     assert found == [{"prompt": CHAT[:1], "answer": "4"}]
 
 
+def test_what_is_made_of_a_dataset_is_its_tasks_own(make_context: Make, tmp_path: Path) -> None:
+    """A second task with other columns finds nothing of the first one's; the dataset's folder stays as it was."""
+    datasets.Dataset.from_dict({"a": ["one"] * 5, "b": ["two"] * 5}).save_to_disk(tmp_path / "set")
+    there = sorted((tmp_path / "set").iterdir())
+    for column, text in (("a", "ONE"), ("b", "TWO")):
+        section = {"dataset_name": str(tmp_path / "set"), "text_field": column}
+        ctx = make_context({"model": MODEL, "data": section}, task_id=column)
+        loaded = data.load(read("sft", ctx), ctx, None)
+        assert loaded.map(_upper)["text"] == [text] * 5
+    assert sorted((tmp_path / "set").iterdir()) == there
+
+
+def _upper(row: dict[str, str]) -> dict[str, str]:
+    return {"text": row["text"].upper()}
+
+
+def test_a_shard_looks_at_its_own_rows_only(make_context: Make, tmp_path: Path) -> None:
+    lines: list[dict[str, Any]] = [{"text": f"row {i}", "n": i} for i in range(10)]
+    lines[3] = {"text": None, "n": 3}
+    section = {"dataset_name": write(tmp_path / "x.jsonl", *lines), "max_samples": 9}
+    found = rows(make_context, "sft", section, shard={"index": 1, "total": 2})
+    assert [row["text"] for row in found] == [f"row {i}" for i in range(5, 9)]
+    with pytest.raises(BadRequest, match=r"x\.jsonl row 3: column 'text'"):
+        rows(make_context, "sft", section, shard={"index": 1, "total": 2, "contiguous": False})
+
+
 def test_max_samples_then_the_shard(make_context: Make) -> None:
     section = {"prompts": [str(i) for i in range(10)], "max_samples": 5}
     assert [row["text"] for row in rows(make_context, "sft", section, shard={"index": 1, "total": 2})] == ["3", "4"]
