@@ -38,7 +38,8 @@ class TrlJob:
         if plan.lora is not None and start.adapter is None:
             extra["peft_config"] = models.lora_config(plan)
         if plan.kind.reference:
-            config.model_init_kwargs = models.load_options(plan, device)  # for the reference that the trainer loads
+            # for the reference that the trainer loads, by the model's name
+            config.model_init_kwargs = {**models.load_options(plan, device), "revision": start.weights.revision}
         self.dataset_size = len(dataset)
         self.samples_a_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * layout.world
         self.trainer = _build(

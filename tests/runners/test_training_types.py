@@ -11,11 +11,13 @@ import pytest
 pytest.importorskip("trl", reason="needs the extra 'training'")
 
 from flowmesh.processes.pipe import Phase, Progress
+from runners.models.builtin import write_tiny_llama
 from tests.runners.training_tasks import (
     EXAMPLES,
     PAIRS,
     QUICK,
     SUMS,
+    hub,
     losses,
     refused,
     run,
@@ -326,6 +328,29 @@ def test_a_chat_needs_a_template(tmp_path: Path) -> None:
     assert tokenizer.chat_template is None
     spec = {"model": {"source": {"identifier": str(plain)}}, "data": {"messages": [[{"role": "user", "content": "a"}]]}}
     assert "has no chat template" in refused(tmp_path, "sft", spec)
+
+
+@pytest.mark.parametrize(
+    ("task_type", "spec", "of_equals"),
+    [
+        ("dpo", {"data": {"preferences": PAIRS}}, {"rewards/margins": 0.0}),
+        ("grpo", {**ONLINE, "training": {"num_generations": 4, "beta": 0.1}}, {"kl": 0.0}),
+    ],
+)
+def test_the_reference_is_of_the_revision_that_is_trained(
+    tmp_path: Path, task_type: str, spec: dict[str, Any], of_equals: dict[str, float]
+) -> None:
+    repository = hub() / f"models--tests--{task_type}"
+    for seed, (branch, commit) in enumerate({"main": "a" * 40, "v1": "b" * 40}.items()):
+        snapshot = repository / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        write_tiny_llama(snapshot, seed=seed)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / branch).write_text(commit)
+    model = {"source": {"identifier": f"tests/{task_type}", "revision": "v1"}}
+    training = {**spec.get("training", {}), "max_steps": 1, "batch_size": 4, "logging_steps": 1, "max_seq_length": 64}
+    result = train(tmp_path, task_type, {**spec, "model": model, "training": training}, limits=ALLOWED)
+    assert {name: result["metrics"]["last"][name] for name in of_equals} == pytest.approx(of_equals, abs=1e-3)
 
 
 def test_missing_model_is_the_tasks_fault_and_not_the_hubs(tmp_path: Path) -> None:

@@ -44,9 +44,14 @@ def shared() -> Path:
     return folder
 
 
+def hub() -> Path:
+    """The model hub's cache of the tasks; no hub is reachable."""
+    return shared() / "hub"
+
+
 @functools.cache
 def zygote() -> Zygote:
-    started = Zygote(shared() / "zygote.log")
+    started = Zygote(shared() / "zygote.log", hub())
     atexit.register(started.close)
     return started
 

@@ -31,13 +31,17 @@ THREADS = 1
 class Zygote:
     """The forking process, seen from the tests."""
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, hub: Path) -> None:
+        """
+        Args:
+            hub: what its tasks take for the model hub's cache.
+        """
         near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with log.open("wb") as file:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "tests.runners.training_zygote", str(far.fileno())],
                 pass_fds=(far.fileno(),),
-                env={**os.environ, **ENVIRONMENT},
+                env={**os.environ, **ENVIRONMENT, "HF_HUB_CACHE": str(hub)},
                 stdout=file,
                 stderr=subprocess.STDOUT,
             )
