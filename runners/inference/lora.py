@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
-from runners.api import BadRequest, MissingDependency
+from runners.api import BadRequest, Context, MissingDependency
 from runners.models.adapters import LocalAdapter
 
 
@@ -39,7 +39,7 @@ def apply_adapters(model: Any, adapters: Sequence[LocalAdapter]) -> Any:
     return model.eval()
 
 
-def check_fit(adapter: LocalAdapter, config: Any) -> None:
+def check_fit(ctx: Context, adapter: LocalAdapter, config: Any, *, trust_remote_code: bool) -> None:
     """Raises BadRequest where an adapter's matrices have other sizes than the layers that they are for.
 
     vLLM itself copies what it is given into buffers that are large enough, and computes on.
@@ -50,8 +50,12 @@ def check_fit(adapter: LocalAdapter, config: Any) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (ValueError, ImportError) as error:  # one that Transformers cannot make without its weights, or at all
+        ctx.log.warning("not checked whether %s fits the model: %.200s", adapter.name, " ".join(str(error).split()))
+        return
     for name, shape in _shapes(adapter):
         path, _, part = name.removeprefix("base_model.model.").partition(".lora_")
         if part not in ("A.weight", "B.weight"):

@@ -12,6 +12,7 @@ from runners.api import BadRequest
 from runners.data.prompts import Items, Message, Prompt, to_json, with_system
 from runners.inference.engine import Completion, Engine, Output, Request
 from runners.inference.export import Export
+from runners.inference.options import Sampling
 from runners.inference.routing import adapter_of
 from runners.inference.tokens import Texts
 from runners.models.adapters import LocalAdapter
@@ -47,10 +48,14 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
         text = with_system(prompt, self.system_prompt, last=self.items.system_last)
         return to_json(text), (Message("user", text),) if self.chat and isinstance(text, str) else text
 
-    def check_export(self) -> None:
-        """Raises BadRequest where the export needs what an item does not have."""
-        if self.export is not None:
-            self.export.check([_item(self, i, prompt, "", "stop") for i, prompt in enumerate(self.shown)])
+    def check_export(self, sampling: Sampling) -> None:
+        """Raises BadRequest where the export needs what an item, answered so, might not have."""
+        if self.export is None:
+            return
+        logprobs: dict[str, Any] = {} if sampling.logprobs is None else {"logprobs": []}  # of no token, at the least
+        outputs = [{"output": "", "finish_reason": "stop", **logprobs} for _ in range(sampling.n)]
+        more = {**logprobs, "outputs": outputs} if sampling.n > 1 else logprobs
+        self.export.check([{**_item(self, i, prompt, "", "stop"), **more} for i, prompt in enumerate(self.shown)])
 
 
 def prepare(part: Part, texts: Texts, engine: Engine, adapters: Sequence[LocalAdapter]) -> Part:

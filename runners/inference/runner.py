@@ -99,7 +99,7 @@ def read_part(
         items=load_items(ctx, spec, where),
         export=read_export(ctx, spec, where),
     )
-    part.check_export()
+    part.check_export(task.sampling)
     return part
 
 

@@ -144,7 +144,7 @@ def load(
         texts = Texts(load_tokenizer(source, trust, config, cache_dir))
     runtime = [adapter for adapter in adapters if adapter.apply == "runtime"]
     for adapter in runtime:
-        check_fit(adapter, config)
+        check_fit(ctx, adapter, config, trust_remote_code=trust)
     arguments = engine_arguments(ctx, task, config, work=work, adapter_ranks=[each.rank for each in runtime])
     path = source.path
     if len(runtime) < len(adapters):
@@ -152,7 +152,9 @@ def load(
     alone = arguments["tensor_parallel_size"] * arguments.get("pipeline_parallel_size", 1) == 1
     alone = alone and arguments.get("distributed_executor_backend") in (None, "uni")
     # Its own default is the same seed for everybody, so that unseeded tasks would all draw the same.
-    arguments["seed"] = task.sampling.seed if task.sampling.seed is not None else secrets.randbits(31)
+    # numpy's takes 32 bits; each request has the whole of the task's.
+    seed = task.sampling.seed if task.sampling.seed is not None else secrets.randbits(31)
+    arguments["seed"] = seed % 2**32
     set_environment(ctx, alone=alone, eager=bool(arguments["enforce_eager"]))
     llm = start(path, None if path != source.path else source.revision, source, arguments, asked=list(task.vllm))
     _alive.append(llm)
@@ -189,7 +191,12 @@ def merged(ctx: Context, task: InferenceTask, source: Source, adapters: Sequence
     trust = bool(task.vllm.get("trust_remote_code"))
     with loading(source):
         model = AutoModelForCausalLM.from_pretrained(
-            source.path, revision=source.revision, trust_remote_code=trust, dtype="auto", device_map="cpu"
+            source.path,
+            revision=source.revision,
+            trust_remote_code=trust,
+            cache_dir=task.vllm.get("download_dir"),
+            dtype="auto",
+            device_map="cpu",
         )
     with torch.no_grad():
         model = apply_adapters(model, [adapter for adapter in adapters if adapter.apply == "merge"])

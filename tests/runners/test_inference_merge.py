@@ -132,6 +132,23 @@ def test_export_fields(tiny_llama, make_context) -> None:
     assert records[1]["all"] == metadata[1]
 
 
+def test_what_answers_have_by_request_may_be_required(tiny_llama, make_context) -> None:
+    spec = spec_of(tiny_llama, ["a task"], max_tokens=2, temperature=1.0, n=2, logprobs=1)
+    fields = {"first": "item.logprobs", "other": "item.outputs[1].output", "its": "item.outputs[1].logprobs"}
+    spec["postprocess"] = {"jsonl_export": {"fields": fields, "required_fields": list(fields)}}
+    context = make_context(spec)
+    (item,) = run(context)["items"]
+    record = json.loads((context.out_dir / "export.jsonl").read_text())
+    assert record == {
+        "first": item["logprobs"],
+        "other": item["outputs"][1]["output"],
+        "its": item["outputs"][1]["logprobs"],
+    }
+    spec["postprocess"]["jsonl_export"]["fields"]["its"] = "item.outputs[2].output"
+    with pytest.raises(BadRequest, match=r"required_fields: item 0 has no 'its'"):
+        run(make_context(spec))
+
+
 def test_an_export_is_json_whatever_the_metadata_holds(tiny_llama, make_context) -> None:
     metadata = [{"x": float("nan")}, {"x": "𝔘\u2028"}]
     records = export(make_context, tiny_llama, {"fields": {"x": "metadata.x"}}, metadata)

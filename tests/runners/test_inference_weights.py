@@ -14,10 +14,12 @@ import pytest
 pytest.importorskip("peft", reason="needs the extra 'inference'")
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlavaConfig
 
 from runners.api import BadRequest
+from runners.inference.lora import check_fit
 from runners.inference.runner import InferenceRunner
+from runners.models.adapters import LocalAdapter
 from tests.runners.file_server import Served, Server
 from tests.runners.inference_specs import outputs, spec_of
 from tests.tiny_models import write_tiny_lora
@@ -160,6 +162,20 @@ def test_an_adapter_for_another_model(tiny_llama, make_context, tmp_path) -> Non
         spec = with_adapters(tiny_llama, [{"path": str(tmp_path / "lora"), "apply": apply}])
         with pytest.raises(BadRequest, match=r"^spec\.model\.adapters\[0\]: the adapter does not fit .*size mismatch"):
             run(make_context, spec)
+
+
+def test_models_that_cannot_be_made_without_their_weights_are_not_compared(
+    tiny_llama, make_context, tmp_path, caplog
+) -> None:
+    """vLLM runs models whose code comes with them, and others that are no plain language models to Transformers."""
+    write_tiny_lora(tiny_llama, tmp_path)
+    adapter = LocalAdapter(name="mine", folder=tmp_path, rank=4, apply="runtime", where="spec.model.adapters[0]")
+    seeing = LlavaConfig(text_config=AutoConfig.from_pretrained(tiny_llama))
+    check_fit(make_context({}), adapter, seeing, trust_remote_code=False)
+    assert "not checked whether mine fits" in caplog.text
+    unlike = AutoConfig.from_pretrained(tiny_llama, hidden_size=64, num_attention_heads=2, num_key_value_heads=1)
+    with pytest.raises(BadRequest, match=r"spec\.model\.adapters\[0\]: the adapter does not fit the model"):
+        check_fit(make_context({}), adapter, unlike, trust_remote_code=False)
 
 
 def test_what_is_no_lora(tiny_llama, make_context, tmp_path) -> None:
