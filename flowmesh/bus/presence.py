@@ -87,6 +87,9 @@ class Presence:
         self._on_left_over: Callable[[], None] | None = on_left_over
         self._registered = False
         self._gone = False
+        """To be announced anew, with a farewell first."""
+        self._differs = False
+        """Whether the last check found another status than ours."""
         self._changes: deque[Status] = deque()
         self._changed = asyncio.Event()
 
@@ -113,7 +116,6 @@ class Presence:
 
     def reannounce(self) -> None:
         """UNREGISTER and REGISTER anew: what was dispatched to us and never arrived is then queued again."""
-        self._registered = False
         self._gone = True
         self._changed.set()
 
@@ -134,7 +136,7 @@ class Presence:
         backoff = Backoff()
         while True:
             try:
-                if not self._registered:
+                if self._gone or not self._registered:
                     await self._register()
                 while self._changes:
                     await self._announce(self._changes[0])
@@ -144,7 +146,7 @@ class Presence:
                     self.trouble.over()
                     backoff.reset()
                 self._changed.clear()
-                if not self._registered or self._changes:
+                if self._gone or not self._registered or self._changes:
                     continue
                 try:
                     async with asyncio.timeout(CHECK_INTERVAL_S):
@@ -181,8 +183,11 @@ class Presence:
             pipeline.hmget(worker_key(self.worker_id), "pid", "status")
             member, (pid, status) = await pipeline.execute()
         there = bool(member) and pid == str(self.identity.pid).encode()
-        if there and status == b"IDLE" and self.status.word != "IDLE":
-            self.restate()  # the orchestrator said so of an earlier task, and was behind
+        differed, self._differs = self._differs, there and status != self.status.word.encode()
+        if self._differs and (status == b"IDLE" or differed):
+            # The orchestrator said so of an earlier task, and was behind. Or it said RUNNING of one that never ran
+            # here: at the second look, as at the first one may be on its way to us.
+            self.restate()
         if not there:
             logger.bind(worker=self.worker_id).warning("the registration is gone: registering again")
         return there
@@ -193,8 +198,12 @@ class Presence:
                 self._on_left_over()
             self._on_left_over = None
         if self._gone:
-            await self._unregister()
-            self._gone = False
+            self._gone = False  # before: should it be asked for once more meanwhile, it is done once more
+            try:
+                await self._unregister()
+            except BaseException:
+                self._gone = True
+                raise
         identity, status = self.identity, self.status
         self._changes.clear()
         fields: dict[str, str | bytes] = {

@@ -39,6 +39,10 @@ def is_start(event: bytes) -> bool:
     return event.startswith(b'{"type":"TASK_STARTED"')
 
 
+def is_failure(event: bytes) -> bool:
+    return event.startswith(b'{"type":"TASK_FAILED"')
+
+
 def used(run: Run, cost_per_hour: float) -> dict[str, Any]:
     """What a task has used, for its event and its result. Of an energy that is not known: null."""
     return {

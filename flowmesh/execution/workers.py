@@ -61,11 +61,14 @@ class Workers(Hooks):
             self._heal(slot)
 
     def on_events_sent(self, sent: list[bytes]) -> None:
-        """The orchestrator sets a worker idle when it sees a success; one that is busy by then says so again."""
-        if all(events.is_start(event) for event in sent):
-            return
+        """The orchestrator sets a worker running when it dispatches, and idle when it sees a success.
+
+        One that is busy by then says so again; and one that was not, of a failure: perhaps nothing ran.
+        """
+        ended = any(not events.is_start(event) for event in sent)
+        failed = any(events.is_failure(event) for event in sent)
         for worker_id, slot in self.executor.slots.items():
-            if slot.current is not None or slot.trouble:
+            if failed or (ended and (slot.current is not None or slot.trouble)):
                 self.presences[worker_id].restate()
             self._heal(slot)
 

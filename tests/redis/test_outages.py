@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import socket
 import subprocess
@@ -84,6 +85,28 @@ def test_p7_a_task_that_is_being_delivered_is_not_queued_again_after_a_gap(
         cut_off(orchestrator)
         until(lambda: "subscribed again" in node.text(), "the subscription is back")
         wait_announced_anew_after_the_end_of_its_task(orchestrator)
+
+
+def test_p7_an_idle_worker_is_announced_anew_while_its_neighbour_is_busy(orchestrator: Orchestrator, make_node) -> None:
+    """What it waits for is that the neighbour's start is told, and not its end."""
+    node = make_node(start=False, config=CONFIG + "".join(f'[[slots]]\nname = "{name}"\n' for name in "ab"), env=QUICK)
+    node.start(wait=False)
+    for worker in ("w1-a", "w1-b"):
+        orchestrator.wait_worker_event("STATUS", worker_id=worker, status="IDLE")
+    (server,) = node.servers()
+    os.kill(server, signal.SIGSTOP)
+    try:
+        busy = orchestrator.dispatch("w1-b", {"taskType": "echo", "delaySec": 600})
+        until(lambda: node.ask(op="status")["tasks"], "it is taken")
+        orchestrator.redis.replicaof("127.0.0.1", 1)  # takes no events
+    finally:
+        os.kill(server, signal.SIGCONT)
+    until(lambda: node.ask(op="status")["outbox"] == 1, "it begins meanwhile")
+    cut_off(orchestrator)
+    until(lambda: "subscribed again" in node.text(), "the subscription is back")
+    orchestrator.redis.replicaof("NO", "ONE")
+    orchestrator.wait_worker_event("UNREGISTER", worker_id="w1-a")
+    assert not orchestrator.ends(busy)
 
 
 def test_p7_what_was_dispatched_while_the_supervisor_was_restarted_is_queued_again(

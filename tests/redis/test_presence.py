@@ -1,0 +1,76 @@
+"""A worker's face in Redis, where two things happen at once."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Any
+
+import pytest
+
+from flowmesh.bus import presence as module
+from flowmesh.bus.connection import connect
+from flowmesh.bus.presence import Identity, Presence
+from tests.support import Orchestrator, RedisServer
+
+pytestmark = pytest.mark.redis
+
+
+async def nothing() -> dict[str, Any]:
+    return {}
+
+
+class Asked(Presence):
+    """Asked to announce itself anew, once, just when it does something."""
+
+    def __init__(self, *arguments: Any, during: str, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._during = during
+
+    def _ask(self, now: str) -> None:
+        if now == self._during:
+            self._during = ""
+            self.reannounce()
+
+    def _publish(self, pipeline: Any, kind: str, **fields: Any) -> None:
+        super()._publish(pipeline, kind, **fields)
+        self._ask(kind)
+
+    async def _is_registered(self) -> bool:
+        there = await super()._is_registered()
+        self._ask("check")
+        return there
+
+
+@pytest.mark.parametrize("during", ["REGISTER", "check"])
+def test_a_wish_to_be_announced_anew_is_not_lost(
+    redis_server: RedisServer, orchestrator: Orchestrator, monkeypatch: pytest.MonkeyPatch, during: str
+) -> None:
+    monkeypatch.setattr(module, "CHECK_INTERVAL_S", 0.05)
+
+    async def live() -> None:
+        client = connect(f"unix://{redis_server.path}", timeout_s=5.0, health_check_interval_s=5.0, name="test")
+        identity = Identity(worker_id="w1", pid=1, started_at="", cost_per_hour=1.0, tags=(), env={}, hardware={})
+        asked = Asked(
+            client,
+            identity,
+            interval_s=30.0,
+            metrics=nothing,
+            power=lambda: None,
+            farewell=dict,
+            on_left_over=lambda: None,
+            during=during,
+        )
+        running = asyncio.create_task(asked.run())
+        for _ in range(200):
+            await asyncio.sleep(0.02)
+            orchestrator.hear()
+            if orchestrator.told.count("REGISTER") == 2:
+                break
+        running.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await running
+        await client.aclose()
+
+    asyncio.run(live())
+    assert orchestrator.told == ["REGISTER", "UNREGISTER", "REGISTER"]
