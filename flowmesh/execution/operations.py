@@ -8,17 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from loguru import logger
 
 from flowmesh import __version__
 from flowmesh.control import ControlError, Handler, text_field
+from flowmesh.errors import FieldError
 from flowmesh.execution.executor import Executor
 from flowmesh.execution.identity import About
 from flowmesh.execution.run import Run, progress_event
 from flowmesh.execution.workers import Workers
 from flowmesh.messages.checking import nearest
-from flowmesh.messages.wire import usable_task_id
+from flowmesh.messages.wire import decode_object, usable_task_id
 from flowmesh.tasks.journal import Record
 from flowmesh.tasks.machine import State
 
@@ -174,8 +174,8 @@ class Operations:
     def on_channel(self, data: bytes) -> None:
         """A message on the deployment's control channel. It goes to every node; most will not have the task."""
         try:
-            message = msgspec.json.decode(data, type=dict[str, Any])
-        except msgspec.DecodeError as error:
+            message = decode_object(data)
+        except FieldError as error:
             logger.warning("control message ignored: {}", error)
             return
         task_id = usable_task_id(message.get("task_id"))

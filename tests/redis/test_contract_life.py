@@ -257,6 +257,28 @@ def test_many_at_once_wait_in_the_queue(orchestrator: Orchestrator, node: Node) 
     assert starts == ids
 
 
+def test_a_worker_that_was_said_to_run_what_it_refused_is_idle_again(orchestrator: Orchestrator, node: Node) -> None:
+    """The orchestrator says RUNNING when it dispatches, and IDLE only when it hears of a success."""
+    status = lambda: orchestrator.redis.hget("worker:w1", "status")  # noqa: E731
+    refused = orchestrator.dispatch("w1", {"taskType": "nope"})
+    orchestrator.redis.hset("worker:w1", "status", "RUNNING")
+    assert orchestrator.wait_end(refused)["type"] == "TASK_FAILED"
+    until(lambda: status() == b"IDLE", "it is idle again")
+    fields = {"task_id": "twice", "dispatched_at": "2026-01-01T00:00:00+00:00"}
+    orchestrator.run("w1", {"taskType": "echo"}, **fields)
+    node.wait_status("IDLE")
+    orchestrator.dispatch("w1", {"taskType": "echo"}, **fields)
+    orchestrator.redis.hset("worker:w1", "status", "RUNNING")
+    until(lambda: status() == b"IDLE", "and after what it had already")
+
+
+def test_what_is_no_message_on_the_control_channel_is_ignored(orchestrator: Orchestrator, node: Node) -> None:
+    for data in (b'{"type":"CANCEL","task_id":"\xff"}', b"[" * 100_000, b"7", b"{}", b""):
+        orchestrator.redis.publish("flowmesh.control", data)
+    assert orchestrator.run("w1", {"taskType": "echo"})["type"] == "TASK_SUCCEEDED"
+    until(lambda: node.text().count("control message ignored") == 5, "each is told")
+
+
 def test_duplicates_run_once_and_retries_run_again(orchestrator: Orchestrator, node: Node) -> None:
     fields = {"task_id": "twice", "dispatched_at": "2026-01-01T00:00:00+00:00"}
     orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 0.3}, **fields)
