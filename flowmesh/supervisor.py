@@ -233,11 +233,11 @@ class Supervisor:
         if self._drain_mode is not None and hardness.index(mode) <= hardness.index(self._drain_mode):
             return
         self._drain_mode = mode
+        self._stop.set()
         logger.bind(mode=mode, tasks=len(self.executor.runs)).info("draining")
         self._notifier.say(STOPPING="1", STATUS=f"draining ({mode})")
         self.workers.drain()
         self.executor.drain(mode)
-        self._stop.set()
 
     def hand_over(self) -> None:
         """End this process and start the program anew in its place; tasks run on and are adopted."""

@@ -40,6 +40,7 @@ from flowmesh.tasks.types import LIGHT, Catalogue
 from flowmesh.tasks.verdicts import Kind, Stop, Verdict
 
 JOURNAL_RETRY_S = 1.0
+NOT_STARTED = "the node drains; the task had not started"
 
 
 class Executor:
@@ -117,7 +118,7 @@ class Executor:
         self.draining = mode
         for run in list(self.runs.values()):
             if run.task.state is State.QUEUED:
-                self.apply(run, machine.StopRequested(Stop.DRAIN, "the node drains; the task had not started"))
+                self.apply(run, machine.StopRequested(Stop.DRAIN, NOT_STARTED))
             elif mode != "finish":
                 detail = "the node drains"
                 stop = machine.StopRequested(Stop.DRAIN, detail, checkpoint=mode == "checkpoint", force=mode == "now")
@@ -193,6 +194,8 @@ class Executor:
                 self.spawn(self.release(run), run)
             case machine.LeaveQueue():
                 run.slot.queue.remove(run)
+            case machine.Requeue():
+                self._requeue(run)
             case machine.FreeSlot():
                 self._free(run)
             case machine.Deliver():
@@ -289,6 +292,14 @@ class Executor:
         run.resources = files.usage(run)
         await self.devices.end(run)
         self.apply(run, machine.Released())
+
+    def _requeue(self, run: Run) -> None:
+        run.slot.free(run)
+        run.slot.queue.appendleft(run)
+        if self.draining is not None:  # which waits for nobody
+            self.apply(run, machine.StopRequested(Stop.DRAIN, NOT_STARTED))
+        self.pump(run.slot)
+        self.hooks.on_slot_changed(run.slot)
 
     def _free(self, run: Run) -> None:
         run.slot.free(run)

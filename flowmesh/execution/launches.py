@@ -48,7 +48,8 @@ class Launches:
             return
         lacks = prepared if isinstance(prepared, Shortages) else Shortages()
         executor.room.judge(lacks.node)
-        if lacks.node and run.task.state is State.LAUNCHING and self._put_back(run):
+        if lacks.node and run.task.state is State.LAUNCHING and executor.draining is None:
+            executor.apply(run, machine.NeverForked())
             return
         if isinstance(prepared, Shortages):
             executor.apply(run, machine.LaunchFailed(f"not started: {lacks.node or lacks.own}"))
@@ -78,19 +79,6 @@ class Launches:
             await asyncio.wait([run.waiting])
             run.waiting = None
         return run.task.state is State.LAUNCHING
-
-    def _put_back(self, run: Run) -> bool:
-        """Have it wait anew, as the first one; not in a drain, which waits for nobody."""
-        executor = self._executor
-        if executor.draining is not None:
-            return False
-        executor.apply(run, machine.NeverForked())
-        if run.task.state is not State.QUEUED:
-            return False
-        run.slot.free(run)
-        run.slot.queue.appendleft(run)
-        executor.hooks.on_slot_changed(run.slot)
-        return True
 
     def on_fork_failed(self, attempt: int, message: str) -> None:
         """Its fork server says that there will be no process."""

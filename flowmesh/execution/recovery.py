@@ -31,8 +31,10 @@ async def recover(executor: Executor) -> None:
     runs = [run for record in records if (run := _restore(executor, record)) is not None]
     for run in runs:
         executor.adopt(run)
-        if run.task.state in (State.LAUNCHING, State.RUNNING, State.STOPPING, State.RELEASING):
-            run.slot.current = run
+        if run.task.state is State.QUEUED:
+            run.slot.queue.append(run)
+        elif run.task.state in (State.LAUNCHING, State.RUNNING, State.STOPPING, State.RELEASING):
+            run.slot.resume(run)
     found = {run.attempt: run.task.state for run in runs}  # while others are looked at, some of them go on
     alive = await executor.fleet.adopt(ANSWER_TIMEOUT_S)
     living = {server.id for server in executor.fleet.servers if server.ready is not None}
@@ -77,13 +79,11 @@ def _restore(executor: Executor, record: Record) -> Run | None:
 async def _go_on(executor: Executor, run: Run, found: State, alive: set[int], dead_server: str | None) -> None:
     match found:
         case State.QUEUED:
-            run.slot.queue.append(run)
+            pass  # it waits in its slot's queue since before anybody was asked
         case State.LAUNCHING | State.RUNNING | State.STOPPING if run.attempt in alive:
             pass  # its Forked, and perhaps its Gone, have come or are about to
         case State.LAUNCHING if dead_server is None:
             executor.apply(run, machine.NeverForked())
-            run.slot.current = None
-            run.slot.queue.append(run)
         case State.LAUNCHING | State.RUNNING | State.STOPPING:
             _set_clock(executor, run)
             mark = executor.layout.mark_of(run.attempt)

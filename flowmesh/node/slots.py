@@ -171,13 +171,18 @@ class Slot(Generic[RunT]):
 
     def __init__(self, plan: SlotPlan, needs_open: Callable[[RunT], bool] = lambda _run: True) -> None:
         self.plan = plan
-        self.current: RunT | None = None
+        self._users: list[RunT] = []
         self.queue: deque[RunT] = deque()
         self.closed = ""
         """Why the slot takes no task now; empty where it does."""
         self.paused = ""
         """Why it starts nothing at all now, whatever a task needs; empty where it does."""
         self._needs_open = needs_open
+
+    @property
+    def current(self) -> RunT | None:
+        """The task that has the slot. After a restart with fewer slots it may have several; then the first of them."""
+        return self._users[0] if self._users else None
 
     @property
     def idle(self) -> bool:
@@ -192,11 +197,15 @@ class Slot(Generic[RunT]):
         """Take the next task, where the slot is free and somebody waits who may have it."""
         if self.current is not None or self.paused:
             return None
-        self.current = next((run for run in self.queue if not (self.closed and self._needs_open(run))), None)
-        if self.current is not None:
-            self.queue.remove(self.current)
-        return self.current
+        run = next((run for run in self.queue if not (self.closed and self._needs_open(run))), None)
+        if run is not None:
+            self.queue.remove(run)
+            self._users.append(run)
+        return run
+
+    def resume(self, run: RunT) -> None:
+        """It has the slot already, since before a restart."""
+        self._users.append(run)
 
     def free(self, run: RunT) -> None:
-        assert self.current is run, "only the task that has the slot gives it back"
-        self.current = None
+        self._users.remove(run)

@@ -161,6 +161,10 @@ class LeaveQueue(msgspec.Struct, frozen=True):
     pass
 
 
+class Requeue(msgspec.Struct, frozen=True):
+    """Give the slot back, and wait for it anew as the first one."""
+
+
 class FreeSlot(msgspec.Struct, frozen=True):
     pass
 
@@ -188,6 +192,7 @@ Action = (
     | ArmGrace
     | Release
     | LeaveQueue
+    | Requeue
     | FreeSlot
     | Deliver
     | AbortDelivery
@@ -225,8 +230,10 @@ def step(task: Task, event: Event) -> tuple[Task, list[Action]]:
             if task.stop is not None:
                 verdict = Verdict(kind=Kind(task.stop.value), message=task.stop_detail or task.stop.value)
             return _to(task, state=State.RELEASING, verdict=verdict), [Release()]
+        case NeverForked() if task.state is State.STOPPING and not task.launched:
+            return step(task, LaunchFailed("stopped before it was started"))
         case NeverForked() if task.state is State.LAUNCHING:
-            return _to(task, state=State.QUEUED), []
+            return _to(task, state=State.QUEUED), [Requeue()]
         case ChildGone() if task.state in (State.LAUNCHING, State.RUNNING, State.STOPPING):
             stop, detail, fault = task.stop, task.stop_detail, event.gpu_fault
             verdict = judge(event.exit, event.outcome, stop, stop_detail=detail, gpu_fault=fault)

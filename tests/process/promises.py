@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,14 @@ def _waits_for_a_task(leaf: Path) -> bool:
 
 def responses(node: Node, task_id: str) -> dict[str, Any]:
     return dict(json.loads((node.results_dir / task_id / "responses.json").read_text()))
+
+
+def ended(node: Node) -> int:
+    assert node.process is not None
+    try:
+        return node.process.wait(30)
+    except subprocess.TimeoutExpired:
+        raise AssertionError(f"it did not end:\n{node.text()[-3000:]}") from None
 
 
 def assert_serves(orchestrator: Orchestrator, node: Node) -> None:

@@ -15,6 +15,7 @@ from tests.process.promises import (
     CONFIG,
     ISOLATIONS,
     assert_serves,
+    ended,
     leaves,
     mark_of,
     misbehave,
@@ -318,6 +319,74 @@ def test_p4_a_delivery_outlives_its_supervisor(orchestrator: Orchestrator, node:
 
 
 @pytest.mark.slow
+def _answers(node: Node) -> bool:
+    try:
+        return bool(node.ask(op="status"))
+    except OSError:  # the socket of the one before it
+        return False
+
+
+@pytest.mark.parametrize("stop", ["cancel", "drain"])
+def test_p4_a_stop_that_comes_before_the_new_supervisor_has_heard_its_fork_servers(
+    orchestrator: Orchestrator, node: Node, stop: str
+) -> None:
+    """Theirs may take seconds, while they import."""
+    running = orchestrator.dispatch("w1", misbehave("wait_for", file="go on"))
+    orchestrator.wait_started(running)
+    first, second = (orchestrator.dispatch("w1", {"taskType": "echo"}) for _ in range(2))
+    wait_state(node, second, "queued")
+    (server,) = node.servers()
+    node.kill()
+    os.kill(server, signal.SIGSTOP)
+    try:
+        node.start(wait=False)
+        until(lambda: _answers(node), "it starts")
+        wait_state(node, second, "queued")
+        if stop == "cancel":
+            assert node.ask(op="cancel", task_id=first)["state"] == "queued"
+        else:
+            os.kill(node.pid, signal.SIGTERM)
+        left = [running, second] if stop == "cancel" else [running]
+        until(lambda: [task["task_id"] for task in node.ask(op="status")["tasks"]] == left, "it has ended")
+    finally:
+        os.kill(server, signal.SIGCONT)
+    assert orchestrator.wait_end(first)["payload"]["error_kind"] == ("cancelled" if stop == "cancel" else "drained")
+    (node.results_dir / running / "go on").touch()
+    assert orchestrator.wait_end(running)["type"] == "TASK_SUCCEEDED"
+    end = orchestrator.wait_end(second)
+    if stop == "cancel":
+        assert end["type"] == "TASK_SUCCEEDED"
+        assert_serves(orchestrator, node)
+    else:
+        assert end["payload"]["error_kind"] == "drained"
+        assert ended(node) == 0
+    assert_one_end_each(orchestrator, [running, first, second])
+
+
+def test_p5_tasks_of_slots_that_are_one_now(orchestrator: Orchestrator, make_node: Callable[..., Node]) -> None:
+    """Both go on, both end well, and the next one waits for the last of them."""
+    slots = "".join(f'[[slots]]\nname = "{name}"\ncpus = "{cpu}"\n' for cpu, name in enumerate("ab"))
+    node = make_node(start=False, config=CONFIG + slots)
+    node.start(wait=False)
+    ids = []
+    for worker in ("w1-a", "w1-b"):
+        orchestrator.wait_worker_event("STATUS", status="IDLE", worker_id=worker)
+        ids.append(orchestrator.dispatch(worker, misbehave("wait_for", file="go on")))
+        orchestrator.wait_started(ids[-1])
+    node.kill()
+    (node.home / "node.toml").write_text(CONFIG)
+    node.start(wait=False)
+    orchestrator.wait_worker_event("REGISTER", status="RUNNING", worker_id="w1")
+    later = orchestrator.dispatch("w1", {"taskType": "echo"})
+    for task_id in ids:
+        wait_state(node, later, "queued")
+        (node.results_dir / task_id / "go on").touch()
+        assert orchestrator.wait_end(task_id)["type"] == "TASK_SUCCEEDED"
+        assert responses(node, task_id)["ok"] is True
+    assert orchestrator.wait_end(later)["type"] == "TASK_SUCCEEDED"
+    assert_one_end_each(orchestrator, [*ids, later])
+
+
 def test_p5_a_fork_server_that_stays_silent_is_given_up(orchestrator: Orchestrator, node: Node) -> None:
     """It is stopped when the new supervisor asks for its tasks: it must not come back with them later."""
     task_id = orchestrator.dispatch("w1", misbehave("sleep"))

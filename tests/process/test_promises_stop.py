@@ -16,6 +16,7 @@ from tests.http_server import Server, Stall
 from tests.process.promises import (
     CONFIG,
     assert_serves,
+    ended,
     mark_of,
     misbehave,
     of_tasks,
@@ -168,14 +169,6 @@ def assert_serves_beside(orchestrator: Orchestrator) -> None:
 
 
 # ---- drain -----------------------------------------------------------------------------------------------------------
-
-
-def ended(node: Node) -> int:
-    assert node.process is not None
-    try:
-        return node.process.wait(30)
-    except subprocess.TimeoutExpired:
-        raise AssertionError(f"it did not end:\n{node.text()[-3000:]}") from None
 
 
 @pytest.mark.parametrize("how", ["signal", "command"])

@@ -18,6 +18,7 @@ EVENTS = [
     machine.SlotGranted(),
     machine.Launched(),
     machine.LaunchFailed("no"),
+    machine.NeverForked(),
     machine.StopRequested(Stop.CANCEL),
     machine.StopRequested(Stop.TIMEOUT, "late"),
     machine.StopRequested(Stop.DRAIN, checkpoint=True),
@@ -54,9 +55,9 @@ def count(actions: list[machine.Action], kind: type) -> int:
 def test_whatever_happens_each_end_comes_at_most_once(events: list[machine.Event]) -> None:
     task, actions = walk(events)
     assert count(actions, machine.Finish) == (task.state is State.DONE)
-    assert count(actions, machine.Launch) <= 1
+    given_back = count(actions, machine.FreeSlot) + count(actions, machine.Requeue)
+    assert given_back <= count(actions, machine.Launch) <= count(actions, machine.Requeue) + 1
     assert count(actions, machine.AnnounceStarted) <= 1
-    assert count(actions, machine.FreeSlot) <= count(actions, machine.Launch)
     assert count(actions, machine.FreeSlot) + count(actions, machine.LeaveQueue) <= 1
     assert count(actions, machine.Deliver) <= 1
     if task.state is State.DONE:
@@ -166,3 +167,12 @@ def test_what_a_lost_child_left_on_disk_counts(outcome: Outcome | None, kind: Ki
 def test_an_event_that_cannot_be_says_its_story() -> None:
     with pytest.raises(InvalidTransition, match=r"a queued task cannot take .*Released"):
         step(Task(), machine.Released())
+
+
+def test_one_that_was_never_forked_waits_anew_unless_it_was_stopped_meanwhile() -> None:
+    task, actions = walk([machine.SlotGranted(), machine.NeverForked()])
+    assert (task.state, actions) == (State.QUEUED, [machine.Launch(), machine.Requeue()])
+    task, actions = walk([machine.SlotGranted(), machine.StopRequested(Stop.CANCEL), machine.NeverForked()])
+    assert (task.state, actions) == (State.RELEASING, [machine.Launch(), machine.Release()])
+    assert task.verdict is not None
+    assert task.verdict.kind is Kind.CANCELLED

@@ -199,3 +199,16 @@ def test_a_closed_slot_still_takes_what_needs_none_of_its_gpus() -> None:
     slot.closed = ""
     assert slot.next() == "gpu-1"
     assert list(slot.queue) == ["gpu-2"]
+
+
+def test_a_slot_that_several_tasks_had_before_a_restart_is_free_when_the_last_of_them_is_gone() -> None:
+    slot: Slot[str] = Slot(SlotPlan(name="a", worker_id="w"))
+    slot.resume("one")
+    slot.resume("two")
+    slot.queue.append("next")
+    assert slot.current == "one"
+    slot.free("one")
+    assert slot.current == "two"
+    assert slot.next() is None
+    slot.free("two")
+    assert slot.next() == "next"
