@@ -47,7 +47,7 @@ def test_p7_a_task_that_ends_while_redis_is_down_is_told_when_it_is_back(
     node.wait_status("IDLE")
     assert orchestrator.redis.sismember("workers:ids", "w1")
     assert orchestrator.run("w1", {"taskType": "echo"})["type"] == "TASK_SUCCEEDED"
-    assert node.ask(op="status")["outbox"] == 0
+    until(lambda: node.ask(op="status")["outbox"] == 0, "everything is told")
 
 
 def test_p7_after_a_gap_the_node_announces_itself_anew_once_it_holds_no_task(
