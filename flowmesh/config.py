@@ -96,7 +96,7 @@ class RedisSettings(Section, frozen=True):
     """[redis]"""
 
     url: str | None = None
-    """REDIS_URL"""
+    """REDIS_URL, its scheme in any case"""
     task_topic: Word = "tasks"
     """TASK_TOPIC"""
     heartbeat_interval_s: PositiveSeconds = 30.0
@@ -314,6 +314,9 @@ def load(path: Path | None, environ: Mapping[str, str], overrides: Mapping[str, 
     node = layers.values.get("node", {})
     if isinstance(level := node.get("log_level"), str):
         node["log_level"] = level.upper()
+    redis = layers.values.get("redis", {})
+    if isinstance(url := redis.get("url"), str):
+        redis["url"] = _with_lower_scheme(url)
     try:
         settings = convert(layers.values, Settings, where="")
     except FieldError as error:
@@ -322,6 +325,12 @@ def load(path: Path | None, environ: Mapping[str, str], overrides: Mapping[str, 
         key = dotted("", fault.path)
         raise ConfigError(f"{layers.origin_of(key)}: {key}: {fault.what}")
     return Loaded(settings, layers.origins)
+
+
+def _with_lower_scheme(url: str) -> str:
+    """redis-py knows a scheme in lower case only, and an address may have it in any."""
+    scheme, separator, rest = url.partition("://")
+    return f"{scheme.lower()}://{rest}" if separator else url
 
 
 def describe(loaded: Loaded) -> list[Described]:

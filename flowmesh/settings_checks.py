@@ -6,6 +6,7 @@ Pure but for `environments.NAME.python`, whose file is looked at. No message her
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -23,6 +24,31 @@ RESERVED_TOPICS = ("tasks.events", "workers.events")
 """Channels that the node itself publishes on."""
 
 _ESCAPE = "write / : @ # ? in a user name or password as %2F %3A %40 %23 %3F"
+
+_Options = dict[str, tuple[str, str]]
+"""By name: the pattern of its values, and the words for it."""
+_REDIS_OPTIONS: _Options = {
+    "db": (r"[0-9]{1,9}", "a number"),
+    "username": (r".+", "a user's name"),
+    "password": (r".+", "a password"),
+}
+_TLS_OPTIONS: _Options = {
+    "ssl_ca_certs": (r".+", "a file of certificates"),
+    "ssl_ca_path": (r".+", "a folder of certificates"),
+    "ssl_cert_reqs": (r"none|optional|required", "none, optional or required"),
+    "ssl_certfile": (r".+", "a file with a certificate"),
+    "ssl_check_hostname": (r"(?i)true|false|yes|no|1|0", "true or false"),
+    "ssl_ciphers": (r".+", "a list of ciphers as OpenSSL writes it"),
+    "ssl_keyfile": (r".+", "a file with a key"),
+    "ssl_min_version": (r"771|772", "771 (TLS 1.2) or 772 (TLS 1.3)"),
+    "ssl_password": (r".+", "the password of ssl_keyfile"),
+}
+_SETTING_OF_OPTION = {
+    "socket_timeout": "redis.timeout_s",
+    "socket_connect_timeout": "redis.timeout_s",
+    "health_check_interval": "redis.health_check_interval_s",
+}
+"""What the node gives redis-py itself: in the address it would overrule the setting."""
 
 
 class Fault(NamedTuple):
@@ -107,7 +133,7 @@ def _split(url: str) -> SplitResult | None:
         return None
     try:
         parts = urlsplit(url)
-        _ = parts.port, parts.hostname
+        _ = parts.port, (parts.hostname or "").encode("idna")  # as the socket will encode it
     except ValueError:  # its text quotes the URL, password and all
         return None
     return parts
@@ -132,10 +158,37 @@ def _redis_fault(url: str) -> str | None:
     if scheme == "unix":
         if parts.hostname or not parts.path.startswith("/") or parts.path == "/":
             return f"expected {allowed}, found no absolute path"
-    elif not (parts.path.strip("/").isascii() and (parts.path in {"", "/"} or parts.path.strip("/").isdigit())):
+    elif parts.path.strip("/") and not re.fullmatch(r"[0-9]{1,9}", parts.path.strip("/")):
         return f"expected {allowed}, found a database that is not a number; {_ESCAPE}"
-    if parts.fragment or any("=" not in option for option in parts.query.split("&") if parts.query):
+    # What stands before an "@" may be the end of a password that was not escaped, and is not to be shown.
+    if parts.fragment or "@" in parts.query or any("=" not in each for each in parts.query.split("&") if parts.query):
         return f"expected {allowed}, found a bare # or ?; {_ESCAPE}"
+    return _redis_option_fault(parts.query, scheme)
+
+
+def _redis_option_fault(query: str, scheme: str) -> str | None:
+    """redis-py takes any option that one of its classes has, some with a TypeError at the first connection, and some
+    that change what the node reads."""
+    from urllib.parse import parse_qsl
+
+    known = _REDIS_OPTIONS | (_TLS_OPTIONS if scheme == "rediss" else {})
+    given: set[str] = set()
+    for name, value in parse_qsl(query, keep_blank_values=True):
+        if name in given:
+            return f"its option {quoted(name)} stands there twice; leave one out"
+        given.add(name)
+        if name not in known:
+            what = f"its option {quoted(name)} cannot be set there"
+            if name in _TLS_OPTIONS:
+                return f"{what}; only rediss://HOST:PORT/DB takes it"
+            if setting := _SETTING_OF_OPTION.get(name):
+                return f"{what}; leave it out, and set {setting}"
+            return f"{what}; {nearest(name, known)}"
+        pattern, wanted = known[name]
+        if not re.fullmatch(pattern, value):
+            return f"its option {quoted(name)} must be {wanted}"
+    if "ssl_keyfile" in given and "ssl_certfile" not in given:
+        return 'its option "ssl_keyfile" needs "ssl_certfile", the certificate of that key'
     return None
 
 

@@ -64,6 +64,10 @@ def _host(place: str) -> tuple[str, int]:
         host, _, port = place.partition(":")
     if not host:
         raise ValueError("an empty host")
+    try:
+        host.encode("idna")  # as the socket will encode it
+    except UnicodeError:
+        raise ValueError("a host that cannot be used") from None
     if port and not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
         raise ValueError("a port that is not a number from 1 to 65535")
     return host, int(port or SENTINEL_PORT)

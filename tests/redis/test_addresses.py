@@ -13,6 +13,8 @@ from typing import TypeVar
 import pytest
 import redis
 
+from flowmesh.bus.connection import connect
+from flowmesh.config import load
 from flowmesh.messages.sentinel import SentinelAddress, sentinel_address
 from flowmesh.messages.wording import redact_url
 from tests.support import ROOT, Node, Orchestrator, RedisServer, end_process, running, until
@@ -96,8 +98,7 @@ def started(kind: type[ServerT]) -> Iterator[tuple[ServerT, Orchestrator]]:
 def works(node: Node, peer: Orchestrator) -> None:
     """All that a node does with Redis: registration, dispatch, events, farewell; and the commands do theirs."""
     assert peer.run("w1", {"taskType": "echo"})["type"] == "TASK_SUCCEEDED"
-    command = [sys.executable, "-m", "flowmesh.cli.main", "workers", "--redis", node.server.url]
-    listed = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    listed = flowmesh("workers", "--redis", node.server.url)
     assert "w1" in listed.stdout, listed.stderr
     assert node.stop() == 0
     peer.wait_worker_event("UNREGISTER", worker_id="w1")
@@ -190,6 +191,40 @@ def test_a_wrong_password_is_told_without_showing_it(redis_server: RedisServer, 
 
 
 @pytest.mark.redis
+def test_a_scheme_may_be_written_in_any_case(redis_server: RedisServer, orchestrator: Orchestrator) -> None:
+    redis_server.url = redis_server.url.replace("unix", "UNIX")
+    with running(Node(redis_server)) as node:
+        works(node, orchestrator)
+
+
+@pytest.mark.redis
+@pytest.mark.parametrize(
+    "option", ["foo=bar", "db=abc", "socket_timeout=abc", "ssl_cert_reqs=none", "decode_responses=true"]
+)
+def test_options_that_an_address_cannot_have_are_told_in_one_line(redis_server: RedisServer, option: str) -> None:
+    redis_server.url += f"?{option}"
+    node = Node(redis_server)
+    said = f'command line: redis.url: its option "{option.partition("=")[0]}" '
+    try:
+        node.start(wait=False)
+        assert node.process is not None
+        assert node.process.wait(30) == 78
+        (line,) = node.text().splitlines()
+        assert line.startswith(f"flowmesh-supervisor: {said}")
+        for command in (["workers"], ["submit", "conf/tasks/echo.yaml"]):
+            asked = flowmesh(*command, "--redis", redis_server.url)
+            (line,) = asked.stderr.splitlines()
+            assert (asked.returncode, line.startswith(f"flowmesh: {said}")) == (78, True), line
+    finally:
+        node.close()
+
+
+def flowmesh(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "flowmesh.cli.main", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+
+
+@pytest.mark.redis
 def test_tls() -> None:
     with started(TlsServer) as (server, peer), running(Node(server)) as node:
         works(node, peer)
@@ -207,6 +242,21 @@ def test_tls_with_a_certificate_that_nobody_vouches_for() -> None:
                 assert client.keys("*") == []
         finally:
             node.close()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://u:p@h:1/2?db=3&username=u&password=p",
+        "unix:///run/x.sock?db=1&username=u&password=p",
+        "rediss://h/0?ssl_ca_certs=/c&ssl_ca_path=/d&ssl_cert_reqs=none&ssl_check_hostname=false&ssl_min_version=772"
+        "&ssl_certfile=/c&ssl_keyfile=/k&ssl_password=p&ssl_ciphers=HIGH",
+    ],
+)
+def test_redis_py_takes_every_option_that_the_settings_take(url: str) -> None:
+    assert load(None, {"REDIS_URL": url}).settings.redis.url == url
+    connect(url, timeout_s=1, health_check_interval_s=1, name="n").connection_pool.make_connection()
+    redis.Redis.from_url(url).connection_pool.make_connection()
 
 
 @pytest.mark.parametrize(

@@ -229,9 +229,60 @@ def test_an_interpreter_that_may_not_be_executed(tmp_path: Path) -> None:
     assert said.endswith("which may not be executed")
 
 
-def test_redis_urls_that_work() -> None:
-    for url in ("redis://h", "redis://:6379/", "rediss://u:p%40@[::1]:1/15", "unix:///run/x.sock?db=1", "REDIS://h/0"):
-        assert load(None, {"REDIS_URL": url}).settings.redis.url == url
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://h",
+        "redis://:6379/",
+        "redis://h?db=3",
+        "redis://h.example.:1/0?username=u&password=p%40",
+        "rediss://u:p%40@[::1]:1/15",
+        "rediss://[fe80::1%25eth0]:1",
+        "rediss://h/0?ssl_ca_certs=/etc/ca%20s.pem&ssl_cert_reqs=none&ssl_check_hostname=False&ssl_min_version=772",
+        "rediss://h?ssl_certfile=/c&ssl_keyfile=/k&ssl_password=p&ssl_ca_path=/etc/ssl&ssl_ciphers=HIGH:!aNULL",
+        "unix:///run/x.sock?db=1",
+        "unix://u:p@/run/x.sock?db=1&password=p",
+    ],
+)
+def test_redis_urls_that_work(url: str) -> None:
+    assert load(None, {"REDIS_URL": url}).settings.redis.url == url
+    scheme, _, rest = url.partition("://")
+    assert load(None, {"REDIS_URL": f"{scheme.upper()}://{rest}"}).settings.redis.url == url, "a scheme has no case"
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("redis://h?foo=bar", 'its option "foo" cannot be set there; known: db, password, username'),
+        ("redis://h?d=1", "its option \"d\" cannot be set there; did you mean 'db'?"),
+        ("redis://h?ssl_cert_reqs=none", 'its option "ssl_cert_reqs" cannot be set there; only rediss://HOST:PORT/DB'),
+        ("unix:///x?ssl_ca_certs=/c", 'its option "ssl_ca_certs" cannot be set there; only rediss://HOST:PORT/DB'),
+        (
+            "redis://h?socket_timeout=abc",
+            'its option "socket_timeout" cannot be set there; leave it out, and set redis.',
+        ),
+        ("redis://h?decode_responses=true", 'its option "decode_responses" cannot be set there; known: '),
+        ("redis://h?max_connections=1", 'its option "max_connections" cannot be set there; known: '),
+        ("redis://h?protocol=3", 'its option "protocol" cannot be set there; known: '),
+        ("unix:///x?path=/y", 'its option "path" cannot be set there; known: '),
+        ("redis://h?db=abc", 'its option "db" must be a number'),
+        ("redis://h?db=-1", 'its option "db" must be a number'),
+        ("redis://h?db=", 'its option "db" must be a number'),
+        ("redis://h?db=1&db=2", 'its option "db" stands there twice; leave one out'),
+        (f"redis://h/{'9' * 5000}", f"expected {REDIS}, found a database that is not a number"),
+        ("rediss://h?ssl_cert_reqs=maybe", 'its option "ssl_cert_reqs" must be none, optional or required'),
+        ("rediss://h?ssl_check_hostname=off", 'its option "ssl_check_hostname" must be true or false'),
+        ("rediss://h?ssl_min_version=1.2", 'its option "ssl_min_version" must be 771 (TLS 1.2) or 772 (TLS 1.3)'),
+        ("rediss://h?ssl_keyfile=/k", 'its option "ssl_keyfile" needs "ssl_certfile"'),
+        ("redis://u:1?HUNTER2=a@h", f"expected {REDIS}, found a bare # or ?"),
+        ("redis://h..x/0", f"expected {REDIS}, found a host or port that cannot be used"),
+        ("redis+sentinel://h..x/main", f"expected {SENTINEL}, found a host that cannot be used"),
+    ],
+)
+def test_redis_urls_that_do_not(url: str, said: str) -> None:
+    found = refusal(environ={"REDIS_URL": url})
+    assert found.startswith(f"REDIS_URL: redis.url: {said}")
+    assert "HUNTER2" not in found
 
 
 @given(st.text("ab:/?#@%[]. \n\t", max_size=10), st.text("ab:/?#@%[]. \n\t", max_size=10))
