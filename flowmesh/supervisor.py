@@ -20,10 +20,10 @@ import msgspec
 from loguru import logger
 
 from flowmesh import __version__
-from flowmesh.config import Loaded, Settings, results_dir, state_dir
+from flowmesh.config import Settings, results_dir, state_dir
 from flowmesh.control import ControlServer
-from flowmesh.errors import ConfigError, DeviceError
-from flowmesh.execution import files, folders, lanes
+from flowmesh.errors import ConfigError, DeviceError, FlowMeshError, LaunchError
+from flowmesh.execution import files, folders, lanes, preflight
 from flowmesh.execution.executor import Executor
 from flowmesh.execution.identity import About, presence
 from flowmesh.execution.operations import Operations
@@ -34,14 +34,12 @@ from flowmesh.execution.uplink import Uplink
 from flowmesh.execution.watch import watch
 from flowmesh.execution.workers import Workers
 from flowmesh.messages.wire import utc_now
-from flowmesh.node.devices import Inventory, visible_gpus
-from flowmesh.node.hardware import logical_cores
+from flowmesh.node.devices import Inventory
 from flowmesh.node.notify import Notifier
 from flowmesh.node.nvml import Nvml
 from flowmesh.node.power import PowerMeter
 from flowmesh.node.slots import Slot
-from flowmesh.node.slots import plan as plan_slots
-from flowmesh.processes import cgroup, environ, linux
+from flowmesh.processes import environ, linux
 from flowmesh.processes.fleet import Fleet
 from flowmesh.tasks.journal import Journal
 from flowmesh.tasks.types import LIGHT
@@ -56,21 +54,23 @@ FLUSH_TIMEOUT_S = 10.0
 class Supervisor:
     """One node's life, from `run()` to its return value, the exit code."""
 
-    def __init__(self, loaded: Loaded, environment: Mapping[str, str], recheck: Callable[[], object]) -> None:
+    def __init__(self, settings: Settings, environment: Mapping[str, str], reread: Callable[[], Settings]) -> None:
         """
         Args:
-            recheck: reads the settings anew and raises ConfigError where they cannot be used; for SIGHUP.
+            settings: have passed `preflight.check`.
+            reread: reads them anew, with the same check; raises ConfigError. Called in a thread.
         """
-        self.settings: Settings = loaded.settings
+        self.settings = settings
         self.state_dir = state_dir(self.settings, environment)
         self.results_dir = results_dir(self.settings)
-        self._recheck = recheck
+        self._reread = reread
         self._environ = environment
         self._stop = asyncio.Event()
         self._upgrade = False
         self._drain_mode: str | None = None
         self._notifier = Notifier(environment)
         self._lock: IO[str] | None = None
+        self._reloading: set[asyncio.Task[None]] = set()
 
     # ---- life --------------------------------------------------------------------------------------------------------
 
@@ -81,7 +81,6 @@ class Supervisor:
             FlowMeshError: it cannot start, and why.
         """
         self._lock = folders.hold_state_dir(self.state_dir)
-        folders.make_results_dir(self.results_dir)
         linux.become_subreaper()
         linux.hide_from_same_user()
         _start_threads()
@@ -103,12 +102,16 @@ class Supervisor:
 
     async def _wire(self) -> None:
         settings = self.settings
-        node_id = self.journal.fact("node_id", secrets.token_hex(4))
-        worker_id = settings.node.worker_id or self.journal.fact("worker_id", f"worker-{secrets.token_hex(6)}")
+        self.node_id = node_id = self.journal.fact("node_id", secrets.token_hex(4))
+        self.worker_id = worker_id = settings.node.worker_id or self.journal.fact(
+            "worker_id", f"worker-{secrets.token_hex(6)}"
+        )
         self.nvml = Nvml()
-        inventory = await self._take_inventory()
-        isolated = settings.processes.isolation != "subreaper"
-        self.cgroup = cgroup.prepare(node_id) if isolated else None
+        inventory = await self._take_inventory(settings)
+        for problem in inventory.unusable:
+            logger.error("not offered: {}", problem)
+        fitted = self._fit(settings, inventory)
+        self.cgroup = fitted.cgroup
         about = About(
             node_id=node_id,
             started=time.monotonic(),
@@ -118,10 +121,12 @@ class Supervisor:
             power=PowerMeter(),
             nvml=self.nvml,
         )
-        self._check_limits()
+        owner = preflight.owner(settings)
+        if owner is not None:
+            folders.open_for(owner.uid, owner.gid, self.state_dir)
         self.workers = Workers()
-        self.executor = self._make_executor(about, worker_id)
-        self.operations = Operations(about, self.executor, self.workers, stop=self.stop, hand_over=self.hand_over)
+        self.executor = self._make_executor(about, fitted, owner)
+        self.operations = Operations(about, self.executor, self.workers, stop=self.stop, start_anew=self.start_anew)
         self.uplink = Uplink(self.executor, self.workers, worker_id, self.operations.on_channel)
         self.workers.executor, self.workers.uplink = self.executor, self.uplink
         self.workers.operations = self.operations
@@ -138,15 +143,11 @@ class Supervisor:
         for name, why in sorted(catalogue.missing.items()):
             logger.bind(type=name).info("task type not offered: {}", why)
 
-    def _make_executor(self, about: About, worker_id: str) -> Executor:
+    def _make_executor(self, about: About, fitted: preflight.Fitted, owner: files.Owner | None) -> Executor:
         settings = self.settings
-        down = about.inventory.some_are_down
-        visible = visible_gpus(about.inventory.gpus, self._environ.get("CUDA_VISIBLE_DEVICES"), some_are_down=down)
-        cpus = sorted(os.sched_getaffinity(0))
-        plans = plan_slots(settings, worker_id, visible, cpus, logical_cores(), some_are_down=down)
-        for name in sorted({slot.name for slot in settings.slots} - {plan.name for plan in plans}):
+        for name in sorted({slot.name for slot in settings.slots} - {plan.name for plan in fitted.slots}):
             logger.error("slot {} is left out: none of its GPUs works", name)
-        slots: dict[str, Slot[Run]] = {plan.worker_id: Slot(plan, lambda run: bool(run.gpus)) for plan in plans}
+        slots: dict[str, Slot[Run]] = {plan.worker_id: Slot(plan, lambda run: bool(run.gpus)) for plan in fitted.slots}
         base_env = environ.base(self._environ, settings.tasks.pass_env)
         catalogue, lane_table = lanes.plan(settings)
         executor = Executor(
@@ -163,16 +164,16 @@ class Supervisor:
                 cgroup=self.cgroup,
                 processes=settings.processes,
                 limits=msgspec.to_builtins(settings.runners),
-                owner=None if settings.processes.task_user is None else files.Owner.named(settings.processes.task_user),
+                owner=owner,
             ),
             hooks=self.workers,
         )
-        executor.devices = Devices(executor, self.nvml, about.power, visible)
+        executor.devices = Devices(executor, self.nvml, about.power, fitted.gpus)
         executor.fleet = Fleet(
             lane_table,
             folder=self.state_dir / "run",
             log_folder=self.state_dir / "log",
-            env=environ.for_server(base_env) | {"CUDA_VISIBLE_DEVICES": ",".join(gpu.uuid for gpu in visible)},
+            env=environ.for_server(base_env) | {"CUDA_VISIBLE_DEVICES": ",".join(gpu.uuid for gpu in fitted.gpus)},
             adoption_timeout_s=settings.processes.adoption_timeout_s,
             cgroup=self.cgroup,
             mark=about.node_id,
@@ -180,36 +181,17 @@ class Supervisor:
         )
         return executor
 
-    def _check_limits(self) -> None:
-        """Raises ConfigError where the settings ask for what this system does not give."""
-        wants = self.settings.processes
-        if wants.isolation == "cgroup" and self.cgroup is None:
-            raise ConfigError(
-                "processes.isolation: 'cgroup' needs a cgroup v2 hierarchy that this user may write "
-                "(under systemd: Delegate=yes); 'auto' takes what there is"
-            )
-        there = cgroup.controllers(self.cgroup) if self.cgroup is not None else set()
-        for key, controller in (("task_memory_max_bytes", "memory"), ("task_pids_max", "pids")):
-            if getattr(wants, key) is not None and controller not in there:
-                raise ConfigError(
-                    f"processes.{key}: this system gives us no cgroup v2 {controller!r} controller "
-                    "(under systemd 254 or newer: Delegate=yes and DelegateSubgroup=supervisor); leave the setting out"
-                )
-        if wants.task_user is not None:
-            owner = files.Owner.named(wants.task_user)
-            folders.open_for(owner.uid, owner.gid, self.state_dir)
-
-    async def _take_inventory(self) -> Inventory:
+    async def _take_inventory(self, settings: Settings) -> Inventory:
         try:
-            found = await self.nvml.inventory()
+            return await self.nvml.inventory()
         except DeviceError as error:
-            if any(slot.gpus for slot in self.settings.slots):
+            if any(slot.gpus for slot in settings.slots):
                 raise  # later, or after a repair, it may be there: a restart is worth a try
             logger.error("the node starts without GPUs: {}", error)
             return Inventory()
-        for problem in found.unusable:
-            logger.error("not offered: {}", problem)
-        return found
+
+    def _fit(self, settings: Settings, inventory: Inventory) -> preflight.Fitted:
+        return preflight.fit(settings, self._environ, inventory, node_id=self.node_id, worker_id=self.worker_id)
 
     def _works(self) -> list[Any]:
         looks = [watch(self.executor), self.executor.room.watch(), self.executor.devices.sample()]
@@ -239,10 +221,31 @@ class Supervisor:
         self.workers.drain()
         self.executor.drain(mode)
 
-    def hand_over(self) -> None:
-        """End this process and start the program anew in its place; tasks run on and are adopted."""
+    async def start_anew(self) -> None:
+        """End this process and start the program anew in its place, with the settings as they are now and the version
+        that is on disk; tasks run on and are adopted.
+
+        Raises:
+            FlowMeshError: the start would refuse the settings; nothing has changed.
+        """
+        try:
+            await self._check_anew()
+            if self._drain_mode is not None:
+                raise LaunchError("the node is draining, and ends when its tasks have")
+        except FlowMeshError as error:
+            logger.error("settings not reloaded, the old ones stay: {}", error)
+            raise
         self._upgrade = True
         self._stop.set()
+
+    async def _check_anew(self) -> None:
+        settings = await asyncio.to_thread(self._reread)
+        if (there := state_dir(settings, self._environ)) != self.state_dir:
+            raise ConfigError(
+                f"node.state_dir: {there} is not {self.state_dir}, where this node and its tasks are; "
+                "to move it, drain the node and start it again"
+            )
+        await asyncio.to_thread(self._fit, settings, await self._take_inventory(settings))
 
     async def _until_stopped(self, tasks: list[asyncio.Task[Any]]) -> None:
         stop = asyncio.create_task(self._stop.wait())
@@ -295,21 +298,23 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_stop_signal)
-        loop.add_signal_handler(signal.SIGUSR2, self.hand_over)
-        loop.add_signal_handler(signal.SIGHUP, self._reload)
+        for number in (signal.SIGHUP, signal.SIGUSR2):
+            loop.add_signal_handler(number, self._on_start_anew_signal)
         loop.add_signal_handler(signal.SIGCHLD, self._reap)
 
     def _on_stop_signal(self) -> None:
         self.stop("finish" if self._drain_mode is None else "now")
 
-    def _reload(self) -> None:
-        """Take new settings by starting anew under the running tasks; bad ones are told, and the old ones stay."""
-        try:
-            self._recheck()
-        except ConfigError as error:
-            logger.error("settings not reloaded, the old ones stay: {}", error)
-            return
-        self.hand_over()
+    def _on_start_anew_signal(self) -> None:
+        """SIGHUP for new settings, SIGUSR2 for a new version: one way for both."""
+
+        async def start_anew() -> None:
+            with contextlib.suppress(FlowMeshError):  # told in the log, and the old settings stay
+                await self.start_anew()
+
+        task = asyncio.create_task(start_anew())
+        self._reloading.add(task)
+        task.add_done_callback(self._reloading.discard)
 
     def _reap(self) -> None:
         """Collect fork servers that ended, and orphans of theirs that came to us."""

@@ -260,12 +260,15 @@ class Node:
             self.args += ["--config", str(self.home / "node.toml")]
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self, *, wait: bool = True) -> Node:
-        command = [
-            sys.executable, "-m", "flowmesh.cli.supervisor",
+    def flags(self) -> list[str]:
+        """What it is told on its command line, over what its file says."""
+        return [
             "--redis-url", self.server.url, "--state-dir", str(self.state_dir),
-            "--results-dir", str(self.results_dir), "--worker-id", self.worker_id, *self.args,
+            "--results-dir", str(self.results_dir), "--worker-id", self.worker_id,
         ]  # fmt: skip
+
+    def start(self, *, wait: bool = True) -> Node:
+        command = [sys.executable, "-m", "flowmesh.cli.supervisor", *self.flags(), *self.args]
         env = {**os.environ, "PYTHONPATH": str(ROOT), **self.env}
         env.pop("REDIS_URL", None)
         env |= {name: value for name, value in self.env.items() if name == "REDIS_URL"}

@@ -8,6 +8,7 @@ import os
 from flowmesh.config import Loaded, describe, results_dir, state_dir
 from flowmesh.errors import EXIT_OK
 from flowmesh.execution import lanes
+from flowmesh.execution.folders import check_sockets
 
 
 def report(loaded: Loaded, *, as_json: bool) -> int:
@@ -18,10 +19,9 @@ def report(loaded: Loaded, *, as_json: bool) -> int:
     """
     catalogue, _ = lanes.plan(loaded.settings)
     rows = describe(loaded)
-    folders = {
-        "results": str(results_dir(loaded.settings)),
-        "state": str(state_dir(loaded.settings, os.environ)),
-    }
+    state = state_dir(loaded.settings, os.environ)
+    check_sockets(state, loaded.settings.environments)
+    folders = {"results": str(results_dir(loaded.settings)), "state": str(state)}
     if as_json:
         settings = {row.key: {"value": row.value, "origin": row.origin} for row in rows}
         offered = sorted(catalogue.offered)

@@ -26,8 +26,6 @@ from flowmesh.processes import linux
 START_TIMEOUT_S = 15.0
 _TERM_GRACE_S = 2.0
 _LOG_TAIL = 400
-MAX_SOCKET_PATH = 107
-"""What fits `sockaddr_un.sun_path` with its closing NUL."""
 ENVIRONMENT_CHARS = 32
 """Room for an environment's name, which is in the names of its fork servers' sockets."""
 
@@ -63,7 +61,7 @@ def private_dir(prefix: str) -> Path:
     """A new folder that only we may enter, with a name short enough for unix sockets below it."""
     where = tempfile.gettempdir()
     longest = f"/xxxxxxxx/state/run/{'x' * ENVIRONMENT_CHARS}-xxxxxxxx.sock"
-    room = MAX_SOCKET_PATH - len(prefix) - len(longest)
+    room = linux.MAX_SOCKET_PATH - len(prefix) - len(longest)
     return Path(tempfile.mkdtemp(prefix=prefix, dir=where if len(os.fsencode(where)) <= room else "/tmp"))
 
 
@@ -127,7 +125,7 @@ class EmbeddedRedis:
         server = self._server or find_server()
         self._dir = self._given or private_dir("flowmesh-redis-")
         try:
-            if len(os.fsencode(self.socket_path)) > MAX_SOCKET_PATH:
+            if len(os.fsencode(self.socket_path)) > linux.MAX_SOCKET_PATH:
                 raise LaunchError(f"the path of the Redis socket is too long for the kernel: {self.socket_path}")
             self._port = _free_port() if self._tcp else 0
             self._spawn(server)

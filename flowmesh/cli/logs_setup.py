@@ -18,12 +18,14 @@ KEPT = 5
 
 
 def configure(settings: Settings) -> None:
+    """The file must be one that can be written: see `folders.make_log_file`."""
     logger.remove()
     level = str(settings.node.log_level)
     logger.add(sys.stderr, level=level, format=_line, diagnose=False, colorize=sys.stderr.isatty())
     path = log_file(settings)
     if path is not None:
-        logger.add(path, level=level, serialize=True, diagnose=False, rotation=ROTATION, retention=KEPT)
+        literal = str(path).replace("{", "{{").replace("}", "}}")  # loguru fills in what braces name
+        logger.add(literal, level=level, serialize=True, diagnose=False, rotation=ROTATION, retention=KEPT)
 
 
 def _line(record: Record) -> str:

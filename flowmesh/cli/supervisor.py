@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import click
 
 from flowmesh import __version__
-from flowmesh.errors import EXIT_OK, ConfigError, FlowMeshError
+from flowmesh.errors import EXIT_OK, FlowMeshError
 
 if TYPE_CHECKING:
-    from flowmesh.config import Loaded
+    from flowmesh.config import Loaded, Settings
 
 _NAMED = {
     "redis_url": "redis.url",
@@ -52,27 +52,33 @@ def command(config: str | None, check: bool, as_json: bool, sets: tuple[str, ...
             raise click.UsageError("--set: expected KEY=VALUE")
         overrides[key.strip()] = value
     path = Path(config) if config else None
-    loaded = load(path, os.environ, overrides)
     if check:
         from flowmesh.cli.check import report
 
-        return report(loaded, as_json=as_json)
-    if loaded.settings.redis.url is None:
-        raise ConfigError("redis.url: missing; set REDIS_URL, or redis.url in the node's file")
-    return _serve(loaded, lambda: load(path, os.environ, overrides))
+        return report(load(path, os.environ, overrides), as_json=as_json)
+    return _serve(lambda: load(path, os.environ, overrides))
 
 
-def _serve(loaded: Loaded, recheck: Callable[[], object]) -> int:
+def _serve(read: Callable[[], Loaded]) -> int:
     import asyncio
     import os
 
     from flowmesh.cli.logs_setup import configure
+    from flowmesh.execution import preflight
     from flowmesh.supervisor import Supervisor
 
-    configure(loaded.settings)
+    environment = dict(os.environ)
+
+    def usable() -> Settings:
+        settings = read().settings
+        preflight.check(settings, environment)
+        return settings
+
+    settings = usable()
+    configure(settings)
 
     async def live() -> int:
-        return await Supervisor(loaded, dict(os.environ), recheck).run()
+        return await Supervisor(settings, environment, usable).run()
 
     return asyncio.run(live())
 

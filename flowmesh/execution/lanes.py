@@ -7,12 +7,24 @@ import sys
 from flowmesh.config import Settings
 from flowmesh.errors import ConfigError, FieldError
 from flowmesh.processes.launcher import Lane
-from flowmesh.tasks.types import DEFAULT, DELIVERY, LIGHT, Catalogue, catalogue, known_types
+from flowmesh.tasks.types import DEFAULT, DELIVERY, LIGHT, Catalogue, TaskType, catalogue, known_types
 
 CANARY = "runners.canary:check"
 REHEARSAL = "runners.child:rehearse"
 ALWAYS = ("runners.child",)
 DELIVERS = ("flowmesh.results.child",)
+
+
+def task_types(settings: Settings) -> dict[str, TaskType]:
+    """All task types, whether or not their libraries are here.
+
+    Raises:
+        ConfigError: one cannot be what the file says.
+    """
+    try:
+        return known_types(settings)
+    except FieldError as error:
+        raise ConfigError(str(error)) from None
 
 
 def plan(settings: Settings) -> tuple[Catalogue, dict[str, Lane]]:
@@ -21,10 +33,7 @@ def plan(settings: Settings) -> tuple[Catalogue, dict[str, Lane]]:
     Raises:
         ConfigError: a task type cannot be what the file says.
     """
-    try:
-        types = known_types(settings)
-    except FieldError as error:
-        raise ConfigError(str(error)) from None
+    types = task_types(settings)
     interpreters: dict[str, str | None] = {LIGHT: None, DEFAULT: None}
     interpreters |= {name: each.python for name, each in settings.environments.items()}
     found = catalogue(types, interpreters)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from loguru import logger
 
 from flowmesh import __version__
 from flowmesh.control import ControlError, Handler, text_field
-from flowmesh.errors import FieldError
+from flowmesh.errors import FieldError, FlowMeshError
 from flowmesh.execution.executor import Executor
 from flowmesh.execution.identity import About
 from flowmesh.execution.run import Run, progress_event
@@ -30,7 +30,7 @@ class Operations:
     """
     Args:
         stop: drains in the mode that it is given, and ends the node.
-        hand_over: has a new supervisor take this one's place.
+        start_anew: has a new supervisor take this one's place; raises FlowMeshError where that could not start.
     """
 
     def __init__(
@@ -40,13 +40,13 @@ class Operations:
         workers: Workers,
         *,
         stop: Callable[[str], None],
-        hand_over: Callable[[], None],
+        start_anew: Callable[[], Awaitable[None]],
     ) -> None:
         self._about = about
         self._executor = executor
         self._workers = workers
         self._stop = stop
-        self._hand_over = hand_over
+        self._start_anew = start_anew
         self._waiting: dict[str, set[Watcher]] = {}
 
     def handlers(self) -> dict[str, Handler]:
@@ -161,8 +161,11 @@ class Operations:
             raise ControlError(f"environment: unknown {lane!r}; {nearest(str(lane), list(lanes))}")
         return {"recycled": self._executor.fleet.recycle(lane)}
 
-    def _upgrade(self, _request: dict[str, Any]) -> dict[str, Any]:
-        self._hand_over()
+    async def _upgrade(self, _request: dict[str, Any]) -> dict[str, Any]:
+        try:
+            await self._start_anew()
+        except FlowMeshError as error:
+            raise ControlError(f"not started anew, the old version and settings stay: {error}") from None
         return {"tasks": len(self._executor.runs)}
 
     def _find(self, task_id: str) -> tuple[Run | None, Record | None]:

@@ -23,6 +23,11 @@ from flowmesh.processes.pipe import Pipe
 from flowmesh.processes.protocol import MAX_MESSAGE, Ready, Reply, Request, Unfit, encode, reply_decoder
 
 
+def socket_name(environment: str) -> str:
+    """A new name, of the same length for the same environment."""
+    return f"{environment}-{secrets.token_hex(4)}.sock"
+
+
 class Lane(msgspec.Struct, frozen=True, kw_only=True):
     """What a fork server is made from. Tasks of one lane share a server."""
 
@@ -92,7 +97,7 @@ class Server:
         Raises:
             LaunchError: the interpreter is not there, or the socket's path is too long.
         """
-        server = cls(lane.name, folder / f"{lane.name}-{secrets.token_hex(4)}.sock", **callbacks)
+        server = cls(lane.name, folder / socket_name(lane.name), **callbacks)
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener, open(log, "ab") as output:
             try:
                 listener.bind(str(server.path))

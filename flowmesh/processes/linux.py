@@ -7,6 +7,9 @@ import os
 import select
 from pathlib import Path
 
+MAX_SOCKET_PATH = 107
+"""Bytes that fit `sockaddr_un.sun_path` with its closing NUL."""
+
 _PR_SET_PDEATHSIG = 1
 _PR_SET_DUMPABLE = 4
 _PR_SET_NAME = 15

@@ -7,8 +7,8 @@ import signal
 
 import pytest
 
-from tests.process.gpu_node import GIB, MIB, TWO_GPUS, A, B, MakeGpuNode, held
-from tests.support import Node, Orchestrator
+from tests.process.gpu_node import CONFIG, GIB, MIB, TWO_GPUS, A, B, MakeGpuNode, held
+from tests.support import Node, Orchestrator, until
 
 pytestmark = pytest.mark.redis
 
@@ -67,6 +67,24 @@ def test_a_gpu_that_is_down_leaves_the_node_the_others(orchestrator: Orchestrato
     )
     assert orchestrator.redis.smembers("workers:ids") == {b"w1-b"}
     assert "slot a is left out: none of its GPUs works" in node.text()
+
+
+def test_a_reload_that_names_a_gpu_that_there_is_not_leaves_the_node_as_it_is(
+    orchestrator: Orchestrator, gpu_node: MakeGpuNode
+) -> None:
+    node = gpu_node()
+    task_id, pid = held(orchestrator, node)
+    said = "settings not reloaded, the old ones stay: slots[0].gpus[0]: '7' matches no GPU; this node has: 0 GPU-aaaa"
+    (node.home / "node.toml").write_text(CONFIG + "[[slots]]\nname = 'a'\ngpus = [7]\n")
+    for count, number in enumerate((signal.SIGHUP, signal.SIGUSR2), 1):
+        os.kill(node.pid, number)
+        until(lambda count=count: node.text().count(said) == count, "it is told", 20)
+    assert node.task_pid(task_id) == pid
+    (node.home / "node.toml").write_text(CONFIG + "[[slots]]\nname = 'a'\ngpus = [1]\n")
+    os.kill(node.pid, signal.SIGHUP)
+    until(lambda: [gpu["uuid"] for gpu in node.hardware()["gpu"]["gpus"]] == [B], "the other GPU is registered")
+    node.let_go(task_id)
+    assert orchestrator.wait_end(task_id)["type"] == "TASK_SUCCEEDED"
 
 
 def test_per_gpu_slots_are_workers_that_run_tasks_at_once(
