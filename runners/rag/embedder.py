@@ -21,6 +21,8 @@ CPU_BATCH_TOKENS = 4096
 GPU_BATCH_TOKENS = 65536
 UNBOUNDED_TOKENS = 100_000
 """Tokenizers without a bound of their own say a number above this."""
+COUNTED = 1024
+"""Texts that are tokenized at a time to be counted: what comes of it takes many times the memory of the texts."""
 
 Vectors = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -64,7 +66,10 @@ class Embedder:
             Cancelled: the node asked the task to stop.
         """
         prompt = self._prompts[kind] or ""
-        lengths = self.count(texts, prompt)
+        lengths: list[int] = []
+        for start in range(0, len(texts), COUNTED):
+            ctx.progress(0, len(texts), f"{kind} embeddings")
+            lengths += self.count(texts[start : start + COUNTED], prompt)
         limit = self.max_tokens
         if limit is not None and (cut := sum(length > limit for length in lengths)):
             ctx.log.warning("texts cut for the embedding model kind=%s count=%d max_tokens=%d", kind, cut, limit)

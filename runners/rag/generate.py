@@ -29,6 +29,8 @@ class Question(msgspec.Struct, frozen=True):
     hits: Sequence[Hit]
     system_prompt: str | None
     where: str
+    merged: bool
+    """Of a task that was merged into this one, which does not fail with it."""
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -41,7 +43,8 @@ class Answer(msgspec.Struct, frozen=True):
 
 class Answers(msgspec.Struct, frozen=True):
     model: str
-    answers: tuple[Answer, ...]
+    answers: tuple[Answer | BadRequest, ...]
+    """To each question, or why the model cannot be asked it; the latter for merged ones only."""
     latency_s: float
 
 
@@ -49,7 +52,7 @@ def generate(ctx: Context, generation: Generation, questions: Sequence[Question]
     """An answer to each question, all in one batch of the engine.
 
     Raises:
-        BadRequest: the model cannot be had, or a question does not fit it even without a passage.
+        BadRequest: the model cannot be had, or a question of the task's own does not fit it even without a passage.
         RunnerError: see the inference runner.
         Cancelled: the node asked the task to stop.
     """
@@ -62,25 +65,29 @@ def generate(ctx: Context, generation: Generation, questions: Sequence[Question]
     engine, texts = load_engine(ctx, task, source, adapters, work=work_of(whole, task))
     ctx.log.info("model loaded model=%s %s", source.shown, " ".join(f"{k}={v}" for k, v in engine.describe().items()))
     room = None if engine.max_positions is None else engine.max_positions - task.sampling.max_tokens
-    used = [len(question.hits) for question in questions]
-    parts = []
+    used: dict[int, int] = {}
+    parts: dict[int, Part] = {}
+    answers: dict[int, Answer | BadRequest] = {}
     for index, question in enumerate(questions):
-        used[index], prompt = _fitting(ctx, generation, question, texts, room)
-        parts.append(prepare(_part(ctx, generation, question, prompt), texts, engine, adapters))
+        try:
+            used[index], prompt = _fitting(ctx, generation, question, texts, room)
+            parts[index] = prepare(_part(ctx, generation, question, prompt), texts, engine, adapters)
+        except BadRequest as error:
+            if not question.merged:
+                raise
+            answers[index] = error
     ctx.phase("generate")
-    requests = [request for part in parts for request in part.requests]
+    requests = [request for part in parts.values() for request in part.requests]
     since = time.monotonic()
     completions = engine.generate(requests, task.sampling, Watch(ctx, len(requests), task.sampling.n))
     latency_s = time.monotonic() - since
-    answers = []
-    for part, completion, passages in zip(parts, completions, used, strict=True):
+    for (index, part), completion in zip(parts.items(), completions, strict=True):
         made = answer(part, [completion], texts, source, latency_s)
         item, usage = made["items"][0], made["usage"]
         fields = {name: value for name, value in item.items() if name not in ("index", "prompt", "metadata")}
-        answers.append(
-            Answer({**fields, "passages_used": passages}, usage["prompt_tokens"], usage["completion_tokens"])
-        )
-    return Answers(source.shown, tuple(answers), latency_s)
+        fields["passages_used"] = used[index]
+        answers[index] = Answer(fields, usage["prompt_tokens"], usage["completion_tokens"])
+    return Answers(source.shown, tuple(answers[index] for index in range(len(questions))), latency_s)
 
 
 def _prompt(generation: Generation, question: Question, passages: int) -> str:

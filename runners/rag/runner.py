@@ -40,8 +40,7 @@ class RagRunner(Runner):
                 check_agreement(task, theirs, child.where)
                 own[child.task_id] = queries
             except RunnerError as error:
-                ctx.log.error("child refused child=%s error=%s", child.task_id, error)
-                refused[child.task_id] = failed(error)
+                refused[child.task_id] = self._refuse(ctx, child.task_id, error)
         searcher, embedder = self._open(ctx, task)
         ctx.phase("search")
         since = time.monotonic()
@@ -52,13 +51,17 @@ class RagRunner(Runner):
         search_s = time.monotonic() - since
         embedding = {"model": embedder.name, "dimension": embedder.dimension, "device": embedder.device}
         del embedder  # its memory is the model's, where answers are made
-        entries, model, answer_s, tokens = self._answer(ctx, task, own, found)
+        entries, model, answer_s, tokens, misfits = self._answer(ctx, task, own, found)
         ctx.phase("save")
         results: dict[str | None, dict[str, Any]] = {}
         at = 0
         for task_id, queries in own.items():
             part = slice(at, at + len(queries.texts))
             at = part.stop
+            misfit = next((misfits[index] for index in range(part.start, part.stop) if index in misfits), None)
+            if task_id is not None and misfit is not None:
+                refused[task_id] = self._refuse(ctx, task_id, misfit)
+                continue
             results[task_id] = {
                 "ok": True,
                 "executor": "rag",
@@ -75,6 +78,11 @@ class RagRunner(Runner):
                 child.task_id: refused.get(child.task_id) or results[child.task_id] for child in children
             }
         return result
+
+    @staticmethod
+    def _refuse(ctx: Context, task_id: str, error: RunnerError) -> dict[str, Any]:
+        ctx.log.error("child refused child=%s error=%s", task_id, error)
+        return failed(error)
 
     @staticmethod
     def _open(ctx: Context, task: RagTask) -> tuple[Any, Any]:
@@ -97,11 +105,11 @@ class RagRunner(Runner):
     @staticmethod
     def _answer(
         ctx: Context, task: RagTask, own: dict[str | None, Queries], found: list[list[Any]]
-    ) -> tuple[list[dict[str, Any]], str | None, float, list[tuple[int, int]]]:
-        """Each query's entry, and with answers: the model, seconds, and each one's tokens."""
+    ) -> tuple[list[dict[str, Any]], str | None, float, list[tuple[int, int]], dict[int, BadRequest]]:
+        """Each query's entry, and with answers: the model, seconds, each one's tokens, and whom it cannot be asked."""
         asked = [
-            (text, metadata, where, queries.system_prompt)
-            for queries in own.values()
+            (text, metadata, where, queries.system_prompt, task_id is not None)
+            for task_id, queries in own.items()
             for text, metadata, where in zip(queries.texts, queries.metadata, queries.wheres, strict=True)
         ]
         entries: list[dict[str, Any]] = [
@@ -110,20 +118,27 @@ class RagRunner(Runner):
                 "items": [{"id": hit.id, "score": hit.score, "payload": hit.payload} for hit in hits],
                 **({} if metadata is None else {"metadata": metadata}),
             }
-            for (text, metadata, _, _), hits in zip(asked, found, strict=True)
+            for (text, metadata, *_), hits in zip(asked, found, strict=True)
         ]
         if task.generation is None or not asked:
-            return entries, None, 0.0, []
+            return entries, None, 0.0, [], {}
         from runners.rag.generate import Question, generate
 
         _empty_cache()
         questions = [
-            Question(text, hits, system, where) for (text, _, where, system), hits in zip(asked, found, strict=True)
+            Question(text, hits, system, where, merged)
+            for (text, _, where, system, merged), hits in zip(asked, found, strict=True)
         ]
         made = generate(ctx, task.generation, questions)
-        entries = [{**entry, **each.fields} for entry, each in zip(entries, made.answers, strict=True)]
-        tokens = [(each.prompt_tokens, each.completion_tokens) for each in made.answers]
-        return entries, made.model, made.latency_s, tokens
+        misfits: dict[int, BadRequest] = {}
+        tokens = [(0, 0)] * len(entries)
+        for index, answer in enumerate(made.answers):
+            if isinstance(answer, BadRequest):
+                misfits[index] = answer
+            else:
+                entries[index] |= answer.fields
+                tokens[index] = answer.prompt_tokens, answer.completion_tokens
+        return entries, made.model, made.latency_s, tokens, misfits
 
 
 def read_queries(ctx: Context, task: RagTask, spec: dict[str, Any], where: str) -> Queries:

@@ -491,6 +491,20 @@ def test_merged_children_get_what_they_would_get_alone(saved, make_context) -> N
     assert list(result["children"]) == ["one", "other", "bad", "many"]
 
 
+def test_a_merged_question_that_does_not_fit_the_model_fails_alone(make_context) -> None:
+    spec = generating(max_tokens=4)
+    children = [
+        {"task_id": "long", "spec": {**spec, "query": "power " * 3000}},
+        {"task_id": "short", "spec": {**spec, "query": "drain"}},
+    ]
+    result = rag(make_context, {**spec, "query": "power"}, children=children)
+    assert result["queries"][0]["output"]
+    assert result["children"]["long"]["ok"] is False
+    assert "merge_children[0].spec.query: the question alone has" in result["children"]["long"]["error"]
+    assert result["children"]["short"]["queries"][0]["output"]
+    assert result["children"]["short"]["usage"]["num_queries"] == 1
+
+
 def test_a_cancel_ends_the_embedding(pipes, make_context) -> None:
     near, far = pipes
     texts = [" ".join(PASSAGES.values())] * 2000
