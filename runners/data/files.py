@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -58,7 +59,11 @@ def load_file(ctx: Context, section: dict[str, Any], shard: Shard | None, spec: 
             raise BadRequest(f"{field}: {data.path!r} cannot be read by the node's user")
     columns = Columns(data.column or "text", data.metadata_columns, bool(data.metadata_include_all), where)
     reader = {"jsonl": read_jsonl, "csv": read_csv, "parquet": read_parquet}[data.type]
-    return to_items(ctx, reader(file, columns, field), columns, shard)
+    rows = reader(file, columns, field)
+    if shard is not None:  # to read it twice takes less than to have all of it in memory
+        mine = shard.rows(sum(1 for _ in rows))
+        rows = itertools.islice(reader(file, columns, field), mine.start, mine.stop, mine.step)
+    return to_items(ctx, rows, columns)
 
 
 def read_jsonl(file: Path, columns: Columns, where: str) -> Iterator[Row]:

@@ -63,7 +63,7 @@ def load_hub(ctx: Context, section: dict[str, Any], shard: Shard | None, spec: d
     mine = shard.rows(count) if shard is not None else range(count)
     # A shard of a large dataset reads no more than its own rows, where they can be chosen.
     chosen = rows.select(mine) if hasattr(rows, "select") else itertools.islice(rows, mine.start, mine.stop, mine.step)
-    return to_items(ctx, ((f"{where} row {i}", row) for i, row in zip(mine, chosen, strict=True)), columns, None)
+    return to_items(ctx, ((f"{where} row {i}", row) for i, row in zip(mine, chosen, strict=True)), columns)
 
 
 def open_dataset(ctx: Context, data: HubData, where: str) -> Any:

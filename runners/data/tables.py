@@ -9,7 +9,6 @@ from typing import Any
 
 from runners.api import BadRequest, Context
 from runners.data.prompts import Items, check_prompt
-from runners.data.shard import Shard
 
 _SHOWN = 30
 
@@ -48,30 +47,23 @@ class Columns:
         return {self.renamed.get(name, name): plain(row.get(name)) for name in names}
 
 
-def to_items(
-    ctx: Context, rows: Iterable[tuple[str, Mapping[str, Any]]], columns: Columns, shard: Shard | None
-) -> Items:
-    """Rows as prompts.
+def to_items(ctx: Context, rows: Iterable[tuple[str, Mapping[str, Any]]], columns: Columns) -> Items:
+    """Rows as prompts. Of each, no more is kept than goes into them.
 
     Args:
         rows: what each is called in an error, and its cells.
-        shard: the rows that are this task's.
 
     Raises:
         BadRequest: a row has no prompt.
     """
-    listed = list(rows)
-    mine = [listed[i] for i in shard.rows(len(listed))] if shard is not None else listed
-    prompts = []
-    for where, row in mine:
+    prompts, metadata, wheres = [], [], []
+    for where, row in rows:
         if columns.column not in row:
             raise BadRequest(f"{where}: has no {columns.column!r}; it has: {', '.join(map(str, row)) or 'nothing'}")
         prompts.append(check_prompt(ctx, row[columns.column], f"{where}: {columns.column}", allow_empty=True))
-    return Items(
-        prompts=tuple(prompts),
-        metadata=tuple(columns.metadata(row) for _, row in mine),
-        wheres=tuple(where for where, _ in mine),
-    )
+        metadata.append(columns.metadata(row))
+        wheres.append(where)
+    return Items(prompts=tuple(prompts), metadata=tuple(metadata), wheres=tuple(wheres))
 
 
 def plain(value: Any) -> Any:
