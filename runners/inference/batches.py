@@ -36,16 +36,19 @@ def plan(
         lengths: (request, tokens of its prompt).
         copies: answers to each request.
         new_tokens: tokens that an answer may have.
-        max_positions: tokens that prompt and answer may have together; None: any.
+        max_positions: tokens that prompt and answer may have together; None: any. Where they may reach it, a batch has
+            prompts of one length: a longer one's row would go on past it, for as long as the shorter ones answer.
         batch_tokens: bound of rows × (longest prompt + new tokens); a row that is over it goes alone.
         batch_rows: bound of the rows.
     """
     batches: list[Batch] = []
     current: Batch = []
-    limit = 0
+    limit = longest = 0
     for request, length in sorted(lengths, key=lambda pair: -pair[1]):
+        tight = max_positions is not None and longest + new_tokens > max_positions and length < longest
         for copy in range(copies):
-            if not current or len(current) >= limit:
+            if not current or len(current) >= limit or (tight and copy == 0):
+                longest = length
                 row_tokens = length + new_tokens
                 if max_positions is not None:
                     row_tokens = max(min(row_tokens, max_positions), 1)

@@ -16,6 +16,8 @@ from runners.data.paths import PathError, parse, walk
 from runners.models.spec import Section
 
 RESERVED = frozenset({"responses.json", "manifest.json", "logs"})
+FOLDERS = frozenset({"artifacts", "checkpoints"})
+"""Of the task's; a file may lie in one."""
 DEFAULT_PATH = "export.jsonl"
 DEFAULT_FIELDS = {"prompt": "prompt", "output": "output"}
 Getter = Callable[[Mapping[str, Any]], Any]
@@ -120,6 +122,8 @@ def _check_path(path: str, where: str) -> str:
         raise BadRequest(f"{where}: a path below the task's folder is needed, without `..` (found {path!r})")
     if parts[0] in RESERVED:
         raise BadRequest(f"{where}: {parts[0]!r} is the node's own; choose another name")
+    if len(parts) == 1 and parts[0] in FOLDERS:
+        raise BadRequest(f"{where}: {parts[0]!r} is a folder; give a file's name, such as {parts[0]}/{DEFAULT_PATH}")
     return str(PurePosixPath(path))
 
 

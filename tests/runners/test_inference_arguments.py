@@ -55,6 +55,8 @@ def test_batches_hold_every_row_once_and_fit(*, lengths, copies, new_tokens, bat
         row_tokens = max(width) + new_tokens
         row_tokens = row_tokens if max_positions is None else min(row_tokens, max_positions)
         assert len(width) == 1 or len(width) * row_tokens <= batch_tokens
+        if max_positions is not None and max(width) > min(width):
+            assert max(width) + min(new_tokens, max_positions - min(width)) <= max_positions, "none goes on past it"
     flat = [length for width in widths for length in width]
     assert flat == sorted(flat, reverse=True)
 

@@ -163,6 +163,8 @@ def test_an_export_is_json_whatever_the_metadata_holds(tiny_llama, make_context)
         ({"path": "a/../../x"}, r"jsonl_export\.path: a path below the task's folder"),
         ({"path": "responses.json"}, r"jsonl_export\.path: 'responses\.json' is the node's own"),
         ({"path": "logs/x"}, r"jsonl_export\.path: 'logs' is the node's own"),
+        ({"path": "artifacts/"}, r"jsonl_export\.path: a path below the task's folder"),
+        ({"path": "artifacts"}, r"jsonl_export\.path: 'artifacts' is a folder; .* such as artifacts/export\.jsonl"),
         ({"fields": {"a": {"from": "promt"}}}, r"jsonl_export\.fields\.a\.from: .*promt"),
         ({"fields": {"a": {"key": "b"}}}, r"jsonl_export\.fields\.a\.from: missing"),
         ({"fields": {"a": {"from": "output", "key": "b"}}}, r"fields\.a\.key: 'output' is one text"),

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("transformers", reason="needs the extra 'inference'")
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from flowmesh.messages.job import Fault
 from flowmesh.processes.pipe import Cancel, Pipe, Progress
@@ -24,6 +24,7 @@ from runners.inference.sampling import Picker, keep_top
 from runners.inference.task import InferenceOptions, sampling_of
 from runners.inference.tokens import Texts
 from runners.inference.transformers_engine import TransformersEngine
+from runners.models.builtin import train_tokenizer
 from tests.runners.inference_specs import change, mixed_prompts, spec_of
 
 
@@ -38,6 +39,19 @@ def alone(reference: Any, prompt: str, max_new_tokens: int) -> list[int]:
     inputs = tokenizer(prompt, return_tensors="pt")
     ids = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
     return ids[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def test_prompts_that_fill_a_model_with_learned_positions(tmp_path, make_context) -> None:
+    """A long prompt's row does not go on past the last position while a short one's answers."""
+    tokenizer = train_tokenizer()
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    items = ["a task " * 12, "a", "a task " * 13]
+    together = InferenceRunner().run(make_context(spec_of(tmp_path / "gpt2", items, max_tokens=60)))["items"]
+    for index, prompt in enumerate(items):
+        (one,) = InferenceRunner().run(make_context(spec_of(tmp_path / "gpt2", [prompt], max_tokens=60)))["items"]
+        assert together[index]["output"] == one["output"]
 
 
 def test_greedy_batches_answer_like_each_prompt_alone(tiny_llama, reference, make_context) -> None:
