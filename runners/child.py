@@ -21,6 +21,7 @@ import msgspec
 from flowmesh.messages.job import JOB_FILE, OUTCOME_FILE, Fault, Job, Outcome
 from flowmesh.processes.pipe import VERSION, Finished, Hello, Pipe
 from runners.api import Cancelled, Context, Runner, RunnerError
+from runners.gpu_memory import is_shortage
 
 MAX_MESSAGE_CHARS = 2000
 MAX_DETAIL_CHARS = 64 * 1024
@@ -121,11 +122,7 @@ def _runner(reference: str) -> Runner:
 
 
 def _fault_of(error: BaseException) -> Fault:
-    """CUDA's own out of memory is an exception of torch's, which is not imported here for its sake."""
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(error, torch.cuda.OutOfMemoryError):
-        return Fault.GPU_OOM
-    return Fault.ERROR
+    return Fault.GPU_OOM if is_shortage(error) else Fault.ERROR
 
 
 def _one_line(error: BaseException) -> str:

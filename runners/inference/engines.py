@@ -27,7 +27,7 @@ def choose(ctx: Context, task: InferenceTask) -> str:
         _need("vllm", "vllm")
         return "vllm"
     if task.engine == "auto" and ctx.gpus and not task.enforce_cpu and importlib.util.find_spec("vllm") is not None:
-        if _only_transformers_can(task):
+        if _only_transformers_can(task) or _has_slices(ctx):
             return "transformers"
         return "vllm"
     _need("torch", "inference")
@@ -73,6 +73,11 @@ def _tell_unused(ctx: Context, task: InferenceTask, chosen: str) -> None:
     if unused:
         section = "transformers" if chosen == "vllm" else "vllm"
         ctx.log.warning("spec.model.%s was not used by engine=%s: %s", section, chosen, ", ".join(unused))
+
+
+def _has_slices(ctx: Context) -> bool:
+    """MIG slices: vLLM 0.32 takes the number of a slice for that of a board, and ends or asks another one."""
+    return any(gpu.startswith("MIG-") for gpu in ctx.gpus)
 
 
 def _only_transformers_can(task: InferenceTask) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from runners.gpu_memory import is_shortage
 from runners.inference.batches import Batch, plan
 from runners.inference.engine import Completion, FinishReason, GpuOutOfMemory, Output, Request, Watch
 from runners.inference.options import Sampling
@@ -68,7 +69,9 @@ class TransformersEngine:
         tokens, finished = watch.tokens, watch.answers
         try:
             return self._generate(batch, requests, sampling, watch)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_shortage(error):
+                raise
             shortage = str(error)
         # Out of the handler, so that the traceback no longer holds the tensors that did not fit.
         gc.collect()

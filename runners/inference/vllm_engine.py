@@ -21,7 +21,7 @@ from runners.inference.task import InferenceTask
 from runners.inference.tokens import Texts, load_tokenizer
 from runners.inference.vllm_args import Work, engine_arguments
 from runners.inference.vllm_failures import Logs, explain, first_line, start_failure, step_failure
-from runners.inference.vllm_processes import EngineProcesses
+from runners.inference.vllm_processes import EngineProcesses, cuda_started
 from runners.models.adapters import LocalAdapter
 from runners.models.sources import Source, loading
 
@@ -237,10 +237,13 @@ def set_environment(ctx: Context, *, alone: bool, eager: bool) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if "VLLM_CACHE_ROOT" not in os.environ:
         os.environ["VLLM_CACHE_ROOT"] = str(library_folder(ctx, COMPILED, ""))
-    if not alone and len(os.listdir("/proc/self/task")) > 1:
-        # Something was computed here, such as a merged adapter. What is forked off now would wait for ever for the
-        # threads that did it, which it does not have.
-        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    if not alone:
+        if ctx.gpus:
+            torch.cuda.device_count()  # vLLM asks, too; where one GPU of the machine is lost, torch starts CUDA for it
+        if len(os.listdir("/proc/self/task")) > 1 or cuda_started():
+            # Something was computed here, such as a merged adapter. What is forked off now would wait for ever for the
+            # threads that did it, which it does not have; and CUDA does not survive a fork.
+            os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     if eager:
         # Its sampler compiles small functions even so: 4 s with a warm cache, 16 s without, on the first seeded token.
         torch.compiler.set_stance("force_eager")

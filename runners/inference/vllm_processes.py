@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -14,6 +15,15 @@ from runners.api import RunnerError
 
 POLL_S = 0.5
 SIGNAL = signal.SIGUSR2
+
+
+def cuda_started() -> bool:
+    """Whether CUDA was started in this process: it keeps its device for unified memory open, which NVML does not."""
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{fd}").startswith("/dev/nvidia-uvm"):  # noqa: PTH115
+                return True
+    return False
 
 
 class EngineProcesses:

@@ -12,6 +12,7 @@ import torch
 
 from flowmesh.messages.job import Fault
 from runners.api import BadRequest, Context, RunnerError
+from runners.gpu_memory import is_shortage
 from runners.models.sources import Source, loading, local_path
 from runners.rag.task import DEFAULT_MODEL, Embedding
 
@@ -95,7 +96,9 @@ class Embedder:
             return self._model.encode(
                 texts, prompt=prompt, batch_size=len(texts), show_progress_bar=False, convert_to_numpy=True
             )
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_shortage(error):
+                raise
             shortage = str(error).splitlines()[0]
         if len(texts) == 1:
             raise EmbeddingOutOfMemory(f"one text does not fit the GPU's memory beside the model: {shortage}")

@@ -142,7 +142,9 @@ def build(ctx: Context, vectors: np.ndarray, wanted: Faiss) -> Index:
 def loaded(ctx: Context, index: Any, recipe: Recipe) -> Index:
     """An index that came from a file, moved to the GPU where there is one."""
     on_gpu = gpu_usable(ctx) and recipe.index_type != "hnsw"
-    return Index(to_gpu(index) if on_gpu else index, recipe, on_gpu=on_gpu)
+    if on_gpu:
+        index = computing(ctx, functools.partial(to_gpu, index))
+    return Index(index, recipe, on_gpu=on_gpu)
 
 
 def check_dimension(found: int, wanted: int, what: str = "the index") -> None:

@@ -6,13 +6,9 @@ import re
 
 from flowmesh.messages.job import Fault
 from runners.api import RunnerError
+from runners.gpu_memory import is_shortage
 
 _HOST = re.compile(r"DefaultCPUAllocator: can't allocate memory|Cannot allocate memory|bad_alloc", re.IGNORECASE)
-_GPU = re.compile(
-    r"CUDA out of memory|CUDA (?:driver )?error: out of memory|Cuda failure \d* ?'out of memory'|"
-    r"(?:CUBLAS|CUDNN|CUSOLVER|CUSPARSE)_STATUS_ALLOC_FAILED",
-    re.IGNORECASE,
-)
 _PEER = re.compile(
     r"Connection closed by peer|Connection reset by peer|Broken pipe|NCCL|gloo|Socket Timeout|wait timeout|TCPStore|"
     r"DistNetworkError|DistStoreError|DistBackendError|No backend type associated",
@@ -34,7 +30,7 @@ def explain(error: BaseException, where: str) -> RunnerError | None:
     """A clearer error than `error`, raised while the run was at `where`; None where it is clear as it is."""
     text = " ".join(str(error).split())
     name = type(error).__name__
-    if name == "OutOfMemoryError" or _GPU.search(text):
+    if is_shortage(error):
         return OutOfMemory(f"out of GPU memory while it {where}: {SMALLER} ({text:.300})", Fault.GPU_OOM)
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError | OSError) and _HOST.search(text)):
         return OutOfMemory(f"out of host memory while it {where}: {SMALLER} ({text or name:.300})", Fault.HOST_OOM)

@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runners.api import BadRequest, RunnerError
+from runners.inference import engines
 from runners.inference.batches import cache_bytes_per_token, plan
+from runners.inference.task import read_task
 from runners.inference.vllm_args import (
     CONTEXT_BYTES,
     CPU_LEAST_BYTES,
@@ -26,6 +28,7 @@ from runners.inference.vllm_args import (
     utilization,
 )
 from runners.models.sources import Source
+from tests.runners.inference_specs import spec_of
 
 GIB = 2**30
 
@@ -203,3 +206,28 @@ def test_a_process_with_threads_is_not_forked_by_vllm(make_context, monkeypatch)
     done.set()
     thread.join()
     assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
+
+
+def test_a_process_in_which_cuda_was_started_is_not_forked_by_vllm(make_context, monkeypatch) -> None:
+    """Torch starts it to count the GPUs, where one of the machine is lost."""
+    torch = pytest.importorskip("torch", reason="needs the extra 'inference'")
+    from runners.inference import vllm_engine
+
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    os.environ.pop("VLLM_WORKER_MULTIPROC_METHOD", None)
+    opened: list[str] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: opened.append("/dev/nvidia-uvm") or 2)
+    monkeypatch.setattr(vllm_engine, "cuda_started", lambda: bool(opened))
+    vllm_engine.set_environment(make_context({}, gpus=("GPU-0", "GPU-1")), alone=False, eager=False)
+    assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
+
+
+def test_a_slice_of_a_gpu_is_no_place_for_vllm_by_itself(make_context, monkeypatch) -> None:
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda _name: object())
+    chosen = {}
+    for gpu in ("GPU-0", "MIG-0"):
+        context = make_context(spec_of("m", ["a"], engine="auto"), gpus=(gpu,))
+        chosen[gpu] = engines.choose(context, read_task(context, context.spec))
+    assert chosen == {"GPU-0": "vllm", "MIG-0": "transformers"}
+    context = make_context(spec_of("m", ["a"], engine="vllm"), gpus=("MIG-0",))
+    assert engines.choose(context, read_task(context, context.spec)) == "vllm"
