@@ -296,6 +296,15 @@ class MisbehavingRunner(Runner):
         Path(path, "left").write_text("x" * 1000)
         return {"tmp": path}
 
+    def do_lock_folder(self, ctx: Context) -> None:
+        """Lets nobody into its folder, until a file says so where it can be seen: in its TMPDIR."""
+        ctx.out_dir.chmod(0)
+        try:
+            while not (ctx.tmp_dir / "unlock").exists():
+                ctx.sleep(0.05)
+        finally:
+            ctx.out_dir.chmod(0o755)
+
     def do_shm(self, ctx: Context) -> dict[str, Any]:
         from multiprocessing import shared_memory
 

@@ -143,7 +143,7 @@ class Deliveries:
         verdict = run.task.verdict
         assert verdict is not None, "a task is delivered when its verdict is known"
         failure = None
-        bound_logs([Path(accepted.target.out_dir, "logs")], settings.tasks.log_max_bytes)
+        files.tell_troubles(bound_logs([Path(accepted.target.out_dir, "logs")], settings.tasks.log_max_bytes))
         files.finish_logs(Path(accepted.target.out_dir), keep=accepted.spec.retainLogs or not verdict.ok)
         if not verdict.ok:
             run.log_tail = tuple(files.log_tail(Path(accepted.target.out_dir)).splitlines()[-TAIL_LINES:])

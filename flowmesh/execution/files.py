@@ -6,7 +6,7 @@ import contextlib
 import os
 import pwd
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -263,22 +263,45 @@ def log_tail(out_dir: Path, limit_bytes: int = SMALL_BYTES) -> str:
     return ""
 
 
-def log_files(logs: Path) -> Iterator[Path]:
-    """Every log below a task's `logs`; none where the task has put a link there, or in its place."""
-    if not logs.is_symlink():
-        found = (entry for entry in below(logs) if entry.name.endswith(".log"))
-        yield from (Path(entry.path) for entry in found if entry.is_file(follow_symlinks=False))
+def log_files(logs: Path, troubles: dict[Path, OSError]) -> Iterator[Path]:
+    """Every log below a task's `logs`; none where the task has put a link there, or in its place.
+
+    Args:
+        troubles: gets the folder where it cannot be looked at, and why.
+    """
+    try:
+        entries = () if logs.is_symlink() else below(logs)
+        found = [each for each in entries if each.name.endswith(".log") and each.is_file(follow_symlinks=False)]
+    except OSError as error:
+        troubles[logs] = error
+        return
+    yield from (Path(entry.path) for entry in found)
 
 
 def finish_logs(out_dir: Path, *, keep: bool) -> None:
     """Fold what progress bars wrote over themselves; drop the logs of a task that did not want them kept."""
-    for path in log_files(out_dir / "logs"):
-        if not keep:
-            path.unlink()
-            continue
-        data = path.read_bytes() if 0 < path.stat().st_size <= MAX_FOLDED_BYTES else b""
-        if b"\r" in data.replace(b"\r\n", b"\n"):
-            path.write_bytes(b"\n".join(line.rstrip(b"\r").rsplit(b"\r", 1)[-1] for line in data.split(b"\n")))
+    troubles: dict[Path, OSError] = {}
+    for path in log_files(out_dir / "logs", troubles):
+        try:
+            if keep:
+                _fold(path)
+            else:
+                path.unlink()
+        except OSError as error:
+            troubles[path] = error
+    tell_troubles(troubles)
+
+
+def _fold(path: Path) -> None:
+    data = path.read_bytes() if 0 < path.stat().st_size <= MAX_FOLDED_BYTES else b""
+    if b"\r" in data.replace(b"\r\n", b"\n"):
+        path.write_bytes(b"\n".join(line.rstrip(b"\r").rsplit(b"\r", 1)[-1] for line in data.split(b"\n")))
+
+
+def tell_troubles(troubles: Mapping[Path, OSError]) -> None:
+    """Warn of logs that could not be looked after: the task itself ends as it would."""
+    for path, error in troubles.items():
+        logger.bind(path=str(path)).warning("a task's logs could not be looked after: {}", error.strerror or error)
 
 
 def removed_empty(path: Path, but: Iterable[str] = ()) -> bool:

@@ -11,8 +11,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loguru import logger
-
 from flowmesh.execution import files
 from flowmesh.execution.run import Run
 from flowmesh.execution.stacks import FILE, Stacks
@@ -34,12 +32,15 @@ async def watch(executor: Executor) -> None:
     """Until cancelled."""
     tasks = executor.settings.tasks
     suspects: set[Run] = set()
+    told: set[Path] = set()
     while True:
         await asyncio.sleep(INTERVAL_S)
         running = [run for run in executor.runs.values() if run.task.state is State.RUNNING]
         folders = [Path(run.accepted.target.out_dir, "logs") for run in running]
         if folders:
-            await asyncio.to_thread(bound_logs, folders, tasks.log_max_bytes)
+            troubles = await asyncio.to_thread(bound_logs, folders, tasks.log_max_bytes)
+            files.tell_troubles({path: error for path, error in troubles.items() if path not in told})
+            told = set(troubles)
         if tasks.hang_timeout_s is None:
             continue
         for run in running:
@@ -70,15 +71,23 @@ def _hung(executor: Executor) -> machine.StopRequested:
     return machine.StopRequested(Stop.HANG, detail)
 
 
-def bound_logs(folders: list[Path], limit_bytes: int) -> None:
-    """Cut each log file over the limit down to its end. What is written meanwhile may be lost with the middle."""
+def bound_logs(folders: list[Path], limit_bytes: int) -> dict[Path, OSError]:
+    """Cut each log file over the limit down to its end. What is written meanwhile may be lost with the middle.
+
+    Returns:
+        what could not be looked after, and why: a folder is the task's, and may be unreadable.
+    """
+    troubles: dict[Path, OSError] = {}
     for folder in folders:
-        for path in files.log_files(folder):
+        for path in files.log_files(folder, troubles):
             try:
                 if path.lstat().st_size > limit_bytes:
                     _cut(path, limit_bytes // KEPT_OF_LOG)
+            except FileNotFoundError:  # gone since
+                continue
             except OSError as error:
-                logger.bind(path=str(path)).warning("a log could not be cut: {}", error)
+                troubles[path] = error
+    return troubles
 
 
 def _cut(path: Path, kept_bytes: int) -> None:

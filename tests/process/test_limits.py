@@ -11,7 +11,9 @@ import re
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,7 +28,8 @@ from tests.support import Node, Orchestrator, spares, until
 
 pytestmark = pytest.mark.redis
 T = TypeVar("T")
-CAP_SYS_RESOURCE = 24
+CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_SYS_RESOURCE = 1, 2, 24
+PR_CAPBSET_DROP = 24
 CONFIG = """
 [tasks]
 cancel_grace_s = 0.5
@@ -95,6 +98,34 @@ def test_a_log_that_grows_too_large_keeps_its_end(orchestrator: Orchestrator, ma
     log = node.results_dir / "flood" / "logs" / "stdout.log"
     assert log.stat().st_size <= 1048576
     assert b"bytes of this log were dropped here" in log.read_bytes()
+
+
+def test_a_folder_that_its_task_locks_ends_no_watch(orchestrator: Orchestrator, make_node) -> None:
+    node: Node = make_node(start=False, config=config())
+    start_without_rights_to_all_files(node)
+    task = orchestrator.dispatch("w1", {"taskType": "misbehave", "do": "lock_folder"}, task_id="locked")
+    orchestrator.wait_started(task)
+    until(lambda: "could not be looked after: Permission denied" in node.text(), "the watch has come by")
+    time.sleep(2.5)
+    assert node.text().count("could not be looked after") == 1, "it is told once"
+    node.kill()
+    node.start()  # with all rights: what it was for is shown by now
+    (tmp,) = (node.state_dir / "tmp").iterdir()
+    (tmp / "unlock").touch()
+    assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"
+
+
+def start_without_rights_to_all_files(node: Node) -> None:
+    """As by any user: also root's exec gains none that its bounding set, a thread's own, has lost."""
+
+    def start() -> None:
+        libc = ctypes.CDLL(None)
+        for right in (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH):
+            libc.prctl(PR_CAPBSET_DROP, right, 0, 0, 0)
+        node.start()
+
+    with ThreadPoolExecutor(1) as one:
+        one.submit(start).result()
 
 
 def test_logs_that_were_not_wanted_are_dropped_but_not_those_of_a_failure(

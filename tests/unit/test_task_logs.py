@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from flowmesh.execution.files import finish_logs, log_tail
 from flowmesh.execution.watch import bound_logs
+from tests.support import ROOT
 
 
 @pytest.fixture
@@ -47,3 +52,38 @@ def test_a_tasks_own_logs_are_folded_and_read(tmp_path: Path) -> None:
     assert (tmp_path / "logs" / "stderr.log").read_bytes() == b"2 %\ndone\n"
     finish_logs(tmp_path, keep=False)
     assert [path for path in (tmp_path / "logs").rglob("*") if path.is_file()] == []
+
+
+UNREADABLE = """
+import os, sys
+from pathlib import Path
+from flowmesh.execution.files import finish_logs
+from flowmesh.execution.watch import bound_logs
+home = Path(sys.argv[1]).resolve()
+if os.geteuid() == 0:
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+for name in ("closed", "open"):
+    (home / name / "logs").mkdir(parents=True)
+    (home / name / "logs" / "stderr.log").write_bytes(b"x" * 1000)
+(home / "closed").chmod(0)
+try:
+    print(*bound_logs([home / "closed" / "logs", home / "open" / "logs"], 400))
+    print((home / "open" / "logs" / "stderr.log").stat().st_size < 400)
+    finish_logs(home / "closed", keep=False)
+finally:
+    (home / "closed").chmod(0o700)
+"""
+
+
+def test_a_folder_that_cannot_be_read_keeps_nobody_from_the_others() -> None:
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own let no other user through
+        home = Path(folder).resolve()
+        home.chmod(0o777)
+        program = [sys.executable, "-c", UNREADABLE, folder]
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(program, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [str(home / "closed" / "logs"), "True"]
+    assert "Permission denied" in done.stderr
