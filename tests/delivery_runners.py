@@ -36,6 +36,32 @@ class FillRunner(Runner):
                     raise
 
 
+class SpoolRunner(Runner):
+    """Leaves in its spool folder, under `spec.name`, bytes (in which `ATTEMPT` is its number) or what is no file.
+
+    With `spec.then` it ends without an outcome of the child's own.
+    """
+
+    def run(self, ctx: Context) -> dict[str, Any]:
+        attempt = str(ctx.job.attempt)
+        spool = Path(ctx.job.tmp_dir).parents[1] / "spool" / attempt
+        path = spool / ctx.spec["name"]
+        match ctx.spec["left"]:
+            case "a pipe":
+                os.mkfifo(path)
+            case "a folder":
+                (path / "in it").mkdir(parents=True)
+            case "a link":
+                path.with_name("elsewhere").write_text(f'{{"attempt": {attempt}, "ok": true}}')
+                path.symlink_to("elsewhere")
+            case text:
+                path.write_text(text.replace("ATTEMPT", attempt))
+        spool.chmod(0o777)
+        if ctx.spec.get("then") == "exit":
+            os._exit(0)
+        return {"ok": True}
+
+
 class OutcomeRunner(Runner):
     """Leaves the bytes of `spec.outcome` (in Latin-1) where the child's outcome belongs."""
 

@@ -25,7 +25,7 @@ from flowmesh.processes.limits import Limits
 from flowmesh.processes.pipe import Credentials, FrameError, Phase, Pipe, Progress
 from flowmesh.processes.protocol import Fork
 from flowmesh.results import delivery
-from flowmesh.results.files import below
+from flowmesh.results.files import below, read_regular
 from flowmesh.results.job import DeliveryJob, DeliveryReport, Failure
 from flowmesh.tasks import machine
 from flowmesh.tasks.machine import State
@@ -179,7 +179,7 @@ class Deliveries:
         if job.failure is None:
             path = self._executor.layout.spool(run.attempt) / OUTCOME_FILE
             try:
-                outcome = _outcome_decoder.decode(path.read_bytes())
+                outcome = _outcome_decoder.decode(read_regular(path, INLINE_BYTES))
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 raise DeliveryError(f"the result that the task left is no JSON ({error})") from error
         return job, delivery.deliver(job, outcome)
@@ -316,7 +316,7 @@ class Deliveries:
 def _is_small(run: Run, layout: files.Layout) -> bool:
     """Whether writing and hashing what the task left takes no noticeable time."""
     try:
-        total = (layout.spool(run.attempt) / OUTCOME_FILE).stat().st_size
+        total = (layout.spool(run.attempt) / OUTCOME_FILE).lstat().st_size
     except OSError:
         total = 0
     for count, entry in enumerate(below(run.accepted.target.out_dir), 1):

@@ -276,7 +276,10 @@ class Executor:
         path = self.layout.spool(run.attempt)
         try:
             small = files.outcome_is_small(path)
-            outcome = files.read_outcome(path) if small else await asyncio.to_thread(files.read_outcome, path)
+            if small:
+                outcome = files.read_outcome(path, files.SMALL_BYTES)
+            else:
+                outcome = await asyncio.to_thread(files.read_outcome, path)
         except FlowMeshError as error:
             logger.bind(task=run.task_id).warning("{}", error)
             return None
@@ -288,7 +291,12 @@ class Executor:
         self.hearing.close(run)
 
     async def release(self, run: Run) -> None:
-        """Nothing of it is left but, perhaps, what it had on its GPUs."""
+        """Nothing of it is left but, perhaps, what it had on its GPUs.
+
+        Its notes must be gone before the journal has it as being delivered: after a restart they are the delivery's.
+        """
+        if not files.taken_back(self.layout, run.attempt):
+            await asyncio.to_thread(files.remove_strays, self.layout.spool(run.attempt))
         run.resources = files.usage(run)
         await self.devices.end(run)
         self.apply(run, machine.Released())

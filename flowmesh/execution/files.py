@@ -6,6 +6,7 @@ import contextlib
 import os
 import pwd
 import shutil
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,20 +17,33 @@ from loguru import logger
 from flowmesh.config import ProcessesSettings
 from flowmesh.errors import ConfigError, ProtocolError
 from flowmesh.execution.run import Run
-from flowmesh.messages.job import JOB_FILE, OUTCOME_FILE, ArchiveRequest, Fault, Job, Outcome, UploadRequest
+from flowmesh.messages.job import (
+    JOB_FILE,
+    MAX_OUTCOME_BYTES,
+    OUTCOME_FILE,
+    ArchiveRequest,
+    Fault,
+    Job,
+    Outcome,
+    UploadRequest,
+)
 from flowmesh.processes import environ, shm
 from flowmesh.processes.limits import Limits
 from flowmesh.processes.protocol import Fork
-from flowmesh.results.files import below
+from flowmesh.results.files import below, read_regular
 from flowmesh.results.job import file_url_template
 from flowmesh.results.names import within
 from flowmesh.tasks.types import LIGHT
 
 SMALL_BYTES = 64 * 1024
-MAX_OUTCOME_BYTES = 4 * 1024**3
 MAX_FOLDED_BYTES = 8 * 1024**2
 """A larger log keeps what progress bars wrote over themselves: folding it would take as much memory."""
+BASELINE_FILE = "gpus.json"
+"""In the attempt's spool: its GPUs' baselines, for a supervisor that adopts the task."""
+_OF_A_RUN = frozenset({JOB_FILE, OUTCOME_FILE, BASELINE_FILE})
+"""What lies in an attempt's spool before it is delivered."""
 TASK_ENTRY = "runners.child:main"
+_PRIVATE = 0o700
 OOM_SCORE_ADJ = 500
 """A task dies of memory before its node does."""
 
@@ -126,10 +140,10 @@ def prepare(layout: Layout, run: Run) -> Fork:
     spool, tmp, out_dir = layout.spool(run.attempt), layout.tmp(run.attempt), Path(accepted.target.out_dir)
     for folder in (spool, tmp):
         try:
-            folder.mkdir(mode=0o700)
+            folder.mkdir(mode=_PRIVATE)
         except FileExistsError:  # launched before, by a supervisor that died over it
             remove_tree(folder)
-            folder.mkdir(mode=0o700)
+            folder.mkdir(mode=_PRIVATE)
         give(layout, folder)
     logs = out_dir / "logs"
     for folder in (logs, out_dir / "artifacts"):
@@ -206,27 +220,58 @@ def give(layout: Layout, folder: Path) -> None:
         os.chown(folder, layout.owner.uid, layout.owner.gid, follow_symlinks=False)
 
 
+def taken_back(layout: Layout, attempt: int) -> bool:
+    """Have the spool folder be the node's alone again. False where the task has left there what is none of its.
+
+    Quick enough for the loop.
+    """
+    spool = layout.spool(attempt)
+    try:
+        status = spool.lstat()
+        if not stat.S_ISDIR(status.st_mode):
+            remove_tree(spool)
+            return True
+        if status.st_uid != os.geteuid():
+            os.chown(spool, os.geteuid(), os.getegid(), follow_symlinks=False)
+        if stat.S_IMODE(status.st_mode) != _PRIVATE:
+            spool.chmod(_PRIVATE)
+        with os.scandir(spool) as entries:
+            return all(entry.name in _OF_A_RUN for entry in entries)
+    except FileNotFoundError:  # it was never launched
+        return True
+    except OSError as error:
+        logger.bind(path=str(spool)).warning("a task's spool folder could not be taken back: {}", error)
+        return False
+
+
+def remove_strays(spool: Path) -> None:
+    """Remove what would be taken for a note of the node's, or of its delivery child's. The rest of the end goes on."""
+    try:
+        for path in list(spool.iterdir()):
+            if path.name not in _OF_A_RUN:
+                remove_tree(path)
+    except OSError as error:
+        logger.bind(path=str(spool)).warning("what a task left in its spool folder stays there: {}", error)
+
+
 def outcome_is_small(spool: Path) -> bool:
     try:
-        return (spool / OUTCOME_FILE).stat().st_size <= SMALL_BYTES
+        return (spool / OUTCOME_FILE).lstat().st_size <= SMALL_BYTES
     except OSError:
         return True
 
 
-def read_outcome(spool: Path) -> Outcome | None:
+def read_outcome(spool: Path, limit_bytes: int = MAX_OUTCOME_BYTES) -> Outcome | None:
     """What the child left (of a large one without its result); None where it left nothing.
 
     Raises:
-        ProtocolError: what it left is no outcome.
+        ProtocolError: what it left is no outcome, or over the limit.
     """
-    path = spool / OUTCOME_FILE
     try:
-        size = path.stat().st_size
-        if path.is_symlink() or size > MAX_OUTCOME_BYTES:
-            raise ProtocolError(f"the child's {OUTCOME_FILE} is a link, or over {MAX_OUTCOME_BYTES} bytes")
-        if size <= SMALL_BYTES:
-            return _outcome_decoder.decode(path.read_bytes())
-        head = _head_decoder.decode(path.read_bytes())
+        data = read_regular(spool / OUTCOME_FILE, limit_bytes)
+        if len(data) <= SMALL_BYTES:
+            return _outcome_decoder.decode(data)
+        head = _head_decoder.decode(data)
     except FileNotFoundError:
         return None
     except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -329,7 +374,7 @@ def remove_tree(path: Path) -> None:
             return
         logger.bind(path=name).warning("could not be removed")
 
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    elif path.exists():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, onerror=tell)
+    else:  # rmtree would open a pipe, and wait
+        path.unlink(missing_ok=True)

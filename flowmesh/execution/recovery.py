@@ -121,7 +121,7 @@ def _set_clock(executor: Executor, run: Run) -> None:
     run.end_clock()
     if run.exit is None or not run.exit.ran_s:
         try:
-            left_at = (executor.layout.spool(run.attempt) / OUTCOME_FILE).stat().st_mtime
+            left_at = (executor.layout.spool(run.attempt) / OUTCOME_FILE).lstat().st_mtime
         except OSError:
             return
         run.finished = max(run.started, now - max(0.0, time.time() - left_at))

@@ -21,6 +21,7 @@ from flowmesh.messages.job import Exit
 from flowmesh.processes.pipe import Credentials, FrameError, Pipe
 from flowmesh.processes.protocol import Fork
 from flowmesh.results import delivery
+from flowmesh.results.files import read_note
 from flowmesh.results.job import DELIVERED_FILE, DELIVERY_FILE, DeliveryJob, DeliveryReport
 from flowmesh.tasks.journal import Record
 from flowmesh.tasks.types import DELIVERY
@@ -121,12 +122,10 @@ class Redeliveries:
 
     def _renew(self, record: Record, spool: Path) -> None:
         """The job under the settings of today, and no word of the last try's failure."""
-        path = spool / DELIVERY_FILE
-        try:
-            job = msgspec.json.decode(path.read_bytes(), type=DeliveryJob)
-        except FileNotFoundError:
+        job = read_note(spool / DELIVERY_FILE, DeliveryJob)
+        if job is None:
             message = f"{record.task_id}: nothing of it waits here any more; what there is lies in {record.out_dir}"
-            raise DeliveryError(message) from None
+            raise DeliveryError(message)
         settings = self._executor.settings
         renewed = msgspec.structs.replace(
             job,

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 from loguru import logger
 
 from flowmesh.errors import DeviceError
-from flowmesh.execution import tree_use
+from flowmesh.execution import files, tree_use
 from flowmesh.execution.quarantine import Quarantine
 from flowmesh.execution.run import Run
 from flowmesh.execution.watched import Watched
@@ -29,22 +28,19 @@ from flowmesh.node.nvml import Nvml
 from flowmesh.node.power import PowerMeter
 from flowmesh.node.slots import Slot
 from flowmesh.node.xid import XidVerdict
+from flowmesh.results.files import read_note, write_atomic
 from flowmesh.tasks import machine
 from flowmesh.tasks.verdicts import Stop
 
 if TYPE_CHECKING:
     from flowmesh.execution.executor import Executor
 
-BASELINE_FILE = "gpus.json"
-"""In the attempt's spool: the baselines, for a supervisor that adopts the task."""
 LAST_WORD_S = 1.0
 """How long the verdict on a failed GPU task waits for the driver to say whether it knows why."""
 LOST_LOOKS = 3
 """A GPU that did not answer so many looks in a row will not carry its task any further."""
 
 UNKNOWN = Energy(gpu_joules=None, cpu_joules=None, kwh=None)
-
-_baselines = msgspec.json.Decoder(dict[str, Baseline])
 
 
 class Devices:
@@ -86,8 +82,8 @@ class Devices:
             return f"the task was not started: {reason}"
         self.health.cleared(run.gpus)
         self._power.observe(looks)
-        file = self._executor.layout.spool(run.attempt) / BASELINE_FILE
-        await asyncio.to_thread(file.write_bytes, msgspec.json.encode(proof.baselines))
+        file = self._executor.layout.spool(run.attempt) / files.BASELINE_FILE
+        await asyncio.to_thread(write_atomic, file, msgspec.json.encode(proof.baselines), private=True)
         self._watch(run, proof, whole=True)
         return ""
 
@@ -95,10 +91,8 @@ class Devices:
         """Take over a task that an earlier supervisor began; None where it has no GPUs, or had not begun."""
         if not run.gpus or run.attempt in self._watched:
             return self._watched.get(run.attempt)
-        try:
-            data = Path(self._executor.layout.spool(run.attempt), BASELINE_FILE).read_bytes()
-            baselines = _baselines.decode(data)
-        except (OSError, msgspec.DecodeError):
+        baselines = read_note(self._executor.layout.spool(run.attempt) / files.BASELINE_FILE, dict[str, Baseline])
+        if baselines is None:
             return None
         proof = self._proof(run)
         proof.resume({uuid: baseline for uuid, baseline in baselines.items() if uuid in self._gpus})

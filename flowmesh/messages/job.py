@@ -13,6 +13,7 @@ import msgspec
 
 JOB_FILE = "job.json"
 OUTCOME_FILE = "outcome.json"
+MAX_OUTCOME_BYTES = 4 * 1024**3
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):

@@ -19,11 +19,11 @@ from typing import Any
 import msgspec
 
 from flowmesh.errors import DeliveryError
-from flowmesh.messages.job import Fault, Outcome
+from flowmesh.messages.job import MAX_OUTCOME_BYTES, Fault, Outcome
 from flowmesh.messages.output import HttpDestination
 from flowmesh.processes.pipe import VERSION, Finished, Frame, Hello, Phase, Pipe, Progress
 from flowmesh.results import responses
-from flowmesh.results.files import write_atomic
+from flowmesh.results.files import open_regular, read_note, read_regular, write_atomic
 from flowmesh.results.folder import TaskFolder
 from flowmesh.results.job import (
     DELIVERED_FILE,
@@ -92,7 +92,7 @@ def main(pipe: Pipe | None, spool: Path, token: str | None = None, *, again: boo
     """
     with contextlib.suppress(OSError):
         os.nice(_NICE)
-    with (spool / DELIVERY_FILE).open("rb") as file:
+    with open(open_regular(spool / DELIVERY_FILE), "rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         if again:
             for name in (DELIVERED_FILE, STATE_FILE):
@@ -109,10 +109,7 @@ def main(pipe: Pipe | None, spool: Path, token: str | None = None, *, again: boo
 
 def read_report(spool: Path) -> DeliveryReport | None:
     """What the last delivery of this spool folder said; None where none has ended."""
-    try:
-        return msgspec.json.decode((spool / DELIVERED_FILE).read_bytes(), type=DeliveryReport)
-    except FileNotFoundError:
-        return None
+    return read_note(spool / DELIVERED_FILE, DeliveryReport)
 
 
 def write_job(job: DeliveryJob, spool: Path) -> None:
@@ -124,7 +121,7 @@ def _deliver_spool(job: DeliveryJob, spool: Path, report: Report, token: str | N
     try:
         outcome = None
         with contextlib.suppress(FileNotFoundError):
-            outcome = msgspec.json.decode((spool / job.outcome_file).read_bytes(), type=Outcome)
+            outcome = msgspec.json.decode(read_regular(spool / job.outcome_file, MAX_OUTCOME_BYTES), type=Outcome)
         done = deliver(job, outcome, report, spool=spool, token=token)
     except Exception as error:
         log.exception("delivery broke down task=%s", job.task.task_id)
@@ -263,11 +260,9 @@ class _Delivery:
     # ---- what need not be done again ---------------------------------------------------------------------------------
 
     def _read_state(self) -> State:
-        if self._spool is not None:
-            with contextlib.suppress(FileNotFoundError, msgspec.MsgspecError):
-                state = msgspec.json.decode((self._spool / STATE_FILE).read_bytes(), type=State)
-                if state.attempt == self.job.attempt:
-                    return state
+        state = None if self._spool is None else read_note(self._spool / STATE_FILE, State)
+        if state is not None and state.attempt == self.job.attempt:
+            return state
         return State(attempt=self.job.attempt)
 
     def _note_state(self) -> None:

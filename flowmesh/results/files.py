@@ -1,18 +1,23 @@
-"""Small files written whole or not at all, and JSON in them."""
+"""Small files written whole or not at all, JSON in them, and files read where a task may have put something else."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 PARTIAL = ".partial"
 _MODE = 0o644
 _PRIVATE = 0o600
+MAX_NOTE_BYTES = 64 * 1024**2
+"""Of what the node and its delivery child note for each other."""
+T = TypeVar("T")
 
 
 def write_atomic(path: Path, data: bytes, *, private: bool = False) -> None:
@@ -30,6 +35,56 @@ def write_atomic(path: Path, data: bytes, *, private: bool = False) -> None:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
+
+
+def open_regular(path: Path | str, flags: int = os.O_RDONLY, *, folder: int | None = None) -> int:
+    """A descriptor of a file in a folder that a task may write to.
+
+    No link is followed to what is not the task's, and a pipe in the file's place holds nobody up.
+
+    Args:
+        folder: a descriptor of the folder that `path` is relative to.
+
+    Raises:
+        OSError: there is none, or it is no regular file, or another user's under a second name.
+    """
+    fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", os.fspath(path))
+        if status.st_nlink > 1 and status.st_uid != _owner(path, folder):
+            raise OSError(errno.EPERM, "it is another user's file under a second name", os.fspath(path))
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _owner(path: Path | str, folder: int | None) -> int:
+    """Whose the folder is that `path` lies in."""
+    return os.stat(os.path.dirname(path) or ".", dir_fd=folder).st_uid  # noqa: PTH120
+
+
+def read_regular(path: Path, limit_bytes: int) -> bytes:
+    """What such a file holds.
+
+    Raises:
+        OSError: as for `open_regular`, or it is larger than that.
+    """
+    with open(open_regular(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit_bytes:
+            raise OSError(errno.EFBIG, f"it is over {limit_bytes} bytes", os.fspath(path))
+        return file.read(size)
+
+
+def read_note(path: Path, kind: type[T]) -> T | None:
+    """What was noted there as JSON; None where that is nothing, or nothing that can be read."""
+    try:
+        return msgspec.json.decode(read_regular(path, MAX_NOTE_BYTES), type=kind)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
 
 
 def below(folder: Path | str, *, strict: bool = False) -> Iterator[os.DirEntry[str]]:

@@ -684,6 +684,34 @@ def test_a_broken_job_is_a_report(spool: Path, out: Path) -> None:
     assert "broke down: DecodeError" in report.error
 
 
+@pytest.mark.parametrize("name", ["delivered.json", "delivery_state.json", "outcome.json", "delivery.json"])
+@pytest.mark.parametrize("kind", ["pipe", "link", "folder", "garbage"])
+def test_the_child_reads_nothing_but_files(out: Path, spool: Path, name: str, kind: str) -> None:
+    with Server() as server:
+        prepare(spool, delivery(target(out, http(server.url))), outcome())
+        path = spool / name
+        path.unlink(missing_ok=True)
+        match kind:
+            case "pipe":
+                os.mkfifo(path)
+            case "link":
+                path.symlink_to(out / "responses.json")
+            case "folder":
+                path.mkdir()
+            case _:
+                path.write_bytes(b'{"ok": "\xff"}')
+        process = start(spool)
+        process.communicate(timeout=20)
+        report = read_report(spool)
+        if name == "delivery_state.json" or (name == "delivered.json" and kind != "folder"):
+            assert (process.returncode, report and report.ok) == (0, True)
+            assert len(server.results()) == 1
+        else:
+            assert process.returncode != 0
+            assert report is None or not report.ok
+            assert (server.results() == []) == (name != "delivered.json")
+
+
 def test_the_result_arrives_byte_for_byte(out: Path) -> None:
     text = "".join(chr(c) for c in (*range(1, 0x250), 0x2028, 0x1F600)) * 500
     with Server() as server:

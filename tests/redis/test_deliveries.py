@@ -27,6 +27,10 @@ concurrency = {concurrency}
 runner = "tests.delivery_runners:ModelRunner"
 environment = "light"
 
+[task_types.spool]
+runner = "tests.delivery_runners:SpoolRunner"
+environment = "light"
+
 [task_types.outcome]
 runner = "tests.delivery_runners:OutcomeRunner"
 environment = "light"
@@ -253,6 +257,56 @@ def test_whatever_lies_where_the_outcome_belongs_the_task_ends(
     end = orchestrator.run("w1", {"taskType": "outcome", "outcome": outcome}, 20)
     assert (end["type"], end["payload"]["error_kind"]) == ("TASK_FAILED", kind)
     assert orchestrator.run("w1", {"taskType": "echo"})["type"] == "TASK_SUCCEEDED"
+
+
+@pytest.mark.parametrize("left", ["a pipe", "a folder", "a link"])
+def test_an_outcome_that_is_no_file_of_its_own_holds_nobody_up(
+    orchestrator: Orchestrator, make_node, left: str
+) -> None:
+    make_node(config=config())
+    spec = {"taskType": "spool", "name": "outcome.json", "left": left, "then": "exit"}
+    assert orchestrator.run("w1", spec, 20)["payload"]["error_kind"] == "crash"
+    assert orchestrator.run("w1", {"taskType": "echo"}, 20)["type"] == "TASK_SUCCEEDED"
+
+
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [
+        ("delivered.json", "garbage"),
+        ("delivered.json", '{"ok": true}'),
+        ("delivered.json", "a pipe"),
+        ("delivered.json", "a folder"),
+        ("delivered.json", "a link"),
+        ("delivery.json", "a pipe"),
+        ("delivery.json", "a folder"),
+        ("delivery_state.json", '{"attempt": ATTEMPT, "results": ["t-1"]}'),
+        ("delivery_state.json", "a pipe"),
+    ],
+)
+def test_a_task_writes_no_notes_of_its_delivery(orchestrator: Orchestrator, make_node, name: str, left: str) -> None:
+    """Neither is what it sent believed to have arrived, nor does it keep its end from coming."""
+    node = make_node(config=config())
+    with Server() as server:
+        destination = {"type": "http", "url": f"{server.url}/r"}
+        spec = {"taskType": "spool", "name": name, "left": left, "output": {"destination": destination}}
+        assert orchestrator.run("w1", spec, 20, task_id="t-1")["type"] == "TASK_SUCCEEDED"
+        assert len(server.results()) == 1
+    until(lambda: list((node.state_dir / "spool").iterdir()) == [], "its spool folder is gone")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_while_it_is_delivered_no_task_gets_at_its_spool_folder(orchestrator: Orchestrator, make_node) -> None:
+    node = make_node(start=False, config=config() + '\n[processes]\ntask_user = "nobody"\n')
+    node.home.chmod(0o755)
+    node.start()
+    with Server(Stall(100)) as server:
+        destination = {"type": "http", "url": f"{server.url}/r"}
+        task = orchestrator.dispatch("w1", {"taskType": "echo", "output": {"destination": destination}})
+        until(lambda: server.plan == [], "the upload has begun")
+        (spool,) = (node.state_dir / "spool").iterdir()
+        status = spool.stat()
+        assert (status.st_uid, status.st_mode & 0o777) == (0, 0o700)
+        assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"
 
 
 def test_what_new_settings_refuse_was_computed_and_can_be_delivered_later(
