@@ -15,10 +15,9 @@ import msgspec
 from loguru import logger
 
 from flowmesh.errors import DeliveryError, FlowMeshError
-from flowmesh.execution import events, files
+from flowmesh.execution import events, files, logs
 from flowmesh.execution.redelivery import Redeliveries
 from flowmesh.execution.run import Run, progress_event
-from flowmesh.execution.watch import bound_logs
 from flowmesh.messages.job import OUTCOME_FILE, Exit, Outcome
 from flowmesh.processes import environ
 from flowmesh.processes.limits import Limits
@@ -143,10 +142,11 @@ class Deliveries:
         verdict = run.task.verdict
         assert verdict is not None, "a task is delivered when its verdict is known"
         failure = None
-        files.tell_troubles(bound_logs([Path(accepted.target.out_dir, "logs")], settings.tasks.log_max_bytes))
-        files.finish_logs(Path(accepted.target.out_dir), keep=accepted.spec.retainLogs or not verdict.ok)
+        out_dir = Path(accepted.target.out_dir)
+        logs.tell_troubles(logs.bound_logs([out_dir / "logs"], settings.tasks.log_max_bytes))
+        logs.finish_logs(out_dir, keep=accepted.spec.retainLogs or not verdict.ok)
         if not verdict.ok:
-            run.log_tail = tuple(files.log_tail(Path(accepted.target.out_dir)).splitlines()[-TAIL_LINES:])
+            run.log_tail = tuple(logs.log_tail(out_dir).splitlines()[-TAIL_LINES:])
             failure = Failure(
                 error=verdict.message,
                 error_kind=verdict.kind.value,

@@ -7,7 +7,7 @@ import os
 import pwd
 import shutil
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,11 @@ from flowmesh.messages.job import (
 from flowmesh.processes import environ, shm
 from flowmesh.processes.limits import Limits
 from flowmesh.processes.protocol import Fork
-from flowmesh.results.files import below, read_regular
+from flowmesh.results.files import read_regular
 from flowmesh.results.job import file_url_template
-from flowmesh.results.names import within
 from flowmesh.tasks.types import LIGHT
 
 SMALL_BYTES = 64 * 1024
-MAX_FOLDED_BYTES = 8 * 1024**2
-"""A larger log keeps what progress bars wrote over themselves: folding it would take as much memory."""
 BASELINE_FILE = "gpus.json"
 """In the attempt's spool: its GPUs' baselines, for a supervisor that adopts the task."""
 _OF_A_RUN = frozenset({JOB_FILE, OUTCOME_FILE, BASELINE_FILE})
@@ -289,64 +286,6 @@ def usage(run: Run) -> dict[str, Any]:
         "processes_swept": run.exit.swept,
         "gone_ms": run.exit.gone_ms,
     }
-
-
-def log_tail(out_dir: Path, limit_bytes: int = SMALL_BYTES) -> str:
-    """The last of what a task wrote: stderr, or stdout where stderr is empty; carriage returns folded."""
-    for path in (out_dir / "logs" / "stderr.log", out_dir / "logs" / "stdout.log"):
-        try:
-            if within(path, out_dir) != path or not path.is_file():  # a link of the task's to what is not its own
-                continue
-            with path.open("rb") as file:
-                file.seek(max(0, path.stat().st_size - limit_bytes))
-                text = file.read(limit_bytes).decode("utf-8", "replace")
-        except OSError:
-            continue
-        if text.strip():
-            lines = text.removesuffix("\n").split("\n")
-            return "\n".join(line.rstrip("\r").rsplit("\r", 1)[-1] for line in lines)
-    return ""
-
-
-def log_files(logs: Path, troubles: dict[Path, OSError]) -> Iterator[Path]:
-    """Every log below a task's `logs`; none where the task has put a link there, or in its place.
-
-    Args:
-        troubles: gets the folder where it cannot be looked at, and why.
-    """
-    try:
-        entries = () if logs.is_symlink() else below(logs)
-        found = [each for each in entries if each.name.endswith(".log") and each.is_file(follow_symlinks=False)]
-    except OSError as error:
-        troubles[logs] = error
-        return
-    yield from (Path(entry.path) for entry in found)
-
-
-def finish_logs(out_dir: Path, *, keep: bool) -> None:
-    """Fold what progress bars wrote over themselves; drop the logs of a task that did not want them kept."""
-    troubles: dict[Path, OSError] = {}
-    for path in log_files(out_dir / "logs", troubles):
-        try:
-            if keep:
-                _fold(path)
-            else:
-                path.unlink()
-        except OSError as error:
-            troubles[path] = error
-    tell_troubles(troubles)
-
-
-def _fold(path: Path) -> None:
-    data = path.read_bytes() if 0 < path.stat().st_size <= MAX_FOLDED_BYTES else b""
-    if b"\r" in data.replace(b"\r\n", b"\n"):
-        path.write_bytes(b"\n".join(line.rstrip(b"\r").rsplit(b"\r", 1)[-1] for line in data.split(b"\n")))
-
-
-def tell_troubles(troubles: Mapping[Path, OSError]) -> None:
-    """Warn of logs that could not be looked after: the task itself ends as it would."""
-    for path, error in troubles.items():
-        logger.bind(path=str(path)).warning("a task's logs could not be looked after: {}", error.strerror or error)
 
 
 def removed_empty(path: Path, but: Iterable[str] = ()) -> bool:

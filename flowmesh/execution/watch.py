@@ -6,12 +6,11 @@ Sleeps while nothing runs. What reads disks or /proc does so in a thread.
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flowmesh.execution import files
+from flowmesh.execution.logs import bound_logs, tell_troubles
 from flowmesh.execution.run import Run
 from flowmesh.execution.stacks import FILE, Stacks
 from flowmesh.tasks import machine
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
     from flowmesh.execution.executor import Executor
 
 INTERVAL_S = 1.0
-KEPT_OF_LOG = 4
-"""A log that grew too large keeps its last quarter."""
 STACKS_WAIT_S = 1.0
 """Between asking for stacks and stopping the task."""
 
@@ -39,7 +36,7 @@ async def watch(executor: Executor) -> None:
         folders = [Path(run.accepted.target.out_dir, "logs") for run in running]
         if folders:
             troubles = await asyncio.to_thread(bound_logs, folders, tasks.log_max_bytes)
-            files.tell_troubles({path: error for path, error in troubles.items() if path not in told})
+            tell_troubles({path: error for path, error in troubles.items() if path not in told})
             told = set(troubles)
         if tasks.hang_timeout_s is None:
             continue
@@ -69,32 +66,3 @@ def _hung(executor: Executor) -> machine.StopRequested:
     after_s = executor.settings.tasks.hang_timeout_s
     detail = f"hung: no word from it for {after_s:g} s (tasks.hang_timeout_s); stacks are in its logs/{FILE}"
     return machine.StopRequested(Stop.HANG, detail)
-
-
-def bound_logs(folders: list[Path], limit_bytes: int) -> dict[Path, OSError]:
-    """Cut each log file over the limit down to its end. What is written meanwhile may be lost with the middle.
-
-    Returns:
-        what could not be looked after, and why: a folder is the task's, and may be unreadable.
-    """
-    troubles: dict[Path, OSError] = {}
-    for folder in folders:
-        for path in files.log_files(folder, troubles):
-            try:
-                if path.lstat().st_size > limit_bytes:
-                    _cut(path, limit_bytes // KEPT_OF_LOG)
-            except FileNotFoundError:  # gone since
-                continue
-            except OSError as error:
-                troubles[path] = error
-    return troubles
-
-
-def _cut(path: Path, kept_bytes: int) -> None:
-    with open(path, "r+b") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(size - kept_bytes)
-        tail = file.read(kept_bytes)
-        file.truncate(0)
-    with open(path, "ab") as file:  # the task appends too: its next line comes after ours
-        file.write(f"[flowmesh: {size - kept_bytes} bytes of this log were dropped here]\n".encode() + tail)

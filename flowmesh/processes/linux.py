@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import errno
 import os
 import select
 from pathlib import Path
@@ -22,6 +24,9 @@ _MS_NODEV = 4
 _MS_REC = 0x4000
 _MS_SLAVE = 1 << 19
 _SMALL_BYTES = 64 * 1024
+
+FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+"""Opens a folder, and no link to one."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -70,6 +75,47 @@ def mount_tmpfs(path: str) -> None:
     flags = ctypes.c_ulong(_MS_NOSUID | _MS_NODEV)
     if _libc.mount(b"tmpfs", path.encode(), b"tmpfs", flags, b"mode=1777") != 0:
         raise OSError(ctypes.get_errno(), f"mount tmpfs on {path}")
+
+
+def open_folder(path: Path, *, make: bool = False) -> int:
+    """A descriptor of the folder that really lies at this path.
+
+    A path was free of links when it was checked; a task may have put one into it since. What is then done by the
+    descriptor is done there.
+
+    Args:
+        path: absolute.
+        make: have it made, with its parents, where it is not there.
+
+    Raises:
+        OSError: it is not there, or cannot be made; or there is a link on the way, which is followed by nothing.
+    """
+    try:
+        folder = os.open(path, FOLDER)
+    except FileNotFoundError:
+        if not make:
+            raise
+        return _make_folder(path)
+    except NotADirectoryError:
+        raise NotADirectoryError(errno.ENOTDIR, "it is a link, or no folder; remove it", str(path)) from None
+    real = os.readlink(f"/proc/self/fd/{folder}")  # noqa: PTH115 - of what is open, so nobody can change it after this look
+    if real != str(path):
+        os.close(folder)
+        raise OSError(errno.ELOOP, f"a link leads from it to {real}; remove that link", str(path))
+    return folder
+
+
+def _make_folder(path: Path) -> int:
+    parent = open_folder(path.parent, make=True)
+    try:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path.name, dir_fd=parent)
+        return os.open(path.name, FOLDER, dir_fd=parent)
+    except OSError as error:
+        error.filename = str(path)
+        raise
+    finally:
+        os.close(parent)
 
 
 def read_small(path: str | Path) -> bytes:

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from flowmesh.execution.files import finish_logs, log_tail
-from flowmesh.execution.watch import bound_logs
+from flowmesh.execution.logs import bound_logs, finish_logs, log_tail
 from tests.support import ROOT
 
 
@@ -54,11 +53,22 @@ def test_a_tasks_own_logs_are_folded_and_read(tmp_path: Path) -> None:
     assert [path for path in (tmp_path / "logs").rglob("*") if path.is_file()] == []
 
 
+def test_a_task_writes_on_behind_what_was_kept(tmp_path: Path) -> None:
+    log = tmp_path / "logs" / "stderr.log"
+    log.parent.mkdir()
+    with log.open("ab", buffering=0) as task:
+        task.write(b"x" * 100_000)
+        assert bound_logs([log.parent], 65_536) == {}
+        task.write(b"next\n")
+    head, _, tail = log.read_bytes().partition(b"\n")
+    assert head == b"[flowmesh: 83616 bytes of this log were dropped here]"
+    assert tail == b"x" * 16_384 + b"next\n"
+
+
 UNREADABLE = """
 import os, sys
 from pathlib import Path
-from flowmesh.execution.files import finish_logs
-from flowmesh.execution.watch import bound_logs
+from flowmesh.execution.logs import bound_logs, finish_logs
 home = Path(sys.argv[1]).resolve()
 if os.geteuid() == 0:
     os.setgroups([])
