@@ -62,6 +62,16 @@ class SpoolRunner(Runner):
         return {"ok": True}
 
 
+class LinkRunner(Runner):
+    """Once its folder has a file `go`: a link of `spec.name` there to `spec.target`."""
+
+    def run(self, ctx: Context) -> dict[str, Any]:
+        while not (ctx.out_dir / "go").exists():
+            ctx.sleep(0.02)
+        (ctx.out_dir / ctx.spec["name"]).symlink_to(ctx.spec["target"])
+        return {"ok": True}
+
+
 class OutcomeRunner(Runner):
     """Leaves the bytes of `spec.outcome` (in Latin-1) where the child's outcome belongs."""
 

@@ -44,7 +44,7 @@ class Canaries:
         """Why it did not end well on these GPUs; empty where it did. Takes TIMEOUT_S at most, an import aside."""
         executor, layout = self._executor, self._executor.layout
         attempt, self._next = self._next, self._next + 1
-        log = layout.log_dir / f"canary-{plan.name}.log"
+        log = layout.log_dir.resolve() / f"canary-{plan.name}.log"
         fork = self._fork(attempt, plan, str(log))
         ended = self._ends[attempt] = asyncio.get_running_loop().create_future()
         try:

@@ -29,6 +29,7 @@ from flowmesh.messages.job import (
 )
 from flowmesh.processes import environ, shm
 from flowmesh.processes.limits import Limits
+from flowmesh.processes.linux import FOLDER, open_folder
 from flowmesh.processes.protocol import Fork
 from flowmesh.results.files import read_regular
 from flowmesh.results.job import file_url_template
@@ -131,7 +132,7 @@ def prepare(layout: Layout, run: Run) -> Fork:
     """Make the attempt's folders and its job, and say how its child is to be made.
 
     Raises:
-        OSError: a folder cannot be made or written.
+        OSError: a folder cannot be made or written, or is not where it was when the task was accepted.
     """
     accepted, children = run.accepted, run.accepted.children
     spool, tmp, out_dir = layout.spool(run.attempt), layout.tmp(run.attempt), Path(accepted.target.out_dir)
@@ -141,16 +142,8 @@ def prepare(layout: Layout, run: Run) -> Fork:
         except FileExistsError:  # launched before, by a supervisor that died over it
             remove_tree(folder)
             folder.mkdir(mode=_PRIVATE)
-        give(layout, folder)
     logs = out_dir / "logs"
-    for folder in (logs, out_dir / "artifacts"):
-        if folder.is_symlink():  # an earlier attempt's: what is written and given away here must be here
-            folder.unlink()
-        folder.mkdir(parents=True, exist_ok=True)
-        give(layout, folder)
-    give(layout, out_dir)
-    for stale in (out_dir / "responses.json", logs / "stdout.log", logs / "stderr.log"):
-        stale.unlink(missing_ok=True)
+    _prepare_out_dir(layout, out_dir)
     gpus = run.gpus
     threads = run.slot.plan.threads
     job = Job(
@@ -171,6 +164,8 @@ def prepare(layout: Layout, run: Run) -> Fork:
         limits=layout.limits,
     )
     (spool / JOB_FILE).write_bytes(msgspec.json.encode(job))
+    for folder in (spool, tmp):  # only now: another task of that user could have put a link where we write
+        give(layout, folder)
     wants = layout.processes
     return Fork(
         attempt=run.attempt,
@@ -204,6 +199,38 @@ def prepare(layout: Layout, run: Run) -> Fork:
     )
 
 
+def _prepare_out_dir(layout: Layout, out_dir: Path) -> None:
+    """By descriptors: its parents may be another task's, who puts links there whenever it likes."""
+    held: list[int] = []
+    try:
+        held.append(whole := open_folder(out_dir, make=True))
+        held.append(logs := _open_part(whole, out_dir / "logs"))
+        held.append(_open_part(whole, out_dir / "artifacts"))
+        for folder, name in ((whole, "responses.json"), (logs, "stdout.log"), (logs, "stderr.log")):
+            with contextlib.suppress(FileNotFoundError):  # an earlier attempt's
+                os.unlink(name, dir_fd=folder)
+        for folder in held:
+            give(layout, folder)
+    finally:
+        for folder in held:
+            os.close(folder)
+
+
+def _open_part(whole: int, path: Path) -> int:
+    """A folder in the task's own, made where there is none, or only a link that an earlier attempt left."""
+    try:
+        try:
+            os.mkdir(path.name, dir_fd=whole)
+        except FileExistsError:
+            if stat.S_ISLNK(os.stat(path.name, dir_fd=whole, follow_symlinks=False).st_mode):
+                os.unlink(path.name, dir_fd=whole)
+                os.mkdir(path.name, dir_fd=whole)
+        return os.open(path.name, FOLDER, dir_fd=whole)
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
 def _own_home(layout: Layout) -> dict[str, str]:
     owner = layout.owner
     if owner is None:
@@ -211,10 +238,14 @@ def _own_home(layout: Layout) -> dict[str, str]:
     return {**layout.base_env, "HOME": owner.home, "USER": owner.name, "LOGNAME": owner.name}
 
 
-def give(layout: Layout, folder: Path) -> None:
-    """Let the user that tasks run as write there."""
+def give(layout: Layout, folder: Path | int) -> None:
+    """Let the user that tasks run as write there.
+
+    Args:
+        folder: one that no task could have replaced, or its descriptor.
+    """
     if layout.owner is not None:
-        os.chown(folder, layout.owner.uid, layout.owner.gid, follow_symlinks=False)
+        os.chown(folder, layout.owner.uid, layout.owner.gid)
 
 
 def taken_back(layout: Layout, attempt: int) -> bool:

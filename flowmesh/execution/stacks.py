@@ -17,8 +17,7 @@ from pathlib import Path
 from loguru import logger
 
 from flowmesh.processes import linux, tree
-from flowmesh.results.files import write_atomic
-from flowmesh.results.names import within
+from flowmesh.results.files import write_in
 
 FILE = "stacks.txt"
 MOST_PROCESSES = 256
@@ -70,10 +69,8 @@ class Stacks:
 
     def _write(self) -> None:
         logs = self._out_dir / "logs"
-        if within(logs, self._out_dir) != logs:  # a link that the task has put in its place
-            return
         try:
-            write_atomic(logs / FILE, "\n".join(self._parts).encode())
+            write_in(logs, FILE, "\n".join(self._parts).encode())
         except OSError as error:
             logger.bind(path=str(logs / FILE)).warning("a hung task's stacks could not be saved: {}", error)
 

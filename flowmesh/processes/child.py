@@ -15,7 +15,7 @@ from flowmesh.processes import limits, linux, threads
 from flowmesh.processes.cgroup import Leaf
 from flowmesh.processes.pipe import Pipe
 from flowmesh.processes.preload import named
-from flowmesh.processes.protocol import MAX_MESSAGE, fork_decoder
+from flowmesh.processes.protocol import MAX_MESSAGE, Fork, fork_decoder
 
 SPARE = "flowmesh-spare"
 """The name of a child that waits for its task."""
@@ -52,7 +52,7 @@ def run(start: Start) -> int:
     if not order:
         return 0
     request = fork_decoder.decode(order)
-    _redirect(request.stdout, request.stderr)
+    _redirect(request)
     if refusal is not None:
         raise refusal
     linux.set_name("flowmesh-task")
@@ -79,16 +79,27 @@ def leave(status: int) -> NoReturn:
     os._exit(status)
 
 
-def _redirect(stdout: str, stderr: str) -> None:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+def _redirect(request: Fork) -> None:
     null = os.open(os.devnull, os.O_RDONLY)
-    out = os.open(stdout, flags, 0o640)
-    err = out if stderr == stdout else os.open(stderr, flags, 0o640)
+    out = _open_log(request.stdout, request.limits)
+    err = out if request.stderr == request.stdout else _open_log(request.stderr, request.limits)
     for source, target in ((null, 0), (out, 1), (err, 2)):
         os.dup2(source, target, inheritable=True)
     for fd in {null, out, err}:
         if fd > 2:
             os.close(fd)
+
+
+def _open_log(path: str, wanted: limits.Limits) -> int:
+    """While we are the node's user still: where we become another one, no link of its leads us elsewhere."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+    if wanted.uid is None:
+        return os.open(path, flags, 0o640)
+    folder = linux.open_folder(Path(path).parent)
+    try:
+        return os.open(Path(path).name, flags, 0o640, dir_fd=folder)
+    finally:
+        os.close(folder)
 
 
 def reseed() -> None:

@@ -97,7 +97,7 @@ def open_folder(path: Path, *, make: bool = False) -> int:
             raise
         return _make_folder(path)
     except NotADirectoryError:
-        raise NotADirectoryError(errno.ENOTDIR, "it is a link, or no folder; remove it", str(path)) from None
+        raise NotADirectoryError(errno.ENOTDIR, "Not a directory, or a link to one; remove it", str(path)) from None
     real = os.readlink(f"/proc/self/fd/{folder}")  # noqa: PTH115 - of what is open, so nobody can change it after this look
     if real != str(path):
         os.close(folder)

@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from flowmesh.processes.linux import open_folder
+
 PARTIAL = ".partial"
 _MODE = 0o644
 _PRIVATE = 0o600
@@ -20,21 +22,41 @@ MAX_NOTE_BYTES = 64 * 1024**2
 T = TypeVar("T")
 
 
-def write_atomic(path: Path, data: bytes, *, private: bool = False) -> None:
-    """Replace `path` by `data`: a reader sees the old file or the new one, whatever is killed in between."""
+def write_atomic(path: Path, data: bytes, *, private: bool = False, folder: int | None = None) -> None:
+    """Replace `path` by `data`: a reader sees the old file or the new one, whatever is killed in between.
+
+    Args:
+        folder: a descriptor of the folder that `path` is relative to.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     # O_EXCL with O_NOFOLLOW: what a task may have left under that name is not written through
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     with contextlib.suppress(FileNotFoundError):
-        partial.unlink()
+        os.unlink(partial, dir_fd=folder)
     try:
-        with open(os.open(partial, flags, _PRIVATE if private else _MODE), "wb") as file:
+        with open(os.open(partial, flags, _PRIVATE if private else _MODE, dir_fd=folder), "wb") as file:
             file.write(data)
-        partial.replace(path)
+        os.replace(partial, path, src_dir_fd=folder, dst_dir_fd=folder)
     except BaseException:
         with contextlib.suppress(OSError):
-            partial.unlink()
+            os.unlink(partial, dir_fd=folder)
         raise
+
+
+def write_in(folder: Path, name: str, data: bytes, *, make: bool = False) -> None:
+    """Write such a file into a task's folder, where that really lies.
+
+    Raises:
+        OSError: as for `open_folder`, or it cannot be written.
+    """
+    at = open_folder(folder, make=make)
+    try:
+        write_atomic(Path(name), data, folder=at)
+    except OSError as error:
+        error.filename = str(folder / name)
+        raise
+    finally:
+        os.close(at)
 
 
 def open_regular(path: Path | str, flags: int = os.O_RDONLY, *, folder: int | None = None) -> int:

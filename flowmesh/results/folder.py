@@ -11,7 +11,7 @@ from flowmesh.errors import DeliveryError
 from flowmesh.messages.job import ArchiveRequest, UploadRequest
 from flowmesh.messages.output import HttpDestination, file_url
 from flowmesh.results.archive import make_archive
-from flowmesh.results.files import to_json, write_atomic
+from flowmesh.results.files import to_json, write_in
 from flowmesh.results.job import State, Target
 from flowmesh.results.manifest import MANIFEST_FILE, RESPONSES_FILE, write_manifest
 from flowmesh.results.names import is_plain_name, within
@@ -31,8 +31,7 @@ class TaskFolder:
         self._notes = notes
 
     def write_result(self) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.path / RESPONSES_FILE, to_json(self.result))
+        write_in(self.path, RESPONSES_FILE, to_json(self.result), make=True)
 
     def write_manifest(self, sha256_by_path: dict[str, str]) -> None:
         """Args: sha256_by_path: checksums already known, by absolute path."""

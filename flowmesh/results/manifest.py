@@ -15,7 +15,7 @@ from typing import Literal
 
 import msgspec
 
-from flowmesh.results.files import PARTIAL, below, to_json, write_atomic
+from flowmesh.results.files import PARTIAL, below, to_json, write_in
 from flowmesh.results.names import is_plain_name, within
 
 MANIFEST_FILE = "manifest.json"
@@ -80,7 +80,7 @@ def write_manifest(
             *(_entry(folder, path, False, known) for path in others),
         ),
     )
-    write_atomic(folder / MANIFEST_FILE, to_json(manifest))
+    write_in(folder, MANIFEST_FILE, to_json(manifest))
     return manifest
 
 

@@ -4,23 +4,45 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import pwd
 import shutil
 import signal
+import socket
+import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from flowmesh.config import Settings
+from flowmesh.execution import lanes
+from flowmesh.execution.accept import accept
+from flowmesh.execution.files import Layout, Owner, prepare
 from flowmesh.execution.logs import bound_logs, finish_logs, log_tail
-from tests.support import short_dir
+from flowmesh.execution.run import Run
+from flowmesh.node.slots import Slot, SlotPlan
+from flowmesh.processes.child import Start, run
+from flowmesh.processes.limits import Limits
+from flowmesh.processes.pipe import Pipe
+from flowmesh.processes.protocol import Fork
+from tests.http_server import Server
+from tests.support import Node, Orchestrator, short_dir, until
 
 pytestmark = [
     pytest.mark.redis,
     pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user"),
 ]
+CONFIG = """
+[processes]
+task_user = "nobody"
+[task_types.link]
+runner = "tests.delivery_runners:LinkRunner"
+environment = "light"
+"""
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 SECRET = b"root's own\rline\n" * 10_000
 
@@ -120,3 +142,101 @@ def test_a_log_that_is_swapped_with_its_folder_leads_nowhere(home: Path) -> None
             finish_logs(logs.parent, keep=False)
             assert log_tail(logs.parent) == ""
     assert (others / "stderr.log").read_bytes() == SECRET
+
+
+def test_a_job_is_written_before_its_folder_is_given_away(home: Path, secret: Path) -> None:
+    settings = Settings()
+    for name in ("spool", "tmp", "results"):
+        (home / name).mkdir(mode=0o711)
+    layout = Layout(
+        state_dir=home,
+        results_dir=home / "results",
+        work_dir=home,
+        mark="test",
+        base_env={},
+        cgroup=None,
+        processes=settings.processes,
+        owner=Owner.named("nobody"),
+    )
+    spec = {"taskType": "echo"}
+    task = {"apiVersion": "flowmesh/v1", "kind": "Task", "metadata": {"name": "test"}, "spec": spec}
+    message = json.dumps({"task_id": "t-1", "task": task, "assigned_worker": "w1"}).encode()
+    accepted = accept(message, settings=settings, catalogue=lanes.plan(settings)[0], results_dir=layout.results_dir)
+    slot: Slot[Run] = Slot(SlotPlan(name="slot", worker_id="w1"))
+    attempts = range(1, 400)
+    links = [layout.spool(attempt) / "job.json" for attempt in attempts]
+
+    def plant() -> None:
+        for link in links:
+            with contextlib.suppress(OSError):
+                link.symlink_to(secret)
+
+    with as_nobody(plant):
+        for attempt in attempts:
+            prepare(layout, Run(attempt, accepted, slot))
+    assert secret.read_bytes() == SECRET
+    assert {stat.S_ISREG(link.lstat().st_mode) for link in links} == {True}
+
+
+def test_a_child_opens_its_logs_behind_no_link(home: Path) -> None:
+    """Its folder is the task user's already, and the child is root still."""
+    elsewhere, logs = home / "elsewhere", home / "task" / "logs"
+    elsewhere.mkdir()
+    logs.parent.mkdir()
+    logs.symlink_to(elsewhere)
+    fork = Fork(
+        attempt=1,
+        target="os:getpid",
+        spool=str(home),
+        cwd="/",
+        stdout=str(logs / "stdout.log"),
+        stderr=str(logs / "stderr.log"),
+        env={},
+        limits=Limits(uid=65534, gid=65534),
+    )
+    (ours, orders), (near, far) = socket.socketpair(), Pipe.pair()
+    ours.send(msgspec.msgpack.encode(fork))
+    start = Start(orders, far, None, os.getpid())
+    if (pid := os.fork()) == 0:
+        try:
+            run(start)
+        except NotADirectoryError:
+            os._exit(7)
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+    assert list(elsewhere.iterdir()) == []
+    for each in (ours, orders, near, far):
+        each.close()
+
+
+@pytest.mark.parametrize("over_http", [False, True], ids=["local", "http"])
+def test_a_link_in_a_parents_place_is_not_followed(orchestrator: Orchestrator, make_node, over_http: bool) -> None:
+    """A task's folder may lie in another task's, who has put a link there since it was accepted."""
+    node: Node = make_node(start=False, config=CONFIG)
+    node.home.chmod(0o755)
+    elsewhere = node.home / "elsewhere"
+    (elsewhere / "t-2").mkdir(parents=True)
+    node.start()
+    orchestrator.dispatch("w1", {"taskType": "link", "name": "sub", "target": str(elsewhere)}, task_id="t-1")
+    orchestrator.wait_started("t-1")
+    with Server() as server:
+        second = {"taskType": "echo", "output": {"destination": {"type": "local", "path": "t-1/sub"}}}
+        if over_http:
+            http = {"type": "http", "url": f"{server.url}/r"}
+            merged = [{"task_id": "t-2", "spec": second}]
+            orchestrator.dispatch(
+                "w1", {"taskType": "echo", "output": {"destination": http}}, "t-3", merged_children=merged
+            )
+        else:
+            orchestrator.dispatch("w1", second, task_id="t-2")
+        waiting = "t-3" if over_http else "t-2"
+        until(lambda: any(each["task_id"] == waiting for each in node.ask(op="status")["tasks"]), "it is accepted")
+        (node.results_dir / "t-1" / "go").touch()
+        assert orchestrator.wait_end("t-1")["type"] == "TASK_SUCCEEDED"
+        end = orchestrator.wait_end(waiting)
+    assert end["type"] == "TASK_FAILED"
+    assert f"a link leads from it to {elsewhere}" in end["error"]
+    assert str(node.results_dir / "t-1" / "sub") in end["error"]
+    assert (elsewhere / "t-2").stat().st_uid == 0
+    assert [path.name for path in elsewhere.rglob("*")] == ["t-2"]
