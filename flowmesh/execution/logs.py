@@ -6,6 +6,7 @@ file is opened where it really lies, once, and then only its descriptor is used.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,6 +21,8 @@ KEPT_OF_LOG = 4
 MAX_FOLDED_BYTES = 8 * 1024**2
 """A larger log keeps what progress bars wrote over themselves: folding it would take as much memory."""
 TAIL_BYTES = 64 * 1024
+MOST_TOLD = 10
+"""Of a round's troubles: a task can make as many as it likes."""
 _APPEND = os.O_RDWR | os.O_APPEND
 
 
@@ -109,8 +112,10 @@ def _fold(folder: int, name: str) -> None:
 
 def tell_troubles(troubles: Mapping[Path, OSError]) -> None:
     """Warn of logs that could not be looked after: the task itself ends as it would."""
-    for path, error in troubles.items():
+    for path, error in itertools.islice(troubles.items(), MOST_TOLD):
         logger.bind(path=str(path)).warning("a task's logs could not be looked after: {}", error.strerror or error)
+    if len(troubles) > MOST_TOLD:
+        logger.warning("{} more logs could not be looked after", len(troubles) - MOST_TOLD)
 
 
 def log_tail(out_dir: Path, limit_bytes: int = TAIL_BYTES) -> str:
