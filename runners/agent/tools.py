@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ class Kit(msgspec.Struct, frozen=True, kw_only=True):
     """None: no tool of this configuration needs one."""
     providers: Mapping[str, SearchProvider]
     redact: Redactor
+    numbers: Iterator[int] = msgspec.field(default_factory=itertools.count)
+    """For the names of scripts: calls of one turn run side by side, and members of a team share the folder."""
 
 
 def build_tools(wanted: Tools, kit: Kit) -> list[ToolSpec]:
@@ -83,7 +86,7 @@ def _text(description: str, **more: Any) -> dict[str, Any]:
 
 def _python(kit: Kit) -> ToolSpec:
     def python(code: str) -> str:
-        script = Path(".tmp") / "script.py"
+        script = Path(".tmp") / f"script-{next(kit.numbers)}.py"
         kit.workspace.write(str(script), code.encode(errors="replace"))
         return _said(_sandbox(kit).run(["python", str(script)], kit.watch.check))
 

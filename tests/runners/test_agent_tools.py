@@ -12,6 +12,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runners.agent.config import Fetch, SearchProvider
+from runners.agent.command import Bounds, NotConfined
+from runners.agent.config import Fetch, SearchProvider, Tools
 from runners.agent.documents import UnreadableDocument, document_text
 from runners.agent.html_text import html_text
+from runners.agent.sandbox import Sandbox
 from runners.agent.secrets import Redactor
+from runners.agent.tools import Kit, build_tools
+from runners.agent.watch import Watch
 from runners.agent.web import WebRefused, check_provider, fetch, is_public, search
 from runners.agent.workspace import PathRefused, Workspace
 from runners.api import BadRequest
@@ -154,6 +159,24 @@ def test_pages_become_readable_text() -> None:
 @given(st.text(alphabet="<>/apbr \"'=&;!-hd1scrit\n", max_size=200))
 def test_any_markup_gives_some_text(markup) -> None:
     assert isinstance(html_text(markup), str)
+
+
+# ---- code ------------------------------------------------------------------------------------------------------------
+
+
+def test_programs_side_by_side_are_each_their_own(make_context, tmp_path) -> None:
+    space = Workspace(tmp_path / "work")
+    try:
+        box = Sandbox(space.folder, Bounds(timeout_s=60))
+    except NotConfined as error:
+        pytest.skip(str(error))
+    watch = Watch(make_context({}), None)
+    kit = Kit(watch=watch, workspace=space, sandbox=box, providers={}, redact=Redactor())
+    (mine,), (others,) = (build_tools(Tools(python=True), kit) for _ in range(2))
+    with ThreadPoolExecutor(4) as pool:
+        calls = [pool.submit((mine, others)[n % 2].call, code=f"print('program', {n})") for n in range(4)]
+        assert [call.result() for call in calls] == [f"program {n}" for n in range(4)]
+    assert space.listing() == []
 
 
 # ---- the web ---------------------------------------------------------------------------------------------------------
