@@ -21,7 +21,8 @@ class Say:
     text: str = ""
     calls: tuple[tuple[str, Any], ...] = ()
     usage: tuple[int, int] = (10, 5)
-    same_ids: bool = False
+    ids: tuple[str, ...] = ()
+    """Of the calls; default: call_0, call_1, …"""
 
 
 def call(tool: str, /, **arguments: Any) -> Say:
@@ -193,7 +194,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 def _calls(step: Say) -> list[dict[str, Any]]:
     return [
         {
-            "id": "call_same" if step.same_ids else f"call_{index}",
+            "id": step.ids[index] if step.ids else f"call_{index}",
             "type": "function",
             "function": {"name": name, "arguments": a if isinstance(a, str) else json.dumps(a)},
         }

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
 from smolagents.agents import ToolCallingAgent, ToolOutput
 from smolagents.memory import ActionStep, FinalAnswerStep, TaskStep, ToolCall
+from smolagents.models import ChatMessage
 from smolagents.monitoring import LogLevel
 from smolagents.utils import AgentError, AgentGenerationError, AgentMaxStepsError
 
@@ -22,7 +24,7 @@ from runners.agent.watch import Watch
 from runners.api import RunnerError
 
 PARALLEL_TOOLS = 4
-ELSEWHERE = "(see the result of the turn's first call)"
+FINAL = "final_answer"
 
 
 class Said(msgspec.Struct, frozen=True):
@@ -56,7 +58,52 @@ class Bench(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Agent(ToolCallingAgent):
-    """Remembers calls and results as the endpoint's own messages, where the model has them."""
+    """Each call of a turn has its own result; both are remembered as the endpoint's own messages, where it has them."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._results: dict[int, dict[str, str]] = {}
+        """By turn and call."""
+
+    def process_tool_calls(self, chat_message: ChatMessage, memory_step: ActionStep) -> Iterator[ToolCall | ToolOutput]:
+        """See smolagents. Its own makes one text of all results, in the order of the calls' ids, and where one call
+        fails it drops the others' results."""
+        results = self._results.setdefault(memory_step.step_number, {})
+        several = len(chat_message.tool_calls or ()) > 1
+        process = self._side_by_side if several else super().process_tool_calls
+        for event in process(chat_message, memory_step):
+            if isinstance(event, ToolOutput) and not event.is_final_answer:
+                results[event.id] = event.observation
+            yield event
+
+    def _side_by_side(self, message: ChatMessage, step: ActionStep) -> Iterator[ToolCall | ToolOutput]:
+        """The calls of one turn, then their results in the same order, each as soon as those before it are there."""
+        calls = [
+            ToolCall(name=call.function.name, arguments=call.function.arguments, id=call.id)
+            for call in message.tool_calls or ()
+        ]
+        yield from calls
+        outputs: list[ToolOutput] = []
+        with ThreadPoolExecutor(self.max_tool_threads) as pool:
+            for future in [pool.submit(self._output, call) for call in calls]:
+                outputs.append(future.result())
+                if not outputs[-1].is_final_answer:
+                    yield outputs[-1]
+        step.tool_calls = calls
+        step.observations = "\n".join(output.observation for output in outputs)
+        yield from (output for output in outputs if output.is_final_answer)  # refused among others, which ends the turn
+
+    def _output(self, call: ToolCall) -> ToolOutput:
+        """What came of one call, a failure as the model is told of it. Raises only what ends the run."""
+        try:
+            value = self.execute_tool_call(call.name, call.arguments or {})
+        except AgentError as error:
+            return ToolOutput(
+                id=call.id, output=None, is_final_answer=False, observation=_failure(error), tool_call=call
+            )
+        is_final = call.name == FINAL
+        text = str(value).strip()
+        return ToolOutput(id=call.id, output=value, is_final_answer=is_final, observation=text, tool_call=call)
 
     def write_memory_to_messages(self, summary_mode: bool = False) -> list[Any]:
         """See smolagents."""
@@ -67,7 +114,7 @@ class _Agent(ToolCallingAgent):
             if isinstance(step, TaskStep):
                 messages.append({"role": "user", "content": step.task})
             elif isinstance(step, ActionStep) and step.model_output_message is not None:
-                messages += _turn(step)
+                messages += _turn(step, self._results.get(step.step_number, {}))
         return messages
 
 
@@ -96,7 +143,7 @@ def work(member: Member, task: str, bench: Bench) -> Said:
             bench.watch.check()
             match event:
                 case ToolCall():
-                    if event.name != "final_answer":
+                    if event.name != FINAL:
                         bench.note(member.name, "tool_call", tool=event.name, arguments=event.arguments)
                 case ToolOutput():
                     if not event.is_final_answer:
@@ -130,17 +177,19 @@ def listen(bench: Bench, agent: str) -> None:
     bench.model.listener = heard
 
 
-def _turn(step: ActionStep) -> list[dict[str, Any]]:
-    """One turn: what the model said and called, and what came of it."""
+def _turn(step: ActionStep, results: Mapping[str, str]) -> list[dict[str, Any]]:
+    """One turn: what the model said and called, and what came of it.
+
+    Args:
+        results: by call; one that has none is told why the turn failed.
+    """
     message = step.model_output_message
     assert message is not None, "the caller has looked"
     text = message.content if isinstance(message.content, str) else ""
     calls = message.tool_calls or []
-    came = "\n".join(
-        part for part in (step.observations or "", f"Error: {step.error}" if step.error is not None else "") if part
-    )
+    failure = "" if step.error is None else _failure(step.error)
     if not calls:
-        return [{"role": "assistant", "content": text}, *([{"role": "user", "content": came}] if came else [])]
+        return [{"role": "assistant", "content": text}, *([{"role": "user", "content": failure}] if failure else [])]
     said = {
         "role": "assistant",
         "content": text,
@@ -153,11 +202,12 @@ def _turn(step: ActionStep) -> list[dict[str, Any]]:
             for call in calls
         ],
     }
-    results = [
-        {"role": "tool", "tool_call_id": call.id, "content": came if index == 0 else ELSEWHERE}
-        for index, call in enumerate(calls)
-    ]
-    return [said, *results]
+    told = [{"role": "tool", "tool_call_id": call.id, "content": results.get(call.id, failure)} for call in calls]
+    return [said, *told]
+
+
+def _failure(error: AgentError) -> str:
+    return f"Error: {error}"
 
 
 def _as_json(arguments: Any) -> str:

@@ -76,7 +76,7 @@ def test_tools_are_called_and_their_results_told_back(stream, agents, make_conte
     assert [each["function"]["name"] for each in said["tool_calls"]] == ["read_file", "list_files"]
     assert json.loads(said["tool_calls"][0]["function"]["arguments"]) == {"path": "notes/a.txt"}
     assert "forty-two {äö}" in last.results[1]
-    assert "notes/a.txt (" in last.results[1]
+    assert "notes/a.txt (" in last.results[2]
     ids = [message["tool_call_id"] for message in last.body["messages"][-2:]]
     assert ids == [each["id"] for each in said["tool_calls"]]
 
@@ -151,11 +151,54 @@ def test_a_tool_that_fails_is_told_and_the_run_goes_on(agents, make_context) -> 
 def test_all_the_same_ids_do_no_harm(agents, make_context) -> None:
     both = Say(
         calls=(("write_file", {"path": "a", "content": "1"}), ("write_file", {"path": "b", "content": "2"})),
-        same_ids=True,
+        ids=("call_same", "call_same"),
     )
     with Server(both, answer("x")).running() as server:
         ran = run_agent(make_context, agents, server.url, config=FILES)
+        assert server.requests[1].results == ["a written", "b written"]
     assert {each.name for each in (ran.ctx.out_dir / "workspace").iterdir()} == {"a", "b"}
+
+
+def test_each_call_of_a_turn_has_its_own_result(agents, make_context) -> None:
+    """In the order of the calls: not of their ids, nor of who is done first. One that fails is no other's failure."""
+    calls = (
+        ("shell", {"command": "sleep 0.5; echo one"}),
+        ("read_file", {"path": "absent"}),
+        ("no_such_tool", {}),
+        ("shell", {"command": "echo four"}),
+    )
+    several = Say(calls=calls, ids=("call_z", "call_c", "call_d", "call_a"))
+    with Server(several, call("read_file", path="absent"), answer("x")).running() as server:
+        ran = run_agent(make_context, agents, server.url, config={"tools": {"files": True, "shell": True}})
+        results = server.requests[1].results
+        told = [message for message in server.requests[1].body["messages"] if message["role"] == "tool"]
+        alone = server.requests[2].results[-1]
+    assert [message["tool_call_id"] for message in told] == ["call_z", "call_c", "call_d", "call_a"]
+    assert [results[0], results[3]] == ["one", "four"]
+    assert results[1] == alone
+    assert alone.startswith("Error: Error executing tool 'read_file'")
+    assert results[2].startswith("Error: Unknown tool no_such_tool")
+    assert [(entry["tool"], entry["result"]) for entry in ran.events("tool_result")] == [
+        ("shell", "one"), ("read_file", results[1]), ("no_such_tool", results[2]), ("shell", "four"),
+    ]  # fmt: skip
+    assert [entry["tool"] for entry in ran.events("tool_call")] == [*(name for name, _ in calls), "read_file"]
+    assert [entry["turn"] for entry in ran.events("error")] == [2]  # the turn whose only call failed
+
+
+def test_an_answer_among_other_calls_is_refused_and_their_results_are_kept(agents, make_context) -> None:
+    calls = (
+        ("final_answer", {"answer": "too early"}),
+        ("write_file", {"path": "a", "content": "b"}),
+        ("final_answer", {"wrong": "x"}),
+    )
+    with Server(Say(calls=calls), answer("x")).running() as server:
+        ran = run_agent(make_context, agents, server.url, config=FILES)
+        results = server.requests[1].results
+    assert ran.output == "x"
+    assert "please do not perform any other tool calls" in results[0]
+    assert results[1] == "a written"
+    assert results[2].startswith("Error: Argument wrong is not in")
+    assert [entry["result"] for entry in ran.events("tool_result")] == [results[1], results[2]]
 
 
 # ---- limits ----------------------------------------------------------------------------------------------------------
@@ -181,8 +224,10 @@ def test_the_timeout_ends_a_run_that_waits(agents, make_context) -> None:
             AgentRunner().run(ctx)
 
 
-def test_the_timeout_ends_a_tool_that_works(agents, make_context) -> None:
-    with Server(call("shell", command="sleep 60"), answer("x")).running() as server:
+@pytest.mark.parametrize("calls", [1, 2])
+def test_the_timeout_ends_a_tool_that_works(calls, agents, make_context) -> None:
+    step = Say(calls=(("shell", {"command": "sleep 60"}),) * calls)
+    with Server(step, answer("x")).running() as server:
         ctx = agent_context(
             make_context, agents, server.url, config={"tools": {"shell": True}}, spec={"agent": {"timeout": 1}}
         )
@@ -191,17 +236,18 @@ def test_the_timeout_ends_a_tool_that_works(agents, make_context) -> None:
     assert len(server.requests) == 1
 
 
-@pytest.mark.parametrize("where", ["endpoint", "shell"])
+@pytest.mark.parametrize("where", ["endpoint", "shell", "two shells"])
 def test_a_cancel_is_heard_while_waiting(where, pipes, agents, make_context) -> None:
     near, far = pipes
-    step = Hang() if where == "endpoint" else call("shell", command="touch begun; sleep 600")
+    wait = ("shell", {"command": "touch begun; sleep 600"})
+    step = {"endpoint": Hang(), "shell": Say(calls=(wait,)), "two shells": Say(calls=(wait, wait))}[where]
     with Server(step).running() as server:
         ctx = agent_context(make_context, agents, server.url, config={"tools": {"shell": True}}, pipe=far)
 
         def cancel() -> None:
             server.asked.wait(60)
             begun = ctx.out_dir / "workspace" / "begun"
-            while where == "shell" and not begun.exists():
+            while where != "endpoint" and not begun.exists():
                 time.sleep(0.02)
             near.send(Cancel("enough"))
 

@@ -65,7 +65,7 @@ def check_tools(make_context: Any, agents: Path, servers: dict[str, Any]) -> Non
     ]
     with Server(*steps).running() as server:
         ran = run_agent(make_context, agents, server.url, config=use(servers))
-        assert server.requests[1].results[0] == "3\n-3.5"
+        assert server.requests[1].results == ["3", "-3.5"]
         assert "as you wish: weather" in server.requests[2].results[2]
         tools = {tool["function"]["name"]: tool["function"] for tool in server.requests[0].body["tools"]}
     assert ran.output == "done"

@@ -392,7 +392,7 @@ def test_a_fetching_agent_reads_pages_and_searches(site, make_context, tmp_path)
         ran = run_agent(make_context, agents, server.url, config={"tools": tools})
         assert site.url("/p") in server.requests[1].results[0]
         assert "384400 km away." in server.requests[2].results[1]
-        assert "1,2" in server.requests[2].results[1]
+        assert "1,2" in server.requests[2].results[2]
         assert "no such host" in server.requests[3].results[-1]
     assert ran.output == "384400 km"
     assert "sandbox" not in ran.result["metadata"]
