@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -13,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from runners.agent import sandbox
 from runners.agent.command import KEPT_BYTES, Bounds, Ended, Kept, NotConfined
 from runners.agent.sandbox import MODES, Mode, Sandbox, mode_works, readable_paths
 from runners.agent.workspace import Workspace
@@ -155,6 +159,88 @@ def test_calls_that_reach_past_the_jail_are_refused(name, make) -> None:
     call = REACHING[name].format(pid=os.getpid())
     ended = python(make(), f"{prelude}try: {call}\nexcept OSError: print('refused')\nelse: print('done')")
     assert ended.output == "refused\n"
+
+
+@pytest.fixture
+def unscoped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
+    """The jail of a kernel whose Landlock keeps no signals in; with sockets."""
+    available("landlock")
+    jail = tmp_path / "jail"
+    shutil.copytree(sandbox.JAIL.parent, jail, ignore=shutil.ignore_patterns("__pycache__"))
+    with (jail / "kernel.py").open("a") as file:
+        file.write("\nLANDLOCK_OF_SIGNALS = 1000\n")
+    monkeypatch.setattr(sandbox, "JAIL", jail / "main.py")
+    return Sandbox(tmp_path / "work", Bounds(timeout_s=30, network=True), mode="landlock")
+
+
+BY_FILES = """
+import ctypes, fcntl, os, socket, struct
+KILL, victim = {kill}, {pid}
+libc = ctypes.CDLL(None, use_errno=True)
+def call(number, fd, command, argument):
+    if libc.syscall(number, fd, ctypes.c_ulong(command), argument) < 0: raise OSError(ctypes.get_errno(), "refused")
+owner = struct.pack("=ii", 1, victim)  # F_OWNER_PID
+number = struct.pack("=i", victim)
+HIGH = 1 << 32  # the kernel reads the low half alone
+ways = [
+    lambda fd: fcntl.fcntl(fd, 8, victim),
+    lambda fd: fcntl.fcntl(fd, 15, owner),
+    lambda fd: fcntl.ioctl(fd, 0x8901, number),
+    lambda fd: fcntl.ioctl(fd, 0x8902, number),
+    lambda fd: call({fcntl}, fd, HIGH | 8, victim),
+    lambda fd: call({ioctl}, fd, HIGH | 0x8901, number),
+]
+"""
+ARMED = """
+def attempt(action):
+    try: action()
+    except OSError: return "refused"
+    return "done"
+server = socket.create_server(("127.0.0.1", 0))
+for way in ways:
+    there = socket.create_connection(server.getsockname())
+    here = server.accept()[0]
+    said = [attempt(lambda: way(here.fileno())), attempt(lambda: fcntl.fcntl(here, 10, KILL))]
+    fcntl.fcntl(here, fcntl.F_SETFL, fcntl.fcntl(here, fcntl.F_GETFL) | os.O_ASYNC)
+    there.send(b"x")
+    print(*said, here.recv(1))
+print("kill", attempt(lambda: os.kill(victim, KILL)))
+"""
+
+
+def test_no_signal_is_sent_by_way_of_a_file(unscoped) -> None:
+    """Where nothing else keeps them in: the kernel would send them on a command's behalf."""
+    fcntl, ioctl = {"x86_64": (72, 16), "aarch64": (25, 29)}[os.uname().machine]
+    with subprocess.Popen(["sleep", "60"]) as victim:
+        prelude = BY_FILES.format(kill=int(signal.SIGKILL), pid=victim.pid, fcntl=fcntl, ioctl=ioctl)
+        ended = python(unscoped, prelude + ARMED)
+        time.sleep(0.2)
+        survived = victim.poll() is None
+        victim.kill()
+    assert survived, ended.output
+    assert ended.output.splitlines() == ["refused refused b'x'"] * 6 + ["kill refused"]
+
+
+ORDINARY = """
+import fcntl, os, socket, struct, termios
+reading, writing = os.pipe()
+fcntl.fcntl(reading, fcntl.F_SETFL, fcntl.fcntl(reading, fcntl.F_GETFL) | os.O_NONBLOCK)
+copy = fcntl.fcntl(reading, fcntl.F_DUPFD_CLOEXEC, 100)
+print(copy >= 100, os.get_blocking(copy), fcntl.fcntl(copy, fcntl.F_GETFD) == fcntl.FD_CLOEXEC)
+os.write(writing, b"abc")
+print(struct.unpack("i", fcntl.ioctl(reading, termios.FIONREAD, bytes(4)))[0])
+with open("file", "w") as file:
+    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.lockf(file, fcntl.LOCK_UN)
+    fcntl.flock(file, fcntl.LOCK_SH)
+    print(fcntl.fcntl(file, fcntl.F_GETOWN))
+socket.create_server(("127.0.0.1", 0)).setblocking(False)
+print("done")
+"""
+
+
+def test_files_can_be_used_as_ever_where_signals_are_refused(unscoped) -> None:
+    assert python(unscoped, ORDINARY).output.splitlines() == ["True False True", "3", "0", "done"]
 
 
 def test_private_keys_and_what_lies_beside_python_are_not_shown(tmp_path, monkeypatch) -> None:

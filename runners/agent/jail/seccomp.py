@@ -21,23 +21,23 @@ _SINCE_2019 = {
 }  # fmt: skip
 _NUMBERS = {
     "x86_64": {
-        "shmget": 29, "socket": 41, "socketpair": 53, "clone": 56, "kill": 62, "semget": 64, "msgget": 68,
-        "chmod": 90, "fchmod": 91, "chown": 92, "fchown": 93, "lchown": 94, "syslog": 103, "rt_sigqueueinfo": 129,
-        "utime": 132, "setpriority": 141, "sched_setparam": 142, "sched_setscheduler": 144, "setxattr": 188,
-        "lsetxattr": 189, "fsetxattr": 190, "removexattr": 197, "lremovexattr": 198, "fremovexattr": 199,
-        "tkill": 200, "sched_setaffinity": 203, "tgkill": 234, "utimes": 235, "mq_open": 240, "add_key": 248,
-        "request_key": 249, "keyctl": 250, "ioprio_set": 251, "fchownat": 260, "futimesat": 261, "fchmodat": 268,
-        "unshare": 272, "utimensat": 280, "rt_tgsigqueueinfo": 297, "perf_event_open": 298, "prlimit64": 302,
-        "setns": 308, "sched_setattr": 314, "memfd_create": 319, "bpf": 321, "userfaultfd": 323,
+        "ioctl": 16, "shmget": 29, "socket": 41, "socketpair": 53, "clone": 56, "kill": 62, "semget": 64, "msgget": 68,
+        "fcntl": 72, "chmod": 90, "fchmod": 91, "chown": 92, "fchown": 93, "lchown": 94, "syslog": 103,
+        "rt_sigqueueinfo": 129, "utime": 132, "setpriority": 141, "sched_setparam": 142, "sched_setscheduler": 144,
+        "setxattr": 188, "lsetxattr": 189, "fsetxattr": 190, "removexattr": 197, "lremovexattr": 198,
+        "fremovexattr": 199, "tkill": 200, "sched_setaffinity": 203, "tgkill": 234, "utimes": 235, "mq_open": 240,
+        "add_key": 248, "request_key": 249, "keyctl": 250, "ioprio_set": 251, "fchownat": 260, "futimesat": 261,
+        "fchmodat": 268, "unshare": 272, "utimensat": 280, "rt_tgsigqueueinfo": 297, "perf_event_open": 298,
+        "prlimit64": 302, "setns": 308, "sched_setattr": 314, "memfd_create": 319, "bpf": 321, "userfaultfd": 323,
     },
     "aarch64": {
         "setxattr": 5, "lsetxattr": 6, "fsetxattr": 7, "removexattr": 14, "lremovexattr": 15, "fremovexattr": 16,
-        "ioprio_set": 30, "fchmod": 52, "fchmodat": 53, "fchownat": 54, "fchown": 55, "utimensat": 88, "unshare": 97,
-        "syslog": 116, "sched_setparam": 118, "sched_setscheduler": 119, "sched_setaffinity": 122, "kill": 129,
-        "tkill": 130, "tgkill": 131, "rt_sigqueueinfo": 138, "setpriority": 140, "mq_open": 180, "msgget": 186,
-        "semget": 190, "shmget": 194, "socket": 198, "socketpair": 199, "add_key": 217, "request_key": 218,
-        "keyctl": 219, "clone": 220, "rt_tgsigqueueinfo": 240, "perf_event_open": 241, "prlimit64": 261, "setns": 268,
-        "sched_setattr": 274, "memfd_create": 279, "bpf": 280, "userfaultfd": 282,
+        "fcntl": 25, "ioctl": 29, "ioprio_set": 30, "fchmod": 52, "fchmodat": 53, "fchownat": 54, "fchown": 55,
+        "utimensat": 88, "unshare": 97, "syslog": 116, "sched_setparam": 118, "sched_setscheduler": 119,
+        "sched_setaffinity": 122, "kill": 129, "tkill": 130, "tgkill": 131, "rt_sigqueueinfo": 138, "setpriority": 140,
+        "mq_open": 180, "msgget": 186, "semget": 190, "shmget": 194, "socket": 198, "socketpair": 199, "add_key": 217,
+        "request_key": 218, "keyctl": 219, "clone": 220, "rt_tgsigqueueinfo": 240, "perf_event_open": 241,
+        "prlimit64": 261, "setns": 268, "sched_setattr": 274, "memfd_create": 279, "bpf": 280, "userfaultfd": 282,
     },
 }  # fmt: skip
 
@@ -57,6 +57,9 @@ _OF_USER = ("setpriority", "ioprio_set")
 _OF_A_PROCESS = ("prlimit64", "sched_setaffinity", "sched_setscheduler", "sched_setparam", "sched_setattr")
 """Their first argument is the process; 0: one's own."""
 _SIGNALS = ("kill", "tkill", "tgkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo", "pidfd_send_signal")
+_SIGNALS_BY_FILES = {"fcntl": (8, 10, 15), "ioctl": (0x8901, 0x8902)}
+"""Commands, the second argument: F_SETOWN, F_SETSIG, F_SETOWN_EX; FIOSETOWN, SIOCSPGRP. By them the kernel itself sends
+any signal to any process of the user, once there is something to read."""
 
 _NEW_NAMESPACES = 0x7E020000  # every CLONE_NEW… that clone takes
 _SOCK_DGRAM = 2
@@ -104,6 +107,9 @@ def program(families: Iterable[int], *, shares_machine: bool, signals_confined: 
         for name in _OF_A_PROCESS:
             lines += _on(numbers[name], [_load(0), *_allow_only([0])])
         lines += _on(numbers["utimensat"], [_load(1), (_JEQ, 0, 2, 0), _load(1, high=True), *_allow_only([0])])
+    if not signals_confined:
+        for name, commands in _SIGNALS_BY_FILES.items():
+            lines += _on(numbers[name], [_load(1), *_refuse_only(commands)])
     if _AF_UNIX not in allowed:  # a datagram socket of a pair could be connected to any other
         kind = [_load(1), (_AND, 0, 0, 0xF)]
         lines += _on(numbers["socketpair"], [*kind, (_JEQ, 0, 1, _SOCK_DGRAM), *_EPERM_ELSE_ALLOW])
@@ -125,4 +131,12 @@ def _load(argument: int, *, high: bool = False) -> Line:
 def _allow_only(values: Iterable[int]) -> list[Line]:
     listed = tuple(values)
     tests = [(_JEQ, len(listed) - index, 0, value) for index, value in enumerate(listed)]
+    return [*tests, *_EPERM_ELSE_ALLOW]
+
+
+def _refuse_only(values: Iterable[int]) -> list[Line]:
+    """Of the low half alone, which is all that the kernel reads of a command."""
+    listed = tuple(values)
+    last = len(listed) - 1
+    tests = [(_JEQ, last - index, int(index == last), value) for index, value in enumerate(listed)]
     return [*tests, *_EPERM_ELSE_ALLOW]
