@@ -7,6 +7,8 @@ from html.parser import HTMLParser
 from urllib.parse import urljoin
 
 _SKIPPED = frozenset({"script", "style", "noscript", "template", "svg", "head", "iframe", "object"})
+_OF_HEAD = frozenset({"html", "head", "base", "link", "meta", "noscript", "script", "style", "template", "title"})
+"""What leaves an open head open. Pages may do without `</head>`: any other element, or text, begins the body."""
 _BLOCKS = frozenset(
     [
         "p",
@@ -49,6 +51,8 @@ class _Reader(HTMLParser):
         self._links: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "body" or (self._skipping[-1:] == ["head"] and tag not in _OF_HEAD):
+            self._leave_head()
         if tag == "title":
             self._in_title = True
         elif tag in _SKIPPED:
@@ -80,8 +84,15 @@ class _Reader(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self._in_title:
             self.title += data
-        elif not self._skipping:
+            return
+        if self._skipping[-1:] == ["head"] and data.strip():
+            self._leave_head()
+        if not self._skipping:
             self.parts.append(data if self._verbatim else re.sub(r"\s+", " ", data))
+
+    def _leave_head(self) -> None:
+        if "head" in self._skipping:
+            del self._skipping[self._skipping.index("head") :]
 
 
 def html_text(html: str, base: str = "") -> str:

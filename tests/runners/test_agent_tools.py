@@ -156,6 +156,26 @@ def test_pages_become_readable_text() -> None:
     assert "javascript" not in text
 
 
+HEAD = "<!doctype html><html><head><meta charset=utf-8><title>T</title><style>p {}</style><link rel=x>"
+UNSEEN = "<noscript><img src=x>no</noscript><template><p>no</p></template><script>no()</script>"
+
+
+@pytest.mark.parametrize(
+    ("page", "text"),
+    [
+        (f"{HEAD}{UNSEEN}<body class=x><p>Hello</p><p>you</p></body></html>", "T\n\nHello\n\nyou"),
+        (f"{HEAD}{UNSEEN}<p>Hello<p>you", "T\n\nHello\n\nyou"),
+        (f"{HEAD}{UNSEEN} Hello <b>you</b>", "T\n\nHello you"),
+        (f"{HEAD}<noscript>no<body><p>Hello", "T\n\nHello"),
+        (f"{HEAD}<svg><path>no</path></svg><p>Hello", "T\n\nHello"),
+        (f"{HEAD}{UNSEEN}</head><body><h1>Hello</h1>", "T\n\n# Hello"),
+        (f"{HEAD}{UNSEEN}", "T"),
+    ],
+)
+def test_a_head_may_end_without_its_tag(page, text) -> None:
+    assert html_text(page) == text
+
+
 @given(st.text(alphabet="<>/apbr \"'=&;!-hd1scrit\n", max_size=200))
 def test_any_markup_gives_some_text(markup) -> None:
     assert isinstance(html_text(markup), str)
