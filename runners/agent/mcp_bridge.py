@@ -171,8 +171,8 @@ class McpBridge:
 
     def _transport(self, session: _Session, http: Any) -> Any:
         wanted, where = session.wanted, f"{self._where}.{session.name}"
-        for value in (*wanted.headers.values(), *wanted.env.values()):
-            self._redact.learn(value)
+        for values in (wanted.headers, wanted.env):
+            self._redact.learn_named(values)
         if wanted.transport == "stdio":
             from mcp.client import stdio  # type: ignore[import-not-found,unused-ignore]
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from runners.api import BadRequest
 
 HIDDEN = "[hidden]"
 _SHORTEST = 6  # a shorter "secret" would blank out ordinary words
-_SECRET_NAME = re.compile(r"(?i)(^|_)(api_?key|key|token|secret|password|passwd|credentials?)(_|$)")
+_SECRET_NAME = re.compile(
+    r"(?i)^(?!.*[_-](file|path|dir)$).*"
+    r"(token|secrets?|passwords?|passwd|passphrase|authorization|cookies?|credentials?|jwt"
+    r"|(api|access|private|secret)[_-]?keys?|(?<![a-z0-9])key|(?<![a-z0-9])(pass|auth)$|[_-](pwd|pat)$)([_-]|$)"
+)
+"""Of an environment variable or a header; not of a path to a secret. PWD alone is a folder."""
 _BEARER = re.compile(r"(?i)\b(bearer\s+)(?=\S*\d)[A-Za-z0-9._~+/=-]{16,}")
 _HALVES = re.compile("[\ud800-\udfff]")
 _USERINFO = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)[^/\s@]+@")
@@ -40,15 +45,21 @@ class Redactor:
 
     def __init__(self, secrets: Iterable[str] = ()) -> None:
         self._known: set[str] = set()
-        named = (value for name, value in os.environ.items() if _SECRET_NAME.search(name))
-        for value in (*secrets, *named):
+        for value in secrets:
             self.learn(value)
+        self.learn_named(os.environ)
 
     def learn(self, value: str) -> None:
         """Hide this from now on, too."""
         tail = value.partition(" ")[2].strip()
         self._known |= {each for each in (value, tail) if len(each) >= _SHORTEST}
         self._pattern = re.compile("|".join(map(re.escape, sorted(self._known, key=lambda s: (-len(s), s)))))
+
+    def learn_named(self, values: Mapping[str, str]) -> None:
+        """Hide those whose names say that they are secret. Others are often paths or words that a model needs."""
+        for name, value in values.items():
+            if _SECRET_NAME.search(name):
+                self.learn(value)
 
     _pattern = re.compile(r"(?!)")
 

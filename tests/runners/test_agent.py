@@ -346,8 +346,9 @@ def test_an_endpoint_that_is_not_there(agents, make_context) -> None:
 def test_the_request_has_what_the_configuration_says(agents, make_context) -> None:
     model = {"name": "big", "temperature": 0.1, "max_tokens": 77, "seed": 5, "top_p": 0.5, "tool_choice": "required"}
     model |= {"extra": {"chat_template_kwargs": {"thinking": False}}, "headers": {"X-Team": "blue-team"}}
-    with Server(answer("x")).running() as server:
-        run_agent(make_context, agents, server.url, config={"model": model, "instructions": "Speak like a pirate."})
+    config = {"model": model, "instructions": "Speak like a pirate."}
+    with Server(answer("The blue-team it is.")).running() as server:
+        assert run_agent(make_context, agents, server.url, config=config).output == "The blue-team it is."
     body = server.requests[0].body
     for name in ("temperature", "max_tokens", "seed", "top_p", "tool_choice"):
         assert body[name] == model[name]

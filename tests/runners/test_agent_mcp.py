@@ -104,6 +104,19 @@ def test_a_stdio_server_has_a_small_environment_and_ends_with_the_task(agents, m
     assert "mcp-token-0815" not in (ran.ctx.out_dir / "execution_log.jsonl").read_text()
 
 
+def test_only_what_is_secret_among_a_servers_settings_is_hidden(remote, agents, make_context) -> None:
+    """The model works with the rest: a folder, a team's name."""
+    env = {"DOCS_DIR": "/srv/reports", "API_TOKEN": "tok-4711-abc"}
+    headers = {"X-Team": "blue-team", "Authorization": "Basic dXNlcjpwdw==", "X-Api-Key": "key-0815-xyz"}
+    servers = {"s": {**STDIO, "env": env, "tools": ["what-env"]}, "r": {**remote, "headers": headers, "tools": ["add"]}}
+    steps = [call("what_env", name="DOCS_DIR"), call("what_env", name="API_TOKEN")]
+    said = "blue-team: dXNlcjpwdw== or key-0815-xyz, in /srv/reports/a.md"
+    with Server(*steps, answer(said)).running() as server:
+        ran = run_agent(make_context, agents, server.url, config=use(servers))
+        assert server.requests[-1].results == ["/srv/reports", "[hidden]"]
+    assert ran.output == "blue-team: [hidden] or [hidden], in /srv/reports/a.md"
+
+
 def test_only_some_tools_and_unique_names(agents, make_context) -> None:
     servers = {"one": {**STDIO, "tools": ["add", "pid"]}, "two": {**STDIO, "tools": ["add"]}}
     with Server(answer("x")).running() as server:

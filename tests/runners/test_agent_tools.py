@@ -366,6 +366,24 @@ def test_secrets_are_hidden_wherever_they_stand(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
+    ("names", "secret"),
+    [
+        ("TOKEN GITHUB_TOKEN TOKEN_2 accessToken X-Auth-Token Private-Token", True),
+        ("API_KEY OPENAI_APIKEY X-Api-Key apiKey KEY SIGNING_KEY KEY_ID AWS_SECRET_ACCESS_KEY API_KEYS", True),
+        ("PASSWORD PGPASSWORD DB_PASSWD DB_PASS MYSQL_PWD SSH_PASSPHRASE X-Auth GITHUB_PAT SESSION_JWT", True),
+        ("Authorization Proxy-Authorization Cookie Set-Cookie CREDENTIALS CLIENT_SECRET secrets", True),
+        ("PWD OLDPWD ROOT DOCS_DIR X-Team MAX_TOKENS TOKENIZERS_PARALLELISM KEYBOARD MONKEY", False),
+        ("SSH_AUTH_SOCK AUTHOR SECRETARY COMPASS PATH TOKEN_FILE POSTGRES_PASSWORD_FILE KEY_PATH SECRETS_DIR", False),
+    ],
+)
+def test_names_tell_what_is_secret(names, secret) -> None:
+    for number, name in enumerate(names.split()):
+        redact = Redactor()
+        redact.learn_named({name: f"its-value-{number}"})
+        assert (redact(f"x its-value-{number}"), name) == ("x [hidden]" if secret else f"x its-value-{number}", name)
+
+
+@pytest.mark.parametrize(
     ("text", "kind", "value"),
     [
         ('{"a": 1}', dict, {"a": 1}),
