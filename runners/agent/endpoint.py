@@ -70,8 +70,9 @@ class Endpoint:
         self._redact = redact
         self._session = requests.Session()
         self._session.auth = lambda request: request  # else a .netrc of the node's would be sent
-        redact.learn_named(wanted.headers)
-        self._session.headers.update(wanted.headers)
+        for name, value in wanted.headers.items():
+            redact.learn(value)
+            self._session.headers[name] = value
         if wanted.api_key_env is not None:
             key = from_env(wanted.api_key_env, f"{where}.api_key_env")
             redact.learn(key)

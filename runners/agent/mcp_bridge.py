@@ -171,8 +171,9 @@ class McpBridge:
 
     def _transport(self, session: _Session, http: Any) -> Any:
         wanted, where = session.wanted, f"{self._where}.{session.name}"
-        for values in (wanted.headers, wanted.env):
-            self._redact.learn_named(values)
+        for value in wanted.headers.values():  # few of them are anything else
+            self._redact.learn(value)
+        self._redact.learn_named(wanted.env)
         if wanted.transport == "stdio":
             from mcp.client import stdio  # type: ignore[import-not-found,unused-ignore]
 

@@ -348,7 +348,7 @@ def test_the_request_has_what_the_configuration_says(agents, make_context) -> No
     model |= {"extra": {"chat_template_kwargs": {"thinking": False}}, "headers": {"X-Team": "blue-team"}}
     config = {"model": model, "instructions": "Speak like a pirate."}
     with Server(answer("The blue-team it is.")).running() as server:
-        assert run_agent(make_context, agents, server.url, config=config).output == "The blue-team it is."
+        assert run_agent(make_context, agents, server.url, config=config).output == "The [hidden] it is."
     body = server.requests[0].body
     for name in ("temperature", "max_tokens", "seed", "top_p", "tool_choice"):
         assert body[name] == model[name]

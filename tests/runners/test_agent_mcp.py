@@ -114,7 +114,7 @@ def test_only_what_is_secret_among_a_servers_settings_is_hidden(remote, agents, 
     with Server(*steps, answer(said)).running() as server:
         ran = run_agent(make_context, agents, server.url, config=use(servers))
         assert server.requests[-1].results == ["/srv/reports", "[hidden]"]
-    assert ran.output == "blue-team: [hidden] or [hidden], in /srv/reports/a.md"
+    assert ran.output == "[hidden]: [hidden] or [hidden], in /srv/reports/a.md"
 
 
 def test_only_some_tools_and_unique_names(agents, make_context) -> None:
