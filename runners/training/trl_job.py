@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import trl
@@ -51,6 +52,8 @@ class TrlJob:
             callbacks=[MeterCallback(setup.meter, counts_tokens_over_lives=plan.kind.rewarded)],
             **extra,
         )
+        if plan.lora is not None and start.adapter is not None:
+            _load_the_trained_adapter_too(self.trainer)
         if config.max_steps < 0 and len(self.trainer.get_train_dataloader()) == 0:
             raise BadRequest("spec.training.batch_size: the data do not fill one batch; lower it")
         self._meter = setup.meter
@@ -83,6 +86,21 @@ class TrlJob:
             "parameters": sum(weight.numel() for weight in model.parameters()),
             "trainable_parameters": sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
         }
+
+
+def _load_the_trained_adapter_too(trainer: Any) -> None:
+    """Where TRL compares with a second adapter, it stands in a folder of its own in each checkpoint. Transformers then
+    loads what such folders hold, and leaves the trained adapter beside them as it was when the run began."""
+    load = trainer._load_from_checkpoint
+
+    def load_all(path: str, model: Any = None) -> None:
+        load(path, model)
+        if Path(path, saving.REFERENCE, "adapter_config.json").is_file():
+            loaded = trainer.model if model is None else model
+            loaded.load_adapter(path, "default", is_trainable=True)
+            loaded.set_adapter("default")
+
+    trainer._load_from_checkpoint = load_all
 
 
 def _build(trainer: Any, **arguments: Any) -> Any:

@@ -258,6 +258,19 @@ def test_preferences_on_top_of_an_adapter(tmp_path: Path, task_type: str) -> Non
     assert "ref" not in names
 
 
+def test_a_resumed_run_on_top_of_an_adapter_goes_on_with_what_it_had_learnt(tmp_path: Path) -> None:
+    adapter = train(tmp_path, "lora_sft", SPECS["lora_sft"], task_id="a")
+    spec = {**SPECS["dpo"], "lora": {"r": 4}, "checkpoint": {"load": {"path": adapter["final_lora_path"]}}}
+    spec["training"] = {**spec["training"], "learning_rate": 2e-2}
+    whole = train(tmp_path, "dpo", spec, task_id="whole")
+    assert losses(whole)[8] < 0.5 < losses(whole)[0]
+    folder = with_checkpoint(tmp_path, whole, "checkpoint-8")
+    again = train(tmp_path, "dpo", spec, task_id="again")
+    assert again["resume_from_path"] == str(folder / "checkpoint-8")
+    assert losses(again) == losses(whole)
+    assert weights(again) == weights(whole)
+
+
 def test_a_merged_adapter_is_also_the_reference(tmp_path: Path) -> None:
     adapter = train(
         tmp_path, "lora_sft", {**SPECS["lora_sft"], "training": {**STEPS, "learning_rate": 3e-2}}, task_id="a"
