@@ -124,9 +124,9 @@ def particular(plan: Plan) -> dict[str, Any]:
         case settings.SftTraining():
             return {"max_length": training.max_seq_length, "packing": training.packing}
         case settings.PreferenceTraining():
-            return {"max_length": training.max_seq_length, "beta": training.beta}
+            return {"max_length": training.max_seq_length, "beta": training.beta, **_dropout(plan)}
         case settings.RewardTraining():
-            return {"max_length": training.max_seq_length}
+            return {"max_length": training.max_seq_length, **_dropout(plan)}
         case settings.OnlineTraining():
             given = {
                 "beta": training.kl_weight,
@@ -137,6 +137,12 @@ def particular(plan: Plan) -> dict[str, Any]:
             found = {name: value for name, value in given.items() if value is not None}
             return found | {"max_completion_length": completion_length(plan)}
     raise AssertionError(f"no trainer of TRL's takes {type(training).__name__}")
+
+
+def _dropout(plan: Plan) -> dict[str, Any]:
+    """These trainers switch all dropout off, the adapter's too: not where the task asks for it."""
+    asked = plan.lora is not None and plan.lora.dropout is not None
+    return {"disable_dropout": False} if asked else {}
 
 
 DEFAULT_COMPLETION = 256
@@ -159,6 +165,12 @@ def _check_generations(plan: Plan, layout: Layout, arguments: dict[str, Any]) ->
     """TRL makes a prompt's completions in one batch: told here in the task's words."""
     if not isinstance(plan.training, settings.OnlineTraining):
         return
+    length, whole = arguments["max_completion_length"], plan.training.max_seq_length
+    if length is not None and length >= whole:
+        raise BadRequest(
+            f"spec.training.trainer_args.max_completion_length: {length} leaves no room for a prompt in "
+            f"training.max_seq_length {whole}"
+        )
     count = arguments.get("num_generations") or (8 if plan.kind.task_type == "grpo" else 2)
     per_step = arguments["per_device_train_batch_size"] * layout.world
     batch = arguments.get("generation_batch_size")

@@ -11,7 +11,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch.optim import AdamW
-from transformers import get_scheduler
+from transformers import get_scheduler, set_seed
 from trl.trainer.utils import disable_dropout_in_model
 
 from runners.api import BadRequest
@@ -59,6 +59,8 @@ class PpoJob:
         self.samples_a_step = self._sizes.update * place.world
         self._total = updates(plan, self.dataset_size, self.samples_a_step)
         self._prepare(plan, start, device)
+        if place.world > 1:  # ranks that draw the same numbers would make the same completions
+            set_seed(plan.training.seed + place.rank)
         reference = self._reference(plan, start, device)
         self._roller = Roller(plan, self._policy, reference, self._tokenizer, rewards=found, length=length)
         self._updater = Updater(

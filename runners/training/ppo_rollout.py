@@ -29,6 +29,10 @@ class Rollout:
     scores: Tensor
 
 
+NEUTRAL = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1}
+"""Else the model's own settings are in force, and its completions not those that its log-probabilities speak of."""
+
+
 class Roller:
     """Makes rollouts with the unwrapped policy. `reference` None: the policy with its adapter off."""
 
@@ -47,11 +51,12 @@ class Roller:
         self._policy, self._reference, self._tokenizer, self._rewards = policy, reference, tokenizer, rewards
         self._stops = plan.generation.stops
         self._options = forward_options(policy.policy)
-        sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
+        sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0, "min_p": None}
         self._generation: dict[str, Any] = {
             "max_new_tokens": length,
             "pad_token_id": tokenizer.pad_token_id,
             "eos_token_id": tokenizer.eos_token_id,
+            **NEUTRAL,
             **(sampling if plan.generation.do_sample else {"do_sample": False}),
             **({"stop_strings": self._stops, "tokenizer": tokenizer} if self._stops else {}),
         }

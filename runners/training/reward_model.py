@@ -58,7 +58,10 @@ class ModelReward:
     def score(self, prompts: list[Any], completions: list[str], _columns: dict[str, list[Any]]) -> list[float]:
         import torch
 
+        if not prompts:
+            return []
         texts = [self._text(*pair) for pair in zip(prompts, completions, strict=True)]
+        templated = bool(self._tokenizer.chat_template and not isinstance(prompts[0], str))  # the template wrote them
         found: list[float] = []
         for start in range(0, len(texts), BATCH):
             inputs = self._tokenizer(
@@ -67,6 +70,7 @@ class ModelReward:
                 padding=True,
                 truncation=True,
                 max_length=self._given.max_length,
+                add_special_tokens=not templated,
             ).to(self._device)
             with torch.no_grad():
                 logits = self._model(**inputs).logits.float()

@@ -92,6 +92,19 @@ def test_online_training_on_two_ranks(tmp_path: Path, task_type: str) -> None:
     assert (Path(result["final_model_path"]) / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("task_type", ["ppo", "grpo"])
+def test_ranks_write_different_completions_to_the_same_prompt(tmp_path: Path, task_type: str) -> None:
+    spec = {
+        "data": {"prompts": [{"prompt": "a task", "where": str(tmp_path)}] * 8},
+        "reward": {"function": "tests.runners.training_tasks:writes_down"},
+        "generation": {"max_new_tokens": 12},
+        "training": {"steps": 1, "batch_size": 4, "max_seq_length": 32, "nproc_per_node": 2},
+    }
+    train(tmp_path, task_type, spec, limits=ALLOWED)
+    one, other = (set((tmp_path / f"rank-{rank}").read_text().splitlines()) for rank in range(2))
+    assert not one & other
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_is_killed_ends_the_group_by_name(tmp_path: Path, rank: int) -> None:
     running = start(tmp_path, "sft", {"data": {"prompts": SUMS}, "training": LONG})

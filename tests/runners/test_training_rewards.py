@@ -146,6 +146,23 @@ def test_models_of_each_type(make_context: Make, judges: dict[str, Path]) -> Non
     assert rewards.scores(short, ["the node "], ["starts"], {}) != pytest.approx(scores("one")[:1], abs=1e-6)
 
 
+def test_a_chat_is_judged_as_its_template_writes_it(make_context: Make, judges: dict[str, Path]) -> None:
+    """The template writes the first token; a tokenizer that adds it to texts does not add another one."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    asked = [{"role": "user", "content": "the node"}]
+    tokenizer = AutoTokenizer.from_pretrained(judges["one"])
+    inputs = tokenizer.apply_chat_template(
+        [*asked, {"role": "assistant", "content": "starts"}], return_tensors="pt", return_dict=True
+    )
+    assert inputs["input_ids"][0].tolist().count(tokenizer.bos_token_id) == 1
+    with torch.no_grad():
+        wanted = AutoModelForSequenceClassification.from_pretrained(judges["one"])(**inputs).logits[0]
+    found = rewards.scores(judge(make_context, judges["one"]), [asked], ["starts"], {})
+    assert found == pytest.approx(wanted.tolist(), abs=1e-5)
+
+
 def test_models_that_cannot_judge(make_context: Make, judges: dict[str, Path], tiny_llama: Path) -> None:
     for path, fields, message in (
         (tiny_llama, {}, "is no classifier but LlamaForCausalLM"),

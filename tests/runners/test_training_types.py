@@ -300,6 +300,34 @@ def test_completions_that_do_not_come_out_even(tmp_path: Path) -> None:
     assert "spec.generation.max_new_tokens: 8 leaves no room for a prompt in training.max_seq_length 8" in message
 
 
+def test_completions_leave_room_for_a_prompt(tmp_path: Path) -> None:
+    spec = {**ONLINE, "training": {"max_seq_length": 64, "trainer_args": {"max_completion_length": 64}}}
+    message = refused(tmp_path, "grpo", spec, limits=ALLOWED)
+    assert message == (
+        "spec.training.trainer_args.max_completion_length: 64 leaves no room for a prompt in training.max_seq_length 64"
+    )
+
+
+@pytest.mark.parametrize(
+    ("task_type", "section"),
+    [("dpo", {"preferences": PAIRS}), ("kto", {"examples": EXAMPLES}), ("reward", {"preferences": PAIRS})],
+)
+def test_the_adapters_dropout_is_what_the_task_says(tmp_path: Path, task_type: str, section: dict[str, Any]) -> None:
+    training = {"max_steps": 2, "batch_size": 4, "logging_steps": 1, "max_seq_length": 64, "learning_rate": 2e-2}
+    found = [
+        losses(
+            train(
+                tmp_path,
+                task_type,
+                {"data": section, "training": training, "lora": {"r": 4, "dropout": share}},
+                task_id=f"dropout-{share}",
+            )
+        )
+        for share in (0.0, 0.9)
+    ]
+    assert found[0] != found[1]
+
+
 def test_long_prompts_lose_their_beginning(tmp_path: Path) -> None:
     spec = {
         **ONLINE,

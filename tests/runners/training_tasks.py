@@ -112,6 +112,13 @@ def likes_e(completions: list[str], **_: Any) -> list[float]:
     return [text.count("e") / max(len(text), 1) for text in completions]
 
 
+def writes_down(completions: list[str], where: list[str], **_: Any) -> list[float]:
+    """What each rank is given, into a file of its own in the folder that the rows name."""
+    with Path(where[0], f"rank-{os.environ.get('RANK', '0')}").open("a") as lines:
+        lines.writelines(f"{completion!r}\n" for completion in completions)
+    return [float(len(text)) for text in completions]
+
+
 def runs_out_of_memory(completions: list[str], **_: Any) -> list[float]:
     return bytearray(1 << 60)  # type: ignore[return-value]
 
