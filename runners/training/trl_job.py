@@ -52,7 +52,7 @@ class TrlJob:
             callbacks=[MeterCallback(setup.meter, counts_tokens_over_lives=plan.kind.rewarded)],
             **extra,
         )
-        if plan.lora is not None and start.adapter is not None:
+        if plan.lora is not None:
             _load_the_trained_adapter_too(self.trainer)
         if config.max_steps < 0 and len(self.trainer.get_train_dataloader()) == 0:
             raise BadRequest("spec.training.batch_size: the data do not fill one batch; lower it")

@@ -269,6 +269,10 @@ def test_a_resumed_run_on_top_of_an_adapter_goes_on_with_what_it_had_learnt(tmp_
     assert again["resume_from_path"] == str(folder / "checkpoint-8")
     assert losses(again) == losses(whole)
     assert weights(again) == weights(whole)
+    del spec["checkpoint"]
+    spec["training"]["resume_from_path"] = str(folder / "checkpoint-8")
+    elsewhere = train(tmp_path, "dpo", spec, task_id="elsewhere")
+    assert losses(elsewhere)[-4:] == pytest.approx(losses(whole)[-4:], abs=1e-4)
 
 
 def test_a_merged_adapter_is_also_the_reference(tmp_path: Path) -> None:
