@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
+
 from flowmesh.execution.run import Run
 from flowmesh.messages.output import HttpDestination
 from flowmesh.messages.wire import TaskEvent, encode, utc_now
@@ -34,13 +36,17 @@ def started(run: Run) -> bytes:
     return encode(event)
 
 
+_decoder = msgspec.json.Decoder(TaskEvent)
+
+
 def is_start(event: bytes) -> bool:
     """Whether an event tells of a beginning; all others here tell of an end."""
     return event.startswith(b'{"type":"TASK_STARTED"')
 
 
-def is_failure(event: bytes) -> bool:
-    return event.startswith(b'{"type":"TASK_FAILED"')
+def failed_at(event: bytes) -> str | None:
+    """The worker that an event tells a failure of; None where it tells something else."""
+    return _decoder.decode(event).worker_id if event.startswith(b'{"type":"TASK_FAILED"') else None
 
 
 def used(run: Run, cost_per_hour: float) -> dict[str, Any]:

@@ -63,12 +63,12 @@ class Workers(Hooks):
     def on_events_sent(self, sent: list[bytes]) -> None:
         """The orchestrator sets a worker running when it dispatches, and idle when it sees a success.
 
-        One that is busy by then says so again; and one that was not, of a failure: perhaps nothing ran.
+        One that is busy by then says so again; and one that a failure is told of: perhaps nothing ran there.
         """
         ended = any(not events.is_start(event) for event in sent)
-        failed = any(events.is_failure(event) for event in sent)
+        failed = {events.failed_at(event) for event in sent}
         for worker_id, slot in self.executor.slots.items():
-            if failed or (ended and (slot.current is not None or slot.trouble)):
+            if worker_id in failed or (ended and (slot.current is not None or slot.trouble)):
                 self.presences[worker_id].restate()
             self._heal(slot)
 

@@ -30,3 +30,20 @@ def test_every_slot_keeps_its_heartbeat(make_node: Callable[..., Node], orchestr
     ids = [orchestrator.dispatch(worker, {"taskType": "echo"}) for worker in sorted(workers)]
     assert {orchestrator.wait_end(task_id)["type"] for task_id in ids} == {"TASK_SUCCEEDED"}
     assert "Redis is away" not in node.text()
+
+
+def test_a_failure_at_one_worker_is_nothing_to_its_neighbour(
+    make_node: Callable[..., Node], orchestrator: Orchestrator
+) -> None:
+    """Which may have been handed a task at that moment: to say IDLE once more would bring it another."""
+    node = make_node(start=False, config="".join(f'[[slots]]\nname = "{name}"\n' for name in "ab"))
+    node.start(wait=False)
+    for worker in ("w1-a", "w1-b"):
+        orchestrator.wait_worker_event("STATUS", worker_id=worker, status="IDLE")
+    before = orchestrator.told.count("STATUS")
+    refused = orchestrator.dispatch("w1-a", {"taskType": "nope"})
+    assert orchestrator.wait_end(refused)["type"] == "TASK_FAILED"
+    until(lambda: orchestrator.hear(0.05) or orchestrator.told.count("STATUS") > before, "it says again what it is")
+    assert orchestrator.run("w1-b", {"taskType": "echo"})["type"] == "TASK_SUCCEEDED"
+    said = [(e["worker_id"], e["status"]) for e in orchestrator.worker_events if e["type"] == "STATUS"][before:]
+    assert said[:2] == [("w1-a", "IDLE"), ("w1-b", "RUNNING")]
