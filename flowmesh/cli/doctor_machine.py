@@ -17,7 +17,7 @@ from flowmesh.config import Settings
 from flowmesh.errors import ConfigError, DeviceError
 from flowmesh.node import slots
 from flowmesh.node.devices import GpuInfo, GpuSample, Inventory, Look, visible_gpus
-from flowmesh.node.gpu import name_holders
+from flowmesh.node.gpu_holders import name_holders
 from flowmesh.node.hardware import logical_cores
 from flowmesh.node.nvml import Nvml
 from flowmesh.node.nvml_binding import LIBRARY

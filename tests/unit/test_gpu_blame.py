@@ -12,8 +12,8 @@ from flowmesh.execution.quarantine import is_below
 from flowmesh.execution.watched import blames
 from flowmesh.messages.job import Exit, Fault, Outcome
 from flowmesh.node.devices import GpuProcess
-from flowmesh.node.gpu import Baseline
 from flowmesh.node.health import Finding
+from flowmesh.node.release_state import Baseline
 from flowmesh.node.xid import XidVerdict
 from flowmesh.tasks import machine
 from flowmesh.tasks.machine import State, Task, step
