@@ -21,7 +21,16 @@ LAYERS = {
     "results": {"processes"},
     "execution": {"bus", "tasks", "processes", "node", "results", "control"},
 }
-COMMON = {"errors", "config", "messages", "settings_checks", "settings_sources", "settings_types", "__init__"}
+COMMON = {
+    "__init__",
+    "backoff",
+    "config",
+    "errors",
+    "messages",
+    "settings_checks",
+    "settings_sources",
+    "settings_types",
+}
 
 
 def imports(path: Path) -> set[str]:
