@@ -681,7 +681,7 @@ def test_a_broken_job_is_a_report(spool: Path, out: Path) -> None:
     assert main(None, spool) == 1
     report = read_report(spool)
     assert report is not None
-    assert "broke down: DecodeError" in report.error
+    assert "internal error in the delivery: DecodeError" in report.error
 
 
 @pytest.mark.parametrize("name", ["delivered.json", "delivery_state.json", "outcome.json", "delivery.json"])
