@@ -47,7 +47,7 @@ def heartbeat_ttl_s(interval_s: float) -> int:
 
 
 class Address(msgspec.Struct, frozen=True):
-    """Only the fields that tell which worker a message is for, and those that a refusal needs."""
+    """Only the fields that name the worker a message is for, and those that a refusal needs."""
 
     assigned_worker: Any = None
     task_id: Any = None

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Protocol
 
 from flowmesh.errors import DeliveryError
+from flowmesh.results.files import read_exactly
 
 
 class UploadError(DeliveryError):
@@ -80,15 +81,10 @@ class FileBody:
 
     def chunks(self, size: int) -> Iterator[bytes]:
         yield self._head
-        left = self._content_bytes
         try:
-            with open(os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb", buffering=0) as file:
-                while left:
-                    data = file.read(min(size, left))
-                    if not data:
-                        raise UploadError(f"{self._path.name} became shorter while it was sent")
-                    left -= len(data)
-                    yield data
+            yield from read_exactly(self._path, self._content_bytes, size)
+        except DeliveryError as error:
+            raise UploadError(str(error)) from error
         except OSError as error:  # requests would take it for a connection error
             raise UploadError(f"{self._path.name} cannot be read: {error.strerror}") from error
         yield self._tail

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from flowmesh.errors import DeliveryError
 from flowmesh.processes.linux import open_folder
 
 PARTIAL = ".partial"
@@ -100,6 +101,23 @@ def read_regular(path: Path, limit_bytes: int) -> bytes:
         if size > limit_bytes:
             raise OSError(errno.EFBIG, f"it is larger than {limit_bytes} bytes", os.fspath(path))
         return file.read(size)
+
+
+def read_exactly(path: Path, size: int, chunk_bytes: int) -> Iterator[bytes]:
+    """The first `size` bytes of a file, in chunks. A symbolic link is not followed.
+
+    Raises:
+        OSError: it cannot be read.
+        DeliveryError: it became shorter since `size` was read.
+    """
+    left = size
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb", buffering=0) as file:
+        while left:
+            data = file.read(min(chunk_bytes, left))
+            if not data:
+                raise DeliveryError(f"{path.name} became shorter while it was read")
+            left -= len(data)
+            yield data
 
 
 def read_note(path: Path, kind: type[T]) -> T | None:
