@@ -268,12 +268,12 @@ def test_a_sink_that_fails_stops_the_source_and_leaves_no_process(use_pigz: bool
         while True:
             yield os.urandom(1 << 16)
 
-    before = children()
+    before, threads = children(), set(threading.enumerate())
     settings = ArchiveSettings(pigz_threads=2, use_pigz=use_pigz)
     with pytest.raises(OSError, match="No space left on device"):
         compress.compress(endless(), FullDisk(), settings)
     assert children() == before
-    assert not [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
+    assert not set(threading.enumerate()) - threads
 
 
 def children() -> set[str]:
