@@ -21,26 +21,28 @@ from loguru import logger
 
 from flowmesh import __version__
 from flowmesh.config import Settings, results_dir, state_dir
-from flowmesh.control import ControlServer
+from flowmesh.control.operations import Operations
+from flowmesh.control.server import ControlServer
 from flowmesh.errors import ConfigError, DeviceError, FlowMeshError, LaunchError
-from flowmesh.execution import files, folders, lanes, preflight
+from flowmesh.execution import layout as files
 from flowmesh.execution.executor import Executor
-from flowmesh.execution.identity import About, presence
-from flowmesh.execution.operations import Operations
+from flowmesh.execution.gpu.monitor import Devices
+from flowmesh.execution.housekeeping.watchdog import watch
 from flowmesh.execution.recovery import recover
-from flowmesh.execution.release import Devices
 from flowmesh.execution.run import Run
-from flowmesh.execution.uplink import Uplink
-from flowmesh.execution.watch import watch
-from flowmesh.execution.workers import Workers
 from flowmesh.messages.wire import utc_now
 from flowmesh.node.devices import Inventory
 from flowmesh.node.notify import Notifier
 from flowmesh.node.nvml import Nvml
 from flowmesh.node.power import PowerMeter
 from flowmesh.node.slots import Slot
+from flowmesh.orchestrator.link import Uplink
+from flowmesh.orchestrator.registration import Workers
+from flowmesh.orchestrator.worker_description import About, presence
 from flowmesh.processes import environ, linux
-from flowmesh.processes.fleet import Fleet
+from flowmesh.processes.server_pool import Fleet
+from flowmesh.startup import environments, preflight
+from flowmesh.startup import state_dir as folders
 from flowmesh.tasks.journal import Journal
 from flowmesh.tasks.types import LIGHT
 
@@ -149,7 +151,7 @@ class Supervisor:
             logger.error("slot {} is left out: none of its GPUs works", name)
         slots: dict[str, Slot[Run]] = {plan.worker_id: Slot(plan, lambda run: bool(run.gpus)) for plan in fitted.slots}
         base_env = environ.base(self._environ, settings.tasks.pass_env)
-        catalogue, lane_table = lanes.plan(settings)
+        catalogue, lane_table = environments.plan(settings)
         executor = Executor(
             settings=settings,
             catalogue=catalogue,

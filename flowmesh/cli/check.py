@@ -7,8 +7,8 @@ import os
 
 from flowmesh.config import Loaded, describe, results_dir, state_dir
 from flowmesh.errors import EXIT_OK
-from flowmesh.execution import lanes
-from flowmesh.execution.folders import check_sockets
+from flowmesh.startup import environments
+from flowmesh.startup.state_dir import check_sockets
 
 
 def report(loaded: Loaded, *, as_json: bool) -> int:
@@ -17,7 +17,7 @@ def report(loaded: Loaded, *, as_json: bool) -> int:
     Raises:
         ConfigError: the settings are well-formed and still cannot be used.
     """
-    catalogue, _ = lanes.plan(loaded.settings)
+    catalogue, _ = environments.plan(loaded.settings)
     rows = describe(loaded)
     state = state_dir(loaded.settings, os.environ)
     check_sockets(state, loaded.settings.environments)

@@ -22,7 +22,7 @@ from flowmesh.cli.control import Control
 from flowmesh.cli.findings import Finding, Level
 from flowmesh.config import Settings, redact_url
 from flowmesh.errors import EXIT_FAILURE, EXIT_OK, ConfigError, FlowMeshError, UnavailableError
-from flowmesh.execution import lanes
+from flowmesh.startup import environments
 from flowmesh.tasks.types import DELIVERY, PROBE_TIMEOUT_S
 
 _COLOURS = {Level.OK: "green", Level.NOTE: "blue", Level.WARN: "yellow", Level.BROKEN: "red"}
@@ -97,7 +97,7 @@ def _node(settings: Settings) -> Iterator[Finding]:
 def _environments(settings: Settings, *, has_gpus: bool) -> Iterator[Finding]:
     """Each environment with the types that it serves, and what the others lack."""
     try:
-        catalogue, table = lanes.plan(settings)
+        catalogue, table = environments.plan(settings)
     except ConfigError as error:
         yield Finding("environments", Level.BROKEN, str(error), "mend that setting")
         return

@@ -16,13 +16,15 @@ from loguru import logger
 
 from flowmesh.config import Settings
 from flowmesh.errors import FlowMeshError
-from flowmesh.execution import deliveries, events, files
-from flowmesh.execution.early import EarlyCancels
-from flowmesh.execution.hearing import Hearing
-from flowmesh.execution.hooks import Counters, Hooks
-from flowmesh.execution.launches import Launches
-from flowmesh.execution.release import Devices
-from flowmesh.execution.room import Room
+from flowmesh.execution import layout as files
+from flowmesh.execution import task_events
+from flowmesh.execution.delivery import deliveries
+from flowmesh.execution.early_cancels import EarlyCancels
+from flowmesh.execution.gpu.monitor import Devices
+from flowmesh.execution.launch.child_pipe import Hearing
+from flowmesh.execution.launch.disk_space import Room
+from flowmesh.execution.launch.launcher import Launches
+from flowmesh.execution.observer import Counters, Hooks
 from flowmesh.execution.run import Run
 from flowmesh.messages.job import JOB_FILE, OUTCOME_FILE, Exit, Outcome
 from flowmesh.messages.wire import (
@@ -31,8 +33,8 @@ from flowmesh.messages.wire import (
 )
 from flowmesh.node.slots import Slot
 from flowmesh.processes import shm
-from flowmesh.processes.fleet import Callbacks, Fleet
 from flowmesh.processes.pipe import Cancel
+from flowmesh.processes.server_pool import Callbacks, Fleet
 from flowmesh.tasks import machine
 from flowmesh.tasks.journal import Journal, JournalError
 from flowmesh.tasks.machine import Level, State, step
@@ -153,7 +155,7 @@ class Executor:
                 self.launches.start_clock(run)
                 with self.journal.transaction():
                     self.journal.started(run.attempt, run.task, run.started_at or utc_now(), run.boot_mark)
-                    self.journal.post(TASK_EVENTS_CHANNEL, events.started(run))
+                    self.journal.post(TASK_EVENTS_CHANNEL, task_events.started(run))
                 self.hooks.on_posted()
             elif not isinstance(event, machine.Delivered):
                 self.journal.update(run.attempt, run.task)
@@ -341,7 +343,7 @@ class Executor:
         now = utc_now()
         cost = self.settings.node.cost_per_hour * run.slot.plan.share
         base_env = self.layout.base_env
-        event = events.ended(run, verdict, finished_at=now, cost_per_hour=cost, base_env=base_env)
+        event = task_events.ended(run, verdict, finished_at=now, cost_per_hour=cost, base_env=base_env)
         try:
             self.journal.finish(run.attempt, run.task, now, TASK_EVENTS_CHANNEL, event)
         except JournalError as error:

@@ -8,14 +8,16 @@ import time
 from loguru import logger
 
 from flowmesh.errors import FieldError
-from flowmesh.execution import clock, events, files
-from flowmesh.execution.accept import accept
+from flowmesh.execution import layout as files
+from flowmesh.execution import task_events
+from flowmesh.execution.admission import accept
 from flowmesh.execution.executor import Executor
+from flowmesh.execution.launch import boot_clock
 from flowmesh.execution.run import Run
 from flowmesh.messages.job import OUTCOME_FILE
 from flowmesh.messages.wire import TASK_EVENTS_CHANNEL, utc_now
 from flowmesh.processes.cgroup import Leaf
-from flowmesh.processes.fleet import end_leaves, end_remains
+from flowmesh.processes.server_pool import end_leaves, end_remains
 from flowmesh.tasks import machine
 from flowmesh.tasks.journal import Record
 from flowmesh.tasks.machine import State
@@ -64,7 +66,7 @@ def _restore(executor: Executor, record: Record) -> Run | None:
         had = record.task.verdict
         computed = record.task.state is State.DELIVERING and had is not None and had.ok
         verdict = Verdict(kind=Kind.DELIVERY_FAILED if computed else Kind.NODE_FAULT, message=message)
-        event = events.lost(record.worker_id, record.task_id, verdict, record.dispatched_at)
+        event = task_events.lost(record.worker_id, record.task_id, verdict, record.dispatched_at)
         task = machine.Task(state=State.DONE, verdict=verdict)
         executor.journal.finish(record.attempt, task, utc_now(), TASK_EVENTS_CHANNEL, event)
         logger.bind(task=record.task_id).error("{}", message)
@@ -114,7 +116,7 @@ def _set_clock(executor: Executor, run: Run) -> None:
     if run.started_at is None:
         return
     now = time.monotonic()
-    run.started = now - clock.age_s(run.boot_mark, run.started_at)
+    run.started = now - boot_clock.age_s(run.boot_mark, run.started_at)
     if run.task.verdict is not None and run.task.verdict.exit is not None:
         run.exit = run.task.verdict.exit
         run.resources = files.usage(run)

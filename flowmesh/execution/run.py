@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from flowmesh.execution.accept import Accepted
+from flowmesh.execution.admission import Accepted
 from flowmesh.messages.job import Exit, Outcome
 from flowmesh.node.slots import Slot
 from flowmesh.processes.pipe import Pipe, Progress

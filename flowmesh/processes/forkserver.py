@@ -22,10 +22,9 @@ from typing import NoReturn
 import msgspec
 
 from flowmesh.messages.job import Exit
-from flowmesh.processes import cgroup, child, linux, preload, tree
-from flowmesh.processes.ahead import QUIET_S, Ahead
+from flowmesh.processes import cgroup, child_main, linux, preload, tree
 from flowmesh.processes.cgroup import Leaf
-from flowmesh.processes.children import Entry, Spare
+from flowmesh.processes.child_record import Entry, Spare
 from flowmesh.processes.pipe import Pipe
 from flowmesh.processes.protocol import (
     MAX_MESSAGE,
@@ -44,6 +43,7 @@ from flowmesh.processes.protocol import (
     encode,
     request_decoder,
 )
+from flowmesh.processes.spares import QUIET_S, Ahead
 
 SWEEP_INTERVAL_S = 0.002
 SWEEP_LIMIT_S = 5.0
@@ -297,7 +297,7 @@ class ForkServer:
         if pid == 0:
             near.close()
             orders.close()
-            self._become_child(child.Start(theirs, far, leaf, me, self.options.rehearsal))
+            self._become_child(child_main.Start(theirs, far, leaf, me, self.options.rehearsal))
         far.close()
         theirs.close()
         orders.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MAX_MESSAGE)
@@ -309,9 +309,9 @@ class ForkServer:
         self.leaves += 1
         return Leaf.make(Path(self.options.cgroup), f"{Path(self.options.socket).stem}.{self.leaves}")
 
-    def _become_child(self, start: child.Start) -> NoReturn:
+    def _become_child(self, start: child_main.Start) -> NoReturn:
         """In the child: let go of all that is the server's, then never come back."""
-        status = child.EXIT_SETUP
+        status = child_main.EXIT_SETUP
         try:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -325,11 +325,11 @@ class ForkServer:
             for entry in self.entries.values():
                 entry.pipe.close()
             self.ahead.close()
-            status = child.run(start)
+            status = child_main.run(start)
         except BaseException:  # noqa: BLE001 - the boundary of the process: told in its log, and by its exit status
-            child.report_crash()
+            child_main.report_crash()
         finally:
-            child.leave(status)
+            child_main.leave(status)
 
     def _kill(self, entry: Entry) -> None:
         entry.killed_by_us = True

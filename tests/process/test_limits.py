@@ -19,11 +19,11 @@ from typing import TypeVar
 
 import pytest
 
-from flowmesh.execution.files import Owner
-from flowmesh.execution.stacks import Stacks
+from flowmesh.execution.housekeeping.stack_dump import Stacks
+from flowmesh.execution.layout import Owner
 from flowmesh.processes import limits
-from flowmesh.processes.ahead import MANY
 from flowmesh.processes.limits import Limits
+from flowmesh.processes.spares import MANY
 from tests.support import Node, Orchestrator, spares, until
 
 pytestmark = pytest.mark.redis

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from flowmesh.execution.quarantine import is_below
-from flowmesh.execution.watched import blames
+from flowmesh.execution.gpu.quarantine import is_below
+from flowmesh.execution.gpu.task_gpus import blames
 from flowmesh.messages.job import Exit, Fault, Outcome
 from flowmesh.node.devices import GpuProcess
 from flowmesh.node.gpu import Baseline

@@ -5,8 +5,8 @@ from __future__ import annotations
 from loguru import logger
 
 from flowmesh.errors import FieldError
-from flowmesh.execution import events
-from flowmesh.execution.accept import accept
+from flowmesh.execution import task_events
+from flowmesh.execution.admission import accept
 from flowmesh.execution.executor import Executor
 from flowmesh.execution.run import Run
 from flowmesh.messages.wire import MAX_MESSAGE_BYTES, TASK_EVENTS_CHANNEL, address, usable_task_id, utc_now
@@ -112,7 +112,7 @@ class Dispatcher:
         return last is not None and dispatched_at is not None and last.dispatched_at == dispatched_at
 
     def _refuse(self, slot: Slot[Run], task_id: str, dispatched_at: str | None, message: str) -> None:
-        event = events.refused(slot.plan.worker_id, task_id, message, dispatched_at)
+        event = task_events.refused(slot.plan.worker_id, task_id, message, dispatched_at)
         self._executor.journal.post(TASK_EVENTS_CHANNEL, event)
         self._executor.counters.refused += 1
         self._executor.count(Kind.BAD_REQUEST)

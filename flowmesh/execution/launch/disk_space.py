@@ -16,7 +16,7 @@ import msgspec
 from loguru import logger
 
 from flowmesh.errors import FlowMeshError
-from flowmesh.execution.retention import Retention
+from flowmesh.execution.housekeeping.retention import Retention
 from flowmesh.execution.run import Run
 from flowmesh.tasks import machine
 from flowmesh.tasks.verdicts import Stop

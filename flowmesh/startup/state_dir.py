@@ -10,7 +10,7 @@ from typing import IO
 
 from flowmesh.errors import BusyError, ConfigError
 from flowmesh.processes import linux
-from flowmesh.processes.launcher import socket_name
+from flowmesh.processes.server_client import socket_name
 from flowmesh.tasks.journal import JournalError, ensure_private_dir
 from flowmesh.tasks.types import DEFAULT, DELIVERY, LIGHT
 

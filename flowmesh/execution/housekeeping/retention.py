@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import msgspec
 from loguru import logger
 
-from flowmesh.execution import files
-from flowmesh.execution.clock import SteadyClock
+from flowmesh.execution import layout as files
+from flowmesh.execution.launch.boot_clock import SteadyClock
 from flowmesh.tasks.journal import Finished
 from flowmesh.tasks.verdicts import Kind
 

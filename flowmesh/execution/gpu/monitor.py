@@ -14,10 +14,11 @@ import msgspec
 from loguru import logger
 
 from flowmesh.errors import DeviceError
-from flowmesh.execution import files, tree_use
-from flowmesh.execution.quarantine import Quarantine
+from flowmesh.execution import layout
+from flowmesh.execution.gpu import process_usage
+from flowmesh.execution.gpu.quarantine import Quarantine
+from flowmesh.execution.gpu.task_gpus import Watched
 from flowmesh.execution.run import Run
-from flowmesh.execution.watched import Watched
 from flowmesh.messages.job import Exit, Outcome
 from flowmesh.node.devices import GpuInfo, Look
 from flowmesh.node.energy import Energy, ProcessUse, TaskMeter
@@ -82,7 +83,7 @@ class Devices:
             return f"the task was not started: {reason}"
         self.health.cleared(run.gpus)
         self._power.observe(looks)
-        file = self._executor.layout.spool(run.attempt) / files.BASELINE_FILE
+        file = self._executor.layout.spool(run.attempt) / layout.BASELINE_FILE
         await asyncio.to_thread(write_atomic, file, msgspec.json.encode(proof.baselines), private=True)
         self._watch(run, proof, whole=True)
         return ""
@@ -91,7 +92,7 @@ class Devices:
         """Take over a task that an earlier supervisor began; None where it has no GPUs, or had not begun."""
         if not run.gpus or run.attempt in self._watched:
             return self._watched.get(run.attempt)
-        baselines = read_note(self._executor.layout.spool(run.attempt) / files.BASELINE_FILE, dict[str, Baseline])
+        baselines = read_note(self._executor.layout.spool(run.attempt) / layout.BASELINE_FILE, dict[str, Baseline])
         if baselines is None:
             return None
         proof = self._proof(run)
@@ -142,7 +143,7 @@ class Devices:
                 stop = machine.StopRequested(Stop.GPU_FAULT, "; ".join(watched.faults) or "its GPU does not answer")
                 self._executor.apply(watched.run, stop)
             if (pid := watched.run.pid) is not None:
-                use = await asyncio.to_thread(tree_use.look, pid, watched.run.cgroup)
+                use = await asyncio.to_thread(process_usage.look, pid, watched.run.cgroup)
                 watched.use = watched.use.most(use)
 
     async def _hear(self) -> None:

@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING
 
 from flowmesh.errors import LaunchError
-from flowmesh.execution import files
+from flowmesh.execution import layout as files
 from flowmesh.messages.job import Exit
 from flowmesh.node.slots import SlotPlan
 from flowmesh.processes import environ

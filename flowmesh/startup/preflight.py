@@ -13,14 +13,15 @@ import msgspec
 
 from flowmesh.config import Settings, log_file, results_dir, state_dir
 from flowmesh.errors import ConfigError
-from flowmesh.execution import folders, lanes
-from flowmesh.execution.files import Owner
+from flowmesh.execution.layout import Owner
 from flowmesh.node.devices import GpuInfo, Inventory, visible_gpus
 from flowmesh.node.hardware import logical_cores
 from flowmesh.node.slots import SlotPlan
 from flowmesh.node.slots import plan as plan_slots
 from flowmesh.processes import cgroup
 from flowmesh.settings_types import Isolation
+from flowmesh.startup import environments
+from flowmesh.startup import state_dir as folders
 
 
 class Fitted(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,7 +43,7 @@ def check(settings: Settings, environ: Mapping[str, str]) -> None:
     if settings.redis.url is None:
         raise ConfigError("redis.url: missing; set REDIS_URL, or redis.url in the node's file")
     folders.check_sockets(state_dir(settings, environ), settings.environments)
-    lanes.task_types(settings)
+    environments.task_types(settings)
     owner(settings)
     folders.make_results_dir(results_dir(settings))
     if (path := log_file(settings)) is not None:

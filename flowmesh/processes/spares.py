@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from flowmesh.processes.children import Entry, Spare
+from flowmesh.processes.child_record import Entry, Spare
 from flowmesh.processes.protocol import Fork
 
 MANY = 2

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from loguru import logger
 
 from flowmesh.errors import DeviceError
-from flowmesh.execution.canary import Canaries
+from flowmesh.execution.gpu.canary import Canaries
 from flowmesh.execution.run import Run
 from flowmesh.node.devices import GpuLost, GpuSample, Look
 from flowmesh.node.gpu import Baseline, ReleaseProof, is_shared_blindly, name_holders

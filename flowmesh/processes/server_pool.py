@@ -23,7 +23,6 @@ from flowmesh.errors import LaunchError
 from flowmesh.messages.job import Exit
 from flowmesh.processes import environ, linux, tree
 from flowmesh.processes.cgroup import Leaf
-from flowmesh.processes.launcher import Lane, Server, ServerState
 from flowmesh.processes.pipe import Pipe
 from flowmesh.processes.protocol import (
     Forget,
@@ -38,6 +37,7 @@ from flowmesh.processes.protocol import (
     Terminate,
     Unfit,
 )
+from flowmesh.processes.server_client import Lane, Server, ServerState
 
 READY_TIMEOUT_S = 300.0
 FORK_TIMEOUT_S = 30.0

@@ -15,8 +15,10 @@ import msgspec
 from loguru import logger
 
 from flowmesh.errors import DeliveryError, FlowMeshError
-from flowmesh.execution import events, files, logs
-from flowmesh.execution.redelivery import Redeliveries
+from flowmesh.execution import layout as files
+from flowmesh.execution import task_events
+from flowmesh.execution.delivery.redelivery import Redeliveries
+from flowmesh.execution.housekeeping import task_logs
 from flowmesh.execution.run import Run, progress_event
 from flowmesh.messages.job import OUTCOME_FILE, Exit, Outcome
 from flowmesh.processes import environ
@@ -143,10 +145,10 @@ class Deliveries:
         assert verdict is not None, "a task is delivered when its verdict is known"
         failure = None
         out_dir = Path(accepted.target.out_dir)
-        logs.tell_troubles(logs.bound_logs([out_dir / "logs"], settings.tasks.log_max_bytes))
-        logs.finish_logs(out_dir, keep=accepted.spec.retainLogs or not verdict.ok)
+        task_logs.tell_troubles(task_logs.bound_logs([out_dir / "logs"], settings.tasks.log_max_bytes))
+        task_logs.finish_logs(out_dir, keep=accepted.spec.retainLogs or not verdict.ok)
         if not verdict.ok:
-            run.log_tail = tuple(logs.log_tail(out_dir).splitlines()[-TAIL_LINES:])
+            run.log_tail = tuple(task_logs.log_tail(out_dir).splitlines()[-TAIL_LINES:])
             failure = Failure(
                 error=verdict.message,
                 error_kind=verdict.kind.value,
@@ -160,7 +162,7 @@ class Deliveries:
             task=accepted.target,
             children=accepted.children,
             failure=failure,
-            extra=events.used(run, settings.node.cost_per_hour * run.slot.plan.share),
+            extra=task_events.used(run, settings.node.cost_per_hour * run.slot.plan.share),
             outcome_file=OUTCOME_FILE,
             archive=settings.archive,
             cleanup_after_upload=settings.delivery.cleanup_after_upload,

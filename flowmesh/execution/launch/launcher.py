@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from loguru import logger
 
 from flowmesh.errors import FlowMeshError
-from flowmesh.execution import clock, files
-from flowmesh.execution.room import Shortages
+from flowmesh.execution import layout
+from flowmesh.execution.launch import boot_clock
+from flowmesh.execution.launch.disk_space import Shortages
 from flowmesh.execution.run import Run
 from flowmesh.messages.wire import utc_now
 from flowmesh.processes.pipe import Pipe
@@ -68,7 +69,7 @@ class Launches:
 
     def _prepare(self, run: Run) -> Fork | Shortages:
         """In a thread: the task's folders and job, where there is room for them."""
-        return self._executor.room.shortages(run) or files.prepare(self._executor.layout, run)
+        return self._executor.room.shortages(run) or layout.prepare(self._executor.layout, run)
 
     async def _await_server(self, run: Run) -> bool:
         """Imports take their time, and a stop does not wait for them: False where one came meanwhile."""
@@ -121,14 +122,14 @@ class Launches:
         """It runs from now on."""
         run.started = time.monotonic()
         run.started_at = utc_now()
-        run.boot_mark = clock.mark()
+        run.boot_mark = boot_clock.mark()
         run.last_heard = run.started  # in the queue it had nothing to say
 
     def _resume_clock(self, run: Run) -> None:
         """An adopted task's time goes on from when it began."""
         executor = self._executor
         assert run.started_at is not None
-        run.started = time.monotonic() - clock.age_s(run.boot_mark, run.started_at)
+        run.started = time.monotonic() - boot_clock.age_s(run.boot_mark, run.started_at)
         self.arm_timeout(run, at_least_s=GONE_FOLLOWS_S)
         if run.task.state is State.STOPPING:
             executor.apply(run, machine.GraceOver())  # its grace ran out with the supervisor that gave it

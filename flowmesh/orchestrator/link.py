@@ -10,10 +10,10 @@ from flowmesh.bus.connection import connect
 from flowmesh.bus.intake import Intake
 from flowmesh.bus.outbox import Outbox
 from flowmesh.bus.stream import Stream
-from flowmesh.execution.dispatch import Dispatcher
 from flowmesh.execution.executor import Executor
-from flowmesh.execution.workers import Workers
 from flowmesh.messages.wire import worker_key
+from flowmesh.orchestrator.dispatcher import Dispatcher
+from flowmesh.orchestrator.registration import Workers
 
 CONTROL_CHANNEL = "flowmesh.control"
 """Ours: `{"type": "CANCEL", "task_id", "force"?}` to every node; see README."""

@@ -11,14 +11,14 @@ from typing import Any
 from loguru import logger
 
 from flowmesh import __version__
-from flowmesh.control import ControlError, Handler, text_field
+from flowmesh.control.server import ControlError, Handler, text_field
 from flowmesh.errors import FieldError, FlowMeshError
 from flowmesh.execution.executor import Executor
-from flowmesh.execution.identity import About
 from flowmesh.execution.run import Run, progress_event
-from flowmesh.execution.workers import Workers
 from flowmesh.messages.checking import nearest
 from flowmesh.messages.wire import decode_object, usable_task_id
+from flowmesh.orchestrator.registration import Workers
+from flowmesh.orchestrator.worker_description import About
 from flowmesh.tasks.journal import Record
 from flowmesh.tasks.machine import State
 

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 from loguru import logger
 
 from flowmesh.bus.presence import Presence
-from flowmesh.execution import events
-from flowmesh.execution.hooks import Hooks
+from flowmesh.execution import task_events
+from flowmesh.execution.observer import Hooks
 from flowmesh.execution.run import Run
 from flowmesh.node.slots import Slot
 
 if TYPE_CHECKING:
+    from flowmesh.control.operations import Operations
     from flowmesh.execution.executor import Executor
-    from flowmesh.execution.operations import Operations
-    from flowmesh.execution.uplink import Uplink
+    from flowmesh.orchestrator.link import Uplink
 
 
 class Workers(Hooks):
@@ -65,8 +65,8 @@ class Workers(Hooks):
 
         One that is busy by then says so again; and one that a failure is told of: perhaps nothing ran there.
         """
-        ended = any(not events.is_start(event) for event in sent)
-        failed = {events.failed_at(event) for event in sent}
+        ended = any(not task_events.is_start(event) for event in sent)
+        failed = {task_events.failed_at(event) for event in sent}
         for worker_id, slot in self.executor.slots.items():
             if worker_id in failed or (ended and (slot.current is not None or slot.trouble)):
                 self.presences[worker_id].restate()

@@ -16,7 +16,7 @@ import msgspec
 from loguru import logger
 
 from flowmesh.errors import DeliveryError
-from flowmesh.execution import files
+from flowmesh.execution import layout
 from flowmesh.messages.job import Exit
 from flowmesh.processes.pipe import Credentials, FrameError, Pipe
 from flowmesh.processes.protocol import Fork
@@ -94,7 +94,7 @@ class Redeliveries:
             del self._tries[attempt]
             self._executor.look_idle()
         self._note(record)
-        await asyncio.to_thread(files.remove_tree, self._executor.layout.spool(attempt))
+        await asyncio.to_thread(layout.remove_tree, self._executor.layout.spool(attempt))
         return report
 
     async def _send(self, this: Redelivery, fork: Fork) -> DeliveryReport:

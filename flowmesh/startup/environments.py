@@ -6,7 +6,7 @@ import sys
 
 from flowmesh.config import Settings
 from flowmesh.errors import ConfigError, FieldError
-from flowmesh.processes.launcher import Lane
+from flowmesh.processes.server_client import Lane
 from flowmesh.tasks.types import DEFAULT, DELIVERY, LIGHT, Catalogue, TaskType, catalogue, known_types
 
 CANARY = "runners.canary:check"

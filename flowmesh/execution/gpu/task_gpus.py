@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from flowmesh.execution.quarantine import is_below
+from flowmesh.execution.gpu.process_usage import TreeUse
+from flowmesh.execution.gpu.quarantine import is_below
 from flowmesh.execution.run import Run
-from flowmesh.execution.tree_use import TreeUse
 from flowmesh.node.devices import GpuLost, GpuSample, Look
 from flowmesh.node.energy import TaskMeter
 from flowmesh.node.gpu import Baseline, ReleaseProof

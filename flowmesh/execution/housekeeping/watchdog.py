@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flowmesh.execution.logs import bound_logs, tell_troubles
+from flowmesh.execution.housekeeping.stack_dump import FILE, Stacks
+from flowmesh.execution.housekeeping.task_logs import bound_logs, tell_troubles
 from flowmesh.execution.run import Run
-from flowmesh.execution.stacks import FILE, Stacks
 from flowmesh.tasks import machine
 from flowmesh.tasks.machine import State
 from flowmesh.tasks.verdicts import Stop
