@@ -23,6 +23,7 @@ class Intake:
     Args:
         on_message: called with the raw bytes of each message, by channel.
         on_subscribed: called each time the subscription stands; True where there was a gap before.
+        on_unsubscribed: called when the subscription breaks.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class Intake:
         client: redis.Redis,
         handlers: dict[str, Callable[[bytes], None]],
         on_subscribed: Callable[[bool], None],
+        on_unsubscribed: Callable[[], None],
         *,
         silence_s: float,
     ) -> None:
@@ -38,6 +40,7 @@ class Intake:
         self._client = client
         self._handlers = {channel.encode(): handler for channel, handler in handlers.items()}
         self._on_subscribed = on_subscribed
+        self._on_unsubscribed = on_unsubscribed
         self._silence_s = silence_s
         self._subscribed_before = False
 
@@ -49,6 +52,7 @@ class Intake:
                 await self._listen()
             except (RedisError, OSError, TimeoutError) as error:
                 self.up = False
+                self._on_unsubscribed()
                 self.trouble.met(error)
             if time.monotonic() - began > self._silence_s:
                 backoff.reset()

@@ -1,4 +1,4 @@
-"""What can be asked of a running node, on its control socket and on the deployment's control channel."""
+"""What can be asked of a running node over its control socket."""
 
 from __future__ import annotations
 
@@ -8,46 +8,41 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from loguru import logger
-
 from flowmesh import __version__
 from flowmesh.control.server import ControlError, Handler, text_field
-from flowmesh.errors import FieldError, FlowMeshError
+from flowmesh.errors import FlowMeshError
 from flowmesh.execution.executor import Executor
-from flowmesh.execution.run import Run, progress_event
+from flowmesh.execution.run import Run
 from flowmesh.messages.checking import nearest
-from flowmesh.messages.wire import decode_object, usable_task_id
-from flowmesh.orchestrator.registration import Workers
-from flowmesh.orchestrator.worker_description import About
+from flowmesh.orchestrator.link import Link
+from flowmesh.orchestrator.worker_description import NodeDescription
 from flowmesh.tasks.journal import Record
 from flowmesh.tasks.machine import State
 
 DRAIN_MODES = ("finish", "checkpoint", "now")
-Watcher = Callable[[dict[str, Any]], None]
 
 
 class Operations:
     """
     Args:
-        stop: drains in the mode that it is given, and ends the node.
-        start_anew: has a new supervisor take this one's place; raises FlowMeshError where that could not start.
+        stop: drains in the given mode, and ends the node.
+        start_anew: replaces this supervisor by a new one; raises FlowMeshError if that could not start.
     """
 
     def __init__(
         self,
-        about: About,
+        node: NodeDescription,
         executor: Executor,
-        workers: Workers,
+        link: Link,
         *,
         stop: Callable[[str], None],
         start_anew: Callable[[], Awaitable[None]],
     ) -> None:
-        self._about = about
+        self._node = node
         self._executor = executor
-        self._workers = workers
+        self._link = link
         self._stop = stop
         self._start_anew = start_anew
-        self._waiting: dict[str, set[Watcher]] = {}
 
     def handlers(self) -> dict[str, Handler]:
         return {
@@ -60,20 +55,18 @@ class Operations:
             "upgrade": self._upgrade,
         }
 
-    # ---- requests ----------------------------------------------------------------------------------------------------
-
     def _status(self, _request: dict[str, Any]) -> dict[str, Any]:
-        about, executor, presences = self._about, self._executor, self._workers.presences
+        node, executor, presences = self._node, self._executor, self._link.registration.presences
         late = sorted(each for presence in presences.values() for each in presence.late_s)
         return {
             "pid": os.getpid(),
             "version": __version__,
-            "node_id": about.node_id,
-            "uptime_s": round(time.monotonic() - about.started, 3),
-            "redis_up": self._workers.uplink.up,
-            "redis_troubles": self._workers.uplink.troubles(),
+            "node_id": node.node_id,
+            "uptime_s": round(time.monotonic() - node.started, 3),
+            "redis_up": self._link.up,
+            "redis_troubles": self._link.troubles(),
             "draining": executor.draining,
-            "isolation": about.isolation,
+            "isolation": node.isolation,
             "task_types": sorted(executor.catalogue.offered),
             "workers": [
                 {
@@ -86,18 +79,18 @@ class Operations:
                 }
                 for worker_id, slot in executor.slots.items()
             ],
-            "tasks": [run.snapshot() for run in executor.runs.values()],
+            "tasks": [run.snapshot() for run in executor.runs],
             "servers": [
                 {
-                    "environment": server.lane,
+                    "environment": server.environment,
                     "pid": server.pid,
                     "state": server.state.value,
                     "rss_bytes": server.ready.rss_bytes if server.ready else None,
                     "preload_s": server.ready.preload_s if server.ready else None,
                 }
-                for server in executor.fleet.servers
+                for server in executor.pool.servers
             ],
-            "warnings": executor.fleet.warnings(),
+            "warnings": executor.pool.warnings(),
             "queued": sum(len(slot.queue) for slot in executor.slots.values()),
             "outbox": executor.journal.outbox_size(),
             "malformed": executor.counters.malformed,
@@ -112,7 +105,7 @@ class Operations:
         task_id = text_field(request, "task_id")
         run, record = self._find(task_id)
         if run is None and record is None:
-            raise ControlError(f"{task_id}: this node knows no such task")
+            raise ControlError(f"{task_id}: this node has no record of this task")
         out_dir = run.accepted.target.out_dir if run is not None else record.out_dir  # type: ignore[union-attr]
         running = run is not None and run.task.state not in (State.DELIVERING, State.DONE)
         return {"out_dir": out_dir, "logs_dir": str(Path(out_dir, "logs")), "running": running}
@@ -125,7 +118,7 @@ class Operations:
             _, record = self._find(task_id)
             if record is not None and record.task.verdict is not None:
                 raise ControlError(f"{task_id}: it has ended already ({record.task.verdict.kind})")
-            raise ControlError(f"{task_id}: this node has no such task; should it still come, it is cancelled")
+            raise ControlError(f"{task_id}: not on this node; if it is dispatched here later, it is cancelled")
         return {"state": state}
 
     def _drain(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -143,9 +136,8 @@ class Operations:
             told = "it is being delivered now" if state is State.DELIVERING else f"it has not ended yet ({state})"
             raise ControlError(f"{task_id}: {told}")
         if record is None:
-            raise ControlError(f"{task_id}: this node knows no such task")
-        deliveries = self._executor.deliveries
-        report = await deliveries.again.send(record, deliveries.fork)
+            raise ControlError(f"{task_id}: this node has no record of this task")
+        report = await self._executor.redeliveries.send(record)
         return {
             "task_id": task_id,
             "out_dir": record.out_dir,
@@ -155,80 +147,19 @@ class Operations:
         }
 
     def _recycle(self, request: dict[str, Any]) -> dict[str, Any]:
-        lane = request.get("environment")
-        lanes = self._executor.fleet.lanes
-        if lane is not None and lane not in lanes:
-            raise ControlError(f"environment: unknown {lane!r}; {nearest(str(lane), list(lanes))}")
-        return {"recycled": self._executor.fleet.recycle(lane)}
+        name = request.get("environment")
+        known = self._executor.pool.environments
+        if name is not None and name not in known:
+            raise ControlError(f"environment: unknown {name!r}; {nearest(str(name), list(known))}")
+        return {"recycled": self._executor.pool.recycle(name)}
 
     async def _upgrade(self, _request: dict[str, Any]) -> dict[str, Any]:
         try:
             await self._start_anew()
         except FlowMeshError as error:
-            raise ControlError(f"not started anew, the old version and settings stay: {error}") from None
+            raise ControlError(f"not restarted, the node keeps its version and settings: {error}") from None
         return {"tasks": len(self._executor.runs)}
 
     def _find(self, task_id: str) -> tuple[Run | None, Record | None]:
-        run = self._executor.by_id.get(task_id)
+        run = self._executor.runs.of_task(task_id)
         return run, None if run is not None else self._executor.journal.latest(task_id)
-
-    # ---- the control channel -----------------------------------------------------------------------------------------
-
-    def on_channel(self, data: bytes) -> None:
-        """A message on the deployment's control channel. It goes to every node; most will not have the task."""
-        try:
-            message = decode_object(data)
-        except FieldError as error:
-            logger.warning("control message ignored: {}", error)
-            return
-        task_id = usable_task_id(message.get("task_id"))
-        if message.get("type") != "CANCEL" or task_id is None:
-            logger.warning("control message ignored: only CANCEL with a task_id is known")
-            return
-        reason = message.get("reason")
-        self._executor.cancel(
-            task_id,
-            reason=reason[:200] if isinstance(reason, str) and reason else "cancelled",
-            force=message.get("force") is True,
-            checkpoint=message.get("checkpoint") is True,
-        )
-
-    # ---- watching ----------------------------------------------------------------------------------------------------
-
-    def subscribe(self, task_id: str, put: Watcher) -> Callable[[], None]:
-        """Tell `put` what happens to a task from now on; one that has not come yet is waited for."""
-        run, record = self._find(task_id)
-        if run is not None:
-            put({"event": "state", "state": run.task.state.value})
-            if run.phase:
-                put({"event": "phase", "phase": run.phase})
-            if run.progress is not None:
-                put(progress_event(run.progress))
-            run.watchers.add(put)
-        elif record is not None and record.task.verdict is not None:
-            verdict = record.task.verdict
-            end = {"ok": verdict.ok, "verdict": verdict.kind.value, "error": verdict.message}
-            put({"event": "end", **end, "out_dir": record.out_dir})
-        else:
-            self._waiting.setdefault(task_id, set()).add(put)
-
-        def unsubscribe() -> None:
-            if run is not None:
-                run.watchers.discard(put)
-            if (waiting := self._waiting.get(task_id)) is not None:
-                waiting.discard(put)
-                if not waiting:
-                    del self._waiting[task_id]
-            if (later := self._executor.by_id.get(task_id)) is not None:
-                later.watchers.discard(put)
-
-        return unsubscribe
-
-    def on_accepted(self, run: Run) -> None:
-        """Those who waited for this task watch it from its first moment."""
-        run.watchers |= self._waiting.pop(run.task_id, set())
-        run.tell({"event": "state", "state": run.task.state.value})
-
-    def on_refused(self, task_id: str, message: str) -> None:
-        for put in self._waiting.pop(task_id, set()):
-            put({"event": "end", "ok": False, "verdict": "bad_request", "error": message, "out_dir": None})

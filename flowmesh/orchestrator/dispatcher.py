@@ -1,4 +1,4 @@
-"""What a message on the tasks channel leads to: a task that is ours, a refusal that is told, or nothing."""
+"""Decides on each dispatch: a task that is accepted, one that is refused with an event, or a message to ignore."""
 
 from __future__ import annotations
 
@@ -17,22 +17,25 @@ from flowmesh.tasks.verdicts import Kind, Stop
 
 
 class Dispatcher:
-    """Takes messages in, on the loop; what is accepted stands in the journal before this returns."""
+    """Used on the loop; an accepted task is in the journal before `take` returns."""
 
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
         self._needles = tuple(worker_id.encode() for worker_id in executor.slots)
 
     def on_message(self, data: bytes) -> None:
-        """A message on the tasks channel. One for another worker costs a search for our name in it."""
+        """A message on the tasks channel. One for another worker costs a search for this node's worker ids in it."""
         if any(needle in data for needle in self._needles) or data[:1] != b"{":
             self.take(data)
 
     def take(self, data: bytes, entry: str | None = None) -> bool:
-        """What a message leads to; False where it has to be brought again, as nothing of it stands in the journal.
+        """Act on a dispatch.
 
         Args:
-            entry: its id in a stream, which keeps it until it is taken; None: it came once, and is gone.
+            entry: the id of its stream entry, which is kept until it is taken; None: it came over pub/sub.
+
+        Returns:
+            False if nothing of it is in the journal, so that a stream must deliver it again.
         """
         try:
             to = address(data)
@@ -50,14 +53,14 @@ class Dispatcher:
         if task_id is None:
             self._executor.counters.malformed += 1
             shown = str(to.task_id)[:80]
-            logger.bind(bytes=len(data)).warning("message for us ignored: task_id {!r} is no id", shown)
+            logger.bind(bytes=len(data)).warning("message for this node ignored: invalid task_id {!r}", shown)
             return True
         try:
             return self._dispatch(slot, task_id, dispatched_at, data, entry)
         except JournalError as error:
             logger.bind(task=task_id).error("dispatch not taken: {}", error)
             if entry is None:
-                self._executor.hooks.on_missed(slot)
+                self._executor.observers.on_missed(slot)
             return False
 
     def _dispatch(
@@ -71,7 +74,7 @@ class Dispatcher:
         known_by = f"entry {entry}" if dispatched_at is None and entry is not None else dispatched_at
         if self._is_duplicate(task_id, known_by):
             self._executor.counters.duplicates += 1
-            logger.bind(task=task_id).info("dispatch ignored: this task is here already")
+            logger.bind(task=task_id).info("dispatch ignored: the node has this task already")
             return True
         try:
             if len(data) > MAX_MESSAGE_BYTES:
@@ -95,18 +98,18 @@ class Dispatcher:
             child_dirs=(child.out_dir for child in accepted.children),
         )
         run = Run(attempt, accepted, slot)
-        self._executor.adopt(run)
+        self._executor.add(run)
         slot.queue.append(run)
-        self._executor.hooks.on_accepted(run)
+        self._executor.observers.on_accepted(run)
         logger.bind(task=task_id, type=accepted.type.name, attempt=attempt).info("task accepted")
         if self._executor.early_cancels.take(task_id):
-            self._executor.apply(run, machine.StopRequested(Stop.CANCEL, "cancelled before it came"))
+            self._executor.apply(run, machine.StopRequested(Stop.CANCEL, "cancelled before it was dispatched"))
         self._executor.pump(slot)
         return True
 
     def _is_duplicate(self, task_id: str, dispatched_at: str | None) -> bool:
-        """The same dispatch twice; the same task with another date is the orchestrator's retry."""
-        if task_id in self._executor.by_id:
+        """Whether the same dispatch came before; the same task with another `dispatched_at` is a retry."""
+        if self._executor.runs.of_task(task_id) is not None:
             return True
         last = self._executor.journal.latest(task_id)
         return last is not None and dispatched_at is not None and last.dispatched_at == dispatched_at
@@ -115,7 +118,7 @@ class Dispatcher:
         event = task_events.refused(slot.plan.worker_id, task_id, message, dispatched_at)
         self._executor.journal.post(TASK_EVENTS_CHANNEL, event)
         self._executor.counters.refused += 1
-        self._executor.count(Kind.BAD_REQUEST)
+        self._executor.counters.add_verdict(Kind.BAD_REQUEST)
         logger.bind(task=task_id).warning("task refused: {}", message)
-        self._executor.hooks.on_refused(task_id, message)
-        self._executor.hooks.on_posted()
+        self._executor.observers.on_refused(task_id, message)
+        self._executor.observers.on_posted()

@@ -1,4 +1,4 @@
-"""What each worker says of itself: who and where it is, its hardware, and what its heartbeats carry."""
+"""What each worker reports about itself: id, hardware, settings, and the metrics of its heartbeats."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from flowmesh.node.power import PowerMeter
 from flowmesh.node.slots import Slot
 
 
-class About(msgspec.Struct, frozen=True, kw_only=True):
-    """The node, as its workers tell of it."""
+class NodeDescription(msgspec.Struct, frozen=True, kw_only=True):
+    """What the workers of a node have in common."""
 
     node_id: str
     started: float
@@ -35,34 +35,38 @@ class About(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def presence(
-    about: About, executor: Executor, slot: Slot[Run], client: redis.Redis, on_missed: Callable[[Slot[Run]], None]
+    node: NodeDescription,
+    executor: Executor,
+    slot: Slot[Run],
+    client: redis.Redis,
+    on_missed: Callable[[Slot[Run]], None],
 ) -> Presence:
-    """The worker of one slot."""
+    """The registration of one slot's worker."""
     settings, plan = executor.settings, slot.plan
-    gpus = tuple(gpu for gpu in about.inventory.gpus if gpu.uuid in plan.gpus)
+    gpus = tuple(gpu for gpu in node.inventory.gpus if gpu.uuid in plan.gpus)
     identity = Identity(
         worker_id=plan.worker_id,
         pid=os.getpid(),
-        started_at=about.started_at,
+        started_at=node.started_at,
         cost_per_hour=settings.node.cost_per_hour * plan.share,
         tags=settings.node.tags,
-        env=_env(about, executor),
+        env=_env(node, executor),
         hardware=collect(
             gpus,
-            driver_version=about.inventory.driver_version,
-            cuda_version=about.inventory.cuda_version,
+            driver_version=node.inventory.driver_version,
+            cuda_version=node.inventory.cuda_version,
             bandwidth_bytes_per_sec=settings.delivery.bandwidth_bytes_per_sec,
             cpus=plan.threads,
         ),
     )
     reporter = metrics.Reporter(
-        about.power,
-        about.nvml,
+        node.power,
+        node.nvml,
         gpus,
         cost_per_hour=identity.cost_per_hour,
-        started=about.started,
+        started=node.started,
         cpu_share=plan.threads / sum(each.plan.threads for each in executor.slots.values()),
-        watch=executor.devices.watch(slot) if gpus else None,
+        watch=executor.idle_check(slot) if gpus else None,
     )
     return Presence(
         client,
@@ -75,7 +79,7 @@ def presence(
     )
 
 
-def _env(about: About, executor: Executor) -> dict[str, Any]:
+def _env(node: NodeDescription, executor: Executor) -> dict[str, Any]:
     settings = executor.settings
     return {
         "RESULTS_DIR": str(executor.layout.results_dir),
@@ -83,6 +87,6 @@ def _env(about: About, executor: Executor) -> dict[str, Any]:
         "HEARTBEAT_INTERVAL_SEC": settings.redis.heartbeat_interval_s,
         "ENABLE_ELASTIC_SCALING": settings.node.elastic_scaling,
         "task_types": sorted(executor.catalogue.offered),
-        "isolation": about.isolation,
+        "isolation": node.isolation,
         "version": __version__,
     }

@@ -1,4 +1,4 @@
-"""The supervisor's end of one fork server: its process, its socket, what it said. All of it on the event loop."""
+"""The supervisor's side of one fork server: its process, its socket, its replies. All of it runs on the event loop."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from flowmesh.processes.protocol import MAX_MESSAGE, Ready, Reply, Request, Unfi
 
 
 def socket_name(environment: str) -> str:
-    """A new name, of the same length for the same environment."""
+    """A new socket name; its length depends on the environment's name only."""
     return f"{environment}-{secrets.token_hex(4)}.sock"
 
 
-class Lane(msgspec.Struct, frozen=True, kw_only=True):
-    """What a fork server is made from. Tasks of one lane share a server."""
+class Environment(msgspec.Struct, frozen=True, kw_only=True):
+    """What a fork server is started from: an interpreter, and what it imports. Its tasks share the server."""
 
     name: str
     python: str
@@ -37,52 +37,51 @@ class Lane(msgspec.Struct, frozen=True, kw_only=True):
     canary: str | None = None
     rehearsal: str | None = None
     contained: bool = True
-    """Its children get a cgroup each, where the node has them."""
+    """Whether its children get a cgroup each, on a node that can make them."""
 
 
 class ServerState(enum.StrEnum):
     STARTING = "starting"
     READY = "ready"
     RETIRING = "retiring"
-    """Ends with its last task; gets no new ones."""
+    """Takes no new tasks, and ends with its last one."""
     ENDED = "ended"
 
 
 class Server:
-    """One fork server, started by us or by the supervisor before us.
+    """One fork server, started by this supervisor or by an earlier one.
 
-    `on_reply(server, reply, pipe)` hears everything that it says; `on_ended(server)` comes once, when it is gone.
+    Args:
+        on_reply: (server, reply, pipe) for each of its messages; `pipe` is the child's, with Forked only.
+        on_ended: (server), once, when the server is gone.
     """
 
     def __init__(
         self,
-        lane: str,
+        environment: str,
         path: Path,
         *,
         on_reply: Callable[[Server, Reply, Pipe | None], None],
         on_ended: Callable[[Server], None],
     ) -> None:
-        self.lane = lane
+        self.environment = environment
         self.id = path.stem
         self.path = path
         self.state = ServerState.STARTING
         self.ready: Ready | None = None
-        self.unfit: Unfit | None = None
         self.pid: int | None = None
         self.answered = asyncio.get_running_loop().create_future()
-        """Done with Ready or Unfit, or with LaunchError where it ended before it said either."""
+        """Resolves to Ready or Unfit, or raises LaunchError if the server ended before it sent either."""
         self._on_reply = on_reply
         self._on_ended = on_ended
         self._loop = asyncio.get_running_loop()
         self._outgoing: deque[bytes] = deque()
         self._sock: socket.socket | None = None
 
-    # ---- coming and going --------------------------------------------------------------------------------------------
-
     @classmethod
     def start(
         cls,
-        lane: Lane,
+        environment: Environment,
         folder: Path,
         env: Mapping[str, str],
         log: Path,
@@ -92,12 +91,12 @@ class Server:
         made_of: str,
         **callbacks: Callable[..., None],
     ) -> Server:
-        """Start a new one and connect to it; it says Ready, or Unfit, when its imports are done.
+        """Start a server and connect to it; it sends Ready, or Unfit, when its imports are done.
 
         Raises:
             LaunchError: the interpreter is not there, or the socket's path is too long.
         """
-        server = cls(lane.name, folder / socket_name(lane.name), **callbacks)
+        server = cls(environment.name, folder / socket_name(environment.name), **callbacks)
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener, open(log, "ab") as output:
             try:
                 listener.bind(str(server.path))
@@ -107,15 +106,21 @@ class Server:
             options = Options(
                 socket=str(server.path),
                 fd=listener.fileno(),
-                preload=lane.preload,
-                canary=lane.canary,
-                rehearsal=lane.rehearsal,
+                preload=environment.preload,
+                canary=environment.canary,
+                rehearsal=environment.rehearsal,
                 adoption_timeout_s=adoption_timeout_s,
                 cgroup=None if cgroup is None else str(cgroup),
                 made_of=made_of,
             )
             # -P: the folder we were started in is no place to import from; tasks may write there
-            command = [lane.python, "-P", "-m", "flowmesh.processes.forkserver", msgspec.json.encode(options).decode()]
+            command = [
+                environment.python,
+                "-P",
+                "-m",
+                "flowmesh.processes.forkserver",
+                msgspec.json.encode(options).decode(),
+            ]
             try:
                 process = subprocess.Popen(
                     command,
@@ -128,16 +133,16 @@ class Server:
                 )
             except OSError as error:
                 server.path.unlink()
-                message = f"environment {lane.name}: cannot start {lane.python}: {error.strerror}"
+                message = f"environment {environment.name}: cannot start {environment.python}: {error.strerror}"
                 raise LaunchError(message) from error
-        process.returncode = 0  # its end is collected by the supervisor's reaper, not by this object
+        process.returncode = 0  # the supervisor's SIGCHLD handler reaps it, not this object
         server.pid = process.pid
         server._connect()
         return server
 
     @classmethod
     def adopt(cls, path: Path, **callbacks: Callable[..., None]) -> Server | None:
-        """Connect to one that an earlier supervisor left, or None where nobody answers at `path` any more."""
+        """Connect to a server that an earlier supervisor left; None if nothing listens at `path` any more."""
         server = cls(path.stem.rpartition("-")[0], path, **callbacks)
         try:
             server._connect()
@@ -159,7 +164,7 @@ class Server:
         self._loop.add_reader(sock, self._readable)
 
     def close(self) -> None:
-        """Let go of it; it keeps its tasks and waits for the next supervisor."""
+        """Disconnect; the server keeps its tasks and waits for the next supervisor."""
         if self._sock is not None:
             self._loop.remove_reader(self._sock)
             self._loop.remove_writer(self._sock)
@@ -175,17 +180,15 @@ class Server:
 
     @property
     def serves(self) -> bool:
-        """Whether it takes tasks: it is ready, and not to end with those that it has."""
+        """Whether it takes new tasks: ready, and not retiring."""
         return self.state is ServerState.READY
 
     def is_stale(self) -> bool:
-        """Whether packages of its environment were changed after it imported them."""
+        """Whether installed packages changed after it imported them."""
         return self.ready is not None and self.ready.stamp != preload.stamp(self.ready.packages)
 
-    # ---- talk --------------------------------------------------------------------------------------------------------
-
     def send(self, request: Request) -> None:
-        """Say something, in order and without waiting.
+        """Send a request, in order and without waiting.
 
         Raises:
             LaunchError: the message is larger than one may be, or the server is gone.
@@ -226,7 +229,7 @@ class Server:
         try:
             reply = reply_decoder.decode(data)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            logger.bind(server=self.id).warning("not understood: {}", error)
+            logger.bind(server=self.id).warning("malformed message from the fork server: {}", error)
             for fd in fds:
                 os.close(fd)
             return
@@ -239,7 +242,6 @@ class Server:
                 if not self.answered.done():
                     self.answered.set_result(reply)
             case Unfit():
-                self.unfit = reply
                 if not self.answered.done():
                     self.answered.set_result(reply)
         self._on_reply(self, reply, Pipe(socket.socket(fileno=fds[0])) if fds else None)
@@ -251,8 +253,10 @@ class Server:
         self.close()
         self.path.unlink(missing_ok=True)
         if not self.answered.done():
-            self.answered.set_exception(LaunchError(f"environment {self.lane}: its fork server ended while it started"))
-            self.answered.exception()  # whether anybody waits for it is not this object's business
+            self.answered.set_exception(
+                LaunchError(f"environment {self.environment}: its fork server ended while it started")
+            )
+            self.answered.exception()  # retrieved, so that asyncio does not warn if nobody awaits it
         self._on_ended(self)
 
     async def gone(self, timeout_s: float) -> bool:

@@ -1,4 +1,4 @@
-"""From settings to what the node offers and the fork servers it needs: environments, interpreters, preloads."""
+"""From settings to the task types that the node offers, and the environments whose fork servers run them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 from flowmesh.config import Settings
 from flowmesh.errors import ConfigError, FieldError
-from flowmesh.processes.server_client import Lane
+from flowmesh.processes.server_client import Environment
 from flowmesh.tasks.types import DEFAULT, DELIVERY, LIGHT, Catalogue, TaskType, catalogue, known_types
 
 CANARY = "runners.canary:check"
@@ -16,10 +16,10 @@ DELIVERS = ("flowmesh.results.child",)
 
 
 def task_types(settings: Settings) -> dict[str, TaskType]:
-    """All task types, whether or not their libraries are here.
+    """All task types, whether or not their libraries are installed.
 
     Raises:
-        ConfigError: one cannot be what the file says.
+        ConfigError: the settings of one are not valid.
     """
     try:
         return known_types(settings)
@@ -27,17 +27,17 @@ def task_types(settings: Settings) -> dict[str, TaskType]:
         raise ConfigError(str(error)) from None
 
 
-def plan(settings: Settings) -> tuple[Catalogue, dict[str, Lane]]:
-    """The task types that can be offered, and the lane of each environment.
+def plan(settings: Settings) -> tuple[Catalogue, dict[str, Environment]]:
+    """The task types that can be offered, and all environments.
 
     Raises:
-        ConfigError: a task type cannot be what the file says.
+        ConfigError: the settings of a task type are not valid.
     """
     types = task_types(settings)
     interpreters: dict[str, str | None] = {LIGHT: None, DEFAULT: None}
     interpreters |= {name: each.python for name, each in settings.environments.items()}
     found = catalogue(types, interpreters)
-    lanes = {}
+    environments = {}
     for name, python in interpreters.items():
         preload = list(ALWAYS)
         for each in found.offered.values():
@@ -45,12 +45,12 @@ def plan(settings: Settings) -> tuple[Catalogue, dict[str, Lane]]:
                 preload += each.preload
         if (own := settings.environments.get(name)) is not None:
             preload += own.preload
-        lanes[name] = Lane(
+        environments[name] = Environment(
             name=name,
             python=python or sys.executable,
             preload=tuple(dict.fromkeys(preload)),
             canary=None if name == LIGHT else CANARY,
             rehearsal=REHEARSAL,
         )
-    lanes[DELIVERY] = Lane(name=DELIVERY, python=sys.executable, preload=DELIVERS, contained=False)
-    return found, lanes
+    environments[DELIVERY] = Environment(name=DELIVERY, python=sys.executable, preload=DELIVERS, contained=False)
+    return found, environments

@@ -21,7 +21,8 @@ import pytest
 from flowmesh.config import Settings
 from flowmesh.execution.admission import accept
 from flowmesh.execution.housekeeping.task_logs import bound_logs, finish_logs, log_tail
-from flowmesh.execution.layout import Layout, Owner, prepare
+from flowmesh.execution.launch.preparation import prepare
+from flowmesh.execution.layout import Layout, Owner
 from flowmesh.execution.run import Run
 from flowmesh.node.slots import Slot, SlotPlan
 from flowmesh.processes.child_main import Start, run

@@ -127,7 +127,7 @@ def test_p7_what_was_dispatched_while_the_supervisor_was_restarted_is_queued_aga
     assert orchestrator.run("w1", {"taskType": "echo"})["type"] == "TASK_SUCCEEDED"
     registrations = [kind for kind in orchestrator.told if kind in ("REGISTER", "UNREGISTER")]
     assert registrations[-2:] == ["UNREGISTER", "REGISTER"]  # after a farewell there is nothing to heal
-    assert "announcing anew" not in node.text().rpartition("unregistered")[2]
+    assert "announced again" not in node.text().rpartition("unregistered")[2]
 
 
 REFUSALS = {

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flowmesh.execution.launch import boot_clock
+from flowmesh.execution import boot_clock
 from tests.clock_shim import Clock, compiler
 from tests.support import ROOT
 
@@ -37,7 +37,7 @@ def test_a_clock_that_was_set_is_in_doubt_and_a_step_of_ntp_is_not(tmp_path: Pat
     """In a process of its own, whose clock is set between two looks at it."""
     watch = Clock(tmp_path / "clock")
     program = (
-        "import sys, time\nfrom flowmesh.execution.launch.boot_clock import SteadyClock\nsteady = SteadyClock()\n"
+        "import sys, time\nfrom flowmesh.execution.boot_clock import SteadyClock\nsteady = SteadyClock()\n"
         "for line in sys.stdin:\n    print(time.time() - steady.now().timestamp(), flush=True)\n"
     )
     process = subprocess.Popen(

@@ -1,7 +1,7 @@
 """What a running task's process tree has used so far, read from its cgroup or from /proc. Called in a thread.
 
-The kernel's own word at the end covers the first process and those that it waited for; what a task killed or left
-behind is only seen while it lives.
+At the end the kernel reports the usage of the first process and of the children that it waited for. What other
+processes of the task used can only be read while they live.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class TreeUse(msgspec.Struct, frozen=True, kw_only=True):
-    """Null: this system does not tell."""
+    """None: this system does not report it."""
 
     cpu_s: float | None = None
     peak_rss_bytes: int | None = None
@@ -27,7 +27,7 @@ class TreeUse(msgspec.Struct, frozen=True, kw_only=True):
     written_bytes: int | None = None
 
     def most(self, other: TreeUse) -> TreeUse:
-        """Both, the larger number of each: what has been counted once does not become less."""
+        """The larger of each number: what was counted once never becomes less."""
         pairs = {name: (getattr(self, name), getattr(other, name)) for name in self.__struct_fields__}
         known = {name: [each for each in pair if each is not None] for name, pair in pairs.items()}
         return TreeUse(**{name: max(each) for name, each in known.items() if each})

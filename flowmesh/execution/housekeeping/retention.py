@@ -1,7 +1,7 @@
 """Removes the oldest results where `results.keep_days` or `results.keep_bytes` say so.
 
-Only folders below RESULTS_DIR of tasks that the journal knows as finished; never those of a task that is here, or whose
-results have not been delivered.
+Only folders below RESULTS_DIR of tasks that the journal has as finished; never those of a task that the node has now,
+or whose results have not been delivered.
 """
 
 from __future__ import annotations
@@ -10,25 +10,26 @@ import asyncio
 import datetime
 import os
 import secrets
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 from loguru import logger
 
-from flowmesh.execution import layout as files
-from flowmesh.execution.launch.boot_clock import SteadyClock
-from flowmesh.tasks.journal import Finished
+from flowmesh.config import ResultsSettings
+from flowmesh.errors import FlowMeshError
+from flowmesh.execution.boot_clock import SteadyClock
+from flowmesh.execution.housekeeping.removal import remove_tree
+from flowmesh.tasks.journal import Finished, Journal
 from flowmesh.tasks.verdicts import Kind
 
-if TYPE_CHECKING:
-    from flowmesh.execution.executor import Executor
-
+FIRST_AFTER_S = 1.0
+INTERVAL_S = 60.0
 _ASIDE = ".removed-"  # no task's id begins like this
 
 
 class Kept(msgspec.Struct, frozen=True, kw_only=True):
-    """A finished task's folder, or that of a task that was merged into it."""
+    """The results of a finished task, or of a task that was merged into it."""
 
     attempt: int = 0
     task_id: str
@@ -38,40 +39,57 @@ class Kept(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Retention:
-    def __init__(self, executor: Executor) -> None:
-        self._executor = executor
-        self._settings = executor.settings.results
+    """
+    Args:
+        in_use: the results folders of tasks that the node has now.
+    """
+
+    def __init__(
+        self, *, settings: ResultsSettings, results_dir: Path, journal: Journal, in_use: Callable[[], set[Path]]
+    ) -> None:
+        self._settings = settings
+        self._results_dir = results_dir
+        self._journal = journal
+        self._in_use = in_use
         self._sizes: dict[tuple[str, str], int] = {}
-        """By folder and end: what is finished does not grow."""
+        """By folder and time of its end: the size of finished results does not change."""
         self._clock = SteadyClock()
+
+    async def run(self) -> None:
+        """One round each INTERVAL_S, until cancelled. An error is logged; the next round tries again."""
+        await asyncio.sleep(FIRST_AFTER_S)
+        while True:
+            try:
+                if self._settings.keep_days is None and self._settings.keep_bytes is None:
+                    self._journal.forget()
+                else:
+                    await self.sweep()
+            except (FlowMeshError, OSError) as error:
+                logger.warning("old results were not removed: {}", error)
+            await asyncio.sleep(INTERVAL_S)
 
     async def sweep(self) -> list[Kept]:
         """One round; returns what was removed, oldest first."""
-        settings, layout, journal = self._settings, self._executor.layout, self._executor.journal
-        finished = journal.finished()
-        kept = await asyncio.to_thread(self._look, finished, self._in_use(), layout.results_dir)
+        settings, results_dir = self._settings, self._results_dir
+        finished = self._journal.finished()
+        kept = await asyncio.to_thread(self._look, finished, self._in_use(), results_dir)
         removed = []
         for each in choose(kept, settings.keep_days, settings.keep_bytes, self._clock.now()):
-            if _touches(each.folder, self._in_use()):  # it came again meanwhile
+            if _touches(each.folder, self._in_use()):  # a new attempt at it was accepted meanwhile
                 continue
-            await asyncio.to_thread(files.remove_tree, _set_aside(each.folder, layout.results_dir))
+            await asyncio.to_thread(remove_tree, _set_aside(each.folder, results_dir))
             facts = {"path": str(each.folder), "bytes": each.size_bytes, "finished_at": each.finished_at.isoformat()}
             logger.bind(task=each.task_id, **facts).info("old results removed")
             removed.append(each)
         still = {each.attempt for each in set(kept) - set(removed)}
-        journal.forget(each.attempt for each in finished if each.attempt not in still)
+        self._journal.forget(each.attempt for each in finished if each.attempt not in still)
         return removed
-
-    def _in_use(self) -> set[Path]:
-        """Folders of the tasks that are here, with their merged children's."""
-        runs = self._executor.runs.values()
-        return {Path(each.out_dir) for run in runs for each in (run.accepted.target, *run.accepted.children)}
 
     def _look(self, finished: list[Finished], in_use: set[Path], results_dir: Path) -> list[Kept]:
         """In a thread: the folders that are there and may go. Of several attempts at a task the last one counts."""
         results_dir = results_dir.resolve()  # as the tasks' folders are
-        for left in results_dir.glob(f"{_ASIDE}*"):  # by a node that was killed over it
-            files.remove_tree(left)
+        for left in results_dir.glob(f"{_ASIDE}*"):  # by a node that was killed while it removed it
+            remove_tree(left)
         last = {out_dir: each for each in finished for out_dir in (each.out_dir, *each.child_dirs)}
         kinds = {out_dir: each.task.verdict.kind for out_dir, each in last.items() if each.task.verdict is not None}
         protected = in_use | {Path(out_dir) for out_dir, kind in kinds.items() if kind is Kind.DELIVERY_FAILED}
@@ -98,7 +116,7 @@ class Retention:
 
 
 def choose(kept: list[Kept], keep_days: float | None, keep_bytes: int | None, now: datetime.datetime) -> list[Kept]:
-    """Which are to go: the too old ones, and then the oldest until the rest is small enough. Pure."""
+    """Which results to remove: those older than `keep_days`, then the oldest until the rest is within `keep_bytes`."""
     ordered = sorted(kept, key=lambda each: each.finished_at)
     left_bytes = sum(each.size_bytes for each in ordered)
     chosen = []
@@ -112,11 +130,11 @@ def choose(kept: list[Kept], keep_days: float | None, keep_bytes: int | None, no
 
 
 def _set_aside(folder: Path, results_dir: Path) -> Path:
-    """In one step, on the loop: a task that comes again from now on has a folder of its own, whole."""
+    """Rename it, on the loop: a new attempt at the task that is accepted from now on has its own, whole folder."""
     aside = results_dir / f"{_ASIDE}{secrets.token_hex(8)}"
     try:
         folder.rename(aside)
-    except OSError:  # a disk of its own
+    except OSError:  # it is a mount point
         return folder
     return aside
 
@@ -127,7 +145,7 @@ def _touches(folder: Path, others: set[Path]) -> bool:
 
 
 def _size_bytes(folder: Path) -> int:
-    """What it takes on its disk."""
+    """The disk space that a folder takes."""
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:

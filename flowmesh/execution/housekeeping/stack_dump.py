@@ -1,9 +1,9 @@
-"""What a task that hangs is doing: the stacks of every process of it, gathered in its logs/stacks.txt.
+"""The stacks of every process of a hung task, written to its logs/stacks.txt.
 
-The kernel's view is there of each process. A process of Python adds its own stacks to its log, by faulthandler: our
-children and their forks at a signal of ours. An interpreter that something else started (vLLM's engine, a data loader)
-has no such handler, but PYTHONFAULTHANDLER of `environ.for_task`: it tells where it is when it aborts, so it is asked
-last, when the task is to end anyhow.
+For each process there is the kernel's view. Python processes add their stacks by faulthandler: the node's children and
+their forks on SIGUSR1. Interpreters that something else started (vLLM's engine, a data loader) have no such handler,
+but PYTHONFAULTHANDLER from `environ.for_task`: they print their stacks when they abort, so they are asked last, when
+the task is to be stopped anyway.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from flowmesh.results.files import write_in
 
 FILE = "stacks.txt"
 MOST_PROCESSES = 256
-"""Of a crowd of forks, the first tell enough."""
+"""A fork bomb's first processes are enough."""
 MOST_BYTES = 64 * 1024
-"""Of what one process says of itself."""
+"""Of what one process prints."""
 ANSWER_S = 0.3
 ALL_ANSWERS_S = 5.0
 _POLL_S = 0.005
 
 
-class Stacks:
+class StackDump:
     """The stacks of one task."""
 
     def __init__(self, pid: int, out_dir: Path) -> None:
@@ -43,28 +43,28 @@ class Stacks:
         self._silent: list[int] = []
 
     def save(self) -> None:
-        """Of all of it, disturbing none."""
+        """Of all processes; none of them is ended."""
         deadline = time.monotonic() + ALL_ANSWERS_S
         pids = (self._first, *tree.descendants(self._first))
         for pid in pids[:MOST_PROCESSES]:
-            asked = _catches(pid, signal.SIGUSR1)  # it would end a process without a handler
+            asked = _catches(pid, signal.SIGUSR1)  # without a handler it would end the process
             told = _answer(pid, (signal.SIGUSR1,), deadline) if asked else ""
             if not told:
                 self._silent.append(pid)
             self._parts.append(_describe(pid) + told)
         if len(pids) > MOST_PROCESSES:
-            self._parts.append(f"and {len(pids) - MOST_PROCESSES} processes more\n")
+            self._parts.append(f"and {len(pids) - MOST_PROCESSES} more processes\n")
         self._write()
 
     def save_last_words(self) -> None:
-        """Of those that said nothing so far, by ending them: the first process excepted, whose end is the task's."""
+        """Abort the processes that printed nothing so far; not the first one, whose end is the task's."""
         deadline = time.monotonic() + ALL_ANSWERS_S
         for pid in self._silent:
-            signals: tuple[int, ...] = (signal.SIGCONT,)  # one that was stopped has the question still before it
+            signals: tuple[int, ...] = (signal.SIGCONT,)  # a stopped process has SIGUSR1 still pending
             if pid != self._first and _catches(pid, signal.SIGABRT):
                 signals = (signal.SIGABRT, signal.SIGCONT)
             if told := _answer(pid, signals, deadline):
-                self._parts.append(f"pid {pid}, when it was ended:\n{told}")
+                self._parts.append(f"pid {pid}, when it was aborted:\n{told}")
         self._write()
 
     def _write(self) -> None:
@@ -72,11 +72,11 @@ class Stacks:
         try:
             write_in(logs, FILE, "\n".join(self._parts).encode())
         except OSError as error:
-            logger.bind(path=str(logs / FILE)).warning("a hung task's stacks could not be saved: {}", error)
+            logger.bind(path=str(logs / FILE)).warning("the stacks of a hung task could not be saved: {}", error)
 
 
 def _answer(pid: int, signals: tuple[int, ...], deadline: float) -> str:
-    """What a process adds to its error output after these signals; empty where that is no file, or it adds nothing."""
+    """What a process appends to its stderr file after these signals; empty if stderr is no file."""
     log = _open_log(pid)
     before = 0 if log is None else os.fstat(log).st_size
     for number in signals:
@@ -102,7 +102,7 @@ def _open_log(pid: int) -> int | None:
 
 
 def _wait_grown(log: int, before: int, end: float) -> None:
-    """Until it has grown and grows no more."""
+    """Wait until the file has grown and grows no more."""
     seen = before
     while time.monotonic() < end:
         time.sleep(_POLL_S)

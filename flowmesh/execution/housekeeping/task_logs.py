@@ -1,7 +1,7 @@
 """A task's logs: bounded while it runs, folded when it has ended, and read for its verdict.
 
-A task may put a link or a pipe in place of any of them, at any time, and the node may be root: each folder and each
-file is opened where it really lies, once, and then only its descriptor is used.
+A task can replace any of them by a link or a pipe at any time, and the node may be root. So each folder and file is
+opened once, without following links, and then used by its descriptor only.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from flowmesh.results.files import open_regular
 KEPT_OF_LOG = 4
 """A log that grew too large keeps its last quarter."""
 MAX_FOLDED_BYTES = 8 * 1024**2
-"""A larger log keeps what progress bars wrote over themselves: folding it would take as much memory."""
+"""A larger log is not folded: that would take as much memory."""
 TAIL_BYTES = 64 * 1024
-MOST_TOLD = 10
-"""Of a round's troubles: a task can make as many as it likes."""
+MOST_LOGGED = 10
+"""Of a round's errors: a task can cause any number."""
 _APPEND = os.O_RDWR | os.O_APPEND
 
 
 def log_files(logs: Path, troubles: dict[Path, OSError]) -> Iterator[tuple[int, Path]]:
-    """Every log below a task's `logs`, with a descriptor of the folder that it is in.
+    """Every log file below a task's `logs`, with a descriptor of its folder.
 
     Args:
-        troubles: gets the folders that cannot be looked at, and why.
+        troubles: gets the folders that cannot be read, and why.
     """
     open_ = [logs]
     while open_:
@@ -57,10 +57,10 @@ def log_files(logs: Path, troubles: dict[Path, OSError]) -> Iterator[tuple[int, 
 
 
 def bound_logs(folders: list[Path], limit_bytes: int) -> dict[Path, OSError]:
-    """Cut each log file over the limit down to its end. What is written meanwhile may be lost with the middle.
+    """Cut each log file that is over the limit down to its last part. Lines written meanwhile may be lost.
 
     Returns:
-        what could not be looked after, and why: a folder is the task's, and may be unreadable.
+        files and folders that could not be bounded, and why: a task can make them unreadable.
     """
     troubles: dict[Path, OSError] = {}
     for logs in folders:
@@ -68,7 +68,7 @@ def bound_logs(folders: list[Path], limit_bytes: int) -> dict[Path, OSError]:
             try:
                 if os.stat(path.name, dir_fd=folder, follow_symlinks=False).st_size > limit_bytes:
                     _cut(folder, path.name, limit_bytes)
-            except FileNotFoundError:  # gone since
+            except FileNotFoundError:  # removed meanwhile
                 continue
             except OSError as error:
                 troubles[path] = error
@@ -78,17 +78,17 @@ def bound_logs(folders: list[Path], limit_bytes: int) -> dict[Path, OSError]:
 def _cut(folder: int, name: str, limit_bytes: int) -> None:
     with open(open_regular(name, _APPEND, folder=folder), "a+b") as file:
         size, kept_bytes = file.seek(0, os.SEEK_END), limit_bytes // KEPT_OF_LOG
-        if size <= limit_bytes:  # another one by now
+        if size <= limit_bytes:  # replaced meanwhile
             return
         file.seek(size - kept_bytes)
         tail = file.read(kept_bytes)
         file.truncate(0)
-        # at the end, wherever that is by now: the task appends too, and its next line comes after ours
+        # appended: the task appends too, and its next line comes after these
         file.write(f"[flowmesh: {size - kept_bytes} bytes of this log were dropped here]\n".encode() + tail)
 
 
 def finish_logs(out_dir: Path, *, keep: bool) -> None:
-    """Fold what progress bars wrote over themselves; drop the logs of a task that did not want them kept."""
+    """Drop the parts of lines that progress bars overwrote; without `keep`, remove the logs."""
     troubles: dict[Path, OSError] = {}
     for folder, path in log_files(out_dir / "logs", troubles):
         try:
@@ -98,7 +98,7 @@ def finish_logs(out_dir: Path, *, keep: bool) -> None:
                 _fold(folder, path.name)
         except OSError as error:
             troubles[path] = error
-    tell_troubles(troubles)
+    log_troubles(troubles)
 
 
 def _fold(folder: int, name: str) -> None:
@@ -110,12 +110,12 @@ def _fold(folder: int, name: str) -> None:
             file.write(b"\n".join(line.rstrip(b"\r").rsplit(b"\r", 1)[-1] for line in data.split(b"\n")))
 
 
-def tell_troubles(troubles: Mapping[Path, OSError]) -> None:
-    """Warn of logs that could not be looked after: the task itself ends as it would."""
-    for path, error in itertools.islice(troubles.items(), MOST_TOLD):
-        logger.bind(path=str(path)).warning("a task's logs could not be looked after: {}", error.strerror or error)
-    if len(troubles) > MOST_TOLD:
-        logger.warning("{} more logs could not be looked after", len(troubles) - MOST_TOLD)
+def log_troubles(troubles: Mapping[Path, OSError]) -> None:
+    """Warn of logs that could not be bounded or folded; the task is not affected."""
+    for path, error in itertools.islice(troubles.items(), MOST_LOGGED):
+        logger.bind(path=str(path)).warning("a task's log could not be bounded or folded: {}", error.strerror or error)
+    if len(troubles) > MOST_LOGGED:
+        logger.warning("{} more logs could not be bounded or folded", len(troubles) - MOST_LOGGED)
 
 
 def log_tail(out_dir: Path, limit_bytes: int = TAIL_BYTES) -> str:
@@ -140,5 +140,5 @@ def _tail(folder: int, name: str, limit_bytes: int) -> str:
         with open(open_regular(name, folder=folder), "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - limit_bytes))
             return file.read(limit_bytes).decode("utf-8", "replace")
-    except OSError:  # none, or a link of the task's to what is not its own
+    except OSError:  # there is none, or a link
         return ""

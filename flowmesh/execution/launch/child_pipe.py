@@ -1,4 +1,4 @@
-"""The node's ends of running tasks' pipes: what is said to a child, and what it says."""
+"""The node's ends of running tasks' pipes: cancel frames out; phases and progress in."""
 
 from __future__ import annotations
 
@@ -7,32 +7,34 @@ import time
 
 from loguru import logger
 
-from flowmesh.execution.run import MAX_BAD_FRAMES, Run, progress_event
+from flowmesh.execution.run import Run, progress_event
 from flowmesh.processes.pipe import Cancel, FrameError, Hello, Phase, Pipe, Progress
 
 FRAMES_A_TURN = 512
-"""More than a pipe holds; a child that writes as fast as we read does not keep the loop."""
+"""More than a pipe holds; a child that writes as fast as the node reads must not block the loop."""
+MAX_BAD_FRAMES = 20
+"""After so many malformed frames a child's pipe is closed."""
 
 
-class Hearing:
-    """On the loop. Whatever a child writes cannot hurt more than its own task."""
+class ChildPipes:
+    """Used on the loop only. Whatever a child writes affects its own task only."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
 
     def open(self, run: Run, pipe: Pipe) -> None:
-        """Listen to a child from now on."""
+        """Read the child's frames from now on."""
         run.pipe = pipe
         self._loop.add_reader(pipe.fileno(), self.read, run)
 
-    def say(self, run: Run, frame: Cancel) -> None:
-        """Where it does not get through, the grace that runs meanwhile leads to stronger words."""
+    def send(self, run: Run, frame: Cancel) -> None:
+        """Best effort: if the frame is lost, the grace timer escalates to SIGTERM."""
         if run.pipe is None:
             return
         try:
             run.pipe.send(frame, drop=True)
         except (OSError, FrameError) as error:
-            logger.bind(task=run.task_id).debug("not said: {}", error)
+            logger.bind(task=run.task_id).debug("cancel frame not sent: {}", error)
 
     def read(self, run: Run) -> None:
         """Take in all frames that wait."""
@@ -57,13 +59,12 @@ class Hearing:
         except FrameError as error:
             run.bad_frames += 1
             if run.bad_frames == 1:
-                logger.bind(task=run.task_id).warning("its child writes garbage into the pipe: {}", error)
+                logger.bind(task=run.task_id).warning("malformed frame from the task's child: {}", error)
             if run.bad_frames >= MAX_BAD_FRAMES:
-                logger.bind(task=run.task_id).warning("its pipe is closed: too much garbage")
+                logger.bind(task=run.task_id).warning("pipe closed after {} malformed frames", run.bad_frames)
                 self.close(run)
 
     def close(self, run: Run) -> None:
-        """Listen no more."""
         if run.pipe is not None:
             self._loop.remove_reader(run.pipe.fileno())
             run.pipe.close()
