@@ -1,4 +1,4 @@
-"""What a fork server has of its children: the one that waits for its task, and those that have theirs."""
+"""What a fork server knows of a child: before it has a task (Spare), and afterwards (Entry)."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ _LEAF_S = 1.0
 
 
 class Spare:
-    """A child forked ahead: in a session and a cgroup of its own, waiting to be told its task.
+    """A child forked ahead: it has its own session and cgroup, and waits for its task.
 
-    A task waits for neither then: the fork of a process with large libraries takes milliseconds, and the move into a
-    cgroup a grace period of the kernel's RCU (11 ms in the middle where it was measured, under 1 ms only right after
-    another move).
+    So no task waits for the fork of a process with large libraries (milliseconds), nor for the move into a cgroup,
+    which takes an RCU grace period of the kernel (measured: 11 ms median; under 1 ms only right after another move).
     """
 
     def __init__(self, pid: int, pipe: Pipe, orders: socket.socket, leaf: Leaf | None) -> None:
@@ -31,13 +30,13 @@ class Spare:
         self._orders = orders
 
     def take(self, request: Fork, data: bytes) -> Entry:
-        """Give it its task.
+        """Send it its task.
 
         Args:
             data: the request as a message.
 
         Raises:
-            OSError: it has died, or a limit cannot be set; it is of no use then.
+            OSError: it has died, or a limit cannot be set; it cannot be used then.
         """
         if self.leaf is not None:
             wants = request.limits
@@ -47,15 +46,15 @@ class Spare:
         return Entry(request.attempt, self.pid, self.pipe, self.leaf)
 
     def close(self) -> None:
-        """Let go of its descriptors, as another child does that has inherited them."""
+        """Close its descriptors, in another forked child."""
         self._orders.close()
         self.pipe.close()
 
     def discard(self, *, reaped: bool = False) -> None:
-        """End it. Bounded by a second.
+        """Kill it. Takes a second at most.
 
         Args:
-            reaped: it has ended and was waited for: its pid may be another process's by now.
+            reaped: it has ended and was waited for; its pid may belong to another process by now.
         """
         self.close()
         if not reaped:
@@ -82,7 +81,7 @@ class Entry:
         self.gone = False
 
     def note_kills(self) -> None:
-        """What the kernel has killed for memory so far, where it does not count for this child alone."""
+        """Note how many OOM kills there were so far, if the kernel does not count them for this child alone."""
         if self.leaf is None or self.leaf.oom_kills() is None:
             self.near_oom_kills = cgroup.oom_kills_near()
 

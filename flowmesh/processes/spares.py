@@ -1,4 +1,4 @@
-"""The children that a fork server has ahead of its tasks: how many, and when one more is forked."""
+"""The children that a fork server forks ahead of tasks: how many, and when the next one is forked."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from flowmesh.processes.child_record import Entry, Spare
 from flowmesh.processes.protocol import Fork
 
 MANY = 2
-"""With one alone, a task that follows the last at once would wait for the kernel."""
+"""With only one, a task that comes right after another would wait for the kernel."""
 QUIET_S = 0.003
-"""Without a word from anybody, before one is forked: what is going on wants the processors more."""
+"""One is forked after so long without an event: running tasks need the CPUs more."""
 QUIET_AT_LAST_S = 0.02
-"""It is forked then, quiet or not."""
+"""After so long it is forked whether or not there are events."""
 AGAIN_S = 1.0
-"""After one that could not be forked, or died while it waited: whatever that does, it may do to the next."""
+"""The pause after one that could not be forked, or died while it waited: the next one may do the same."""
 
 
-class Ahead:
+class Spares:
     def __init__(self, fork: Callable[[], Spare]) -> None:
         """
         Args:
-            fork: makes one, or raises OSError.
+            fork: forks one, or raises OSError.
         """
         self._fork = fork
         self._spares: deque[Spare] = deque()
@@ -37,11 +37,11 @@ class Ahead:
 
     @property
     def lacking(self) -> bool:
-        """Whether one is to be forked in the next quiet moment."""
+        """Whether another one is due."""
         return len(self._spares) < MANY and time.monotonic() >= self._again_at
 
     def look(self, *, quiet: bool) -> None:
-        """Fork one that is lacking, where this is the moment. Where it fails, the next task's own fork says why."""
+        """Fork one if it is time. An error is dropped here: the fork for the next task reports it."""
         if quiet or time.monotonic() > self._since + QUIET_AT_LAST_S:
             self._since = time.monotonic()
             try:
@@ -50,13 +50,13 @@ class Ahead:
                 self._again_at = time.monotonic() + AGAIN_S
 
     def hand_out(self, request: Fork, data: bytes) -> Entry:
-        """One of them gets the task; a new one where there is none, or where they died while they waited.
+        """Give the task to one of them, or to a new one if there is none or they have died.
 
         Args:
-            data: the request as it came, which goes on to the child as it is.
+            data: the request as it came, which the child gets as it is.
 
         Raises:
-            OSError: none will do.
+            OSError: none can be had.
         """
         self._since = time.monotonic()
         while self._spares:
@@ -73,18 +73,18 @@ class Ahead:
             raise
 
     def reaped(self, pid: int) -> None:
-        """A child of the server's has ended, perhaps one of these."""
+        """A child of the fork server was reaped; it may be one of these."""
         for spare in [spare for spare in self._spares if spare.pid == pid]:
             self._spares.remove(spare)
             spare.discard(reaped=True)
             self._again_at = time.monotonic() + AGAIN_S
 
     def drop(self) -> None:
-        """End them."""
+        """Kill them."""
         while self._spares:
             self._spares.popleft().discard()
 
     def close(self) -> None:
-        """Let go of their descriptors, in a child that has inherited them."""
+        """Close their descriptors, in a forked child."""
         for spare in self._spares:
             spare.close()

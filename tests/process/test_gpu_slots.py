@@ -74,7 +74,8 @@ def test_a_reload_that_names_a_gpu_that_there_is_not_leaves_the_node_as_it_is(
 ) -> None:
     node = gpu_node()
     task_id, pid = held(orchestrator, node)
-    said = "settings not reloaded, the node keeps its old ones: slots[0].gpus[0]: '7' matches no GPU; this node has: 0 GPU-aaaa"
+    kept = "settings not reloaded, the node keeps its old ones"
+    said = f"{kept}: slots[0].gpus[0]: '7' matches no GPU; this node has: 0 GPU-aaaa"
     (node.home / "node.toml").write_text(CONFIG + "[[slots]]\nname = 'a'\ngpus = [7]\n")
     for count, number in enumerate((signal.SIGHUP, signal.SIGUSR2), 1):
         os.kill(node.pid, number)
