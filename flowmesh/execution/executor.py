@@ -45,9 +45,10 @@ from flowmesh.node.health import GpuHealth
 from flowmesh.node.nvml import Nvml
 from flowmesh.node.power import PowerMeter
 from flowmesh.node.slots import Slot
+from flowmesh.processes.child_owner import ChildOwner
 from flowmesh.processes.helper import Helpers
 from flowmesh.processes.pipe import Cancel
-from flowmesh.processes.server_pool import ChildOwner, ServerPool
+from flowmesh.processes.server_pool import ServerPool
 from flowmesh.tasks import machine
 from flowmesh.tasks.journal import Journal, JournalError
 from flowmesh.tasks.machine import State, step
