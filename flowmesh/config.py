@@ -16,7 +16,8 @@ from msgspec import Meta
 
 from flowmesh.errors import ConfigError, FieldError
 from flowmesh.messages.checking import convert
-from flowmesh.messages.wording import HIDDEN, dotted, quoted, redact_url
+from flowmesh.messages.wording import dotted, quoted
+from flowmesh.redaction import HIDDEN, redact_url
 from flowmesh.settings_checks import first_fault
 from flowmesh.settings_sources import DEFAULT, VARIABLES, Layers, Sections, read_toml
 from flowmesh.settings_types import (
@@ -47,7 +48,6 @@ __all__ = [
     "describe",
     "load",
     "log_file",
-    "redact_url",
     "results_dir",
     "state_dir",
 ]

@@ -20,9 +20,10 @@ from flowmesh import config
 from flowmesh.cli import doctor_machine, locate, render
 from flowmesh.cli.control import Control
 from flowmesh.cli.findings import Finding, Level
-from flowmesh.config import Settings, redact_url
+from flowmesh.config import Settings
 from flowmesh.errors import EXIT_FAILURE, EXIT_OK, ConfigError, FlowMeshError, UnavailableError
 from flowmesh.execution import lanes
+from flowmesh.redaction import redact_url
 from flowmesh.tasks.types import DELIVERY, PROBE_TIMEOUT_S
 
 _COLOURS = {Level.OK: "green", Level.NOTE: "blue", Level.WARN: "yellow", Level.BROKEN: "red"}

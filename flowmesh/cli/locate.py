@@ -17,7 +17,7 @@ from flowmesh import config
 from flowmesh.config import Settings
 from flowmesh.errors import ConfigError, UnavailableError
 from flowmesh.messages.sentinel import is_sentinel, sentinel_address
-from flowmesh.messages.wording import redact_url
+from flowmesh.redaction import redact_url
 
 if TYPE_CHECKING:
     import redis

@@ -17,9 +17,10 @@ import msgspec
 from msgspec import inspect
 
 from flowmesh.errors import FieldError
-from flowmesh.messages.wording import Path, dotted, expected, found, is_secret, nearest, redact_url
+from flowmesh.messages.wording import Path, dotted, expected, found, nearest
+from flowmesh.redaction import is_secret
 
-__all__ = ["FieldError", "convert", "nearest", "redact_url"]
+__all__ = ["FieldError", "convert", "nearest"]
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from msgspec import inspect
 
-HIDDEN = "***"
+from flowmesh.redaction import redact_url
 
 Step = str | int
 Path = tuple[Step, ...]
@@ -18,11 +18,6 @@ Path = tuple[Step, ...]
 _BARE = re.compile(r"[A-Za-z0-9_$-]+", re.ASCII)
 _SHOWN = 80
 _ESCAPES = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
-_SECRET_NAME = re.compile(
-    r"(?i)(^|[_-])(token|password|passwd|secret|authorization|api[_-]?key|credentials?|headers)$|(apikey|Token|Secret|Password)$"
-)
-_SECRET_QUERY = re.compile(r"(?i)([?&][^=&#]*(?:password|passwd|token|secret|key|sig|signature|credential)=)[^&#]*")
-_CLEAN_AUTHORITY = re.compile(r"(?:[\w.-]+|\[[0-9A-Fa-f:.%]+\])(?::\d{1,5})?", re.ASCII)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -66,28 +61,6 @@ def dotted(where: str, path: Path) -> str:
             name = step if _BARE.fullmatch(step) and len(step) <= _SHOWN else quoted(step)
             text = f"{text}.{name}" if text else name
     return text
-
-
-def is_secret(path: Path) -> bool:
-    """Whether what stands at `path` is, by its name, not for an error message."""
-    return bool(path) and isinstance(path[-1], str) and _SECRET_NAME.search(path[-1]) is not None
-
-
-def redact_url(url: str) -> str:
-    """`url` without its password, its tokens, and whatever could be a part of one that was not escaped."""
-    scheme, separator, rest = url.partition("://")
-    if not separator:
-        return HIDDEN
-    authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
-    clean = _CLEAN_AUTHORITY.fullmatch(authority) is not None
-    # A password with a bare "/" or "#" moves its "@" behind the authority. HTTP paths may hold an "@" of their own.
-    if "@" in rest and not (clean and scheme.lower() in {"http", "https"}):
-        secret, _, rest = rest.rpartition("@")
-        user, colon, _ = secret.partition(":")
-        rest = f"{user if colon else ''}{colon}{HIDDEN}@{rest}"
-    elif authority and not clean and not re.fullmatch(r":\d{1,5}", authority):
-        rest = HIDDEN
-    return f"{scheme}://" + _SECRET_QUERY.sub(rf"\g<1>{HIDDEN}", rest)
 
 
 def found(value: Any, *, secret: bool = False) -> str:

@@ -16,7 +16,7 @@ import redis
 from flowmesh.bus.connection import connect
 from flowmesh.config import load
 from flowmesh.messages.sentinel import SentinelAddress, sentinel_address
-from flowmesh.messages.wording import redact_url
+from flowmesh.redaction import redact_url
 from tests.support import ROOT, Node, Orchestrator, RedisServer, end_process, running, until
 
 RIGHTS = (

@@ -21,7 +21,16 @@ LAYERS = {
     "results": {"processes"},
     "execution": {"bus", "tasks", "processes", "node", "results", "control"},
 }
-COMMON = {"errors", "config", "messages", "settings_checks", "settings_sources", "settings_types", "__init__"}
+COMMON = {
+    "errors",
+    "config",
+    "messages",
+    "redaction",
+    "settings_checks",
+    "settings_sources",
+    "settings_types",
+    "__init__",
+}
 
 
 def imports(path: Path) -> set[str]:
@@ -67,7 +76,7 @@ def test_runners_use_only_messages_and_the_pipe() -> None:
     for path in files("runners"):
         for name in imports(path):
             if name.split(".")[0] == "flowmesh":
-                allowed = ("flowmesh.messages", "flowmesh.processes.pipe", "flowmesh.processes")
+                allowed = ("flowmesh.messages", "flowmesh.redaction", "flowmesh.processes.pipe", "flowmesh.processes")
                 assert name.startswith(allowed), f"{path.relative_to(ROOT)} imports {name}"
                 if name.startswith("flowmesh.processes."):
                     assert name.startswith("flowmesh.processes.pipe"), f"{path.relative_to(ROOT)} imports {name}"
