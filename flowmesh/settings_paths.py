@@ -1,0 +1,53 @@
+"""The folders and files that settings name, as absolute paths."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from flowmesh.errors import ConfigError
+from flowmesh.messages.wording import quoted
+from flowmesh.settings_schema import Settings
+
+
+def results_dir(settings: Settings) -> Path:
+    """The root of all outputs, absolute."""
+    return _absolute(settings.results.dir, "results.dir")
+
+
+def log_file(settings: Settings) -> Path | None:
+    """The node's own log, absolute; None: no file."""
+    return None if settings.node.log_file is None else _absolute(settings.node.log_file, "node.log_file")
+
+
+def state_dir(settings: Settings, environ: Mapping[str, str], *, euid: int | None = None) -> Path:
+    """The node's own folder: journal, sockets, spool. Absolute.
+
+    Args:
+        euid: who we are, where it is not the process's own effective user.
+
+    Raises:
+        ConfigError: it depends on a home directory, and there is none.
+    """
+    if settings.node.state_dir is not None:
+        return _absolute(settings.node.state_dir, "node.state_dir")
+    # systemd names the folders of StateDirectory= here, the first one first.
+    if first := environ.get("STATE_DIRECTORY", "").partition(":")[0]:
+        return Path(first).absolute()
+    if (os.geteuid() if euid is None else euid) == 0:
+        return Path("/var/lib/flowmesh")
+    state_home = Path(environ.get("XDG_STATE_HOME", ""))
+    if state_home.is_absolute():  # its specification has relative ones ignored
+        return state_home / "flowmesh"
+    home = environ.get("HOME") or "~"
+    return _absolute(home, "node.state_dir") / ".local" / "state" / "flowmesh"
+
+
+def _absolute(text: str, key: str) -> Path:
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError:
+        raise ConfigError(
+            f"{key}: {quoted(text)} needs a home directory, and there is none; give a full path"
+        ) from None
