@@ -17,7 +17,7 @@ from flowmesh.messages.wording import nearest, quoted
 if TYPE_CHECKING:
     from urllib.parse import SplitResult
 
-    from flowmesh.config import Settings
+    from flowmesh.settings_schema import Settings
 
 BUILT_IN_ENVIRONMENTS = ("default", "light")
 RESERVED_TOPICS = ("tasks.events", "workers.events")

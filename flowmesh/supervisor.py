@@ -20,7 +20,6 @@ import msgspec
 from loguru import logger
 
 from flowmesh import __version__
-from flowmesh.config import Settings, results_dir, state_dir
 from flowmesh.control import ControlServer
 from flowmesh.errors import ConfigError, DeviceError, FlowMeshError, LaunchError
 from flowmesh.execution import files, folders, lanes, preflight
@@ -41,6 +40,8 @@ from flowmesh.node.power import PowerMeter
 from flowmesh.node.slots import Slot
 from flowmesh.processes import environ, linux
 from flowmesh.processes.fleet import Fleet
+from flowmesh.settings_paths import results_dir, state_dir
+from flowmesh.settings_schema import Settings
 from flowmesh.tasks.journal import Journal
 from flowmesh.tasks.types import LIGHT
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 
-from flowmesh.config import Loaded, describe, results_dir, state_dir
 from flowmesh.errors import EXIT_OK
 from flowmesh.execution import lanes
 from flowmesh.execution.folders import check_sockets
+from flowmesh.settings_load import Loaded, describe
+from flowmesh.settings_paths import results_dir, state_dir
 
 
 def report(loaded: Loaded, *, as_json: bool) -> int:

@@ -16,14 +16,14 @@ from pathlib import Path
 import click
 import msgspec
 
-from flowmesh import config
+from flowmesh import settings_load, settings_paths
 from flowmesh.cli import doctor_machine, locate, render
 from flowmesh.cli.control import Control
 from flowmesh.cli.findings import Finding, Level
-from flowmesh.config import Settings
 from flowmesh.errors import EXIT_FAILURE, EXIT_OK, ConfigError, FlowMeshError, UnavailableError
 from flowmesh.execution import lanes
 from flowmesh.redaction import redact_url
+from flowmesh.settings_schema import Settings
 from flowmesh.tasks.types import DELIVERY, PROBE_TIMEOUT_S
 
 _COLOURS = {Level.OK: "green", Level.NOTE: "blue", Level.WARN: "yellow", Level.BROKEN: "red"}
@@ -52,7 +52,7 @@ def examine(config_file: str | None) -> Iterator[Finding]:
     """Everything, area by area; slow answers come last."""
     path = None if config_file is None else Path(config_file)
     try:
-        loaded = config.load(path, os.environ)
+        loaded = settings_load.load(path, os.environ)
         settings = loaded.settings
         where = config_file or "the environment and the defaults"
         yield Finding("settings", Level.OK, f"good, from {where}")
@@ -76,7 +76,7 @@ def examine(config_file: str | None) -> Iterator[Finding]:
 def _node(settings: Settings) -> Iterator[Finding]:
     """The node that runs here, if one does."""
     try:
-        with Control(config.state_dir(settings, os.environ)) as control:
+        with Control(settings_paths.state_dir(settings, os.environ)) as control:
             status = control.status()
             workers = control.status_json().get("workers", [])
     except UnavailableError as error:

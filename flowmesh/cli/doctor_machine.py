@@ -10,10 +10,9 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from flowmesh import config
+from flowmesh import settings_paths
 from flowmesh.cli.findings import Finding, Level
 from flowmesh.cli.render import gib
-from flowmesh.config import Settings
 from flowmesh.errors import ConfigError, DeviceError
 from flowmesh.node import slots
 from flowmesh.node.devices import GpuInfo, GpuSample, Inventory, Look, visible_gpus
@@ -23,6 +22,7 @@ from flowmesh.node.nvml import Nvml
 from flowmesh.node.nvml_binding import LIBRARY
 from flowmesh.node.rapl import Rapl
 from flowmesh.processes import cgroup
+from flowmesh.settings_schema import Settings
 from flowmesh.settings_types import Isolation
 
 PCI = Path("/sys/bus/pci/devices")
@@ -218,8 +218,8 @@ def _number(limit: int) -> str:
 
 def disk(settings: Settings, environ: Mapping[str, str]) -> Iterator[Finding]:
     for key, folder in (
-        ("results.dir", config.results_dir(settings)),
-        ("node.state_dir", config.state_dir(settings, environ)),
+        ("results.dir", settings_paths.results_dir(settings)),
+        ("node.state_dir", settings_paths.state_dir(settings, environ)),
     ):
         there = next(each for each in (folder, *folder.parents) if each.exists())
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):

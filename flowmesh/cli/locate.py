@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from flowmesh import config
-from flowmesh.config import Settings
+from flowmesh import settings_load, settings_paths
 from flowmesh.errors import ConfigError, UnavailableError
 from flowmesh.messages.sentinel import is_sentinel, sentinel_address
 from flowmesh.redaction import redact_url
+from flowmesh.settings_schema import Settings
 
 if TYPE_CHECKING:
     import redis
@@ -46,7 +46,7 @@ def settings(config_file: str | None, **flags: str | None) -> Settings:
         ConfigError: one of them cannot be used.
     """
     overrides = {name.replace("__", "."): value for name, value in flags.items() if value is not None}
-    return config.load(Path(config_file) if config_file is not None else None, os.environ, overrides).settings
+    return settings_load.load(Path(config_file) if config_file is not None else None, os.environ, overrides).settings
 
 
 def deployment_of(flag: str | None, config_file: str | None) -> tuple[str, str]:
@@ -62,12 +62,12 @@ def deployment_of(flag: str | None, config_file: str | None) -> tuple[str, str]:
 
 
 def results_dir(flag: str | None, config_file: str | None) -> Path:
-    return config.results_dir(settings(config_file, results__dir=flag))
+    return settings_paths.results_dir(settings(config_file, results__dir=flag))
 
 
 def state_dir(flag: str | None, config_file: str | None) -> Path:
     """The folder of this node's journal and sockets."""
-    return config.state_dir(settings(config_file, node__state_dir=flag), os.environ)
+    return settings_paths.state_dir(settings(config_file, node__state_dir=flag), os.environ)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from loguru import logger
 
-from flowmesh.config import Settings, log_file
+from flowmesh.settings_paths import log_file
+from flowmesh.settings_schema import Settings
 
 if TYPE_CHECKING:
     from loguru import Record

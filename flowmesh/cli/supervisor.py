@@ -13,7 +13,8 @@ from flowmesh import __version__
 from flowmesh.errors import EXIT_OK, FlowMeshError
 
 if TYPE_CHECKING:
-    from flowmesh.config import Loaded, Settings
+    from flowmesh.settings_load import Loaded
+    from flowmesh.settings_schema import Settings
 
 _NAMED = {
     "redis_url": "redis.url",
@@ -43,7 +44,7 @@ def command(config: str | None, check: bool, as_json: bool, sets: tuple[str, ...
     """
     import os
 
-    from flowmesh.config import load
+    from flowmesh.settings_load import load
 
     overrides = {key: value for name, key in _NAMED.items() if (value := named[name]) is not None}
     for each in sets:

@@ -14,7 +14,6 @@ from typing import Any
 
 from loguru import logger
 
-from flowmesh.config import Settings
 from flowmesh.errors import FlowMeshError
 from flowmesh.execution import deliveries, events, files
 from flowmesh.execution.early import EarlyCancels
@@ -33,6 +32,7 @@ from flowmesh.node.slots import Slot
 from flowmesh.processes import shm
 from flowmesh.processes.fleet import Callbacks, Fleet
 from flowmesh.processes.pipe import Cancel
+from flowmesh.settings_schema import Settings
 from flowmesh.tasks import machine
 from flowmesh.tasks.journal import Journal, JournalError
 from flowmesh.tasks.machine import Level, State, step

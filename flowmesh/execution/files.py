@@ -14,7 +14,6 @@ from typing import Any
 import msgspec
 from loguru import logger
 
-from flowmesh.config import ProcessesSettings
 from flowmesh.errors import ConfigError, ProtocolError
 from flowmesh.execution.run import Run
 from flowmesh.messages.job import (
@@ -33,6 +32,7 @@ from flowmesh.processes.linux import FOLDER, open_folder
 from flowmesh.processes.protocol import Fork
 from flowmesh.results.files import read_regular
 from flowmesh.results.job import file_url_template
+from flowmesh.settings_schema import ProcessesSettings
 from flowmesh.tasks.types import LIGHT
 
 SMALL_BYTES = 64 * 1024

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "transformers", "vllm", "trl", "peft", "faiss", "datasets", "numpy", "sentence_transformers")
 LAYERS = {
-    # what may import what, besides itself, `errors`, `config` (with its parts) and `messages`
+    # what may import what, besides itself, `errors`, `redaction`, the settings and `messages`
     "messages": set(),
     "bus": set(),
     "tasks": set(),
@@ -21,16 +21,8 @@ LAYERS = {
     "results": {"processes"},
     "execution": {"bus", "tasks", "processes", "node", "results", "control"},
 }
-COMMON = {
-    "errors",
-    "config",
-    "messages",
-    "redaction",
-    "settings_checks",
-    "settings_sources",
-    "settings_types",
-    "__init__",
-}
+SETTINGS = {f"settings_{part}" for part in ("schema", "types", "sources", "checks", "load", "paths")}
+COMMON = {"errors", "messages", "redaction", "__init__"} | SETTINGS
 
 
 def imports(path: Path) -> set[str]:

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from flowmesh.config import VARIABLES, Settings, load
 from flowmesh.errors import EXIT_CONFIG, ConfigError
-from flowmesh.settings_sources import Sections
+from flowmesh.settings_load import load
+from flowmesh.settings_schema import Settings
+from flowmesh.settings_sources import VARIABLES, Sections
 
 SECTIONS = Sections(Settings)
 

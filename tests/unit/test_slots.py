@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowmesh.config import Settings, describe, load
 from flowmesh.errors import ConfigError, DeviceError
 from flowmesh.node.devices import GpuInfo, MigSlice
 from flowmesh.node.slots import Slot, SlotPlan, cpu_list, plan
 from flowmesh.settings_checks import cpu_numbers
+from flowmesh.settings_load import describe, load
+from flowmesh.settings_schema import Settings
 
 GPUS = tuple(GpuInfo(index=i, uuid=f"GPU-{c * 8}", name="X", memory_total_bytes=1) for i, c in enumerate("abcd"))
 CPUS = tuple(range(16))
