@@ -21,11 +21,11 @@ from flowmesh.settings_sources import DEFAULT, Layers, Sections, read_toml
 
 
 class Loaded(msgspec.Struct, frozen=True):
-    """Settings, and who set what."""
+    """Settings, and where each value came from."""
 
     settings: Settings
     origins: dict[str, str]
-    """Key to file, variable or `command line`. A key that is not here has its default."""
+    """By key: the file, the variable, or `command line`. A key that is missing here has its default."""
 
 
 class Described(msgspec.Struct, frozen=True):
@@ -39,16 +39,17 @@ class Described(msgspec.Struct, frozen=True):
 
     @property
     def text(self) -> str:
-        """The value as it would stand in the file; `-` where there is none."""
+        """The value as the file would have it; `-` for none."""
         return _text(self.value)
 
 
 def load(path: Path | None, environ: Mapping[str, str], overrides: Mapping[str, str] | None = None) -> Loaded:
-    """The settings of the file, the environment over it, and the command line over both.
+    """Load the settings: of the file, overridden by the environment, overridden by the command line.
 
     Args:
         path: the node's file; None: only variables and flags.
-        overrides: dotted key to text, from `--set KEY=VALUE` and flags of their own (`redis.url`).
+        environ: the environment variables; see VARIABLES.
+        overrides: dotted key (`redis.url`) to text, from `--set KEY=VALUE` and from options such as `--redis-url`.
 
     Raises:
         ConfigError: one line with the origin, the key, what was found and what is allowed.
@@ -75,7 +76,7 @@ def load(path: Path | None, environ: Mapping[str, str], overrides: Mapping[str, 
 
 
 def _with_lower_scheme(url: str) -> str:
-    """redis-py knows a scheme in lower case only, and an address may have it in any."""
+    """redis-py accepts schemes in lower case only."""
     scheme, separator, rest = url.partition("://")
     return f"{scheme.lower()}://{rest}" if separator else url
 

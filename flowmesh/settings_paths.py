@@ -12,33 +12,34 @@ from flowmesh.settings_schema import Settings
 
 
 def results_dir(settings: Settings) -> Path:
-    """The root of all outputs, absolute."""
+    """The root folder of all outputs, absolute."""
     return _absolute(settings.results.dir, "results.dir")
 
 
 def log_file(settings: Settings) -> Path | None:
-    """The node's own log, absolute; None: no file."""
+    """The node's log file, absolute; None: no file."""
     return None if settings.node.log_file is None else _absolute(settings.node.log_file, "node.log_file")
 
 
 def state_dir(settings: Settings, environ: Mapping[str, str], *, euid: int | None = None) -> Path:
-    """The node's own folder: journal, sockets, spool. Absolute.
+    """The node's folder for journal, sockets and spool, absolute.
 
     Args:
-        euid: who we are, where it is not the process's own effective user.
+        environ: may hold STATE_DIRECTORY, XDG_STATE_HOME and HOME.
+        euid: user id to decide for; None: the process's effective user.
 
     Raises:
-        ConfigError: it depends on a home directory, and there is none.
+        ConfigError: the path depends on a home directory, and there is none.
     """
     if settings.node.state_dir is not None:
         return _absolute(settings.node.state_dir, "node.state_dir")
-    # systemd names the folders of StateDirectory= here, the first one first.
+    # systemd sets this for StateDirectory=, with a colon between several folders.
     if first := environ.get("STATE_DIRECTORY", "").partition(":")[0]:
         return Path(first).absolute()
     if (os.geteuid() if euid is None else euid) == 0:
         return Path("/var/lib/flowmesh")
     state_home = Path(environ.get("XDG_STATE_HOME", ""))
-    if state_home.is_absolute():  # its specification has relative ones ignored
+    if state_home.is_absolute():  # the XDG specification ignores relative ones
         return state_home / "flowmesh"
     home = environ.get("HOME") or "~"
     return _absolute(home, "node.state_dir") / ".local" / "state" / "flowmesh"

@@ -1,6 +1,6 @@
 """The node's settings as one frozen struct: the sections of `conf/node.toml`, and what each key means.
 
-Secrets are not in a repr.
+The repr of a section hides secrets.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ _REDACTED: dict[str, Callable[[str], str]] = {
     "orchestrator_url": redact_url,
     "orchestrator_token": lambda _: HIDDEN,
 }
-"""How each field that is or holds a secret is shown."""
+"""How each field that is a secret, or contains one, is shown."""
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What all sections of the file have in common."""
+    """A table of the file. Unknown keys are refused."""
 
     def __rich_repr__(self) -> list[tuple[str, Any]]:
         pairs = [(name, getattr(self, name)) for name in self.__struct_fields__]
@@ -53,7 +53,7 @@ class NodeSettings(Section, frozen=True):
     """[node]"""
 
     worker_id: Name | None = None
-    """WORKER_ID. None: a random one, kept in state_dir so that it outlives a restart."""
+    """WORKER_ID. None: a random one, kept in state_dir across restarts."""
     tags: tuple[Word, ...] = ()
     """WORKER_TAGS"""
     cost_per_hour: Annotated[float, Meta(ge=0, le=1e6)] = 1.0
@@ -61,28 +61,28 @@ class NodeSettings(Section, frozen=True):
     log_level: LogLevel = LogLevel.INFO
     """LOG_LEVEL, in any case"""
     log_file: FilePath | None = None
-    """JSON lines; rotated."""
+    """The node's log as JSON lines, rotated. None: stderr only."""
     state_dir: FilePath | None = None
-    """Journal, sockets, spool. None: see `state_dir()`."""
+    """Journal, sockets, spool. None: see `settings_paths.state_dir()`."""
     elastic_scaling: bool = True
     """ENABLE_ELASTIC_SCALING"""
     slots: SlotsMode = SlotsMode.ALL
-    """What `[[slots]]` says in detail, in one word."""
+    """How GPUs and CPUs are divided into slots; `[[slots]]` lists slots one by one instead."""
 
 
 class RedisSettings(Section, frozen=True):
     """[redis]"""
 
     url: str | None = None
-    """REDIS_URL, its scheme in any case"""
+    """REDIS_URL; the scheme in upper or lower case"""
     task_topic: Word = "tasks"
     """TASK_TOPIC"""
     heartbeat_interval_s: PositiveSeconds = 30.0
     """HEARTBEAT_INTERVAL_SEC"""
     timeout_s: PositiveSeconds = 5.0
-    """Connecting, and each command's answer."""
+    """Limit for connecting, and for the answer to each command."""
     health_check_interval_s: PositiveSeconds = 15.0
-    """How often a silent connection is asked whether it lives."""
+    """An idle connection is checked with PING this often."""
     stream: bool = False
     """Whether each worker also takes tasks from the Redis Stream `tasks:WORKER_ID`."""
 
@@ -95,22 +95,22 @@ class ResultsSettings(Section, frozen=True):
     allowed_roots: tuple[AbsolutePath, ...] = ()
     """Absolute folders besides `dir` that a task's output.destination.path may lie under."""
     min_free_bytes: Annotated[int, Meta(ge=0, le=2**62)] = 1024**3
-    """Free space that `dir`, the state folder and a task's own folder need before a task is started. 0: any."""
+    """Free space that `dir`, the state folder and a task's own folder need before a task is started. 0: no check."""
     wait_for_room_s: PositiveSeconds = 60.0
-    """How long tasks wait for it before they go back to the orchestrator."""
+    """How long tasks wait for free space before they are returned to the orchestrator."""
     keep_days: Annotated[float, Meta(gt=0, le=36500)] | None = None
-    """Results of finished tasks that are older are removed. None: never."""
+    """Results of finished tasks are removed after this many days. None: never."""
     keep_bytes: Annotated[int, Meta(ge=0, le=2**62)] | None = None
-    """The oldest results are removed while all of them are larger. None: never."""
+    """The oldest results are removed while all results together take more. None: never."""
 
 
 class TasksSettings(Section, frozen=True):
     """[tasks]"""
 
     cancel_grace_s: PositiveSeconds = 10.0
-    """From the cancel frame to SIGTERM."""
+    """Time from the cancel frame to SIGTERM."""
     term_grace_s: PositiveSeconds = 5.0
-    """From SIGTERM to SIGKILL of the whole tree."""
+    """Time from SIGTERM to SIGKILL of the whole process tree."""
     default_timeout_s: PositiveSeconds | None = None
     """For tasks without timeoutSec. None: no limit."""
     pass_env: tuple[VariableName, ...] = ()
@@ -118,9 +118,9 @@ class TasksSettings(Section, frozen=True):
     allow_env: tuple[VariableName, ...] = ()
     """Names (`*` allowed) that a task's spec.env may set."""
     hang_timeout_s: PositiveSeconds | None = None
-    """A task that says nothing for this long has its stacks saved and is stopped. None: never."""
+    """A task that reports no phase or progress for this long has its stacks dumped and is stopped. None: never."""
     log_max_bytes: Annotated[int, Meta(ge=65536)] = 64 * 1024 * 1024
-    """Each log file of a task; of one that grows over it only the end is kept."""
+    """Limit for each log file of a task; only the end of a larger one is kept."""
 
 
 class DeliverySettings(Section, frozen=True):
@@ -135,7 +135,7 @@ class DeliverySettings(Section, frozen=True):
     cleanup_after_upload: bool = False
     """MODEL_CLEANUP_AFTER_UPLOAD"""
     total_timeout_s: PositiveSeconds = 3600.0
-    """All attempts of one task's delivery together."""
+    """Limit for all attempts of one task's delivery together."""
     concurrency: Annotated[int, Meta(ge=1, le=64)] = 2
     """Deliveries at once."""
 
@@ -164,9 +164,9 @@ class ProcessesSettings(Section, frozen=True):
     drain_timeout_s: PositiveSeconds = 3600.0
     """How long a drain waits for running tasks before it cancels them."""
     private_shm: bool = True
-    """Where the system allows it: tasks of heavy environments have a /dev/shm of their own."""
+    """Tasks of heavy environments get a private /dev/shm, where the system allows it."""
     task_user: Word | None = None
-    """User that tasks run as; only root can use it. None: the node's own."""
+    """User that tasks run as; the node must be root. None: the node's own user."""
     task_nice: Annotated[int, Meta(ge=0, le=19)] = 0
     task_memory_max_bytes: Annotated[int, Meta(ge=16 * 1024 * 1024)] | None = None
     """memory.max of each task's cgroup."""
@@ -178,55 +178,55 @@ class GpuSettings(Section, frozen=True):
     """[gpu]"""
 
     allow_foreign: bool = False
-    """Whether tasks start on a GPU that somebody else's process is on."""
+    """Whether tasks start on a GPU that a foreign process uses."""
     release_timeout_s: PositiveSeconds = 30.0
-    """How long a task's GPUs may take to be empty again before their slot is closed."""
+    """How long a task's GPUs may take to be released before their slot is quarantined."""
     release_tolerance_bytes: Annotated[int, Meta(ge=0, le=2**40)] = 64 * 1024 * 1024
-    """What a GPU may have in use above what it had before the task."""
+    """Memory that a GPU may have in use above its level before the task, and still count as released."""
     sample_interval_s: Annotated[float, Meta(ge=0.1, le=60)] = 1.0
-    """Between two looks at the GPUs of running tasks."""
+    """Interval between two samples of the GPUs of running tasks."""
     probe_interval_s: PositiveSeconds = 60.0
-    """The longest pause between two probes of a closed slot; the first is a second."""
+    """The longest pause between two probes of a quarantined slot; the first is one second."""
     canary: RunnerName = "runners.canary:check_gpu"
-    """What has to run well on a GPU that had a fault, in a child, before tasks do."""
+    """Check that must pass in a child process on a GPU that had a fault, before tasks run there again."""
 
 
 class SlotSettings(Section, frozen=True):
-    """[[slots]]: what one task at a time may have"""
+    """[[slots]]: GPUs and CPUs for one task at a time"""
 
     name: SlotName
     gpus: tuple[GpuName, ...] = ()
     cpus: CpuList | None = None
-    """CPU numbers that its tasks are confined to. None: those that no other slot names, shared by all such slots."""
+    """CPUs that its tasks are confined to. None: those that no slot names, shared by all slots without `cpus`."""
 
 
 class RunnersSettings(Section, frozen=True):
-    """[runners]: what task types obey"""
+    """[runners]: limits and permissions of the built-in task types"""
 
     reward_callables: tuple[Word, ...] = ()
     """module:callable patterns (`*` allowed) that a task may name as its reward function."""
     cache_max_bytes: Annotated[int, Meta(ge=0)] = 100 * 1024**3
-    """What tasks keep for each other: downloads, datasets as they are read, what vLLM compiled."""
+    """Limit of the cache that tasks share: downloads, prepared datasets, what vLLM compiled."""
     unpack_max_bytes: Annotated[int, Meta(ge=0)] = 500 * 1024**3
-    """Content of one downloaded archive."""
+    """Limit for the unpacked content of one downloaded archive."""
     unpack_max_files: Annotated[int, Meta(ge=1)] = 100_000
     agents_dir: FilePath | None = None
-    """Agent configurations, one YAML file a name. None: conf/agents where the node runs, else the built-in ones."""
+    """Agent configurations, one YAML file each. None: conf/agents in the working directory, else the built-in ones."""
     agent_network: bool = False
     """Whether code that an agent runs may use the network."""
 
 
 class EnvironmentSettings(Section, frozen=True):
-    """[environments.NAME]: a Python interpreter with its own packages"""
+    """[environments.NAME]: a Python interpreter and its packages"""
 
     python: AbsolutePath | None = None
-    """An interpreter that exists. None: the supervisor's own."""
+    """Path of the interpreter, which must exist. None: the supervisor's own."""
     preload: tuple[ModuleName, ...] = ()
     """Modules that its fork server imports before the first task."""
 
 
 class TaskTypeSettings(Section, frozen=True):
-    """[task_types.NAME]: a task type of your own, or another environment for a built-in one"""
+    """[task_types.NAME]: an additional task type, or another environment for a built-in one"""
 
     runner: RunnerName | None = None
     """module:Class. None: the built-in one of that name."""
@@ -235,7 +235,7 @@ class TaskTypeSettings(Section, frozen=True):
 
 
 class Settings(Section, frozen=True):
-    """Everything that can be set."""
+    """All settings."""
 
     node: NodeSettings = NodeSettings()
     redis: RedisSettings = RedisSettings()

@@ -21,7 +21,7 @@ LAYERS = {
     "results": {"processes"},
     "execution": {"bus", "tasks", "processes", "node", "results", "control"},
 }
-SETTINGS = {f"settings_{part}" for part in ("schema", "types", "sources", "checks", "load", "paths")}
+SETTINGS = {f"settings_{part}" for part in ("schema", "types", "sources", "checks", "load", "paths", "addresses")}
 COMMON = {"errors", "messages", "redaction", "__init__"} | SETTINGS
 
 
