@@ -1,4 +1,4 @@
-"""How a value, a path and an expectation are said to a person: in one line, in plain words, without secrets."""
+"""Describes values, paths and expected types for error messages: on one line, in plain words, without secrets."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _ESCAPES = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A tail for an error: which of `known` was probably meant, else all of them. Case, `_` and `-` count little."""
-    import difflib  # only an error needs it
+    """The end of an error: the name in `known` that was probably meant, else all of them. Ignores case, `_` and `-`."""
+    import difflib  # only errors need it
 
     folded = {_fold(name): name for name in sorted(known)}
     if not folded:
@@ -37,7 +37,7 @@ def _fold(word: str) -> str:
 
 
 def quoted(text: str, limit: int | None = _SHOWN) -> str:
-    """`text` in double quotes, on one line, cut where it is over `limit`; what is not printable is escaped."""
+    """`text` in double quotes on one line, cut to `limit` characters, with unprintable characters escaped."""
     cut = text if limit is None or len(text) <= limit else text[:limit] + "…"
     return '"' + "".join(map(_escaped, cut)) + '"'
 
@@ -47,12 +47,12 @@ def _escaped(c: str) -> str:
         return "\\" + c
     if c.isprintable():
         return c
-    # As TOML writes them.
+    # Escaped as TOML does it.
     return _ESCAPES.get(c) or (f"\\u{ord(c):04x}" if ord(c) <= 0xFFFF else f"\\U{ord(c):08x}")
 
 
 def dotted(where: str, path: Path) -> str:
-    """`path` below `where`, as the author of the document would write it: `a.b[0]."odd name"`."""
+    """`path` below `where`, as the document's author would write it: `a.b[0]."odd name"`."""
     text = where
     for step in path:
         if isinstance(step, int):
@@ -64,7 +64,7 @@ def dotted(where: str, path: Path) -> str:
 
 
 def found(value: Any, *, secret: bool = False) -> str:
-    """`value` for the end of an error; of a `secret` only what kind of thing it is."""
+    """`value` for the end of an error; only its kind if it is a `secret`."""
     match value:
         case None:
             return "null"
@@ -98,7 +98,7 @@ def _number(value: float) -> str:
 
 
 def expected(schema: inspect.Type) -> str:
-    """What `schema` allows, for the middle of an error. `Meta(description=…)` says it in the struct's own words."""
+    """What `schema` allows, for the middle of an error. `Meta(description=…)` replaces the generated text."""
     match schema:
         case inspect.Metadata():
             return str((schema.extra_json_schema or {}).get("description") or expected(schema.type))
