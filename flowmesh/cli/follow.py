@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from flowmesh.cli import deployment, locate, matching
-from flowmesh.cli.control import Ended, Seen
+from flowmesh.cli.control_types import Ended, Seen
 from flowmesh.cli.deployment import TaskFailed
 from flowmesh.cli.documents import Submission
 from flowmesh.cli.local import LocalNode

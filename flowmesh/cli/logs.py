@@ -11,7 +11,8 @@ import click
 import msgspec
 
 from flowmesh.cli import locate, render
-from flowmesh.cli.control import Control, LogsPlace, Refused
+from flowmesh.cli.control import Control, Refused
+from flowmesh.cli.control_types import LogsPlace
 from flowmesh.errors import EXIT_OK, FlowMeshError, UnavailableError
 from flowmesh.messages import wire
 

@@ -10,7 +10,8 @@ import click
 import msgspec
 
 from flowmesh.cli import locate, render
-from flowmesh.cli.control import Control, NodeStatus, TaskStatus
+from flowmesh.cli.control import Control
+from flowmesh.cli.control_types import NodeStatus, TaskStatus
 from flowmesh.cli.render import Column
 from flowmesh.cli.view import amount
 from flowmesh.errors import EXIT_OK, UnavailableError

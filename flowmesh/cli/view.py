@@ -6,7 +6,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Protocol, TextIO
 
-from flowmesh.cli.control import Done, PhaseSeen, ProgressSeen, Seen, StateSeen
+from flowmesh.cli.control_types import Done, PhaseSeen, ProgressSeen, Seen, StateSeen
 from flowmesh.cli.render import is_terminal, printable, seconds, shorten, width
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from flowmesh.cli.control import Control, Ended, PhaseSeen, ProgressSeen, Refused, StateSeen
+from flowmesh.cli.control import Control, Refused
+from flowmesh.cli.control_types import Ended, PhaseSeen, ProgressSeen, StateSeen
 from flowmesh.cli.embedded import EmbeddedRedis
 from flowmesh.errors import ProtocolError, UnavailableError
 
