@@ -41,7 +41,7 @@ def doctor(config: str | None, as_json: bool) -> int:
         findings = show(examine(config))
         broken, warnings = count(findings, Level.BROKEN), count(findings, Level.WARN)
         parts = [f"{broken} broken"] if broken else []
-        parts += [f"{warnings} warning{'' if warnings == 1 else 's'}"] if warnings else []
+        parts += [render.count(warnings, "warning")] if warnings else []
         print(f"\n{', '.join(parts)}" if parts else "\nno problems found")
     return EXIT_FAILURE if broken else EXIT_OK
 
@@ -86,7 +86,8 @@ def _node(settings: Settings) -> Iterator[Finding]:
     except FlowMeshError as error:
         yield Finding("node", Level.BROKEN, str(error), "read the node's log; restart the node if it hangs")
         return
-    yield Finding("node", Level.OK, f"running: pid {status.pid}, {len(status.tasks)} tasks, {len(workers)} workers")
+    held, slots = render.count(len(status.tasks), "task"), render.count(len(workers), "worker")
+    yield Finding("node", Level.OK, f"running: pid {status.pid}, {held}, {slots}")
     for worker in workers:
         if reason := worker.get("reason"):
             text = f"{worker.get('worker_id')} accepts no GPU tasks: {reason}"

@@ -1,4 +1,4 @@
-"""Whether a worker's hardware holds what a task wants (contract.md §1.1 and §1.2), and if not, why not."""
+"""Matches a task's hardware requirements against a worker's hardware, with the reasons for a mismatch."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _POWER = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4, "P": 5}
 
 
 def match(hardware: Mapping[str, Any], requirements: Mapping[str, Any]) -> list[str]:
-    """Why a worker does not fit; empty where it does.
+    """The reasons why a worker does not fit; empty if it does.
 
     Args:
-        hardware: a worker's `hardware_json`. What it does not tell counts as not there.
+        hardware: a worker's `hardware_json`. Hardware that it does not report counts as missing.
         requirements: a task's `spec.resources.hardware`.
 
     Raises:
-        FieldError: a requirement cannot be read; names its field.
+        FieldError: a requirement cannot be parsed; names its field.
     """
     wanted = convert(dict(requirements), HardwareWanted, where=WHERE)
     reasons = []
@@ -64,26 +64,26 @@ def _match_gpus(hardware: Mapping[str, Any], wanted: HardwareGpu) -> list[str]:
 
 
 def parse_bytes(value: str | int, field: str) -> int:
-    """A quantity of memory: "64Gi" (2^30), "64G" or "64GB" (10^9), or plain bytes.
+    """A memory size in bytes, from "64Gi" (2^30), "64G" or "64GB" (10^9), or plain bytes.
 
     Raises:
-        FieldError: it is none of these.
+        FieldError: the value has another form.
     """
     found = _QUANTITY.fullmatch(str(value))
     if found is None or (found[3] and not found[2]):
-        raise FieldError(f"{field}: {value!r} is no size: write it as 64Gi, 64GB or in bytes", field)
+        raise FieldError(f"{field}: invalid size {value!r}; write it as 64Gi, 64GB or in bytes", field)
     return int(float(found[1]) * (1024 if found[3] else 1000) ** _POWER[found[2].upper()])
 
 
 def parse_cores(value: str | float, field: str) -> float:
-    """A number of cores: "16", 16, "0.5" or "500m".
+    """A number of cores, from "16", 16, "0.5" or "500m" (millicores).
 
     Raises:
-        FieldError: it is none of these.
+        FieldError: the value has another form.
     """
     found = _CORES.fullmatch(str(value))
     if found is None:
-        raise FieldError(f"{field}: {value!r} is no number of cores: write it as 16", field)
+        raise FieldError(f"{field}: invalid number of cores {value!r}; write it as 16 or 500m", field)
     return float(found[1]) / (1000 if found[2] else 1)
 
 

@@ -149,7 +149,7 @@ def test_a_running_node_tells_why_a_slot_is_closed(
     script = "\n".join(node.stub.lines)
     code, findings = doctor(environ(tmp_path, node.server.url, script), "--config", str(file))
     assert code == 0
-    assert of(findings, "node") == [("ok", f"running: pid {node.pid}, 1 tasks, 1 workers")]
+    assert of(findings, "node") == [("ok", f"running: pid {node.pid}, 1 task, 1 worker")]
     assert not [text for _, text in of(findings, "GPUs") if "is used by" in text], "its own tasks are no strangers"
     node.stub.change(f"set {B} used", f"set {B} used {9 * GIB}")
     node.let_go(task_id)

@@ -93,7 +93,7 @@ def test_status(place):
     assert (code, err) == (0, "")
     lines = out.splitlines()
     assert lines[0].startswith("node 0.1.0, pid ")
-    assert lines[0].endswith("up 1.1 h, isolation cgroup, Redis up, 0 queued, 3 events not sent yet")
+    assert lines[0].endswith("up 1.1 h, isolation cgroup, Redis up, 0 queued, 3 unsent events")
     assert lines[2].split() == ["WORKER", "SLOT", "STATUS", "TASK", "GPUS"]
     assert lines[3].split() == ["w", "all", "RUNNING", "task-1", "none"]
     assert lines[6].split()[:6] == ["task-1", "inference", "running", "generate", "12/64", "items"]
@@ -196,7 +196,7 @@ def test_logs_without_a_node(place):
 def test_logs_of_nothing(place):
     code, _, err = flowmesh(place, "logs", "nobody", "--state-dir", "state")
     assert code == 1
-    assert err.startswith("flowmesh: no task nobody here: ")
+    assert err.startswith("flowmesh: task nobody not found: ")
     assert err.count("\n") == 1
     code, _, err = flowmesh(place, "logs", "../../etc", "--state-dir", "state")
     assert code == 2
