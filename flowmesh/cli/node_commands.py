@@ -32,7 +32,7 @@ _TASKS = (
     Column("STATE"),
     Column("PHASE", least=8),
     Column("PROGRESS", least=8),
-    Column("FOR", drop=2),
+    Column("TIME", drop=2),
 )
 
 
