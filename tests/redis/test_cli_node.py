@@ -85,9 +85,6 @@ def task(place, name, *, ended=True, **files):
     return logs
 
 
-# ---- status, cancel, drain -------------------------------------------------------------------------------------------
-
-
 def test_status(place):
     code, out, err = flowmesh(place, "status", "--state-dir", "state")
     assert (code, err) == (0, "")
@@ -139,9 +136,6 @@ def test_drain(place):
     assert (code, json.loads(out)) == (0, {"ok": True, "mode": "finish", "drained": False})
     assert flowmesh(place, "drain", "--mode", "later", "--state-dir", "state")[0] == 2
     assert "draining (finish)" in flowmesh(place, "status", "--state-dir", "state")[1]
-
-
-# ---- logs ------------------------------------------------------------------------------------------------------------
 
 
 def test_logs_of_one_file_are_as_they_are(place):
@@ -240,9 +234,6 @@ def test_follow_ends_with_ctrl_c_and_with_its_reader(place):
     assert process.stderr.read() == b""
     process.wait(30)
     process.stderr.close()
-
-
-# ---- the client itself -----------------------------------------------------------------------------------------------
 
 
 class Peer:

@@ -85,9 +85,6 @@ def gpus(*sizes, name="NVIDIA H100"):
     return {**HARDWARE, "gpu": {"driver_version": "1", "cuda_version": "13", "gpus": found}}
 
 
-# ---- submit ----------------------------------------------------------------------------------------------------------
-
-
 def test_dispatches_to_the_idle_worker_and_writes_nothing(flowmesh, client, tasks):
     register(client, "busy", status="RUNNING", extra_task_id="t0")
     register(client, "free", types=["echo", "inference"])
@@ -294,9 +291,6 @@ def test_an_event_that_went_past_is_not_waited_for(flowmesh, client, tasks):
     code, _, err = done(process)
     assert code == 69
     assert "its event was lost" in err
-
-
-# ---- workers ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_table(flowmesh, client):

@@ -29,9 +29,6 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
-# ---- which source wins -----------------------------------------------------------------------------------------------
-
-
 def test_nothing_set_is_the_defaults() -> None:
     loaded = load(None, {})
     assert loaded.settings == Settings()
@@ -138,9 +135,6 @@ def test_what_a_report_says_can_be_loaded_again(tmp_path: Path, environ: dict[st
     assert load(write(tmp_path, text), {}).settings == first.settings
 
 
-# ---- secrets ---------------------------------------------------------------------------------------------------------
-
-
 def test_secrets_are_in_neither_a_repr_nor_a_report() -> None:
     environ = {
         "REDIS_URL": "redis://worker:hunter2@h:1/0",
@@ -160,9 +154,6 @@ def test_secrets_are_in_neither_a_repr_nor_a_report() -> None:
         str(describe(loaded)),
     ):
         assert "hunter2" not in text
-
-
-# ---- folders ---------------------------------------------------------------------------------------------------------
 
 
 def test_state_dir() -> None:

@@ -313,8 +313,6 @@ def test_no_error_about_an_address_or_a_token_shows_it(before: str, after: str) 
         assert "HUNTER2" not in said.upper()
 
 
-# ---- any input -------------------------------------------------------------------------------------------------------
-
 scalars = (
     st.booleans()
     | st.integers()
