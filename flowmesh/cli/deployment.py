@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from flowmesh.cli import locate
-from flowmesh.cli.matching import match
+from flowmesh.cli.matching import gpus_of, match
 from flowmesh.errors import FieldError, FlowMeshError
 from flowmesh.messages import wire
 from flowmesh.messages.wording import found
@@ -26,6 +26,12 @@ TERMINAL = ("TASK_SUCCEEDED", "TASK_FAILED")
 
 class TaskFailed(FlowMeshError):
     """The task ended with TASK_FAILED, or cannot run here."""
+
+    @classmethod
+    def of(cls, task_id: str, verdict: Any, error: str | None) -> TaskFailed:
+        """The failure of a task; `verdict` is shown if it says more than "error"."""
+        kind = f" ({verdict})" if isinstance(verdict, str) and verdict not in ("", "error") else ""
+        return cls(f"{task_id} failed{kind}: {error or 'no reason given'}")
 
 
 class Worker(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,9 +57,7 @@ class Worker(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def gpus(self) -> list[Mapping[str, Any]]:
         """The GPUs in `hardware`."""
-        gpu = (self.hardware or {}).get("gpu")
-        gpus = gpu.get("gpus") if isinstance(gpu, dict) else None
-        return [each for each in gpus if isinstance(each, dict)] if isinstance(gpus, list) else []
+        return gpus_of(self.hardware or {})
 
 
 class TaskEnd(msgspec.Struct, frozen=True, kw_only=True):

@@ -201,7 +201,7 @@ class Follow:
             worker_id=self._worker.worker_id,
             ok=ok,
             verdict=(ended.verdict if ended is not None else None) or (kind if isinstance(kind, str) else None),
-            error=None if ok else error or "no reason was given",
+            error=None if ok else error or "no reason given",
             out_dir=out_dir,
             runtime_sec=float(runtime) if isinstance(runtime, int | float) else None,
             event=payload,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,11 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 state_dir_option = click.option(
     "--state-dir", type=click.Path(file_okay=False), metavar="DIR", help="The node's state_dir; else from --config."
 )
+
+
+def node_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of a command that talks to the node on this machine."""
+    return config_option(state_dir_option(json_option(command)))
 
 
 def settings(config_file: str | None, **flags: str | None) -> Settings:

@@ -49,7 +49,7 @@ def _match_gpus(hardware: Mapping[str, Any], wanted: HardwareGpu) -> list[str]:
     count = wanted.count if wanted.count is not None else int(named)
     if count == 0:
         return []
-    gpus = _gpus(hardware)
+    gpus = gpus_of(hardware)
     of_kind = [gpu for gpu in gpus if kind == "any" or kind in str(gpu.get("name", "")).lower()]
     fitting = [gpu for gpu in of_kind if _as_number(gpu.get("memory_total_bytes")) >= memory]
     if len(fitting) >= count:
@@ -87,7 +87,8 @@ def parse_cores(value: str | float, field: str) -> float:
     return float(found[1]) / (1000 if found[2] else 1)
 
 
-def _gpus(hardware: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def gpus_of(hardware: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The GPUs in a worker's `hardware_json`."""
     gpu = hardware.get("gpu")
     gpus = gpu.get("gpus") if isinstance(gpu, Mapping) else None
     return [each for each in gpus if isinstance(each, Mapping)] if isinstance(gpus, list) else []

@@ -37,9 +37,7 @@ _TASKS = (
 
 
 @click.command(help="Show the node on this machine: its workers, its tasks, and whether Redis answers.")
-@locate.config_option
-@locate.state_dir_option
-@locate.json_option
+@locate.node_options
 def status(config: str | None, state_dir: str | None, as_json: bool) -> int:
     """The command."""
     with Control(locate.state_dir(state_dir, config)) as control:
@@ -69,9 +67,7 @@ def status(config: str | None, state_dir: str | None, as_json: bool) -> int:
 @click.command(help="Cancel a running or queued task on this node: ask it to stop, then SIGTERM, then SIGKILL.")
 @click.argument("task_id", metavar="TASK")
 @click.option("--force", is_flag=True, help="Kill it at once, without grace time.")
-@locate.config_option
-@locate.state_dir_option
-@locate.json_option
+@locate.node_options
 def cancel(task_id: str, force: bool, config: str | None, state_dir: str | None, as_json: bool) -> int:
     """The command."""
     with Control(locate.state_dir(state_dir, config)) as control:
@@ -85,9 +81,7 @@ def cancel(task_id: str, force: bool, config: str | None, state_dir: str | None,
 
 @click.command(help="Retry the delivery of a task's results after it failed. Returns once they have arrived.")
 @click.argument("task_id", metavar="TASK")
-@locate.config_option
-@locate.state_dir_option
-@locate.json_option
+@locate.node_options
 def deliver(task_id: str, config: str | None, state_dir: str | None, as_json: bool) -> int:
     """The command."""
     with Control(locate.state_dir(state_dir, config)) as control:
@@ -110,9 +104,7 @@ def deliver(task_id: str, config: str | None, state_dir: str | None, as_json: bo
     help="What running tasks do: finish, stop after saving a checkpoint, or stop now.",
 )
 @click.option("--wait", is_flag=True, help="Return when the node has no tasks left.")
-@locate.config_option
-@locate.state_dir_option
-@locate.json_option
+@locate.node_options
 def drain(mode: str, wait: bool, config: str | None, state_dir: str | None, as_json: bool) -> int:
     """The command."""
     where = locate.state_dir(state_dir, config)
@@ -146,9 +138,7 @@ def drain(mode: str, wait: bool, config: str | None, state_dir: str | None, as_j
     "Running tasks finish in the old ones."
 )
 @click.argument("environment", required=False)
-@locate.config_option
-@locate.state_dir_option
-@locate.json_option
+@locate.node_options
 def recycle(environment: str | None, config: str | None, state_dir: str | None, as_json: bool) -> int:
     """The command."""
     with Control(locate.state_dir(state_dir, config)) as control:
@@ -161,9 +151,7 @@ def recycle(environment: str | None, config: str | None, state_dir: str | None, 
 
 
 @click.command(help="Restart the node's program in the version that is installed now. Running tasks continue.")
-@locate.config_option
-@locate.state_dir_option
-@locate.json_option
+@locate.node_options
 def upgrade(config: str | None, state_dir: str | None, as_json: bool) -> int:
     """The command."""
     where = locate.state_dir(state_dir, config)

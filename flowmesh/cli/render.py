@@ -58,6 +58,11 @@ def gib(size: float) -> str:
     return f"{size / 2**30:.0f}G" if size >= 10 * 2**30 else f"{size / 2**30:.1f}G"
 
 
+def succeeded(runtime_s: Any) -> str:
+    """The outcome of a task that succeeded, with its runtime if that is known."""
+    return f"succeeded in {seconds(runtime_s)}" if isinstance(runtime_s, int | float) else "succeeded"
+
+
 def count(number: int, noun: str) -> str:
     """A number and its noun: 1 task, 2 tasks."""
     return f"{number} {noun}{'' if number == 1 else 's'}"

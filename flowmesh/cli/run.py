@@ -108,8 +108,7 @@ def _report(outcome: Outcome, *, as_json: bool) -> FlowMeshError | None:
     if as_json:
         render.print_json(msgspec.to_builtins(outcome))
     elif outcome.ok:
-        took = f" in {render.seconds(outcome.runtime_sec)}" if outcome.runtime_sec is not None else ""
-        print(f"succeeded{took}")
+        print(render.succeeded(outcome.runtime_sec))
         if isinstance(outcome.result, dict):
             print("\n".join(summary(outcome.result, render.width(sys.stdout))))
         print(f"results: {outcome.out_dir}")
@@ -117,5 +116,4 @@ def _report(outcome: Outcome, *, as_json: bool) -> FlowMeshError | None:
         print(f"logs: {logs}")
     if outcome.ok:
         return None
-    verdict = f" ({outcome.verdict})" if outcome.verdict and outcome.verdict != "error" else ""
-    return TaskFailed(f"{outcome.task_id} failed{verdict}: {outcome.error}")
+    return TaskFailed.of(outcome.task_id, outcome.verdict, outcome.error)
