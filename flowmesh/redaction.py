@@ -102,9 +102,9 @@ class Redactor:
             case str():
                 return self(value)
             case dict():
-                return {self(str(key)): self.deep(each) for key, each in value.items()}
+                return {self(str(key)): self.deep(item) for key, item in value.items()}
             case list() | tuple():
-                return [self.deep(each) for each in value]
+                return [self.deep(item) for item in value]
         return value
 
 

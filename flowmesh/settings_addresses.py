@@ -76,7 +76,8 @@ def redis_fault(url: str) -> str | None:
     elif parts.path.strip("/") and not re.fullmatch(r"[0-9]{1,9}", parts.path.strip("/")):
         return f"expected {allowed}, found a database that is not a number; {_ESCAPE}"
     # The text before an "@" may be the end of an unescaped password: never show it.
-    if parts.fragment or "@" in parts.query or any("=" not in each for each in parts.query.split("&") if parts.query):
+    options = parts.query.split("&") if parts.query else []
+    if parts.fragment or "@" in parts.query or any("=" not in option for option in options):
         return f"expected {allowed}, found a bare # or ?; {_ESCAPE}"
     return _redis_option_fault(parts.query, scheme)
 
@@ -99,9 +100,9 @@ def _redis_option_fault(query: str, scheme: str) -> str | None:
             if setting := _SETTING_OF_OPTION.get(name):
                 return f"{what}; leave it out, and set {setting}"
             return f"{what}; {nearest(name, known)}"
-        pattern, wanted = known[name]
+        pattern, form = known[name]
         if not re.fullmatch(pattern, value):
-            return f"its option {quoted(name)} must be {wanted}"
+            return f"its option {quoted(name)} must be {form}"
     if "ssl_keyfile" in given and "ssl_certfile" not in given:
         return 'its option "ssl_keyfile" needs "ssl_certfile", the certificate of that key'
     return None

@@ -98,14 +98,14 @@ def cpu_numbers(text: str) -> tuple[int, ...]:
 
 def _interpreter_fault(python: str) -> str | None:
     path = Path(python)
-    wanted = "expected an absolute path of a Python interpreter"
+    allowed = "expected an absolute path of a Python interpreter"
     try:
         if not path.exists():
-            return f"{wanted}, found {quoted(python)}, which does not exist"
+            return f"{allowed}, found {quoted(python)}, which does not exist"
         if not path.is_file():
-            return f"{wanted}, found {quoted(python)}, which is not a file"
+            return f"{allowed}, found {quoted(python)}, which is not a file"
     except OSError as error:
-        return f"{wanted}, found {quoted(python)}: {(error.strerror or 'cannot be read').lower()}"
+        return f"{allowed}, found {quoted(python)}: {(error.strerror or 'cannot be read').lower()}"
     if not os.access(path, os.X_OK):
-        return f"{wanted}, found {quoted(python)}, which is not executable for this user"
+        return f"{allowed}, found {quoted(python)}, which is not executable for this user"
     return None

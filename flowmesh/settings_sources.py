@@ -199,7 +199,7 @@ def from_text(text: str, schema: inspect.Type) -> Any:
 
     List items are separated by commas; booleans are 1/0, true/false, yes/no, on/off in any case.
     """
-    kinds = [_bare(each) for each in (schema.types if isinstance(schema, inspect.UnionType) else (schema,))]
+    kinds = [_bare(member) for member in (schema.types if isinstance(schema, inspect.UnionType) else (schema,))]
     if not text and any(isinstance(kind, inspect.NoneType) for kind in kinds):
         return None
     match next(kind for kind in kinds if not isinstance(kind, inspect.NoneType)):

@@ -67,15 +67,15 @@ def check_gpu(_pipe: object, _spool: Path) -> int:
     """
     import torch
 
-    wanted = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     if not torch.cuda.is_available():
         raise RuntimeError('torch cannot use CUDA in the environment "default": install its CUDA build there')
-    if torch.cuda.device_count() != len(wanted):
-        raise RuntimeError(f"CUDA sees {torch.cuda.device_count()} of {len(wanted)} GPUs: {', '.join(wanted)}")
+    if torch.cuda.device_count() != len(visible):
+        raise RuntimeError(f"CUDA sees {torch.cuda.device_count()} of {len(visible)} GPUs: {', '.join(visible)}")
     # Whole numbers whose sums float32 holds exactly, so that results must match to the last bit.
     left, right = torch.randint(0, 8, (2, SIDE, SIDE)).float()
     product = left @ right
-    for index, name in enumerate(wanted):
+    for index, name in enumerate(visible):
         device = torch.device("cuda", index)
         free_bytes, _ = torch.cuda.mem_get_info(device)
         block = torch.full((min(BLOCK_BYTES, free_bytes // 4),), PATTERN, dtype=torch.uint8, device=device)

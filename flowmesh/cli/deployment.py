@@ -72,7 +72,7 @@ class TaskEnd(msgspec.Struct, frozen=True, kw_only=True):
 
 def read_workers(client: redis.Redis) -> list[Worker]:
     """All registered workers, sorted by id."""
-    ids = sorted(_text(each) for each in client.smembers(wire.WORKER_IDS))
+    ids = sorted(_text(worker_id) for worker_id in client.smembers(wire.WORKER_IDS))
     pipe = client.pipeline(transaction=False)
     pipe.smembers(DISABLED)
     for worker_id in ids:
@@ -80,7 +80,7 @@ def read_workers(client: redis.Redis) -> list[Worker]:
         pipe.get(wire.heartbeat_key(worker_id))
         pipe.ttl(wire.heartbeat_key(worker_id))
     disabled, *answers = pipe.execute()
-    disabled = {_text(each) for each in disabled}
+    disabled = {_text(worker_id) for worker_id in disabled}
     now = datetime.datetime.now(datetime.UTC)
     workers = []
     for index, worker_id in enumerate(ids):

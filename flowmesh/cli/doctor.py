@@ -62,7 +62,7 @@ def examine(config_file: str | None) -> Iterator[Finding]:
     yield from node
     gpus = list(doctor_gpus.gpus(settings, os.environ, node_runs=runs))
     yield from gpus
-    has_gpus = any(each.text.startswith("GPU ") for each in gpus)
+    has_gpus = any(finding.text.startswith("GPU ") for finding in gpus)
     yield from doctor_machine.isolation(settings)
     yield from doctor_machine.limits(has_gpus=has_gpus)
     yield from doctor_machine.disk(settings, os.environ)
@@ -104,10 +104,10 @@ def _environments(settings: Settings, *, has_gpus: bool) -> Iterator[Finding]:
         yield Finding("environments", Level.BROKEN, str(error), "correct that setting")
         return
     for name, lane in table.items():
-        types = sorted(each.name for each in catalogue.offered.values() if each.environment == name)
+        types = sorted(offered.name for offered in catalogue.offered.values() if offered.environment == name)
         if name != DELIVERY and types:
             yield Finding("environments", Level.OK, f"{name} ({lane.python}): {', '.join(types)}")
-            needs_torch = any("torch" in catalogue.offered[each].requires for each in types)
+            needs_torch = any("torch" in catalogue.offered[task_type].requires for task_type in types)
             if has_gpus and needs_torch and (problem := _torch_problem(lane.python)):
                 remedy = f"install torch's CUDA build: {lane.python} -m pip install --force-reinstall torch"
                 yield Finding("environments", Level.WARN, f"{name}: {problem}", remedy)

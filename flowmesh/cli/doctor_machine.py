@@ -36,10 +36,10 @@ def isolation(settings: Settings) -> Iterator[Finding]:
         if (own := cgroup.own_cgroup()) is not None:
             with contextlib.suppress(OSError):
                 (own / f"flowmesh-{name}").rmdir()
-        wanted = settings.processes.isolation is Isolation.CGROUP
+        required = settings.processes.isolation is Isolation.CGROUP
         text = "no writable cgroup v2: task processes are tracked by subreaper and session only"
         remedy = "under systemd: Delegate=yes (as in conf/flowmesh-supervisor.service)"
-        yield Finding("isolation", Level.BROKEN if wanted else Level.NOTE, text, remedy)
+        yield Finding("isolation", Level.BROKEN if required else Level.NOTE, text, remedy)
         return
     found = sorted(cgroup.controllers(base))
     base.rmdir()
@@ -80,15 +80,15 @@ def _processes() -> Finding:
     known = {where: bound for where, bound in bounds.items() if bound >= 0}
     if not known:
         return Finding("limits", Level.OK, "processes: no limit")
-    where = min(known, key=lambda each: known[each])
+    where = min(known, key=lambda bound_at: known[bound_at])
     if known[where] < FEW_PROCESSES:
         remedy = f"raise {where} (systemd: TasksMax=infinity; docker run --pids-limit=-1)"
         return Finding("limits", Level.WARN, f"processes: {known[where]}", remedy)
     return Finding("limits", Level.OK, f"processes: {known[where]}")
 
 
-def _below(limit: int, wanted: int) -> bool:
-    return limit != resource.RLIM_INFINITY and limit < wanted
+def _below(limit: int, required: int) -> bool:
+    return limit != resource.RLIM_INFINITY and limit < required
 
 
 def _size(size_bytes: int) -> str:
@@ -104,7 +104,7 @@ def disk(settings: Settings, environ: Mapping[str, str]) -> Iterator[Finding]:
         ("results.dir", settings_paths.results_dir(settings)),
         ("node.state_dir", settings_paths.state_dir(settings, environ)),
     ):
-        there = next(each for each in (folder, *folder.parents) if each.exists())
+        there = next(parent for parent in (folder, *folder.parents) if parent.exists())
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
             remedy = f"sudo install -d -o {_user()} {folder}; or set {key} to another folder"
             yield Finding("disk", Level.BROKEN, f"{key} {folder}: not writable for this user", remedy)

@@ -113,11 +113,11 @@ class _Plain:
                 raise FieldError(f"{self._name}: {path}: {value} is not a JSON number; write a finite one", path)
             case dict():
                 return {
-                    self._key(key, path): self.plain(each, f"{path}.{key}" if path else str(key), depth + 1)
-                    for key, each in value.items()
+                    self._key(key, path): self.plain(item, f"{path}.{key}" if path else str(key), depth + 1)
+                    for key, item in value.items()
                 }
             case list():
-                return [self.plain(each, f"{path}[{index}]", depth + 1) for index, each in enumerate(value)]
+                return [self.plain(item, f"{path}[{index}]", depth + 1) for index, item in enumerate(value)]
             case _:
                 raise FieldError(f"{self._name}: {path}: {kind(value)} is not allowed in a task; use text", path)
 

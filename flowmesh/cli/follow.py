@@ -83,8 +83,8 @@ class Follow:
             LaunchError: the node exited.
         """
         task_id = self._submission.task_id
-        wanted = deployment.requirements_of(self._submission.document)
-        if reasons := matching.match(self._worker.hardware or {}, wanted):
+        required = deployment.requirements_of(self._submission.document)
+        if reasons := matching.match(self._worker.hardware or {}, required):
             raise TaskFailed(f"{self._submission.source} does not fit this machine: {'; '.join(reasons)}")
         self._signals.check()
         self._view.note(f"{task_id}  {self._submission.task_type or 'no task type'}  {self._submission.source}")

@@ -96,7 +96,7 @@ class LocalNode:
             while True:
                 check()
                 workers = deployment.read_workers(client)
-                if idle := [each for each in workers if each.status == "IDLE" and each.alive]:
+                if idle := [worker for worker in workers if worker.status == "IDLE" and worker.alive]:
                     return idle[0]
                 self.raise_if_gone("while it started")
                 if time.monotonic() > deadline:

@@ -27,26 +27,26 @@ def match(hardware: Mapping[str, Any], requirements: Mapping[str, Any]) -> list[
     Raises:
         FieldError: a requirement cannot be parsed; names its field.
     """
-    wanted = convert(dict(requirements), HardwareWanted, where=WHERE)
+    required = convert(dict(requirements), HardwareWanted, where=WHERE)
     reasons = []
-    if wanted.cpu is not None:
-        cores, has = parse_cores(wanted.cpu, f"{WHERE}.cpu"), _number(hardware, "cpu", "logical_cores")
+    if required.cpu is not None:
+        cores, has = parse_cores(required.cpu, f"{WHERE}.cpu"), _number(hardware, "cpu", "logical_cores")
         if has < cores:
             reasons.append(f"{_count(has, 'core')}, needs {cores:g}")
-    if wanted.memory is not None:
-        memory, has = parse_bytes(wanted.memory, f"{WHERE}.memory"), _number(hardware, "memory", "total_bytes")
+    if required.memory is not None:
+        memory, has = parse_bytes(required.memory, f"{WHERE}.memory"), _number(hardware, "memory", "total_bytes")
         if has < memory:
             reasons.append(f"{_gib(has)} of memory, needs {_gib(memory)}")
-    if wanted.gpu is not None:
-        reasons += _match_gpus(hardware, wanted.gpu)
+    if required.gpu is not None:
+        reasons += _match_gpus(hardware, required.gpu)
     return reasons
 
 
-def _match_gpus(hardware: Mapping[str, Any], wanted: HardwareGpu) -> list[str]:
-    kind = (wanted.type or "any").strip().lower()
-    memory = 0 if wanted.memory is None else parse_bytes(wanted.memory, f"{WHERE}.gpu.memory")
-    named = wanted.type is not None or wanted.memory is not None
-    count = wanted.count if wanted.count is not None else int(named)
+def _match_gpus(hardware: Mapping[str, Any], required: HardwareGpu) -> list[str]:
+    kind = (required.type or "any").strip().lower()
+    memory = 0 if required.memory is None else parse_bytes(required.memory, f"{WHERE}.gpu.memory")
+    named = required.type is not None or required.memory is not None
+    count = required.count if required.count is not None else int(named)
     if count == 0:
         return []
     gpus = gpus_of(hardware)
@@ -58,7 +58,7 @@ def _match_gpus(hardware: Mapping[str, Any], wanted: HardwareGpu) -> list[str]:
         return [f"{_count(len(gpus), 'GPU')}, needs {count}"]
     if len(of_kind) < count:
         names = ", ".join(sorted({str(gpu.get("name", "unnamed")) for gpu in gpus}))
-        return [f"{_count(len(of_kind), 'GPU')} of the type {wanted.type!r}, needs {count} (has {names})"]
+        return [f"{_count(len(of_kind), 'GPU')} of the type {required.type!r}, needs {count} (has {names})"]
     most = max(_as_number(gpu.get("memory_total_bytes")) for gpu in of_kind)
     return [f"{_count(len(fitting), 'GPU')} with {_gib(memory)}, needs {count} (the largest has {_gib(most)})"]
 
@@ -91,7 +91,7 @@ def gpus_of(hardware: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The GPUs in a worker's `hardware_json`."""
     gpu = hardware.get("gpu")
     gpus = gpu.get("gpus") if isinstance(gpu, Mapping) else None
-    return [each for each in gpus if isinstance(each, Mapping)] if isinstance(gpus, list) else []
+    return [item for item in gpus if isinstance(item, Mapping)] if isinstance(gpus, list) else []
 
 
 def _number(hardware: Mapping[str, Any], part: str, name: str) -> float:

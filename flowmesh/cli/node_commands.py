@@ -50,8 +50,8 @@ def status(config: str | None, state_dir: str | None, as_json: bool) -> int:
     render.table(
         _WORKERS,
         [
-            [each.worker_id, _text(each.slot), each.status, each.task_id or "", str(len(each.gpus) or "none")]
-            for each in found.workers
+            [worker.worker_id, _text(worker.slot), worker.status, worker.task_id or "", str(len(worker.gpus) or "none")]
+            for worker in found.workers
         ],
     )
     for trouble in found.redis_troubles:
@@ -60,7 +60,7 @@ def status(config: str | None, state_dir: str | None, as_json: bool) -> int:
         print(f"\nenvironment {environment}: {message}")
     if found.tasks:
         print()
-        render.table(_TASKS, [_task_row(each) for each in found.tasks])
+        render.table(_TASKS, [_task_row(task) for task in found.tasks])
     return EXIT_OK
 
 

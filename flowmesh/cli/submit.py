@@ -85,15 +85,15 @@ def choose(workers: list[Worker], submission: Submission, worker_id: str | None)
         BusyError: no worker is registered at all.
     """
     if worker_id is not None:
-        known = ", ".join(each.worker_id for each in workers) or "none"
-        workers = [each for each in workers if each.worker_id == worker_id]
+        known = ", ".join(worker.worker_id for worker in workers) or "none"
+        workers = [worker for worker in workers if worker.worker_id == worker_id]
         if not workers:
             raise ConfigError(f"--worker: {worker_id!r} is not registered; registered: {known}")
     if not workers:
         raise BusyError("no worker is registered in this Redis: start a node, or check --redis")
-    wanted = deployment.requirements_of(submission.document)
-    reasons = {each.worker_id: deployment.why_not(each, wanted, submission.task_type) for each in workers}
-    fitting = [each for each in workers if not reasons[each.worker_id]]
+    required = deployment.requirements_of(submission.document)
+    reasons = {worker.worker_id: deployment.why_not(worker, required, submission.task_type) for worker in workers}
+    fitting = [worker for worker in workers if not reasons[worker.worker_id]]
     if not fitting:
         raise NoWorkerFits({name: "; ".join(why) for name, why in reasons.items()})
     return min(fitting, key=_preference)

@@ -47,8 +47,8 @@ def command(config: str | None, check: bool, as_json: bool, sets: tuple[str, ...
     from flowmesh.settings_load import load
 
     overrides = {key: value for name, key in _NAMED.items() if (value := named[name]) is not None}
-    for each in sets:
-        key, sep, value = each.partition("=")
+    for assignment in sets:
+        key, sep, value = assignment.partition("=")
         if not sep:
             raise click.UsageError("--set: expected KEY=VALUE, such as redis.timeout_s=10")
         overrides[key.strip()] = value

@@ -42,9 +42,9 @@ def workers(redis_url: str | None, config: str | None, watch: bool, as_json: boo
             if watch and not as_json:
                 click.clear()
             if as_json:
-                render.print_json({"workers": [as_data(each) for each in found]})
+                render.print_json({"workers": [as_data(worker) for worker in found]})
             elif found:
-                render.table(COLUMNS, [row(each) for each in found])
+                render.table(COLUMNS, [row(worker) for worker in found])
             else:
                 print("no worker is registered in this Redis")
             if not watch:

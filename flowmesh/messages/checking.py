@@ -65,9 +65,9 @@ def _schema_with_floats(into: Any) -> inspect.Type | None:
     return None
 
 
-def _not_finite(value: Any, wanted: inspect.Type, path: Path, strict: bool) -> Fault | None:
+def _not_finite(value: Any, declared: inspect.Type, path: Path, strict: bool) -> Fault | None:
     """The first NaN or infinity in the place of a number; msgspec accepts both."""
-    schema = choose(value, bare(wanted))
+    schema = choose(value, bare(declared))
     match schema:
         case inspect.StructType() if is_mapping(value):
             pairs = ((field.encode_name, field.type) for field in schema.fields if field.encode_name in value)
@@ -78,7 +78,7 @@ def _not_finite(value: Any, wanted: inspect.Type, path: Path, strict: bool) -> F
             faults = (_not_finite(item, item_type(schema, i), (*path, i), strict) for i, item in enumerate(value))
         case _ if _allows_float(schema) and isinstance(value, float if strict else float | str):
             wrong = fits(value, schema, strict=strict) is False
-            return (path, f"expected {expected(wanted)}, found {found(value)}") if wrong else None
+            return (path, f"expected {expected(declared)}, found {found(value)}") if wrong else None
         case _:
             return None
     return next((fault for fault in faults if fault is not None), None)

@@ -30,9 +30,9 @@ class FaultFinder:
     def __init__(self, *, strict: bool) -> None:
         self._strict = strict
 
-    def fault(self, value: Any, wanted: inspect.Type, path: Path) -> Fault | None:
+    def fault(self, value: Any, declared: inspect.Type, path: Path) -> Fault | None:
         """The first fault of `value`, which is at `path`; None where nothing that can be judged here is wrong."""
-        schema = choose(value, bare(wanted))
+        schema = choose(value, bare(declared))
         match schema:
             case inspect.StructType() if isinstance(value, Mapping):
                 return self._struct(value, schema, path) or self._post_init(value, schema, path)
@@ -43,7 +43,7 @@ class FaultFinder:
             case _ if isinstance(schema, LISTS) and isinstance(value, list | tuple):
                 return self._list(value, schema, path)
         fit = fits(value, schema, strict=self._strict)
-        return None if fit is None or fit else (path, self._mismatch(value, schema, wanted, is_secret(path)))
+        return None if fit is None or fit else (path, self._mismatch(value, schema, declared, is_secret(path)))
 
     def _struct(self, value: Mapping[Any, Any], schema: inspect.StructType, path: Path) -> Fault | None:
         fields = {field.encode_name: field for field in schema.fields}
@@ -99,8 +99,8 @@ class FaultFinder:
             return (path, f"expected {expected(schema)}, found {found(value)}") if wrong else None
         return _length_fault(value, schema, path)
 
-    def _mismatch(self, value: Any, schema: inspect.Type, wanted: inspect.Type, secret: bool) -> str:
-        what = f"expected {expected(wanted)}, found {found(value, secret=secret)}"
+    def _mismatch(self, value: Any, schema: inspect.Type, declared: inspect.Type, secret: bool) -> str:
+        what = f"expected {expected(declared)}, found {found(value, secret=secret)}"
         if isinstance(value, str):
             allowed = [name for member in members(schema) for name in names(member)]
             if allowed and "did you mean" in (hint := nearest(value, allowed)):

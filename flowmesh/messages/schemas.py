@@ -92,7 +92,8 @@ def names(schema: inspect.Type) -> list[str]:
     """The texts that an enum or a literal allows."""
     if isinstance(schema, inspect.EnumType):
         return [member.value for member in schema.cls if isinstance(member.value, str)]
-    return [each for each in schema.values if isinstance(each, str)] if isinstance(schema, inspect.LiteralType) else []
+    values = schema.values if isinstance(schema, inspect.LiteralType) else ()
+    return [value for value in values if isinstance(value, str)]
 
 
 def fits(value: Any, schema: inspect.Type, *, strict: bool) -> bool | None:

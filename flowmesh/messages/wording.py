@@ -103,7 +103,7 @@ def expected(schema: inspect.Type) -> str:
         case inspect.Metadata():
             return str((schema.extra_json_schema or {}).get("description") or expected(schema.type))
         case inspect.UnionType():
-            words = [expected(each) for each in schema.types if not isinstance(each, inspect.NoneType)]
+            words = [expected(member) for member in schema.types if not isinstance(member, inspect.NoneType)]
             return " or ".join(dict.fromkeys(words))
         case inspect.BoolType():
             return "true or false"
