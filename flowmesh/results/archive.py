@@ -20,11 +20,11 @@ from typing import IO
 
 import msgspec
 
-from flowmesh.config import ArchiveSettings
 from flowmesh.errors import DeliveryError
 from flowmesh.results.compress import CHUNK_BYTES, find_pigz, gzipped, tool_env
 from flowmesh.results.files import PARTIAL
 from flowmesh.results.names import within
+from flowmesh.settings_schema import ArchiveSettings
 
 
 class Member(msgspec.Struct, frozen=True):

@@ -24,8 +24,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import IO, Any
 
-from flowmesh.config import ArchiveSettings
 from flowmesh.errors import DeliveryError
+from flowmesh.settings_schema import ArchiveSettings
 
 CHUNK_BYTES = 1 << 20
 _MOST_THREADS = 24

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from flowmesh.config import ArchiveSettings
 from flowmesh.errors import DeliveryError
 from flowmesh.results import compress
 from flowmesh.results.archive import make_archive
+from flowmesh.settings_schema import ArchiveSettings
 
 PIGZ_TAR = ArchiveSettings(pigz_threads=2)
 PIGZ_OWN = ArchiveSettings(pigz_threads=2, tar_bin="no-such-tar")
@@ -174,7 +174,7 @@ def test_a_full_disk_is_a_clear_error(model: Path, tmp_path: Path, settings: Arc
     code = (
         "import resource, signal, sys, msgspec\n"
         "from pathlib import Path\n"
-        "from flowmesh.config import ArchiveSettings\n"
+        "from flowmesh.settings_schema import ArchiveSettings\n"
         "from flowmesh.errors import DeliveryError\n"
         "from flowmesh.results.archive import make_archive\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
@@ -228,7 +228,7 @@ def test_levels_have_their_meaning() -> None:
 def test_many_threads_take_no_more_memory_than_is_promised() -> None:
     code = (
         "import os, resource\n"
-        "from flowmesh.config import ArchiveSettings\n"
+        "from flowmesh.settings_schema import ArchiveSettings\n"
         "from flowmesh.results import compress\n"
         "settings = ArchiveSettings(use_pigz=False, compression_level=1, pigz_threads=128)\n"
         "block = os.urandom(1 << 20)\n"

@@ -300,5 +300,5 @@ def test_flowmesh_upgrade_and_recycle_work_by_hand(orchestrator: Orchestrator, n
     recycled = subprocess.run([*command, "recycle", *place], capture_output=True, text=True, check=True, cwd=ROOT)
     assert recycled.stdout == "recycled: light\n"
     upgraded = subprocess.run([*command, "upgrade", *place], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert f"pid {node.pid}, 1 tasks run on" in upgraded.stdout
+    assert f"pid {node.pid}, continuing 1 task" in upgraded.stdout
     assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"

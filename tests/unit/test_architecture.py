@@ -29,8 +29,8 @@ FLOORS = (
     {"validation"},
     {"redaction", "errors", "__init__"},
 )
-"""From the top down, by the first part of the module's name below `flowmesh`. A module imports from lower floors and from
-its own folder; from a neighbour on its floor it does not."""
+"""From the top down, by the first part of a module's name below `flowmesh`. A module imports from lower floors and from
+its own folder, not from a neighbour on its floor."""
 
 EXECUTION_FLOORS = ({"recovery"}, {"executor"})
 """Nothing else below `execution/` knows these."""
@@ -49,7 +49,7 @@ MODULES = {
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Modules of this repository that a file imports, wherever in it: at its top, in a function, under TYPE_CHECKING."""
+    """This repository's modules that a file imports: at its top, in a function, or under TYPE_CHECKING."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in MODULES)
