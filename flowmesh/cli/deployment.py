@@ -1,4 +1,4 @@
-"""What a deployment's Redis tells a client (contract.md §1): its workers, and how tasks end. Reads, never writes."""
+"""Reads workers and task events from a deployment's Redis (docs/contract.md, 1). Never writes."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
         return found if isinstance(found, str) else None
 
     def dispatch(self, worker_id: str) -> bytes:
-        """The message of contract.md §1.3 that hands this task to a worker.
+        """The message of docs/contract.md §1.3 that hands this task to a worker.
 
         Raises:
             DocumentError: it is larger than any node takes.

@@ -1,6 +1,6 @@
 """Where a command finds what it talks to: the deployment's Redis, and this node's folders.
 
-Each follows contract.md §4: a flag, else the environment, else the node's file.
+Each follows docs/contract.md §4: a flag, else the environment, else the node's file.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whether a worker's hardware holds what a task wants (contract.md §1.1 and §1.2), and if not, why not."""
+"""Whether a worker's hardware holds what a task wants (docs/contract.md §1.1 and §1.2), and if not, why not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a node registers with: contract.md §1.2's `hardware_json`, field for field.
+"""What a node registers with: docs/contract.md §1.2's `hardware_json`, field for field.
 
 Says what its tasks can really have: the CPUs of our affinity and cgroup quota, the memory of our cgroup limit.
 Reads files and one routing table entry; nothing is sent and no name is looked up.

@@ -1,4 +1,4 @@
-"""Power and energy of a node: contract.md's `power`, `power_summary` and `estimated_energy_kwh`.
+"""Power and energy of a node: docs/contract.md's `power`, `power_summary` and `estimated_energy_kwh`.
 
 Joules come from counters where there are any, else from sampled power integrated over time. What is not known is
 null and never a guess.
