@@ -1,4 +1,4 @@
-"""Shared by the tests of the promises (docs/architecture.md): a node with short timeouts, and the checks after a task."""
+"""Shared by the tests of the promises (docs/architecture.md): a node with short timeouts, and checks after a task."""
 
 from __future__ import annotations
 
