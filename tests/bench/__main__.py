@@ -52,8 +52,8 @@ def markdown(rows: list[Row]) -> str:
     lines = [
         "# Benchmarks",
         "",
-        "Measured by `scripts/bench`. Each ratio is against a baseline from the same run. `scripts/bench` replaces this whole file",
-        "with the table of its run; what it does not measure again is put back by hand.",
+        "Measured by `scripts/bench`. Each ratio is against a baseline from the same run. `scripts/bench` replaces this",
+        "whole file with the table of its run; what it does not measure again is put back by hand.",
         "",
         machine(),
         "",
