@@ -52,7 +52,7 @@ def markdown(rows: list[Row]) -> str:
     lines = [
         "# Benchmarks",
         "",
-        "Measured by `scripts/bench`. Each ratio is against a baseline from the same run. `scripts/bench` replaces this",
+        "Measured by `scripts/bench`. Each ratio is against a baseline from the same run. The script replaces this",
         "whole file with the table of its run; what it does not measure again is put back by hand.",
         "",
         machine(),
