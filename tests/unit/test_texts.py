@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import io
 import re
 import subprocess
@@ -52,6 +53,8 @@ NO_MODULES = {
     "flowmesh.delivery": "a logger",
     "runners.reward_callables": "a setting",
     "runners.cache_max_bytes": "a setting",
+    "runners.unpack_max_bytes": "a setting",
+    "runners.unpack_max_files": "a setting",
     "runners.agents_dir": "a setting",
     "runners.agent_network": "a setting",
 }
@@ -79,6 +82,7 @@ def shown(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+@functools.cache
 def prose(path: Path) -> str:
     """What a file says to its reader: of code, its docstrings and comments."""
     text = path.read_text()
