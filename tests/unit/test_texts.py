@@ -31,11 +31,7 @@ import runners.rag.task
 import runners.training.settings
 import runners.training.sources
 from flowmesh.cli.main import COMMANDS
-from flowmesh.errors import FlowMeshError
-from flowmesh.messages.job import Exit, Outcome
-from flowmesh.tasks import machine
-from flowmesh.tasks.machine import State, Task, step
-from flowmesh.tasks.verdicts import Stop
+from tests.unit.test_machine_diagram import walked
 
 ROOT = Path(__file__).resolve().parents[2]
 THIS = Path(__file__).resolve()
@@ -228,38 +224,7 @@ def test_the_architectures_tree_is_the_tree() -> None:
 def test_the_state_diagram_is_the_machine() -> None:
     text = (ROOT / "docs/architecture.md").read_text()
     drawn = set(re.findall(r"^ +([A-Z]+) --> ([A-Z]+): (\w+)$", text, re.MULTILINE))
-    assert drawn == set(transitions())
-
-
-def transitions() -> Iterator[tuple[str, str, str]]:
-    """(state, next state, event) for every event of every task that can be; those that change and do nothing aside."""
-    events: list[machine.Event] = [
-        machine.SlotGranted(),
-        machine.Launched(),
-        machine.LaunchFailed("x"),
-        machine.NeverForked(),
-        machine.StopRequested(Stop.CANCEL),
-        machine.StopRequested(Stop.CANCEL, force=True),
-        machine.GraceOver(),
-        machine.ChildGone(Exit(code=0), Outcome(attempt=1, ok=True)),
-        machine.ChildLost("x"),
-        machine.Released(),
-        machine.Delivered(),
-    ]
-    seen, left = {Task()}, [Task()]
-    while left:
-        task = left.pop()
-        for event in events:
-            try:
-                after, actions = step(task, event)
-            except FlowMeshError:
-                continue
-            if after == task and not actions:
-                continue
-            yield task.state.name, after.state.name, type(event).__name__
-            if after not in seen and after.state is not State.DONE:
-                seen.add(after)
-                left.append(after)
+    assert drawn == {(state, after, event) for state, event, after in walked()[0]}
 
 
 # What docs/tasks.md says of the fields
