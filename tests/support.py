@@ -147,7 +147,7 @@ class RedisServer:
 
 
 class Orchestrator:
-    """Dispatches tasks and hears events, as contract.md has it."""
+    """Dispatches tasks and hears events, as docs/contract.md has it."""
 
     def __init__(self, server: RedisServer, *, topic: str = "tasks") -> None:
         self.redis = server.client()
