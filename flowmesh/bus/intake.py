@@ -23,6 +23,7 @@ class Subscriber:
     Args:
         handlers: by channel, called with the raw bytes of each message.
         on_subscribed: called each time the subscription is confirmed; with True if there was a gap before.
+        on_unsubscribed: called when the subscription breaks.
         silence_s: after this time without a message the connection is checked with a PING.
     """
 
@@ -31,6 +32,7 @@ class Subscriber:
         client: redis.Redis,
         handlers: dict[str, Callable[[bytes], None]],
         on_subscribed: Callable[[bool], None],
+        on_unsubscribed: Callable[[], None],
         *,
         silence_s: float,
     ) -> None:
@@ -40,6 +42,7 @@ class Subscriber:
         self._client = client
         self._handlers = {channel.encode(): handler for channel, handler in handlers.items()}
         self._on_subscribed = on_subscribed
+        self._on_unsubscribed = on_unsubscribed
         self._silence_s = silence_s
         self._subscribed_before = False
 
@@ -52,6 +55,7 @@ class Subscriber:
                 await self._listen()
             except (RedisError, OSError, TimeoutError) as error:
                 self.up = False
+                self._on_unsubscribed()
                 self.trouble.failed(error)
             if time.monotonic() - began > self._silence_s:
                 backoff.reset()

@@ -35,7 +35,7 @@ class LocalDestination(_Strict, frozen=True, tag_field="type", tag="local"):
     """Results stay on the node's disk."""
 
     path: str | None = None
-    """The parent of the task's folder; see contract.md, 3."""
+    """The parent of the task's folder; see docs/contract.md, 3."""
 
 
 class HttpDestination(_Strict, frozen=True, tag_field="type", tag="http"):
@@ -82,7 +82,7 @@ def read_output(value: Any, *, orchestrator_url: str | None = None, where: str =
 
 
 def file_url(url: str, task_id: str, name: str | None = None) -> str:
-    """The URL that files of a task are POSTed to, or that one is downloaded from (contract.md, 2).
+    """The URL that files of a task are POSTed to, or that one is downloaded from (docs/contract.md, 2).
 
     A download URL has no user, password or query: it becomes part of results, which others read.
 

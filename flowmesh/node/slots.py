@@ -11,10 +11,10 @@ from typing import Generic, TypeVar
 
 import msgspec
 
-from flowmesh.config import Settings
 from flowmesh.errors import ConfigError, DeviceError
 from flowmesh.node.devices import GpuInfo, NoSuchGpuError, find_gpu
 from flowmesh.settings_checks import cpu_numbers
+from flowmesh.settings_schema import Settings
 from flowmesh.settings_types import SlotsMode
 
 RunT = TypeVar("RunT")

@@ -18,8 +18,8 @@ import os
 from collections.abc import Iterable
 from typing import IO, Any
 
-from flowmesh.config import ArchiveSettings
 from flowmesh.results.pigz import Sink, compress_with_pigz, find_pigz
+from flowmesh.settings_schema import ArchiveSettings
 
 CHUNK_BYTES = 1 << 20
 _MOST_THREADS = 12

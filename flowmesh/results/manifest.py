@@ -1,4 +1,4 @@
-"""`manifest.json`: the content of a task's folder, with sizes and checksums (contract.md, 3).
+"""`manifest.json`: the content of a task's folder, with sizes and checksums (docs/contract.md, 3).
 
 Symbolic links are followed only within the folder, and only regular files are opened.
 """

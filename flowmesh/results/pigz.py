@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import IO, Protocol
 
-from flowmesh.config import ArchiveSettings
 from flowmesh.results.programs import running
+from flowmesh.settings_schema import ArchiveSettings
 
 READ_BYTES = 1 << 20
 

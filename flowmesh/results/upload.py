@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 from flowmesh.backoff import Backoff
 from flowmesh.messages.output import HttpDestination
+from flowmesh.redaction import Redactor, bare_url
 from flowmesh.results.bodies import Body, TryAgain, UploadError
 from flowmesh.results.http_attempt import HttpClient
-from flowmesh.results.redact import Redactor, bare_url
 from flowmesh.results.throttle import Throttle
 
 _LENGTH_NEEDED = frozenset((400, 408, 411))

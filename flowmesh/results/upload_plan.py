@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from flowmesh.config import ArchiveSettings
 from flowmesh.errors import DeliveryError
 from flowmesh.messages.job import ArchiveRequest, Outcome, UploadRequest
 from flowmesh.messages.output import HttpDestination, file_url
@@ -18,6 +17,7 @@ from flowmesh.results.folder import TaskFolder
 from flowmesh.results.manifest import MANIFEST_FILE, RESPONSES_FILE
 from flowmesh.results.names import is_plain_name, within
 from flowmesh.results.sending import Item, Sender
+from flowmesh.settings_schema import ArchiveSettings
 
 ARCHIVE_SUFFIX = ".tar.gz"
 

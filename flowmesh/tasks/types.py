@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
-from flowmesh.config import Settings
 from flowmesh.errors import FieldError
 from flowmesh.messages.checking import nearest
+from flowmesh.settings_schema import Settings
 
 LIGHT = "light"
 """The built-in environment of tasks without heavy libraries: the node's own interpreter, nothing preloaded."""

@@ -35,7 +35,7 @@ def test_a_gpu_that_does_not_come_back_closes_the_slot_until_it_does(
     assert "gpu_release_ms" not in end["payload"]["resources"]
 
     node.wait_word("DEGRADED")
-    node.wait_reason(f"{A} is used by somebody else: pid {pid}")  # its owner is gone: nobody's any more
+    node.wait_reason(f"{A} is used by a foreign process: pid {pid}")  # its owner is gone: nobody's any more
     beat = orchestrator.wait_worker_event("HEARTBEAT")
     while "degraded" not in beat["metrics"]:
         orchestrator.worker_events.clear()
@@ -60,7 +60,7 @@ def test_the_orchestrators_idle_after_a_success_does_not_hide_a_closed_slot(
     node.stub.change(USED, f"{USED} {20 * GIB}")
     node.let_go(task_id)
     orchestrator.wait_end(task_id)
-    orchestrator.redis.hset("worker:w1", "status", "IDLE")  # contract.md 1.1: it does so when it sees the success
+    orchestrator.redis.hset("worker:w1", "status", "IDLE")  # docs/contract.md 1.1: it does so when it sees the success
     node.wait_word("DEGRADED", deadline_s=10)
 
 
@@ -74,7 +74,7 @@ def test_a_stranger_is_named_and_no_gpu_task_starts_beside_it(
         node.stub.add(f"process {B} {stranger.pid} {7 * GIB}")
         node.wait_word("DEGRADED")  # with a heartbeat: no task had to come
         reason = node.reason()
-        assert reason.startswith(f"{B} is used by somebody else: pid {stranger.pid} (user ")
+        assert reason.startswith(f"{B} is used by a foreign process: pid {stranger.pid} (user ")
         assert "time.sleep(100)" in reason
         assert reason.endswith("7168 MiB")
         light = orchestrator.run("w1", {"taskType": "echo"})
@@ -99,7 +99,7 @@ def test_a_stranger_that_comes_just_before_a_task_fails_it_before_it_starts(
     node.stub.add(f"process {A} 1 {GIB}")
     end = orchestrator.run("w1", {"taskType": "look"})
     assert (end["payload"]["error_kind"], end["payload"]["started_at"]) == ("node_fault", None)
-    assert end["error"].startswith(f"the task was not started: {A} is used by somebody else: pid 1 ")
+    assert end["error"].startswith(f"the task was not started: {A} is used by a foreign process: pid 1 ")
     assert node.status() == "DEGRADED"
 
 

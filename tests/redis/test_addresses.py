@@ -14,9 +14,9 @@ import pytest
 import redis
 
 from flowmesh.bus.connection import connect
-from flowmesh.config import load
 from flowmesh.messages.sentinel import SentinelAddress, sentinel_address
-from flowmesh.messages.wording import redact_url
+from flowmesh.redaction import redact_url
+from flowmesh.settings_load import load
 from tests.support import ROOT, Node, Orchestrator, RedisServer, end_process, running, until
 
 RIGHTS = (

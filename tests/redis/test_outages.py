@@ -127,7 +127,7 @@ def test_p7_what_was_dispatched_while_the_supervisor_was_restarted_is_queued_aga
     assert orchestrator.run("w1", {"taskType": "echo"})["type"] == "TASK_SUCCEEDED"
     registrations = [kind for kind in orchestrator.told if kind in ("REGISTER", "UNREGISTER")]
     assert registrations[-2:] == ["UNREGISTER", "REGISTER"]  # after a farewell there is nothing to heal
-    assert "announcing anew" not in node.text().rpartition("unregistered")[2]
+    assert "announced again" not in node.text().rpartition("unregistered")[2]
 
 
 REFUSALS = {
@@ -300,5 +300,5 @@ def test_flowmesh_upgrade_and_recycle_work_by_hand(orchestrator: Orchestrator, n
     recycled = subprocess.run([*command, "recycle", *place], capture_output=True, text=True, check=True, cwd=ROOT)
     assert recycled.stdout == "recycled: light\n"
     upgraded = subprocess.run([*command, "upgrade", *place], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert f"pid {node.pid}, 1 tasks run on" in upgraded.stdout
+    assert f"pid {node.pid}, continuing 1 task" in upgraded.stdout
     assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"

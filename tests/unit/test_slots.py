@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowmesh.config import Settings, describe, load
 from flowmesh.errors import ConfigError, DeviceError
 from flowmesh.node.devices import GpuInfo, MigSlice
 from flowmesh.node.slots import Slot, SlotPlan, cpu_list, plan
 from flowmesh.settings_checks import cpu_numbers
+from flowmesh.settings_load import describe, load
+from flowmesh.settings_schema import Settings
 
 GPUS = tuple(GpuInfo(index=i, uuid=f"GPU-{c * 8}", name="X", memory_total_bytes=1) for i, c in enumerate("abcd"))
 CPUS = tuple(range(16))
@@ -130,11 +131,11 @@ A, B = "[[slots]]\nname = 'a'\n", "[[slots]]\nname = 'b'\n"
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (f"{A}gpus = [0]\n{B}gpus = [0]\n", 'slots[1].gpus[0]: GPU 0 is in slot "a" already'),
-        (f"{A}cpus = '0-3'\n{B}cpus = '3-5'\n", 'slots[1].cpus: CPU 3 is in slot "a" already'),
-        (f"{A}{A}", 'slots[1].name: "a" is slots[0] already'),
-        (f"{A}cpus = '7-3'\n", 'slots[0].cpus: "7-3" runs backwards'),
-        (f"{A}cpus = '1,0-2'\n", "slots[0].cpus: CPU 1 stands there twice"),
+        (f"{A}gpus = [0]\n{B}gpus = [0]\n", 'slots[1].gpus[0]: GPU 0 is already in slot "a"; name it in one of them'),
+        (f"{A}cpus = '0-3'\n{B}cpus = '3-5'\n", 'slots[1].cpus: CPU 3 is already in slot "a"; name it in one of them'),
+        (f"{A}{A}", 'slots[1].name: "a" is already the name of slots[0]; choose another one'),
+        (f"{A}cpus = '7-3'\n", 'slots[0].cpus: "7-3" runs backwards; write the smaller number first'),
+        (f"{A}cpus = '1,0-2'\n", "slots[0].cpus: CPU 1 is listed twice; leave one out"),
         (f"{A}cpus = '0-'\n", 'slots[0].cpus: expected CPU numbers such as "0-7,16", found "0-"'),
         (f"{A}cpus = 3\n", 'slots[0].cpus: expected CPU numbers such as "0-7,16", found 3; put it in quotes'),
         (f"{A}gpus = ['0']\n", "slots[0].gpus[0]: expected a GPU's index or its UUID"),
