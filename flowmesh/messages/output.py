@@ -55,7 +55,7 @@ Destination = LocalDestination | HttpDestination
 class Output(_Strict, frozen=True):
     """`spec.output`."""
 
-    destination: LocalDestination | HttpDestination = LocalDestination()
+    destination: Destination = LocalDestination()
     artifacts: tuple[str, ...] = ()
     """Paths below the task's folder: files are uploaded, folders archived and uploaded."""
 

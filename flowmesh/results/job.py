@@ -13,7 +13,7 @@ import msgspec
 
 from flowmesh.errors import FieldError
 from flowmesh.messages.job import OUTCOME_FILE
-from flowmesh.messages.output import HttpDestination, LocalDestination, Output, file_url, read_output
+from flowmesh.messages.output import Destination, HttpDestination, LocalDestination, Output, file_url, read_output
 from flowmesh.results.names import check_task_id, task_folder
 from flowmesh.settings_schema import ArchiveSettings
 
@@ -26,7 +26,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
 
     task_id: str
     out_dir: str
-    destination: LocalDestination | HttpDestination = LocalDestination()
+    destination: Destination = LocalDestination()
     artifacts: tuple[str, ...] = ()
 
 
