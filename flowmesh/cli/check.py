@@ -6,10 +6,10 @@ import json
 import os
 
 from flowmesh.errors import EXIT_OK
-from flowmesh.execution import lanes
-from flowmesh.execution.folders import check_sockets
 from flowmesh.settings_load import Loaded, describe
 from flowmesh.settings_paths import results_dir, state_dir
+from flowmesh.startup import environments
+from flowmesh.startup.state_dir import check_sockets
 
 
 def report(loaded: Loaded, *, as_json: bool) -> int:
@@ -18,7 +18,7 @@ def report(loaded: Loaded, *, as_json: bool) -> int:
     Raises:
         ConfigError: the settings are valid by themselves, but cannot be used on this machine.
     """
-    catalogue, _ = lanes.plan(loaded.settings)
+    catalogue, _ = environments.plan(loaded.settings)
     rows = describe(loaded)
     state = state_dir(loaded.settings, os.environ)
     check_sockets(state, loaded.settings.environments)

@@ -19,9 +19,9 @@ from flowmesh.cli import doctor_gpus, doctor_machine, locate, render
 from flowmesh.cli.control import Control, NotPermitted
 from flowmesh.cli.findings import Finding, Level, count, show
 from flowmesh.errors import EXIT_FAILURE, EXIT_OK, ConfigError, FlowMeshError, UnavailableError
-from flowmesh.execution import lanes
 from flowmesh.redaction import redact_url
 from flowmesh.settings_schema import Settings
+from flowmesh.startup import environments
 from flowmesh.tasks.types import DELIVERY, PROBE_TIMEOUT_S
 
 
@@ -99,17 +99,17 @@ def _node(settings: Settings) -> Iterator[Finding]:
 def _environments(settings: Settings, *, has_gpus: bool) -> Iterator[Finding]:
     """Each environment with its task types, and why the other task types are not offered."""
     try:
-        catalogue, table = lanes.plan(settings)
+        catalogue, table = environments.plan(settings)
     except ConfigError as error:
         yield Finding("environments", Level.BROKEN, str(error), "correct that setting")
         return
-    for name, lane in table.items():
+    for name, environment in table.items():
         types = sorted(offered.name for offered in catalogue.offered.values() if offered.environment == name)
         if name != DELIVERY and types:
-            yield Finding("environments", Level.OK, f"{name} ({lane.python}): {', '.join(types)}")
+            yield Finding("environments", Level.OK, f"{name} ({environment.python}): {', '.join(types)}")
             needs_torch = any("torch" in catalogue.offered[task_type].requires for task_type in types)
-            if has_gpus and needs_torch and (problem := _torch_problem(lane.python)):
-                remedy = f"install torch's CUDA build: {lane.python} -m pip install --force-reinstall torch"
+            if has_gpus and needs_torch and (problem := _torch_problem(environment.python)):
+                remedy = f"install torch's CUDA build: {environment.python} -m pip install --force-reinstall torch"
                 yield Finding("environments", Level.WARN, f"{name}: {problem}", remedy)
     reasons: dict[str, list[str]] = {}
     for name, why in catalogue.missing.items():

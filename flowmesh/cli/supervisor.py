@@ -65,7 +65,7 @@ def _serve(read: Callable[[], Loaded]) -> int:
     import os
 
     from flowmesh.cli.logs_setup import configure
-    from flowmesh.execution import preflight
+    from flowmesh.startup import preflight
     from flowmesh.supervisor import Supervisor
 
     environment = dict(os.environ)

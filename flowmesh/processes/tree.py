@@ -90,3 +90,14 @@ def forked_from(server_id: str) -> list[int]:
         except OSError:
             continue
     return found
+
+
+def is_same_or_below(pid: int, ancestor: int) -> bool:
+    """Whether a process is `ancestor` or descends from it; `pid` may also be that of a thread."""
+    seen = 0
+    at: int | None = linux.process_of(pid)
+    while at is not None and at > 1 and seen < 256:
+        if at == ancestor:
+            return True
+        at, seen = linux.parent_of(at), seen + 1
+    return False

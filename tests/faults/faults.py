@@ -90,10 +90,10 @@ def _(rig: Rig, rng: random.Random) -> None:
     rig.some_tasks(rng)
     rig.pause(rng)
     crashes(rig)
-    before = rig.node.text().count("node starts:")
+    before = rig.node.text().count("node started:")
     rig.hit(rig.node.pid, signal.SIGUSR2)
-    _until(lambda: rig.node.text().count("node starts:") > before, "the new supervisor starts")
-    _until(lambda: rig.node.text().rpartition("node starts:")[2].count("subscribed"), "the new supervisor listens")
+    _until(lambda: rig.node.text().count("node started:") > before, "the new supervisor starts")
+    _until(lambda: rig.node.text().rpartition("node started:")[2].count("subscribed"), "the new supervisor listens")
     rig._fds.clear()
 
 

@@ -131,7 +131,7 @@ def _inject(rig: Rig, fault: Fault, seed: int) -> str:
         rig.begin()
         fault.act(rig, random.Random(seed))
         rig.check()
-        errors = [line for line in rig.node.text().splitlines() if "Traceback" in line or "the node failed at" in line]
+        errors = [line for line in rig.node.text().splitlines() if "Traceback" in line or "unhandled error" in line]
         if errors:
             return f"the node's log has an error of its own: {errors[0]}"
         rig.settle()

@@ -35,7 +35,7 @@ def test_a_gpu_that_does_not_come_back_closes_the_slot_until_it_does(
     assert "gpu_release_ms" not in end["payload"]["resources"]
 
     node.wait_word("DEGRADED")
-    node.wait_reason(f"{A} is used by somebody else: pid {pid}")  # its owner is gone: nobody's any more
+    node.wait_reason(f"{A} is used by a foreign process: pid {pid}")  # its owner is gone: nobody's any more
     beat = orchestrator.wait_worker_event("HEARTBEAT")
     while "degraded" not in beat["metrics"]:
         orchestrator.worker_events.clear()
@@ -74,7 +74,7 @@ def test_a_stranger_is_named_and_no_gpu_task_starts_beside_it(
         node.stub.add(f"process {B} {stranger.pid} {7 * GIB}")
         node.wait_word("DEGRADED")  # with a heartbeat: no task had to come
         reason = node.reason()
-        assert reason.startswith(f"{B} is used by somebody else: pid {stranger.pid} (user ")
+        assert reason.startswith(f"{B} is used by a foreign process: pid {stranger.pid} (user ")
         assert "time.sleep(100)" in reason
         assert reason.endswith("7168 MiB")
         light = orchestrator.run("w1", {"taskType": "echo"})
@@ -99,7 +99,7 @@ def test_a_stranger_that_comes_just_before_a_task_fails_it_before_it_starts(
     node.stub.add(f"process {A} 1 {GIB}")
     end = orchestrator.run("w1", {"taskType": "look"})
     assert (end["payload"]["error_kind"], end["payload"]["started_at"]) == ("node_fault", None)
-    assert end["error"].startswith(f"the task was not started: {A} is used by somebody else: pid 1 ")
+    assert end["error"].startswith(f"the task was not started: {A} is used by a foreign process: pid 1 ")
     assert node.status() == "DEGRADED"
 
 
@@ -216,7 +216,7 @@ def test_an_xid_of_the_tasks_own_is_its_verdict_and_leaves_the_slot_open(
         end = orchestrator.wait_end(task_id)
         payload = end["payload"]
         assert (payload["error_kind"], payload["retryable"]) == ("gpu_fault", True)
-        fault = f"Xid 31 (page fault of a kernel: it touched memory that it does not have) on {A}"
+        fault = f"Xid 31 (page fault of a kernel: it accessed unmapped memory) on {A}"
         assert fault in end["error"]
         assert fault in payload["exit"]["evidence"]
         assert ("illegal memory access" in end["error"]) == (then == "raise")

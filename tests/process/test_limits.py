@@ -19,11 +19,11 @@ from typing import TypeVar
 
 import pytest
 
-from flowmesh.execution.files import Owner
-from flowmesh.execution.stacks import Stacks
+from flowmesh.execution.housekeeping.stack_dump import StackDump
+from flowmesh.execution.layout import Owner
 from flowmesh.processes import limits
-from flowmesh.processes.ahead import MANY
 from flowmesh.processes.limits import Limits
+from flowmesh.processes.spares import MANY
 from tests.support import Node, Orchestrator, spares, until
 
 pytestmark = pytest.mark.redis
@@ -74,7 +74,7 @@ def test_the_stacks_of_every_process_are_saved(orchestrator: Orchestrator, make_
     assert {spawned, program, stopped} < told.keys()
     assert "sleep 600" in told[program]
     assert "File " not in told[program], "no Python, no stacks of Python"
-    assert "when it was ended" in told[spawned]
+    assert "when it was aborted" in told[spawned]
     assert "in spawned_waits" in told[spawned]
     assert "_stops_itself" in told[stopped]
     assert "in do_wait_for_others" in stacks
@@ -86,7 +86,7 @@ def test_stacks_are_not_written_through_a_link(tmp_path: Path) -> None:
     (tmp_path / "task").mkdir()
     (tmp_path / "task" / "logs").symlink_to(elsewhere)
     with subprocess.Popen(["sleep", "60"]) as process:
-        Stacks(process.pid, tmp_path / "task").save()
+        StackDump(process.pid, tmp_path / "task").save()
         process.kill()
     assert list(elsewhere.iterdir()) == []
 
@@ -105,9 +105,9 @@ def test_a_folder_that_its_task_locks_ends_no_watch(orchestrator: Orchestrator, 
     start_without_rights_to_all_files(node)
     task = orchestrator.dispatch("w1", {"taskType": "misbehave", "do": "lock_folder"}, task_id="locked")
     orchestrator.wait_started(task)
-    until(lambda: "could not be looked after: Permission denied" in node.text(), "the watch has come by")
+    until(lambda: "could not be bounded or folded: Permission denied" in node.text(), "the watch has come by")
     time.sleep(2.5)
-    assert node.text().count("could not be looked after") == 1, "it is told once"
+    assert node.text().count("could not be bounded or folded") == 1, "it is told once"
     node.kill()
     node.start()  # with all rights: what it was for is shown by now
     (tmp,) = (node.state_dir / "tmp").iterdir()

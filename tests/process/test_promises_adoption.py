@@ -215,7 +215,7 @@ def test_p5_a_hot_upgrade_keeps_the_task_and_its_process(orchestrator: Orchestra
         os.kill(node.pid, signal.SIGUSR2)
     else:
         assert node.ask(op="upgrade")["ok"]
-    until(lambda: node.text().count("node starts") == 2, "the new supervisor starts")
+    until(lambda: node.text().count("node started") == 2, "the new supervisor starts")
     until(lambda: node.text().count("subscribed") == 2, "the new supervisor listens")
     assert node.task_pid(task_id) == pid
     assert node.ask(op="status")["pid"] == node.pid

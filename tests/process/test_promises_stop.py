@@ -73,7 +73,7 @@ def test_cancel_in_the_queue(orchestrator: Orchestrator, node: Node) -> None:
 def test_cancel_before_the_task_comes(orchestrator: Orchestrator, node: Node) -> None:
     answer = node.ask(op="cancel", task_id="later")
     assert answer["ok"] is False
-    assert "should it still come, it is cancelled" in answer["error"]
+    assert "if it is dispatched here later, it is cancelled" in answer["error"]
     orchestrator.dispatch("w1", misbehave("sleep"), task_id="later")
     assert_cancelled(orchestrator, node, "later", started=False)
     assert_serves(orchestrator, node)

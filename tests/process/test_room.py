@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowmesh.execution.retention import Kept, choose
-from flowmesh.execution.room import free_bytes_at, shortage
+from flowmesh.execution.housekeeping.retention import Kept, choose
+from flowmesh.execution.launch.disk_space import free_bytes_at, shortage
 from tests.http_server import Answer, Server
 from tests.support import Node, Orchestrator, RedisServer, short_dir, until
 

@@ -18,17 +18,18 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from flowmesh.execution import lanes
-from flowmesh.execution.accept import accept
-from flowmesh.execution.files import Layout, Owner, prepare
-from flowmesh.execution.logs import bound_logs, finish_logs, log_tail
+from flowmesh.execution.admission import accept
+from flowmesh.execution.housekeeping.task_logs import bound_logs, finish_logs, log_tail
+from flowmesh.execution.launch.preparation import prepare
+from flowmesh.execution.layout import Layout, Owner
 from flowmesh.execution.run import Run
 from flowmesh.node.slots import Slot, SlotPlan
-from flowmesh.processes.child import Start, run
+from flowmesh.processes.child_main import Start, run
 from flowmesh.processes.limits import Limits
 from flowmesh.processes.pipe import Pipe
 from flowmesh.processes.protocol import Fork
 from flowmesh.settings_schema import Settings
+from flowmesh.startup import environments
 from tests.http_server import Server
 from tests.support import Node, Orchestrator, short_dir, until
 
@@ -161,7 +162,9 @@ def test_a_job_is_written_before_its_folder_is_given_away(home: Path, secret: Pa
     spec = {"taskType": "echo"}
     task = {"apiVersion": "flowmesh/v1", "kind": "Task", "metadata": {"name": "test"}, "spec": spec}
     message = json.dumps({"task_id": "t-1", "task": task, "assigned_worker": "w1"}).encode()
-    accepted = accept(message, settings=settings, catalogue=lanes.plan(settings)[0], results_dir=layout.results_dir)
+    accepted = accept(
+        message, settings=settings, catalogue=environments.plan(settings)[0], results_dir=layout.results_dir
+    )
     slot: Slot[Run] = Slot(SlotPlan(name="slot", worker_id="w1"))
     attempts = range(1, 400)
     links = [layout.spool(attempt) / "job.json" for attempt in attempts]

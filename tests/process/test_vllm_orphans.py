@@ -65,7 +65,7 @@ def test_a_hung_engine_says_where_it_is(orchestrator: Orchestrator, make_node, m
     assert end["payload"]["error_kind"] == "hang"
     stacks = (node.results_dir / task / "logs" / "stacks.txt").read_text()
     assert "llm.generate" in stacks or "in generate" in stacks, "the first process waits"
-    told = stacks.partition(f"pid {engine}, when it was ended")[2]
+    told = stacks.partition(f"pid {engine}, when it was aborted")[2]
     assert "vllm/v1/engine/core.py" in told
     assert not [each for each in tree if alive(each)]
 

@@ -102,7 +102,7 @@ def works(node: Node, peer: Orchestrator) -> None:
     assert "w1" in listed.stdout, listed.stderr
     assert node.stop() == 0
     peer.wait_worker_event("UNREGISTER", worker_id="w1")
-    assert "Redis is away" not in node.text()
+    assert "Redis is unreachable" not in node.text()
 
 
 @pytest.mark.redis

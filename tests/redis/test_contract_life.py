@@ -198,7 +198,7 @@ def test_malformed_messages_disturb_nobody(orchestrator: Orchestrator, node: Nod
         assert word in end["error"]
     assert orchestrator.run("w1", {"taskType": "echo"})["type"] == "TASK_SUCCEEDED"
     assert node.ask(op="status")["malformed"] == 7
-    lines = [line for line in node.text().splitlines() if "malformed" in line or "is no id" in line]
+    lines = [line for line in node.text().splitlines() if "malformed" in line or "invalid task_id" in line]
     assert len(lines) == 7
     assert max(map(len, lines)) < 400
 

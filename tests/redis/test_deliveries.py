@@ -102,7 +102,7 @@ def test_p9_what_was_computed_is_delivered_again_by_a_command(orchestrator: Orch
 
 def test_deliver_says_what_is_wrong(orchestrator: Orchestrator, make_node) -> None:
     node = make_node(config=config(total_s=3.0))
-    assert "knows no such task" in said(flowmesh(node, "deliver", "never-heard-of"))[2]
+    assert "has no record of this task" in said(flowmesh(node, "deliver", "never-heard-of"))[2]
     orchestrator.run("w1", {"taskType": "echo", "delaySec": -1}, task_id="bad")
     assert "it has no result to deliver (bad_request" in said(flowmesh(node, "deliver", "bad"))[2]
     running = orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 60})
@@ -122,7 +122,7 @@ def test_deliver_says_what_is_wrong(orchestrator: Orchestrator, make_node) -> No
         task = refused(orchestrator, server)
         (spool,) = (node.state_dir / "spool").iterdir()
         (spool / "delivery.json").unlink()
-        assert "nothing of it waits here any more" in said(flowmesh(node, "deliver", task))[2]
+        assert "this node keeps nothing of it for delivery" in said(flowmesh(node, "deliver", task))[2]
 
 
 def test_deliver_is_cut_short_by_nothing_but_a_kill(orchestrator: Orchestrator, make_node) -> None:
@@ -166,7 +166,7 @@ def test_deliver_gives_way_to_the_nodes_end_and_to_the_task_itself(orchestrator:
         orchestrator.dispatch("w1", model_to(server), task_id=task)
         code, _, err = said(asked)
         assert code == 1
-        assert "the task came again" in err
+        assert "there is a new attempt at the task" in err
         until(lambda: len({event["ts"] for event in orchestrator.ends(task)}) == 2, "it ends a second time")
         assert orchestrator.ends(task)[-1]["type"] == "TASK_SUCCEEDED"
         assert len(server.results()) == 1
@@ -182,7 +182,7 @@ def test_a_delivery_child_that_is_killed_in_mid_upload_goes_on(orchestrator: Orc
         assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"
         assert server.files()["final_model.tar.gz"].file_size > 2_000_000
         assert len(server.received) == 2
-        assert "delivery begins again" in node.text()
+        assert "delivery starts again" in node.text()
 
 
 @pytest.mark.parametrize("with_child", [False, True], ids=["supervisor", "both"])

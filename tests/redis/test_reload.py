@@ -14,8 +14,8 @@ from tests.support import ROOT, Node, Orchestrator, RedisServer, until
 
 pytestmark = pytest.mark.redis
 
-TOLD = "settings not reloaded, the old ones stay: "
-NO_RUNNER = "task_types.mine.runner: missing; a type of your own needs module:Class"
+TOLD = "settings not reloaded, the node keeps its old ones: "
+NO_RUNNER = "task_types.mine.runner: missing; a type that is not built in needs module:Class"
 REFUSED: dict[str, tuple[dict[str, str], str]] = {
     # what the file says instead of or besides what is right, and the error
     "no Redis": ({"redis": ""}, "redis.url: missing; set REDIS_URL"),
@@ -84,7 +84,7 @@ def test_what_a_start_refuses_is_told_and_the_node_runs_on(
     assert node.text().count("ERROR") == 2, "one line each"
     assert node.task_pid(task) == child
     assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"
-    assert node.text().count("node starts") == 1
+    assert node.text().count("node started") == 1
     assert node.stop() == 0
     node.start(wait=False)
     assert node.process.wait(30) == 78
@@ -108,7 +108,7 @@ def test_the_command_says_why_it_starts_nothing_anew(orchestrator: Orchestrator,
     command = [sys.executable, "-m", "flowmesh.cli.main", "upgrade", "--state-dir", str(file_node.state_dir)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     (line,) = done.stderr.splitlines()
-    assert (done.returncode, line.endswith(f"the old version and settings stay: {NO_RUNNER}")) == (1, True), line
+    assert (done.returncode, line.endswith(f"the node keeps its version and settings: {NO_RUNNER}")) == (1, True), line
     assert file_node.told() == [NO_RUNNER]
     assert file_node.task_pid(task) == child
     assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"
@@ -126,7 +126,7 @@ def test_what_a_start_takes_is_taken(orchestrator: Orchestrator, file_node: File
     assert file_node.task_pid(task) == child
     assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"
     assert Path(file_node.home, "new", "results").is_dir()
-    assert "node starts" in Path(file_node.home, "logs", "{node}.jsonl").read_text()
+    assert "node started" in Path(file_node.home, "logs", "{node}.jsonl").read_text()
 
 
 def test_a_drain_is_not_lost_to_a_reload(orchestrator: Orchestrator, file_node: FileNode) -> None:
@@ -136,4 +136,4 @@ def test_a_drain_is_not_lost_to_a_reload(orchestrator: Orchestrator, file_node: 
     file_node.process.send_signal(signal.SIGHUP)
     assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"
     assert file_node.process.wait(30) == 0
-    assert file_node.told() == ["the node is draining, and ends when its tasks have"]
+    assert file_node.told() == ["the node is draining, and ends when its tasks have ended"]

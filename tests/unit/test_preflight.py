@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from flowmesh.errors import ConfigError
-from flowmesh.execution import preflight
-from flowmesh.execution.folders import check_sockets
-from flowmesh.processes.launcher import socket_name
+from flowmesh.processes.server_client import socket_name
 from flowmesh.settings_load import load
 from flowmesh.settings_schema import Settings
+from flowmesh.startup import preflight
+from flowmesh.startup.state_dir import check_sockets
 from tests.support import ROOT, short_dir
 
 
