@@ -296,7 +296,7 @@ def test_without_isal_zlib_does_it_and_the_note_names_the_extra(model: Path, tmp
         "import sys\n"
         "sys.modules['isal'] = None\n"
         "from pathlib import Path\n"
-        "from flowmesh.config import ArchiveSettings\n"
+        "from flowmesh.settings_schema import ArchiveSettings\n"
         "from flowmesh.results.archive import make_archive\n"
         "settings = ArchiveSettings(pigz_bin='no-such-pigz')\n"
         "print(*make_archive(Path(sys.argv[1]), Path(sys.argv[2]), settings).notes)\n"
