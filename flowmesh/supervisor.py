@@ -20,7 +20,6 @@ import msgspec
 from loguru import logger
 
 from flowmesh import __version__
-from flowmesh.config import Settings, results_dir, state_dir
 from flowmesh.control.operations import Operations
 from flowmesh.control.server import ControlServer
 from flowmesh.control.watchers import Watchers
@@ -39,6 +38,8 @@ from flowmesh.orchestrator.link import Link
 from flowmesh.orchestrator.worker_description import NodeDescription
 from flowmesh.processes import environ, linux
 from flowmesh.processes.server_pool import ServerPool
+from flowmesh.settings_paths import results_dir, state_dir
+from flowmesh.settings_schema import Settings
 from flowmesh.startup import environments, preflight
 from flowmesh.startup.state_dir import hold_state_dir, open_for
 from flowmesh.tasks.journal import Journal

@@ -1,6 +1,6 @@
-"""The node's local control socket: one JSON object a line, for whoever may open a file of the node's user.
+"""The server of the node's control socket: one JSON object per line. Access is by file permission (the node's user).
 
-What concerns this node and not the deployment: what it runs, where a task's files lie, cancel, drain, upgrade.
+For operations on this node: status, a task's files, cancel, drain, upgrade.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from flowmesh.messages.checking import nearest
 
 MAX_LINE = 64 * 1024
 WATCH_BACKLOG = 1000
-"""Events that a slow watcher may be behind; after that progress is dropped for it."""
+"""Events queued for a slow watcher; beyond that, its progress events are dropped."""
 
 Answer = dict[str, Any]
 Handler = Callable[[dict[str, Any]], Answer | Awaitable[Answer]]
@@ -27,14 +27,15 @@ Subscribe = Callable[[str, Callable[[Answer], None]], Callable[[], None]]
 
 
 class ControlError(FlowMeshError):
-    """What was asked cannot be done; the message goes to the one who asked."""
+    """A request cannot be fulfilled. The message is sent to the client."""
 
 
 class ControlServer:
     """Answers requests.
 
     Args:
-        handlers: by `op`; each gets the request and returns what goes beside `"ok": true`.
+        path: of the socket; a stale one is replaced.
+        handlers: by `op`; each gets the request and returns the fields to send beside `"ok": true`.
         subscribe: (task id, callback) → unsubscribe; for `watch`.
     """
 
@@ -62,8 +63,8 @@ class ControlServer:
         try:
             while line := await reader.readline():
                 await self._answer(line, reader, writer)
-        except (ConnectionError, ValueError) as error:  # a line that is too long is a ValueError
-            logger.debug("control: {}", error)
+        except (ConnectionError, ValueError) as error:  # a line over MAX_LINE is a ValueError
+            logger.bind(error=str(error)).debug("control connection closed")
         finally:
             self._peers.discard(writer)
             writer.close()
@@ -80,7 +81,7 @@ class ControlServer:
             handler = self._handlers.get(op) if isinstance(op, str) else None
             if handler is None:
                 known = [*self._handlers, "watch"]
-                raise ControlError(f"op: unknown request {op!r}; {nearest(str(op), known)}")
+                raise ControlError(f"op: unknown operation {op!r}; {nearest(str(op), known)}")
             answer = handler(request)
             if not isinstance(answer, dict):
                 answer = await answer
@@ -92,7 +93,7 @@ class ControlServer:
         await _send(writer, reply)
 
     async def _watch(self, task_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Send what happens to a task until it ends, or the watcher goes."""
+        """Send a task's events until it ends or the client disconnects."""
         events: asyncio.Queue[Answer | None] = asyncio.Queue()
 
         def put(event: Answer) -> None:
@@ -120,7 +121,12 @@ async def _send(writer: asyncio.StreamWriter, message: Answer) -> None:
 
 
 def text_field(request: dict[str, Any], name: str) -> str:
+    """A required text field of a request.
+
+    Raises:
+        ControlError: it is missing or not text.
+    """
     value = request.get(name)
     if not isinstance(value, str) or not value:
-        raise ControlError(f"{name}: expected text, found {value!r}")
+        raise ControlError(f"{name}: expected text that is not empty, found {value!r}")
     return value

@@ -12,7 +12,6 @@ from typing import Any
 
 from loguru import logger
 
-from flowmesh.config import Settings
 from flowmesh.execution import task_events
 from flowmesh.execution.counters import Counters
 from flowmesh.execution.delivery.deliveries import Deliveries
@@ -45,9 +44,11 @@ from flowmesh.node.health import GpuHealth
 from flowmesh.node.nvml import Nvml
 from flowmesh.node.power import PowerMeter
 from flowmesh.node.slots import Slot
+from flowmesh.processes.child_owner import ChildOwner
 from flowmesh.processes.helper import Helpers
 from flowmesh.processes.pipe import Cancel
-from flowmesh.processes.server_pool import ChildOwner, ServerPool
+from flowmesh.processes.server_pool import ServerPool
+from flowmesh.settings_schema import Settings
 from flowmesh.tasks import machine
 from flowmesh.tasks.journal import Journal, JournalError
 from flowmesh.tasks.machine import State, step

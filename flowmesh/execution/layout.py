@@ -9,8 +9,8 @@ from typing import Any
 
 import msgspec
 
-from flowmesh.config import ProcessesSettings
 from flowmesh.errors import ConfigError
+from flowmesh.settings_schema import ProcessesSettings
 
 
 class Owner(msgspec.Struct, frozen=True):

@@ -10,8 +10,7 @@ import msgspec
 from flowmesh.execution.run import Run
 from flowmesh.messages.output import HttpDestination
 from flowmesh.messages.wire import TaskEvent, encode, utc_now
-from flowmesh.messages.wording import is_secret
-from flowmesh.results.redact import Redactor, in_request
+from flowmesh.redaction import Redactor, in_request, is_secret
 from flowmesh.tasks.verdicts import Kind, Verdict, event_fields
 
 TAIL_LINES = 20

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
-from flowmesh.config import TasksSettings
 from flowmesh.execution.ports import PostEvent
 from flowmesh.execution.run import Run
+from flowmesh.settings_schema import TasksSettings
 from flowmesh.tasks import machine
 from flowmesh.tasks.machine import Level
 from flowmesh.tasks.verdicts import Stop

@@ -47,7 +47,7 @@ class Helper:
 
 
 class Helpers:
-    """The `server_pool.ChildOwner` of these children. Their attempt numbers are unique and chosen by the caller."""
+    """The `child_owner.ChildOwner` of these children. Their attempt numbers are unique and chosen by the caller."""
 
     def __init__(self, pool: ServerPool) -> None:
         self._pool = pool

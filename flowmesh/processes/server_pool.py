@@ -12,19 +12,18 @@ import contextlib
 import hashlib
 import os
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
 
 import msgspec
 from loguru import logger
 
 from flowmesh import __version__
 from flowmesh.errors import LaunchError
-from flowmesh.messages.job import Exit
 from flowmesh.processes import environ, proc_files, tree
 from flowmesh.processes.cgroup import Leaf
+from flowmesh.processes.child_owner import ChildOwner
+from flowmesh.processes.environment_faults import EnvironmentFaults, last_line
 from flowmesh.processes.pipe import Pipe
 from flowmesh.processes.protocol import (
     Forget,
@@ -46,24 +45,6 @@ READY_TIMEOUT_S = 300.0
 FORK_TIMEOUT_S = 30.0
 """A server that does not fork in this time is stuck, and is killed."""
 KILL_TIMEOUT_S = 15.0
-BROKEN_FOR_S = 30.0
-"""After a failed start, launches in that environment fail at once for this long."""
-
-
-class ChildOwner(Protocol):
-    """Who answers for a child. Called on the loop, in the order in which things happened."""
-
-    def on_forked(self, forked: Forked, pipe: Pipe) -> None:
-        """The child exists; the owner gets the node's end of its pipe. Also called for adopted children."""
-
-    def on_fork_failed(self, attempt: int, message: str) -> None:
-        """There will be no child; the fork server says why."""
-
-    def on_gone(self, attempt: int, exit_: Exit) -> None:
-        """The child and its whole tree have ended. To be answered with `forget` once that is in the journal."""
-
-    def on_lost(self, attempt: int, message: str) -> None:
-        """The child was killed with its fork server; its exit status is unknown."""
 
 
 class Child(msgspec.Struct, kw_only=True):
@@ -102,8 +83,7 @@ class ServerPool:
         self._current: dict[str, Server] = {}
         self._children: dict[int, Child] = {}
         self._owner_of: Callable[[int], ChildOwner] | None = None
-        self._broken: dict[str, tuple[float, str]] = {}
-        self._bare: dict[str, str] = {}
+        self._faults = EnvironmentFaults()
         self._folder = folder
         self._log_folder = log_folder
         self._env = env
@@ -199,8 +179,7 @@ class ServerPool:
         names = [name for name in self._current if environment in (None, name)]
         for name in names:
             self._retire(self._current.pop(name))
-        self._broken.clear()
-        self._bare.clear()
+        self._faults.clear()
         return names
 
     def leave(self) -> None:
@@ -230,9 +209,8 @@ class ServerPool:
             server.path.unlink(missing_ok=True)
 
     def warnings(self) -> dict[str, str]:
-        """What is wrong with an environment, by its name."""
-        broken = {name: message for name, (_, message) in self._broken.items()}
-        return broken | {name: f"no preload: {reason}" for name, reason in self._bare.items()}
+        """What is wrong, by environment."""
+        return self._faults.warnings()
 
     async def _server(self, environment: str) -> Server:
         server = self._current.get(environment)
@@ -249,23 +227,18 @@ class ServerPool:
         except TimeoutError:
             server.kill()
             message = f"environment {environment}: its imports took more than {READY_TIMEOUT_S:.0f} s"
-            raise self._break(environment, message) from None
+            raise self._faults.failed(environment, message) from None
         except LaunchError as error:
             log = self._log_folder / f"{environment}.log"
-            raise self._break(environment, f"{error}: {_last_line(log)}; see {log}") from None
+            raise self._faults.failed(environment, f"{error}: {last_line(log)}; see {log}") from None
         if isinstance(answer, Ready):
             return server if server.serves else await self._server(environment)
         assert isinstance(answer, Unfit)
         if self._current.get(environment) is server:
             del self._current[environment]
         if not answer.unsafe or not self.environments[environment].preload:
-            raise self._break(environment, f"environment {environment}: {answer.message}")
-        if environment not in self._bare:
-            self._bare[environment] = answer.message
-            logger.bind(environment=environment).warning(
-                "environment {} is not safe to fork ({}): its tasks import for themselves, which costs seconds each",
-                environment, answer.message,
-            )  # fmt: skip
+            raise self._faults.failed(environment, f"environment {environment}: {answer.message}")
+        self._faults.mark_unsafe(environment, answer.message)
         return await self._server(environment)
 
     def _may_serve(self, server: Server, ready: Ready) -> bool:
@@ -281,12 +254,10 @@ class ServerPool:
         return hashlib.blake2b(parts, digest_size=8).hexdigest()
 
     def _start(self, name: str) -> Server:
-        since, message = self._broken.get(name, (0.0, ""))
-        if message and time.monotonic() - since < BROKEN_FOR_S:
-            raise LaunchError(message)
+        self._faults.check(name)
         environment = self.environments[name]
         made_of = self._made_of(environment)
-        if name in self._bare:
+        if self._faults.is_unsafe(name):
             environment = msgspec.structs.replace(environment, preload=(), canary=None, rehearsal=None)
         server = Server.start(
             environment,
@@ -302,13 +273,6 @@ class ServerPool:
         self._current[name] = server
         return server
 
-    def _break(self, environment: str, message: str) -> LaunchError:
-        """Remember for a while that the environment does not start; logged once."""
-        if self._broken.get(environment, (0.0, ""))[1] != message:
-            logger.bind(environment=environment).error("{}", message)
-        self._broken[environment] = (time.monotonic(), message)
-        return LaunchError(message)
-
     def _retire(self, server: Server) -> None:
         with contextlib.suppress(LaunchError):
             server.send(Retire())
@@ -321,7 +285,7 @@ class ServerPool:
     def _on_reply(self, server: Server, reply: Reply, pipe: Pipe | None) -> None:
         match reply:
             case Ready():
-                self._broken.pop(server.environment, None)
+                self._faults.started(server.environment)
                 for attempt in reply.attempts:  # its Forked, and perhaps its Gone, follow; if it dies first: on_lost
                     self._child(attempt, server)
                 logger.bind(
@@ -394,11 +358,3 @@ class ServerPool:
                 "fork server killed: it did not confirm a kill in {} s", KILL_TIMEOUT_S
             )
             child.server.kill()
-
-
-def _last_line(path: Path) -> str:
-    try:
-        lines = path.read_text(errors="replace").split("\n")[-50:]
-    except OSError:
-        return "no log"
-    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "it wrote nothing")

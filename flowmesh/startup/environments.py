@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from flowmesh.config import Settings
 from flowmesh.errors import ConfigError, FieldError
 from flowmesh.processes.server_client import Environment
+from flowmesh.settings_schema import Settings
 from flowmesh.tasks.types import DEFAULT, DELIVERY, LIGHT, Catalogue, TaskType, catalogue, known_types
 
 CANARY = "runners.canary:check"

@@ -1,6 +1,6 @@
 """Checks that settings can be used on this machine: at start, and in a running node before it restarts itself.
 
-The checks may create folders and files that the start would create anyway. They change nothing that a running node uses.
+They may create folders and files that the start would create anyway. They change nothing that a running node uses.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from pathlib import Path
 
 import msgspec
 
-from flowmesh.config import Settings, log_file, results_dir, state_dir
 from flowmesh.errors import ConfigError
 from flowmesh.execution.layout import Owner
 from flowmesh.node.devices import GpuInfo, Inventory, visible_gpus
@@ -19,6 +18,8 @@ from flowmesh.node.hardware import logical_cores
 from flowmesh.node.slots import SlotPlan
 from flowmesh.node.slots import plan as plan_slots
 from flowmesh.processes import cgroup
+from flowmesh.settings_paths import log_file, results_dir, state_dir
+from flowmesh.settings_schema import Settings
 from flowmesh.settings_types import Isolation
 from flowmesh.startup import environments
 from flowmesh.startup.state_dir import check_sockets, make_log_file, make_results_dir

@@ -17,13 +17,13 @@ from typing import Any
 import msgspec
 import pytest
 
-from flowmesh.config import ArchiveSettings
 from flowmesh.errors import FieldError
 from flowmesh.messages.job import ArchiveRequest, Fault, Outcome, UploadRequest
 from flowmesh.messages.output import HttpDestination, LocalDestination, read_output
 from flowmesh.processes.pipe import Finished, Frame, Hello, Phase, Pipe, Progress
 from flowmesh.results.delivery import deliver, main, read_report, write_job
 from flowmesh.results.job import DeliveryJob, DeliveryReport, Failure, Target, children_of, file_url_template
+from flowmesh.settings_schema import ArchiveSettings
 from tests.http_server import Answer, Reset, Server, Stall
 
 QUICK: dict[str, Any] = {

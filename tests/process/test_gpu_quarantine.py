@@ -216,7 +216,7 @@ def test_an_xid_of_the_tasks_own_is_its_verdict_and_leaves_the_slot_open(
         end = orchestrator.wait_end(task_id)
         payload = end["payload"]
         assert (payload["error_kind"], payload["retryable"]) == ("gpu_fault", True)
-        fault = f"Xid 31 (page fault of a kernel: it touched memory that it does not have) on {A}"
+        fault = f"Xid 31 (page fault of a kernel: it accessed unmapped memory) on {A}"
         assert fault in end["error"]
         assert fault in payload["exit"]["evidence"]
         assert ("illegal memory access" in end["error"]) == (then == "raise")

@@ -13,8 +13,9 @@ import msgspec
 import pytest
 
 from flowmesh.errors import DeviceError
-from flowmesh.node.gpu import Baseline, GpuState, ReleaseProof
+from flowmesh.node.gpu import ReleaseProof
 from flowmesh.node.nvml import Nvml
+from flowmesh.node.release_state import Baseline, GpuState
 from tests.nvml_stub.harness import Stub, run_with_stub
 
 MIB = 1 << 20
@@ -101,7 +102,7 @@ def test_a_stranger_is_told_apart_from_who_was_there_before() -> None:
         gpu = report.gpus["GPU-aaaa"]
         assert gpu.state is GpuState.FOREIGN
         assert [holder.pid for holder in gpu.holders] == [4194304]
-        assert "not visible from here" in str(report)
+        assert "not in /proc: in another PID namespace?" in str(report)
 
     run_with_stub(ONE_GPU + f"process GPU-aaaa 1 {100 * MIB}\n", body)
 

@@ -179,8 +179,9 @@ def test_a_gpu_that_stays_lost_is_looked_for_less_and_less_often() -> None:
         session = Session(clock=lambda: now_s)
         while now_s < 2000:
             session.sample(["GPU-aaaa", "GPU-bbbb"])
-            if not inits or inits[-1] != session._opened_at:
-                inits.append(session._opened_at)
+            assert session._opened is not None
+            if not inits or inits[-1] != session._opened.at_s:
+                inits.append(session._opened.at_s)
             now_s += 10
         assert inits == [0, 30, 90, 210, 450, 930, 1890], "each new init costs the other GPU its answers"
         stub.remove("fail")

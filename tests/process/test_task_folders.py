@@ -18,7 +18,6 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from flowmesh.config import Settings
 from flowmesh.execution.admission import accept
 from flowmesh.execution.housekeeping.task_logs import bound_logs, finish_logs, log_tail
 from flowmesh.execution.launch.preparation import prepare
@@ -29,6 +28,7 @@ from flowmesh.processes.child_main import Start, run
 from flowmesh.processes.limits import Limits
 from flowmesh.processes.pipe import Pipe
 from flowmesh.processes.protocol import Fork
+from flowmesh.settings_schema import Settings
 from flowmesh.startup import environments
 from tests.http_server import Server
 from tests.support import Node, Orchestrator, short_dir, until

@@ -14,9 +14,9 @@ import pytest
 import redis
 
 from flowmesh.bus.connection import connect
-from flowmesh.config import load
 from flowmesh.messages.sentinel import SentinelAddress, sentinel_address
-from flowmesh.messages.wording import redact_url
+from flowmesh.redaction import redact_url
+from flowmesh.settings_load import load
 from tests.support import ROOT, Node, Orchestrator, RedisServer, end_process, running, until
 
 RIGHTS = (
@@ -102,7 +102,7 @@ def works(node: Node, peer: Orchestrator) -> None:
     assert "w1" in listed.stdout, listed.stderr
     assert node.stop() == 0
     peer.wait_worker_event("UNREGISTER", worker_id="w1")
-    assert "Redis is away" not in node.text()
+    assert "Redis is unreachable" not in node.text()
 
 
 @pytest.mark.redis

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from flowmesh.cli.control import Control, Ended, PhaseSeen, ProgressSeen, Refused, StateSeen
+from flowmesh.cli.control import Control, Refused
+from flowmesh.cli.control_types import Ended, PhaseSeen, ProgressSeen, StateSeen
 from flowmesh.cli.embedded import EmbeddedRedis
 from flowmesh.errors import ProtocolError, UnavailableError
 
@@ -84,15 +85,12 @@ def task(place, name, *, ended=True, **files):
     return logs
 
 
-# ---- status, cancel, drain -------------------------------------------------------------------------------------------
-
-
 def test_status(place):
     code, out, err = flowmesh(place, "status", "--state-dir", "state")
     assert (code, err) == (0, "")
     lines = out.splitlines()
     assert lines[0].startswith("node 0.1.0, pid ")
-    assert lines[0].endswith("up 1.1 h, isolation cgroup, Redis up, 0 queued, 3 events not sent yet")
+    assert lines[0].endswith("up 1.1 h, isolation cgroup, Redis up, 0 queued, 3 unsent events")
     assert lines[2].split() == ["WORKER", "SLOT", "STATUS", "TASK", "GPUS"]
     assert lines[3].split() == ["w", "all", "RUNNING", "task-1", "none"]
     assert lines[6].split()[:6] == ["task-1", "inference", "running", "generate", "12/64", "items"]
@@ -138,9 +136,6 @@ def test_drain(place):
     assert (code, json.loads(out)) == (0, {"ok": True, "mode": "finish", "drained": False})
     assert flowmesh(place, "drain", "--mode", "later", "--state-dir", "state")[0] == 2
     assert "draining (finish)" in flowmesh(place, "status", "--state-dir", "state")[1]
-
-
-# ---- logs ------------------------------------------------------------------------------------------------------------
 
 
 def test_logs_of_one_file_are_as_they_are(place):
@@ -195,7 +190,7 @@ def test_logs_without_a_node(place):
 def test_logs_of_nothing(place):
     code, _, err = flowmesh(place, "logs", "nobody", "--state-dir", "state")
     assert code == 1
-    assert err.startswith("flowmesh: no task nobody here: ")
+    assert err.startswith("flowmesh: task nobody not found: ")
     assert err.count("\n") == 1
     code, _, err = flowmesh(place, "logs", "../../etc", "--state-dir", "state")
     assert code == 2
@@ -239,9 +234,6 @@ def test_follow_ends_with_ctrl_c_and_with_its_reader(place):
     assert process.stderr.read() == b""
     process.wait(30)
     process.stderr.close()
-
-
-# ---- the client itself -----------------------------------------------------------------------------------------------
 
 
 class Peer:

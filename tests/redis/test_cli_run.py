@@ -16,7 +16,7 @@ import psutil
 import pytest
 import yaml
 
-from flowmesh.cli.local import sweep_abandoned
+from flowmesh.cli.private_folder import sweep_abandoned
 from flowmesh.processes import linux
 from tests.support import short_dir
 
@@ -167,7 +167,7 @@ def test_ctrl_c_cancels(place):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert "cancelling (once more forces it)" in out
+    assert "cancelling (repeat to kill)" in out
     assert err.count("\n") == 1
     assert "failed (cancelled): cancelled, forced False" in err
     assert left(place) == []
@@ -197,7 +197,7 @@ def test_sigterm_while_the_task_runs(place):
 def test_a_timeout_cancels(place):
     code, _, err = run(place, write(place, wait=True), "timeout_s=0.3")
     assert code == 1
-    assert "failed (cancelled): not done after 0.3 s: cancelled, forced False" in err
+    assert "failed (cancelled): timeout after 0.3 s: cancelled, forced False" in err
 
 
 def test_the_event_alone_is_enough(place):
@@ -211,8 +211,8 @@ def test_a_node_that_dies_is_told_with_its_log(place):
     assert code == 1
     *log, last = err.splitlines()
     assert log == ["node | the fake node begins", "node | about to die"]
-    assert last.startswith("flowmesh: the node ended while task-")
-    assert last.endswith("ran (exit code 7)")
+    assert last.startswith("flowmesh: the node exited while task-")
+    assert last.endswith("ran (exit code 7); its log is above")
 
 
 def test_a_node_that_does_not_come_up(place):
@@ -220,7 +220,7 @@ def test_a_node_that_does_not_come_up(place):
     assert code == 1
     assert err.splitlines() == [
         "node | the fake node begins",
-        "flowmesh: the node ended while it started (exit code 3)",
+        "flowmesh: the node exited while it started (exit code 3); its log is above",
     ]
 
 

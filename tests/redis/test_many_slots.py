@@ -29,7 +29,7 @@ def test_every_slot_keeps_its_heartbeat(make_node: Callable[..., Node], orchestr
     assert "lost" not in node.text()
     ids = [orchestrator.dispatch(worker, {"taskType": "echo"}) for worker in sorted(workers)]
     assert {orchestrator.wait_end(task_id)["type"] for task_id in ids} == {"TASK_SUCCEEDED"}
-    assert "Redis is away" not in node.text()
+    assert "Redis is unreachable" not in node.text()
 
 
 def test_a_failure_at_one_worker_is_nothing_to_its_neighbour(

@@ -145,7 +145,7 @@ def test_p7_a_redis_that_refuses_is_quoted_and_asked_again(orchestrator: Orchest
     orchestrator.redis.execute_command(*breaks.split())
     if how == "locked":
         cut_off(orchestrator, "bus")
-    until(lambda: f"Redis refuses ({told}" in node.text() or told in node.text(), "Redis' own words are told")
+    until(lambda: f"Redis refused the command ({told}" in node.text() or told in node.text(), "Redis' own text")
     until(lambda: any(told in each for each in node.ask(op="status")["redis_troubles"]), "and asked for")
     assert node.ask(op="status")["redis_up"] is False
     until(lambda: node.ask(op="status")["tasks"] == [], "the task ended meanwhile")
@@ -156,7 +156,7 @@ def test_p7_a_redis_that_refuses_is_quoted_and_asked_again(orchestrator: Orchest
         orchestrator.redis.config_set("requirepass", "")
     assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"
     until(lambda: node.ask(op="status")["redis_up"], "all is well again")
-    assert len([line for line in node.text().splitlines() if "heartbeats are lost" in line]) <= 2
+    assert len([line for line in node.text().splitlines() if "heartbeats fail" in line]) <= 2
     assert orchestrator.run("w1", {"taskType": "echo"})["type"] == "TASK_SUCCEEDED"
 
 
@@ -260,7 +260,7 @@ def test_a_node_started_before_redis_waits_for_it(redis_server: RedisServer, mak
     redis_server.stop()
     node = make_node(start=False, config=CONFIG)
     node.start(wait=False)
-    until(lambda: "Redis is away" in node.text() or "not subscribed" in node.text(), "it says that Redis is away")
+    until(lambda: "Redis is unreachable" in node.text() or "not subscribed" in node.text(), "it logs that")
     time.sleep(0.5)
     redis_server.start()
     node.wait_status("IDLE")
@@ -300,5 +300,5 @@ def test_flowmesh_upgrade_and_recycle_work_by_hand(orchestrator: Orchestrator, n
     recycled = subprocess.run([*command, "recycle", *place], capture_output=True, text=True, check=True, cwd=ROOT)
     assert recycled.stdout == "recycled: light\n"
     upgraded = subprocess.run([*command, "upgrade", *place], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert f"pid {node.pid}, 1 tasks run on" in upgraded.stdout
+    assert f"pid {node.pid}, continuing 1 task" in upgraded.stdout
     assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"

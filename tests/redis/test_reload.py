@@ -15,7 +15,7 @@ from tests.support import ROOT, Node, Orchestrator, RedisServer, until
 pytestmark = pytest.mark.redis
 
 TOLD = "settings not reloaded, the node keeps its old ones: "
-NO_RUNNER = "task_types.mine.runner: missing; a type of your own needs module:Class"
+NO_RUNNER = "task_types.mine.runner: missing; a type that is not built in needs module:Class"
 REFUSED: dict[str, tuple[dict[str, str], str]] = {
     # what the file says instead of or besides what is right, and the error
     "no Redis": ({"redis": ""}, "redis.url: missing; set REDIS_URL"),

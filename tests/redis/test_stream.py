@@ -78,7 +78,7 @@ def test_what_cannot_be_a_task_is_told_once_and_leaves(orchestrator: Orchestrato
     assert (end["type"], end["payload"]["error_kind"]) == ("TASK_FAILED", "bad_request")
     wait_taken(orchestrator)
     text = node.text()
-    assert "entry without a message dropped" in text
+    assert "dropped a stream entry without a `message` field" in text
     assert "it is for worker 'w2'" in text
     assert node.ask(op="status")["malformed"] == 1
 

@@ -11,8 +11,8 @@ import pytest
 from flowmesh.execution.gpu.task_gpus import blames
 from flowmesh.messages.job import Exit, Fault, Outcome
 from flowmesh.node.devices import GpuProcess
-from flowmesh.node.gpu import Baseline
 from flowmesh.node.health import Finding
+from flowmesh.node.release_state import Baseline
 from flowmesh.node.xid import XidVerdict
 from flowmesh.processes.tree import is_same_or_below
 from flowmesh.tasks import machine

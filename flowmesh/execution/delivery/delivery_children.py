@@ -9,7 +9,6 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any
 
-from flowmesh.config import DeliverySettings
 from flowmesh.execution.layout import Layout
 from flowmesh.messages.job import Exit
 from flowmesh.processes import environ
@@ -17,6 +16,7 @@ from flowmesh.processes.helper import Helpers, OnFrame
 from flowmesh.processes.limits import Limits
 from flowmesh.processes.pipe import Credentials
 from flowmesh.processes.protocol import Fork
+from flowmesh.settings_schema import DeliverySettings
 from flowmesh.tasks.types import DELIVERY
 
 ENTRY = "flowmesh.results.child:main"

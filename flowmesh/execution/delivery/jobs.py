@@ -7,7 +7,6 @@ from pathlib import Path
 
 import msgspec
 
-from flowmesh.config import Settings
 from flowmesh.errors import DeliveryError
 from flowmesh.execution import task_events
 from flowmesh.execution.housekeeping import task_logs
@@ -17,6 +16,7 @@ from flowmesh.messages.job import OUTCOME_FILE, Outcome
 from flowmesh.results import delivery
 from flowmesh.results.files import below, read_regular
 from flowmesh.results.job import DeliveryJob, DeliveryReport, Failure
+from flowmesh.settings_schema import Settings
 
 INLINE_BYTES = 1024 * 1024
 """A task's folder up to this size is hashed in a thread of the node; a larger one in a child."""

@@ -13,7 +13,6 @@ from typing import Any
 import msgspec
 from loguru import logger
 
-from flowmesh.config import GpuSettings
 from flowmesh.errors import DeviceError
 from flowmesh.execution.gpu import process_usage
 from flowmesh.execution.gpu.quarantine import Quarantine
@@ -32,6 +31,7 @@ from flowmesh.node.power import PowerMeter
 from flowmesh.node.slots import Slot
 from flowmesh.node.xid import XidVerdict
 from flowmesh.results.files import read_note, write_atomic
+from flowmesh.settings_schema import GpuSettings
 from flowmesh.tasks import machine
 from flowmesh.tasks.verdicts import Stop
 

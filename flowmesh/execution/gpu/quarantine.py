@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 
 from loguru import logger
 
-from flowmesh.config import GpuSettings
 from flowmesh.errors import DeviceError
 from flowmesh.execution.gpu.canary import Canaries
 from flowmesh.execution.observer import Observer
@@ -26,6 +25,7 @@ from flowmesh.node.health import GpuHealth
 from flowmesh.node.nvml import Nvml
 from flowmesh.node.slots import Slot
 from flowmesh.processes.tree import is_same_or_below
+from flowmesh.settings_schema import GpuSettings
 from flowmesh.tasks import machine
 from flowmesh.tasks.machine import State
 from flowmesh.tasks.verdicts import Stop

@@ -16,10 +16,10 @@ from pathlib import Path
 import msgspec
 from loguru import logger
 
-from flowmesh.config import ResultsSettings
 from flowmesh.errors import FlowMeshError
 from flowmesh.execution.boot_clock import SteadyClock
 from flowmesh.execution.housekeeping.removal import remove_tree
+from flowmesh.settings_schema import ResultsSettings
 from flowmesh.tasks.journal import Finished, Journal
 from flowmesh.tasks.verdicts import Kind
 

@@ -15,12 +15,12 @@ from pathlib import Path
 import msgspec
 from loguru import logger
 
-from flowmesh.config import ResultsSettings
 from flowmesh.execution.layout import Layout
 from flowmesh.execution.observer import Observer
 from flowmesh.execution.ports import PostEvent, Pump
 from flowmesh.execution.run import Run
 from flowmesh.node.slots import Slot
+from flowmesh.settings_schema import ResultsSettings
 from flowmesh.tasks import machine
 from flowmesh.tasks.verdicts import Stop
 

@@ -10,8 +10,9 @@ from flowmesh.execution.launch.disk_space import DiskSpace, Shortages
 from flowmesh.execution.launch.preparation import prepare
 from flowmesh.execution.layout import Layout
 from flowmesh.execution.run import Run
+from flowmesh.processes.child_owner import ChildOwner
 from flowmesh.processes.protocol import Fork
-from flowmesh.processes.server_pool import ChildOwner, ServerPool
+from flowmesh.processes.server_pool import ServerPool
 from flowmesh.tasks import machine
 from flowmesh.tasks.journal import Journal
 from flowmesh.tasks.machine import State

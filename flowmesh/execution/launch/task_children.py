@@ -27,7 +27,7 @@ _ALIVE = (State.LAUNCHING, State.RUNNING, State.STOPPING)
 
 
 class TaskChildren:
-    """Their owner; see `server_pool.ChildOwner`."""
+    """Their owner; see `child_owner.ChildOwner`."""
 
     def __init__(
         self,
