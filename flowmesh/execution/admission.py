@@ -66,7 +66,10 @@ def accept(data: bytes, *, settings: Settings, catalogue: Catalogue, results_dir
     merged = [(child.task_id, child.spec) for child in message.merged_children or []]
     children = children_of(merged, output, results_dir, roots, orchestrator)
     if message.task_id in {child.task_id for child in children}:
-        raise FieldError(f"merged_children: {message.task_id!r} is the parent's own id", "merged_children")
+        raise FieldError(
+            f"merged_children: {message.task_id!r} is also the parent's task_id; give each task a different one",
+            "merged_children",
+        )
     if spec.timeoutSec is not None and spec.timeoutSec > MAX_TIMEOUT_S:
         raise FieldError(f"spec.timeoutSec: at most {MAX_TIMEOUT_S:.0f} seconds (found {spec.timeoutSec})", "spec")
     return Accepted(
@@ -105,4 +108,8 @@ def _check_env(env: dict[str, str], settings: Settings) -> None:
                 f"spec.env.{name}",
             )
         if "\0" in value or not name or "=" in name or "\0" in name:
-            raise FieldError(f"spec.env.{name}: cannot be an environment variable", f"spec.env.{name}")
+            raise FieldError(
+                f"spec.env.{name}: not a valid environment variable; the name must not be empty or contain '=', "
+                "and name and value no NUL byte",
+                f"spec.env.{name}",
+            )

@@ -42,8 +42,8 @@ def age_s(marked: str | None, wall: str) -> float:
 class SteadyClock:
     """The wall clock without its jumps: for decisions, such as removing old results, that a wrong clock must not make.
 
-    A jump is accepted after DOUBT_S. By then somebody has corrected a clock that was set wrong; and a clock that was
-    set right gives only this short time of wrong results.
+    A jump is accepted after DOUBT_S. By then a clock that was set wrong has been noticed and corrected. If the new
+    setting was right, the old one is used only this much longer.
     """
 
     def __init__(self) -> None:
