@@ -185,7 +185,7 @@ def test_p7_a_connection_that_says_nothing_is_found_out(
 
 
 class Proxy:
-    """A TCP proxy of a Redis on a unix socket. `stall` keeps its connections open, but forwards nothing more on them."""
+    """A TCP proxy of a Redis on a unix socket. `stall` keeps its connections open, but forwards nothing more."""
 
     def __init__(self, server: RedisServer) -> None:
         self._path = str(server.path)
