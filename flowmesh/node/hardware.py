@@ -1,4 +1,4 @@
-"""`hardware_json` of a registration (contract.md §1.2), field for field.
+"""`hardware_json` of a registration (docs/contract.md §1.2), field for field.
 
 CPUs and memory are what tasks can really use: this process's affinity, cgroup quota and cgroup limit. Reads files and
 the routing table; sends nothing and resolves no names.
@@ -73,7 +73,7 @@ def collect(
 
     Args:
         gpus: the GPUs to register: the slot's.
-        driver_version, cuda_version: the node's; None in the result where `gpus` is empty (contract.md §1.2).
+        driver_version, cuda_version: the node's; None in the result where `gpus` is empty (docs/contract.md §1.2).
         bandwidth_bytes_per_sec: WORKER_NETWORK_BANDWIDTH_BYTES_PER_SEC.
         cpus: the slot's number of CPUs, where it is confined to some; None: all that this process may use.
         proc, cgroups: mount points of procfs and of the cgroup hierarchies.

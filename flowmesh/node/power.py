@@ -1,4 +1,4 @@
-"""Power and energy of a node: `power`, `power_summary` and `estimated_energy_kwh` of contract.md.
+"""Power and energy of a node: `power`, `power_summary` and `estimated_energy_kwh` of docs/contract.md.
 
 Joules come from counters where there are any, else from sampled power integrated over time. What is not known is
 None, never an estimate.

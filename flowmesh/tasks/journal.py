@@ -42,7 +42,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     server: str | None
     """The fork server that has, or had, its process."""
     boot_mark: str | None
-    """When it started, in seconds since the machine booted, with the boot's id; see execution.clock."""
+    """When it started, in seconds since the machine booted, with the boot's id; see execution.boot_clock."""
 
 
 class Finished(msgspec.Struct, frozen=True):

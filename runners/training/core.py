@@ -201,7 +201,7 @@ def _timeout_s(plan: Plan) -> int:
 
 
 def result_of(setup: Setup, job: TrainingJob, seconds: float) -> dict[str, Any]:
-    """The result as tasks.md has it; delivery adds the archive's fields."""
+    """The result as docs/tasks.md has it; delivery adds the archive's fields."""
     plan, ctx = setup.plan, setup.ctx
     result: dict[str, Any] = {
         "task_id": ctx.task_id,

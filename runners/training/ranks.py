@@ -55,7 +55,7 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def threads(ctx: Context, place: Place) -> int:
-    """More threads than cores make a step ten times slower (stack.md, 2)."""
+    """More threads than cores make a step ten times slower."""
     return max(1, ctx.threads // place.local_world)
 
 

@@ -1,6 +1,6 @@
 """What a training task may ask, as structs: `training`, `lora`, `generation`, `reward_model`, `reward`, `model`.
 
-Every field of tasks.md has its place here and a reader elsewhere; a field that is not here is refused by name.
+Every field of docs/tasks.md has its place here and a reader elsewhere; a field that is not here is refused by name.
 """
 
 from __future__ import annotations

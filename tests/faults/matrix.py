@@ -1,4 +1,4 @@
-"""`python -m tests.faults.matrix`: bad things at random points of tasks' lives, and a table of what they broke.
+"""Injects faults into nodes at random moments of their tasks' lives, and prints a table of what they broke.
 
 Exit status 1 on any violation.
 """
@@ -161,13 +161,13 @@ def as_markdown(outcome: Outcome, arguments: argparse.Namespace) -> str:
     lines = [
         "# Fault matrix",
         "",
-        f"`scripts/faults{' --long' * arguments.long}`: {outcome.done.total()} injections at random points of tasks' "
+        f"`scripts/faults{' --long' * arguments.long}`: {outcome.done.total()} injections at random moments of tasks' "
         f"lives, seed {arguments.seed}, isolation `{arguments.isolation}`, in {outcome.seconds:.0f} s on "
         f"{os.cpu_count()} cores, {arguments.jobs + 2} nodes at once; **{len(outcome.violations)} violations**.",
         "",
-        "After each one: exactly one terminal event for each accepted task, with a verdict that is true; no process,",
-        "no cgroup, no file in `tmp/` and `spool/`, no descriptor in the supervisor and its fork servers more than",
-        "before; the slot idle, also in Redis; no heartbeat more than a second late; and the next task runs.",
+        "Checked after each: exactly one terminal event for each accepted task, with the right verdict; no more",
+        "processes, cgroups, files in `tmp/` and `spool/`, and open descriptors of the supervisor and its fork servers",
+        "than before; the slot is idle, also in Redis; no heartbeat was more than a second late; the next task runs.",
         "",
         "| fault | injections | violations |",
         "| --- | ---: | ---: |",
@@ -185,15 +185,13 @@ def main(argv: list[str]) -> int:
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--quick", action="store_true", help=f"{QUICK} injections (the default)")
     length.add_argument("--long", action="store_true", help=f"{LONG} injections, about 15 minutes")
-    parser.add_argument("--injections", type=int, help="so many instead")
-    parser.add_argument("--seed", type=int, default=None, help="the same seed draws the same faults")
-    parser.add_argument(
-        "--jobs", type=int, default=2, help="nodes that are tormented at once, beside two with small disks"
-    )
+    parser.add_argument("--injections", type=int, help="number of injections instead")
+    parser.add_argument("--seed", type=int, default=None, help="the same seed gives the same faults")
+    parser.add_argument("--jobs", type=int, default=2, help="nodes in use at once, in addition to two with small disks")
     parser.add_argument("--isolation", choices=["auto", "cgroup", "subreaper"], default="auto")
-    parser.add_argument("--only", default="", metavar="TEXT", help="faults with this text in their names")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the table there as markdown, too")
-    parser.add_argument("--verbose", action="store_true", help="show the node's log where something was wrong")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only faults with this text in their names")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="also write the table there as markdown")
+    parser.add_argument("--verbose", action="store_true", help="print the node's log after a violation")
     arguments = parser.parse_args(argv)
     if arguments.seed is None:
         arguments.seed = random.SystemRandom().getrandbits(32)

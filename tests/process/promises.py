@@ -1,4 +1,4 @@
-"""What the tests of design.md's promises share: a node that gives up quickly, and what must be true after a task."""
+"""Shared by the tests of the promises (docs/architecture.md): a node with short timeouts, and checks after a task."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def test_the_orchestrators_idle_after_a_success_does_not_hide_a_closed_slot(
     node.stub.change(USED, f"{USED} {20 * GIB}")
     node.let_go(task_id)
     orchestrator.wait_end(task_id)
-    orchestrator.redis.hset("worker:w1", "status", "IDLE")  # contract.md 1.1: it does so when it sees the success
+    orchestrator.redis.hset("worker:w1", "status", "IDLE")  # docs/contract.md 1.1: it does so when it sees the success
     node.wait_word("DEGRADED", deadline_s=10)
 
 

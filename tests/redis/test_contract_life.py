@@ -1,4 +1,4 @@
-"""A full life of a node as an orchestrator sees it: written from contract.md, with plain redis-py and plain JSON."""
+"""The life of a node as an orchestrator sees it (docs/contract.md), with plain redis-py and plain JSON."""
 
 from __future__ import annotations
 

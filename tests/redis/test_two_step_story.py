@@ -25,7 +25,7 @@ ADAPTER_ROWS = [f"the {colour} box holds {number} nails" for colour in ("red", "
 
 
 class ResultsServer:
-    """The orchestrator's HTTP side, from contract.md §2: takes results and files, and gives files back."""
+    """The orchestrator's HTTP side, from docs/contract.md §2: takes results and files, and gives files back."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
