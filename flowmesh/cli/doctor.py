@@ -32,7 +32,7 @@ from flowmesh.tasks.types import DELIVERY, PROBE_TIMEOUT_S
 @locate.config_option
 @locate.json_option
 def doctor(config: str | None, as_json: bool) -> int:
-    """The command."""
+    """Run the command; returns the exit code."""
     if as_json:
         findings = list(examine(config))
         broken = count(findings, Level.BROKEN)

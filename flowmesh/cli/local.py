@@ -26,13 +26,16 @@ from flowmesh.cli.control import Control
 from flowmesh.cli.embedded import EmbeddedRedis
 from flowmesh.cli.private_folder import RUN_PREFIX, lock_folder, private_dir, sweep_abandoned
 from flowmesh.errors import EXIT_CONFIG, ConfigError, LaunchError, UnavailableError
-from flowmesh.processes import linux
+from flowmesh.processes import linux, proc_files
 
 SUPERVISOR = (sys.executable, "-m", "flowmesh.cli.supervisor")
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 20.0
 FORCED_STOP_TIMEOUT_S = 3.0
 _SWEEP_TIMEOUT_S = 5.0
+_READY_POLL_S = 0.02
+_EXIT_POLL_S = 0.05
+_SWEEP_POLL_S = 0.005
 _LOG_LINES = 20
 _NOT_INHERITED = ("REDIS_URL", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "STATE_DIRECTORY")
 
@@ -106,7 +109,7 @@ class LocalNode:
                         f"the node was not ready within {START_TIMEOUT_S:g} s: {states or 'it has not registered'}; "
                         "its log is above"
                     )
-                time.sleep(0.02)
+                time.sleep(_READY_POLL_S)
 
     def raise_if_gone(self, when: str) -> None:
         """Raise an error if the node has exited.
@@ -157,7 +160,7 @@ class LocalNode:
     def _start(self) -> None:
         sweep_abandoned()
         linux.become_subreaper()
-        self._others = set(linux.children(os.getpid()))
+        self._others = set(proc_files.children(os.getpid()))
         self._dir = private_dir(RUN_PREFIX)
         self._lock = lock_folder(self._dir)
         self._redis = EmbeddedRedis(self._dir)
@@ -198,7 +201,7 @@ class LocalNode:
                 deadline = min(deadline, time.monotonic() + FORCED_STOP_TIMEOUT_S)
                 process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(0.05)
+                process.wait(_EXIT_POLL_S)
         process.kill()
         process.wait()
 
@@ -207,7 +210,7 @@ class LocalNode:
         assert self._redis is not None
         keep = self._others | {self._redis.pid}
         deadline = time.monotonic() + _SWEEP_TIMEOUT_S
-        while left := set(linux.children(os.getpid())) - keep:
+        while left := set(proc_files.children(os.getpid())) - keep:
             for pid in left:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -216,7 +219,7 @@ class LocalNode:
             if time.monotonic() > deadline:
                 pids = ", ".join(map(str, sorted(left)))
                 raise UnavailableError(f"processes of the node survive SIGKILL (in kernel calls): pids {pids}")
-            time.sleep(0.005)
+            time.sleep(_SWEEP_POLL_S)
 
 
 def _last_lines(path: Path) -> list[str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from flowmesh import __version__
-from flowmesh.cli.guard import guarded
+from flowmesh.cli.guard import guarded, piped
 
 if TYPE_CHECKING:
     from flowmesh.settings_load import Loaded
@@ -56,7 +56,7 @@ def command(config: str | None, check: bool, as_json: bool, sets: tuple[str, ...
     if check:
         from flowmesh.cli.check import report
 
-        return report(load(path, os.environ, overrides), as_json=as_json)
+        return piped(lambda: report(load(path, os.environ, overrides), as_json=as_json))
     return _serve(lambda: load(path, os.environ, overrides))
 
 

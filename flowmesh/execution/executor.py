@@ -234,7 +234,7 @@ class Executor:
         if run.task.state is State.STOPPING and run.waiting is not None:
             run.waiting.cancel()
         if run.task.state is not before.state:
-            run.tell({"event": "state", "state": run.task.state.value})
+            run.notify({"event": "state", "state": run.task.state.value})
         for action in actions:
             self._act(run, action)
 
@@ -338,4 +338,4 @@ class Executor:
         else:
             bound.warning("task failed: {}", verdict.message)
         end = {"ok": verdict.ok, "verdict": verdict.kind.value, "error": verdict.message}
-        run.tell({"event": "end", **end, "out_dir": run.accepted.target.out_dir})
+        run.notify({"event": "end", **end, "out_dir": run.accepted.target.out_dir})

@@ -31,5 +31,3 @@ class Notifier:
                 sock.sendto(text.encode(), socket.MSG_DONTWAIT, address)
             except OSError:  # systemd restarts or does not listen; the next message may get through
                 return
-
-    say = send

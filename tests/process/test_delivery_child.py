@@ -99,7 +99,7 @@ def test_killed_in_mid_upload_it_goes_on_where_it_was(out: Path, spool: Path) ->
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert read_report(spool) is None
-        assert said(out)["training_successful"] is True  # computed is not lost
+        assert said(out)["training_successful"] is True  # the computed result is not lost
         again = start(spool)
         _, errors = again.communicate(timeout=30)
         assert again.returncode == 0, errors
@@ -138,7 +138,7 @@ def test_killed_after_the_cleanup_it_still_ends_well(out: Path, spool: Path) -> 
         job = delivery(target(out, http(server.url), artifacts=("final_model",)), cleanup_after_upload=True)
         prepare(spool, job, trained())
         assert main(None, spool) == 0
-        (spool / "delivered.json").unlink()  # as if it had been killed just before it wrote this
+        (spool / "delivered.json").unlink()  # as if it had been killed just before writing this
         assert main(None, spool) == 0
         assert len(server.received) == 2
         assert said(out)["final_model_archive_uploaded"] is True
@@ -169,7 +169,7 @@ def test_done_is_done_unless_asked_to_send_again(out: Path, spool: Path) -> None
         report = read_report(spool)
         assert report is not None
         assert not report.ok
-        assert main(None, spool) == 0  # a delivery that failed is tried when it is started again
+        assert main(None, spool) == 0  # a failed delivery is tried again when the child is started again
         assert main(None, spool) == 0
         assert len(server.received) == 1
         assert main(None, spool, again=True) == 0

@@ -39,7 +39,7 @@ def test_the_nodes_token_goes_to_the_orchestrator_only(artifact: Path) -> None:
         assert headers_of(orchestrator)["authorization"] == "Bearer n0de-token"
         send_file(uploader(other.url, **options), other.url, artifact)
         assert "authorization" not in headers_of(other)
-        # the same address under another name is another origin
+        # the same address under another host name is another origin
         alias = orchestrator.url.replace("127.0.0.1", "localhost")
         send_file(uploader(alias, **options), alias, artifact)
         assert "authorization" not in headers_of(orchestrator)

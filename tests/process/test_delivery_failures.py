@@ -67,7 +67,7 @@ def test_what_cannot_be_removed_after_the_upload_is_told_and_no_failure(out: Pat
     busy = out / "checkpoints" / "checkpoint-5"
     mount = ["mount", "-t", "tmpfs", "tmpfs", str(busy)]
     if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
-        pytest.skip("this system lets nobody mount a tmpfs")
+        pytest.skip("this system does not allow mounting a tmpfs")
     try:
         with Server() as server:
             report = deliver(delivery(target(out, http(server.url)), cleanup_after_upload=True), trained())

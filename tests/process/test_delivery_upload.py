@@ -68,7 +68,7 @@ def test_what_may_pass_is_tried_again_with_the_whole_body(artifact: Path, plan: 
 
 
 def test_an_acceptance_before_the_end_is_none(tmp_path: Path) -> None:
-    """More than the sockets between the two hold: what was not read is lost."""
+    """The file is larger than the buffers of both sockets, so the server has not received all of it."""
     large = tmp_path / "large.bin"
     large.write_bytes(os.urandom(1 << 20) * 24)
     with Server(Answer(200, early=True)) as server:
@@ -184,7 +184,7 @@ def test_the_throttle_holds_for_a_real_upload(tmp_path: Path) -> None:
 
 
 def test_200_megabytes_in_constant_memory(tmp_path: Path) -> None:
-    """The kernel's own high-water mark of a process that sends 200 MB, against one that sends 1 MB."""
+    """Peak memory (VmHWM) of a process that sends 200 MB, compared with one that sends 1 MB."""
     code = (
         "import sys, time\n"
         "from pathlib import Path\n"

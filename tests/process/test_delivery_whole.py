@@ -162,7 +162,7 @@ exit {status}
 
 
 def slow_pigz(tmp_path: Path, status: int = 0) -> ArchiveSettings:
-    """Does not come to its end before `tmp_path`/go is there."""
+    """Settings with a pigz that does not exit before `tmp_path`/go exists."""
     script = tmp_path / "slow-pigz"
     script.write_text(SLOW_PIGZ.format(go=tmp_path / "go", home=tmp_path, status=status))
     script.chmod(0o755)
@@ -170,7 +170,7 @@ def slow_pigz(tmp_path: Path, status: int = 0) -> ArchiveSettings:
 
 
 def deliver_slowly(job: DeliveryJob, go: Path, when: Any) -> DeliveryReport:
-    """Deliver, and let pigz end as soon as `when` says so."""
+    """Deliver, and let pigz exit once `when` returns true."""
     with ThreadPoolExecutor(1) as pool:
         report = pool.submit(deliver, job, trained())
         try:
