@@ -92,6 +92,3 @@ class Subscriber:
         self.trouble.works()
         logger.info("subscribed{}", " again; messages may have been missed" if gap else "")
         self._on_subscribed(gap)
-
-
-Intake = Subscriber

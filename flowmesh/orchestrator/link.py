@@ -7,7 +7,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 from flowmesh.bus.connection import connect
-from flowmesh.bus.intake import Intake
+from flowmesh.bus.intake import Subscriber
 from flowmesh.bus.outbox import Outbox
 from flowmesh.bus.stream import Stream
 from flowmesh.execution.executor import Executor
@@ -43,7 +43,7 @@ class Link(Observer):
             client, executor.journal, self.registration.on_events_sent, guard=f"{worker_key(name)}:guard"
         )
         dispatcher = Dispatcher(executor)
-        self._intake = Intake(
+        self._intake = Subscriber(
             listener,
             {
                 redis.task_topic: dispatcher.on_message,

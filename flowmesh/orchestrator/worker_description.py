@@ -66,7 +66,7 @@ def presence(
         cost_per_hour=identity.cost_per_hour,
         started=node.started,
         cpu_share=plan.threads / sum(each.plan.threads for each in executor.slots.values()),
-        watch=executor.idle_check(slot) if gpus else None,
+        observer=executor.idle_check(slot) if gpus else None,
     )
     return Presence(
         client,
