@@ -14,9 +14,9 @@ from flowmesh.node import slots
 from flowmesh.node.devices import GpuInfo, GpuReading, GpuSample, Inventory, visible_gpus
 from flowmesh.node.gpu_holders import name_holders
 from flowmesh.node.hardware import logical_cores
-from flowmesh.node.nvml import Nvml
-from flowmesh.node.nvml_binding import LIBRARY
-from flowmesh.settings_schema import Settings
+from flowmesh.node.nvml.binding import LIBRARY
+from flowmesh.node.nvml.client import Nvml
+from flowmesh.settings.schema import Settings
 
 PCI = Path("/sys/bus/pci/devices")
 INIT_TIMEOUT_S = 30.0

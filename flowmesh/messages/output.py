@@ -13,7 +13,7 @@ from urllib.parse import SplitResult, quote, urlsplit, urlunsplit
 import msgspec
 
 from flowmesh.errors import FieldError
-from flowmesh.messages.checking import convert, nearest
+from flowmesh.validation.convert import convert, nearest
 
 DEFAULT_TIMEOUT_S = 15.0
 MAX_TIMEOUT_S = 24 * 3600.0

@@ -13,7 +13,7 @@ from loguru import logger
 
 from flowmesh.errors import DeviceError
 from flowmesh.node.devices import GpuInfo, GpuReading
-from flowmesh.node.nvml import Nvml
+from flowmesh.node.nvml.client import Nvml
 from flowmesh.node.power import PowerMeter
 
 SAMPLE_WAIT_S = 0.05

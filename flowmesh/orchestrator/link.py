@@ -7,9 +7,9 @@ from collections.abc import Coroutine
 from typing import Any
 
 from flowmesh.bus.connection import connect
-from flowmesh.bus.intake import Subscriber
 from flowmesh.bus.outbox import Outbox
 from flowmesh.bus.stream import Stream
+from flowmesh.bus.subscriber import Subscriber
 from flowmesh.execution.executor import Executor
 from flowmesh.execution.observer import Observer
 from flowmesh.messages.wire import worker_key

@@ -16,7 +16,7 @@ from flowmesh.execution.run import Run
 from flowmesh.node import metrics
 from flowmesh.node.devices import Inventory
 from flowmesh.node.hardware import collect
-from flowmesh.node.nvml import Nvml
+from flowmesh.node.nvml.client import Nvml
 from flowmesh.node.power import PowerMeter
 from flowmesh.node.slots import Slot
 

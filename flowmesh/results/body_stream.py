@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 
-from flowmesh.results.bodies import Body, TryAgain
+from flowmesh.results.request_bodies import Body, TryAgain
 from flowmesh.results.throttle import Throttle
 
 CHUNK_BYTES = 64 * 1024

@@ -21,8 +21,8 @@ from flowmesh.messages.job import MAX_OUTCOME_BYTES, Outcome
 from flowmesh.processes.pipe import VERSION, Finished, Frame, Hello, Pipe, Progress
 from flowmesh.results.delivery_run import DeliveryRun, Report
 from flowmesh.results.delivery_state import STATE_FILE
-from flowmesh.results.files import open_regular, read_note, read_regular, write_atomic
 from flowmesh.results.job import DELIVERED_FILE, DELIVERY_FILE, DeliveryJob, DeliveryReport
+from flowmesh.results.safe_files import open_regular, read_note, read_regular, write_atomic
 
 PROGRESS_INTERVAL_S = 0.25
 _NICE = 5  # the next task runs beside the delivery, and comes first

@@ -11,9 +11,9 @@ from flowmesh.messages.job import Fault, Outcome
 from flowmesh.processes.pipe import Frame, Phase
 from flowmesh.results import responses
 from flowmesh.results.delivery_state import DeliveryState
-from flowmesh.results.folder import TaskFolder
 from flowmesh.results.job import DeliveryJob, Failure
-from flowmesh.results.sending import Item, Sender
+from flowmesh.results.sender import Item, Sender
+from flowmesh.results.task_folder import TaskFolder
 from flowmesh.results.upload_plan import ARCHIVE_SUFFIX, UploadPlan
 
 Report = Callable[[Frame], object]

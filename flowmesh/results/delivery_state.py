@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from flowmesh.results.files import read_note, write_atomic
+from flowmesh.results.safe_files import read_note, write_atomic
 
 STATE_FILE = "delivery_state.json"
 

@@ -15,10 +15,10 @@ from urllib.parse import urljoin
 from flowmesh import __version__
 from flowmesh.errors import FieldError
 from flowmesh.messages.output import HttpDestination, check_url
-from flowmesh.results.answers import TEXT_SHOWN, describe_failure, innermost, read_text, retry_after_s
-from flowmesh.results.bodies import Body, TryAgain, UploadError
 from flowmesh.results.body_stream import BodyStream, SizedBodyStream
+from flowmesh.results.http_errors import TEXT_SHOWN, describe_failure, innermost, read_text, retry_after_s
 from flowmesh.results.origins import basic_auth, origin, without_login
+from flowmesh.results.request_bodies import Body, TryAgain, UploadError
 from flowmesh.results.throttle import Throttle
 
 if TYPE_CHECKING:

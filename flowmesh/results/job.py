@@ -14,8 +14,8 @@ import msgspec
 from flowmesh.errors import FieldError
 from flowmesh.messages.job import OUTCOME_FILE
 from flowmesh.messages.output import Destination, HttpDestination, LocalDestination, Output, file_url, read_output
-from flowmesh.results.names import check_task_id, task_folder
-from flowmesh.settings_schema import ArchiveSettings
+from flowmesh.results.safe_names import check_task_id, task_folder
+from flowmesh.settings.schema import ArchiveSettings
 
 DELIVERY_FILE = "delivery.json"
 DELIVERED_FILE = "delivered.json"

@@ -15,8 +15,8 @@ from typing import Literal
 
 import msgspec
 
-from flowmesh.results.files import PARTIAL, below, to_json, write_in
-from flowmesh.results.names import is_plain_name, within
+from flowmesh.results.safe_files import PARTIAL, below, to_json, write_in
+from flowmesh.results.safe_names import is_plain_name, within
 
 MANIFEST_FILE = "manifest.json"
 RESPONSES_FILE = "responses.json"

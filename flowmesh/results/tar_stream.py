@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import IO
 
 from flowmesh.results.archive_members import Member
-from flowmesh.results.files import read_exactly
 from flowmesh.results.programs import running, tool_env
+from flowmesh.results.safe_files import read_exactly
 
 CHUNK_BYTES = 1 << 20
 _VERSION_TIMEOUT_S = 10.0

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from flowmesh.backoff import Backoff
 from flowmesh.messages.output import HttpDestination
 from flowmesh.redaction import Redactor, bare_url
-from flowmesh.results.bodies import Body, TryAgain, UploadError
 from flowmesh.results.http_attempt import HttpClient
+from flowmesh.results.request_bodies import Body, TryAgain, UploadError
 from flowmesh.results.throttle import Throttle
 
 _LENGTH_NEEDED = frozenset((400, 408, 411))

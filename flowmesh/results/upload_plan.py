@@ -13,11 +13,11 @@ from flowmesh.messages.job import ArchiveRequest, Outcome, UploadRequest
 from flowmesh.messages.output import HttpDestination, file_url
 from flowmesh.results.archive import make_archive
 from flowmesh.results.delivery_state import DeliveryState
-from flowmesh.results.folder import TaskFolder
 from flowmesh.results.manifest import MANIFEST_FILE, RESPONSES_FILE
-from flowmesh.results.names import is_plain_name, within
-from flowmesh.results.sending import Item, Sender
-from flowmesh.settings_schema import ArchiveSettings
+from flowmesh.results.safe_names import is_plain_name, within
+from flowmesh.results.sender import Item, Sender
+from flowmesh.results.task_folder import TaskFolder
+from flowmesh.settings.schema import ArchiveSettings
 
 ARCHIVE_SUFFIX = ".tar.gz"
 

@@ -11,7 +11,7 @@ from typing import Any
 from flowmesh.messages.job import ArchiveRequest, Outcome
 from flowmesh.messages.output import HttpDestination, LocalDestination, read_output
 from flowmesh.results.job import DeliveryJob, Target
-from flowmesh.settings_schema import ArchiveSettings
+from flowmesh.settings.schema import ArchiveSettings
 
 QUICK: dict[str, Any] = {
     "first_backoff_s": 0.01,

@@ -16,7 +16,7 @@ from flowmesh.messages.job import Outcome, UploadRequest
 from flowmesh.processes.pipe import Finished, Frame, Hello, Phase, Pipe, Progress
 from flowmesh.results.delivery import deliver, main, read_report, write_job
 from flowmesh.results.job import DeliveryJob
-from flowmesh.settings_schema import ArchiveSettings
+from flowmesh.settings.schema import ArchiveSettings
 from tests.http_server import Answer, Reset, Server, Stall
 from tests.process.delivery_kit import (
     checksum,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from flowmesh.results.bodies import BytesBody, UploadError
+from flowmesh.results.request_bodies import BytesBody, UploadError
 from tests.http_server import Answer, Reset, Server
 from tests.process.upload_kit import assert_whole, send_file, uploader
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from flowmesh.results.answers import retry_after_s
-from flowmesh.results.bodies import FileBody, UploadError
+from flowmesh.results.http_errors import retry_after_s
+from flowmesh.results.request_bodies import FileBody, UploadError
 from tests.http_server import Answer, Reset, Server, Stall
 from tests.process.upload_kit import SIZE, assert_whole, send_file, uploader
 
@@ -190,7 +190,7 @@ def test_200_megabytes_in_constant_memory(tmp_path: Path) -> None:
         "from pathlib import Path\n"
         "from flowmesh.messages.output import HttpDestination\n"
         "from flowmesh.results.throttle import Throttle\n"
-        "from flowmesh.results.bodies import FileBody\n"
+        "from flowmesh.results.request_bodies import FileBody\n"
         "from flowmesh.results.upload import Uploader\n"
         "url, path = sys.argv[1], Path(sys.argv[2])\n"
         "sender = Uploader(HttpDestination(url=url), deadline=time.monotonic() + 100, throttle=Throttle(None))\n"

@@ -16,7 +16,7 @@ from flowmesh.messages.output import read_output
 from flowmesh.processes.pipe import Frame, Phase, Progress
 from flowmesh.results.delivery import deliver
 from flowmesh.results.job import DeliveryJob, DeliveryReport, Failure, children_of, file_url_template
-from flowmesh.settings_schema import ArchiveSettings
+from flowmesh.settings.schema import ArchiveSettings
 from tests.http_server import Answer, Reset, Server, Stall
 from tests.process.delivery_kit import (
     checksum,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flowmesh.messages.output import HttpDestination, file_url, read_output
-from flowmesh.results.bodies import FileBody
+from flowmesh.results.request_bodies import FileBody
 from flowmesh.results.throttle import Throttle
 from flowmesh.results.upload import Uploader
 from tests.http_server import Received

@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from flowmesh.errors import EXIT_CONFIG, ConfigError
-from flowmesh.settings_load import load
-from flowmesh.settings_schema import Settings
-from flowmesh.settings_sources import VARIABLES, Sections
+from flowmesh.settings.load import load
+from flowmesh.settings.schema import Settings
+from flowmesh.settings.sources import VARIABLES, Sections
 
 SECTIONS = Sections(Settings)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flowmesh.node.notify import Notifier
+from flowmesh.node.systemd import Notifier
 
 
 def listening(address: str) -> socket.socket:

@@ -24,16 +24,16 @@ from flowmesh.execution.run import Run
 from flowmesh.messages.job import Exit, Outcome
 from flowmesh.node.devices import GpuInfo, GpuReading
 from flowmesh.node.energy import Energy, ProcessUse, TaskMeter
-from flowmesh.node.gpu import ReleaseProof
 from flowmesh.node.health import Finding, GpuHealth
-from flowmesh.node.nvml import Nvml
+from flowmesh.node.nvml.client import Nvml
 from flowmesh.node.power import PowerMeter
+from flowmesh.node.release_proof import ReleaseProof
 from flowmesh.node.release_report import ReleaseReport
 from flowmesh.node.release_state import Baseline
 from flowmesh.node.slots import Slot
 from flowmesh.node.xid import XidVerdict
-from flowmesh.results.files import read_note, write_atomic
-from flowmesh.settings_schema import GpuSettings
+from flowmesh.results.safe_files import read_note, write_atomic
+from flowmesh.settings.schema import GpuSettings
 from flowmesh.tasks import machine
 from flowmesh.tasks.verdicts import Stop
 

@@ -20,14 +20,14 @@ from flowmesh.execution.ports import Begin, PostEvent, Pump
 from flowmesh.execution.run import Run
 from flowmesh.execution.run_table import RunTable
 from flowmesh.node.devices import GpuLost, GpuReading, GpuSample
-from flowmesh.node.gpu import ReleaseProof
 from flowmesh.node.gpu_holders import name_holders
 from flowmesh.node.health import GpuHealth
-from flowmesh.node.nvml import Nvml
+from flowmesh.node.nvml.client import Nvml
+from flowmesh.node.release_proof import ReleaseProof
 from flowmesh.node.release_state import Baseline, is_shared_blindly
 from flowmesh.node.slots import Slot
 from flowmesh.processes.tree import is_same_or_below
-from flowmesh.settings_schema import GpuSettings
+from flowmesh.settings.schema import GpuSettings
 from flowmesh.tasks import machine
 from flowmesh.tasks.machine import State
 from flowmesh.tasks.verdicts import Stop

@@ -8,8 +8,8 @@ from flowmesh.execution.gpu.process_usage import TreeUse
 from flowmesh.execution.run import Run
 from flowmesh.node.devices import GpuLost, GpuReading, GpuSample
 from flowmesh.node.energy import TaskMeter
-from flowmesh.node.gpu import ReleaseProof
 from flowmesh.node.health import Finding
+from flowmesh.node.release_proof import ReleaseProof
 from flowmesh.node.release_state import Baseline
 from flowmesh.processes.tree import is_same_or_below
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from flowmesh.results.files import to_json, write_in
 from flowmesh.results.job import Target
 from flowmesh.results.manifest import RESPONSES_FILE, write_manifest
+from flowmesh.results.safe_files import to_json, write_in
 
 
 class TaskFolder:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Protocol
 
 from flowmesh.errors import DeliveryError
-from flowmesh.results.files import read_exactly
+from flowmesh.results.safe_files import read_exactly
 
 
 class UploadError(DeliveryError):

@@ -14,7 +14,7 @@ from loguru import logger
 
 from flowmesh.backoff import Backoff
 from flowmesh.bus.connection import RedisError, redis
-from flowmesh.bus.trouble import ConnectionHealth
+from flowmesh.bus.connection_health import ConnectionHealth
 
 
 class Subscriber:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from flowmesh.errors import DeviceError
 from flowmesh.node.devices import GpuLost, GpuReading, GpuSample
 from flowmesh.node.gpu_holders import name_holders
-from flowmesh.node.nvml import Nvml
+from flowmesh.node.nvml.client import Nvml
 from flowmesh.node.release_report import GpuRelease, ReleaseReport
 from flowmesh.node.release_state import TOLERANCE_BYTES, Baseline, GpuState, judge
 

@@ -16,10 +16,10 @@ import msgspec
 
 from flowmesh.messages.output import HttpDestination, file_url
 from flowmesh.processes.pipe import Frame, Progress
-from flowmesh.results.bodies import BytesBody, FileBody, GrowingBody, UploadError
 from flowmesh.results.delivery_state import DeliveryState
-from flowmesh.results.files import PARTIAL
 from flowmesh.results.job import DeliveryJob, Target
+from flowmesh.results.request_bodies import BytesBody, FileBody, GrowingBody, UploadError
+from flowmesh.results.safe_files import PARTIAL
 from flowmesh.results.throttle import Throttle
 from flowmesh.results.upload import Uploader
 
