@@ -7,27 +7,27 @@ meanwhile. Servers that were started are gone when `close` returns.
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import contextlib
 import importlib.util
 import json
 import os
 import re
 import sys
-import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
 
 from runners.agent.config import McpServer
+from runners.agent.event_loop import EventLoop
 from runners.agent.secrets import Redactor, from_env
 from runners.agent.tools import ToolRefused, ToolSpec
 from runners.agent.watch import Watch
 from runners.api import BadRequest, MissingDependency, RunnerError
-from runners.rag.waiting import POLL_S
 
 CLOSE_S = 10.0
+STREAM_SILENCE_S = 300.0
+"""Servers hold a response stream open without sending; calls have a time limit of their own."""
 TYPES = frozenset({"string", "boolean", "integer", "number", "array", "object", "null"})
 PASSED = ("LANG", "TMPDIR", "FLOWMESH_ATTEMPT", "VIRTUAL_ENV")
 
@@ -47,10 +47,11 @@ class _Session(msgspec.Struct):
 class McpBridge:
     """The servers of one task. Use it as a context manager."""
 
-    def __init__(self, servers: dict[str, McpServer], redact: Redactor, where: str) -> None:
+    def __init__(self, servers: dict[str, McpServer], redact: Redactor, where: str, loop: EventLoop) -> None:
         """
         Args:
             where: what the servers are called in an error.
+            loop: where the sessions live.
 
         Raises:
             MissingDependency: there are servers, and `mcp` is not installed.
@@ -60,8 +61,7 @@ class McpBridge:
         self._servers = servers
         self._redact = redact
         self._where = where
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
+        self._loop = loop
         self._sessions: dict[str, _Session] = {}
 
     def __enter__(self) -> McpBridge:
@@ -77,16 +77,11 @@ class McpBridge:
             RunnerError: one does not start, does not answer, or lacks a tool that the configuration names.
             Cancelled, OutOfTime: as `watch` says.
         """
-        if not self._servers:
-            return
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="mcp", daemon=True)
-        self._thread.start()
         for name, wanted in self._servers.items():
             session = _Session(name, wanted)
             self._sessions[name] = session
             try:
-                self._await(self._start(session), watch, wanted.timeout_s)
+                self._loop.wait(self._start(session), watch, wanted.timeout_s)
             except BadRequest:
                 raise
             except Exception as error:  # noqa: BLE001 - whatever a transport raises means the same here
@@ -115,15 +110,9 @@ class McpBridge:
 
     def close(self) -> None:
         """End all sessions and the servers that were started; bounded."""
-        if self._loop is None or self._thread is None:
-            return
-        with contextlib.suppress(Exception):  # what a dying server does to its session is no news any more
-            asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(CLOSE_S)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(CLOSE_S)
-        if not self._thread.is_alive():
-            self._loop.close()
-        self._loop = None
+        if self._sessions:
+            with contextlib.suppress(Exception):  # a dying server may end its session with an error of any kind
+                self._loop.submit(self._end()).result(CLOSE_S)
 
     # ---- on the loop -------------------------------------------------------------------------------------------------
 
@@ -135,7 +124,7 @@ class McpBridge:
 
     async def _live(self, session: _Session) -> None:
         """One session from beginning to end, in one task, as its library wants it."""
-        from mcp.client import Client  # type: ignore[import-not-found,unused-ignore]
+        from mcp.client import Client
 
         try:
             async with (
@@ -164,9 +153,10 @@ class McpBridge:
         if wanted.transport != "streamable_http":
             yield None
             return
-        from mcp.shared import _httpx_utils  # type: ignore[import-not-found,unused-ignore]
+        import httpx2
 
-        async with _httpx_utils.create_mcp_http_client(headers=dict(wanted.headers) or None) as client:
+        timeout = httpx2.Timeout(wanted.timeout_s, read=STREAM_SILENCE_S)
+        async with httpx2.AsyncClient(headers=dict(wanted.headers), timeout=timeout) as client:
             yield client
 
     def _transport(self, session: _Session, http: Any) -> Any:
@@ -175,7 +165,7 @@ class McpBridge:
             self._redact.learn(value)
         self._redact.learn_named(wanted.env)
         if wanted.transport == "stdio":
-            from mcp.client import stdio  # type: ignore[import-not-found,unused-ignore]
+            from mcp.client import stdio
 
             env = {name: os.environ[name] for name in PASSED if name in os.environ}
             for name in wanted.env_from:
@@ -187,10 +177,10 @@ class McpBridge:
                 errlog=sys.__stderr__ or sys.stderr,
             )
         if wanted.transport == "sse":
-            from mcp.client.sse import sse_client  # type: ignore[import-not-found,unused-ignore]
+            from mcp.client.sse import sse_client
 
             return sse_client(wanted.url or "", headers=dict(wanted.headers) or None, timeout=wanted.timeout_s)
-        from mcp.client import streamable_http  # type: ignore[import-not-found,unused-ignore]
+        from mcp.client import streamable_http
 
         return streamable_http.streamable_http_client(wanted.url or "", http_client=http)
 
@@ -206,32 +196,14 @@ class McpBridge:
 
     # ---- on the run's thread -----------------------------------------------------------------------------------------
 
-    def _await(self, coroutine: Any, watch: Watch, timeout_s: float) -> Any:
-        import time
-
-        assert self._loop is not None, "open has been called"
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        deadline = time.monotonic() + timeout_s
-        try:
-            while True:
-                watch.check()
-                try:
-                    return future.result(POLL_S)
-                except concurrent.futures.TimeoutError:
-                    if future.done():
-                        raise
-                    if time.monotonic() > deadline:
-                        raise TimeoutError(f"no answer within {timeout_s:g} s") from None
-        finally:
-            future.cancel()
-
     def _spec(self, session: _Session, tool: Any, name: str, watch: Watch) -> ToolSpec:
         schema = dict(tool.input_schema or {"type": "object", "properties": {}})
 
         def call(**arguments: Any) -> str:
             given = {key: value for key, value in arguments.items() if value is not None}
             try:
-                result = self._await(session.client.call_tool(tool.name, given), watch, session.wanted.timeout_s)
+                called = session.client.call_tool(tool.name, given)
+                result = self._loop.wait(called, watch, session.wanted.timeout_s)
             except Exception as error:  # noqa: BLE001 - a server's trouble is the agent's news, not our end
                 raise ToolRefused(f"the MCP server {session.name}: {self._why(error, session.wanted)}") from None
             text = _text(result)

@@ -17,6 +17,7 @@ RULES = """You solve the task that you are given, with the tools that you have.
 
 WRITTEN_CALLS = """
 You call a tool by writing one JSON object and nothing else: {"name": "<tool>", "arguments": {"<argument>": <value>}}
+JSON with text after it, or in a code block beside other text, is not run.
 Its result comes back as an observation. The tools:
 {%- for tool in tools.values() %}
 - {{ tool.to_tool_calling_prompt() }}

@@ -14,9 +14,11 @@ from runners.agent import sandbox, serve
 from runners.agent.command import Bounds, end_all
 from runners.agent.config import AgentConfig, SearchProvider, Tools
 from runners.agent.config_files import agents_folder, load_config, load_provider
+from runners.agent.endpoint import Endpoint
+from runners.agent.event_loop import EventLoop
 from runners.agent.journal import Journal
 from runners.agent.mcp_bridge import McpBridge
-from runners.agent.models import AgentModel, EndpointModel, LocalModel
+from runners.agent.models import AgentModel, EndpointModel, LocalModel, NoAnswer
 from runners.agent.sandbox import Sandbox
 from runners.agent.secrets import Redactor
 from runners.agent.solo import Bench, Member, Said, work
@@ -54,7 +56,9 @@ class Session:
         self.journal = Journal(ctx, redact)
         self._stack = contextlib.ExitStack()
         self._stack.callback(self.journal.close)
-        self._bridge = McpBridge(self._config.mcp_servers, redact, f"{self._name}.mcp_servers")
+        self._loop = EventLoop()
+        self._stack.callback(self._loop.close)
+        self._bridge = McpBridge(self._config.mcp_servers, redact, f"{self._name}.mcp_servers", self._loop)
         self._model: AgentModel | None = None
         self._confinement: dict[str, str] | None = None
         self._dropped: list[str] = []
@@ -73,15 +77,15 @@ class Session:
         if wanted.type == "local":
             self._model = LocalModel(ctx, wanted)
         else:
-            from runners.agent.endpoint import Endpoint
-
             where = f"{self._name}.model"
             base_url = wanted.base_url or ""
             if wanted.serve is not None:
                 agents = agents_folder(ctx)
                 started = serve.endpoint(ctx, wanted.serve, agents, watch, f"{where}.serve", redact=self._redact)
                 base_url = self._stack.enter_context(started)
-            self._model = EndpointModel(Endpoint(wanted, base_url, self._redact, where), wanted, watch)
+            endpoint = Endpoint(wanted, base_url, self._redact, where, self._loop)
+            self._stack.callback(endpoint.close)
+            self._model = EndpointModel(endpoint, wanted, watch)
         self._stack.enter_context(self._bridge)
         self._bridge.open(watch)
 
@@ -112,6 +116,8 @@ class Session:
                 error = f"max_turns: no answer after {self._max_turns} turns; the output is what it had by then"
         except OutOfTime as late:
             error = str(late)
+        except NoAnswer as problem:
+            output, error = self._redact(problem.text), self._redact(str(problem))
         except RunnerError as problem:
             error = self._redact(str(problem))
         finally:

@@ -19,8 +19,9 @@ class AgentRunner(Runner):
     def run(self, ctx: Context) -> dict[str, Any]:
         ctx.phase("prepare")
         task = read_agent(ctx)
-        if importlib.util.find_spec("smolagents") is None:
-            raise MissingDependency("smolagents", "agent")
+        for library in ("smolagents", "openai"):
+            if importlib.util.find_spec(library) is None:
+                raise MissingDependency(library, "agent")
         from runners.agent.run import Session
         from runners.agent.secrets import Redactor
 

@@ -27,8 +27,8 @@ def main() -> None:
         server.serve_forever()
 
 
-def reply(rules: list[dict[str, Any]], messages: list[dict[str, Any]]) -> dict[str, Any]:
-    """The message that the rules give for a conversation."""
+def reply(rules: list[dict[str, Any]], messages: list[dict[str, Any]]) -> tuple[dict[str, Any], str]:
+    """The message that the rules give for a conversation, and its finish reason."""
     system = "\n".join(_text(each) for each in messages if each["role"] == "system")
     users = [_text(each) for each in messages if each["role"] == "user"]
     results = [_text(each) for each in messages if each["role"] == "tool"]
@@ -46,9 +46,11 @@ def reply(rules: list[dict[str, Any]], messages: list[dict[str, Any]]) -> dict[s
             arguments = {name: _filled(value, values) for name, value in (rule["call"].get("arguments") or {}).items()}
             function = {"name": rule["call"]["name"], "arguments": json.dumps(arguments)}
             call = {"id": f"call_{len(results)}", "type": "function", "function": function}
-            return {"role": "assistant", "content": rule.get("text") or "", "tool_calls": [call]}
-        return {"role": "assistant", "content": _filled(rule["text"], values)}
-    return {"role": "assistant", "content": "The script has no reply for this."}
+            message = {"role": "assistant", "content": rule.get("text") or "", "tool_calls": [call]}
+            return message, rule.get("finish_reason") or "tool_calls"
+        message = {"role": "assistant", "content": _filled(rule["text"], values)}
+        return message, rule.get("finish_reason") or "stop"
+    return {"role": "assistant", "content": "The script has no reply for this."}, "stop"
 
 
 def handler(rules: list[dict[str, Any]]) -> type[http.server.BaseHTTPRequestHandler]:
@@ -60,10 +62,9 @@ def handler(rules: list[dict[str, Any]]) -> type[http.server.BaseHTTPRequestHand
 
         def do_POST(self) -> None:
             request = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))))
-            message = reply(rules, request["messages"])
+            message, finish = reply(rules, request["messages"])
             words = sum(len(_text(each).split()) for each in request["messages"])
             said = len(json.dumps(message).split())
-            finish = "tool_calls" if message.get("tool_calls") else "stop"
             self._answer(
                 {
                     "id": "scripted",

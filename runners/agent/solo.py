@@ -13,7 +13,7 @@ from smolagents.agents import ToolCallingAgent, ToolOutput
 from smolagents.memory import ActionStep, FinalAnswerStep, TaskStep, ToolCall
 from smolagents.models import ChatMessage
 from smolagents.monitoring import LogLevel
-from smolagents.utils import AgentError, AgentGenerationError, AgentMaxStepsError
+from smolagents.utils import AgentError, AgentGenerationError, AgentMaxStepsError, AgentToolCallError
 
 from runners.agent import prompts
 from runners.agent.journal import Journal
@@ -21,6 +21,7 @@ from runners.agent.models import AgentModel
 from runners.agent.secrets import Redactor
 from runners.agent.tools import ToolSpec, adapt
 from runners.agent.watch import Watch
+from runners.agent.written import Malformed
 from runners.api import RunnerError
 
 PARALLEL_TOOLS = 4
@@ -92,6 +93,12 @@ class _Agent(ToolCallingAgent):
         step.tool_calls = calls
         step.observations = "\n".join(output.observation for output in outputs)
         yield from (output for output in outputs if output.is_final_answer)  # refused among others, which ends the turn
+
+    def execute_tool_call(self, tool_name: str, arguments: Any) -> Any:
+        """See smolagents, which hands a text that is no JSON object to a tool of one argument as that argument."""
+        if isinstance(arguments, Malformed):
+            raise AgentToolCallError(arguments.why, self.logger)
+        return super().execute_tool_call(tool_name, arguments)
 
     def _output(self, call: ToolCall) -> ToolOutput:
         """What came of one call, a failure as the model is told of it. Raises only what ends the run."""
@@ -210,8 +217,9 @@ def _failure(error: AgentError) -> str:
     return f"Error: {error}"
 
 
-def _as_json(arguments: Any) -> str:
-    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False, default=str)
+def _as_json(arguments: dict[str, Any]) -> str:
+    """Always an object: servers read the calls of earlier turns, and refuse the request where they cannot."""
+    return "{}" if isinstance(arguments, Malformed) else json.dumps(arguments, ensure_ascii=False, default=str)
 
 
 def _as_text(output: Any) -> str:

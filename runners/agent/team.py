@@ -12,8 +12,8 @@ import msgspec
 from flowmesh.messages.checking import nearest
 from runners.agent import prompts
 from runners.agent.config import AgentConfig
-from runners.agent.models import first_json
 from runners.agent.solo import Bench, Member, Said, listen, work
+from runners.agent.written import json_values
 from runners.api import RunnerError
 
 T = TypeVar("T")
@@ -145,12 +145,10 @@ def _ask(bench: Bench, agent: str, system: str, question: str, read: Callable[[s
 
 
 def _steps(text: str, config: AgentConfig, members: Mapping[str, Member], *, with_worker: bool) -> list[Step]:
-    value = first_json(text, list)
-    if not isinstance(value, list) or not value:
-        raise Unusable("there is no JSON list of steps in it")
+    value = _only(text, "list of steps", lambda value: isinstance(value, list) and bool(value) and _are_objects(value))
     steps = []
     for index, each in enumerate(value[: config.planner.max_steps]):
-        task = each.get("task") if isinstance(each, dict) else None
+        task = each.get("task")
         if not isinstance(task, str) or not task.strip():
             raise Unusable(f"step {index} has no task")
         steps.append(Step(task.strip(), _known(each.get("worker"), members) if with_worker else None))
@@ -158,8 +156,8 @@ def _steps(text: str, config: AgentConfig, members: Mapping[str, Member], *, wit
 
 
 def _worker(text: str, members: Mapping[str, Member]) -> str:
-    value = first_json(text, dict)
-    return _known(value.get("worker") if isinstance(value, dict) else None, members)
+    value = _only(text, 'object with a "worker"', lambda value: isinstance(value, dict) and "worker" in value)
+    return _known(value["worker"], members)
 
 
 def _known(name: Any, members: Mapping[str, Member]) -> str:
@@ -169,7 +167,21 @@ def _known(name: Any, members: Mapping[str, Member]) -> str:
 
 
 def _verdict(text: str) -> tuple[bool, str]:
-    value = first_json(text, dict)
-    if not isinstance(value, dict) or not isinstance(value.get("done"), bool):
-        raise Unusable('there is no JSON object with a boolean "done" in it')
+    value = _only(text, 'object with a boolean "done"', _is_verdict)
     return value["done"], str(value.get("feedback") or "")
+
+
+def _only(text: str, what: str, fits: Callable[[Any], bool]) -> Any:
+    """The one JSON value in a text that fits."""
+    found = json_values(text, fits)
+    if len(found) != 1:
+        raise Unusable(f"there is {'more than one' if found else 'no'} JSON {what} in it")
+    return found[0]
+
+
+def _are_objects(values: list[Any]) -> bool:
+    return all(isinstance(each, dict) for each in values)
+
+
+def _is_verdict(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("done"), bool)

@@ -322,8 +322,8 @@ def test_passing_troubles_are_tried_again(trouble, stream, agents, make_context)
         (Fail(404, '{"error": {"message": "no such model"}}'), "answered 404 Not Found: no such model"),
         (Fail(500, "<html>oops</html>"), "answered 500"),
         (Break(), "broke"),
-        (Raw(b"no json"), "an answer that is none of a chat completion"),
-        (Raw(b'{"choices": []}'), "an answer that is none of a chat completion"),
+        (Raw(b"no json"), "an answer that is not a chat completion"),
+        (Raw(b'{"choices": []}'), "an answer without choices"),
         (Fail(302, "", {"Location": "http://127.0.0.1:1/"}), "answered 302"),
     ],
 )
@@ -525,8 +525,9 @@ def test_a_local_model_thinks_in_this_process(agents, make_context) -> None:
     pytest.importorskip("transformers", reason="needs the extra 'inference'")
     model = {"type": "local", "base_url": None, "identifier": "builtin:tiny-llama", "max_tokens": 8, "temperature": 0,
              "enforce_cpu": True}  # fmt: skip
-    ran = run_agent(make_context, agents, "", config={"model": model})
-    assert ran.result["model"] == "builtin:tiny-llama"
-    assert ran.items[0]["finish_reason"] == "completed"
-    assert ran.output
-    assert ran.result["usage"]["completion_tokens"] == 8
+    ctx = agent_context(make_context, agents, "", config={"model": model})
+    with pytest.raises(RunnerError, match=r"length: .* raise model.max_tokens"):  # as random weights never end
+        AgentRunner().run(ctx)
+    answers = [entry for entry in log_of(ctx) if entry["event"] == "model"]
+    assert [entry["completion_tokens"] for entry in answers] == [8]
+    assert answers[0]["text"].strip() == (ctx.out_dir / "agent_output.txt").read_text().strip() != ""

@@ -1,0 +1,163 @@
+"""What models write: thinking, calls as JSON in text-protocol mode, and arguments that are not a JSON object."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+_BEGIN = r"[<\[](think|thinking|thought|reasoning)[>\]]"
+_END = r"[<\[]/(?:think|thinking|thought|reasoning)[>\]]"
+_BLOCK = re.compile(rf"\s*{_BEGIN}.*?(?:[<\[]/\1[>\]]|\Z)", re.DOTALL | re.IGNORECASE)
+"""Thinking; where it is not closed, up to the end of the text."""
+_UP_TO_END = re.compile(rf"(?:(?!{_BEGIN}).)*?{_END}", re.DOTALL | re.IGNORECASE)
+"""Thinking that only ends in the text: templates may begin it."""
+_FENCED = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n?[ \t]*```", re.DOTALL)
+_LINE_OF_OBJECT = re.compile(r"^[ \t]*(?=\{)", re.MULTILINE)
+_OPENING = re.compile(r"[{\[]")
+_BEGUN_CALL = re.compile(r'\{\s*"name"\s*:\s*"')
+OBSERVATION = "Observation:"
+"""What comes after it in a model's text is made up: observations are ours to write."""
+
+
+class Malformed(dict[str, Any]):
+    """A call's arguments that are not a JSON object. Holds the text itself, for the log; `why` is for the model."""
+
+    def __init__(self, text: str, problem: str) -> None:
+        super().__init__(malformed=text)
+        self.why = (
+            f"the call was not run: its arguments are {problem}. They were: {text[:500]}\n"
+            'Call the tool again with one JSON object of its arguments, such as {"name": "value"}.'
+        )
+
+
+def as_object(text: str) -> dict[str, Any]:
+    """A call's arguments: a JSON object, or Malformed. Empty text stands for no arguments."""
+    if not text.strip():
+        return {}
+    try:
+        value = _decoder.decode(text)
+    except (ValueError, RecursionError) as error:
+        return Malformed(text, _problem(error))
+    return value if isinstance(value, dict) else Malformed(text, f"JSON, but not an object: {_kind(value)}")
+
+
+def without_thinking(text: str) -> str:
+    """The answer in a model's text: without the thinking before it, be it closed or not."""
+    for pattern in (_BLOCK, _UP_TO_END):
+        while (found := pattern.match(text)) is not None:
+            text = text[found.end() :]
+    return text.strip()
+
+
+def written_calls(text: str) -> list[tuple[str, dict[str, Any]]]:
+    """The calls of a text in which the model writes them, by name and arguments.
+
+    A call is a JSON object of `name` and `arguments` that begins a line and ends the text; several may stand one after
+    the other. In a code fence it is one only where nothing stands beside the fence. Thinking has none.
+    """
+    text = _outside_thinking(text).partition(f"\n{OBSERVATION}")[0].strip()
+    if (fenced := _FENCED.fullmatch(text)) is not None:
+        text = fenced[1].strip()
+    for found in _LINE_OF_OBJECT.finditer(text):
+        values = _objects_to_the_end(text, found.end())
+        if values and all(value.keys() == {"name", "arguments"} and isinstance(value["name"], str) for value in values):
+            return [(value["name"], _arguments(value["arguments"])) for value in values]
+    return []
+
+
+def begun_call(text: str) -> str:
+    """What is wrong with a text that sets out to be a written call and is none; empty where it does not."""
+    text = _outside_thinking(text)
+    if _BEGUN_CALL.match(text) is None:
+        return ""
+    try:
+        _decoder.raw_decode(text)
+    except (ValueError, RecursionError) as error:
+        return _problem(error)
+    return ""
+
+
+def whole_answer(text: str) -> str:
+    """The answer of a text that is, as a whole, a written call of final_answer; any other text as it is."""
+    match written_calls(text):
+        case [("final_answer", {"answer": str(answer)})] if text.lstrip().startswith(("{", "```")):
+            return answer
+    return text
+
+
+def json_values(text: str, fits: Callable[[Any], bool]) -> list[Any]:
+    """The JSON objects and lists that fit, each once: only fenced ones where there are any, and none in thinking."""
+    text = _outside_thinking(text)
+    for parts in (_FENCED.findall(text), [text]):
+        found: list[Any] = []
+        for value in (value for part in parts for value in _values(part, fits)):
+            if value not in found:
+                found.append(value)
+        if found:
+            return found
+    return []
+
+
+def sound(text: str) -> str:
+    """Text that can be encoded: halves of a character that came in two pieces joined, others replaced."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _outside_thinking(text: str) -> str:
+    """What no thinking can be part of, wherever in the text it stands."""
+    return re.split(_END, _BLOCK.sub("", text), flags=re.IGNORECASE)[-1].strip()
+
+
+def _values(text: str, fits: Callable[[Any], bool]) -> list[Any]:
+    values, at = [], 0
+    while (opening := _OPENING.search(text, at)) is not None:
+        at = opening.start() + 1
+        try:
+            value, end = _decoder.raw_decode(text, opening.start())
+        except (ValueError, RecursionError):
+            continue
+        if fits(value):
+            values.append(value)
+            at = end
+    return values
+
+
+def _objects_to_the_end(text: str, at: int) -> list[dict[str, Any]]:
+    """JSON objects one after the other up to the end of the text; empty where there is anything else."""
+    values = []
+    while at < len(text):
+        try:
+            value, at = _decoder.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            return []
+        if not isinstance(value, dict):
+            return []
+        values.append(value)
+        while text[at : at + 1].isspace():
+            at += 1
+    return values
+
+
+def _arguments(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else as_object(json.dumps(value))
+
+
+def _problem(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        cut = error.msg.startswith("Unterminated") or error.pos >= len(error.doc.rstrip())
+        return f"{'cut off before their end' if cut else 'not valid JSON'} ({error})"
+    return f"not valid JSON ({error})"
+
+
+def _kind(value: Any) -> str:
+    names = {list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+_decoder = json.JSONDecoder(parse_constant=_no_constant)
