@@ -61,7 +61,10 @@ def written_calls(text: str) -> list[tuple[str, dict[str, Any]]]:
     if (fenced := _FENCED.fullmatch(text)) is not None:
         text = fenced[1].strip()
     for found in _LINE_OF_OBJECT.finditer(text):
-        values = _objects_to_the_end(text, found.end())
+        try:
+            values = _objects_to_the_end(text, found.end())
+        except RecursionError:
+            break
         if values and all(value.keys() == {"name", "arguments"} and isinstance(value["name"], str) for value in values):
             return [(value["name"], _arguments(value["arguments"])) for value in values]
     return []
@@ -116,8 +119,10 @@ def _values(text: str, fits: Callable[[Any], bool]) -> list[Any]:
         at = opening.start() + 1
         try:
             value, end = _decoder.raw_decode(text, opening.start())
-        except (ValueError, RecursionError):
+        except ValueError:
             continue
+        except RecursionError:  # nor would any of the next thousand openings be read
+            break
         if fits(value):
             values.append(value)
             at = end
@@ -125,12 +130,16 @@ def _values(text: str, fits: Callable[[Any], bool]) -> list[Any]:
 
 
 def _objects_to_the_end(text: str, at: int) -> list[dict[str, Any]]:
-    """JSON objects one after the other up to the end of the text; empty where there is anything else."""
+    """JSON objects one after the other up to the end of the text; empty where there is anything else.
+
+    Raises:
+        RecursionError: they are nested too deep to be read.
+    """
     values = []
     while at < len(text):
         try:
             value, at = _decoder.raw_decode(text, at)
-        except (ValueError, RecursionError):
+        except ValueError:
             return []
         if not isinstance(value, dict):
             return []
