@@ -13,6 +13,8 @@ _BLOCK = re.compile(rf"\s*{_BEGIN}.*?(?:[<\[]/\1[>\]]|\Z)", re.DOTALL | re.IGNOR
 """Thinking; where it is not closed, up to the end of the text."""
 _UP_TO_END = re.compile(rf"(?:(?!{_BEGIN}).)*?{_END}", re.DOTALL | re.IGNORECASE)
 """Thinking that only ends in the text: templates may begin it."""
+MAX_OPENINGS = 10_000
+"""Brackets of one text that are looked at for JSON: each costs as much time as the text is long."""
 _FENCED = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n?[ \t]*```", re.DOTALL)
 _LINE_OF_OBJECT = re.compile(r"^[ \t]*(?=\{)", re.MULTILINE)
 _OPENING = re.compile(r"[{\[]")
@@ -115,7 +117,9 @@ def _outside_thinking(text: str) -> str:
 
 def _values(text: str, fits: Callable[[Any], bool]) -> list[Any]:
     values, at = [], 0
-    while (opening := _OPENING.search(text, at)) is not None:
+    for _ in range(MAX_OPENINGS):
+        if (opening := _OPENING.search(text, at)) is None:
+            break
         at = opening.start() + 1
         try:
             value, end = _decoder.raw_decode(text, opening.start())
