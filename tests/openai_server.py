@@ -9,6 +9,8 @@ import contextlib
 import dataclasses
 import http.server
 import json
+import select
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -112,6 +114,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.requests: list[Request] = []
         self.asked = threading.Event()
         self.over = threading.Event()
+        self.left = threading.Event()
+        """A client closed its connection while it had no answer yet."""
         self._lock = threading.Lock()
 
     @property
@@ -157,7 +161,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             case Fail():
                 self._send(step.status, step.body.encode(), step.headers)
             case Hang():
-                self.server.over.wait(60)
+                self._hang()
                 self.close_connection = True
             case Break():
                 self.send_response(200)
@@ -208,7 +212,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(b"data: [DONE]\n\n")
             self.wfile.flush()
         if step.hang:
-            self.server.over.wait(60)
+            self._hang()
+
+    def _hang(self) -> None:
+        """Stay silent until the server ends or the client has closed the connection."""
+        while not self.server.over.is_set():
+            readable, _, _ = select.select([self.connection], [], [], 0.05)
+            if readable and not self.connection.recv(1, socket.MSG_PEEK):
+                self.server.left.set()
+                return
 
     def _send(self, status: int, data: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)

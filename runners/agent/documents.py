@@ -10,35 +10,10 @@ from xml.etree import ElementTree
 
 from runners.agent.html_text import html_text
 
-TEXT = frozenset(
-    [
-        ".txt",
-        ".md",
-        ".rst",
-        ".csv",
-        ".tsv",
-        ".json",
-        ".jsonl",
-        ".yaml",
-        ".yml",
-        ".toml",
-        ".ini",
-        ".log",
-        ".xml",
-        ".py",
-        ".js",
-        ".ts",
-        ".c",
-        ".h",
-        ".cpp",
-        ".java",
-        ".go",
-        ".rs",
-        ".sh",
-        ".sql",
-        ".tex",
-    ]
-)
+TEXT = frozenset([
+    ".txt", ".md", ".rst", ".csv", ".tsv", ".json", ".jsonl", ".yaml", ".yml", ".toml", ".ini", ".log", ".xml", ".py",
+    ".js", ".ts", ".c", ".h", ".cpp", ".java", ".go", ".rs", ".sh", ".sql", ".tex",
+])  # fmt: skip
 MAX_XML_BYTES = 64 * 2**20
 _WORD = "{http://schemas.openxmlformats.org/wordprocessingml/2006/main}"
 

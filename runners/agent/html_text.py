@@ -9,33 +9,10 @@ from urllib.parse import urljoin
 _SKIPPED = frozenset({"script", "style", "noscript", "template", "svg", "head", "iframe", "object"})
 _OF_HEAD = frozenset({"html", "head", "base", "link", "meta", "noscript", "script", "style", "template", "title"})
 """What leaves an open head open. Pages may do without `</head>`: any other element, or text, begins the body."""
-_BLOCKS = frozenset(
-    [
-        "p",
-        "div",
-        "section",
-        "article",
-        "main",
-        "header",
-        "footer",
-        "nav",
-        "aside",
-        "ul",
-        "ol",
-        "table",
-        "tr",
-        "blockquote",
-        "pre",
-        "form",
-        "figure",
-        "h1",
-        "h2",
-        "h3",
-        "h4",
-        "h5",
-        "h6",
-    ]
-)
+_BLOCKS = frozenset([
+    "p", "div", "section", "article", "main", "header", "footer", "nav", "aside", "ul", "ol", "table", "tr",
+    "blockquote", "pre", "form", "figure", "h1", "h2", "h3", "h4", "h5", "h6",
+])  # fmt: skip
 _BLANK_LINES = re.compile(r"\n[ \t]*\n\s*")
 
 

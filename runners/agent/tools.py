@@ -142,10 +142,9 @@ def _documents(kit: Kit, web: Fetch | None) -> ToolSpec:
         if source.startswith(("http://", "https://")):
             if web is None:
                 raise ToolRefused("this agent may not fetch addresses; give a file of the task's folder")
-            page = kit.watch.wait(lambda: fetch(source, web))
-            text = document_text(page.body, page.url, page.content_type)
+            text = kit.watch.wait(lambda: _page_text(source, web))
         else:
-            text = document_text(kit.workspace.read(source), source)
+            text = kit.watch.wait(lambda: document_text(kit.workspace.read(source), source))
         return _part(text, start or 0)
 
     return ToolSpec(
@@ -161,8 +160,7 @@ def _documents(kit: Kit, web: Fetch | None) -> ToolSpec:
 
 def _fetch_page(kit: Kit, wanted: Fetch) -> ToolSpec:
     def fetch_page(url: str) -> str:
-        page = kit.watch.wait(lambda: fetch(url, wanted))
-        return document_text(page.body, page.url, page.content_type)
+        return kit.watch.wait(lambda: _page_text(url, wanted))
 
     return ToolSpec(
         name="fetch_page",
@@ -170,6 +168,11 @@ def _fetch_page(kit: Kit, wanted: Fetch) -> ToolSpec:
         inputs={"url": _text("Its http or https address.")},
         call=fetch_page,
     )
+
+
+def _page_text(url: str, wanted: Fetch) -> str:
+    page = fetch(url, wanted)
+    return document_text(page.body, page.url, page.content_type)
 
 
 def _web_search(kit: Kit, wanted: WebSearch) -> ToolSpec:

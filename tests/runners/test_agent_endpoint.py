@@ -394,4 +394,13 @@ def test_a_cancel_takes_effect_while_the_endpoint_is_silent(step, stream, pipes,
             AgentRunner().run(ctx)
         canceller.join()
         assert len(server.requests) == 1
-        assert not server.over.is_set()  # it is still silent
+        assert isinstance(step, Fail) or server.left.wait(30)
+
+
+def test_a_run_out_of_time_leaves_no_request_behind(agents, make_context) -> None:
+    """Else the endpoint would go on to generate for nobody, while the next item waits."""
+    with Server(Hang(), Say("x")).running() as server:
+        spec = {"data": {"type": "list", "items": ["a", "b"]}, "agent": {"timeout": 2}}
+        ran = run_agent(make_context, agents, server.url, spec=spec)
+        assert server.left.wait(30)
+    assert [item["finish_reason"] for item in ran.items] == ["failed", "completed"]
