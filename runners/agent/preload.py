@@ -14,7 +14,7 @@ AGENT: tuple[str, ...] = (
     "smolagents.tools",
     "httpx2",
     "openai",
-    "openai.resources.chat",
+    "openai.resources.chat.completions.completions",
     "requests",
     "yaml",
     "jinja2",
