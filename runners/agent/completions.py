@@ -128,7 +128,7 @@ class _Completion:
         for choice in body.get("choices") or ():
             if choice.get("error"):
                 raise _reported(choice)
-            if choice.get("index") in (0, None):
+            if choice.get("index") in (0, "0", None):
                 self._chosen = True
                 self._add_part(choice.get("delta") or choice.get("message") or {})
                 self._finish_reason = choice.get("finish_reason") or self._finish_reason

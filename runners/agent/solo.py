@@ -65,6 +65,15 @@ class _Agent(ToolCallingAgent):
         super().__init__(**options)
         self._results: dict[int, dict[str, str]] = {}
         """By turn and call."""
+        self.failed_conclusion = ""
+        """Why the model gave no answer after its last turn."""
+
+    def provide_final_answer(self, task: str) -> ChatMessage:
+        """See smolagents, which gives an error's text, as a list of parts, for the answer."""
+        message = super().provide_final_answer(task)
+        if isinstance(message.content, list):
+            self.failed_conclusion, message.content = _as_text(message.content), ""
+        return message
 
     def process_tool_calls(self, chat_message: ChatMessage, memory_step: ActionStep) -> Iterator[ToolCall | ToolOutput]:
         """See smolagents. Its own makes one text of all results, in the order of the calls' ids, and where one call
@@ -168,6 +177,8 @@ def work(member: Member, task: str, bench: Bench) -> Said:
         raise RunnerError(f"the model could not be asked: {type(cause).__name__}: {cause}") from cause
     except AgentError as error:
         raise RunnerError(f"{type(error).__name__}: {error}") from error
+    if agent.failed_conclusion:
+        bench.note(member.name, "error", turn=told, error=agent.failed_conclusion)
     last = agent.memory.steps[-1] if agent.memory.steps else None
     out_of_turns = isinstance(getattr(last, "error", None), AgentMaxStepsError)
     return Said(bench.redact(_as_text(output)), out_of_turns)

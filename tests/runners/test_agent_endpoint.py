@@ -18,7 +18,7 @@ pytest.importorskip("openai", reason="needs the extra 'agent'")
 from flowmesh.processes.pipe import Cancel, Pipe
 from runners.agent.runner import AgentRunner
 from runners.api import Cancelled, RunnerError
-from tests.openai_server import Events, Fail, Hang, Raw, Say, Server, Step, answer, delta
+from tests.openai_server import Events, Fail, Hang, Raw, Say, Server, Step, answer, call, delta
 from tests.runners.agent_support import agent_context, log_of, run_agent
 
 TOOLS = {"tools": {"files": True}}
@@ -194,6 +194,20 @@ def test_an_item_without_an_answer_is_failed_among_others(agents, make_context) 
     assert [item["finish_reason"] for item in ran.items] == ["failed", "completed"]
     assert [item["output"] for item in ran.items] == ["Cut of", "Short."]
     assert ran.items[0]["error"].startswith("length: ")
+
+
+def test_an_error_is_not_the_answer_of_a_run_out_of_turns(agents, make_context) -> None:
+    def decide(body: dict[str, Any]) -> Step:
+        return call("list_files") if "tools" in body else Say("Half of", finish="length")
+
+    with Server(decide=decide).running() as server:
+        ctx = agent_context(make_context, agents, server.url, config={**TOOLS, "max_turns": 1})
+        with pytest.raises(RunnerError, match="max_turns: no answer after 1 turns"):
+            AgentRunner().run(ctx)
+    assert (ctx.out_dir / "agent_output.txt").read_text() == "\n"
+    assert (
+        "length: the answer was cut off" in [entry for entry in log_of(ctx) if entry["event"] == "error"][-1]["error"]
+    )
 
 
 QUOTA = {"error": {"message": "quota exceeded", "type": "insufficient_quota", "code": None}}
