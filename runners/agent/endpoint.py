@@ -29,7 +29,7 @@ OWN_HEADERS = ("Authorization", "OpenAI-Organization", "OpenAI-Project")
 
 
 class EndpointError(RunnerError):
-    """The endpoint refused, broke off, or cannot be reached. Names it and what it said, never the key."""
+    """The endpoint refused, broke off, or cannot be reached. Names it and its message, never the key."""
 
 
 class Endpoint:
@@ -71,10 +71,10 @@ class Endpoint:
             entries = listed.get("data") if isinstance(listed, dict) else None
             first = entries[0] if isinstance(entries, list) and entries else None
             if not isinstance(first, dict) or not isinstance(first.get("id"), str):
-                said = (
+                detail = (
                     f" ({self._redact(error_text(listed))})" if isinstance(listed, dict) and "error" in listed else ""
                 )
-                raise self._error(f"lists no model{said}; name one ({self._where}.name)")
+                raise self._error(f"lists no model{detail}; name one ({self._where}.name)")
             self.name = first["id"]
         return self.name
 
@@ -86,7 +86,7 @@ class Endpoint:
 
         Raises:
             EndpointError: no usable answer, after the configured retries.
-            Cancelled, OutOfTime: as `watch` raises them.
+            Cancelled, OutOfTime: from `watch`.
         """
         wanted = self._wanted
         body: dict[str, Any] = {"model": self.find_model(watch), "messages": messages}
@@ -145,11 +145,11 @@ class Endpoint:
         return "broke off in the middle of its answer"
 
     def _failed(self, error: openai.OpenAIError) -> EndpointError:
-        """What `openai` raised, after its retries, in one line."""
+        """What `openai` raised after its retries, as one line."""
         match error:
             case openai.APIStatusError(status_code=status, response=response):
-                said = self._redact(error_text(error.body)) if error.body else ""
-                answered = f"answered {status} {response.reason_phrase}" + (f": {said}" if said else "")
+                detail = self._redact(error_text(error.body)) if error.body else ""
+                answered = f"answered {status} {response.reason_phrase}" + (f": {detail}" if detail else "")
                 if status == 404:
                     answered += f" (check {self._where}.name, {self.name!r}, and {self._where}.base_url)"
                 if after := response.headers.get("Retry-After"):

@@ -29,7 +29,7 @@ class EventLoop:
 
         Raises:
             TimeoutError: it took longer than `timeout_s`.
-            Cancelled, OutOfTime: as `watch` raises them.
+            Cancelled, OutOfTime: from `watch`.
             Exception: whatever the coroutine raises.
         """
         future = self.submit(coroutine)

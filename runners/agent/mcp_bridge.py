@@ -1,7 +1,7 @@
-"""The tools of MCP servers, over stdio, SSE and streamable HTTP, on the `mcp` package itself.
+"""The tools of MCP servers over stdio, SSE and streamable HTTP, by the `mcp` package.
 
-All sessions live on one event loop in a thread of its own; the run waits for their answers and hears a cancel
-meanwhile. Servers that were started are gone when `close` returns.
+All sessions live on the task's event loop; the run checks for cancellation while it waits for their answers. Servers
+that were started have ended when `close` returns.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ class McpBridge:
     def __init__(self, servers: dict[str, McpServer], redact: Redactor, where: str, loop: EventLoop) -> None:
         """
         Args:
-            where: what the servers are called in an error.
-            loop: where the sessions live.
+            where: how errors name the servers' section.
+            loop: runs the sessions.
 
         Raises:
-            MissingDependency: there are servers, and `mcp` is not installed.
+            MissingDependency: servers are configured, and `mcp` is not installed.
         """
         if servers and importlib.util.find_spec("mcp") is None:
             raise MissingDependency("mcp", "agent")
@@ -71,11 +71,11 @@ class McpBridge:
         self.close()
 
     def open(self, watch: Watch) -> None:
-        """Start or reach all servers and ask what tools they have.
+        """Start or connect all servers and list their tools.
 
         Raises:
-            RunnerError: one does not start, does not answer, or lacks a tool that the configuration names.
-            Cancelled, OutOfTime: as `watch` says.
+            RunnerError: one does not start or answer, or lacks a tool that the configuration names.
+            Cancelled, OutOfTime: from `watch`.
         """
         for name, wanted in self._servers.items():
             session = _Session(name, wanted)
@@ -84,7 +84,7 @@ class McpBridge:
                 self._loop.wait(self._start(session), watch, wanted.timeout_s)
             except BadRequest:
                 raise
-            except Exception as error:  # noqa: BLE001 - whatever a transport raises means the same here
+            except Exception as error:  # noqa: BLE001 - transports raise errors of any kind
                 raise RunnerError(f"{self._where}.{name}: {self._why(error, wanted)}") from None
             lacking = set(wanted.tools or ()) - {tool.name for tool in session.tools}
             if lacking:
@@ -94,7 +94,7 @@ class McpBridge:
                 )
 
     def tools(self, servers: tuple[str, ...] | None, watch: Watch) -> list[ToolSpec]:
-        """The tools of these servers (None: of all), under names that are unique and valid."""
+        """The tools of these servers (None: of all), under unique and valid names."""
         specs: list[ToolSpec] = []
         for session in self._sessions.values():
             if servers is not None and session.name not in servers:
@@ -109,12 +109,10 @@ class McpBridge:
         return specs
 
     def close(self) -> None:
-        """End all sessions and the servers that were started; bounded."""
+        """End all sessions and the servers that were started, within CLOSE_S."""
         if self._sessions:
             with contextlib.suppress(Exception):  # a dying server may end its session with an error of any kind
                 self._loop.submit(self._end()).result(CLOSE_S)
-
-    # ---- on the loop -------------------------------------------------------------------------------------------------
 
     async def _start(self, session: _Session) -> None:
         session.ready = asyncio.get_running_loop().create_future()
@@ -123,7 +121,7 @@ class McpBridge:
         await asyncio.shield(session.ready)
 
     async def _live(self, session: _Session) -> None:
-        """One session from beginning to end, in one task, as its library wants it."""
+        """One session from start to end, in one task, as its library requires."""
         from mcp.client import Client
 
         try:
@@ -141,15 +139,15 @@ class McpBridge:
                 session.client, session.tools = client, tools
                 session.ready.set_result(None)
                 await session.over.wait()
-        except BaseException as error:  # noqa: BLE001 - whoever waits for the session raises it
+        except BaseException as error:  # noqa: BLE001 - raised by who waits for the session
             if session.ready.done():
                 return
             session.ready.set_exception(error if isinstance(error, Exception) else RunnerError("ended"))
-            session.ready.exception()  # nobody may wait for it any more; then that is no news for the log
+            session.ready.exception()  # marks it as retrieved, as nobody may wait for it any more
 
     @contextlib.asynccontextmanager
     async def _http(self, wanted: McpServer) -> AsyncIterator[Any]:
-        """The HTTP client that streamable HTTP goes over; its library does not close one that it was given."""
+        """The HTTP client for streamable HTTP; the library does not close a client that it is given."""
         if wanted.transport != "streamable_http":
             yield None
             return
@@ -161,7 +159,7 @@ class McpBridge:
 
     def _transport(self, session: _Session, http: Any) -> Any:
         wanted, where = session.wanted, f"{self._where}.{session.name}"
-        for value in wanted.headers.values():  # few of them are anything else
+        for value in wanted.headers.values():  # most are credentials
             self._redact.learn(value)
         self._redact.learn_named(wanted.env)
         if wanted.transport == "stdio":
@@ -194,8 +192,6 @@ class McpBridge:
         if tasks:
             await asyncio.wait(tasks, timeout=CLOSE_S - 1)
 
-    # ---- on the run's thread -----------------------------------------------------------------------------------------
-
     def _spec(self, session: _Session, tool: Any, name: str, watch: Watch) -> ToolSpec:
         schema = dict(tool.input_schema or {"type": "object", "properties": {}})
 
@@ -204,7 +200,7 @@ class McpBridge:
             try:
                 called = session.client.call_tool(tool.name, given)
                 result = self._loop.wait(called, watch, session.wanted.timeout_s)
-            except Exception as error:  # noqa: BLE001 - a server's trouble is the agent's news, not our end
+            except Exception as error:  # noqa: BLE001 - reported to the model; the run continues
                 raise ToolRefused(f"the MCP server {session.name}: {self._why(error, session.wanted)}") from None
             text = _text(result)
             if result.is_error:
@@ -220,7 +216,7 @@ class McpBridge:
         )
 
     def _why(self, error: BaseException, wanted: McpServer) -> str:
-        """One line about what went wrong, without what must not be shown."""
+        """One line about an error, redacted."""
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
         if isinstance(error, RunnerError | TimeoutError):
@@ -231,7 +227,7 @@ class McpBridge:
 
 
 def _text(result: Any) -> str:
-    """What a tool answered, as one text; of what is no text only the kind."""
+    """A tool's result as text; content that is not text as its kind."""
     parts = []
     for block in result.content or ():
         if (text := getattr(block, "text", None)) is not None:
@@ -248,7 +244,7 @@ def _text(result: Any) -> str:
 
 
 def _inputs(schema: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """A JSON schema's arguments as smolagents checks them; what it cannot say is left to the server."""
+    """A JSON schema's arguments as smolagents checks them; the server checks the rest."""
     required = set(schema.get("required") or ())
     inputs: dict[str, dict[str, Any]] = {}
     for name, each in (schema.get("properties") or {}).items():

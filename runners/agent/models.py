@@ -46,7 +46,7 @@ class NoAnswer(RunnerError):
 
 
 class AgentModel(Model):
-    """Counts its requests, and takes text without a call as the final answer."""
+    """Counts requests, and takes text without a call as the final answer."""
 
     native_calls = True
     """Whether tools go with the request, and calls come beside the text; else the prompt lists them, and calls are
@@ -118,7 +118,7 @@ class AgentModel(Model):
         )
 
     def _watch(self) -> Watch:
-        assert self.watch is not None, "set before a run begins"
+        assert self.watch is not None, "set before a run starts"
         return self.watch
 
 
@@ -153,14 +153,14 @@ class EndpointModel(AgentModel):
 
 
 class LocalModel(AgentModel):
-    """A model that the inference runner's engine holds in this very process."""
+    """A model in this process, run by the inference runner's engine."""
 
     native_calls = False
 
     def __init__(self, ctx: Context, wanted: ModelConfig) -> None:
         """
         Raises:
-            BadRequest: there is no such model.
+            BadRequest: the model does not exist.
             RunnerError: the model hub cannot be reached.
         """
         from runners.inference.engines import load_engine
@@ -207,7 +207,7 @@ class LocalModel(AgentModel):
 
 
 class _Listening(GenerationWatch):
-    """Also ends a generation when the run's own time is up."""
+    """Also ends a generation when the run exceeds its time limit."""
 
     def __init__(self, ctx: Context, watch: Watch) -> None:
         super().__init__(ctx, 1)
@@ -219,7 +219,7 @@ class _Listening(GenerationWatch):
 
 
 def plain_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
-    """smolagents' messages as an endpoint takes them; what is such a dictionary already stays as it is."""
+    """smolagents' messages as messages of the chat API; dictionaries stay as they are."""
     plain: list[dict[str, Any]] = []
     for message in messages:
         if isinstance(message, dict):
@@ -238,7 +238,7 @@ def plain_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def schema_of(tool: Any) -> dict[str, Any]:
-    """A tool as the request describes it; one of an MCP server by that server's own schema."""
+    """A tool's schema for the request; of an MCP server's tool the server's own schema."""
     schema = getattr(tool, "json_schema", None)
     if schema is None:
         return get_tool_json_schema(tool)

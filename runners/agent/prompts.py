@@ -1,4 +1,4 @@
-"""What agents are told. Short, so that small models have room for the task."""
+"""Prompts. Short, so that small models have room for the task."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def templates(*, native_calls: bool) -> Any:
     """smolagents' prompt templates.
 
     Args:
-        native_calls: the model gets its tools with the request; else they stand in the prompt.
+        native_calls: tools go with the request; else the prompt lists them.
     """
     return {
         "system_prompt": RULES if native_calls else RULES + WRITTEN_CALLS,

@@ -1,7 +1,7 @@
-"""An OpenAI-compatible endpoint without a model: it answers by the rules of a YAML script. For examples and drills.
+"""An OpenAI-compatible endpoint without a model: answers come from the rules of a YAML script. For examples and tests.
 
-`python -m runners.agent.scripted_endpoint --port N --script FILE`. The first rule whose `when` fits gives the reply;
-`{last}` in it is the newest tool result, `{task}` the first user message.
+`python -m runners.agent.scripted_endpoint --port N --script FILE`. The first rule whose `when` matches gives the reply:
+`call` or `text`, with `finish_reason` if given. `{last}` is the latest tool result, `{task}` the first user message.
 """
 
 from __future__ import annotations
@@ -64,14 +64,14 @@ def handler(rules: list[dict[str, Any]]) -> type[http.server.BaseHTTPRequestHand
             request = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))))
             message, finish = reply(rules, request["messages"])
             words = sum(len(_text(each).split()) for each in request["messages"])
-            said = len(json.dumps(message).split())
+            answered = len(json.dumps(message).split())
             self._answer(
                 {
                     "id": "scripted",
                     "object": "chat.completion",
                     "model": MODEL,
                     "choices": [{"index": 0, "message": message, "finish_reason": finish}],
-                    "usage": {"prompt_tokens": words, "completion_tokens": said, "total_tokens": words + said},
+                    "usage": {"prompt_tokens": words, "completion_tokens": answered, "total_tokens": words + answered},
                 }
             )
 

@@ -412,7 +412,7 @@ def test_a_key_that_is_not_set_is_named(agents, make_context) -> None:
     [
         ({"task": None}, "spec.task: missing"),
         ({"task": 3}, "spec.task: expected a text"),
-        ({"task": "x", "data": {"type": "static", "task": "y"}}, "spec.task: spec.data is there, too"),
+        ({"task": "x", "data": {"type": "static", "task": "y"}}, "spec.task: spec.data is given, too"),
         ({"data": {"type": "statik"}, "task": None}, "spec.data.type: unknown source"),
         ({"configName": "tets"}, "spec.configName: unknown agent configuration 'tets'; did you mean 'test'"),
         ({"configName": "../x"}, "unknown agent configuration '../x'"),
@@ -444,7 +444,7 @@ def test_bad_documents_are_named(spec, said, agents, make_context) -> None:
         ({"tools": {"python": True}, "sandbox": {"network": True}}, "this node allows no network"),
         ({"instructions": "${NOT_SET_HERE}"}, "the variable NOT_SET_HERE is not set"),
         ({"extends": "nobody"}, "test.extends: unknown agent configuration 'nobody'"),
-        ({"extends": "test"}, "goes round in a circle"),
+        ({"extends": "test"}, "test.extends: extends itself: test → test"),
     ],
 )
 def test_bad_configurations_are_named(config, said, agents, make_context) -> None:
@@ -509,7 +509,7 @@ def test_the_examples_run_as_they_are(name, said, make_context, monkeypatch) -> 
 def test_a_local_endpoint_that_does_not_start_is_said(agents, make_context, monkeypatch) -> None:
     serve = {"command": ["{python}", "-c", "import sys; sys.exit('no such model here')"]}
     config = {"model": {"base_url": None, "serve": serve}}
-    with pytest.raises(RunnerError, match=r"test.model.serve.command: .* ended with status 1 .*: no such model here"):
+    with pytest.raises(RunnerError, match=r"test.model.serve.command: .* exited with status 1 .*: no such model here"):
         run_agent(make_context, agents, "", config=config)
     monkeypatch.setenv("HUB_ENTRY", "hub-entry-0815")
     shown = "import os, sys; sys.exit('refused: ' + os.environ['HUB_ENTRY'])"

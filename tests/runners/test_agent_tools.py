@@ -308,7 +308,7 @@ def test_a_page_that_trickles_does_not_hold_an_agent(site) -> None:
 def test_only_allowed_hosts_are_asked(site) -> None:
     allowed = Fetch(allow_private=True, allow_hosts=("example.org",))
     for url in (site.url(), "http://notexample.org/", "http://example.org.evil.test/"):
-        with pytest.raises(WebRefused, match="not among the hosts"):
+        with pytest.raises(WebRefused, match="not in allow_hosts"):
             fetch(url, allowed)
     assert site.asked == []
 
@@ -345,7 +345,7 @@ def test_a_provider_that_fails_is_told_to_the_agent(site) -> None:
         provider = SearchProvider(url=site.url(path), params={"q": "{query}"})
         with pytest.raises(WebRefused, match=said):
             search("x", 3, provider, Redactor(), "p")
-    with pytest.raises(BadRequest, match=r"\{query\} must stand"):
+    with pytest.raises(BadRequest, match=r"one of them must contain \{query\}"):
         check_provider(SearchProvider(url=site.url(), params={"q": "x"}), "p")
     with pytest.raises(BadRequest, match=r"p.url: an http or https address"):
         check_provider(SearchProvider(url="search", params={"q": "{query}"}), "p")
