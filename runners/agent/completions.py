@@ -130,7 +130,7 @@ class _Completion:
                 raise _reported(choice)
             if choice.get("index") in (0, "0", None):
                 self._chosen = True
-                self._add_part(choice.get("delta") or choice.get("message") or {})
+                self._add_part(choice.get("delta" if "delta" in choice else "message") or {})
                 self._finish_reason = choice.get("finish_reason") or self._finish_reason
 
     def _add_part(self, part: dict[str, Any]) -> None:

@@ -365,6 +365,22 @@ def test_a_wrong_model_name_is_one_clear_line(agents, make_context) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("step", "stream"), [(Hang(), False), (Events((delta(content="Half"),), done=False, hang=True), True)]
+)
+def test_an_endpoint_that_stays_silent_is_named(step, stream, agents, make_context) -> None:
+    with Server(decide=lambda _: step).running() as server:
+        with pytest.raises(RunnerError, match=r"the model endpoint .* was silent for 0.5 s"):
+            run_agent(make_context, agents, server.url, config={"model": {"timeout_s": 0.5, "stream": stream}})
+        assert len(server.requests) == 1
+
+
+def test_events_with_both_delta_and_message_are_read_once(agents, make_context) -> None:
+    last = {"choices": [{"index": 0, "delta": {}, "message": {"content": "Paris."}, "finish_reason": "stop"}]}
+    with Server(Events((delta(content="Par"), delta(content="is."), last))).running() as server:
+        assert run_agent(make_context, agents, server.url, config=STREAM).output == "Paris."
+
+
 def test_variables_of_other_endpoints_are_not_sent(agents, make_context, monkeypatch) -> None:
     for name in ("OPENAI_API_KEY", "OPENAI_ADMIN_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
         monkeypatch.setenv(name, f"value-of-{name}")

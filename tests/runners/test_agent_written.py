@@ -219,8 +219,9 @@ def test_no_part_of_a_team_completes_without_an_answer(kind, role, bad, said, tm
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_endpoint_of_the_tasks_own_is_judged_alike(stream, tmp_path, make_context) -> None:
-    """`serve` with the scripted endpoint, which answers a streamed request whole."""
+def test_an_endpoint_of_the_tasks_own_is_judged_alike(stream, tmp_path, make_context, monkeypatch) -> None:
+    """`serve` with the scripted endpoint, which answers a streamed request whole. No proxy stands in front of it."""
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     replies = [
         {"when": {"user": "long"}, "text": "The answer is fo", "finish_reason": "length"},
         {"text": f"<think>{CALL}</think>The answer is 4."},
