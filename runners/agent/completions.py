@@ -1,7 +1,6 @@
-"""Chat completions as endpoints send them, whole or streamed, read into one Reply.
+"""Reads chat completions as servers really send them, whole or streamed.
 
-Own code beside the `openai` package, whose helpers take a plain JSON answer to a streamed request for an empty stream,
-and join calls by their index alone.
+The stream helpers of the `openai` package read a plain JSON answer as an empty stream, and join calls by index alone.
 """
 
 from __future__ import annotations
@@ -13,11 +12,11 @@ from typing import Any
 
 import msgspec
 
-from runners.agent.written import Malformed, as_object, sound
+from runners.agent.written import Malformed, as_object, encodable
 
 MAX_ANSWER_BYTES = 64 * 2**20
 RETRIED = frozenset({408, 409, 429})
-"""Statuses of an error inside an answer that may pass, besides those from 500 on."""
+"""Statuses below 500 of errors that are worth another attempt."""
 
 
 class Unusable(Exception):
@@ -25,7 +24,7 @@ class Unusable(Exception):
 
 
 class Reported(Exception):
-    """The endpoint reports an error inside an answer with status 200."""
+    """The endpoint reports an error in a response with status 200."""
 
     def __init__(self, message: str, status: int | None) -> None:
         super().__init__(message)
@@ -74,7 +73,7 @@ async def read_reply(chunks: AsyncIterator[bytes], tools: Collection[str]) -> Re
             streamed = streamed or field in (b"event", b"data")
             if whole or (not streamed and line.lstrip().startswith((b"{", b"["))):
                 whole.append(line)
-            elif line.startswith(b"{"):  # a proxy's, in the middle of a stream
+            elif line.startswith(b"{"):  # written by a proxy in the middle of a stream
                 completion.add(json.loads(line))
             elif field == b"event":
                 event = value.strip().decode()
@@ -108,7 +107,7 @@ def error_text(body: Any) -> str:
 
 
 class _Completion:
-    """Collects the parts of one answer. What is not shaped as it should be raises as Python does."""
+    """Collects the parts of one answer. Malformed parts raise TypeError and the like, which `read_reply` converts."""
 
     def __init__(self, tools: Collection[str]) -> None:
         self.ended = False
@@ -144,10 +143,10 @@ class _Completion:
         if not self._chosen:
             raise Unusable("gave an answer without choices")
         return Reply(
-            content=sound("".join(self._content)),
+            content=encodable("".join(self._content)),
             calls=self._calls.made(),
             finish_reason=str(self._finish_reason),
-            refusal=sound("".join(self._refusal)),
+            refusal=encodable("".join(self._refusal)),
             prompt_tokens=int(self._usage.get("prompt_tokens") or 0),
             completion_tokens=int(self._usage.get("completion_tokens") or 0),
         )
@@ -202,7 +201,11 @@ class _Calls:
         return self._at.get(index)
 
     def _is_another(self, call: _Partial, identity: str, name: str, arguments: str) -> bool:
-        """Whether a piece that is addressed to `call` begins another call."""
+        """Whether a piece that is addressed to `call` begins another call.
+
+        Only a name can, or an id where `call` is complete or both came without arguments. Arguments that are a whole
+        object cannot go on; a name before any arguments may be a part, unless both are names of tools.
+        """
         other_id = bool(identity and call.id and identity != call.id)
         if not name:
             return other_id and (_is_whole(call.arguments) or bool(call.name and not arguments))
@@ -215,7 +218,7 @@ class _Calls:
         calls: dict[str, Call] = {}
         for each in self._all:
             identity = each.id if each.id and each.id not in calls else f"call_{uuid.uuid4().hex[:12]}"
-            calls[identity] = Call(identity, sound(each.name), as_object(sound(each.arguments)))
+            calls[identity] = Call(identity, encodable(each.name), as_object(encodable(each.arguments)))
         return tuple(calls.values())
 
 
@@ -224,7 +227,7 @@ def _is_whole(arguments: str) -> bool:
 
 
 async def _lines(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Split at line feeds only: JSON texts may hold other characters that Python takes for the end of a line."""
+    """Split at line feeds only: JSON strings may hold other characters that `str.splitlines` splits at."""
     parts: list[bytes] = []
     size = 0
     async for chunk in chunks:

@@ -19,7 +19,7 @@ from runners.agent.config import Model
 from runners.agent.event_loop import EventLoop
 from runners.agent.secrets import Redactor, from_env
 from runners.agent.watch import Watch
-from runners.agent.written import sound
+from runners.agent.written import encodable
 from runners.api import BadRequest, RunnerError
 
 FIRST_PAUSE_S = 0.5
@@ -53,10 +53,10 @@ class Endpoint:
         self.shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}"
         self._headers = _headers(wanted, redact, where)
         self._client = openai.AsyncOpenAI(
-            api_key="unused",  # the headers have it, where there is one
+            api_key="unused",  # required, but the headers below carry the key, if there is one
             base_url=self.shown,
             timeout=httpx2.Timeout(wanted.timeout_s, connect=CONNECT_TIMEOUT_S),
-            http_client=httpx2.AsyncClient(trust_env=wanted.serve is None),  # no proxy in front of this machine's own
+            http_client=httpx2.AsyncClient(trust_env=wanted.serve is None),  # no proxy for a server of this machine
         )
         self.name = wanted.name or ""
 
@@ -71,9 +71,8 @@ class Endpoint:
             entries = listed.get("data") if isinstance(listed, dict) else None
             first = entries[0] if isinstance(entries, list) and entries else None
             if not isinstance(first, dict) or not isinstance(first.get("id"), str):
-                detail = (
-                    f" ({self._redact(error_text(listed))})" if isinstance(listed, dict) and "error" in listed else ""
-                )
+                failed = isinstance(listed, dict) and "error" in listed
+                detail = f" ({self._redact(error_text(listed))})" if failed else ""
                 raise self._error(f"lists no model{detail}; name one ({self._where}.name)")
             self.name = first["id"]
         return self.name
@@ -96,7 +95,7 @@ class Endpoint:
         body |= {name: value for name, value in fields.items() if value is not None}
         if wanted.stream:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
-        body = json.loads(sound(json.dumps(body | wanted.extra, ensure_ascii=False)))
+        body = json.loads(encodable(json.dumps(body | wanted.extra, ensure_ascii=False)))
         tools = {tool["function"]["name"] for tool in fields.get("tools") or ()}
         return self._loop.wait(self._complete(body, tools), watch)
 
@@ -114,7 +113,7 @@ class Endpoint:
             raise self._error("gave a list of models that cannot be read") from None
 
     async def _complete(self, body: dict[str, Any], tools: Collection[str]) -> Reply:
-        """`openai` repeats what is refused, this what breaks off or cannot be read; together `retries` times."""
+        """`openai` retries refused requests; this retries responses that break off. Together `retries` times."""
         left, pause_s = self._wanted.retries, FIRST_PAUSE_S
         while True:
             create = self._client.with_options(max_retries=left).chat.completions.with_streaming_response.create

@@ -153,7 +153,7 @@ class McpBridge:
             return
         import httpx2
 
-        timeout = httpx2.Timeout(wanted.timeout_s, read=STREAM_SILENCE_S)
+        timeout = httpx2.Timeout(wanted.timeout_s, read=max(wanted.timeout_s, STREAM_SILENCE_S))
         async with httpx2.AsyncClient(headers=dict(wanted.headers), timeout=timeout) as client:
             yield client
 

@@ -78,7 +78,7 @@ def _wait(process: subprocess.Popen[bytes], base_url: str, wanted: Serve, watch:
             last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["it wrote nothing"]
             raise RunnerError(f"{who} exited with status {process.returncode} before it answered: {last[0][:300]}")
         with contextlib.suppress(requests.RequestException):
-            if session.get(f"{base_url}/models", timeout=2).status_code < 500:
+            if watch.wait(lambda: session.get(f"{base_url}/models", timeout=2)).status_code < 500:
                 return
         if time.monotonic() > deadline:
             raise RunnerError(f"{who} did not answer within {wanted.ready_timeout_s:g} s; see logs/{LOG}")

@@ -11,20 +11,20 @@ _BEGIN = r"[<\[](think|thinking|thought|reasoning)[>\]]"
 _END = r"[<\[]/(?:think|thinking|thought|reasoning)[>\]]"
 _BLOCK = re.compile(rf"\s*{_BEGIN}.*?(?:[<\[]/\1[>\]]|\Z)", re.DOTALL | re.IGNORECASE)
 """Thinking; where it is not closed, up to the end of the text."""
-_UP_TO_END = re.compile(rf"(?:(?!{_BEGIN}).)*?{_END}", re.DOTALL | re.IGNORECASE)
-"""Thinking that only ends in the text: templates may begin it."""
+_UP_TO_END = re.compile(rf"(?:(?!{_BEGIN}).)*?^[ \t]*{_END}", re.DOTALL | re.IGNORECASE | re.MULTILINE)
+"""Thinking whose begin is in the chat template. The end begins a line: inside one, it may be what the text is about."""
 MAX_OPENINGS = 10_000
-"""Brackets of one text that are looked at for JSON: each costs as much time as the text is long."""
+"""Opening brackets of one text that are tried as JSON; each may take time linear in the text's length."""
 _FENCED = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n?[ \t]*```", re.DOTALL)
 _LINE_OF_OBJECT = re.compile(r"^[ \t]*(?=\{)", re.MULTILINE)
 _OPENING = re.compile(r"[{\[]")
 _BEGUN_CALL = re.compile(r'\{\s*"name"\s*:\s*"')
 OBSERVATION = "Observation:"
-"""What comes after it in a model's text is made up: observations are ours to write."""
+"""Text after it is invented by the model: only this program writes observations."""
 
 
 class Malformed(dict[str, Any]):
-    """A call's arguments that are not a JSON object. Holds the text itself, for the log; `why` is for the model."""
+    """Arguments of a call that are not a JSON object. Holds their text, for the log; `why` is for the model."""
 
     def __init__(self, text: str, problem: str) -> None:
         super().__init__(malformed=text)
@@ -35,7 +35,7 @@ class Malformed(dict[str, Any]):
 
 
 def as_object(text: str) -> dict[str, Any]:
-    """A call's arguments: a JSON object, or Malformed. Empty text stands for no arguments."""
+    """The arguments of a call: a JSON object, or Malformed. Empty text means no arguments."""
     if not text.strip():
         return {}
     try:
@@ -46,7 +46,7 @@ def as_object(text: str) -> dict[str, Any]:
 
 
 def without_thinking(text: str) -> str:
-    """The answer in a model's text: without the thinking before it, be it closed or not."""
+    """A model's text without the thinking before its answer, closed or not."""
     for pattern in (_BLOCK, _UP_TO_END):
         while (found := pattern.match(text)) is not None:
             text = text[found.end() :]
@@ -54,10 +54,10 @@ def without_thinking(text: str) -> str:
 
 
 def written_calls(text: str) -> list[tuple[str, dict[str, Any]]]:
-    """The calls of a text in which the model writes them, by name and arguments.
+    """The calls that a text ends with, as name and arguments.
 
-    A call is a JSON object of `name` and `arguments` that begins a line and ends the text; several may stand one after
-    the other. In a code fence it is one only where nothing stands beside the fence. Thinking has none.
+    A call is a JSON object of `name` and `arguments` that begins a line. Only further calls may follow it. Inside a
+    code fence it counts only if the fence is the whole text. Thinking holds no calls.
     """
     text = _outside_thinking(text).partition(f"\n{OBSERVATION}")[0].strip()
     if (fenced := _FENCED.fullmatch(text)) is not None:
@@ -73,7 +73,7 @@ def written_calls(text: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def begun_call(text: str) -> str:
-    """What is wrong with a text that sets out to be a written call and is none; empty where it does not."""
+    """Why a text that begins like a call cannot be parsed; empty for any other text."""
     text = _outside_thinking(text)
     if _BEGUN_CALL.match(text) is None:
         return ""
@@ -85,7 +85,7 @@ def begun_call(text: str) -> str:
 
 
 def whole_answer(text: str) -> str:
-    """The answer of a text that is, as a whole, a written call of final_answer; any other text as it is."""
+    """The answer, if the whole text is a call of final_answer; else the text itself."""
     match written_calls(text):
         case [("final_answer", {"answer": str(answer)})] if text.lstrip().startswith(("{", "```")):
             return answer
@@ -93,7 +93,7 @@ def whole_answer(text: str) -> str:
 
 
 def json_values(text: str, fits: Callable[[Any], bool]) -> list[Any]:
-    """The JSON objects and lists that fit, each once: only fenced ones where there are any, and none in thinking."""
+    """The distinct JSON objects and lists in a text that fit; only fenced ones if there are any, none in thinking."""
     text = _outside_thinking(text)
     for parts in (_FENCED.findall(text), [text]):
         found: list[Any] = []
@@ -105,13 +105,13 @@ def json_values(text: str, fits: Callable[[Any], bool]) -> list[Any]:
     return []
 
 
-def sound(text: str) -> str:
-    """Text that can be encoded: halves of a character that came in two pieces joined, others replaced."""
+def encodable(text: str) -> str:
+    """Text without lone surrogates: pairs that arrived in two pieces are joined, others replaced."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _outside_thinking(text: str) -> str:
-    """What no thinking can be part of, wherever in the text it stands."""
+    """The text without any thinking; if an end tag is left over, only what follows the last one."""
     return re.split(_END, _BLOCK.sub("", text), flags=re.IGNORECASE)[-1].strip()
 
 
@@ -125,7 +125,7 @@ def _values(text: str, fits: Callable[[Any], bool]) -> list[Any]:
             value, end = _decoder.raw_decode(text, opening.start())
         except ValueError:
             continue
-        except RecursionError:  # nor would any of the next thousand openings be read
+        except RecursionError:  # the next thousand openings are nested as deep
             break
         if fits(value):
             values.append(value)
@@ -134,10 +134,10 @@ def _values(text: str, fits: Callable[[Any], bool]) -> list[Any]:
 
 
 def _objects_to_the_end(text: str, at: int) -> list[dict[str, Any]]:
-    """JSON objects one after the other up to the end of the text; empty where there is anything else.
+    """JSON objects from `at` to the end of the text; empty if there is anything else.
 
     Raises:
-        RecursionError: they are nested too deep to be read.
+        RecursionError: they are nested too deep.
     """
     values = []
     while at < len(text):

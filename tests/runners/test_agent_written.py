@@ -38,6 +38,7 @@ ANSWERS = [
     ('{"name": "Ada", "born": 1815}', None),
     ('{"name": "write_file", "arguments": {"path": "made", "content": "x"}, "note": "no call"}', None),
     ("Use the <think> tag for thinking.", None),
+    ("It ends with `</think>`, always.", None),
 ]  # fmt: skip
 
 
@@ -262,7 +263,8 @@ def test_json_values(text, values) -> None:
         ("<think>a</think>b", "b"),
         ("<think>a</think>\n<think>b</think>\nc", "c"),
         ("<think>a", ""),
-        ("a</think>b", "b"),
+        ("a\n</think>b", "b"),
+        ("Write </think> there, and\nno `</think>` here.", "Write </think> there, and\nno `</think>` here."),
         ("Write <think>a</think> so.", "Write <think>a</think> so."),
         ("plain", "plain"),
     ],
