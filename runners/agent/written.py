@@ -9,13 +9,13 @@ from typing import Any, NoReturn
 
 _BEGIN = r"[<\[](think|thinking|thought|reasoning)[>\]]"
 _END = r"[<\[]/(?:think|thinking|thought|reasoning)[>\]]"
-_BLOCK = re.compile(rf"\s*{_BEGIN}.*?(?:[<\[]/\1[>\]]|\Z)", re.DOTALL | re.IGNORECASE)
+_BLOCK = re.compile(rf"{_BEGIN}.*?(?:[<\[]/\1[>\]]|\Z)", re.DOTALL | re.IGNORECASE)
 """Thinking; where it is not closed, up to the end of the text."""
 _UP_TO_END = re.compile(rf"(?:(?!{_BEGIN}).)*?^[ \t]*{_END}", re.DOTALL | re.IGNORECASE | re.MULTILINE)
 """Thinking whose begin is in the chat template. The end begins a line: inside one, it may be what the text is about."""
 MAX_OPENINGS = 10_000
 """Opening brackets of one text that are tried as JSON; each may take time linear in the text's length."""
-_FENCED = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n?[ \t]*```", re.DOTALL)
+_FENCED = re.compile(r"```(?:json)?[ \t]*\n(.*?)```", re.DOTALL)
 _LINE_OF_OBJECT = re.compile(r"^[ \t]*(?=\{)", re.MULTILINE)
 _OPENING = re.compile(r"[{\[]")
 _BEGUN_CALL = re.compile(r'\{\s*"name"\s*:\s*"')
@@ -47,10 +47,11 @@ def as_object(text: str) -> dict[str, Any]:
 
 def without_thinking(text: str) -> str:
     """A model's text without the thinking before its answer, closed or not."""
+    text = text.strip()
     for pattern in (_BLOCK, _UP_TO_END):
         while (found := pattern.match(text)) is not None:
-            text = text[found.end() :]
-    return text.strip()
+            text = text[found.end() :].lstrip()
+    return text
 
 
 def written_calls(text: str) -> list[tuple[str, dict[str, Any]]]:

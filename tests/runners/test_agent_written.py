@@ -275,7 +275,8 @@ def test_thinking_before_an_answer_is_taken_away(text, left) -> None:
 
 def test_long_texts_take_no_long_time() -> None:
     """A few hundred kilobytes of openings, which a careless search would read again for each of them."""
-    for text in ("<think>" * 50_000, "{" * 200_000, "a" * 500_000 + "<", '{"a":\n' * 50_000):
+    blank = "```\n" + " " * 200_000 + "\n" * 200_000
+    for text in (blank, "<think>" * 50_000, "{" * 200_000, "a" * 500_000 + "<", '{"a":\n' * 50_000):
         without_thinking(text)
         assert written_calls(text) == []
         json_values(text, lambda value: False)
