@@ -30,15 +30,12 @@ DEFAULT_LOCAL_TOKENS = 1024
 FINISHED = frozenset(
     {"", "stop", "tool_calls", "eos", "eos_token", "end_turn", "stop_sequence", "tool_use", "complete"}
 )
-"""Finish reasons of a whole answer, as the API and other servers name them, in lower case."""
+"""Finish reasons of complete answers, as the API and other servers name them; lower case."""
 CUT_OFF = frozenset({"length", "max_tokens", "max_output_tokens", "model_length"})
 
 
 class NoAnswer(RunnerError):
-    """The model did not give an answer: it was cut off or filtered, it refused, or there is nothing.
-
-    `text` is what there is of it.
-    """
+    """The model's answer was cut off, filtered, refused or empty. `text` holds the part that arrived."""
 
     def __init__(self, message: str, text: str) -> None:
         super().__init__(message)
@@ -49,8 +46,8 @@ class AgentModel(Model):
     """Counts requests, and takes text without a call as the final answer."""
 
     native_calls = True
-    """Whether tools go with the request, and calls come beside the text; else the prompt lists them, and calls are
-    written in the text."""
+    """Whether tools are part of the request, and calls of the message; else the prompt lists tools, and the text holds
+    calls."""
 
     def __init__(self, name: str) -> None:
         super().__init__(flatten_messages_as_text=True, model_id=name)
@@ -58,15 +55,15 @@ class AgentModel(Model):
         self.prompt_tokens = 0
         self.completion_tokens = 0
         self.watch: Watch | None = None
-        """The present run's."""
+        """Of the current run."""
         self.listener: Callable[[str, TokenUsage], None] | None = None
-        """Gets every answer as it came, before it is judged."""
+        """Called with each answer as received, before it is checked."""
 
     def parse_tool_calls(self, message: ChatMessage) -> ChatMessage:
-        """Make the text of an answer without calls the final answer.
+        """Turn the text of an answer without calls into the final answer.
 
         Raises:
-            ValueError: it sets out to be a written call, and cannot be read.
+            ValueError: it begins like a written call, and cannot be parsed.
         """
         text = str(message.content or "")
         if self.native_calls:
@@ -80,7 +77,7 @@ class AgentModel(Model):
         """One answer without tools.
 
         Raises:
-            NoAnswer: there is none.
+            NoAnswer: the answer is incomplete or empty.
         """
         messages = [
             ChatMessage(role=MessageRole.SYSTEM, content=[{"type": "text", "text": system}]),
@@ -88,14 +85,14 @@ class AgentModel(Model):
         ]
         return str(self.generate(messages).content)
 
-    def _judged(self, reply: Reply, *, with_tools: bool) -> ChatMessage:
-        """A reply as smolagents takes it: its text without thinking, and its calls.
+    def _checked(self, reply: Reply, *, with_tools: bool) -> ChatMessage:
+        """Convert a reply for smolagents: its text without thinking, and its calls.
 
         Args:
-            with_tools: the model was offered any, in the way of `native_calls`.
+            with_tools: whether tools were offered, as `native_calls` says.
 
         Raises:
-            NoAnswer: the endpoint says that it is not whole, or there is nothing in it.
+            NoAnswer: the endpoint marks it as incomplete, or it is empty.
         """
         self.requests += 1
         self.prompt_tokens += reply.prompt_tokens
@@ -149,7 +146,7 @@ class EndpointModel(AgentModel):
             response_format=response_format,
             stop=None if self.native_calls or not tools_to_call_from else [OBSERVATION],
         )
-        return self._judged(reply, with_tools=bool(tools_to_call_from))
+        return self._checked(reply, with_tools=bool(tools_to_call_from))
 
 
 class LocalModel(AgentModel):
@@ -203,7 +200,7 @@ class LocalModel(AgentModel):
             prompt_tokens=len(prompt),
             completion_tokens=len(output.token_ids),
         )
-        return self._judged(reply, with_tools=bool(tools_to_call_from))
+        return self._checked(reply, with_tools=bool(tools_to_call_from))
 
 
 class _Listening(GenerationWatch):
