@@ -82,7 +82,7 @@ BUILTIN = (
     TaskType(
         name="agent",
         runner="runners.agent.runner:AgentRunner",
-        requires=("smolagents",),
+        requires=("smolagents", "openai"),
         extra="agent",
         preload=("runners.agent.preload:AGENT",),
     ),
