@@ -69,8 +69,14 @@ def fetch(
     *,
     headers: Mapping[str, str] | None = None,
     timeout_s: float | None = None,
+    by_date: bool = True,
 ) -> Fetched:
     """The file behind `url`. The server is always asked whether what the cache has is still right.
+
+    Args:
+        timeout_s: for the connection, and for each wait for more bytes.
+        by_date: whether the server's Last-Modified, where it has no ETag, is enough to keep what the cache has. A file
+            that was rewritten within the second, or with its old date, has the same one.
 
     Raises:
         BadRequest: no http(s) URL, or the server says that the request is wrong (400, 401, 403, 404 …).
@@ -85,7 +91,15 @@ def fetch(
         while True:
             before = entry.part_bytes()
             try:
-                meta = _attempt(ctx, entry, url, where, headers=headers or {}, timeout_s=timeout_s or DEFAULT_TIMEOUT_S)
+                meta = _attempt(
+                    ctx,
+                    entry,
+                    url,
+                    where,
+                    headers=headers or {},
+                    timeout_s=timeout_s or DEFAULT_TIMEOUT_S,
+                    by_date=by_date,
+                )
                 break
             except _Interrupted as error:
                 if entry.part_bytes() - before >= PROGRESS_BYTES:
@@ -118,18 +132,27 @@ def _check_headers(headers: Mapping[str, str], where: str) -> None:
             raise BadRequest(f"{where}: the header {name!r} cannot be sent: only plain letters, and no line breaks")
 
 
-def _attempt(ctx: Context, entry: Entry, url: str, where: str, *, headers: Mapping[str, str], timeout_s: float) -> Meta:
+def _attempt(
+    ctx: Context,
+    entry: Entry,
+    url: str,
+    where: str,
+    *,
+    headers: Mapping[str, str],
+    timeout_s: float,
+    by_date: bool,
+) -> Meta:
     import requests
 
     cached, partial = entry.meta(), read_meta(entry.part_meta)
     have = entry.part_bytes()
     asked = {**headers, "Accept-Encoding": "identity"}  # lengths and ranges count the file's own bytes
-    if have and partial is not None and (partial.etag or partial.last_modified):
-        asked |= {"Range": f"bytes={have}-", "If-Range": partial.etag or partial.last_modified or ""}
+    if have and partial is not None and (version := partial.etag or (by_date and partial.last_modified)):
+        asked |= {"Range": f"bytes={have}-", "If-Range": version}
     elif cached is not None:
         if cached.etag:
             asked["If-None-Match"] = cached.etag
-        elif cached.last_modified:
+        elif cached.last_modified and by_date:
             asked["If-Modified-Since"] = cached.last_modified
     try:
         with requests.get(url, headers=asked, stream=True, timeout=timeout_s) as answer:

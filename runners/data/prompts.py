@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import decimal
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -29,12 +32,21 @@ class Items(msgspec.Struct, frozen=True):
     system_last: bool = False
     """Whether a system prompt goes behind the prompts and not before them."""
 
+    def at(self, numbers: Sequence[int]) -> Items:
+        """These rows of them, in this order."""
+        return Items(
+            prompts=tuple(self.prompts[i] for i in numbers),
+            metadata=tuple(self.metadata[i] for i in numbers),
+            wheres=tuple(self.wheres[i] for i in numbers),
+            system_last=self.system_last,
+        )
+
 
 def check_prompt(ctx: Context, value: Any, where: str, *, allow_empty: bool) -> Prompt:
     """A row's value as a prompt: a string, or chat messages.
 
     Args:
-        allow_empty: the row comes from a table: an empty string is a prompt, and a number is its text.
+        allow_empty: the row comes from a table: an empty string is a prompt, and a number is its text as written.
 
     Raises:
         BadRequest: it is neither.
@@ -46,7 +58,9 @@ def check_prompt(ctx: Context, value: Any, where: str, *, allow_empty: bool) -> 
     if isinstance(value, list | tuple) and value:
         turns = [_without_nulls(turn) for turn in value]  # tables have a cell for every key, also where it says nothing
         return ctx.check(turns, tuple[Message, ...], where)
-    if allow_empty and isinstance(value, int | float):
+    if allow_empty and isinstance(value, bool):
+        return "true" if value else "false"
+    if allow_empty and isinstance(value, int | float | decimal.Decimal) and math.isfinite(value):
         return str(value)
     found = f"{type(value).__name__} {value!r}"[:80]
     raise BadRequest(f"{where}: expected a string or a list of {{role, content}} messages (found {found})")

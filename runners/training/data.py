@@ -6,12 +6,15 @@ What is wrong with a row is told with its place: the file and line, the item's n
 from __future__ import annotations
 
 import itertools
-import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from runners.api import BadRequest, Context, RunnerError
+from runners.data.local import Table
+from runners.data.paths import PathError
+from runners.data.readers import File, Row, read
+from runners.data.tables import cell, column_of
 from runners.training.inputs import JsonlFile
 from runners.training.plan import Plan
 from runners.training.sources import Column, TextData
@@ -21,7 +24,11 @@ if TYPE_CHECKING:
 
 BATCH = 4096
 """Rows that are Python objects at a time; the rest is Arrow."""
+BATCHES_IN_MEMORY = 64
+"""The rows behind them wait in files of this attempt."""
 CHAT = ("role", "content")
+LABELS = {"true": True, "false": False, "1": True, "0": False}
+"""As text files spell them."""
 
 
 def load(plan: Plan, ctx: Context, jsonl: JsonlFile | None) -> Dataset:
@@ -33,11 +40,11 @@ def load(plan: Plan, ctx: Context, jsonl: JsonlFile | None) -> Dataset:
     Raises:
         BadRequest: naming the place of the first bad row, the missing column and those there are.
     """
-    if plan.source == "dataset":
-        dataset = _dataset(plan, ctx)
+    opened = open_dataset(plan, ctx) if plan.source == "dataset" else None
+    if opened is None or isinstance(opened, Table):
+        dataset = _from_rows(plan, ctx, LocalRows(plan, jsonl, opened))
     else:
-        dataset = _from_rows(plan, jsonl)
-        dataset = dataset.select(_chosen(plan, len(dataset)))
+        dataset = _dataset(plan, ctx, opened)
     if len(dataset) == 0:
         raise BadRequest("spec.data: there is not one row to train on")
     return dataset
@@ -50,20 +57,38 @@ def _chosen(plan: Plan, count: int) -> range:
     return range(count) if plan.shard is None else plan.shard.rows(count)
 
 
-# ---- rows of ours: inline and JSONL ------------------------------------------------------------------------------
+class LocalRows:
+    """Rows that are in the task itself or in files of this node. May be iterated more than once."""
+
+    def __init__(self, plan: Plan, jsonl: JsonlFile | None, table: Table | None) -> None:
+        self._plan = plan
+        self._jsonl = jsonl
+        self._table = table
+        self.columns = plan.data.columns(jsonl=jsonl is not None)
+
+    def __iter__(self) -> Iterator[Row]:
+        if self._table is not None:
+            return self._table.rows()
+        return inline_rows(self._plan) if self._jsonl is None else jsonl_rows(self._jsonl)
+
+    def chosen(self) -> Iterable[Row]:
+        """This task's part of them."""
+        rows = itertools.islice(self, self._plan.data.max_samples)
+        if self._plan.shard is None:
+            return rows
+        mine = self._plan.shard.rows(sum(1 for _ in rows))
+        return itertools.islice(self, mine.start, mine.stop, mine.step)
 
 
-def _from_rows(plan: Plan, jsonl: JsonlFile | None) -> Dataset:
+def _from_rows(plan: Plan, ctx: Context, rows: LocalRows) -> Dataset:
     import pyarrow as pa  # type: ignore[import-not-found,unused-ignore]
     from datasets import Dataset
 
-    columns = plan.data.columns(jsonl=jsonl is not None)
-    rows = inline_rows(plan) if jsonl is None else jsonl_rows(jsonl)
-    shaped = (shape(row, columns, where, plan) for where, row in itertools.islice(rows, plan.data.max_samples))
-    tables = []
+    shaped = (shape(row, rows.columns, where, plan) for where, row in rows.chosen())
+    tables: list[Any] = []
     try:
         while part := list(itertools.islice(shaped, BATCH)):
-            tables.append(pa.Table.from_pylist(_same_keys(part)))
+            tables.append(_on_disk(pa.Table.from_pylist(_same_keys(part)), ctx, len(tables)))
         if not tables:
             raise BadRequest("spec.data: there is not one row to train on")
         return Dataset(pa.concat_tables(tables, promote_options="permissive"))
@@ -71,12 +96,24 @@ def _from_rows(plan: Plan, jsonl: JsonlFile | None) -> Dataset:
         raise BadRequest(f"spec.data: a column mixes types: {error}") from None
 
 
+def _on_disk(table: Any, ctx: Context, number: int) -> Any:
+    """`table` mapped from a file of this attempt, where the rows may be many."""
+    import pyarrow as pa  # type: ignore[import-not-found,unused-ignore]
+
+    if number < BATCHES_IN_MEMORY:
+        return table
+    path = str(ctx.tmp_dir / f"rows-{os.getpid()}-{number}.arrow")
+    with pa.OSFile(path, "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+        stream.write_table(table)
+    return pa.ipc.open_stream(pa.memory_map(path)).read_all()
+
+
 def _same_keys(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     keys = {key: None for row in rows for key in row}
     return [{key: row.get(key) for key in keys} for row in rows]
 
 
-def inline_rows(plan: Plan) -> Iterator[tuple[str, dict[str, Any]]]:
+def inline_rows(plan: Plan) -> Iterator[Row]:
     """The rows that stand in the task itself, each with its dotted place."""
     assert plan.data.inline is not None
     name, rows = plan.data.inline
@@ -84,23 +121,12 @@ def inline_rows(plan: Plan) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"spec.data.{name}[{i}]", row
 
 
-def jsonl_rows(file: JsonlFile) -> Iterator[tuple[str, dict[str, Any]]]:
+def jsonl_rows(file: JsonlFile) -> Iterator[Row]:
     """The objects of a JSONL file, each with file and line; empty lines are skipped."""
-    with file.path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{file.name} line {number}"
-            try:
-                row = json.loads(line)
-            except ValueError as error:  # UnicodeDecodeError is one too
-                raise BadRequest(f"{where}: not JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise BadRequest(f"{where}: a JSON object is needed, found {type(row).__name__}")
-            yield where, row
+    return read(File(path=file.path, format="jsonl", where=file.name))
 
 
-def shape(row: Any, columns: list[Column], where: str, plan: Plan) -> dict[str, Any]:
+def shape(row: Mapping[str, Any], columns: list[Column], where: str, plan: Plan) -> dict[str, Any]:
     """`row` in the trainer's columns.
 
     Raises:
@@ -112,11 +138,13 @@ def shape(row: Any, columns: list[Column], where: str, plan: Plan) -> dict[str, 
         columns = [Column("messages", "messages", columns[0].setting)]
     found: dict[str, Any] = {}
     for column in columns:
-        if column.name not in row:
+        try:
+            value = cell(row, column.name)
+        except PathError:
             if column.required:
-                raise BadRequest(f"{where}: {missing(column, list(row))}")
+                raise BadRequest(f"{where}: {missing(column, list(row))}") from None
             continue
-        found[column.role] = checked(row[column.name], column, where)
+        found[column.role] = checked(value, column, where)
     if plan.kind.rewarded:  # rewards may look at any other column
         taken = {column.name for column in columns}
         found |= {key: value for key, value in row.items() if key not in found and key not in taken}
@@ -148,8 +176,9 @@ def checked(value: Any, column: Column, where: str) -> Any:
     """`value` where it suits its column."""
     place = f"{where}: column {column.name!r}"
     if column.role == "label":
-        if isinstance(value, bool) or value in (0, 1):
-            return bool(value)
+        known = LABELS.get(value.lower()) if isinstance(value, str) else bool(value) if value in (0, 1) else None
+        if known is not None:
+            return known
         raise BadRequest(f"{place}: true or false is needed, found {value!r:.80}")
     if isinstance(value, list) and column.role != "response" and value:
         for i, message in enumerate(value):
@@ -165,20 +194,18 @@ def checked(value: Any, column: Column, where: str) -> Any:
     return value
 
 
-# ---- datasets of others ------------------------------------------------------------------------------------------
-
-
-def _dataset(plan: Plan, ctx: Context) -> Dataset:
-    dataset = open_dataset(plan, ctx)
+def _dataset(plan: Plan, ctx: Context, dataset: Dataset) -> Dataset:
+    """The rows of a dataset that the library reads: the hub's, or what `save_to_disk` wrote."""
     columns = plan.data.columns(jsonl=False)
     there = list(dataset.column_names)
     if columns[0].role == "text" and columns[0].name == "text" and "text" not in there and "messages" in there:
         columns = [Column("messages", "messages", columns[0].setting)]
-    columns = [column for column in columns if column.required or column.name in there]
+    roots = {column.name: column_of(column.name, there) for column in columns}
+    columns = [column for column in columns if column.required or roots[column.name]]
     for column in columns:
-        if column.name not in there:
+        if roots[column.name] is None:
             raise BadRequest(f"spec.data.dataset_name {plan.data.dataset_name!r}: {missing(column, there)}")
-    names = [column.name for column in columns]
+    names = [name for name in there if name in roots.values()]
     rest = [name for name in there if name not in names] if plan.kind.rewarded else []
     name = plan.data.dataset_name
 
@@ -229,7 +256,7 @@ def open_dataset(plan: Plan, ctx: Context) -> Any:
         revision=data.revision,
     )
     try:
-        return hub.open_dataset(ctx, source, "spec.data")
+        return hub.open_dataset(ctx, source, "spec.data", called=str(data.dataset_name))
     except RunnerError as error:  # the shared loader calls the fields as the inference tasks do
         text = str(error).replace("spec.data.url", "spec.data.dataset_name")
         raise type(error)(text.replace("spec.data.name:", "spec.data.config_name:")) from error

@@ -76,4 +76,4 @@ def fetch_jsonl(given: Jsonl, ctx: Context) -> JsonlFile:
 def _download(url: str, where: str, given: Jsonl, ctx: Context) -> Path:
     if url.startswith("file://") or "://" not in url:
         raise BadRequest(f"{where}: {url!r} is no http or https URL; a file of this node is a path")
-    return download.fetch(ctx, url, where, headers=given.headers, timeout_s=given.timeout_s).path
+    return download.fetch(ctx, url, where, headers=given.headers, timeout_s=given.timeout_s, by_date=False).path

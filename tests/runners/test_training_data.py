@@ -87,7 +87,7 @@ def test_a_shard_looks_at_its_own_rows_only(make_context: Make, tmp_path: Path) 
     section = {"dataset_name": write(tmp_path / "x.jsonl", *lines), "max_samples": 9}
     found = rows(make_context, "sft", section, shard={"index": 1, "total": 2})
     assert [row["text"] for row in found] == [f"row {i}" for i in range(5, 9)]
-    with pytest.raises(BadRequest, match=r"x\.jsonl row 3: column 'text'"):
+    with pytest.raises(BadRequest, match=r"x\.jsonl line 4: column 'text'"):
         rows(make_context, "sft", section, shard={"index": 1, "total": 2, "contiguous": False})
 
 
@@ -151,7 +151,7 @@ def test_jsonl_of_chats_and_of_queries(make_context: Make, tmp_path: Path) -> No
     ("second_line", "message"),
     [
         ("{not json", "bad.jsonl line 2: not JSON"),
-        ("[1]", "bad.jsonl line 2: a JSON object is needed, found list"),
+        ("[1]", "bad.jsonl line 2: expected an object (found list)"),
         ('{"txt": "b"}', "bad.jsonl line 2: no column 'text' (spec.data.text_field); there are: 'txt'"),
         ('{"text": null}', "bad.jsonl line 2: column 'text': a text or a list of chat messages is needed, found None"),
     ],
