@@ -60,10 +60,21 @@ def check_prompt(ctx: Context, value: Any, where: str, *, allow_empty: bool) -> 
         return ctx.check(turns, tuple[Message, ...], where)
     if allow_empty and isinstance(value, bool):
         return "true" if value else "false"
-    if allow_empty and isinstance(value, int | float | decimal.Decimal) and math.isfinite(value):
+    missing = type(value) is float and not math.isfinite(value)  # NaN is how tables spell that there is none
+    if allow_empty and isinstance(value, int | float | decimal.Decimal) and not missing:
         return str(value)
     found = f"{type(value).__name__} {value!r}"[:80]
     raise BadRequest(f"{where}: expected a string or a list of {{role, content}} messages (found {found})")
+
+
+def check_text(value: Any, where: str) -> None:
+    """Raises BadRequest for what no tokenizer takes and no result can carry: a lone surrogate."""
+    try:
+        msgspec.json.encode(value, enc_hook=float)
+    except UnicodeEncodeError:
+        raise BadRequest(
+            f"{where}: half a character in its text (a lone surrogate, \\ud800 to \\udfff); mend it"
+        ) from None
 
 
 def _without_nulls(turn: Any) -> Any:

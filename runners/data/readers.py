@@ -18,6 +18,7 @@ import msgspec
 
 from runners.api import BadRequest, MissingDependency
 from runners.data import json_text
+from runners.data.prompts import check_text
 from runners.data.tables import Columns
 from runners.data.text_files import lines
 
@@ -144,12 +145,15 @@ def _read_json(file: File, columns: Columns | None) -> Iterator[Row]:
 
 def _parsed(text: str, place: str) -> Any:
     try:
-        return json_text.parse(text)
+        value = json_text.parse(text)
     except json.JSONDecodeError as error:
         at = f"line {error.lineno} column {error.colno}" if "\n" in text else f"column {error.colno}"
         raise BadRequest(f"{place}: not JSON ({error.msg} at {at})") from None
     except ValueError as error:
         raise BadRequest(f"{place}: not JSON ({error})") from None
+    if "\\u" in text:
+        check_text(value, place)
+    return value
 
 
 def _object(value: Any, place: str) -> dict[str, Any]:

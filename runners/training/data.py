@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from runners.api import BadRequest, Context, RunnerError
 from runners.data.local import Table
 from runners.data.paths import PathError
+from runners.data.prompts import check_text
 from runners.data.readers import File, Row, read
 from runners.data.tables import cell, column_of
 from runners.training.inputs import JsonlFile
@@ -118,7 +119,9 @@ def inline_rows(plan: Plan) -> Iterator[Row]:
     assert plan.data.inline is not None
     name, rows = plan.data.inline
     for i, row in enumerate(rows):
-        yield f"spec.data.{name}[{i}]", row
+        where = f"spec.data.{name}[{i}]"
+        check_text(row, where)
+        yield where, row
 
 
 def jsonl_rows(file: JsonlFile) -> Iterator[Row]:
