@@ -46,6 +46,8 @@ class Embedder:
         limit = model.max_seq_length
         self.max_tokens = None if limit is None or limit > UNBOUNDED_TOKENS else int(limit)
         """Tokens of a text that the model looks at, special ones counted; None: as many as there are."""
+        self.cut: list[int] = []
+        """Which texts of the last `embed` were longer than that, so that the model did not see their ends."""
         on_cpu = self.device == "cpu"
         self._batch_tokens = options.batch_tokens or (CPU_BATCH_TOKENS if on_cpu else GPU_BATCH_TOKENS)
         own = model.prompts or {}
@@ -63,6 +65,7 @@ class Embedder:
             kind: `query` or `document`; some models have a prompt for each.
 
         Raises:
+            BadRequest: the model gives NaN or infinite numbers for a text.
             EmbeddingOutOfMemory: even one text at a time does not fit the device.
             Cancelled: the node asked the task to stop.
         """
@@ -72,8 +75,11 @@ class Embedder:
             ctx.progress(0, len(texts), f"{kind} embeddings")
             lengths += self.count(texts[start : start + COUNTED], prompt)
         limit = self.max_tokens
-        if limit is not None and (cut := sum(length > limit for length in lengths)):
-            ctx.log.warning("texts cut for the embedding model kind=%s count=%d max_tokens=%d", kind, cut, limit)
+        self.cut = [i for i, length in enumerate(lengths) if limit is not None and length > limit]
+        if limit is not None and self.cut:
+            ctx.log.warning(
+                "texts cut for the embedding model kind=%s count=%d max_tokens=%d", kind, len(self.cut), limit
+            )
             lengths = [min(length, limit) for length in lengths]
         vectors = np.zeros((len(texts), self.dimension), dtype=np.float32)
         done = 0
@@ -82,7 +88,17 @@ class Embedder:
             vectors[batch] = self._encode([texts[i] for i in batch], prompt)
             done += len(batch)
         ctx.progress(done, len(texts), f"{kind} embeddings")
+        broken = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+        if broken.size:
+            raise BadRequest(
+                f"spec.embedding.model: {self.name!r} gives numbers that are NaN or infinite for {broken.size} of "
+                f"{len(texts)} {kind} texts, the first is {texts[broken[0]]!r:.60}; its weights are damaged"
+            )
         return vectors
+
+    def room(self, kind: str) -> int | None:
+        """Tokens of a text that the model looks at, beside special ones and its prompt; None: without bound."""
+        return None if self.max_tokens is None else self.max_tokens - self.count([""], self._prompts[kind] or "")[0]
 
     def count(self, texts: Sequence[str], prompt: str = "") -> list[int]:
         """Tokens of each text as the model gets it, special ones counted, before it is cut."""

@@ -31,6 +31,8 @@ COMPARED_AT_ONCE = 1 << 29
 POINTS_A_CELL = 39
 """Fewer, and FAISS says that the cells of an ivf index are not well trained."""
 PROBED_SHARE = 8
+MORE_EFFORT = 4
+"""How much more of the index is looked into where a search found too few rows."""
 HNSW_LINKS = 32
 HNSW_EF_CONSTRUCTION = 200
 HNSW_EF_SEARCH = 64
@@ -65,6 +67,8 @@ class Index:
         self._index = index
         self.recipe = recipe
         self.on_gpu = on_gpu
+        self.effort: dict[str, int] = {}
+        """What the last search took: `nprobe` of ivf, `ef_search` of hnsw."""
 
     @property
     def count(self) -> int:
@@ -85,7 +89,10 @@ class Index:
     def search(
         self, ctx: Context, vectors: np.ndarray, top_k: int, *, nprobe: int | None, ef_search: int | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and row numbers of each query's best rows, best first; -1 where there are fewer than `top_k`.
+        """Scores and row numbers of each query's best rows, best first; -1 where fewer than `top_k` were found.
+
+        A query whose cells (ivf) or neighbours (hnsw) hold fewer than that is asked again with four times as many,
+        until it has as many as the index holds.
 
         Raises:
             BadRequest: the vectors are of another dimension than the index.
@@ -93,11 +100,21 @@ class Index:
         """
         check_dimension(vectors.shape[1], self.recipe.dimension)
         top_k = min(top_k, self.count)
-        index = self._index
-        if self.on_gpu and max(top_k, nprobe or 0) > GPU_MAX_K:
-            index = self.on_cpu()
-        self._tune(index, top_k, nprobe, ef_search)
         vectors = prepared(vectors, self.recipe.normalize)
+        self.effort = self._first_effort(top_k, nprobe, ef_search)
+        scores, rows = self._search(ctx, vectors, top_k)
+        while (short := np.flatnonzero((rows < 0).any(axis=1))).size and self._more_effort():
+            scores[short], rows[short] = self._search(ctx, vectors[short], top_k)
+        return scores, rows
+
+    def _search(self, ctx: Context, vectors: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
+        index = self._index
+        if self.on_gpu and max(top_k, self.effort.get("nprobe", 0)) > GPU_MAX_K:
+            index = self.on_cpu()
+        if self.recipe.index_type == "ivf":
+            index.nprobe = self.effort["nprobe"]
+        elif self.recipe.index_type == "hnsw":
+            index.hnsw.efSearch = self.effort["ef_search"]
         scores = np.empty((len(vectors), top_k), dtype=np.float32)
         rows = np.empty((len(vectors), top_k), dtype=np.int64)
         step = max(min(QUERY_ROWS, COMPARED_AT_ONCE // max(self.count, 1)), 32)
@@ -108,11 +125,22 @@ class Index:
             scores[part], rows[part] = computing(ctx, functools.partial(index.search, vectors[part], top_k), work)
         return scores, rows
 
-    def _tune(self, index: Any, top_k: int, nprobe: int | None, ef_search: int | None) -> None:
+    def _first_effort(self, top_k: int, nprobe: int | None, ef_search: int | None) -> dict[str, int]:
         if self.recipe.index_type == "ivf":
-            index.nprobe = min(nprobe or min(max(index.nlist // PROBED_SHARE, 1), GPU_MAX_K), index.nlist)
-        elif self.recipe.index_type == "hnsw":
-            index.hnsw.efSearch = max(ef_search or HNSW_EF_SEARCH, top_k)
+            cells = int(self._index.nlist)
+            return {"nprobe": min(nprobe or min(max(cells // PROBED_SHARE, 1), GPU_MAX_K), cells)}
+        if self.recipe.index_type == "hnsw":
+            return {"ef_search": max(ef_search or HNSW_EF_SEARCH, top_k)}
+        return {}
+
+    def _more_effort(self) -> bool:
+        """Raise the effort; False where it is the highest there is."""
+        for name, now in self.effort.items():
+            highest = int(self._index.nlist) if name == "nprobe" else self.count
+            if now < highest:
+                self.effort = {name: min(now * MORE_EFFORT, highest)}
+                return True
+        return False
 
 
 def build(ctx: Context, vectors: np.ndarray, wanted: Faiss) -> Index:

@@ -79,6 +79,10 @@ class QdrantSearcher:
         said = {"url" if self._wanted.url else "path": self._place, "collection": self._wanted.collection}
         return said | self._about
 
+    def notes(self) -> dict[str, Any]:
+        """See `search.Searcher`."""
+        return {}
+
     @property
     def _collection(self) -> str:
         return f"collection {self._wanted.collection!r} at {self._place}"

@@ -42,5 +42,9 @@ class Searcher(Protocol):
         ...
 
     def describe(self) -> dict[str, Any]:
-        """What the result says about it."""
+        """What the result says about it, with the `count` of what it holds."""
+        ...
+
+    def notes(self) -> dict[str, Any]:
+        """Fields of the result itself."""
         ...

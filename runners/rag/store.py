@@ -5,6 +5,7 @@ Nothing in it is code: FAISS's own format and JSON. It can be packed, moved, and
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from runners.api import BadRequest, Context
 from runners.models.files import SAFE_ID, downloaded, find_root, opened, task_folder
 from runners.models.sources import local_path
 from runners.rag.documents import Passage
+from runners.rag.faiss_check import check_index
 from runners.rag.faiss_index import Index, Recipe, loaded
 from runners.rag.task import IndexSource
 
@@ -35,6 +37,8 @@ class About(msgspec.Struct, frozen=True, kw_only=True):
     count: int
     chunk_tokens: int
     chunk_overlap: int
+    sha256: dict[str, str] | None = None
+    """Of `index.faiss` and `passages.jsonl`; None: an older node wrote it."""
 
 
 class Loaded(msgspec.Struct, frozen=True):
@@ -81,7 +85,9 @@ def save(ctx: Context, built: Loaded) -> Path:
     scratch.mkdir(parents=True)
     faiss.write_index(built.index.on_cpu(), os.fspath(scratch / VECTORS))
     built.passages.write(scratch / PASSAGES)
-    (scratch / ABOUT).write_bytes(msgspec.json.format(msgspec.json.encode(built.about)))
+    sums = {name: _checksum(ctx, scratch / name) for name in (VECTORS, PASSAGES)}
+    about = msgspec.structs.replace(built.about, sha256=sums)
+    (scratch / ABOUT).write_bytes(msgspec.json.format(msgspec.json.encode(about)))
     shutil.rmtree(target, ignore_errors=True)
     scratch.rename(target)
     ctx.archive(FOLDER)
@@ -114,6 +120,8 @@ def read(ctx: Context, folder: Path, where: str) -> Loaded:
         raise BadRequest(f"{where}: the index's {ABOUT} cannot be read: {error}") from None
     if about.version != VERSION:
         raise BadRequest(f"{where}: an index of version {about.version}; this node reads version {VERSION}")
+    if not _as_saved(ctx, folder, VECTORS, about):
+        raise BadRequest(f"{where}: {VECTORS} is no index of FAISS as it was saved: its checksum is another one")
     try:
         vectors = faiss.read_index(os.fspath(folder / VECTORS))
     except RuntimeError as error:
@@ -127,9 +135,26 @@ def read(ctx: Context, folder: Path, where: str) -> Loaded:
             f"{where}: the index is damaged: {vectors.ntotal} vectors of {vectors.d} dimensions and {len(lines)} "
             f"passages, where {ABOUT} says {about.count} of {about.recipe.dimension}"
         )
+    if not _as_saved(ctx, folder, PASSAGES, about):
+        raise BadRequest(f"{where}: {PASSAGES} is not as it was saved: its checksum is another one")
     if about.count == 0:
         raise BadRequest(f"{where}: the index is empty, there is nothing to find in it")
+    check_index(ctx, vectors, about.recipe, f"{where}: {VECTORS}")
     return Loaded(loaded(ctx, vectors, about.recipe), Passages(lines, where), about, folder)
+
+
+def _as_saved(ctx: Context, folder: Path, name: str, about: About) -> bool:
+    wanted = (about.sha256 or {}).get(name)
+    return wanted is None or wanted == _checksum(ctx, folder / name)
+
+
+def _checksum(ctx: Context, path: Path) -> str:
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            ctx.check_cancelled()
+            found.update(piece)
+    return found.hexdigest()
 
 
 def is_index(path: Path) -> bool:
