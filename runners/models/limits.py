@@ -39,6 +39,8 @@ def embedding_rows(model: Any) -> int | None:
     """Token ids that the model has embeddings for: 0 up to this."""
     embeddings = model.get_input_embeddings()
     rows = getattr(embeddings, "num_embeddings", None)
+    if rows is None and getattr(embeddings, "weight", None) is not None:  # in an adapter's wrapper
+        rows = embeddings.weight.shape[0]
     return int(rows) if rows is not None else None
 
 

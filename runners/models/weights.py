@@ -133,15 +133,16 @@ def not_finite(where: str, shown: str, dtype: str, weight: str | None) -> str:
     """The error text for a model that computes NaN or infinity.
 
     Args:
-        weight: the first weight that is not finite itself; None: all are finite, so the arithmetic overflowed.
+        weight: the first weight that is not finite itself; None: none is, or it is not known.
     """
     name = dtype.removeprefix("torch.")
     if weight is not None:
         cause = f"its weight {weight!r} holds NaN or infinity; the checkpoint is damaged, or exceeds {name}"
+    elif name == "float32":
+        cause = "its numbers overflow, or its checkpoint is damaged"
     else:
-        cause = (
-            f"its numbers overflow {name}; choose dtype {'float32' if name == 'bfloat16' else 'bfloat16 or float32'}"
-        )
+        wider = "float32" if name == "bfloat16" else "bfloat16 or float32"
+        cause = f"its numbers overflow {name}, or its checkpoint is damaged; try dtype {wider}"
     return f"{where}: {shown!r} computes no finite numbers in {name}: {cause}"
 
 
