@@ -34,7 +34,7 @@ def check_prompt(ctx: Context, value: Any, where: str, *, allow_empty: bool) -> 
     """A row's value as a prompt: a string, or chat messages.
 
     Args:
-        allow_empty: the row comes from a table: an empty cell is an empty prompt, and a number is its text.
+        allow_empty: the row comes from a table: an empty string is a prompt, and a number is its text.
 
     Raises:
         BadRequest: it is neither.

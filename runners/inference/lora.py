@@ -54,7 +54,7 @@ def attach(model: Any, adapter: LocalAdapter, name: str, *, low_memory: bool = F
         return wrapped, wrapped.load_adapter(folder, adapter_name=name, low_cpu_mem_usage=low_memory)
 
     wrapped, found = _fitted(adapter, load)
-    missing = [each.replace(f".{name}.", ".") for each in found.missing_keys]
+    missing = ["".join(each.rsplit(f".{name}", 1)) for each in found.missing_keys]
     missing += _missing_biases(wrapped, adapter, name)
     if found.unexpected_keys:
         raise _misfit(adapter, f"{_counted(found.unexpected_keys, 'unknown')}{_counted(missing, 'missing', '; ')}")

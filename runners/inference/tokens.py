@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+
 from runners.api import BadRequest
 from runners.data.prompts import Message, Prompt
 from runners.inference.options import Sampling
@@ -19,8 +21,8 @@ class Texts:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-        self._special = {token.content for token in added if token.special}
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        self._special = {token.content: token_id for token_id, token in added.items() if token.special}
         self._anchor: tuple[int, ...] | None = None
 
     def encode(self, prompts: Sequence[Prompt], wheres: Sequence[str]) -> list[tuple[int, ...]]:
@@ -44,8 +46,14 @@ class Texts:
                 encoded[i] = self._apply_template(prompt, wheres[i])
         return [encoded[i] or (self._first_token(wheres[i]),) for i in range(len(prompts))]
 
+    def resolved(self, sampling: Sampling) -> Sampling:
+        """The same, with a stop string that is a special token as that token's id: no answer's text shows it."""
+        ids = [self._special[each] for each in sampling.stop if each in self._special]
+        strings = tuple(each for each in sampling.stop if each not in self._special)
+        return msgspec.structs.replace(sampling, stop=strings, stop_token_ids=(*sampling.stop_token_ids, *ids))
+
     def reader(self, prompt_ids: Sequence[int], sampling: Sampling) -> Reader:
-        """Reads the answers to one prompt."""
+        """Reads the answers to one prompt; `sampling` as `resolved` gives it."""
         return Reader(self, prompt_ids, sampling)
 
     def token(self, token_id: int) -> str:
@@ -70,7 +78,7 @@ class Texts:
         return end if self._decode(end, special=False) else tuple(prompt_ids)
 
     def names_special(self, stop: Sequence[str]) -> bool:
-        """Whether a stop string holds a special token, which answers are otherwise decoded without."""
+        """Whether a stop string has a special token in it, so that it is looked for in the text with these."""
         return any(token in each for each in stop for token in self._special)
 
     def bad_word_ids(self, words: Sequence[str]) -> list[list[int]]:

@@ -57,6 +57,7 @@ class TransformersEngine:
 
     def generate(self, requests: list[Request], sampling: Sampling, watch: Watch) -> list[Completion]:
         """See `Engine.generate`. One adapter at a time; within it, prompts of similar length together."""
+        sampling = self._texts.resolved(sampling)
         answers: list[list[Output | None]] = [[None] * sampling.n for _ in requests]
         try:
             self._answer(requests, sampling, watch, answers)

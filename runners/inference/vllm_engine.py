@@ -67,6 +67,7 @@ class VllmEngine:
 
     def generate(self, requests: list[Request], sampling: Sampling, watch: Watch) -> list[Completion]:
         """See `Engine.generate`."""
+        sampling = self._texts.resolved(sampling)
         params = sampling_params(sampling, special=self._texts.names_special(sampling.stop))
         completions: dict[int, Completion] = {}
         with self._processes.watched():
@@ -303,7 +304,9 @@ def _add_adapters(llm: Any, adapters: Sequence[LocalAdapter]) -> dict[str, Any]:
         try:
             llm.llm_engine.add_lora(request)
         except (ValueError, RuntimeError, KeyError, AssertionError, TypeError) as error:
-            raise BadRequest(f"{adapter.where}: the adapter does not fit the model: {first_line(error)}") from error
+            raise BadRequest(
+                f"{adapter.where}: vLLM cannot apply the adapter at run time: {first_line(error)}; try apply: merge"
+            ) from error
         requests[adapter.name] = request
     return requests
 
