@@ -51,8 +51,10 @@ def check_prompt(ctx: Context, value: Any, where: str, *, allow_empty: bool) -> 
     Raises:
         BadRequest: it is neither.
     """
+    if value is None and allow_empty:
+        return ""
     if isinstance(value, str):
-        if not value and not allow_empty:
+        if not value.strip() and not allow_empty:
             raise BadRequest(f"{where}: is empty; give a prompt or leave the item out")
         return value
     if isinstance(value, list | tuple) and value:
