@@ -51,8 +51,8 @@ def check_prompt(ctx: Context, value: Any, where: str, *, allow_empty: bool) -> 
     Raises:
         BadRequest: it is neither.
     """
-    if value is None and allow_empty:
-        return ""
+    if allow_empty and (value is None or (isinstance(value, float) and math.isnan(value))):
+        return ""  # tables spell a missing value in both ways
     if isinstance(value, str):
         if not value.strip() and not allow_empty:
             raise BadRequest(f"{where}: is empty; give a prompt or leave the item out")
@@ -62,8 +62,7 @@ def check_prompt(ctx: Context, value: Any, where: str, *, allow_empty: bool) -> 
         return ctx.check(turns, tuple[Message, ...], where)
     if allow_empty and isinstance(value, bool):
         return "true" if value else "false"
-    missing = type(value) is float and not math.isfinite(value)  # NaN is how tables spell that there is none
-    if allow_empty and isinstance(value, int | float | decimal.Decimal) and not missing:
+    if allow_empty and isinstance(value, int | float | decimal.Decimal):
         return str(value)
     found = f"{type(value).__name__} {value!r}"[:80]
     raise BadRequest(f"{where}: expected a string or a list of {{role, content}} messages (found {found})")

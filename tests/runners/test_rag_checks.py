@@ -130,6 +130,32 @@ def test_a_model_that_gives_nan_is_named_with_the_text(make_context, models) -> 
     assert "NaN or infinite for 1 of 1 document texts, the first is 'about bread'" in text
 
 
+@pytest.mark.parametrize("subfolder", ["", "0_Transformer"])
+def test_a_model_whose_checkpoint_lacks_weights_is_refused(make_context, models, tmp_path, subfolder) -> None:
+    from safetensors.torch import load_file, save_file
+
+    copy = tmp_path / "copy"
+    shutil.copytree(models / "zeros", copy)
+    inner = copy / subfolder
+    if subfolder:
+        inner.mkdir()
+        for each in list(copy.iterdir()):
+            if each.is_file() and each.name not in ("modules.json", "config_sentence_transformers.json"):
+                each.rename(inner / each.name)
+        modules = json.loads((copy / "modules.json").read_text())
+        modules[0]["path"] = subfolder
+        (copy / "modules.json").write_text(json.dumps(modules))
+    spec = {"query": "x", "embedding": {"model": str(copy)}, "faiss": {"documents": listed("bread")}}
+    assert rag(make_context, spec)["ok"]
+    weights = load_file(inner / "model.safetensors")
+    lost = "encoder.layer.3.output.dense.weight"
+    kept = {name: value for name, value in weights.items() if name != lost}
+    save_file(kept, inner / "model.safetensors", metadata={"format": "pt"})
+    said = refusal(make_context, spec, task_id="again")
+    assert said.startswith("spec.embedding.model: ")
+    assert lost in said
+
+
 def test_vectors_of_zeros_are_named(make_context, models) -> None:
     spec = {
         "data": listed("bread", NOTHING),
