@@ -95,6 +95,8 @@ def _from_rows(plan: Plan, ctx: Context, rows: LocalRows) -> Dataset:
         return Dataset(pa.concat_tables(tables, promote_options="permissive"))
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise BadRequest(f"spec.data: a column mixes types: {error}") from None
+    except OverflowError:
+        raise BadRequest("spec.data: an integer has more than 64 bits; write it as a string") from None
 
 
 def _on_disk(table: Any, ctx: Context, number: int) -> Any:

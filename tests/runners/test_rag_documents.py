@@ -239,7 +239,8 @@ def test_a_document_called_as_the_passage_of_another_is_refused(make_context) ->
         rag(make_context, {"query": "x", "faiss": {"documents": section, "chunk": {"tokens": 16}}})
 
 
-def test_empty_rows_are_listed(make_context) -> None:
-    section = {"type": "list", "items": ["a", " ", "b"], "metadata": [{"id": 1}, {"id": 2}, {"id": 3}]}
+def test_empty_rows_are_listed(make_context, tmp_path) -> None:
+    (tmp_path / "x.jsonl").write_text("".join(f'{{"text": "{text}", "id": {i}}}\n' for i, text in enumerate("a b", 1)))
+    section = {"type": "jsonl", "path": str(tmp_path / "x.jsonl"), "metadata_columns": ["id"]}
     result = rag(make_context, {"query": "x", "faiss": {"documents": section}})
     assert result["skipped"] == [{"document": 2, "reason": "empty"}]

@@ -130,3 +130,9 @@ def test_half_a_character_is_named_by_its_line(make_context: Make, tmp_path: Pat
             rows(make_context, "sft", section)
     with pytest.raises(BadRequest, match=r"spec\.data\.prompts\[1\]: half a character"):
         rows(make_context, "sft", {"prompts": ["a", "\udfff"]})
+
+
+def test_an_integer_that_no_column_holds_is_named(make_context: Make, tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"prompt": "a", "n": 12345678901234567890123}\n')
+    with pytest.raises(BadRequest, match=r"an integer has more than 64 bits; write it as a string"):
+        rows(make_context, "grpo", {"dataset_name": str(tmp_path / "x.jsonl")})
