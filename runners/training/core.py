@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 from runners.api import BadRequest, Context, MissingDependency, RunnerError
-from runners.training import checkpoints, costs, devices, groups, inputs, models, ranks
+from runners.training import checkpoints, costs, devices, groups, inputs, models, ranks, torchrun
 from runners.training.arguments import checkpoints_dir
 from runners.training.checkpoints import Start
 from runners.training.devices import Layout
@@ -45,8 +45,6 @@ def run(task_type: str, ctx: Context) -> dict[str, Any]:
     devices.restrict(layout)
     quiet()
     if layout.nodes > 1:
-        from runners.training import torchrun
-
         reports = torchrun.run(plan, layout, ctx, fetched)
     elif layout.is_group:
         ctx.phase("ranks")

@@ -6,7 +6,7 @@ from typing import Any
 
 from runners.api import BadRequest, Context
 from runners.models.sources import loading, resolve_identifier
-from runners.training.rewards import text_of
+from runners.training.reward_text import text_of
 from runners.training.settings import RewardModel
 
 BATCH = 32

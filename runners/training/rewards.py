@@ -15,6 +15,8 @@ from typing import Any, Protocol
 
 from runners.api import BadRequest, Context, RunnerError
 from runners.training.plan import Plan
+from runners.training.reward_model import ModelReward
+from runners.training.reward_text import text_of
 from runners.training.settings import RewardFunction, RewardModel
 
 LIMIT = "reward_callables"
@@ -45,8 +47,6 @@ def load(plan: Plan, ctx: Context, device: Any, columns: list[str]) -> list[Rewa
     rewards: list[Reward] = []
     for i, given in enumerate(plan.rewards):
         if isinstance(given, RewardModel):
-            from runners.training.reward_model import ModelReward
-
             rewards.append(ModelReward.load(given, ctx, device))
         else:
             where = "spec.reward" if not isinstance(ctx.spec.get("reward"), list) else f"spec.reward[{_index(plan, i)}]"
@@ -78,13 +78,6 @@ def scores(reward: Reward, prompts: list[Any], completions: list[str], columns: 
         if not isinstance(value, int | float) or not math.isfinite(value):
             raise RunnerError(f"reward {reward.name}: {value!r} for {completion!r:.80}; a finite number is needed")
     return [float(value) for value in found]
-
-
-def text_of(prompt: Any) -> str:
-    """A prompt or completion as one text; of a chat, its messages' contents."""
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(str(message["content"]) for message in prompt)
 
 
 # ---- functions ---------------------------------------------------------------------------------------------------
