@@ -96,6 +96,8 @@ def train(
         if setup.meter.stopped is not None:
             ctx.log.info("stopped at step %d of %d", setup.meter.step, setup.meter.total)
             raise setup.meter.stopped
+        if setup.meter.step == 0:
+            raise RunnerError("not one step was trained; spec.training.batch_size or max_steps leave nothing to do")
         stage = "saved"
         if plan.training.save_model:
             ctx.phase("save")
@@ -208,6 +210,7 @@ def result_of(setup: Setup, job: TrainingJob, seconds: float) -> dict[str, Any]:
         "error_message": None,
         "model_name": job.start.weights.shown,
         "dataset_size": job.dataset_size,
+        "dropped_rows": job.dropped,
         "output_dir": str(ctx.out_dir),
         "checkpoints_dir": str(checkpoints_dir(ctx)),
         "resume_from_path": str(job.start.resume) if job.start.resume is not None else None,

@@ -6,6 +6,7 @@ from typing import Any
 
 from runners.api import BadRequest, Context, MissingDependency
 from runners.models.sources import Source, loading
+from runners.training import templates
 from runners.training.checkpoints import Start
 from runners.training.devices import Device
 from runners.training.plan import Plan
@@ -46,11 +47,22 @@ def load_model(plan: Plan, start: Start, device: Device, tokenizer: Any) -> Any:
     options = load_options(plan, device)
     model = _pretrained(plan, start.weights, options)
     model.config.pad_token_id = tokenizer.pad_token_id
+    if model.can_generate():
+        _stop_at_turns(model, tokenizer)
     if start.adapter is not None:
         model = _with_adapter(plan, start, model)
     elif plan.lora is not None:
         check_targets(plan, model)
     return model
+
+
+def _stop_at_turns(model: Any, tokenizer: Any) -> None:
+    """What is generated, now and from the saved model, stops where the chat template ends a turn, too."""
+    given = model.generation_config.eos_token_id
+    known = [] if given is None else [given] if isinstance(given, int) else list(given)
+    ends = list(dict.fromkeys([*known, *templates.end_tokens(tokenizer)]))
+    if len(ends) > len(known):
+        model.generation_config.eos_token_id = ends
 
 
 def _pretrained(plan: Plan, source: Source, options: dict[str, Any]) -> Any:

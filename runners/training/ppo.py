@@ -45,10 +45,10 @@ class PpoJob:
         rows = data.load(plan, ctx, setup.fetched.jsonl)
         prompts.check_chat(rows, self._tokenizer, start)
         length = completion_length(plan)
-        self._rows = prompts.fit(rows, self._tokenizer, plan.training.max_seq_length - length)
+        rows = prompts.fit(rows, self._tokenizer, plan.training.max_seq_length - length, ctx)
+        self._rows, self.dropped = rows.dataset, rows.dropped
         self.dataset_size = len(self._rows)
-        columns = [name for name in self._rows.column_names if name != "prompt"]
-        found = rewards.load(plan, ctx, device.name, columns)
+        found = rewards.load(plan, ctx, device.name, rows)
         self._accelerator = Accelerator(
             mixed_precision=_precision(plan, device),
             cpu=not device.cuda,
@@ -62,7 +62,9 @@ class PpoJob:
         if place.world > 1:  # ranks that draw the same numbers would make the same completions
             set_seed(plan.training.seed + place.rank)
         reference = self._reference(plan, start, device)
-        self._roller = Roller(plan, self._policy, reference, self._tokenizer, rewards=found, length=length)
+        self._roller = Roller(
+            plan, self._policy, reference, self._tokenizer, rewards=found, as_json=rows.as_json, length=length
+        )
         self._updater = Updater(
             plan.training,
             self._args,

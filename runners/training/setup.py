@@ -34,6 +34,9 @@ class TrainingJob(Protocol):
     start: Start
     """Where it began."""
     dataset_size: int
+    """Rows that are trained on."""
+    dropped: dict[str, int]
+    """Rows that were left out, by reason."""
     samples_a_step: int
     """Rows (of ppo: completions) behind one step, on all ranks."""
 

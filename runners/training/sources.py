@@ -154,14 +154,8 @@ class PreferenceData(Data, frozen=True):
         return None if self.preferences is None else ("preferences", self.preferences)
 
     def columns(self, *, jsonl: bool) -> list[Column]:
-        return _named(self, ("prompt", "chosen", "rejected"), self.jsonl if jsonl else None)
-
-
-class RewardData(PreferenceData, frozen=True):
-    """As dpo's; the prompt may be missing."""
-
-    def columns(self, *, jsonl: bool) -> list[Column]:
-        prompt, *rest = super().columns(jsonl=jsonl)
+        """The prompt may be missing: of reward's rows always, of dpo's where chats begin with it."""
+        prompt, *rest = _named(self, ("prompt", "chosen", "rejected"), self.jsonl if jsonl else None)
         return [msgspec.structs.replace(prompt, required=False), *rest]
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import trl
-
 from runners.api import BadRequest, RunnerError
 from runners.training import arguments, data, models, prompts, rewards, saving, sharding
 from runners.training.callbacks import MeterCallback, NothingLeft
+from runners.training.preparing import Prepared
 from runners.training.setup import Setup
 
 
@@ -24,38 +23,40 @@ class TrlJob:
         config = arguments.build(plan, ctx, layout, device, self.sharding)  # before the model: ZeRO-3 loads by it
         self.start = start = setup.start
         tokenizer = models.load_tokenizer(plan, start)
-        dataset = data.load(plan, ctx, setup.fetched.jsonl)
-        prompts.check_chat(dataset, tokenizer, start)
+        rows = data.load(plan, ctx, setup.fetched.jsonl)
+        prompts.check_chat(rows, tokenizer, start)
         extra: dict[str, Any] = {}
         if plan.kind.rewarded:
-            room = plan.training.max_seq_length - config.max_completion_length
-            dataset = prompts.fit(dataset, tokenizer, room)
-            columns = [name for name in dataset.column_names if name != "prompt"]
-            found = rewards.load(plan, ctx, device.name, columns)
-            extra["reward_funcs"] = [rewards.for_trl(reward) for reward in found]
+            rows = prompts.fit(rows, tokenizer, plan.training.max_seq_length - config.max_completion_length, ctx)
+            found = rewards.load(plan, ctx, device.name, rows)
+            extra["reward_funcs"] = [rewards.for_trl(reward, rows.as_json) for reward in found]
             if config.reward_weights is None:
                 config.reward_weights = [reward.weight for reward in found]
+        self._prepared = prepared = Prepared(plan, ctx, {"train": rows})
         model = models.load_model(plan, start, device, tokenizer)
         if plan.lora is not None and start.adapter is None:
             extra["peft_config"] = models.lora_config(plan)
         if plan.kind.reference:
             # for the reference that the trainer loads, by the model's name
             config.model_init_kwargs = {**models.load_options(plan, device), "revision": start.weights.revision}
-        self.dataset_size = len(dataset)
         self.samples_a_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * layout.world
         self.trainer = _build(
-            getattr(trl, plan.kind.trainer),
+            prepared.trainer(),
             model=model,
             args=config,
-            train_dataset=dataset,
+            train_dataset=rows.dataset,
             processing_class=tokenizer,
             callbacks=[MeterCallback(setup.meter, counts_tokens_over_lives=plan.kind.rewarded)],
             **extra,
         )
         if plan.lora is not None:
             _load_the_trained_adapter_too(self.trainer)
-        if config.max_steps < 0 and len(self.trainer.get_train_dataloader()) == 0:
-            raise BadRequest("spec.training.batch_size: the data do not fill one batch; lower it")
+        self.dataset_size, self.dropped = prepared.size["train"], prepared.dropped["train"]
+        if len(self.trainer.get_train_dataloader()) == 0:
+            raise BadRequest(
+                f"spec.training.batch_size: the {self.dataset_size} rows do not fill one batch; lower it, or "
+                "num_generations and gradient_accumulation_steps"
+            )
         self._meter = setup.meter
 
     def train(self) -> None:

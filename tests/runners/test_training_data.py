@@ -27,7 +27,7 @@ def rows(make_context: Make, task_type: str, section: dict[str, Any], **spec: An
     reward = {"reward": {"function": "length"}} if task_type in ("ppo", "grpo", "rloo") else {}
     ctx = make_context({"model": MODEL, "data": section, **reward, **spec})
     plan = read(task_type, ctx)
-    return list(data.load(plan, ctx, inputs.fetch(plan, ctx).jsonl))
+    return list(data.load(plan, ctx, inputs.fetch(plan, ctx).jsonl).dataset)
 
 
 def refusal(make_context: Make, task_type: str, section: dict[str, Any]) -> str:
@@ -72,7 +72,7 @@ def test_what_is_made_of_a_dataset_is_its_tasks_own(make_context: Make, tmp_path
     for column, text in (("a", "ONE"), ("b", "TWO")):
         section = {"dataset_name": str(tmp_path / "set"), "text_field": column}
         ctx = make_context({"model": MODEL, "data": section}, task_id=column)
-        loaded = data.load(read("sft", ctx), ctx, None)
+        loaded = data.load(read("sft", ctx), ctx, None).dataset
         assert loaded.map(_upper)["text"] == [text] * 5
     assert sorted((tmp_path / "set").iterdir()) == there
 
