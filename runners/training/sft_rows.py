@@ -38,7 +38,8 @@ class SftRows:
         Raises:
             BadRequest: the row cannot be written as the task asks; names it.
         """
-        if row.get("weight") == 0 or (row.get("text", "") is not None and not row.get("text", "-").strip()):
+        text = row.get("text")
+        if row.get("weight") == 0 or (text is not None and not text.strip()):
             return {"input_ids": [], "labels": []}
         if row.get("messages") is not None:
             ids, kept = self._chat(row, where)
