@@ -34,13 +34,15 @@ def check_prompt(ctx: Context, value: Any, where: str, *, allow_empty: bool) -> 
     """A row's value as a prompt: a string, or chat messages.
 
     Args:
-        allow_empty: the row comes from a table: an empty string is a prompt, and a number is its text.
+        allow_empty: the row comes from a table: an empty cell is an empty prompt, and a number is its text.
 
     Raises:
         BadRequest: it is neither.
     """
+    if value is None and allow_empty:
+        return ""
     if isinstance(value, str):
-        if not value and not allow_empty:
+        if not value.strip() and not allow_empty:
             raise BadRequest(f"{where}: is empty; give a prompt or leave the item out")
         return value
     if isinstance(value, list | tuple) and value:
