@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from runners.api import BadRequest, Context, MissingDependency
+from runners.models import weights
 from runners.models.sources import Source, loading
 from runners.training import templates
 from runners.training.checkpoints import Start
@@ -68,12 +70,9 @@ def _stop_at_turns(model: Any, tokenizer: Any) -> None:
 def _pretrained(plan: Plan, source: Source, options: dict[str, Any]) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    more: dict[str, Any] = {}
-    loader = AutoModelForCausalLM
     if plan.kind.head == "score":
-        loader, more = AutoModelForSequenceClassification, {"num_labels": 1}
-    with loading(source):
-        return loader.from_pretrained(source.path, revision=source.revision, **options, **more)
+        return weights.load_model(AutoModelForSequenceClassification, source, head="fresh", num_labels=1, **options)
+    return weights.load_model(AutoModelForCausalLM, source, **options)
 
 
 def load_options(plan: Plan, device: Device) -> dict[str, Any]:
@@ -187,7 +186,27 @@ def _with_adapter(plan: Plan, start: Start, model: Any) -> Any:
     where = Source(path=str(start.adapter), revision=None, shown=start.adapter.name, where="spec.checkpoint.load")
     with loading(where):
         found = PeftModel.from_pretrained(model, str(start.adapter), is_trainable=plan.lora is not None)
+    _check_names(found, start.adapter)
     return found if plan.lora is not None else found.merge_and_unload()
+
+
+def _check_names(model: Any, folder: Path) -> None:
+    """Raises BadRequest where an adapter's file has other weights than its configuration says; PEFT only warns."""
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        return
+    with safe_open(file, "pt") as opened:
+        there = set(opened.keys())
+    wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    for what, names in (("lacks", wanted - there), ("has, and nothing in the model has,", there - wanted)):
+        if names := {name for name in names if "embed_tokens" not in name and "lm_head" not in name}:
+            raise BadRequest(
+                f"spec.checkpoint.load: the adapter does not fit the model: its file {what} {min(names)!r} "
+                f"({len(names)} such weights); give the adapter of this base model, saved by PEFT"
+            )
 
 
 def merged_start(plan: Plan, start: Start, ctx: Context, *, write: bool) -> Start:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from runners.api import BadRequest, Context
+from runners.models import weights
 from runners.models.sources import loading, resolve_identifier
 from runners.training import templates
 from runners.training.reward_text import answer_ids, text_of
@@ -45,7 +46,7 @@ class ModelReward:
             if not any("SequenceClassification" in name for name in made_for):
                 raise BadRequest(f"{where}: {source.shown!r} is no classifier but {', '.join(made_for) or 'unnamed'}")
             tokenizer = AutoTokenizer.from_pretrained(source.path, revision=source.revision, padding_side="right")
-            model = AutoModelForSequenceClassification.from_pretrained(source.path, revision=source.revision)
+        model = weights.load_model(AutoModelForSequenceClassification, source)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         if model.config.pad_token_id is None:
