@@ -215,6 +215,9 @@ def result_of(setup: Setup, job: TrainingJob, seconds: float) -> dict[str, Any]:
         "checkpoints_dir": str(checkpoints_dir(ctx)),
         "resume_from_path": str(job.start.resume) if job.start.resume is not None else None,
     }
+    if setup.meter.evaluations:
+        kept = setup.meter.evaluations[-1] if job.best_step is None else setup.meter.evaluation_at(job.best_step)
+        result |= {"eval_loss": kept.get("eval_loss"), "eval_dataset_size": job.eval_size}
     if plan.training.save_model and setup.place.leads:
         result[f"{plan.folder}_path"] = str(ctx.out_dir / plan.folder)
     result["metrics"] = {

@@ -18,6 +18,7 @@ from runners.api import BadRequest
 from runners.models.sources import Source
 from runners.training import data, models, ppo_checkpoint, prompts, rewards, saving
 from runners.training.arguments import checkpoints_dir, completion_length
+from runners.training.bounds import Bounds
 from runners.training.checkpoints import Start
 from runners.training.devices import Device
 from runners.training.plan import Plan, check
@@ -31,6 +32,9 @@ from runners.training.setup import Setup
 
 class PpoJob:
     """A PPO run with everything loaded."""
+
+    eval_size = 0
+    best_step: int | None = None
 
     def __init__(self, setup: Setup) -> None:
         plan, ctx, device, place = setup.plan, setup.ctx, setup.device, setup.place
@@ -59,6 +63,7 @@ class PpoJob:
         self.samples_a_step = self._sizes.update * place.world
         self._total = updates(plan, self.dataset_size, self.samples_a_step)
         self._prepare(plan, start, device)
+        prompts.check_bounds(rows, self._tokenizer, Bounds(self._policy.policy, self._tokenizer), length)
         if place.world > 1:  # ranks that draw the same numbers would make the same completions
             set_seed(plan.training.seed + place.rank)
         reference = self._reference(plan, start, device)

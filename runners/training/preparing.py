@@ -11,6 +11,7 @@ import trl
 
 from runners.api import BadRequest, Context
 from runners.training import templates
+from runners.training.bounds import Bounds
 from runners.training.data import Rows, mapped
 from runners.training.plan import Plan
 from runners.training.reward_text import answer_ids
@@ -26,12 +27,13 @@ NO_WEIGHT = "weight 0"
 class Prepared:
     """What became of a task's rows in one trainer; filled while the trainer is built."""
 
-    def __init__(self, plan: Plan, ctx: Context, rows: dict[str, Rows]) -> None:
+    def __init__(self, plan: Plan, ctx: Context, rows: dict[str, Rows], bounds: Bounds) -> None:
         """
         Args:
             rows: by TRL's name of them: `train`, and `eval` where there are any.
+            bounds: of the model.
         """
-        self._plan, self._ctx, self._rows = plan, ctx, rows
+        self._plan, self._ctx, self._rows, self._bounds = plan, ctx, rows, bounds
         self.dropped = {name: dict(each.dropped) for name, each in rows.items()}
         self.size = {name: len(each.dataset) for name, each in rows.items()}
         self.truncated = dict.fromkeys(rows, 0)
@@ -44,31 +46,37 @@ class Prepared:
         class Trainer(base):  # type: ignore[misc, valid-type]
             def _prepare_dataset(self, dataset: Any, tokenizer: Any, args: Any, *rest: Any) -> Any:
                 name = rest[-1]
-                ready = prepared.prepare(name, dataset, tokenizer, args)
-                return prepared.count(name, super()._prepare_dataset(ready, tokenizer, args, *rest), ready, args)
+                packs = isinstance(rest[0], bool) and rest[0]
+                ready = prepared.prepare(name, dataset, tokenizer, args, packs=packs)
+                found = super()._prepare_dataset(ready, tokenizer, args, *rest)
+                prepared.count(name, found, args, dropped=0 if packs else len(ready) - len(found))
+                return found
 
         Trainer.__name__ = Trainer.__qualname__ = base.__name__
         return Trainer
 
-    def prepare(self, name: str, dataset: Any, tokenizer: Any, args: Any) -> Any:
+    def prepare(self, name: str, dataset: Any, tokenizer: Any, args: Any, *, packs: bool) -> Any:
         """`dataset` as far as it is not left to TRL."""
         rows = self._rows[name]
         if self._plan.kind.trainer == "SFTTrainer":
-            return self._sft(name, rows, dataset, tokenizer, args)
+            return self._sft(name, dataset, SftRows(tokenizer, args), None if packs else args.max_length, args)
         if self._plan.kind.trainer == "RewardTrainer":
-            return self._reward(name, rows, dataset, tokenizer, args)
+            return self._reward(name, dataset, tokenizer, args.max_length)
         return _as_written(rows, dataset, tokenizer, self._ctx)
 
-    def count(self, name: str, found: Any, before: Any, args: Any) -> Any:
-        """Note what TRL left out of `before`.
+    def count(self, name: str, found: Any, args: Any, *, dropped: int) -> None:
+        """Note what TRL made of the rows.
+
+        Args:
+            dropped: how many it left out.
 
         Raises:
-            BadRequest: no row is left.
+            BadRequest: no row is left, or the model cannot read one.
         """
-        if not (self._plan.kind.trainer == "SFTTrainer" and args.packing):  # else its rows are packs
-            self._drop(name, PROMPT_TOO_LONG, len(before) - len(found))
+        self._drop(name, PROMPT_TOO_LONG, dropped)
+        if "prompt_ids" in found.column_names:
+            self._check_bounds(name, found, args.max_length)
         self.report(name)
-        return found
 
     def report(self, name: str) -> None:
         """Log what is left of the rows.
@@ -88,24 +96,33 @@ class Prepared:
                 "rows of %s cut to spec.training.max_seq_length: %d of %d", name, self.truncated[name], self.size[name]
             )
 
+    def _check_bounds(self, name: str, dataset: Any, max_length: int | None) -> None:
+        """dpo's and kto's rows, as TRL made tokens of them."""
+        sides = [each for each in ("chosen_ids", "rejected_ids", "completion_ids") if each in dataset.column_names]
+        same = len(dataset) == len(self._rows[name].dataset)
+        for i, row in enumerate(dataset.select_columns(["prompt_ids", *sides])):
+            for side in sides:
+                ids = [*row["prompt_ids"], *row[side]][:max_length]
+                self._bounds.check(ids, lambda i=i: self._rows[name].where(i) if same else "spec.data: a row")  # type: ignore[misc]
+
     def _drop(self, name: str, reason: str, count: int) -> None:
         if count:
             self.dropped[name][reason] = self.dropped[name].get(reason, 0) + count
             self.size[name] -= count
 
-    def _sft(self, name: str, rows: Rows, dataset: Any, tokenizer: Any, args: Any) -> Any:
-        maker = SftRows(tokenizer, args)
-        whole = None if args.packing else args.max_length
+    def _sft(self, name: str, dataset: Any, maker: SftRows, whole: int | None, args: Any) -> Any:
+        rows = self._rows[name]
         cut = slice(-whole, None) if whole and args.truncation_mode == "keep_end" else slice(None, whole)
 
         def tokens(row: dict[str, Any], i: int) -> dict[str, Any]:
             made = maker.tokens(row, lambda: rows.where(i))
             length = len(made["input_ids"])
-            labels = made["labels"][cut]
+            ids, labels = made["input_ids"][cut], made["labels"][cut]
+            self._bounds.check(ids, lambda: rows.where(i))
             learns = any(label != MASKED for label in labels[1:])
             reason = NO_WEIGHT if row.get("weight") == 0 else NO_TOKENS if length < 2 else MASKED_AWAY
             return {
-                "input_ids": made["input_ids"][cut],
+                "input_ids": ids,
                 "labels": labels,
                 "reason": "" if learns else reason,
                 "length": length,
@@ -115,7 +132,9 @@ class Prepared:
         self.truncated[name] = sum(whole is not None and length > whole for length in found["length"])
         return self._without_dropped(name, found.remove_columns("length"))
 
-    def _reward(self, name: str, rows: Rows, dataset: Any, tokenizer: Any, args: Any) -> Any:
+    def _reward(self, name: str, dataset: Any, tokenizer: Any, max_length: int | None) -> Any:
+        rows = self._rows[name]
+
         def tokens(row: dict[str, Any], i: int) -> dict[str, Any]:
             more = {}
             if isinstance(row["chosen"], list):
@@ -125,8 +144,11 @@ class Prepared:
                 f"{side}_ids": answer_ids(tokenizer, row.get("prompt"), row[side], lambda: rows.where(i), **more)
                 for side in ("chosen", "rejected")
             }
-            longest = max(map(len, made.values()))
-            return {**made, "reason": TOO_LONG if args.max_length is not None and longest > args.max_length else ""}
+            if max_length is not None and max(map(len, made.values())) > max_length:
+                return {**made, "reason": TOO_LONG}
+            for ids in made.values():
+                self._bounds.check(ids, lambda: rows.where(i))
+            return {**made, "reason": ""}
 
         unused = [column for column in dataset.column_names if column != "margin"]
         found = mapped(dataset, tokens, self._ctx, name="tokens", remove_columns=unused)

@@ -7,6 +7,7 @@ from typing import Any
 
 from runners.api import BadRequest, Context
 from runners.training import templates
+from runners.training.bounds import Bounds
 from runners.training.checkpoints import Start
 from runners.training.data import CHATS, Rows, mapped
 
@@ -63,6 +64,12 @@ def fit(rows: Rows, tokenizer: Any, room: int, ctx: Context) -> Rows:
         ctx.log.warning("prompts that lost their beginning, to fit into %d tokens: %d of %d", room, cut, len(dataset))
     rest = dataset.remove_columns("prompt")
     return dataclasses.replace(rows, dataset=_beside(found, rest) if rest.column_names else found)
+
+
+def check_bounds(rows: Rows, tokenizer: Any, bounds: Bounds, length: int) -> None:
+    """Raises BadRequest where the model cannot read a prompt with an answer of `length` tokens; names the row."""
+    for i, prompt in enumerate(rows.dataset["prompt"]):
+        bounds.check(encode(prompt, tokenizer), lambda i=i: rows.where(i), further=length)  # type: ignore[misc]
 
 
 def _of(dataset: Any, name: str) -> Any:

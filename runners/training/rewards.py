@@ -50,9 +50,19 @@ def load(plan: Plan, ctx: Context, device: Any, rows: Rows) -> list[Reward]:
         if isinstance(given, RewardModel):
             rewards.append(ModelReward.load(given, ctx, device))
         else:
-            where = "spec.reward" if not isinstance(ctx.spec.get("reward"), list) else f"spec.reward[{_index(plan, i)}]"
-            rewards.append(function(given, where, rows, ctx))
+            rewards.append(function(given, _place(plan, ctx, i), rows, ctx))
     return rewards
+
+
+def check_answers(plan: Plan, ctx: Context, rows: Rows) -> None:
+    """Raises BadRequest where a row lacks what exact_match compares with; names it."""
+    for i, given in enumerate(plan.rewards):
+        if not isinstance(given, RewardModel) and given.function == "exact_match":
+            _answer_column(given, _place(plan, ctx, i), rows)
+
+
+def _place(plan: Plan, ctx: Context, i: int) -> str:
+    return f"spec.reward[{_index(plan, i)}]" if isinstance(ctx.spec.get("reward"), list) else "spec.reward"
 
 
 def decoded(columns: dict[str, list[Any]], as_json: frozenset[str]) -> dict[str, list[Any]]:
