@@ -32,6 +32,7 @@ OURS = {
     "trust_remote_code": "use spec.model.transformers.trust_remote_code",
     "disable_tqdm": "progress goes to the node",
     "do_train": "it always trains",
+    "report_to": "use spec.training.report_to",
     "do_eval": "use spec.data.eval and spec.training.eval_strategy",
     "do_predict": "a training task predicts nothing",
     "eval_strategy": "use spec.training.eval_strategy",
@@ -115,7 +116,7 @@ def common(plan: Plan, ctx: Context, layout: Layout, device: Device) -> dict[str
         "use_cpu": not device.cuda,
         "dataloader_pin_memory": device.cuda,
         "ddp_find_unused_parameters": (False if layout.is_group else None) if find_unused is None else find_unused,
-        "report_to": "none",
+        "report_to": list(training.trackers) or "none",
         "disable_tqdm": True,
     }
 

@@ -5,18 +5,19 @@ TRL has dropped its own; this is the loop, the arithmetic is in `ppo_math`, and 
 
 from __future__ import annotations
 
+import os
 import shutil
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from torch.optim import AdamW
 from transformers import get_scheduler, set_seed
 from trl.trainer.utils import disable_dropout_in_model
 
 from runners.api import BadRequest
 from runners.models.sources import Source
-from runners.training import data, models, ppo_checkpoint, prompts, rewards, saving
+from runners.training import data, models, ppo_checkpoint, prompts, rewards, saving, tracking
 from runners.training.arguments import checkpoints_dir, completion_length
 from runners.training.bounds import Bounds
 from runners.training.checkpoints import Start
@@ -53,7 +54,10 @@ class PpoJob:
         self._rows, self.dropped = rows.dataset, rows.dropped
         self.dataset_size = len(self._rows)
         found = rewards.load(plan, ctx, device.name, rows)
+        self._tracking = tracking.begin(plan, ctx, start)
         self._accelerator = Accelerator(
+            log_with=list(self._tracking.names) or None,
+            project_config=ProjectConfiguration(logging_dir=str(ctx.artifacts_dir / tracking.LOCAL)),
             mixed_precision=_precision(plan, device),
             cpu=not device.cuda,
             kwargs_handlers=[
@@ -126,6 +130,12 @@ class PpoJob:
             RunnerError: a reward failed, the checkpoint does not fit, or the loss is no number any more.
         """
         step, history = self._resume()
+        if self._tracking.names:
+            self._accelerator.init_trackers(
+                os.environ.get("WANDB_PROJECT", tracking.PROJECT), init_kwargs=self._tracking.init_kwargs()
+            )
+            if self._place.leads:
+                self._tracking.note()
         tokens = 0.0
         order = Order(self.dataset_size, self._plan.training.seed)
         self._meter.restore(history)
@@ -150,11 +160,15 @@ class PpoJob:
             if self._saves_at(step) or (stopped is not None and stopped.checkpoint):
                 self._save_checkpoint(step, history)
             if stopped is not None:
-                return
+                break
+        if self._tracking.names:
+            self._accelerator.end_training()
 
     def _note(self, step: int, numbers: dict[str, float]) -> None:
         due = step % self._plan.training.logging_steps == 0 or step in (self._meter.first_step + 1, self._total)
         self._meter.log(step, numbers if due else {"train_loss": numbers["loss"], "num_tokens": numbers["num_tokens"]})
+        if due:
+            self._accelerator.log(numbers, step)
         if due and self._place.leads:
             self._ctx.log.info("step %d of %d: %s", step, self._total, {k: round(v, 4) for k, v in numbers.items()})
 

@@ -18,6 +18,9 @@ NotNegative = Annotated[float, Meta(ge=0)]
 Positive = Annotated[float, Meta(gt=0)]
 
 
+Tracker = Literal["none", "tensorboard", "wandb", "mlflow", "trackio"]
+
+
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A mapping of the task's document."""
 
@@ -50,6 +53,8 @@ class Training(Section, frozen=True):
     seed: Annotated[int, Meta(ge=0, lt=2**32)] = 42
     ddp_find_unused_parameters: bool | None = None
     resume_from_path: str | None = None
+    report_to: Tracker | list[Tracker] | None = None
+    """Experiment trackers."""
 
     allow_multi_gpu: bool = True
     nproc_per_node: Count | None = None
@@ -64,6 +69,11 @@ class Training(Section, frozen=True):
 
     trainer_args: dict[str, Any] = {}
     """The trainer's own arguments, by its own names."""
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        given = self.report_to if isinstance(self.report_to, list) else [self.report_to]
+        return tuple(dict.fromkeys(name for name in given if name not in (None, "none")))
 
     @property
     def device_batch(self) -> int | None:

@@ -8,13 +8,14 @@ from typing import Any
 from transformers import EarlyStoppingCallback
 
 from runners.api import BadRequest, RunnerError
-from runners.training import arguments, evaluating, models, packing, prompts, rewards, saving, sharding
+from runners.training import arguments, evaluating, models, packing, prompts, rewards, saving, sharding, tracking
 from runners.training.bounds import Bounds
 from runners.training.callbacks import MeterCallback, NothingLeft
 from runners.training.plan import Plan
 from runners.training.preparing import Prepared
 from runners.training.settings import EvaluatedTraining
 from runners.training.setup import Setup
+from runners.training.tracking import NoteCallback
 
 
 class TrlJob:
@@ -25,7 +26,9 @@ class TrlJob:
         layout, device = setup.layout, setup.device
         self.sharding = sharding.pick(plan, ctx, layout, device)
         ctx.log.info("sharding: %s", self.sharding.name)
+        self.tracking = tracking.begin(plan, ctx, setup.start)
         config = arguments.build(plan, ctx, layout, device, self.sharding)  # before the model: ZeRO-3 loads by it
+        config.run_name = config.run_name or self.tracking.run
         self.start = start = setup.start
         tokenizer = models.load_tokenizer(plan, start)
         rows = evaluating.load(plan, ctx, setup.fetched)
@@ -65,6 +68,8 @@ class TrlJob:
         )
         if getattr(self.trainer, "padding_free", False) and not self.sharding.name.startswith("deepspeed"):
             packing.check(self.trainer.model)
+        if self.tracking.names:
+            self.trainer.add_callback(NoteCallback(self.tracking))
         if plan.lora is not None:
             _load_the_trained_adapter_too(self.trainer)
         self.eval_size = prepared.size.get("eval", 0)
