@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -227,6 +227,8 @@ class RunnersSettings(Section, frozen=True):
 
     reward_callables: tuple[Word, ...] = ()
     """module:callable patterns (`*` allowed) that a task may name as its reward function."""
+    trackers: tuple[Literal["wandb", "mlflow", "trackio"], ...] = ()
+    """Experiment trackers with a server that training may report to. TensorBoard writes files and is always allowed."""
     cache_max_bytes: Annotated[int, Meta(ge=0)] = 100 * 1024**3
     """What tasks keep for each other: downloads, datasets as they are read, what vLLM compiled."""
     unpack_max_bytes: Annotated[int, Meta(ge=0)] = 500 * 1024**3

@@ -71,7 +71,7 @@ def check_prompt(ctx: Context, value: Any, where: str, *, allow_empty: bool) -> 
 def check_text(value: Any, where: str) -> None:
     """Raises BadRequest for what no tokenizer takes and no result can carry: a lone surrogate."""
     try:
-        msgspec.json.encode(value, enc_hook=float)
+        msgspec.json.encode(value, enc_hook=str)
     except UnicodeEncodeError:
         raise BadRequest(
             f"{where}: half a character in its text (a lone surrogate, \\ud800 to \\udfff); mend it"

@@ -32,15 +32,19 @@ OURS = {
     "trust_remote_code": "use spec.model.transformers.trust_remote_code",
     "disable_tqdm": "progress goes to the node",
     "do_train": "it always trains",
-    "do_eval": "a training task has no evaluation data",
-    "do_predict": "a training task has no evaluation data",
-    "eval_strategy": "a training task has no evaluation data",
-    "load_best_model_at_end": "a training task has no evaluation data",
+    "report_to": "use spec.training.report_to",
+    "do_eval": "use spec.data.eval and spec.training.eval_strategy",
+    "do_predict": "a training task predicts nothing",
+    "eval_strategy": "use spec.training.eval_strategy",
+    "load_best_model_at_end": "use spec.training.load_best_model_at_end",
+    "metric_for_best_model": "use spec.training.metric_for_best_model",
+    "dataset_kwargs": "rows are prepared by the task's own fields",
+    "dataset_text_field": "use spec.data.text_field",
 }
 """What a task cannot set, and why."""
 
 RENAMED = {
-    "evaluation_strategy": "eval_strategy",
+    "evaluation_strategy": "spec.training.eval_strategy",
     "warmup_ratio": "warmup_steps, which takes a fraction below 1",
     "max_seq_length": "spec.training.max_seq_length",
     "max_prompt_length": "spec.training.max_seq_length",
@@ -73,7 +77,7 @@ def build(plan: Plan, ctx: Context, layout: Layout, device: Device, sharding: Sh
     import trl
 
     config = getattr(trl, plan.kind.config)
-    arguments = {**common(plan, ctx, layout, device), **particular(plan), **sharding.arguments}
+    arguments = {**common(plan, ctx, layout, device), **particular(plan), **evaluation(plan), **sharding.arguments}
     arguments |= checked(plan, ctx, config)
     _check_generations(plan, layout, arguments)
     try:
@@ -112,9 +116,32 @@ def common(plan: Plan, ctx: Context, layout: Layout, device: Device) -> dict[str
         "use_cpu": not device.cuda,
         "dataloader_pin_memory": device.cuda,
         "ddp_find_unused_parameters": (False if layout.is_group else None) if find_unused is None else find_unused,
-        "report_to": "none",
+        "report_to": list(training.trackers) or "none",
         "disable_tqdm": True,
     }
+
+
+def evaluation(plan: Plan) -> dict[str, Any]:
+    """When to evaluate, and what is done with it."""
+    training = plan.training
+    assert isinstance(training, settings.EvaluatedTraining)
+    if not plan.evaluates:
+        return {}
+    strategy = training.eval_strategy or ("epoch" if training.eval_steps is None else "steps")
+    found: dict[str, Any] = {
+        "eval_strategy": strategy,
+        "eval_steps": training.eval_steps or plan.kind.save_steps,
+        "per_device_eval_batch_size": training.per_device_eval_batch_size or plan.batch_size,
+    }
+    if not training.compares:
+        return found
+    metric = training.metric_for_best_model or ("eval_reward" if plan.kind.rewarded else "eval_loss")
+    greater = not metric.endswith("loss") if training.greater_is_better is None else training.greater_is_better
+    found |= {"metric_for_best_model": metric, "greater_is_better": greater}
+    if training.load_best_model_at_end:
+        # a checkpoint at each evaluation: else the best one's weights are gone
+        found |= {"load_best_model_at_end": True, "save_strategy": strategy, "save_steps": found["eval_steps"]}
+    return found
 
 
 def particular(plan: Plan) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 from runners.api import BadRequest, Context, MissingDependency, RunnerError
-from runners.training import checkpoints, costs, devices, groups, inputs, models, ranks
+from runners.training import checkpoints, costs, devices, groups, inputs, models, ranks, torchrun
 from runners.training.arguments import checkpoints_dir
 from runners.training.checkpoints import Start
 from runners.training.devices import Layout
@@ -45,8 +45,6 @@ def run(task_type: str, ctx: Context) -> dict[str, Any]:
     devices.restrict(layout)
     quiet()
     if layout.nodes > 1:
-        from runners.training import torchrun
-
         reports = torchrun.run(plan, layout, ctx, fetched)
     elif layout.is_group:
         ctx.phase("ranks")
@@ -98,6 +96,8 @@ def train(
         if setup.meter.stopped is not None:
             ctx.log.info("stopped at step %d of %d", setup.meter.step, setup.meter.total)
             raise setup.meter.stopped
+        if setup.meter.step == 0:
+            raise RunnerError("not one step was trained; spec.training.batch_size or max_steps leave nothing to do")
         stage = "saved"
         if plan.training.save_model:
             ctx.phase("save")
@@ -210,10 +210,14 @@ def result_of(setup: Setup, job: TrainingJob, seconds: float) -> dict[str, Any]:
         "error_message": None,
         "model_name": job.start.weights.shown,
         "dataset_size": job.dataset_size,
+        "dropped_rows": job.dropped,
         "output_dir": str(ctx.out_dir),
         "checkpoints_dir": str(checkpoints_dir(ctx)),
         "resume_from_path": str(job.start.resume) if job.start.resume is not None else None,
     }
+    if setup.meter.evaluations:
+        kept = setup.meter.evaluations[-1] if job.best_step is None else setup.meter.evaluation_at(job.best_step)
+        result |= {"eval_loss": kept.get("eval_loss"), "eval_dataset_size": job.eval_size}
     if plan.training.save_model and setup.place.leads:
         result[f"{plan.folder}_path"] = str(ctx.out_dir / plan.folder)
     result["metrics"] = {

@@ -1,24 +1,26 @@
 """Rows to train on, from wherever the task has them, as a `datasets.Dataset` with the columns the trainer knows.
 
-What is wrong with a row is told with its place: the file and line, the item's number, or the dataset's row.
+Each row is checked and brought in shape by `shapes`.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from runners.api import BadRequest, Context, RunnerError
 from runners.data.local import Table
-from runners.data.paths import PathError
-from runners.data.prompts import check_text
-from runners.data.readers import File, Row, read
-from runners.data.tables import cell, column_of
+from runners.data.readers import Row
+from runners.data.tables import column_of
 from runners.training.inputs import JsonlFile
+from runners.training.local_rows import LocalRows, beyond, chosen_rows
 from runners.training.plan import Plan
-from runners.training.sources import Column, TextData
+from runners.training.shapes import EXTRAS, REFUSED, missing, shape
+from runners.training.sources import Column
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,13 +28,28 @@ if TYPE_CHECKING:
 BATCH = 4096
 """Rows that are Python objects at a time; the rest is Arrow."""
 BATCHES_IN_MEMORY = 64
-"""The rows behind them wait in files of this attempt."""
-CHAT = ("role", "content")
-LABELS = {"true": True, "false": False, "1": True, "0": False}
-"""As text files spell them."""
+"""The rows behind them are in files of this attempt."""
+ARROW_INT_BITS = 63
+CHATS = ("messages", "prompt", "chosen", "rejected", "completion")
+FILL: dict[str, Any] = {"chat_template_kwargs": {}}
+"""What stands where a row lacks a column that others have, where None does not do."""
+EMPTY = "spec.data: there is not one row to train on"
 
 
-def load(plan: Plan, ctx: Context, jsonl: JsonlFile | None) -> Dataset:
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """The rows of a task, not yet tokens."""
+
+    dataset: Dataset
+    where: Callable[[int], str]
+    """The place of the row with this index, for errors."""
+    as_json: frozenset[str] = frozenset()
+    """Columns for rewards whose values are JSON text: as Arrow columns they would lose their types."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """How many rows were left out so far, by reason."""
+
+
+def load(plan: Plan, ctx: Context, jsonl: JsonlFile | None) -> Rows:
     """The training rows of the task: checked, in the trainer's columns, cut to `max_samples`, then sharded.
 
     Args:
@@ -43,176 +60,133 @@ def load(plan: Plan, ctx: Context, jsonl: JsonlFile | None) -> Dataset:
     """
     opened = open_dataset(plan, ctx) if plan.source == "dataset" else None
     if opened is None or isinstance(opened, Table):
-        dataset = _from_rows(plan, ctx, LocalRows(plan, jsonl, opened))
+        rows = _from_rows(plan, ctx, LocalRows(plan, jsonl, opened))
     else:
-        dataset = _dataset(plan, ctx, opened)
-    if len(dataset) == 0:
-        raise BadRequest("spec.data: there is not one row to train on")
-    return dataset
+        rows = _dataset(plan, ctx, opened)
+    if len(rows.dataset) == 0:
+        raise BadRequest(EMPTY)
+    return rows
 
 
-def _chosen(plan: Plan, count: int) -> range:
-    """The rows, of `count`, that are this task's."""
-    if plan.data.max_samples is not None:
-        count = min(plan.data.max_samples, count)
-    return range(count) if plan.shard is None else plan.shard.rows(count)
+def _from_rows(plan: Plan, ctx: Context, rows: LocalRows) -> Rows:
+    """Rows of the task's own document, or of local files."""
+    chosen, dropped = rows.chosen()
+
+    def mine() -> Iterable[Row]:
+        return rows if chosen is None else itertools.islice(rows, chosen.start, chosen.stop, chosen.step)
+
+    def shaped() -> Iterator[dict[str, Any]]:
+        return (shape(row, rows.columns, where, plan) for where, row in mine())
+
+    dataset, as_json = _arrow(plan, ctx, shaped)
+    return Rows(
+        dataset=dataset,
+        where=lambda i: next(itertools.islice(mine(), i, None))[0],
+        as_json=as_json,
+        dropped=dropped,
+    )
 
 
-class LocalRows:
-    """Rows that are in the task itself or in files of this node. May be iterated more than once."""
+def _arrow(plan: Plan, ctx: Context, shaped: Callable[[], Iterator[dict[str, Any]]]) -> tuple[Dataset, frozenset[str]]:
+    """The rows as a dataset, and which of its columns hold JSON text. Reads them twice, first for the types alone."""
+    import pyarrow as pa  # type: ignore[import-not-found,unused-ignore]
+    from datasets import Dataset, Features, concatenate_datasets
 
-    def __init__(self, plan: Plan, jsonl: JsonlFile | None, table: Table | None) -> None:
-        self._plan = plan
-        self._jsonl = jsonl
-        self._table = table
-        self.columns = plan.data.columns(jsonl=jsonl is not None)
+    kinds: dict[str, set[type]] = {}
+    for row in shaped():
+        for key, value in row.items():
+            kinds.setdefault(key, set()).add(_kind(value))
+    if not kinds:
+        raise BadRequest(EMPTY)
+    _refuse_mixed(kinds)
+    as_json = frozenset(key for key, types in kinds.items() if plan.kind.rewarded and _loses_types(key, types))
+    features = Features({key: _feature(key, types, as_json=key in as_json) for key, types in kinds.items()})
 
-    def __iter__(self) -> Iterator[Row]:
-        if self._table is not None:
-            return self._table.rows()
-        return inline_rows(self._plan) if self._jsonl is None else jsonl_rows(self._jsonl)
+    def cell(row: dict[str, Any], key: str) -> Any:
+        return json.dumps(row.get(key)) if key in as_json else row.get(key, FILL.get(key))
 
-    def chosen(self) -> Iterable[Row]:
-        """This task's part of them."""
-        rows = itertools.islice(self, self._plan.data.max_samples)
-        if self._plan.shard is None:
-            return rows
-        mine = self._plan.shard.rows(sum(1 for _ in rows))
-        return itertools.islice(self, mine.start, mine.stop, mine.step)
+    rows = shaped()
+    tables: list[Dataset] = []
+    try:
+        while part := list(itertools.islice(rows, BATCH)):
+            cells = [{key: cell(row, key) for key in kinds} for row in part]
+            tables.append(_on_disk(Dataset.from_list(cells, features=features), ctx, len(tables)))
+        return concatenate_datasets(tables), as_json
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise BadRequest(f"spec.data: a column mixes types: {error}") from None
 
 
-def _from_rows(plan: Plan, ctx: Context, rows: LocalRows) -> Dataset:
+def _on_disk(dataset: Dataset, ctx: Context, number: int) -> Dataset:
+    """A batch of rows, mapped from a file of this attempt where there are many before it."""
     import pyarrow as pa  # type: ignore[import-not-found,unused-ignore]
     from datasets import Dataset
 
-    shaped = (shape(row, rows.columns, where, plan) for where, row in rows.chosen())
-    tables: list[Any] = []
-    try:
-        while part := list(itertools.islice(shaped, BATCH)):
-            tables.append(_on_disk(pa.Table.from_pylist(_same_keys(part)), ctx, len(tables)))
-        if not tables:
-            raise BadRequest("spec.data: there is not one row to train on")
-        return Dataset(pa.concat_tables(tables, promote_options="permissive"))
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise BadRequest(f"spec.data: a column mixes types: {error}") from None
-    except OverflowError:
-        raise BadRequest("spec.data: an integer has more than 64 bits; write it as a string") from None
-
-
-def _on_disk(table: Any, ctx: Context, number: int) -> Any:
-    """`table` mapped from a file of this attempt, where the rows may be many."""
-    import pyarrow as pa  # type: ignore[import-not-found,unused-ignore]
-
     if number < BATCHES_IN_MEMORY:
-        return table
-    path = str(ctx.tmp_dir / f"rows-{os.getpid()}-{number}.arrow")
+        return dataset
+    path, table = str(ctx.tmp_dir / f"rows-{os.getpid()}-{number}.arrow"), dataset.data.table
     with pa.OSFile(path, "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
         stream.write_table(table)
-    return pa.ipc.open_stream(pa.memory_map(path)).read_all()
+    mapped: Dataset = Dataset.from_file(path)
+    return mapped
 
 
-def _same_keys(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    keys = {key: None for row in rows for key in row}
-    return [{key: row.get(key) for key in keys} for row in rows]
+def _kind(value: Any) -> type:
+    if isinstance(value, float):
+        return float  # also where it still has its spelling
+    return object if isinstance(value, int) and value.bit_length() > ARROW_INT_BITS else type(value)
 
 
-def inline_rows(plan: Plan) -> Iterator[Row]:
-    """The rows that stand in the task itself, each with its dotted place."""
-    assert plan.data.inline is not None
-    name, rows = plan.data.inline
-    for i, row in enumerate(rows):
-        where = f"spec.data.{name}[{i}]"
-        check_text(row, where)
-        yield where, row
+def _loses_types(name: str, types: set[type]) -> bool:
+    """Whether Arrow would make other values of these: 4 becomes 4.0 beside 2.5."""
+    return name != "prompt" and (len(types - {type(None)}) > 1 or not types <= {str, int, float, bool, type(None)})
 
 
-def jsonl_rows(file: JsonlFile) -> Iterator[Row]:
-    """The objects of a JSONL file, each with file and line; empty lines are skipped."""
-    return read(File(path=file.path, format="jsonl", where=file.name))
+def _feature(name: str, types: set[type], *, as_json: bool) -> Any:
+    from datasets import Json, List, Value
+
+    if as_json:
+        return Value("string")
+    if list in types and name in CHATS:
+        return List(Json())
+    if dict in types:
+        return Json()
+    return Value(next((kind for of, kind in _KINDS.items() if of in types), "string"))
 
 
-def shape(row: Mapping[str, Any], columns: list[Column], where: str, plan: Plan) -> dict[str, Any]:
-    """`row` in the trainer's columns.
-
-    Raises:
-        BadRequest: a column is missing or holds what cannot be trained on.
-    """
-    if not isinstance(row, dict):
-        raise BadRequest(f"{where}: a mapping with {', '.join(c.name for c in columns)} is needed, found {row!r:.80}")
-    if columns[0].role == "text" and _is_chat_instead(row, columns[0], plan):
-        columns = [Column("messages", "messages", columns[0].setting)]
-    found: dict[str, Any] = {}
-    for column in columns:
-        try:
-            value = cell(row, column.name)
-        except PathError:
-            if column.required:
-                raise BadRequest(f"{where}: {missing(column, list(row))}") from None
-            continue
-        found[column.role] = checked(value, column, where)
-    if plan.kind.rewarded:  # rewards may look at any other column
-        taken = {column.name for column in columns}
-        found |= {key: value for key, value in row.items() if key not in found and key not in taken}
-    return _joined(found, plan)
+_KINDS: dict[type, str] = {str: "string", bool: "bool", int: "int64", float: "float64"}
 
 
-def _is_chat_instead(row: dict[str, Any], text: Column, plan: Plan) -> bool:
-    """A row of {messages} where the task names no column: chat."""
-    return text.name == "text" and "text" not in row and "messages" in row and isinstance(plan.data, TextData)
+def _refuse_mixed(kinds: dict[str, set[type]]) -> None:
+    for name, types in kinds.items():
+        if name in CHATS and {str, list} <= types:
+            raise BadRequest(f"spec.data: {name!r} is a text in some rows and a chat in others; give one shape")
 
 
-def _joined(found: dict[str, Any], plan: Plan) -> dict[str, Any]:
-    """A prompt and a response of sft's are one text; a column of chats is called messages."""
-    if not isinstance(plan.data, TextData):
-        return found
-    if "prompt" in found:
-        separator = plan.data.separator_of(jsonl=plan.source == "jsonl")
-        return {"text": f"{found['prompt']}{separator}{found['response']}"}
-    if isinstance(found.get("text"), list):
-        return {"messages": found["text"]}
-    return found
-
-
-def missing(column: Column, there: list[str]) -> str:
-    return f"no column {column.name!r} ({column.setting}); there are: {', '.join(map(repr, there)) or 'none'}"
-
-
-def checked(value: Any, column: Column, where: str) -> Any:
-    """`value` where it suits its column."""
-    place = f"{where}: column {column.name!r}"
-    if column.role == "label":
-        known = LABELS.get(value.lower()) if isinstance(value, str) else bool(value) if value in (0, 1) else None
-        if known is not None:
-            return known
-        raise BadRequest(f"{place}: true or false is needed, found {value!r:.80}")
-    if isinstance(value, list) and column.role != "response" and value:
-        for i, message in enumerate(value):
-            if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in CHAT):
-                raise BadRequest(f"{place}: message {i} must be {{role, content}} with texts, found {message!r:.80}")
-        return [{key: message[key] for key in CHAT} for message in value]
-    if not isinstance(value, str):
-        raise BadRequest(f"{place}: a text or a list of chat messages is needed, found {value!r:.80}")
-    if column.role == "messages":
-        raise BadRequest(f"{place}: a list of chat messages is needed, found a text")
-    if column.role == "prompt" and not value:
-        raise BadRequest(f"{place}: the prompt is empty")
-    return value
-
-
-def _dataset(plan: Plan, ctx: Context, dataset: Dataset) -> Dataset:
-    """The rows of a dataset that the library reads: the hub's, or what `save_to_disk` wrote."""
+def _dataset(plan: Plan, ctx: Context, dataset: Dataset) -> Rows:
+    """Rows of a dataset that the library reads: the hub's, or what `save_to_disk` wrote."""
     columns = plan.data.columns(jsonl=False)
     there = list(dataset.column_names)
     if columns[0].role == "text" and columns[0].name == "text" and "text" not in there and "messages" in there:
         columns = [Column("messages", "messages", columns[0].setting)]
     roots = {column.name: column_of(column.name, there) for column in columns}
+    if plan.kind.head == "causal" and roots[columns[0].name] is None and _are_texts(dataset, columns[1:]):
+        raise BadRequest(f"spec.data.dataset_name {plan.data.dataset_name!r}: {missing(columns[0], there)}")
     columns = [column for column in columns if column.required or roots[column.name]]
     for column in columns:
         if roots[column.name] is None:
             raise BadRequest(f"spec.data.dataset_name {plan.data.dataset_name!r}: {missing(column, there)}")
     names = [name for name in there if name in roots.values()]
-    rest = [name for name in there if name not in names] if plan.kind.rewarded else []
+    rest = [name for name in there if name not in names]
+    if not plan.kind.rewarded:
+        rest = [name for name in rest if name in (*EXTRAS, *REFUSED)]
+        if unread := [name for name in there if name not in (*names, *rest)]:
+            ctx.log.info("columns without effect: %s", ", ".join(unread))
     name = plan.data.dataset_name
+    count = len(dataset)
+    chosen = chosen_rows(plan, count)
+    dataset = dataset.select(chosen)
+    if count == 0:
+        raise BadRequest(EMPTY)
 
     def rows(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         keys = [*names, *rest]
@@ -220,27 +194,54 @@ def _dataset(plan: Plan, ctx: Context, dataset: Dataset) -> Dataset:
             shape(dict(zip(keys, values, strict=True)), columns, f"{name} row {chosen[i]}", plan)
             for i, values in zip(indices, zip(*(batch[key] for key in keys), strict=True), strict=True)
         ]
-        return {key: [row[key] for row in shaped] for key in shaped[0]}
+        return {key: [row.get(key, FILL.get(key)) for row in shaped] for key in features}
 
-    chosen = _chosen(plan, len(dataset))
-    dataset = dataset.select(chosen)
-    if len(dataset) == 0:
-        return dataset
-    in_memory = dataset.dataset_size is not None and dataset.dataset_size < 2**28
-    mapped: Dataset = dataset.map(
-        rows,
-        batched=True,
-        batch_size=BATCH,
-        with_indices=True,
-        remove_columns=there,
-        load_from_cache_file=False,
-        # `datasets` cannot tell our closures apart. What the trainer makes of these rows it keeps under a name made of
-        # this one, beside them: in this attempt's own folder no other task finds it.
-        new_fingerprint=f"{dataset._fingerprint}-flowmesh",
-        keep_in_memory=in_memory,
-        cache_file_name=None if in_memory else str(ctx.tmp_dir / f"rows-{os.getpid()}.arrow"),
+    features = _mapped_features(plan, dataset, columns, rest, f"{name} row {chosen[0]}") if len(dataset) else {}
+    return Rows(
+        dataset=mapped(dataset, rows, ctx, name="rows", features=features, batched=True, remove_columns=there)
+        if len(dataset)
+        else dataset,
+        where=lambda i: f"{name} row {chosen[i]}",
+        dropped=beyond(plan, count),
     )
-    return mapped
+
+
+def _are_texts(dataset: Dataset, columns: list[Column]) -> bool:
+    return all(getattr(dataset.features.get(column.name), "dtype", "string") == "string" for column in columns)
+
+
+def _mapped_features(plan: Plan, dataset: Dataset, columns: list[Column], rest: list[str], where: str) -> Any:
+    """The columns after `shape`: chats keep each message's own keys, what rewards read keeps its type."""
+    from datasets import Features, Json, Value
+
+    first = shape(dataset[0], columns, where, plan)
+    found = {key: _feature(key, {type(value)}, as_json=False) for key, value in first.items()}
+    if plan.kind.rewarded:
+        return Features(found | {name: dataset.features[name] for name in rest})
+    extra = {"tools": Value("string"), "chat_template_kwargs": Json(), "weight": Value("int64")}
+    extra |= {"margin": Value("float64")} if plan.kind.task_type == "reward" else {}
+    return Features(found | {name: kind for name, kind in extra.items() if name in rest})
+
+
+def mapped(dataset: Dataset, function: Callable[..., Any], ctx: Context, *, name: str, **options: Any) -> Dataset:
+    """`dataset.map` by row index, in memory where the dataset is small, else in this attempt's own folder.
+
+    `datasets` cannot tell our closures apart. What the trainer makes of these rows it keeps under a name made of the
+    fingerprint, beside them: in this attempt's own folder no other task finds it.
+    """
+    in_memory = dataset.data.nbytes < 2**28
+    if options.get("batched"):
+        options["batch_size"] = BATCH
+    found: Dataset = dataset.map(
+        function,
+        with_indices=True,
+        load_from_cache_file=False,
+        new_fingerprint=f"{dataset._fingerprint}-{name}",
+        keep_in_memory=in_memory,
+        cache_file_name=None if in_memory else str(ctx.tmp_dir / f"{name}-{os.getpid()}.arrow"),
+        **options,
+    )
+    return found
 
 
 def open_dataset(plan: Plan, ctx: Context) -> Any:

@@ -26,6 +26,8 @@ class Inputs:
     """Local paths."""
 
     jsonl: JsonlFile | None = None
+    eval_jsonl: JsonlFile | None = None
+    """That of `data.eval`."""
     checkpoint: Loaded | None = None
     """What `checkpoint.load` came to."""
 
@@ -38,13 +40,15 @@ def fetch(plan: Plan, ctx: Context) -> Inputs:
         Cancelled: the node asked the task to stop.
     """
     given = plan.data.jsonl_source()
+    eval_given = None if plan.eval_data is None else plan.eval_data.jsonl_source()
     return Inputs(
         jsonl=None if given is None else fetch_jsonl(given, ctx),
+        eval_jsonl=None if eval_given is None else fetch_jsonl(eval_given, ctx, "spec.data.eval.jsonl"),
         checkpoint=None if plan.checkpoint is None else load_checkpoint(ctx, plan.checkpoint),
     )
 
 
-def fetch_jsonl(given: Jsonl, ctx: Context) -> JsonlFile:
+def fetch_jsonl(given: Jsonl, ctx: Context, where: str = "spec.data.jsonl") -> JsonlFile:
     """The first of download_url, url, path and worker_path that can be read, as a local file.
 
     Raises:
@@ -55,7 +59,7 @@ def fetch_jsonl(given: Jsonl, ctx: Context) -> JsonlFile:
         url = getattr(given, field)
         if url is not None:
             try:
-                path = _download(url, f"spec.data.jsonl.{field}", given, ctx)
+                path = _download(url, f"{where}.{field}", given, ctx)
                 return JsonlFile(path, Path(urlsplit(url).path).name or url)
             except RunnerError as error:
                 failures.append(error)
@@ -65,9 +69,9 @@ def fetch_jsonl(given: Jsonl, ctx: Context) -> JsonlFile:
             path = local_path(ctx, text)
             if path.is_file():
                 return JsonlFile(path, path.name)
-            failures.append(f"spec.data.jsonl.{field}: there is no file {text!r} on this node")
+            failures.append(f"{where}.{field}: there is no file {text!r} on this node")
     if not failures:
-        raise BadRequest("spec.data.jsonl: gives no file; name one as path, url, download_url or worker_path")
+        raise BadRequest(f"{where}: gives no file; name one as path, url, download_url or worker_path")
     if len(failures) == 1 and isinstance(failures[0], RunnerError):
         raise failures[0]
     raise BadRequest("; ".join(map(str, failures)))

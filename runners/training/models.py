@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from runners.api import BadRequest, Context, MissingDependency
+from runners.models import weights
 from runners.models.sources import Source, loading
+from runners.training import templates
 from runners.training.checkpoints import Start
 from runners.training.devices import Device
 from runners.training.plan import Plan
@@ -46,6 +49,8 @@ def load_model(plan: Plan, start: Start, device: Device, tokenizer: Any) -> Any:
     options = load_options(plan, device)
     model = _pretrained(plan, start.weights, options)
     model.config.pad_token_id = tokenizer.pad_token_id
+    if model.can_generate():
+        _stop_at_turns(model, tokenizer)
     if start.adapter is not None:
         model = _with_adapter(plan, start, model)
     elif plan.lora is not None:
@@ -53,15 +58,21 @@ def load_model(plan: Plan, start: Start, device: Device, tokenizer: Any) -> Any:
     return model
 
 
+def _stop_at_turns(model: Any, tokenizer: Any) -> None:
+    """What is generated, now and from the saved model, stops where the chat template ends a turn, too."""
+    given = model.generation_config.eos_token_id
+    known = [] if given is None else [given] if isinstance(given, int) else list(given)
+    ends = list(dict.fromkeys([*known, *templates.end_tokens(tokenizer)]))
+    if len(ends) > len(known):
+        model.generation_config.eos_token_id = ends
+
+
 def _pretrained(plan: Plan, source: Source, options: dict[str, Any]) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    more: dict[str, Any] = {}
-    loader = AutoModelForCausalLM
     if plan.kind.head == "score":
-        loader, more = AutoModelForSequenceClassification, {"num_labels": 1}
-    with loading(source):
-        return loader.from_pretrained(source.path, revision=source.revision, **options, **more)
+        return weights.load_model(AutoModelForSequenceClassification, source, head="fresh", num_labels=1, **options)
+    return weights.load_model(AutoModelForCausalLM, source, **options)
 
 
 def load_options(plan: Plan, device: Device) -> dict[str, Any]:
@@ -175,7 +186,27 @@ def _with_adapter(plan: Plan, start: Start, model: Any) -> Any:
     where = Source(path=str(start.adapter), revision=None, shown=start.adapter.name, where="spec.checkpoint.load")
     with loading(where):
         found = PeftModel.from_pretrained(model, str(start.adapter), is_trainable=plan.lora is not None)
+    _check_names(found, start.adapter)
     return found if plan.lora is not None else found.merge_and_unload()
+
+
+def _check_names(model: Any, folder: Path) -> None:
+    """Raises BadRequest where an adapter's file has other weights than its configuration says; PEFT only warns."""
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        return
+    with safe_open(file, "pt") as opened:
+        there = set(opened.keys())
+    wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    for what, names in (("lacks", wanted - there), ("has, and nothing in the model has,", there - wanted)):
+        if names := {name for name in names if "embed_tokens" not in name and "lm_head" not in name}:
+            raise BadRequest(
+                f"spec.checkpoint.load: the adapter does not fit the model: its file {what} {min(names)!r} "
+                f"({len(names)} such weights); give the adapter of this base model, saved by PEFT"
+            )
 
 
 def merged_start(plan: Plan, start: Start, ctx: Context, *, write: bool) -> Start:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -31,6 +32,9 @@ class Plan:
     data: sources.Data
     source: str
     """inline, jsonl or dataset."""
+    eval_data: sources.Data | None = None
+    """`data.eval`"""
+    eval_source: str | None = None
     training: settings.Training
     lora: settings.Lora | None
     generation: settings.Generation
@@ -41,6 +45,11 @@ class Plan:
     @property
     def folder(self) -> str:
         return self.kind.folder(lora=self.lora is not None)
+
+    @property
+    def evaluates(self) -> bool:
+        asked = self.data.eval is not None or self.data.eval_split is not None
+        return asked and getattr(self.training, "eval_strategy", None) != "no"
 
     @property
     def batch_size(self) -> int:
@@ -72,6 +81,7 @@ def read(task_type: str, ctx: Context) -> Plan:
     for each in dir(kind.training):
         if isinstance(getattr(kind.training, each), property):
             getattr(training, each)  # an alias that contradicts is told here
+    eval_data = _evaluation(data, training, kind)
     if isinstance(training, settings.ShardedTraining) and training.deepspeed and training.fsdp:
         raise BadRequest("spec.training.fsdp: given besides deepspeed; give one")
     return Plan(
@@ -79,6 +89,8 @@ def read(task_type: str, ctx: Context) -> Plan:
         model=_model(spec),
         data=data,
         source=sources.choose(data),
+        eval_data=eval_data,
+        eval_source=None if eval_data is None else _in_eval(sources.choose, eval_data),
         training=training,
         lora=_lora(spec, kind),
         generation=_generation(spec, kind),
@@ -86,6 +98,55 @@ def read(task_type: str, ctx: Context) -> Plan:
         shard=_shard(spec),
         checkpoint=section(spec, "checkpoint", Checkpoint).load,
     )
+
+
+def _evaluation(data: sources.Data, training: settings.Training, kind: Kind) -> sources.Data | None:
+    """`data.eval` where there is one; and whether what the task says of evaluations goes together.
+
+    Raises:
+        BadRequest: it does not, or this type cannot evaluate.
+    """
+    field = "eval" if data.eval is not None else "eval_split" if data.eval_split is not None else None
+    if not isinstance(training, settings.EvaluatedTraining):
+        if field is not None:
+            raise BadRequest(f"spec.data.{field}: {kind.task_type} evaluates nothing; leave it out")
+        return None
+    if data.eval is not None and data.eval_split is not None:
+        raise BadRequest("spec.data.eval_split: given besides spec.data.eval; give one")
+    if isinstance(data.eval_split, str) and data.dataset_name is None:
+        raise BadRequest(
+            f"spec.data.eval_split: {data.eval_split!r} is a split of a dataset, and there is no dataset_name; give a "
+            "share of the rows between 0 and 1"
+        )
+    if isinstance(data.eval_split, float) and not 0 < data.eval_split < 1:
+        raise BadRequest(f"spec.data.eval_split: a share between 0 and 1 is needed, found {data.eval_split}")
+    if field is None or training.eval_strategy == "no":
+        _refuse_evaluations(training, "spec.data has neither eval nor eval_split" if field is None else "it is off")
+    if training.eval_strategy == "epoch" and training.eval_steps is not None:
+        raise BadRequest("spec.training.eval_steps: given besides eval_strategy epoch; give one")
+    if training.load_best_model_at_end and training.save_strategy == "no":
+        raise BadRequest("spec.training.load_best_model_at_end: needs checkpoints; leave save_strategy no out")
+    if data.eval is None:
+        return None
+    found = check(data.eval, kind.data, "spec.data.eval")
+    if found.eval is not None or found.eval_split is not None:
+        raise BadRequest("spec.data.eval: its rows are all evaluated on; leave eval and eval_split in it out")
+    return found
+
+
+def _refuse_evaluations(training: settings.EvaluatedTraining, reason: str) -> None:
+    for name in settings.EvaluatedTraining.__struct_fields__:
+        if name in settings.Training.__struct_fields__ or (name == "eval_strategy" and training.eval_strategy == "no"):
+            continue
+        if getattr(training, name) not in (None, False):
+            raise BadRequest(f"spec.training.{name}: no evaluation: {reason}; add data.eval or leave {name} out")
+
+
+def _in_eval(choose: Callable[[sources.Data], str], data: sources.Data) -> str:
+    try:
+        return choose(data)
+    except BadRequest as error:
+        raise BadRequest(str(error).replace("spec.data", "spec.data.eval")) from error
 
 
 def section(spec: dict[str, Any], name: str, into: type[T]) -> T:

@@ -5,19 +5,21 @@ TRL has dropped its own; this is the loop, the arithmetic is in `ppo_math`, and 
 
 from __future__ import annotations
 
+import os
 import shutil
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from torch.optim import AdamW
 from transformers import get_scheduler, set_seed
 from trl.trainer.utils import disable_dropout_in_model
 
 from runners.api import BadRequest
 from runners.models.sources import Source
-from runners.training import data, models, ppo_checkpoint, prompts, rewards, saving
+from runners.training import data, models, ppo_checkpoint, prompts, rewards, saving, tracking
 from runners.training.arguments import checkpoints_dir, completion_length
+from runners.training.bounds import Bounds
 from runners.training.checkpoints import Start
 from runners.training.devices import Device
 from runners.training.plan import Plan, check
@@ -32,6 +34,9 @@ from runners.training.setup import Setup
 class PpoJob:
     """A PPO run with everything loaded."""
 
+    eval_size = 0
+    best_step: int | None = None
+
     def __init__(self, setup: Setup) -> None:
         plan, ctx, device, place = setup.plan, setup.ctx, setup.device, setup.place
         assert isinstance(plan.training, PpoTraining)
@@ -45,11 +50,14 @@ class PpoJob:
         rows = data.load(plan, ctx, setup.fetched.jsonl)
         prompts.check_chat(rows, self._tokenizer, start)
         length = completion_length(plan)
-        self._rows = prompts.fit(rows, self._tokenizer, plan.training.max_seq_length - length)
+        rows = prompts.fit(rows, self._tokenizer, plan.training.max_seq_length - length, ctx)
+        self._rows, self.dropped = rows.dataset, rows.dropped
         self.dataset_size = len(self._rows)
-        columns = [name for name in self._rows.column_names if name != "prompt"]
-        found = rewards.load(plan, ctx, device.name, columns)
+        found = rewards.load(plan, ctx, device.name, rows)
+        self._tracking = tracking.begin(plan, ctx, start)
         self._accelerator = Accelerator(
+            log_with=list(self._tracking.names) or None,
+            project_config=ProjectConfiguration(logging_dir=str(ctx.artifacts_dir / tracking.LOCAL)),
             mixed_precision=_precision(plan, device),
             cpu=not device.cuda,
             kwargs_handlers=[
@@ -59,10 +67,13 @@ class PpoJob:
         self.samples_a_step = self._sizes.update * place.world
         self._total = updates(plan, self.dataset_size, self.samples_a_step)
         self._prepare(plan, start, device)
+        prompts.check_bounds(rows, self._tokenizer, Bounds(self._policy.policy, self._tokenizer), length)
         if place.world > 1:  # ranks that draw the same numbers would make the same completions
             set_seed(plan.training.seed + place.rank)
         reference = self._reference(plan, start, device)
-        self._roller = Roller(plan, self._policy, reference, self._tokenizer, rewards=found, length=length)
+        self._roller = Roller(
+            plan, self._policy, reference, self._tokenizer, rewards=found, as_json=rows.as_json, length=length
+        )
         self._updater = Updater(
             plan.training,
             self._args,
@@ -119,6 +130,12 @@ class PpoJob:
             RunnerError: a reward failed, the checkpoint does not fit, or the loss is no number any more.
         """
         step, history = self._resume()
+        if self._tracking.names:
+            self._accelerator.init_trackers(
+                os.environ.get("WANDB_PROJECT", tracking.PROJECT), init_kwargs=self._tracking.init_kwargs()
+            )
+            if self._place.leads:
+                self._tracking.note()
         tokens = 0.0
         order = Order(self.dataset_size, self._plan.training.seed)
         self._meter.restore(history)
@@ -143,11 +160,15 @@ class PpoJob:
             if self._saves_at(step) or (stopped is not None and stopped.checkpoint):
                 self._save_checkpoint(step, history)
             if stopped is not None:
-                return
+                break
+        if self._tracking.names:
+            self._accelerator.end_training()
 
     def _note(self, step: int, numbers: dict[str, float]) -> None:
         due = step % self._plan.training.logging_steps == 0 or step in (self._meter.first_step + 1, self._total)
         self._meter.log(step, numbers if due else {"train_loss": numbers["loss"], "num_tokens": numbers["num_tokens"]})
+        if due:
+            self._accelerator.log(numbers, step)
         if due and self._place.leads:
             self._ctx.log.info("step %d of %d: %s", step, self._total, {k: round(v, 4) for k, v in numbers.items()})
 

@@ -38,6 +38,7 @@ class Meter:
         self.stopped: Cancelled | None = None
         self.history: list[dict[str, float]] = []
         self.last: dict[str, float] = {}
+        self.evaluations: list[dict[str, float]] = []
         self.first_step = 0
         self.step = 0
         self.total = 0
@@ -99,9 +100,21 @@ class Meter:
             if len(self.history) > 2 * MAX_HISTORY:
                 self.history = self.history[::2]
 
+    def evaluated(self, step: int, numbers: dict[str, Any]) -> None:
+        """Take what an evaluation at `step` found. The last one at a step counts."""
+        found = {key: float(value) for key, value in numbers.items() if isinstance(value, int | float)}
+        self.evaluations = [each for each in self.evaluations if each["step"] != step]
+        self.evaluations.append({"step": step, **{key: found[key] for key in found if key.startswith("eval_")}})
+
+    def evaluation_at(self, step: int) -> dict[str, float]:
+        return next((each for each in self.evaluations if each["step"] == step), {})
+
     def restore(self, history: list[dict[str, Any]]) -> None:
         """The losses of an earlier life, out of its checkpoint."""
         self.history = [_point(entry["step"], entry) for entry in history if "loss" in entry]
+        for entry in history:
+            if "eval_loss" in entry:
+                self.evaluated(entry["step"], entry)
 
     def summary(self, *, samples_a_step: int) -> dict[str, Any]:
         """The numbers of this run for the result's `metrics`. Rates count this life's steps only."""
@@ -113,6 +126,7 @@ class Meter:
             "steps": self.step,
             "first_step": self.first_step,
             "loss_history": losses,
+            **({"eval_history": self.evaluations[-MAX_HISTORY:]} if self.evaluations else {}),
             "final_loss": self.history[-1]["loss"] if self.history else None,
             "steps_per_s": _rate(steps, seconds),
             "samples": samples,

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from runners.api import BadRequest, Context
+from runners.models import weights
 from runners.models.sources import loading, resolve_identifier
-from runners.training.rewards import text_of
+from runners.training import templates
+from runners.training.reward_text import answer_ids, text_of
 from runners.training.settings import RewardModel
 
 BATCH = 32
@@ -43,12 +45,8 @@ class ModelReward:
             made_for = config.architectures or []
             if not any("SequenceClassification" in name for name in made_for):
                 raise BadRequest(f"{where}: {source.shown!r} is no classifier but {', '.join(made_for) or 'unnamed'}")
-            tokenizer = AutoTokenizer.from_pretrained(
-                source.path,
-                revision=source.revision,
-                truncation_side="left",  # the completion is what is judged
-            )
-            model = AutoModelForSequenceClassification.from_pretrained(source.path, revision=source.revision)
+            tokenizer = AutoTokenizer.from_pretrained(source.path, revision=source.revision, padding_side="right")
+        model = weights.load_model(AutoModelForSequenceClassification, source)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         if model.config.pad_token_id is None:
@@ -58,22 +56,12 @@ class ModelReward:
     def score(self, prompts: list[Any], completions: list[str], _columns: dict[str, list[Any]]) -> list[float]:
         import torch
 
-        if not prompts:
-            return []
-        texts = [self._text(*pair) for pair in zip(prompts, completions, strict=True)]
-        templated = bool(self._tokenizer.chat_template and not isinstance(prompts[0], str))  # the template wrote them
+        rows = [self._ids(*pair) for pair in zip(prompts, completions, strict=True)]
         found: list[float] = []
-        for start in range(0, len(texts), BATCH):
-            inputs = self._tokenizer(
-                texts[start : start + BATCH],
-                return_tensors="pt",
-                padding=True,
-                truncation=True,
-                max_length=self._given.max_length,
-                add_special_tokens=not templated,
-            ).to(self._device)
+        for start in range(0, len(rows), BATCH):
+            padded = self._tokenizer.pad({"input_ids": rows[start : start + BATCH]}, return_tensors="pt")
             with torch.no_grad():
-                logits = self._model(**inputs).logits.float()
+                logits = self._model(**padded.to(self._device)).logits.float()
             found += (self._given.scale * self._rate(logits)).tolist()
         return found
 
@@ -84,13 +72,17 @@ class ModelReward:
         rate = logits[:, self._positive]
         return rate if self._negative is None else rate - logits[:, self._negative]
 
-    def _text(self, prompt: Any, completion: str) -> str:
-        if isinstance(prompt, str):
-            return prompt + completion
-        if self._tokenizer.chat_template:
-            chat = [*prompt, {"role": "assistant", "content": completion}]
-            return str(self._tokenizer.apply_chat_template(chat, tokenize=False))
-        return f"{text_of(prompt)}\n{completion}"
+    def _ids(self, prompt: Any, completion: str) -> list[int]:
+        """As a `reward` task trains its one output; classifiers of several labels know no end token."""
+        if self._model.config.num_labels == 1 or (isinstance(prompt, list) and self._tokenizer.chat_template):
+            found = answer_ids(self._tokenizer, prompt, completion, lambda: "spec.data.prompts")
+        else:
+            separator = "" if isinstance(prompt, str) else "\n"
+            found = templates.text_ids(self._tokenizer, f"{text_of(prompt)}{separator}{completion}")
+        if len(found) <= self._given.max_length:
+            return found
+        first = found[:1] if found[0] in self._tokenizer.all_special_ids else []
+        return first + found[len(found) - self._given.max_length + len(first) :]  # the completion is what is judged
 
 
 def _labels(given: RewardModel, labels: dict[str, int], count: int) -> tuple[int, int | None]:

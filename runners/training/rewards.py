@@ -14,7 +14,10 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from runners.api import BadRequest, Context, RunnerError
+from runners.training.data import Rows
 from runners.training.plan import Plan
+from runners.training.reward_model import ModelReward
+from runners.training.reward_text import text_of
 from runners.training.settings import RewardFunction, RewardModel
 
 LIMIT = "reward_callables"
@@ -33,11 +36,11 @@ class Reward(Protocol):
     def score(self, prompts: list[Any], completions: list[str], columns: dict[str, list[Any]], /) -> list[float]: ...
 
 
-def load(plan: Plan, ctx: Context, device: Any, columns: list[str]) -> list[Reward]:
+def load(plan: Plan, ctx: Context, device: Any, rows: Rows) -> list[Reward]:
     """Every reward that the task names, ready to score.
 
     Args:
-        columns: the columns of the data.
+        rows: the data, whose columns a reward may read.
 
     Raises:
         BadRequest: a reward cannot be loaded; says which field, and why.
@@ -45,13 +48,26 @@ def load(plan: Plan, ctx: Context, device: Any, columns: list[str]) -> list[Rewa
     rewards: list[Reward] = []
     for i, given in enumerate(plan.rewards):
         if isinstance(given, RewardModel):
-            from runners.training.reward_model import ModelReward
-
             rewards.append(ModelReward.load(given, ctx, device))
         else:
-            where = "spec.reward" if not isinstance(ctx.spec.get("reward"), list) else f"spec.reward[{_index(plan, i)}]"
-            rewards.append(function(given, where, columns, ctx))
+            rewards.append(function(given, _place(plan, ctx, i), rows, ctx))
     return rewards
+
+
+def check_answers(plan: Plan, ctx: Context, rows: Rows) -> None:
+    """Raises BadRequest where a row lacks what exact_match compares with; names it."""
+    for i, given in enumerate(plan.rewards):
+        if not isinstance(given, RewardModel) and given.function == "exact_match":
+            _answer_column(given, _place(plan, ctx, i), rows)
+
+
+def _place(plan: Plan, ctx: Context, i: int) -> str:
+    return f"spec.reward[{_index(plan, i)}]" if isinstance(ctx.spec.get("reward"), list) else "spec.reward"
+
+
+def decoded(columns: dict[str, list[Any]], as_json: frozenset[str]) -> dict[str, list[Any]]:
+    """`columns` as the document has them; those of `as_json` are JSON text."""
+    return {key: [json.loads(each) for each in values] if key in as_json else values for key, values in columns.items()}
 
 
 def total(
@@ -78,13 +94,6 @@ def scores(reward: Reward, prompts: list[Any], completions: list[str], columns: 
         if not isinstance(value, int | float) or not math.isfinite(value):
             raise RunnerError(f"reward {reward.name}: {value!r} for {completion!r:.80}; a finite number is needed")
     return [float(value) for value in found]
-
-
-def text_of(prompt: Any) -> str:
-    """A prompt or completion as one text; of a chat, its messages' contents."""
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(str(message["content"]) for message in prompt)
 
 
 # ---- functions ---------------------------------------------------------------------------------------------------
@@ -125,7 +134,7 @@ class CallableReward:
         return list(found)
 
 
-def function(given: RewardFunction, where: str, columns: list[str], ctx: Context) -> Reward:
+def function(given: RewardFunction, where: str, rows: Rows, ctx: Context) -> Reward:
     """The function that `given` names; `where` is its dotted place in the task."""
     _refuse_strangers(given, where)
     match given.function:
@@ -141,9 +150,9 @@ def function(given: RewardFunction, where: str, columns: list[str], ctx: Context
                 raise BadRequest(f"{where}.pattern: not a regular expression: {error}") from None
             return FunctionReward("regex", given.weight, lambda _p, text, _c: float(bool(pattern.search(text))))
         case "exact_match":
-            column = _answer_column(given, where, columns)
+            column = _answer_column(given, where, rows)
             return FunctionReward(
-                "exact_match", given.weight, lambda _p, text, row: float(text.strip() == str(row[column]).strip())
+                "exact_match", given.weight, lambda _p, text, row: float(text.strip() == as_text(row[column]).strip())
             )
         case "json_valid":
             return FunctionReward("json_valid", given.weight, lambda _p, text, _c: float(_is_json(text)))
@@ -163,13 +172,23 @@ def _refuse_strangers(given: RewardFunction, where: str) -> None:
             raise BadRequest(f"{where}.{field}: only function {user} reads it; this one is {given.function}")
 
 
-def _answer_column(given: RewardFunction, where: str, columns: list[str]) -> str:
+def _answer_column(given: RewardFunction, where: str, rows: Rows) -> str:
+    columns = [name for name in rows.dataset.column_names if name != "prompt"]
     wanted = [given.column] if given.column else [name for name in ANSWER_COLUMNS if name in columns]
     if not wanted or wanted[0] not in columns:
         there = ", ".join(columns)
         hint = "name the column that holds the answer (or set spec.data's response_field)"
         raise BadRequest(f"{where}.column: {given.column or 'missing'}; {hint}; there are: {there}")
-    return str(wanted[0])
+    column = str(wanted[0])
+    for i, answer in enumerate(decoded({column: rows.dataset[column][:]}, rows.as_json)[column]):
+        if answer is None:
+            raise BadRequest(f"{rows.where(i)}: column {column!r}: no answer to compare with; fill it or drop the row")
+    return column
+
+
+def as_text(value: Any) -> str:
+    """A value as the document writes it: 4 is not 4.0, and true is not True."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _is_json(text: str) -> bool:
@@ -217,12 +236,17 @@ _TRL_EXTRAS = frozenset(
 )
 
 
-def for_trl(reward: Reward) -> Callable[..., list[float]]:
-    """`reward` in the shape of TRL's reward functions: completions are texts, or chats of one answer."""
+def for_trl(reward: Reward, as_json: frozenset[str]) -> Callable[..., list[float]]:
+    """`reward` in the shape of TRL's reward functions: completions are texts, or chats of one answer.
+
+    Args:
+        as_json: columns whose values are JSON text.
+    """
 
     def call(prompts: list[Any], completions: list[Any], **more: Any) -> list[float]:
         columns = {key: value for key, value in more.items() if key not in _TRL_EXTRAS and isinstance(value, list)}
-        return scores(reward, prompts, [text_of(completion) for completion in completions], columns)
+        texts = [text_of(completion) for completion in completions]
+        return scores(reward, prompts, texts, decoded(columns, as_json))
 
     call.__name__ = re.sub(r"\W", "_", reward.name)
     return call

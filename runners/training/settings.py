@@ -18,11 +18,11 @@ NotNegative = Annotated[float, Meta(ge=0)]
 Positive = Annotated[float, Meta(gt=0)]
 
 
+Tracker = Literal["none", "tensorboard", "wandb", "mlflow", "trackio"]
+
+
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A mapping of the task's document."""
-
-
-# ---- training ----------------------------------------------------------------------------------------------------
 
 
 class Training(Section, frozen=True):
@@ -53,6 +53,8 @@ class Training(Section, frozen=True):
     seed: Annotated[int, Meta(ge=0, lt=2**32)] = 42
     ddp_find_unused_parameters: bool | None = None
     resume_from_path: str | None = None
+    report_to: Tracker | list[Tracker] | None = None
+    """Experiment trackers."""
 
     allow_multi_gpu: bool = True
     nproc_per_node: Count | None = None
@@ -67,6 +69,11 @@ class Training(Section, frozen=True):
 
     trainer_args: dict[str, Any] = {}
     """The trainer's own arguments, by its own names."""
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        given = self.report_to if isinstance(self.report_to, list) else [self.report_to]
+        return tuple(dict.fromkeys(name for name in given if name not in (None, "none")))
 
     @property
     def device_batch(self) -> int | None:
@@ -87,7 +94,42 @@ class Training(Section, frozen=True):
         return self.max_steps
 
 
-class ShardedTraining(Training, frozen=True):
+class EarlyStopping(Section, frozen=True):
+    """`training.early_stopping`: the run ends once the metric has not become better."""
+
+    patience: Count = 3
+    """Evaluations in a row."""
+    threshold: NotNegative = 0.0
+    """By how much it has to become better."""
+
+
+class EvaluatedTraining(Training, frozen=True):
+    """The trainers that can measure themselves on rows that they do not train on: see `data.eval`."""
+
+    eval_strategy: Literal["no", "steps", "epoch"] | None = None
+    """None: with data to evaluate on, steps where eval_steps is given, else epoch."""
+    eval_steps: Count | None = None
+    per_device_eval_batch_size: Count | None = None
+    """None: as in training."""
+    load_best_model_at_end: bool = False
+    metric_for_best_model: str | None = None
+    """None: eval_loss; eval_reward where completions are rewarded."""
+    greater_is_better: bool | None = None
+    early_stopping: EarlyStopping | bool | None = None
+
+    @property
+    def patience(self) -> EarlyStopping | None:
+        if isinstance(self.early_stopping, EarlyStopping):
+            return self.early_stopping
+        return EarlyStopping() if self.early_stopping else None
+
+    @property
+    def compares(self) -> bool:
+        """Whether some evaluation has to be found the best."""
+        return self.load_best_model_at_end or self.patience is not None
+
+
+class ShardedTraining(EvaluatedTraining, frozen=True):
     """The trainers that can spread a model's state over the ranks."""
 
     deepspeed: dict[str, Any] | str | None = None
@@ -181,9 +223,6 @@ class PpoArgs(Section, frozen=True):
     ddp_timeout: Count = 1800
 
 
-# ---- adapters, generation, rewards -------------------------------------------------------------------------------
-
-
 class Lora(Section, frozen=True):
     """`spec.lora`"""
 
@@ -240,9 +279,6 @@ class RewardFunction(Section, frozen=True):
     """length: the characters that earn the whole reward."""
     column: str | None = None
     """exact_match: the column of the data that holds the answer."""
-
-
-# ---- model -------------------------------------------------------------------------------------------------------
 
 
 class ModelSource(Section, frozen=True):

@@ -34,8 +34,17 @@ class TrainingJob(Protocol):
     start: Start
     """Where it began."""
     dataset_size: int
+    """Rows that are trained on."""
+    dropped: dict[str, int]
+    """Rows that were left out, by reason."""
+    eval_size: int
+    """Rows that are evaluated on."""
     samples_a_step: int
     """Rows (of ppo: completions) behind one step, on all ranks."""
+
+    @property
+    def best_step(self) -> int | None:
+        """The step whose weights are saved, where the best ones are loaded at the end."""
 
     def train(self) -> None:
         """Until the last step, or until the meter says stop."""

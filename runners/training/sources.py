@@ -31,6 +31,10 @@ class Data(Section, frozen=True):
     max_samples: Count | None = None
     jsonl_path: str | None = None
     """Short for jsonl.path."""
+    eval: dict[str, Any] | None = None
+    """Rows to evaluate on, as a section of the same fields."""
+    eval_split: float | str | None = None
+    """Or a share of the rows, which is then not trained on; or another split of dataset_name."""
 
     @property
     def inline(self) -> tuple[str, list[Any]] | None:
@@ -72,9 +76,6 @@ def choose(data: Data) -> str:
 
 
 INLINE = ("prompts", "messages", "preferences", "examples")
-
-
-# ---- sft, lora_sft -----------------------------------------------------------------------------------------------
 
 
 class TextJsonl(Jsonl, frozen=True):
@@ -133,9 +134,6 @@ class TextData(Data, frozen=True):
         return [Column("text", text or "text", f"{where}.text_field")]
 
 
-# ---- dpo, reward -------------------------------------------------------------------------------------------------
-
-
 class PreferenceJsonl(Jsonl, frozen=True):
     prompt_field: str = "prompt"
     chosen_field: str = "chosen"
@@ -154,18 +152,9 @@ class PreferenceData(Data, frozen=True):
         return None if self.preferences is None else ("preferences", self.preferences)
 
     def columns(self, *, jsonl: bool) -> list[Column]:
-        return _named(self, ("prompt", "chosen", "rejected"), self.jsonl if jsonl else None)
-
-
-class RewardData(PreferenceData, frozen=True):
-    """As dpo's; the prompt may be missing."""
-
-    def columns(self, *, jsonl: bool) -> list[Column]:
-        prompt, *rest = super().columns(jsonl=jsonl)
+        """The prompt may be missing: of reward's rows always, of dpo's where chats begin with it."""
+        prompt, *rest = _named(self, ("prompt", "chosen", "rejected"), self.jsonl if jsonl else None)
         return [msgspec.structs.replace(prompt, required=False), *rest]
-
-
-# ---- kto ---------------------------------------------------------------------------------------------------------
 
 
 class ExampleJsonl(Jsonl, frozen=True):
@@ -188,9 +177,6 @@ class ExampleData(Data, frozen=True):
 
     def columns(self, *, jsonl: bool) -> list[Column]:
         return _named(self, ("prompt", "completion", "label"), self.jsonl if jsonl else None)
-
-
-# ---- ppo, grpo, rloo ---------------------------------------------------------------------------------------------
 
 
 class QueryJsonl(Jsonl, frozen=True):

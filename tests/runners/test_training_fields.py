@@ -115,6 +115,9 @@ ELSEWHERE = {
     "resume_from_path",  # test_training_resume
     *("allow_multi_gpu", "nproc_per_node", "visible_devices", "primary_gpu"),  # test_training_plan
     *("nnodes", "node_rank", "rdzv_endpoint", "rdzv_id"),  # test_training_groups, and below
+    *settings.EvaluatedTraining.__struct_fields__[
+        len(settings.Training.__struct_fields__) :
+    ],  # test_training_evaluation
     *("deepspeed", "auto_deepspeed", "auto_deepspeed_stage", "zero_stage", "fsdp"),  # below
 }
 
