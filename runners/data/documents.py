@@ -18,19 +18,19 @@ _OLD_OFFICE = b"\xd0\xcf\x11\xe0"
 
 
 class UnreadableDocument(ValueError):
-    """Raised when a document has no text that can be read here. The message is the reason, without the name."""
+    """Raised when a document's text cannot be read. The message is the reason, without the name."""
 
 
 class BinaryFile(UnreadableDocument):
-    """Raised when a file is not a document at all, as far as can be seen."""
+    """Raised when a file looks like binary data instead of a document."""
 
 
 def document_text(data: bytes, name: str) -> str:
-    """The text of a document, with its title, headings and tables but no markup beyond Markdown.
+    """The text of a document. Titles, headings and tables are Markdown.
 
     Args:
         data: the whole file.
-        name: its file name; only the suffix is looked at.
+        name: its file name, for the suffix.
 
     Raises:
         UnreadableDocument: it has no text, is encrypted or damaged, or of a format that is not read.
@@ -78,7 +78,7 @@ def _html(data: bytes | str) -> str:
     from markdownify import MarkdownConverter
 
     plain = {"escape_asterisks": False, "escape_underscores": False, "escape_misc": False}
-    page = BeautifulSoup(data, "html.parser")  # which also follows the page's own charset
+    page = BeautifulSoup(data, "html.parser")  # detects the charset of the page
     if page.contains_replacement_characters:
         raise UnreadableDocument(f"HTML whose bytes are not {page.original_encoding or 'of any known encoding'}")
     for element in page(_WITHOUT_TEXT):
@@ -90,7 +90,7 @@ def _pdf(data: bytes) -> str:
     _need("pypdf", "PDF")
     import pypdf
 
-    logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # what it forgives is not the task's business
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # it warns about every defect that it repairs
     try:
         reader = pypdf.PdfReader(io.BytesIO(data))
         if reader.is_encrypted and not reader.decrypt(""):
@@ -100,7 +100,7 @@ def _pdf(data: bytes) -> str:
         raise
     except pypdf.errors.DependencyError:
         raise UnreadableDocument("an encrypted PDF") from None
-    except Exception as error:  # noqa: BLE001 - what a damaged document does to its parser has no bounds
+    except Exception as error:  # noqa: BLE001 - a damaged document may raise anything in its parser
         raise UnreadableDocument(f"a damaged PDF ({_line(error)})") from None
     if not text.strip():
         raise UnreadableDocument("a PDF without text, perhaps scanned pages")
@@ -125,7 +125,7 @@ def _docx(data: bytes, suffix: str) -> str:
         page = mammoth.convert_to_html(io.BytesIO(data), convert_image=mammoth.images.img_element(lambda _: {}))
     except MemoryError:
         raise
-    except Exception as error:  # noqa: BLE001 - what a damaged document does to its parser has no bounds
+    except Exception as error:  # noqa: BLE001 - a damaged document may raise anything in its parser
         raise UnreadableDocument(f"a damaged docx ({_line(error)})") from None
     return _html(page.value)
 

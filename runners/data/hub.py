@@ -1,7 +1,7 @@
 """`data.type: dataset`: a dataset of the hub, a local folder or a file.
 
-The files of a folder are chosen as `datasets` chooses them, and text files and Parquet are read by `readers`. What else
-`datasets` knows (the hub, what `save_to_disk` wrote, folders of images) it reads itself.
+`datasets` selects the files of a folder; `readers` then reads text files and Parquet. `datasets` itself reads only the
+hub, the folders of `save_to_disk`, and folders of other formats such as images.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def open_dataset(ctx: Context, data: HubData, where: str, *, called: str | None 
     """One split of the dataset, or a slice of one: a `Table` of local files, else a `datasets.Dataset`.
 
     Args:
-        called: what the errors of single rows call the file; default: the field that names it.
+        called: the name of the file in errors about rows; default: the field that names it.
 
     Raises:
         BadRequest: there is no such dataset, configuration or split, or its files are damaged.
@@ -102,7 +102,7 @@ def open_dataset(ctx: Context, data: HubData, where: str, *, called: str | None 
 
 
 def _local(ctx: Context, data: HubData, where: str, called: str) -> Any:
-    """What `data.url` names on this node, or behind a URL; None: it can only be a hub id."""
+    """The files that `data.url` names on this node or at a URL; None: it can only be a hub id."""
     import datasets
 
     field = f"{where}.url"
@@ -123,7 +123,7 @@ def _local(ctx: Context, data: HubData, where: str, called: str) -> Any:
         if data.name is not None:
             raise BadRequest(f"{where}.name: what save_to_disk wrote has no configurations; leave it out")
         return _slice_saved(datasets.load_from_disk(str(path)), data, where)
-    # In the attempt's own folder: the library would take a file that was rewritten for the one it knows.
+    # Cached in the attempt's own folder: the library does not notice a file rewritten with the same size and time.
     cache_dir = str(ctx.tmp_dir / "datasets")
     builder = datasets.load_dataset_builder(str(path), name=data.name, cache_dir=cache_dir)
     if builder.name not in READ_HERE:
@@ -138,7 +138,9 @@ def _of_files(files: list[File], data: HubData, where: str) -> Table:
     if data.name is not None:
         raise BadRequest(f"{where}.name: files have no configurations; leave it out")
     check_no_revision(data.revision, f"{where}.url")
-    return chosen_split({"train": files}, data.split, data.url, where)  # as datasets calls the one split of a file
+    return chosen_split(
+        {"train": files}, data.split, data.url, where
+    )  # the name that datasets gives to the split of a file
 
 
 def _file(path: Path, name: str, where: str, called: str) -> File:
@@ -151,7 +153,7 @@ def _file(path: Path, name: str, where: str, called: str) -> File:
 
 
 def _files_of(files: Any, folder: Path, builder: Any, called: str) -> list[File]:
-    """A split's files as `datasets` chose them, each with its format."""
+    """The files that `datasets` selected for a split, each with its format."""
     found = []
     for each in map(Path, files):
         kind = format_of(each.name) or {"json": "json", "csv": "csv"}.get(builder.name, builder.name)
@@ -168,7 +170,7 @@ def _files_of(files: Any, folder: Path, builder: Any, called: str) -> list[File]
 
 
 def _check_options(config: Any, data: HubData, where: str) -> None:
-    """Raises BadRequest where a folder's README.md sets for its files what is not read here."""
+    """Raises BadRequest if a folder's README.md sets options of its files that have no effect here."""
     known = {"name", "version", "description", "data_dir", "data_files", "sep", "delimiter"}
     for field in dataclasses.fields(config):
         default = field.default_factory() if callable(field.default_factory) else field.default
@@ -180,7 +182,7 @@ def _check_options(config: Any, data: HubData, where: str) -> None:
 
 
 def _log_unread(ctx: Context, folder: Path, splits: Mapping[str, list[File]], data: HubData, where: str) -> None:
-    """`datasets` takes the files of one format and of one configuration; the others are not named by anybody else."""
+    """Log the table files that are not read, because `datasets` selects the files of one format only."""
     taken = {file.path for files in splits.values() for file in files}
     rest = [each for each in _table_files(folder) if each not in taken]
     if rest and data.name is None:
@@ -194,7 +196,7 @@ def _table_files(folder: Path) -> Iterator[Path]:
 
 
 def _slice_saved(saved: Any, data: HubData, where: str) -> Any:
-    """A split, or a part of one, of what `save_to_disk` wrote."""
+    """A split of a `save_to_disk` folder, or a slice of one."""
     import datasets
 
     splits = saved if isinstance(saved, Mapping) else {str(saved.split or "train"): saved}

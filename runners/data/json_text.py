@@ -1,4 +1,4 @@
-"""JSON as strictly as its standard has it, with numbers that keep their spelling."""
+"""Strict JSON, with numbers that keep their spelling."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ class Spelled(float):
         return self.text
 
     def plain(self) -> float | str:
-        """A float where that is the same number, else the text: 64 bits do not hold 1e400, or thirty digits."""
+        """A float if it is the same number, else the text: 64 bits cannot hold 1e400 or thirty digits."""
         same = decimal.Decimal(float.__repr__(self)) == decimal.Decimal(self.text)
         return float(self) if same else self.text
 
 
 def parse(text: str) -> Any:
-    """The value that `text` spells.
+    """The value of a JSON text.
 
     Raises:
-        ValueError: it is not JSON, holds NaN or Infinity, a key twice in one object, or is nested too deeply.
+        ValueError: invalid JSON, NaN or Infinity, a key twice in one object, or nesting that is too deep.
     """
     try:
         return json.loads(text, parse_float=Spelled, parse_constant=_refuse, object_pairs_hook=_object)

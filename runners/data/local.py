@@ -1,6 +1,6 @@
-"""Rows of files on this node: one file, a glob, or the files of a folder's splits. They are read anew by every task.
+"""Rows of files on this node: one file, a glob, or the files of a folder's splits.
 
-Nothing of them is cached: a file that was rewritten gives its new rows, whatever its size and times say.
+Nothing is cached: a rewritten file gives its new rows even if its size and times are the same.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ class Table:
             yield from itertools.islice(_rows_of(part.files, columns), part.start, part.stop)
 
     def count(self) -> int:
-        """How many rows there are. Reads the files, unless the task's slice says it."""
+        """The number of rows. Reads the files, unless the task's slice determines it."""
         return sum(count_rows(part.files) if part.stop is None else part.stop - part.start for part in self._parts)
 
 
 def matching(ctx: Context, pattern: str, where: str) -> list[Path]:
-    """The files that a pattern such as `part-*.csv.gz` names, in the order of their names.
+    """The files that match a pattern such as `part-*.csv.gz`, sorted by name.
 
-    Empty where `pattern` has no wildcard, or is the very name of a file or folder.
+    Empty if `pattern` has no wildcard, or is itself the name of a file or folder.
 
     Raises:
         BadRequest: nothing matches.
@@ -66,13 +66,13 @@ def matching(ctx: Context, pattern: str, where: str) -> list[Path]:
 
 
 def chosen_split(splits: Splits, split: str | None, shown: str, where: str) -> Table:
-    """The split, slice or sum of them that the task names: `train`, `train[:100]`, `train[10%:]+test`.
+    """The split, slice or sum of slices that the task selects: `train`, `train[:100]`, `train[10%:]+test`.
 
     Args:
         split: None: the split called train, else the only one.
 
     Raises:
-        BadRequest: there is no such split, or the slice asks for rows that are not there.
+        BadRequest: unknown split, or an invalid slice.
     """
     if split is None:
         return Table([Part(tuple(splits[only_split(list(splits), shown, where)]))])
@@ -98,7 +98,7 @@ def chosen_split(splits: Splits, split: str | None, shown: str, where: str) -> T
 
 
 def only_split(names: Sequence[str], shown: str, where: str) -> str:
-    """The split that is meant where the task names none: train, else the only one.
+    """The default split: train, else the only one.
 
     Raises:
         BadRequest: there are several others.

@@ -1,4 +1,4 @@
-"""Which rows of a source a task gets, and in which order: shuffled first, then sharded. The same for every source."""
+"""The rows of a source that a task gets, in order: shuffled first, then sharded. The same for every source."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Rows(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     shuffle: bool | None = None
     seed: Annotated[int, Meta(ge=0)] | None = None
     buffer_size: Annotated[int, Meta(ge=1)] | None = None
-    """Shuffle within a window of so many rows, as a stream would be, and not over the whole."""
+    """Shuffle within a window of this many rows, as for a stream, instead of over all rows."""
 
     def columns(self, where: str) -> Columns:
         return Columns(self.column or "text", self.metadata_columns, bool(self.metadata_include_all), where)
@@ -38,7 +38,7 @@ def items_of(ctx: Context, table: Table, wanted: Rows, shard: Shard | None, wher
     """The task's rows of local files.
 
     Raises:
-        BadRequest: there are none, or one is damaged; names the line.
+        BadRequest: there are none, or one is invalid; names the line.
     """
     columns = wanted.columns(where)
     if not wanted.shuffle and shard is None:
@@ -58,10 +58,13 @@ def items_of(ctx: Context, table: Table, wanted: Rows, shard: Shard | None, wher
 
 
 def order_of(ctx: Context, count: int, wanted: Rows, shard: Shard | None, where: str) -> Sequence[int]:
-    """The numbers of the task's rows, of `count`, in the order in which it gets them.
+    """The numbers of the task's rows, in its order.
+
+    Args:
+        count: rows of the source.
 
     Raises:
-        MissingDependency: to shuffle needs datasets.
+        MissingDependency: shuffling needs datasets.
     """
     order: Sequence[int] = range(count)
     if wanted.shuffle:
@@ -77,7 +80,7 @@ def order_of(ctx: Context, count: int, wanted: Rows, shard: Shard | None, where:
 
 
 def _shuffled(count: int, seed: int, buffer_size: int | None) -> list[int]:
-    """As `datasets` shuffles, whose seeds people know."""
+    """The permutation of `datasets` for the same seed."""
     if importlib.util.find_spec("datasets") is None:
         raise MissingDependency("datasets", "training")
     import datasets

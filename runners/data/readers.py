@@ -1,7 +1,7 @@
 """Rows of one file: CSV, JSON lines, a JSON array, plain lines, Parquet. All sources of data read files with these.
 
-Text stays as it is written: a CSV cell is always text, `007` and `NA` alike; a JSON string is never made a date or a
-number. JSON and Parquet keep the types that they have themselves.
+Text is never converted: a CSV cell is always text, including `007` and `NA`, and a JSON string never becomes a date or
+a number. JSON and Parquet values keep their own types.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from runners.data.tables import Columns
 from runners.data.text_files import lines
 
 Row = tuple[str, Mapping[str, Any]]
-"""What a row is called in an error, and its cells by column."""
+"""The name of a row in errors, and its cells by column."""
 
 FORMATS = {
     ".csv": "csv",
@@ -44,13 +44,13 @@ class File(msgspec.Struct, frozen=True, kw_only=True):
     path: Path
     format: str
     where: str
-    """What errors call it."""
+    """Its name in errors."""
     delimiter: str | None = None
-    """Of CSV, where it is not the format's own."""
+    """For CSV with another delimiter than the format's default."""
 
 
 def format_of(name: str) -> str | None:
-    """The format of a file or URL by its name; `x.csv.gz` is CSV. None: no known one."""
+    """The format of a file or URL by its name; `x.csv.gz` is CSV. None: unknown."""
     path = PurePosixPath(name.lower())
     suffix = PurePosixPath(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
     return FORMATS.get(suffix)
@@ -60,7 +60,7 @@ def read(file: File, columns: Columns | None = None) -> Iterator[Row]:
     """The rows of `file`, one by one.
 
     Args:
-        columns: what the task wants of them; a missing one is found before the first row, or at it.
+        columns: what the task uses. A missing column is an error before, or at, the first row.
 
     Raises:
         BadRequest: naming the line, or the missing column and those there are.
@@ -70,11 +70,7 @@ def read(file: File, columns: Columns | None = None) -> Iterator[Row]:
 
 
 def count(file: File) -> int:
-    """How many rows `file` has. Of Parquet only the footer is read.
-
-    Raises:
-        As `read`.
-    """
+    """The number of rows in `file`. Parquet files are not read beyond their footer. Errors as for `read`."""
     if file.format != "parquet":
         return sum(1 for _ in read(file))
     with _parquet(file) as table:
@@ -82,7 +78,7 @@ def count(file: File) -> int:
 
 
 def _read_csv(file: File, columns: Columns | None) -> Iterator[Row]:
-    csv.field_size_limit(2**31 - 1)  # prompts are longer than the 128 KiB that the module takes by itself
+    csv.field_size_limit(2**31 - 1)  # prompts exceed the module's default of 128 KiB
     delimiter = file.delimiter or _DELIMITERS[file.format]
     reader = csv.reader(lines(file.path, file.where), delimiter=delimiter, strict=True)
     header: list[str] | None = None
@@ -170,7 +166,7 @@ def _read_text(file: File, columns: Columns | None) -> Iterator[Row]:
 
 
 def _read_parquet(file: File, columns: Columns | None) -> Iterator[Row]:
-    """Only the columns that are wanted are read."""
+    """Reads only the columns that the task uses."""
     with _parquet(file) as table:
         names = table.schema_arrow.names
         _check_header(names, file.where)

@@ -1,4 +1,4 @@
-"""`spec.data`: from any source to prompts with metadata. One entry for every runner that takes data."""
+"""`spec.data`: prompts with metadata from any source. The entry point of every runner that takes data."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LOADERS = {
 
 
 def load_items(ctx: Context, spec: dict[str, Any], where: str = "spec") -> Items:
-    """The rows that `spec.data` and `spec.shard` name.
+    """The rows that `spec.data` and `spec.shard` select.
 
     Raises:
         BadRequest: naming the field.

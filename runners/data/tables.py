@@ -1,4 +1,4 @@
-"""Rows of a table as prompts with metadata; what all file formats and `datasets` have in common."""
+"""Rows of a table as prompts with metadata, for all file formats and `datasets`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SHOWN = 30
 
 
 class Columns:
-    """Which column holds the prompt, and which ones go into its metadata."""
+    """The column of the prompt, and those of its metadata."""
 
     def __init__(
         self, column: str, metadata: Sequence[str] | Mapping[str, str] | None, include_all: bool, where: str
@@ -29,7 +29,11 @@ class Columns:
         self._where = where
 
     def check(self, there: Iterable[str]) -> None:
-        """Raises BadRequest, listing the columns `there` are, where one that the task names is missing."""
+        """Raises BadRequest if a column that the task names is missing, or two would share a name in the metadata.
+
+        Args:
+            there: the existing columns, which the error lists.
+        """
         names = list(there)
         listed = ", ".join(map(str, names[:_SHOWN])) + (", …" if len(names) > _SHOWN else "")
         for field, wanted in (("column", [self.column]), ("metadata_columns", list(self.renamed))):
@@ -46,7 +50,7 @@ class Columns:
                 )
 
     def check_first(self, where: str, row: Mapping[str, Any]) -> None:
-        """Raises BadRequest where the path of a nested metadata column leads to nothing in the first row."""
+        """Raises BadRequest if a nested metadata column is missing in the first row."""
         for name in self.renamed:
             try:
                 cell(row, name)
@@ -54,25 +58,25 @@ class Columns:
                 raise BadRequest(f"{self._where}.metadata_columns: {name!r} is not in {where}: {error}") from None
 
     def wanted(self, there: Iterable[str]) -> list[str]:
-        """The columns that have to be read, of those `there` are."""
+        """The columns that have to be read, of those in `there`."""
         names = list(there)
         roots = {column_of(name, names) for name in (self.column, *self.renamed)}
         return [name for name in names if self.include_all or name in roots]
 
     def metadata(self, row: Mapping[str, Any]) -> dict[str, Any] | None:
-        """A row's metadata in JSON types; None where the task wants none."""
+        """A row's metadata in JSON types; None if the task asks for none."""
         if not self.renamed and not self.include_all:
             return None
         return {target: plain(_cell_or_none(row, name)) for name, target in self._called(row).items()}
 
     def _called(self, there: Iterable[str]) -> dict[str, str]:
-        """What goes into the metadata, and its name there."""
+        """Source column → name in the metadata."""
         names = [name for name in there if name != self.column] if self.include_all else []
         return {name: name for name in names} | self.renamed
 
 
 def column_of(name: str, there: Iterable[str]) -> str | None:
-    """The column that `name` means, of those `there` are: of its very name, else the one that its path begins with."""
+    """The column that `name` refers to: an exact match, else the longest column that its path begins with."""
     found = None
     for column in there:
         if column == name:
@@ -86,10 +90,10 @@ def column_of(name: str, there: Iterable[str]) -> str | None:
 def cell(row: Mapping[str, Any], name: str) -> Any:
     """A row's value at `name`: a column, or a path into one such as `body.messages` or `turns[0].content`.
 
-    None where a value on the way is null.
+    None if a value along the path is null.
 
     Raises:
-        PathError: there is nothing at that path.
+        PathError: nothing is at that path.
     """
     if name in row:
         return row[name]
@@ -118,10 +122,10 @@ def _cell_or_none(row: Mapping[str, Any], name: str) -> Any:
 
 
 def to_items(ctx: Context, rows: Iterable[tuple[str, Mapping[str, Any]]], columns: Columns) -> Items:
-    """Rows as prompts. Of each, no more is kept than goes into them.
+    """Rows as prompts. Other cells are not kept in memory.
 
     Args:
-        rows: what each is called in an error, and its cells.
+        rows: the name of each in errors, and its cells.
 
     Raises:
         BadRequest: a row has no prompt.

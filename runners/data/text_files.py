@@ -36,7 +36,7 @@ def lines(file: Path, where: str) -> Iterator[str]:
     """The lines of `file` with their ends, which may be LF, CRLF or CR.
 
     Args:
-        where: what errors call the file.
+        where: the name of the file in errors.
 
     Raises:
         BadRequest: it is in another encoding, holds a NUL byte, or its compressed data are damaged; names the line.
@@ -49,7 +49,7 @@ def lines(file: Path, where: str) -> Iterator[str]:
                 for number, line in enumerate(text, start=1):
                     if "\0" in line:
                         raise BadRequest(
-                            f"{where} line {number}: a NUL byte, so it is no text; "
+                            f"{where} line {number}: a NUL byte, so it is not text; "
                             "UTF-16 needs a byte order mark, else save it as UTF-8"
                         )
                     yield line
@@ -66,7 +66,7 @@ def encoding_of(head: bytes) -> str:
 
 
 def _unpacked(file: Path, where: str) -> Any:
-    """The file's contents as a buffered binary reader, decompressed by what it begins with and not by its name."""
+    """A buffered binary reader of the contents. Compression is detected by the first bytes, not by the name."""
     with file.open("rb") as raw:
         head = raw.read(HEAD_BYTES)
     for magic, what in _REFUSED:
@@ -77,7 +77,7 @@ def _unpacked(file: Path, where: str) -> Any:
 
 
 def _wrong_byte(file: Path, where: str, encoding: str) -> str:
-    """The first byte that `encoding` does not know, and its line."""
+    """The first byte that `encoding` cannot decode, and its line."""
     decoder = codecs.getincrementaldecoder(encoding)()
     line = 1
     with _unpacked(file, where) as raw:

@@ -1,4 +1,4 @@
-"""The passages of an index: a task's documents read, cut, and given ids and payloads."""
+"""The passages of an index: documents are read, cut, and given ids and payloads."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from runners.rag.chunks import Window, split, token_offsets
 BATCH_DOCUMENTS = 256
 MAX_FILE_BYTES = 64 * 2**20
 MAX_LISTED = 200
-"""Skipped documents that a result names; it always gives their number."""
+"""Upper bound of skipped documents that a result lists; it always gives their number."""
 
 
 class Passage(msgspec.Struct, frozen=True):
-    """What an index knows of one vector; the payload of a hit."""
+    """The data of one vector; the payload of a hit."""
 
     id: str | int
     text: str
@@ -46,14 +46,14 @@ class Skipped(msgspec.Struct, frozen=True):
     """A document that is not in the index."""
 
     document: str | int
-    """Its id: a file's path below the folder, with a slash behind a folder's."""
+    """Its id: a path below the folder; those of folders end in a slash."""
     reason: str
     minor: bool = False
-    """Hidden, or no document at all. Listed behind the others."""
+    """Hidden or binary. Listed after the others."""
 
 
 class Documents(msgspec.Struct, frozen=True):
-    """What was read, and what was not."""
+    """The documents of a task, and those that could not be read."""
 
     read: tuple[Document, ...]
     skipped: tuple[Skipped, ...]
@@ -63,7 +63,7 @@ def read_documents(ctx: Context, section: dict[str, Any] | None, path: str | Non
     """The documents of `faiss.documents` or `faiss.path`.
 
     Raises:
-        BadRequest: there are none, a row is no text, or two have the same id.
+        BadRequest: there are none, a row is not a text, or two have the same id.
         Cancelled: the node asked the task to stop.
     """
     if section is not None:
@@ -90,7 +90,7 @@ def load_source(ctx: Context, section: dict[str, Any], where: str) -> Items:
 
 
 def to_json(skipped: Sequence[Skipped]) -> dict[str, Any]:
-    """What a result says of skipped documents: at most MAX_LISTED with their reasons, and how many there are."""
+    """The result's fields about skipped documents: at most MAX_LISTED with their reasons, and the number of all."""
     if not skipped:
         return {}
     listed = sorted(skipped, key=lambda each: (each.minor, str(each.document)))[:MAX_LISTED]
@@ -152,7 +152,7 @@ def _of_source(items: Items, where: str) -> Documents:
     seen: dict[str, str] = {}
     for index, (prompt, metadata, place) in enumerate(zip(items.prompts, items.metadata, items.wheres, strict=True)):
         name = _id_of(metadata, index, place)
-        if str(name) in seen:  # 7 and "7" would have passages of one name
+        if str(name) in seen:  # passages of 7 and "7" would have the same id
             raise BadRequest(f"{place}: its id {name!r} is also that of {seen[str(name)]}; ids in metadata must differ")
         seen[str(name)] = place
         documents.append(Document(name, text_of(prompt, place), metadata))
@@ -175,7 +175,7 @@ def _of_path(ctx: Context, path: Path, shown: str, where: str) -> Documents:
         try:
             return Documents((Document(path.name, _text_of_file(path, path.name), {"path": path.name}),), ())
         except UnreadableDocument as error:
-            raise BadRequest(f"{where}: {path.name!r} is no text file or document: {error}") from None
+            raise BadRequest(f"{where}: {path.name!r} is not a text file or readable document: {error}") from None
     if not path.is_dir():
         raise BadRequest(f"{where}: there is no file or folder {shown!r} on this node")
     found = list(_walk(ctx, path))
@@ -191,7 +191,7 @@ def _of_path(ctx: Context, path: Path, shown: str, where: str) -> Documents:
 
 
 def _walk(ctx: Context, folder: Path) -> Iterator[Document | Skipped]:
-    """Every file below `folder`, by its path: its text, or why it has none."""
+    """Every file below `folder`: its text, or the reason why it is skipped."""
 
     def unlisted(error: OSError) -> None:
         refused.append(Skipped(_below(Path(error.filename), folder) + "/", f"cannot be listed: {error.strerror}"))

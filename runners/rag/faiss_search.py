@@ -20,7 +20,7 @@ from runners.rag.task import Faiss, RagTask
 
 WHERE = "spec.faiss"
 SAME_SPACE = 0.5
-"""Cosine of two embeddings of one text; those of different models have next to none."""
+"""Least cosine of two embeddings of one text by the same model; different models give about 0."""
 
 
 class FaissSearcher:
@@ -107,10 +107,10 @@ def _open(ctx: Context, task: RagTask, wanted: Faiss, loaded: store.Loaded) -> t
 
 
 def _check_same_space(ctx: Context, loaded: store.Loaded, embedder: Embedder) -> None:
-    """The model has another name than that of the index: perhaps just another place. Its vectors tell.
+    """Check a model whose name differs from that of the index, which may be the same model at another path.
 
     Raises:
-        BadRequest: they have nothing to do with those of the index.
+        BadRequest: its vectors differ from those of the index.
     """
     own = loaded.about.embedding_model
     stored, made = loaded.index.vector(0), embedder.embed(ctx, [loaded.passages[0].text], "document")[0]
@@ -165,7 +165,7 @@ def _build(ctx: Context, task: RagTask, wanted: Faiss) -> tuple[FaissSearcher, E
 
 
 def _without_zeros(passages: list[Passage], vectors: np.ndarray) -> tuple[list[Passage], np.ndarray, list[Skipped]]:
-    """What can be compared with a query. A vector of zeros is as near to everything as to nothing."""
+    """Passages with vectors that can be compared with a query, and the skipped rest. Zeros have no direction."""
     kept, zeros = np.flatnonzero(vectors.any(axis=1)), np.flatnonzero(~vectors.any(axis=1))
     if not zeros.size:
         return passages, vectors, []

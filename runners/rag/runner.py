@@ -1,4 +1,4 @@
-"""The rag runner: queries in, passages out, and answers made from them where the task wants any."""
+"""The rag runner: finds passages for queries, and generates answers from them if the task asks for it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class RagRunner(Runner):
         found, marks = self._search(ctx, searcher, embedder, texts, task.top_k)
         search_s = time.monotonic() - since
         embedding = {"model": embedder.name, "dimension": embedder.dimension, "device": embedder.device}
-        del embedder  # its memory is the model's, where answers are made
+        del embedder  # frees its memory for the generating model
         entries, model, answer_s, tokens, misfits = self._answer(ctx, task, own, found, marks)
         ctx.phase("save")
         results: dict[str | None, dict[str, Any]] = {}
@@ -105,7 +105,7 @@ class RagRunner(Runner):
     def _search(
         ctx: Context, searcher: Any, embedder: Any, texts: list[str], top_k: int
     ) -> tuple[list[list[Any]], list[dict[str, bool]]]:
-        """Each query's hits, and what its entry says where they are not what was asked for."""
+        """Each query's hits, and the flags of its entry: truncated, zero_vector, fewer_than_top_k."""
         if not texts:
             return [], []
         vectors = embedder.embed(ctx, texts, "query")
@@ -127,7 +127,7 @@ class RagRunner(Runner):
         found: list[list[Any]],
         marks: list[dict[str, bool]],
     ) -> tuple[list[dict[str, Any]], str | None, float, list[tuple[int, int]], dict[int, BadRequest]]:
-        """Each query's entry, and with answers: the model, seconds, each one's tokens, and whom it cannot be asked."""
+        """Each query's entry; with answers also the model, seconds, each one's tokens, and errors of merged queries."""
         asked = [
             (text, metadata, where, queries.system_prompt, task_id is not None)
             for task_id, queries in own.items()
@@ -195,7 +195,7 @@ def read_queries(ctx: Context, task: RagTask, spec: dict[str, Any], where: str) 
 
 
 def _available(searcher: Any, top_k: int) -> dict[str, int]:
-    """How many passages there are, where that is less than a query asks for."""
+    """The number of passages, if it is less than `top_k`."""
     count = searcher.describe().get("count")
     return {"available": count} if isinstance(count, int) and count < top_k else {}
 

@@ -1,4 +1,4 @@
-"""The folder of an index on disk: `index.faiss`, `passages.jsonl`, `index.json`. Written whole or not at all.
+"""The folder of an index on disk: `index.faiss`, `passages.jsonl`, `index.json`. Written atomically.
 
 Nothing in it is code: FAISS's own format and JSON. It can be packed, moved, and loaded by path, task id or URL.
 """
@@ -38,21 +38,21 @@ class About(msgspec.Struct, frozen=True, kw_only=True):
     chunk_tokens: int
     chunk_overlap: int
     sha256: dict[str, str] | None = None
-    """Of `index.faiss` and `passages.jsonl`; None: an older node wrote it."""
+    """Checksums of `index.faiss` and `passages.jsonl`; None: written by an older version."""
 
 
 class Loaded(msgspec.Struct, frozen=True):
-    """An index with what its rows stand for."""
+    """An index with its passages."""
 
     index: Index
     passages: Passages
     about: About
     folder: Path | None
-    """Where it lies on disk; None: only in memory."""
+    """Its folder on disk; None: only in memory."""
 
 
 class Passages:
-    """The passages by row number; decoded when a hit asks for one."""
+    """The passages by row number, decoded on access."""
 
     def __init__(self, lines: Sequence[bytes], where: str) -> None:
         self._lines = lines
@@ -70,7 +70,7 @@ class Passages:
         try:
             return self._decoder.decode(self._lines[row])
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise BadRequest(f"{self._where}: {PASSAGES} line {row + 1} is no passage: {error}") from None
+            raise BadRequest(f"{self._where}: {PASSAGES} line {row + 1} is not a passage: {error}") from None
 
     def write(self, path: Path) -> None:
         with path.open("wb") as file:
@@ -121,11 +121,11 @@ def read(ctx: Context, folder: Path, where: str) -> Loaded:
     if about.version != VERSION:
         raise BadRequest(f"{where}: an index of version {about.version}; this node reads version {VERSION}")
     if not _as_saved(ctx, folder, VECTORS, about):
-        raise BadRequest(f"{where}: {VECTORS} is no index of FAISS as it was saved: its checksum is another one")
+        raise BadRequest(f"{where}: {VECTORS} is not the file that was saved: its checksum differs")
     try:
         vectors = faiss.read_index(os.fspath(folder / VECTORS))
     except RuntimeError as error:
-        raise BadRequest(f"{where}: {VECTORS} is no index of FAISS: {str(error).splitlines()[0][:200]}") from None
+        raise BadRequest(f"{where}: {VECTORS} is not an index of FAISS: {str(error).splitlines()[0][:200]}") from None
     try:
         lines = (folder / PASSAGES).read_bytes().splitlines()
     except FileNotFoundError:
@@ -136,7 +136,7 @@ def read(ctx: Context, folder: Path, where: str) -> Loaded:
             f"passages, where {ABOUT} says {about.count} of {about.recipe.dimension}"
         )
     if not _as_saved(ctx, folder, PASSAGES, about):
-        raise BadRequest(f"{where}: {PASSAGES} is not as it was saved: its checksum is another one")
+        raise BadRequest(f"{where}: {PASSAGES} is not the file that was saved: its checksum differs")
     if about.count == 0:
         raise BadRequest(f"{where}: the index is empty, there is nothing to find in it")
     check_index(ctx, vectors, about.recipe, f"{where}: {VECTORS}")
@@ -158,12 +158,12 @@ def _checksum(ctx: Context, path: Path) -> str:
 
 
 def is_index(path: Path) -> bool:
-    """Whether a path is an index's folder, or that of a task that saved one."""
+    """Whether `path` is the folder of an index, or of a task that saved one."""
     return (path / VECTORS).is_file() or (path / FOLDER / VECTORS).is_file()
 
 
 def _written_out(wanted: str | IndexSource, ctx: Context) -> IndexSource:
-    """A bare string is a URL, a path, or a task's id: by its look, then by what is there."""
+    """A bare string is a URL, an existing path, or else a task id."""
     if isinstance(wanted, IndexSource):
         return wanted
     if wanted.startswith(("http://", "https://")):

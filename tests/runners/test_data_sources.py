@@ -128,7 +128,7 @@ def test_bad_jsonl(load, tmp_path, text: str, message: str) -> None:
         ({"type": "jsonl"}, r"spec\.data: give either `path` or `url`"),
         ({"type": "jsonl", "path": "a", "url": "http://h/x"}, r"spec\.data: give either `path` or `url`"),
         ({"type": "csv", "path": "/no/such"}, r"spec\.data\.path: there is no file '/no/such'"),
-        ({"type": "csv", "url": "/no/such"}, r"spec\.data\.url: '/no/such' is no http"),
+        ({"type": "csv", "url": "/no/such"}, r"spec\.data\.url: '/no/such' is not an http"),
         ({"type": "jsonl", "path": "a", "colum": "b"}, r"spec\.data\.colum: unknown field; did you mean 'column'"),
     ],
 )
