@@ -86,9 +86,9 @@ class Prepared:
         """
         text = ", ".join(f"{count} ({reason})" for reason, count in self.dropped[name].items())
         if self.size[name] == 0:
-            limit = self._plan.training.max_seq_length
             field = "spec.data" if name == "train" else "spec.data.eval"
-            raise BadRequest(f"{field}: no row is left of {len(self._rows[name].dataset)}; dropped: {text}; {limit=}")
+            remedy = f"; it is {self._plan.training.max_seq_length}: raise it" if "max_seq_length" in text else ""
+            raise BadRequest(f"{field}: no row is left of {len(self._rows[name].dataset)}; dropped: {text}{remedy}")
         if text:
             self._ctx.log.warning("rows dropped from %s: %s; %d are left", name, text, self.size[name])
         if self.truncated[name]:

@@ -20,6 +20,11 @@ class SftRows:
     """Makes `input_ids` and `labels` of one row at a time."""
 
     def __init__(self, tokenizer: Any, config: Any) -> None:
+        if config.completion_only_loss:
+            raise BadRequest(
+                "spec.training.trainer_args.completion_only_loss: would have no effect on whole texts; give chats in "
+                "spec.data.messages, and assistant_only_loss"
+            )
         self._tokenizer = tokenizer
         self._assistant_only = config.assistant_only_loss
         self._marked: str | None = None
