@@ -1,4 +1,4 @@
-"""A reward from a sequence classifier: its logit for a label, or how much more positive than negative it reads."""
+"""A reward from a sequence classifier: its logit for a label, or positive minus negative probability."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from runners.training.settings import RewardModel
 
 BATCH = 32
 NAMES = {"positive": ("positive", "pos", "label_1"), "negative": ("negative", "neg", "label_0")}
-"""How classifiers of sentiment call their labels, in the order they are tried."""
+"""Label names of sentiment classifiers, in the order they are tried."""
 
 
 class ModelReward:
@@ -73,7 +73,7 @@ class ModelReward:
         return rate if self._negative is None else rate - logits[:, self._negative]
 
     def _ids(self, prompt: Any, completion: str) -> list[int]:
-        """As a `reward` task trains its one output; classifiers of several labels know no end token."""
+        """Tokens as in a `reward` task, whose models have one output. Other classifiers read no end token."""
         if self._model.config.num_labels == 1 or (isinstance(prompt, list) and self._tokenizer.chat_template):
             found = answer_ids(self._tokenizer, prompt, completion, lambda: "spec.data.prompts")
         else:
@@ -82,11 +82,11 @@ class ModelReward:
         if len(found) <= self._given.max_length:
             return found
         first = found[:1] if found[0] in self._tokenizer.all_special_ids else []
-        return first + found[len(found) - self._given.max_length + len(first) :]  # the completion is what is judged
+        return first + found[len(found) - self._given.max_length + len(first) :]  # keeps the completion
 
 
 def _labels(given: RewardModel, labels: dict[str, int], count: int) -> tuple[int, int | None]:
-    """The outputs that speak for and against a completion."""
+    """Indices of the positive and the negative output."""
 
     def find(name: str | None, field: str, default: tuple[str, ...]) -> int | None:
         wanted = (name.lower(),) if name else default

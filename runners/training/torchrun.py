@@ -83,7 +83,7 @@ def _environment(plan: Plan) -> dict[str, str]:
 
 
 def _serve(listener: socket.socket, agent: subprocess.Popen[bytes], ctx: Context) -> None:
-    """Hand the task's pipe to the rank that asks for it, until torchrun ends."""
+    """Pass the task's pipe to the rank that connects, until torchrun exits."""
     handle = os.pidfd_open(agent.pid)
     try:
         poller = select.poll()
@@ -99,7 +99,7 @@ def _serve(listener: socket.socket, agent: subprocess.Popen[bytes], ctx: Context
 
 
 def _end(agent: subprocess.Popen[bytes]) -> None:
-    """torchrun hands SIGTERM on to its ranks; what is left of them dies with it."""
+    """End torchrun, which forwards SIGTERM. Remaining ranks are killed with it (PDEATHSIG)."""
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         if agent.poll() is None:
