@@ -1,6 +1,6 @@
 """Where a run starts: the model, other weights, or a trainer's checkpoint; and which checkpoints are complete.
 
-A process that is killed while it writes leaves a torn checkpoint: it is skipped with a warning, the one before counts.
+A process killed while writing leaves an incomplete checkpoint. It is skipped with a warning for the one before it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Start:
 def start_of(plan: Plan, ctx: Context, loaded: Loaded | None) -> Start:
     """Where this run starts.
 
-    The task's own checkpoints win, since they are there only if it was begun before; then `resume_from_path`,
+    The task's own checkpoints come first: they exist only after an earlier attempt. Then `resume_from_path`,
     then `checkpoint.load`, then `model.source`.
 
     Args:

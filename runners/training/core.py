@@ -168,7 +168,7 @@ def _agreed(start: Start, ctx: Context, meter: Meter) -> Start:
         ctx.log.warning("nodes have checkpoints of different steps: all start from the beginning")
         return dataclasses.replace(start, resume=None)
     raise RunnerError(
-        f"this node goes on from step {step}, others from {least if most == step else most}; "
+        f"this node resumes from step {step}, others from {least if most == step else most}; "
         "name a folder that all nodes see in spec.training.resume_from_path"
     )
 

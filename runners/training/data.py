@@ -40,6 +40,8 @@ class Rows:
     """Maps a row's index to its place in the source, for errors."""
     as_json: frozenset[str] = frozenset()
     """Columns for rewards that are stored as JSON text, because Arrow would change their types."""
+    is_arrow: bool = False
+    """Whether the values come from another library's tables, where a column of integers may have become floats."""
     dropped: dict[str, int] = field(default_factory=dict)
     """Number of rows dropped so far, by reason."""
 
@@ -53,7 +55,7 @@ def load(plan: Plan, ctx: Context, jsonl: JsonlFile | None) -> Rows:
     Raises:
         BadRequest: naming the place of the first bad row, the missing column and those there are.
     """
-    rows = _dataset(plan, ctx) if plan.source == "dataset" else _from_rows(plan, jsonl)
+    rows = _dataset(plan, ctx) if plan.source == "dataset" else _from_rows(plan, ctx, jsonl)
     if len(rows.dataset) == 0:
         raise BadRequest(EMPTY)
     return rows
@@ -71,10 +73,12 @@ def _beyond(plan: Plan, count: int) -> dict[str, int]:
     return {} if limit is None or count <= limit else {"beyond spec.data.max_samples": count - limit}
 
 
-def _from_rows(plan: Plan, jsonl: JsonlFile | None) -> Rows:
+def _from_rows(plan: Plan, ctx: Context, jsonl: JsonlFile | None) -> Rows:
     """Rows in the task itself, or in its JSONL file."""
     columns = plan.data.columns(jsonl=jsonl is not None)
     read = functools.partial(inline_rows, plan) if jsonl is None else functools.partial(jsonl_rows, jsonl)
+    if not plan.kind.rewarded:
+        _log_unread(ctx, next(read(), ("", {}))[1], columns)
 
     def shaped() -> Iterator[dict[str, Any]]:
         return (shape(row, columns, where, plan) for where, row in itertools.islice(read(), plan.data.max_samples))
@@ -90,6 +94,13 @@ def _from_rows(plan: Plan, jsonl: JsonlFile | None) -> Rows:
         as_json=as_json,
         dropped=_beyond(plan, total),
     )
+
+
+def _log_unread(ctx: Context, there: Any, columns: list[Column]) -> None:
+    """Log columns that no trainer reads: ids, sources, scores."""
+    read = {*(column.name for column in columns), "messages", *EXTRAS, *REFUSED}
+    if isinstance(there, list | dict) and (unread := [str(name) for name in there if name not in read]):
+        ctx.log.info("columns not read: %s", ", ".join(unread))
 
 
 def _arrow(plan: Plan, shaped: Callable[[], Iterator[dict[str, Any]]]) -> tuple[Dataset, frozenset[str]]:
@@ -196,8 +207,7 @@ def _dataset(plan: Plan, ctx: Context) -> Rows:
     rest = [name for name in there if name not in names]
     if not plan.kind.rewarded:
         rest = [name for name in rest if name in (*EXTRAS, *REFUSED)]
-        if unread := [name for name in there if name not in (*names, *rest)]:
-            ctx.log.info("columns not read: %s", ", ".join(unread))
+        _log_unread(ctx, there, columns)
     name = plan.data.dataset_name
     count = len(dataset)
     chosen = _chosen(plan, count)
@@ -219,6 +229,7 @@ def _dataset(plan: Plan, ctx: Context) -> Rows:
         if len(dataset)
         else dataset,
         where=lambda i: f"{name} row {chosen[i]}",
+        is_arrow=True,
         dropped=_beyond(plan, count),
     )
 

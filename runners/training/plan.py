@@ -183,7 +183,7 @@ def _model(spec: dict[str, Any]) -> settings.Model:
     if model.vllm is not None:
         raise BadRequest("spec.model.vllm: training does not run on vLLM; leave it out")
     if model.adapters:
-        raise BadRequest("spec.model.adapters: give the adapter to go on from as spec.checkpoint.load instead")
+        raise BadRequest("spec.model.adapters: give the adapter to continue as spec.checkpoint.load instead")
     options = model.transformers
     if options.load_in_8bit and options.load_in_4bit:
         raise BadRequest("spec.model.transformers.load_in_4bit: given besides load_in_8bit; give one")

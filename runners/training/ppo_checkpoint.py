@@ -76,7 +76,7 @@ def load(folder: Path, place: Place, accelerator: Any, parts: dict[str, Any]) ->
             set_rng_state(torch.load(folder / rng_name(place), weights_only=True))
         state: dict[str, Any] = json.loads((folder / STATE_FILE).read_text())
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise RunnerError(f"cannot go on from {folder}: {' '.join(str(error).split()):.500}") from error
+        raise RunnerError(f"cannot resume from {folder}: {' '.join(str(error).split()):.500}") from error
     return state
 
 

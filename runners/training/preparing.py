@@ -59,7 +59,7 @@ class Prepared:
         """The steps of preparation that are not left to TRL."""
         rows = self._rows[name]
         if self._plan.kind.trainer == "SFTTrainer":
-            return self._sft(name, dataset, SftRows(tokenizer, args), None if packs else args.max_length, args)
+            return self._sft(name, dataset, SftRows(tokenizer, args), args, packs=packs)
         if self._plan.kind.trainer == "RewardTrainer":
             return self._reward(name, dataset, tokenizer, args.max_length)
         return _as_written(rows, dataset, tokenizer, self._ctx)
@@ -113,15 +113,17 @@ class Prepared:
             self.dropped[name][reason] = self.dropped[name].get(reason, 0) + count
             self.size[name] -= count
 
-    def _sft(self, name: str, dataset: Any, maker: SftRows, whole: int | None, args: Any) -> Any:
+    def _sft(self, name: str, dataset: Any, maker: SftRows, args: Any, *, packs: bool) -> Any:
         rows = self._rows[name]
+        whole = None if packs else args.max_length
+        limit = None if packs and args.packing_strategy != "bfd" else args.max_length  # the others cut no row short
         cut = slice(-whole, None) if whole and args.truncation_mode == "keep_end" else slice(None, whole)
 
         def tokens(row: dict[str, Any], i: int) -> dict[str, Any]:
             made = maker.tokens(row, lambda: rows.where(i))
             length = len(made["input_ids"])
             ids, labels = made["input_ids"][cut], made["labels"][cut]
-            self._bounds.check(ids, lambda: rows.where(i))
+            self._bounds.check(ids[:limit], lambda: rows.where(i))
             learns = any(label != MASKED for label in labels[1:])
             reason = NO_WEIGHT if row.get("weight") == 0 else NO_TOKENS if length < 2 else MASKED_AWAY
             return {
@@ -132,7 +134,7 @@ class Prepared:
             }
 
         found = mapped(dataset, tokens, self._ctx, name="tokens", remove_columns=dataset.column_names)
-        self.truncated[name] = sum(whole is not None and length > whole for length in found["length"])
+        self.truncated[name] = sum(limit is not None and length > limit for length in found["length"])
         return self._without_dropped(name, found.remove_columns("length"))
 
     def _reward(self, name: str, dataset: Any, tokenizer: Any, max_length: int | None) -> Any:

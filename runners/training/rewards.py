@@ -48,7 +48,9 @@ def load(plan: Plan, ctx: Context, device: Any, rows: Rows) -> list[Reward]:
     rewards: list[Reward] = []
     for i, given in enumerate(plan.rewards):
         if isinstance(given, RewardModel):
-            rewards.append(ModelReward.load(given, ctx, device))
+            reward = ModelReward.load(given, ctx, device)
+            reward.check(rows)
+            rewards.append(reward)
         else:
             rewards.append(function(given, _place(plan, ctx, i), rows, ctx))
     return rewards
@@ -149,7 +151,7 @@ def function(given: RewardFunction, where: str, rows: Rows, ctx: Context) -> Rew
         case "exact_match":
             column = _answer_column(given, where, rows)
             return FunctionReward(
-                "exact_match", given.weight, lambda _p, text, row: float(text.strip() == as_text(row[column]).strip())
+                "exact_match", given.weight, lambda _p, text, row: float(text.strip() in spellings(row[column], rows))
             )
         case "json_valid":
             return FunctionReward("json_valid", given.weight, lambda _p, text, _c: float(_is_json(text)))
@@ -183,9 +185,17 @@ def _answer_column(given: RewardFunction, where: str, rows: Rows) -> str:
     return column
 
 
-def as_text(value: Any) -> str:
-    """A value as the document writes it: 4 is not 4.0, and true is not True."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+def spellings(value: Any, rows: Rows) -> tuple[str, ...]:
+    """An answer as the document writes it: 4 is not 4.0, and true is not True.
+
+    A dataset's column of floats does not show whether the document wrote 4 or 4.0: both count.
+    """
+    if isinstance(value, str):
+        return (value.strip(),)
+    written = json.dumps(value, ensure_ascii=False)
+    if rows.is_arrow and isinstance(value, float) and value.is_integer():
+        return written, str(int(value))
+    return (written,)
 
 
 def _is_json(text: str) -> bool:

@@ -39,6 +39,12 @@ def shape(row: Any, columns: list[Column], where: str, plan: Plan) -> dict[str, 
         found[column.role] = checked(row[column.name], column, where, plan)
     if plan.kind.rewarded:  # rewards may look at any other column
         taken = {column.name for column in columns}
+        for name in ("tools", "chat_template_kwargs"):
+            if row.get(name):
+                raise BadRequest(
+                    f"{where}: column {name!r} would have no effect: {plan.kind.task_type} writes prompts without it; "
+                    "leave it out, or rename it where a reward reads it"
+                )
         found |= {key: value for key, value in row.items() if key not in found and key not in taken}
     else:
         taken = {column.name for column in columns}

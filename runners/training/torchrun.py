@@ -55,7 +55,7 @@ def run(plan: Plan, layout: Layout, ctx: Context, fetched: Inputs) -> list[Repor
             _end(agent)
     status = agent.returncode
     if status != 0 and all(ranks.read_report(folder, local) is None for local in range(layout.ranks)):
-        raise RunnerError(f"torchrun ended with {status} before a rank had begun; its log is in the task's")
+        raise RunnerError(f"torchrun ended with {status} before a rank started; see the task's log")
     endings = [groups.Ending(local, status, ended_by_us) for local in range(layout.ranks)]
     return groups.verdict(ctx, folder, endings)
 

@@ -93,8 +93,8 @@ class TrlJob:
         except NothingLeft:
             self._ctx.log.info("%s is of the last step: nothing is left to train", self.start.resume)
         except (ValueError, KeyError, RuntimeError) as error:
-            if resume is not None and self._meter.total == 0:  # it had not begun yet
-                raise RunnerError(f"cannot go on from {resume}: {' '.join(str(error).split()):.500}") from error
+            if resume is not None and self._meter.total == 0:  # before the first step
+                raise RunnerError(f"cannot resume from {resume}: {' '.join(str(error).split()):.500}") from error
             raise
 
     @property
