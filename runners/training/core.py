@@ -198,7 +198,7 @@ def _timeout_s(plan: Plan) -> int:
 
 
 def result_of(setup: Setup, job: TrainingJob, seconds: float) -> dict[str, Any]:
-    """The task's result. Delivery adds the archive's fields."""
+    """The task's result, as in docs/tasks.md. Delivery adds the archive's fields."""
     plan, ctx = setup.plan, setup.ctx
     result: dict[str, Any] = {
         "task_id": ctx.task_id,

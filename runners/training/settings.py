@@ -1,6 +1,6 @@
 """Sections of a training task as structs: `training`, `lora`, `generation`, `reward_model`, `reward`, `model`.
 
-Every field has a reader elsewhere. A field that is not here is refused by name.
+Every field of docs/tasks.md is here and has a reader elsewhere. A field that is not here is refused by name.
 """
 
 from __future__ import annotations
