@@ -1,30 +1,39 @@
-"""Every error that a FlowMesh program raises on purpose, and the exit code that each one ends with.
+"""The errors that FlowMesh programs raise on purpose, and the exit code of each.
 
-A message says what was wrong, where it stood, and what to do about it, in one line.
+A message says on one line what was wrong, where, and what to do about it.
 """
 
 EXIT_OK = 0
 EXIT_FAILURE = 1
-EXIT_USAGE = 2  # the command line itself was wrong
-EXIT_UNAVAILABLE = 69  # a service that is needed does not answer (sysexits EX_UNAVAILABLE)
-EXIT_TRY_AGAIN = 75  # somebody else holds what is needed; later it may work (EX_TEMPFAIL)
-EXIT_CONFIG = 78  # a setting is wrong; a restart will not help (EX_CONFIG)
+"""A task failed, or `flowmesh doctor` found something broken. Also the base class's: no better code applies."""
+EXIT_USAGE = 2
+"""The command line is wrong, as click reports it. A service manager should not restart the program."""
+EXIT_UNAVAILABLE = 69
+"""A required service, such as Redis or the node, does not answer (EX_UNAVAILABLE of sysexits.h)."""
+EXIT_TRY_AGAIN = 75
+"""Another process holds a required resource, or no worker is free; a later try may work (EX_TEMPFAIL)."""
+EXIT_CONFIG = 78
+"""A setting is wrong. A service manager should not restart the program (EX_CONFIG)."""
+EXIT_BY_SIGNAL = 128
+"""Plus the signal's number, as shells report it: a command that a signal interrupted."""
+EXIT_INTERRUPTED = EXIT_BY_SIGNAL + 2
+"""Ctrl-C (SIGINT)."""
 
 
 class FlowMeshError(Exception):
-    """The root of the tree: an error whose message is meant for a person."""
+    """Base class: an error whose message is meant for the user."""
 
     exit_code = EXIT_FAILURE
 
 
 class ConfigError(FlowMeshError):
-    """A setting cannot be used. Names the file or variable, the key, what was found and what is allowed."""
+    """A setting cannot be used. Names the file or variable, the key, the value found and the values allowed."""
 
     exit_code = EXIT_CONFIG
 
 
 class FieldError(FlowMeshError):
-    """A document has a field that cannot be used. `path` is dotted, as the document's author wrote it."""
+    """A field of a document cannot be used. `path` is its dotted path as the document's author wrote it."""
 
     def __init__(self, message: str, path: str) -> None:
         super().__init__(message)
@@ -32,7 +41,7 @@ class FieldError(FlowMeshError):
 
 
 class ProtocolError(FlowMeshError):
-    """A peer (Redis, a fork server, a task's child) said something that its protocol does not have."""
+    """A peer (Redis, a fork server, a task's child) sent a message that its protocol does not define."""
 
 
 class LaunchError(FlowMeshError):
@@ -40,7 +49,7 @@ class LaunchError(FlowMeshError):
 
 
 class DeviceError(FlowMeshError):
-    """A GPU, or the driver's library, did not answer as it should."""
+    """A GPU or the driver library failed, or did not answer in time."""
 
 
 class DeliveryError(FlowMeshError):
@@ -48,12 +57,12 @@ class DeliveryError(FlowMeshError):
 
 
 class UnavailableError(FlowMeshError):
-    """A service that the command needs is not there."""
+    """A required service does not answer."""
 
     exit_code = EXIT_UNAVAILABLE
 
 
 class BusyError(FlowMeshError):
-    """Another process holds what this one needs."""
+    """A required resource is in use; a later try may work."""
 
     exit_code = EXIT_TRY_AGAIN

@@ -1,6 +1,6 @@
-"""Where settings come from: the node's file, environment variables and flags, laid over one another key by key.
+"""Sources of settings: the node's file, environment variables and flags, merged key by key.
 
-Nothing here judges a value; it knows which keys there are, turns text into plain data, and remembers who set what.
+Knows the valid keys, turns text into plain data, and records the origin of each value. Values are not validated here.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ VARIABLES = {
     "MODEL_ARCHIVE_PIGZ_BIN": "archive.pigz_bin",
     "MODEL_ARCHIVE_TAR_BIN": "archive.tar_bin",
 }
-"""The environment variables of the contract, and the key that each one sets."""
+"""The supported environment variables, and the key that each one sets."""
 
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off"}
@@ -47,7 +47,7 @@ _TOML_AT = re.compile(r"^(?P<what>.*) \(at (?:line (?P<line>\d+), column (?P<col
 
 
 class Sections:
-    """The keys that there are: of each `[section]`, of each `[section.NAME]`, and of each `[[section]]` of a list."""
+    """The valid keys: of each `[section]`, of each `[section.NAME]`, and of each `[[section]]` list."""
 
     def __init__(self, settings: type[msgspec.Struct]) -> None:
         self.plain: dict[str, dict[str, inspect.Type]] = {}
@@ -68,16 +68,16 @@ class Sections:
         return [*self.plain, *self.named, *self.listed]
 
     def keys(self) -> list[str]:
-        """Every key that has a name for flags, with NAME where a name of one's own goes."""
+        """Every key that a flag can set, with NAME for the part that the user chooses."""
         plain = [f"{section}.{key}" for section, fields in self.plain.items() for key in fields]
         return plain + [f"{section}.NAME.{key}" for section, fields in self.named.items() for key in fields]
 
     def home_of(self, key: str) -> str | None:
-        """A section that has `key`, for what was written into the wrong one."""
+        """The section that has `key`, to point to when it was written into another one."""
         return next((section for section, fields in self.plain.items() if key in fields), None)
 
     def resolve(self, key: str) -> tuple[tuple[str, ...], inspect.Type]:
-        """The path and the type of a dotted key, as flags give it. A NAME may have dots of its own.
+        """The path and the type of a dotted key from the command line. A NAME may contain dots.
 
         Raises:
             ConfigError: there is no such key.
@@ -104,7 +104,7 @@ def _fields(schema: inspect.Type) -> dict[str, inspect.Type]:
 
 
 class Layers:
-    """Values laid over one another. The last one wins, and its origin is remembered."""
+    """Merged values. The last source wins, and its origin is recorded."""
 
     def __init__(self, sections: Sections) -> None:
         self.sections = sections
@@ -120,7 +120,7 @@ class Layers:
         self.origins[dotted("", path)] = origin
 
     def add_file(self, document: Mapping[str, Any], origin: str) -> None:
-        """Raises ConfigError for a section or a key that there is not."""
+        """Raises ConfigError for an unknown section or key."""
         for section, body in document.items():
             if section not in self.sections.names:
                 raise ConfigError(f"{origin}: {dotted('', (section,))}: {self._stray(section)}")
@@ -163,7 +163,7 @@ class Layers:
         return f"unknown section; {nearest(section, self.sections.names)}"
 
     def add_environ(self, environ: Mapping[str, str]) -> None:
-        """An empty variable is an unset one."""
+        """Empty variables count as unset."""
         for variable, key in VARIABLES.items():
             if text := environ.get(variable, "").strip():
                 path, schema = self.sections.resolve(key)
@@ -180,7 +180,7 @@ class Layers:
             self.put(path, from_text(text.strip(), schema), COMMAND_LINE)
 
     def origin_of(self, place: str) -> str:
-        """Who set what stands at `place`, which may lie within a value (`node.tags[1]`) or above some."""
+        """Where the value at `place` came from. `place` may be inside a value (`node.tags[1]`) or a whole section."""
         for key, origin in self.origins.items():
             if place == key or place.startswith(f"{key}["):
                 return origin
@@ -190,16 +190,16 @@ class Layers:
 def _must_be_section(body: Any, path: tuple[str, ...], origin: str) -> None:
     if not isinstance(body, Mapping):
         key = dotted("", path)
-        # What stands here may be a secret in the wrong place: only its kind is said.
+        # The value may be a secret in the wrong place: show only its kind.
         raise ConfigError(f"{origin}: {key}: expected a section, [{key}], found {found(body, secret=True)}")
 
 
 def from_text(text: str, schema: inspect.Type) -> Any:
-    """`text` as the plain data that `schema` wants; the text itself where it cannot be read as that.
+    """Convert `text` to the plain data that `schema` expects; returns it unchanged where that is not possible.
 
-    Lists are separated by commas; true and false are 1/0, true/false, yes/no, on/off in any case.
+    List items are separated by commas; booleans are 1/0, true/false, yes/no, on/off in any case.
     """
-    kinds = [_bare(each) for each in (schema.types if isinstance(schema, inspect.UnionType) else (schema,))]
+    kinds = [_bare(member) for member in (schema.types if isinstance(schema, inspect.UnionType) else (schema,))]
     if not text and any(isinstance(kind, inspect.NoneType) for kind in kinds):
         return None
     match next(kind for kind in kinds if not isinstance(kind, inspect.NoneType)):
@@ -228,10 +228,10 @@ def _bare(schema: inspect.Type) -> inspect.Type:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The file as plain data.
+    """Read a TOML file.
 
     Raises:
-        ConfigError: it cannot be read, or is not TOML; with the line.
+        ConfigError: it cannot be read, or is not TOML; names the line.
     """
     import tomllib
 
@@ -247,7 +247,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: {_toml_words(str(error), text)}") from None
     except RecursionError:
         raise ConfigError(f"{path}: nested too deep") from None
-    except ValueError as error:  # an integer of thousands of digits, a date that there is not
+    except ValueError as error:  # an integer of thousands of digits, an impossible date
         raise ConfigError(f"{path}: not TOML: {_first_line(str(error))}") from None
 
 

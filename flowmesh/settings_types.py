@@ -1,4 +1,4 @@
-"""What a setting's value may be, each type with the words that its errors use."""
+"""The types of settings: each a pattern or a range, and the description that errors show."""
 
 from __future__ import annotations
 
@@ -58,16 +58,16 @@ class LogLevel(enum.StrEnum):
 
 
 class Isolation(enum.StrEnum):
-    """What holds a task's processes together."""
+    """How a task's processes are kept together, so that all of them can be found and killed."""
 
     AUTO = "auto"
-    """cgroup where the node may, else subreaper."""
+    """cgroup where the node has permission, else subreaper."""
     CGROUP = "cgroup"
     SUBREAPER = "subreaper"
 
 
 class SlotsMode(enum.StrEnum):
-    """How a node is cut into slots, each a worker with one task at a time."""
+    """How a node is divided into slots. Each slot is a worker that runs one task at a time."""
 
     ALL = "all"
     """One slot with everything."""

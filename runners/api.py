@@ -1,7 +1,7 @@
-"""What a runner is given and what it may raise. Every runner, ours or another package's, is written against this.
+"""The interface of runners, built-in ones and those of other packages: their base class, context and errors.
 
-A runner is a class with one method, `run(ctx) -> dict`; the dict is the task's result. It runs in a fresh process of
-its own, on the main thread, with stdout and stderr already going to the task's logs.
+A runner is a class with one method, `run(ctx) -> dict`; the dict is the task's result. It runs in a new process, on
+the main thread, with stdout and stderr redirected to the task's logs.
 """
 
 from __future__ import annotations
@@ -17,32 +17,42 @@ from flowmesh.messages.job import ArchiveRequest, Fault, Job, UploadRequest
 from flowmesh.processes.pipe import Cancel, FrameError, Phase, Pipe, Progress
 
 PROGRESS_INTERVAL_S = 0.1
-"""Progress between two ticks of this is not sent: nobody reads faster, and the pipe stays free."""
+"""Shortest interval between two progress frames; those between are dropped, to keep the pipe free."""
 
 T = TypeVar("T")
 
 
 class RunnerError(Exception):
-    """A run failed, and it is not the task's author who can mend it. The message is the task's one line."""
+    """A run failed, and the task's author cannot fix it. The message is the task's one-line error."""
 
     fault = Fault.ERROR
 
 
 class BadRequest(RunnerError):
-    """The task asks for something that cannot be done. The message names the field and the remedy."""
+    """The task asks for something that is not possible. The message names the field and the remedy."""
 
     fault = Fault.BAD_REQUEST
 
 
 class MissingDependency(BadRequest):
-    """A library that the task needs is not installed in its environment."""
+    """A library that the task needs is not installed in its environment.
+
+    Args:
+        library: its name for the user.
+        extra: the extra of flowmesh-supervisor that installs it.
+    """
 
     def __init__(self, library: str, extra: str) -> None:
         super().__init__(f"{library} is not installed in this environment: pip install 'flowmesh-supervisor[{extra}]'")
 
 
 class Cancelled(BaseException):
-    """The node asked this task to stop. Not an Exception, so that a runner's own handlers let it pass."""
+    """The node asked this task to stop. Not an Exception, so that a runner's `except Exception` does not catch it.
+
+    Args:
+        reason: for the task's error.
+        checkpoint: the runner should save a checkpoint first.
+    """
 
     def __init__(self, reason: str = "cancelled", *, checkpoint: bool = False) -> None:
         super().__init__(reason)
@@ -50,10 +60,14 @@ class Cancelled(BaseException):
         self.checkpoint = checkpoint
 
 
-class Context:
-    """A runner's view of its task and its node."""
+class TaskInput:
+    """A task's document, folders and resources, and the deliveries that the runner asks for.
 
-    def __init__(self, job: Job, pipe: Pipe | None = None) -> None:
+    Args:
+        job: as the node wrote it to the task's spool.
+    """
+
+    def __init__(self, job: Job) -> None:
         self.job = job
         self.task_id = job.task_id
         self.spec: dict[str, Any] = job.task.get("spec") or {}
@@ -68,7 +82,49 @@ class Context:
         self.log = logging.getLogger(f"flowmesh.task.{job.task_type}")
         self.archives: list[ArchiveRequest] = []
         self.uploads: list[UploadRequest] = []
+
+    def section(self, name: str, into: type[T]) -> T:
+        """`spec.<name>` as a struct; `{}` is converted if the task does not have it.
+
+        Raises:
+            BadRequest: names the field, the value found, and the values allowed.
+        """
+        return self.check(self.spec.get(name) or {}, into, f"spec.{name}")
+
+    @staticmethod
+    def check(value: Any, into: type[T], where: str) -> T:
+        """`value` as a struct of type `into`; `where` is its dotted path in the task.
+
+        Raises:
+            BadRequest: names the field, the value found, and the values allowed.
+        """
+        try:
+            return convert(value, into, where=where)
+        except FieldError as error:
+            raise BadRequest(str(error)) from None
+
+    def archive(self, folder: str) -> None:
+        """Under HTTP delivery, have the top-level `folder` of out_dir packed and uploaded; else do nothing."""
+        if self.job.delivers_http:
+            self.archives.append(ArchiveRequest(folder=folder))
+
+    def upload(self, path: str, field: str, child: str | None = None) -> None:
+        """Under HTTP delivery, have a file of out_dir uploaded and its url set as `result[field]`; else do nothing."""
+        if self.job.delivers_http:
+            self.uploads.append(UploadRequest(path=path, field=field, child=child))
+
+
+class Context(TaskInput):
+    """A runner's view of its task and its node: what the task asks for, and progress and cancellation.
+
+    Args:
+        pipe: to the node; None where there is none, as in a test.
+    """
+
+    def __init__(self, job: Job, pipe: Pipe | None = None) -> None:
+        super().__init__(job)
         self.phases: dict[str, float] = {}
+        """Seconds in each phase that has ended."""
         self._pipe = pipe
         self._cancel: Cancel | None = None
         self._phase: tuple[str, float] | None = None
@@ -76,42 +132,23 @@ class Context:
 
     @property
     def pipe(self) -> Pipe | None:
-        """The task's own pipe, for a runner that has ranks report over it; None outside a node."""
+        """The pipe to the node, for a runner whose ranks report over it; None where there is no node."""
         return self._pipe
 
-    # ---- the task's document -------------------------------------------------------------------------------------
-
-    def section(self, name: str, into: type[T]) -> T:
-        """`spec.<name>` as a struct, `{}` where the task has none.
-
-        Raises:
-            BadRequest: naming the field, what was found, and what is allowed.
-        """
-        return self.check(self.spec.get(name) or {}, into, f"spec.{name}")
-
-    @staticmethod
-    def check(value: Any, into: type[T], where: str) -> T:
-        """`value` as a struct of type `into`; `where` is the value's dotted path in the task.
-
-        Raises:
-            BadRequest: naming the field, what was found, and what is allowed.
-        """
-        try:
-            return convert(value, into, where=where)
-        except FieldError as error:
-            raise BadRequest(str(error)) from None
-
-    # ---- what the node hears -------------------------------------------------------------------------------------
-
     def phase(self, name: str) -> None:
-        """Enter a phase (`load`, `generate`, `train`, `save` …). Its seconds are in the task's event."""
-        self._close_phase()
+        """Enter a phase (`load`, `generate`, `train`, `save` …). The task's event has the seconds of each."""
+        self.finish()
         self._phase = (name, time.monotonic())
         if self._pipe is not None:
             self._pipe.send(Phase(name), drop=True)
 
     def progress(self, done: float, total: float | None = None, unit: str = "", **metrics: float) -> None:
-        """Tell how far the task is. Cheap enough for an inner loop. Also where a cancel takes effect.
+        """Report progress, and check for cancellation. Cheap enough for an inner loop.
+
+        Args:
+            done: how much is done, in `unit`s.
+            total: None if unknown.
+            metrics: such as loss=0.3; shown beside the progress.
 
         Raises:
             Cancelled: the node asked the task to stop.
@@ -124,21 +161,9 @@ class Context:
         if self._pipe is not None:
             self._pipe.send(Progress(done, total, unit, metrics), drop=True)
 
-    def archive(self, folder: str) -> None:
-        """Have the top-level `folder` of out_dir packed and uploaded, under HTTP delivery; a no-op otherwise."""
-        if self.job.delivers_http:
-            self.archives.append(ArchiveRequest(folder=folder))
-
-    def upload(self, path: str, field: str, child: str | None = None) -> None:
-        """Have a file of out_dir uploaded, under HTTP delivery: `result[field]` gets its url. A no-op otherwise."""
-        if self.job.delivers_http:
-            self.uploads.append(UploadRequest(path=path, field=field, child=child))
-
-    # ---- what the node asks --------------------------------------------------------------------------------------
-
     @property
     def cancelled(self) -> Cancel | None:
-        """The node's request to stop, or None. One system call; poll it as often as you like."""
+        """The node's request to stop, or None. One system call, cheap enough to poll often."""
         if self._cancel is None and self._pipe is not None:
             try:
                 frame = self._pipe.poll()
@@ -149,13 +174,13 @@ class Context:
         return self._cancel
 
     def check_cancelled(self) -> None:
-        """Raises Cancelled where the node asked the task to stop."""
+        """Raise Cancelled if the node asked the task to stop."""
         request = self.cancelled
         if request is not None:
             raise Cancelled(request.reason, checkpoint=request.checkpoint)
 
     def sleep(self, seconds: float) -> None:
-        """Wait, and wake at once for a cancel.
+        """Sleep; a cancellation wakes it at once.
 
         Raises:
             Cancelled: the node asked the task to stop.
@@ -169,26 +194,23 @@ class Context:
                 self._pipe.wait(left)
         self.check_cancelled()
 
-    def _close_phase(self) -> None:
+    def finish(self) -> None:
+        """End the current phase. The child calls this when the runner has returned or raised."""
         if self._phase is not None:
             name, since = self._phase
             self.phases[name] = round(self.phases.get(name, 0.0) + time.monotonic() - since, 6)
             self._phase = None
 
-    def finish(self) -> None:
-        """Close the last phase's clock. Called by the child when the runner has returned or raised."""
-        self._close_phase()
-
 
 class Runner(abc.ABC):
-    """One task type. Constructed without arguments in the task's own process; used once."""
+    """One task type. Constructed without arguments in the task's process, and used once."""
 
     @abc.abstractmethod
     def run(self, ctx: Context) -> dict[str, Any]:
-        """Run the task and return its result (JSON types; what is not finite becomes null).
+        """Run the task and return its result in JSON types; NaN and infinity become null.
 
         Raises:
-            BadRequest: the task's own fault.
-            RunnerError: anything else that can be said in one line.
-            Cancelled: by way of `ctx.progress`, `ctx.sleep` and `ctx.check_cancelled`.
+            BadRequest: the task itself is wrong.
+            RunnerError: any other failure with a one-line explanation.
+            Cancelled: raised by `ctx.progress`, `ctx.sleep` and `ctx.check_cancelled`.
         """

@@ -1,4 +1,4 @@
-"""What children run to show that tasks may: the first one of each fork server, and one on GPUs that had a fault."""
+"""Self-tests that run in a child before tasks do: of each new fork server, and of a GPU that had a fault."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PATTERN = 0xA5
 
 
 def check() -> None:
-    """Use each heavy library that was imported, with more than one thread where it has them.
+    """Use each heavy library that the fork server imported, with several threads where it has them.
 
     Raises:
         RuntimeError: a result was wrong.
@@ -34,10 +34,10 @@ def _multiply() -> None:
         try:
             _check_product(f"cuda:{index}")
         except RuntimeError as error:
-            # Another task's, which is no fault of this environment: any GPU will do, and none will do, too.
+            # Another task uses that GPU, which is no fault of this environment. One GPU is enough, and none is needed.
             if not (is_shortage(error) or "busy or unavailable" in str(error)):
                 raise
-            sys.stderr.write(f"canary: GPU {index} has no room for it: {error}\n")
+            sys.stderr.write(f"canary: skipped GPU {index}, which is in use: {error}\n")
         else:
             return
 
@@ -60,27 +60,27 @@ def _tokenize() -> None:
 
 
 def check_gpu(_pipe: object, _spool: Path) -> int:
-    """On each GPU that this process has: allocate, write and read back, multiply, compare, free. A child's entry.
+    """Main function of a child: on each of its GPUs allocate, write and read back, multiply, compare, free.
 
     Raises:
-        RuntimeError: a GPU is missing, or computed wrongly. Whatever CUDA raises on a bad one comes through too.
+        RuntimeError: a GPU is missing, or a result was wrong. CUDA's own errors pass through.
     """
     import torch
 
-    wanted = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     if not torch.cuda.is_available():
-        raise RuntimeError("torch cannot use CUDA in this environment")
-    if torch.cuda.device_count() != len(wanted):
-        raise RuntimeError(f"CUDA shows {torch.cuda.device_count()} of {len(wanted)} GPUs: {', '.join(wanted)}")
-    # Whole numbers whose sums float32 holds exactly: right is right to the last bit.
+        raise RuntimeError('torch cannot use CUDA in the environment "default": install its CUDA build there')
+    if torch.cuda.device_count() != len(visible):
+        raise RuntimeError(f"CUDA sees {torch.cuda.device_count()} of {len(visible)} GPUs: {', '.join(visible)}")
+    # Whole numbers whose sums float32 holds exactly, so that results must match to the last bit.
     left, right = torch.randint(0, 8, (2, SIDE, SIDE)).float()
     product = left @ right
-    for index, name in enumerate(wanted):
+    for index, name in enumerate(visible):
         device = torch.device("cuda", index)
         free_bytes, _ = torch.cuda.mem_get_info(device)
         block = torch.full((min(BLOCK_BYTES, free_bytes // 4),), PATTERN, dtype=torch.uint8, device=device)
         if not bool((block == PATTERN).all()):
-            raise RuntimeError(f"{name}: memory did not keep what was written")
+            raise RuntimeError(f"{name}: GPU memory returned other data than was written")
         if not torch.equal((left.to(device) @ right.to(device)).cpu(), product):
             raise RuntimeError(f"{name}: a matrix product was wrong")
         del block

@@ -1,4 +1,4 @@
-"""A task's child: reads its job, runs its runner, leaves the outcome. The one place here that knows the pipe."""
+"""The main function of a task's child process: reads the job, runs the runner, writes the outcome."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MAX_MESSAGE_CHARS = 2000
 MAX_DETAIL_CHARS = 64 * 1024
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
-# Made once, in the fork server: each costs more than a small task's whole work.
+# Created once in the fork server: building one takes longer than a small task.
 _job_decoder = msgspec.json.Decoder(Job)
 _outcome_encoder = msgspec.json.Encoder()
 _REHEARSAL = Job(
@@ -37,10 +37,10 @@ _REHEARSAL = Job(
 
 
 def rehearse() -> None:
-    """What can be done before there is a task, in a child that waits for one.
+    """Prepare a spare child before it has a task, and run a minimal task once.
 
-    With it goes a little of what every task does: each page of the memory that it shares with its fork server costs a
-    fault when it first writes there, and those are behind it then.
+    The first write to each page of memory that is shared with the fork server costs a page fault. The rehearsal takes
+    those faults in advance.
     """
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True, chain=False)
@@ -50,29 +50,29 @@ def rehearse() -> None:
 
 
 def main(pipe: Pipe, spool: Path) -> int:
-    """Run the job in `spool`; returns 0 where it succeeded and 1 where it did not."""
-    if not logging.getLogger().handlers:  # nobody had the time
+    """Run the job in `spool`; returns the exit code, 0 for success and 1 for failure."""
+    if not logging.getLogger().handlers:  # forked directly for this task, without a rehearsal
         rehearse()
     job = _job_decoder.decode((spool / JOB_FILE).read_bytes())
     pipe.send(Hello(VERSION, os.getpid()), drop=True)
     ctx = Context(job, pipe)
     signal.signal(signal.SIGTERM, _on_sigterm)
     outcome = run(job, ctx)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from here on it ends by itself, and soon
-    _tell("")
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the outcome is decided; the process exits on its own
+    _flush_logs()
     try:
         _write(spool / OUTCOME_FILE, outcome)
     except OSError as error:
         if error.errno not in _FULL:
             raise
-        shutil.rmtree(job.tmp_dir, ignore_errors=True)  # on the same disk, and nobody needs it any more
+        shutil.rmtree(job.tmp_dir, ignore_errors=True)  # frees space on the same disk, and is no longer needed
         _write(spool / OUTCOME_FILE, outcome)
     pipe.send(Finished(outcome.ok), drop=True)
     return 0 if outcome.ok else 1
 
 
 def run(job: Job, ctx: Context) -> Outcome:
-    """The runner's outcome, whatever it raises."""
+    """Run the runner and return its outcome; every exception becomes part of it."""
     fault, message, result = None, "", None
     detail = ""
     try:
@@ -91,9 +91,9 @@ def run(job: Job, ctx: Context) -> Outcome:
         fault, message, detail = _fault_of(error), _no_room(error, job) or _one_line(error), traceback.format_exc()
     if fault is not None:
         result = None
-        ctx.log.error("the task failed: %s", message)
+        ctx.log.error("task failed: %s", message)
         if detail:
-            _tell(detail)
+            _flush_logs(detail)
     ctx.finish()
     return Outcome(
         attempt=job.attempt,
@@ -108,11 +108,11 @@ def run(job: Job, ctx: Context) -> Outcome:
     )
 
 
-def _tell(text: str) -> None:
-    """Write to the task's log, as far as its disk takes it; that must not cost the outcome."""
-    for stream, words in ((sys.stdout, ""), (sys.stderr, text)):
-        with contextlib.suppress(OSError, ValueError):  # full, or closed by the task
-            print(words, end="\n" if words else "", file=stream, flush=True)
+def _flush_logs(last: str = "") -> None:
+    """Flush the task's logs, with a last text on stderr. A full disk must not prevent the outcome."""
+    for stream, text in ((sys.stdout, ""), (sys.stderr, last)):
+        with contextlib.suppress(OSError, ValueError):  # the disk is full, or the task closed the stream
+            print(text, end="\n" if text else "", file=stream, flush=True)
 
 
 def _runner(reference: str) -> Runner:
@@ -132,11 +132,11 @@ def _one_line(error: BaseException) -> str:
 
 
 def _no_room(error: BaseException, job: Job) -> str:
-    """Which disk is full, where that is what ended the task; libraries say it in errors of their own."""
+    """Which disk is full, if that ended the task; else empty. Libraries wrap the system's error in their own."""
     at: BaseException | None = error
     while at is not None:
-        told_in_words = os.strerror(errno.ENOSPC) in str(at)
-        if told_in_words or (isinstance(at, OSError) and at.errno in _FULL):
+        in_message = os.strerror(errno.ENOSPC) in str(at)
+        if in_message or (isinstance(at, OSError) and at.errno in _FULL):
             names = [at.filename] if isinstance(at, OSError) and isinstance(at.filename, str) else []
             folders = [*(os.path.dirname(name) or "." for name in names), job.out_dir, job.tmp_dir, job.cache_dir]  # noqa: PTH120
             folder = min(folders, key=_free_bytes)
@@ -149,7 +149,7 @@ def _free_bytes(folder: str) -> int:
     try:
         found = os.statvfs(folder)
     except OSError:
-        return 1 << 62  # not there: this is not the one
+        return 1 << 62  # the folder is missing, so it is not the full one
     return found.f_bavail * found.f_frsize
 
 
@@ -158,16 +158,16 @@ def _on_sigterm(_number: int, _frame: FrameType | None) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """What a runner's result may hold besides JSON types: numpy and torch scalars and arrays, paths."""
+    """Convert what a result may contain besides JSON types: numpy and torch scalars and arrays, paths."""
     if hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    raise TypeError(f"a {type(value).__name__} cannot be part of a result")
+    raise TypeError(f"a result cannot contain a {type(value).__name__}: return JSON types, arrays or paths")
 
 
 def _write(path: Path, outcome: Outcome) -> None:
-    """Whole or not at all; what is not finite becomes null."""
+    """Write the file atomically; NaN and infinity become null."""
     partial = path.with_suffix(".partial")
     partial.write_bytes(_outcome_encoder.encode(outcome))
     partial.rename(path)

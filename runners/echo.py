@@ -1,4 +1,4 @@
-"""`echo`: answers with its own spec. What probes, benchmarks and newcomers send."""
+"""Task type `echo`: returns its own spec, after an optional delay. For probes, benchmarks and first steps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class EchoRunner(Runner):
     def run(self, ctx: Context) -> dict[str, Any]:
         delay_s = ctx.spec.get("delaySec", 0)
         if isinstance(delay_s, bool) or not isinstance(delay_s, int | float) or not 0 <= delay_s <= 86400:
-            raise BadRequest(f"spec.delaySec: expected seconds from 0 to 86400, found {delay_s!r}")
+            raise BadRequest(f"spec.delaySec: expected a number of seconds from 0 to 86400, found {delay_s!r}")
         if delay_s:
             ctx.phase("wait")
             waited = 0.0

@@ -1,10 +1,10 @@
-"""Whether an error says that a GPU's memory was too small. Most libraries have an error of their own for that."""
+"""Recognizes errors that mean a GPU ran out of memory; most libraries have a class or a message of their own."""
 
 from __future__ import annotations
 
 import re
 
-_TOLD = re.compile(
+_MESSAGE = re.compile(
     r"CUDA out of memory|CUDA (?:driver )?error: out of memory|Cuda failure \d* ?'out of memory'|"
     r"(?:CUBLAS|CUDNN|CUSOLVER|CUSPARSE)_STATUS_ALLOC_FAILED",
     re.IGNORECASE,
@@ -12,4 +12,5 @@ _TOLD = re.compile(
 
 
 def is_shortage(error: BaseException) -> bool:
-    return type(error).__name__ == "OutOfMemoryError" or bool(_TOLD.search(str(error)))
+    """Whether `error` means that a GPU ran out of memory."""
+    return type(error).__name__ == "OutOfMemoryError" or bool(_MESSAGE.search(str(error)))

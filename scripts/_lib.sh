@@ -1,5 +1,5 @@
-# Shared by the scripts beside it: finds a Python, and makes virtual environments that are made again only when
-# what they hold has changed. Sourced, never run.
+# Sourced by the other scripts: finds a Python, and makes virtual environments, which are updated only when their
+# dependencies have changed.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -17,8 +17,8 @@ find_python() {
     return 1
 }
 
-# ensure_venv FOLDER STAMP INSTALL: makes FOLDER and runs the function INSTALL with its pip, unless that was done
-# already for the same STAMP and the same pyproject.toml.
+# ensure_venv FOLDER STAMP INSTALL: makes the virtual environment FOLDER and calls the function INSTALL with its pip
+# command, unless that was done before with the same STAMP, Python and pyproject.toml.
 ensure_venv() {
     local folder=$1 install=$3 python want
     python=$(find_python)

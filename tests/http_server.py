@@ -1,4 +1,4 @@
-"""A real HTTP server on loopback that receives results as contract.md says, and misbehaves on request.
+"""A real HTTP server on loopback that receives results as docs/contract.md says, and misbehaves on request.
 
 Each request takes the next step of `plan`; where there is none left it is accepted. What arrived whole is in
 `received`, with a file's checksum taken while it was read.

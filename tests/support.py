@@ -147,7 +147,7 @@ class RedisServer:
 
 
 class Orchestrator:
-    """Dispatches tasks and hears events, as contract.md has it."""
+    """Dispatches tasks and hears events, as docs/contract.md has it."""
 
     def __init__(self, server: RedisServer, *, topic: str = "tasks") -> None:
         self.redis = server.client()
@@ -246,7 +246,12 @@ class Node:
         env: dict[str, str] | None = None,
         config: str = "",
         home: Path | None = None,
+        code: Path = ROOT,
+        cwd: Path | None = None,
     ) -> None:
+        self.code = code
+        """The folder that its packages are imported from."""
+        self.cwd = cwd or (ROOT if code == ROOT else self.code.parent)
         self.server = server
         self.worker_id = worker_id
         self.home = home or short_dir()
@@ -269,12 +274,18 @@ class Node:
 
     def start(self, *, wait: bool = True) -> Node:
         command = [sys.executable, "-m", "flowmesh.cli.supervisor", *self.flags(), *self.args]
-        env = {**os.environ, "PYTHONPATH": str(ROOT), **self.env}
+        env = {**os.environ, "PYTHONPATH": str(self.code), **self.env}
         env.pop("REDIS_URL", None)
         env |= {name: value for name, value in self.env.items() if name == "REDIS_URL"}
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
-                command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                command,
+                cwd=self.cwd,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
         if wait:
             self.wait_status("IDLE", "RUNNING")

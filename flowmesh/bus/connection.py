@@ -1,4 +1,4 @@
-"""Connections to Redis, with every knob set: nothing waits forever, and a dead peer is found out."""
+"""Connections to Redis with explicit timeouts: nothing waits forever, and a dead peer is detected."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from flowmesh.messages.sentinel import SentinelAddress, is_sentinel, sentinel_ad
 __all__ = ["RedisError", "connect", "leave_replica", "redis"]
 
 _SPARE_CONNECTIONS = 2
-"""For one that is being given up while its successor is made."""
+"""For a connection that is closed while its successor is opened."""
 _KEEPALIVE = {socket.TCP_KEEPIDLE: 15, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 3}
 
 
 def connect(url: str, *, timeout_s: float, health_check_interval_s: float, name: str, users: int = 2) -> redis.Redis:
-    """A client of its own pool. It does not retry by itself: its callers know what a retry means.
+    """A client with its own connection pool. It does not retry: its callers decide that.
 
     Args:
-        timeout_s: for connecting and for each answer.
-        name: shows in CLIENT LIST.
-        users: how many may ask it at the same moment; redis-py refuses one more rather than have it wait.
+        url: redis://, rediss://, unix:// or redis+sentinel://.
+        timeout_s: to connect, and for each answer.
+        name: shown by CLIENT LIST.
+        users: how many commands may run at once; redis-py raises for one more instead of queueing it.
     """
     reaching: dict[str, Any] = {
         "socket_timeout": timeout_s,
@@ -40,7 +41,8 @@ def connect(url: str, *, timeout_s: float, health_check_interval_s: float, name:
         "health_check_interval": health_check_interval_s,
         "client_name": name,
         "max_connections": users + _SPARE_CONNECTIONS,
-        "protocol": 2,  # redis-py's RESP3 renders every published message for its log, which costs more than reading it
+        # with RESP3, redis-py formats every published message for its debug log, which costs more than parsing it
+        "protocol": 2,
     }
     if is_sentinel(url):
         return _master(sentinel_address(url), reaching, options)
@@ -49,7 +51,7 @@ def connect(url: str, *, timeout_s: float, health_check_interval_s: float, name:
 
 
 def _master(address: SentinelAddress, reaching: dict[str, Any], options: dict[str, Any]) -> redis.Redis:
-    """A client of the service's master: each new connection asks the sentinels which one that is."""
+    """A client of the service's master: each new connection asks the sentinels for its address."""
     sentinel = Sentinel(address.hosts, sentinel_kwargs=reaching)  # type: ignore[no-untyped-call]
     client: redis.Redis = sentinel.master_for(
         address.service, db=address.db, username=address.username, password=address.password, **options
@@ -58,6 +60,6 @@ def _master(address: SentinelAddress, reaching: dict[str, Any], options: dict[st
 
 
 async def leave_replica(client: redis.Redis, error: BaseException) -> None:
-    """After a failover behind one address, a master that became a replica answers on: the next try connects anew."""
+    """Drop connections to a master that became a replica in a failover behind one address: the next try reconnects."""
     if isinstance(error, ReadOnlyError):
         await client.connection_pool.disconnect(inuse_connections=False)

@@ -1,7 +1,7 @@
-"""Listens on the tasks channel (and on our own control channel), and hands each message to the supervisor.
+"""Subscribes to the tasks channel and to the control channel, and passes each message on.
 
-A subscription that broke has a gap: what was published meanwhile is gone. The supervisor is told, and re-announces
-the node so that the orchestrator queues again what it had dispatched into the gap.
+What is published while a subscription is broken is lost. Such a gap is reported, so that the node can register again
+and the orchestrator requeues what it had dispatched into the gap.
 """
 
 from __future__ import annotations
@@ -12,17 +12,19 @@ from collections.abc import Callable
 
 from loguru import logger
 
-from flowmesh.bus.backoff import Backoff
+from flowmesh.backoff import Backoff
 from flowmesh.bus.connection import RedisError, redis
-from flowmesh.bus.trouble import Trouble
+from flowmesh.bus.trouble import ConnectionHealth
 
 
-class Intake:
-    """Subscribes for ever.
+class Subscriber:
+    """One subscription, renewed whenever it breaks.
 
     Args:
-        on_message: called with the raw bytes of each message, by channel.
-        on_subscribed: called each time the subscription stands; True where there was a gap before.
+        handlers: by channel, called with the raw bytes of each message.
+        on_subscribed: called each time the subscription is confirmed; with True if there was a gap before.
+        on_unsubscribed: called when the subscription breaks.
+        silence_s: after this time without a message the connection is checked with a PING.
     """
 
     def __init__(
@@ -30,18 +32,22 @@ class Intake:
         client: redis.Redis,
         handlers: dict[str, Callable[[bytes], None]],
         on_subscribed: Callable[[bool], None],
+        on_unsubscribed: Callable[[], None],
         *,
         silence_s: float,
     ) -> None:
         self.up = False
-        self.trouble = Trouble("not subscribed", "subscribed")
+        """Whether the subscription is confirmed and unbroken."""
+        self.trouble = ConnectionHealth("not subscribed", "subscription works again")
         self._client = client
         self._handlers = {channel.encode(): handler for channel, handler in handlers.items()}
         self._on_subscribed = on_subscribed
+        self._on_unsubscribed = on_unsubscribed
         self._silence_s = silence_s
         self._subscribed_before = False
 
     async def run(self) -> None:
+        """Subscribe until cancelled."""
         backoff = Backoff()
         while True:
             began = time.monotonic()
@@ -49,13 +55,14 @@ class Intake:
                 await self._listen()
             except (RedisError, OSError, TimeoutError) as error:
                 self.up = False
-                self.trouble.met(error)
+                self._on_unsubscribed()
+                self.trouble.failed(error)
             if time.monotonic() - began > self._silence_s:
                 backoff.reset()
             await asyncio.sleep(backoff.next_s())
 
     async def _listen(self) -> None:
-        """One subscription's life; ends with the error that ended it."""
+        """Pass messages on until the connection breaks; raises the error that broke it."""
         async with self._client.pubsub() as pubsub:
             await pubsub.subscribe(*self._handlers)
             awaited = len(self._handlers)
@@ -63,7 +70,7 @@ class Intake:
             while True:
                 message = await pubsub.get_message(timeout=self._silence_s)
                 if message is None:
-                    # Silence is normal, two in a row with a PING between them is a dead connection.
+                    # Silence is normal; silence after a PING is a dead connection.
                     if pinged:
                         raise TimeoutError(f"no answer to a PING for {self._silence_s:g} s")
                     await pubsub.ping()
@@ -73,15 +80,18 @@ class Intake:
                 if message["type"] == "subscribe":
                     awaited -= 1
                     if awaited == 0:
-                        awaited = len(self._handlers)  # should redis-py subscribe anew by itself, that is a gap, too
-                        self._stands()
+                        awaited = len(self._handlers)  # if redis-py resubscribes by itself, that is a gap too
+                        self._confirmed()
                 elif message["type"] == "message" and (handler := self._handlers.get(message["channel"])):
                     handler(message["data"])
 
-    def _stands(self) -> None:
+    def _confirmed(self) -> None:
         gap = self._subscribed_before
         self._subscribed_before = True
         self.up = True
-        self.trouble.over()
-        logger.info("subscribed{}", " again, after a gap" if gap else "")
+        self.trouble.works()
+        logger.info("subscribed{}", " again; messages may have been missed" if gap else "")
         self._on_subscribed(gap)
+
+
+Intake = Subscriber

@@ -1,4 +1,4 @@
-"""Sends the journal's outbox to Redis: in order, each at least once, for as long as it takes."""
+"""Sends the journal's outbox to Redis: in order, each event at least once, until Redis takes it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import asyncio
 from collections.abc import Callable
 from typing import Protocol
 
-from flowmesh.bus.backoff import Backoff
+from flowmesh.backoff import Backoff
 from flowmesh.bus.connection import RedisError, leave_replica, redis
-from flowmesh.bus.trouble import Trouble
+from flowmesh.bus.trouble import ConnectionHealth
 
 
 class Queue(Protocol):
-    """Where the events wait: the journal."""
+    """The events on disk: the journal."""
 
     def outgoing(self, limit: int = 100) -> list[tuple[int, str, bytes]]: ...
 
@@ -22,17 +22,18 @@ class Queue(Protocol):
 
 
 class Outbox:
-    """One pump. `wake()` after each post.
+    """Sends the events of `queue`. Call `wake()` after each new one.
 
     Args:
-        guard: a key of ours that never exists. To delete it does nothing, but a replica refuses that; a PUBLISH
-            it would take, and tell nobody who matters. So the events wait.
+        on_sent: called with the payloads that Redis has taken.
+        guard: a key that never exists. Each batch deletes it: a no-op, but one that a replica refuses. A PUBLISH to a
+            replica would be accepted and reach no subscriber of the master.
     """
 
     def __init__(
         self, client: redis.Redis, queue: Queue, on_sent: Callable[[list[bytes]], None], *, guard: str
     ) -> None:
-        self.trouble = Trouble("events wait", "events flow again")
+        self.trouble = ConnectionHealth("events are held back", "events are sent again")
         self._guard = guard
         self._client = client
         self._queue = queue
@@ -45,6 +46,7 @@ class Outbox:
         self._posted.set()
 
     async def run(self) -> None:
+        """Send until cancelled."""
         backoff = Backoff()
         self.wake()
         while True:
@@ -61,17 +63,17 @@ class Outbox:
                         pipeline.publish(channel, payload)
                     await pipeline.execute()
             except (RedisError, OSError, TimeoutError) as error:
-                self.trouble.met(error, waiting=self._queue.outbox_size())
+                self.trouble.failed(error, waiting=self._queue.outbox_size())
                 await leave_replica(self._client, error)
                 await asyncio.sleep(backoff.next_s())
                 continue
             self._queue.sent(batch[-1][0])
-            self.trouble.over()
+            self.trouble.works()
             backoff.reset()
             self._on_sent([payload for _, _, payload in batch])
 
     async def flushed(self, timeout_s: float) -> bool:
-        """Wait until everything posted so far has left; False where it has not in `timeout_s`."""
+        """Wait until the outbox is empty; False where it is not within `timeout_s`."""
         try:
             await asyncio.wait_for(self._empty.wait(), timeout_s)
         except TimeoutError:

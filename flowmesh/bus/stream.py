@@ -1,7 +1,7 @@
-"""A way in that forgets nothing: a worker's own Redis Stream, beside the channel. Off unless `redis.stream` says so.
+"""Dispatches over a Redis Stream per worker, in addition to the channel. Off unless `redis.stream` is set.
 
-An entry is acknowledged, and removed, when what it leads to stands in the journal. Until then Redis keeps it for us,
-over restarts of ours; what was published while no node ran waits there, too.
+Unlike the channel it loses nothing: an entry is acknowledged and deleted only when its task is in the journal. Until
+then Redis keeps it, over restarts of the node and while no node runs.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from typing import Any
 
 from loguru import logger
 
-from flowmesh.bus.backoff import Backoff
+from flowmesh.backoff import Backoff
 from flowmesh.bus.connection import RedisError, leave_replica, redis
-from flowmesh.bus.trouble import Trouble
+from flowmesh.bus.trouble import ConnectionHealth
 
 GROUP = "flowmesh"
 FIELD = b"message"
 AT_ONCE = 16
-"""Entries that one read may bring."""
+"""Entries per read."""
 RETRY_S = 1.0
-"""Between two tries at entries that could not be taken."""
+"""Between two attempts at entries that could not be journalled."""
 
 Entry = tuple[bytes, dict[bytes, bytes]]
 
@@ -32,11 +32,12 @@ def stream_key(worker_id: str) -> str:
 
 
 class Stream:
-    """Reads one worker's stream for ever. Needs a client of its own: its reads block.
+    """Reads one worker's stream.
 
     Args:
-        take: gets a message and its entry's id, and says whether it is done with it.
-        block_s: how long one read waits; shorter than the client's timeout.
+        client: used by nothing else: the reads block.
+        take: called with a message and its entry's id; returns whether the entry can be deleted.
+        block_s: how long one read waits; must be shorter than the client's timeout.
     """
 
     def __init__(
@@ -45,58 +46,57 @@ class Stream:
         self.up = False
         self._client = client
         self._key = stream_key(worker_id)
-        self.trouble = Trouble("stream not read", "stream is read again", stream=self._key)
+        self.trouble = ConnectionHealth("stream not read", "stream is read again", stream=self._key)
         self._consumer = worker_id
         self._take = take
         self._block_ms = max(1, int(block_s * 1000))
-        self._left = False
-        """Whether there are entries that are ours and not done."""
+        self._pending = False
+        """Whether entries were delivered to us and are not acknowledged."""
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Read until cancelled."""
         backoff = Backoff()
         while True:
             try:
-                await self._read_on(backoff)
+                await self._read_until_error(backoff)
             except (RedisError, OSError, TimeoutError) as error:
                 self.up = False
-                self.trouble.met(error)
+                self.trouble.failed(error)
                 await leave_replica(self._client, error)
             await asyncio.sleep(backoff.next_s())
 
-    async def _read_on(self, backoff: Backoff) -> None:
-        """One connection's life; ends with the error that ended it."""
+    async def _read_until_error(self, backoff: Backoff) -> None:
         await self._make_group()
-        self._left = True  # of the node before this one, or of the connection before
+        self._pending = True  # perhaps: an earlier process or connection may have left some
         tried = 0.0
         while True:
-            if self._left and time.monotonic() - tried >= RETRY_S:
+            if self._pending and time.monotonic() - tried >= RETRY_S:
                 tried = time.monotonic()
-                await self._read_left()
+                await self._read_pending()
             if not self.up:
                 self.up = True
                 backoff.reset()
-                self.trouble.over()
-            block_ms = min(self._block_ms, int(RETRY_S * 1000)) if self._left else self._block_ms
+                self.trouble.works()
+            block_ms = min(self._block_ms, int(RETRY_S * 1000)) if self._pending else self._block_ms
             for entry in await self._read(">", block_ms):
                 if not await self._handle(entry):
-                    self._left = True
+                    self._pending = True
 
     async def _make_group(self) -> None:
         try:
-            await self._client.xgroup_create(self._key, GROUP, id="0", mkstream=True)  # "0": what waits there, too
+            await self._client.xgroup_create(self._key, GROUP, id="0", mkstream=True)  # "0": from the first entry
         except redis.ResponseError as error:
             if not str(error).startswith("BUSYGROUP"):
                 raise
 
-    async def _read_left(self) -> None:
-        """All that Redis gave us and that we have not acknowledged, oldest first."""
-        self._left = False
+    async def _read_pending(self) -> None:
+        """Handle the entries that were delivered to us and are not acknowledged, oldest first."""
+        self._pending = False
         after = "0"
         while entries := await self._read(after, None):
             for entry in entries:
                 if not await self._handle(entry):
-                    self._left = True
+                    self._pending = True
             after = entries[-1][0].decode()
 
     async def _read(self, after: str, block_ms: int | None) -> list[Entry]:
@@ -104,11 +104,13 @@ class Stream:
         return list(answer[0][1]) if answer else []
 
     async def _handle(self, entry: Entry) -> bool:
-        """Whether it is done with."""
+        """Take one entry; whether it was acknowledged and deleted."""
         entry_id, fields = entry
         message = fields.get(FIELD)
-        if message is None:  # removed by somebody, or never one of ours
-            logger.bind(stream=self._key, entry=entry_id.decode()).warning("entry without a message dropped")
+        if message is None:  # deleted meanwhile, or not written by an orchestrator
+            logger.bind(stream=self._key, entry=entry_id.decode()).warning(
+                "dropped a stream entry without a `message` field"
+            )
         elif not self._take(message, entry_id.decode()):
             return False
         async with self._client.pipeline(transaction=False) as pipeline:

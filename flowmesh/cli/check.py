@@ -1,23 +1,24 @@
-"""`flowmesh-supervisor --check`: what the settings are, where each comes from, and what the node would offer."""
+"""`flowmesh-supervisor --check`: prints the settings, their origins, and the task types the node would offer."""
 
 from __future__ import annotations
 
 import json
 import os
 
-from flowmesh.config import Loaded, describe, results_dir, state_dir
 from flowmesh.errors import EXIT_OK
-from flowmesh.execution import lanes
-from flowmesh.execution.folders import check_sockets
+from flowmesh.settings_load import Loaded, describe
+from flowmesh.settings_paths import results_dir, state_dir
+from flowmesh.startup import environments
+from flowmesh.startup.state_dir import check_sockets
 
 
 def report(loaded: Loaded, *, as_json: bool) -> int:
     """Print the report.
 
     Raises:
-        ConfigError: the settings are well-formed and still cannot be used.
+        ConfigError: the settings are valid by themselves, but cannot be used on this machine.
     """
-    catalogue, _ = lanes.plan(loaded.settings)
+    catalogue, _ = environments.plan(loaded.settings)
     rows = describe(loaded)
     state = state_dir(loaded.settings, os.environ)
     check_sockets(state, loaded.settings.environments)
@@ -38,8 +39,8 @@ def report(loaded: Loaded, *, as_json: bool) -> int:
     print(f"\nresults   {folders['results']}\nstate     {folders['state']}")
     print(f"offers    {', '.join(sorted(catalogue.offered))}")
     for name, why in sorted(catalogue.missing.items()):
-        print(f"lacks     {name}: {why}")
+        print(f"missing   {name}: {why}")
     if loaded.settings.redis.url is None:
         print("note      redis.url is not set: set REDIS_URL, or redis.url in the file, before the node starts")
-    print("The settings are good.")
+    print("The settings are valid.")
     return EXIT_OK

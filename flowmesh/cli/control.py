@@ -1,4 +1,4 @@
-"""The client of a node's control socket, `<state_dir>/run/control.sock`: one JSON object a line, both ways."""
+"""The client of a node's control socket, `<state_dir>/run/control.sock`: one JSON object per line, both ways."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from flowmesh.cli.control_types import Delivered, Ended, LogsPlace, NodeStatus, Seen
 from flowmesh.errors import FlowMeshError, ProtocolError, UnavailableError
 
 TIMEOUT_S = 10.0
@@ -20,94 +21,20 @@ T = TypeVar("T")
 
 
 class Refused(FlowMeshError):
-    """The node understood and said no."""
+    """The node answered that it cannot fulfil the request."""
 
 
-class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
-    worker_id: str
-    slot: str | int | None = None
-    status: str = ""
-    task_id: str | None = None
-    gpus: tuple[Any, ...] = ()
-
-
-class Done(msgspec.Struct, frozen=True, kw_only=True):
-    """How far a task is. `total` is None where nobody knows."""
-
-    done: float = 0.0
-    total: float | None = None
-    unit: str = ""
-    metrics: dict[str, float] | None = None
-
-
-class TaskStatus(msgspec.Struct, frozen=True, kw_only=True):
-    task_id: str
-    task_type: str | None = None
-    state: str = ""
-    phase: str | None = None
-    progress: Done | None = None
-    pid: int | None = None
-    started_at: str | None = None
-    out_dir: str | None = None
-
-
-class NodeStatus(msgspec.Struct, frozen=True, kw_only=True):
-    pid: int
-    version: str = ""
-    uptime_s: float = 0.0
-    redis_up: bool = False
-    redis_troubles: tuple[str, ...] = ()
-    draining: str | None = None
-    isolation: str = ""
-    workers: tuple[WorkerStatus, ...] = ()
-    tasks: tuple[TaskStatus, ...] = ()
-    queued: int = 0
-    outbox: int = 0
-    warnings: dict[str, str] = {}
-    """By environment: why its tasks fail, or are slow to start."""
-
-
-class LogsPlace(msgspec.Struct, frozen=True, kw_only=True):
-    out_dir: str
-    logs_dir: str
-    running: bool = False
-
-
-class Delivered(msgspec.Struct, frozen=True, kw_only=True):
-    task_id: str
-    out_dir: str = ""
-    sent_bytes: int = 0
-    seconds: float = 0.0
-    urls: tuple[str, ...] = ()
-
-
-class StateSeen(msgspec.Struct, frozen=True, tag_field="event", tag="state"):
-    state: str
-
-
-class PhaseSeen(msgspec.Struct, frozen=True, tag_field="event", tag="phase"):
-    phase: str
-
-
-class ProgressSeen(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag="progress"):
-    done: float = 0.0
-    total: float | None = None
-    unit: str = ""
-    metrics: dict[str, float] | None = None
-
-
-class Ended(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag="end"):
-    ok: bool
-    verdict: str | None = None
-    error: str | None = None
-    out_dir: str | None = None
-
-
-Seen = StateSeen | PhaseSeen | ProgressSeen | Ended
+class NotPermitted(UnavailableError):
+    """The control socket belongs to another user."""
 
 
 class Control:
-    """One connection to a node. A `watch` takes it for itself."""
+    """One connection to a node. Once `watch` is called, it serves nothing else.
+
+    Raises:
+        NotPermitted: the node runs as another user.
+        UnavailableError: no node answers there.
+    """
 
     def __init__(self, state_dir: Path) -> None:
         self.path = state_dir / "run" / "control.sock"
@@ -118,7 +45,7 @@ class Control:
             self._sock.connect(str(self.path))
         except PermissionError:
             self._sock.close()
-            raise UnavailableError(f"{self.path} is another user's: ask as the user that the node runs as") from None
+            raise NotPermitted(f"no permission for {self.path}: run this as the user that the node runs as") from None
         except OSError as error:
             self._sock.close()
             raise UnavailableError(
@@ -136,17 +63,17 @@ class Control:
         self._sock.close()
 
     def interrupt(self) -> None:
-        """Make a `watch` in another thread end now."""
+        """End a `watch` that runs in another thread."""
         try:
             self._sock.shutdown(socket.SHUT_RDWR)
         except OSError:
-            return  # it has ended already
+            return  # it has already ended
 
     def status(self) -> NodeStatus:
         return self._ask({"op": "status"}, NodeStatus)
 
     def status_json(self) -> dict[str, Any]:
-        """The status as the node said it, with what this client has no name for."""
+        """The status as the node sent it, with fields that this client does not know."""
         return self._ask({"op": "status"}, dict[str, Any])
 
     def logs(self, task_id: str) -> LogsPlace:
@@ -168,22 +95,22 @@ class Control:
         return self._ask({"op": "upgrade"}, dict[str, Any])
 
     def watch(self, task_id: str) -> Iterator[Seen]:
-        """What becomes of a task, until its `Ended`. The task may be unknown yet. Events of a newer node are skipped.
+        """A task's events up to its `Ended`. The task need not be known yet. Unknown kinds of event are skipped.
 
         Raises:
-            UnavailableError: the node went away first.
+            UnavailableError: the node closed the connection before.
         """
         self._send({"op": "watch", "task_id": task_id})
-        self._sock.settimeout(None)  # a task may say nothing for hours
+        self._sock.settimeout(None)  # a task may report nothing for hours
         return self._watched()
 
     def _watched(self) -> Iterator[Seen]:
         while True:
             line = self._line()
-            said = _decode(line, dict[str, Any])
-            if said.get("ok") is False and "event" not in said:
-                raise Refused(str(said.get("error") or "the node refused"))
-            if said.get("event") not in ("state", "phase", "progress", "end"):
+            message = _decode(line, dict[str, Any])
+            if message.get("ok") is False and "event" not in message:
+                raise Refused(str(message.get("error") or "the node refused to watch, without a reason"))
+            if message.get("event") not in ("state", "phase", "progress", "end"):
                 continue
             seen: Seen = _decode(line, Seen)  # type: ignore[arg-type]
             yield seen
@@ -195,16 +122,19 @@ class Control:
         if timeout_s is None:
             self._sock.settimeout(None)
         line = self._line(None if timeout_s is None else time.monotonic() + timeout_s)
-        said = _decode(line, dict[str, Any])
-        if said.get("ok") is not True:
-            raise Refused(str(said.get("error") or f"the node refused the operation {request['op']!r}"))
+        message = _decode(line, dict[str, Any])
+        if message.get("ok") is not True:
+            raise Refused(str(message.get("error") or f"the node refused {request['op']!r}, without a reason"))
         return _decode(line, answer)
 
     def _send(self, request: dict[str, Any]) -> None:
         try:
             self._sock.sendall(msgspec.json.encode(request) + b"\n")
         except OSError as error:
-            raise UnavailableError(f"the node at {self.path} went away: {error.strerror or error}") from None
+            raise self._lost(error) from None
+
+    def _lost(self, error: OSError) -> UnavailableError:
+        return UnavailableError(f"lost the connection to the node at {self.path}: {error.strerror or error}")
 
     def _line(self, deadline: float | None = None) -> bytes:
         while b"\n" not in self._buffer:
@@ -215,7 +145,7 @@ class Control:
             except TimeoutError:
                 raise UnavailableError(f"the node at {self.path} did not answer within {TIMEOUT_S:g} s") from None
             except OSError as error:
-                raise UnavailableError(f"the node at {self.path} went away: {error.strerror or error}") from None
+                raise self._lost(error) from None
             if not chunk:
                 raise UnavailableError(f"the node at {self.path} closed the connection")
             self._buffer += chunk
@@ -227,4 +157,6 @@ def _decode(line: bytes, into: type[T]) -> T:
     try:
         return msgspec.json.decode(line, type=into)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ProtocolError(f"the node said something that the control protocol does not have: {error}") from None
+        raise ProtocolError(
+            f"the node's answer does not fit the control protocol: {error}; is its version the same as this command's?"
+        ) from None

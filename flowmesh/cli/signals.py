@@ -1,4 +1,4 @@
-"""What a user, or who manages this process, asks of a command that is at work: to stop, and then to stop at once."""
+"""Signals that ask a running command to stop. They are counted, so that a second one can mean "at once"."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import signal
 from collections.abc import Iterator
 from typing import Any
 
-from flowmesh.errors import FlowMeshError
+from flowmesh.errors import EXIT_BY_SIGNAL, FlowMeshError
 
 
 class Interrupted(FlowMeshError):
-    """The user, or who manages this process, wants out."""
+    """A signal asked this command to stop. Its exit code is that of a process ended by the signal."""
 
     def __init__(self, signal_number: int, what: str) -> None:
         super().__init__(what)
-        self.exit_code = 128 + signal_number
+        self.exit_code = EXIT_BY_SIGNAL + signal_number
 
 
 class Signals:
-    """SIGINT, SIGTERM and SIGHUP, counted and put into the queue of what happens."""
+    """Counts SIGINT, SIGTERM and SIGHUP, and wakes whoever waits on the queue."""
 
     def __init__(self, happened: queue.SimpleQueue[Any]) -> None:
         self.count = 0
@@ -29,6 +29,7 @@ class Signals:
 
     @contextlib.contextmanager
     def handled(self) -> Iterator[Signals]:
+        """Handle the signals inside the `with` block."""
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         before = {number: signal.signal(number, self._handle) for number in numbers}
         try:
@@ -43,6 +44,6 @@ class Signals:
         self._happened.put(None)  # a SimpleQueue may be put into from a signal handler
 
     def check(self) -> None:
-        """Raise where one has come."""
+        """Raise Interrupted if a signal has arrived."""
         if self.count:
             raise Interrupted(self.last, "interrupted before the task began")

@@ -1,10 +1,10 @@
-"""A task's result in a few lines, for the person who ran it. The whole of it lies in responses.json."""
+"""Summarizes a task's result in a few lines. The complete result is in responses.json."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from flowmesh.cli.render import seconds, shorten
+from flowmesh.cli.render import count, seconds, shorten
 
 SHOWN_ITEMS = 5
 SHOWN_FIELDS = 12
@@ -18,7 +18,7 @@ def summary(result: dict[str, Any], width: int) -> list[str]:
         lines = _headline(result, len(items)) + _items(items, width)
         children = result.get("children")
         if isinstance(children, dict) and children:
-            lines.append(f"{len(children)} merged tasks have their results in folders of their own")
+            lines.append(f"separate result folders for {count(len(children), 'merged task')}")
         export = result.get("jsonl_export")
         if isinstance(export, dict) and "path" in export:
             lines.append(f"exported {export.get('record_count', '?')} records to {export['path']}")
@@ -29,8 +29,8 @@ def summary(result: dict[str, Any], width: int) -> list[str]:
     return [line if len(line) <= width else f"{line[: width - 1]}…" for line in lines]
 
 
-def _headline(result: dict[str, Any], count: int) -> list[str]:
-    parts = [f"{count} item" if count == 1 else f"{count} items"]
+def _headline(result: dict[str, Any], number: int) -> list[str]:
+    parts = [count(number, "item")]
     usage = result.get("usage")
     if isinstance(usage, dict):
         if isinstance(usage.get("prompt_tokens"), int) and isinstance(usage.get("completion_tokens"), int):
@@ -59,7 +59,7 @@ def _items(items: list[dict[str, Any]], width: int) -> list[str]:
 
 
 def _prompt(prompt: Any) -> Any:
-    """What was asked: of a chat its last message."""
+    """The prompt; of a chat its last message."""
     last = prompt[-1] if isinstance(prompt, list) and prompt else None
     return last["content"] if isinstance(last, dict) and isinstance(last.get("content"), str) else prompt
 

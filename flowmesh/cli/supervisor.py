@@ -1,4 +1,4 @@
-"""`flowmesh-supervisor`: the node's own command line."""
+"""`flowmesh-supervisor`: the command line that starts a node."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import click
 
 from flowmesh import __version__
-from flowmesh.errors import EXIT_OK, FlowMeshError
+from flowmesh.cli.guard import guarded, piped
 
 if TYPE_CHECKING:
-    from flowmesh.config import Loaded, Settings
+    from flowmesh.settings_load import Loaded
+    from flowmesh.settings_schema import Settings
 
 _NAMED = {
     "redis_url": "redis.url",
@@ -24,11 +25,11 @@ _NAMED = {
 }
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option("--config", type=click.Path(dir_okay=False), metavar="FILE", help="The node's settings (conf/node.toml).")
-@click.option("--check", is_flag=True, help="Check the settings, say what each is and where it comes from, and end.")
-@click.option("--json", "as_json", is_flag=True, help="With --check: one JSON object.")
-@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Any setting, such as redis.url=unix:///run/r.")
+@click.option("--check", is_flag=True, help="Check the settings, print each value and its origin, and exit.")
+@click.option("--json", "as_json", is_flag=True, help="With --check: print one JSON object.")
+@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override a setting; may be repeated.")
 @click.option("--redis-url", metavar="URL", help="Same as --set redis.url=URL.")
 @click.option("--results-dir", metavar="DIR", help="Same as --set results.dir=DIR.")
 @click.option("--worker-id", metavar="ID", help="Same as --set node.worker_id=ID.")
@@ -36,26 +37,26 @@ _NAMED = {
 @click.option("--log-level", metavar="LEVEL", help="Same as --set node.log_level=LEVEL.")
 @click.version_option(__version__, prog_name="flowmesh-supervisor", message="%(prog)s %(version)s")
 def command(config: str | None, check: bool, as_json: bool, sets: tuple[str, ...], **named: str | None) -> int:
-    """Run a FlowMesh node: take tasks from Redis, each in a process tree of its own.
+    """Run a FlowMesh node: accept tasks from Redis, and run each in a separate process tree.
 
-    SIGTERM drains (running tasks finish), a second one stops them. SIGHUP takes new settings and SIGUSR2 a new version,
-    both while the tasks run on.
+    SIGTERM drains the node: running tasks finish, then it exits. A second SIGTERM stops them. SIGHUP reloads the
+    settings and SIGUSR2 restarts the program in its installed version; running tasks continue in both cases.
     """
     import os
 
-    from flowmesh.config import load
+    from flowmesh.settings_load import load
 
     overrides = {key: value for name, key in _NAMED.items() if (value := named[name]) is not None}
-    for each in sets:
-        key, sep, value = each.partition("=")
+    for assignment in sets:
+        key, sep, value = assignment.partition("=")
         if not sep:
-            raise click.UsageError("--set: expected KEY=VALUE")
+            raise click.UsageError("--set: expected KEY=VALUE, such as redis.timeout_s=10")
         overrides[key.strip()] = value
     path = Path(config) if config else None
     if check:
         from flowmesh.cli.check import report
 
-        return report(load(path, os.environ, overrides), as_json=as_json)
+        return piped(lambda: report(load(path, os.environ, overrides), as_json=as_json))
     return _serve(lambda: load(path, os.environ, overrides))
 
 
@@ -64,7 +65,7 @@ def _serve(read: Callable[[], Loaded]) -> int:
     import os
 
     from flowmesh.cli.logs_setup import configure
-    from flowmesh.execution import preflight
+    from flowmesh.startup import preflight
     from flowmesh.supervisor import Supervisor
 
     environment = dict(os.environ)
@@ -84,16 +85,8 @@ def _serve(read: Callable[[], Loaded]) -> int:
 
 
 def main() -> int:
-    try:
-        return command.main(standalone_mode=False) or EXIT_OK
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except click.Abort:
-        return 130
-    except FlowMeshError as error:
-        print(f"flowmesh-supervisor: {error}", file=sys.stderr)
-        return error.exit_code
+    """The entry point; returns one of the exit codes in flowmesh.errors."""
+    return guarded(lambda: command.main(standalone_mode=False), "flowmesh-supervisor")
 
 
 if __name__ == "__main__":

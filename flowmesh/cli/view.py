@@ -1,4 +1,4 @@
-"""How a running task is shown: a spinner and a bar on a terminal; otherwise a line for each phase and each 10 %."""
+"""Shows a running task: a spinner and a progress bar on a terminal, else a line for each phase and each 10 %."""
 
 from __future__ import annotations
 
@@ -6,42 +6,44 @@ import sys
 import time
 from typing import TYPE_CHECKING, Protocol, TextIO
 
-from flowmesh.cli.control import Done, PhaseSeen, ProgressSeen, Seen, StateSeen
+from flowmesh.cli.control_types import Done, PhaseSeen, ProgressSeen, Seen, StateSeen
 from flowmesh.cli.render import is_terminal, printable, seconds, shorten, width
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
 _QUIET_STATES = ("queued", "launching", "running", "releasing", "done")
-"""States that pass in milliseconds here, or that a phase says better."""
+"""States that last only milliseconds, or that a phase describes better."""
 _SILENCE_S = 30.0
 _SHOWN_METRICS = 3
 
 
 class View(Protocol):
-    """What `flowmesh run` tells a person while it works."""
+    """The progress display of `flowmesh run`."""
 
     def step(self, text: str) -> None:
-        """Something that takes a moment begins, such as the node's start."""
+        """A step that takes a moment begins, such as the node's start."""
 
     def note(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays on the screen."""
 
     def seen(self, event: Seen) -> None:
-        """The task moved."""
+        """Show an event of the task."""
 
     def stop(self) -> None:
-        """No more moving parts: what is printed next is the outcome."""
+        """Remove the progress bar: the outcome is printed next."""
 
 
 def view_for(stream: TextIO | None) -> View:
-    """The view for a stream; None: say nothing."""
+    """The view for a stream; None: no output."""
     if stream is None:
         return SilentView()
     return TerminalView(stream) if is_terminal(stream) else PlainView(stream)
 
 
 class SilentView:
+    """Prints nothing, for `--json`."""
+
     def step(self, text: str) -> None:
         pass
 
@@ -56,7 +58,7 @@ class SilentView:
 
 
 class PlainView:
-    """Lines, each of them whole: for logs and pipes."""
+    """Prints whole lines, for logs and pipes."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -99,7 +101,7 @@ class PlainView:
 
 
 class TerminalView:
-    """One live line, and above it a line for each phase that is over."""
+    """A live progress line on a terminal, below a line for each finished phase."""
 
     def __init__(self, stream: TextIO) -> None:
         from rich.console import Console
@@ -165,12 +167,13 @@ class TerminalView:
 
 
 def amount(progress: ProgressSeen | Done) -> str:
-    """`12/64 items`, or `12 items` where nobody knows the total."""
+    """`12/64 items`, or `12 items` if the total is unknown."""
     done, unit = _number(progress.done), f" {progress.unit}" if progress.unit else ""
     return f"{done}/{_number(progress.total)}{unit}" if progress.total else f"{done}{unit}"
 
 
 def metrics(event: ProgressSeen) -> str:
+    """The first few metrics of a progress event."""
     shown = list((event.metrics or {}).items())[:_SHOWN_METRICS]
     return "".join(f"  {name} {value:.4g}" for name, value in shown)
 
@@ -180,7 +183,7 @@ def _number(value: float) -> str:
 
 
 def progress_stream(*, as_json: bool) -> TextIO | None:
-    """Where progress goes: to standard output, unless that is kept for JSON."""
+    """The stream for progress: standard output, or standard error if standard output is for JSON."""
     if not as_json:
         return sys.stdout
     return sys.stderr if is_terminal(sys.stderr) else None

@@ -1,4 +1,4 @@
-"""`flowmesh workers`: the workers of a deployment, as its Redis has them."""
+"""`flowmesh workers`: lists the workers that are registered in a deployment's Redis."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ COLUMNS = (
 WATCH_EVERY_S = 2.0
 
 
-@click.command(help="List the workers of a deployment.")
+@click.command(help="List the workers of a deployment, with their tasks and GPUs.")
 @locate.redis_option
 @locate.config_option
-@click.option("--watch", is_flag=True, help="Again every two seconds, until Ctrl-C.")
+@click.option("--watch", is_flag=True, help="Refresh every two seconds until Ctrl-C.")
 @locate.json_option
 def workers(redis_url: str | None, config: str | None, watch: bool, as_json: bool) -> int:
-    """The command."""
+    """Run the command; returns the exit code."""
     url, _ = locate.deployment_of(redis_url, config)
     with locate.connected(url) as client:
         while True:
@@ -42,11 +42,11 @@ def workers(redis_url: str | None, config: str | None, watch: bool, as_json: boo
             if watch and not as_json:
                 click.clear()
             if as_json:
-                render.print_json({"workers": [as_data(each) for each in found]})
+                render.print_json({"workers": [as_data(worker) for worker in found]})
             elif found:
-                render.table(COLUMNS, [row(each) for each in found])
+                render.table(COLUMNS, [row(worker) for worker in found])
             else:
-                print("no worker is registered")
+                print("no worker is registered in this Redis")
             if not watch:
                 return EXIT_OK
             time.sleep(WATCH_EVERY_S)
@@ -72,7 +72,7 @@ def row(worker: Worker) -> list[str]:
 
 
 def gpus(worker: Worker) -> str:
-    """The worker's GPUs by kind: `2x H100 80GB HBM3`, or `1x Tesla T4 15G` where the name does not say its memory."""
+    """The worker's GPUs by model: `2x H100 80GB HBM3`, or `1x Tesla T4 15G` if the name does not include the memory."""
     return ", ".join(f"{count}x {kind}" for kind, count in Counter(map(_kind, worker.gpus)).items()) or "none"
 
 
@@ -82,6 +82,7 @@ def _kind(gpu: Mapping[str, Any]) -> str:
 
 
 def memory(worker: Worker) -> str:
+    """The worker's host memory."""
     part = (worker.hardware or {}).get("memory")
     return _size(part.get("total_bytes") if isinstance(part, dict) else None).strip()
 
@@ -91,6 +92,7 @@ def _size(value: Any) -> str:
 
 
 def as_data(worker: Worker) -> dict[str, Any]:
+    """The worker for `--json`."""
     return {
         "worker_id": worker.worker_id,
         "status": worker.status,

@@ -35,7 +35,7 @@ class LocalDestination(_Strict, frozen=True, tag_field="type", tag="local"):
     """Results stay on the node's disk."""
 
     path: str | None = None
-    """The folder above the task's own; see contract.md, 3."""
+    """The folder above the task's own; see docs/contract.md, 3."""
 
 
 class HttpDestination(_Strict, frozen=True, tag_field="type", tag="http"):
@@ -77,7 +77,7 @@ def read_output(value: Any, *, orchestrator_url: str | None = None, where: str =
 
 
 def file_url(url: str, task_id: str, name: str | None = None) -> str:
-    """Where the files of a task are sent (`name` None: to POST to), or where one is fetched again (contract.md, 2).
+    """URL that files of a task are posted to (`name` None), or that one is fetched from (docs/contract.md, 2).
 
     The address to fetch from carries no user, password or query: it goes into results, which others read.
     `{name}` as the name stays as it is, for a template.

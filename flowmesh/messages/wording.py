@@ -1,4 +1,4 @@
-"""How a value, a path and an expectation are said to a person: in one line, in plain words, without secrets."""
+"""Describes values, paths and expected types for error messages: on one line, in plain words, without secrets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from msgspec import inspect
 
-HIDDEN = "***"
+from flowmesh.redaction import redact_url
 
 Step = str | int
 Path = tuple[Step, ...]
@@ -18,16 +18,11 @@ Path = tuple[Step, ...]
 _BARE = re.compile(r"[A-Za-z0-9_$-]+", re.ASCII)
 _SHOWN = 80
 _ESCAPES = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
-_SECRET_NAME = re.compile(
-    r"(?i)(^|[_-])(token|password|passwd|secret|authorization|api[_-]?key|credentials?|headers)$|(apikey|Token|Secret|Password)$"
-)
-_SECRET_QUERY = re.compile(r"(?i)([?&][^=&#]*(?:password|passwd|token|secret|key|sig|signature|credential)=)[^&#]*")
-_CLEAN_AUTHORITY = re.compile(r"(?:[\w.-]+|\[[0-9A-Fa-f:.%]+\])(?::\d{1,5})?", re.ASCII)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A tail for an error: which of `known` was probably meant, else all of them. Case, `_` and `-` count little."""
-    import difflib  # only an error needs it
+    """The end of an error: the name in `known` that was probably meant, else all of them. Ignores case, `_` and `-`."""
+    import difflib  # only errors need it
 
     folded = {_fold(name): name for name in sorted(known)}
     if not folded:
@@ -42,7 +37,7 @@ def _fold(word: str) -> str:
 
 
 def quoted(text: str, limit: int | None = _SHOWN) -> str:
-    """`text` in double quotes, on one line, cut where it is over `limit`; what is not printable is escaped."""
+    """`text` in double quotes on one line, cut to `limit` characters, with unprintable characters escaped."""
     cut = text if limit is None or len(text) <= limit else text[:limit] + "…"
     return '"' + "".join(map(_escaped, cut)) + '"'
 
@@ -52,12 +47,12 @@ def _escaped(c: str) -> str:
         return "\\" + c
     if c.isprintable():
         return c
-    # As TOML writes them.
+    # Escaped as TOML does it.
     return _ESCAPES.get(c) or (f"\\u{ord(c):04x}" if ord(c) <= 0xFFFF else f"\\U{ord(c):08x}")
 
 
 def dotted(where: str, path: Path) -> str:
-    """`path` below `where`, as the author of the document would write it: `a.b[0]."odd name"`."""
+    """`path` below `where`, as the document's author would write it: `a.b[0]."odd name"`."""
     text = where
     for step in path:
         if isinstance(step, int):
@@ -68,30 +63,8 @@ def dotted(where: str, path: Path) -> str:
     return text
 
 
-def is_secret(path: Path) -> bool:
-    """Whether what stands at `path` is, by its name, not for an error message."""
-    return bool(path) and isinstance(path[-1], str) and _SECRET_NAME.search(path[-1]) is not None
-
-
-def redact_url(url: str) -> str:
-    """`url` without its password, its tokens, and whatever could be a part of one that was not escaped."""
-    scheme, separator, rest = url.partition("://")
-    if not separator:
-        return HIDDEN
-    authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
-    clean = _CLEAN_AUTHORITY.fullmatch(authority) is not None
-    # A password with a bare "/" or "#" moves its "@" behind the authority. HTTP paths may hold an "@" of their own.
-    if "@" in rest and not (clean and scheme.lower() in {"http", "https"}):
-        secret, _, rest = rest.rpartition("@")
-        user, colon, _ = secret.partition(":")
-        rest = f"{user if colon else ''}{colon}{HIDDEN}@{rest}"
-    elif authority and not clean and not re.fullmatch(r":\d{1,5}", authority):
-        rest = HIDDEN
-    return f"{scheme}://" + _SECRET_QUERY.sub(rf"\g<1>{HIDDEN}", rest)
-
-
 def found(value: Any, *, secret: bool = False) -> str:
-    """`value` for the end of an error; of a `secret` only what kind of thing it is."""
+    """`value` for the end of an error; only its kind if it is a `secret`."""
     match value:
         case None:
             return "null"
@@ -125,12 +98,12 @@ def _number(value: float) -> str:
 
 
 def expected(schema: inspect.Type) -> str:
-    """What `schema` allows, for the middle of an error. `Meta(description=…)` says it in the struct's own words."""
+    """What `schema` allows, for the middle of an error. `Meta(description=…)` replaces the generated text."""
     match schema:
         case inspect.Metadata():
             return str((schema.extra_json_schema or {}).get("description") or expected(schema.type))
         case inspect.UnionType():
-            words = [expected(each) for each in schema.types if not isinstance(each, inspect.NoneType)]
+            words = [expected(member) for member in schema.types if not isinstance(member, inspect.NoneType)]
             return " or ".join(dict.fromkeys(words))
         case inspect.BoolType():
             return "true or false"

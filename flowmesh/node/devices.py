@@ -1,6 +1,6 @@
-"""What NVML says, as frozen structs, and which of a node's GPUs CUDA_VISIBLE_DEVICES lets it offer.
+"""GPUs, their readings and their events as frozen structs, and which GPUs CUDA_VISIBLE_DEVICES leaves to a node.
 
-Devices are named by UUID; an index is for people and for the contract's `hardware_json`.
+Devices are identified by UUID; an index is for people and for the contract's `hardware_json`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _NO_DEVICES = "NoDevFiles"  # what Slurm sets for a job without GPUs
 
 
 class MigSlice(msgspec.Struct, frozen=True):
-    """Where a MIG device lies: its board, GPU instance and compute instance."""
+    """A MIG device's place: its board's UUID, GPU instance and compute instance."""
 
     board: str
     gpu_instance: int
@@ -24,10 +24,10 @@ class MigSlice(msgspec.Struct, frozen=True):
 
 
 class GpuInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """A GPU, or a slice of one, that tasks can be given."""
+    """A GPU, or a MIG slice of one, that a task can have."""
 
     index: int
-    """NVML's (PCI bus order, as nvidia-smi counts); a MIG slice has its board's."""
+    """NVML's index (PCI bus order, as in nvidia-smi); a MIG slice has its board's."""
     uuid: str
     """`GPU-…` or `MIG-…`"""
     name: str
@@ -36,57 +36,57 @@ class GpuInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def board(self) -> str:
-        """UUID of the physical GPU: what has one power reading, one temperature and one Xid."""
+        """UUID of the physical GPU, which has one power reading and one temperature, and which an Xid concerns."""
         return self.uuid if self.mig is None else self.mig.board
 
 
 class Inventory(msgspec.Struct, frozen=True, kw_only=True):
-    """All GPUs that the driver shows. Without a driver: none, and the versions None."""
+    """All GPUs that the driver lists. Without a driver: none, and the versions are None."""
 
     gpus: tuple[GpuInfo, ...] = ()
     driver_version: str | None = None
     cuda_version: str | None = None
-    """The newest CUDA that the driver serves, such as `12.8`."""
+    """The newest CUDA version that the driver supports, such as `12.8`."""
     unusable: tuple[str, ...] = ()
-    """GPUs that the driver counts and cannot talk to: one line each, such as `GPU 3: GPU is lost`."""
+    """GPUs that the driver counts and that do not answer: one line each, such as `GPU 3: GPU is lost`."""
 
     @property
     def some_are_down(self) -> bool:
-        """Whether a GPU that is missing here may be one that does not work now, or there is no driver for any."""
+        """Whether a GPU that is not in `gpus` may exist: some do not answer, or there is no driver."""
         return bool(self.unusable) or self.driver_version is None
 
 
 class GpuProcess(msgspec.Struct, frozen=True):
-    """A process that has something on a GPU."""
+    """A process that uses a GPU."""
 
     pid: int
-    """As the driver counts: in a container it may be the host's number, or that of a thread of the process."""
+    """As the driver reports it: in a container it may be the host's pid, or the id of a thread."""
     used_bytes: int | None = None
-    """None: the driver does not tell, as in many containers."""
+    """None: the driver does not report it, as in many containers."""
 
 
 class GpuSample(msgspec.Struct, frozen=True, kw_only=True):
-    """One look at one GPU. None: this device or driver does not tell."""
+    """One reading of one GPU. None: this device or driver does not report it."""
 
     uuid: str
     board: str
-    """Whose power, energy, temperature and throttling these are; the same for all MIG slices of one board."""
+    """The board that power, energy, temperature and throttling belong to; all MIG slices of a board share it."""
     used_bytes: int
     processes: tuple[GpuProcess, ...] | None = ()
-    """Those with a compute context."""
+    """Those with a compute context; None: the driver never lists them."""
     graphics: tuple[GpuProcess, ...] = ()
-    """Those that only draw, such as a display server: nobody minds them, and their bytes come and go."""
+    """Those with a graphics context only, such as a display server: not a task's, and their memory use varies."""
     utilization_percent: int | None = None
     power_w: float | None = None
     energy_mj: int | None = None
     """Millijoules since the driver was loaded."""
     temperature_c: int | None = None
     throttled: tuple[str, ...] = ()
-    """Why its clocks are held down, such as `hw_thermal`; empty when they are not."""
+    """Why its clocks are reduced, such as `hw_thermal`; empty: they are not."""
 
     @property
     def pids(self) -> frozenset[int]:
-        """Of the processes that compute."""
+        """Of the processes with a compute context."""
         return frozenset(process.pid for process in self.processes or ())
 
     @property
@@ -101,7 +101,8 @@ class GpuLost(msgspec.Struct, frozen=True):
     why: str
 
 
-Look = GpuSample | GpuLost
+GpuReading = GpuSample | GpuLost
+Look = GpuReading
 
 
 class EventKind(enum.StrEnum):
@@ -115,26 +116,26 @@ class GpuEvent(msgspec.Struct, frozen=True, kw_only=True):
 
     kind: EventKind
     board: str | None
-    """None where the driver does not say which GPU: then it may be any."""
+    """None: the driver does not report which GPU; it may be any."""
     xid: int | None = None
     gpu_instance: int | None = None
-    """The MIG slice, where the driver narrows it down."""
+    """The MIG slice, where the driver reports one."""
 
 
 class NoSuchGpuError(ConfigError):
-    """A setting names a GPU that is not there."""
+    """Raised when a setting names a GPU that does not exist."""
 
 
 def visible_gpus(gpus: Sequence[GpuInfo], setting: str | None, *, some_are_down: bool = False) -> tuple[GpuInfo, ...]:
-    """The GPUs that CUDA_VISIBLE_DEVICES leaves, in its order.
+    """The GPUs that CUDA_VISIBLE_DEVICES lists, in its order.
 
-    Takes what CUDA takes: indices, UUIDs or unique beginnings of them, `MIG-<uuid>` and the older
+    Accepts what CUDA accepts: indices, UUIDs or unique prefixes of them, `MIG-<uuid>` and the older
     `MIG-GPU-<uuid>/<gpu instance>/<compute instance>`; None means all, an empty string none, and a negative index
     ends the list. Indices are in PCI bus order; on a node of mixed models CUDA's own order differs from it
-    unless CUDA_DEVICE_ORDER=PCI_BUS_ID, so UUIDs are the safe names there.
+    unless CUDA_DEVICE_ORDER=PCI_BUS_ID is set, so UUIDs are safer there.
 
     Args:
-        some_are_down: leave out what matches no GPU: one that fell off the bus must not take the others along.
+        some_are_down: skip an entry that matches no GPU, so that one that fell off the bus does not disable the others.
 
     Raises:
         ConfigError: an entry matches no GPU, more than one, or one that is already listed.
@@ -160,14 +161,14 @@ def visible_gpus(gpus: Sequence[GpuInfo], setting: str | None, *, some_are_down:
 
 
 def find_gpu(gpus: Sequence[GpuInfo], entry: str, where: str) -> GpuInfo:
-    """The one GPU that `entry` names, as in `visible_gpus`.
+    """The one GPU that `entry` names, in any form that `visible_gpus` accepts.
 
     Args:
-        where: the setting that `entry` comes from, for the error.
+        where: the setting that `entry` comes from, for the error text.
 
     Raises:
-        NoSuchGpuError: it names none.
-        ConfigError: it names more than one, or one that is cut into slices.
+        NoSuchGpuError: it matches no GPU.
+        ConfigError: it matches more than one, or a board that is partitioned into MIG slices.
     """
     if entry.isdecimal():
         found = [gpu for gpu in gpus if gpu.index == int(entry)]
@@ -184,7 +185,7 @@ def find_gpu(gpus: Sequence[GpuInfo], entry: str, where: str) -> GpuInfo:
         raise NoSuchGpuError(f"{where}: {entry!r} matches no GPU; this node has: {names or 'none'}")
     sliced = found[0].mig is not None and not entry.upper().startswith("MIG-")
     if sliced:
-        raise ConfigError(f"{where}: {entry!r} is cut into MIG slices; name a slice: {names}")
+        raise ConfigError(f"{where}: {entry!r} is partitioned into MIG slices; name a slice: {names}")
     if len(found) > 1:
         raise ConfigError(f"{where}: {entry!r} matches more than one GPU: {names}")
     return found[0]

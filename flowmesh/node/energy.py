@@ -1,4 +1,4 @@
-"""What one task used: the joules of its own GPUs, its share of the CPU's, money, and how busy its GPUs were."""
+"""What one task used: energy of its GPUs, its share of the CPU's, cost, and utilization of its GPUs."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from flowmesh.node.devices import GpuInfo, GpuSample, Look
-from flowmesh.node.gpu import ReleaseReport
+from flowmesh.node.devices import GpuInfo, GpuReading, GpuSample
 from flowmesh.node.power import JOULES_PER_KWH, Totals
+from flowmesh.node.release_report import ReleaseReport
 
 SECONDS_PER_HOUR = 3600.0
 
 
 class Energy(msgspec.Struct, frozen=True, kw_only=True):
-    """`energy` of a terminal event. Null: unknown."""
+    """`energy` of a terminal event. None: unknown."""
 
     gpu_joules: float | None
     cpu_joules: float | None
-    """The CPU's energy times the task's share of all CPU seconds that the machine ran meanwhile."""
+    """The CPU's energy times the task's share of all CPU seconds that the machine ran during the task."""
     kwh: float | None
-    """What is known of the two, together."""
+    """The sum of those that are known."""
 
 
 class GpuUse(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,14 +35,14 @@ class GpuUse(msgspec.Struct, frozen=True, kw_only=True):
     memory_after_bytes: int | None = None
     processes_before: tuple[int, ...] = ()
     processes_after: tuple[int, ...] = ()
-    """Pids on it just before the task, and when its release was proven or given up."""
+    """Pids just before the task, and when its release was proven or given up."""
     temperature_peak_c: int | None = None
     throttled: tuple[str, ...] = ()
-    """Every reason seen."""
+    """Every reason that was sampled."""
 
 
 class ProcessUse(msgspec.Struct, frozen=True, kw_only=True):
-    """What the kernel counted for the task's process tree. Null: unknown."""
+    """What the kernel counted for the task's process tree. None: unknown."""
 
     cpu_seconds: float | None = None
     peak_rss_bytes: int | None = None
@@ -63,30 +63,32 @@ class Resources(msgspec.Struct, frozen=True, kw_only=True):
     gpus: dict[str, GpuUse]
     """By UUID."""
     gpu_release_ms: float | None = None
-    """From the end of the task's last process until its GPUs were back at their baseline."""
+    """Milliseconds from the end of the task's last process until its GPUs were back at their baseline."""
     gpu_held: str | None = None
-    """What kept them from it, where they did not come back in time."""
+    """What held them, where they were not back in time."""
 
 
 class TaskUsage(msgspec.Struct, frozen=True, kw_only=True):
-    """Three fields of a terminal event's payload."""
+    """Three fields of a terminal event's payload. `cost_usd` is the slot's price for the runtime."""
 
     energy: Energy
     cost_usd: float
     resources: Resources
 
 
-class _Watched:
+class _GpuSamples:
+    """Running sums over the samples of one GPU."""
+
     def __init__(self) -> None:
         self.utilizations: list[int] = []
         self.memory_sum_bytes = 0
         self.memory_peak_bytes = 0
-        self.looks = 0
+        self.count = 0
         self.temperature_peak_c: int | None = None
         self.throttled: set[str] = set()
 
     def add(self, sample: GpuSample) -> None:
-        self.looks += 1
+        self.count += 1
         self.memory_sum_bytes += sample.used_bytes
         self.memory_peak_bytes = max(self.memory_peak_bytes, sample.used_bytes)
         self.throttled.update(sample.throttled)
@@ -97,19 +99,23 @@ class _Watched:
 
 
 class TaskMeter:
-    """One task's use of its GPUs. Give it the node's totals just before the task, and again when its slot is free."""
+    """One task's use of its GPUs and CPUs.
+
+    Args:
+        start: the node's totals just before the task.
+    """
 
     def __init__(self, gpus: Sequence[GpuInfo], start: Totals) -> None:
         self._gpus = tuple(gpus)
         self._start = start
-        self._watched = {gpu.uuid: _Watched() for gpu in gpus}
+        self._samples = {gpu.uuid: _GpuSamples() for gpu in gpus}
 
-    def observe(self, looks: Mapping[str, Look]) -> None:
-        """Note one look. Looks at other GPUs may be among them."""
-        for uuid in self._watched.keys() & looks.keys():
-            look = looks[uuid]
-            if isinstance(look, GpuSample):
-                self._watched[uuid].add(look)
+    def observe(self, readings: Mapping[str, GpuReading]) -> None:
+        """Add one sample of each GPU. Readings of other GPUs are ignored."""
+        for uuid in self._samples.keys() & readings.keys():
+            reading = readings[uuid]
+            if isinstance(reading, GpuSample):
+                self._samples[uuid].add(reading)
 
     def finish(
         self,
@@ -120,12 +126,12 @@ class TaskMeter:
         processes: ProcessUse = NOTHING_COUNTED,
         release: ReleaseReport | None = None,
     ) -> TaskUsage:
-        """The sums.
+        """The task's usage, once its slot is free.
 
         Args:
             end: the node's totals now.
-            runtime_s: what the task's slot was taken for.
-            cost_per_hour: of the slot, USD.
+            runtime_s: how long the task had its slot.
+            cost_per_hour: the slot's price in USD.
         """
         gpu_j = self._gpu_joules(end)
         cpu_j = self._cpu_joules(end, processes.cpu_seconds)
@@ -164,9 +170,9 @@ class TaskMeter:
         return (end.cpu_j - self._start.cpu_j) * share
 
     def _use(self, gpu: GpuInfo, release: ReleaseReport | None) -> GpuUse:
-        seen = self._watched[gpu.uuid]
+        seen = self._samples[gpu.uuid]
         proof = release.gpus.get(gpu.uuid) if release is not None else None
-        peaks = [seen.memory_peak_bytes] if seen.looks else []
+        peaks = [seen.memory_peak_bytes] if seen.count else []
         peaks += [proof.peak_bytes] if proof is not None else []
         return GpuUse(
             index=gpu.index,
@@ -174,7 +180,7 @@ class TaskMeter:
                 round(sum(seen.utilizations) / len(seen.utilizations), 1) if seen.utilizations else None
             ),
             utilization_peak_percent=max(seen.utilizations, default=None),
-            memory_mean_bytes=seen.memory_sum_bytes // seen.looks if seen.looks else None,
+            memory_mean_bytes=seen.memory_sum_bytes // seen.count if seen.count else None,
             memory_before_bytes=None if proof is None else proof.before_bytes,
             memory_peak_bytes=max(peaks, default=None),
             memory_after_bytes=None if proof is None else proof.after_bytes,

@@ -1,6 +1,6 @@
-"""Which GPUs may be worked on, and whose task a fault was: from the driver's events and from who was on the card.
+"""Which GPUs may be used, and which processes a fault concerns, from the driver's events and its process lists.
 
-Pure bookkeeping over what `nvml` delivered; a card that is condemned comes back by `readmit`, after a canary.
+Pure bookkeeping over what `nvml` returned. A condemned GPU is readmitted after a canary has run on it.
 """
 
 from __future__ import annotations
@@ -9,25 +9,25 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from flowmesh.node.devices import EventKind, GpuEvent, GpuInfo, GpuLost, GpuSample, Look
+from flowmesh.node.devices import EventKind, GpuEvent, GpuInfo, GpuLost, GpuReading, GpuSample
 from flowmesh.node.xid import XidVerdict, describe_xid, xid_verdict
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
-    """One event, judged."""
+    """One event and what it means."""
 
     verdict: XidVerdict
     message: str
     """One line for the log and for the task's verdict."""
     uuids: tuple[str, ...]
-    """The GPUs (or slices) that it concerns."""
+    """The GPUs or MIG slices that it concerns."""
     pids: frozenset[int]
-    """Processes on them when it was found: whose task this was."""
+    """Processes on them at that time: they tell which task it was."""
     xid: int | None = None
 
 
 class GpuHealth:
-    """The health of a node's GPUs. Owned by one loop."""
+    """The health of a node's GPUs. Used from one event loop."""
 
     def __init__(self, gpus: Sequence[GpuInfo]) -> None:
         self._gpus = tuple(gpus)
@@ -35,20 +35,24 @@ class GpuHealth:
         self._pids: dict[str, frozenset[int]] = {gpu.uuid: frozenset() for gpu in gpus}
         self._throttled: dict[str, tuple[str, ...]] = {}
 
-    def observe(self, looks: Mapping[str, Look]) -> tuple[Finding, ...]:
-        """Note who is on the cards. A card that does not answer is condemned; findings are the newly condemned ones.
+    def observe(self, readings: Mapping[str, GpuReading]) -> tuple[Finding, ...]:
+        """Record which processes use which GPU, and condemn a GPU that does not answer.
 
-        A card keeps the processes of its last look with any, so that an event can be blamed on one that has just died.
+        The processes of the last sample that had any are kept, so that an event can be attributed to one that has
+        just died.
+
+        Returns:
+            A finding for each GPU that is condemned now and was not before.
         """
         findings = []
-        for uuid, look in looks.items():
-            match look:
+        for uuid, reading in readings.items():
+            match reading:
                 case GpuSample():
-                    if look.pids:
-                        self._pids[uuid] = look.pids
-                    self._throttled[uuid] = look.throttled
+                    if reading.pids:
+                        self._pids[uuid] = reading.pids
+                    self._throttled[uuid] = reading.throttled
                 case GpuLost() if uuid not in self._condemned:
-                    message = f"{uuid} does not answer: {look.why}"
+                    message = f"{uuid} does not answer: {reading.why}"
                     self._condemned[uuid] = message
                     findings.append(
                         Finding(
@@ -63,12 +67,12 @@ class GpuHealth:
         return tuple(findings)
 
     def cleared(self, uuids: Sequence[str]) -> None:
-        """These GPUs are proven empty: what happens from now on is not the last task's doing."""
+        """These GPUs are proven free: events from now on do not concern the last task."""
         for uuid in uuids:
             self._pids[uuid] = frozenset()
 
     def judge(self, events: Sequence[GpuEvent]) -> tuple[Finding, ...]:
-        """What these events mean; cards with a device fault are condemned."""
+        """What these events mean. GPUs with a device fault are condemned."""
         findings = tuple(self._judge(event) for event in events)
         for finding in findings:
             if finding.verdict is XidVerdict.DEVICE:
@@ -77,16 +81,16 @@ class GpuHealth:
         return findings
 
     def condemned(self, uuids: Sequence[str]) -> dict[str, str]:
-        """Of these GPUs, those that must not be worked on, and why."""
+        """Those of these GPUs that must not be used, each with the reason."""
         return {uuid: self._condemned[uuid] for uuid in uuids if uuid in self._condemned}
 
     def readmit(self, uuids: Sequence[str]) -> None:
-        """A canary has run on these: they are good again."""
+        """A canary has run on these GPUs: they may be used again."""
         for uuid in uuids:
             self._condemned.pop(uuid, None)
 
     def throttled(self, uuids: Sequence[str]) -> dict[str, tuple[str, ...]]:
-        """Of these GPUs, those whose clocks are held down at the last look, and why; for the heartbeat."""
+        """Those of these GPUs whose clocks were reduced at the last sample, each with the reasons (for heartbeats)."""
         return {uuid: reasons for uuid in uuids if (reasons := self._throttled.get(uuid))}
 
     def _judge(self, event: GpuEvent) -> Finding:
@@ -110,7 +114,7 @@ class GpuHealth:
 
 
 def _concerns(event: GpuEvent, gpu: GpuInfo) -> bool:
-    """A fault of a board is a fault of all its slices, unless the driver names the slice, or the board is unknown."""
+    """Whether an event concerns a GPU. Without a board it may be any GPU; without a slice, every slice of the board."""
     if event.board is not None and event.board != gpu.board:
         return False
     return gpu.mig is None or event.gpu_instance is None or gpu.mig.gpu_instance == event.gpu_instance

@@ -1,4 +1,4 @@
-"""What a heartbeat carries: uptime, cost, load, power and energy of one worker, and what is wrong with its GPUs."""
+"""What a heartbeat carries: uptime, cost, load, power and energy of one worker, and faults of its GPUs."""
 
 from __future__ import annotations
 
@@ -12,33 +12,39 @@ import msgspec
 from loguru import logger
 
 from flowmesh.errors import DeviceError
-from flowmesh.node.devices import GpuInfo, Look
+from flowmesh.node.devices import GpuInfo, GpuReading
 from flowmesh.node.nvml import Nvml
 from flowmesh.node.power import PowerMeter
 
-PATIENCE_S = 0.05
-"""A heartbeat waits this long for the driver; after it the numbers are those of the look before."""
+SAMPLE_WAIT_S = 0.05
+"""A heartbeat waits this long for the driver; without an answer it carries the previous sample's numbers."""
 
 
-class Watch:
-    """What a Reporter tells of the looks that it takes anyway. The defaults do nothing."""
+class HeartbeatObserver:
+    """Receives the GPU samples that a Reporter takes for each heartbeat. The defaults do nothing."""
 
-    def on_looks(self, looks: Mapping[str, Look]) -> None:
-        """The worker's GPUs were looked at."""
+    def on_looks(self, looks: Mapping[str, GpuReading]) -> None:
+        """The worker's GPUs were sampled."""
 
     def on_silence(self, error: DeviceError) -> None:
         """The driver did not answer."""
 
     def notes(self) -> dict[str, Any]:
-        """What a heartbeat says besides."""
+        """Further fields of the heartbeat."""
         return {}
 
 
+Watch = HeartbeatObserver
+
+
 class Reporter:
-    """One worker's numbers. `power` is shared by the workers of a node.
+    """One worker's numbers.
 
     Args:
+        power: shared by the workers of a node.
+        started: when the node started, on the monotonic clock.
         cpu_share: this worker's part of the node's CPU power.
+        watch: receives the samples.
     """
 
     def __init__(
@@ -50,7 +56,7 @@ class Reporter:
         cost_per_hour: float,
         started: float,
         cpu_share: float = 1.0,
-        watch: Watch | None = None,
+        watch: HeartbeatObserver | None = None,
     ) -> None:
         self._power = power
         self._nvml = nvml
@@ -58,12 +64,12 @@ class Reporter:
         self._cost_per_hour = cost_per_hour
         self._started = started
         self._cpu_share = cpu_share
-        self._watch = watch or Watch()
-        self._deaf = False
-        self._looking: asyncio.Task[None] | None = None
+        self._observer = watch or HeartbeatObserver()
+        self._driver_failed = False
+        self._sampling: asyncio.Task[None] | None = None
 
     async def heartbeat(self) -> dict[str, Any]:
-        """The `metrics` of a HEARTBEAT. Takes no longer than PATIENCE_S, whatever the driver does."""
+        """The `metrics` of a HEARTBEAT. Takes no longer than SAMPLE_WAIT_S, even if the driver hangs."""
         await self._observe()
         summary = msgspec.to_builtins(self._power.summary(self._gpus, self._cpu_share))
         loads = os.getloadavg()
@@ -73,7 +79,7 @@ class Reporter:
             "power": msgspec.to_builtins(self._power.power(self._gpus, self._cpu_share)),
             "power_summary": summary,
             "estimated_energy_kwh": summary["estimated_energy_kwh"],
-            **self._watch.notes(),
+            **self._observer.notes(),
         }
 
     def power(self) -> dict[str, Any]:
@@ -98,24 +104,24 @@ class Reporter:
 
     async def _observe(self) -> None:
         if self._gpus:
-            if self._looking is None or self._looking.done():
-                self._looking = asyncio.create_task(self._look())
-            done, _ = await asyncio.wait({self._looking}, timeout=PATIENCE_S)
+            if self._sampling is None or self._sampling.done():
+                self._sampling = asyncio.create_task(self._sample())
+            done, _ = await asyncio.wait({self._sampling}, timeout=SAMPLE_WAIT_S)
             if done:
-                self._looking.result()
+                self._sampling.result()
                 return
         self._power.observe()
 
-    async def _look(self) -> None:
+    async def _sample(self) -> None:
         try:
-            looks = await self._nvml.sample([gpu.uuid for gpu in self._gpus])
+            readings = await self._nvml.sample([gpu.uuid for gpu in self._gpus])
         except DeviceError as error:
-            if not self._deaf:
-                logger.warning("GPU metrics are missing: {}", error)
-            self._deaf = True
+            if not self._driver_failed:
+                logger.warning("heartbeats carry no GPU metrics until the driver answers again: {}", error)
+            self._driver_failed = True
             self._power.observe()
-            self._watch.on_silence(error)
+            self._observer.on_silence(error)
             return
-        self._deaf = False
-        self._power.observe(looks)
-        self._watch.on_looks(looks)
+        self._driver_failed = False
+        self._power.observe(readings)
+        self._observer.on_looks(readings)

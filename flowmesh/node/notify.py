@@ -1,4 +1,4 @@
-"""systemd's notification protocol: READY, STATUS, WATCHDOG, STOPPING. Without systemd, nothing happens."""
+"""systemd's notification protocol: READY, STATUS, WATCHDOG, STOPPING. Without systemd it does nothing."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Mapping
 
 
 class Notifier:
-    """Speaks to the socket in NOTIFY_SOCKET.
+    """Sends to the socket in NOTIFY_SOCKET.
 
-    The watchdog is fed by the event loop's own progress: a Redis that is away must not restart the node.
+    Feed the watchdog from the event loop's own progress: an unreachable Redis must not make systemd restart the node.
     """
 
     def __init__(self, environ: Mapping[str, str]) -> None:
@@ -18,9 +18,9 @@ class Notifier:
         watchdog_us = environ.get("WATCHDOG_USEC", "")
         for_us = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         self.watchdog_s = int(watchdog_us) / 1e6 if watchdog_us.isdigit() and for_us else None
-        """Feed it at least this often; None: nobody watches."""
+        """The watchdog must be fed at least this often; None: there is no watchdog."""
 
-    def say(self, **fields: str) -> None:
+    def send(self, **fields: str) -> None:
         """Send fields such as READY="1" or STATUS="…"."""
         if not self._address:
             return
@@ -29,5 +29,5 @@ class Notifier:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
             try:
                 sock.sendto(text.encode(), socket.MSG_DONTWAIT, address)
-            except OSError:  # systemd is restarting, or does not listen: it will ask again
+            except OSError:  # systemd restarts or does not listen; the next message may get through
                 return

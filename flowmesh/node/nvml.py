@@ -1,6 +1,6 @@
-"""NVML for an asyncio loop: one thread owns the library, every question has a deadline, and no answer blocks the loop.
+"""NVML for an asyncio loop: one thread owns the library, every call has a deadline, and none blocks the loop.
 
-A call that hangs in the driver is left where it hangs: until it answers, every question is a DeviceError at once.
+A call that hangs in the driver is left alone: until it returns, every other call raises a DeviceError at once.
 A node without a driver keeps no thread.
 """
 
@@ -14,19 +14,19 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from flowmesh.errors import DeviceError
-from flowmesh.node.devices import GpuEvent, Inventory, Look
+from flowmesh.node.devices import GpuEvent, GpuReading, Inventory
 from flowmesh.node.nvml_binding import NoDriverError
 from flowmesh.node.nvml_session import Session
 
 DEADLINE_S = 5.0
 INIT_DEADLINE_S = 60.0
-"""Without persistence mode the driver brings up every card anew at init, at seconds a card."""
+"""Without persistence mode the driver initialises every GPU again at init, which takes seconds per GPU."""
 
 T = TypeVar("T")
 
 
 class _Job:
-    """One question on its way through the thread."""
+    """One call on its way through the thread."""
 
     def __init__(self, name: str, call: Callable[[Session], Any], loop: asyncio.AbstractEventLoop) -> None:
         self.name = name
@@ -36,7 +36,7 @@ class _Job:
 
 
 class Nvml:
-    """The node's GPUs, asked from the loop that made it."""
+    """The node's GPUs. Used from the event loop that made it."""
 
     def __init__(
         self,
@@ -51,19 +51,21 @@ class Nvml:
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._session: Session | None = None
-        """The thread's; here to see whether it is initialising."""
+        """Owned by the thread; the loop reads only `opening`."""
         self._running: tuple[_Job, float] | None = None
         self._late: _Job | None = None
+        """The call that has missed its deadline."""
         self._absent = False
+        """Whether there is no driver."""
 
     async def inventory(self) -> Inventory:
-        """All GPUs of the machine; an empty one, and no error, where there is no driver.
+        """All GPUs of the machine; an empty inventory where there is no driver.
 
         Raises:
-            DeviceError: there is a driver, and it does not work or does not answer.
+            DeviceError: there is a driver, and it does not work or does not answer in time.
         """
         try:
-            found = await self._ask("init", Session.inventory, self._init_deadline_s)
+            found = await self._call("init", Session.inventory, self._init_deadline_s)
         except NoDriverError:
             self._absent = True
             await self.close()
@@ -71,29 +73,32 @@ class Nvml:
         self._absent = False
         return found
 
-    async def sample(self, uuids: Sequence[str], *, memory_only: bool = False) -> dict[str, Look]:
-        """One look at each of these GPUs. A GPU that does not answer is a GpuLost among the others' samples.
+    async def sample(self, uuids: Sequence[str], *, memory_only: bool = False) -> dict[str, GpuReading]:
+        """One reading of each of these GPUs. A GPU that does not answer is a GpuLost among the others' samples.
+
+        Args:
+            memory_only: read used bytes and processes only.
 
         Raises:
             DeviceError: the driver does not work, or did not answer in time.
         """
         if not uuids:
             return {}
-        wanted = tuple(uuids)
-        return await self._ask(
-            "sample", lambda session: session.sample(wanted, memory_only=memory_only), self._deadline_s
+        chosen = tuple(uuids)
+        return await self._call(
+            "sample", lambda session: session.sample(chosen, memory_only=memory_only), self._deadline_s
         )
 
     async def events(self) -> tuple[GpuEvent, ...]:
-        """Critical events since the last call.
+        """The critical events since the last call.
 
         Raises:
             DeviceError: as for `sample`.
         """
-        return () if self._absent else await self._ask("events", Session.events, self._deadline_s)
+        return () if self._absent else await self._call("events", Session.events, self._deadline_s)
 
     async def close(self) -> None:
-        """Shut NVML down and end the thread; a thread that hangs is left behind (it is a daemon)."""
+        """Shut NVML down and end the thread. A daemon thread that hangs in the driver is left behind."""
         thread, self._thread = self._thread, None
         if thread is None:
             return
@@ -105,20 +110,20 @@ class Nvml:
 
     @property
     def stuck_for_s(self) -> float | None:
-        """How long the thread has been hanging in the driver; None while it answers."""
+        """Seconds that a call has been hanging in the driver; None while the driver answers."""
         running = self._running
         return self._clock() - running[1] if running is not None and running[0] is self._late else None
 
-    async def _ask(self, name: str, call: Callable[[Session], T], deadline_s: float) -> T:
+    async def _call(self, name: str, call: Callable[[Session], T], deadline_s: float) -> T:
         if (hanging_s := self.stuck_for_s) is not None:
             raise DeviceError(self._hangs(hanging_s))
-        job, asked_s = _Job(name, call, asyncio.get_running_loop()), time.monotonic()
+        job, called_s = _Job(name, call, asyncio.get_running_loop()), time.monotonic()
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, args=(self._jobs,), name="nvml", daemon=True)
             self._thread.start()
         self._jobs.put(job)
         try:
-            answer: T = await self._answer(job, deadline_s)
+            answer: T = await self._result(job, deadline_s)
         except NoDriverError as error:
             if name == "init":
                 raise
@@ -126,11 +131,11 @@ class Nvml:
         except TimeoutError:
             running = self._running
             self._late = running[0] if running is not None else None
-            raise DeviceError(self._hangs(time.monotonic() - asked_s)) from None
+            raise DeviceError(self._hangs(time.monotonic() - called_s)) from None
         return answer
 
-    async def _answer(self, job: _Job, deadline_s: float) -> Any:
-        """The answer in time, where initialising anew on the way may take as long as at the start."""
+    async def _result(self, job: _Job, deadline_s: float) -> Any:
+        """The call's result within its deadline, or the init's deadline where NVML is initialised again meanwhile."""
         try:
             done, _ = await asyncio.wait({job.answer}, timeout=deadline_s)
             if not done and self._opening:
@@ -139,7 +144,7 @@ class Nvml:
                 raise TimeoutError
             return job.answer.result()
         finally:
-            job.answer.cancel()  # nobody waits for it any more
+            job.answer.cancel()  # the thread skips it, or drops its result
 
     @property
     def _opening(self) -> bool:
@@ -150,12 +155,11 @@ class Nvml:
         doing = "init" if self._opening else running[0].name if running is not None else "a call"
         return (
             f"NVML has not answered for {seconds:.0f} s (in {doing}): the driver hangs; "
-            "look for Xid lines in the kernel's log, and reset the GPU or reboot where it does not recover"
+            "look for Xid lines in the kernel log, and reset the GPU or reboot if it does not recover"
         )
 
-    # ---- the thread ----------------------------------------------------------------------------------------------
-
     def _work(self, jobs: queue.SimpleQueue[_Job | None]) -> None:
+        """The thread."""
         session = self._session = Session()
         while (job := jobs.get()) is not None:
             if job.answer.cancelled():
@@ -164,13 +168,13 @@ class Nvml:
             try:
                 outcome: Any = job.call(session)
                 failed = None
-            except Exception as error:  # noqa: BLE001 (the asker gets it: this is the boundary of a thread)
+            except Exception as error:  # noqa: BLE001 (raised to the caller: this is the boundary of a thread)
                 outcome, failed = None, error
             self._running = None
             try:
                 job.loop.call_soon_threadsafe(_settle, job.answer, outcome, failed)
             except RuntimeError:
-                break  # the loop is closed: nobody asks any more
+                break  # the loop is closed: there are no callers any more
         session.close()
 
 

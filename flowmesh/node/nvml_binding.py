@@ -1,4 +1,4 @@
-"""The driver's library and its binding, loaded when first wanted, and what its error codes mean to us."""
+"""The driver's library and its binding (pynvml), loaded on first use, and what its error codes mean here."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ T = TypeVar("T")
 
 
 class NoDriverError(Exception):
-    """This machine has no NVIDIA driver (or no library of it): a node without GPUs."""
+    """Raised when this machine has no NVIDIA driver (or no library of it): a node without GPUs."""
 
 
 class Binding:
-    """pynvml, and a memory of what it cannot do here.
+    """pynvml, and which of its calls are not supported here.
 
     Raises:
-        NoDriverError: the library is not there. A node without it never pays for importing the binding.
+        NoDriverError: the library is not installed. pynvml is imported only where it is.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class Binding:
             pynvml.NVML_ERROR_DRIVER_NOT_LOADED,
             pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH,
         }
-        """Errors of the driver as a whole: no device is to blame."""
+        """Errors of the driver as a whole, not of a device: NVML must be initialised again."""
         self.never = {
             pynvml.NVML_ERROR_NOT_SUPPORTED,
             pynvml.NVML_ERROR_FUNCTION_NOT_FOUND,
@@ -44,12 +44,12 @@ class Binding:
             pynvml.NVML_ERROR_ARGUMENT_VERSION_MISMATCH,
             pynvml.NVML_ERROR_DEPRECATED,
         }
-        """Errors that asking again will not mend."""
+        """Errors that a second call would return again."""
         self.unavailable_event: int = getattr(pynvml, "nvmlEventTypeGpuUnavailableError", 0)
         self._unsupported: set[tuple[str, str]] = set()
 
     def optional(self, uuid: str, name: str, call: Callable[..., T], *arguments: Any) -> T | None:
-        """The call's answer; None where it is not supported (asked once for each device) or has none just now.
+        """The call's result; None where it is not supported (called once per device) or fails this time.
 
         Raises:
             NVMLError: the session is over.
@@ -62,10 +62,10 @@ class Binding:
             return None
 
     def supported(self, uuid: str, name: str, call: Callable[..., T], *arguments: Any) -> T | None:
-        """The call's answer; None where it is not supported (asked once for each device).
+        """The call's result; None where it is not supported (called once per device).
 
         Raises:
-            NVMLError: anything else went wrong.
+            NVMLError: any other failure.
         """
         if (uuid, name) in self._unsupported:
             return None

@@ -1,4 +1,4 @@
-"""What NVML says of one device: bytes, processes, power, temperature. Called by the session's thread only."""
+"""NVML's readings of one device: bytes, processes, power, temperature. Called by the session's thread only."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import msgspec
 
 from flowmesh.node.devices import GpuProcess, GpuSample
 from flowmesh.node.nvml_binding import Binding
+from flowmesh.node.nvml_handles import Handle
 
-Handle = Any
-
-# nvmlClocksEventReasons that mean a card is slower than it could be; idling and chosen clocks are not among them.
+# nvmlClocksEventReasons that make a GPU slower than it could be; idling and user-set clocks are not among them.
 _THROTTLING = {
     0x04: "sw_power_cap",
     0x08: "hw_slowdown",
@@ -23,14 +22,18 @@ _THROTTLING = {
 
 
 class Reader:
-    """Readings of devices whose handles are good. Where a device must answer and does not, NVMLError comes through."""
+    """Reads devices by their handles.
+
+    Raises (from its methods):
+        NVMLError: the device or the driver does not answer.
+    """
 
     def __init__(self, binding: Binding) -> None:
         self._binding = binding
         self._nvml = binding.nvml
 
     def brief(self, uuid: str, board: str, handle: Handle) -> GpuSample:
-        """Bytes and processes, and nothing else."""
+        """Used bytes and processes only."""
         memory = self.memory(uuid, handle)
         processes = self._processes(uuid, handle)
         return GpuSample(
@@ -42,10 +45,10 @@ class Reader:
         )
 
     def rest(self, brief: GpuSample, handle: Handle, whole: Handle) -> GpuSample:
-        """`brief`, and how busy, hot and hungry the device is.
+        """`brief` with utilization, power, energy, temperature and throttling added.
 
         Args:
-            whole: its board, which has one power reading and one temperature for all its slices.
+            whole: the handle of its board, which has one power reading and one temperature for all its slices.
         """
         nvml, uuid, board = self._nvml, brief.uuid, brief.board
         utilization = self._binding.optional(uuid, "utilization", nvml.nvmlDeviceGetUtilizationRates, handle)
@@ -63,13 +66,13 @@ class Reader:
         )
 
     def memory(self, uuid: str, handle: Handle) -> Any:
-        """Version 2 tells what nvidia-smi shows: version 1, for older drivers, counts their own reserve as used."""
+        """Version 2 gives what nvidia-smi shows. Version 1, for older drivers, counts the driver's reserve as used."""
         nvml = self._nvml
         second = self._binding.supported(uuid, "memory v2", nvml.nvmlDeviceGetMemoryInfo, handle, nvml.nvmlMemory_v2)
         return second if second is not None else nvml.nvmlDeviceGetMemoryInfo(handle)
 
     def _processes(self, uuid: str, handle: Handle) -> tuple[GpuProcess, ...] | None:
-        """None where the driver never tells. Any other failure is raised: silence must not pass for an idle GPU."""
+        """None where the driver never lists them. Any other failure is raised: it must not pass for an idle GPU."""
         list_them = self._nvml.nvmlDeviceGetComputeRunningProcesses_v3
         found = self._binding.supported(uuid, "processes", list_them, handle)
         if found is None:
@@ -79,7 +82,7 @@ class Reader:
     def _graphics(self, uuid: str, handle: Handle, computing: tuple[GpuProcess, ...]) -> tuple[GpuProcess, ...]:
         list_them = self._nvml.nvmlDeviceGetGraphicsRunningProcesses_v3
         found = self._binding.optional(uuid, "graphics processes", list_them, handle) or ()
-        listed = {process.pid for process in computing}  # one that does both is in both lists
+        listed = {process.pid for process in computing}  # a process that does both is in both lists
         return tuple(_process(process) for process in found if process.pid not in listed)
 
     def _clock_reasons(self, handle: Handle) -> int:
@@ -89,9 +92,9 @@ class Reader:
         except nvml.NVMLError as error:
             if error.value != nvml.NVML_ERROR_FUNCTION_NOT_FOUND:
                 raise
-            return int(nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle))  # its name before driver 535
+            return int(nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle))  # the name before driver 535
 
 
 def _process(found: Any) -> GpuProcess:
-    """A context is never empty: 0 bytes are a driver's way to say that it cannot look the process up."""
+    """A context is never empty: a driver that cannot attribute memory to the process reports 0 bytes."""
     return GpuProcess(int(found.pid), found.usedGpuMemory or None)

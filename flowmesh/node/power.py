@@ -1,7 +1,7 @@
-"""Power and energy of a node: contract.md's `power`, `power_summary` and `estimated_energy_kwh`.
+"""Power and energy of a node: `power`, `power_summary` and `estimated_energy_kwh` of docs/contract.md.
 
 Joules come from counters where there are any, else from sampled power integrated over time. What is not known is
-null and never a guess.
+None, never an estimate.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import msgspec
 import psutil
 
 from flowmesh.messages.wire import utc_now
-from flowmesh.node.devices import GpuInfo, GpuSample, Look
+from flowmesh.node.devices import GpuInfo, GpuReading, GpuSample
 from flowmesh.node.rapl import POWERCAP, Rapl
 
 JOULES_PER_KWH = 3.6e6
 
 MAX_GAP_S = 120.0
-"""Between two power samples further apart than this nothing is integrated: what happened there is unknown."""
+"""Two power samples further apart than this are not integrated: the power between them is unknown."""
 
 SHORTEST_S = 1.0
-"""Watts from a counter are told over no less than this: its own steps would show, and slots may look in quick turn."""
+"""Watts are computed from a counter over at least this long: over less, its update steps would show."""
 
 
 class GpuWatts(msgspec.Struct, frozen=True):
@@ -37,7 +37,7 @@ class GpusWatts(msgspec.Struct, frozen=True):
 
 
 class Power(msgspec.Struct, frozen=True):
-    """`power`: now."""
+    """`power`: what is drawn now."""
 
     timestamp: str
     cpu_watts: float | None
@@ -61,21 +61,21 @@ class PowerSummary(msgspec.Struct, frozen=True, kw_only=True):
     avg_cpu_watts: float | None
     avg_gpu_watts: float | None
     per_gpu_avg_watts: dict[str, float]
-    """By index. A GPU of which nothing is known is left out."""
+    """By index. A GPU without readings is left out."""
     estimated_energy_kwh: float | None
     estimated_energy_breakdown: EnergyBreakdown
     samples: SampleCounts
 
 
 class Totals(msgspec.Struct, frozen=True, kw_only=True):
-    """What a node has used so far. Two of them bound a task; see `energy.TaskMeter`."""
+    """What a node has used so far. A task's use is the difference of two; see `energy.TaskMeter`."""
 
     at_s: float
     cpu_j: float | None
     cpu_busy_s: float
-    """CPU seconds that all processes of the machine together have run."""
+    """CPU seconds that all processes of the machine have run."""
     board_j: dict[str, float]
-    """By board UUID; a board of which nothing is known yet is not there."""
+    """By board UUID; a board without readings is left out."""
 
 
 class _Channel:
@@ -86,7 +86,7 @@ class _Channel:
         self.seconds = 0.0
         self.samples = 0
         self.watts: float | None = None
-        """Now: as a sensor reads it, else over the last stretch of at least SHORTEST_S."""
+        """Now: the sensor's reading, else the mean of the last SHORTEST_S or more."""
         self._recent_j = 0.0
         self._recent_s = 0.0
 
@@ -113,7 +113,7 @@ class _Channel:
 
 
 class PowerMeter:
-    """Adds up the node's joules, a look at a time. Belongs to one loop; reading it is some small files."""
+    """Adds up the node's joules, one observation at a time. Used from one event loop; reads a few small files."""
 
     def __init__(
         self,
@@ -138,8 +138,8 @@ class PowerMeter:
         """Why CPU power is unknown, for the log and the doctor; None where it is known."""
         return self._rapl.unavailable
 
-    def observe(self, looks: Mapping[str, Look] | None = None) -> None:
-        """Take one look: the CPU's counters, and what NVML just said of the GPUs (those that it was asked for)."""
+    def observe(self, readings: Mapping[str, GpuReading] | None = None) -> None:
+        """Read the CPU's counters, and add what NVML has just returned for some GPUs."""
         now_s = self._clock()
         joules = self._rapl.advance_j()
         if joules is None:
@@ -148,28 +148,28 @@ class PowerMeter:
             self._cpu.add(joules, now_s - self._cpu_at_s)
         self._cpu_at_s = now_s
         seen: set[str] = set()
-        for look in (looks or {}).values():
-            if not isinstance(look, GpuSample):
-                if (lost := self._boards.get(self._board_of.get(look.uuid, ""))) is not None:
+        for reading in (readings or {}).values():
+            if not isinstance(reading, GpuSample):
+                if (lost := self._boards.get(self._board_of.get(reading.uuid, ""))) is not None:
                     lost.watts = None
                 continue
-            self._board_of[look.uuid] = look.board
-            if look.board not in seen:
-                seen.add(look.board)
-                self._observe_board(look, now_s)
+            self._board_of[reading.uuid] = reading.board
+            if reading.board not in seen:
+                seen.add(reading.board)
+                self._observe_board(reading, now_s)
 
     def power(self, gpus: Sequence[GpuInfo] = (), cpu_share: float = 1.0) -> Power:
-        """What is drawn now, by the CPU and these GPUs.
+        """What the CPU and these GPUs draw now.
 
         Args:
-            cpu_share: the part of the CPU's that is told, so that the workers of one node do not count it twice.
+            cpu_share: the part of the CPU's power to report, so that the workers of one node do not count it twice.
         """
         boards = _boards(gpus)
         per_gpu = tuple(
             GpuWatts(index, _rounded(self._boards[board].watts if board in self._boards else None))
             for board, index in boards.items()
         )
-        known = [each.power_w for each in per_gpu if each.power_w is not None]
+        known = [gpu.power_w for gpu in per_gpu if gpu.power_w is not None]
         return Power(
             timestamp=self._timestamp(),
             cpu_watts=_rounded(_times(self._cpu.watts, cpu_share)),
@@ -177,7 +177,7 @@ class PowerMeter:
         )
 
     def summary(self, gpus: Sequence[GpuInfo] = (), cpu_share: float = 1.0) -> PowerSummary:
-        """What has been drawn since the start, by the CPU (its `cpu_share`) and these GPUs."""
+        """What the CPU (its `cpu_share`) and these GPUs have drawn since the start."""
         boards = {board: index for board, index in _boards(gpus).items() if board in self._boards}
         channels = [self._boards[board] for board in boards]
         means = [mean for channel in channels if (mean := channel.mean_w) is not None]
@@ -224,23 +224,23 @@ class PowerMeter:
 
 
 def _joules(before: GpuSample, after: GpuSample, seconds: float) -> float | None:
-    """Energy between two looks at one board: the counter's difference, else the trapezoid under its power."""
+    """Energy between two samples of one board: the counter's difference, else the trapezoid under its power."""
     if before.energy_mj is not None and after.energy_mj is not None and after.energy_mj >= before.energy_mj:
         return (after.energy_mj - before.energy_mj) / 1000
-    # No counter, or one that a driver reload set back.
+    # No counter, or a driver reload has reset it.
     if before.power_w is None or after.power_w is None or seconds > MAX_GAP_S:
         return None
     return (before.power_w + after.power_w) / 2 * seconds
 
 
 def machine_cpu_busy_s() -> float:
-    """CPU seconds that the machine has spent on anything but idling and waiting for I/O, since it booted."""
+    """CPU seconds since boot, without idle and I/O wait."""
     times = psutil.cpu_times()
     return float(times.user + times.nice + times.system + times.irq + times.softirq)
 
 
 def _boards(gpus: Sequence[GpuInfo]) -> dict[str, int]:
-    """Board and index; the slices of one board share its power and appear once."""
+    """Index by board UUID; the slices of one board share its power, so the board appears once."""
     return {gpu.board: gpu.index for gpu in gpus}
 
 

@@ -22,7 +22,7 @@ class _Package:
         self.last_uj = int(self.counter.read_text())
 
     def advance(self) -> int:
-        """Microjoules since the last call. A wrap-around is seen once; two between two calls cannot be."""
+        """Microjoules since the last call, at most one wrap-around ago."""
         now_uj = int(self.counter.read_text())
         used_uj = now_uj - self.last_uj
         self.last_uj = now_uj
@@ -32,26 +32,24 @@ class _Package:
 class Rapl:
     """Joules of all CPU packages together.
 
-    At 250 W the usual counter wraps after some 17 minutes, the smallest after four: ask at least every minute.
+    At 250 W the usual counter wraps after about 17 minutes, the smallest after four: read it at least every minute.
     """
 
     def __init__(self, root: Path = POWERCAP) -> None:
         self._packages: list[_Package] = []
         self.unavailable: str | None = None
-        """Why there is no reading, for a person; None where there is one."""
+        """Why there is no reading, for logs; None where there is one."""
         try:
             zones = sorted(zone for zone in root.iterdir() if _ZONE.fullmatch(zone.name))
             self._packages = [_Package(zone) for zone in zones if _PACKAGE.match((zone / "name").read_text())]
         except FileNotFoundError:
             self.unavailable = f"no CPU energy counters: {root} has no intel-rapl"
         except PermissionError as error:
-            self.unavailable = (
-                f"CPU energy counters are not readable: {error.filename}; run as root or grant read access"
-            )
+            self.unavailable = f"CPU energy counters cannot be read: {error.filename}; run as root or grant read access"
         except (OSError, ValueError) as error:
             self.unavailable = f"CPU energy counters do not work: {error}"
         if self.unavailable is None and not self._packages:
-            self.unavailable = f"no CPU energy counters: {root} names no package"
+            self.unavailable = f"no CPU energy counters: {root} has no package zone"
 
     def advance_j(self) -> float | None:
         """Joules since the last call (or since the start); None where they are unknown."""

@@ -1,6 +1,6 @@
-"""A slot: the devices that one task at a time may have, and the tasks that wait for them, in the order they came.
+"""A slot: the devices that one task at a time may use, and the queue of tasks that wait for them.
 
-`plan` cuts a node into slots as its settings say; each slot is a worker of its own to the orchestrator.
+`plan` divides a node into slots as the settings ask; the orchestrator sees each slot as a separate worker.
 """
 
 from __future__ import annotations
@@ -11,38 +11,38 @@ from typing import Generic, TypeVar
 
 import msgspec
 
-from flowmesh.config import Settings
 from flowmesh.errors import ConfigError, DeviceError
 from flowmesh.node.devices import GpuInfo, NoSuchGpuError, find_gpu
 from flowmesh.settings_checks import cpu_numbers
+from flowmesh.settings_schema import Settings
 from flowmesh.settings_types import SlotsMode
 
 RunT = TypeVar("RunT")
 
 ONLY = "main"
-"""The name of a node's one slot, where nobody named it."""
+"""The name of a node's only slot, where the settings do not name it."""
 
 
 class SlotPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """What a slot is made of."""
+    """The devices and the share of one slot."""
 
     name: str
     worker_id: str
     gpus: tuple[str, ...] = ()
     """UUIDs."""
     cpus: tuple[int, ...] = ()
-    """CPU numbers that its tasks may run on."""
+    """Numbers of the CPUs that its tasks may run on."""
     cores: int = 0
-    """How many of them it counts as its own, where it shares them with other slots; 0: all."""
+    """How many of them it may keep busy, where it shares them with other slots; 0: all."""
     share: float = 1.0
-    """Its part of what the node costs."""
+    """Its part of the node's cost, from 0 to 1."""
 
     @property
     def threads(self) -> int:
         return self.cores or max(1, len(self.cpus))
 
     def gpus_for(self, count: int | None) -> tuple[str, ...]:
-        """The GPUs that a task which asked for `count` sees: never more than there are; all where it asked for none."""
+        """The GPUs that a task sees which requests `count` (at most all of them); None: all."""
         return self.gpus if count is None else self.gpus[:count]
 
 
@@ -58,15 +58,15 @@ def plan(
     """The node's slots.
 
     Args:
-        worker_id: the node's own; a slot's is made from it where there is more than one.
-        gpus: what the node may offer.
-        cpus: the numbers that the node may use.
-        cores: how many of them it can keep busy at once (a cgroup's quota may be less).
-        some_are_down: a slot goes without a GPU of its own that is not there; one without any is left out.
+        worker_id: the node's id; with more than one slot, each slot's is `<worker_id>-<slot name>`.
+        gpus: the GPUs that the node may offer.
+        cpus: the numbers of the CPUs that the node may use.
+        cores: how many of them it can keep busy at once (a cgroup quota may be less).
+        some_are_down: skip the GPUs that do not work now, and a slot that has none left.
 
     Raises:
-        ConfigError: names the key of a slot that cannot be as the settings want it.
-        DeviceError: all slots are left out.
+        ConfigError: a slot cannot be made as configured; names its key.
+        DeviceError: no slot is left.
     """
     if settings.slots:
         slots = _listed(settings, gpus, cpus, cores, some_are_down=some_are_down)
@@ -93,23 +93,23 @@ def plan(
 
 
 def _check_slices(slots: Sequence[SlotPlan], gpus: Sequence[GpuInfo], settings: Settings) -> None:
-    """CUDA shows a process one MIG slice, however many it is given.
+    """CUDA lets a process see one MIG slice, however many it is given.
 
     https://docs.nvidia.com/datacenter/tesla/mig-user-guide/ (device enumeration)
     """
     slices = {gpu.uuid for gpu in gpus if gpu.mig is not None}
     for slot in slots:
         if len(slot.gpus) > 1 and slices.intersection(slot.gpus):
-            where = f"slots: {slot.name!r}" if settings.slots else "node.slots: its one slot"
-            remedy = "give each a slot of its own" if settings.slots else "set it to 'per-gpu'"
+            where = f"slots: {slot.name!r}" if settings.slots else "node.slots: its only slot"
+            remedy = "give each slice its own slot" if settings.slots else "set it to 'per-gpu'"
             raise ConfigError(
-                f"{where} has {len(slot.gpus)} GPUs, MIG slices among them, and CUDA lets a task use one slice and "
-                f"nothing else; {remedy}"
+                f"{where} has {len(slot.gpus)} GPUs, some of them MIG slices, but a CUDA process can use one "
+                f"slice and nothing else; {remedy}"
             )
 
 
 def _name(gpu: GpuInfo) -> str:
-    """`gpu0`; for slices of one board `gpu0-1-0`, `gpu0-2-0` by their instances."""
+    """`gpu0`; for MIG slices `gpu0-1-0` with the GPU instance and the compute instance."""
     return f"gpu{gpu.index}" + ("" if gpu.mig is None else f"-{gpu.mig.gpu_instance}-{gpu.mig.compute_instance}")
 
 
@@ -132,7 +132,7 @@ def _listed(
                     continue
                 raise
             if uuid in taken:
-                raise ConfigError(f"{key}.gpus[{at}]: {entry!r} is {uuid}, which is in slot {taken[uuid]!r} already")
+                raise ConfigError(f"{key}.gpus[{at}]: {entry!r} is {uuid}, which is already in slot {taken[uuid]!r}")
             taken[uuid] = slot.name
             uuids.append(uuid)
         if slot.gpus and not uuids:
@@ -147,7 +147,7 @@ def _listed(
             SlotPlan(name=slot.name, worker_id="", gpus=tuple(uuids), cpus=own, cores=max(1, min(count, cores)))
         )
     if not slots:
-        raise DeviceError("slots: none of the GPUs that they name works now; `flowmesh doctor` says more")
+        raise DeviceError("slots: none of the configured GPUs works now; `flowmesh doctor` gives details")
     return slots
 
 
@@ -163,10 +163,10 @@ def cpu_list(cpus: Sequence[int]) -> str:
 
 
 class Slot(Generic[RunT]):
-    """The queue of one slot. Nothing here waits or acts; the executor does.
+    """The queue of one slot: pure bookkeeping, driven by the executor.
 
     Args:
-        needs_open: whether a task has to wait while the slot is closed; by default each has.
+        needs_open: whether a task must wait while the slot is closed; by default every task.
     """
 
     def __init__(self, plan: SlotPlan, needs_open: Callable[[RunT], bool] = lambda _run: True) -> None:
@@ -174,14 +174,14 @@ class Slot(Generic[RunT]):
         self._users: list[RunT] = []
         self.queue: deque[RunT] = deque()
         self.closed = ""
-        """Why the slot takes no task now; empty where it does."""
+        """Why the slot starts no task that needs it open; empty: it is open."""
         self.paused = ""
-        """Why it starts nothing at all now, whatever a task needs; empty where it does."""
+        """Why the slot starts no task at all; empty: it is not paused."""
         self._needs_open = needs_open
 
     @property
     def current(self) -> RunT | None:
-        """The task that has the slot. After a restart with fewer slots it may have several; then the first of them."""
+        """The task that has the slot; the first one where, after a restart with fewer slots, several have it."""
         return self._users[0] if self._users else None
 
     @property
@@ -190,11 +190,11 @@ class Slot(Generic[RunT]):
 
     @property
     def trouble(self) -> str:
-        """Why the slot is not as it should be; empty where it is."""
+        """Why the slot is degraded; empty: it is not."""
         return self.paused or self.closed
 
     def next(self) -> RunT | None:
-        """Take the next task, where the slot is free and somebody waits who may have it."""
+        """Give the slot to the next task that may have it; None where the slot is taken or no such task waits."""
         if self.current is not None or self.paused:
             return None
         run = next((run for run in self.queue if not (self.closed and self._needs_open(run))), None)
@@ -204,7 +204,7 @@ class Slot(Generic[RunT]):
         return run
 
     def resume(self, run: RunT) -> None:
-        """It has the slot already, since before a restart."""
+        """Record a task that had the slot before a restart."""
         self._users.append(run)
 
     def free(self, run: RunT) -> None:

@@ -1,6 +1,6 @@
-"""What an Xid, the driver's number for a fault, says about the card and about the task that was on it.
+"""What an Xid, the driver's number for a fault, means for the GPU and for the task that ran on it.
 
-Numbers and what to do about them: NVIDIA's Xid catalogue,
+Numbers and actions are from NVIDIA's Xid catalogue,
 https://docs.nvidia.com/deploy/xid-errors/analyzing-xid-catalog.html (its "immediate action" column).
 """
 
@@ -11,23 +11,23 @@ import enum
 
 class XidVerdict(enum.StrEnum):
     APPLICATION = "application"
-    """The task's own doing, or a fault that ended with its process: the task failed, the card is fine."""
+    """Caused by the task, or a fault that ended with its process: the task failed, the GPU is fine."""
     DEVICE = "device"
-    """The card is not to be trusted until a canary has run on it."""
+    """The GPU must not be used until a canary has run on it."""
     IGNORE = "ignore"
-    """A follow-up of another Xid, or a note for the operator."""
+    """Follows another Xid, or is only information for the operator."""
 
 
-# RESTART_APP in the catalogue: a new process on the same card is all it takes.
+# RESTART_APP in the catalogue: a new process on the same GPU is enough.
 _APPLICATION = {
     *{8, 11, 13, 25, 31, 32, 60, 68, 69, 80, 94},
     *{39, 40, 41, 70, 71, 72, 75, 76, 77, 85, *range(126, 136)},  # copy engines
     *{82, 83, 84, 86, 88, 89, *range(96, 106), 139},  # video, JPEG and optical flow engines
-    # IGNORE in the catalogue, as far as the card goes; the process whose channel it was is stopped all the same.
+    # IGNORE in the catalogue as far as the GPU is concerned; the process that used the channel is stopped anyway.
     *{43, 137},
 }
 
-# IGNORE in the catalogue, or there only beside another Xid (45, 154, 171, 172).
+# IGNORE in the catalogue, or reported only together with another Xid (45, 154, 171, 172).
 _IGNORE = {
     14,
     37,
@@ -56,7 +56,7 @@ _IGNORE = {
 _NAMES = {
     8: "a channel timed out",
     13: "exception in a kernel, such as an illegal address or instruction",
-    31: "page fault of a kernel: it touched memory that it does not have",
+    31: "page fault of a kernel: it accessed unmapped memory",
     32: "corrupt command stream",
     43: "a channel was reset",
     45: "channels removed after an earlier fault",
@@ -70,7 +70,7 @@ _NAMES = {
     74: "NVLink error",
     79: "the GPU fell off the PCIe bus",
     92: "many corrected memory errors",
-    94: "memory error, contained to the process that met it",
+    94: "memory error, contained to one process",
     95: "memory error, not contained",
     109: "context switch timed out",
     110: "security fault",
@@ -86,7 +86,7 @@ _NAMES = {
 
 
 def xid_verdict(xid: int) -> XidVerdict:
-    """How far an Xid's blame goes. One that the catalogue did not have is the card's until a canary clears it."""
+    """Whether an Xid concerns the task or the GPU. One that is not in the catalogue is taken for a fault of the GPU."""
     if xid in _APPLICATION:
         return XidVerdict.APPLICATION
     return XidVerdict.IGNORE if xid in _IGNORE else XidVerdict.DEVICE

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flowmesh.config import ArchiveSettings
 from flowmesh.errors import DeliveryError
 from flowmesh.messages.job import ArchiveRequest, UploadRequest
 from flowmesh.messages.output import HttpDestination, file_url
@@ -16,6 +15,7 @@ from flowmesh.results.job import State, Target
 from flowmesh.results.manifest import MANIFEST_FILE, RESPONSES_FILE, write_manifest
 from flowmesh.results.names import is_plain_name, within
 from flowmesh.results.sending import Item, Sender
+from flowmesh.settings_schema import ArchiveSettings
 
 ARCHIVE_SUFFIX = ".tar.gz"
 

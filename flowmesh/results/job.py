@@ -12,11 +12,11 @@ from typing import Any
 
 import msgspec
 
-from flowmesh.config import ArchiveSettings
 from flowmesh.errors import FieldError
 from flowmesh.messages.job import OUTCOME_FILE
 from flowmesh.messages.output import HttpDestination, LocalDestination, Output, file_url, read_output
 from flowmesh.results.names import check_task_id, task_folder
+from flowmesh.settings_schema import ArchiveSettings
 
 DELIVERY_FILE = "delivery.json"
 DELIVERED_FILE = "delivered.json"

@@ -1,4 +1,4 @@
-"""`manifest.json`: what lies in a task's folder, with sizes and checksums (contract.md, 3).
+"""`manifest.json`: what lies in a task's folder, with sizes and checksums (docs/contract.md, 3).
 
 Symbolic links are followed only within the folder, and nothing but regular files is ever opened.
 """

@@ -54,7 +54,7 @@ def _real(path: Path) -> Path | None:
 
 
 def task_folder(results_dir: Path, allowed_roots: Iterable[str | Path], task_id: str, output: Output) -> Path:
-    """The folder of a task (contract.md, 3), absolute and free of symbolic links. It need not exist yet.
+    """The folder of a task (docs/contract.md, 3), absolute and free of symbolic links. It need not exist yet.
 
     Raises:
         FieldError: the id or the path cannot be used, or leads to where this node lets no task write.

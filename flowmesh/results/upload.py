@@ -17,9 +17,9 @@ from urllib.parse import unquote, urljoin, urlsplit
 from flowmesh import __version__
 from flowmesh.errors import FieldError
 from flowmesh.messages.output import HttpDestination, check_url
+from flowmesh.redaction import Redactor, bare_url
 from flowmesh.results.answers import ANSWER_SHOWN, answer_of, in_words, innermost, retry_after_s
 from flowmesh.results.bodies import Body, UploadError
-from flowmesh.results.redact import Redactor, bare_url
 from flowmesh.results.throttle import Throttle
 
 if TYPE_CHECKING:

@@ -1,68 +1,32 @@
-"""The node's memory on disk: accepted tasks, their states, and the outbox of events. SQLite, one writer.
+"""The node's memory on disk: accepted tasks, their states, and the outbox of events. One writer.
 
-What a reader of Redis can see is never ahead of what stands here: a task's end and its event are one transaction,
-and an event leaves the outbox only when Redis has taken it. Survives any kill of the process; after a loss of power
-the last moments may be missing (WAL, synchronous=NORMAL), as the tasks themselves are then.
+What a reader of Redis can see is never ahead of the journal: a task's end and its event are one transaction, and an
+event leaves the outbox only after Redis has taken it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import sqlite3
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
-from flowmesh.errors import FlowMeshError
+from flowmesh.tasks.journal_db import JournalDatabase, JournalError
 from flowmesh.tasks.machine import State, Task
 from flowmesh.tasks.verdicts import Kind
 
-SCHEMA_VERSION = 1
+__all__ = ["Finished", "Journal", "JournalError", "Record", "ensure_private_dir"]
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS tasks (
-    attempt INTEGER PRIMARY KEY AUTOINCREMENT,
-    task_id TEXT NOT NULL,
-    worker_id TEXT NOT NULL,
-    dispatched_at TEXT,
-    accepted_at TEXT NOT NULL,
-    started_at TEXT,
-    finished_at TEXT,
-    state TEXT NOT NULL,
-    message BLOB NOT NULL,
-    progress BLOB NOT NULL,
-    out_dir TEXT NOT NULL,
-    server TEXT,
-    boot_mark TEXT
-);
-CREATE INDEX IF NOT EXISTS tasks_open ON tasks (state) WHERE state != 'done';
-CREATE INDEX IF NOT EXISTS tasks_by_id ON tasks (task_id);
-CREATE TABLE IF NOT EXISTS child_folders (attempt INTEGER NOT NULL, out_dir TEXT NOT NULL);
-CREATE INDEX IF NOT EXISTS child_folders_by_attempt ON child_folders (attempt);
-CREATE TABLE IF NOT EXISTS outbox (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT,
-    channel TEXT NOT NULL,
-    payload BLOB NOT NULL
-);
-CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
-"""
-
-RESERVE_PAGES = 1024
-"""Pages (of 4 KiB) that the file, and its log, have beforehand: tasks' ends are written on a full disk, too."""
 KEPT_DONE = 10_000
-"""Finished tasks that stay known, for `flowmesh logs` and to tell a duplicate from a retry. Older ones stay, too, where
-they still have to be delivered, or where their results are to be removed one day."""
-
-
-class JournalError(FlowMeshError):
-    """The journal cannot be used. Without it the node could lose tasks, so it does not run."""
+"""Finished attempts that are kept, for `flowmesh logs` and to tell a duplicate from a retry. Older ones stay too while
+they must be delivered again, or while their results must be removed some day."""
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
-    """One attempt as the journal knows it."""
+    """One attempt, with everything that the journal has of it."""
 
     attempt: int
     task_id: str
@@ -72,23 +36,24 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     started_at: str | None
     finished_at: str | None
     message: bytes
-    """The dispatch, as it came. Empty for finished ones."""
+    """The dispatch as it was received. Empty for finished attempts."""
     task: Task
     out_dir: str
     server: str | None
     """The fork server that has, or had, its process."""
     boot_mark: str | None
-    """Its start as seconds since the machine's boot; see execution.clock."""
+    """When it started, in seconds since the machine booted, with the boot's id; see execution.boot_clock."""
 
 
 class Finished(msgspec.Struct, frozen=True):
-    """A finished attempt, as long as nobody asks for more."""
+    """A finished attempt: what retention needs, cheap to read for all of them."""
 
     attempt: int
     task_id: str
     out_dir: str
     finished_at: str
     progress: bytes
+    """The `task`, still encoded."""
     child_dirs: tuple[str, ...] = ()
     """Folders of the tasks that were merged into it."""
 
@@ -104,91 +69,24 @@ _COLUMNS = (
 )
 
 
-def _record(row: tuple[object, ...]) -> Record:
-    names = _COLUMNS.split(", ")
-    values = dict(zip(names, row, strict=True))
-    values["task"] = _task_decoder.decode(values.pop("progress"))  # type: ignore[arg-type]
-    return msgspec.convert(values, Record)
-
-
 class Journal:
-    """Open, or make, the journal at `path`. Used from one thread."""
+    """The journal at `path`, made where there is none. Used from one thread.
+
+    Raises:
+        JournalError: the file cannot be used. Every method raises it where the file cannot be read or written.
+    """
 
     def __init__(self, path: Path) -> None:
-        try:
-            path.touch(mode=0o600)
-            self._db = sqlite3.connect(path, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=NORMAL")
-            self._db.execute("PRAGMA busy_timeout=5000")
-            version = self._db.execute("PRAGMA user_version").fetchone()[0]
-            if version not in (0, SCHEMA_VERSION):
-                raise JournalError(
-                    f"{path}: written by another version (schema {version}, this one has {SCHEMA_VERSION}); "
-                    "run that version, or set node.state_dir to another folder"
-                )
-            self._look_for_damage(path)
-            self._db.executescript(_SCHEMA)
-            self._add_columns()
-            self._db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
-            self._sent = 0
-            """Up to here Redis has taken the outbox, even where that could not be written down yet."""
-            self._reserve()
-        except (sqlite3.Error, OSError) as error:
-            raise JournalError(
-                f"{path}: cannot be used as the journal: {error}; mend its disk, or move the file away "
-                "(what it knew of tasks is then lost)"
-            ) from error
+        self._db = JournalDatabase(path)
+        self._sent = 0
+        """The outbox up to this sequence number was taken by Redis, even if the deletion could not be written yet."""
 
     def close(self) -> None:
         self._db.close()
 
-    def _look_for_damage(self, path: Path) -> None:
-        found = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
-        if found != "ok":
-            raise JournalError(
-                f"{path}: damaged ({' '.join(found.split())[:200]}); move the file away to start with an empty one "
-                "(what it knew of tasks is then lost)"
-            )
-
-    def _add_columns(self) -> None:
-        """What a journal of the same schema may lack. An older node does not miss them, and can have it back."""
-        there = {row[1] for row in self._db.execute("PRAGMA table_info(tasks)")}
-        if "boot_mark" not in there:
-            self._db.execute("ALTER TABLE tasks ADD COLUMN boot_mark TEXT")
-
-    @contextmanager
-    def transaction(self) -> Iterator[None]:
+    def transaction(self) -> contextlib.AbstractContextManager[None]:
         """All or nothing. May be nested: the outermost one decides."""
-        if self._db.in_transaction:
-            yield
-            return
-        self._write("BEGIN IMMEDIATE")
-        try:
-            yield
-            self._write("COMMIT")
-        except BaseException:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            raise
-
-    def _write(self, statement: str, values: tuple[object, ...] = ()) -> sqlite3.Cursor:
-        try:
-            return self._db.execute(statement, values)
-        except sqlite3.Error as error:
-            raise JournalError(f"the journal cannot be written: {error}") from error
-
-    def _reserve(self) -> None:
-        """Have room in the file and in its log: what is free inside of them needs no disk when it is used."""
-        try:
-            self._db.execute("INSERT OR REPLACE INTO facts VALUES ('reserve', zeroblob(?))", (RESERVE_PAGES * 4096,))
-            self._db.execute("DELETE FROM facts WHERE name = 'reserve'")
-            self._db.execute("PRAGMA wal_checkpoint(PASSIVE)")
-            self._db.execute("PRAGMA shrink_memory")
-        except sqlite3.OperationalError:
-            return  # no room now; what was reserved before is there still
-
-    # ---- tasks -------------------------------------------------------------------------------------------------------
+        return self._db.transaction()
 
     def accept(
         self,
@@ -201,138 +99,132 @@ class Journal:
         out_dir: str,
         child_dirs: Iterable[str] = (),
     ) -> int:
-        """Write down a task that is now ours; returns its attempt number, which is never used again."""
+        """Record an accepted task.
+
+        Returns:
+            Its attempt number, which is never used again.
+        """
         task = Task()
         with self.transaction():
-            cursor = self._write(
+            cursor = self._db.write(
                 "INSERT INTO tasks (task_id, worker_id, dispatched_at, accepted_at, state, message, progress, out_dir)"
                 " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 (task_id, worker_id, dispatched_at, at, task.state, message, msgspec.msgpack.encode(task), out_dir),
             )
             assert cursor.lastrowid is not None
             for child_dir in child_dirs:
-                self._write("INSERT INTO child_folders VALUES (?, ?)", (cursor.lastrowid, child_dir))
+                self._db.write("INSERT INTO child_folders VALUES (?, ?)", (cursor.lastrowid, child_dir))
         return cursor.lastrowid
 
     def update(self, attempt: int, task: Task) -> None:
-        self._write(
-            "UPDATE tasks SET state = ?, progress = ? WHERE attempt = ?",
-            (task.state, msgspec.msgpack.encode(task), attempt),
-        )
+        self._set(attempt, task)
 
     def launching(self, attempt: int, task: Task, server: str) -> None:
-        """Which fork server is about to get the task: where a restarted supervisor looks for it."""
-        self._write(
-            "UPDATE tasks SET state = ?, progress = ?, server = ? WHERE attempt = ?",
-            (task.state, msgspec.msgpack.encode(task), server, attempt),
-        )
+        """Record which fork server is about to get the task: a restarted supervisor looks for it there."""
+        self._set(attempt, task, server=server)
 
     def started(self, attempt: int, task: Task, at: str, boot_mark: str) -> None:
-        self._write(
-            "UPDATE tasks SET state = ?, progress = ?, started_at = ?, boot_mark = ? WHERE attempt = ?",
-            (task.state, msgspec.msgpack.encode(task), at, boot_mark, attempt),
-        )
+        self._set(attempt, task, started_at=at, boot_mark=boot_mark)
 
     def finish(self, attempt: int, task: Task, at: str, channel: str, event: bytes) -> None:
-        """The task's end together with its event, in one transaction."""
+        """Record the task's end together with its event, in one transaction."""
         with self.transaction():
-            self._write(
-                "UPDATE tasks SET state = ?, progress = ?, finished_at = ?, message = x'' WHERE attempt = ?",
-                (State.DONE, msgspec.msgpack.encode(task), at, attempt),
-            )
+            self._set(attempt, task, state=State.DONE, finished_at=at, message=b"")
             self.post(channel, event)
 
     def open_tasks(self) -> list[Record]:
         """Every accepted task without an end, oldest first."""
-        rows = self._db.execute(f"SELECT {_COLUMNS} FROM tasks WHERE state != 'done' ORDER BY attempt")
-        return [_record(row) for row in rows]
+        return self._records("WHERE state != 'done' ORDER BY attempt")
+
+    def latest(self, task_id: str) -> Record | None:
+        """The newest attempt at a task."""
+        return next(iter(self._records("WHERE task_id = ? ORDER BY attempt DESC LIMIT 1", task_id)), None)
+
+    def attempt(self, attempt: int) -> Record | None:
+        return next(iter(self._records("WHERE attempt = ?", attempt)), None)
 
     def finished(self) -> list[Finished]:
-        """Every attempt that has ended, oldest first; cheap, and to be looked into elsewhere than on the loop."""
-        query = (
+        """Every finished attempt, oldest first. Decode their `task` off the event loop: there may be thousands."""
+        children: dict[int, list[str]] = {}
+        for attempt, child_dir in self._db.read("SELECT attempt, out_dir FROM child_folders"):
+            children.setdefault(attempt, []).append(child_dir)
+        rows = self._db.read(
             "SELECT attempt, task_id, out_dir, finished_at, progress FROM tasks WHERE state = 'done' ORDER BY attempt"
         )
-        children: dict[int, list[str]] = {}
-        try:
-            for attempt, child_dir in self._db.execute("SELECT attempt, out_dir FROM child_folders"):
-                children.setdefault(attempt, []).append(child_dir)
-            rows = self._db.execute(query)
-            return [
-                Finished(attempt, task_id, out_dir, at, progress, tuple(children.get(attempt, ())))
-                for attempt, task_id, out_dir, at, progress in rows
-            ]
-        except sqlite3.Error as error:
-            raise JournalError(f"the journal cannot be read: {error}") from error
+        return [
+            Finished(attempt, task_id, out_dir, at, progress, tuple(children.get(attempt, ())))
+            for attempt, task_id, out_dir, at, progress in rows
+        ]
 
     def forget(self, gone: Iterable[int] | None = None) -> None:
-        """Drop finished attempts of long ago, but none that still has to be delivered.
+        """Delete finished attempts beyond the last KEPT_DONE, except those that must be delivered again.
 
         Args:
-            gone: those that nothing is left of; None: nobody will ask.
+            gone: delete only these, of which nothing is left on disk; None: any.
         """
-        last = self._db.execute("SELECT max(attempt) FROM tasks").fetchone()[0] or 0
-        # a blob of msgpack has its words as they are
+        last = self._db.read("SELECT max(attempt) FROM tasks")[0][0] or 0
+        # msgpack stores strings verbatim, so the verdict's kind can be searched for in the blob
         drop = "DELETE FROM tasks WHERE state = 'done' AND attempt <= ? AND instr(progress, CAST(? AS BLOB)) = 0"
         values = (last - KEPT_DONE, Kind.DELIVERY_FAILED.value)
         with self.transaction():
             if gone is None:
-                self._write(drop, values)
+                self._db.write(drop, values)
             for attempt in gone or ():
                 if attempt <= last - KEPT_DONE:
-                    self._write(f"{drop} AND attempt = ?", (*values, attempt))
-            self._write("DELETE FROM child_folders WHERE attempt NOT IN (SELECT attempt FROM tasks)")
-
-    def latest(self, task_id: str) -> Record | None:
-        """The newest attempt at a task."""
-        row = self._db.execute(
-            f"SELECT {_COLUMNS} FROM tasks WHERE task_id = ? ORDER BY attempt DESC LIMIT 1", (task_id,)
-        ).fetchone()
-        return None if row is None else _record(row)
-
-    def attempt(self, attempt: int) -> Record | None:
-        row = self._db.execute(f"SELECT {_COLUMNS} FROM tasks WHERE attempt = ?", (attempt,)).fetchone()
-        return None if row is None else _record(row)
-
-    # ---- outbox ------------------------------------------------------------------------------------------------------
+                    self._db.write(f"{drop} AND attempt = ?", (*values, attempt))
+            self._db.write("DELETE FROM child_folders WHERE attempt NOT IN (SELECT attempt FROM tasks)")
 
     def post(self, channel: str, payload: bytes) -> None:
-        """Put a message into the outbox. It leaves in order, after all that were posted before it."""
-        self._write("INSERT INTO outbox (channel, payload) VALUES (?, ?)", (channel, payload))
+        """Put a message into the outbox. Messages leave in the order they were posted."""
+        self._db.write("INSERT INTO outbox (channel, payload) VALUES (?, ?)", (channel, payload))
 
     def outgoing(self, limit: int = 100) -> list[tuple[int, str, bytes]]:
-        """The oldest messages of the outbox: (sequence, channel, payload)."""
-        query = "SELECT seq, channel, payload FROM outbox WHERE seq > ? ORDER BY seq LIMIT ?"
-        return self._db.execute(query, (self._sent, limit)).fetchall()
+        """The oldest messages of the outbox: (sequence number, channel, payload)."""
+        return self._db.read(
+            "SELECT seq, channel, payload FROM outbox WHERE seq > ? ORDER BY seq LIMIT ?", (self._sent, limit)
+        )
 
     def sent(self, seq: int) -> None:
-        """All messages up to `seq` have been taken by Redis."""
+        """Redis has taken all messages up to `seq`."""
         self._sent = seq
-        with contextlib.suppress(JournalError):  # with the next ones, then
-            self._write("DELETE FROM outbox WHERE seq <= ?", (seq,))
+        with contextlib.suppress(JournalError):  # deleted with the next ones, then
+            self._db.write("DELETE FROM outbox WHERE seq <= ?", (seq,))
 
     def outbox_size(self) -> int:
-        return int(self._db.execute("SELECT count(*) FROM outbox WHERE seq > ?", (self._sent,)).fetchone()[0])
-
-    # ---- facts -------------------------------------------------------------------------------------------------------
+        return int(self._db.read("SELECT count(*) FROM outbox WHERE seq > ?", (self._sent,))[0][0])
 
     def fact(self, name: str, default: str) -> str:
-        """A value that outlives a restart; `default` is kept where there is none yet."""
-        self._db.execute("INSERT OR IGNORE INTO facts (name, value) VALUES (?, ?)", (name, default))
-        return str(self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()[0])
+        """A value that outlives a restart; `default` is stored where there is none yet."""
+        self._db.write("INSERT OR IGNORE INTO facts (name, value) VALUES (?, ?)", (name, default))
+        return str(self._db.read("SELECT value FROM facts WHERE name = ?", (name,))[0][0])
+
+    def _set(self, attempt: int, task: Task, **columns: object) -> None:
+        columns = {"state": task.state, "progress": msgspec.msgpack.encode(task), **columns}
+        names = ", ".join(f"{name} = ?" for name in columns)
+        self._db.write(f"UPDATE tasks SET {names} WHERE attempt = ?", (*columns.values(), attempt))
+
+    def _records(self, where: str, *values: object) -> list[Record]:
+        return [_record(row) for row in self._db.read(f"SELECT {_COLUMNS} FROM tasks {where}", values)]
+
+
+def _record(row: tuple[Any, ...]) -> Record:
+    values = dict(zip(_COLUMNS.split(", "), row, strict=True))
+    values["task"] = _task_decoder.decode(values.pop("progress"))
+    return msgspec.convert(values, Record)
 
 
 def ensure_private_dir(path: Path) -> None:
     """Make `path` with its parents, readable for its owner only.
 
     Raises:
-        JournalError: it cannot be made, or belongs to somebody else.
+        JournalError: it cannot be made, or belongs to another user.
     """
     try:
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
         owner = path.stat().st_uid
     except OSError as error:
         raise JournalError(
-            f"{path}: cannot be made ({error.strerror}); set node.state_dir to a folder of yours"
+            f"{path}: cannot be created ({error.strerror}); set node.state_dir to a folder of your own"
         ) from error
     if owner != os.geteuid():
         raise JournalError(

@@ -1,4 +1,4 @@
-"""The task types: which runner each has, where it runs, what must be installed there. Runners are only names here."""
+"""The task types: each with its runner, its environment and the modules it needs. Runners appear as names only."""
 
 from __future__ import annotations
 
@@ -9,32 +9,36 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
-from flowmesh.config import Settings
 from flowmesh.errors import FieldError
 from flowmesh.messages.checking import nearest
+from flowmesh.settings_schema import Settings
 
 LIGHT = "light"
-"""The built-in environment of tasks that need no heavy library: the node's own interpreter, nothing preloaded."""
+"""The built-in environment of tasks without heavy libraries: the node's own interpreter, nothing preloaded."""
 DELIVERY = "delivery"
-"""The lane of delivery children: as light, with what an upload needs."""
+"""The environment of delivery children: like LIGHT, with the upload libraries preloaded."""
 DEFAULT = "default"
-"""The environment of all others where the file names none: the node's own interpreter."""
+"""The environment of all other types where the settings name none: the node's own interpreter."""
 ENTRY_POINTS = "flowmesh.runners"
+"""The entry point group in which other packages register task types."""
 PROBE_TIMEOUT_S = 60.0
 
 
 class TaskType(msgspec.Struct, frozen=True, kw_only=True):
+    """A value of `spec.taskType` and how it runs."""
+
     name: str
     runner: str
+    """`module:Class`."""
     environment: str = DEFAULT
     requires: tuple[str, ...] = ()
     """Top-level modules without which the type cannot run."""
     extra: str = ""
-    """The extra of our package that installs them."""
+    """The extra of flowmesh-supervisor that installs them."""
     preload: tuple[str, ...] = ()
-    """What the environment's fork server imports for it; see processes.preload.load."""
+    """What the environment's fork server imports before it forks; see processes.preload.load."""
     preload_with: dict[str, str] = {}
-    """More of that, for modules that the type can use and need not have."""
+    """More of it, by the optional module that makes it useful."""
 
 
 _TRAINING = {
@@ -86,16 +90,17 @@ BUILTIN = (
 
 
 class Catalogue(msgspec.Struct, frozen=True, kw_only=True):
-    """The types of a node, and for those it cannot offer, why."""
+    """The task types that a node offers, and for the others the reason why not."""
 
     offered: dict[str, TaskType]
     missing: dict[str, str]
+    """By type, the reason, with the remedy."""
 
     def find(self, name: str) -> TaskType:
         """The type of that name.
 
         Raises:
-            FieldError: there is none, or its libraries are not installed here.
+            FieldError: there is none, or its libraries are not installed on this node.
         """
         if found := self.offered.get(name):
             return found
@@ -108,52 +113,56 @@ class Catalogue(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def known_types(settings: Settings) -> dict[str, TaskType]:
-    """Built-in ones, other packages' (entry points), and the file's, each overriding the one before."""
-    types = {each.name: each for each in BUILTIN}
+    """Built-in types, other packages' types (entry points) and the settings' types; later ones override earlier ones.
+
+    Raises:
+        FieldError: a type in the settings has no runner.
+    """
+    types = {builtin.name: builtin for builtin in BUILTIN}
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
         types[entry.name] = TaskType(name=entry.name, runner=entry.value)
-    for name, wanted in settings.task_types.items():
+    for name, configured in settings.task_types.items():
         base = types.get(name)
-        runner = wanted.runner or (base.runner if base else None)
+        runner = configured.runner or (base.runner if base else None)
         if runner is None:
-            raise FieldError(f"task_types.{name}.runner: missing; a type of your own needs module:Class", name)
+            raise FieldError(f"task_types.{name}.runner: missing; a type that is not built in needs module:Class", name)
         base = base if base is not None and runner == base.runner else TaskType(name=name, runner=runner)
-        types[name] = msgspec.structs.replace(base, environment=wanted.environment or base.environment)
+        types[name] = msgspec.structs.replace(base, environment=configured.environment or base.environment)
     return types
 
 
 def catalogue(types: Mapping[str, TaskType], interpreters: Mapping[str, str | None]) -> Catalogue:
-    """What can be offered: a type whose modules are all found by its environment's interpreter.
+    """Which types can be offered: those whose required modules are all found by their environment's interpreter.
 
     Args:
-        interpreters: by environment, its Python; None for the node's own.
+        interpreters: the Python of each environment; None for the node's own.
     """
     offered: dict[str, TaskType] = {}
     missing: dict[str, str] = {}
     for environment, python in interpreters.items():
-        here = [each for each in types.values() if each.environment == environment]
-        modules = {name for each in here for name in (*each.requires, *each.preload_with)}
+        members = [kind for kind in types.values() if kind.environment == environment]
+        modules = {name for kind in members for name in (*kind.requires, *kind.preload_with)}
         absent, problem = _absent(modules, python)
-        for each in here:
-            lacking = [name for name in each.requires if name in absent]
+        for kind in members:
+            lacking = [name for name in kind.requires if name in absent]
             if problem:
-                missing[each.name] = f"environment {environment}: {problem}"
+                missing[kind.name] = f"environment {environment}: {problem}"
             elif lacking:
-                missing[each.name] = f"{', '.join(lacking)} not installed: {_remedy(each, python)}"
+                missing[kind.name] = f"{', '.join(lacking)} not installed: {_remedy(kind, python)}"
             else:
-                more = tuple(entry for name, entry in each.preload_with.items() if name not in absent)
-                offered[each.name] = msgspec.structs.replace(each, preload=each.preload + more)
+                more = tuple(entry for name, entry in kind.preload_with.items() if name not in absent)
+                offered[kind.name] = msgspec.structs.replace(kind, preload=kind.preload + more)
     return Catalogue(offered=offered, missing=missing)
 
 
-def _remedy(wanted: TaskType, python: str | None) -> str:
+def _remedy(kind: TaskType, python: str | None) -> str:
     pip = "pip" if python is None else f"{python} -m pip"
-    what = f"'flowmesh-supervisor[{wanted.extra}]'" if wanted.extra else " ".join(wanted.requires)
+    what = f"'flowmesh-supervisor[{kind.extra}]'" if kind.extra else " ".join(kind.requires)
     return f"{pip} install {what}"
 
 
 def _absent(modules: Iterable[str], python: str | None) -> tuple[set[str], str]:
-    """Which of `modules` an interpreter does not find, without importing any; and why it could not be asked."""
+    """Which of `modules` an interpreter does not find (none is imported), and why it could not be run, else empty."""
     names = sorted(modules)
     if python is None:
         return {name for name in names if importlib.util.find_spec(name) is None}, ""
@@ -166,7 +175,7 @@ def _absent(modules: Iterable[str], python: str | None) -> tuple[set[str], str]:
             [python, "-c", program, *names], capture_output=True, text=True, timeout=PROBE_TIMEOUT_S, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        return set(), f"{python} does not answer: {error}"
+        return set(), f"{python} does not run: {error}"
     if done.returncode != 0:
         return set(), f"{python} failed: {done.stderr.strip().splitlines()[-1:]}"
     found = set(done.stdout.split())

@@ -1,4 +1,4 @@
-"""How a task ended: one closed set of words, the evidence beside each, and whether trying elsewhere makes sense."""
+"""How a task ended: a closed set of kinds, each with its evidence and with whether a retry elsewhere makes sense."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from flowmesh.messages.job import Exit, Fault, Outcome
 
 
 class Kind(enum.StrEnum):
+    """`error_kind` of TASK_FAILED, and `ok`."""
+
     OK = "ok"
     ERROR = "error"
     BAD_REQUEST = "bad_request"
@@ -38,11 +40,12 @@ _RETRYABLE = {
     Kind.SUPERVISOR_LOST,
     Kind.NODE_FAULT,
 }
-"""Another worker may do better: its memory, its card, its day. Bad requests and cancels stay what they are."""
+"""What depends on the worker, its memory or its GPUs: another worker may succeed. A bad request or a cancel would not
+change."""
 
 
 class Stop(enum.StrEnum):
-    """Why the node stops a task that did not end by itself."""
+    """Why the node stops a task that has not ended by itself. Each value is a `Kind` too."""
 
     CANCEL = "cancelled"
     TIMEOUT = "timeout"
@@ -50,14 +53,17 @@ class Stop(enum.StrEnum):
     DRAIN = "drained"
     GPU_FAULT = "gpu_fault"
     NODE_FAULT = "node_fault"
-    """Its slot cannot take it, and it has not started."""
+    """Its slot cannot run it, and it has not started."""
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
+    """How one attempt at a task ended."""
+
     kind: Kind
     message: str = ""
     """One line; empty for ok."""
     evidence: str = ""
+    """What the kernel, the driver or the node observed."""
     exit: Exit | None = None
 
     @property
@@ -82,40 +88,51 @@ def describe_exit(exit_: Exit) -> str:
     return f"exit status {exit_.code}"
 
 
+def stopped(stop: Stop, detail: str, *, exit_: Exit | None = None, evidence: str = "") -> Verdict:
+    """The verdict on a task that the node stopped.
+
+    Args:
+        detail: the message; empty: the reason's own name.
+    """
+    return Verdict(kind=Kind(stop.value), message=detail or stop.value, exit=exit_, evidence=evidence)
+
+
 def judge(
     exit_: Exit, outcome: Outcome | None, stop: Stop | None, *, stop_detail: str = "", gpu_fault: str = ""
 ) -> Verdict:
     """The verdict on a child that is gone, from evidence only. Pure.
 
-    Args:
-        gpu_fault: what the driver reported of the task's GPUs while it ran. It explains a crash or an error that is
-            not the task's own word for something else.
+    A stop that the node requested decides, however the child reacted, unless the child had already succeeded: a result
+    is not thrown away because a cancel arrived late.
 
-    A stop that the node asked for wins over how the child took it, except where the child had already succeeded:
-    what is computed is not thrown away because a cancel crossed it.
+    Args:
+        outcome: what the child reported; None where it reported nothing.
+        stop: why the node stopped it; None where it did not.
+        gpu_fault: what the driver reported about the task's GPUs while it ran. It explains a crash or a plain error,
+            but not a fault that the runner has named itself.
     """
     evidence = describe_exit(exit_)
     if exit_.oom_kills:
-        evidence += f"; the kernel's count oom_kill +{exit_.oom_kills}"
+        evidence += f"; the kernel counted oom_kill +{exit_.oom_kills}"
     if outcome is not None and outcome.ok and exit_.code == 0:
         return Verdict(kind=Kind.OK, exit=exit_, evidence=evidence)
     if stop is not None:
-        return Verdict(kind=Kind(stop.value), message=stop_detail or stop.value, exit=exit_, evidence=evidence)
+        return stopped(stop, stop_detail, exit_=exit_, evidence=evidence)
     if exit_.oom_kills:
         message = "the kernel killed the task: out of host memory"
         return Verdict(kind=Kind.HOST_OOM, message=message, exit=exit_, evidence=evidence)
-    said = None if outcome is None or outcome.ok else outcome.fault or Fault.ERROR
-    if gpu_fault and said in (None, Fault.ERROR, Fault.CRASH):
-        message = f"GPU fault: {gpu_fault}" + (f" ({outcome.message})" if outcome is not None and said else "")
+    reported = None if outcome is None or outcome.ok else outcome.fault or Fault.ERROR
+    if gpu_fault and reported in (None, Fault.ERROR, Fault.CRASH):
+        message = f"GPU fault: {gpu_fault}" + (f" ({outcome.message})" if outcome is not None and reported else "")
         return Verdict(kind=Kind.GPU_FAULT, message=message, exit=exit_, evidence=f"{evidence}; {gpu_fault}")
-    if said is Fault.CANCELLED:
-        message = "the task was ended by a SIGTERM that the node did not send"
+    if reported is Fault.CANCELLED:
+        message = "the task was terminated by a SIGTERM that the node did not send"
         return Verdict(kind=Kind.CRASH, message=message, exit=exit_, evidence=evidence)
     if outcome is not None and not outcome.ok:
         kind = _FAULTS[outcome.fault or Fault.ERROR]
         return Verdict(kind=kind, message=outcome.message, exit=exit_, evidence=evidence)
     if outcome is not None:
-        message = f"the task reported success and then ended badly: {describe_exit(exit_)}"
+        message = f"the task reported success and then failed: {describe_exit(exit_)}"
     elif exit_.signal is not None:
         message = f"the task's process was killed by {signal_name(exit_.signal)}"
     else:
@@ -133,7 +150,7 @@ _FAULTS = {
 
 
 def event_fields(verdict: Verdict) -> dict[str, Any]:
-    """What a TASK_FAILED payload says of a verdict."""
+    """The fields of a TASK_FAILED payload that describe a verdict."""
     exit_ = verdict.exit
     return {
         "error_kind": verdict.kind.value,

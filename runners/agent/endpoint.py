@@ -9,8 +9,9 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from flowmesh.redaction import Redactor
 from runners.agent.config import Model
-from runners.agent.secrets import Redactor, from_env
+from runners.agent.secrets import from_env
 from runners.agent.watch import Watch
 from runners.api import BadRequest, RunnerError
 

@@ -8,7 +8,7 @@ import threading
 from collections import Counter
 from typing import IO, Any
 
-from runners.agent.secrets import Redactor
+from flowmesh.redaction import Redactor
 from runners.api import Context
 
 FILE = "execution_log.jsonl"

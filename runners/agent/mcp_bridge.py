@@ -20,8 +20,9 @@ from typing import Any
 
 import msgspec
 
+from flowmesh.redaction import Redactor
 from runners.agent.config import McpServer
-from runners.agent.secrets import Redactor, from_env
+from runners.agent.secrets import from_env
 from runners.agent.tools import ToolRefused, ToolSpec
 from runners.agent.watch import Watch
 from runners.api import BadRequest, MissingDependency, RunnerError

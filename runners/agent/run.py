@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from flowmesh.redaction import Redactor
 from runners.agent import sandbox, serve
 from runners.agent.command import Bounds, end_all
 from runners.agent.config import AgentConfig, SearchProvider, Tools
@@ -18,7 +19,6 @@ from runners.agent.journal import Journal
 from runners.agent.mcp_bridge import McpBridge
 from runners.agent.models import AgentModel, EndpointModel, LocalModel
 from runners.agent.sandbox import Sandbox
-from runners.agent.secrets import Redactor
 from runners.agent.solo import Bench, Member, Said, work
 from runners.agent.task import AgentTask
 from runners.agent.team import orchestra, workforce

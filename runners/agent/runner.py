@@ -22,9 +22,9 @@ class AgentRunner(Runner):
         if importlib.util.find_spec("smolagents") is None:
             raise MissingDependency("smolagents", "agent")
         from runners.agent.run import Session
-        from runners.agent.secrets import Redactor
+        from runners.agent.secrets import task_redactor
 
-        redact = Redactor()
+        redact = task_redactor()
         try:
             return self._run(ctx, task, Session(ctx, task, redact))
         except RunnerError as error:

@@ -12,8 +12,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from flowmesh.redaction import Redactor
 from runners.agent.config import Serve
-from runners.agent.secrets import Redactor, from_env
+from runners.agent.secrets import from_env
 from runners.agent.watch import Watch
 from runners.api import Context, RunnerError
 

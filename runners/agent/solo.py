@@ -15,10 +15,10 @@ from smolagents.models import ChatMessage
 from smolagents.monitoring import LogLevel
 from smolagents.utils import AgentError, AgentGenerationError, AgentMaxStepsError
 
+from flowmesh.redaction import Redactor
 from runners.agent import prompts
 from runners.agent.journal import Journal
 from runners.agent.models import AgentModel
-from runners.agent.secrets import Redactor
 from runners.agent.tools import ToolSpec, adapt
 from runners.agent.watch import Watch
 from runners.api import RunnerError

@@ -10,11 +10,11 @@ from typing import Any
 
 import msgspec
 
+from flowmesh.redaction import Redactor
 from runners.agent.command import Ended
 from runners.agent.config import Fetch, SearchProvider, Tools, WebSearch
 from runners.agent.documents import UnreadableDocument, document_text
 from runners.agent.sandbox import Sandbox
-from runners.agent.secrets import Redactor
 from runners.agent.watch import Watch
 from runners.agent.web import WebRefused, fetch, search
 from runners.agent.workspace import PathRefused, Workspace

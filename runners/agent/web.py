@@ -16,8 +16,9 @@ from urllib.parse import urlencode, urljoin, urlsplit
 
 import msgspec
 
+from flowmesh.redaction import Redactor
 from runners.agent.config import Fetch, SearchProvider
-from runners.agent.secrets import Redactor, from_env
+from runners.agent.secrets import from_env
 from runners.api import BadRequest
 from runners.data.paths import PathError, parse, walk
 

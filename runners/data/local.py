@@ -38,6 +38,11 @@ class Table:
     def __init__(self, parts: Sequence[Part]) -> None:
         self._parts = tuple(parts)
 
+    @property
+    def is_typed(self) -> bool:
+        """Whether the values are those of another library's tables, and not of text."""
+        return any(file.format == "parquet" for part in self._parts for file in part.files)
+
     def rows(self, columns: Columns | None = None) -> Iterator[Row]:
         """All rows in order. May be called again."""
         for part in self._parts:

@@ -40,7 +40,7 @@ def unpack(ctx: Context, archive: Path, into: Path, archive_format: str, where: 
     """Unpack `archive` into the empty folder `into`.
 
     Args:
-        archive_format: one of tasks.md's names, or `auto`: by what the file begins with.
+        archive_format: one of docs/tasks.md's names, or `auto`: by what the file begins with.
 
     Raises:
         BadRequest: it is damaged or not such an archive, or a member has an absolute path, `..`, a link that leaves

@@ -93,7 +93,7 @@ def prepare(part: Part, texts: Texts, engine: Engine, adapters: Sequence[LocalAd
 def answer(
     part: Part, completions: Sequence[Completion], texts: Texts, source: Source, latency_s: float
 ) -> dict[str, Any]:
-    """A part's result, as tasks.md has it.
+    """A part's result, as docs/tasks.md has it.
 
     Args:
         completions: to each of the part's requests.

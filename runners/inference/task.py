@@ -1,6 +1,6 @@
 """An inference task's sections as frozen structs, and the checks that need more than one field.
 
-Field names are the document's own (tasks.md, "inference"). Null means "as if it were not there".
+Field names are the document's own (docs/tasks.md, "inference"). Null means "as if it were not there".
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ def _of_task(ctx: Context, load: CheckpointLoad, task_id: str, archive_format: s
 
 
 def _task_url(ctx: Context, load: CheckpointLoad, task_id: str, where: str) -> str | None:
-    """Where the orchestrator keeps a file of another task (contract.md, 2)."""
+    """Where the orchestrator keeps a file of another task (docs/contract.md, 2)."""
     name = quote(safe_name(load.filename or DEFAULT_FILE, f"{where}.filename"))
     if load.base_url is not None:
         base = load.base_url.rstrip("/")

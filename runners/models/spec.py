@@ -1,6 +1,6 @@
 """The sections of a document that say where weights come from, shared by inference and training.
 
-Field names are the document's own (tasks.md). Null means "as if it were not there".
+Field names are the document's own (docs/tasks.md). Null means "as if it were not there".
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A task's settings as the trainer's arguments; `training.trainer_args` last, each name and type checked."""
+"""Builds the trainer's arguments from a task's settings, `training.trainer_args` last, checked by name and type."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ OURS = {
     "dataset_kwargs": "rows are prepared by the task's own fields",
     "dataset_text_field": "use spec.data.text_field",
 }
-"""What a task cannot set, and why."""
+"""Arguments that a task cannot set, and what to do instead."""
 
 RENAMED = {
     "evaluation_strategy": "spec.training.eval_strategy",
@@ -65,7 +65,7 @@ NATIVE = {
     "ppo_epochs": "num_iterations",
     "steps": "max_steps",
 }
-"""How the trainer calls what the task calls otherwise; every other field has one name."""
+"""The trainer's names of fields that the task calls differently. All others have one name."""
 
 
 def build(plan: Plan, ctx: Context, layout: Layout, device: Device, sharding: Sharding) -> Any:
@@ -87,7 +87,7 @@ def build(plan: Plan, ctx: Context, layout: Layout, device: Device, sharding: Sh
 
 
 def common(plan: Plan, ctx: Context, layout: Layout, device: Device) -> dict[str, Any]:
-    """What all of TRL's trainers are told."""
+    """Arguments of all TRL trainers."""
     training = plan.training
     if training.bf16 and training.fp16:
         raise BadRequest("spec.training.fp16: given besides bf16; give one")
@@ -105,7 +105,7 @@ def common(plan: Plan, ctx: Context, layout: Layout, device: Device) -> dict[str
         "warmup_steps": training.warmup_steps,
         "logging_steps": training.logging_steps,
         "logging_first_step": True,
-        "logging_nan_inf_filter": False,  # a loss that is not a number must be seen
+        "logging_nan_inf_filter": False,  # so that a NaN loss is logged
         "save_steps": training.saves_every or plan.kind.save_steps,
         "save_strategy": training.save_strategy,
         "bf16": bf16,
@@ -122,7 +122,7 @@ def common(plan: Plan, ctx: Context, layout: Layout, device: Device) -> dict[str
 
 
 def evaluation(plan: Plan) -> dict[str, Any]:
-    """When to evaluate, and what is done with it."""
+    """Arguments for evaluation: when, and what the result is used for."""
     training = plan.training
     assert isinstance(training, settings.EvaluatedTraining)
     if not plan.evaluates:
@@ -139,13 +139,13 @@ def evaluation(plan: Plan) -> dict[str, Any]:
     greater = not metric.endswith("loss") if training.greater_is_better is None else training.greater_is_better
     found |= {"metric_for_best_model": metric, "greater_is_better": greater}
     if training.load_best_model_at_end:
-        # a checkpoint at each evaluation: else the best one's weights are gone
+        # the best weights can be loaded only if each evaluation has a checkpoint
         found |= {"load_best_model_at_end": True, "save_strategy": strategy, "save_steps": found["eval_steps"]}
     return found
 
 
 def particular(plan: Plan) -> dict[str, Any]:
-    """What only some are told."""
+    """Arguments of some trainers only."""
     training = plan.training
     match training:
         case settings.SftTraining():
@@ -167,7 +167,7 @@ def particular(plan: Plan) -> dict[str, Any]:
 
 
 def _dropout(plan: Plan) -> dict[str, Any]:
-    """These trainers switch all dropout off, the adapter's too: not where the task asks for it."""
+    """These trainers disable all dropout, the adapter's too. Keep it where the task asks for it."""
     asked = plan.lora is not None and plan.lora.dropout is not None
     return {"disable_dropout": False} if asked else {}
 
@@ -176,7 +176,7 @@ DEFAULT_COMPLETION = 256
 
 
 def completion_length(plan: Plan) -> int:
-    """How many tokens a completion may have; the prompt has the rest of max_seq_length."""
+    """The most tokens of a completion. The prompt has the rest of max_seq_length."""
     room = plan.training.max_seq_length
     given = plan.generation.length
     if given is None:
@@ -189,7 +189,7 @@ def completion_length(plan: Plan) -> int:
 
 
 def _check_generations(plan: Plan, layout: Layout, arguments: dict[str, Any]) -> None:
-    """TRL makes a prompt's completions in one batch: told here in the task's words."""
+    """TRL generates a prompt's completions in one batch. Checked here to name the task's own fields."""
     if not isinstance(plan.training, settings.OnlineTraining):
         return
     length, whole = arguments["max_completion_length"], plan.training.max_seq_length
@@ -209,9 +209,6 @@ def _check_generations(plan: Plan, layout: Layout, arguments: dict[str, Any]) ->
             f"spec.training.num_generations: {count} does not divide the {batch} completions of a step "
             f"(batch_size x ranks x gradient_accumulation_steps); change one of them"
         )
-
-
-# ---- trainer_args ------------------------------------------------------------------------------------------------
 
 
 def checked(plan: Plan, ctx: Context, config: type) -> dict[str, Any]:
@@ -235,7 +232,7 @@ def checked(plan: Plan, ctx: Context, config: type) -> dict[str, Any]:
 
 
 def typed(value: Any, hint: Any, where: str) -> Any:
-    """`value` as `hint`, where msgspec knows such a type; what it does not know is left to the trainer."""
+    """`value` converted to `hint`. Types that msgspec does not know are left to the trainer."""
     try:
         return msgspec.convert(value, hint, strict=False)
     except msgspec.ValidationError as error:

@@ -1,4 +1,4 @@
-"""What the model to train can read: rows beyond it are errors here, and no index error within a step."""
+"""Limits of the model to train. Rows beyond them are errors here, instead of an index error inside a step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from runners.training.templates import Where
 
 
 class Bounds:
-    """The positions and the embeddings of a model."""
+    """Number of positions and of embeddings of a model."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self._positions = limits.positions(model)

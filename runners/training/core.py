@@ -1,6 +1,6 @@
-"""The one way that every training task goes: plan, fetch, ranks, load, train, save, result.
+"""Runs every training task: plan, fetch, ranks, load, train, save, result.
 
-The trainers differ by the table in `kinds` and by what `trl` or `ppo` do between load and save.
+Trainers differ by their row in `kinds`, and by `trl_job` or `ppo` between load and save.
 """
 
 from __future__ import annotations
@@ -73,10 +73,10 @@ def train(
     *,
     store: tuple[socket.socket, int] | None = None,
 ) -> dict[str, Any]:
-    """One rank's whole work; the only one, or one of a group. Returns the result.
+    """Load, train and save on one rank, alone or in a group. Returns the result.
 
     Args:
-        store: where the ranks of a forked group meet (see `ranks.join`).
+        store: rendezvous of a forked group's ranks (see `ranks.join`).
     """
     import torch
 
@@ -125,7 +125,7 @@ def set_up(
     *,
     store: tuple[socket.socket, int] | None,
 ) -> Setup:
-    """Device, peers, and where the run begins."""
+    """Choose the device, join the other ranks, and find where the run starts."""
     from transformers import set_seed
 
     set_seed(plan.training.seed)
@@ -144,7 +144,7 @@ def set_up(
 
 
 def load(setup: Setup) -> TrainingJob:
-    """Model, data and trainer."""
+    """Load model, data and trainer."""
     if setup.plan.kind.trainer:
         from runners.training.trl_job import TrlJob
 
@@ -155,7 +155,7 @@ def load(setup: Setup) -> TrainingJob:
 
 
 def _agreed(start: Start, ctx: Context, meter: Meter) -> Start:
-    """A checkpoint that only some nodes' tasks have is none: the group begins anew.
+    """The start that all nodes share: a checkpoint that only some nodes have is ignored.
 
     Raises:
         RunnerError: the task named the checkpoint itself, and other nodes see another.
@@ -165,16 +165,16 @@ def _agreed(start: Start, ctx: Context, meter: Meter) -> Start:
     if least == most:
         return start
     if step == -1 or (start.resume is not None and start.resume.parent == checkpoints_dir(ctx)):
-        ctx.log.warning("the nodes have checkpoints of different steps; all begin anew")
+        ctx.log.warning("nodes have checkpoints of different steps: all start from the beginning")
         return dataclasses.replace(start, resume=None)
     raise RunnerError(
-        f"this node goes on from step {step}, others from {least if most == step else most}; "
+        f"this node resumes from step {step}, others from {least if most == step else most}; "
         "name a folder that all nodes see in spec.training.resume_from_path"
     )
 
 
 def quiet() -> None:
-    """No progress bars, no telemetry. Also where the libraries were imported before, by a fork server."""
+    """Disable progress bars and telemetry, also in libraries that a fork server has imported already."""
     os.environ |= {
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
@@ -197,11 +197,8 @@ def _timeout_s(plan: Plan) -> int:
     return given
 
 
-# ---- the result --------------------------------------------------------------------------------------------------
-
-
 def result_of(setup: Setup, job: TrainingJob, seconds: float) -> dict[str, Any]:
-    """The result as tasks.md has it; delivery adds the archive's fields."""
+    """The task's result, as in docs/tasks.md. Delivery adds the archive's fields."""
     plan, ctx = setup.plan, setup.ctx
     result: dict[str, Any] = {
         "task_id": ctx.task_id,
@@ -241,7 +238,7 @@ def _own_report(result: dict[str, Any]) -> Report:
 
 
 def with_peaks(result: dict[str, Any], reports: list[Report]) -> dict[str, Any]:
-    """Adds the memory that all ranks of this node needed together."""
+    """Add the peak memory of all ranks of this node."""
     result["metrics"] |= {
         "peak_host_bytes": sum(report.peak_host_bytes for report in reports),
         "peak_gpu_bytes": sum(report.peak_gpu_bytes for report in reports),

@@ -1,6 +1,6 @@
-"""Rows to train on, from wherever the task has them, as a `datasets.Dataset` with the columns the trainer knows.
+"""Loads a task's rows from any source as a `datasets.Dataset` with the trainer's columns.
 
-Each row is checked and brought in shape by `shapes`.
+`shapes` checks and converts each row.
 """
 
 from __future__ import annotations
@@ -26,27 +26,29 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 BATCH = 4096
-"""Rows that are Python objects at a time; the rest is Arrow."""
+"""Rows held as Python objects at a time. The rest is Arrow."""
 BATCHES_IN_MEMORY = 64
-"""The rows behind them are in files of this attempt."""
+"""Batches held in memory. The rest is mapped from files of this attempt."""
 ARROW_INT_BITS = 63
 CHATS = ("messages", "prompt", "chosen", "rejected", "completion")
 FILL: dict[str, Any] = {"chat_template_kwargs": {}}
-"""What stands where a row lacks a column that others have, where None does not do."""
+"""Values other than None for a column that a row lacks and others have."""
 EMPTY = "spec.data: there is not one row to train on"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """The rows of a task, not yet tokens."""
+    """The rows of a task before tokenization."""
 
     dataset: Dataset
     where: Callable[[int], str]
-    """The place of the row with this index, for errors."""
+    """Maps a row's index to its place in the source, for errors."""
     as_json: frozenset[str] = frozenset()
-    """Columns for rewards whose values are JSON text: as Arrow columns they would lose their types."""
+    """Columns for rewards that are stored as JSON text, because Arrow would change their types."""
+    is_arrow: bool = False
+    """Whether the values come from another library's tables, where a column of integers may have become floats."""
     dropped: dict[str, int] = field(default_factory=dict)
-    """How many rows were left out so far, by reason."""
+    """Number of rows dropped so far, by reason."""
 
 
 def load(plan: Plan, ctx: Context, jsonl: JsonlFile | None) -> Rows:
@@ -69,7 +71,9 @@ def load(plan: Plan, ctx: Context, jsonl: JsonlFile | None) -> Rows:
 
 
 def _from_rows(plan: Plan, ctx: Context, rows: LocalRows) -> Rows:
-    """Rows of the task's own document, or of local files."""
+    """Rows in the task itself, or in local files."""
+    if not plan.kind.rewarded:
+        _log_unread(ctx, next(iter(rows), ("", {}))[1], rows.columns)
     chosen, dropped = rows.chosen()
 
     def mine() -> Iterable[Row]:
@@ -83,12 +87,20 @@ def _from_rows(plan: Plan, ctx: Context, rows: LocalRows) -> Rows:
         dataset=dataset,
         where=lambda i: next(itertools.islice(mine(), i, None))[0],
         as_json=as_json,
+        is_arrow=rows.is_arrow,
         dropped=dropped,
     )
 
 
+def _log_unread(ctx: Context, there: Any, columns: list[Column]) -> None:
+    """Log columns that no trainer reads: ids, sources, scores."""
+    read = {*(column.name for column in columns), "messages", *EXTRAS, *REFUSED}
+    if isinstance(there, list | dict) and (unread := [str(name) for name in there if name not in read]):
+        ctx.log.info("columns not read: %s", ", ".join(unread))
+
+
 def _arrow(plan: Plan, ctx: Context, shaped: Callable[[], Iterator[dict[str, Any]]]) -> tuple[Dataset, frozenset[str]]:
-    """The rows as a dataset, and which of its columns hold JSON text. Reads them twice, first for the types alone."""
+    """The rows as a dataset, and its columns of JSON text. Reads the rows twice, first for their types."""
     import pyarrow as pa  # type: ignore[import-not-found,unused-ignore]
     from datasets import Dataset, Features, concatenate_datasets
 
@@ -137,7 +149,7 @@ def _kind(value: Any) -> type:
 
 
 def _loses_types(name: str, types: set[type]) -> bool:
-    """Whether Arrow would make other values of these: 4 becomes 4.0 beside 2.5."""
+    """Whether Arrow would change values of these types: 4 becomes 4.0 in a column with 2.5."""
     return name != "prompt" and (len(types - {type(None)}) > 1 or not types <= {str, int, float, bool, type(None)})
 
 
@@ -163,7 +175,7 @@ def _refuse_mixed(kinds: dict[str, set[type]]) -> None:
 
 
 def _dataset(plan: Plan, ctx: Context, dataset: Dataset) -> Rows:
-    """Rows of a dataset that the library reads: the hub's, or what `save_to_disk` wrote."""
+    """Rows of a dataset that `datasets` reads: of the hub, or of a `save_to_disk` folder."""
     columns = plan.data.columns(jsonl=False)
     there = list(dataset.column_names)
     if columns[0].role == "text" and columns[0].name == "text" and "text" not in there and "messages" in there:
@@ -179,8 +191,7 @@ def _dataset(plan: Plan, ctx: Context, dataset: Dataset) -> Rows:
     rest = [name for name in there if name not in names]
     if not plan.kind.rewarded:
         rest = [name for name in rest if name in (*EXTRAS, *REFUSED)]
-        if unread := [name for name in there if name not in (*names, *rest)]:
-            ctx.log.info("columns without effect: %s", ", ".join(unread))
+        _log_unread(ctx, there, columns)
     name = plan.data.dataset_name
     count = len(dataset)
     chosen = chosen_rows(plan, count)
@@ -202,6 +213,7 @@ def _dataset(plan: Plan, ctx: Context, dataset: Dataset) -> Rows:
         if len(dataset)
         else dataset,
         where=lambda i: f"{name} row {chosen[i]}",
+        is_arrow=True,
         dropped=beyond(plan, count),
     )
 
@@ -211,7 +223,7 @@ def _are_texts(dataset: Dataset, columns: list[Column]) -> bool:
 
 
 def _mapped_features(plan: Plan, dataset: Dataset, columns: list[Column], rest: list[str], where: str) -> Any:
-    """The columns after `shape`: chats keep each message's own keys, what rewards read keeps its type."""
+    """Types of the columns after `shape`. Messages may differ in keys; columns for rewards keep their types."""
     from datasets import Features, Json, Value
 
     first = shape(dataset[0], columns, where, plan)
@@ -224,10 +236,10 @@ def _mapped_features(plan: Plan, dataset: Dataset, columns: list[Column], rest: 
 
 
 def mapped(dataset: Dataset, function: Callable[..., Any], ctx: Context, *, name: str, **options: Any) -> Dataset:
-    """`dataset.map` by row index, in memory where the dataset is small, else in this attempt's own folder.
+    """`dataset.map` with row indices, in memory for a small dataset, else in this attempt's folder.
 
-    `datasets` cannot tell our closures apart. What the trainer makes of these rows it keeps under a name made of the
-    fingerprint, beside them: in this attempt's own folder no other task finds it.
+    `datasets` cannot tell our closures apart, and caches what the trainer derives from these rows under their
+    fingerprint, beside them. In this attempt's folder no other task can find it.
     """
     in_memory = dataset.data.nbytes < 2**28
     if options.get("batched"):
@@ -245,7 +257,7 @@ def mapped(dataset: Dataset, function: Callable[..., Any], ctx: Context, *, name
 
 
 def open_dataset(plan: Plan, ctx: Context) -> Any:
-    """A dataset of the hub's, a local folder or a local file.
+    """Open a hub dataset, a local folder or a local file.
 
     Raises:
         BadRequest: there is none, or it cannot be read; says why.
@@ -263,6 +275,6 @@ def open_dataset(plan: Plan, ctx: Context) -> Any:
     )
     try:
         return hub.open_dataset(ctx, source, "spec.data", called=str(data.dataset_name))
-    except RunnerError as error:  # the shared loader calls the fields as the inference tasks do
+    except RunnerError as error:  # the shared loader names the fields of inference tasks
         text = str(error).replace("spec.data.url", "spec.data.dataset_name")
         raise type(error)(text.replace("spec.data.name:", "spec.data.config_name:")) from error

@@ -1,4 +1,4 @@
-"""Rows to evaluate on: a section of their own, a share of the training rows, or another split of the dataset."""
+"""Loads the rows to evaluate on: their own section, a share of the training rows, or another split."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from runners.training.plan import Plan
 
 
 def load(plan: Plan, ctx: Context, fetched: Inputs) -> dict[str, Rows]:
-    """The rows of a task under TRL's names: `train`, and `eval` where it asks for an evaluation.
+    """The rows of a task by TRL's names: `train`, and `eval` where the task asks for evaluation.
 
     Raises:
-        BadRequest: as `data.load`; in the section `spec.data.eval` its fields are called so.
+        BadRequest: as `data.load`, with the fields named as in `spec.data.eval`.
     """
     rows = data.load(plan, ctx, fetched.jsonl)
     split = plan.data.eval_split
@@ -40,14 +40,14 @@ def load(plan: Plan, ctx: Context, fetched: Inputs) -> dict[str, Rows]:
 
 
 def of_eval(plan: Plan) -> Plan:
-    """The plan as if its data were those to evaluate on, whole."""
+    """The plan with the evaluation rows as its data, without a shard."""
     assert plan.eval_data is not None
     assert plan.eval_source is not None
     return dataclasses.replace(plan, data=plan.eval_data, source=plan.eval_source, shard=None)
 
 
 def _alike(rows: dict[str, Rows]) -> dict[str, Rows]:
-    """The same columns as JSON text in all: a reward does not know of which rows it scores the answers."""
+    """Store the same columns as JSON text in both: a reward cannot tell which rows it scores."""
     as_json = frozenset[str]().union(*(each.as_json for each in rows.values()))
     found = {}
     for name, each in rows.items():
@@ -60,7 +60,7 @@ def _alike(rows: dict[str, Rows]) -> dict[str, Rows]:
 
 
 def _parted(rows: Rows, share: float, seed: int) -> dict[str, Rows]:
-    """The rows in two, drawn by the task's seed: all ranks and a resumed run part them alike."""
+    """Split the rows by the task's seed, so that all ranks and a resumed run split alike."""
     count = len(rows.dataset)
     held = round(share * count)
     if not 0 < held < count:
@@ -77,7 +77,7 @@ def _selected(rows: Rows, chosen: list[int]) -> Rows:
 
 @contextlib.contextmanager
 def named(section: str) -> Iterator[None]:
-    """Errors about `spec.data` are about this section."""
+    """Rename `spec.data` to `section` in errors."""
     try:
         yield
     except RunnerError as error:

@@ -1,4 +1,4 @@
-"""What a run needs from elsewhere, brought to this node before any rank is forked: data and a checkpoint."""
+"""Downloads data and checkpoint to this node before any rank is forked."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from runners.training.settings import Jsonl
 class JsonlFile:
     path: Path
     name: str
-    """What its author calls it, for errors."""
+    """Its name in errors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,13 +27,13 @@ class Inputs:
 
     jsonl: JsonlFile | None = None
     eval_jsonl: JsonlFile | None = None
-    """That of `data.eval`."""
+    """The file of `data.eval`."""
     checkpoint: Loaded | None = None
-    """What `checkpoint.load` came to."""
+    """Result of `checkpoint.load`."""
 
 
 def fetch(plan: Plan, ctx: Context) -> Inputs:
-    """Bring everything here.
+    """Fetch everything.
 
     Raises:
         BadRequest, RunnerError: something cannot be had; says what was tried.

@@ -18,6 +18,7 @@ class LocalRows:
         self._table = table
         if jsonl is not None:
             self._table = Table([Part((File(path=jsonl.path, format="jsonl", where=jsonl.name),))])
+        self.is_arrow = table is not None and table.is_typed
         self.columns = plan.data.columns(jsonl=jsonl is not None)
 
     def __iter__(self) -> Iterator[Row]:

@@ -40,7 +40,7 @@ def load_tokenizer(plan: Plan, start: Start) -> Any:
 
 
 def load_model(plan: Plan, start: Start, device: Device, tokenizer: Any) -> Any:
-    """The model that is trained; with LoRA going on from an adapter, a PeftModel.
+    """The model to train; a PeftModel where LoRA continues an adapter.
 
     Raises:
         BadRequest: there is no such model, or an option does not fit it or this node.
@@ -59,7 +59,7 @@ def load_model(plan: Plan, start: Start, device: Device, tokenizer: Any) -> Any:
 
 
 def _stop_at_turns(model: Any, tokenizer: Any) -> None:
-    """What is generated, now and from the saved model, stops where the chat template ends a turn, too."""
+    """Make generation, also from the saved model, stop at the chat template's end-of-turn token."""
     given = model.generation_config.eos_token_id
     known = [] if given is None else [given] if isinstance(given, int) else list(given)
     ends = list(dict.fromkeys([*known, *templates.end_tokens(tokenizer)]))
@@ -92,7 +92,7 @@ def load_options(plan: Plan, device: Device) -> dict[str, Any]:
 
 
 def dtype(plan: Plan, device: Device) -> str:
-    """The weights' dtype: float32 where all are trained (bf16 is for the arithmetic), else what the GPU likes best."""
+    """Dtype of the weights: float32 where all are trained, else bfloat16 where the GPU computes it."""
     given = plan.model.transformers.dtype
     where = "spec.model.transformers.dtype"
     if given is None:
@@ -138,9 +138,6 @@ def _quantisation(plan: Plan, device: Device) -> Any:
     )
 
 
-# ---- adapters ----------------------------------------------------------------------------------------------------
-
-
 def lora_config(plan: Plan) -> Any:
     """PEFT's configuration of `spec.lora`."""
     from peft import LoraConfig
@@ -159,13 +156,13 @@ def lora_config(plan: Plan) -> Any:
 
 
 def check_targets(plan: Plan, model: Any) -> None:
-    """Raises BadRequest where a target module is none of the model's linear layers; lists those there are."""
+    """Raises BadRequest for a target module that is not one of the model's linear layers; lists them."""
     import torch
 
     assert plan.lora is not None
     wanted = plan.lora.target_modules
     if isinstance(wanted, str):
-        return  # all-linear, or a pattern over whole names: PEFT's own to judge
+        return  # all-linear, or a pattern over full names: PEFT checks it
     linear = {
         name.rpartition(".")[2]
         for name, module in model.named_modules()
@@ -179,7 +176,7 @@ def check_targets(plan: Plan, model: Any) -> None:
 
 
 def _with_adapter(plan: Plan, start: Start, model: Any) -> Any:
-    """The model with the adapter it goes on from: trainable with LoRA, merged where all weights are trained."""
+    """The model with its adapter: trainable with LoRA, merged where all weights are trained."""
     from peft import PeftModel
 
     assert start.adapter is not None
@@ -191,7 +188,7 @@ def _with_adapter(plan: Plan, start: Start, model: Any) -> Any:
 
 
 def _check_names(model: Any, folder: Path) -> None:
-    """Raises BadRequest where an adapter's file has other weights than its configuration says; PEFT only warns."""
+    """Raises BadRequest where an adapter's file does not hold the weights of its configuration. PEFT only warns."""
     from peft import get_peft_model_state_dict
     from safetensors import safe_open
 
@@ -210,10 +207,11 @@ def _check_names(model: Any, folder: Path) -> None:
 
 
 def merged_start(plan: Plan, start: Start, ctx: Context, *, write: bool) -> Start:
-    """Where all weights are trained from an adapter on: its merged weights, so that a reference model has them too.
+    """For full training from an adapter: start from the merged weights, so that a reference model has them too.
 
     Args:
-        write: do it; else another rank of this node does. Before the ranks meet, since then only rank 0 can save.
+        write: whether this rank merges and saves, or another of this node. Before the ranks join, since afterwards
+                only rank 0 can save.
     """
     if start.adapter is None or plan.lora is not None:
         return start

@@ -1,4 +1,4 @@
-"""Whether a model keeps packed rows apart. Tried once on two rows: not every architecture masks the boundary."""
+"""Checks on two rows that a model does not attend across packed rows. Not every architecture masks the boundary."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from runners.api import BadRequest
 ROW = 8
 """Tokens of each row of the probe."""
 SHARE = 0.1
-"""Of what the first row does to the second where nothing parts them: more than this is no rounding."""
+"""Allowed influence of the first row on the second, as a part of that without any boundary; for rounding."""
 FLOOR = 1e-5
 
 
 def check(model: Any) -> None:
-    """Run two rows alone and packed, as TRL packs them: one sequence, whose positions begin again with each row.
+    """Compare two rows alone and packed as TRL packs them: one sequence whose positions restart with each row.
 
     Raises:
         BadRequest: a row in a pack reads the row before it.

@@ -1,7 +1,7 @@
-"""Rows of preferences and of rated completions in one shape: a prompt once, and answers that begin after it.
+"""Brings preferences and labelled completions into one shape: the prompt once, and answers that start after it.
 
-Published data come in several: prompt and answers as texts; all as chats; a text as the prompt and chats that begin
-with it (UltraFeedback); chats alone that share their first turns; texts that repeat the prompt.
+Published datasets have prompt and answers as texts; as chats; a text prompt and chats that start with it
+(UltraFeedback); chats without a prompt that share their first turns; or texts that repeat the prompt.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ SIDES = ("chosen", "rejected")
 
 
 def preference(row: dict[str, Any], where: str, *, needs_prompt: bool) -> dict[str, Any]:
-    """`row` with `chosen` and `rejected` that begin after `prompt`, all texts or all chats.
+    """`row` with `chosen` and `rejected` that start after `prompt`, all texts or all chats.
 
     Args:
-        needs_prompt: chats without a prompt are parted where they begin to differ; else they stay whole.
+        needs_prompt: split chats without a prompt where they start to differ; else keep them whole.
 
     Raises:
-        BadRequest: the shapes do not go together, or an answer is empty.
+        BadRequest: the shapes do not match, or an answer is empty.
     """
     if any(isinstance(row.get(name), list) for name in ("prompt", *SIDES)):
         row = _as_chats(row, SIDES, where)
@@ -41,7 +41,7 @@ def preference(row: dict[str, Any], where: str, *, needs_prompt: bool) -> dict[s
 
 
 def example(row: dict[str, Any], where: str) -> dict[str, Any]:
-    """kto's `row` with a `completion` that begins after `prompt`; as `preference`."""
+    """kto's `row` with a `completion` that starts after `prompt`; as `preference`."""
     if isinstance(row["prompt"], list) or isinstance(row["completion"], list):
         row = _as_chats(row, ("completion",), where)
     else:
@@ -77,7 +77,7 @@ def _as_chats(row: dict[str, Any], sides: tuple[str, ...], where: str) -> dict[s
 
 
 def _told(prompt: str, answers: list[Chat]) -> Chat | None:
-    """The turns that the answers begin with, where one of them says `prompt`; None where none does."""
+    """First turns of the answers, up to the user turn that equals `prompt`; None if there is none."""
     if len(answers) > 1 and (shared := _shared(*answers)) and _first_user(answers[0][:shared]) == prompt.strip():
         return answers[0][:shared]
     for answer in answers:
@@ -100,7 +100,7 @@ def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def _shared(one: Chat, other: Chat) -> int:
-    """How many first turns both have, up to one that asks for an answer; each keeps an answer."""
+    """Number of common first turns, ending with a turn to answer. Leaves each chat at least one turn."""
     most = min(len(one), len(other)) - 1
     count = next((i for i in range(most) if one[i] != other[i]), max(most, 0))
     while count and one[count - 1]["role"] in ("assistant", "system"):
@@ -109,7 +109,7 @@ def _shared(one: Chat, other: Chat) -> int:
 
 
 def _after(prompt: str, answer: str) -> str:
-    """`answer` without the prompt that it repeats. A word that merely begins alike is no repetition."""
+    """`answer` without a repeated prompt. A match that ends inside a word is no repetition."""
     rest = answer.removeprefix(prompt)
     if rest == answer or not rest or (prompt[-1].isalnum() and rest[0].isalnum()):
         return answer

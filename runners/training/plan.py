@@ -1,4 +1,4 @@
-"""Reads a training task: every section checked, before anything heavy is imported or any rank is forked."""
+"""Reads and checks a training task before heavy libraries are imported or a rank is forked."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ READ = frozenset(
     {"taskType", "resources", "model", "data", "output", "training", "lora", "checkpoint", "shard", "generation"}
     | {"reward_model", "reward", "timeoutSec", "retainLogs", "env", "_upstreamResults"}
 )
-"""The fields of `spec` that a node or a trainer reads. What only resembles one of them is taken for a slip."""
+"""Fields of `spec` that a node or a trainer reads. An unknown field close to one of them is refused as a typo."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is to be done, checked as far as it can be without the libraries."""
+    """A task, checked as far as possible without the libraries."""
 
     kind: Kind
     model: settings.Model
@@ -80,7 +80,7 @@ def read(task_type: str, ctx: Context) -> Plan:
     data = section(spec, "data", kind.data)
     for each in dir(kind.training):
         if isinstance(getattr(kind.training, each), property):
-            getattr(training, each)  # an alias that contradicts is told here
+            getattr(training, each)  # raises on contradicting aliases
     eval_data = _evaluation(data, training, kind)
     if isinstance(training, settings.ShardedTraining) and training.deepspeed and training.fsdp:
         raise BadRequest("spec.training.fsdp: given besides deepspeed; give one")
@@ -101,10 +101,10 @@ def read(task_type: str, ctx: Context) -> Plan:
 
 
 def _evaluation(data: sources.Data, training: settings.Training, kind: Kind) -> sources.Data | None:
-    """`data.eval` where there is one; and whether what the task says of evaluations goes together.
+    """Check the fields for evaluation; returns `data.eval` where there is one.
 
     Raises:
-        BadRequest: it does not, or this type cannot evaluate.
+        BadRequest: they contradict each other, or this task type has no evaluation.
     """
     field = "eval" if data.eval is not None else "eval_split" if data.eval_split is not None else None
     if not isinstance(training, settings.EvaluatedTraining):
@@ -162,7 +162,7 @@ def check(value: Any, into: type[T], where: str) -> T:
 
 
 def _with_hint(message: str, path: str) -> str:
-    """Where an unknown field of `training` is another type's, or one of the trainer's own, say so."""
+    """Extend an error about an unknown field of `training`: it may be another type's, or a trainer argument."""
     head, _, name = path.rpartition(".")
     if head != "spec.training" or "unknown field" not in message:
         return message
@@ -183,7 +183,7 @@ def _model(spec: dict[str, Any]) -> settings.Model:
     if model.vllm is not None:
         raise BadRequest("spec.model.vllm: training does not run on vLLM; leave it out")
     if model.adapters:
-        raise BadRequest("spec.model.adapters: give the adapter to go on from as spec.checkpoint.load instead")
+        raise BadRequest("spec.model.adapters: give the adapter to continue as spec.checkpoint.load instead")
     options = model.transformers
     if options.load_in_8bit and options.load_in_4bit:
         raise BadRequest("spec.model.transformers.load_in_4bit: given besides load_in_8bit; give one")

@@ -1,6 +1,6 @@
-"""PPO on Accelerate: write responses, have them rated, learn from them; again, until the steps are done.
+"""PPO on Accelerate: generate responses, score them, update the policy; repeat until the last step.
 
-TRL has dropped its own; this is the loop, the arithmetic is in `ppo_math`, and all around it is the other trainers'.
+TRL has removed its own. This is the loop; `ppo_math` has the formulas, and the rest is shared with the other trainers.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class PpoJob:
         self._total = updates(plan, self.dataset_size, self.samples_a_step)
         self._prepare(plan, start, device)
         prompts.check_bounds(rows, self._tokenizer, Bounds(self._policy.policy, self._tokenizer), length)
-        if place.world > 1:  # ranks that draw the same numbers would make the same completions
+        if place.world > 1:  # with one seed, all ranks would sample the same completions
             set_seed(plan.training.seed + place.rank)
         reference = self._reference(plan, start, device)
         self._roller = Roller(
@@ -91,11 +91,11 @@ class PpoJob:
 
             policy = get_peft_model(policy, models.lora_config(plan))
         if plan.lora is None or plan.lora.dropout is None:
-            disable_dropout_in_model(policy)  # else its ratios differ from 1 before it has learnt anything
+            disable_dropout_in_model(policy)  # else ratios differ from 1 before the first update
         if plan.gradient_checkpointing:
             policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             policy.enable_input_require_grads()
-        if policy.generation_config is not None:  # how it writes is the task's to say, not the model's
+        if policy.generation_config is not None:  # the task's sampling settings apply, not the model's
             policy.generation_config.update(temperature=None, top_p=None, top_k=None)
         self._policy = PolicyWithValue(policy).to(self._accelerator.device)
         optimizer = AdamW(
@@ -117,7 +117,7 @@ class PpoJob:
         self._model, self._optimizer = self._accelerator.prepare(self._policy, optimizer)
 
     def _reference(self, plan: Plan, start: Start, device: Device) -> Any:
-        """The policy as it was before the run; None where that is the policy with its adapter off."""
+        """The initial policy; None where it is the policy with its adapter disabled."""
         if plan.lora is not None and start.adapter is None:
             return None
         frozen = models.load_model(plan, start, device, self._tokenizer)
@@ -204,7 +204,7 @@ class PpoJob:
         return int(state["global_step"]), list(state.get("log_history", []))
 
     def save(self) -> None:
-        """The policy alone: the value head has done its work."""
+        """Save the policy without the value head."""
         folder = saving.scratch(self._plan, self._ctx)
         if self._place.leads:
             shutil.rmtree(folder, ignore_errors=True)
@@ -214,7 +214,7 @@ class PpoJob:
         self._accelerator.wait_for_everyone()
 
     def describe(self) -> dict[str, Any]:
-        """What only this kind of job knows, for the result's metrics."""
+        """Metrics of this kind of job."""
         return {
             "epochs": round(self._meter.step * self.samples_a_step / self.dataset_size, 4),
             "sharding": "ddp" if self._place.world > 1 else "none",
@@ -224,7 +224,7 @@ class PpoJob:
 
 
 def _policy_start(plan: Plan, start: Start) -> Start:
-    """Where the policy's weights come from: of a resumed run, from its checkpoint."""
+    """Source of the policy's weights: a resumed run's checkpoint, else the start."""
     if start.resume is None:
         return start
     if plan.lora is not None:

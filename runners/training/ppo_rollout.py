@@ -1,4 +1,4 @@
-"""The first half of a PPO update: write responses, have them rated, and note what old policy and reference thought."""
+"""First half of a PPO update: generate responses, score them, and compute the outputs of old policy and reference."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DEFAULT_TEMPERATURE = 1.0
 
 @dataclass(frozen=True)
 class Rollout:
-    """Responses and all that an update needs to know of them; (rows, response) each, `scores` (rows,)."""
+    """Responses and what an update needs of them: (rows, response) each, `scores` (rows,)."""
 
     batch: Batch
     logprobs: Tensor
@@ -31,7 +31,7 @@ class Rollout:
 
 
 NEUTRAL = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1}
-"""Else the model's own settings are in force, and its completions not those that its log-probabilities speak of."""
+"""Turns the model's own settings off: with them, completions would not follow the log-probabilities."""
 
 
 class Roller:
@@ -70,7 +70,7 @@ class Roller:
         """A rollout for `rows`: the columns of the data, and `ids`, each prompt's tokens.
 
         Args:
-            forward: how many rows go through the model at once when they are rated.
+            forward: rows in one forward pass when they are scored.
 
         Raises:
             RunnerError: a reward failed.
@@ -111,7 +111,7 @@ class Roller:
         }
 
     def _read(self, responses: Tensor) -> tuple[list[str], Tensor]:
-        """Each response's text, and which tokens are its own: up to its end token, which counts as one of them."""
+        """Each response's text, and the mask of its tokens, up to and including its end token."""
         pad = self._tokenizer.pad_token_id
         mask = torch.zeros_like(responses)
         texts = []
@@ -121,6 +121,6 @@ class Roller:
             stopped = next((stop for stop in self._stops if stop in text), None)
             if length < len(tokens) and tokens[length] in self._ends and stopped is None:
                 length += 1
-            mask[row, : max(length, 1)] = 1  # after a stop string come only pads
+            mask[row, : max(length, 1)] = 1  # after a stop string there are only pad tokens
             texts.append(text if stopped is None else text[: text.index(stopped)])
         return texts, mask

@@ -1,6 +1,6 @@
-"""Between the data and the trainer: rows become tokens as TRL makes them, and each one that is left out is counted.
+"""Tokenizes rows as TRL does, and counts each dropped row by its reason.
 
-TRL drops rows without a word, and trains on nothing where none is left. Here that is an error.
+TRL drops rows silently, and trains on nothing if none is left. Here that is an error.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NO_WEIGHT = "weight 0"
 
 
 class Prepared:
-    """What became of a task's rows in one trainer; filled while the trainer is built."""
+    """Prepares a task's rows and counts them while the trainer is built."""
 
     def __init__(self, plan: Plan, ctx: Context, rows: dict[str, Rows], bounds: Bounds) -> None:
         """
@@ -39,7 +39,7 @@ class Prepared:
         self.truncated = dict.fromkeys(rows, 0)
 
     def trainer(self) -> type:
-        """TRL's trainer, with its rows prepared by this object."""
+        """TRL's trainer class, whose rows this object prepares."""
         base = getattr(trl, self._plan.kind.trainer)
         prepared = self
 
@@ -56,22 +56,22 @@ class Prepared:
         return Trainer
 
     def prepare(self, name: str, dataset: Any, tokenizer: Any, args: Any, *, packs: bool) -> Any:
-        """`dataset` as far as it is not left to TRL."""
+        """The steps of preparation that are not left to TRL."""
         rows = self._rows[name]
         if self._plan.kind.trainer == "SFTTrainer":
-            return self._sft(name, dataset, SftRows(tokenizer, args), None if packs else args.max_length, args)
+            return self._sft(name, dataset, SftRows(tokenizer, args), args, packs=packs)
         if self._plan.kind.trainer == "RewardTrainer":
             return self._reward(name, dataset, tokenizer, args.max_length)
         return _as_written(rows, dataset, tokenizer, self._ctx)
 
     def count(self, name: str, found: Any, args: Any, *, dropped: int) -> None:
-        """Note what TRL made of the rows.
+        """Count the rows that TRL kept.
 
         Args:
-            dropped: how many it left out.
+            dropped: number of rows that TRL dropped.
 
         Raises:
-            BadRequest: no row is left, or the model cannot read one.
+            BadRequest: no row is left, or one exceeds the model's limits.
         """
         self._drop(name, PROMPT_TOO_LONG, dropped)
         if "prompt_ids" in found.column_names:
@@ -79,25 +79,28 @@ class Prepared:
         self.report(name)
 
     def report(self, name: str) -> None:
-        """Log what is left of the rows.
+        """Log dropped and truncated rows.
 
         Raises:
-            BadRequest: nothing is.
+            BadRequest: no row is left.
         """
         text = ", ".join(f"{count} ({reason})" for reason, count in self.dropped[name].items())
         if self.size[name] == 0:
-            limit = self._plan.training.max_seq_length
             field = "spec.data" if name == "train" else "spec.data.eval"
-            raise BadRequest(f"{field}: no row is left of {len(self._rows[name].dataset)}; dropped: {text}; {limit=}")
+            remedy = f"; it is {self._plan.training.max_seq_length}: raise it" if "max_seq_length" in text else ""
+            raise BadRequest(f"{field}: no row is left of {len(self._rows[name].dataset)}; dropped: {text}{remedy}")
         if text:
-            self._ctx.log.warning("rows dropped from %s: %s; %d are left", name, text, self.size[name])
+            self._ctx.log.warning("rows dropped dataset=%s dropped=%s left=%d", name, text, self.size[name])
         if self.truncated[name]:
             self._ctx.log.warning(
-                "rows of %s cut to spec.training.max_seq_length: %d of %d", name, self.truncated[name], self.size[name]
+                "rows truncated to spec.training.max_seq_length dataset=%s truncated=%d of=%d",
+                name,
+                self.truncated[name],
+                self.size[name],
             )
 
     def _check_bounds(self, name: str, dataset: Any, max_length: int | None) -> None:
-        """dpo's and kto's rows, as TRL made tokens of them."""
+        """Check rows of dpo and kto after TRL has tokenized them."""
         sides = [each for each in ("chosen_ids", "rejected_ids", "completion_ids") if each in dataset.column_names]
         same = len(dataset) == len(self._rows[name].dataset)
         for i, row in enumerate(dataset.select_columns(["prompt_ids", *sides])):
@@ -110,15 +113,17 @@ class Prepared:
             self.dropped[name][reason] = self.dropped[name].get(reason, 0) + count
             self.size[name] -= count
 
-    def _sft(self, name: str, dataset: Any, maker: SftRows, whole: int | None, args: Any) -> Any:
+    def _sft(self, name: str, dataset: Any, maker: SftRows, args: Any, *, packs: bool) -> Any:
         rows = self._rows[name]
+        whole = None if packs else args.max_length
+        limit = None if packs and args.packing_strategy != "bfd" else args.max_length  # the others cut no row short
         cut = slice(-whole, None) if whole and args.truncation_mode == "keep_end" else slice(None, whole)
 
         def tokens(row: dict[str, Any], i: int) -> dict[str, Any]:
             made = maker.tokens(row, lambda: rows.where(i))
             length = len(made["input_ids"])
             ids, labels = made["input_ids"][cut], made["labels"][cut]
-            self._bounds.check(ids, lambda: rows.where(i))
+            self._bounds.check(ids[:limit], lambda: rows.where(i))
             learns = any(label != MASKED for label in labels[1:])
             reason = NO_WEIGHT if row.get("weight") == 0 else NO_TOKENS if length < 2 else MASKED_AWAY
             return {
@@ -129,7 +134,7 @@ class Prepared:
             }
 
         found = mapped(dataset, tokens, self._ctx, name="tokens", remove_columns=dataset.column_names)
-        self.truncated[name] = sum(whole is not None and length > whole for length in found["length"])
+        self.truncated[name] = sum(limit is not None and length > limit for length in found["length"])
         return self._without_dropped(name, found.remove_columns("length"))
 
     def _reward(self, name: str, dataset: Any, tokenizer: Any, max_length: int | None) -> Any:
@@ -165,7 +170,7 @@ class Prepared:
 
 
 def _as_written(rows: Rows, dataset: Any, tokenizer: Any, ctx: Context) -> Any:
-    """dpo's and kto's rows, which TRL makes tokens of: each chat can be written, no text has two begin tokens."""
+    """Check rows of dpo and kto, which TRL tokenizes, and remove duplicate begin tokens."""
     if isinstance(dataset[0]["prompt"], list):
         for i, row in enumerate(dataset):
             _check(tokenizer, row, lambda i=i: rows.where(i))  # type: ignore[misc]

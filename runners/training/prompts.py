@@ -1,4 +1,4 @@
-"""Prompts that leave room for an answer, and chats that the tokenizer can write."""
+"""Checks prompts against the chat template, and shortens them to leave room for a completion."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def check_chat(rows: Rows, tokenizer: Any, start: Start) -> None:
 
 
 def encode(prompt: Any, tokenizer: Any) -> list[int]:
-    """A prompt's tokens; a chat's end where the assistant's turn begins."""
+    """Tokens of a prompt. A chat's end with the start of the assistant's turn."""
     if isinstance(prompt, str):
         return templates.text_ids(tokenizer, prompt)
     return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
 
 
 def fit(rows: Rows, tokenizer: Any, room: int, ctx: Context) -> Rows:
-    """The rows with no prompt over `room` tokens: a text loses its beginning.
+    """Cut the start of text prompts that have more than `room` tokens.
 
     Raises:
-        BadRequest: a chat is longer, which cannot be cut, or the template cannot write it; names the row.
+        BadRequest: a chat is longer and cannot be cut, or the template refuses it; names the row.
     """
     cut = 0
 
@@ -61,13 +61,13 @@ def fit(rows: Rows, tokenizer: Any, room: int, ctx: Context) -> Rows:
     dataset = rows.dataset
     found = mapped(dataset.select_columns("prompt"), fitted, ctx, name="prompts", features=_of(dataset, "prompt"))
     if cut:
-        ctx.log.warning("prompts that lost their beginning, to fit into %d tokens: %d of %d", room, cut, len(dataset))
+        ctx.log.warning("prompts cut at their start room_tokens=%d cut=%d of=%d", room, cut, len(dataset))
     rest = dataset.remove_columns("prompt")
     return dataclasses.replace(rows, dataset=_beside(found, rest) if rest.column_names else found)
 
 
 def check_bounds(rows: Rows, tokenizer: Any, bounds: Bounds, length: int) -> None:
-    """Raises BadRequest where the model cannot read a prompt with an answer of `length` tokens; names the row."""
+    """Raises BadRequest where a prompt and `length` more tokens exceed the model's limits; names the row."""
     for i, prompt in enumerate(rows.dataset["prompt"]):
         bounds.check(encode(prompt, tokenizer), lambda i=i: rows.where(i), further=length)  # type: ignore[misc]
 
@@ -79,7 +79,7 @@ def _of(dataset: Any, name: str) -> Any:
 
 
 def _beside(one: Any, other: Any) -> Any:
-    """The columns of both: what rewards read goes through no conversion."""
+    """Join columns without converting those that rewards read."""
     from datasets import concatenate_datasets
 
     return concatenate_datasets([one, other], axis=1)

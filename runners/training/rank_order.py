@@ -1,4 +1,4 @@
-"""What a node's launcher leaves for its ranks: the order file, and the names of the files in the group's folder."""
+"""Files in a group's folder by which a node's launcher starts its ranks."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ ORDER_FILE = "order.json"
 SOCKET = "pipe.sock"
 """The unix socket on which the rank that leads the node asks for the task's pipe."""
 RANK_MODULE = "runners.training.rank_process"
-"""What torchrun runs as each rank, given the group's folder."""
+"""The module that torchrun runs as each rank. Its argument is the group's folder."""
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):
-    """What a rank's process needs to know."""
+    """Input of a rank's process."""
 
     task_type: str
     job: Job

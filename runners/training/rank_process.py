@@ -22,7 +22,7 @@ from runners.training.ranks import Place
 
 
 def main(folder: Path) -> NoReturn:
-    """Be the rank that torchrun's variables say."""
+    """Run the rank given by torchrun's environment variables."""
     ranks.die_with_parent(os.getppid())
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True, chain=False)

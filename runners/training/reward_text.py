@@ -1,4 +1,4 @@
-"""What a reward model reads: one way for the task that trains it and for the tasks that learn from it."""
+"""Input of a reward model, the same in its training and in its use by ppo, grpo and rloo."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from runners.training.templates import Where
 
 
 def answer_ids(tokenizer: Any, prompt: Any, answer: Any, where: Where, **more: Any) -> list[int]:
-    """The tokens of a prompt with its answer: a chat as the template writes it, a text with an end token.
+    """Tokens of a prompt with its answer: a chat by the chat template, a text with an end token.
 
     Args:
         prompt: a text, a chat, or None where `answer` holds it.
@@ -25,13 +25,13 @@ def answer_ids(tokenizer: Any, prompt: Any, answer: Any, where: Where, **more: A
 
 
 def ended(tokenizer: Any, ids: list[int]) -> list[int]:
-    """`ids` with the end token last, once."""
+    """`ids` with one end token at the end."""
     end = tokenizer.eos_token_id
     return ids if end is None or ids[-1:] == [end] else [*ids, end]
 
 
 def _chat(prompt: Any, answer: Any) -> list[dict[str, Any]]:
-    """The whole chat. An answer in words goes on from a last turn of the assistant's."""
+    """The whole chat. A text answer continues a last turn of the assistant."""
     before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt or [])
     if not isinstance(answer, str):
         return [*before, *answer]
@@ -41,7 +41,7 @@ def _chat(prompt: Any, answer: Any) -> list[dict[str, Any]]:
 
 
 def text_of(prompt: Any) -> str:
-    """A prompt or completion as one text; of a chat, its messages' contents."""
+    """A prompt or completion as one text: for a chat, the contents of its messages."""
     if isinstance(prompt, str):
         return prompt
     return "\n".join(str(message["content"]) for message in prompt)

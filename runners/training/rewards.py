@@ -1,4 +1,4 @@
-"""What a completion is worth: the built-in functions, a callable that the node allows, or a reward model.
+"""Rewards of completions: built-in functions, a callable that the node allows, or a reward model.
 
 A reward that cannot be loaded, or that answers with anything but one finite number a completion, is an error.
 """
@@ -37,7 +37,7 @@ class Reward(Protocol):
 
 
 def load(plan: Plan, ctx: Context, device: Any, rows: Rows) -> list[Reward]:
-    """Every reward that the task names, ready to score.
+    """Load the task's rewards.
 
     Args:
         rows: the data, whose columns a reward may read.
@@ -48,14 +48,16 @@ def load(plan: Plan, ctx: Context, device: Any, rows: Rows) -> list[Reward]:
     rewards: list[Reward] = []
     for i, given in enumerate(plan.rewards):
         if isinstance(given, RewardModel):
-            rewards.append(ModelReward.load(given, ctx, device))
+            reward = ModelReward.load(given, ctx, device)
+            reward.check(rows)
+            rewards.append(reward)
         else:
             rewards.append(function(given, _place(plan, ctx, i), rows, ctx))
     return rewards
 
 
 def check_answers(plan: Plan, ctx: Context, rows: Rows) -> None:
-    """Raises BadRequest where a row lacks what exact_match compares with; names it."""
+    """Raises BadRequest where a row has no answer for exact_match; names the row."""
     for i, given in enumerate(plan.rewards):
         if not isinstance(given, RewardModel) and given.function == "exact_match":
             _answer_column(given, _place(plan, ctx, i), rows)
@@ -66,14 +68,14 @@ def _place(plan: Plan, ctx: Context, i: int) -> str:
 
 
 def decoded(columns: dict[str, list[Any]], as_json: frozenset[str]) -> dict[str, list[Any]]:
-    """`columns` as the document has them; those of `as_json` are JSON text."""
+    """`columns` with the document's values; those in `as_json` are decoded from JSON."""
     return {key: [json.loads(each) for each in values] if key in as_json else values for key, values in columns.items()}
 
 
 def total(
     rewards: list[Reward], prompts: list[Any], completions: list[str], columns: dict[str, list[Any]]
 ) -> list[float]:
-    """The weighted sum of what all rewards say, checked."""
+    """Weighted sum of all rewards, checked."""
     sums = [0.0] * len(completions)
     for reward in rewards:
         for i, value in enumerate(scores(reward, prompts, completions, columns)):
@@ -82,7 +84,7 @@ def total(
 
 
 def scores(reward: Reward, prompts: list[Any], completions: list[str], columns: dict[str, list[Any]]) -> list[float]:
-    """What one reward says of each completion: as many finite numbers as there are completions.
+    """One reward's scores: a finite number for each completion.
 
     Raises:
         RunnerError: it says anything else.
@@ -94,9 +96,6 @@ def scores(reward: Reward, prompts: list[Any], completions: list[str], columns: 
         if not isinstance(value, int | float) or not math.isfinite(value):
             raise RunnerError(f"reward {reward.name}: {value!r} for {completion!r:.80}; a finite number is needed")
     return [float(value) for value in found]
-
-
-# ---- functions ---------------------------------------------------------------------------------------------------
 
 
 class FunctionReward:
@@ -113,7 +112,7 @@ class FunctionReward:
 
 
 class CallableReward:
-    """A function of somebody's: `(prompts, completions, **columns) -> [float]`."""
+    """A user's function: `(prompts, completions, **columns) -> [float]`."""
 
     def __init__(self, name: str, weight: float, call: Callable[..., Any]) -> None:
         self.name = name
@@ -152,7 +151,7 @@ def function(given: RewardFunction, where: str, rows: Rows, ctx: Context) -> Rew
         case "exact_match":
             column = _answer_column(given, where, rows)
             return FunctionReward(
-                "exact_match", given.weight, lambda _p, text, row: float(text.strip() == as_text(row[column]).strip())
+                "exact_match", given.weight, lambda _p, text, row: float(text.strip() in spellings(row[column], rows))
             )
         case "json_valid":
             return FunctionReward("json_valid", given.weight, lambda _p, text, _c: float(_is_json(text)))
@@ -186,9 +185,17 @@ def _answer_column(given: RewardFunction, where: str, rows: Rows) -> str:
     return column
 
 
-def as_text(value: Any) -> str:
-    """A value as the document writes it: 4 is not 4.0, and true is not True."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+def spellings(value: Any, rows: Rows) -> tuple[str, ...]:
+    """An answer as the document writes it: 4 is not 4.0, and true is not True.
+
+    A dataset's column of floats does not show whether the document wrote 4 or 4.0: both count.
+    """
+    if isinstance(value, str):
+        return (value.strip(),)
+    written = json.dumps(value, ensure_ascii=False)
+    if rows.is_arrow and isinstance(value, float) and value.is_integer():
+        return written, str(int(value))
+    return (written,)
 
 
 def _is_json(text: str) -> bool:
@@ -219,8 +226,6 @@ def _import(name: str, where: str, ctx: Context) -> Callable[..., Any]:
 def _index(plan: Plan, position: int) -> int:
     return position - sum(isinstance(given, RewardModel) for given in plan.rewards[:position])
 
-
-# ---- as TRL calls them -------------------------------------------------------------------------------------------
 
 _TRL_EXTRAS = frozenset(
     {

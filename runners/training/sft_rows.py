@@ -1,4 +1,4 @@
-"""sft's rows as tokens and labels, as TRL makes them; a weight of 0 leaves a message out of the loss."""
+"""Tokenizes sft's rows as TRL does. Rows and messages of weight 0 are left out of the loss."""
 
 from __future__ import annotations
 
@@ -13,17 +13,22 @@ from runners.training import templates
 from runners.training.templates import Where
 
 MASKED = -100
-"""The label of a token that is not trained on."""
+"""Label of a token without a loss."""
 
 
 class SftRows:
-    """Makes `input_ids` and `labels` of one row at a time."""
+    """Makes `input_ids` and `labels` for one row at a time."""
 
     def __init__(self, tokenizer: Any, config: Any) -> None:
+        if config.completion_only_loss:
+            raise BadRequest(
+                "spec.training.trainer_args.completion_only_loss: would have no effect on whole texts; give chats in "
+                "spec.data.messages, and assistant_only_loss"
+            )
         self._tokenizer = tokenizer
         self._assistant_only = config.assistant_only_loss
         self._marked: str | None = None
-        """The chat template with generation markers, where the model's own has none and the loss needs them."""
+        """A chat template with generation markers, where the loss needs them and the model's own has none."""
         if self._assistant_only and not re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.chat_template or ""):
             try:
                 self._marked = get_training_chat_template(tokenizer)
@@ -33,10 +38,10 @@ class SftRows:
                 ) from error
 
     def tokens(self, row: dict[str, Any], where: Where) -> dict[str, list[int]]:
-        """The tokens of `row`, and the labels.
+        """`input_ids` and `labels` of `row`.
 
         Raises:
-            BadRequest: the row cannot be written as the task asks; names it.
+            BadRequest: the row cannot be tokenized as the task asks; names the row.
         """
         text = row.get("text")
         if row.get("weight") == 0 or (text is not None and not text.strip()):
@@ -76,7 +81,7 @@ class SftRows:
     def _bounds(
         self, chat: list[dict[str, Any]], i: int, ids: list[int], where: Where, more: dict[str, Any]
     ) -> tuple[int, int]:
-        """Where the tokens of message `i` begin and end: the chat as it is written without it, and with it last."""
+        """First token of message `i` and the one after its last, from the chats that end before and with it."""
         ends = [
             common_prefix_length(templates.ids(self._tokenizer, chat[:count], where, **more), ids) if count else 0
             for count in (i, i + 1)

@@ -1,6 +1,6 @@
-"""One row of data, checked and in the columns that its trainer knows.
+"""Checks one row of data and converts it to its trainer's columns.
 
-What is wrong with a row is reported with its place: the file and line, the item's number, or the dataset's row.
+Errors name the row's place: file and line, item number, or dataset row.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from runners.training.plan import Plan
 from runners.training.sources import Column, ExampleData, PreferenceData, TextData
 
 EXTRAS = ("tools", "chat_template_kwargs", "weight", "margin")
-"""Columns that a row may have besides those that the task names; see `_extras` for who takes which."""
+"""Columns that are read without being named in the task; see `_extras`."""
 LABELS = {"true": True, "false": False, "1": True, "0": False}
-"""As text files spell them."""
+"""Labels as text files spell them."""
 REFUSED = ("functions", "documents", "image", "images", "audio", "audios", "video", "videos")
-"""Columns that mean something to a chat model and that no trainer here reads."""
+"""Columns with a meaning for chat models that no trainer here reads."""
 
 
 def shape(row: Any, columns: list[Column], where: str, plan: Plan) -> dict[str, Any]:
     """`row` in the trainer's columns.
 
     Raises:
-        BadRequest: a column is missing, holds what cannot be trained on, or would have no effect.
+        BadRequest: a column is missing, has an unusable value, or would have no effect.
     """
     if not isinstance(row, dict):
         raise BadRequest(f"{where}: a mapping with {', '.join(c.name for c in columns)} is needed, found {row!r:.80}")
@@ -46,6 +46,12 @@ def shape(row: Any, columns: list[Column], where: str, plan: Plan) -> dict[str, 
             found[column.role] = checked(value, column, where, plan)
     if plan.kind.rewarded:  # rewards may look at any other column
         taken = {column.name for column in columns}
+        for name in ("tools", "chat_template_kwargs"):
+            if row.get(name):
+                raise BadRequest(
+                    f"{where}: column {name!r} would have no effect: {plan.kind.task_type} writes prompts without it; "
+                    "leave it out, or rename it where a reward reads it"
+                )
         found |= {key: value for key, value in row.items() if key not in found and key not in taken}
     else:
         taken = {column.name for column in columns}
@@ -68,7 +74,7 @@ def missing(column: Column, there: list[str]) -> str:
 
 
 def checked(value: Any, column: Column, where: str, plan: Plan) -> Any:
-    """`value` where it suits its column."""
+    """`value` if it fits its column."""
     place = f"{where}: column {column.name!r}"
     if column.role == "label":
         known = LABELS.get(value.lower()) if isinstance(value, str) else bool(value) if value in (0, 1) else None
@@ -76,7 +82,7 @@ def checked(value: Any, column: Column, where: str, plan: Plan) -> Any:
             return known
         raise BadRequest(f"{place}: true or false is needed, found {value!r:.80}")
     if column.role == "response" and plan.kind.rewarded:
-        return value  # what rewards compare with: as the document has it
+        return value  # rewards compare with the document's own value
     if isinstance(value, dict) and column.role in ("chosen", "rejected", "completion", "response"):
         value = [value]
     if isinstance(value, list) and value:
@@ -91,7 +97,7 @@ def checked(value: Any, column: Column, where: str, plan: Plan) -> Any:
 
 
 def chat(messages: list[Any], place: str, plan: Plan) -> list[dict[str, Any]]:
-    """The messages with every key that is set. A turn of tool calls alone has an empty content."""
+    """The messages with all keys that are set. A turn with tool calls alone gets an empty content."""
     found = []
     for i, message in enumerate(messages):
         if not isinstance(message, dict):
@@ -109,7 +115,7 @@ def chat(messages: list[Any], place: str, plan: Plan) -> list[dict[str, Any]]:
 
 
 def _extras(rest: dict[str, Any], where: str, plan: Plan) -> dict[str, Any]:
-    """What a row has besides its texts, where the trainer can make use of it.
+    """Columns besides the texts that the trainer can use.
 
     `tools` and `chat_template_kwargs` go to the chat template, `weight` to sft's loss, `margin` to reward's.
     """
@@ -135,7 +141,7 @@ def _extras(rest: dict[str, Any], where: str, plan: Plan) -> dict[str, Any]:
 
 
 def _tools(given: Any, where: str) -> list[Any]:
-    """The schemas of a row's tools: a list, or the JSON text of one."""
+    """JSON schemas of a row's tools, given as a list or as its JSON text."""
     if isinstance(given, str):
         try:
             given = json.loads(given)
@@ -156,12 +162,12 @@ def _weight(given: Any, where: str, plan: Plan) -> bool:
 
 
 def _is_chat_instead(row: dict[str, Any], text: Column, plan: Plan) -> bool:
-    """A row of {messages} where the task names no column: chat."""
+    """Whether a row has `messages` and the task names no text column."""
     return text.name == "text" and "text" not in row and "messages" in row and isinstance(plan.data, TextData)
 
 
 def _joined(found: dict[str, Any], where: str, plan: Plan) -> dict[str, Any]:
-    """sft's prompt and response are one text, or one chat; a column of chats is called messages."""
+    """Join sft's prompt and response to one text or one chat; name a column of chats `messages`."""
     assert isinstance(plan.data, TextData)
     if "prompt" in found:
         prompt, response = found.pop("prompt"), found.pop("response")

@@ -113,7 +113,7 @@ def _deepspeed(configuration: dict[str, Any], plan: Plan, device: Device) -> Sha
         with socket.create_server(("127.0.0.1", 0)) as probe:
             os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
     if not device.cuda:
-        # Must come before the trainer's arguments: without it their check counts one rank (stack.md, 3).
+        # Must come before the trainer's arguments: without it their check counts one rank.
         import deepspeed  # type: ignore[import-not-found,unused-ignore]
 
         deepspeed.init_distributed(dist_backend="gloo")

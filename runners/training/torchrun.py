@@ -55,7 +55,7 @@ def run(plan: Plan, layout: Layout, ctx: Context, fetched: Inputs) -> list[Repor
             _end(agent)
     status = agent.returncode
     if status != 0 and all(ranks.read_report(folder, local) is None for local in range(layout.ranks)):
-        raise RunnerError(f"torchrun ended with {status} before a rank had begun; its log is in the task's")
+        raise RunnerError(f"torchrun ended with {status} before a rank started; see the task's log")
     endings = [groups.Ending(local, status, ended_by_us) for local in range(layout.ranks)]
     return groups.verdict(ctx, folder, endings)
 
@@ -83,7 +83,7 @@ def _environment(plan: Plan) -> dict[str, str]:
 
 
 def _serve(listener: socket.socket, agent: subprocess.Popen[bytes], ctx: Context) -> None:
-    """Hand the task's pipe to the rank that asks for it, until torchrun ends."""
+    """Pass the task's pipe to the rank that connects, until torchrun exits."""
     handle = os.pidfd_open(agent.pid)
     try:
         poller = select.poll()
@@ -99,7 +99,7 @@ def _serve(listener: socket.socket, agent: subprocess.Popen[bytes], ctx: Context
 
 
 def _end(agent: subprocess.Popen[bytes]) -> None:
-    """torchrun hands SIGTERM on to its ranks; what is left of them dies with it."""
+    """End torchrun, which forwards SIGTERM. Remaining ranks are killed with it (PDEATHSIG)."""
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         if agent.poll() is None:

@@ -1,6 +1,6 @@
-"""Experiment trackers: where a run's numbers go besides the result. A run that is resumed goes on in its tracker's run.
+"""Experiment trackers. A resumed run continues its run in the tracker.
 
-TensorBoard writes into the task's artifacts. The others send to a server, so the node has to allow them.
+TensorBoard writes to the task's artifacts. The others send to a server, and need the node's permission.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from runners.training.checkpoints import Start
 from runners.training.plan import Plan
 
 LIMIT = "trackers"
-"""The node's setting: the trackers with a server that a task may name."""
+"""The node's setting: trackers with a server that tasks may use."""
 LOCAL = "tensorboard"
 RUN_FILE = "tracking.json"
-"""Beside the checkpoints: the run's name, and its id in each tracker."""
+"""File beside the checkpoints with the run's name and ids."""
 PROJECT = "flowmesh"
 
 
@@ -33,13 +33,13 @@ class Tracking:
 
     names: tuple[str, ...]
     run: str
-    """Its name, and its id where the tracker lets us choose one."""
+    """Name of the run, and its id where the tracker accepts one."""
     file: Path
     mlflow_id: str | None = None
-    """MLflow's own id of the run, known once it has begun."""
+    """MLflow's id of the run; None before its first start."""
 
     def init_kwargs(self) -> dict[str, dict[str, Any]]:
-        """For Accelerate's trackers, what Transformers' callbacks take from the environment."""
+        """Arguments of Accelerate's trackers. Transformers' callbacks read the same from the environment."""
         return {
             "wandb": {"id": self.run, "resume": "allow", "name": self.run},
             "mlflow": {"run_id": self.mlflow_id, "run_name": self.run},
@@ -47,7 +47,7 @@ class Tracking:
         }
 
     def note(self) -> None:
-        """Keep what a resumed run needs. Call it once the trackers have begun."""
+        """Write the ids that a resumed run needs. Call it after the trackers have started."""
         found = {"run": self.run, "mlflow_id": self.mlflow_id}
         if "mlflow" in self.names:
             import mlflow  # type: ignore[import-not-found,unused-ignore]
@@ -58,7 +58,7 @@ class Tracking:
 
 
 class NoteCallback(TrainerCallback):
-    """Keeps a run's ids once Transformers' own callbacks have begun it."""
+    """Writes the run's ids after Transformers' callbacks have started it."""
 
     def __init__(self, tracking: Tracking) -> None:
         self._tracking = tracking
@@ -69,7 +69,7 @@ class NoteCallback(TrainerCallback):
 
 
 def begin(plan: Plan, ctx: Context, start: Start) -> Tracking:
-    """The run's trackers, with the environment that they read.
+    """Check the task's trackers, and set the environment variables that they read.
 
     Raises:
         BadRequest: the node does not allow one.
@@ -99,7 +99,7 @@ def begin(plan: Plan, ctx: Context, start: Start) -> Tracking:
 
 
 def _known(start: Start) -> dict[str, Any]:
-    """What the run that is gone on from left."""
+    """Ids of the run to resume."""
     if start.resume is None:
         return {}
     try:

@@ -19,7 +19,7 @@ from runners.training.tracking import NoteCallback
 
 
 class TrlJob:
-    """A trainer of TRL's with everything loaded."""
+    """A TRL trainer with everything loaded."""
 
     def __init__(self, setup: Setup) -> None:
         self._plan, self._ctx = plan, ctx = setup.plan, setup.ctx
@@ -85,7 +85,7 @@ class TrlJob:
         """Train, from the checkpoint on where there is one.
 
         Raises:
-            RunnerError: the checkpoint does not fit, or the loss is no number any more.
+            RunnerError: the checkpoint does not fit, or the loss is NaN or infinite.
         """
         resume = str(self.start.resume) if self.start.resume is not None else None
         try:
@@ -93,8 +93,8 @@ class TrlJob:
         except NothingLeft:
             self._ctx.log.info("%s is of the last step: nothing is left to train", self.start.resume)
         except (ValueError, KeyError, RuntimeError) as error:
-            if resume is not None and self._meter.total == 0:  # it had not begun yet
-                raise RunnerError(f"cannot go on from {resume}: {' '.join(str(error).split()):.500}") from error
+            if resume is not None and self._meter.total == 0:  # before the first step
+                raise RunnerError(f"cannot resume from {resume}: {' '.join(str(error).split()):.500}") from error
             raise
 
     @property
@@ -106,7 +106,7 @@ class TrlJob:
         saving.save_trainer(self.trainer, self._plan, self._ctx)
 
     def describe(self) -> dict[str, Any]:
-        """What only this kind of job knows, for the result's metrics."""
+        """Metrics of this kind of job."""
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         return {
             "epochs": self.trainer.state.epoch,
@@ -139,7 +139,7 @@ def _load_the_trained_adapter_too(trainer: Any) -> None:
 
 
 def _build(trainer: Any, **arguments: Any) -> Any:
-    """The trainer; what it refuses is the task's to mend."""
+    """Build the trainer. What it refuses is a BadRequest."""
     try:
         return trainer(**arguments)
     except (ValueError, TypeError, NotImplementedError) as error:

@@ -22,8 +22,8 @@ OUTPUT = Path("docs/benchmarks.md")
 def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")
-    parser.add_argument("--only", help=f"some of: {', '.join(MODULES)}")
-    parser.add_argument("--no-write", action="store_true", help=f"leave {OUTPUT} as it is")
+    parser.add_argument("--only", metavar="NAME[,NAME]", help=f"only some of: {', '.join(MODULES)}")
+    parser.add_argument("--no-write", action="store_true", help=f"do not write {OUTPUT}")
     options = parser.parse_args()
     wanted = options.only.split(",") if options.only else MODULES
     rows: list[Row] = []
@@ -52,7 +52,8 @@ def markdown(rows: list[Row]) -> str:
     lines = [
         "# Benchmarks",
         "",
-        "Made by `scripts/bench`; each ratio is against a floor that was measured in the same run.",
+        "Measured by `scripts/bench`. Each ratio is against a baseline from the same run. The script replaces this",
+        "whole file with the table of its run; what it does not measure again is put back by hand.",
         "",
         machine(),
         "",

@@ -8,8 +8,9 @@ import os
 import pytest
 
 from flowmesh.node.devices import GpuInfo, GpuSample
-from flowmesh.node.gpu import GpuState, ReleaseProof
+from flowmesh.node.gpu import ReleaseProof
 from flowmesh.node.nvml import Nvml
+from flowmesh.node.release_state import GpuState
 from tests.gpu.conftest import Script, line_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]

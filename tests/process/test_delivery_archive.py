@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
+import io
 import os
 import subprocess
 import sys
 import tarfile
-import zlib
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
-from flowmesh.config import ArchiveSettings
 from flowmesh.errors import DeliveryError
 from flowmesh.results import compress
 from flowmesh.results.archive import make_archive
+from flowmesh.settings_schema import ArchiveSettings
 
 PIGZ_TAR = ArchiveSettings(pigz_threads=2)
 PIGZ_OWN = ArchiveSettings(pigz_threads=2, tar_bin="no-such-tar")
@@ -45,6 +47,12 @@ def model(tmp_path: Path) -> Path:
     (folder / "sub" / "up").symlink_to("../config.json")
     os.link(folder / "config.json", folder / "hard")
     return folder
+
+
+def gzipped(chunks: Iterable[bytes], settings: ArchiveSettings) -> bytes:
+    sink = io.BytesIO()
+    compress.compress(chunks, sink, settings)
+    return sink.getvalue()
 
 
 def contents(folder: Path) -> dict[bytes, tuple[str, bytes]]:
@@ -155,7 +163,7 @@ def test_a_tar_that_fails_midway_leaves_no_archive(model: Path, tmp_path: Path) 
     text = '[ "$1" = --version ] && exec tar --version\nhead -c 100000 /dev/zero\necho broken disk >&2\nexit 2\n'
     tar = script(tmp_path / "faketar", text)
     for settings in (ArchiveSettings(tar_bin=tar), ArchiveSettings(tar_bin=tar, use_pigz=False)):
-        with pytest.raises(DeliveryError, match="status 2 on final_model: broken disk"):
+        with pytest.raises(DeliveryError, match="exit status 2 on final_model: broken disk"):
             make_archive(model, tmp_path / "a.tar.gz", settings)
     assert not list(tmp_path.glob("a.tar.gz*"))
 
@@ -163,7 +171,7 @@ def test_a_tar_that_fails_midway_leaves_no_archive(model: Path, tmp_path: Path) 
 @pytest.mark.parametrize("tar", ["tar", "no-such-tar"])
 def test_a_pigz_that_fails_leaves_no_archive(model: Path, tmp_path: Path, tar: str) -> None:
     pigz = script(tmp_path / "fakepigz", "head -c 1000 > /dev/null\nprintf x\necho no memory >&2\nexit 3\n")
-    with pytest.raises(DeliveryError, match="status 3: no memory"):
+    with pytest.raises(DeliveryError, match="exit status 3: no memory"):
         make_archive(model, tmp_path / "a.tar.gz", ArchiveSettings(pigz_bin=pigz, tar_bin=tar))
     assert not list(tmp_path.glob("a.tar.gz*"))
 
@@ -174,7 +182,7 @@ def test_a_full_disk_is_a_clear_error(model: Path, tmp_path: Path, settings: Arc
     code = (
         "import resource, signal, sys, msgspec\n"
         "from pathlib import Path\n"
-        "from flowmesh.config import ArchiveSettings\n"
+        "from flowmesh.settings_schema import ArchiveSettings\n"
         "from flowmesh.errors import DeliveryError\n"
         "from flowmesh.results.archive import make_archive\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
@@ -189,7 +197,7 @@ def test_a_full_disk_is_a_clear_error(model: Path, tmp_path: Path, settings: Arc
         [sys.executable, "-c", code, tmp_path, msgspec.json.encode(settings)],
         capture_output=True, text=True, timeout=60, check=True,
     )  # fmt: skip
-    assert "a.tar.gz could not be made: File too large" in said.stdout
+    assert "cannot write a.tar.gz: File too large" in said.stdout
     assert not list(tmp_path.glob("a.tar.gz*"))
 
 
@@ -204,7 +212,7 @@ def test_our_own_gzip_is_read_by_everyone(size: int, level: int) -> None:
         for start in range(0, size, 70_001):
             yield data[start : start + 70_001]
 
-    packed = b"".join(compress.gzipped(uneven(), settings, None))
+    packed = gzipped(uneven(), settings)
     assert gzip.decompress(packed) == data
     read = subprocess.run(["gzip", "-dc"], input=packed, capture_output=True, check=True)
     assert read.stdout == data
@@ -213,44 +221,59 @@ def test_our_own_gzip_is_read_by_everyone(size: int, level: int) -> None:
 def test_levels_have_their_meaning() -> None:
     text = "".join(f"{i * i} is a square, {i}\n" for i in range(60_000)).encode()
 
-    def packed(level: int, pigz: str | None) -> int:
-        settings = ArchiveSettings(compression_level=level, pigz_threads=2)
-        return sum(map(len, compress.gzipped([text], settings, pigz)))
+    def packed(level: int, *, use_pigz: bool) -> int:
+        settings = ArchiveSettings(compression_level=level, pigz_threads=2, use_pigz=use_pigz)
+        return len(gzipped([text], settings))
 
-    assert packed(0, "pigz") > len(text)
-    assert packed(0, None) > len(text)
-    assert packed(9, "pigz") < packed(1, "pigz") < len(text) / 2
-    assert packed(1, None) < len(text) / 2
+    assert packed(0, use_pigz=True) > len(text)
+    assert packed(0, use_pigz=False) > len(text)
+    assert packed(9, use_pigz=True) < packed(1, use_pigz=True) < len(text) / 2
+    assert packed(1, use_pigz=False) < len(text) / 2
     if compress.library_name() == "zlib":  # ISA-L's levels differ in speed more than in size
-        assert packed(9, None) < packed(1, None)
+        assert packed(9, use_pigz=False) < packed(1, use_pigz=False)
 
 
 def test_many_threads_take_no_more_memory_than_is_promised() -> None:
     code = (
         "import os, resource\n"
-        "from flowmesh.config import ArchiveSettings\n"
+        "from flowmesh.settings_schema import ArchiveSettings\n"
         "from flowmesh.results import compress\n"
         "settings = ArchiveSettings(use_pigz=False, compression_level=1, pigz_threads=128)\n"
         "block = os.urandom(1 << 20)\n"
-        "size = sum(map(len, compress.gzipped((block for _ in range(200)), settings, None)))\n"
-        "assert size > 200 << 20, size\n"
+        "class Sink:\n"
+        "    size = 0\n"
+        "    def write(self, data): self.size += len(data); return len(data)\n"
+        "    def flush(self): pass\n"
+        "sink = Sink()\n"
+        "compress.compress((block for _ in range(200)), sink, settings)\n"
+        "assert sink.size > 200 << 20, sink.size\n"
         "print(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1])\n"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert int(said.stdout) * 1024 < 100e6
 
 
-def test_a_reader_that_stops_leaves_no_process(tmp_path: Path) -> None:
+class FullDisk(io.BytesIO):
+    """Takes one write."""
+
+    def write(self, data: object, /) -> int:
+        if self.tell():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(data)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("use_pigz", [True, False], ids=["pigz", "library"])
+def test_a_sink_that_fails_stops_the_source_and_leaves_no_process(use_pigz: bool) -> None:
     def endless() -> Iterator[bytes]:
         while True:
             yield os.urandom(1 << 16)
 
     before = children()
-    stream = compress.gzipped(endless(), PIGZ_TAR, "pigz")
-    next(stream)
-    assert children() - before
-    stream.close()  # type: ignore[attr-defined]
+    settings = ArchiveSettings(pigz_threads=2, use_pigz=use_pigz)
+    with pytest.raises(OSError, match="No space left on device"):
+        compress.compress(endless(), FullDisk(), settings)
     assert children() == before
+    assert not [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
 
 
 def children() -> set[str]:
@@ -258,19 +281,30 @@ def children() -> set[str]:
     return {pid for task in tasks for pid in (task / "children").read_text().split()}
 
 
-def test_an_error_of_the_source_is_not_lost_in_pigz() -> None:
+@pytest.mark.parametrize("use_pigz", [True, False], ids=["pigz", "library"])
+def test_an_error_of_the_source_is_raised(use_pigz: bool) -> None:
     def broken() -> Iterator[bytes]:
         yield b"x" * 100_000
         raise DeliveryError("the source broke")
 
-    for pigz in ("pigz", None):
-        with pytest.raises(DeliveryError, match="the source broke"):
-            list(compress.gzipped(broken(), PIGZ_TAR, pigz))
+    with pytest.raises(DeliveryError, match="the source broke"):
+        gzipped(broken(), ArchiveSettings(pigz_threads=2, use_pigz=use_pigz))
 
 
-def test_zlib_and_isal_take_the_same_arguments() -> None:
-    """The one is put in the other's place where it is installed."""
-    isal = pytest.importorskip("isal.isal_zlib", reason="the extra `archive` is not installed")
-    stream = isal.compressobj(2, isal.DEFLATED, -15, 8, 0, b"window")
-    data = stream.compress(b"window") + stream.flush(zlib.Z_SYNC_FLUSH) + b"\x03\x00"
-    assert zlib.decompressobj(-15, b"window").decompress(data) == b"window"
+def test_without_isal_zlib_does_it_and_the_note_names_the_extra(model: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "sys.modules['isal'] = None\n"
+        "from pathlib import Path\n"
+        "from flowmesh.settings_schema import ArchiveSettings\n"
+        "from flowmesh.results.archive import make_archive\n"
+        "settings = ArchiveSettings(pigz_bin='no-such-pigz')\n"
+        "print(*make_archive(Path(sys.argv[1]), Path(sys.argv[2]), settings).notes)\n"
+    )
+    target = tmp_path / "a.tar.gz"
+    printed = subprocess.run(
+        [sys.executable, "-c", code, model, target], capture_output=True, text=True, check=True, timeout=60
+    ).stdout
+    assert "compressed with zlib on one core; pip install 'flowmesh-supervisor[archive]'" in printed
+    with tarfile.open(target) as tar:
+        assert tar.getnames()[0] == "final_model"

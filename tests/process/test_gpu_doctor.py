@@ -1,4 +1,4 @@
-"""`flowmesh doctor` on machines with and without GPUs, with and without what a node needs."""
+"""`flowmesh doctor` on machines with and without GPUs, and with and without a node's requirements."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def environ(folder: Path, redis: str | None, script: str | None = None) -> dict[
 
 
 def doctor(env: dict[str, str], *arguments: str) -> tuple[int, list[dict[str, str]]]:
-    """Its exit status and its findings; the levels decide the first."""
+    """Its exit status, which depends on the findings' levels, and its findings."""
     command = [sys.executable, "-m", "flowmesh.cli.main", "doctor", "--json", *arguments]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
     assert done.stderr == ""
@@ -61,7 +61,7 @@ def test_a_machine_where_nothing_is_broken(redis_server: RedisServer, tmp_path: 
     ((level, text),) = of(findings, "Redis")
     assert level == "ok"
     assert text.startswith(f"{redis_server.url} answers (")
-    assert of(findings, "node") == [("note", "none runs here now")]
+    assert of(findings, "node") == [("note", "not running")]
     assert ("ok", f"light ({sys.executable}): echo") in of(findings, "environments")
     if find_spec("torch") is not None and "+cpu" in version("torch"):
         said = f"default: torch {version('torch')} is built without CUDA: its tasks run on the CPU"
@@ -73,11 +73,11 @@ def test_a_machine_where_nothing_is_broken(redis_server: RedisServer, tmp_path: 
 
 
 def test_a_machine_without_gpus_is_fine(redis_server: RedisServer, tmp_path: Path) -> None:
-    env = environ(tmp_path, redis_server.url, "init 9\n")  # a library, and no kernel module below it
+    env = environ(tmp_path, redis_server.url, "init 9\n")  # the library is installed, the kernel module is not loaded
     env["CUDA_VISIBLE_DEVICES"] = "0"  # as some images set it
     code, findings = doctor(env)
     assert code == 0
-    assert of(findings, "GPUs") == [("ok", "none: a CPU node")]
+    assert of(findings, "GPUs") == [("ok", "none: CPU-only node")]
     ((level, slot),) = of(findings, "slots")
     assert (level, slot.split(",")[0]) == ("ok", "main: no GPU")
 
@@ -105,7 +105,7 @@ def test_what_is_broken_ends_it_with_1_and_names_the_mending(tmp_path: Path) -> 
     assert broken["GPUs"]["text"] == "GPU 0: GPU is lost"
     assert broken["GPUs"]["remedy"] == "sudo nvidia-smi --gpu-reset -i 0; or reboot"
     warned = [each["text"] for each in findings if each["level"] == "warn" and each["area"] == "GPUs"]
-    assert warned[0] == "GPU 1 is slowed down: hw_thermal"
+    assert warned[0] == "GPU 1 is throttled: hw_thermal"
     assert warned[1].startswith("GPU 1 is used by pid 1 (")
 
 
@@ -134,7 +134,7 @@ def test_settings_from_a_file_decide_what_is_looked_at(redis_server: RedisServer
     assert of(findings, "slots") == [
         ("broken", "slots[0].gpus[0]: '7' matches no GPU; this node has: 0 GPU-aaaa, 1 GPU-bbbb")
     ]
-    assert ("broken", f"results.dir {file}/out: this user cannot write there") in of(findings, "disk")
+    assert ("broken", f"results.dir {file}/out: not writable for this user") in of(findings, "disk")
     assert any(level == "broken" and "mine" in text for level, text in of(findings, "environments"))
 
 
@@ -149,15 +149,17 @@ def test_a_running_node_tells_why_a_slot_is_closed(
     script = "\n".join(node.stub.lines)
     code, findings = doctor(environ(tmp_path, node.server.url, script), "--config", str(file))
     assert code == 0
-    assert of(findings, "node") == [("ok", f"runs: pid {node.pid}, 1 tasks, 1 workers")]
-    assert not [text for _, text in of(findings, "GPUs") if "is used by" in text], "its own tasks are no strangers"
+    assert of(findings, "node") == [("ok", f"running: pid {node.pid}, 1 task, 1 worker")]
+    assert not [text for _, text in of(findings, "GPUs") if "is used by" in text], (
+        "the node's own tasks are not foreign processes"
+    )
     node.stub.change(f"set {B} used", f"set {B} used {9 * GIB}")
     node.let_go(task_id)
     node.wait_word("DEGRADED")
     code, findings = doctor(environ(tmp_path, node.server.url, script), "--config", str(file))
     assert code == 1
     assert any(
-        level == "broken" and text.startswith("w1 takes no GPU tasks: GPU-") for level, text in of(findings, "node")
+        level == "broken" and text.startswith("w1 accepts no GPU tasks: GPU-") for level, text in of(findings, "node")
     )
 
 
@@ -175,7 +177,7 @@ def test_on_a_terminal_of_80_columns_no_line_is_longer(tmp_path: Path) -> None:
     try:
         while chunk := os.read(near, 4096):
             out += chunk
-    except OSError:  # its last writer has closed the terminal
+    except OSError:  # the last writer closed the terminal
         pass
     os.close(near)
     assert process.wait(30) == 1

@@ -1,4 +1,4 @@
-"""Slots on a real node: what each worker registers, what its tasks are given, and that they run beside one another."""
+"""Slots on a real node: what each worker registers, which devices its tasks get, and that slots run in parallel."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_gpu_that_is_down_leaves_the_node_the_others(orchestrator: Orchestrato
     lost = f"{TWO_GPUS}\nfail handle {A} 15\n"
     node = gpu_node(script=lost, env={"CUDA_VISIBLE_DEVICES": "0,1"})
     assert [gpu["uuid"] for gpu in node.hardware()["gpu"]["gpus"]] == [B]
-    assert "not offered: GPU 0: GPU is lost" in node.text()
+    assert "GPU not offered: GPU 0: GPU is lost" in node.text()
     node.stop(signal.SIGTERM)
     node = gpu_node(
         script=lost,
@@ -74,11 +74,12 @@ def test_a_reload_that_names_a_gpu_that_there_is_not_leaves_the_node_as_it_is(
 ) -> None:
     node = gpu_node()
     task_id, pid = held(orchestrator, node)
-    said = "settings not reloaded, the old ones stay: slots[0].gpus[0]: '7' matches no GPU; this node has: 0 GPU-aaaa"
+    kept = "not restarted, the node keeps its version and settings"
+    said = f"{kept}: slots[0].gpus[0]: '7' matches no GPU; this node has: 0 GPU-aaaa"
     (node.home / "node.toml").write_text(CONFIG + "[[slots]]\nname = 'a'\ngpus = [7]\n")
     for count, number in enumerate((signal.SIGHUP, signal.SIGUSR2), 1):
         os.kill(node.pid, number)
-        until(lambda count=count: node.text().count(said) == count, "it is told", 20)
+        until(lambda count=count: node.text().count(said) == count, "the error is logged", 20)
     assert node.task_pid(task_id) == pid
     (node.home / "node.toml").write_text(CONFIG + "[[slots]]\nname = 'a'\ngpus = [1]\n")
     os.kill(node.pid, signal.SIGHUP)
@@ -192,7 +193,7 @@ def test_a_task_that_runs_on_while_the_slots_are_cut_anew_keeps_its_gpus(
     node.args += ["--set", "node.slots=per-gpu"]
     node.start(wait=False)
     node.wait_word("DEGRADED", "w1-gpu1")
-    assert node.reason("w1-gpu1") == f"task {first}, which another worker has, is still on one of its GPUs"
+    assert node.reason("w1-gpu1") == f"task {first} of another worker is still on one of its GPUs"
     node.let_go(first)
     used = orchestrator.wait_end(first)["payload"]["resources"]
     assert sorted(used["gpus"]) == [A, B]

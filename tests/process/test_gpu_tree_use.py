@@ -1,12 +1,12 @@
-"""What a process tree has used, read from /proc: of real processes."""
+"""CPU time and memory of a real process tree, read from /proc."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 
-from flowmesh.execution import tree_use
-from flowmesh.execution.tree_use import TreeUse
+from flowmesh.execution.gpu import process_usage
+from flowmesh.execution.gpu.process_usage import TreeUse
 from tests.support import until
 
 PARENT = """
@@ -24,14 +24,14 @@ def test_live_processes_and_those_they_waited_for_are_counted_once() -> None:
     try:
         assert process.stdout is not None
         assert [process.stdout.readline().strip() for _ in range(3)] == ["1", "1", "2"]
-        use = tree_use.look(process.pid, None)
+        use = process_usage.look(process.pid, None)
         assert use.cpu_s is not None
         assert use.peak_rss_bytes is not None
         assert 0.55 < use.cpu_s < 5
         assert use.peak_rss_bytes > 80 << 20
     finally:
         process.communicate("")
-    gone = tree_use.look(process.pid, None)
+    gone = process_usage.look(process.pid, None)
     assert (gone.cpu_s, gone.peak_rss_bytes) == (None, None)
     assert use.most(gone) == use
 
@@ -45,7 +45,7 @@ def test_a_cgroups_own_count_is_taken_where_it_is_more(tmp_path) -> None:
     (tmp_path / "cpu.stat").write_text("usage_usec 9000000000\nuser_usec 1\n")
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
-        until(lambda: tree_use.look(process.pid, None).cpu_s is not None, "it is there")
-        assert tree_use.look(process.pid, str(tmp_path)).cpu_s == 9000.0
+        until(lambda: process_usage.look(process.pid, None).cpu_s is not None, "the process is running")
+        assert process_usage.look(process.pid, str(tmp_path)).cpu_s == 9000.0
     finally:
         process.communicate(b"\n")

@@ -1,4 +1,4 @@
-"""The proof of release over the stub library: memory that comes back late, holders, strangers, lost and hung GPUs."""
+"""The proof of release with a stub NVML: memory freed late, holders, foreign processes, lost and hung GPUs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import msgspec
 import pytest
 
 from flowmesh.errors import DeviceError
-from flowmesh.node.gpu import Baseline, GpuState, ReleaseProof
+from flowmesh.node.gpu import ReleaseProof
 from flowmesh.node.nvml import Nvml
+from flowmesh.node.release_state import Baseline, GpuState
 from tests.nvml_stub.harness import Stub, run_with_stub
 
 MIB = 1 << 20
@@ -26,7 +27,7 @@ ONE_GPU = f"""
 
 
 async def started(stub: Stub, *uuids: str, deadline_s: float = 5.0) -> ReleaseProof:
-    """A proof whose task has begun and has been seen at 20 GiB on the first GPU."""
+    """A proof whose task has started and has a sample of 20 GiB on the first GPU."""
     nvml = Nvml(deadline_s=deadline_s)
     await nvml.inventory()
     proof = ReleaseProof(nvml, uuids or ("GPU-aaaa",))
@@ -101,7 +102,7 @@ def test_a_stranger_is_told_apart_from_who_was_there_before() -> None:
         gpu = report.gpus["GPU-aaaa"]
         assert gpu.state is GpuState.FOREIGN
         assert [holder.pid for holder in gpu.holders] == [4194304]
-        assert "not visible from here" in str(report)
+        assert "not in /proc: in another PID namespace?" in str(report)
 
     run_with_stub(ONE_GPU + f"process GPU-aaaa 1 {100 * MIB}\n", body)
 

@@ -1,4 +1,4 @@
-"""A node's peer side in plain Python: speaks contract.md §1 on Redis and the control protocol, and runs nothing.
+"""A node's peer side in plain Python: speaks docs/contract.md §1 on Redis and the control protocol, and runs nothing.
 
 A program: `python -m tests.redis.fake_node --set=redis.url=… --set=node.state_dir=… --set=node.worker_id=…`. What it
 does with a task is in the task's `spec.fake`: {events: [watch lines], result, error, wait: true (until cancelled),
@@ -32,7 +32,7 @@ def now():
 
 
 def register(client, worker_id, *, status="IDLE", hardware=HARDWARE, tags=(), cost="1.0", types=None, ttl=120, **extra):
-    """A worker as contract.md §1.1 has it."""
+    """A worker as docs/contract.md §1.1 has it."""
     env = {} if types is None else {"task_types": list(types)}
     fields = {
         "worker_id": worker_id,

@@ -1,4 +1,4 @@
-"""`flowmesh status`, `cancel`, `drain`, `logs`: against a node's peer side on a real control socket."""
+"""`flowmesh status`, `cancel`, `drain` and `logs` with a fake node on a real control socket."""
 
 import json
 import os
@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from flowmesh.cli.control import Control, Ended, PhaseSeen, ProgressSeen, Refused, StateSeen
+from flowmesh.cli.control import Control, Refused
+from flowmesh.cli.control_types import Ended, PhaseSeen, ProgressSeen, StateSeen
 from flowmesh.cli.embedded import EmbeddedRedis
 from flowmesh.errors import ProtocolError, UnavailableError
 
@@ -22,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A node's state and results folders, with the node on them."""
+    """A folder with the state and results folders of a running fake node."""
     folder = tmp_path_factory.mktemp("node")
     with EmbeddedRedis() as server:
         settings = {
@@ -72,7 +73,7 @@ def flowmesh(place, *arguments):
 
 
 def task(place, name, *, ended=True, **files):
-    """A task's folder with log files: `stdout="text"`, or `rank0_stderr="text"`."""
+    """Create a task's folder with log files: `stdout="text"`, or `rank0_stderr="text"`."""
     logs = place / "results" / name / "logs"
     for label, text in files.items():
         path = logs / (label.removeprefix("rank").replace("_", "/") + ".log")
@@ -84,15 +85,12 @@ def task(place, name, *, ended=True, **files):
     return logs
 
 
-# ---- status, cancel, drain -------------------------------------------------------------------------------------------
-
-
 def test_status(place):
     code, out, err = flowmesh(place, "status", "--state-dir", "state")
     assert (code, err) == (0, "")
     lines = out.splitlines()
     assert lines[0].startswith("node 0.1.0, pid ")
-    assert lines[0].endswith("up 1.1 h, isolation cgroup, Redis up, 0 queued, 3 events not sent yet")
+    assert lines[0].endswith("up 1.1 h, isolation cgroup, Redis up, 0 queued, 3 unsent events")
     assert lines[2].split() == ["WORKER", "SLOT", "STATUS", "TASK", "GPUS"]
     assert lines[3].split() == ["w", "all", "RUNNING", "task-1", "none"]
     assert lines[6].split()[:6] == ["task-1", "inference", "running", "generate", "12/64", "items"]
@@ -138,9 +136,6 @@ def test_drain(place):
     assert (code, json.loads(out)) == (0, {"ok": True, "mode": "finish", "drained": False})
     assert flowmesh(place, "drain", "--mode", "later", "--state-dir", "state")[0] == 2
     assert "draining (finish)" in flowmesh(place, "status", "--state-dir", "state")[1]
-
-
-# ---- logs ------------------------------------------------------------------------------------------------------------
 
 
 def test_logs_of_one_file_are_as_they_are(place):
@@ -195,7 +190,7 @@ def test_logs_without_a_node(place):
 def test_logs_of_nothing(place):
     code, _, err = flowmesh(place, "logs", "nobody", "--state-dir", "state")
     assert code == 1
-    assert err.startswith("flowmesh: no task nobody here: ")
+    assert err.startswith("flowmesh: task nobody not found: ")
     assert err.count("\n") == 1
     code, _, err = flowmesh(place, "logs", "../../etc", "--state-dir", "state")
     assert code == 2
@@ -241,11 +236,8 @@ def test_follow_ends_with_ctrl_c_and_with_its_reader(place):
     process.stderr.close()
 
 
-# ---- the client itself -----------------------------------------------------------------------------------------------
-
-
 class Peer:
-    """A control socket that says what it is told to."""
+    """A control socket that sends the given lines to its first client, then closes."""
 
     def __init__(self, folder, *lines, end=True):
         (folder / "run").mkdir()

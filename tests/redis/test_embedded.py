@@ -1,4 +1,4 @@
-"""The embedded Redis: private, answers before it is handed out, and gone with its owner, whatever kills that one."""
+"""The embedded Redis: private, ready once it is returned, and killed when its owner ends for any reason."""
 
 import importlib.util
 import os
@@ -90,7 +90,7 @@ def test_a_server_that_cannot_start_says_why(tmp_path):
     broken = tmp_path / "redis-server"
     broken.write_text("#!/bin/sh\necho 'out of luck' >&2\nexit 3\n")
     broken.chmod(0o755)
-    with pytest.raises(LaunchError, match=r"ended at once .*out of luck"):
+    with pytest.raises(LaunchError, match=r"exited at start: .*out of luck"):
         EmbeddedRedis(server=str(broken)).start()
 
 

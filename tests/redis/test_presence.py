@@ -1,4 +1,4 @@
-"""A worker's face in Redis, where two things happen at once."""
+"""A worker's Redis registration while several things happen at once."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ async def nothing() -> dict[str, Any]:
 
 
 class Asked(Presence):
-    """Asked to announce itself anew, once, just when it does something."""
+    """Requests another registration, once, in the middle of one of its steps."""
 
     def __init__(self, *arguments: Any, during: str, **named: Any) -> None:
-        super().__init__(*arguments, **named)
+        super().__init__(*arguments, **named, power=self._power_during_register)
         self._during = during
 
     def _ask(self, now: str) -> None:
@@ -32,18 +32,17 @@ class Asked(Presence):
             self._during = ""
             self.reannounce()
 
-    def _publish(self, pipeline: Any, kind: str, **fields: Any) -> None:
-        super()._publish(pipeline, kind, **fields)
-        self._ask(kind)
+    def _power_during_register(self) -> None:
+        self._ask("REGISTER")
 
-    async def _is_registered(self) -> bool:
-        there = await super()._is_registered()
+    async def _check(self) -> bool:
+        registered = await super()._check()
         self._ask("check")
-        return there
+        return registered
 
 
 @pytest.mark.parametrize("during", ["REGISTER", "check"])
-def test_a_wish_to_be_announced_anew_is_not_lost(
+def test_a_request_to_register_again_is_not_lost(
     redis_server: RedisServer, orchestrator: Orchestrator, monkeypatch: pytest.MonkeyPatch, during: str
 ) -> None:
     monkeypatch.setattr(module, "CHECK_INTERVAL_S", 0.05)
@@ -56,7 +55,6 @@ def test_a_wish_to_be_announced_anew_is_not_lost(
             identity,
             interval_s=30.0,
             metrics=nothing,
-            power=lambda: None,
             farewell=dict,
             on_left_over=lambda: None,
             during=during,

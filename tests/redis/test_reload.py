@@ -1,4 +1,4 @@
-"""New settings and new versions under running tasks: what a start would refuse leaves the node as it is."""
+"""New settings and versions while tasks run: a node keeps running as it is if a start would refuse them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from tests.support import ROOT, Node, Orchestrator, RedisServer, until
 
 pytestmark = pytest.mark.redis
 
-TOLD = "settings not reloaded, the old ones stay: "
-NO_RUNNER = "task_types.mine.runner: missing; a type of your own needs module:Class"
+TOLD = "not restarted, the node keeps its version and settings: "
+NO_RUNNER = "task_types.mine.runner: missing; a type that is not built in needs module:Class"
 REFUSED: dict[str, tuple[dict[str, str], str]] = {
-    # what the file says instead of or besides what is right, and the error
+    # what is changed in or added to a valid file, and the error
     "no Redis": ({"redis": ""}, "redis.url: missing; set REDIS_URL"),
     "not TOML": ({"more": "[redis"}, "HOME/node.toml: line "),
     "no runner": ({"more": "[task_types.mine]"}, NO_RUNNER),
@@ -31,7 +31,7 @@ REFUSED: dict[str, tuple[dict[str, str], str]] = {
 
 
 class FileNode(Node):
-    """One whose settings are all in its file."""
+    """A node with all its settings in its file."""
 
     def flags(self) -> list[str]:
         return ["--config", str(self.home / "node.toml")]
@@ -62,8 +62,8 @@ def file_node(redis_server: RedisServer) -> Iterator[FileNode]:
         node.close()
 
 
-def running_task(orchestrator: Orchestrator, node: Node) -> tuple[str, int]:
-    task = orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 2})
+def running_task(orchestrator: Orchestrator, node: Node, seconds: float = 2) -> tuple[str, int]:
+    task = orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": seconds})
     orchestrator.wait_started(task)
     return task, node.task_pid(task)
 
@@ -79,12 +79,12 @@ def test_what_a_start_refuses_is_told_and_the_node_runs_on(
     node.write(**wrong)
     for count, number in enumerate((signal.SIGHUP, signal.SIGUSR2), 1):
         node.process.send_signal(number)
-        until(lambda count=count: len(node.told()) == count, "it is told", 20)
+        until(lambda count=count: len(node.told()) == count, "the error is logged", 20)
     assert [line[: len(said)] for line in node.told()] == [said, said]
-    assert node.text().count("ERROR") == 2, "one line each"
+    assert node.text().count("ERROR") == 2, "one error line for each signal"
     assert node.task_pid(task) == child
     assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"
-    assert node.text().count("node starts") == 1
+    assert node.text().count("node started") == 1
     assert node.stop() == 0
     node.start(wait=False)
     assert node.process.wait(30) == 78
@@ -96,7 +96,7 @@ def test_the_nodes_own_folder_does_not_move_under_its_tasks(orchestrator: Orches
     task, child = running_task(orchestrator, file_node)
     file_node.write(node="state_dir = 'HOME/other'")
     file_node.process.send_signal(signal.SIGHUP)
-    until(file_node.told, "it is told", 20)
+    until(file_node.told, "the error is logged", 20)
     assert file_node.told()[0].startswith(file_node.at_home("node.state_dir: HOME/other is not HOME/s, where"))
     assert file_node.task_pid(task) == child
     assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"
@@ -108,7 +108,7 @@ def test_the_command_says_why_it_starts_nothing_anew(orchestrator: Orchestrator,
     command = [sys.executable, "-m", "flowmesh.cli.main", "upgrade", "--state-dir", str(file_node.state_dir)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     (line,) = done.stderr.splitlines()
-    assert (done.returncode, line.endswith(f"the old version and settings stay: {NO_RUNNER}")) == (1, True), line
+    assert (done.returncode, line.endswith(f"the node keeps its version and settings: {NO_RUNNER}")) == (1, True), line
     assert file_node.told() == [NO_RUNNER]
     assert file_node.task_pid(task) == child
     assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"
@@ -116,7 +116,7 @@ def test_the_command_says_why_it_starts_nothing_anew(orchestrator: Orchestrator,
 
 def test_what_a_start_takes_is_taken(orchestrator: Orchestrator, file_node: FileNode) -> None:
     """With all that is checked changed to something else that is right: folders are made, and braces are letters."""
-    task, child = running_task(orchestrator, file_node)
+    task, child = running_task(orchestrator, file_node, seconds=5)
     more = "[processes]\nisolation = 'subreaper'\n[environments.mine]\n[task_types.mine]\nrunner = 'a:B'\n"
     node = "tags = ['new']\nlog_file = 'HOME/logs/{node}.jsonl'"
     file_node.write(node=node, results="dir = 'HOME/new/results'", more=more)
@@ -126,14 +126,14 @@ def test_what_a_start_takes_is_taken(orchestrator: Orchestrator, file_node: File
     assert file_node.task_pid(task) == child
     assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"
     assert Path(file_node.home, "new", "results").is_dir()
-    assert "node starts" in Path(file_node.home, "logs", "{node}.jsonl").read_text()
+    assert "node started" in Path(file_node.home, "logs", "{node}.jsonl").read_text()
 
 
 def test_a_drain_is_not_lost_to_a_reload(orchestrator: Orchestrator, file_node: FileNode) -> None:
     task, _ = running_task(orchestrator, file_node)
     file_node.process.send_signal(signal.SIGTERM)
-    until(lambda: file_node.ask(op="status")["draining"], "it drains")
+    until(lambda: file_node.ask(op="status")["draining"], "the node is draining")
     file_node.process.send_signal(signal.SIGHUP)
     assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"
     assert file_node.process.wait(30) == 0
-    assert file_node.told() == ["the node is draining, and ends when its tasks have"]
+    assert file_node.told() == ["the node is draining, and ends when its tasks have ended"]

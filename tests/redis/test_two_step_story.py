@@ -1,4 +1,4 @@
-"""The story that every user of the system knows: train a LoRA, deliver it over HTTP, run inference with it by URL."""
+"""The common workflow: train a LoRA, deliver it over HTTP, and run inference with it by URL."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ADAPTER_ROWS = [f"the {colour} box holds {number} nails" for colour in ("red", "
 
 
 class ResultsServer:
-    """The orchestrator's HTTP side, from contract.md §2: takes results and files, and gives files back."""
+    """The orchestrator's HTTP side, from docs/contract.md §2: takes results and files, and gives files back."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

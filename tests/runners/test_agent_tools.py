@@ -20,12 +20,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flowmesh.redaction import Redactor
 from runners.agent.command import Bounds, NotConfined
 from runners.agent.config import Fetch, SearchProvider, Tools
 from runners.agent.documents import UnreadableDocument, document_text
 from runners.agent.html_text import html_text
 from runners.agent.sandbox import Sandbox
-from runners.agent.secrets import Redactor
+from runners.agent.secrets import task_redactor
 from runners.agent.tools import Kit, build_tools
 from runners.agent.watch import Watch
 from runners.agent.web import WebRefused, check_provider, fetch, is_public, search
@@ -329,7 +330,7 @@ def test_search_asks_as_configured(site, monkeypatch) -> None:
         {"title": "One", "url": "http://one", "snippet": "first hit"},
         {"title": "Two", "url": "http://two", "snippet": ""},
     ]
-    redact = Redactor()
+    redact = task_redactor()
     assert search("a b&c", 2, SearchProvider(**base), redact, "p") == expected
     method, path, headers, _ = site.asked[-1]
     assert (method, path, headers["x-key"]) == ("GET", "/search?q=a+b%26c&n=2", "search-key-123")
@@ -356,12 +357,15 @@ def test_a_provider_that_fails_is_told_to_the_agent(site) -> None:
 
 def test_secrets_are_hidden_wherever_they_stand(monkeypatch) -> None:
     monkeypatch.setenv("SOME_API_KEY", "key-from-env-1")
-    redact = Redactor(["Basic dXNlcjpwdw==", "short"])
-    assert redact("a key-from-env-1 b dXNlcjpwdw== short") == "a [hidden] b [hidden] short"
+    redact = task_redactor()
+    for secret in ("Basic dXNlcjpwdw==", "abc"):
+        redact.learn(secret)
+    assert redact("a key-from-env-1 b dXNlcjpwdw== abc") == "a [hidden] b [hidden] abc"
     assert redact("http://me:pw@host/x") == "http://[hidden]@host/x"
     assert redact("Authorization: Bearer abcdef0123456789abcdef") == "Authorization: Bearer [hidden]"
     assert redact("half a \ud83d pair") == "half a \ufffd pair"
-    assert redact("a bearer of good tidings") == "a bearer of good tidings"
+    for answer in ("a bearer of good tidings", "Bearer bonds", "the basic principles of token economics"):
+        assert redact(answer) == answer
     assert redact.deep({"key-from-env-1": ["x key-from-env-1", 3, None]}) == {"[hidden]": ["x [hidden]", 3, None]}
 
 
@@ -378,7 +382,7 @@ def test_secrets_are_hidden_wherever_they_stand(monkeypatch) -> None:
 )
 def test_names_tell_what_is_secret(names, secret) -> None:
     for number, name in enumerate(names.split()):
-        redact = Redactor()
+        redact = Redactor(prose=True)
         redact.learn_named({name: f"its-value-{number}"})
         assert (redact(f"x its-value-{number}"), name) == ("x [hidden]" if secret else f"x its-value-{number}", name)
 

@@ -12,6 +12,8 @@ import pytest
 from runners.api import BadRequest, Context
 
 pytest.importorskip("trl", reason="needs the extra 'training'")
+from datasets import Dataset
+
 from runners.training import data, inputs, rewards
 from runners.training.plan import read
 
@@ -79,3 +81,17 @@ def test_other_rewards_see_the_documents_values(make_context: Make) -> None:
     found = rewards.decoded(columns, loaded.as_json)
     assert found == {"level": [4, 2.5], "tags": [["x"], []]}
     assert [type(value) for value in found["level"]] == [int, float]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+def test_a_datasets_integers_that_became_floats(make_context: Make, tmp_path: Path, name: str) -> None:
+    """A column of Parquet does not show whether it held 4 or 4.0."""
+    rows = [{"prompt": "a", "answer": 4}, {"prompt": "b", "answer": 2.5}]
+    if name.endswith("jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        Dataset.from_dict({"prompt": ["a", "b"], "answer": [4.0, 2.5]}).to_parquet(str(tmp_path / name))
+    section = {"dataset_name": str(tmp_path / name)}
+    assert graded(make_context, section, ["4", "2.5"]) == [1.0, 1.0]
+    if name.endswith("parquet"):  # JSONL still shows that it wrote 4
+        assert graded(make_context, section, ["4.0", "2"]) == [1.0, 0.0]

@@ -242,3 +242,25 @@ def test_a_template_without_a_system_role_names_the_row(tiny_llama: Path, tmp_pa
     assert outcome.fault == "bad_request"
     assert f"spec.data.{name}[1]: the model's chat template cannot write this chat" in outcome.message
     assert "System role not supported" in outcome.message
+
+
+def test_a_reward_models_template_names_the_row_too(tiny_llama: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    folder = tmp_path / "judge"
+    AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=1).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        + str(tokenizer.chat_template)
+    )
+    tokenizer.save_pretrained(folder)
+    prompts = [PLAIN[:1], [{"role": "system", "content": "b"}, *PLAIN[:1]]]
+    spec = {"data": {"prompts": prompts}, "reward_model": {"identifier": str(folder)}, "training": {"steps": 1}}
+    message = refused(tmp_path, "ppo", spec)
+    assert f"spec.reward_model {str(folder)!r}: spec.data.prompts[1]: the model's chat template cannot" in message
+
+
+def test_tools_of_prompts_would_have_no_effect(tmp_path: Path) -> None:
+    spec = {"data": {"prompts": [{"prompt": PLAIN[:1], "tools": TOOLS}]}, "reward": "length"}
+    assert "spec.data.prompts[0]: column 'tools' would have no effect" in refused(tmp_path, "grpo", spec)

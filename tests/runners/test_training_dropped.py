@@ -48,7 +48,7 @@ def test_rows_that_are_too_long(tmp_path: Path, task_type: str) -> None:
     assert log is None or "rows dropped" in log.read_text()
     message = refused(tmp_path, task_type, {**spec, "data": {name: [long] * 4}}, task_id="none")
     assert f"no row is left of 4; dropped: 4 ({REASON[task_type]})" in message
-    assert f"limit={FITS}" in message
+    assert message.endswith(f"it is {FITS}: raise it")
 
 
 def test_sft_rows_without_a_token_to_predict(tmp_path: Path) -> None:

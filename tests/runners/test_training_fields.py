@@ -106,6 +106,7 @@ ARGUMENTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ppo_epochs": (3, {"num_iterations": 3}),
     "steps": (6, {"max_steps": 6}),
     "temperature": (0.5, {"temperature": 0.5}),
+    "report_to": ("tensorboard", {"report_to": ["tensorboard"]}),
     "trainer_args": ({"weight_decay": 0.5}, {"weight_decay": 0.5}),
 }
 LENGTHS = {"max_length": 77}, {"max_completion_length": 38}

@@ -24,7 +24,7 @@ COLUMNS = ["answer", "response", "level"]
 
 def load(make_context: Make, spec: dict[str, Any], **fields: Any) -> list[rewards.Reward]:
     ctx = make_context({"model": MODEL, "data": {"prompts": ["a"]}, **spec}, **fields)
-    rows = Rows(dataset=Dataset.from_dict({name: ["4"] for name in COLUMNS}), where=lambda i: f"row {i}")
+    rows = Rows(dataset=Dataset.from_dict({name: ["4"] for name in ["prompt", *COLUMNS]}), where=lambda i: f"row {i}")
     return rewards.load(read("ppo", ctx), ctx, "cpu", rows)
 
 

@@ -1,4 +1,4 @@
-"""Each type of training for real: a tiny model learns, and the result is what tasks.md says."""
+"""Each type of training for real: a tiny model learns, and the result is what docs/tasks.md says."""
 
 from __future__ import annotations
 

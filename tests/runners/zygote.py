@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from flowmesh.messages.job import Job
-from flowmesh.processes.child import reseed
+from flowmesh.processes.child_main import reseed
 from runners.api import Context, RunnerError
 from runners.inference import preload
 from runners.inference.runner import InferenceRunner

@@ -1,76 +1,151 @@
-"""Arrows go one way, and the node imports nothing heavy."""
+"""The order of folders and modules: imports form no circle, and the node imports nothing heavy.
+
+Imports for the type checker count like all others: a circle that only `TYPE_CHECKING` hides is a circle.
+"""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "transformers", "vllm", "trl", "peft", "faiss", "datasets", "numpy", "sentence_transformers")
-LAYERS = {
-    # what may import what, besides itself, `errors`, `config` (with its parts) and `messages`
-    "messages": set(),
-    "bus": set(),
-    "tasks": set(),
-    "processes": set(),
-    "node": set(),
-    "results": {"processes"},
-    "execution": {"bus", "tasks", "processes", "node", "results", "control"},
+
+FLOORS = (
+    {"cli"},
+    {"supervisor"},
+    {"control"},
+    {"orchestrator", "startup"},
+    {"execution"},
+    {"results", "tasks", "bus", "node"},
+    {"processes"},
+    {"settings"},
+    {"messages"},
+    {"validation"},
+    {"redaction", "errors", "__init__"},
+)
+"""From the top down, by the first part of a module's name below `flowmesh`. A module imports from lower floors and from
+its own folder, not from a neighbour on its floor."""
+
+EXECUTION_FLOORS = ({"recovery"}, {"executor"})
+"""Nothing else below `execution/` knows these."""
+
+RUNNERS_MAY_IMPORT = ("flowmesh.messages", "flowmesh.processes.pipe", "flowmesh.validation", "flowmesh.redaction")
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 2 else parts)
+
+
+MODULES = {
+    module_name(path): path for folder in ("flowmesh", "runners") for path in sorted((ROOT / folder).rglob("*.py"))
 }
-COMMON = {"errors", "config", "messages", "settings_checks", "settings_sources", "settings_types", "__init__"}
 
 
-def imports(path: Path) -> set[str]:
-    """Dotted names that a module imports; those for the type checker only are no arrows."""
-    tree = ast.parse(path.read_text())
-    skipped = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
-        for inner in ast.walk(node)
-    }
-    found: set[str] = set()
-    for node in ast.walk(tree):
-        if id(node) in skipped:
-            continue
+def imported(path: Path) -> Iterator[str]:
+    """This repository's modules that a file imports: at its top, in a function, or under TYPE_CHECKING."""
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            yield from (alias.name for alias in node.names if alias.name in MODULES)
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                if full in MODULES:
+                    yield full
+                elif node.module in MODULES:
+                    yield node.module
+                elif f"{node.module}.__init__" in MODULES:
+                    yield f"{node.module}.__init__"
 
 
-def files(folder: str) -> list[Path]:
-    return sorted((ROOT / folder).rglob("*.py"))
+GRAPH = {name: sorted(set(imported(path)) - {name}) for name, path in MODULES.items()}
 
 
-@pytest.mark.parametrize("layer", sorted(LAYERS))
-def test_arrows_go_one_way(layer: str) -> None:
-    for path in files(f"flowmesh/{layer}"):
-        for name in imports(path):
-            if name.startswith("flowmesh."):
-                other = name.split(".")[1]
-                allowed = COMMON | LAYERS[layer] | {layer}
-                assert other in allowed or name == "flowmesh.__version__", f"{path.relative_to(ROOT)} imports {name}"
+def circle(graph: dict[str, list[str]]) -> list[str]:
+    """The modules of one circle, in order; empty if there is none."""
+    done: set[str] = set()
+    for start in graph:
+        path: list[str] = []
+        stack = [(start, False)]
+        while stack:
+            name, leaving = stack.pop()
+            if leaving:
+                done.add(path.pop())
+            elif name in path:
+                return [*path[path.index(name) :], name]
+            elif name not in done:
+                path.append(name)
+                stack.append((name, True))
+                stack += [(each, False) for each in graph[name]]
+    return []
+
+
+def test_imports_form_no_circle() -> None:
+    assert circle(GRAPH) == []
+
+
+def test_a_circle_would_be_found() -> None:
+    assert circle({"a": ["b"], "b": ["c"], "c": ["b"]}) == ["b", "c", "b"]
+    assert circle({"a": ["b", "c"], "b": ["c"], "c": []}) == []
+
+
+def folder(module: str) -> str:
+    return module.split(".")[1]
+
+
+def test_each_folder_has_its_floor() -> None:
+    named = set().union(*FLOORS)
+    assert {folder(name) for name in MODULES if name.startswith("flowmesh.")} == named
+
+
+def test_imports_go_down() -> None:
+    floor = {name: number for number, names in enumerate(FLOORS) for name in names}
+    wrong = [
+        f"{name} imports {other}"
+        for name, others in GRAPH.items()
+        for other in others
+        if name.startswith("flowmesh.") and other.startswith("flowmesh.")
+        if folder(name) != folder(other) and floor[folder(other)] <= floor[folder(name)]
+    ]
+    assert wrong == []
+
+
+def test_no_part_of_the_executor_knows_the_executor() -> None:
+    above = {f"flowmesh.execution.{name}" for names in EXECUTION_FLOORS for name in names}
+    wrong = [
+        f"{name} imports {other}"
+        for name, others in GRAPH.items()
+        for other in others
+        if name.startswith("flowmesh.execution.") and other in above
+        if (name, other) != ("flowmesh.execution.recovery", "flowmesh.execution.executor")
+    ]
+    assert wrong == []
 
 
 def test_the_node_names_runners_only_as_strings() -> None:
-    for path in files("flowmesh"):
-        assert not {n for n in imports(path) if n.split(".")[0] == "runners"}, path
+    wrong = [
+        f"{name} imports {other}"
+        for name, others in GRAPH.items()
+        for other in others
+        if name.startswith("flowmesh.") and other.startswith("runners.")
+    ]
+    assert wrong == []
 
 
-def test_runners_use_only_messages_and_the_pipe() -> None:
-    for path in files("runners"):
-        for name in imports(path):
-            if name.split(".")[0] == "flowmesh":
-                allowed = ("flowmesh.messages", "flowmesh.processes.pipe", "flowmesh.processes")
-                assert name.startswith(allowed), f"{path.relative_to(ROOT)} imports {name}"
-                if name.startswith("flowmesh.processes."):
-                    assert name.startswith("flowmesh.processes.pipe"), f"{path.relative_to(ROOT)} imports {name}"
+def test_runners_use_only_what_is_shared() -> None:
+    wrong = [
+        f"{name} imports {other}"
+        for name, others in GRAPH.items()
+        for other in others
+        if name.startswith("runners.") and other.startswith("flowmesh.") and not other.startswith(RUNNERS_MAY_IMPORT)
+    ]
+    assert wrong == []
 
 
 @pytest.mark.parametrize(

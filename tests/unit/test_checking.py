@@ -9,11 +9,12 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from msgspec import Meta
 
-from flowmesh.messages.checking import FieldError, convert, nearest, redact_url
+from flowmesh.messages.checking import FieldError, convert, nearest
+from flowmesh.redaction import is_secret_name, redact_url
 
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 """A busy machine is no failure."""
@@ -249,6 +250,7 @@ def test_any_junk_is_either_taken_or_refused_with_a_field_that_is_at_fault(value
 @given(st.text(min_size=1, max_size=8), st.text(min_size=1, max_size=8))
 @patient
 def test_the_true_key_is_named_whatever_it_is(good: str, bad: str) -> None:
+    assume(not is_secret_name(bad))  # what lies in a secret is not shown
     text = refusal({"environments": {good: {}, bad: {"level": 10}}})
     assert text.endswith(".level: expected a whole number from 0 to 9, found 10")
     if bad.isascii() and bad.isalnum():
@@ -268,17 +270,17 @@ def test_nearest() -> None:
         ("redis://[::1]:6379/0", "redis://[::1]:6379/0"),
         ("redis://:6379", "redis://:6379"),
         ("unix:///run/redis.sock?db=1", "unix:///run/redis.sock?db=1"),
-        ("redis://:pw@host:6379/0", "redis://:***@host:6379/0"),
-        ("redis://worker:pw@host", "redis://worker:***@host"),
-        ("redis://pw@host", "redis://***@host"),
-        ("redis://worker:p@/#?w@host", "redis://worker:***@host"),
-        ("redis://:12/34@host", "redis://:***@host"),
-        ("redis://:pw", "redis://***"),
-        ("unix://u:pw@/run/redis.sock?password=pw&db=1", "unix://u:***@/run/redis.sock?password=***&db=1"),
+        ("redis://:pw@host:6379/0", "redis://:[hidden]@host:6379/0"),
+        ("redis://worker:pw@host", "redis://worker:[hidden]@host"),
+        ("redis://pw@host", "redis://[hidden]@host"),
+        ("redis://worker:p@/#?w@host", "redis://worker:[hidden]@host"),
+        ("redis://:12/34@host", "redis://:[hidden]@host"),
+        ("redis://:pw", "redis://[hidden]"),
+        ("unix://u:pw@/run/redis.sock?password=pw&db=1", "unix://u:[hidden]@/run/redis.sock?password=[hidden]&db=1"),
         ("https://hub/@owner/model", "https://hub/@owner/model"),
-        ("https://pw@hub/model", "https://***@hub/model"),
-        ("https://s3/x?X-Amz-Signature=pw&part=1&sig=pw", "https://s3/x?X-Amz-Signature=***&part=1&sig=***"),
-        ("pw", "***"),
+        ("https://pw@hub/model", "https://[hidden]@hub/model"),
+        ("https://s3/x?X-Amz-Signature=pw&part=1&sig=pw", "https://s3/x?X-Amz-Signature=[hidden]&part=1&sig=[hidden]"),
+        ("pw", "[hidden]"),
     ],
 )
 def test_a_url_is_shown_without_its_secrets(url: str, shown: str) -> None:

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowmesh.cli.documents import DocumentError, Submission, load
+from flowmesh.cli.document_parser import DocumentError
+from flowmesh.cli.documents import Submission, load
 from flowmesh.errors import FieldError
 from flowmesh.messages import wire
 
@@ -58,8 +59,8 @@ def test_anchors_and_merges(tmp_path):
     [
         ("spec:\n  a: [1, 2\n", "line 3, column 1: "),
         ("spec:\n\ta: 1\n", "line 2, column 1: "),
-        ("spec: {}\n---\nspec: {}\n", "line 2, column 1: a second document begins here: one file holds one task"),
-        ("spec:\n  a: 1\n  a: 2\n", "line 3, column 3: 'a' stands twice in one mapping"),
+        ("spec: {}\n---\nspec: {}\n", "line 2, column 1: a second document begins here; put each task into"),
+        ("spec:\n  a: 1\n  a: 2\n", "line 3, column 3: duplicate key 'a' in one mapping"),
         ("spec: !!python/object:os.system {}\n", "line 1, column 7: "),
         ("spec: !!int x\n", "not YAML: invalid literal"),
         ("spec: *nowhere\n", "line 1, column 7: "),
@@ -79,7 +80,7 @@ def test_bad_yaml_says_where(tmp_path, text, said):
     ("text", "said"),
     [
         ('{"spec": {"a": 1,}}', "line 1, column 1"),
-        ('{"spec": {"a": 1, "a": 2}}', "'a' stands twice in one object"),
+        ('{"spec": {"a": 1, "a": 2}}', "duplicate key 'a' in one object"),
         ("[" * 200_000, "nested deeper than"),
     ],
 )
@@ -91,15 +92,15 @@ def test_bad_json_says_where(tmp_path, text, said):
 @pytest.mark.parametrize(
     ("text", "path", "said"),
     [
-        ("", "", "this is empty"),
-        ("- spec\n", "", "this is a list"),
-        ("just text\n", "", "this is text"),
-        ("kind: x\n", "spec", "it is not there"),
-        ("spec:\n", "spec", "it is empty"),
-        ("spec: [1]\n", "spec", "it is a list"),
-        ("spec: {a: {b: [1, .nan]}}\n", "spec.a.b[1]", "nan is no number that JSON has"),
-        ("spec: {a: !!binary aGk=}\n", "spec.a", "a value of the kind bytes"),
-        ("spec: {a: {on: 1}}\n", "spec.a", "the truth value true"),
+        ("", "", "found empty"),
+        ("- spec\n", "", "found a list"),
+        ("just text\n", "", "found text"),
+        ("kind: x\n", "spec", "spec: missing"),
+        ("spec:\n", "spec", "found empty"),
+        ("spec: [1]\n", "spec", "found a list"),
+        ("spec: {a: {b: [1, .nan]}}\n", "spec.a.b[1]", "nan is not a JSON number"),
+        ("spec: {a: !!binary aGk=}\n", "spec.a", "a value of type bytes"),
+        ("spec: {a: {on: 1}}\n", "spec.a", "the boolean true"),
         ("spec: &s {a: *s}\n", None, "nested deeper than"),
     ],
 )

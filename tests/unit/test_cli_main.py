@@ -62,7 +62,9 @@ def test_the_quick_answers_import_nothing_slow(arguments):
     assert first == (
         f"flowmesh {__version__}" if arguments == ("--version",) else "Usage: flowmesh [OPTIONS] COMMAND [ARGS]..."
     )
-    assert modules & {"redis", "rich", "yaml", "msgspec", "asyncio", "flowmesh.cli.run", "flowmesh.config"} == set()
+    assert (
+        modules & {"redis", "rich", "yaml", "msgspec", "asyncio", "flowmesh.cli.run", "flowmesh.settings_load"} == set()
+    )
 
 
 def test_no_command_is_help_and_a_usage_error(capsys):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowmesh.cli import render, view
-from flowmesh.cli.control import PhaseSeen, ProgressSeen, StateSeen
+from flowmesh.cli.control_types import PhaseSeen, ProgressSeen, StateSeen
 from flowmesh.cli.render import Column
 from flowmesh.cli.summary import summary
 

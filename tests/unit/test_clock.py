@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flowmesh.execution import clock
+from flowmesh.execution import boot_clock
 from tests.clock_shim import Clock, compiler
 from tests.support import ROOT
 
@@ -21,15 +21,15 @@ def ago(seconds: float) -> str:
 
 
 def test_an_age_is_counted_from_the_boot_whatever_the_clock_says() -> None:
-    marked = clock.mark()
-    assert 0 <= clock.age_s(marked, ago(50_000)) < 60
-    assert 0 <= clock.age_s(marked, ago(-50_000)) < 60
+    marked = boot_clock.mark()
+    assert 0 <= boot_clock.age_s(marked, ago(50_000)) < 60
+    assert 0 <= boot_clock.age_s(marked, ago(-50_000)) < 60
 
 
 @pytest.mark.parametrize("marked", [None, "", "another-boot 5.0"])
 def test_after_another_boot_the_clock_has_to_do(marked: str | None) -> None:
-    assert 50_000 <= clock.age_s(marked, ago(50_000)) < 50_060
-    assert clock.age_s(marked, ago(-50_000)) == 0
+    assert 50_000 <= boot_clock.age_s(marked, ago(50_000)) < 50_060
+    assert boot_clock.age_s(marked, ago(-50_000)) == 0
 
 
 @pytest.mark.skipif(compiler() is None, reason="needs a C compiler to make a clock that can be set")
@@ -37,7 +37,7 @@ def test_a_clock_that_was_set_is_in_doubt_and_a_step_of_ntp_is_not(tmp_path: Pat
     """In a process of its own, whose clock is set between two looks at it."""
     watch = Clock(tmp_path / "clock")
     program = (
-        "import sys, time\nfrom flowmesh.execution.clock import SteadyClock\nsteady = SteadyClock()\n"
+        "import sys, time\nfrom flowmesh.execution.boot_clock import SteadyClock\nsteady = SteadyClock()\n"
         "for line in sys.stdin:\n    print(time.time() - steady.now().timestamp(), flush=True)\n"
     )
     process = subprocess.Popen(

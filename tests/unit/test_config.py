@@ -12,9 +12,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flowmesh import config
-from flowmesh.config import VARIABLES, Isolation, LogLevel, Settings, describe, load
 from flowmesh.errors import ConfigError
+from flowmesh.settings_load import describe, load
+from flowmesh.settings_paths import log_file, results_dir, state_dir
+from flowmesh.settings_schema import EnvironmentSettings, Settings
+from flowmesh.settings_sources import VARIABLES
+from flowmesh.settings_types import Isolation, LogLevel
 
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 """A busy machine is no failure; and each example writes its file anew."""
@@ -24,9 +27,6 @@ def write(folder: Path, text: str) -> Path:
     path = folder / "node.toml"
     path.write_text(text)
     return path
-
-
-# ---- which source wins -----------------------------------------------------------------------------------------------
 
 
 def test_nothing_set_is_the_defaults() -> None:
@@ -101,7 +101,7 @@ def test_flags_set_anything_and_empty_text_sets_an_optional_one_back(tmp_path: P
     found = load(path, {}, flags).settings
     assert found.node.worker_id is None
     assert found.node.tags == ()
-    assert found.environments["v.1"] == config.EnvironmentSettings(python=sys.executable, preload=("os",))
+    assert found.environments["v.1"] == EnvironmentSettings(python=sys.executable, preload=("os",))
     assert found.task_types["sft"].environment == "v.1"
     assert found.processes.isolation is Isolation.SUBREAPER
     assert found.tasks.default_timeout_s == 60
@@ -135,9 +135,6 @@ def test_what_a_report_says_can_be_loaded_again(tmp_path: Path, environ: dict[st
     assert load(write(tmp_path, text), {}).settings == first.settings
 
 
-# ---- secrets ---------------------------------------------------------------------------------------------------------
-
-
 def test_secrets_are_in_neither_a_repr_nor_a_report() -> None:
     environ = {
         "REDIS_URL": "redis://worker:hunter2@h:1/0",
@@ -147,8 +144,8 @@ def test_secrets_are_in_neither_a_repr_nor_a_report() -> None:
     loaded = load(None, environ)
     assert loaded.settings.delivery.orchestrator_token == "hunter2"
     shown = {each.key: each.text for each in describe(loaded)}
-    assert shown["redis.url"] == '"redis://worker:***@h:1/0"'
-    assert shown["delivery.orchestrator_token"] == '"***"'
+    assert shown["redis.url"] == '"redis://worker:[hidden]@h:1/0"'
+    assert shown["delivery.orchestrator_token"] == '"[hidden]"'
     for text in (
         repr(loaded),
         str(loaded.settings),
@@ -159,37 +156,34 @@ def test_secrets_are_in_neither_a_repr_nor_a_report() -> None:
         assert "hunter2" not in text
 
 
-# ---- folders ---------------------------------------------------------------------------------------------------------
-
-
 def test_state_dir() -> None:
     plain, user = Settings(), 1000
     home = {"HOME": "/home/ada"}
-    assert config.state_dir(plain, {"STATE_DIRECTORY": "/a:/b"} | home, euid=user) == Path("/a")
-    assert config.state_dir(plain, {"STATE_DIRECTORY": "/a"}, euid=0) == Path("/a")
-    assert config.state_dir(plain, home, euid=0) == Path("/var/lib/flowmesh")
-    assert config.state_dir(plain, home, euid=user) == Path("/home/ada/.local/state/flowmesh")
-    assert config.state_dir(plain, {"XDG_STATE_HOME": "/x"} | home, euid=user) == Path("/x/flowmesh")
-    assert config.state_dir(plain, {"XDG_STATE_HOME": "x"} | home, euid=user) == Path("/home/ada/.local/state/flowmesh")
+    assert state_dir(plain, {"STATE_DIRECTORY": "/a:/b"} | home, euid=user) == Path("/a")
+    assert state_dir(plain, {"STATE_DIRECTORY": "/a"}, euid=0) == Path("/a")
+    assert state_dir(plain, home, euid=0) == Path("/var/lib/flowmesh")
+    assert state_dir(plain, home, euid=user) == Path("/home/ada/.local/state/flowmesh")
+    assert state_dir(plain, {"XDG_STATE_HOME": "/x"} | home, euid=user) == Path("/x/flowmesh")
+    assert state_dir(plain, {"XDG_STATE_HOME": "x"} | home, euid=user) == Path("/home/ada/.local/state/flowmesh")
     chosen = load(None, {}, {"node.state_dir": "here"}).settings
-    assert config.state_dir(chosen, {"STATE_DIRECTORY": "/a"}, euid=user) == Path.cwd() / "here"
+    assert state_dir(chosen, {"STATE_DIRECTORY": "/a"}, euid=user) == Path.cwd() / "here"
 
 
 def test_folders_are_absolute() -> None:
-    assert config.results_dir(Settings()) == Path.cwd() / "results_workers"
-    assert config.log_file(Settings()) is None
+    assert results_dir(Settings()) == Path.cwd() / "results_workers"
+    assert log_file(Settings()) is None
     chosen = load(None, {"RESULTS_DIR": "~/out"}, {"node.log_file": "log/node.jsonl"}).settings
-    assert config.results_dir(chosen) == Path.home() / "out"
-    assert config.log_file(chosen) == Path.cwd() / "log" / "node.jsonl"
+    assert results_dir(chosen) == Path.home() / "out"
+    assert log_file(chosen) == Path.cwd() / "log" / "node.jsonl"
 
 
 def test_a_home_that_there_is_not() -> None:
     with pytest.raises(ConfigError, match=r'^results.dir: "~nobody-of-that-name/x" needs a home directory'):
-        config.results_dir(load(None, {"RESULTS_DIR": "~nobody-of-that-name/x"}).settings)
+        results_dir(load(None, {"RESULTS_DIR": "~nobody-of-that-name/x"}).settings)
 
 
 def test_importing_the_settings_is_light() -> None:
-    code = "import sys, flowmesh.config; print(*sys.modules)"
+    code = "import sys, flowmesh.settings_load; print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ})
     heavy = {"pydantic", "torch", "numpy", "redis", "requests", "asyncio", "yaml", "click", "rich", "loguru", "psutil"}
     assert heavy.isdisjoint(run.stdout.split())

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from flowmesh.config import VARIABLES, Settings, load
 from flowmesh.errors import EXIT_CONFIG, ConfigError
-from flowmesh.settings_sources import Sections
+from flowmesh.settings_load import load
+from flowmesh.settings_schema import Settings
+from flowmesh.settings_sources import VARIABLES, Sections
 
 SECTIONS = Sections(Settings)
 
@@ -87,7 +88,7 @@ def refusal(
         ),
         (
             "[redis]\ntask_topic = 'tasks.events'",
-            'redis.task_topic: "tasks.events" is the node\'s own channel for events',
+            'redis.task_topic: "tasks.events" is reserved for events; choose another name',
         ),
         ("[redis]\nworker_id = 'a'", "redis.worker_id: unknown setting; it belongs to [node]"),
         ("[redis]\nurll = 'a'", "redis.urll: unknown setting; did you mean 'url'?"),
@@ -226,7 +227,7 @@ def test_an_interpreter_that_may_not_be_executed(tmp_path: Path) -> None:
     python.write_text("")
     python.chmod(stat.S_IRUSR)
     said = refusal(overrides={"environments.x.python": str(python)})
-    assert said.endswith("which may not be executed")
+    assert said.endswith("which is not executable for this user")
 
 
 @pytest.mark.parametrize(
@@ -253,22 +254,28 @@ def test_redis_urls_that_work(url: str) -> None:
 @pytest.mark.parametrize(
     ("url", "said"),
     [
-        ("redis://h?foo=bar", 'its option "foo" cannot be set there; known: db, password, username'),
-        ("redis://h?d=1", "its option \"d\" cannot be set there; did you mean 'db'?"),
-        ("redis://h?ssl_cert_reqs=none", 'its option "ssl_cert_reqs" cannot be set there; only rediss://HOST:PORT/DB'),
-        ("unix:///x?ssl_ca_certs=/c", 'its option "ssl_ca_certs" cannot be set there; only rediss://HOST:PORT/DB'),
+        ("redis://h?foo=bar", 'its option "foo" cannot be set in the address; known: db, password, username'),
+        ("redis://h?d=1", "its option \"d\" cannot be set in the address; did you mean 'db'?"),
+        (
+            "redis://h?ssl_cert_reqs=none",
+            'its option "ssl_cert_reqs" cannot be set in the address; only rediss://HOST:PORT/DB',
+        ),
+        (
+            "unix:///x?ssl_ca_certs=/c",
+            'its option "ssl_ca_certs" cannot be set in the address; only rediss://HOST:PORT/DB',
+        ),
         (
             "redis://h?socket_timeout=abc",
-            'its option "socket_timeout" cannot be set there; leave it out, and set redis.',
+            'its option "socket_timeout" cannot be set in the address; leave it out, and set redis.',
         ),
-        ("redis://h?decode_responses=true", 'its option "decode_responses" cannot be set there; known: '),
-        ("redis://h?max_connections=1", 'its option "max_connections" cannot be set there; known: '),
-        ("redis://h?protocol=3", 'its option "protocol" cannot be set there; known: '),
-        ("unix:///x?path=/y", 'its option "path" cannot be set there; known: '),
+        ("redis://h?decode_responses=true", 'its option "decode_responses" cannot be set in the address; known: '),
+        ("redis://h?max_connections=1", 'its option "max_connections" cannot be set in the address; known: '),
+        ("redis://h?protocol=3", 'its option "protocol" cannot be set in the address; known: '),
+        ("unix:///x?path=/y", 'its option "path" cannot be set in the address; known: '),
         ("redis://h?db=abc", 'its option "db" must be a number'),
         ("redis://h?db=-1", 'its option "db" must be a number'),
         ("redis://h?db=", 'its option "db" must be a number'),
-        ("redis://h?db=1&db=2", 'its option "db" stands there twice; leave one out'),
+        ("redis://h?db=1&db=2", 'its option "db" is given twice; leave one out'),
         (f"redis://h/{'9' * 5000}", f"expected {REDIS}, found a database that is not a number"),
         ("rediss://h?ssl_cert_reqs=maybe", 'its option "ssl_cert_reqs" must be none, optional or required'),
         ("rediss://h?ssl_check_hostname=off", 'its option "ssl_check_hostname" must be true or false'),
@@ -305,8 +312,6 @@ def test_no_error_about_an_address_or_a_token_shows_it(before: str, after: str) 
             said = str(error)
         assert "HUNTER2" not in said.upper()
 
-
-# ---- any input -------------------------------------------------------------------------------------------------------
 
 scalars = (
     st.booleans()

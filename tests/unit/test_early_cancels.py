@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from flowmesh.execution import early
-from flowmesh.execution.early import KEPT_S, EarlyCancels
+from flowmesh.execution import early_cancels
+from flowmesh.execution.early_cancels import KEPT_S, EarlyCancels
 
 
 class Clock:
@@ -39,7 +39,7 @@ def test_forgotten_in_time() -> None:
 
 
 def test_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(early, "KEPT_MOST", 3)
+    monkeypatch.setattr(early_cancels, "KEPT_MOST", 3)
     cancels = EarlyCancels(Clock(1.0))
     for number in range(10):
         cancels.add(f"task-{number}")

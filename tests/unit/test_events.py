@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flowmesh.execution.events import is_start, refused
+from flowmesh.execution.task_events import is_start, refused
 from flowmesh.messages.wire import TaskEvent, encode, utc_now
 
 

@@ -8,13 +8,13 @@ import sys
 
 import pytest
 
-from flowmesh.execution.quarantine import is_below
-from flowmesh.execution.watched import blames
+from flowmesh.execution.gpu.task_gpus import blames
 from flowmesh.messages.job import Exit, Fault, Outcome
 from flowmesh.node.devices import GpuProcess
-from flowmesh.node.gpu import Baseline
 from flowmesh.node.health import Finding
+from flowmesh.node.release_state import Baseline
 from flowmesh.node.xid import XidVerdict
+from flowmesh.processes.tree import is_same_or_below
 from flowmesh.tasks import machine
 from flowmesh.tasks.machine import State, Task, step
 from flowmesh.tasks.verdicts import Kind, Stop, judge
@@ -85,7 +85,7 @@ def test_whose_fault_it_was(on_gpu: set[int], own: set[int], before: set[int], b
     assert blames(finding, ("GPU-b",), own, {}) is False
 
 
-def test_a_thread_is_below_what_its_process_is_below() -> None:
+def test_a_thread_is_below_what_its_process_is_same_or_below() -> None:
     # In a container the driver may name the thread that made the context in place of its process.
     child = subprocess.Popen(
         [
@@ -101,8 +101,8 @@ def test_a_thread_is_below_what_its_process_is_below() -> None:
     assert child.stdout is not None
     thread = int(child.stdout.readline())
     assert thread != child.pid
-    assert is_below(thread, child.pid)
-    assert is_below(thread, os.getpid())
-    assert not is_below(os.getpid(), child.pid)
+    assert is_same_or_below(thread, child.pid)
+    assert is_same_or_below(thread, os.getpid())
+    assert not is_same_or_below(os.getpid(), child.pid)
     child.communicate("")
-    assert not is_below(thread, os.getpid()), "it is gone"
+    assert not is_same_or_below(thread, os.getpid()), "it is gone"

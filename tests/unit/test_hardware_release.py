@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowmesh.node.devices import GpuLost, GpuProcess, GpuSample
-from flowmesh.node.gpu import Baseline, GpuState, judge
+from flowmesh.node.release_state import Baseline, GpuState, judge
 
 MIB = 1 << 20
 TOLERANCE = 64 * MIB

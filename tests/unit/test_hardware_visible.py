@@ -66,8 +66,8 @@ def test_it_names_mig_slices(setting: str | None, expected: tuple[GpuInfo, ...])
         (PLAIN, "0,,1", r"an entry is empty"),
         (PLAIN, "0,", r"an entry is empty"),
         ((), "0", r"'0' matches no GPU; this node has: none"),
-        (SLICED, "0", r"'0' is cut into MIG slices; name a slice: 0 MIG-1111, 0 MIG-2222"),
-        (SLICED, "GPU-aa11", r"'GPU-aa11' is cut into MIG slices"),
+        (SLICED, "0", r"'0' is partitioned into MIG slices; name a slice: 0 MIG-1111, 0 MIG-2222"),
+        (SLICED, "GPU-aa11", r"'GPU-aa11' is partitioned into MIG slices"),
         (SLICED, "MIG-GPU-aa11/9/0", r"matches no GPU"),
     ],
 )

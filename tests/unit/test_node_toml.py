@@ -9,9 +9,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from flowmesh import config
-from flowmesh.config import VARIABLES, Settings, load
-from flowmesh.settings_sources import Sections
+from flowmesh.settings_load import load
+from flowmesh.settings_schema import RedisSettings, Settings
+from flowmesh.settings_sources import VARIABLES, Sections
 
 NODE_TOML = Path(__file__).parents[2] / "conf" / "node.toml"
 
@@ -33,7 +33,7 @@ def lines_of_node_toml() -> list[tuple[str, str, bool]]:
 
 def test_node_toml_works_as_it_is() -> None:
     found = load(NODE_TOML, {}).settings
-    assert found == msgspec.structs.replace(Settings(), redis=config.RedisSettings(url="redis://127.0.0.1:6379/0"))
+    assert found == msgspec.structs.replace(Settings(), redis=RedisSettings(url="redis://127.0.0.1:6379/0"))
 
 
 def test_node_toml_has_every_setting_once_and_nothing_else() -> None:

@@ -83,7 +83,7 @@ def test_what_is_not_there_is_said_once_and_null(tmp_path: Path) -> None:
     meter.observe({})
     assert msgspec.to_builtins(meter.power([A]))["cpu_watts"] is None
     zone(tmp_path, "intel-rapl:0", "psys", 0)
-    assert "names no package" in str(PowerMeter(tmp_path, Clock()).cpu_unavailable)
+    assert "has no package zone" in str(PowerMeter(tmp_path, Clock()).cpu_unavailable)
 
 
 def test_a_counter_that_we_may_not_read_is_null_with_the_reason() -> None:
@@ -103,7 +103,7 @@ def test_a_counter_that_we_may_not_read_is_null_with_the_reason() -> None:
             os.seteuid(before)
     assert meter.power().cpu_watts is None
     assert meter.totals().cpu_j is None
-    assert "not readable" in str(meter.cpu_unavailable)
+    assert "cannot be read" in str(meter.cpu_unavailable)
 
 
 def test_a_counter_that_goes_away_stops_cpu_power_only(tmp_path: Path) -> None:

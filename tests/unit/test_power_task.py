@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from flowmesh.node.devices import GpuInfo, GpuLost, GpuSample, MigSlice
 from flowmesh.node.energy import ProcessUse, TaskMeter, TaskUsage
-from flowmesh.node.gpu import GpuRelease, GpuState, ReleaseReport
 from flowmesh.node.power import Totals
+from flowmesh.node.release_report import GpuRelease, ReleaseReport
+from flowmesh.node.release_state import GpuState
 
 A = GpuInfo(index=0, uuid="GPU-a", name="NVIDIA H100", memory_total_bytes=80 << 30)
 B = GpuInfo(index=1, uuid="GPU-b", name="NVIDIA H100", memory_total_bytes=80 << 30)

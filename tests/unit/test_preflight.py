@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from flowmesh.config import Settings, load
 from flowmesh.errors import ConfigError
-from flowmesh.execution import preflight
-from flowmesh.execution.folders import check_sockets
-from flowmesh.processes.launcher import socket_name
+from flowmesh.processes.server_client import socket_name
+from flowmesh.settings_load import load
+from flowmesh.settings_schema import Settings
+from flowmesh.startup import preflight
+from flowmesh.startup.state_dir import check_sockets
 from tests.support import ROOT, short_dir
 
 
@@ -69,10 +70,8 @@ def test_the_longest_state_dir_that_is_taken_is_the_longest_whose_sockets_the_ke
     for name in names:
         with socket.socket(socket.AF_UNIX) as sock:
             sock.bind(str(folder / "run" / socket_name(name)))
-    said = (
-        f"node.state_dir: {folder}x has {longest + 1} bytes, and the unix sockets in it, .* leave its path {longest}; "
-    )
-    with pytest.raises(ConfigError, match=said):
+    error = f"node.state_dir: {folder}x has {longest + 1} bytes; at most {longest} fit, because of the unix sockets in "
+    with pytest.raises(ConfigError, match=error):
         check_sockets(Path(f"{folder}x"), environments)
 
 

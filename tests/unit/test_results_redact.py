@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from flowmesh.results.redact import Redactor, bare_url
+from flowmesh.redaction import Redactor, bare_url
 
 
 @pytest.mark.parametrize(

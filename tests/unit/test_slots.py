@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowmesh.config import Settings, describe, load
 from flowmesh.errors import ConfigError, DeviceError
 from flowmesh.node.devices import GpuInfo, MigSlice
 from flowmesh.node.slots import Slot, SlotPlan, cpu_list, plan
 from flowmesh.settings_checks import cpu_numbers
+from flowmesh.settings_load import describe, load
+from flowmesh.settings_schema import Settings
 
 GPUS = tuple(GpuInfo(index=i, uuid=f"GPU-{c * 8}", name="X", memory_total_bytes=1) for i, c in enumerate("abcd"))
 CPUS = tuple(range(16))
@@ -72,8 +73,8 @@ def test_slices_of_one_board_have_names_of_their_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", r"node.slots: its one slot has 2 GPUs, MIG slices among them.*set it to 'per-gpu'"),
-        ("[[slots]]\nname = 'a'\ngpus = ['MIG-1', 'MIG-2']", r"slots: 'a' has 2 GPUs.*a slot of its own"),
+        ("", r"node.slots: its only slot has 2 GPUs, some of them MIG slices.*set it to 'per-gpu'"),
+        ("[[slots]]\nname = 'a'\ngpus = ['MIG-1', 'MIG-2']", r"slots: 'a' has 2 GPUs.*its own slot"),
     ],
 )
 def test_two_slices_in_one_slot_are_refused_for_cuda_would_show_one(tmp_path: Path, text: str, said: str) -> None:
@@ -89,7 +90,7 @@ def test_a_gpu_that_is_down_leaves_the_other_slots_and_their_names(tmp_path: Pat
     assert (slot.worker_id, slot.gpus, slot.share) == ("node-a", (GPUS[0].uuid,), 1.0)
     with pytest.raises(ConfigError, match=r"slots\[0\].gpus\[1\]: '7' matches no GPU"):
         cut(tmp_path, text)
-    with pytest.raises(DeviceError, match="none of the GPUs that they name works"):
+    with pytest.raises(DeviceError, match="none of the configured GPUs works"):
         cut(tmp_path, text, (), some_are_down=True)
 
 
@@ -130,11 +131,11 @@ A, B = "[[slots]]\nname = 'a'\n", "[[slots]]\nname = 'b'\n"
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (f"{A}gpus = [0]\n{B}gpus = [0]\n", 'slots[1].gpus[0]: GPU 0 is in slot "a" already'),
-        (f"{A}cpus = '0-3'\n{B}cpus = '3-5'\n", 'slots[1].cpus: CPU 3 is in slot "a" already'),
-        (f"{A}{A}", 'slots[1].name: "a" is slots[0] already'),
-        (f"{A}cpus = '7-3'\n", 'slots[0].cpus: "7-3" runs backwards'),
-        (f"{A}cpus = '1,0-2'\n", "slots[0].cpus: CPU 1 stands there twice"),
+        (f"{A}gpus = [0]\n{B}gpus = [0]\n", 'slots[1].gpus[0]: GPU 0 is already in slot "a"; name it in one of them'),
+        (f"{A}cpus = '0-3'\n{B}cpus = '3-5'\n", 'slots[1].cpus: CPU 3 is already in slot "a"; name it in one of them'),
+        (f"{A}{A}", 'slots[1].name: "a" is already the name of slots[0]; choose another one'),
+        (f"{A}cpus = '7-3'\n", 'slots[0].cpus: "7-3" runs backwards; write the smaller number first'),
+        (f"{A}cpus = '1,0-2'\n", "slots[0].cpus: CPU 1 is listed twice; leave one out"),
         (f"{A}cpus = '0-'\n", 'slots[0].cpus: expected CPU numbers such as "0-7,16", found "0-"'),
         (f"{A}cpus = 3\n", 'slots[0].cpus: expected CPU numbers such as "0-7,16", found 3; put it in quotes'),
         (f"{A}gpus = ['0']\n", "slots[0].gpus[0]: expected a GPU's index or its UUID"),
@@ -161,7 +162,7 @@ def test_what_the_file_alone_shows_is_refused_there(tmp_path: Path, text: str, s
         (f"{A}gpus = ['GPU-x']\n", "slots[0].gpus[0]: 'GPU-x' matches no GPU"),
         (
             f"{A}gpus = [0]\n{B}gpus = ['GPU-aaaa']\n",
-            "slots[1].gpus[0]: 'GPU-aaaa' is GPU-aaaaaaaa, which is in slot 'a'",
+            "slots[1].gpus[0]: 'GPU-aaaa' is GPU-aaaaaaaa, which is already in slot 'a'",
         ),
         (f"{A}cpus = '15-16'\n", "slots[0].cpus: there is no CPU 16 for this node; it has: 0-15"),
         (f"{A}cpus = '0-15'\n{B}", "slots[1].cpus: missing; the other slots have all of this node's CPUs (0-15)"),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from flowmesh.execution.logs import bound_logs, finish_logs, log_tail
+from flowmesh.execution.housekeeping.task_logs import bound_logs, finish_logs, log_tail
 from tests.support import ROOT
 
 
@@ -68,7 +68,7 @@ def test_a_task_writes_on_behind_what_was_kept(tmp_path: Path) -> None:
 UNREADABLE = """
 import os, sys
 from pathlib import Path
-from flowmesh.execution.logs import bound_logs, finish_logs
+from flowmesh.execution.housekeeping.task_logs import bound_logs, finish_logs
 home = Path(sys.argv[1]).resolve()
 if os.geteuid() == 0:
     os.setgroups([])

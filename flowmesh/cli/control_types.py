@@ -1,0 +1,90 @@
+"""What a node answers on its control socket, as far as this client uses it. Unknown fields are ignored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+
+class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
+    worker_id: str
+    slot: str | int | None = None
+    status: str = ""
+    task_id: str | None = None
+    gpus: tuple[Any, ...] = ()
+
+
+class Done(msgspec.Struct, frozen=True, kw_only=True):
+    """The progress of a task. `total` is None where it is unknown."""
+
+    done: float = 0.0
+    total: float | None = None
+    unit: str = ""
+    metrics: dict[str, float] | None = None
+
+
+class TaskStatus(msgspec.Struct, frozen=True, kw_only=True):
+    task_id: str
+    task_type: str | None = None
+    state: str = ""
+    phase: str | None = None
+    progress: Done | None = None
+    pid: int | None = None
+    started_at: str | None = None
+    out_dir: str | None = None
+
+
+class NodeStatus(msgspec.Struct, frozen=True, kw_only=True):
+    pid: int
+    version: str = ""
+    uptime_s: float = 0.0
+    redis_up: bool = False
+    redis_troubles: tuple[str, ...] = ()
+    draining: str | None = None
+    isolation: str = ""
+    workers: tuple[WorkerStatus, ...] = ()
+    tasks: tuple[TaskStatus, ...] = ()
+    queued: int = 0
+    outbox: int = 0
+    warnings: dict[str, str] = {}
+    """By environment: why its tasks fail, or start slowly."""
+
+
+class LogsPlace(msgspec.Struct, frozen=True, kw_only=True):
+    out_dir: str
+    logs_dir: str
+    running: bool = False
+
+
+class Delivered(msgspec.Struct, frozen=True, kw_only=True):
+    task_id: str
+    out_dir: str = ""
+    sent_bytes: int = 0
+    seconds: float = 0.0
+    urls: tuple[str, ...] = ()
+
+
+class StateSeen(msgspec.Struct, frozen=True, tag_field="event", tag="state"):
+    state: str
+
+
+class PhaseSeen(msgspec.Struct, frozen=True, tag_field="event", tag="phase"):
+    phase: str
+
+
+class ProgressSeen(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag="progress"):
+    done: float = 0.0
+    total: float | None = None
+    unit: str = ""
+    metrics: dict[str, float] | None = None
+
+
+class Ended(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag="end"):
+    ok: bool
+    verdict: str | None = None
+    error: str | None = None
+    out_dir: str | None = None
+
+
+Seen = StateSeen | PhaseSeen | ProgressSeen | Ended

@@ -1,0 +1,152 @@
+"""Parses the text of a task document: YAML or JSON in, plain JSON data out. Errors name the line and the column."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Hashable
+from typing import Any
+
+import yaml
+
+from flowmesh.errors import FieldError, FlowMeshError
+
+MAX_DEPTH = 64
+MAX_VALUES = 2_000_000
+
+
+class DocumentError(FlowMeshError):
+    """A file is not a task document."""
+
+
+def parse(text: str, name: str, *, as_json: bool) -> Any:
+    """Parse a document to plain JSON data.
+
+    Args:
+        name: of the file, for errors.
+
+    Raises:
+        DocumentError: the text is neither YAML nor JSON.
+        FieldError: it contains a value that JSON cannot represent.
+    """
+    data = _parse_json(text, name) if as_json else _parse_yaml(text, name)
+    return _Plain(name).plain(data, "", 0)
+
+
+def _parse_json(text: str, name: str) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice = next(key for index, (key, _) in enumerate(pairs) if key in dict(pairs[:index]))
+            raise DocumentError(f"{name}: duplicate key {twice!r} in one object; remove one")
+        return found
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        raise DocumentError(f"{name}: line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
+    except RecursionError:
+        raise DocumentError(f"{name}: nested deeper than {MAX_DEPTH} levels") from None
+
+
+def _parse_yaml(text: str, name: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        at = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
+        what = error.problem or error.context or "cannot be parsed"
+        if isinstance(error, yaml.composer.ComposerError) and "single document" in (error.context or ""):
+            what = "a second document begins here; put each task into a file of its own"
+        raise DocumentError(f"{name}: {at}{_one_line(what)}") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: `!!int x` and its like
+        raise DocumentError(f"{name}: not YAML: {_one_line(str(error))}") from None
+    except RecursionError:
+        raise DocumentError(f"{name}: nested deeper than {MAX_DEPTH} levels") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as authors of task files mean it: 1e-5 is a number, 2024-01-01 is text, and duplicate keys are an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge" or not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"duplicate key {key.value!r} in one mapping; remove one", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_TIMESTAMP, _FLOAT = "tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:float"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _TIMESTAMP]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    _FLOAT, re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$", re.ASCII), list("-+.0123456789")
+)
+
+
+class _Plain:
+    """Converts YAML data to JSON data; a value that JSON cannot represent is an error with its path."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._values = 0
+
+    def plain(self, value: Any, path: str, depth: int) -> Any:
+        self._values += 1
+        if depth > MAX_DEPTH or self._values > MAX_VALUES:
+            limit = f"nested deeper than {MAX_DEPTH} levels" if depth > MAX_DEPTH else f"more than {MAX_VALUES} values"
+            raise FieldError(f"{self._name}: {path.partition('.')[0]}: {limit} (does an alias contain itself?)", path)
+        match value:
+            case None | bool() | int() | str():
+                return value
+            case float():
+                if math.isfinite(value):
+                    return value
+                raise FieldError(f"{self._name}: {path}: {value} is not a JSON number; write a finite one", path)
+            case dict():
+                return {
+                    self._key(key, path): self.plain(item, f"{path}.{key}" if path else str(key), depth + 1)
+                    for key, item in value.items()
+                }
+            case list():
+                return [self.plain(item, f"{path}[{index}]", depth + 1) for index, item in enumerate(value)]
+            case _:
+                raise FieldError(f"{self._name}: {path}: {kind(value)} is not allowed in a task; use text", path)
+
+    def _key(self, key: Any, path: str) -> str:
+        if isinstance(key, str):
+            return key
+        if isinstance(key, int) and not isinstance(key, bool):
+            return str(key)
+        where = f"{path}: " if path else ""
+        raise FieldError(f"{self._name}: {where}the key {key!r} is {kind(key)}; put it in quotes", path)
+
+
+def kind(value: Any) -> str:
+    match value:
+        case None:
+            return "empty"
+        case bool():
+            return f"the boolean {str(value).lower()} (YAML also reads on, off, yes and no as booleans)"
+        case int() | float():
+            return "a number"
+        case str():
+            return "text"
+        case list() | tuple():
+            return "a list"
+        case dict():
+            return "a mapping"
+        case _:
+            return f"a value of type {type(value).__name__}"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

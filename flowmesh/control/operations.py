@@ -1,0 +1,165 @@
+"""What can be asked of a running node over its control socket."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from flowmesh import __version__
+from flowmesh.control.server import ControlError, Handler, text_field
+from flowmesh.errors import FlowMeshError
+from flowmesh.execution.executor import Executor
+from flowmesh.execution.run import Run
+from flowmesh.messages.checking import nearest
+from flowmesh.orchestrator.link import Link
+from flowmesh.orchestrator.worker_description import NodeDescription
+from flowmesh.tasks.journal import Record
+from flowmesh.tasks.machine import State
+
+DRAIN_MODES = ("finish", "checkpoint", "now")
+
+
+class Operations:
+    """
+    Args:
+        stop: drains in the given mode, and ends the node.
+        start_anew: replaces this supervisor by a new one; raises FlowMeshError if that could not start.
+    """
+
+    def __init__(
+        self,
+        node: NodeDescription,
+        executor: Executor,
+        link: Link,
+        *,
+        stop: Callable[[str], None],
+        start_anew: Callable[[], Awaitable[None]],
+    ) -> None:
+        self._node = node
+        self._executor = executor
+        self._link = link
+        self._stop = stop
+        self._start_anew = start_anew
+
+    def handlers(self) -> dict[str, Handler]:
+        return {
+            "status": self._status,
+            "logs": self._logs,
+            "cancel": self._cancel,
+            "drain": self._drain,
+            "deliver": self._deliver,
+            "recycle": self._recycle,
+            "upgrade": self._upgrade,
+        }
+
+    def _status(self, _request: dict[str, Any]) -> dict[str, Any]:
+        node, executor, presences = self._node, self._executor, self._link.registration.presences
+        late = sorted(each for presence in presences.values() for each in presence.late_s)
+        return {
+            "pid": os.getpid(),
+            "version": __version__,
+            "node_id": node.node_id,
+            "uptime_s": round(time.monotonic() - node.started, 3),
+            "redis_up": self._link.up,
+            "redis_troubles": self._link.troubles(),
+            "draining": executor.draining,
+            "isolation": node.isolation,
+            "task_types": sorted(executor.catalogue.offered),
+            "workers": [
+                {
+                    "worker_id": worker_id,
+                    "slot": slot.plan.name,
+                    "status": presences[worker_id].status.word,
+                    "task_id": slot.current.task_id if slot.current is not None else None,
+                    "gpus": list(slot.plan.gpus),
+                    "reason": slot.trouble or None,
+                }
+                for worker_id, slot in executor.slots.items()
+            ],
+            "tasks": [run.snapshot() for run in executor.runs],
+            "servers": [
+                {
+                    "environment": server.environment,
+                    "pid": server.pid,
+                    "state": server.state.value,
+                    "rss_bytes": server.ready.rss_bytes if server.ready else None,
+                    "preload_s": server.ready.preload_s if server.ready else None,
+                }
+                for server in executor.pool.servers
+            ],
+            "warnings": executor.pool.warnings(),
+            "queued": sum(len(slot.queue) for slot in executor.slots.values()),
+            "outbox": executor.journal.outbox_size(),
+            "malformed": executor.counters.malformed,
+            "refused": executor.counters.refused,
+            "duplicates": executor.counters.duplicates,
+            "verdicts": executor.counters.verdicts,
+            "heartbeat_late_s": late[-1] if late else 0.0,
+            "heartbeat_late_p99_s": late[int(len(late) * 0.99)] if late else 0.0,
+        }
+
+    def _logs(self, request: dict[str, Any]) -> dict[str, Any]:
+        task_id = text_field(request, "task_id")
+        run, record = self._find(task_id)
+        if run is None and record is None:
+            raise ControlError(f"{task_id}: this node has no record of this task")
+        out_dir = run.accepted.target.out_dir if run is not None else record.out_dir  # type: ignore[union-attr]
+        running = run is not None and run.task.state not in (State.DELIVERING, State.DONE)
+        return {"out_dir": out_dir, "logs_dir": str(Path(out_dir, "logs")), "running": running}
+
+    def _cancel(self, request: dict[str, Any]) -> dict[str, Any]:
+        task_id = text_field(request, "task_id")
+        force = request.get("force", False) is True
+        state = self._executor.cancel(task_id, reason="cancelled by a user of the node", force=force)
+        if state == "unknown":
+            _, record = self._find(task_id)
+            if record is not None and record.task.verdict is not None:
+                raise ControlError(f"{task_id}: it has ended already ({record.task.verdict.kind})")
+            raise ControlError(f"{task_id}: not on this node; if it is dispatched here later, it is cancelled")
+        return {"state": state}
+
+    def _drain(self, request: dict[str, Any]) -> dict[str, Any]:
+        mode = request.get("mode", "finish")
+        if mode not in DRAIN_MODES:
+            raise ControlError(f"mode: {mode!r} is none; {nearest(str(mode), list(DRAIN_MODES))}")
+        self._stop(mode)
+        return {"tasks": len(self._executor.runs)}
+
+    async def _deliver(self, request: dict[str, Any]) -> dict[str, Any]:
+        task_id = text_field(request, "task_id")
+        run, record = self._find(task_id)
+        if run is not None:
+            state = run.task.state
+            told = "it is being delivered now" if state is State.DELIVERING else f"it has not ended yet ({state})"
+            raise ControlError(f"{task_id}: {told}")
+        if record is None:
+            raise ControlError(f"{task_id}: this node has no record of this task")
+        report = await self._executor.redeliveries.send(record)
+        return {
+            "task_id": task_id,
+            "out_dir": record.out_dir,
+            "sent_bytes": report.sent_bytes,
+            "seconds": report.seconds,
+            "urls": list(report.urls),
+        }
+
+    def _recycle(self, request: dict[str, Any]) -> dict[str, Any]:
+        name = request.get("environment")
+        known = self._executor.pool.environments
+        if name is not None and name not in known:
+            raise ControlError(f"environment: unknown {name!r}; {nearest(str(name), list(known))}")
+        return {"recycled": self._executor.pool.recycle(name)}
+
+    async def _upgrade(self, _request: dict[str, Any]) -> dict[str, Any]:
+        try:
+            await self._start_anew()
+        except FlowMeshError as error:
+            raise ControlError(f"not restarted, the node keeps its version and settings: {error}") from None
+        return {"tasks": len(self._executor.runs)}
+
+    def _find(self, task_id: str) -> tuple[Run | None, Record | None]:
+        run = self._executor.runs.of_task(task_id)
+        return run, None if run is not None else self._executor.journal.latest(task_id)

@@ -1,0 +1,132 @@
+"""The server of the node's control socket: one JSON object per line. Access is by file permission (the node's user).
+
+For operations on this node: status, a task's files, cancel, drain, upgrade.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from loguru import logger
+
+from flowmesh.errors import FlowMeshError
+from flowmesh.messages.wording import nearest
+
+MAX_LINE = 64 * 1024
+WATCH_BACKLOG = 1000
+"""Events queued for a slow watcher; beyond that, its progress events are dropped."""
+
+Answer = dict[str, Any]
+Handler = Callable[[dict[str, Any]], Answer | Awaitable[Answer]]
+Subscribe = Callable[[str, Callable[[Answer], None]], Callable[[], None]]
+
+
+class ControlError(FlowMeshError):
+    """A request cannot be fulfilled. The message is sent to the client."""
+
+
+class ControlServer:
+    """Answers requests.
+
+    Args:
+        path: of the socket; a stale one is replaced.
+        handlers: by `op`; each gets the request and returns the fields to send beside `"ok": true`.
+        subscribe: (task id, callback) → unsubscribe; for `watch`.
+    """
+
+    def __init__(self, path: Path, handlers: dict[str, Handler], subscribe: Subscribe) -> None:
+        self._path = path
+        self._handlers = handlers
+        self._subscribe = subscribe
+        self._server: asyncio.Server | None = None
+        self._peers: set[asyncio.StreamWriter] = set()
+
+    async def start(self) -> None:
+        self._path.unlink(missing_ok=True)
+        self._server = await asyncio.start_unix_server(self._serve, self._path, limit=MAX_LINE)
+        self._path.chmod(0o600)
+
+    async def close(self) -> None:
+        if self._server is not None:
+            self._server.close()
+            for peer in list(self._peers):
+                peer.close()
+            self._path.unlink(missing_ok=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._peers.add(writer)
+        try:
+            while line := await reader.readline():
+                await self._answer(line, reader, writer)
+        except (ConnectionError, ValueError) as error:  # a line over MAX_LINE is a ValueError
+            logger.bind(error=str(error)).debug("control connection closed")
+        finally:
+            self._peers.discard(writer)
+            writer.close()
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
+
+    async def _answer(self, line: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            request = msgspec.json.decode(line, type=dict[str, Any])
+            op = request.get("op")
+            if op == "watch":
+                await self._watch(text_field(request, "task_id"), reader, writer)
+                return
+            handler = self._handlers.get(op) if isinstance(op, str) else None
+            if handler is None:
+                known = [*self._handlers, "watch"]
+                raise ControlError(f"op: unknown operation {op!r}; {nearest(str(op), known)}")
+            answer = handler(request)
+            if not isinstance(answer, dict):
+                answer = await answer
+            reply = {"ok": True, **answer}
+        except msgspec.DecodeError as error:
+            reply = {"ok": False, "error": f"not a JSON object: {error}"}
+        except FlowMeshError as error:
+            reply = {"ok": False, "error": str(error)}
+        await _send(writer, reply)
+
+    async def _watch(self, task_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Send a task's events until it ends or the client disconnects."""
+        events: asyncio.Queue[Answer | None] = asyncio.Queue()
+
+        def put(event: Answer) -> None:
+            if events.qsize() < WATCH_BACKLOG or event["event"] != "progress":
+                events.put_nowait(event)
+
+        unsubscribe = self._subscribe(task_id, put)
+        gone = asyncio.create_task(reader.read(1))
+        gone.add_done_callback(lambda _: events.put_nowait(None))
+        try:
+            while (event := await events.get()) is not None:
+                await _send(writer, event)
+                if event["event"] == "end":
+                    return
+        finally:
+            unsubscribe()
+            gone.cancel()
+            with contextlib.suppress(asyncio.CancelledError, ConnectionError):
+                await gone
+
+
+async def _send(writer: asyncio.StreamWriter, message: Answer) -> None:
+    writer.write(msgspec.json.encode(message) + b"\n")
+    await writer.drain()
+
+
+def text_field(request: dict[str, Any], name: str) -> str:
+    """A required text field of a request.
+
+    Raises:
+        ControlError: it is missing or not text.
+    """
+    value = request.get(name)
+    if not isinstance(value, str) or not value:
+        raise ControlError(f"{name}: expected text that is not empty, found {value!r}")
+    return value

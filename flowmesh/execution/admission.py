@@ -1,0 +1,115 @@
+"""Checks a dispatch message: the result is a task that can run, or an error. Its only I/O is the check of paths."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from flowmesh.errors import FieldError
+from flowmesh.messages.checking import convert
+from flowmesh.messages.output import HttpDestination, Output, read_output
+from flowmesh.messages.wire import NodeSpec, TaskMessage, decode_object
+from flowmesh.processes import environ
+from flowmesh.results.job import Target, children_of
+from flowmesh.results.names import check_task_id, task_folder
+from flowmesh.settings_schema import Settings
+from flowmesh.tasks.types import Catalogue, TaskType
+
+MAX_TIMEOUT_S = 366 * 86400.0
+
+
+class Accepted(msgspec.Struct, frozen=True, kw_only=True):
+    """A message that has been decoded and checked."""
+
+    message: TaskMessage
+    type: TaskType
+    spec: NodeSpec
+    task: dict[str, Any]
+    """The task document that the runner gets, `merge_children` included."""
+    output: Output
+    target: Target
+    children: tuple[Target, ...]
+    """The targets of merged tasks."""
+    timeout_s: float | None
+    """None: no time limit."""
+
+    @property
+    def delivers_http(self) -> bool:
+        """Whether a result of this task is sent over HTTP."""
+        targets = (self.target, *self.children)
+        return any(isinstance(target.destination, HttpDestination) for target in targets)
+
+
+def accept(data: bytes, *, settings: Settings, catalogue: Catalogue, results_dir: Path) -> Accepted:
+    """Decode and check a dispatch for this node.
+
+    Args:
+        data: the message, JSON.
+        catalogue: the task types that the node offers.
+        results_dir: the folder of local results.
+
+    Raises:
+        FieldError: the task cannot run; names the field and the remedy.
+    """
+    raw = decode_object(data)
+    message = convert(raw, TaskMessage, where="")
+    check_task_id(message.task_id, "task_id")
+    spec = convert(message.task.spec, NodeSpec, where="spec")
+    task_type = catalogue.find(spec.taskType)
+    _check_env(spec.env, settings)
+    orchestrator = settings.delivery.orchestrator_url
+    output = read_output(spec.output, orchestrator_url=orchestrator)
+    roots = settings.results.allowed_roots
+    folder = task_folder(results_dir, roots, message.task_id, output)
+    merged = [(child.task_id, child.spec) for child in message.merged_children or []]
+    children = children_of(merged, output, results_dir, roots, orchestrator)
+    if message.task_id in {child.task_id for child in children}:
+        raise FieldError(
+            f"merged_children: {message.task_id!r} is also the parent's task_id; give each task a different one",
+            "merged_children",
+        )
+    if spec.timeoutSec is not None and spec.timeoutSec > MAX_TIMEOUT_S:
+        raise FieldError(f"spec.timeoutSec: at most {MAX_TIMEOUT_S:.0f} seconds (found {spec.timeoutSec})", "spec")
+    return Accepted(
+        message=message,
+        type=task_type,
+        spec=spec,
+        task=_document(raw, message),
+        output=output,
+        target=Target(
+            task_id=message.task_id,
+            out_dir=str(folder),
+            destination=output.destination,
+            artifacts=output.artifacts,
+        ),
+        children=children,
+        timeout_s=spec.timeoutSec or settings.tasks.default_timeout_s,
+    )
+
+
+def _document(raw: dict[str, Any], message: TaskMessage) -> dict[str, Any]:
+    """The submitted document with the dispatch's merged children and shard added at the fields that runners read."""
+    task: dict[str, Any] = dict(raw["task"])
+    if message.merged_children:
+        task["merge_children"] = raw["merged_children"]
+    if message.shard_total is not None and message.shard_index is not None and "shard" not in task["spec"]:
+        task["spec"] = {**task["spec"], "shard": {"index": message.shard_index, "total": message.shard_total}}
+    return task
+
+
+def _check_env(env: dict[str, str], settings: Settings) -> None:
+    for name, value in env.items():
+        if not environ.matches(name, settings.tasks.allow_env) or name in environ.NEVER:
+            allowed = ", ".join(settings.tasks.allow_env) or "none"
+            raise FieldError(
+                f"spec.env.{name}: this node does not allow a task to set it; allowed (tasks.allow_env): {allowed}",
+                f"spec.env.{name}",
+            )
+        if "\0" in value or not name or "=" in name or "\0" in name:
+            raise FieldError(
+                f"spec.env.{name}: not a valid environment variable; the name must not be empty or contain '=', "
+                "and name and value no NUL byte",
+                f"spec.env.{name}",
+            )

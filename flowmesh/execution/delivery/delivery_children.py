@@ -1,0 +1,63 @@
+"""The children that archive, hash and upload results. How many run at once is bounded.
+
+A delivery child is forked by a fork server of its own kind, under the attempt's negative number.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+from flowmesh.execution.layout import Layout
+from flowmesh.messages.job import Exit
+from flowmesh.processes import environ
+from flowmesh.processes.helper import Helpers, OnFrame
+from flowmesh.processes.limits import Limits
+from flowmesh.processes.pipe import Credentials
+from flowmesh.processes.protocol import Fork
+from flowmesh.settings_schema import DeliverySettings
+from flowmesh.tasks.types import DELIVERY
+
+ENTRY = "flowmesh.results.child:main"
+
+
+class DeliveryChildren:
+    def __init__(self, settings: DeliverySettings, layout: Layout, helpers: Helpers) -> None:
+        self.places = asyncio.Semaphore(settings.concurrency)
+        """One is held for each child; taken by the caller, who may have to give up waiting."""
+        self._layout = layout
+        self._helpers = helpers
+        self._greeting = Credentials(settings.orchestrator_token)
+
+    async def run(self, attempt: int, on_frame: OnFrame | None = None) -> Exit:
+        """Do the delivery job in the attempt's spool folder.
+
+        Raises:
+            LaunchError: there is no child; HelperLost: its fork server died.
+        """
+        return await self._helpers.run(DELIVERY, self._fork(attempt), greeting=self._greeting, on_frame=on_frame)
+
+    def resume(self, attempt: int, on_frame: OnFrame | None = None) -> Coroutine[Any, Any, Exit]:
+        """Take over a delivery child that an earlier supervisor started; returns what waits for its end."""
+        return self._helpers.resume(-attempt, greeting=self._greeting, on_frame=on_frame)
+
+    def kill(self, attempt: int) -> None:
+        self._helpers.kill(-attempt)
+
+    def _fork(self, attempt: int) -> Fork:
+        layout = self._layout
+        spool = str(layout.spool(attempt))
+        log = str(layout.log_dir / "delivery.log")
+        return Fork(
+            attempt=-attempt,
+            target=ENTRY,
+            spool=spool,
+            cwd=str(layout.work_dir),
+            stdout=log,
+            stderr=log,
+            env=environ.for_task(
+                layout.base_env, task_env={}, tmp_dir=spool, threads=1, gpus=(), mark=layout.mark_of(-attempt)
+            ),
+            limits=Limits(),
+        )

@@ -1,0 +1,116 @@
+"""What there is to deliver of an ended task, and its delivery where that takes a moment only. Called in a thread."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import msgspec
+
+from flowmesh.errors import DeliveryError
+from flowmesh.execution import task_events
+from flowmesh.execution.housekeeping import task_logs
+from flowmesh.execution.layout import Layout
+from flowmesh.execution.run import Run
+from flowmesh.messages.job import OUTCOME_FILE, Outcome
+from flowmesh.results import delivery
+from flowmesh.results.files import below, read_regular
+from flowmesh.results.job import DeliveryJob, DeliveryReport, Failure
+from flowmesh.settings_schema import Settings
+
+INLINE_BYTES = 1024 * 1024
+"""A task's folder up to this size is hashed in a thread of the node; a larger one in a child."""
+INLINE_FILES = 200
+TAIL_LINES = 200
+"""Of a failed task's log, in responses.json; at most 64 KiB."""
+
+_outcome_decoder = msgspec.json.Decoder(Outcome)
+
+
+class Jobs:
+    def __init__(self, settings: Settings, layout: Layout) -> None:
+        self._settings = settings
+        self._layout = layout
+
+    def write_small(self, run: Run) -> tuple[DeliveryJob, DeliveryReport | None]:
+        """Make the task's delivery job, and do it at once if its results are small and stay on this machine.
+
+        Returns:
+            the job, and its report if it was done.
+
+        Raises:
+            DeliveryError: the outcome that the task left is not valid.
+            OSError: it cannot be read.
+        """
+        job = self._job(run)
+        if job.over_http or not self._is_small(run):
+            return job, None
+        outcome = None
+        if job.failure is None:
+            path = self._layout.spool(run.attempt) / OUTCOME_FILE
+            try:
+                outcome = _outcome_decoder.decode(read_regular(path, INLINE_BYTES))
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+                raise DeliveryError(f"the result that the task left is not valid JSON ({error})") from error
+        report = delivery.deliver(job, outcome)
+        if not report.ok and job.failure is None:
+            with contextlib.suppress(OSError):  # for `flowmesh deliver`, if this disk takes it
+                delivery.write_job(job, self._layout.spool(run.attempt))
+        return job, report
+
+    def _job(self, run: Run) -> DeliveryJob:
+        settings, accepted, verdict = self._settings, run.accepted, run.task.verdict
+        assert verdict is not None, "a task is delivered when its verdict is known"
+        failure = None
+        out_dir = Path(accepted.target.out_dir)
+        task_logs.log_troubles(task_logs.bound_logs([out_dir / "logs"], settings.tasks.log_max_bytes))
+        task_logs.finish_logs(out_dir, keep=accepted.spec.retainLogs or not verdict.ok)
+        if not verdict.ok:
+            run.log_tail = tuple(task_logs.log_tail(out_dir).splitlines()[-TAIL_LINES:])
+            failure = Failure(
+                error=verdict.message,
+                error_kind=verdict.kind.value,
+                detail=run.outcome.detail if run.outcome is not None else "",
+                evidence=verdict.evidence,
+                log_tail=run.log_tail,
+            )
+        return DeliveryJob(
+            attempt=run.attempt,
+            worker_id=run.worker_id,
+            task=accepted.target,
+            children=accepted.children,
+            failure=failure,
+            extra=task_events.used(run, settings.node.cost_per_hour * run.slot.plan.share),
+            outcome_file=OUTCOME_FILE,
+            archive=settings.archive,
+            cleanup_after_upload=settings.delivery.cleanup_after_upload,
+            orchestrator_url=settings.delivery.orchestrator_url,
+            bandwidth_bytes_per_sec=settings.delivery.bandwidth_bytes_per_sec,
+            throttle_file=str(self._layout.state_dir / "throttle"),
+            total_timeout_s=settings.delivery.total_timeout_s,
+        )
+
+    def renewed(self, job: DeliveryJob) -> DeliveryJob:
+        """An earlier job under today's settings."""
+        settings = self._settings
+        return msgspec.structs.replace(
+            job,
+            archive=settings.archive,
+            cleanup_after_upload=settings.delivery.cleanup_after_upload,
+            orchestrator_url=settings.delivery.orchestrator_url,
+            bandwidth_bytes_per_sec=settings.delivery.bandwidth_bytes_per_sec,
+            total_timeout_s=settings.delivery.total_timeout_s,
+        )
+
+    def _is_small(self, run: Run) -> bool:
+        """Whether writing and hashing the results takes no noticeable time."""
+        try:
+            total = (self._layout.spool(run.attempt) / OUTCOME_FILE).lstat().st_size
+        except OSError:
+            total = 0
+        for count, entry in enumerate(below(run.accepted.target.out_dir), 1):
+            with contextlib.suppress(OSError):
+                total += entry.stat(follow_symlinks=False).st_size
+            if total > INLINE_BYTES or count > INLINE_FILES:
+                return False
+        return total <= INLINE_BYTES

@@ -1,0 +1,37 @@
+"""Checks an idle slot's GPUs with each heartbeat, so that a foreign process on them is reported before a task comes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from flowmesh.errors import DeviceError
+from flowmesh.execution.gpu.monitor import GpuMonitor
+from flowmesh.execution.ports import Begin
+from flowmesh.execution.run import Run
+from flowmesh.node.devices import Look
+from flowmesh.node.metrics import Watch
+from flowmesh.node.slots import Slot
+
+
+class IdleCheck(Watch):
+    def __init__(self, gpus: GpuMonitor, slot: Slot[Run], begin: Begin) -> None:
+        self._gpus = gpus
+        self._slot = slot
+        self._begin = begin
+
+    def on_looks(self, looks: Mapping[str, Look]) -> None:
+        self._gpus.observe(looks)
+        self._check()
+
+    def on_silence(self, error: DeviceError) -> None:  # noqa: ARG002 - the check meets the same error
+        self._check()
+
+    def _check(self) -> None:
+        if self._slot.current is None and not self._slot.closed:
+            self._begin(self._gpus.check_idle(self._slot))
+
+    def notes(self) -> dict[str, Any]:
+        throttled = self._gpus.health.throttled(self._slot.plan.gpus)
+        notes: dict[str, Any] = {"gpu_throttled": {uuid: list(why) for uuid, why in throttled.items()}}
+        return (notes if throttled else {}) | ({"degraded": self._slot.closed} if self._slot.closed else {})

@@ -1,0 +1,183 @@
+"""Closed slots: which GPUs must not be used, why, and the probes that open their slot again without an operator.
+
+A closed slot's worker is DEGRADED. Tasks that need its GPUs wait as long as a release may take, then go back for
+another worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Mapping, Sequence
+
+from loguru import logger
+
+from flowmesh.errors import DeviceError
+from flowmesh.execution.gpu.canary import Canaries
+from flowmesh.execution.observer import Observer
+from flowmesh.execution.ports import Begin, PostEvent, Pump
+from flowmesh.execution.run import Run
+from flowmesh.execution.run_table import RunTable
+from flowmesh.node.devices import GpuLost, GpuSample, Look
+from flowmesh.node.gpu import Baseline, ReleaseProof, is_shared_blindly, name_holders
+from flowmesh.node.health import GpuHealth
+from flowmesh.node.nvml import Nvml
+from flowmesh.node.slots import Slot
+from flowmesh.processes.tree import is_same_or_below
+from flowmesh.settings_schema import GpuSettings
+from flowmesh.tasks import machine
+from flowmesh.tasks.machine import State
+from flowmesh.tasks.verdicts import Stop
+
+FIRST_PAUSE_S = 1.0
+_ON_ITS_GPUS = (State.RUNNING, State.STOPPING, State.RELEASING)
+_MIB = 1 << 20
+
+
+class Quarantine:
+    def __init__(
+        self,
+        *,
+        settings: GpuSettings,
+        runs: RunTable,
+        nvml: Nvml,
+        health: GpuHealth,
+        canaries: Canaries,
+        observer: Observer,
+        post: PostEvent,
+        pump: Pump,
+        begin: Begin,
+    ) -> None:
+        self._settings = settings
+        self._runs = runs
+        self._nvml = nvml
+        self._health = health
+        self._canaries = canaries
+        self._observer = observer
+        self._post = post
+        self._pump = pump
+        self._begin = begin
+        self._floors: dict[str, int] = {}
+        """Bytes: the least that each GPU had in use while no task of this node was on it."""
+
+    async def objection(self, uuids: Sequence[str], looks: Mapping[str, Look]) -> str:
+        """Why no task may start on these GPUs, which have no task now; empty if one may."""
+        for condemned in self._health.condemned(uuids).values():
+            return condemned
+        return await self._occupied(uuids, looks)
+
+    async def _occupied(self, uuids: Sequence[str], looks: Mapping[str, Look]) -> str:
+        for run in self._runs:
+            # After a restart with other slots, a GPU may still be used by a task of another slot.
+            elsewhere = set(uuids) & set(run.gpus) and not set(uuids) <= set(run.slot.plan.gpus)
+            if elsewhere and run.task.state in _ON_ITS_GPUS:
+                return f"task {run.task_id} of another worker is still on one of its GPUs"
+        for uuid in uuids:
+            look = looks[uuid]
+            if isinstance(look, GpuLost):
+                return f"{uuid} does not answer: {look.why}"
+            ours = [
+                each for each in (*(look.processes or ()), *look.graphics) if is_same_or_below(each.pid, os.getpid())
+            ]
+            if ours:
+                holders = ", ".join(map(str, await name_holders(ours)))
+                return f"{uuid} is still held by a process of this node: {holders}"
+            if look.processes and not self._settings.allow_foreign:
+                holders = ", ".join(map(str, await name_holders(look.processes)))
+                return f"{uuid} is used by a foreign process: {holders}"
+            if is_shared_blindly(look):
+                continue
+            used_bytes = _unclaimed_bytes(Baseline.of(look))
+            floor = self._floors[uuid] = min(used_bytes, self._floors.get(uuid, used_bytes))
+            if used_bytes - floor > self._settings.release_tolerance_bytes:
+                return f"{uuid} has {(used_bytes - floor) / _MIB:.0f} MiB more in use than when it was idle before"
+        return ""
+
+    def remember(self, baselines: Mapping[str, Baseline]) -> None:
+        """Note what GPUs had in use before a task started: with more than that they are not idle."""
+        for uuid, baseline in baselines.items():
+            if any(process.used_bytes is None for process in baseline.processes):
+                continue
+            idle_bytes = _unclaimed_bytes(baseline)
+            self._floors[uuid] = min(idle_bytes, self._floors.get(uuid, idle_bytes))
+
+    def close(self, slot: Slot[Run], reason: str) -> None:
+        """Start no GPU task in this slot from now on, and probe until one may be started again."""
+        if slot.closed == reason:
+            return
+        bound = logger.bind(worker=slot.plan.worker_id)
+        already, slot.closed = bool(slot.closed), reason
+        if already:
+            bound.info("slot stays closed: {}", reason)
+            return
+        bound.error("slot closed: {}", reason)
+        self._observer.on_slot_changed(slot)
+        self._begin(self._probe(slot))
+
+    def _open(self, slot: Slot[Run], closed_s: float) -> None:
+        slot.closed = ""
+        logger.bind(worker=slot.plan.worker_id, closed_s=round(closed_s, 1)).info("slot open again: its GPUs are free")
+        self._observer.on_slot_changed(slot)
+        self._pump(slot)
+
+    async def _probe(self, slot: Slot[Run]) -> None:
+        closed_at = time.monotonic()
+        pause_s = min(FIRST_PAUSE_S, self._settings.probe_interval_s)
+        while True:
+            await asyncio.sleep(pause_s)
+            try:
+                reason = await self._examine(slot)
+            except Exception as error:  # noqa: BLE001 - without its probe a slot would stay closed for ever
+                logger.opt(exception=error).error("unhandled error in a GPU probe")
+                reason = f"its probe failed: {type(error).__name__}: {error}"
+            closed_s = time.monotonic() - closed_at
+            if not reason:
+                self._open(slot, closed_s)
+                return
+            self.close(slot, reason)
+            if closed_s > self._settings.release_timeout_s:
+                self._hand_back(slot)
+            pause_s = min(pause_s * 2, self._settings.probe_interval_s)
+
+    async def _examine(self, slot: Slot[Run]) -> str:
+        """One probe; returns what is still wrong."""
+        uuids = slot.plan.gpus
+        try:
+            looks = await self._nvml.sample(uuids, memory_only=True)
+        except DeviceError as error:
+            return str(error)
+        self._health.observe({uuid: look for uuid, look in looks.items() if isinstance(look, GpuLost)})
+        if reason := await self._occupied(uuids, looks):
+            return reason
+        condemned = self._health.condemned(uuids)
+        if not condemned:
+            return ""
+        fault = "; ".join(condemned.values())
+        if failed := await self._canaries.run(slot.plan):
+            return f"{fault}; {failed}"
+        proof = ReleaseProof(
+            self._nvml,
+            uuids,
+            tolerance_bytes=self._settings.release_tolerance_bytes,
+            allow_foreign=self._settings.allow_foreign,
+        )
+        proof.resume({uuid: Baseline.of(look) for uuid, look in looks.items() if isinstance(look, GpuSample)})
+        report = await proof.wait_released((), self._settings.release_timeout_s)
+        if not report.released:
+            return f"{fault}; after the canary {report}"
+        if self._health.condemned(uuids) != condemned:
+            return "; ".join(self._health.condemned(uuids).values())  # another fault was reported while it ran
+        self._health.readmit(uuids)
+        logger.bind(worker=slot.plan.worker_id).info("GPUs usable again after {}: the canary passed", fault)
+        return ""
+
+    def _hand_back(self, slot: Slot[Run]) -> None:
+        for run in [run for run in slot.queue if run.gpus]:
+            detail = f"not started: the worker's GPUs cannot be used now ({slot.closed})"
+            self._post(run, machine.StopRequested(Stop.NODE_FAULT, detail))
+
+
+def _unclaimed_bytes(baseline: Baseline) -> int:
+    claimed = sum(process.used_bytes or 0 for process in baseline.processes)
+    return max(0, baseline.used_bytes - claimed - baseline.graphics_bytes)

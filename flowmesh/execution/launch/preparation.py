@@ -1,0 +1,132 @@
+"""What exists before a task's child is forked: its folders, its job file, and the fork request. Called in a thread."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from pathlib import Path
+
+import msgspec
+
+from flowmesh.execution.housekeeping.removal import remove_tree
+from flowmesh.execution.launch.spool import PRIVATE
+from flowmesh.execution.layout import Layout
+from flowmesh.execution.run import Run
+from flowmesh.messages.job import JOB_FILE, Job
+from flowmesh.processes import environ, shm
+from flowmesh.processes.limits import Limits
+from flowmesh.processes.protocol import Fork
+from flowmesh.processes.safe_folder import FOLDER, open_folder
+from flowmesh.results.job import file_url_template
+from flowmesh.tasks.types import LIGHT
+
+TASK_ENTRY = "runners.child:main"
+OOM_SCORE_ADJ = 500
+"""The kernel kills a task for memory before it kills the node."""
+
+
+def prepare(layout: Layout, run: Run) -> Fork:
+    """Make the attempt's folders and write its job. Blocks.
+
+    Returns:
+        the request for its fork server.
+
+    Raises:
+        OSError: a folder cannot be made or written, or was replaced by a link since the task was accepted.
+    """
+    accepted, children = run.accepted, run.accepted.children
+    spool, tmp, out_dir = layout.spool(run.attempt), layout.tmp(run.attempt), Path(accepted.target.out_dir)
+    for folder in (spool, tmp):
+        try:
+            folder.mkdir(mode=PRIVATE)
+        except FileExistsError:  # an earlier supervisor died while it launched the task
+            remove_tree(folder)
+            folder.mkdir(mode=PRIVATE)
+    logs = out_dir / "logs"
+    _prepare_out_dir(layout, out_dir)
+    gpus = run.gpus
+    threads = run.slot.plan.threads
+    job = Job(
+        attempt=run.attempt,
+        task_id=run.task_id,
+        task_type=accepted.type.name,
+        runner=accepted.type.runner,
+        task=accepted.task,
+        out_dir=str(out_dir),
+        results_dir=str(layout.results_dir),
+        cache_dir=str(layout.cache_dir),
+        tmp_dir=str(tmp),
+        gpus=gpus,
+        threads=threads,
+        delivers_http=accepted.delivers_http,
+        file_url=file_url_template(accepted.output, run.task_id),
+        child_dirs={child.task_id: child.out_dir for child in children},
+        limits=layout.limits,
+    )
+    (spool / JOB_FILE).write_bytes(msgspec.json.encode(job))
+    for folder in (spool, tmp):  # last: from now on another task of that user could put a link where we write
+        layout.give(folder)
+    processes = layout.processes
+    return Fork(
+        attempt=run.attempt,
+        target=TASK_ENTRY,
+        spool=str(spool),
+        cwd=str(layout.work_dir),
+        stdout=str(logs / "stdout.log"),
+        stderr=str(logs / "stderr.log"),
+        env=environ.for_task(
+            layout.task_env,
+            task_env=accepted.spec.env,
+            tmp_dir=str(tmp),
+            threads=threads,
+            gpus=gpus,
+            mark=layout.mark_of(run.attempt),
+        ),
+        limits=Limits(
+            memory_max_bytes=processes.task_memory_max_bytes,
+            pids_max=processes.task_pids_max,
+            cpus=run.slot.plan.cpus or None,
+            oom_score_adj=OOM_SCORE_ADJ,
+            nice=processes.task_nice,
+            uid=None if layout.owner is None else layout.owner.uid,
+            gid=None if layout.owner is None else layout.owner.gid,
+            groups=() if layout.owner is None else layout.owner.groups,
+            private_shm=processes.private_shm
+            and accepted.type.environment != LIGHT
+            and not shm.would_hide(layout.state_dir, layout.work_dir, out_dir, *(each.out_dir for each in children)),
+        ),
+        threads=threads,
+    )
+
+
+def _prepare_out_dir(layout: Layout, out_dir: Path) -> None:
+    """By descriptors: the parent folders may belong to another task, which can put links there at any time."""
+    held: list[int] = []
+    try:
+        held.append(whole := open_folder(out_dir, make=True))
+        held.append(logs := _open_part(whole, out_dir / "logs"))
+        held.append(_open_part(whole, out_dir / "artifacts"))
+        for folder, name in ((whole, "responses.json"), (logs, "stdout.log"), (logs, "stderr.log")):
+            with contextlib.suppress(FileNotFoundError):  # left by an earlier attempt
+                os.unlink(name, dir_fd=folder)
+        for folder in held:
+            layout.give(folder)
+    finally:
+        for folder in held:
+            os.close(folder)
+
+
+def _open_part(whole: int, path: Path) -> int:
+    """Open a folder inside the task's folder; made if it is missing, or if an earlier attempt left a link instead."""
+    try:
+        try:
+            os.mkdir(path.name, dir_fd=whole)
+        except FileExistsError:
+            if stat.S_ISLNK(os.stat(path.name, dir_fd=whole, follow_symlinks=False).st_mode):
+                os.unlink(path.name, dir_fd=whole)
+                os.mkdir(path.name, dir_fd=whole)
+        return os.open(path.name, FOLDER, dir_fd=whole)
+    except OSError as error:
+        error.filename = str(path)
+        raise

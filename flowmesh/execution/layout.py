@@ -1,0 +1,93 @@
+"""The node's folders, and where each attempt's files lie in them."""
+
+from __future__ import annotations
+
+import os
+import pwd
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from flowmesh.errors import ConfigError
+from flowmesh.settings_schema import ProcessesSettings
+
+
+class Owner(msgspec.Struct, frozen=True):
+    """The user that tasks run as."""
+
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+    name: str
+    home: str
+
+    @classmethod
+    def named(cls, name: str) -> Owner:
+        """Look the user up.
+
+        Raises:
+            ConfigError: there is none, or we may not become it.
+        """
+        try:
+            found = pwd.getpwnam(name)
+        except KeyError:
+            raise ConfigError(f"processes.task_user: there is no user {name!r} on this machine") from None
+        if os.geteuid() not in (0, found.pw_uid):
+            raise ConfigError(f"processes.task_user: only root can run tasks as {name!r}; leave it out, or run as root")
+        groups = tuple(os.getgrouplist(name, found.pw_gid))
+        return cls(found.pw_uid, found.pw_gid, groups, name, found.pw_dir)
+
+
+class Layout(msgspec.Struct, frozen=True, kw_only=True):
+    """The node's folders."""
+
+    state_dir: Path
+    results_dir: Path
+    work_dir: Path
+    """Where tasks start: relative paths in their documents are relative to it."""
+    mark: str
+    """This node's part of FLOWMESH_ATTEMPT, which everything that its tasks execute has in its environment."""
+    base_env: dict[str, str]
+    cgroup: Path | None
+    processes: ProcessesSettings
+    limits: dict[str, Any] = {}
+    """The [runners] settings: limits that runners obey."""
+    owner: Owner | None = None
+    """The user that tasks run as; None: the node's own user."""
+
+    @property
+    def log_dir(self) -> Path:
+        return self.state_dir / "log"
+
+    @property
+    def cache_dir(self) -> Path:
+        return self.state_dir / "cache"
+
+    def spool(self, attempt: int) -> Path:
+        """The folder through which the node and the attempt's children pass files."""
+        return self.state_dir / "spool" / str(attempt)
+
+    def tmp(self, attempt: int) -> Path:
+        """The attempt's TMPDIR. Short: sockets are made below it, and their paths are bounded."""
+        return self.state_dir / "tmp" / str(attempt)
+
+    def mark_of(self, attempt: int) -> str:
+        """The attempt's FLOWMESH_ATTEMPT."""
+        return f"{self.mark}:{attempt}"
+
+    @property
+    def task_env(self) -> dict[str, str]:
+        """What tasks see of the node's environment, with the home and name of the user that they run as."""
+        if self.owner is None:
+            return self.base_env
+        return {**self.base_env, "HOME": self.owner.home, "USER": self.owner.name, "LOGNAME": self.owner.name}
+
+    def give(self, folder: Path | int) -> None:
+        """Make a folder the task user's; does nothing if tasks run as the node's user.
+
+        Args:
+            folder: a path that no task could have replaced, or a descriptor.
+        """
+        if self.owner is not None:
+            os.chown(folder, self.owner.uid, self.owner.gid)

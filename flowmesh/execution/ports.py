@@ -1,0 +1,27 @@
+"""What the parts of the executor may ask of it, as callables: no part gets the executor itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol
+
+from flowmesh.execution.run import Run
+from flowmesh.node.slots import Slot
+from flowmesh.tasks import machine
+
+PostEvent = Callable[[Run, machine.Event], None]
+"""Apply an event to a run's state machine, at once."""
+
+Pump = Callable[[Slot[Run]], None]
+"""Give a slot that is free to the next task that waits for it."""
+
+Work = Coroutine[Any, Any, machine.Event | None]
+"""Something that takes its time; the event that it returns is applied to the run it was begun for."""
+
+
+class Begin(Protocol):
+    def __call__(self, work: Work, run: Run | None = None) -> None:
+        """Run this beside the loop's callbacks.
+
+        An unhandled error is logged; a run then goes on with the event that the error means for its state.
+        """

@@ -1,0 +1,158 @@
+"""Builds the events that are published on `tasks.events`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from flowmesh.execution.run import Run
+from flowmesh.messages.output import HttpDestination
+from flowmesh.messages.wire import TaskEvent, encode, utc_now
+from flowmesh.redaction import Redactor, in_request, is_secret
+from flowmesh.tasks.verdicts import Kind, Verdict, event_fields
+
+TAIL_LINES = 20
+TAIL_BYTES = 4096
+"""How much of its log the event of a failed task contains. responses.json contains more."""
+
+
+def started(run: Run) -> bytes:
+    """TASK_STARTED, encoded."""
+    payload = {
+        "taskType": run.accepted.type.name,
+        "dispatched_at": run.accepted.message.dispatched_at,
+        "started_at": run.started_at,
+    }
+    event = TaskEvent(
+        type="TASK_STARTED",
+        ts=utc_now(),
+        worker_id=run.worker_id,
+        task_id=run.task_id,
+        status="RUNNING",
+        payload=payload,
+    )
+    return encode(event)
+
+
+_decoder = msgspec.json.Decoder(TaskEvent)
+
+
+def is_start(event: bytes) -> bool:
+    """Whether an encoded event is a TASK_STARTED; all others here are terminal."""
+    return event.startswith(b'{"type":"TASK_STARTED"')
+
+
+def failed_at(event: bytes) -> str | None:
+    """The worker whose task failed, if this encoded event is a TASK_FAILED; else None."""
+    return _decoder.decode(event).worker_id if event.startswith(b'{"type":"TASK_FAILED"') else None
+
+
+def used(run: Run, cost_per_hour: float) -> dict[str, Any]:
+    """What a task has used, for its event and its result. An energy that was not measured is null.
+
+    Args:
+        cost_per_hour: of the task's slot, in US dollars.
+    """
+    return {
+        "cost_usd": round(cost_per_hour / 3600 * run.runtime_s, 9),
+        "energy": run.energy,
+        "resources": run.resources,
+    }
+
+
+def ended(run: Run, verdict: Verdict, *, finished_at: str, cost_per_hour: float, base_env: Mapping[str, str]) -> bytes:
+    """The terminal event, encoded: TASK_SUCCEEDED or TASK_FAILED.
+
+    Args:
+        finished_at: ISO 8601, UTC.
+        cost_per_hour: of the task's slot, in US dollars.
+        base_env: the node's variables that its tasks inherit; secrets among them are hidden in the event.
+    """
+    payload: dict[str, Any] = {
+        "taskType": run.accepted.type.name,
+        "runtime_sec": round(run.runtime_s, 6),
+        "started_at": run.started_at,
+        "finished_at": finished_at,
+        **used(run, cost_per_hour),
+        "phases": {} if run.outcome is None else run.outcome.phases,
+    }
+    if run.accepted.message.dispatched_at is not None:
+        payload["dispatched_at"] = run.accepted.message.dispatched_at
+    if verdict.ok:
+        event = TaskEvent(
+            type="TASK_SUCCEEDED",
+            ts=finished_at,
+            worker_id=run.worker_id,
+            task_id=run.task_id,
+            status="DONE",
+            payload=payload,
+        )
+    else:
+        redact = _redactor(run, base_env)
+        payload |= event_fields(verdict)
+        if run.log_tail:
+            payload["log_tail"] = _last([redact(line) for line in run.log_tail[-TAIL_LINES:]])
+        event = TaskEvent(
+            type="TASK_FAILED",
+            ts=finished_at,
+            worker_id=run.worker_id,
+            task_id=run.task_id,
+            status="FAILED",
+            error=redact(verdict.message),
+            payload=payload,
+        )
+    return encode(event)
+
+
+def refused(worker_id: str, task_id: str, message: str, dispatched_at: str | None) -> bytes:
+    """For a task that was never accepted: what it asks for cannot be done."""
+    return lost(worker_id, task_id, Verdict(kind=Kind.BAD_REQUEST, message=message), dispatched_at)
+
+
+def lost(worker_id: str, task_id: str, verdict: Verdict, dispatched_at: str | None) -> bytes:
+    """TASK_FAILED for a task of which only the id is known."""
+    now = utc_now()
+    payload: dict[str, Any] = {
+        "taskType": None,
+        "runtime_sec": 0.0,
+        "started_at": None,
+        "finished_at": now,
+        **event_fields(verdict),
+    }
+    if dispatched_at is not None:
+        payload["dispatched_at"] = dispatched_at
+    event = TaskEvent(
+        type="TASK_FAILED",
+        ts=now,
+        worker_id=worker_id,
+        task_id=task_id,
+        status="FAILED",
+        error=verdict.message,
+        payload=payload,
+    )
+    return encode(event)
+
+
+def _redactor(run: Run, base_env: Mapping[str, str]) -> Redactor:
+    """A redactor of the secrets that the task was given."""
+    env = {**base_env, **run.accepted.spec.env}
+    known: list[str | None] = [value for name, value in env.items() if is_secret((name,))]
+    for target in (run.accepted.target, *run.accepted.children):
+        if isinstance(to := target.destination, HttpDestination):
+            known += in_request(to.url or "", to.headers)
+    return Redactor(known)
+
+
+def _last(lines: Sequence[str]) -> list[str]:
+    """The last lines that fit into TAIL_BYTES; of the first one kept, only its end may fit."""
+    kept: list[str] = []
+    room = TAIL_BYTES
+    for line in reversed(lines):
+        if room <= 0:
+            break
+        end = line.encode()[-room:].decode(errors="ignore")
+        room -= len(end.encode()) + 1
+        kept.append(end)
+    return kept[::-1]

@@ -1,0 +1,124 @@
+"""Decides on each dispatch: a task that is accepted, one that is refused with an event, or a message to ignore."""
+
+from __future__ import annotations
+
+from loguru import logger
+
+from flowmesh.errors import FieldError
+from flowmesh.execution import task_events
+from flowmesh.execution.admission import accept
+from flowmesh.execution.executor import Executor
+from flowmesh.execution.run import Run
+from flowmesh.messages.wire import MAX_MESSAGE_BYTES, TASK_EVENTS_CHANNEL, address, usable_task_id, utc_now
+from flowmesh.node.slots import Slot
+from flowmesh.tasks import machine
+from flowmesh.tasks.journal import JournalError
+from flowmesh.tasks.verdicts import Kind, Stop
+
+
+class Dispatcher:
+    """Used on the loop; an accepted task is in the journal before `take` returns."""
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self._needles = tuple(worker_id.encode() for worker_id in executor.slots)
+
+    def on_message(self, data: bytes) -> None:
+        """A message on the tasks channel. One for another worker costs a search for this node's worker ids in it."""
+        if any(needle in data for needle in self._needles) or data[:1] != b"{":
+            self.take(data)
+
+    def take(self, data: bytes, entry: str | None = None) -> bool:
+        """Act on a dispatch.
+
+        Args:
+            entry: the id of its stream entry, which is kept until it is taken; None: it came over pub/sub.
+
+        Returns:
+            False if nothing of it is in the journal, so that a stream must deliver it again.
+        """
+        try:
+            to = address(data)
+        except FieldError as error:
+            self._executor.counters.malformed += 1
+            logger.bind(bytes=len(data)).warning("malformed message ignored: {}", error)
+            return True
+        slot = self._executor.slots.get(to.assigned_worker) if isinstance(to.assigned_worker, str) else None
+        if slot is None:
+            if entry is not None:
+                logger.bind(entry=entry).warning("entry ignored: it is for worker {!r}", str(to.assigned_worker)[:80])
+            return True
+        task_id = usable_task_id(to.task_id)
+        dispatched_at = to.dispatched_at if isinstance(to.dispatched_at, str) else None
+        if task_id is None:
+            self._executor.counters.malformed += 1
+            shown = str(to.task_id)[:80]
+            logger.bind(bytes=len(data)).warning("message for this node ignored: invalid task_id {!r}", shown)
+            return True
+        try:
+            return self._dispatch(slot, task_id, dispatched_at, data, entry)
+        except JournalError as error:
+            logger.bind(task=task_id).error("dispatch not taken: {}", error)
+            if entry is None:
+                self._executor.observers.on_missed(slot)
+            return False
+
+    def _dispatch(
+        self, slot: Slot[Run], task_id: str, dispatched_at: str | None, data: bytes, entry: str | None
+    ) -> bool:
+        if self._executor.draining is not None:
+            if entry is not None:
+                return False
+            logger.bind(task=task_id).info("dispatch not taken: draining; the orchestrator queues it again")
+            return True
+        known_by = f"entry {entry}" if dispatched_at is None and entry is not None else dispatched_at
+        if self._is_duplicate(task_id, known_by):
+            self._executor.counters.duplicates += 1
+            logger.bind(task=task_id).info("dispatch ignored: the node has this task already")
+            return True
+        try:
+            if len(data) > MAX_MESSAGE_BYTES:
+                raise FieldError(f"the message has {len(data)} bytes; at most {MAX_MESSAGE_BYTES} are taken", "task")
+            accepted = accept(
+                data,
+                settings=self._executor.settings,
+                catalogue=self._executor.catalogue,
+                results_dir=self._executor.layout.results_dir,
+            )
+        except FieldError as error:
+            self._refuse(slot, task_id, dispatched_at, str(error))
+            return True
+        attempt = self._executor.journal.accept(
+            task_id=task_id,
+            worker_id=slot.plan.worker_id,
+            dispatched_at=known_by,
+            at=utc_now(),
+            message=data,
+            out_dir=accepted.target.out_dir,
+            child_dirs=(child.out_dir for child in accepted.children),
+        )
+        run = Run(attempt, accepted, slot)
+        self._executor.add(run)
+        slot.queue.append(run)
+        self._executor.observers.on_accepted(run)
+        logger.bind(task=task_id, type=accepted.type.name, attempt=attempt).info("task accepted")
+        if self._executor.early_cancels.take(task_id):
+            self._executor.apply(run, machine.StopRequested(Stop.CANCEL, "cancelled before it was dispatched"))
+        self._executor.pump(slot)
+        return True
+
+    def _is_duplicate(self, task_id: str, dispatched_at: str | None) -> bool:
+        """Whether the same dispatch came before; the same task with another `dispatched_at` is a retry."""
+        if self._executor.runs.of_task(task_id) is not None:
+            return True
+        last = self._executor.journal.latest(task_id)
+        return last is not None and dispatched_at is not None and last.dispatched_at == dispatched_at
+
+    def _refuse(self, slot: Slot[Run], task_id: str, dispatched_at: str | None, message: str) -> None:
+        event = task_events.refused(slot.plan.worker_id, task_id, message, dispatched_at)
+        self._executor.journal.post(TASK_EVENTS_CHANNEL, event)
+        self._executor.counters.refused += 1
+        self._executor.counters.add_verdict(Kind.BAD_REQUEST)
+        logger.bind(task=task_id).warning("task refused: {}", message)
+        self._executor.observers.on_refused(task_id, message)
+        self._executor.observers.on_posted()

@@ -1,0 +1,92 @@
+"""The node's connections to Redis: dispatches and control messages in; events, statuses and heartbeats out."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Coroutine
+from typing import Any
+
+from flowmesh.bus.connection import connect
+from flowmesh.bus.intake import Intake
+from flowmesh.bus.outbox import Outbox
+from flowmesh.bus.stream import Stream
+from flowmesh.execution.executor import Executor
+from flowmesh.execution.observer import Observer
+from flowmesh.messages.wire import worker_key
+from flowmesh.orchestrator import control_channel
+from flowmesh.orchestrator.dispatcher import Dispatcher
+from flowmesh.orchestrator.registration import Registration
+from flowmesh.orchestrator.worker_description import NodeDescription
+
+
+class Link(Observer):
+    """
+    Args:
+        name: shows in Redis' list of its clients.
+    """
+
+    def __init__(self, node: NodeDescription, executor: Executor, name: str) -> None:
+        redis = executor.settings.redis
+        assert redis.url is not None, "checked before the node starts"
+        reach = functools.partial(
+            connect,
+            redis.url,
+            timeout_s=redis.timeout_s,
+            health_check_interval_s=redis.health_check_interval_s,
+        )
+        users = 2 * len(executor.slots) + 1  # each worker's status and heartbeat, and the outbox
+        client = reach(name=f"flowmesh-{name}-bus", users=users)
+        listener = reach(name=f"flowmesh-{name}-sub")
+        self._clients = [client, listener]
+        self.registration = Registration(node, executor, client)
+        self.outbox = Outbox(
+            client, executor.journal, self.registration.on_events_sent, guard=f"{worker_key(name)}:guard"
+        )
+        dispatcher = Dispatcher(executor)
+        self._intake = Intake(
+            listener,
+            {
+                redis.task_topic: dispatcher.on_message,
+                control_channel.CHANNEL: functools.partial(control_channel.on_message, executor),
+            },
+            self.registration.on_subscribed,
+            self.registration.on_unsubscribed,
+            silence_s=redis.health_check_interval_s,
+        )
+        self._streams: list[Stream] = []
+        for worker_id in executor.slots if redis.stream else ():
+            client = reach(name=f"flowmesh-{worker_id}-stream")
+            self._clients.append(client)
+            self._streams.append(Stream(client, worker_id, dispatcher.take, block_s=redis.timeout_s / 2))
+        executor.observers.add(self.registration)
+        executor.observers.add(self)
+
+    def on_posted(self) -> None:
+        self.outbox.wake()
+
+    @property
+    def up(self) -> bool:
+        """Whether everything that talks to Redis can."""
+        ups = [self._intake.up, *(each.up for each in self.registration.presences.values())]
+        return not self.troubles() and all(ups) and all(stream.up for stream in self._streams)
+
+    def troubles(self) -> list[str]:
+        """What does not work, and why; empty if all does."""
+        troubles = [self._intake.trouble, self.outbox.trouble, *(stream.trouble for stream in self._streams)]
+        for presence in self.registration.presences.values():
+            troubles += presence.trouble, presence.beats
+        return list(dict.fromkeys(trouble.reason for trouble in troubles if trouble))
+
+    def works(self) -> list[Coroutine[Any, Any, None]]:
+        """What runs for as long as the node takes tasks."""
+        presences = [presence.run() for presence in self.registration.presences.values()]
+        return [self._intake.run(), *presences, *(stream.run() for stream in self._streams)]
+
+    async def send_events(self) -> None:
+        """Send the outbox until cancelled; not before dispatches can be received, which an event may cause."""
+        await self.registration.subscribed.wait()
+        await self.outbox.run()
+
+    async def close(self) -> None:
+        for client in self._clients:
+            await client.aclose()

@@ -1,0 +1,131 @@
+"""What a fork server's child runs: it waits for its task, sets up limits, logs and environment, and runs the task."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import traceback
+from pathlib import Path
+from typing import NoReturn
+
+import msgspec
+
+from flowmesh.processes import limits, linux, threads
+from flowmesh.processes.cgroup import Leaf
+from flowmesh.processes.pipe import Pipe
+from flowmesh.processes.preload import named
+from flowmesh.processes.protocol import MAX_MESSAGE, Fork, fork_decoder
+from flowmesh.processes.safe_folder import open_folder
+
+SPARE = "flowmesh-spare"
+"""Process name of a child that waits for its task."""
+
+EXIT_SETUP = 70
+"""The child could not be set up, or its entry raised: an error of the node, not of the task (EX_SOFTWARE)."""
+
+
+class Start(msgspec.Struct, frozen=True):
+    """What a child gets from its fork server."""
+
+    orders: socket.socket
+    """Receives one datagram, the child's Fork request. Closed without one if there is no task for it."""
+    pipe: Pipe
+    """The child's end."""
+    leaf: Leaf | None
+    """The cgroup that it joins."""
+    parent: int
+    """The fork server's pid."""
+    rehearsal: str | None = None
+    """`module:function` that it calls before it waits for its task."""
+
+
+def run(start: Start) -> int:
+    """Wait for a Fork request, apply it to this process, and call its target.
+
+    Returns:
+        the exit status; 0 if no request came.
+
+    Raises:
+        Exception: the child could not be set up, or the target raised. Its log exists by then.
+    """
+    linux.set_name(SPARE)
+    failure = None
+    try:
+        limits.enter(start.leaf, start.parent)
+        reseed()
+        if start.rehearsal is not None:
+            named(start.rehearsal)()
+    except Exception as error:  # noqa: BLE001 - raised below, once the child has its task's log
+        failure = error
+    order = start.orders.recv(MAX_MESSAGE)
+    start.orders.close()
+    if not order:
+        return 0
+    request = fork_decoder.decode(order)
+    _redirect(request)
+    if failure is not None:
+        raise failure
+    linux.set_name("flowmesh-task")
+    limits.apply(request.limits, start.parent)
+    os.chdir(request.cwd)
+    os.environ.clear()
+    os.environ.update(request.env)
+    threads.use(request.threads)
+    return int(named(request.target)(start.pipe, Path(request.spool)))
+
+
+def report_crash() -> None:
+    """Write the traceback of the current exception to the child's log."""
+    traceback.print_exc()
+
+
+def leave(status: int) -> NoReturn:
+    """Exit without the interpreter's teardown, which takes a second with some libraries and can hang.
+
+    Args:
+        status: EXIT_SETUP instead of 0 if the last output cannot be written.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):  # the disk is full, or the task closed the stream
+            status = status or EXIT_SETUP
+    os._exit(status)
+
+
+def _redirect(request: Fork) -> None:
+    null = os.open(os.devnull, os.O_RDONLY)
+    out = _open_log(request.stdout, request.limits)
+    err = out if request.stderr == request.stdout else _open_log(request.stderr, request.limits)
+    for source, target in ((null, 0), (out, 1), (err, 2)):
+        os.dup2(source, target, inheritable=True)
+    for fd in {null, out, err}:
+        if fd > 2:
+            os.close(fd)
+
+
+def _open_log(path: str, requested: limits.Limits) -> int:
+    """Open a log, still as the node's user. If the task runs as another user, no link in its path is followed.
+
+    That user owns the log's folder, and could otherwise make the node's user write elsewhere.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+    if requested.uid is None:
+        return os.open(path, flags, 0o640)
+    folder = open_folder(Path(path).parent)
+    try:
+        return os.open(Path(path).name, flags, 0o640, dir_fd=folder)
+    finally:
+        os.close(folder)
+
+
+def reseed() -> None:
+    """Seed the generators of numpy and torch: otherwise all children of a server draw the same numbers.
+
+    Python's own generator is reseeded after a fork by itself.
+    """
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed()
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.seed()

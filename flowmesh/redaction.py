@@ -1,0 +1,184 @@
+"""What a secret is, and how it is taken out of text that people, logs and events will see.
+
+One definition for settings, error messages, deliveries and agents. Where in doubt, the value is hidden.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+HIDDEN = "[hidden]"
+
+_SHORTEST = 4
+"""Characters; a shorter known secret would blank out parts of ordinary words."""
+_ORDINARY = frozenset({"true", "false", "none", "null"})
+"""Values that variables such as REQUIRE_AUTH have, and that would blank out ordinary text."""
+
+_SECRET_NAME = re.compile(
+    r"(?i)^(?!.*[_-](file|path|dir)$).*"
+    r"(token|secrets?|passwords?|passwd|passphrase|authorization|cookies?|credentials?|jwt"
+    r"|(api|access|private|secret)[_-]?keys?|(?<![a-z0-9])(key|headers)|(?<![a-z0-9])(pass|auth)$|[_-](pwd|pat)$)"
+    r"([_-]|$)"
+)
+"""Not the path of a file that holds a secret, and not PWD, which is the working directory."""
+_SECRET_PARAMETER = re.compile(r"(?i)(password|passwd|token|secret|key|sig|signature|credential)$")
+"""Signed addresses have names of their own, such as X-Amz-Signature and sig."""
+
+_SCHEME = r"\b([a-z][a-z0-9+.-]{0,30}://)"
+_USERINFO = re.compile(rf"(?i){_SCHEME}[^/\s@]+@")
+_URL = re.compile(rf"(?i){_SCHEME}([^\s\"'<>]+)")
+_PARAMETER = re.compile(r"([?&#]([^=&#]*)=)([^&#]*)")
+_CLEAN_AUTHORITY = re.compile(r"(?:[\w.-]+|\[[0-9A-Fa-f:.%]+\])(?::\d{1,5})?", re.ASCII)
+_HTTP = frozenset({"http", "https"})
+"""Schemes whose paths may hold an "@", also in settings."""
+_AT_IN_PATH = _HTTP | {"git+http", "git+https", "s3", "gs", "hf", "file"}
+"""The same in a text, which may have hf://datasets/NAME@REVISION or git+https://HOST/NAME@TAG."""
+
+_CREDENTIAL = re.compile(r"(?i)\b((?:bearer|basic|token)\s+)[A-Za-z0-9._~+/=-]{4,}")
+_CREDENTIAL_IN_PROSE = re.compile(r"(?i)\b((?:bearer|basic|token)\s+)(?=\S*\d)[A-Za-z0-9._~+/=-]{16,}")
+_AMBIGUOUS = re.compile(r"(?i)(token|key|sig)$")
+_LONG_IN_PROSE = 16
+"""Characters; links have parameters such as key=title or page_token=CAUQAA, which an agent needs to follow them."""
+_SURROGATES = re.compile("[\ud800-\udfff]")
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether a field, environment variable, header or parameter of this name holds a secret."""
+    return _SECRET_NAME.search(name) is not None
+
+
+def is_secret(path: Sequence[str | int]) -> bool:
+    """Whether the value at `path` is a secret, or lies inside one: an item of a list, or one of several headers."""
+    return any(isinstance(step, str) and is_secret_name(step) for step in path)
+
+
+class Redactor:
+    """Replaces known secrets, and what looks like a credential, by `[hidden]` in any text.
+
+    The result is valid Unicode text: lone surrogates, which model output and file names can contain, are replaced.
+
+    Args:
+        secrets: the known ones; empty and very short ones are ignored.
+        prose: the text is written or read by a model: ordinary words follow "basic" and "token", and links have
+            parameters such as key=title. Only what is long and has a digit counts as a credential there. Known secrets,
+            passwords and the user part of addresses are hidden all the same.
+    """
+
+    def __init__(self, secrets: Iterable[str | None] = (), *, prose: bool = False) -> None:
+        self._prose = prose
+        self._known: set[str] = set()
+        self._pattern: re.Pattern[str] | None = None
+        for secret in secrets:
+            self.learn(secret)
+
+    @classmethod
+    def of_request(cls, url: str, headers: Mapping[str, str], token: str | None) -> Redactor:
+        """A redactor that knows the secrets in an address and its headers, and the node's token."""
+        return cls([token, *in_request(url, headers)])
+
+    def learn(self, secret: str | None) -> None:
+        """Hide this value from now on, too."""
+        if secret and secret.strip().lower() not in _ORDINARY:
+            self._known |= {form for form in _forms(secret) if len(form) >= _SHORTEST}
+            self._pattern = None
+
+    def learn_named(self, values: Mapping[str, str]) -> None:
+        """Hide the values whose names mark them as secret. The others are often paths, or words that a text needs."""
+        for name, value in values.items():
+            if is_secret_name(name):
+                self.learn(value)
+
+    def __call__(self, text: str) -> str:
+        if self._known:
+            if self._pattern is None:
+                longest_first = sorted(self._known, key=lambda form: (-len(form), form))
+                self._pattern = re.compile("|".join(map(re.escape, longest_first)))
+            text = self._pattern.sub(HIDDEN, text)
+        text = _USERINFO.sub(rf"\1{HIDDEN}@", _SURROGATES.sub("\ufffd", text))
+        text = _URL.sub(self._address, text)
+        return (_CREDENTIAL_IN_PROSE if self._prose else _CREDENTIAL).sub(rf"\1{HIDDEN}", text)
+
+    def _address(self, match: re.Match[str]) -> str:
+        rest = _without_userinfo(match[1].removesuffix("://"), match[2], _AT_IN_PATH)
+        return match[1] + _without_parameters(rest, prose=self._prose)
+
+    def deep(self, value: Any) -> Any:
+        """JSON data with the secrets replaced in every text and key."""
+        match value:
+            case str():
+                return self(value)
+            case dict():
+                return {self(str(key)): self.deep(item) for key, item in value.items()}
+            case list() | tuple():
+                return [self.deep(item) for item in value]
+        return value
+
+
+def in_request(url: str, headers: Mapping[str, str]) -> list[str | None]:
+    """What may be secret in an address and its headers: user, password, parameters, and all but the content type."""
+    from urllib.parse import parse_qsl, urlsplit  # a third of a light process's import time
+
+    parts = urlsplit(url)
+    query = [value for _, value in parse_qsl(parts.query)]
+    query += [part.partition("=")[2] or part for part in parts.query.split("&")]  # before URL escapes are undone
+    values = [value for name, value in headers.items() if name.lower() != "content-type"]
+    return [*values, parts.username, parts.password, *query]
+
+
+def bare_url(url: str) -> str:
+    """An address without user, password, query and fragment."""
+    from urllib.parse import urlsplit, urlunsplit
+
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def redact_url(url: str) -> str:
+    """An address for display: without its password, its tokens, and whatever could be part of an unescaped one."""
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        return HIDDEN
+    authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    if "@" not in rest and authority and not _is_clean(authority) and not re.fullmatch(r":\d{1,5}", authority):
+        return f"{scheme}://{HIDDEN}"  # "redis://:pa" of a password with a bare "/"
+    return f"{scheme}://{_without_parameters(_without_userinfo(scheme, rest, _HTTP))}"
+
+
+def _without_userinfo(scheme: str, rest: str, at_in_path: frozenset[str]) -> str:
+    authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    if "@" not in rest or (_is_clean(authority) and scheme.lower() in at_in_path):
+        return rest
+    # A password with a bare "/" or "#" moves its "@" behind what reads as the authority: the last "@" counts.
+    secret, _, rest = rest.rpartition("@")
+    user, colon, _ = secret.partition(":")
+    return f"{user if colon else ''}{colon}{HIDDEN}@{rest}"
+
+
+def _is_clean(authority: str) -> bool:
+    """Whether this can only be host and port."""
+    return _CLEAN_AUTHORITY.fullmatch(authority) is not None
+
+
+def _without_parameters(rest: str, *, prose: bool = False) -> str:
+    def shown(match: re.Match[str]) -> str:
+        named = _SECRET_PARAMETER.search(match[2]) is not None or is_secret_name(match[2])
+        long = len(match[3]) >= _LONG_IN_PROSE and re.search(r"\d", match[3])
+        part_of_link = prose and _AMBIGUOUS.search(match[2]) is not None and not long
+        return match[1] + HIDDEN if named and not part_of_link else match[0]
+
+    return _PARAMETER.sub(shown, rest)
+
+
+def _forms(secret: str) -> Iterable[str]:
+    """A secret as it may turn up: whole, line by line, without its scheme (`Bearer x`), URL-escaped and unescaped."""
+    from urllib.parse import quote, unquote
+
+    whole = secret.strip()
+    after_scheme = whole.partition(" ")[2]
+    for form in (secret, whole, after_scheme.strip(), *map(str.strip, whole.splitlines())):
+        yield form
+        yield unquote(form)
+        if form.isprintable():  # lone surrogates cannot be escaped
+            yield quote(form, safe="")

@@ -1,0 +1,148 @@
+"""The journal's SQLite file: opened, checked, and with disk space reserved for the writes that must not fail.
+
+WAL with synchronous=NORMAL: what is written survives any kill of the process. After a power loss the last moments may
+be missing, as the tasks' processes are then.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from flowmesh.errors import FlowMeshError
+
+SCHEMA_VERSION = 1
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS tasks (
+    attempt INTEGER PRIMARY KEY AUTOINCREMENT,
+    task_id TEXT NOT NULL,
+    worker_id TEXT NOT NULL,
+    dispatched_at TEXT,
+    accepted_at TEXT NOT NULL,
+    started_at TEXT,
+    finished_at TEXT,
+    state TEXT NOT NULL,
+    message BLOB NOT NULL,
+    progress BLOB NOT NULL,
+    out_dir TEXT NOT NULL,
+    server TEXT,
+    boot_mark TEXT
+);
+CREATE INDEX IF NOT EXISTS tasks_open ON tasks (state) WHERE state != 'done';
+CREATE INDEX IF NOT EXISTS tasks_by_id ON tasks (task_id);
+CREATE TABLE IF NOT EXISTS child_folders (attempt INTEGER NOT NULL, out_dir TEXT NOT NULL);
+CREATE INDEX IF NOT EXISTS child_folders_by_attempt ON child_folders (attempt);
+CREATE TABLE IF NOT EXISTS outbox (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    channel TEXT NOT NULL,
+    payload BLOB NOT NULL
+);
+CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+"""
+
+RESERVE_PAGES = 1024
+"""Free pages (of 4 KiB) kept in the file and its log, so that the end of a task can be written on a full disk too."""
+
+
+class JournalError(FlowMeshError):
+    """Raised when the journal cannot be used. Without it the node could lose tasks, so it does not run."""
+
+
+class JournalDatabase:
+    """The database at `path`, made where there is none. Used from one thread.
+
+    Raises:
+        JournalError: it cannot be opened, is damaged, or was written by another version.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            path.touch(mode=0o600)
+            self._db = sqlite3.connect(path, isolation_level=None)
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=NORMAL")
+            self._db.execute("PRAGMA busy_timeout=5000")
+            self._check(path)
+            self._db.executescript(_SCHEMA)
+            self._add_columns()
+            self._db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+            self._reserve()
+        except (sqlite3.Error, OSError) as error:
+            raise JournalError(
+                f"{path}: cannot be used as the journal: {error}; repair its disk, or move the file away "
+                "(its record of tasks is then lost)"
+            ) from error
+
+    def close(self) -> None:
+        self._db.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All or nothing. May be nested: the outermost one decides."""
+        if self._db.in_transaction:
+            yield
+            return
+        self.write("BEGIN IMMEDIATE")
+        try:
+            yield
+            self.write("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
+
+    def write(self, statement: str, values: tuple[object, ...] = ()) -> sqlite3.Cursor:
+        """Execute a statement that changes something.
+
+        Raises:
+            JournalError: it failed, as on a full disk.
+        """
+        try:
+            return self._db.execute(statement, values)
+        except sqlite3.Error as error:
+            raise JournalError(f"the journal cannot be written: {error}") from error
+
+    def read(self, query: str, values: tuple[object, ...] = ()) -> list[tuple[Any, ...]]:
+        """All rows of a query.
+
+        Raises:
+            JournalError: it failed, as on a broken disk.
+        """
+        try:
+            return self._db.execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            raise JournalError(f"the journal cannot be read: {error}") from error
+
+    def _check(self, path: Path) -> None:
+        version = self._db.execute("PRAGMA user_version").fetchone()[0]
+        if version not in (0, SCHEMA_VERSION):
+            raise JournalError(
+                f"{path}: written by another version (schema {version}, this one has {SCHEMA_VERSION}); "
+                "run that version, or set node.state_dir to another folder"
+            )
+        found = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if found != "ok":
+            raise JournalError(
+                f"{path}: damaged ({' '.join(found.split())[:200]}); move the file away to start with an empty one "
+                "(its record of tasks is then lost)"
+            )
+
+    def _add_columns(self) -> None:
+        """Add columns that are newer than the schema's version. Older nodes ignore them, and can use the file again."""
+        present = {row[1] for row in self._db.execute("PRAGMA table_info(tasks)")}
+        if "boot_mark" not in present:
+            self._db.execute("ALTER TABLE tasks ADD COLUMN boot_mark TEXT")
+
+    def _reserve(self) -> None:
+        """Grow the file and its log: pages that are free inside of them need no disk space when they are used."""
+        try:
+            self._db.execute("INSERT OR REPLACE INTO facts VALUES ('reserve', zeroblob(?))", (RESERVE_PAGES * 4096,))
+            self._db.execute("DELETE FROM facts WHERE name = 'reserve'")
+            self._db.execute("PRAGMA wal_checkpoint(PASSIVE)")
+            self._db.execute("PRAGMA shrink_memory")
+        except sqlite3.OperationalError:
+            return  # the disk is full now; what an earlier start reserved is still there
