@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from flowmesh.messages.checking import nearest
+from flowmesh.validation.convert import nearest
 from runners.agent.config import AgentConfig, SearchProvider
 from runners.agent.secrets import from_env
 from runners.api import BadRequest, Context

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from flowmesh.messages.checking import nearest
+from flowmesh.validation.convert import nearest
 from runners.agent import prompts
 from runners.agent.config import AgentConfig
 from runners.agent.models import first_json

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flowmesh.messages.checking import nearest
+from flowmesh.validation.convert import nearest
 from runners.api import BadRequest, Context
 from runners.data.files import load_file
 from runners.data.graph import load_graph

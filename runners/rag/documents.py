@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from flowmesh.messages.checking import nearest
+from flowmesh.validation.convert import nearest
 from runners.api import BadRequest, Context
 from runners.data.documents import BinaryFile, UnreadableDocument, document_text
 from runners.data.prompts import Items, check_text

@@ -13,11 +13,11 @@ from typing import Any
 import msgspec
 
 from flowmesh.errors import ConfigError, FieldError
-from flowmesh.messages.checking import convert
-from flowmesh.messages.wording import dotted, quoted
-from flowmesh.settings_checks import first_fault
-from flowmesh.settings_schema import Section, Settings
-from flowmesh.settings_sources import DEFAULT, Layers, Sections, read_toml
+from flowmesh.settings.checks import first_fault
+from flowmesh.settings.schema import Section, Settings
+from flowmesh.settings.sources import DEFAULT, Layers, Sections, read_toml
+from flowmesh.validation.convert import convert
+from flowmesh.validation.describe import dotted, quoted
 
 
 class Loaded(msgspec.Struct, frozen=True):

@@ -7,8 +7,8 @@ from typing import Any
 import msgspec
 
 from flowmesh.node.devices import GpuProcess, GpuSample
-from flowmesh.node.nvml_binding import Binding
-from flowmesh.node.nvml_handles import Handle
+from flowmesh.node.nvml.binding import Binding
+from flowmesh.node.nvml.handles import Handle
 
 # nvmlClocksEventReasons that make a GPU slower than it could be; idling and user-set clocks are not among them.
 _THROTTLING = {

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 import msgspec
 
 from flowmesh.errors import FieldError
-from flowmesh.messages.checking import nearest
-from flowmesh.settings_schema import Settings
+from flowmesh.settings.schema import Settings
+from flowmesh.validation.convert import nearest
 
 LIGHT = "light"
 """The built-in environment of tasks without heavy libraries: the node's own interpreter, nothing preloaded."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from flowmesh.node.devices import MigSlice
-from flowmesh.node.nvml_binding import Binding
+from flowmesh.node.nvml.binding import Binding
 
 Handle = Any
 

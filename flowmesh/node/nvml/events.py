@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from flowmesh.node.devices import EventKind, GpuEvent
-from flowmesh.node.nvml_binding import Binding
-from flowmesh.node.nvml_handles import Handles
+from flowmesh.node.nvml.binding import Binding
+from flowmesh.node.nvml.handles import Handles
 
 _WAIT_MS = 1
 _NO_INSTANCE = 0xFFFFFFFF

@@ -13,9 +13,19 @@ import msgspec
 from msgspec import inspect
 
 from flowmesh.errors import FieldError
-from flowmesh.messages.faults import Fault, FaultFinder, fault_of_message
-from flowmesh.messages.schemas import LISTS, REFUSALS, bare, choose, fits, inner_types, is_mapping, item_type, members
-from flowmesh.messages.wording import Path, dotted, expected, found, nearest
+from flowmesh.validation.describe import Path, dotted, expected, found, nearest
+from flowmesh.validation.faults import Fault, FaultFinder, fault_of_message
+from flowmesh.validation.schemas import (
+    LISTS,
+    REFUSALS,
+    bare,
+    choose,
+    fits,
+    inner_types,
+    is_mapping,
+    item_type,
+    members,
+)
 
 __all__ = ["FieldError", "convert", "nearest"]
 

@@ -1,4 +1,4 @@
-"""What a request carries: bytes in memory, or a file as multipart/form-data, read as it is sent."""
+"""Request bodies: bytes in memory, or a file as multipart/form-data, read while it is sent; and upload errors."""
 
 from __future__ import annotations
 
@@ -14,28 +14,37 @@ from pathlib import Path
 from typing import IO, Protocol
 
 from flowmesh.errors import DeliveryError
+from flowmesh.results.safe_files import read_exactly
 
 
 class UploadError(DeliveryError):
-    """A body that was not accepted. `status` is the server's last word, None where it had none."""
+    """Raised when a body was not accepted. `status` is the server's HTTP status; None: it sent none."""
 
     def __init__(self, message: str, status: int | None = None) -> None:
         super().__init__(message)
         self.status = status
 
 
+class TryAgain(UploadError):
+    """Raised when an attempt failed and another one may succeed, after `retry_after_s` at the earliest."""
+
+    def __init__(self, message: str, status: int | None = None, retry_after_s: float = 0.0) -> None:
+        super().__init__(message, status)
+        self.retry_after_s = retry_after_s
+
+
 class Body(Protocol):
-    """What is sent. Iterated once an attempt."""
+    """Read once per attempt."""
 
     content_type: str
     size: int | None
-    """None: not known before its end."""
+    """In bytes; None: not known before its end."""
 
     def chunks(self, size: int) -> Iterator[bytes]: ...
 
 
 class BytesBody:
-    """Bytes that are in memory already."""
+    """Bytes in memory."""
 
     def __init__(self, data: bytes, content_type: str) -> None:
         self.content_type = content_type
@@ -51,8 +60,11 @@ class BytesBody:
 class FileBody:
     """A file as multipart/form-data: one part, named `file`.
 
+    Args:
+        name: the file name in the part's header.
+
     Raises:
-        UploadError: there is no such regular file (a symbolic link is none).
+        UploadError: there is no such regular file (a symbolic link does not count).
     """
 
     def __init__(self, path: Path, name: str) -> None:
@@ -61,7 +73,7 @@ class FileBody:
         except OSError as error:
             raise UploadError(f"{name} cannot be read: {error.strerror}") from error
         if not stat.S_ISREG(status.st_mode):
-            raise UploadError(f"{name} is no regular file")
+            raise UploadError(f"{name} is not a regular file")
         self._path = path
         self.content_type, self._head, self._tail = _multipart(name)
         self._content_bytes = status.st_size
@@ -69,26 +81,21 @@ class FileBody:
 
     def chunks(self, size: int) -> Iterator[bytes]:
         yield self._head
-        left = self._content_bytes
         try:
-            with open(os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb", buffering=0) as file:
-                while left:
-                    data = file.read(min(size, left))
-                    if not data:
-                        raise UploadError(f"{self._path.name} became shorter while it was sent")
-                    left -= len(data)
-                    yield data
-        except OSError as error:  # as it is, it would look like a connection's error
+            yield from read_exactly(self._path, self._content_bytes, size)
+        except DeliveryError as error:
+            raise UploadError(str(error)) from error
+        except OSError as error:  # requests would take it for a connection error
             raise UploadError(f"{self._path.name} cannot be read: {error.strerror}") from error
         yield self._tail
 
 
 class GrowingBody:
-    """As FileBody, of a file that is still being written, by another thread.
+    """Like FileBody, of a file that another thread is still writing.
 
     Args:
-        places: where the file lies, the first that is there.
-        rest_s: how long sending may go on when the file is whole.
+        places: paths that the file may have; the first that exists is read.
+        rest_s: how long sending may continue once the file is complete.
     """
 
     size: int | None = None
@@ -97,18 +104,19 @@ class GrowingBody:
         self.content_type, self._head, self._tail = _multipart(name)
         self._places = places
         self._rest_s = rest_s
-        self._there = 0
+        self._written = 0
         self._ended: bool | None = None
         self._until = math.inf
         self._changed = threading.Condition()
 
     def grew(self, size: int) -> None:
-        """So many bytes of it are there."""
+        """Report the number of bytes written so far."""
         with self._changed:
-            self._there = size
+            self._written = size
             self._changed.notify_all()
 
     def ended(self, *, whole: bool) -> None:
+        """Report that nothing more is written; `whole` False aborts the upload."""
         with self._changed:
             self._ended = whole
             self._until = time.monotonic() + self._rest_s
@@ -125,14 +133,14 @@ class GrowingBody:
         yield self._tail
 
     def _wait(self, sent: int) -> int:
-        """How much is there, once that is more than `sent` or all."""
+        """Wait until more than `sent` bytes, or all of them, are written; returns how many are."""
         with self._changed:
-            self._changed.wait_for(lambda: self._there > sent or self._ended is not None)
+            self._changed.wait_for(lambda: self._written > sent or self._ended is not None)
             if self._ended is False:
-                raise UploadError("what was to be sent did not come to its end")
+                raise UploadError("the file was not completed")
             if time.monotonic() > self._until:
-                raise UploadError(f"not sent within {self._rest_s:g} s after it was whole", status=408)
-            return self._there
+                raise UploadError(f"not sent within {self._rest_s:g} s after it was complete", status=408)
+            return self._written
 
     def _open(self) -> IO[bytes]:
         for path in self._places:
@@ -142,7 +150,7 @@ class GrowingBody:
 
 
 def _multipart(name: str) -> tuple[str, bytes, bytes]:
-    """Content-Type, and what stands before and behind the content of the one part, `file`."""
+    """Content-Type, and the bytes before and after the content of the one part, `file`."""
     boundary = secrets.token_hex(16)
     quoted = name.replace('"', "%22").encode("utf-8", "surrogateescape")
     head = b'--%b\r\nContent-Disposition: form-data; name="file"; filename="%b"\r\n' % (boundary.encode(), quoted)

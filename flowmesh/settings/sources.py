@@ -14,7 +14,7 @@ import msgspec
 from msgspec import inspect
 
 from flowmesh.errors import ConfigError
-from flowmesh.messages.wording import dotted, found, nearest, quoted
+from flowmesh.validation.describe import dotted, found, nearest, quoted
 
 DEFAULT = "default"
 COMMAND_LINE = "command line"

@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from flowmesh.redaction import HIDDEN, redact_url
-from flowmesh.settings_types import (
+from flowmesh.settings.types import (
     AbsolutePath,
     CpuList,
     FilePath,

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from flowmesh.messages.wording import nearest, quoted
-from flowmesh.settings_addresses import http_fault, redis_fault
-from flowmesh.settings_schema import Settings
+from flowmesh.settings.addresses import http_fault, redis_fault
+from flowmesh.settings.schema import Settings
+from flowmesh.validation.describe import nearest, quoted
 
 BUILT_IN_ENVIRONMENTS = ("default", "light")
 RESERVED_TOPICS = ("tasks.events", "workers.events")

@@ -10,9 +10,18 @@ from typing import Any
 import msgspec
 from msgspec import inspect
 
-from flowmesh.messages.schemas import LISTS, bare, choose, fits, item_type, members, names, tags
-from flowmesh.messages.wording import Path, expected, found, nearest
 from flowmesh.redaction import is_secret
+from flowmesh.validation.describe import Path, expected, found, nearest
+from flowmesh.validation.schemas import (
+    LISTS,
+    bare,
+    choose,
+    fits,
+    item_type,
+    members,
+    names,
+    tags,
+)
 
 Fault = tuple[Path, str]
 """Where, below the value that was checked, and what is wrong there."""

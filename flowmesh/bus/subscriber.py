@@ -14,7 +14,7 @@ from loguru import logger
 
 from flowmesh.backoff import Backoff
 from flowmesh.bus.connection import RedisError, redis
-from flowmesh.bus.trouble import ConnectionHealth
+from flowmesh.bus.connection_health import ConnectionHealth
 
 
 class Subscriber:
@@ -92,6 +92,3 @@ class Subscriber:
         self.trouble.works()
         logger.info("subscribed{}", " again; messages may have been missed" if gap else "")
         self._on_subscribed(gap)
-
-
-Intake = Subscriber

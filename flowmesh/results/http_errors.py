@@ -1,4 +1,4 @@
-"""What a server said, or why it said nothing, in a few words for an error. Bounded, whatever a server sends."""
+"""What a server answered, or why it did not, as short text for an error. Bounded, whatever a server sends."""
 
 from __future__ import annotations
 
@@ -10,28 +10,29 @@ if TYPE_CHECKING:
     import requests
 
 MAX_RETRY_AFTER_S = 300.0
-ANSWER_SHOWN = 200
-_ANSWER_READ = 4096
+TEXT_SHOWN = 200
+"""Characters of an answer that an error quotes."""
+_BYTES_READ = 4096
 
 
-def answer_of(response: requests.Response, timeout_s: float) -> str:
-    """The beginning of what the server said, as far as it says it in that time; empty where it cannot be read."""
+def read_text(response: requests.Response, timeout_s: float) -> str:
+    """The start of the answer's body, as much as arrives within `timeout_s`; empty where it cannot be read."""
     import urllib3.exceptions
 
     until, data = time.monotonic() + timeout_s, b""
     try:
-        while len(data) < _ANSWER_READ and time.monotonic() < until:
-            more: Any = response.raw.read1(_ANSWER_READ - len(data), decode_content=True)
+        while len(data) < _BYTES_READ and time.monotonic() < until:
+            more: Any = response.raw.read1(_BYTES_READ - len(data), decode_content=True)
             if not more:
                 break
             data += more
     except (OSError, urllib3.exceptions.HTTPError):
-        pass  # what there is of it is better than nothing
+        pass  # use what has arrived
     return data.decode("utf-8", "replace")
 
 
 def retry_after_s(value: str | None) -> float:
-    """Retry-After as seconds, whichever of its two forms it has; 0 where it has none. Bounded."""
+    """Retry-After in seconds, from either of its two forms, at most MAX_RETRY_AFTER_S; 0 where it is missing or bad."""
     if value is None:
         return 0.0
     value = value.strip()
@@ -45,7 +46,7 @@ def retry_after_s(value: str | None) -> float:
 
 
 def innermost(error: BaseException) -> BaseException:
-    """What is behind the wrappers of requests and urllib3."""
+    """The cause inside the exceptions of requests and urllib3."""
     seen: set[int] = set()
     while id(error) not in seen:
         seen.add(id(error))
@@ -54,10 +55,10 @@ def innermost(error: BaseException) -> BaseException:
     return error
 
 
-def in_words(error: BaseException, cause: BaseException, timeout_s: float) -> str:
-    """An attempt's failure in a few words; never the wrappers' own, which quote the whole address."""
+def describe_failure(error: BaseException, cause: BaseException, timeout_s: float) -> str:
+    """Why an attempt got no answer. Never the text of requests' own exceptions, which contains the whole URL."""
     if isinstance(cause, TimeoutError) or "Timeout" in type(error).__name__:
         return f"no answer within {timeout_s:g} s"
     if isinstance(cause, OSError) and cause.strerror:
         return cause.strerror
-    return f"{type(cause).__name__}: {' '.join(str(cause).split())[:ANSWER_SHOWN]}"
+    return f"{type(cause).__name__}: {' '.join(str(cause).split())[:TEXT_SHOWN]}"

@@ -12,10 +12,10 @@ from typing import Any
 
 from flowmesh.errors import DeviceError
 from flowmesh.node.devices import GpuEvent, GpuInfo, GpuLost, GpuReading, Inventory, MigSlice
-from flowmesh.node.nvml_binding import Binding, NoDriverError
-from flowmesh.node.nvml_events import EventSet
-from flowmesh.node.nvml_handles import Handle, Handles
-from flowmesh.node.nvml_reader import Reader
+from flowmesh.node.nvml.binding import Binding, NoDriverError
+from flowmesh.node.nvml.events import EventSet
+from flowmesh.node.nvml.handles import Handle, Handles
+from flowmesh.node.nvml.reader import Reader
 
 _EVENTS_KEPT = 256
 _REOPEN_INTERVAL_S = 30.0

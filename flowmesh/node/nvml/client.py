@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 
 from flowmesh.errors import DeviceError
 from flowmesh.node.devices import GpuEvent, GpuReading, Inventory
-from flowmesh.node.nvml_binding import NoDriverError
-from flowmesh.node.nvml_session import Session
+from flowmesh.node.nvml.binding import NoDriverError
+from flowmesh.node.nvml.session import Session
 
 DEADLINE_S = 5.0
 INIT_DEADLINE_S = 60.0

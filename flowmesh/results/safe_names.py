@@ -1,6 +1,6 @@
-"""Names that came from outside: which of them may become a folder, a file or a part of a URL.
+"""Untrusted names: which of them may become a folder, a file or part of a URL.
 
-Nothing that passes here leads out of the folder it is meant for, through `..` or through a symbolic link.
+No accepted name leads out of the folder it is meant for, by `..` or by a symbolic link.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ MAX_NAME_BYTES = 255
 
 
 def check_task_id(task_id: str, where: str = "task_id") -> str:
-    """`task_id` itself, where it may be the name of a folder.
+    """`task_id` itself, where it can name a folder.
 
     Raises:
-        FieldError: it may not.
+        FieldError: it cannot.
     """
     if not TASK_ID.fullmatch(task_id):
         shown = task_id if len(task_id) <= 80 else f"{task_id[:79]}…"
         raise FieldError(
-            f"{where}: {shown!r} cannot name a folder; 1 to 200 of A-Z a-z 0-9 . _ : @ = + -, "
+            f"{where}: invalid task id {shown!r}; use 1 to 200 of A-Z a-z 0-9 . _ : @ = + -, "
             "the first of them none of . - :",
             where,
         )
@@ -32,7 +32,7 @@ def check_task_id(task_id: str, where: str = "task_id") -> str:
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether `name` is one file's name and nothing more, on any server: no folder, no control character."""
+    """Whether `name` is a plain file name on any system: no path separator, no control character, not too long."""
     return (
         name not in {"", ".", ".."}
         and not any(c in "/\\" or ord(c) < 0x20 or ord(c) == 0x7F for c in name)
@@ -41,7 +41,7 @@ def is_plain_name(name: str) -> bool:
 
 
 def within(path: Path, folder: Path) -> Path | None:
-    """Where `path` really is, following symbolic links, if that is below `folder` (or `folder` itself); else None."""
+    """`path` with symbolic links resolved, if that is `folder` or below it; else None."""
     real = _real(path)
     return real if real is not None and real.is_relative_to(folder.resolve()) else None
 
@@ -57,14 +57,14 @@ def task_folder(results_dir: Path, allowed_roots: Iterable[str | Path], task_id:
     """The folder of a task (docs/contract.md, 3), absolute and free of symbolic links. It need not exist yet.
 
     Raises:
-        FieldError: the id or the path cannot be used, or leads to where this node lets no task write.
+        FieldError: the id or the path is invalid, or lies outside of the folders that tasks may write to.
     """
     check_task_id(task_id)
     destination = output.destination
     asked = (destination.path or "") if isinstance(destination, LocalDestination) else ""
     where = "spec.output.destination.path"
     if any(ord(c) < 0x20 or ord(c) == 0x7F for c in asked):
-        raise FieldError(f"{where}: a control character in {asked!r}", where)
+        raise FieldError(f"{where}: {asked!r} contains a control character", where)
     path = Path(asked)
     if ".." in path.parts:
         raise FieldError(f"{where}: `..` is not allowed (found {asked!r})", where)

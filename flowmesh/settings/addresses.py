@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 from flowmesh.messages.sentinel import SENTINEL_FORM, is_sentinel, sentinel_address
-from flowmesh.messages.wording import nearest, quoted
+from flowmesh.validation.describe import nearest, quoted
 
 if TYPE_CHECKING:
     from urllib.parse import SplitResult

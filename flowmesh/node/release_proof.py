@@ -9,11 +9,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from flowmesh.errors import DeviceError
 from flowmesh.node.devices import GpuLost, GpuReading, GpuSample
 from flowmesh.node.gpu_holders import name_holders
-from flowmesh.node.nvml import Nvml
+from flowmesh.node.nvml.client import Nvml
 from flowmesh.node.release_report import GpuRelease, ReleaseReport
-from flowmesh.node.release_state import TOLERANCE_BYTES, Baseline, GpuState, is_shared_blindly, judge
-
-__all__ = ["Baseline", "ReleaseProof", "ReleaseReport", "is_shared_blindly", "name_holders"]
+from flowmesh.node.release_state import TOLERANCE_BYTES, Baseline, GpuState, judge
 
 _FIRST_PAUSE_S = 0.01
 _LONGEST_PAUSE_S = 0.25

@@ -1,4 +1,4 @@
-"""Small files written whole or not at all, JSON in them, and files read where a task may have put something else."""
+"""Atomic writes of small files, and safe reads in folders where a task may have put links or pipes."""
 
 from __future__ import annotations
 
@@ -12,24 +12,26 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from flowmesh.errors import DeliveryError
 from flowmesh.processes.safe_folder import open_folder
 
 PARTIAL = ".partial"
 _MODE = 0o644
 _PRIVATE = 0o600
 MAX_NOTE_BYTES = 64 * 1024**2
-"""Of what the node and its delivery child note for each other."""
+"""Limit for the files that the node and its delivery child exchange."""
 T = TypeVar("T")
 
 
 def write_atomic(path: Path, data: bytes, *, private: bool = False, folder: int | None = None) -> None:
-    """Replace `path` by `data`: a reader sees the old file or the new one, whatever is killed in between.
+    """Replace the file at `path` atomically: a reader sees the old content or the new, whatever is killed meanwhile.
 
     Args:
+        private: readable by the node's user only.
         folder: a descriptor of the folder that `path` is relative to.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
-    # O_EXCL with O_NOFOLLOW: what a task may have left under that name is not written through
+    # O_EXCL and O_NOFOLLOW: a link that a task has left under that name is not written through
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     with contextlib.suppress(FileNotFoundError):
         os.unlink(partial, dir_fd=folder)
@@ -44,10 +46,10 @@ def write_atomic(path: Path, data: bytes, *, private: bool = False, folder: int 
 
 
 def write_in(folder: Path, name: str, data: bytes, *, make: bool = False) -> None:
-    """Write such a file into a task's folder, where that really lies.
+    """Write a file atomically into a task's folder, which is opened without following links.
 
     Raises:
-        OSError: as for `open_folder`, or it cannot be written.
+        OSError: `open_folder` refuses the folder, or the file cannot be written.
     """
     at = open_folder(folder, make=make)
     try:
@@ -62,21 +64,21 @@ def write_in(folder: Path, name: str, data: bytes, *, make: bool = False) -> Non
 def open_regular(path: Path | str, flags: int = os.O_RDONLY, *, folder: int | None = None) -> int:
     """A descriptor of a file in a folder that a task may write to.
 
-    No link is followed to what is not the task's, and a pipe in the file's place holds nobody up.
+    Refuses links, and hard links to another user's file; does not block on a named pipe.
 
     Args:
         folder: a descriptor of the folder that `path` is relative to.
 
     Raises:
-        OSError: there is none, or it is no regular file, or another user's under a second name.
+        OSError: there is none, or it is not a regular file, or it is a hard link to another user's file.
     """
     fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
     try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "it is no regular file", os.fspath(path))
+            raise OSError(errno.EINVAL, "it is not a regular file", os.fspath(path))
         if status.st_nlink > 1 and status.st_uid != _owner(path, folder):
-            raise OSError(errno.EPERM, "it is another user's file under a second name", os.fspath(path))
+            raise OSError(errno.EPERM, "it is a hard link to another user's file", os.fspath(path))
     except BaseException:
         os.close(fd)
         raise
@@ -84,25 +86,42 @@ def open_regular(path: Path | str, flags: int = os.O_RDONLY, *, folder: int | No
 
 
 def _owner(path: Path | str, folder: int | None) -> int:
-    """Whose the folder is that `path` lies in."""
+    """The owner of the folder that contains `path`."""
     return os.stat(os.path.dirname(path) or ".", dir_fd=folder).st_uid  # noqa: PTH120
 
 
 def read_regular(path: Path, limit_bytes: int) -> bytes:
-    """What such a file holds.
+    """The content of such a file.
 
     Raises:
-        OSError: as for `open_regular`, or it is larger than that.
+        OSError: as for `open_regular`, or it is larger than `limit_bytes`.
     """
     with open(open_regular(path), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size > limit_bytes:
-            raise OSError(errno.EFBIG, f"it is over {limit_bytes} bytes", os.fspath(path))
+            raise OSError(errno.EFBIG, f"it is larger than {limit_bytes} bytes", os.fspath(path))
         return file.read(size)
 
 
+def read_exactly(path: Path, size: int, chunk_bytes: int) -> Iterator[bytes]:
+    """The first `size` bytes of a file, in chunks. A symbolic link is not followed.
+
+    Raises:
+        OSError: it cannot be read.
+        DeliveryError: it became shorter since `size` was read.
+    """
+    left = size
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb", buffering=0) as file:
+        while left:
+            data = file.read(min(chunk_bytes, left))
+            if not data:
+                raise DeliveryError(f"{path.name} became shorter while it was read")
+            left -= len(data)
+            yield data
+
+
 def read_note(path: Path, kind: type[T]) -> T | None:
-    """What was noted there as JSON; None where that is nothing, or nothing that can be read."""
+    """The JSON in a file, decoded as `kind`; None where there is no file or it cannot be decoded."""
     try:
         return msgspec.json.decode(read_regular(path, MAX_NOTE_BYTES), type=kind)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -110,13 +129,13 @@ def read_note(path: Path, kind: type[T]) -> T | None:
 
 
 def below(folder: Path | str, *, strict: bool = False) -> Iterator[os.DirEntry[str]]:
-    """Everything below a folder that is no folder itself; links are not followed.
+    """Everything below a folder except folders; links are not followed.
 
     Args:
-        strict: a folder that cannot be read is not passed over.
+        strict: raise for a folder that cannot be read, instead of skipping it.
 
     Raises:
-        OSError: that was wanted, and there is one.
+        OSError: `strict` is set, and a folder cannot be read.
     """
     open_ = [os.fspath(folder)]
     while open_:
@@ -135,5 +154,5 @@ def below(folder: Path | str, *, strict: bool = False) -> Iterator[os.DirEntry[s
 
 
 def to_json(value: Any) -> bytes:
-    """Indented JSON with a line's end. What is not finite is null."""
+    """Indented JSON with a newline at the end. Numbers that are not finite become null."""
     return msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"

@@ -1,4 +1,4 @@
-"""The requests of one delivery, in order, over as many destinations as it has."""
+"""The requests of one delivery, in order, to all of its destinations."""
 
 from __future__ import annotations
 
@@ -16,57 +16,62 @@ import msgspec
 
 from flowmesh.messages.output import HttpDestination, file_url
 from flowmesh.processes.pipe import Frame, Progress
-from flowmesh.results.bodies import BytesBody, FileBody, GrowingBody, UploadError
-from flowmesh.results.files import PARTIAL
-from flowmesh.results.job import DeliveryJob, Sent, State, Target
+from flowmesh.results.delivery_state import DeliveryState
+from flowmesh.results.job import DeliveryJob, Target
+from flowmesh.results.request_bodies import BytesBody, FileBody, GrowingBody, UploadError
+from flowmesh.results.safe_files import PARTIAL
 from flowmesh.results.throttle import Throttle
 from flowmesh.results.upload import Uploader
 
 EARLY_FROM_BYTES = 32 << 20
-"""An archive of this size is sent while it is written. More than sockets hold: what a server never read is noticed."""
+"""An archive of at least this size is sent while it is written. It is more than socket buffers hold, so a server that
+accepts without reading is noticed."""
 
 
 @dataclasses.dataclass(kw_only=True)
 class Item:
-    """A file to be sent."""
+    """A file to be uploaded."""
 
     target: Target
     path: Path
     name: str
     key: str
-    """What it is noted under once it arrived."""
+    """Its key in the delivery state."""
     url: str
-    """Where it can be fetched then."""
+    """Where it can be downloaded once it has arrived."""
     fields: list[tuple[dict[str, Any], dict[str, Any]]]
-    """What arriving changes in the result: (mapping, what it gets)."""
+    """What its arrival changes in the result: (mapping, entries that it gets)."""
     last: bool = False
-    """Sent after the result is final, as it is the result."""
+    """Sent after the result is final: responses.json and manifest.json."""
 
 
 class Sender:
-    """Sends files and results, and notes each that arrived.
+    """Sends files and results, and records each arrival in the delivery state.
+
+    Args:
+        report: called with progress.
+        token: ORCHESTRATOR_TOKEN.
 
     Raises (from its methods):
-        UploadError: one of them did not, and the delivery is over.
+        UploadError: a file or result did not arrive; the delivery has failed.
     """
 
     def __init__(
         self,
         job: DeliveryJob,
-        state: State,
-        note_state: Callable[[], None],
+        state: DeliveryState,
         report: Callable[[Frame], object],
         token: str | None,
     ) -> None:
         self.sent_bytes = 0
+        """Of the bodies that were accepted."""
         self.urls: list[str] = []
         self._job = job
         self._state = state
-        self._note_state = note_state
         self._report = report
         self._token = token
         self._deadline = 0.0
-        """From the first request on that has its whole body: packing takes what it takes."""
+        """Set by the first request that has its whole body: making archives does not count."""
         self._throttle = Throttle(job.bandwidth_bytes_per_sec, Path(job.throttle_file) if job.throttle_file else None)
         self._uploaders: dict[str, Uploader] = {}
         self._total_bytes = 0
@@ -76,26 +81,31 @@ class Sender:
             uploader.close()
 
     def expect(self, items: Iterable[Item]) -> None:
-        """What progress is measured against. Results are not in it: their size is not known yet."""
-        self._total_bytes = sum(i.path.stat().st_size for i in items if not i.last and not self._arrived(i))
+        """Set the total of the progress. Results are not in it: their size is not known yet."""
+        self._total_bytes = sum(
+            i.path.stat().st_size for i in items if not i.last and not self._state.has_arrived(i.key, i.path)
+        )
 
     def send_file(self, item: Item) -> None:
-        if not self._arrived(item):
+        """Upload a file unless it has arrived already, and put its links into the result."""
+        if not self._state.has_arrived(item.key, item.path):
             before = item.path.stat()
             body = FileBody(item.path, item.name)
             uploader = self._uploader(item.target)
             uploader.send("POST", file_url(self._url(item.target), item.target.task_id), body)
-            self._has_arrived(item, before, body.size or 0)
+            self._arrived(item, before, body.size or 0)
         self.urls.append(item.url)
         for mapping, gets in item.fields:
             mapping.update(gets)
 
     @contextlib.contextmanager
     def early(self, item: Item) -> Iterator[Callable[[int], None]]:
-        """While an archive is written: sends it already, where it is large and the server takes an unknown length.
+        """Send an archive while it is written, where it is large and the server accepts a body of unknown length.
 
-        Where it did not arrive, it is sent as all others when it is whole. What is yielded has to be told how many
-        bytes are there.
+        If that fails, `send_file` sends it later like any other file.
+
+        Yields:
+            A function to call with the number of bytes written so far.
         """
         body = GrowingBody(
             (item.path.with_name(item.path.name + PARTIAL), item.path), item.name, self._job.total_timeout_s
@@ -117,7 +127,7 @@ class Sender:
                 body.ended(whole=whole)
         if sending is not None and sending.result():
             status = item.path.stat()
-            self._has_arrived(item, status, status.st_size)
+            self._arrived(item, status, status.st_size)
 
     def _send_early(self, item: Item, body: GrowingBody) -> bool:
         uploader = self._make_uploader(item.target, math.inf)
@@ -125,30 +135,18 @@ class Sender:
             return uploader.try_unsized(file_url(self._url(item.target), item.target.task_id), body)
 
     def send_result(self, target: Target, result: dict[str, Any]) -> None:
+        """Send a result unless it has arrived already or stays on disk."""
         destination = target.destination
-        if not isinstance(destination, HttpDestination) or target.task_id in self._state.results:
+        if not isinstance(destination, HttpDestination) or self._state.has_result(target.task_id):
             return
-        said = {"task_id": target.task_id, "result": result, "worker_id": self._job.worker_id}
-        encoded = msgspec.json.encode(said)
+        encoded = msgspec.json.encode({"task_id": target.task_id, "result": result, "worker_id": self._job.worker_id})
         self._uploader(target).send(destination.method, self._url(target), BytesBody(encoded, "application/json"))
         self.sent_bytes += len(encoded)
-        self._state.results.append(target.task_id)
-        self._note_state()
+        self._state.result_arrived(target.task_id)
 
-    def _has_arrived(self, item: Item, status: os.stat_result, sent_bytes: int) -> None:
+    def _arrived(self, item: Item, status: os.stat_result, sent_bytes: int) -> None:
         self.sent_bytes += sent_bytes
-        self._state.sent[item.key] = Sent(size=status.st_size, mtime_ns=status.st_mtime_ns)
-        self._note_state()
-
-    def _arrived(self, item: Item) -> bool:
-        sent = self._state.sent.get(item.key)
-        if sent is None:
-            return False
-        try:
-            now = item.path.stat()
-        except FileNotFoundError:  # cleaned up since
-            return True
-        return (sent.size, sent.mtime_ns) == (now.st_size, now.st_mtime_ns)
+        self._state.file_arrived(item.key, status)
 
     def _uploader(self, target: Target) -> Uploader:
         uploader = self._uploaders.get(target.task_id)
@@ -172,12 +170,14 @@ class Sender:
 
     def _progress(self, sent_bytes: int) -> None:
         done = self.sent_bytes + sent_bytes
-        total = float(max(done, self._total_bytes)) if self._total_bytes else None  # nobody knows, while it is packed
+        total = (
+            float(max(done, self._total_bytes)) if self._total_bytes else None
+        )  # unknown while an archive is being written
         self._report(Progress(float(done), total, "B"))
 
     @staticmethod
     def _url(target: Target) -> str:
         destination = target.destination
         if not isinstance(destination, HttpDestination) or destination.url is None:
-            raise UploadError(f"{target.task_id} has no http destination")
+            raise UploadError(f"task {target.task_id} has no http destination")
         return destination.url

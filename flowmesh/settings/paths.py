@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from flowmesh.errors import ConfigError
-from flowmesh.messages.wording import quoted
-from flowmesh.settings_schema import Settings
+from flowmesh.settings.schema import Settings
+from flowmesh.validation.describe import quoted
 
 
 def results_dir(settings: Settings) -> Path:
