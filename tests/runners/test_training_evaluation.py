@@ -148,6 +148,12 @@ ROWS = {"prompts": ["a", "b"]}
             {"load_best_model_at_end": True, "save_strategy": "no"},
             "spec.training.load_best_model_at_end: needs checkpoints",
         ),
+        (
+            "sft",
+            {**ROWS, "eval": ROWS},
+            {"load_best_model_at_end": True, "eval_steps": 2, "save_steps": 3},
+            "spec.training.save_steps: load_best_model_at_end writes a checkpoint at each evaluation",
+        ),
     ],
 )
 def test_what_does_not_go_together(
