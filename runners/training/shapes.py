@@ -42,7 +42,7 @@ def shape(row: Any, columns: list[Column], where: str, plan: Plan) -> dict[str, 
         for name in ("tools", "chat_template_kwargs"):
             if row.get(name):
                 raise BadRequest(
-                    f"{where}: column {name!r} would have no effect: {plan.kind.task_type} writes prompts without it; "
+                    f"{where}: column {name!r} would have no effect: {plan.kind.task_type} formats prompts without it; "
                     "leave it out, or rename it where a reward reads it"
                 )
         found |= {key: value for key, value in row.items() if key not in found and key not in taken}
@@ -184,7 +184,7 @@ def _check_text(value: Any, where: str) -> None:
             code = ord(text[error.start])
             raise BadRequest(
                 f"{where}: character {error.start} of {text[: error.start + 1]!r:.60} is U+{code:04X}, half of a "
-                "surrogate pair; mend the file's encoding"
+                "surrogate pair; fix the encoding of the data"
             ) from None
 
 
