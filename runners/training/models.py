@@ -198,11 +198,11 @@ def _check_names(model: Any, folder: Path) -> None:
     with safe_open(file, "pt") as opened:
         there = set(opened.keys())
     wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    for what, names in (("lacks", wanted - there), ("has, and nothing in the model has,", there - wanted)):
+    for what, names in (("lacks", wanted - there), ("holds unknown weights, such as", there - wanted)):
         if names := {name for name in names if "embed_tokens" not in name and "lm_head" not in name}:
             raise BadRequest(
                 f"spec.checkpoint.load: the adapter does not fit the model: its file {what} {min(names)!r} "
-                f"({len(names)} such weights); give the adapter of this base model, saved by PEFT"
+                f"({len(names)} weights); give an adapter of this base model, saved by PEFT"
             )
 
 
@@ -211,7 +211,7 @@ def merged_start(plan: Plan, start: Start, ctx: Context, *, write: bool) -> Star
 
     Args:
         write: whether this rank merges and saves, or another of this node. Before the ranks join, since afterwards
-                only rank 0 can save.
+            only rank 0 can save.
     """
     if start.adapter is None or plan.lora is not None:
         return start

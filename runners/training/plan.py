@@ -126,6 +126,11 @@ def _evaluation(data: sources.Data, training: settings.Training, kind: Kind) -> 
         raise BadRequest("spec.training.eval_steps: given besides eval_strategy epoch; give one")
     if training.load_best_model_at_end and training.save_strategy == "no":
         raise BadRequest("spec.training.load_best_model_at_end: needs checkpoints; leave save_strategy no out")
+    if training.load_best_model_at_end and training.saves_every not in (None, training.eval_steps):
+        raise BadRequest(
+            "spec.training.save_steps: load_best_model_at_end writes a checkpoint at each evaluation; leave save_steps "
+            "out, or set it to eval_steps"
+        )
     if data.eval is None:
         return None
     found = check(data.eval, kind.data, "spec.data.eval")

@@ -88,6 +88,6 @@ class SftRows:
         ]
         if ends[1] <= ends[0]:
             raise BadRequest(
-                f"{where()}: weight 0 of message {i}: the model's chat template writes it differently in a longer chat"
+                f"{where()}: weight 0 of message {i}: the model's chat template formats it differently in a longer chat"
             )
         return ends[0], ends[1]

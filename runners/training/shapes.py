@@ -49,7 +49,7 @@ def shape(row: Any, columns: list[Column], where: str, plan: Plan) -> dict[str, 
         for name in ("tools", "chat_template_kwargs"):
             if row.get(name):
                 raise BadRequest(
-                    f"{where}: column {name!r} would have no effect: {plan.kind.task_type} writes prompts without it; "
+                    f"{where}: column {name!r} would have no effect: {plan.kind.task_type} formats prompts without it; "
                     "leave it out, or rename it where a reward reads it"
                 )
         found |= {key: value for key, value in row.items() if key not in found and key not in taken}

@@ -41,9 +41,7 @@ def written(tokenizer: Any, chat: list[dict[str, Any]], where: Where, **more: An
     except Exception as error:  # templates raise jinja's errors and any of their expressions'
         roles = ", ".join(str(message["role"]) for message in chat)
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise BadRequest(
-            f"{where()}: the model's chat template cannot write this chat ({roles}): {reason:.300}"
-        ) from error
+        raise BadRequest(f"{where()}: the model's chat template refuses this chat ({roles}): {reason:.300}") from error
 
 
 def check_keys(tokenizer: Any, chat: list[dict[str, Any]], row: dict[str, Any], where: Where) -> None:

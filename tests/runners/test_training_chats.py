@@ -240,7 +240,7 @@ def test_a_template_without_a_system_role_names_the_row(tiny_llama: Path, tmp_pa
     } | ({"reward": "length"} if task_type in ("grpo", "ppo") else {})
     outcome = run(tmp_path, task_type, spec)
     assert outcome.fault == "bad_request"
-    assert f"spec.data.{name}[1]: the model's chat template cannot write this chat" in outcome.message
+    assert f"spec.data.{name}[1]: the model's chat template refuses this chat" in outcome.message
     assert "System role not supported" in outcome.message
 
 
@@ -258,7 +258,7 @@ def test_a_reward_models_template_names_the_row_too(tiny_llama: Path, tmp_path: 
     prompts = [PLAIN[:1], [{"role": "system", "content": "b"}, *PLAIN[:1]]]
     spec = {"data": {"prompts": prompts}, "reward_model": {"identifier": str(folder)}, "training": {"steps": 1}}
     message = refused(tmp_path, "ppo", spec)
-    assert f"spec.reward_model {str(folder)!r}: spec.data.prompts[1]: the model's chat template cannot" in message
+    assert f"spec.reward_model {str(folder)!r}: spec.data.prompts[1]: the model's chat template refuses" in message
 
 
 def test_tools_of_prompts_would_have_no_effect(tmp_path: Path) -> None:

@@ -106,6 +106,16 @@ def test_every_trainer_of_trls(tmp_path: Path, task_type: str) -> None:
         assert result["metrics"]["eval_history"][-1]["eval_reward"] == 0
 
 
+def test_two_ranks_evaluate_together(tmp_path: Path) -> None:
+    training = {**TRAINING, "max_steps": 3, "nproc_per_node": 2, "per_device_eval_batch_size": 1, "eval_steps": 2}
+    result = train(
+        tmp_path, "sft", {"data": {"prompts": SUMS, "eval": {"prompts": ["a slot"] * 4}}, "training": training}
+    )
+    assert result["metrics"]["world_size"] == 2
+    assert [point["step"] for point in result["metrics"]["eval_history"]] == [2, 3]
+    assert result["eval_loss"] == pytest.approx(loss_of(result["final_model_path"], ["a slot"]), abs=1e-3)
+
+
 def test_rows_to_evaluate_on_that_are_too_long_are_named(tmp_path: Path) -> None:
     long = {"prompt": "the node " * 60, "chosen": " yes", "rejected": " no"}
     data = {"preferences": PAIRS[:4], "eval": {"preferences": [long]}}
@@ -137,6 +147,12 @@ ROWS = {"prompts": ["a", "b"]}
             {**ROWS, "eval": ROWS},
             {"load_best_model_at_end": True, "save_strategy": "no"},
             "spec.training.load_best_model_at_end: needs checkpoints",
+        ),
+        (
+            "sft",
+            {**ROWS, "eval": ROWS},
+            {"load_best_model_at_end": True, "eval_steps": 2, "save_steps": 3},
+            "spec.training.save_steps: load_best_model_at_end writes a checkpoint at each evaluation",
         ),
     ],
 )
