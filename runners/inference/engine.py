@@ -16,6 +16,8 @@ from runners.api import Context, RunnerError
 from runners.inference.options import Sampling
 
 FinishReason = Literal["stop", "length"]
+SkippedReason = Literal["blank"]
+"""Of an item that was not sent to the model: its prompt is empty or white space."""
 
 
 class GpuOutOfMemory(RunnerError):
@@ -46,8 +48,8 @@ class Output(msgspec.Struct, frozen=True):
 
     text: str
     token_ids: tuple[int, ...]
-    """Everything generated, an end-of-sequence token and a cut-off stop string included."""
-    finish_reason: FinishReason
+    """Everything generated, with an end-of-sequence token or stop string that `text` is cut before."""
+    finish_reason: FinishReason | SkippedReason
     logprobs: tuple[TokenLogprob, ...] | None = None
 
 
@@ -95,12 +97,15 @@ class Engine(Protocol):
     name: str
     max_positions: int | None
     """Tokens that prompt and answer may have together; None: not known."""
+    vocabulary: int | None
+    """Tokens that the model has embeddings for, by ids from 0; None: not known."""
 
     def generate(self, requests: list[Request], sampling: Sampling, watch: Watch) -> list[Completion]:
         """Answer every request; the completions stand in the requests' order.
 
         Raises:
             GpuOutOfMemory: the device has too little memory even for one request at a time.
+            BadRequest: the model computes NaN or infinity.
             Cancelled: by way of `watch`.
         """
         ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,17 +52,41 @@ def load_engine(
     """
     chosen = choose(ctx, task)
     _tell_unused(ctx, task, chosen)
+    engine: Engine
     if chosen == "vllm":
         from runners.inference import vllm_engine
 
-        return vllm_engine.load(ctx, task, source, adapters, work=work)
-    if task.sampling.json_schema is not None:
+        engine, texts = vllm_engine.load(ctx, task, source, adapters, work=work)
+    elif task.sampling.json_schema is not None:
         raise BadRequest(
             "spec.inference.json_schema: only vLLM can keep answers to a schema; set spec.engine to 'vllm'"
         )
-    from runners.inference import loader
+    else:
+        from runners.inference import loader
 
-    return loader.load(ctx, task, source, adapters)
+        engine, texts = loader.load(ctx, task, source, adapters)
+    _check_ids(ctx, task, source, engine, texts)
+    return engine, texts
+
+
+def _check_ids(ctx: Context, task: InferenceTask, source: Source, engine: Engine, texts: Texts) -> None:
+    """Raises BadRequest where the task names token ids that the model does not have."""
+    rows = engine.vocabulary
+    if rows is None:
+        return
+    if len(texts.tokenizer) > rows:
+        ctx.log.warning(
+            "tokenizer larger than the embeddings model=%s tokens=%d rows=%d; a prompt with one of the tokens that the "
+            "model does not have is refused", source.shown, len(texts.tokenizer), rows,
+        )  # fmt: skip
+    sampling = task.sampling
+    for field, ids in (
+        ("stop_token_ids", sampling.stop_token_ids),
+        ("logit_bias", sampling.logit_bias),
+        ("bad_words", itertools.chain(*texts.bad_word_ids(sampling.bad_words))),
+    ):
+        if beyond := [token_id for token_id in ids if token_id >= rows]:
+            raise BadRequest(f"spec.inference.{field}: the model has no token {beyond[0]}; its ids end at {rows - 1}")
 
 
 def _tell_unused(ctx: Context, task: InferenceTask, chosen: str) -> None:

@@ -18,6 +18,7 @@ from runners.inference.lora import apply_adapters
 from runners.inference.task import DTYPES, InferenceTask, TransformersOptions
 from runners.inference.tokens import Texts, load_tokenizer
 from runners.inference.transformers_engine import TransformersEngine
+from runners.models import weights
 from runners.models.adapters import LocalAdapter
 from runners.models.sources import Source, loading
 
@@ -42,14 +43,15 @@ def load(
     with _device_memory(source):
         model = apply_adapters(model, adapters)
     tokens, rows = budget(model)
-    return TransformersEngine(model, texts, batch_tokens=tokens, batch_rows=rows), texts
+    return TransformersEngine(model, texts, batch_tokens=tokens, batch_rows=rows, source=source), texts
 
 
 def load_model(ctx: Context, task: InferenceTask, source: Source) -> tuple[Any, Texts]:
     """The bare model, in evaluation mode, and its tokenizer.
 
     Raises:
-        BadRequest: there is no such model, or an option does not fit it or this node.
+        BadRequest: there is no such model, its checkpoint does not hold its weights, or an option does not fit it or
+            this node.
         MissingDependency: a library that an option needs is missing.
         GpuOutOfMemory: the model does not fit the device.
         RunnerError: the hub cannot be reached.
@@ -65,9 +67,7 @@ def load_model(ctx: Context, task: InferenceTask, source: Source) -> tuple[Any, 
     with loading(source), _device_memory(source):
         config = AutoConfig.from_pretrained(source.path, revision=source.revision, trust_remote_code=trust)
         tokenizer = load_tokenizer(source, trust, config)
-        model = AutoModelForCausalLM.from_pretrained(
-            source.path, config=config, revision=source.revision, trust_remote_code=trust, **arguments
-        )
+        model = weights.load_model(AutoModelForCausalLM, source, config=config, trust_remote_code=trust, **arguments)
     return model.eval(), Texts(tokenizer)
 
 

@@ -12,6 +12,7 @@ from runners.api import BadRequest
 from runners.models.spec import Section
 
 EngineName = Literal["auto", "vllm", "transformers"]
+TokenId = Annotated[int, Meta(ge=0)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 
 
@@ -27,6 +28,11 @@ class InferenceOptions(Section, frozen=True, rename={"system_prompt_alias": "sys
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Meta(gt=0)] | None = None
     stop: str | tuple[str, ...] | None = None
+    stop_token_ids: tuple[TokenId, ...] | None = None
+    min_tokens: Annotated[int, Meta(ge=0)] | None = None
+    ignore_eos: bool | None = None
+    bad_words: str | tuple[str, ...] | None = None
+    logit_bias: dict[str | int, Annotated[float, Meta(ge=-100, le=100)]] | None = None
     do_sample: bool | None = None
     system_prompt: str | None = None
     system_prompt_alias: str | None = None
@@ -52,6 +58,12 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     frequency_penalty: float
     repetition_penalty: float
     stop: tuple[str, ...]
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    """Until there are as many, nothing ends the answer."""
+    ignore_eos: bool = False
+    bad_words: tuple[str, ...] = ()
+    logit_bias: dict[int, float] = {}
     seed: int | None
     """Each request starts from it anew, so an answer does not depend on what else is in the batch."""
     n: int
@@ -67,7 +79,8 @@ def sampling_of(options: InferenceOptions, where: str = "spec.inference") -> Sam
     """Fill in the defaults and check the fields against each other.
 
     Raises:
-        BadRequest: an empty stop string, or several answers of a greedy request.
+        BadRequest: an empty string in `stop` or `bad_words`, a `min_tokens` above `max_tokens`, a `logit_bias` for
+            what is no token id, or several answers of a greedy request.
     """
     stop = (options.stop,) if isinstance(options.stop, str) else options.stop or ()
     if "" in stop:
@@ -78,6 +91,12 @@ def sampling_of(options: InferenceOptions, where: str = "spec.inference") -> Sam
     if options.do_sample is False:
         temperature = 0.0
     n = options.n or 1
+    bad_words = (options.bad_words,) if isinstance(options.bad_words, str) else options.bad_words or ()
+    if any(not word.strip() for word in bad_words):
+        raise BadRequest(f"{where}.bad_words: an empty string forbids nothing; leave it out")
+    max_tokens = _or(options.max_new_tokens, _or(options.max_tokens, 512))
+    if (options.min_tokens or 0) > max_tokens:
+        raise BadRequest(f"{where}.min_tokens: {options.min_tokens} is more than max_tokens, {max_tokens}")
     if n > 1 and temperature == 0.0:
         raise BadRequest(
             f"{where}.n: {n} answers of a greedy request would all be the same; set n to 1, or a temperature above 0"
@@ -86,16 +105,29 @@ def sampling_of(options: InferenceOptions, where: str = "spec.inference") -> Sam
         temperature=temperature,
         top_p=1.0 if temperature == 0.0 else _or(options.top_p, 0.95),
         top_k=0 if temperature == 0.0 else max(options.top_k or 0, 0),
-        max_tokens=_or(options.max_new_tokens, _or(options.max_tokens, 512)),
+        max_tokens=max_tokens,
         presence_penalty=_or(options.presence_penalty, 0.0),
         frequency_penalty=_or(options.frequency_penalty, 0.0),
         repetition_penalty=_or(options.repetition_penalty, 1.0),
         stop=stop,
+        stop_token_ids=options.stop_token_ids or (),
+        min_tokens=options.min_tokens or 0,
+        ignore_eos=bool(options.ignore_eos),
+        bad_words=bad_words,
+        logit_bias=_bias(options.logit_bias or {}, f"{where}.logit_bias"),
         seed=options.seed,
         n=n,
         logprobs=options.logprobs,
         json_schema=options.json_schema,
     )
+
+
+def _bias(given: dict[str | int, float], where: str) -> dict[int, float]:
+    """By token id; JSON writes the ids as strings."""
+    for key in given:
+        if not str(key).isdecimal():
+            raise BadRequest(f"{where}.{key}: expected a token id, a whole number >= 0")
+    return {int(key): value for key, value in given.items()}
 
 
 def system_prompt_of(options: InferenceOptions, where: str = "spec.inference") -> str | None:

@@ -53,6 +53,8 @@ class InferenceRunner(Runner):
         for task_id, part in parts.items():
             try:
                 prepared[task_id] = prepare(part, texts, engine, adapters)
+                if part.blank:
+                    ctx.log.warning("blank prompts skipped task=%s count=%d", task_id or ctx.task_id, len(part.blank))
             except BadRequest as error:
                 if task_id is None:
                     raise

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
 import torch
 from transformers import LogitsProcessor
 
@@ -16,11 +17,30 @@ from runners.inference.engine import TokenLogprob
 from runners.inference.options import Sampling
 
 
+class NotFinite(ArithmeticError):
+    """The model computed NaN or infinity where the score of its best token should be."""
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """What a task forbids of the next token, in ids of its model's tokenizer."""
+
+    bad_words: Sequence[Sequence[int]] = ()
+    """Sequences whose last token is forbidden where the others were just generated."""
+    ends: frozenset[int] = frozenset()
+    """Tokens that end an answer, forbidden until it has `min_tokens`."""
+
+
 class Picker(LogitsProcessor):
-    """Order of the steps, as in vLLM: logprobs of the model itself, penalties, temperature, top-k, top-p, draw."""
+    """Order of the steps, as in vLLM: logprobs of the model itself, bad words, min_tokens, logit_bias, penalties,
+    temperature, top-k, top-p, draw."""
 
     def __init__(
-        self, sampling: Sampling, prompts: Sequence[Sequence[int]], seeds: Sequence[int | None], width: int
+        self,
+        sampling: Sampling,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int | None],
+        width: int,
+        limits: Limits | None = None,
     ) -> None:
         """
         Args:
@@ -32,6 +52,8 @@ class Picker(LogitsProcessor):
         self._prompts = prompts
         self._seeds = seeds
         self._width = width
+        self._limits = limits or Limits()
+        self._finite: torch.Tensor | None = None
         self._generators: list[torch.Generator | None] = []
         self._prompt_seen: torch.Tensor | None = None
         self._counts: torch.Tensor | None = None
@@ -39,15 +61,49 @@ class Picker(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         sampling = self._sampling
-        if sampling.greedy and not self._penalised and sampling.logprobs is None:
+        finite = scores.amax(dim=-1).isfinite().all()  # NaN wins any comparison, so the largest shows it
+        self._finite = finite if self._finite is None else self._finite & finite
+        if sampling.greedy and not self._limited and not self._penalised and sampling.logprobs is None:
             return scores
         raw = torch.log_softmax(scores, dim=-1) if sampling.logprobs is not None else None
-        scores = self._penalise(input_ids, scores)
+        scores = self._penalise(input_ids, self._limit(input_ids, scores))
         tokens = scores.argmax(dim=-1) if sampling.greedy else self._draw(scores)
         if raw is not None:
             self._note(raw, tokens)
         chosen = torch.full_like(scores, float("-inf"))
         return chosen.scatter_(1, tokens[:, None], 0.0)
+
+    def check_finite(self) -> None:
+        """Raises NotFinite where a score of the last steps was not finite. Waits for the device."""
+        if self._finite is not None and not bool(self._finite):
+            raise NotFinite
+
+    @property
+    def _limited(self) -> bool:
+        s = self._sampling
+        return bool(self._limits.bad_words or s.min_tokens or s.logit_bias)
+
+    def _limit(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if not self._limited:
+            return scores
+        scores = scores.clone()
+        for word in self._limits.bad_words:
+            scores[:, word[-1]].masked_fill_(self._ends_with(input_ids, word[:-1]), float("-inf"))
+        if input_ids.shape[1] - self._width < self._sampling.min_tokens:
+            scores[:, [each for each in self._limits.ends if each < scores.shape[-1]]] = float("-inf")
+        if self._sampling.logit_bias:
+            ids = torch.tensor(list(self._sampling.logit_bias), device=scores.device)
+            scores[:, ids] += torch.tensor(list(self._sampling.logit_bias.values()), device=scores.device)
+        return scores
+
+    def _ends_with(self, input_ids: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
+        """Which rows have just generated these tokens."""
+        rows = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        if not tokens:
+            return rows
+        if input_ids.shape[1] - self._width < len(tokens):
+            return ~rows
+        return (input_ids[:, -len(tokens) :] == torch.tensor(tokens, device=input_ids.device)).all(dim=-1)
 
     @property
     def _penalised(self) -> bool:

@@ -18,13 +18,16 @@ from runners.inference.engine import Completion, FinishReason, Output, Request, 
 from runners.inference.lora import check_fit
 from runners.inference.options import Sampling
 from runners.inference.task import InferenceTask
-from runners.inference.tokens import Texts, load_tokenizer
+from runners.inference.tokens import Reader, Texts, load_tokenizer
 from runners.inference.vllm_args import Work, engine_arguments
 from runners.inference.vllm_failures import Logs, explain, first_line, start_failure, step_failure
 from runners.inference.vllm_processes import EngineProcesses, cuda_started
 from runners.models.adapters import LocalAdapter
 from runners.models.sources import Source, loading
+from runners.models.weights import check_checkpoint, load_model, not_finite
 
+OWN_LOADING = ("load_format", "hf_overrides", "quantization", "model_impl")
+"""Engine arguments with which vLLM reads another checkpoint, or makes another model, than Transformers would."""
 _alive: list[Any] = []
 """Taking an engine down costs half a second, and its process ends anyway."""
 
@@ -34,17 +37,22 @@ class VllmEngine:
 
     name = "vllm"
 
-    def __init__(self, llm: Any, texts: Texts, adapters: dict[str, Any], processes: EngineProcesses) -> None:
+    def __init__(
+        self, llm: Any, texts: Texts, adapters: dict[str, Any], processes: EngineProcesses, source: Source
+    ) -> None:
         """
         Args:
             adapters: LoRARequest by name.
+            source: of the model, for errors.
         """
         self._llm = llm
+        self._source = source
         self._texts = texts
         self._adapters = adapters
         self._processes = processes
         self._on_cpu = llm.llm_engine.vllm_config.device_config.device_type == "cpu"
         self.max_positions: int | None = llm.model_config.max_model_len
+        self.vocabulary: int | None = llm.model_config.get_vocab_size()
 
     def describe(self) -> dict[str, Any]:
         config = self._llm.llm_engine.vllm_config
@@ -59,7 +67,8 @@ class VllmEngine:
 
     def generate(self, requests: list[Request], sampling: Sampling, watch: Watch) -> list[Completion]:
         """See `Engine.generate`."""
-        params = sampling_params(sampling)
+        sampling = self._texts.resolved(sampling)
+        params = sampling_params(sampling, special=self._texts.names_special(sampling.stop))
         completions: dict[int, Completion] = {}
         with self._processes.watched():
             for rows in self._rounds(requests):
@@ -90,7 +99,9 @@ class VllmEngine:
         ordered = sorted(finished, key=lambda each: int(each.partition("-")[0]))
         if len(ordered) != len(ids):
             raise RunnerError(f"vLLM answered {len(ordered)} of {len(ids)} prompts; the log may say why")
-        return [self._completion(finished[each], sampling) for each in ordered]
+        return [
+            self._completion(finished[each], request, sampling) for each, request in zip(ordered, requests, strict=True)
+        ]
 
     def _finished(self, watch: Watch) -> Iterable[tuple[str, Any]]:
         engine, logs = self._llm.llm_engine, Logs()
@@ -100,23 +111,27 @@ class VllmEngine:
             except RunnerError:
                 raise  # what `EngineProcesses` found
             except Exception as error:
-                raise step_failure(error, logs) from error
+                dtype = str(self._llm.model_config.dtype)
+                nan = not_finite(self._source.where, self._source.shown, dtype, None)
+                raise step_failure(error, logs, nan) from error
             watch.step(
                 tokens=sum(len(answer.token_ids) for output in done for answer in output.outputs),
                 answers=sum(len(output.outputs) for output in done),
             )
             yield from ((output.request_id, output) for output in done)
 
-    def _completion(self, output: Any, sampling: Sampling) -> Completion:
+    def _completion(self, output: Any, request: Request, sampling: Sampling) -> Completion:
         answers = sorted(output.outputs, key=lambda answer: answer.index)
-        return Completion(tuple(self._output(answer, sampling) for answer in answers))
+        reader = self._texts.reader(request.token_ids, sampling)
+        return Completion(tuple(self._output(answer, reader, sampling) for answer in answers))
 
-    def _output(self, answer: Any, sampling: Sampling) -> Output:
+    @staticmethod
+    def _output(answer: Any, reader: Reader, sampling: Sampling) -> Output:
         if answer.finish_reason not in get_args(FinishReason):
             raise RunnerError(f"vLLM ended an answer with {answer.finish_reason!r}; the log may say why")
         ids = tuple(answer.token_ids)
         return Output(
-            text=self._texts.decode(ids, sampling.stop),
+            text=reader.text(ids, answer.finish_reason),
             token_ids=ids,
             finish_reason=answer.finish_reason,
             logprobs=_logprobs(ids, answer.logprobs, sampling.logprobs) if sampling.logprobs is not None else None,
@@ -142,6 +157,7 @@ def load(
             source.path, revision=source.revision, trust_remote_code=trust, cache_dir=cache_dir
         )
         texts = Texts(load_tokenizer(source, trust, config, cache_dir))
+    check_weights(ctx, task, source, config)
     runtime = [adapter for adapter in adapters if adapter.apply == "runtime"]
     for adapter in runtime:
         check_fit(ctx, adapter, config, trust_remote_code=trust)
@@ -158,8 +174,26 @@ def load(
     set_environment(ctx, alone=alone, eager=bool(arguments["enforce_eager"]))
     llm = start(path, None if path != source.path else source.revision, source, arguments, asked=list(task.vllm))
     _alive.append(llm)
-    engine = VllmEngine(llm, texts, _add_adapters(llm, runtime), EngineProcesses())
+    engine = VllmEngine(llm, texts, _add_adapters(llm, runtime), EngineProcesses(), source)
     return engine, texts
+
+
+def check_weights(ctx: Context, task: InferenceTask, source: Source, config: Any) -> None:
+    """Raises BadRequest where the checkpoint does not hold the model's weights, before an engine is started with it.
+
+    Only where Transformers would load the same checkpoint; what is left is vLLM's to find.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    changed = [name for name in OWN_LOADING if task.vllm.get(name) not in (None, "auto")]
+    quantized = getattr(config, "quantization_config", None) is not None
+    if changed or quantized or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        ctx.log.info("weights not checked before the engine starts model=%s", source.shown)
+        return
+    check_checkpoint(AutoModelForCausalLM, source, config=config, cache_dir=task.vllm.get("download_dir"))
 
 
 def start(path: str, revision: str | None, source: Source, arguments: dict[str, Any], *, asked: Sequence[str]) -> Any:
@@ -189,15 +223,14 @@ def merged(ctx: Context, task: InferenceTask, source: Source, adapters: Sequence
 
     target = Path(tempfile.mkdtemp(prefix="merged-", dir=ctx.tmp_dir))
     trust = bool(task.vllm.get("trust_remote_code"))
-    with loading(source):
-        model = AutoModelForCausalLM.from_pretrained(
-            source.path,
-            revision=source.revision,
-            trust_remote_code=trust,
-            cache_dir=task.vllm.get("download_dir"),
-            dtype="auto",
-            device_map="cpu",
-        )
+    model = load_model(
+        AutoModelForCausalLM,
+        source,
+        trust_remote_code=trust,
+        cache_dir=task.vllm.get("download_dir"),
+        dtype="auto",
+        device_map="cpu",
+    )
     with torch.no_grad():
         model = apply_adapters(model, [adapter for adapter in adapters if adapter.apply == "merge"])
     model.save_pretrained(target)
@@ -205,8 +238,12 @@ def merged(ctx: Context, task: InferenceTask, source: Source, adapters: Sequence
     return target
 
 
-def sampling_params(sampling: Sampling) -> Any:
-    """Our Sampling as vLLM's."""
+def sampling_params(sampling: Sampling, *, special: bool = False) -> Any:
+    """Our Sampling as vLLM's.
+
+    Args:
+        special: stop strings are looked for in the text with its special tokens written out.
+    """
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
@@ -221,6 +258,12 @@ def sampling_params(sampling: Sampling) -> Any:
         frequency_penalty=sampling.frequency_penalty,
         repetition_penalty=sampling.repetition_penalty,
         stop=list(sampling.stop) or None,
+        stop_token_ids=list(sampling.stop_token_ids) or None,
+        min_tokens=sampling.min_tokens,
+        ignore_eos=sampling.ignore_eos,
+        bad_words=list(sampling.bad_words) or None,
+        logit_bias=sampling.logit_bias or None,
+        skip_special_tokens=not special,
         seed=sampling.seed,
         logprobs=sampling.logprobs,
         detokenize=bool(sampling.stop),  # text is made by `Texts` from the ids, for both engines alike
@@ -234,6 +277,7 @@ def set_environment(ctx: Context, *, alone: bool, eager: bool) -> None:
 
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if alone else "1"
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    os.environ["VLLM_RAISE_ON_LOGIT_NANS"] = "1"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if "VLLM_CACHE_ROOT" not in os.environ:
         os.environ["VLLM_CACHE_ROOT"] = str(library_folder(ctx, COMPILED, ""))
@@ -260,7 +304,9 @@ def _add_adapters(llm: Any, adapters: Sequence[LocalAdapter]) -> dict[str, Any]:
         try:
             llm.llm_engine.add_lora(request)
         except (ValueError, RuntimeError, KeyError, AssertionError, TypeError) as error:
-            raise BadRequest(f"{adapter.where}: the adapter does not fit the model: {first_line(error)}") from error
+            raise BadRequest(
+                f"{adapter.where}: vLLM cannot apply the adapter at run time: {first_line(error)}; try apply: merge"
+            ) from error
         requests[adapter.name] = request
     return requests
 

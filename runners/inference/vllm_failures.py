@@ -23,6 +23,7 @@ _OUT_OF_MEMORY = (
 )
 _TASKS_OWN = frozenset({"ValueError", "TypeError", "KeyError", "AssertionError", "NotImplementedError"})
 """What vLLM raises where it is given something that it cannot do."""
+_NOT_FINITE = "NaNs detected in logits"
 _ELSEWHERE = "root cause"
 """In all of vLLM's messages that only say that another process failed."""
 _RAISED = re.compile(
@@ -64,9 +65,15 @@ def start_failure(error: Exception, source: Source, logs: Logs) -> RunnerError:
     return RunnerError(f"vLLM's engine did not start: {line}; the log has the whole story")
 
 
-def step_failure(error: Exception, logs: Logs) -> RunnerError:
-    """Why it stopped while it generated."""
+def step_failure(error: Exception, logs: Logs, when_not_finite: str | None = None) -> RunnerError:
+    """Why it stopped while it generated.
+
+    Args:
+        when_not_finite: the message where the model computed NaN.
+    """
     kind, text = _told(error, logs)
+    if _NOT_FINITE in text and when_not_finite is not None:
+        return BadRequest(when_not_finite)
     if any(each in text for each in _OUT_OF_MEMORY):
         return GpuOutOfMemory(f"the GPU's memory ran out while generating: {first_line(text)}")
     return RunnerError(f"vLLM's engine failed while generating: {kind}: {first_line(text)}")

@@ -18,6 +18,8 @@ from runners.models.spec import Adapter
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
+"""Values of `init_lora_weights` with which PEFT changes the base model's weights as it loads the adapter."""
 
 
 class LocalAdapter(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,6 +65,11 @@ def load_adapter(ctx: Context, adapter: Adapter, index: int, where: str) -> Loca
     if not math.isfinite(scale):
         raise BadRequest(f"{where}.scale: expected a finite number (found {scale})")
     if scale != 1.0:
+        if more := beyond_product(config):
+            raise BadRequest(
+                f"{where}.scale: {scale:g}, but this adapter is more than a product A × B, which is all that can be "
+                f"scaled ({', '.join(more)}); leave scale out"
+            )
         folder = scaled_copy(folder, config, scale, Path(tempfile.mkdtemp(prefix="adapter-", dir=ctx.tmp_dir)))
     name = adapter.name if adapter.name is not None else str(adapter.id if adapter.id is not None else index + 1)
     if not name or "." in name:
@@ -84,6 +91,18 @@ def scaled_copy(folder: Path, config: dict[str, Any], scale: float, target: Path
         changed["alpha_pattern"] = {name: alpha * scale for name, alpha in pattern.items()}
     (target / CONFIG).write_text(json.dumps(changed, indent=2))
     return target
+
+
+def beyond_product(config: dict[str, Any]) -> list[str]:
+    """What in an adapter's configuration changes the model by more than alpha / r times A × B, as `field=value`."""
+    fields = ("use_dora", "modules_to_save", "lora_bias", "trainable_token_indices", "layer_replication")
+    more = [f"{name}={config[name]!r}" for name in fields if config.get(name)]
+    if config.get("bias", "none") != "none":
+        more.append(f"bias={config['bias']!r}")
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(CHANGES_BASE):
+        more.append(f"init_lora_weights={init!r}")
+    return more
 
 
 def _folder(ctx: Context, adapter: Adapter, field: str) -> Path:
