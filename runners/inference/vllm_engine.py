@@ -22,7 +22,7 @@ from runners.inference.tokens import Reader, Texts, load_tokenizer
 from runners.inference.vllm_args import Work, engine_arguments
 from runners.inference.vllm_failures import Logs, explain, first_line, start_failure, step_failure
 from runners.inference.vllm_processes import EngineProcesses, cuda_started
-from runners.models.adapters import LocalAdapter
+from runners.models.adapters import LocalAdapter, check_product
 from runners.models.sources import Source, loading
 from runners.models.weights import check_checkpoint, load_model, not_finite
 
@@ -160,6 +160,7 @@ def load(
     check_weights(ctx, task, source, config)
     runtime = [adapter for adapter in adapters if adapter.apply == "runtime"]
     for adapter in runtime:
+        check_product(adapter, "vLLM")
         check_fit(ctx, adapter, config, trust_remote_code=trust)
     arguments = engine_arguments(ctx, task, config, work=work, adapter_ranks=[each.rank for each in runtime])
     path = source.path
@@ -305,7 +306,7 @@ def _add_adapters(llm: Any, adapters: Sequence[LocalAdapter]) -> dict[str, Any]:
             llm.llm_engine.add_lora(request)
         except (ValueError, RuntimeError, KeyError, AssertionError, TypeError) as error:
             raise BadRequest(
-                f"{adapter.where}: vLLM cannot apply the adapter at run time: {first_line(error)}; try apply: merge"
+                f"{adapter.where}: vLLM cannot apply the adapter at run time: {first_line(error)}; set apply: merge"
             ) from error
         requests[adapter.name] = request
     return requests
