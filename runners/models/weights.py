@@ -60,8 +60,8 @@ def load_model(loader: Any, source: Source, *, head: Head = "whole", **arguments
     """
     if (Path(source.path) / "adapter_config.json").is_file():  # Transformers would apply it without a word
         raise BadRequest(
-            f"{source.where}: {source.shown!r} holds a model and an adapter; move the adapter to a folder of its own and "
-            "name it as an adapter"
+            f"{source.where}: {source.shown!r} holds a model and an adapter; move the adapter to a separate "
+            "folder, and name it as an adapter"
         )
     with loading(source):
         model, info = loader.from_pretrained(
