@@ -32,9 +32,9 @@ def read_children(ctx: Context) -> list[Child]:
         where = f"merge_children[{i}]"
         task_id = entry.get("task_id") if isinstance(entry, dict) else None
         if not isinstance(task_id, str) or not SAFE_ID.fullmatch(task_id):
-            raise BadRequest(f"{where}.task_id: {task_id!r} is no task id")
+            raise BadRequest(f"{where}.task_id: invalid task id {task_id!r}")
         if task_id == ctx.task_id or any(task_id == other.task_id for other in children):
-            raise BadRequest(f"{where}.task_id: {task_id!r} is there twice")
+            raise BadRequest(f"{where}.task_id: {task_id!r} is given twice")
         spec = entry.get("spec")
         children.append(Child(task_id, spec if isinstance(spec, dict) else {}, f"{where}.spec"))
     return children

@@ -128,8 +128,8 @@ def _transformers_options(model: Model, where: str) -> TransformersOptions:
         raise BadRequest(f"{where}.model.transformers.load_in_4bit: excludes load_in_8bit; set one of them")
     if options.low_cpu_mem_usage is False:
         raise BadRequest(
-            f"{where}.model.transformers.low_cpu_mem_usage: false cannot be had, "
-            "this version of Transformers always loads weights one by one; leave it out"
+            f"{where}.model.transformers.low_cpu_mem_usage: false is not possible: "
+            "Transformers 5 always loads weights one by one; leave it out"
         )
     attention = "flash_attention_2" if options.use_flash_attention_2 else None
     if attention and options.attn_implementation not in (None, attention):

@@ -85,7 +85,7 @@ class Texts:
         """Token sequences of forbidden words, at the beginning of a text and within it, as vLLM takes them.
 
         Raises:
-            BadRequest: one of them is no token at all.
+            BadRequest: the tokenizer makes no token of one of them.
         """
         found: list[list[int]] = []
         for word in words:
@@ -93,7 +93,7 @@ class Texts:
                 self.tokenizer(prefix + word.lstrip(), add_special_tokens=False)["input_ids"] for prefix in ("", " ")
             )
             if not plain:
-                raise BadRequest(f"spec.inference.bad_words: {word!r} is no token of this model; leave it out")
+                raise BadRequest(f"spec.inference.bad_words: the tokenizer makes no token of {word!r}; leave it out")
             found.append(plain)
             if spaced and spaced[0] != plain[0] and len(spaced) == len(plain):
                 found.append(spaced)

@@ -188,7 +188,7 @@ def utilization(ctx: Context, options: dict[str, Any]) -> float:
     kept_bytes = CONTEXT_BYTES + (NCCL_BYTES if len(used) > 1 else 0)
     fits = fit_utilization(float(asked), gpu_memory(used), kept_bytes)
     if fits < LEAST_UTILIZATION:
-        raise GpuOutOfMemory("the GPU's memory is taken: next to nothing of it is free for the model")
+        raise GpuOutOfMemory("the GPU's memory is full: almost none of it is free for the model")
     if fits < asked:
         ctx.log.warning("gpu_memory_utilization lowered asked=%s free=%s", asked, fits)
     return fits

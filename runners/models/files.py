@@ -24,7 +24,7 @@ def task_folder(ctx: Context, task_id: str, where: str) -> Path | None:
         BadRequest: `task_id` is invalid.
     """
     if not SAFE_ID.fullmatch(task_id):
-        raise BadRequest(f"{where}: {task_id!r} is no task id")
+        raise BadRequest(f"{where}: invalid task id {task_id!r}")
     folder = ctx.results_dir / task_id
     return folder if folder.is_dir() else None
 
@@ -36,7 +36,7 @@ def safe_name(name: str, where: str) -> str:
         BadRequest: it is not.
     """
     if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
-        raise BadRequest(f"{where}: {name!r} is no plain file name")
+        raise BadRequest(f"{where}: {name!r} is not a plain file name")
     return name
 
 
@@ -49,7 +49,7 @@ def opened(ctx: Context, path: Path, archive_format: str, where: str) -> Path:
     if path.is_dir():
         return path
     if archive_format == "none" or (archive_format == "auto" and not is_archive(path.name)):
-        raise BadRequest(f"{where}: {str(path)!r} is a file and no archive; give a folder, or say archive_format")
+        raise BadRequest(f"{where}: {str(path)!r} is a file and no archive; give a folder, or set archive_format")
     target = Path(tempfile.mkdtemp(prefix="unpacked-", dir=ctx.tmp_dir))
     unpack(ctx, path, target, archive_format, where)
     return target

@@ -65,8 +65,8 @@ def check_no_revision(revision: str | None, where: str) -> None:
     """Raises BadRequest for a revision of something local. `main` is accepted: it means the same as none."""
     if revision not in (None, "main"):
         raise BadRequest(
-            f"{where.removesuffix('.identifier').removesuffix('.url')}.revision: {revision!r}, but what lies on this "
-            "node has no revisions; leave it out"
+            f"{where.removesuffix('.identifier').removesuffix('.url')}.revision: {revision!r}, but local files "
+            "have no revisions; leave it out"
         )
 
 
@@ -79,7 +79,7 @@ def check_model_folder(folder: Path, where: str) -> None:
             f"{where}: {str(folder)!r} holds an adapter and no whole model; "
             "name its base model here and the adapter in spec.model.adapters"
         )
-    raise BadRequest(f"{where}: {str(folder)!r} has no config.json, so it is no model folder")
+    raise BadRequest(f"{where}: {str(folder)!r} has no config.json, so it is not a model folder")
 
 
 @contextlib.contextmanager

@@ -88,8 +88,6 @@ def test_tokens_that_the_model_has_no_embeddings_for(tiny_llama, make_context, t
         run(make_context, spec_of(tmp_path / "more", ["a", "a <|new|>"]))
 
 
-# A LoRA of every kind, and what PEFT itself answers with it.
-
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "rslora": {"use_rslora": True},
@@ -236,9 +234,6 @@ def test_adapters_without_the_weights_beside_their_matrices(bases, make_context,
     named = {"head": r"lm_head\.weight", "bias": r"q_proj\.base_layer\.bias"}[kind]
     with pytest.raises(BadRequest, match=rf"adapters\[0\]: the adapter does not fit the model: .*{named}'"):
         run(make_context, with_adapter(bases["loose"], made))
-
-
-# Blank prompts
 
 
 @pytest.mark.parametrize(
