@@ -1,4 +1,4 @@
-"""LoRA adapters on a Transformers model, by PEFT: merged into the weights, or switched at run time."""
+"""LoRA adapters on a Transformers model by PEFT: merged into the weights, or switched at run time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def apply_adapters(model: Any, adapters: Sequence[LocalAdapter]) -> Any:
         raise MissingDependency("peft", "inference")
     for adapter in adapters:
         if adapter.apply == "merge":
-            _untie(model)
+            _untie(model, adapter)
             model = attach(model, adapter, "default").merge_and_unload()
     for adapter in adapters:
         if adapter.apply == "runtime":
@@ -83,12 +83,18 @@ def check_fit(ctx: Context, adapter: LocalAdapter, config: Any, *, trust_remote_
     attach(model, adapter, adapter.name, low_memory=True)
 
 
-def _untie(model: Any) -> None:
-    """Give the output layer its own weights: what is merged into a tied one would change the embeddings, too."""
+def _untie(model: Any, adapter: LocalAdapter) -> None:
+    """Give the output layer its own weights where an adapter changes it or the embeddings that it is tied to.
+
+    What is merged into one of two tied layers would otherwise change the other, too.
+    """
     import torch
 
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or embeddings is None or head.weight is not embeddings.weight:
+        return
+    tied = [f".{name}." for name, module in model.named_modules() if module is head or module is embeddings]
+    if not any(layer in name for name in _names(adapter) for layer in tied):
         return
     head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     for config in (model.config, model.config.get_text_config()):

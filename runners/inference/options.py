@@ -1,4 +1,4 @@
-"""`spec.inference`: how to pick tokens, with defaults filled in and the fields checked against each other."""
+"""`spec.inference`: sampling options, their defaults, and the checks across fields."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Penalty = Annotated[float, Meta(ge=-2, le=2)]
 
 
 class InferenceOptions(Section, frozen=True, rename={"system_prompt_alias": "systemPrompt"}):
-    """spec.inference, as its author wrote it"""
+    """spec.inference, as written"""
 
     temperature: Annotated[float, Meta(ge=0)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
@@ -46,7 +46,7 @@ class InferenceOptions(Section, frozen=True, rename={"system_prompt_alias": "sys
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True):
-    """How to pick tokens, with every default filled in. The same for all requests of a batch."""
+    """Sampling options with all defaults filled in. The same for all requests of a batch."""
 
     temperature: float
     """0: greedy."""
@@ -60,12 +60,12 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     stop: tuple[str, ...]
     stop_token_ids: tuple[int, ...] = ()
     min_tokens: int = 0
-    """Until there are as many, nothing ends the answer."""
+    """Generated tokens before which nothing ends the answer."""
     ignore_eos: bool = False
     bad_words: tuple[str, ...] = ()
     logit_bias: dict[int, float] = {}
     seed: int | None
-    """Each request starts from it anew, so an answer does not depend on what else is in the batch."""
+    """Each request has its own generator with this seed, so that an answer does not depend on its batch."""
     n: int
     logprobs: int | None
     json_schema: dict[str, Any] | str | None
@@ -76,7 +76,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def sampling_of(options: InferenceOptions, where: str = "spec.inference") -> Sampling:
-    """Fill in the defaults and check the fields against each other.
+    """Fill in the defaults and check across fields.
 
     Raises:
         BadRequest: an empty string in `stop` or `bad_words`, a `min_tokens` above `max_tokens`, a `logit_bias` for
@@ -131,10 +131,10 @@ def _bias(given: dict[str | int, float], where: str) -> dict[int, float]:
 
 
 def system_prompt_of(options: InferenceOptions, where: str = "spec.inference") -> str | None:
-    """`system_prompt` under either name; None where there is none.
+    """`system_prompt` under either name; None if absent or empty.
 
     Raises:
-        BadRequest: both names, with different texts.
+        BadRequest: both names are given, with different texts.
     """
     one, other = options.system_prompt, options.system_prompt_alias
     if one and other and one != other:

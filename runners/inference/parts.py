@@ -1,4 +1,4 @@
-"""What one task brings into the batch, and its result. Merged tasks have one part each."""
+"""One task's share of the batch, and its result. Each merged task has one part."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from runners.models.sources import Source
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True):
-    """One task's items and what is to be done with them."""
+    """One task's items and options."""
 
     task_id: str | None
-    """None: the task that the others were merged into."""
+    """None: the parent, into which the others were merged."""
     folder: Path
     items: Items
     system_prompt: str | None
@@ -55,10 +55,10 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
         return to_json(text), (Message("user", text),) if self.chat and isinstance(text, str) else text
 
     def check_export(self, sampling: Sampling) -> None:
-        """Raises BadRequest where the export needs what an item, answered so, might not have."""
+        """Raises BadRequest if the export needs what an answered item might not have."""
         if self.export is None:
             return
-        logprobs: dict[str, Any] = {} if sampling.logprobs is None else {"logprobs": []}  # of no token, at the least
+        logprobs: dict[str, Any] = {} if sampling.logprobs is None else {"logprobs": []}
         outputs = [{"output": "", "finish_reason": "stop", **logprobs} for _ in range(sampling.n)]
         more = {**logprobs, "outputs": outputs} if sampling.n > 1 else logprobs
         self.export.check([{**_item(self, i, prompt, "", "stop"), **more} for i, prompt in enumerate(self.shown)])
@@ -72,7 +72,7 @@ def prepare(part: Part, texts: Texts, engine: Engine, adapters: Sequence[LocalAd
     """
     blank = part.blank
     kept = [i for i in range(len(part.items.prompts)) if i not in blank]
-    if not kept:
+    if blank and not kept:
         raise BadRequest(f"{part.items.wheres[0]}: blank, and so are all other prompts; there is nothing to answer")
     wheres = [part.items.wheres[i] for i in kept]
     asked = part.asked
@@ -93,7 +93,7 @@ def prepare(part: Part, texts: Texts, engine: Engine, adapters: Sequence[LocalAd
 def answer(
     part: Part, completions: Sequence[Completion], texts: Texts, source: Source, latency_s: float
 ) -> dict[str, Any]:
-    """A part's result, as docs/tasks.md has it.
+    """A part's result (docs/tasks.md).
 
     Args:
         completions: to each of the part's requests.

@@ -1,8 +1,7 @@
-"""Picks the next token of every row of a Transformers batch, the way vLLM picks it.
+"""Picks the next token of every row of a Transformers batch, by vLLM's rules.
 
-It is a LogitsProcessor that leaves only the chosen token standing, so that `generate` in greedy mode takes it. Thus
-a seed belongs to a request and not to a batch, penalties never see padding, and a prompt's answer is the same
-whichever prompts are beside it.
+A LogitsProcessor that masks all tokens but the chosen one, so that greedy `generate` takes it. Seeds then belong to
+requests, penalties ignore padding, and an answer does not depend on the other prompts of its batch.
 """
 
 from __future__ import annotations
@@ -44,9 +43,9 @@ class Picker(LogitsProcessor):
     ) -> None:
         """
         Args:
-            prompts: the real tokens of each row, without padding.
-            seeds: one of each row; None: drawn from torch's global generator.
-            width: length of the padded prompts; what lies behind it was generated.
+            prompts: token ids of each row, without padding.
+            seeds: one per row; None: torch's global generator.
+            width: length of the padded prompts; later tokens are generated ones.
         """
         self._sampling = sampling
         self._prompts = prompts
@@ -61,7 +60,7 @@ class Picker(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         sampling = self._sampling
-        finite = scores.amax(dim=-1).isfinite().all()  # NaN wins any comparison, so the largest shows it
+        finite = scores.amax(dim=-1).isfinite().all()  # amax propagates NaN
         self._finite = finite if self._finite is None else self._finite & finite
         if sampling.greedy and not self._limited and not self._penalised and sampling.logprobs is None:
             return scores
@@ -143,7 +142,7 @@ class Picker(LogitsProcessor):
         else:
             for row, generator in enumerate(self._generators):
                 noise[row].exponential_(generator=generator)
-        # The largest p / e with exponential e falls on each token with its probability: no host round trip.
+        # argmax of p / e with exponential e draws each token with its probability, without a host round trip.
         return probabilities.div_(noise.clamp_min_(torch.finfo(noise.dtype).tiny)).argmax(dim=-1)
 
     @staticmethod
@@ -160,7 +159,7 @@ class Picker(LogitsProcessor):
 
 
 def keep_top(scores: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
-    """Only the `top_k` best scores (0: all), and of these the fewest whose probability reaches `top_p`; else -inf.
+    """Mask all but the `top_k` best scores (0: all), and of these all but the fewest that sum up to `top_p`.
 
     Args:
         scores: rows × vocabulary.

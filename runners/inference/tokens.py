@@ -1,4 +1,4 @@
-"""Text to token ids and back, for every engine: prompts, chat templates, stop strings."""
+"""Text to token ids and back, for both engines: prompts, chat templates, stop strings."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from runners.inference.options import Sampling
 from runners.models.sources import Source
 
 LEAD_TOKENS = 8
-"""Of the prompt, decoded in front of an answer."""
+"""Tokens of the prompt that are decoded in front of an answer."""
 
 
 class Texts:
-    """A model's tokenizer, and the rules by which a task's items become prompts."""
+    """A model's tokenizer, and the rules for encoding prompts and decoding answers."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -26,12 +26,12 @@ class Texts:
         self._anchor: tuple[int, ...] | None = None
 
     def encode(self, prompts: Sequence[Prompt], wheres: Sequence[str]) -> list[tuple[int, ...]]:
-        """Token ids of each prompt, in order: plain text as it is, messages through the model's chat template.
+        """Token ids of each prompt, in order: plain text unchanged, messages through the model's chat template.
 
         Messages that end with an assistant's turn are left open at its end, so that the answer continues it.
 
         Args:
-            wheres: what each prompt is called in an error.
+            wheres: the name of each prompt, for errors.
 
         Raises:
             BadRequest: the model has no chat template, or its template refuses a prompt.
@@ -85,7 +85,7 @@ class Texts:
         """Token sequences of forbidden words, at the beginning of a text and within it, as vLLM takes them.
 
         Raises:
-            BadRequest: one of them is no token at all.
+            BadRequest: the tokenizer makes no token of one of them.
         """
         found: list[list[int]] = []
         for word in words:
@@ -93,7 +93,7 @@ class Texts:
                 self.tokenizer(prefix + word.lstrip(), add_special_tokens=False)["input_ids"] for prefix in ("", " ")
             )
             if not plain:
-                raise BadRequest(f"spec.inference.bad_words: {word!r} is no token of this model; leave it out")
+                raise BadRequest(f"spec.inference.bad_words: the tokenizer makes no token of {word!r}; leave it out")
             found.append(plain)
             if spaced and spaced[0] != plain[0] and len(spaced) == len(plain):
                 found.append(spaced)
@@ -133,7 +133,7 @@ class Texts:
         return tuple(self.tokenizer(text, add_special_tokens=False, padding=False, truncation=False)["input_ids"])
 
     def _first_token(self, where: str) -> int:
-        """What stands for an empty prompt: the token that begins a text."""
+        """The token for an empty prompt: the one that begins a text."""
         for token_id in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
             if token_id is not None:
                 return token_id
@@ -195,10 +195,10 @@ class Reader:
 
 
 def load_tokenizer(source: Source, trust_remote_code: bool, config: Any, cache_dir: str | None = None) -> Any:
-    """The model's tokenizer. Raises what `transformers` raises; see `sources.loading`.
+    """The model's tokenizer. Raises what Transformers raises; see `sources.loading`.
 
     Args:
-        config: the model's, which need not be read and checked twice.
+        config: the model's configuration, to read it only once.
     """
     from transformers import AutoTokenizer
 

@@ -1,7 +1,7 @@
-"""The Transformers engine: one model, batches of left-padded prompts of about one length.
+"""The Transformers engine: one model, batches of left-padded prompts of similar length.
 
-Promises that an answer does not depend on its batch, and that batches fit the device: their bound is counted in
-tokens of key-value cache, and a batch that runs out of memory all the same is halved and tried again.
+An answer does not depend on its batch. Batches are limited by tokens of key-value cache; one that still runs out of
+memory is halved and tried again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from runners.models.weights import first_not_finite, not_finite
 
 
 class TransformersEngine:
-    """A causal language model of `transformers`, as loaded by `loader`."""
+    """A causal language model of Transformers, loaded by `loader`."""
 
     name = "transformers"
 
@@ -35,8 +35,8 @@ class TransformersEngine:
     ) -> None:
         """
         Args:
-            batch_tokens: tokens, prompts and answers together, that one batch may hold in the cache.
-            batch_rows: sequences that one batch may have.
+            batch_tokens: limit of one batch's tokens, prompts and answers together.
+            batch_rows: limit of one batch's sequences.
             source: of the model, for errors.
         """
         self._model = model
@@ -48,7 +48,7 @@ class TransformersEngine:
         self.vocabulary = embedding_rows(model)
         self.max_positions = positions(model)
         self._pad = self._pad_id()
-        # What the model's authors put there for sampling would otherwise be mixed into every request.
+        # Otherwise the sampling defaults of the model's authors would apply to every request.
         model.generation_config = GenerationConfig(pad_token_id=self._pad)
 
     def describe(self) -> dict[str, Any]:
@@ -56,7 +56,7 @@ class TransformersEngine:
         return {"engine": self.name, "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
 
     def generate(self, requests: list[Request], sampling: Sampling, watch: Watch) -> list[Completion]:
-        """See `Engine.generate`. One adapter at a time; within it, prompts of similar length together."""
+        """See `Engine.generate`. Batches have one adapter and prompts of similar length."""
         sampling = self._texts.resolved(sampling)
         answers: list[list[Output | None]] = [[None] * sampling.n for _ in requests]
         try:
@@ -92,7 +92,7 @@ class TransformersEngine:
             if not is_shortage(error):
                 raise
             shortage = str(error)
-        # Out of the handler, so that the traceback no longer holds the tensors that did not fit.
+        # Outside the handler, so that the traceback no longer references the tensors that did not fit.
         gc.collect()
         torch.cuda.empty_cache()
         watch.rewind(tokens=tokens, answers=finished)
@@ -161,7 +161,7 @@ class TransformersEngine:
         return ids.to(device), mask.to(device)
 
     def _pad_id(self) -> int:
-        """Any id does that the model has an embedding for: padding is masked, and nothing counts it."""
+        """Padding is masked, so any id with an embedding will do."""
         pad = getattr(self._texts.tokenizer, "pad_token_id", None)
         pad = pad if pad is not None else min(self._ends, default=0)
         return pad if self.vocabulary is None or pad < self.vocabulary else 0
@@ -178,7 +178,7 @@ class TransformersEngine:
 
 
 class _Ending(StoppingCriteria):
-    """Ends each row at an end token, its stop string or its own limit, and keeps what it answered until then."""
+    """Ends each row at an end token, a stop string or its limit, and keeps its tokens until then."""
 
     def __init__(
         self, readers: Sequence[Reader], ends: frozenset[int], picker: Picker, *, room: Sequence[int], watch: Watch

@@ -1,4 +1,4 @@
-"""`spec.model.adapters`: LoRA adapters as folders on this node, with their `scale` already in their configuration."""
+"""`spec.model.adapters`: resolves LoRA adapters to folders on this node, with `scale` applied."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
 
 
 class LocalAdapter(msgspec.Struct, frozen=True, kw_only=True):
-    """An adapter that both engines load as it is."""
+    """A resolved adapter, which an engine loads unchanged."""
 
     name: str
     folder: Path
@@ -38,20 +38,25 @@ def load_adapters(
     """Fetch every adapter, in the document's order.
 
     Raises:
-        BadRequest: one cannot be had, is no LoRA, or has the name of another.
-        RunnerError: its server cannot be reached.
+        BadRequest: one is missing, is not a LoRA, or has the name of another.
+        RunnerError: its server is unreachable.
     """
     loaded: list[LocalAdapter] = []
     for i, adapter in enumerate(adapters or ()):
         one = load_adapter(ctx, adapter, i, f"{where}[{i}]")
         if any(one.name == other.name for other in loaded):
-            raise BadRequest(f"{one.where}.name: {one.name!r} is another adapter's name, too")
+            raise BadRequest(f"{one.where}.name: {one.name!r} is also another adapter's name")
         loaded.append(one)
     return tuple(loaded)
 
 
 def load_adapter(ctx: Context, adapter: Adapter, index: int, where: str) -> LocalAdapter:
-    """One adapter. A scale other than 1 is written into the configuration of a copy, as a larger or smaller alpha."""
+    """Resolve one adapter. For a scale other than 1, make a copy with a scaled alpha.
+
+    Raises:
+        BadRequest: it is missing, is not a LoRA, or cannot be scaled.
+        RunnerError: its server is unreachable.
+    """
     given = [name for name in ("path", "url", "task_id") if getattr(adapter, name) is not None]
     if len(given) != 1:
         raise BadRequest(f"{where}: give exactly one of `path`, `url` and `taskId`")
@@ -79,9 +84,9 @@ def load_adapter(ctx: Context, adapter: Adapter, index: int, where: str) -> Loca
 
 
 def scaled_copy(folder: Path, config: dict[str, Any], scale: float, target: Path) -> Path:
-    """The adapter, in the empty folder `target`, with its effect multiplied by `scale`; its weights are linked.
+    """Copy the adapter into the empty folder `target`, with its effect multiplied by `scale`; weights are symlinks.
 
-    A LoRA adds alpha / r (or alpha / sqrt(r)) times its product, so every alpha times `scale` is exactly that.
+    A LoRA adds alpha / r (or alpha / sqrt(r)) times its product, so scaling every alpha scales the effect exactly.
     """
     for each in folder.iterdir():
         if each.name != CONFIG:
@@ -91,6 +96,15 @@ def scaled_copy(folder: Path, config: dict[str, Any], scale: float, target: Path
         changed["alpha_pattern"] = {name: alpha * scale for name, alpha in pattern.items()}
     (target / CONFIG).write_text(json.dumps(changed, indent=2))
     return target
+
+
+def check_product(adapter: LocalAdapter, engine: str) -> None:
+    """Raises BadRequest for an adapter that is more than a product A × B, for an engine that applies only these."""
+    if more := beyond_product(_config(adapter.folder, adapter.where)):
+        raise BadRequest(
+            f"{adapter.where}: {engine} cannot apply the adapter at run time: it is more than a product A × B "
+            f"({', '.join(more)}); set apply: merge"
+        )
 
 
 def beyond_product(config: dict[str, Any]) -> list[str]:

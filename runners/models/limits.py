@@ -1,6 +1,6 @@
-"""What a model can read: how many tokens at a time, and which ids it has embeddings for.
+"""Limits of a model's input: the number of positions and the ids with an embedding.
 
-Beyond either, a model raises "index out of range in self", or on a GPU loses the device.
+Beyond either, a model raises "index out of range in self", or on a GPU a device-side assertion.
 """
 
 from __future__ import annotations

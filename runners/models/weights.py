@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
@@ -57,6 +58,11 @@ def load_model(loader: Any, source: Source, *, head: Head = "whole", **arguments
         MissingDependency: a library that the model needs is missing.
         RunnerError: the hub cannot be reached.
     """
+    if (Path(source.path) / "adapter_config.json").is_file():  # Transformers would apply it without a word
+        raise BadRequest(
+            f"{source.where}: {source.shown!r} holds a model and an adapter; move the adapter to a separate "
+            "folder, and name it as an adapter"
+        )
     with loading(source):
         model, info = loader.from_pretrained(
             source.path,

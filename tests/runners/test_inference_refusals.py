@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 from runners.api import BadRequest
 from runners.inference.lora import check_fit
 from runners.inference.runner import InferenceRunner
-from runners.models.adapters import LocalAdapter
+from runners.models.adapters import LocalAdapter, check_product
 from runners.models.builtin import train_tokenizer
 from tests.runners.inference_specs import change, outputs, spec_of
 from tests.runners.odd_models import renamed, scaled, small_config, variant, write
@@ -87,8 +87,6 @@ def test_tokens_that_the_model_has_no_embeddings_for(tiny_llama, make_context, t
     with pytest.raises(BadRequest, match=message):
         run(make_context, spec_of(tmp_path / "more", ["a", "a <|new|>"]))
 
-
-# A LoRA of every kind, and what PEFT itself answers with it.
 
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -188,6 +186,19 @@ def test_a_scale_where_loading_changes_the_base(tiny_llama, make_context, tmp_pa
         run(make_context, with_adapter(tiny_llama, made, scale=2))
 
 
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_what_vllm_can_apply_at_run_time(bases, tmp_path, kind: str) -> None:
+    made = adapter(bases["loose"], tmp_path / "lora", **KINDS[kind])
+    one = LocalAdapter(name="mine", folder=made, rank=4, apply="runtime", where="spec.model.adapters[0]")
+    if kind not in BEYOND:
+        check_product(one, "vLLM")
+        return
+    with pytest.raises(
+        BadRequest, match=r"^spec\.model\.adapters\[0\]: vLLM cannot apply .*\(.*=.*\); set apply: merge"
+    ):
+        check_product(one, "vLLM")
+
+
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
@@ -223,9 +234,6 @@ def test_adapters_without_the_weights_beside_their_matrices(bases, make_context,
     named = {"head": r"lm_head\.weight", "bias": r"q_proj\.base_layer\.bias"}[kind]
     with pytest.raises(BadRequest, match=rf"adapters\[0\]: the adapter does not fit the model: .*{named}'"):
         run(make_context, with_adapter(bases["loose"], made))
-
-
-# Blank prompts
 
 
 @pytest.mark.parametrize(

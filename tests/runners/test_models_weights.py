@@ -147,6 +147,13 @@ def test_other_checkpoints_are_refused(
     assert "\n" not in str(caught.value)
 
 
+def test_a_model_with_an_adapter_beside_it(models: Path, tmp_path: Path) -> None:
+    folder = variant(models / "llama", tmp_path / "both")
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(BadRequest, match=r"^spec\.x: 'both' holds a model and an adapter"):
+        load_model(CAUSAL, source_of(tmp_path, "both"))
+
+
 def test_a_check_reads_no_weights(models: Path) -> None:
     """What the weights hold is seen only when they are loaded."""
     check_checkpoint(CAUSAL, source_of(models, "nan"))
