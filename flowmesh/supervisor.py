@@ -29,20 +29,20 @@ from flowmesh.execution.recovery import recover
 from flowmesh.execution.run import Run
 from flowmesh.messages.wire import utc_now
 from flowmesh.node.devices import Inventory
-from flowmesh.node.notify import Notifier
-from flowmesh.node.nvml import Nvml
+from flowmesh.node.nvml.client import Nvml
 from flowmesh.node.power import PowerMeter
 from flowmesh.node.slots import Slot
+from flowmesh.node.systemd import Notifier
 from flowmesh.orchestrator.link import Link
 from flowmesh.orchestrator.worker_description import NodeDescription
 from flowmesh.processes import environ, linux
 from flowmesh.processes.server_pool import ServerPool
-from flowmesh.settings_paths import results_dir, state_dir
-from flowmesh.settings_schema import Settings
+from flowmesh.settings.paths import results_dir, state_dir
+from flowmesh.settings.schema import Settings
 from flowmesh.startup import environments, preflight, successor
 from flowmesh.startup.state_dir import hold_state_dir, open_for
+from flowmesh.tasks.catalogue import LIGHT
 from flowmesh.tasks.journal import Journal
-from flowmesh.tasks.types import LIGHT
 
 THREADS = 8
 FAREWELL_TIMEOUT_S = 5.0

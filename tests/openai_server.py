@@ -9,6 +9,8 @@ import contextlib
 import dataclasses
 import http.server
 import json
+import select
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,6 +25,9 @@ class Say:
     usage: tuple[int, int] = (10, 5)
     ids: tuple[str, ...] = ()
     """Of the calls; default: call_0, call_1, …"""
+    finish: str | None = None
+    """The finish reason; default: as the API has it."""
+    refusal: str | None = None
 
 
 def call(tool: str, /, **arguments: Any) -> Say:
@@ -57,9 +62,26 @@ class Raw:
     """A body of one's own, with status 200."""
 
     body: bytes
+    content_type: str = "application/json"
 
 
-Step = Say | Fail | Hang | Break | Raw
+@dataclasses.dataclass
+class Events:
+    """A stream of the test's own: JSON bodies, or lines as they are."""
+
+    events: tuple[dict[str, Any] | str, ...]
+    done: bool = True
+    """Whether [DONE] follows."""
+    hang: bool = False
+    """Whether the connection then stays open until the server ends."""
+
+
+def delta(finish: str | None = None, **part: Any) -> dict[str, Any]:
+    """One event of a stream."""
+    return {"choices": [{"index": 0, "delta": part, "finish_reason": finish}]}
+
+
+Step = Say | Fail | Hang | Break | Raw | Events
 Decide = Callable[[dict[str, Any]], Step]
 
 
@@ -92,6 +114,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.requests: list[Request] = []
         self.asked = threading.Event()
         self.over = threading.Event()
+        self.left = threading.Event()
+        """A client closed its connection while it had no answer yet."""
         self._lock = threading.Lock()
 
     @property
@@ -137,7 +161,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             case Fail():
                 self._send(step.status, step.body.encode(), step.headers)
             case Hang():
-                self.server.over.wait(60)
+                self._hang()
                 self.close_connection = True
             case Break():
                 self.send_response(200)
@@ -149,7 +173,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 )
                 self.close_connection = True
             case Raw():
-                self._send(200, step.body)
+                self._send(200, step.body, {"Content-Type": step.content_type})
+            case Events():
+                self._send_events(step)
             case Say() if body.get("stream"):
                 self._stream(step)
             case Say():
@@ -166,24 +192,41 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             for i in range(0, len(text), 5):
                 events.append({"tool_calls": [{"index": index, "function": {"arguments": text[i : i + 5]}}]})
         lines = [{"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in events]
-        lines.append({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+        if step.refusal is not None:
+            lines.append(delta(refusal=step.refusal))
+        lines.append(delta(step.finish or "stop"))
         lines.append({"choices": [], "usage": _usage(step)})
+        self._send_events(Events(tuple(lines)))
+
+    def _send_events(self, step: Events) -> None:
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Connection", "close")
         self.end_headers()
         self.close_connection = True
-        for line in lines:
-            self.wfile.write(f"data: {json.dumps(line)}\n\n".encode())
+        for event in step.events:
+            line = event if isinstance(event, str) else f"data: {json.dumps(event)}\n\n"
+            self.wfile.write(line.encode())
             self.wfile.flush()
-        self.wfile.write(b"data: [DONE]\n\n")
+        if step.done:
+            self.wfile.write(b"data: [DONE]\n\n")
+            self.wfile.flush()
+        if step.hang:
+            self._hang()
+
+    def _hang(self) -> None:
+        """Stay silent until the server ends or the client has closed the connection."""
+        while not self.server.over.is_set():
+            readable, _, _ = select.select([self.connection], [], [], 0.05)
+            if readable and not self.connection.recv(1, socket.MSG_PEEK):
+                self.server.left.set()
+                return
 
     def _send(self, status: int, data: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        for name, value in (headers or {}).items():
+        for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
             self.send_header(name, value)
+        self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
 
@@ -211,7 +254,9 @@ def _completion(step: Say) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": step.text or None}
     if step.calls:
         message["tool_calls"] = _calls(step)
-    finish = "tool_calls" if step.calls else "stop"
+    if step.refusal is not None:
+        message["refusal"] = step.refusal
+    finish = step.finish or ("tool_calls" if step.calls else "stop")
     return {
         "id": "x",
         "object": "chat.completion",

@@ -13,8 +13,8 @@ from flowmesh import __version__
 from flowmesh.cli.guard import guarded, piped
 
 if TYPE_CHECKING:
-    from flowmesh.settings_load import Loaded
-    from flowmesh.settings_schema import Settings
+    from flowmesh.settings.load import Loaded
+    from flowmesh.settings.schema import Settings
 
 _NAMED = {
     "redis_url": "redis.url",
@@ -44,7 +44,7 @@ def command(config: str | None, check: bool, as_json: bool, sets: tuple[str, ...
     """
     import os
 
-    from flowmesh.settings_load import load
+    from flowmesh.settings.load import load
 
     overrides = {key: value for name, key in _NAMED.items() if (value := named[name]) is not None}
     for assignment in sets:

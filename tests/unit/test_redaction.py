@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowmesh.errors import FieldError
-from flowmesh.messages.checking import convert
 from flowmesh.redaction import HIDDEN, Redactor, in_request, is_secret, is_secret_name, redact_url
+from flowmesh.validation.convert import convert
 
 both_kinds_of_text = pytest.mark.parametrize("prose", [False, True], ids=["errors", "prose"])
 
