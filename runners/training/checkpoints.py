@@ -150,7 +150,7 @@ def last_whole(folder: Path, ctx: Context) -> Path | None:
         reason = torn(path)
         if not reason:
             return path
-        ctx.log.warning("skipped incomplete checkpoint %s: %s", path.name, reason)
+        ctx.log.warning("skipped incomplete %s: %s", path.name, reason)
     return None
 
 
