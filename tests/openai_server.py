@@ -5,13 +5,15 @@ Real HTTP on 127.0.0.1; `requests` has what came in, as it came in.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import http.server
 import json
+import select
+import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
+
+from tests.fake_http import FakeHandler, FakeServer
 
 
 @dataclasses.dataclass
@@ -23,6 +25,9 @@ class Say:
     usage: tuple[int, int] = (10, 5)
     ids: tuple[str, ...] = ()
     """Of the calls; default: call_0, call_1, …"""
+    finish: str | None = None
+    """The finish reason; default: as the API has it."""
+    refusal: str | None = None
 
 
 def call(tool: str, /, **arguments: Any) -> Say:
@@ -57,9 +62,26 @@ class Raw:
     """A body of one's own, with status 200."""
 
     body: bytes
+    content_type: str = "application/json"
 
 
-Step = Say | Fail | Hang | Break | Raw
+@dataclasses.dataclass
+class Events:
+    """A stream of the test's own: JSON bodies, or lines as they are."""
+
+    events: tuple[dict[str, Any] | str, ...]
+    done: bool = True
+    """Whether [DONE] follows."""
+    hang: bool = False
+    """Whether the connection then stays open until the server ends."""
+
+
+def delta(finish: str | None = None, **part: Any) -> dict[str, Any]:
+    """One event of a stream."""
+    return {"choices": [{"index": 0, "delta": part, "finish_reason": finish}]}
+
+
+Step = Say | Fail | Hang | Break | Raw | Events
 Decide = Callable[[dict[str, Any]], Step]
 
 
@@ -75,43 +97,29 @@ class Request:
         return [each["content"] for each in self.body.get("messages", ()) if each["role"] == "tool"]
 
 
-class Server(http.server.ThreadingHTTPServer):
-    daemon_threads = True
-
+class Server(FakeServer):
     def __init__(self, *steps: Step, decide: Decide | None = None, key: str | None = None) -> None:
         """
         Args:
             steps: one after the other, where `decide` does not make them from the request.
             key: the bearer token that it wants.
         """
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(_Handler)
         self.steps = list(steps)
         self.decide = decide
         self.key = key
         self.models = ["test-model"]
         self.requests: list[Request] = []
         self.asked = threading.Event()
-        self.over = threading.Event()
-        self._lock = threading.Lock()
+        self.left = threading.Event()
+        """A client closed its connection while it had no answer yet."""
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-    @contextlib.contextmanager
-    def running(self) -> Iterator[Server]:
-        thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        try:
-            yield self
-        finally:
-            self.over.set()
-            self.shutdown()
-            thread.join()
-            self.server_close()
+        return f"{self.origin}/v1"
 
     def next_step(self, request: Request) -> Step:
-        with self._lock:
+        with self.lock:
             self.requests.append(request)
             if self.key is not None and request.headers.get("authorization") != f"Bearer {self.key}":
                 said = request.headers.get("authorization", "nothing")
@@ -121,39 +129,36 @@ class Server(http.server.ThreadingHTTPServer):
             return self.steps.pop(0) if self.steps else Fail(400, '{"error": "the test has no more answers"}')
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class _Handler(FakeHandler):
     server: Server
 
     def do_GET(self) -> None:
-        self._send(200, json.dumps({"data": [{"id": name} for name in self.server.models]}).encode())
+        self.answer_json(200, {"data": [{"id": name} for name in self.server.models]})
 
     def do_POST(self) -> None:
-        headers = {name.lower(): value for name, value in self.headers.items()}
-        body = json.loads(self.rfile.read(int(headers.get("content-length", 0))))
-        step = self.server.next_step(Request(self.path, headers, body))
+        body = json.loads(self.body())
+        step = self.server.next_step(Request(self.path, self.lower_headers(), body))
         self.server.asked.set()
         match step:
             case Fail():
-                self._send(step.status, step.body.encode(), step.headers)
+                self.answer(step.status, step.body.encode(), {"Content-Type": "application/json", **step.headers})
             case Hang():
-                self.server.over.wait(60)
+                self._hang()
                 self.close_connection = True
             case Break():
-                self.send_response(200)
-                self.send_header("Content-Type", "text/event-stream" if body.get("stream") else "application/json")
-                self.send_header("Content-Length", "10000")
-                self.end_headers()
-                self.wfile.write(
-                    b'data: {"choices": [{"delta": {"content": "half"}}]}\n\n' if body.get("stream") else b'{"ch'
-                )
+                kind, half = ("application/json", b'{"ch')
+                if body.get("stream"):
+                    kind, half = ("text/event-stream", b'data: {"choices": [{"delta": {"content": "half"}}]}\n\n')
+                self.answer(200, half, {"Content-Type": kind, "Content-Length": "10000"})
                 self.close_connection = True
             case Raw():
-                self._send(200, step.body)
+                self.answer(200, step.body, {"Content-Type": step.content_type})
+            case Events():
+                self._send_events(step)
             case Say() if body.get("stream"):
                 self._stream(step)
             case Say():
-                self._send(200, json.dumps(_completion(step)).encode())
+                self.answer_json(200, _completion(step))
 
     def _stream(self, step: Say) -> None:
         """The answer in small pieces, arguments cut wherever it falls."""
@@ -166,29 +171,31 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             for i in range(0, len(text), 5):
                 events.append({"tool_calls": [{"index": index, "function": {"arguments": text[i : i + 5]}}]})
         lines = [{"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in events]
-        lines.append({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+        if step.refusal is not None:
+            lines.append(delta(refusal=step.refusal))
+        lines.append(delta(step.finish or "stop"))
         lines.append({"choices": [], "usage": _usage(step)})
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream")
-        self.send_header("Connection", "close")
-        self.end_headers()
-        self.close_connection = True
-        for line in lines:
-            self.wfile.write(f"data: {json.dumps(line)}\n\n".encode())
+        self._send_events(Events(tuple(lines)))
+
+    def _send_events(self, step: Events) -> None:
+        self.begin(200, {"Content-Type": "text/event-stream", "Connection": "close"})
+        for event in step.events:
+            line = event if isinstance(event, str) else f"data: {json.dumps(event)}\n\n"
+            self.wfile.write(line.encode())
             self.wfile.flush()
-        self.wfile.write(b"data: [DONE]\n\n")
+        if step.done:
+            self.wfile.write(b"data: [DONE]\n\n")
+            self.wfile.flush()
+        if step.hang:
+            self._hang()
 
-    def _send(self, status: int, data: bytes, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        for name, value in (headers or {}).items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
+    def _hang(self) -> None:
+        """Stay silent until the server ends or the client has closed the connection."""
+        while not self.server.over.is_set():
+            readable, _, _ = select.select([self.connection], [], [], 0.05)
+            if readable and not self.connection.recv(1, socket.MSG_PEEK):
+                self.server.left.set()
+                return
 
 
 def _calls(step: Say) -> list[dict[str, Any]]:
@@ -211,7 +218,9 @@ def _completion(step: Say) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": step.text or None}
     if step.calls:
         message["tool_calls"] = _calls(step)
-    finish = "tool_calls" if step.calls else "stop"
+    if step.refusal is not None:
+        message["refusal"] = step.refusal
+    finish = step.finish or ("tool_calls" if step.calls else "stop")
     return {
         "id": "x",
         "object": "chat.completion",

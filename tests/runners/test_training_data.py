@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable, Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import pytest
 from runners.api import BadRequest, Context
 from runners.training import inputs
 from runners.training.plan import read
+from tests.runners.file_server import Served, Server
 
 datasets = pytest.importorskip("datasets", reason="needs the extra 'training'")
 from runners.training import data  # noqa: E402
@@ -170,21 +168,11 @@ def test_half_a_pair_of_fields(make_context: Make, tmp_path: Path) -> None:
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[str]:
-    folder = tmp_path / "served"
-    folder.mkdir()
-    write(folder / "rows.jsonl", {"text": "served"}, {"text": 5})
-
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, *_: Any) -> None:
-            return
-
-    running = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
-    thread = threading.Thread(target=running.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{running.server_port}"
-    running.shutdown()
-    thread.join()
-    running.server_close()
+    path = tmp_path / "rows.jsonl"
+    write(path, {"text": "served"}, {"text": 5})
+    with Server() as running:
+        running.files["rows.jsonl"] = Served(path.read_bytes())
+        yield running.origin
 
 
 def test_jsonl_falls_back_in_order(make_context: Make, tmp_path: Path, server: str) -> None:
