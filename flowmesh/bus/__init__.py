@@ -1,0 +1,1 @@
+"""Redis: connections, subscriptions, streams, the outbox, and a worker's record."""

@@ -1,0 +1,1 @@
+"""The commands `flowmesh` and `flowmesh-supervisor`."""

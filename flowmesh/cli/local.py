@@ -26,7 +26,7 @@ from flowmesh.cli.control import Control
 from flowmesh.cli.embedded import EmbeddedRedis
 from flowmesh.cli.private_folder import RUN_PREFIX, lock_folder, private_dir, sweep_abandoned
 from flowmesh.errors import EXIT_CONFIG, ConfigError, LaunchError, UnavailableError
-from flowmesh.processes import linux
+from flowmesh.processes import linux, proc_files
 
 SUPERVISOR = (sys.executable, "-m", "flowmesh.cli.supervisor")
 START_TIMEOUT_S = 120.0
@@ -157,7 +157,7 @@ class LocalNode:
     def _start(self) -> None:
         sweep_abandoned()
         linux.become_subreaper()
-        self._others = set(linux.children(os.getpid()))
+        self._others = set(proc_files.children(os.getpid()))
         self._dir = private_dir(RUN_PREFIX)
         self._lock = lock_folder(self._dir)
         self._redis = EmbeddedRedis(self._dir)
@@ -207,7 +207,7 @@ class LocalNode:
         assert self._redis is not None
         keep = self._others | {self._redis.pid}
         deadline = time.monotonic() + _SWEEP_TIMEOUT_S
-        while left := set(linux.children(os.getpid())) - keep:
+        while left := set(proc_files.children(os.getpid())) - keep:
             for pid in left:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)

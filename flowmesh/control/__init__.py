@@ -1,0 +1,1 @@
+"""What can be asked of a running node over its control socket."""

@@ -55,7 +55,7 @@ class Watchers(Observer):
 
     def on_accepted(self, run: Run) -> None:
         run.watchers |= self._waiting.pop(run.task_id, set())
-        run.tell({"event": "state", "state": run.task.state.value})
+        run.notify({"event": "state", "state": run.task.state.value})
 
     def on_refused(self, task_id: str, message: str) -> None:
         for put in self._waiting.pop(task_id, set()):

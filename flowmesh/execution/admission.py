@@ -1,4 +1,4 @@
-"""From a message to a task that can run, or to the one line that says why it cannot. Pure but for reading paths."""
+"""Checks a dispatch message: the result is a task that can run, or an error. Its only I/O is the check of paths."""
 
 from __future__ import annotations
 
@@ -21,29 +21,37 @@ MAX_TIMEOUT_S = 366 * 86400.0
 
 
 class Accepted(msgspec.Struct, frozen=True, kw_only=True):
-    """A message that has been understood and checked."""
+    """A message that has been decoded and checked."""
 
     message: TaskMessage
     type: TaskType
     spec: NodeSpec
     task: dict[str, Any]
-    """The document for the runner, `merge_children` included."""
+    """The task document that the runner gets, `merge_children` included."""
     output: Output
     target: Target
     children: tuple[Target, ...]
+    """The targets of merged tasks."""
     timeout_s: float | None
+    """None: no time limit."""
 
     @property
     def delivers_http(self) -> bool:
+        """Whether a result of this task is sent over HTTP."""
         targets = (self.target, *self.children)
         return any(isinstance(target.destination, HttpDestination) for target in targets)
 
 
 def accept(data: bytes, *, settings: Settings, catalogue: Catalogue, results_dir: Path) -> Accepted:
-    """Understand a dispatch that is addressed to us.
+    """Decode and check a dispatch for this node.
+
+    Args:
+        data: the message, JSON.
+        catalogue: the task types that the node offers.
+        results_dir: the folder of local results.
 
     Raises:
-        FieldError: names the field and the remedy.
+        FieldError: the task cannot run; names the field and the remedy.
     """
     raw = decode_object(data)
     message = convert(raw, TaskMessage, where="")
@@ -58,7 +66,10 @@ def accept(data: bytes, *, settings: Settings, catalogue: Catalogue, results_dir
     merged = [(child.task_id, child.spec) for child in message.merged_children or []]
     children = children_of(merged, output, results_dir, roots, orchestrator)
     if message.task_id in {child.task_id for child in children}:
-        raise FieldError(f"merged_children: {message.task_id!r} is the parent's own id", "merged_children")
+        raise FieldError(
+            f"merged_children: {message.task_id!r} is also the parent's task_id; give each task a different one",
+            "merged_children",
+        )
     if spec.timeoutSec is not None and spec.timeoutSec > MAX_TIMEOUT_S:
         raise FieldError(f"spec.timeoutSec: at most {MAX_TIMEOUT_S:.0f} seconds (found {spec.timeoutSec})", "spec")
     return Accepted(
@@ -79,7 +90,7 @@ def accept(data: bytes, *, settings: Settings, catalogue: Catalogue, results_dir
 
 
 def _document(raw: dict[str, Any], message: TaskMessage) -> dict[str, Any]:
-    """The submitted document, with what the dispatch adds to it in the places where runners look."""
+    """The submitted document with the dispatch's merged children and shard added at the fields that runners read."""
     task: dict[str, Any] = dict(raw["task"])
     if message.merged_children:
         task["merge_children"] = raw["merged_children"]
@@ -97,4 +108,8 @@ def _check_env(env: dict[str, str], settings: Settings) -> None:
                 f"spec.env.{name}",
             )
         if "\0" in value or not name or "=" in name or "\0" in name:
-            raise FieldError(f"spec.env.{name}: cannot be an environment variable", f"spec.env.{name}")
+            raise FieldError(
+                f"spec.env.{name}: not a valid environment variable; the name must not be empty or contain '=', "
+                "and name and value no NUL byte",
+                f"spec.env.{name}",
+            )

@@ -1,6 +1,6 @@
-"""When a task began, written so that the supervisor which adopts it can count on from there.
+"""Times that stay correct when the machine's clock is set, also across a restart of the supervisor.
 
-The machine's clock may be set, by hours, while nobody looks; the seconds since its boot are never set.
+The wall clock may be set by hours at any time. The seconds since boot are never set.
 """
 
 from __future__ import annotations
@@ -13,23 +13,24 @@ from pathlib import Path
 from loguru import logger
 
 JUMP_S = 60.0
-"""A smaller step is one that NTP makes."""
+"""Smaller steps of the clock are corrections by NTP, and are followed at once."""
 DOUBT_S = 86400.0
+"""How long a larger step is ignored."""
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def mark() -> str:
-    """This moment: the boot's own id, and the seconds since then (those that the machine slept included)."""
+    """The current time as text: the boot's id, and the seconds since boot, time in suspend included."""
     return f"{_boot_id()} {_since_boot_s():.6f}"
 
 
 def age_s(marked: str | None, wall: str) -> float:
-    """Seconds since a moment.
+    """Seconds since a time.
 
     Args:
-        marked: it as `mark` wrote it; not used where the machine was booted since, or nobody wrote it.
-        wall: it by the machine's clock, ISO 8601.
+        marked: the time, from `mark`; None if it was not recorded.
+        wall: the same time by the wall clock, ISO 8601. Used without `marked`, or if the machine was booted since.
     """
     boot_id, _, seconds = (marked or "").partition(" ")
     if boot_id and boot_id == _boot_id():
@@ -39,9 +40,10 @@ def age_s(marked: str | None, wall: str) -> float:
 
 
 class SteadyClock:
-    """The machine's clock without its jumps, for what must not be thrown away because of one.
+    """The wall clock without its jumps: for decisions, such as removing old results, that a wrong clock must not make.
 
-    A jump is believed after `DOUBT_S`: by then somebody has seen a wrong clock, and a right one was not wrong for long.
+    A jump is accepted after DOUBT_S. By then a clock that was set wrong has been noticed and corrected. If the new
+    setting was right, the old one is used only this much longer.
     """
 
     def __init__(self) -> None:
@@ -49,7 +51,7 @@ class SteadyClock:
         self._differs_since: float | None = None
 
     def now(self) -> datetime.datetime:
-        """The time as it was going to be, as long as a jump is in doubt."""
+        """The current time, UTC; until a jump is accepted, the time as it would be without the jump."""
         if abs(_ahead_s() - self._ahead_s) < JUMP_S:
             self._ahead_s, self._differs_since = _ahead_s(), None
         elif self._differs_since is None:

@@ -13,17 +13,17 @@ from typing import Any
 from loguru import logger
 
 from flowmesh.execution import task_events
+from flowmesh.execution.background import Background
 from flowmesh.execution.counters import Counters
 from flowmesh.execution.delivery.deliveries import Deliveries
 from flowmesh.execution.delivery.delivery_children import DeliveryChildren
 from flowmesh.execution.delivery.jobs import Jobs
 from flowmesh.execution.delivery.redelivery import Redeliveries
 from flowmesh.execution.early_cancels import EarlyCancels
+from flowmesh.execution.gpu.assembly import make_monitor
 from flowmesh.execution.gpu.canary import FIRST_ATTEMPT as FIRST_CANARY
 from flowmesh.execution.gpu.canary import Canaries
 from flowmesh.execution.gpu.idle_check import IdleCheck
-from flowmesh.execution.gpu.monitor import GpuMonitor
-from flowmesh.execution.gpu.quarantine import Quarantine
 from flowmesh.execution.housekeeping.cleanup import Cleanup
 from flowmesh.execution.housekeeping.retention import Retention
 from flowmesh.execution.housekeeping.watchdog import Watchdog
@@ -34,13 +34,11 @@ from flowmesh.execution.launch.launcher import Launcher
 from flowmesh.execution.launch.task_children import TaskChildren
 from flowmesh.execution.layout import Layout
 from flowmesh.execution.observer import Observers
-from flowmesh.execution.ports import Work
 from flowmesh.execution.run import Run
 from flowmesh.execution.run_table import RunTable
 from flowmesh.execution.timers import Timers
 from flowmesh.messages.wire import TASK_EVENTS_CHANNEL, utc_now
 from flowmesh.node.devices import GpuInfo
-from flowmesh.node.health import GpuHealth
 from flowmesh.node.nvml import Nvml
 from flowmesh.node.power import PowerMeter
 from flowmesh.node.slots import Slot
@@ -92,13 +90,26 @@ class Executor:
         self.draining: str | None = None
         """The mode of the drain, if the node is draining."""
         self._loop = asyncio.get_running_loop()
-        self._background: set[asyncio.Task[machine.Event | None]] = set()
+        self.begin = Background(self.apply, self._after_error, self._check_idle).begin
         self._idle = asyncio.Event()
         self._idle.set()
         self._pipes = ChildPipes()
         self._timers = Timers(settings.tasks, self.apply)
         self.helpers = Helpers(pool)
-        self.gpus = self._make_gpus(nvml, power, gpus)
+        self.gpus = make_monitor(
+            settings=settings.gpu,
+            layout=layout,
+            slots=slots,
+            runs=self.runs,
+            nvml=nvml,
+            power=power,
+            gpus=gpus,
+            canaries=Canaries(self.helpers, layout, catalogue, settings.gpu.canary),
+            observer=self.observers,
+            post=self.apply,
+            pump=self.pump,
+            begin=self.begin,
+        )
         self.children = TaskChildren(
             runs=self.runs,
             pool=pool,
@@ -129,31 +140,6 @@ class Executor:
         jobs, delivery_children = Jobs(settings, layout), DeliveryChildren(settings.delivery, layout, self.helpers)
         self.deliveries = Deliveries(delivery_children, jobs, layout, self._cleanup)
         self.redeliveries = Redeliveries(delivery_children, jobs, layout, journal, self._check_idle)
-
-    def _make_gpus(self, nvml: Nvml, power: PowerMeter, gpus: Sequence[GpuInfo]) -> GpuMonitor:
-        settings, health = self.settings.gpu, GpuHealth(gpus)
-        quarantine = Quarantine(
-            settings=settings,
-            runs=self.runs,
-            nvml=nvml,
-            health=health,
-            canaries=Canaries(self.helpers, self.layout, self.catalogue, settings.canary),
-            observer=self.observers,
-            post=self.apply,
-            pump=self.pump,
-            begin=self.begin,
-        )
-        return GpuMonitor(
-            settings=settings,
-            layout=self.layout,
-            slots=self.slots,
-            nvml=nvml,
-            power=power,
-            gpus=gpus,
-            health=health,
-            quarantine=quarantine,
-            post=self.apply,
-        )
 
     def works(self) -> list[Coroutine[Any, Any, None]]:
         """What runs for as long as the node does."""
@@ -248,7 +234,7 @@ class Executor:
         if run.task.state is State.STOPPING and run.waiting is not None:
             run.waiting.cancel()
         if run.task.state is not before.state:
-            run.tell({"event": "state", "state": run.task.state.value})
+            run.notify({"event": "state", "state": run.task.state.value})
         for action in actions:
             self._act(run, action)
 
@@ -286,27 +272,6 @@ class Executor:
                 self.deliveries.abort(run)
             case machine.Finish(verdict=verdict):
                 self._finish(run, verdict)
-
-    def begin(self, work: Work, run: Run | None = None) -> None:
-        """See `ports.Begin`."""
-        task = self._loop.create_task(work)
-        self._background.add(task)
-        task.add_done_callback(lambda task: self._ended(task, run))
-
-    def _ended(self, task: asyncio.Task[machine.Event | None], run: Run | None) -> None:
-        self._background.discard(task)
-        if task.cancelled():
-            return
-        event = None
-        if (error := task.exception()) is None:
-            event = task.result()
-        else:
-            logger.bind(task=run and run.task_id).opt(exception=error).error("unhandled error in task handling")
-            if run is not None:
-                event = self._after_error(run, f"unhandled error in the node: {type(error).__name__}: {error}")
-        if run is not None and event is not None:
-            self.apply(run, event)
-        self._check_idle()
 
     def _after_error(self, run: Run, message: str) -> machine.Event | None:
         """What an unhandled error means for a run: whatever happens, its task ends."""
@@ -373,4 +338,4 @@ class Executor:
         else:
             bound.warning("task failed: {}", verdict.message)
         end = {"ok": verdict.ok, "verdict": verdict.kind.value, "error": verdict.message}
-        run.tell({"event": "end", **end, "out_dir": run.accepted.target.out_dir})
+        run.notify({"event": "end", **end, "out_dir": run.accepted.target.out_dir})

@@ -1,4 +1,4 @@
-"""After a restart: finds out what became of each task that the journal has without an end, and continues from there."""
+"""Recovery after a restart: finds the real state of each open task of the journal, and continues from it."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from flowmesh.tasks.machine import State
 from flowmesh.tasks.verdicts import Kind, Verdict
 
 ANSWER_TIMEOUT_S = 10.0
-"""A fork server that does not answer for this long is killed with its tasks."""
+"""A fork server that does not answer within this time is killed with its tasks."""
 
 
 async def recover(executor: Executor) -> None:
-    """Adopt running tasks, end lost ones, queue those that had not started, deliver those that had ended."""
+    """Adopt running tasks, end lost ones, queue those that had not started, and deliver those that had ended."""
     records = executor.journal.open_tasks()
     runs = [run for record in records if (run := _restore(executor, record)) is not None]
     for run in runs:
@@ -38,23 +38,24 @@ async def recover(executor: Executor) -> None:
             run.slot.queue.append(run)
         elif run.task.state in (State.LAUNCHING, State.RUNNING, State.STOPPING, State.RELEASING):
             run.slot.resume(run)
-    found = {run.attempt: run.task.state for run in runs}  # they may go on while others are looked at
+    found = {run.attempt: run.task.state for run in runs}  # a state may change while other runs are recovered
     alive = await executor.pool.adopt(ANSWER_TIMEOUT_S, executor.owner_of)
     living = {server.id for server in executor.pool.servers if server.ready is not None}
-    left = _left_over(executor.layout, living)  # before a new server is started: its leaves are none of these
+    left = _left_over(executor.layout, living)  # listed before new servers start, whose leaves must stay
     dead = {record.attempt: record.server for record in records if record.server not in {*living, None}}
     for run in runs:
-        await _go_on(executor, run, found[run.attempt], alive, dead.get(run.attempt))
+        await _continue(executor, run, found[run.attempt], alive, dead.get(run.attempt))
     for slot in executor.slots.values():
         executor.pump(slot)
     executor.helpers.kill_unclaimed()
     keep = {run.attempt for run in runs} | {abs(attempt) for attempt in alive}
     await asyncio.to_thread(_sweep, executor.layout, keep, _undelivered(executor) - keep, left)
     if runs:
-        logger.bind(tasks=len(runs), alive=len(alive)).info("tasks of the previous supervisor taken over")
+        logger.bind(tasks=len(runs), alive=len(alive)).info("tasks of the previous supervisor adopted")
 
 
 def _restore(executor: Executor, record: Record) -> Run | None:
+    """The run of a journal record; None if today's settings refuse its task, which is then failed here."""
     try:
         accepted = accept(
             record.message,
@@ -63,10 +64,10 @@ def _restore(executor: Executor, record: Record) -> Run | None:
             results_dir=executor.layout.results_dir,
         )
     except FieldError as error:
-        # It was accepted under other settings. Its process, if any, is killed like that of an unknown attempt.
+        # It was accepted under other settings. If it has a process, that is killed like one of an unknown attempt.
         message = f"the node was restarted with settings that refuse this task: {error}"
-        had = record.task.verdict
-        computed = record.task.state is State.DELIVERING and had is not None and had.ok
+        earlier = record.task.verdict
+        computed = record.task.state is State.DELIVERING and earlier is not None and earlier.ok
         verdict = Verdict(kind=Kind.DELIVERY_FAILED if computed else Kind.NODE_FAULT, message=message)
         event = task_events.lost(record.worker_id, record.task_id, verdict, record.dispatched_at)
         task = machine.Task(state=State.DONE, verdict=verdict)
@@ -80,12 +81,19 @@ def _restore(executor: Executor, record: Record) -> Run | None:
     return run
 
 
-async def _go_on(executor: Executor, run: Run, found: State, alive: set[int], dead_server: str | None) -> None:
+async def _continue(executor: Executor, run: Run, found: State, alive: set[int], dead_server: str | None) -> None:
+    """Continue a run.
+
+    Args:
+        found: its state in the journal.
+        alive: the attempts whose children the adopted fork servers have.
+        dead_server: the id of its fork server, if that is gone.
+    """
     match found:
         case State.QUEUED:
-            pass  # in its slot's queue already
+            pass  # it is in its slot's queue already
         case State.LAUNCHING | State.RUNNING | State.STOPPING if run.attempt in alive:
-            pass  # its Forked, and perhaps its Gone, were received or follow
+            pass  # its Forked, and its Gone if it has ended, arrive from the fork server
         case State.LAUNCHING if dead_server is None:
             executor.apply(run, machine.NeverForked())
         case State.LAUNCHING | State.RUNNING | State.STOPPING:
@@ -94,7 +102,7 @@ async def _go_on(executor: Executor, run: Run, found: State, alive: set[int], de
             base = executor.layout.cgroup
             leaves = Leaf.of_server(base, dead_server) if base is not None and dead_server is not None else []
             swept = await asyncio.to_thread(end_remains, mark, None, leaves, dead_server)
-            logger.bind(task=run.task_id).warning("its process did not survive the supervisor ({} ended)", swept)
+            logger.bind(task=run.task_id).warning("task lost: no fork server has it; {} processes killed", swept)
             message = "the supervisor died, and no fork server has the task any more"
             executor.begin(executor.children.lost(run, message, Kind.SUPERVISOR_LOST), run)
         case State.RELEASING:
@@ -113,7 +121,10 @@ async def _go_on(executor: Executor, run: Run, found: State, alive: set[int], de
 
 
 def _set_clock(executor: Executor, run: Run) -> None:
-    """Set its runtime: as its fork server measured it, else until its outcome was written, else until now."""
+    """Set when the run started and ended.
+
+    Its end is what its fork server measured; else when its outcome was written; else now.
+    """
     if run.started_at is None:
         return
     now = time.monotonic()
@@ -131,7 +142,13 @@ def _set_clock(executor: Executor, run: Run) -> None:
 
 
 def _sweep(layout: Layout, keep: set[int], undelivered: set[int], left: list[Leaf]) -> None:
-    """Remove folders and cgroups of attempts that have ended. Called in a thread, so without the journal."""
+    """Remove folders and cgroups of attempts that have ended. Called in a thread, which may not use the journal.
+
+    Args:
+        keep: attempts whose folders stay.
+        undelivered: attempts whose spool folders stay, too.
+        left: the cgroups to remove.
+    """
     for parent, kept in ((layout.state_dir / "spool", keep | undelivered), (layout.state_dir / "tmp", keep)):
         for folder in parent.glob("[0-9]*"):
             if int(folder.name) not in kept:

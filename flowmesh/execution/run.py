@@ -1,4 +1,4 @@
-"""One attempt at a task while the node has it: its machine state, its process, its last progress."""
+"""One attempt at a task, from its acceptance to its end: state, process, times, progress and what it used."""
 
 from __future__ import annotations
 
@@ -20,7 +20,12 @@ from flowmesh.tasks.types import LIGHT
 
 
 class Run:
-    """Owned by the executor; used on the loop only."""
+    """One attempt. Owned by the executor, and used on the event loop only.
+
+    Args:
+        attempt: its number, unique on this node.
+        slot: the slot that it runs in, or is queued for.
+    """
 
     def __init__(self, attempt: int, accepted: Accepted, slot: Slot[Run]) -> None:
         self.attempt = attempt
@@ -30,19 +35,23 @@ class Run:
         self.pid: int | None = None
         self.pipe: Pipe | None = None
         self.cgroup: str | None = None
+        """The folder of its cgroup, if it has one."""
         self.phase = ""
         self.progress: Progress | None = None
-        self.last_heard = time.monotonic()
+        """The last progress that it reported."""
+        self.last_frame_at = time.monotonic()
+        """When its last frame arrived, or it started."""
         self.bad_frames = 0
         self.waiting: asyncio.Task[None] | None = None
         """Set while it waits for its environment's fork server to finish its imports."""
         self.started_at: str | None = None
+        """When it started, ISO 8601, UTC."""
         self.boot_mark = ""
-        """When it started, by `boot_clock.mark`."""
+        """When it started, from `boot_clock.mark`."""
         self.started = 0.0
-        """Monotonic; computed from `boot_mark` for an adopted task. 0: it has not started."""
+        """When it started, monotonic; computed from `boot_mark` for an adopted task. 0: it has not started."""
         self.finished = 0.0
-        """Monotonic; 0: it has not ended."""
+        """When it ended, monotonic. 0: it has not ended."""
         self.exit: Exit | None = None
         self.outcome: Outcome | None = None
         self.log_tail: tuple[str, ...] = ()
@@ -50,8 +59,10 @@ class Run:
         self.resources: dict[str, Any] = {}
         self.energy: dict[str, Any] | None = None
         self.gpus = gpus_of(accepted, slot)
+        """UUIDs of its GPUs."""
         self.timers: list[asyncio.TimerHandle] = []
         self.watchers: set[Callable[[dict[str, Any]], None]] = set()
+        """Called with each event of this task, for clients that watch it."""
 
     @property
     def task_id(self) -> str:
@@ -63,31 +74,34 @@ class Run:
 
     @property
     def runtime_s(self) -> float:
+        """How long it has run so far, or ran; 0 if it has not started."""
         return (self.finished or time.monotonic()) - self.started if self.started else 0.0
 
     def start_clock(self) -> None:
-        self.started = self.last_heard = time.monotonic()  # in the queue it could send nothing
+        """It starts now."""
+        self.started = self.last_frame_at = time.monotonic()  # no frame could come while it was queued
         self.started_at = utc_now()
         self.boot_mark = boot_clock.mark()
 
     def resume_clock(self) -> None:
-        """For an adopted task: its time counts from when it started, under the earlier supervisor."""
+        """Count an adopted task's time from when it started, under the earlier supervisor."""
         assert self.started_at is not None, "only a task that had started is adopted"
         self.started = time.monotonic() - boot_clock.age_s(self.boot_mark, self.started_at)
 
     def end_clock(self) -> None:
-        """It ended when its fork server saw it end, if that is known; else now."""
+        """It ended when its fork server measured its end; now if that is unknown."""
         if self.finished:
             return  # ended under an earlier supervisor
         ran_s = 0.0 if self.exit is None else self.exit.ran_s
         self.finished = self.started + ran_s if ran_s and self.started else time.monotonic()
 
     def enter(self, phase: str) -> None:
+        """Set its phase, cut to 64 characters."""
         self.phase = phase[:64]
-        self.tell({"event": "phase", "phase": self.phase})
+        self.notify({"event": "phase", "phase": self.phase})
 
-    def tell(self, event: dict[str, Any]) -> None:
-        """Send an event to those who watch this task."""
+    def notify(self, event: dict[str, Any]) -> None:
+        """Send an event to the clients that watch this task."""
         for watcher in list(self.watchers):
             watcher(event)
 
@@ -97,7 +111,7 @@ class Run:
         self.timers.clear()
 
     def usage(self) -> dict[str, Any]:
-        """What the kernel counted for its first process and the children which that waited for."""
+        """What the kernel counted for its first process, including children that this process waited for."""
         if self.exit is None:
             return {}
         return {
@@ -108,7 +122,7 @@ class Run:
         }
 
     def snapshot(self) -> dict[str, Any]:
-        """For `flowmesh status`."""
+        """The task's entry in `flowmesh status`."""
         return {
             "task_id": self.task_id,
             "task_type": self.accepted.type.name,
@@ -127,11 +141,12 @@ def gpus_of(accepted: Accepted, slot: Slot[Run]) -> tuple[str, ...]:
     """UUIDs of the GPUs that a task gets: its slot's, at most `gpu.count` of them; none for a light task."""
     if accepted.type.environment == LIGHT:
         return ()
-    wanted = accepted.spec.resources.hardware if accepted.spec.resources else None
-    return slot.plan.gpus_for(wanted.gpu.count if wanted and wanted.gpu else None)
+    hardware = accepted.spec.resources.hardware if accepted.spec.resources else None
+    return slot.plan.gpus_for(hardware.gpu.count if hardware and hardware.gpu else None)
 
 
 def progress_event(progress: Progress) -> dict[str, Any]:
+    """The event of a progress frame, for the clients that watch its task."""
     return {"event": "progress", **_plain(progress)}
 
 

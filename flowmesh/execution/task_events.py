@@ -1,4 +1,4 @@
-"""The events of `tasks.events`, built from a run."""
+"""Builds the events that are published on `tasks.events`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from flowmesh.tasks.verdicts import Kind, Verdict, event_fields
 
 TAIL_LINES = 20
 TAIL_BYTES = 4096
-"""What a failed task's event has of its log. responses.json has more."""
+"""How much of its log the event of a failed task contains. responses.json contains more."""
 
 
 def started(run: Run) -> bytes:
+    """TASK_STARTED, encoded."""
     payload = {
         "taskType": run.accepted.type.name,
         "dispatched_at": run.accepted.message.dispatched_at,
@@ -39,17 +40,21 @@ _decoder = msgspec.json.Decoder(TaskEvent)
 
 
 def is_start(event: bytes) -> bool:
-    """Whether an event tells of a beginning; all others here tell of an end."""
+    """Whether an encoded event is a TASK_STARTED; all others here are terminal."""
     return event.startswith(b'{"type":"TASK_STARTED"')
 
 
 def failed_at(event: bytes) -> str | None:
-    """The worker that an event tells a failure of; None where it tells something else."""
+    """The worker whose task failed, if this encoded event is a TASK_FAILED; else None."""
     return _decoder.decode(event).worker_id if event.startswith(b'{"type":"TASK_FAILED"') else None
 
 
 def used(run: Run, cost_per_hour: float) -> dict[str, Any]:
-    """What a task has used, for its event and its result. Of an energy that is not known: null."""
+    """What a task has used, for its event and its result. An energy that was not measured is null.
+
+    Args:
+        cost_per_hour: of the task's slot, in US dollars.
+    """
     return {
         "cost_usd": round(cost_per_hour / 3600 * run.runtime_s, 9),
         "energy": run.energy,
@@ -58,7 +63,13 @@ def used(run: Run, cost_per_hour: float) -> dict[str, Any]:
 
 
 def ended(run: Run, verdict: Verdict, *, finished_at: str, cost_per_hour: float, base_env: Mapping[str, str]) -> bytes:
-    """Args: base_env: what of the node's environment tasks see; no secret in it is told."""
+    """The terminal event, encoded: TASK_SUCCEEDED or TASK_FAILED.
+
+    Args:
+        finished_at: ISO 8601, UTC.
+        cost_per_hour: of the task's slot, in US dollars.
+        base_env: the node's variables that its tasks inherit; secrets among them are hidden in the event.
+    """
     payload: dict[str, Any] = {
         "taskType": run.accepted.type.name,
         "runtime_sec": round(run.runtime_s, 6),
@@ -101,7 +112,7 @@ def refused(worker_id: str, task_id: str, message: str, dispatched_at: str | Non
 
 
 def lost(worker_id: str, task_id: str, verdict: Verdict, dispatched_at: str | None) -> bytes:
-    """For a task of which nothing is known but its id."""
+    """TASK_FAILED for a task of which only the id is known."""
     now = utc_now()
     payload: dict[str, Any] = {
         "taskType": None,
@@ -125,7 +136,7 @@ def lost(worker_id: str, task_id: str, verdict: Verdict, dispatched_at: str | No
 
 
 def _redactor(run: Run, base_env: Mapping[str, str]) -> Redactor:
-    """Knows the secrets that the task was given."""
+    """A redactor of the secrets that the task was given."""
     env = {**base_env, **run.accepted.spec.env}
     known: list[str | None] = [value for name, value in env.items() if is_secret((name,))]
     for target in (run.accepted.target, *run.accepted.children):
@@ -135,7 +146,7 @@ def _redactor(run: Run, base_env: Mapping[str, str]) -> Redactor:
 
 
 def _last(lines: Sequence[str]) -> list[str]:
-    """The last of them, as far as TAIL_BYTES go; the one in which they end keeps its end."""
+    """The last lines that fit into TAIL_BYTES; of the first one kept, only its end may fit."""
     kept: list[str] = []
     room = TAIL_BYTES
     for line in reversed(lines):

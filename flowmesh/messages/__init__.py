@@ -1,1 +1,1 @@
-"""What the node says to others (`wire`) and to its own children (`job`), and how both are checked (`checking`)."""
+"""What is exchanged with peers (`wire`), task documents (`output`) and children (`job`)."""

@@ -1,0 +1,1 @@
+"""The machine: GPUs through NVML, power and energy, slots, systemd."""

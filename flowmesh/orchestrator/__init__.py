@@ -1,0 +1,1 @@
+"""The node's side of the contract with an orchestrator, over Redis."""

@@ -1,1 +1,1 @@
-"""Processes and what bounds them: the pipe, the fork server, process trees, cgroups."""
+"""Fork servers and their children: pipes, limits, cgroups, process trees."""

@@ -1,6 +1,7 @@
-"""cgroup v2 leaves, one a task, where the node may make them: `cgroup.kill` ends a tree that no fork can outrun.
+"""cgroup v2 leaves, one for each child, if the node may create them: `cgroup.kill` ends a whole tree, forks included.
 
-Only a hierarchy that is ours is used: below our own cgroup when it was delegated to us, or anywhere as root.
+The leaves are created below the node's own cgroup, so that one must be delegated to the node's user, or the node runs
+as root.
 """
 
 from __future__ import annotations
@@ -13,18 +14,21 @@ import time
 from collections.abc import Collection
 from pathlib import Path
 
-from flowmesh.processes.linux import read_small
+from flowmesh.processes.proc_files import read_small
 
 CONTROLLERS = ("memory", "pids", "cpu")
 SUBGROUP = "supervisor"
-"""The node's own leaf below a cgroup that is delegated to it (systemd: DelegateSubgroup=supervisor). A cgroup with
-processes in it can hand no controller on, so only with this leaf can a task's memory be counted and limited."""
+"""The node's own leaf below a cgroup that is delegated to it (systemd: DelegateSubgroup=supervisor).
 
-_REMOVE_AGAIN_S = 0.005
+A cgroup that contains processes cannot enable controllers for its children. So only with this leaf can the memory of a
+task be counted and limited.
+"""
+
+_REMOVE_INTERVAL_S = 0.005
 
 
 def own_cgroup() -> Path | None:
-    """The folder of the v2 cgroup that we are in, or None where no v2 hierarchy is mounted."""
+    """The folder of this process's v2 cgroup; None if no v2 hierarchy is mounted."""
     mounts = _mounts("cgroup2")
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         if mounts and line.startswith("0::"):
@@ -32,25 +36,28 @@ def own_cgroup() -> Path | None:
     return None
 
 
-def prepare(name: str, wanted: Collection[str] = CONTROLLERS) -> Path | None:
-    """A folder in which we may make leaves, or None where the system does not let us.
+def prepare(name: str, requested: Collection[str] = CONTROLLERS) -> Path | None:
+    """Create the cgroup in which tasks get their leaves.
 
     Args:
-        name: tells nodes on one machine apart where they share a cgroup.
-        wanted: controllers that leaves should have, as far as the system hands them on.
+        name: part of its name, so that nodes in one cgroup do not share it.
+        requested: controllers to enable for the leaves; those that are not delegated are left out.
+
+    Returns:
+        its folder; None if this user may not create leaves, or not move processes into them.
     """
     own = own_cgroup()
     if own is None:
         return None
-    ours = own.parent if own.name == SUBGROUP else own
-    base = ours / f"flowmesh-{name}"
+    delegated = own.parent if own.name == SUBGROUP else own
+    base = delegated / f"flowmesh-{name}"
     probe = base / "probe"
     try:
         base.mkdir(exist_ok=True)
         probe.mkdir(exist_ok=True)
         usable = os.access(probe / "cgroup.kill", os.W_OK) and os.access(probe / "cgroup.procs", os.W_OK)
-        # Moving a process needs the right to write to what it does not leave as well.
-        usable = usable and os.access(ours / "cgroup.procs", os.W_OK)
+        # To move a process, the kernel also requires write access to the common ancestor's cgroup.procs.
+        usable = usable and os.access(delegated / "cgroup.procs", os.W_OK)
         probe.rmdir()
         if not usable:
             base.rmdir()
@@ -58,15 +65,15 @@ def prepare(name: str, wanted: Collection[str] = CONTROLLERS) -> Path | None:
         return None
     if not usable:
         return None
-    for folder in (ours, base) if ours != own else (base,):
-        for controller in wanted:
-            with contextlib.suppress(OSError):  # not handed on to us, or processes live beside us: leaves then lack it
+    for folder in (delegated, base) if delegated != own else (base,):
+        for controller in requested:
+            with contextlib.suppress(OSError):  # not delegated, or other processes are in it: the leaves do without
                 (folder / "cgroup.subtree_control").write_text(f"+{controller}")
     return base
 
 
 def controllers(base: Path) -> set[str]:
-    """What can be limited in leaves below `base`."""
+    """The controllers that leaves below `base` have."""
     try:
         return set((base / "cgroup.subtree_control").read_text().split())
     except OSError:
@@ -74,9 +81,9 @@ def controllers(base: Path) -> set[str]:
 
 
 def oom_kills_near() -> int:
-    """Processes that the kernel has killed for memory in our own cgroup, or where it does not count them, anywhere.
+    """How many processes the kernel's OOM killer has killed in this process's cgroup; without that count, anywhere.
 
-    In a container, whose cgroups are its host's, this leaves out what happened to its neighbours.
+    Inside a container the cgroup's own count leaves out what happened to other containers of the host.
     """
     for path in _counters_near():
         try:
@@ -113,17 +120,17 @@ def _mounts(kind: str, option: str = "") -> list[Path]:
 
 
 class Leaf:
-    """One task's cgroup."""
+    """The cgroup of one child of a fork server."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     @classmethod
     def make(cls, base: Path, name: str) -> Leaf:
-        """Make the leaf.
+        """Create the leaf `name` below `base`.
 
         Raises:
-            OSError: it cannot be made.
+            OSError: it cannot be created.
         """
         leaf = cls(base / name)
         leaf.path.mkdir(exist_ok=True)
@@ -131,7 +138,7 @@ class Leaf:
 
     @classmethod
     def of_server(cls, base: Path, server_id: str) -> list[Leaf]:
-        """Those of a fork server's children, whether it lives or not."""
+        """The leaves of a fork server's children, also if the server is dead."""
         return [cls(path) for path in base.glob(f"{server_id}.*")]
 
     @property
@@ -139,10 +146,10 @@ class Leaf:
         return self.path.name.partition(".")[0]
 
     def limit(self, *, memory_max_bytes: int | None, pids_max: int | None) -> None:
-        """Set its limits; None leaves one open.
+        """Limit the leaf's memory in bytes, without swap, and its number of processes. None: no limit.
 
         Raises:
-            OSError: it has no controller for one that is asked for.
+            OSError: the leaf lacks the controller of a limit.
         """
         if memory_max_bytes is not None:
             (self.path / "memory.max").write_text(str(memory_max_bytes))
@@ -152,28 +159,30 @@ class Leaf:
             (self.path / "pids.max").write_text(str(pids_max))
 
     def join(self) -> None:
-        """Move the calling process in. Its later children are born inside."""
+        """Move the calling process into the leaf. Children that it forks from now on are in it, too."""
         (self.path / "cgroup.procs").write_text("0")
 
     def kill(self) -> None:
-        """SIGKILL to every process inside, those included that are being forked."""
+        """SIGKILL to every process in the leaf, including those that are just being forked."""
         with contextlib.suppress(FileNotFoundError):
             (self.path / "cgroup.kill").write_text("1")
 
     def populated(self) -> bool:
+        """Whether a process is in the leaf or below it."""
         try:
             return b"populated 1" in read_small(f"{self.path}/cgroup.events")
         except OSError:
             return False
 
     def pids(self) -> list[int]:
+        """The processes in the leaf; none if it does not exist."""
         try:
             return [int(word) for word in (self.path / "cgroup.procs").read_text().split()]
         except OSError:
             return []
 
     def oom_kills(self) -> int | None:
-        """Processes of this leaf that the kernel killed for memory; None where it does not count them."""
+        """How many processes of this leaf the kernel's OOM killer has killed; None without the memory controller."""
         try:
             lines = read_small(f"{self.path}/memory.events").splitlines()
         except OSError:
@@ -181,16 +190,20 @@ class Leaf:
         return next((int(line.split()[1]) for line in lines if line.startswith(b"oom_kill ")), None)
 
     def remove_within(self, limit_s: float) -> bool:
-        """Remove the leaf, as soon as the kernel lets it go; False where that takes longer."""
+        """Retry `remove` until it succeeds; False if it did not within `limit_s` seconds."""
         end = time.monotonic() + limit_s
         while not self.remove():
             if time.monotonic() >= end:
                 return False
-            time.sleep(_REMOVE_AGAIN_S)
+            time.sleep(_REMOVE_INTERVAL_S)
         return True
 
     def remove(self) -> bool:
-        """Remove the empty leaf; False where the kernel still holds it for a moment."""
+        """Remove the leaf, in which all processes have ended. False while the kernel still reports it as busy.
+
+        Raises:
+            OSError: it cannot be removed for another reason.
+        """
         try:
             self.path.rmdir()
         except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""The first lines of a forked child: limits, descriptors, environment; then the work it was forked for."""
+"""What a fork server's child runs: it waits for its task, sets up limits, logs and environment, and runs the task."""
 
 from __future__ import annotations
 
@@ -16,45 +16,56 @@ from flowmesh.processes.cgroup import Leaf
 from flowmesh.processes.pipe import Pipe
 from flowmesh.processes.preload import named
 from flowmesh.processes.protocol import MAX_MESSAGE, Fork, fork_decoder
+from flowmesh.processes.safe_folder import open_folder
 
 SPARE = "flowmesh-spare"
-"""The name of a child that waits for its task."""
+"""Process name of a child that waits for its task."""
 
 EXIT_SETUP = 70
-"""The child could not be set up, or its entry raised: an error of the node's, not of the task's (EX_SOFTWARE)."""
+"""The child could not be set up, or its entry raised: an error of the node, not of the task (EX_SOFTWARE)."""
 
 
 class Start(msgspec.Struct, frozen=True):
-    """What a child has from its fork server."""
+    """What a child gets from its fork server."""
 
     orders: socket.socket
-    """One datagram comes here: its task. Closed without one: there is none."""
+    """Receives one datagram, the child's Fork request. Closed without one if there is no task for it."""
     pipe: Pipe
+    """The child's end."""
     leaf: Leaf | None
+    """The cgroup that it joins."""
     parent: int
+    """The fork server's pid."""
     rehearsal: str | None = None
-    """`module:function` to call while it waits."""
+    """`module:function` that it calls before it waits for its task."""
 
 
 def run(start: Start) -> int:
-    """Wait for a task, become the child that it describes, and do its work; returns the exit status."""
+    """Wait for a Fork request, apply it to this process, and call its target.
+
+    Returns:
+        the exit status; 0 if no request came.
+
+    Raises:
+        Exception: the child could not be set up, or the target raised. Its log exists by then.
+    """
     linux.set_name(SPARE)
-    refusal = None
+    failure = None
     try:
         limits.enter(start.leaf, start.parent)
         reseed()
         if start.rehearsal is not None:
             named(start.rehearsal)()
-    except Exception as error:  # noqa: BLE001 - told in its task's log, once it has one
-        refusal = error
+    except Exception as error:  # noqa: BLE001 - raised below, once the child has its task's log
+        failure = error
     order = start.orders.recv(MAX_MESSAGE)
     start.orders.close()
     if not order:
         return 0
     request = fork_decoder.decode(order)
     _redirect(request)
-    if refusal is not None:
-        raise refusal
+    if failure is not None:
+        raise failure
     linux.set_name("flowmesh-task")
     limits.apply(request.limits, start.parent)
     os.chdir(request.cwd)
@@ -65,16 +76,20 @@ def run(start: Start) -> int:
 
 
 def report_crash() -> None:
-    """The traceback of what ended the entry, into the child's own log."""
+    """Write the traceback of the current exception to the child's log."""
     traceback.print_exc()
 
 
 def leave(status: int) -> NoReturn:
-    """End now: without the interpreter's teardown, which costs a second with some libraries and can hang."""
+    """Exit without the interpreter's teardown, which takes a second with some libraries and can hang.
+
+    Args:
+        status: EXIT_SETUP instead of 0 if the last output cannot be written.
+    """
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except (OSError, ValueError):  # a full disk, or the task closed it
+        except (OSError, ValueError):  # the disk is full, or the task closed the stream
             status = status or EXIT_SETUP
     os._exit(status)
 
@@ -90,12 +105,15 @@ def _redirect(request: Fork) -> None:
             os.close(fd)
 
 
-def _open_log(path: str, wanted: limits.Limits) -> int:
-    """While we are the node's user still: where we become another one, no link of its leads us elsewhere."""
+def _open_log(path: str, requested: limits.Limits) -> int:
+    """Open a log, still as the node's user. If the task runs as another user, no link in its path is followed.
+
+    That user owns the log's folder, and could otherwise make the node's user write elsewhere.
+    """
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
-    if wanted.uid is None:
+    if requested.uid is None:
         return os.open(path, flags, 0o640)
-    folder = linux.open_folder(Path(path).parent)
+    folder = open_folder(Path(path).parent)
     try:
         return os.open(Path(path).name, flags, 0o640, dir_fd=folder)
     finally:
@@ -103,7 +121,10 @@ def _open_log(path: str, wanted: limits.Limits) -> int:
 
 
 def reseed() -> None:
-    """Children of one server must not all draw the same numbers. Python's own generator sees to that by itself."""
+    """Seed the generators of numpy and torch: otherwise all children of a server draw the same numbers.
+
+    Python's own generator is reseeded after a fork by itself.
+    """
     if (numpy := sys.modules.get("numpy")) is not None:
         numpy.random.seed()
     if (torch := sys.modules.get("torch")) is not None:

@@ -1,4 +1,4 @@
-"""The environment variables of the node's children: an allow-list, so that no secret of the node's gets there."""
+"""The environment variables of the node's children: an allow-list, which keeps the node's secrets out."""
 
 from __future__ import annotations
 
@@ -17,54 +17,63 @@ PASSED = (
     "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE",
     "http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY",
 )  # fmt: skip
-"""What a task inherits from the node's own environment; `*` stands for the rest of a name. No tokens among them."""
+"""The variables of the node that its tasks inherit; `*` matches any rest of a name. None of them holds a token."""
 
 NEVER = ("REDIS_URL", "ORCHESTRATOR_TOKEN")
-"""Not even when the settings ask for it."""
+"""Never passed on, even if `tasks.pass_env` names them."""
 
 SERVER = {
-    # One thread while the libraries are imported: a pool that starts now would be missing in every fork.
+    # One thread during the imports: threads of a pool that starts then do not exist in the forks.
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "JE_ARROW_MALLOC_CONF": "background_thread:false",
-    # Asks the driver's library and not the runtime, which would make a context in the server.
+    # torch asks NVML whether there are GPUs. The CUDA runtime would create a context in the server.
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
-    # How long an idle OpenMP thread spins before it sleeps: a tenth of libgomp's own 300,000, which takes the core of
-    # one that works (on busy cores training was ten times slower with it). On idle cores vLLM and training are as fast
-    # with this as with that; with 5,000 vLLM lost a tenth, and with 1,000 a small model's training more than half:
-    # threads then sleep between its small operations. Read once, when libgomp is loaded.
+    # How long an idle OpenMP thread spins before it sleeps: a tenth of libgomp's default of 300,000. With the default,
+    # spinning threads take the cores of working ones: on busy cores training was ten times slower. On idle cores vLLM
+    # and training are as fast with 30,000 as with the default. With 5,000 vLLM lost a tenth; with 1,000 training of a
+    # small model lost more than half, because threads sleep between its small operations. Read once, when libgomp is
+    # loaded.
     "GOMP_SPINCOUNT": "30000",
-    # Likewise for OpenBLAS (numpy, scipy and faiss have one each), whose threads spin as soon as there are any, which
-    # is when a task gets its number of threads: for 2^22 cycles, under 2 ms, and not for 2^28, a tenth of a second. On
-    # two cores that was half of a small Transformers task's time; linear algebra is as fast with this as with that.
+    # The same for OpenBLAS, of which numpy, scipy and faiss load one copy each. Its threads spin from the moment they
+    # exist, which is when a task sets its number of threads. They spin for 2^22 cycles, under 2 ms, instead of the
+    # default 2^28, a tenth of a second. On two cores the default took half of a small Transformers task's time; linear
+    # algebra is equally fast with both.
     "OPENBLAS_THREAD_TIMEOUT": "22",
-    # One engine in the task's own process, where its parallelism allows that: comes up in a fifth of the time.
+    # Run vLLM's engine in the task's own process if its parallelism allows that: it starts in a fifth of the time.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "PYTHONUNBUFFERED": "1",
 }
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a variable's name matches one of these shell patterns. Case matters."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def base(environ: Mapping[str, str], pass_env: Iterable[str]) -> dict[str, str]:
-    """What of the node's environment its children may see."""
+    """The part of the node's environment that its children may see.
+
+    Args:
+        environ: the node's environment.
+        pass_env: name patterns to pass besides PASSED (`tasks.pass_env`).
+    """
     patterns = (*PASSED, *pass_env)
     return {name: value for name, value in environ.items() if matches(name, patterns) and name not in NEVER}
 
 
 def for_server(base_env: Mapping[str, str]) -> dict[str, str]:
+    """A fork server's whole environment, from `base`."""
     return {**base_env, **SERVER}
 
 
 def with_package(env: Mapping[str, str]) -> dict[str, str]:
-    """`env` for our own interpreter, which then finds this package from wherever we were started."""
+    """`env` with this package on PYTHONPATH: for this interpreter, which may have been started in any folder."""
     paths = [path for path in env.get("PYTHONPATH", "").split(os.pathsep) if path]
     return {**env, "PYTHONPATH": os.pathsep.join([*paths, str(Path(flowmesh.__file__).parents[1])])}
 
@@ -81,13 +90,18 @@ def for_task(
     """A task's whole environment.
 
     Args:
-        mark: names the attempt; whatever the task executes carries it (`FLOWMESH_ATTEMPT`).
+        base_env: from `base`.
+        task_env: the task's `spec.env`, already checked.
+        tmp_dir: its TMPDIR.
+        threads: for OpenMP.
+        gpus: UUIDs of the GPUs that CUDA may show it.
+        mark: FLOWMESH_ATTEMPT, which names the attempt; every program that the task executes inherits it.
     """
     return {
         **base_env,
         **{name: value for name, value in SERVER.items() if not name.endswith("_NUM_THREADS")},
         "OMP_NUM_THREADS": str(threads),
-        "PYTHONFAULTHANDLER": "1",  # an interpreter that the task starts says where it was when it dies of a signal
+        "PYTHONFAULTHANDLER": "1",  # Python programs that the task starts print their stacks when a signal kills them
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",

@@ -1,4 +1,4 @@
-"""What bounds a child: applied by the child itself, between fork and the first line of its work."""
+"""A child's limits and privileges. The child applies them to itself, between the fork and the start of its work."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from flowmesh.processes.cgroup import Leaf
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """Each as the node's settings have it; None leaves what the fork server has."""
+    """The limits that the node's settings give a child; None leaves the fork server's value."""
 
     memory_max_bytes: int | None = None
-    """Of its cgroup, as `pids_max`; the fork server sets both."""
+    """Limit of its cgroup, like `pids_max`; the fork server sets both."""
     pids_max: int | None = None
     cpus: tuple[int, ...] | None = None
     nice: int = 0
@@ -26,16 +26,17 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     uid: int | None = None
     gid: int | None = None
     groups: tuple[int, ...] = ()
-    """The user's other groups; only with `gid`."""
+    """The user's supplementary groups; used with `gid` only."""
     private_shm: bool = False
-    """A /dev/shm of its own, where that is allowed."""
+    """Mount an empty /dev/shm for it, if the system allows that."""
 
 
 def enter(leaf: Leaf | None, parent: int) -> None:
-    """Become a child that cannot outlive its parent, in a session and (where there is one) a cgroup of its own.
+    """Start a new session, join the cgroup, and die with the parent from now on.
 
     Args:
-        parent: the pid of the process that forked us; if it has died meanwhile, so do we.
+        leaf: the cgroup to join; None: none.
+        parent: the pid of the process that forked this one. If it is dead already, this one is killed now.
 
     Raises:
         OSError: the cgroup cannot be joined.
@@ -47,21 +48,25 @@ def enter(leaf: Leaf | None, parent: int) -> None:
 
 
 def die_with(parent: int) -> None:
+    """SIGKILL this process when its parent dies, or at once if `parent` is not its parent any more."""
     linux.die_with_parent(signal.SIGKILL)
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def apply(limits: Limits, parent: int) -> None:
-    """Take on what bounds the task, and its user.
+    """Apply the limits to this process, then become the task's user.
+
+    Args:
+        parent: the pid of the process that forked this one.
 
     Raises:
-        OSError: a limit was refused; nothing of the task has run.
+        OSError: a limit cannot be set; nothing of the task has run yet.
     """
     if limits.oom_score_adj is not None:
         _raise_oom_score_adj(limits.oom_score_adj)
     if limits.cpus is not None:
-        with contextlib.suppress(OSError):  # a CPU that went offline: better slower than not at all
+        with contextlib.suppress(OSError):  # a CPU went offline: run on any CPU rather than fail
             os.sched_setaffinity(0, limits.cpus)
     if limits.nice:
         os.nice(limits.nice)
@@ -75,11 +80,11 @@ def apply(limits: Limits, parent: int) -> None:
         os.setuid(limits.uid)
     linux.forbid_new_privileges()
     linux.become_subreaper()
-    die_with(parent)  # anew: a change of user clears it
+    die_with(parent)  # once more: the change of user cleared it
 
 
-def _raise_oom_score_adj(wanted: int) -> None:
-    """Lowering it needs a privilege, so where the node's own is higher already, as in many a container, it stays."""
+def _raise_oom_score_adj(minimum: int) -> None:
+    """Raise it to `minimum`. Lowering needs a privilege, so a value that is higher, as in many containers, is kept."""
     path = Path("/proc/self/oom_score_adj")
-    if wanted > int(path.read_text()):
-        path.write_text(str(wanted))
+    if minimum > int(path.read_text()):
+        path.write_text(str(minimum))

@@ -1,8 +1,8 @@
-"""The framed pipe between the node and a child: one frame a datagram of a connected SEQPACKET socket pair.
+"""The framed pipe between the node and a child: a SEQPACKET socket pair, with one frame in each datagram.
 
-The kernel keeps the frames apart, so a reader that dies between two reads leaves the next reader at a frame's
-start, and one bad frame is one error and not a stream out of step. Results do not travel here (see
-`messages.job`): a frame is small, and `MAX_FRAME` is checked on both sides.
+The kernel keeps frame boundaries. So the next reader after one that died starts at a frame, and a malformed frame does
+not damage the frames after it. Results are not sent through the pipe (see `messages.job`): frames are small, and both
+sides check MAX_FRAME.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MAX_FRAME = 64 * 1024
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
-    """A child's first frame: it has read its job and is about to run."""
+    """A child's first frame: it has read its job and starts to run it."""
 
     version: int
     pid: int
@@ -30,7 +30,7 @@ class Phase(msgspec.Struct, frozen=True, tag="phase"):
 
 
 class Progress(msgspec.Struct, frozen=True, tag="progress", omit_defaults=True):
-    """How far a task is. May be dropped on the way."""
+    """How far a task is. A sender may drop it if the pipe is full."""
 
     done: float
     total: float | None = None
@@ -39,20 +39,20 @@ class Progress(msgspec.Struct, frozen=True, tag="progress", omit_defaults=True):
 
 
 class Finished(msgspec.Struct, frozen=True, tag="finished"):
-    """The outcome lies in the spool folder; the child ends next."""
+    """The outcome is in the spool folder, and the child is about to exit."""
 
     ok: bool
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
-    """The node asks the child to stop. With `checkpoint` it may first save what it would go on from."""
+    """The node asks the child to stop. With `checkpoint` the child may save a checkpoint first, to resume from."""
 
     reason: str
     checkpoint: bool = False
 
 
 class Credentials(msgspec.Struct, frozen=True, tag="credentials"):
-    """What a delivery child may show to the orchestrator. Said over the pipe, so that it never stands in a file."""
+    """The orchestrator's token, for a delivery child. Sent through the pipe so that it is never written to a file."""
 
     token: str | None = None
 
@@ -64,17 +64,18 @@ _decoder: msgspec.msgpack.Decoder[Frame] = msgspec.msgpack.Decoder(Frame)
 
 
 class FrameError(Exception):
-    """A datagram that is no frame. The pipe itself goes on."""
+    """Raised for a datagram that is not a valid frame. The pipe stays usable."""
 
 
 class Pipe:
-    """One end of a framed pipe. Owns its socket."""
+    """One end of a framed pipe. It owns its socket and closes it."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
 
     @classmethod
     def pair(cls) -> tuple[Pipe, Pipe]:
+        """Two connected ends."""
         near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         return cls(near), cls(far)
 
@@ -82,11 +83,17 @@ class Pipe:
         return self.sock.fileno()
 
     def send(self, frame: Frame, *, drop: bool = False) -> bool:
-        """Send one frame. With `drop`, neither blocks nor fails: says False where the reader is behind, or gone.
+        """Send one frame.
+
+        Args:
+            drop: drop the frame, instead of blocking or failing, if the pipe is full or the other end is closed.
+
+        Returns:
+            False if the frame was dropped.
 
         Raises:
-            FrameError: the frame is over MAX_FRAME.
-            OSError: the other end is gone, and `drop` was not set.
+            FrameError: the frame is larger than MAX_FRAME.
+            OSError: the other end is closed, without `drop`.
         """
         data = _encoder.encode(frame)
         if len(data) > MAX_FRAME:
@@ -100,11 +107,11 @@ class Pipe:
         return True
 
     def poll(self) -> Frame | None:
-        """The next frame, or None where none is waiting.
+        """Receive the next frame without blocking; None if there is none.
 
         Raises:
             EOFError: the other end is closed.
-            FrameError: what was waiting is no frame.
+            FrameError: the next datagram is not a valid frame; it is discarded.
         """
         try:
             data, _, flags, _ = self.sock.recvmsg(MAX_FRAME, 0, socket.MSG_DONTWAIT)
@@ -122,7 +129,7 @@ class Pipe:
             raise FrameError(f"not a frame: {error}") from error
 
     def wait(self, timeout_s: float) -> bool:
-        """Wait until a frame (or the end) can be read, at most `timeout_s`."""
+        """Wait until there is a frame, or the other end is closed. False if `timeout_s` passes first."""
         poller = select.poll()  # unlike select(), takes descriptors over 1023
         poller.register(self.sock, select.POLLIN)
         return bool(poller.poll(timeout_s * 1000))

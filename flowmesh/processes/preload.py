@@ -1,7 +1,7 @@
-"""What a fork server does before it serves: import, and prove that a fork of the result is safe.
+"""A fork server's start: it imports its modules, and checks that the process can be forked safely.
 
-Safe means: one native thread (a lock that another thread held would stay locked in every child), no GPU context (a
-forked one is broken), and a first child, the canary, that computed and ended well.
+It can if it has one native thread (a lock held by another thread would stay locked in every child) and no GPU context
+(a forked one is broken), and if a first child, the canary, computed something and exited with 0.
 """
 
 from __future__ import annotations
@@ -19,27 +19,33 @@ from typing import Any
 
 import msgspec
 
-from flowmesh.processes import linux, threads
+from flowmesh.processes import linux, proc_files, threads
 
 CANARY_TIMEOUT_S = 120.0
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """What the start came to."""
+
     seconds: float = 0.0
+    """How long the imports took."""
     modules: int = 0
+    """How many modules the process has now."""
     rss_bytes: int = 0
     packages: tuple[str, ...] = ()
+    """The interpreter's folders of installed packages."""
     problem: str = ""
-    """Why it must not serve; empty where it may."""
+    """Why the server cannot be used; empty if it can."""
     unsafe: bool = False
-    """The imports worked, only a fork of them would not be safe."""
+    """Whether the imports worked, and only forking is not safe."""
 
 
 def load(modules: tuple[str, ...], canary: str | None) -> Report:
-    """Import `modules`, then look whether forking is safe.
+    """Import `modules`, then check that forking is safe.
 
     Args:
-        modules: each a module, or `module:NAME`, where NAME there is a tuple of modules.
+        modules: each is a module's name, or `module:NAME`: also import the modules in that module's tuple NAME.
+        canary: `module:function` for the canary to call; None: no canary.
     """
     began = time.monotonic()
     name = ""
@@ -56,7 +62,7 @@ def load(modules: tuple[str, ...], canary: str | None) -> Report:
 
 
 def named(target: str) -> Callable[..., Any]:
-    """What `module:function` stands for."""
+    """Import `module` and return its `function`, from `module:function`."""
     module, _, function = target.partition(":")
     found: Callable[..., Any] = getattr(importlib.import_module(module), function)
     return found
@@ -71,8 +77,8 @@ def _expand(modules: tuple[str, ...]) -> Iterator[str]:
 
 
 def unsafe_to_fork() -> str:
-    """The thread or context that makes a fork of this process unsafe; empty where there is none."""
-    names = linux.thread_names()
+    """Why a fork of this process is not safe: its threads, or its GPU context. Empty if it is safe."""
+    names = proc_files.thread_names()
     if len(names) > 1:
         return f"{len(names)} native threads after the imports: {', '.join(names[1:])}"
     torch = sys.modules.get("torch")
@@ -89,9 +95,9 @@ def unsafe_to_fork() -> str:
 
 
 def belongs_to_cuda(path: str) -> bool:
-    """Whether an open file shows that CUDA was started here, which a fork does not survive.
+    """Whether a process that has this file open has initialised CUDA, which does not work in its forks.
 
-    NVML, which libraries ask for the GPUs there are, keeps /dev/nvidiactl and /dev/nvidia0 … open, and does no harm.
+    NVML keeps /dev/nvidiactl and /dev/nvidia0 … open; libraries use it to list GPUs, and it is safe to fork.
     """
     return path.startswith("/dev/nvidia-uvm")
 
@@ -132,7 +138,10 @@ def _packages() -> tuple[str, ...]:
 
 
 def stamp(folders: tuple[str, ...]) -> tuple[float, ...]:
-    """When each folder of packages was last changed: an installer adds and removes entries of it."""
+    """When each folder of packages was last modified, in seconds since the epoch; 0 if it does not exist.
+
+    An installer adds and removes entries, and so changes it.
+    """
     return tuple(os.stat(folder).st_mtime if os.path.isdir(folder) else 0.0 for folder in folders)  # noqa: PTH112,PTH116
 
 

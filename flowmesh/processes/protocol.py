@@ -1,4 +1,4 @@
-"""What a supervisor and a fork server say to each other: msgpack datagrams on a SEQPACKET socket, one message each."""
+"""The messages between a supervisor and a fork server: msgpack, one message per datagram of a SEQPACKET socket."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ MAX_MESSAGE = 128 * 1024
 
 
 class Fork(msgspec.Struct, frozen=True, kw_only=True, tag="fork"):
-    """Make a child. Answered by Forked (with the node's end of its pipe) or ForkFailed."""
+    """Fork a child. The reply is Forked, with the node's end of the child's pipe, or ForkFailed."""
 
     attempt: int
     target: str
-    """`module:function`, called with (Pipe, spool folder); its return value is the exit status."""
+    """`module:function`, called with (Pipe, spool folder as Path); its return value is the exit status."""
     spool: str
     cwd: str
     stdout: str
@@ -25,7 +25,7 @@ class Fork(msgspec.Struct, frozen=True, kw_only=True, tag="fork"):
     """The whole environment of the child."""
     limits: Limits
     threads: int = 1
-    """What the math libraries may use; the fork server itself has one."""
+    """How many threads the math libraries may use; in the fork server it is one."""
 
 
 class Terminate(msgspec.Struct, frozen=True, tag="terminate"):
@@ -35,69 +35,74 @@ class Terminate(msgspec.Struct, frozen=True, tag="terminate"):
 
 
 class Kill(msgspec.Struct, frozen=True, tag="kill"):
-    """SIGKILL to everything of this attempt."""
+    """SIGKILL to the child's whole process tree."""
 
     attempt: int
 
 
 class Forget(msgspec.Struct, frozen=True, tag="forget"):
-    """The end of this attempt stands in the journal."""
+    """The child's end is in the supervisor's journal: do not report it again."""
 
     attempt: int
 
 
 class Retire(msgspec.Struct, frozen=True, tag="retire"):
-    """End when the last child has been forgotten."""
+    """Exit when the last child has been forgotten."""
 
 
 Request = Fork | Terminate | Kill | Forget | Retire
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
-    """First message to each supervisor, once the imports are done and proven safe. Then a Forked and perhaps a Gone
-    for each child that it already has."""
+    """The first message to each supervisor, once the imports are done and the checks have passed.
+
+    After it, a Forked is sent for each child that the server has, and a Gone for each that has ended.
+    """
 
     version: int
     pid: int
     preload_s: float
+    """How long the imports took."""
     modules: int
     rss_bytes: int
     packages: tuple[str, ...] = ()
-    """Folders of installed packages: when one changes, what it has imported is old."""
+    """Folders of installed packages. If one changes later, the server's imports are outdated."""
     stamp: tuple[float, ...] = ()
-    """When those folders had last changed, once it had imported from them."""
+    """`preload.stamp` of those folders, taken after the imports."""
     made_of: str = ""
-    """What the supervisor that started it said that it is made of."""
+    """The `Options.made_of` that the server was started with."""
     retiring: bool = False
-    """It ends with the last of its children."""
+    """Whether it exits with its last child."""
     attempts: tuple[int, ...] = ()
-    """The children that it already has."""
+    """The attempts whose children it has."""
 
 
 class Unfit(msgspec.Struct, frozen=True, kw_only=True, tag="unfit"):
-    """It cannot serve, and ends."""
+    """The server cannot be used, and exits."""
 
     message: str
     unsafe: bool
-    """True: the imports worked but left something that must not be forked; without preload it would do."""
+    """True: the imports worked, but the process cannot be forked safely. Without the preload it could be."""
 
 
 class Forked(msgspec.Struct, frozen=True, kw_only=True, tag="forked"):
-    """A child is there. Its pipe comes with the datagram."""
+    """A child exists. The datagram carries the node's end of its pipe."""
 
     attempt: int
     pid: int
     cgroup: str | None = None
-    """Its leaf, where it has one."""
+    """The folder of its cgroup, if it has one."""
 
 
 class ForkFailed(msgspec.Struct, frozen=True, kw_only=True, tag="fork_failed"):
+    """There is no child for this attempt; `message` is the reason."""
+
     attempt: int
     message: str
 
 
 class Gone(msgspec.Struct, frozen=True, kw_only=True, tag="gone"):
-    """The child has ended and nothing of its tree is left. Repeated to each new supervisor until forgotten."""
+    """The child has ended and nothing of its tree is left. Sent again to each new supervisor, until Forget."""
 
     attempt: int
     exit: Exit

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import msgspec
 
 from flowmesh.messages.job import Exit
-from flowmesh.processes import cgroup, linux, tree
+from flowmesh.processes import cgroup, proc_files, tree
 from flowmesh.processes.cgroup import Leaf
 from flowmesh.processes.child_record import Entry
 from flowmesh.processes.spares import Spares
@@ -132,7 +132,7 @@ class Reaper:
     def _orphans(self) -> list[int]:
         """Processes below the fork server that belong neither to a running child nor to a spare."""
         own = self._by_pid.keys() | self._spares.pids
-        if own.issuperset(linux.own_children()):
+        if own.issuperset(proc_files.own_children()):
             return []
         return tree.descendants(os.getpid(), besides=own)
 

@@ -1,4 +1,4 @@
-"""Ends what is left of a child whose fork server is dead. Blocks; called in a thread."""
+"""Kills the processes that are left of a child whose fork server is dead. Blocks; called in a thread."""
 
 from __future__ import annotations
 
@@ -12,21 +12,23 @@ from flowmesh.processes.cgroup import Leaf
 def end_remains(
     mark: str, pid: int | None, leaves: Sequence[Leaf] = (), dead_server: str | None = None, limit_s: float = 5.0
 ) -> int:
-    """Kill every process left of an attempt.
+    """Kill every process that is left of an attempt, and remove its cgroups.
 
-    They are found by cgroup, by session, by FLOWMESH_ATTEMPT in their environment, and by the dead server's command
-    line, which its forks still show.
+    The processes are found by cgroup, by session, by FLOWMESH_ATTEMPT in their environment, and by the command line of
+    the dead server, which its forks keep until they execute a program.
 
     Args:
         mark: the attempt's FLOWMESH_ATTEMPT.
-        pid: its first process, where known.
-        limit_s: gives up after that.
+        pid: the attempt's first process, if known.
+        leaves: its cgroups, or those of all children of the server.
+        dead_server: its fork server's id, if known.
+        limit_s: give up after so many seconds.
 
     Returns:
         how many processes were killed.
     """
 
-    def there() -> set[int]:
+    def find() -> set[int]:
         found = set(tree.marked("FLOWMESH_ATTEMPT", mark))
         if pid is not None:
             found.update(tree.in_session(pid))
@@ -34,19 +36,26 @@ def end_remains(
             found.update(tree.forked_from(dead_server))
         return found
 
-    return _end(there, leaves, limit_s)
+    return _end(find, leaves, limit_s)
 
 
 def end_leaves(leaves: Sequence[Leaf], limit_s: float = 5.0) -> int:
-    """Kill every process in these cgroups and remove them; returns how many processes were killed."""
+    """Kill every process in these cgroups, and remove the cgroups.
+
+    Args:
+        limit_s: give up after so many seconds.
+
+    Returns:
+        how many processes were killed.
+    """
     return _end(set, leaves, limit_s)
 
 
-def _end(there: Callable[[], set[int]], leaves: Sequence[Leaf], limit_s: float) -> int:
+def _end(find: Callable[[], set[int]], leaves: Sequence[Leaf], limit_s: float) -> int:
     seen: set[int] = set()
     deadline = time.monotonic() + limit_s
     while True:
-        found = there()
+        found = find()
         for leaf in leaves:
             found.update(leaf.pids())
             leaf.kill()

@@ -20,7 +20,7 @@ from loguru import logger
 
 from flowmesh import __version__
 from flowmesh.errors import LaunchError
-from flowmesh.processes import environ, linux, tree
+from flowmesh.processes import environ, proc_files, tree
 from flowmesh.processes.cgroup import Leaf
 from flowmesh.processes.child_owner import ChildOwner
 from flowmesh.processes.environment_faults import EnvironmentFaults, last_line
@@ -353,7 +353,7 @@ class ServerPool:
 
     def _check_killed(self, attempt: int) -> None:
         child = self._children.get(attempt)
-        if child is not None and child.pid is not None and linux.start_ticks(child.pid) is not None:
+        if child is not None and child.pid is not None and proc_files.start_ticks(child.pid) is not None:
             logger.bind(server=child.server.id).error(
                 "fork server killed: it did not confirm a kill in {} s", KILL_TIMEOUT_S
             )

@@ -1,4 +1,4 @@
-"""Shared memory that tasks leave behind: a /dev/shm of their own where that is allowed, else a sweep after them."""
+"""Shared memory of tasks: a private /dev/shm for each if the system allows it, else removal of what they left."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import os
 import re
 from pathlib import Path
 
-from flowmesh.processes import linux
+from flowmesh.processes import linux, proc_files
 
 SHM = Path("/dev/shm")
 _LEFT_BY_LIBRARIES = re.compile(
     r"psm_\w+|torch_\w+|vllm\w*|sem\.\w+|nccl-\w+|cuda\.shm\..*|__KMP_REGISTERED_LIB_.*|wnsm_\w+"
 )
-"""Names that multiprocessing, torch, vLLM, NCCL, CUDA and OpenMP give."""
+"""Names of blocks that multiprocessing, torch, vLLM, NCCL, CUDA and OpenMP create."""
 
 
 def would_hide(*folders: str | Path) -> bool:
-    """Whether one of these lies in the machine's /dev/shm: a task with one of its own would not find it."""
+    """Whether one of these folders is in the machine's /dev/shm: a task with a private /dev/shm would not see it."""
     return any(Path(folder).resolve().is_relative_to(SHM.resolve()) for folder in folders)
 
 
 def make_private() -> bool:
-    """Give the calling process, and all that it will start, an empty /dev/shm. False where that is not allowed."""
+    """Give the calling process and its later children an empty /dev/shm. False if the system does not allow it."""
     try:
         linux.unshare_mounts()
         linux.mount_tmpfs(str(SHM))
@@ -31,11 +31,17 @@ def make_private() -> bool:
 
 
 def sweep(since: float) -> list[str]:
-    """Remove blocks that libraries made since `since` (seconds of the epoch) and that no process has mapped or open.
+    """Remove this user's blocks that match the libraries' names, if no process has them mapped or open.
 
-    Another program's block of the same name pattern stays for as long as anything uses it.
+    A block of another program that matches stays for as long as a process uses it.
+
+    Args:
+        since: seconds since the epoch; blocks with an older ctime stay.
+
+    Returns:
+        the names of the removed blocks.
     """
-    mine = os.geteuid()
+    own_uid = os.geteuid()
     found = []
     try:
         entries = list(os.scandir(SHM))
@@ -47,7 +53,7 @@ def sweep(since: float) -> list[str]:
                 stat = entry.stat(follow_symlinks=False)
             except FileNotFoundError:
                 continue
-            if stat.st_uid == mine and stat.st_ctime >= since:
+            if stat.st_uid == own_uid and stat.st_ctime >= since:
                 found.append(entry.name)
     if not found:
         return []
@@ -59,10 +65,10 @@ def sweep(since: float) -> list[str]:
 
 
 def _used() -> set[str]:
-    """Names below /dev/shm that a process has mapped or open."""
+    """Names in /dev/shm that some process has mapped or open."""
     prefix = f"{SHM}/"
     names: set[str] = set()
-    for pid in linux.all_pids():
+    for pid in proc_files.all_pids():
         try:
             maps = Path(f"/proc/{pid}/maps").read_text(errors="replace")
             links = [str(Path(f"/proc/{pid}/fd", fd).readlink()) for fd in os.listdir(f"/proc/{pid}/fd")]

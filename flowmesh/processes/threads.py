@@ -1,4 +1,4 @@
-"""The thread pools of math libraries: a fork server keeps each at one thread, and a child gives them theirs back."""
+"""The thread pools of math libraries: one thread in a fork server; a child sets the number that its task may use."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from typing import Any
 
 @functools.cache
 def find() -> Any:
-    """What threadpoolctl finds of them, or None; in the fork server, as it looks at every library that is loaded."""
+    """A threadpoolctl controller of the pools; None without numpy or threadpoolctl.
+
+    Called first in the fork server, whose children inherit the result: it inspects every loaded library.
+    """
     if "numpy" not in sys.modules:
         return None
     try:
@@ -20,7 +23,7 @@ def find() -> Any:
 
 
 def use(count: int) -> None:
-    """Have each use so many threads, in a child."""
+    """Set the number of threads of torch and of each pool. Called in a child."""
     if (torch := sys.modules.get("torch")) is not None:
         torch.set_num_threads(count)
     if (pools := find()) is not None:

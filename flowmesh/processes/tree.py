@@ -1,5 +1,8 @@
-"""Ends process trees. A task's first process is a subreaper, so whatever it forked is below it while it lives, and
-below its fork server, as a child that nobody named, from the moment it is gone."""
+"""Finds and kills the processes of a tree.
+
+A task's first process is a subreaper: everything that it forked stays below it while it lives. When it has ended, the
+rest is reparented to its fork server, which has not forked these children itself.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,22 @@ import os
 import signal
 from collections.abc import Collection
 
-from flowmesh.processes import linux
+from flowmesh.processes import proc_files
 
 _STOP_FIRST_OVER = 16
-"""A crowd is stopped before it is killed, or it forks faster than it dies."""
+"""More processes than this are stopped before they are killed: a fork bomb forks faster than it is killed."""
 
 
 def descendants(pid: int, *, besides: Collection[int] = ()) -> list[int]:
-    """Every process below `pid`, parents before children, leaving out those in `besides` and all below them."""
+    """Every process below `pid`, parents before their children.
+
+    Args:
+        besides: left out, with all processes below them.
+    """
     found: list[int] = []
     open_ = [pid]
     while open_:
-        for child in linux.children(open_.pop()):
+        for child in proc_files.children(open_.pop()):
             if child not in besides:
                 found.append(child)
                 open_.append(child)
@@ -26,7 +33,7 @@ def descendants(pid: int, *, besides: Collection[int] = ()) -> list[int]:
 
 
 def kill_all(pids: Collection[int]) -> None:
-    """SIGKILL to each; those already gone are no error."""
+    """SIGKILL to each; processes that have ended are ignored."""
     if len(pids) > _STOP_FIRST_OVER:
         for pid in pids:
             send(pid, signal.SIGSTOP)
@@ -35,7 +42,7 @@ def kill_all(pids: Collection[int]) -> None:
 
 
 def send(pid: int, signal_number: int) -> bool:
-    """One signal to one process; False where it is gone, or is not ours to signal."""
+    """Send a signal to a process; False if it has ended, or belongs to another user."""
     try:
         os.kill(pid, signal_number)
     except (ProcessLookupError, PermissionError):
@@ -44,7 +51,7 @@ def send(pid: int, signal_number: int) -> bool:
 
 
 def send_group(pid: int, signal_number: int) -> bool:
-    """One signal to the process group that `pid` leads; False where there is none."""
+    """Send a signal to the process group that `pid` leads; False if there is none, or it belongs to another user."""
     try:
         os.killpg(pid, signal_number)
     except (ProcessLookupError, PermissionError):
@@ -53,36 +60,36 @@ def send_group(pid: int, signal_number: int) -> bool:
 
 
 def in_session(leader: int) -> list[int]:
-    """Processes of the session that `leader` began, itself included."""
-    return [pid for pid in linux.all_pids() if linux.session_of(pid) == leader]
+    """Processes of the session that `leader` started, including itself."""
+    return [pid for pid in proc_files.all_pids() if proc_files.session_of(pid) == leader]
 
 
 def marked(name: str, value: str) -> list[int]:
-    """Processes whose environment, as they were executed, has `name=value`.
+    """Processes other than this one that were executed with `name=value` in their environment.
 
-    The last resort after a fork server and its supervisor were killed together: what their tasks had executed by then
-    belongs to nobody, but still carries its mark.
+    The last resort after a fork server and its supervisor were killed together. The programs that their tasks executed
+    are then init's children, and only their environment shows where they belong.
     """
     needle = f"{name}={value}".encode()
     found = []
-    for pid in linux.all_pids():
+    for pid in proc_files.all_pids():
         try:
             with open(f"/proc/{pid}/environ", "rb") as file:
                 if needle in file.read().split(b"\0"):
                     found.append(pid)
-        except OSError:  # gone, or somebody else's
+        except OSError:  # it has ended, or belongs to another user
             continue
     return [pid for pid in found if pid != os.getpid()]
 
 
 def forked_from(server_id: str) -> list[int]:
-    """Processes that still have the arguments of this fork server: itself, and its forks that executed nothing.
+    """Processes with the command line of this fork server: itself, and forks that have not executed a program.
 
-    For a server that is dead; what a task has forked and not executed carries no other mark.
+    For a server that is dead: nothing else shows where such a fork of a task belongs.
     """
     needle = f'/{server_id}.sock"'.encode()
     found = []
-    for pid in linux.all_pids():
+    for pid in proc_files.all_pids():
         try:
             with open(f"/proc/{pid}/cmdline", "rb") as file:
                 if needle in file.read():
@@ -93,11 +100,11 @@ def forked_from(server_id: str) -> list[int]:
 
 
 def is_same_or_below(pid: int, ancestor: int) -> bool:
-    """Whether a process is `ancestor` or descends from it; `pid` may also be that of a thread."""
+    """Whether a process is `ancestor` or one of its descendants; `pid` may also be a thread's id."""
     seen = 0
-    at: int | None = linux.process_of(pid)
+    at: int | None = proc_files.process_of(pid)
     while at is not None and at > 1 and seen < 256:
         if at == ancestor:
             return True
-        at, seen = linux.parent_of(at), seen + 1
+        at, seen = proc_files.parent_of(at), seen + 1
     return False

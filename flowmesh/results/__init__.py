@@ -1,1 +1,1 @@
-"""A task's folder, and how what lies in it reaches its destination."""
+"""A task's results: files, archives, uploads."""

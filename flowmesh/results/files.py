@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from flowmesh.processes.linux import open_folder
+from flowmesh.processes.safe_folder import open_folder
 
 PARTIAL = ".partial"
 _MODE = 0o644

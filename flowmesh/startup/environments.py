@@ -1,4 +1,4 @@
-"""From settings to the task types that the node offers, and the environments whose fork servers run them."""
+"""Computes, from the settings, the task types that the node offers and the environments that run them."""
 
 from __future__ import annotations
 
@@ -10,16 +10,20 @@ from flowmesh.settings_schema import Settings
 from flowmesh.tasks.types import DEFAULT, DELIVERY, LIGHT, Catalogue, TaskType, catalogue, known_types
 
 CANARY = "runners.canary:check"
+"""What the first child of each fork server with libraries must run without error."""
 REHEARSAL = "runners.child:rehearse"
+"""What each child calls before it waits for its task."""
 ALWAYS = ("runners.child",)
+"""Imported by the fork server of every environment of tasks."""
 DELIVERS = ("flowmesh.results.child",)
+"""Imported by the fork server of delivery children."""
 
 
 def task_types(settings: Settings) -> dict[str, TaskType]:
     """All task types, whether or not their libraries are installed.
 
     Raises:
-        ConfigError: the settings of one are not valid.
+        ConfigError: the settings of a task type are not valid.
     """
     try:
         return known_types(settings)
@@ -28,7 +32,7 @@ def task_types(settings: Settings) -> dict[str, TaskType]:
 
 
 def plan(settings: Settings) -> tuple[Catalogue, dict[str, Environment]]:
-    """The task types that can be offered, and all environments.
+    """The task types that the node can offer, and all environments by name, that of delivery children included.
 
     Raises:
         ConfigError: the settings of a task type are not valid.
@@ -43,8 +47,8 @@ def plan(settings: Settings) -> tuple[Catalogue, dict[str, Environment]]:
         for each in found.offered.values():
             if each.environment == name:
                 preload += each.preload
-        if (own := settings.environments.get(name)) is not None:
-            preload += own.preload
+        if (configured := settings.environments.get(name)) is not None:
+            preload += configured.preload
         environments[name] = Environment(
             name=name,
             python=python or sys.executable,

@@ -1,6 +1,6 @@
-"""What the start of a node refuses: looked at by the start, and by a running node before it starts anew in its place.
+"""Checks that settings can be used on this machine: at start, and in a running node before it restarts itself.
 
-May make folders and files that the start would make too; nothing that a running node has is changed.
+They may create folders and files that the start would create anyway. They change nothing that a running node uses.
 """
 
 from __future__ import annotations
@@ -22,40 +22,43 @@ from flowmesh.settings_paths import log_file, results_dir, state_dir
 from flowmesh.settings_schema import Settings
 from flowmesh.settings_types import Isolation
 from flowmesh.startup import environments
-from flowmesh.startup import state_dir as folders
+from flowmesh.startup.state_dir import check_sockets, make_log_file, make_results_dir
 
 
 class Fitted(msgspec.Struct, frozen=True, kw_only=True):
-    """What the settings come to on this machine."""
+    """The settings applied to this machine."""
 
     gpus: tuple[GpuInfo, ...]
-    """Those that the node may offer."""
+    """The GPUs that the node may offer."""
     slots: tuple[SlotPlan, ...]
     cgroup: Path | None
-    """Where tasks get leaves of their own; None: the system does not let us, or the settings do not want it."""
+    """The folder in which children get cgroups; None if the system does not allow that, or the settings exclude it."""
 
 
 def check(settings: Settings, environ: Mapping[str, str]) -> None:
-    """What shows without a look at the devices, and before the node's own folder is held.
+    """The checks that need neither the GPUs nor the lock on the node's folder.
+
+    Args:
+        environ: the node's environment.
 
     Raises:
-        ConfigError: names the setting that the start would refuse, and why.
+        ConfigError: the start would fail; names the setting and the reason.
     """
     if settings.redis.url is None:
         raise ConfigError("redis.url: missing; set REDIS_URL, or redis.url in the node's file")
-    folders.check_sockets(state_dir(settings, environ), settings.environments)
+    check_sockets(state_dir(settings, environ), settings.environments)
     environments.task_types(settings)
     owner(settings)
-    folders.make_results_dir(results_dir(settings))
+    make_results_dir(results_dir(settings))
     if (path := log_file(settings)) is not None:
-        folders.make_log_file(path)
+        make_log_file(path)
 
 
 def owner(settings: Settings) -> Owner | None:
-    """Who tasks run as, where that is not the node's own user.
+    """The user that tasks run as; None: the node's own user.
 
     Raises:
-        ConfigError: there is no such user, or we may not become it.
+        ConfigError: there is no such user, or the node may not become it.
     """
     return None if settings.processes.task_user is None else Owner.named(settings.processes.task_user)
 
@@ -63,11 +66,17 @@ def owner(settings: Settings) -> Owner | None:
 def fit(
     settings: Settings, environ: Mapping[str, str], inventory: Inventory, *, node_id: str, worker_id: str
 ) -> Fitted:
-    """Lay the settings over what the machine has.
+    """Apply the settings to this machine's GPUs, CPUs and cgroups.
+
+    Args:
+        environ: the node's environment.
+        inventory: the machine's GPUs.
+        node_id: names the node's cgroup.
+        worker_id: of the node; slots derive theirs from it.
 
     Raises:
-        ConfigError: they ask for what it does not have.
-        DeviceError: none of the GPUs that they name works now.
+        ConfigError: the settings request something that the machine does not have.
+        DeviceError: none of the requested GPUs works at the moment.
     """
     down = inventory.some_are_down
     gpus = visible_gpus(inventory.gpus, environ.get("CUDA_VISIBLE_DEVICES"), some_are_down=down)
@@ -79,16 +88,16 @@ def fit(
 
 
 def _check_limits(settings: Settings, base: Path | None) -> None:
-    wants = settings.processes
-    if wants.isolation is Isolation.CGROUP and base is None:
+    processes = settings.processes
+    if processes.isolation is Isolation.CGROUP and base is None:
         raise ConfigError(
-            "processes.isolation: 'cgroup' needs a cgroup v2 hierarchy that this user may write "
-            "(under systemd: Delegate=yes); 'auto' takes what there is"
+            "processes.isolation: 'cgroup' needs a cgroup v2 hierarchy that this user may write to "
+            "(under systemd: Delegate=yes); set it to 'auto' to use cgroups only if there is one"
         )
-    there = cgroup.controllers(base) if base is not None else set()
+    available = cgroup.controllers(base) if base is not None else set()
     for key, controller in (("task_memory_max_bytes", "memory"), ("task_pids_max", "pids")):
-        if getattr(wants, key) is not None and controller not in there:
+        if getattr(processes, key) is not None and controller not in available:
             raise ConfigError(
-                f"processes.{key}: this system gives us no cgroup v2 {controller!r} controller "
-                "(under systemd 254 or newer: Delegate=yes and DelegateSubgroup=supervisor); leave the setting out"
+                f"processes.{key}: the node has no cgroup v2 {controller!r} controller; delegate one "
+                "(under systemd 254 or newer: Delegate=yes and DelegateSubgroup=supervisor), or remove the setting"
             )

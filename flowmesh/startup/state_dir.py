@@ -1,4 +1,4 @@
-"""The node's folders: made, looked at, and held against a second supervisor."""
+"""The node's folders: creates and checks them, and locks the state folder against a second supervisor."""
 
 from __future__ import annotations
 
@@ -15,35 +15,43 @@ from flowmesh.tasks.journal import JournalError, ensure_private_dir
 from flowmesh.tasks.types import DEFAULT, DELIVERY, LIGHT
 
 PARTS = ("run", "log", "spool", "tmp", "cache")
+"""The folders inside the state folder."""
 
 
 def check_sockets(folder: Path, environments: Iterable[str]) -> None:
-    """Whether the fork servers of all environments can have their sockets below the node's own folder.
+    """Check that the sockets of all environments' fork servers fit below the state folder.
+
+    Args:
+        folder: the state folder.
+        environments: names of the configured environments.
 
     Raises:
-        ConfigError: its path is too long; says how long it may be.
+        ConfigError: the folder's path is too long; names the limit in bytes.
     """
     longest = max((LIGHT, DEFAULT, DELIVERY, *environments), key=len)
     room = linux.MAX_SOCKET_PATH - len(f"/run/{socket_name(longest)}")
     if (length := len(os.fsencode(folder))) > room:
         raise ConfigError(
-            f"node.state_dir: {folder} has {length} bytes, and the unix sockets in it, such as that of environment "
-            f"{longest!r}, leave its path {max(room, 0)}; set node.state_dir to a shorter path"
+            f"node.state_dir: {folder} has {length} bytes; at most {max(room, 0)} fit, because of the unix sockets in "
+            f"it, such as that of environment {longest!r}; set node.state_dir to a shorter path"
         )
 
 
 def hold_state_dir(folder: Path) -> IO[str]:
-    """Make the node's own folder with its parts, and hold it for as long as the file that is returned is open.
+    """Create the state folder with its parts, and lock it.
+
+    Returns:
+        the lock file; the lock is held until it is closed.
 
     Raises:
-        BusyError: another supervisor holds it.
-        JournalError: it cannot be made or written.
+        BusyError: another supervisor has the lock.
+        JournalError: the folder cannot be created or written to.
     """
     ensure_private_dir(folder)
     try:
         for name in PARTS:
             (folder / name).mkdir(exist_ok=True, mode=0o700)
-        lock = open(folder / "lock", "a+")  # noqa: SIM115 - held for the whole life
+        lock = open(folder / "lock", "a+")  # noqa: SIM115 - open as long as the node runs
     except OSError as error:
         raise JournalError(
             f"{error.filename}: {error.strerror}; set node.state_dir to a folder that can be written"
@@ -64,24 +72,27 @@ def hold_state_dir(folder: Path) -> IO[str]:
 
 
 def make_results_dir(folder: Path) -> None:
-    """Make RESULTS_DIR, where it is not there.
+    """Create RESULTS_DIR if it is missing.
 
     Raises:
-        ConfigError: it cannot be made, or not be written.
+        ConfigError: it cannot be created or written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"results.dir: {folder} cannot be made: {error.strerror}") from error
+        why = f"{folder} cannot be made: {error.strerror}"
+        raise ConfigError(f"results.dir: {why}; set it to a folder that can be written") from error
     if not os.access(folder, os.W_OK):
-        raise ConfigError(f"results.dir: {folder} cannot be written by this user")
+        raise ConfigError(
+            f"results.dir: {folder} cannot be written by this user; give it the right, or set another folder"
+        )
 
 
 def make_log_file(path: Path) -> None:
-    """Make the node's own log file, where it is not there, with its folder.
+    """Create the node's log file and its folder if they are missing.
 
     Raises:
-        ConfigError: it cannot be made, or not be written.
+        ConfigError: it cannot be created or written to.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +106,11 @@ def make_log_file(path: Path) -> None:
 
 
 def open_for(uid: int, gid: int, folder: Path) -> None:
-    """Let the user that tasks run as pass through to its own folders, and list none."""
+    """Let the user that tasks run as enter the state folder, but not list it, and own the cache.
+
+    Args:
+        folder: the state folder.
+    """
     for each in (folder, folder / "spool", folder / "tmp"):
         each.chmod(0o711)
     os.chown(folder / "cache", uid, gid)

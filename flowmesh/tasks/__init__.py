@@ -1,0 +1,1 @@
+"""A task's state machine, verdicts, journal and types."""

@@ -1,0 +1,1 @@
+"""Reads the inputs of tasks: lists, files, datasets, templates."""

@@ -1,0 +1,1 @@
+"""LLM inference on Transformers and vLLM."""

@@ -1,4 +1,4 @@
-"""The faults: each does one bad thing at a random point of a task's life, and says what may truthfully follow."""
+"""The faults: each is injected at a random moment of a task's life, and declares the verdicts that may follow."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from tests.faults.rig import Lost, Rig
 from tests.http_server import Stall
 
 SLOW_S = 12.0
-"""What a busy machine, a restart and the steps of an escalation may add to a time limit: minutes less than an hour."""
+"""What a busy machine, a restart and the escalation's steps may add to a time limit. Clocks are set by more."""
 KILLED = ("crash", "ok")
-"""Killed from outside: unless it had ended before."""
+"""Verdicts of a task whose child was killed from outside; "ok" if it had ended before."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Fault:
     act: Callable[[Rig, random.Random], None]
     disk: str | None = None
     weight: int = 4
-    """How often it comes, beside the others."""
+    """How often it is drawn, relative to the others."""
     sets_clock: bool = False
 
 
@@ -41,16 +41,16 @@ def fault(
     return add
 
 
-# ---- the supervisor --------------------------------------------------------------------------------------------------
-
-
 def crashes(rig: Rig) -> None:
-    """From here on a message may be lost on its way in, and an event may come twice."""
+    """From here on a dispatch may be lost, an event may be sent twice, and a heartbeat may be late."""
     rig.expect_accepted, rig.may_repeat, rig.may_be_late = False, True, True
 
 
 def orphans(rig: Rig) -> None:
-    """What a task left may come to init: without a cgroup, what it executed with no environment is then a stranger."""
+    """Processes that a task left may be reparented to init.
+
+    Without a cgroup, nothing then shows where a program belongs that was executed with an empty environment.
+    """
     rig.tame = rig.status()["isolation"] == "subreaper"
 
 
@@ -93,7 +93,9 @@ def _(rig: Rig, rng: random.Random) -> None:
     before = rig.node.text().count("node started:")
     rig.hit(rig.node.pid, signal.SIGUSR2)
     _until(lambda: rig.node.text().count("node started:") > before, "the new supervisor starts")
-    _until(lambda: rig.node.text().rpartition("node started:")[2].count("subscribed"), "the new supervisor listens")
+    _until(
+        lambda: rig.node.text().rpartition("node started:")[2].count("subscribed"), "the new supervisor is subscribed"
+    )
     rig._fds.clear()
 
 
@@ -111,9 +113,6 @@ def _(rig: Rig, rng: random.Random) -> None:
     rig.allow("node_fault")
     rig.node.kill()
     rig.start_node()
-
-
-# ---- the fork server -------------------------------------------------------------------------------------------------
 
 
 @fault("fork server: SIGKILL", weight=8)
@@ -155,9 +154,6 @@ def _(rig: Rig, rng: random.Random) -> None:
     rig.some_tasks(rng)
     rig.pause(rng)
     rig.node.ask(op="recycle")
-
-
-# ---- the child -------------------------------------------------------------------------------------------------------
 
 
 def _hit_child(number: int, *kinds: str) -> Callable[[Rig, random.Random], None]:
@@ -272,12 +268,9 @@ def _(rig: Rig, rng: random.Random) -> None:
 def _(rig: Rig, rng: random.Random) -> None:
     task_id = rig.do("shm", "crash", then="die")
     note = rig.node.results_dir / task_id / "shm"
-    _until(lambda: note.exists() and note.read_text(), "it has told the name")
+    _until(lambda: note.exists() and note.read_text(), "the task has written the block's name")
     block = Path("/dev/shm", note.read_text())
     _until(lambda: not block.exists(), f"{block} is removed")
-
-
-# ---- the pipe --------------------------------------------------------------------------------------------------------
 
 
 @fault("pipe: garbage")
@@ -319,14 +312,11 @@ def _(rig: Rig, rng: random.Random) -> None:
     rig.peer.wait_end(task_id)
     log = rig.node.results_dir / task_id / "logs" / "stdout.log"
     if log.exists() and log.stat().st_size > 2 * 1024 * 1024:
-        raise Lost(f"its log has {log.stat().st_size} bytes, the bound is 1 MiB")
-
-
-# ---- delivery --------------------------------------------------------------------------------------------------------
+        raise Lost(f"the task's log has {log.stat().st_size} bytes; the limit is 1 MiB")
 
 
 def _deliver(rig: Rig, *kinds: str) -> str:
-    """A task whose delivery meets a server that stops answering once."""
+    """A task that delivers to a server which stalls once."""
     rig.http.plan.append(Stall())
     destination = {"type": "http", "url": f"{rig.http.url}/r", "timeoutSec": 2}
     return rig.dispatch({"taskType": "echo", "output": {"destination": destination}}, *kinds)
@@ -385,14 +375,11 @@ def _(rig: Rig, rng: random.Random) -> None:
     rig.start_node()
 
 
-# ---- ranks -----------------------------------------------------------------------------------------------------------
-
-
 def _group(rig: Rig, *kinds: str, seconds: float) -> tuple[str, list[int]]:
-    """A task with a group of two ranks, and their pids in order; none where it had ended before we looked."""
+    """Start a task with two ranks; returns its id and the ranks' pids in order."""
     task_id = rig.do("ranks", *kinds, seconds=seconds)
     note = rig.node.results_dir / task_id / "ranks"
-    _until(lambda: note.exists() and note.read_text().count("\n") == 2, "both ranks work")
+    _until(lambda: note.exists() and note.read_text().count("\n") == 2, "both ranks are running")
     return task_id, [int(line.split()[1]) for line in sorted(note.read_text().splitlines())]
 
 
@@ -422,12 +409,9 @@ def _(rig: Rig, rng: random.Random) -> None:
     rig.hit(rig.child(task_id), signal.SIGKILL)
 
 
-# ---- the clock -------------------------------------------------------------------------------------------------------
-
-
 @fault("clock: set by hours while tasks run", weight=8, sets_clock=True)
 def _(rig: Rig, rng: random.Random) -> None:
-    """Nothing takes longer or shorter for it: no time limit, no heartbeat, no task's own account of its time."""
+    """Time limits, heartbeats and reported runtimes do not change."""
     _timed(rig, rng, lambda: _set_again_and_again(rig, rng))
 
 
@@ -458,25 +442,22 @@ def _set_again_and_again(rig: Rig, rng: random.Random) -> None:
 
 
 def _timed(rig: Rig, rng: random.Random, act: Callable[[], None]) -> None:
-    """Do it in the middle of a task with a time limit: it may have all of it, and not more."""
+    """Call `act` while a task runs. Its time limit and its runtime must be right all the same."""
     limit_s = rng.uniform(1.5, 4.0)
     began = time.monotonic()
     if rng.random() < 0.5:
         task_id = rig.do("deaf", "timeout", timeoutSec=limit_s)
     else:
         task_id = rig.dispatch({"taskType": "echo", "delaySec": rng.uniform(0.3, 2.0), "timeoutSec": 30})
-    _until(lambda: rig.child(task_id), "it runs")
+    _until(lambda: rig.child(task_id), "the task is running")
     rig.listen(rng)
     act()
     end = rig.peer.wait_end(task_id)
-    took_s, told_s = time.monotonic() - began, end["payload"]["runtime_sec"]
-    if not 0.0 < told_s <= took_s:
-        raise Lost(f"{task_id} is said to have run for {told_s} s, and was over after {took_s:.2f} s")
-    if rig.tasks[task_id] == {"timeout"} and not limit_s <= told_s <= limit_s + SLOW_S:
-        raise Lost(f"{task_id} had {limit_s:.2f} s, and got {told_s:.2f} s")
-
-
-# ---- disks -----------------------------------------------------------------------------------------------------------
+    took_s, reported_s = time.monotonic() - began, end["payload"]["runtime_sec"]
+    if not 0.0 < reported_s <= took_s:
+        raise Lost(f"{task_id} reports a runtime of {reported_s} s, but ended {took_s:.2f} s after its dispatch")
+    if rig.tasks[task_id] == {"timeout"} and not limit_s <= reported_s <= limit_s + SLOW_S:
+        raise Lost(f"{task_id} timed out after {reported_s:.2f} s; its limit is {limit_s:.2f} s")
 
 
 @fault("disk: the results' disk is full", disk="results")
@@ -526,9 +507,6 @@ def _fill(path: Path) -> None:
                 return
 
 
-# ---- Redis -----------------------------------------------------------------------------------------------------------
-
-
 def away(rig: Rig) -> None:
     rig.expect_accepted, rig.may_repeat, rig.may_be_late = False, True, True
 
@@ -558,7 +536,7 @@ def _(rig: Rig, rng: random.Random) -> None:
     rig.pause(rng)
     rig.peer.redis.flushdb()
     key = f"worker:{rig.node.worker_id}"
-    _until(lambda: rig.peer.redis.exists(key), "the node finds that its registration is gone")
+    _until(lambda: rig.peer.redis.exists(key), "the node registers again")
 
 
 @fault("Redis: slow (CLIENT PAUSE)")
@@ -573,12 +551,9 @@ def _(rig: Rig, rng: random.Random) -> None:
 def _(rig: Rig, rng: random.Random) -> None:
     ids = rig.some_tasks(rng)
     for task_id in ids:
-        _until(lambda task_id=task_id: rig.peer.of_task(task_id), "it started")
+        _until(lambda task_id=task_id: rig.peer.of_task(task_id), "the task has started")
     away(rig)
     rig.peer.redis.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
-
-
-# ---- dispatch --------------------------------------------------------------------------------------------------------
 
 
 @fault("dispatch: each message twice")

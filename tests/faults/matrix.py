@@ -31,20 +31,20 @@ WRONG = (Lost, AssertionError, OSError, redis.RedisError)
 
 @dataclass
 class Outcome:
-    """What came of all injections."""
+    """The results of all injections."""
 
     done: Counter[str] = field(default_factory=Counter)
     violations: list[tuple[str, int, str]] = field(default_factory=list)
-    """fault, seed, what was wrong"""
+    """Fault, seed, and what was wrong."""
     skipped: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
 
 
 def plan(count: int, seed: int, only: str, skipped: dict[str, str]) -> list[tuple[Fault, int]]:
-    """Which faults, each with a seed of its own: all of them once in a shuffled order, then by weight."""
+    """The faults to inject, each with its own seed: every fault once in random order, then faults drawn by weight."""
     rng = random.Random(seed)
     no_disks = _cannot_mount()
-    no_clock = "" if compiler() else "a clock of the node's own needs a C compiler"
+    no_clock = "" if compiler() else "setting the node's clock needs a C compiler"
     for each in FAULTS:
         if why := (no_disks if each.disk else "") or (no_clock if each.sets_clock else ""):
             skipped[each.name] = why
@@ -56,24 +56,24 @@ def plan(count: int, seed: int, only: str, skipped: dict[str, str]) -> list[tupl
 
 def _cannot_mount() -> str:
     if os.geteuid() != 0:
-        return "a small tmpfs of its own needs root"
+        return "mounting a small tmpfs needs root"
     probe = subprocess.run(
         ["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True, check=False
     )
-    return "" if probe.returncode == 0 else "this system lets nobody mount a tmpfs"
+    return "" if probe.returncode == 0 else "this system does not allow mounting a tmpfs"
 
 
 def run(injections: list[tuple[Fault, int]], arguments: argparse.Namespace, outcome: Outcome) -> None:
-    """All injections, in some worlds at once; those on disks of their own come last, each kind in its own world."""
+    """Make all injections, in several rigs at once. Faults that need a small disk share one rig per kind of disk."""
     began = time.monotonic()
     piles: dict[str | None, queue.SimpleQueue[tuple[Fault, int]]] = {}
     for each in injections:
         piles.setdefault(each[0].disk, queue.SimpleQueue()).put(each)
     lock = threading.Lock()
-    worlds: list[str | None] = [disk for disk in piles if disk is not None] + [None] * max(1, arguments.jobs)
+    disks: list[str | None] = [disk for disk in piles if disk is not None] + [None] * max(1, arguments.jobs)
     threads = [
         threading.Thread(target=_work, args=(piles[disk], disk, arguments, outcome, lock))
-        for disk in worlds
+        for disk in disks
         if disk in piles
     ]
     for thread in threads:
@@ -90,19 +90,19 @@ def _work(
     outcome: Outcome,
     lock: threading.Lock,
 ) -> None:
-    """One world after another, until the pile is empty: after a violation the next injection gets a new one."""
+    """Work through the pile, one rig at a time; after a violation the next injection gets a new rig."""
     while not pile.empty():
         try:
             with Rig(arguments.isolation, disk) as rig:
-                _torment(rig, pile, arguments, outcome, lock)
+                _inject_all(rig, pile, arguments, outcome, lock)
         except WRONG as error:
             with lock:
-                outcome.violations.append(("none: the node could not be started, or not ended", 0, _line(error)))
+                outcome.violations.append(("none: the node could not be started or stopped", 0, _line(error)))
                 print(f"VIOLATION without a fault: {_line(error)}", file=sys.stderr, flush=True)
             return
 
 
-def _torment(
+def _inject_all(
     rig: Rig,
     pile: queue.SimpleQueue[tuple[Fault, int]],
     arguments: argparse.Namespace,
@@ -126,14 +126,14 @@ def _torment(
 
 
 def _inject(rig: Rig, fault: Fault, seed: int) -> str:
-    """What was wrong after it; empty where nothing was."""
+    """Inject one fault; returns what was wrong after it, empty if nothing was."""
     try:
         rig.begin()
         fault.act(rig, random.Random(seed))
         rig.check()
         errors = [line for line in rig.node.text().splitlines() if "Traceback" in line or "unhandled error" in line]
         if errors:
-            return f"the node's log has an error of its own: {errors[0]}"
+            return f"the node's log has an unexpected error: {errors[0]}"
         rig.settle()
     except WRONG as error:
         return _line(error)
@@ -142,9 +142,6 @@ def _inject(rig: Rig, fault: Fault, seed: int) -> str:
 
 def _line(error: BaseException) -> str:
     return " ".join(str(error).split())[:400] or type(error).__name__
-
-
-# ---- the table -------------------------------------------------------------------------------------------------------
 
 
 def rows(outcome: Outcome) -> list[tuple[str, int, int]]:

@@ -1,4 +1,4 @@
-"""One world for faults: a Redis, a node, a peer and an HTTP server; and what must be true of them after each fault."""
+"""The rig for faults: a Redis, a node, a peer and an HTTP server, and the checks after each fault."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ BEAT_S = 1.0
 LATE_S = 1.0
 """How late a heartbeat may be."""
 GONE_S = 5.0
-"""How long after the last task's end something of it may still be there."""
+"""How long after the last task's end its leftovers may still exist."""
 END_S = 40.0
-"""A task that has no end by then is lost."""
+"""A task without a terminal event after this time is lost."""
 HANG_S = 25.0
-"""No task of the matrix is silent for so long."""
+"""No task of the matrix is silent for this long."""
 SOCKET_SLACK = 3
-"""Connections to Redis that the client's pool may keep beside those that it had at the first look."""
+"""How many more connections to Redis the client's pool may keep than at the first count."""
 
 CONFIG = f"""
 [redis]
@@ -60,38 +60,36 @@ environment = "light"
 
 
 SPARE_SOCKETS = 4
-"""What a fork server has open for the two children that it has ahead, which it may just not have."""
+"""Sockets that a fork server has for its two spare children, which it may not have at the first count."""
 
 
 class Lost(Exception):
-    """The world is not what it must be; the message says how."""
+    """Raised when a check fails; the message names each violation."""
 
 
 class Rig:
-    """Made for many injections; thrown away after a violation.
+    """Used for many injections, and replaced after a violation.
 
     Args:
-        disk: `results` or `state`: that folder is on a small tmpfs of its own (needs root).
+        disk: `results` or `state`: mount a small tmpfs for that folder; needs root.
     """
 
     def __init__(self, isolation: str = "auto", disk: str | None = None) -> None:
         self.isolation = isolation
         self.disk = disk
         self.tasks: dict[str, set[str]] = {}
-        """Of this injection: the verdicts that each may truthfully end with."""
+        """The verdicts that each task of this injection may end with."""
         self.expect_accepted = True
         self.may_repeat = False
-        """Whether the same event may be heard twice: after a crash it may."""
+        """Whether an event may be received twice, as after a crash."""
         self.may_be_late = False
         self.clock: Clock | None = None
-        """The node's own, where there is a compiler to make one."""
+        """The node's clock; None without a compiler."""
         self.tame = False
-        """No task that executes something without its environment: without a cgroup that cannot be found again."""
+        """Whether to avoid tasks that execute programs with an empty environment: only cgroups find those again."""
         self._undelivered: set[str] = set()
-        """Spool folders that stay: their delivery failed, and can be tried again."""
+        """Spool folders that are kept because their delivery failed and can be tried again."""
         self._fds: dict[int, tuple[int, int]] = {}
-
-    # ---- life --------------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Rig:
         with contextlib.ExitStack() as stack:
@@ -129,16 +127,14 @@ class Rig:
         self._fds.clear()
 
     def settle(self) -> None:
-        """The next task runs, and the baselines are taken after it."""
-        until(lambda: self.status()["redis_up"], "the node finds Redis", 30.0)
+        """Check that the next task runs, and take the baselines after it."""
+        until(lambda: self.status()["redis_up"], "the node is connected to Redis", 30.0)
         self.begin()
         self.dispatch({"taskType": "echo"})
         self.check()
 
-    # ---- what faults do ----------------------------------------------------------------------------------------------
-
     def begin(self) -> None:
-        """A new injection."""
+        """Start a new injection."""
         self.tasks = {}
         self.expect_accepted, self.may_repeat, self.may_be_late = True, False, False
         self.tame = False
@@ -150,7 +146,7 @@ class Rig:
         self.peer.worker_events.clear()
 
     def _set_clock_right(self) -> None:
-        """And wait until it is heard of: times of before and after must not meet in one injection."""
+        """Set the clock right and wait for a heartbeat, so that no injection sees times of both clocks."""
         if self.clock is not None and self.clock.offset_s:
             self.clock.set(0)
             self.peer.hear()
@@ -158,12 +154,12 @@ class Rig:
             self.peer.wait_worker_event("HEARTBEAT")
 
     def set_clock(self, rng: random.Random) -> None:
-        """By hours, to where it was not yet."""
-        assert self.clock is not None, "the plan has left this fault out"
+        """Set the clock by hours, to a time that it has not shown yet."""
+        assert self.clock is not None, "the plan skips this fault without a clock"
         self.clock.set(self.clock.offset_s + rng.choice([-1, 1]) * rng.uniform(0.5, 40) * 3600)
 
     def listen(self, rng: random.Random, most_s: float = 0.6) -> None:
-        """Pause, and hear what is said meanwhile when it is said."""
+        """Pause, and receive events meanwhile as they are sent."""
         end = time.monotonic() + rng.uniform(0, most_s)
         while time.monotonic() < end:
             self.peer.hear(0.01)
@@ -177,7 +173,7 @@ class Rig:
         return self.dispatch({"taskType": "misbehave", "do": what, **fields}, *kinds)
 
     def some_task(self, rng: random.Random, *kinds: str) -> str:
-        """A task of a second or less that does no harm."""
+        """A harmless task of at most a second."""
         destination = {"type": "http", "url": f"{self.http.url}/r", "timeoutSec": 2}
         match rng.randrange(6):
             case 0 | 1:
@@ -200,7 +196,7 @@ class Rig:
         time.sleep(rng.uniform(0, most_s))
 
     def allow(self, *kinds: str) -> None:
-        """All tasks so far may end so, too."""
+        """Allow these verdicts for all tasks so far, too."""
         for allowed in self.tasks.values():
             allowed.update(kinds)
 
@@ -208,7 +204,7 @@ class Rig:
         return self.node.ask(op="status")
 
     def child(self, task_id: str, wait_s: float = 3.0) -> int | None:
-        """The pid of the task's first process; None where it had ended before we looked."""
+        """The pid of the task's first process; None if it has ended already."""
         end = time.monotonic() + wait_s
         while time.monotonic() < end:
             for task in self.status()["tasks"]:
@@ -219,30 +215,30 @@ class Rig:
             time.sleep(0.005)
         return None
 
-    def server_pid(self, lane: str = "light") -> int | None:
-        return next((each["pid"] for each in self.status()["servers"] if each["environment"] == lane), None)
+    def server_pid(self, environment: str = "light") -> int | None:
+        return next((each["pid"] for each in self.status()["servers"] if each["environment"] == environment), None)
 
     def delivery_child(self, wait_s: float = 5.0) -> int | None:
         end = time.monotonic() + wait_s
         while time.monotonic() < end:
-            lane = self.server_pid("delivery")
-            if lane is not None and (children := below(lane)):
+            server = self.server_pid("delivery")
+            if server is not None and (children := below(server)):
                 return children[0]
             time.sleep(0.005)
         return None
 
     @staticmethod
     def hit(pid: int | None, number: int) -> None:
-        """A signal to whoever is still there."""
+        """Send a signal, if the process still exists."""
         if pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
     def swap_redis(self, rng: random.Random) -> None:
-        """Kill Redis and start an empty one; the peer listens before the node can find it."""
+        """Kill Redis and start an empty one; the peer subscribes before the node can connect to it."""
         self.server.stop()
         with contextlib.suppress(redis.RedisError):
-            self.peer.hear(0.05)  # what it had said before it died
+            self.peer.hear(0.05)  # events that were sent before the kill
         self.pause(rng)
         real = self.server.path
         self.server.path = real.with_suffix(".new")
@@ -252,16 +248,14 @@ class Rig:
             pass
         self.server.path.rename(real)
         self.server.path = real
-        self._subscribes_by = self.peer.redis  # a client that is collected closes its connections
+        self._subscribes_by = self.peer.redis  # kept: a client that is garbage collected closes its connections
         self.peer.redis = self.server.client()
 
-    # ---- what must be true -------------------------------------------------------------------------------------------
-
     def check(self) -> None:
-        """Wait until all has ended, and look.
+        """Wait until all tasks have ended, and check everything.
 
         Raises:
-            Lost: each thing that is not as it must be.
+            Lost: with all violations.
         """
         wrong = self._wait_ends()
         wrong += self._verdicts()
@@ -275,7 +269,7 @@ class Rig:
             raise Lost("; ".join(wrong + left))
 
     def _journal(self) -> dict[str, str]:
-        """The state of each task of this injection that was accepted."""
+        """The states of this injection's accepted tasks."""
         path = f"file:{self.node.state_dir / 'journal.sqlite'}?mode=ro"
         with contextlib.closing(sqlite3.connect(path, uri=True, timeout=5)) as db:
             rows = db.execute("SELECT task_id, state FROM tasks ORDER BY attempt").fetchall()
@@ -292,14 +286,14 @@ class Rig:
         states: dict[str, str] = {}
         while time.monotonic() < deadline:
             if self.node.process.poll() is not None:
-                return [f"the node ended by itself with {self.node.process.returncode}"]
+                return [f"the node exited by itself with {self.node.process.returncode}"]
             self.peer.hear(0.01)
             states = self._journal()
             awaited = set(self.tasks) if self.expect_accepted else set(states)
             if all(states.get(each) == "done" and self.peer.ends(each) for each in awaited):
                 return []
         return [
-            f"{self._what(each)} has no end ({states.get(each, 'not accepted')} in the journal)"
+            f"{self._what(each)} has no terminal event ({states.get(each, 'not accepted')} in the journal)"
             for each in self.tasks
             if not self.peer.ends(each) and (self.expect_accepted or each in states)
         ]
@@ -337,7 +331,7 @@ class Rig:
         return [f"a heartbeat came {max(gaps) - BEAT_S:.2f} s late"] if gaps and max(gaps) > BEAT_S + LATE_S else []
 
     def _left(self) -> list[str]:
-        """What is still there of tasks that have ended."""
+        """What is left of tasks that have ended."""
         wrong = []
         try:
             status = self.status()
@@ -346,18 +340,18 @@ class Rig:
         if status["tasks"]:
             wrong.append(f"{len(status['tasks'])} tasks are not idle: {status['tasks'][0]['state']}")
         (worker,) = status["workers"]
-        word = self.server.client().hget(f"worker:{self.node.worker_id}", "status")
-        if worker["task_id"] is not None or worker["status"] != "IDLE" or word != b"IDLE":
-            wrong.append(f"the slot is not idle: {worker['status']}, in Redis {word!r}")
+        in_redis = self.server.client().hget(f"worker:{self.node.worker_id}", "status")
+        if worker["task_id"] is not None or worker["status"] != "IDLE" or in_redis != b"IDLE":
+            wrong.append(f"the slot is not idle: {worker['status']}, in Redis {in_redis!r}")
         if status["outbox"]:
             wrong.append(f"{status['outbox']} events are still in the outbox")
         servers = {each["pid"]: each["environment"] for each in status["servers"] if each["state"] == "ready"}
-        ours = {self.node.pid, *servers}
+        own_pids = {self.node.pid, *servers}
         ahead = {pid for server in servers for pid in spares(server)}
-        strangers = [pid for pid in with_mark(str(self.node.home)) if pid not in ours | ahead] + of_tasks(
+        leftovers = [pid for pid in with_mark(str(self.node.home)) if pid not in own_pids | ahead] + of_tasks(
             status["node_id"]
         )
-        wrong += [f"pid {pid} is left: {_command(pid)}" for pid in dict.fromkeys(strangers) if alive(pid)]
+        wrong += [f"pid {pid} is left: {_command(pid)}" for pid in dict.fromkeys(leftovers) if alive(pid)]
         wrong += [f"the cgroup {name} is left" for name in leaves(status["node_id"])]
         for name in ("tmp", "spool"):
             there = set(os.listdir(self.node.state_dir / name))
@@ -365,10 +359,10 @@ class Rig:
         sockets = [each for each in os.listdir(self.node.state_dir / "run") if each.endswith(".sock")]
         if len(sockets) != 1 + len(status["servers"]):
             wrong.append(f"sockets in run/: {sockets}")
-        return wrong + self._leaks(ours)
+        return wrong + self._leaks(own_pids)
 
     def _leaks(self, pids: set[int]) -> list[str]:
-        """Descriptors over the first count of each process, when nothing was going on either."""
+        """Descriptors beyond the first count of each process, which was also taken while no task ran."""
         wrong = []
         for pid in pids:
             try:

@@ -1,4 +1,4 @@
-"""The fault matrix in short, with the same program that runs it in full by hand: `scripts/faults --long`."""
+"""A short run of the fault matrix, with the program that also does the full one: `scripts/faults --long`."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from tests.support import RedisServer
 
 @pytest.fixture
 def gpu_node(redis_server: RedisServer, request: pytest.FixtureRequest) -> Iterator[MakeGpuNode]:
-    """Makes nodes with stub GPUs, started; ended with the test."""
+    """Makes and starts nodes with stub GPUs; they are stopped at the end of the test."""
     nodes: list[GpuNode] = []
 
     def make(**options: object) -> GpuNode:

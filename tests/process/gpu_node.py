@@ -1,4 +1,4 @@
-"""A real node whose NVIDIA driver is the stub: what the tests of GPUs share."""
+"""Shared by the GPU tests: a real node over a stub of the NVIDIA driver."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ canary = "tests.gpu_runners:canary"
 
 
 class GpuNode(Node):
-    """Its stub can be changed while it runs."""
+    """A node with stub GPUs; the stub can be changed while the node runs."""
 
     def __init__(self, server: RedisServer, script: str = TWO_GPUS, config: str = "", **options: Any) -> None:
         self.stub_dir = Path(tempfile.mkdtemp(prefix="fm-stub-"))
@@ -70,7 +70,7 @@ class GpuNode(Node):
             assert self.process.poll() is None, self.text()
             return self.status(worker) == word
 
-        until(there, f"{worker} is {word}; the node said:\n{self.text()[-3000:]}", deadline_s)
+        until(there, f"{worker} is {word}; the node's log:\n{self.text()[-3000:]}", deadline_s)
 
     def hardware(self, worker: str = "w1") -> dict[str, Any]:
         return dict(json.loads(self.server.client().hget(f"worker:{worker}", "hardware_json")))
@@ -80,7 +80,7 @@ class GpuNode(Node):
         return next(each["reason"] or "" for each in workers if each["worker_id"] == worker)
 
     def wait_reason(self, part: str, worker: str = "w1") -> str:
-        until(lambda: part in self.reason(worker), f"closed for {part!r}")
+        until(lambda: part in self.reason(worker), f"{worker} is closed because of {part!r}")
         return self.reason(worker)
 
     def let_go(self, task_id: str) -> None:
@@ -93,7 +93,7 @@ MakeGpuNode = Callable[..., GpuNode]
 def started(
     server: RedisServer, nodes: list[GpuNode], *, wait: str | None = "IDLE", worker: str = "w1", **options: Any
 ) -> GpuNode:
-    """A node that says `wait`; it is in `nodes` before anything can fail."""
+    """Start a node and wait for the worker's status `wait`. It is added to `nodes` before anything can fail."""
     node = GpuNode(server, **options)
     nodes.append(node)
     node.start(wait=False)
@@ -103,11 +103,11 @@ def started(
 
 
 def held(orchestrator: Orchestrator, node: GpuNode, worker: str = "w1", **spec: Any) -> tuple[str, int]:
-    """Dispatch a task that waits; its id and its pid, once it runs."""
+    """Dispatch a task that runs until `let_go`; returns its id and its pid once its runner is running."""
     task_id = orchestrator.dispatch(worker, {"taskType": "look", "wait": True, **spec})
     orchestrator.wait_started(task_id)
     pid = node.task_pid(task_id)
-    until(lambda: phase_of(node, task_id) == "ready", "its runner runs")
+    until(lambda: phase_of(node, task_id) == "ready", "its runner is running")
     return task_id, pid
 
 
@@ -116,5 +116,5 @@ def phase_of(node: GpuNode, task_id: str) -> str:
 
 
 def samples(node: GpuNode, count: int = 3) -> None:
-    """Wait until the node has looked at its GPUs a few times (the interval is 0.1 s)."""
+    """Wait until the node has sampled its GPUs a few times (the interval is 0.1 s)."""
     time.sleep(0.1 * (count + 1))

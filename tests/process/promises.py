@@ -27,12 +27,12 @@ ISOLATIONS = ("auto", "subreaper")
 
 
 def misbehave(do: str, **fields: Any) -> dict[str, Any]:
-    """A task that does this (see MisbehavingRunner)."""
+    """The spec of a task that does `do` (see MisbehavingRunner)."""
     return {"taskType": "misbehave", "do": do, **fields}
 
 
 def mark_of(node: Node) -> str:
-    """The node's own word, which stands in the environment of all that its tasks execute."""
+    """The node's id, which is part of FLOWMESH_ATTEMPT in the environment of every program that its tasks execute."""
     import sqlite3
 
     with sqlite3.connect(f"file:{node.state_dir / 'journal.sqlite'}?mode=ro", uri=True) as journal:
@@ -40,7 +40,7 @@ def mark_of(node: Node) -> str:
 
 
 def of_tasks(mark: str) -> list[int]:
-    """Every process that carries the mark of one of the node's attempts."""
+    """Live processes with the FLOWMESH_ATTEMPT of one of the node's attempts in their environment."""
     needle = f"FLOWMESH_ATTEMPT={mark}:".encode()
     found = []
     for name in os.listdir("/proc"):
@@ -55,13 +55,13 @@ def of_tasks(mark: str) -> list[int]:
 
 
 def pids_in(path: Path) -> list[int]:
-    """The pids that a task wrote down, once they are all there."""
+    """The pids that a task wrote to a file, once the file is complete."""
     until(lambda: path.exists() and path.read_text().endswith("\n"), f"{path.name} is written")
     return [int(word) for word in path.read_text().split()]
 
 
 def leaves(mark: str) -> list[str]:
-    """Names of the cgroups that the node's tasks still have. Those of children that wait for a task are none."""
+    """Names of the cgroups that the node's tasks still have, without those of children that wait for a task."""
     mounts = [line.split(" - ") for line in Path("/proc/self/mountinfo").read_text().splitlines()]
     roots = [Path(left.split()[4]) for left, right in mounts if right.startswith("cgroup2 ")]
     ours = [line[4:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::/")]
@@ -70,7 +70,7 @@ def leaves(mark: str) -> list[str]:
 
 
 def _waits_for_a_task(leaf: Path) -> bool:
-    """Its only process says so by its name; it takes a moment to move in."""
+    """Whether the cgroup's only process is a spare child, by its name. A new cgroup is empty for a moment."""
     names: set[str] = set()
 
     def settled() -> bool:
@@ -82,7 +82,7 @@ def _waits_for_a_task(leaf: Path) -> bool:
         return bool(names) or not leaf.exists()
 
     with contextlib.suppress(AssertionError):
-        until(settled, "moved in, or gone", 1.0)
+        until(settled, "a process is in it, or it is removed", 1.0)
     return names == {"flowmesh-spare"} or not leaf.exists()
 
 
@@ -95,20 +95,20 @@ def ended(node: Node) -> int:
     try:
         return node.process.wait(30)
     except subprocess.TimeoutExpired:
-        raise AssertionError(f"it did not end:\n{node.text()[-3000:]}") from None
+        raise AssertionError(f"the node did not exit:\n{node.text()[-3000:]}") from None
 
 
 def assert_serves(orchestrator: Orchestrator, node: Node) -> None:
     """The next task runs, and the slot is idle after it."""
     end = orchestrator.run(node.worker_id, {"taskType": "echo"})
     assert end["type"] == "TASK_SUCCEEDED", end
-    until(lambda: node.ask(op="status")["tasks"] == [], "nothing is left to do")
+    until(lambda: node.ask(op="status")["tasks"] == [], "the node has no tasks left")
     (worker,) = node.ask(op="status")["workers"]
     assert worker["task_id"] is None
 
 
 def wait_state(node: Node, task_id: str, state: str, phase: str | None = None) -> dict[str, Any]:
-    """The task's line in the node's status, once it is in this state (and phase)."""
+    """The task's entry in the node's status, once it is in this state (and phase)."""
 
     def there() -> dict[str, Any] | None:
         for task in node.ask(op="status")["tasks"]:

@@ -1,4 +1,4 @@
-"""Where the node makes its tasks' cgroups: in what was delegated to it, beside its own leaf where it has one."""
+"""Where the node creates its tasks' cgroups: in the delegated cgroup, beside the node's own leaf if it has one."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from flowmesh.processes import cgroup
 
 OWN = cgroup.own_cgroup()
 pytestmark = pytest.mark.skipif(
-    OWN is None or not os.access(OWN / "cgroup.procs", os.W_OK), reason="needs a cgroup v2 hierarchy that is ours"
+    OWN is None or not os.access(OWN / "cgroup.procs", os.W_OK),
+    reason="needs a cgroup v2 hierarchy that this user may write to",
 )
 
 
 @pytest.fixture
 def delegated() -> Iterator[Path]:
-    """A cgroup as systemd would delegate it, with the controllers that this machine hands on."""
+    """A cgroup like one that systemd delegates, with the controllers that are available here."""
     assert OWN is not None
     folder = OWN / f"flowmesh-test-{os.getpid()}"
     (folder / "supervisor").mkdir(parents=True)
@@ -28,7 +29,7 @@ def delegated() -> Iterator[Path]:
 
 
 def prepared_in(group: Path, wanted: list[str]) -> str:
-    """What `prepare` answers a process that lives in `group`."""
+    """The folder and controllers that `prepare` gives a process in `group`; empty if it gives none."""
     reader, writer = os.pipe()
     if (pid := os.fork()) == 0:
         try:
@@ -41,17 +42,17 @@ def prepared_in(group: Path, wanted: list[str]) -> str:
             os._exit(0)
     os.close(writer)
     with os.fdopen(reader) as pipe:
-        told = pipe.read()
+        output = pipe.read()
     os.waitpid(pid, 0)
-    return told
+    return output
 
 
 def test_beside_the_nodes_own_leaf_tasks_get_what_was_delegated(delegated: Path) -> None:
-    handed_on = sorted((delegated / "cgroup.controllers").read_text().split())
-    assert prepared_in(delegated / "supervisor", handed_on) == f"{delegated / 'flowmesh-probe'} {handed_on}"
+    available = sorted((delegated / "cgroup.controllers").read_text().split())
+    assert prepared_in(delegated / "supervisor", available) == f"{delegated / 'flowmesh-probe'} {available}"
 
 
 def test_without_such_a_leaf_tasks_are_below_the_node_and_have_no_controllers(delegated: Path) -> None:
-    """A cgroup that has processes in it hands none on."""
-    handed_on = (delegated / "cgroup.controllers").read_text().split()
-    assert prepared_in(delegated, handed_on) == f"{delegated / 'flowmesh-probe'} []"
+    """A cgroup that contains processes cannot enable controllers for its children."""
+    available = (delegated / "cgroup.controllers").read_text().split()
+    assert prepared_in(delegated, available) == f"{delegated / 'flowmesh-probe'} []"

@@ -106,7 +106,7 @@ def test_what_may_pass_is_tried_again_with_the_whole_body(artifact: Path, plan: 
 
 
 def test_an_acceptance_before_the_end_is_none(tmp_path: Path) -> None:
-    """More than the sockets between the two hold: what was not read is lost."""
+    """The file is larger than the buffers of both sockets, so the server has not received all of it."""
     large = tmp_path / "large.bin"
     large.write_bytes(os.urandom(1 << 20) * 24)
     with Server(Answer(200, early=True)) as server:
@@ -194,8 +194,6 @@ def test_both_forms_of_retry_after() -> None:
     assert retry_after_s(format_datetime(later - timedelta(days=1), usegmt=True)) == 0
 
 
-# ---- who gets which secret -------------------------------------------------------------------------------------------
-
 CUSTOM = {"Authorization": "Bearer custom-secret", "X-Api-Key": "k3y-secret", "content-TYPE": "text/evil"}
 
 
@@ -224,7 +222,7 @@ def test_the_nodes_token_goes_to_the_orchestrator_only(artifact: Path) -> None:
         assert headers_of(orchestrator)["authorization"] == "Bearer n0de-token"
         send_file(uploader(other.url, **options), other.url, artifact)
         assert "authorization" not in headers_of(other)
-        # the same address under another name is another origin
+        # the same address under another host name is another origin
         alias = orchestrator.url.replace("127.0.0.1", "localhost")
         send_file(uploader(alias, **options), alias, artifact)
         assert "authorization" not in headers_of(orchestrator)
@@ -320,9 +318,6 @@ def test_no_error_shows_a_secret(artifact: Path) -> None:
         assert f"127.0.0.1:{server.port}/r/t-1/files" in str(caught.value)
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------
-
-
 def test_a_link_or_a_folder_is_no_body(tmp_path: Path, artifact: Path) -> None:
     (tmp_path / "link").symlink_to(artifact)
     for path in (tmp_path / "link", tmp_path, tmp_path / "absent"):
@@ -351,7 +346,7 @@ def test_the_throttle_holds_for_a_real_upload(tmp_path: Path) -> None:
 
 
 def test_200_megabytes_in_constant_memory(tmp_path: Path) -> None:
-    """The kernel's own high-water mark of a process that sends 200 MB, against one that sends 1 MB."""
+    """Peak memory (VmHWM) of a process that sends 200 MB, compared with one that sends 1 MB."""
     code = (
         "import sys, time\n"
         "from pathlib import Path\n"

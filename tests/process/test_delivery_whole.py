@@ -1,4 +1,4 @@
-"""Whole deliveries: folders on disk to real servers, in order, killed and run again."""
+"""Whole deliveries: from folders on disk to real servers, in order, and resumed after a kill."""
 
 from __future__ import annotations
 
@@ -80,9 +80,6 @@ def with_model(out: Path, name: str = "final_model", size: int = 3_000_000) -> P
 
 def checksum(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-# ---- on this disk ----------------------------------------------------------------------------------------------------
 
 
 def test_a_local_result_and_its_manifest(out: Path) -> None:
@@ -169,9 +166,6 @@ def test_merged_children_have_folders_of_their_own(out: Path, tmp_path: Path) ->
     assert said(out.parent / "c-3")["task_id"] == "c-3"
 
 
-# ---- over HTTP -------------------------------------------------------------------------------------------------------
-
-
 def trained(folder: str = "final_model") -> Outcome:
     return outcome({"task_id": "t-1", "training_successful": True}, archives=(ArchiveRequest(folder=folder),))
 
@@ -222,7 +216,7 @@ exit {status}
 
 
 def slow_pigz(tmp_path: Path, status: int = 0) -> ArchiveSettings:
-    """Does not come to its end before `tmp_path`/go is there."""
+    """Settings with a pigz that does not exit before `tmp_path`/go exists."""
     script = tmp_path / "slow-pigz"
     script.write_text(SLOW_PIGZ.format(go=tmp_path / "go", home=tmp_path, status=status))
     script.chmod(0o755)
@@ -230,7 +224,7 @@ def slow_pigz(tmp_path: Path, status: int = 0) -> ArchiveSettings:
 
 
 def deliver_slowly(job: DeliveryJob, go: Path, when: Any) -> DeliveryReport:
-    """Deliver, and let pigz end as soon as `when` says so."""
+    """Deliver, and let pigz exit once `when` returns true."""
     with ThreadPoolExecutor(1) as pool:
         report = pool.submit(deliver, job, trained())
         try:
@@ -418,9 +412,6 @@ def test_the_template_of_a_files_address() -> None:
     assert file_url_template(read_output(None), "t-1") is None
 
 
-# ---- what goes wrong -------------------------------------------------------------------------------------------------
-
-
 def test_a_refusal_leaves_everything_on_disk_and_tells_the_servers_word(out: Path) -> None:
     with_model(out)
     with Server(Answer(507), Answer(403, b"quota of k3y-secret exceeded")) as server:
@@ -465,7 +456,7 @@ def test_what_cannot_be_removed_after_the_upload_is_told_and_no_failure(out: Pat
     busy = out / "checkpoints" / "checkpoint-5"
     mount = ["mount", "-t", "tmpfs", "tmpfs", str(busy)]
     if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
-        pytest.skip("this system lets nobody mount a tmpfs")
+        pytest.skip("this system does not allow mounting a tmpfs")
     try:
         with Server() as server:
             report = deliver(delivery(target(out, http(server.url)), cleanup_after_upload=True), trained())
@@ -488,8 +479,6 @@ def test_a_model_that_was_not_sent_is_never_dropped(out: Path) -> None:
     assert (out / "final_model" / "weights.bin").exists()
     assert (out / "checkpoints").exists()
 
-
-# ---- in a process of its own -----------------------------------------------------------------------------------------
 
 CHILD = (
     "import socket, sys\n"
@@ -574,7 +563,7 @@ def test_killed_in_mid_upload_it_goes_on_where_it_was(out: Path, spool: Path) ->
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert read_report(spool) is None
-        assert said(out)["training_successful"] is True  # computed is not lost
+        assert said(out)["training_successful"] is True  # the computed result is not lost
         again = start(spool)
         _, errors = again.communicate(timeout=30)
         assert again.returncode == 0, errors
@@ -613,7 +602,7 @@ def test_killed_after_the_cleanup_it_still_ends_well(out: Path, spool: Path) -> 
         job = delivery(target(out, http(server.url), artifacts=("final_model",)), cleanup_after_upload=True)
         prepare(spool, job, trained())
         assert main(None, spool) == 0
-        (spool / "delivered.json").unlink()  # as if it had been killed just before it wrote this
+        (spool / "delivered.json").unlink()  # as if it had been killed just before writing this
         assert main(None, spool) == 0
         assert len(server.received) == 2
         assert said(out)["final_model_archive_uploaded"] is True
@@ -644,7 +633,7 @@ def test_done_is_done_unless_asked_to_send_again(out: Path, spool: Path) -> None
         report = read_report(spool)
         assert report is not None
         assert not report.ok
-        assert main(None, spool) == 0  # a delivery that failed is tried when it is started again
+        assert main(None, spool) == 0  # a failed delivery is tried again when the child is started again
         assert main(None, spool) == 0
         assert len(server.received) == 1
         assert main(None, spool, again=True) == 0

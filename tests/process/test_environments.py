@@ -30,7 +30,7 @@ class Probe(Runner):
 
 
 def make_environment(folder: Path, module: str, body: str) -> Path:
-    """A virtual environment that sees our own packages, and has one module that only it has."""
+    """A virtual environment with this one's packages and one module that only it has."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     site = folder / "lib" / version / "site-packages"
@@ -72,7 +72,7 @@ def test_a_server_whose_packages_changed_is_replaced(orchestrator: Orchestrator,
     node: Node = make_node(config=config(python, "only_there"))
     orchestrator.run("w1", {"taskType": "probe"}, task_id="before")
     module = next((tmp_path / "venv").rglob("only_there.py"))
-    module.unlink()  # as pip does it: the folder changes
+    module.unlink()  # as pip does it: the folder's mtime changes
     module.write_text(BODY.replace("VALUE = 1", "VALUE = 22"))
     orchestrator.run("w1", {"taskType": "probe"}, task_id="after")
     assert (node.result("before")["value"], node.result("after")["value"]) == (1, 22)
@@ -80,7 +80,7 @@ def test_a_server_whose_packages_changed_is_replaced(orchestrator: Orchestrator,
 
 
 def test_packages_that_changed_while_no_supervisor_lived(orchestrator: Orchestrator, make_node, tmp_path: Path) -> None:
-    """As an upgrade does it: the server that is adopted has imported what is no longer there."""
+    """As in an upgrade: the adopted server has imported files that have changed since."""
     python = make_environment(tmp_path / "venv", "only_there", BODY)
     node: Node = make_node(config=config(python, "only_there"))
     orchestrator.run("w1", {"taskType": "probe"}, task_id="before")
@@ -97,7 +97,7 @@ def test_packages_that_changed_while_no_supervisor_lived(orchestrator: Orchestra
 def test_settings_that_changed_while_a_task_ran_are_the_next_ones(
     orchestrator: Orchestrator, make_node, tmp_path: Path, how: str
 ) -> None:
-    """SIGHUP: the task goes on in the server that it was forked from, the next one gets what the file says now."""
+    """SIGHUP: the task continues in the server that forked it; the next task gets the new settings."""
     gate = tmp_path / "gate"
     first = make_environment(tmp_path / "first", "only_there", BODY)
     second = make_environment(tmp_path / "second", "only_there", BODY)
@@ -112,7 +112,7 @@ def test_settings_that_changed_while_a_task_ran_are_the_next_ones(
     }
     (node.home / "node.toml").write_text(changed[how])
     os.kill(node.pid, signal.SIGHUP)
-    until(lambda: node.text().count("subscribed") == 2, "the new supervisor listens")
+    until(lambda: node.text().count("subscribed") == 2, "the new supervisor is subscribed")
     assert node.task_pid(running) == pid
     gate.touch()
     assert orchestrator.wait_end(running)["type"] == "TASK_SUCCEEDED"
@@ -133,7 +133,9 @@ def test_a_cancel_does_not_wait_for_the_imports(orchestrator: Orchestrator, make
     node: Node = make_node(config=config(python, "slow"))
     for force in (False, True):
         task_id = orchestrator.dispatch("w1", {"taskType": "probe"})
-        until(lambda: len(node.servers()) == 2 and node.ask(op="status")["tasks"], "its environment is imported")
+        until(
+            lambda: len(node.servers()) == 2 and node.ask(op="status")["tasks"], "its environment's server is importing"
+        )
         assert node.ask(op="cancel", task_id=task_id, force=force)["state"] == "launching"
         end = orchestrator.wait_end(task_id)
         assert (end["payload"]["error_kind"], end["payload"]["started_at"]) == ("cancelled", None)
@@ -223,7 +225,7 @@ def test_a_preload_that_leaves_a_thread_is_not_forked(orchestrator: Orchestrator
 def test_what_a_task_waited_in_the_queue_is_not_its_silence(
     orchestrator: Orchestrator, make_node, tmp_path: Path
 ) -> None:
-    """A task that imports for itself says nothing at first; it has all of tasks.hang_timeout_s for that."""
+    """A task that does its own imports sends no frames at first; it has the whole tasks.hang_timeout_s for that."""
     body = BODY + "import threading, time\nthreading.Thread(target=time.sleep, args=(600,), daemon=True).start()\n"
     python = make_environment(tmp_path / "venv", "threaded", body)
     ours = next(python.parents[1].rglob("site-packages")) / "runners"
@@ -231,7 +233,7 @@ def test_what_a_task_waited_in_the_queue_is_not_its_silence(
     slow = f"import time\ntime.sleep(2.2)\n__path__.append({str(ROOT / 'runners')!r})\n"
     (ours / "__init__.py").write_text(slow)
     make_node(config=config(python, "threaded") + "[tasks]\nhang_timeout_s = 4\n", env={"PYTHONPATH": ""})
-    orchestrator.run("w1", {"taskType": "probe"})  # its fork server is there
+    orchestrator.run("w1", {"taskType": "probe"})  # starts its fork server
     first = orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 5})
     second = orchestrator.dispatch("w1", {"taskType": "probe"})
     for task in (first, second):

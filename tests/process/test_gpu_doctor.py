@@ -1,4 +1,4 @@
-"""`flowmesh doctor` on machines with and without GPUs, with and without what a node needs."""
+"""`flowmesh doctor` on machines with and without GPUs, and with and without a node's requirements."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def environ(folder: Path, redis: str | None, script: str | None = None) -> dict[
 
 
 def doctor(env: dict[str, str], *arguments: str) -> tuple[int, list[dict[str, str]]]:
-    """Its exit status and its findings; the levels decide the first."""
+    """Its exit status, which depends on the findings' levels, and its findings."""
     command = [sys.executable, "-m", "flowmesh.cli.main", "doctor", "--json", *arguments]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
     assert done.stderr == ""
@@ -73,7 +73,7 @@ def test_a_machine_where_nothing_is_broken(redis_server: RedisServer, tmp_path: 
 
 
 def test_a_machine_without_gpus_is_fine(redis_server: RedisServer, tmp_path: Path) -> None:
-    env = environ(tmp_path, redis_server.url, "init 9\n")  # a library, and no kernel module below it
+    env = environ(tmp_path, redis_server.url, "init 9\n")  # the library is installed, the kernel module is not loaded
     env["CUDA_VISIBLE_DEVICES"] = "0"  # as some images set it
     code, findings = doctor(env)
     assert code == 0
@@ -150,7 +150,9 @@ def test_a_running_node_tells_why_a_slot_is_closed(
     code, findings = doctor(environ(tmp_path, node.server.url, script), "--config", str(file))
     assert code == 0
     assert of(findings, "node") == [("ok", f"running: pid {node.pid}, 1 task, 1 worker")]
-    assert not [text for _, text in of(findings, "GPUs") if "is used by" in text], "its own tasks are no strangers"
+    assert not [text for _, text in of(findings, "GPUs") if "is used by" in text], (
+        "the node's own tasks are not foreign processes"
+    )
     node.stub.change(f"set {B} used", f"set {B} used {9 * GIB}")
     node.let_go(task_id)
     node.wait_word("DEGRADED")
@@ -175,7 +177,7 @@ def test_on_a_terminal_of_80_columns_no_line_is_longer(tmp_path: Path) -> None:
     try:
         while chunk := os.read(near, 4096):
             out += chunk
-    except OSError:  # its last writer has closed the terminal
+    except OSError:  # the last writer closed the terminal
         pass
     os.close(near)
     assert process.wait(30) == 1

@@ -1,4 +1,4 @@
-"""A GPU that cannot be worked on closes its slot, says why, and opens it again by itself: on a real node."""
+"""A GPU that cannot be used closes its slot with a reason; the slot opens again by itself. On a real node."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_gpu_that_does_not_come_back_closes_the_slot_until_it_does(
     assert "gpu_release_ms" not in end["payload"]["resources"]
 
     node.wait_word("DEGRADED")
-    node.wait_reason(f"{A} is used by a foreign process: pid {pid}")  # its owner is gone: nobody's any more
+    node.wait_reason(f"{A} is used by a foreign process: pid {pid}")  # the task has ended, so it counts as foreign
     beat = orchestrator.wait_worker_event("HEARTBEAT")
     while "degraded" not in beat["metrics"]:
         orchestrator.worker_events.clear()
@@ -72,7 +72,7 @@ def test_a_stranger_is_named_and_no_gpu_task_starts_beside_it(
     stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
     try:
         node.stub.add(f"process {B} {stranger.pid} {7 * GIB}")
-        node.wait_word("DEGRADED")  # with a heartbeat: no task had to come
+        node.wait_word("DEGRADED")  # found by the check at a heartbeat, without a task
         reason = node.reason()
         assert reason.startswith(f"{B} is used by a foreign process: pid {stranger.pid} (user ")
         assert "time.sleep(100)" in reason
@@ -108,7 +108,7 @@ def test_a_process_of_the_nodes_own_that_is_left_on_a_gpu_keeps_the_slot_closed(
     orchestrator: Orchestrator, gpu_node: MakeGpuNode, kind: str
 ) -> None:
     node = gpu_node()
-    child = psutil.Process(node.pid).children()[0].pid  # as one of a task would be that the driver does not let end
+    child = psutil.Process(node.pid).children()[0].pid  # like a task's process that hangs in the driver
     node.stub.change(USED, f"{USED} {500 * MIB + 7 * GIB}")
     node.stub.add(f"{kind} {A} {child} {7 * GIB}")
     node.wait_word("DEGRADED")
@@ -296,9 +296,9 @@ def test_a_driver_that_hangs_delays_no_heartbeat_and_no_light_task(
     orchestrator.worker_events.clear()
     began = time.monotonic()
     assert orchestrator.run("w1", {"taskType": "echo"})["type"] == "TASK_SUCCEEDED"
-    until(lambda: orchestrator.hear(0.05) or time.monotonic() - began > 7, "a while")
+    until(lambda: orchestrator.hear(0.05) or time.monotonic() - began > 7, "7 seconds pass")
     beats = [event for event in orchestrator.worker_events if event["type"] == "HEARTBEAT"]
-    assert len(beats) >= 15, "one each 0.3 s, hanging driver or not"
+    assert len(beats) >= 15, "one every 0.3 s, also while the driver hangs"
     assert node.ask(op="status")["heartbeat_late_s"] < 1.0
     node.wait_word("DEGRADED")
     assert "NVML has not answered" in node.reason()
@@ -337,7 +337,7 @@ def test_a_supervisor_that_dies_while_gpus_come_back_does_not_forget_them(
     task_id, _ = held(orchestrator, node)
     node.stub.change(USED, f"{USED} {20 * GIB}")
     node.let_go(task_id)
-    until(lambda: {task["state"] for task in node.ask(op="status")["tasks"]} == {"releasing"}, "it is released")
+    until(lambda: {task["state"] for task in node.ask(op="status")["tasks"]} == {"releasing"}, "it is being released")
     node.stop(signal.SIGKILL)
     node.start(wait=False)
     end = orchestrator.wait_end(task_id)

@@ -1,4 +1,4 @@
-"""Slots on a real node: what each worker registers, what its tasks are given, and that they run beside one another."""
+"""Slots on a real node: what each worker registers, which devices its tasks get, and that slots run in parallel."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_reload_that_names_a_gpu_that_there_is_not_leaves_the_node_as_it_is(
     (node.home / "node.toml").write_text(CONFIG + "[[slots]]\nname = 'a'\ngpus = [7]\n")
     for count, number in enumerate((signal.SIGHUP, signal.SIGUSR2), 1):
         os.kill(node.pid, number)
-        until(lambda count=count: node.text().count(said) == count, "it is told", 20)
+        until(lambda count=count: node.text().count(said) == count, "the error is logged", 20)
     assert node.task_pid(task_id) == pid
     (node.home / "node.toml").write_text(CONFIG + "[[slots]]\nname = 'a'\ngpus = [1]\n")
     os.kill(node.pid, signal.SIGHUP)

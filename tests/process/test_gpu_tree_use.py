@@ -1,4 +1,4 @@
-"""What a process tree has used, read from /proc: of real processes."""
+"""CPU time and memory of a real process tree, read from /proc."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_cgroups_own_count_is_taken_where_it_is_more(tmp_path) -> None:
     (tmp_path / "cpu.stat").write_text("usage_usec 9000000000\nuser_usec 1\n")
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
-        until(lambda: process_usage.look(process.pid, None).cpu_s is not None, "it is there")
+        until(lambda: process_usage.look(process.pid, None).cpu_s is not None, "the process is running")
         assert process_usage.look(process.pid, str(tmp_path)).cpu_s == 9000.0
     finally:
         process.communicate(b"\n")

@@ -1,4 +1,4 @@
-"""What bounds a running task: silence, log files, its user and niceness, its own /dev/shm; and logs not kept."""
+"""A running task's limits: hang timeout, log size, user, niceness, /dev/shm, cgroup; and logs that are dropped."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_silent_task_is_stopped_and_its_stacks_are_saved(orchestrator: Orchest
     assert "do_deaf" in stacks  # Python's own stack, by faulthandler
     assert "do_deaf" in (logs / "stderr.log").read_text()
     spoken = orchestrator.run("w1", {"taskType": "echo", "delaySec": 2.5})
-    assert spoken["type"] == "TASK_SUCCEEDED"  # it reports progress all the while
+    assert spoken["type"] == "TASK_SUCCEEDED"  # it sends progress while it waits
 
 
 def test_the_stacks_of_every_process_are_saved(orchestrator: Orchestrator, make_node) -> None:
@@ -73,7 +73,7 @@ def test_the_stacks_of_every_process_are_saved(orchestrator: Orchestrator, make_
     told = dict(re.findall(r"^pid (\d+)(.*?)(?=^pid |\Z)", stacks, re.DOTALL | re.MULTILINE))
     assert {spawned, program, stopped} < told.keys()
     assert "sleep 600" in told[program]
-    assert "File " not in told[program], "no Python, no stacks of Python"
+    assert "File " not in told[program], "not a Python process, so no Python stacks"
     assert "when it was aborted" in told[spawned]
     assert "in spawned_waits" in told[spawned]
     assert "_stops_itself" in told[stopped]
@@ -105,18 +105,22 @@ def test_a_folder_that_its_task_locks_ends_no_watch(orchestrator: Orchestrator, 
     start_without_rights_to_all_files(node)
     task = orchestrator.dispatch("w1", {"taskType": "misbehave", "do": "lock_folder"}, task_id="locked")
     orchestrator.wait_started(task)
-    until(lambda: "could not be bounded or folded: Permission denied" in node.text(), "the watch has come by")
+    until(lambda: "could not be bounded or folded: Permission denied" in node.text(), "the watchdog has tried")
     time.sleep(2.5)
-    assert node.text().count("could not be bounded or folded") == 1, "it is told once"
+    assert node.text().count("could not be bounded or folded") == 1, "it is logged once"
     node.kill()
-    node.start()  # with all rights: what it was for is shown by now
+    node.start()  # with all rights again, to end the task
     (tmp,) = (node.state_dir / "tmp").iterdir()
     (tmp / "unlock").touch()
     assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"
 
 
 def start_without_rights_to_all_files(node: Node) -> None:
-    """As by any user: also root's exec gains none that its bounding set, a thread's own, has lost."""
+    """Start the node with the rights of a normal user.
+
+    Capabilities removed from the bounding set are not regained by root's exec. That set is per thread, so only the
+    thread that starts the node loses them.
+    """
 
     def start() -> None:
         libc = ctypes.CDLL(None)
@@ -143,7 +147,7 @@ def test_tasks_run_as_another_user(orchestrator: Orchestrator, make_node) -> Non
     node: Node = make_node(start=False, config=config(processes='task_user = "nobody"\ntask_nice = 3'))
     node.home.chmod(0o755)
     node.start()
-    # echo: all that it needs is imported already, should that user not be able to read this interpreter's folder
+    # echo needs no further imports: that user may not be able to read this interpreter's folder
     task = orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 30}, task_id="other")
     orchestrator.wait_started(task)
     pid = node.task_pid(task)
@@ -153,7 +157,7 @@ def test_tasks_run_as_another_user(orchestrator: Orchestrator, make_node) -> Non
         return dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
 
     until(lambda: status()["Uid"].split() == [uid] * 4, "it has become that user")
-    until(lambda: status()["NoNewPrivs"] == "1", "it can gain nothing")
+    until(lambda: status()["NoNewPrivs"] == "1", "no_new_privs is set")
     assert os.getpriority(os.PRIO_PROCESS, pid) == min(os.getpriority(os.PRIO_PROCESS, node.pid) + 3, 19)
     assert node.ask(op="cancel", task_id=task)["ok"] is True
     assert orchestrator.wait_end(task)["payload"]["error_kind"] == "cancelled"
@@ -194,7 +198,7 @@ def test_a_node_that_lives_in_shm_does_not_hide_it_from_its_tasks(orchestrator: 
 
 
 def test_an_owner_has_all_its_groups() -> None:
-    """A GPU's device file, or a share with the data, may be a group's."""
+    """Access to a GPU's device file or to a data share may depend on a group."""
     name = next((each for entry in grp.getgrall() for each in entry.gr_mem if each in everybody()), "nobody")
     if os.geteuid() not in {0, pwd.getpwnam(name).pw_uid}:
         pytest.skip("only root can become another user")
@@ -215,7 +219,7 @@ def test_a_child_gets_the_groups_of_its_user_and_no_others() -> None:
 
 @needs_root
 def test_a_node_that_is_killed_early_already_does_not_lower_its_tasks() -> None:
-    """As in a container of Kubernetes: a high score, and no right to lower it."""
+    """As in a Kubernetes container: the score is high, and the process may not lower it."""
 
     def without_the_right() -> None:
         Path("/proc/self/oom_score_adj").write_text("900")
@@ -231,7 +235,7 @@ def test_a_node_that_is_killed_early_already_does_not_lower_its_tasks() -> None:
 
 
 def drop_capability(number: int) -> None:
-    """From the effective and permitted sets of this process."""
+    """Remove a capability from the effective and permitted sets of this process."""
     libc = ctypes.CDLL(None, use_errno=True)
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)
     sets = (ctypes.c_uint32 * 6)()
@@ -242,13 +246,13 @@ def drop_capability(number: int) -> None:
 
 
 def in_a_child(act: Callable[[], object], look: Callable[[], T]) -> T:
-    """What `look` finds in a forked child after `act`."""
+    """Fork, call `act` and then `look` in the child, and return what `look` returned."""
     reader, writer = os.pipe()
     if (pid := os.fork()) == 0:
         try:
             act()
             os.write(writer, json.dumps({"found": look()}).encode())
-        except BaseException as error:  # noqa: BLE001 - said in the parent
+        except BaseException as error:  # noqa: BLE001 - reported by the parent
             os.write(writer, json.dumps({"failed": repr(error)}).encode())
         finally:
             os._exit(0)
@@ -262,7 +266,7 @@ def in_a_child(act: Callable[[], object], look: Callable[[], T]) -> T:
 
 
 def memory_group() -> Path | None:
-    """Where a cgroup with a limit of memory can be made, whatever generation this machine has."""
+    """A cgroup v1 in which a cgroup with a memory limit can be created; None if there is none."""
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         left, _, right = line.partition(" - ")
         if right.startswith("cgroup ") and "memory" in right.split()[-1].split(","):
@@ -272,10 +276,10 @@ def memory_group() -> Path | None:
 
 
 def move_servers(node: Node, group: Path) -> None:
-    """The fork servers, with the children that they have ahead."""
+    """Move the fork servers and their spare children into a cgroup."""
     for server in node.servers():
         ahead = Path(f"/proc/{server}/task/{server}/children")
-        until(lambda: len(ahead.read_text().split()) == MANY, "children are forked ahead")  # noqa: B023
+        until(lambda: len(ahead.read_text().split()) == MANY, "spare children are forked")  # noqa: B023
         for pid in (str(server), *ahead.read_text().split()):
             (group / "cgroup.procs").write_text(pid)
 
@@ -284,18 +288,18 @@ def test_children_ahead_that_are_killed_cost_nobody_a_task(orchestrator: Orchest
     node: Node = make_node(config=config())
     (server,) = node.servers()
     for _ in range(2):
-        until(lambda: len(spares(server)) == MANY, "children are forked ahead")
+        until(lambda: len(spares(server)) == MANY, "spare children are forked")
         for pid in spares(server):
             os.kill(pid, signal.SIGKILL)
         ends = [orchestrator.run("w1", {"taskType": "echo"}) for _ in range(3)]
         assert [end["type"] for end in ends] == ["TASK_SUCCEEDED"] * 3
-    until(lambda: len(spares(server)) == MANY, "there are new ones")
+    until(lambda: len(spares(server)) == MANY, "new spare children are forked")
 
 
 @needs_root
 @pytest.mark.skipif(memory_group() is None, reason="needs cgroups of version 1 with a memory controller")
 def test_out_of_host_memory_is_told_by_the_kernels_own_count(orchestrator: Orchestrator, make_node) -> None:
-    """Where a task has no cgroup with such a count of its own, its fork server's counts."""
+    """If the task has no cgroup that counts OOM kills, the count of the fork server's cgroup is used."""
     parent = memory_group()
     assert parent is not None
     group = parent / f"flowmesh-test-{os.getpid()}"
@@ -309,10 +313,10 @@ def test_out_of_host_memory_is_told_by_the_kernels_own_count(orchestrator: Orche
         assert end["payload"]["retryable"] is True
         assert "oom_kill +1" in end["payload"]["exit"]["evidence"]
         killed = orchestrator.run("w1", {"taskType": "misbehave", "do": "kill_self"})
-        assert killed["payload"]["error_kind"] == "crash", "another kill is not for memory"
+        assert killed["payload"]["error_kind"] == "crash", "another SIGKILL is not an OOM kill"
         assert node.stop() == 0
     finally:
-        until(lambda: (group / "cgroup.procs").read_text() == "", "nobody is in it")
+        until(lambda: (group / "cgroup.procs").read_text() == "", "the cgroup is empty")
         group.rmdir()
 
 
@@ -323,11 +327,13 @@ def test_a_task_has_its_own_limits_of_memory_and_processes(orchestrator: Orchest
     )
     node.start(wait=False)
     assert node.process is not None
-    until(lambda: node.process.poll() is not None or "subscribed" in node.text(), "it runs, or says why it cannot")
+    until(
+        lambda: node.process.poll() is not None or "subscribed" in node.text(), "it runs, or has exited with an error"
+    )
     if node.process.poll() == 78:
         assert "processes.task_" in node.text()
         assert "controller" in node.text()
-        pytest.skip("this machine delegates no memory and pids controller of cgroup v2 to us")
+        pytest.skip("no memory and pids controllers of cgroup v2 are delegated to this user")
     end = orchestrator.run("w1", {"taskType": "misbehave", "do": "eat_memory"})
     assert (end["payload"]["error_kind"], end["payload"]["retryable"]) == ("host_oom", True)
     bomb = orchestrator.run("w1", {"taskType": "misbehave", "do": "fork_bomb", "count": 500})
@@ -335,7 +341,7 @@ def test_a_task_has_its_own_limits_of_memory_and_processes(orchestrator: Orchest
 
 
 def processes_group() -> Path | None:
-    """Where a cgroup with a limit of processes can be made; version 1."""
+    """A cgroup v1 in which a cgroup with a limit of processes can be created; None if there is none."""
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         left, _, right = line.partition(" - ")
         if right.startswith("cgroup ") and "pids" in right.split()[-1].split(","):
@@ -348,7 +354,7 @@ def processes_group() -> Path | None:
 def test_a_node_that_can_start_no_process_and_no_thread_says_so_for_each_task(
     orchestrator: Orchestrator, make_node
 ) -> None:
-    """As while somebody's fork bomb has them all."""
+    """As while a fork bomb uses up all processes."""
     parent = processes_group()
     assert parent is not None
     group = parent / f"flowmesh-test-{os.getpid()}"
@@ -359,7 +365,9 @@ def test_a_node_that_can_start_no_process_and_no_thread_says_so_for_each_task(
         move_servers(node, group)
         (group / "pids.max").write_text(str(int((group / "pids.current").read_text()) - MANY))
         for _ in range(MANY):
-            assert orchestrator.run("w1", {"taskType": "echo"})["type"] == "TASK_SUCCEEDED", "forked ahead"
+            assert orchestrator.run("w1", {"taskType": "echo"})["type"] == "TASK_SUCCEEDED", (
+                "it was forked before the limit"
+            )
         for _ in range(3):
             end = orchestrator.run("w1", {"taskType": "echo"})
             assert (end["payload"]["error_kind"], end["payload"]["retryable"]) == ("node_fault", True)
@@ -368,5 +376,5 @@ def test_a_node_that_can_start_no_process_and_no_thread_says_so_for_each_task(
         assert orchestrator.run("w1", {"taskType": "echo"})["type"] == "TASK_SUCCEEDED"
         assert node.stop() == 0
     finally:
-        until(lambda: (group / "cgroup.procs").read_text() == "", "nobody is in it")
+        until(lambda: (group / "cgroup.procs").read_text() == "", "the cgroup is empty")
         group.rmdir()

@@ -1,4 +1,4 @@
-"""The proof of release over the stub library: memory that comes back late, holders, strangers, lost and hung GPUs."""
+"""The proof of release with a stub NVML: memory freed late, holders, foreign processes, lost and hung GPUs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ONE_GPU = f"""
 
 
 async def started(stub: Stub, *uuids: str, deadline_s: float = 5.0) -> ReleaseProof:
-    """A proof whose task has begun and has been seen at 20 GiB on the first GPU."""
+    """A proof whose task has started and has a sample of 20 GiB on the first GPU."""
     nvml = Nvml(deadline_s=deadline_s)
     await nvml.inventory()
     proof = ReleaseProof(nvml, uuids or ("GPU-aaaa",))

@@ -1,4 +1,4 @@
-"""NVML through the real binding over the stub library: inventory, samples, faults, hangs, events."""
+"""NVML through the real binding with a stub library: inventory, samples, faults, hangs, events."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ def test_a_sample_says_all_that_the_device_tells() -> None:
         assert looks["GPU-aaaa"] == GpuSample(
             uuid="GPU-aaaa",
             board="GPU-aaaa",
-            used_bytes=4 * GIB,  # what nvidia-smi shows, without the driver's reserve
+            used_bytes=4 * GIB,  # as nvidia-smi shows it, without the driver's reserve
             processes=(GpuProcess(4242, 3 * GIB), GpuProcess(4243, GIB)),
-            graphics=(GpuProcess(77, GIB),),  # one that does both is not counted twice
+            graphics=(GpuProcess(77, GIB),),  # a process that is in both lists is not counted twice
             utilization_percent=87,
             power_w=612.345,
             energy_mj=9876543210,
@@ -83,7 +83,7 @@ def test_a_process_whose_bytes_the_driver_does_not_tell() -> None:
     async def body(stub: Stub) -> None:
         look = (await Nvml().sample(["GPU-bbbb"], memory_only=True))["GPU-bbbb"]
         assert isinstance(look, GpuSample)
-        assert look.processes == (GpuProcess(1, None), GpuProcess(2, None)), "0 is what a container's driver says"
+        assert look.processes == (GpuProcess(1, None), GpuProcess(2, None)), "in a container the driver reports 0"
 
     not_available = 2**64 - 1
     run_with_stub(f"{TWO_GPUS}\nprocess GPU-bbbb 1 0\nprocess GPU-bbbb 2 {not_available}\n", body)
@@ -117,7 +117,7 @@ def test_a_call_that_is_not_supported_is_none_and_asked_once() -> None:
             look = (await nvml.sample(["GPU-aaaa"]))["GPU-aaaa"]
             assert isinstance(look, GpuSample)
             assert (look.power_w, look.energy_mj, look.processes, look.temperature_c) == (None, None, None, 61)
-            stub.remove("without")  # had it asked again, it would have an answer now
+            stub.remove("without")  # a second call would succeed now
 
     run_with_stub(TWO_GPUS + "without power\nwithout energy\nwithout processes\n", body)
 
@@ -166,7 +166,9 @@ def test_a_lost_gpu_is_found_again_after_a_new_init() -> None:
         session = Session(clock=lambda: now_s)
         assert isinstance(session.sample(["GPU-aaaa"])["GPU-aaaa"], GpuLost)
         stub.remove("fail")
-        assert isinstance(session.sample(["GPU-aaaa"])["GPU-aaaa"], GpuLost), "a new init at every look costs too much"
+        assert isinstance(session.sample(["GPU-aaaa"])["GPU-aaaa"], GpuLost), (
+            "a new init for every sample costs too much"
+        )
         now_s = 31.0
         assert isinstance(session.sample(["GPU-aaaa"])["GPU-aaaa"], GpuSample)
 
@@ -183,7 +185,7 @@ def test_a_gpu_that_stays_lost_is_looked_for_less_and_less_often() -> None:
             if not inits or inits[-1] != session._opened.at_s:
                 inits.append(session._opened.at_s)
             now_s += 10
-        assert inits == [0, 30, 90, 210, 450, 930, 1890], "each new init costs the other GPU its answers"
+        assert inits == [0, 30, 90, 210, 450, 930, 1890], "during a new init the other GPU cannot be sampled"
         stub.remove("fail")
         now_s = 3000
         assert isinstance(session.sample(["GPU-aaaa"])["GPU-aaaa"], GpuSample)
@@ -211,7 +213,7 @@ def test_a_slow_new_init_is_given_its_own_time_and_not_a_samples() -> None:
         await nvml.inventory()
         stub.add("hang init *", "forget 1")
         slow = asyncio.create_task(nvml.sample(["GPU-aaaa"]))
-        beside = asyncio.create_task(nvml.sample(["GPU-bbbb"]))  # waits behind it
+        beside = asyncio.create_task(nvml.sample(["GPU-bbbb"]))  # queued behind it
         done, _ = await asyncio.wait({slow, beside}, timeout=0.5)
         assert not done
         stub.remove("hang")
@@ -253,7 +255,7 @@ def test_no_driver_is_a_cpu_node_without_a_thread(code: int) -> None:
         assert await nvml.events() == ()
         assert await nvml.sample([]) == {}
         assert _nvml_threads() == []
-        stub.change("init", "init 0")  # the driver came up after us
+        stub.change("init", "init 0")  # the driver is loaded after the node started
         assert len((await nvml.inventory()).gpus) == 2
 
     run_with_stub(TWO_GPUS + f"init {code}\n", body)
@@ -283,14 +285,12 @@ def test_a_hung_call_blocks_nobody_and_ends_when_it_answers() -> None:
         ticking = asyncio.create_task(tick())
         with pytest.raises(DeviceError, match=r"has not answered.*\(in sample\)"):
             await nvml.sample(["GPU-aaaa", "GPU-bbbb"])
-        assert ticks > 2, "the loop stood still"
+        assert ticks > 2, "the event loop was blocked"
         assert nvml.stuck_for_s is not None
         with pytest.raises(DeviceError, match=r"has not answered.*\(in sample\)"):
-            async with asyncio.timeout(
-                20
-            ):  # its own deadline is a minute: while the thread hangs, the answer is at once
+            async with asyncio.timeout(20):  # fails at once while the thread hangs, although its deadline is a minute
                 await nvml.inventory()
-        assert len(_nvml_threads()) == 1, "no second thread goes after the first one"
+        assert len(_nvml_threads()) == 1, "no second thread is started"
         stub.remove("hang")
         while nvml.stuck_for_s is not None:
             await asyncio.sleep(0.01)
@@ -383,4 +383,4 @@ def test_the_library_is_found_as_the_loader_finds_it(tmp_path: Path) -> None:
         "FLOWMESH_NVML_STUB": str(tmp_path / "script"),
     }
     done = subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "2", "and the process ends though nobody closed NVML"
+    assert done.stdout.strip() == "2", "and the process exits although NVML was not closed"

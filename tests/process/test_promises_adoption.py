@@ -1,4 +1,4 @@
-"""P4: every accepted task ends in exactly one terminal event. P5: a supervisor's death is not a task's death."""
+"""P4: every accepted task has exactly one terminal event. P5: tasks survive the death of their supervisor."""
 
 from __future__ import annotations
 
@@ -44,12 +44,9 @@ def assert_one_end_each(orchestrator: Orchestrator, ids: list[str]) -> None:
 
 
 def the_task(node: Node) -> int:
-    """The pid of the one task's first process, found without asking the node."""
+    """The pid of the only task's first process, found without a request to the node."""
     (server,) = node.servers()
-    return int(until(lambda: [pid for pid in below(server) if alive(pid)], "the server has a child")[0])
-
-
-# ---- the supervisor dies ---------------------------------------------------------------------------------------------
+    return int(until(lambda: [pid for pid in below(server) if alive(pid)], "the fork server has a child")[0])
 
 
 def test_p4_p5_a_supervisor_killed_in_the_middle_of_ten_tasks(orchestrator: Orchestrator, node: Node) -> None:
@@ -60,21 +57,21 @@ def test_p4_p5_a_supervisor_killed_in_the_middle_of_ten_tasks(orchestrator: Orch
     for _ in range(3):
         wait_state(node, ids[9], "queued")
         node.kill()
-        assert alive(pid), "the task goes on without a supervisor"
+        assert alive(pid), "the task continues without a supervisor"
         node.start()
-    assert node.task_pid(ids[0]) == pid, "it is the same process still"
+    assert node.task_pid(ids[0]) == pid, "it is still the same process"
     (node.results_dir / ids[0] / "go on").touch()
     for task_id in ids:
         assert orchestrator.wait_end(task_id)["type"] == "TASK_SUCCEEDED"
     assert_one_end_each(orchestrator, ids)
     starts = [event["task_id"] for event in orchestrator.task_events if event["type"] == "TASK_STARTED"]
-    assert list(dict.fromkeys(starts)) == ids, "in the order they came"
+    assert list(dict.fromkeys(starts)) == ids, "in the order in which they were dispatched"
     assert_serves(orchestrator, node)
 
 
 def test_p4_p5_killed_again_and_again_while_tasks_come_and_go(orchestrator: Orchestrator, node: Node) -> None:
     ids = [orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 0.03}) for _ in range(30)]
-    until(lambda: len(node.ask(op="status")["tasks"]) > 10, "they were accepted")
+    until(lambda: len(node.ask(op="status")["tasks"]) > 10, "the tasks are accepted")
     for pause_s in (0.0, 0.05, 0.11, 0.17):
         time.sleep(pause_s)
         node.kill()
@@ -102,7 +99,7 @@ def test_p5_what_was_computed_while_no_supervisor_lived_is_delivered(orchestrato
     node.start()
     end = orchestrator.wait_end(task_id)
     assert end["type"] == "TASK_SUCCEEDED", end
-    assert 1.0 <= end["payload"]["runtime_sec"] <= ran_s, "and not what it waited for somebody to look"
+    assert 1.0 <= end["payload"]["runtime_sec"] <= ran_s, "without the time until it was recovered"
     assert responses(node, task_id)["ok"] is True
     assert end["payload"]["resources"]["processes_swept"] >= 3
     assert_one_end_each(orchestrator, [task_id])
@@ -130,10 +127,12 @@ def test_p5_an_adopted_task_can_be_cancelled(orchestrator: Orchestrator, node: N
     wait_state(node, task_id, "running")
     node.ask(op="cancel", task_id=task_id)
     end = orchestrator.wait_end(task_id)
-    assert (end["payload"]["error_kind"], end["payload"]["exit"]["code"]) == ("cancelled", 1), "it heard the frame"
+    assert (end["payload"]["error_kind"], end["payload"]["exit"]["code"]) == ("cancelled", 1), (
+        "it received the cancel frame"
+    )
 
 
-@pytest.mark.skipif(compiler() is None, reason="needs a C compiler to make a clock that can be set")
+@pytest.mark.skipif(compiler() is None, reason="needs a C compiler, for a clock that can be set")
 @pytest.mark.parametrize("hours", [5, -5])
 def test_p5_a_clock_that_is_set_meanwhile_is_nothing_to_an_adopted_task(
     orchestrator: Orchestrator, make_node: Callable[..., Node], hours: int
@@ -187,7 +186,7 @@ def test_p5_nobody_comes_back(orchestrator: Orchestrator, make_node: Callable[..
 
 
 def test_p5_the_settings_that_refuse_an_open_task(orchestrator: Orchestrator, node: Node) -> None:
-    """The file has changed while no supervisor lived: the task's type is gone, and so is its process."""
+    """The settings changed while there was no supervisor: without the task's type, the task is failed and killed."""
     task_id = orchestrator.dispatch("w1", misbehave("sleep"))
     orchestrator.wait_started(task_id)
     pid = the_task(node)
@@ -199,9 +198,6 @@ def test_p5_the_settings_that_refuse_an_open_task(orchestrator: Orchestrator, no
     assert "misbehave" in end["error"]
     wait_gone([pid], "the task")
     assert_serves(orchestrator, node)
-
-
-# ---- hot upgrade -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["signal", "command"])
@@ -216,17 +212,14 @@ def test_p5_a_hot_upgrade_keeps_the_task_and_its_process(orchestrator: Orchestra
     else:
         assert node.ask(op="upgrade")["ok"]
     until(lambda: node.text().count("node started") == 2, "the new supervisor starts")
-    until(lambda: node.text().count("subscribed") == 2, "the new supervisor listens")
+    until(lambda: node.text().count("subscribed") == 2, "the new supervisor is subscribed")
     assert node.task_pid(task_id) == pid
     assert node.ask(op="status")["pid"] == node.pid
-    assert len(os.listdir(f"/proc/{node.pid}/fd")) <= fds + 2, "nothing of the old one is still open"
+    assert len(os.listdir(f"/proc/{node.pid}/fd")) <= fds + 2, "no descriptor of the old supervisor is still open"
     assert orchestrator.wait_end(task_id)["type"] == "TASK_SUCCEEDED"
     assert orchestrator.wait_end(queued)["type"] == "TASK_SUCCEEDED"
     assert_one_end_each(orchestrator, [task_id, queued])
     assert node.stop() == 0
-
-
-# ---- the fork server dies --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("adopted", [False, True])
@@ -234,7 +227,7 @@ def test_p5_a_killed_fork_server(orchestrator: Orchestrator, node: Node, adopted
     task_id = orchestrator.dispatch("w1", misbehave("escape", then="sleep"))
     pids = pids_in(node.results_dir / task_id / "pids")
     pid = node.task_pid(task_id)
-    if adopted:  # its orphans then come to init, and not to the supervisor
+    if adopted:  # orphans of its fork server are then reparented to init, not to the supervisor
         node.kill()
         node.start()
         wait_state(node, task_id, "running")
@@ -245,7 +238,7 @@ def test_p5_a_killed_fork_server(orchestrator: Orchestrator, node: Node, adopted
     assert not alive(pid)
     if node.ask(op="status")["isolation"] == "cgroup" or not adopted:
         assert not any(alive(each) for each in pids)
-    else:  # the one that was executed with an empty environment cannot be told from a stranger's
+    else:  # pids[0] was executed with an empty environment: nothing shows that it is the task's
         assert not any(alive(each) for each in pids[1:])
         if alive(pids[0]):
             os.kill(pids[0], signal.SIGKILL)
@@ -277,16 +270,13 @@ def test_p5_supervisor_and_fork_server_killed_together(orchestrator: Orchestrato
     assert_one_end_each(orchestrator, [task_id])
 
 
-# ---- delivery --------------------------------------------------------------------------------------------------------
-
-
 def test_p4_a_killed_delivery_child_begins_again(orchestrator: Orchestrator, node: Node) -> None:
     with Server(Stall()) as server:
         spec = {"taskType": "echo", "output": {"destination": {"type": "http", "url": server.url, "timeoutSec": 60}}}
         task_id = orchestrator.dispatch("w1", spec)
-        until(lambda: server.requests, "it began to send")
-        (lane,) = [s["pid"] for s in node.ask(op="status")["servers"] if s["environment"] == "delivery"]
-        (child,) = below(lane)
+        until(lambda: server.requests, "the upload has started")
+        (server_pid,) = [s["pid"] for s in node.ask(op="status")["servers"] if s["environment"] == "delivery"]
+        (child,) = below(server_pid)
         os.kill(child, signal.SIGKILL)
         assert orchestrator.wait_end(task_id)["type"] == "TASK_SUCCEEDED"
         assert len(server.results()) == 1
@@ -298,7 +288,7 @@ def test_p4_a_delivery_outlives_its_supervisor(orchestrator: Orchestrator, node:
     with Server(Stall()) as server:
         spec = {"taskType": "echo", "output": {"destination": {"type": "http", "url": server.url, "timeoutSec": 60}}}
         task_id = orchestrator.dispatch("w1", spec)
-        until(lambda: server.requests, "it began to send")
+        until(lambda: server.requests, "the upload has started")
         wait_state(node, task_id, "delivering")
         servers = node.servers()
         node.kill()
@@ -308,12 +298,12 @@ def test_p4_a_delivery_outlives_its_supervisor(orchestrator: Orchestrator, node:
         node.start()
         if not server_too:
             wait_state(node, task_id, "delivering")
-            assert len(server.requests) == 1, "the same child still sends"
+            assert len(server.requests) == 1, "the same child continues to send"
             node.ask(op="cancel", task_id=task_id)
         end = orchestrator.wait_end(task_id)
         assert end["type"] == ("TASK_SUCCEEDED" if server_too else "TASK_FAILED"), end
         runtime_s = end["payload"]["runtime_sec"]
-    assert 0 < runtime_s < 5, "the time that it ran, and not the time until it was delivered"
+    assert 0 < runtime_s < 5, "without the time that its delivery took"
     assert_one_end_each(orchestrator, [task_id])
     assert_serves(orchestrator, node)
 
@@ -322,7 +312,7 @@ def test_p4_a_delivery_outlives_its_supervisor(orchestrator: Orchestrator, node:
 def _answers(node: Node) -> bool:
     try:
         return bool(node.ask(op="status"))
-    except OSError:  # the socket of the one before it
+    except OSError:  # the socket of the earlier supervisor
         return False
 
 
@@ -330,7 +320,7 @@ def _answers(node: Node) -> bool:
 def test_p4_a_stop_that_comes_before_the_new_supervisor_has_heard_its_fork_servers(
     orchestrator: Orchestrator, node: Node, stop: str
 ) -> None:
-    """Theirs may take seconds, while they import."""
+    """A fork server that is importing may answer seconds later."""
     running = orchestrator.dispatch("w1", misbehave("wait_for", file="go on"))
     orchestrator.wait_started(running)
     first, second = (orchestrator.dispatch("w1", {"taskType": "echo"}) for _ in range(2))
@@ -340,14 +330,16 @@ def test_p4_a_stop_that_comes_before_the_new_supervisor_has_heard_its_fork_serve
     os.kill(server, signal.SIGSTOP)
     try:
         node.start(wait=False)
-        until(lambda: _answers(node), "it starts")
+        until(lambda: _answers(node), "the node answers")
         wait_state(node, second, "queued")
         if stop == "cancel":
             assert node.ask(op="cancel", task_id=first)["state"] == "queued"
         else:
             os.kill(node.pid, signal.SIGTERM)
         left = [running, second] if stop == "cancel" else [running]
-        until(lambda: [task["task_id"] for task in node.ask(op="status")["tasks"]] == left, "it has ended")
+        until(
+            lambda: [task["task_id"] for task in node.ask(op="status")["tasks"]] == left, "the stopped task has ended"
+        )
     finally:
         os.kill(server, signal.SIGCONT)
     assert orchestrator.wait_end(first)["payload"]["error_kind"] == ("cancelled" if stop == "cancel" else "drained")
@@ -364,7 +356,7 @@ def test_p4_a_stop_that_comes_before_the_new_supervisor_has_heard_its_fork_serve
 
 
 def test_p5_tasks_of_slots_that_are_one_now(orchestrator: Orchestrator, make_node: Callable[..., Node]) -> None:
-    """Both go on, both end well, and the next one waits for the last of them."""
+    """Both tasks continue and succeed, and the next one waits until the last of them has ended."""
     slots = "".join(f'[[slots]]\nname = "{name}"\ncpus = "{cpu}"\n' for cpu, name in enumerate("ab"))
     node = make_node(start=False, config=CONFIG + slots)
     node.start(wait=False)
@@ -388,7 +380,7 @@ def test_p5_tasks_of_slots_that_are_one_now(orchestrator: Orchestrator, make_nod
 
 
 def test_p5_a_fork_server_that_stays_silent_is_given_up(orchestrator: Orchestrator, node: Node) -> None:
-    """It is stopped when the new supervisor asks for its tasks: it must not come back with them later."""
+    """The fork server is stopped (SIGSTOP) during the adoption: it must not report its tasks later."""
     task_id = orchestrator.dispatch("w1", misbehave("sleep"))
     orchestrator.wait_started(task_id)
     pid, (server,) = the_task(node), node.servers()

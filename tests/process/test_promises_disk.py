@@ -1,4 +1,4 @@
-"""P3: a filled disk. The faults of the matrix that need a small disk of their own, each once, with the same checks."""
+"""P3: a full disk. Each fault of the matrix that needs a small disk, once, with the matrix's checks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support import Node, RedisServer
 
 pytestmark = [
     pytest.mark.redis,
-    pytest.mark.skipif(os.geteuid() != 0, reason="a small tmpfs of its own needs root"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root"),
 ]
 
 

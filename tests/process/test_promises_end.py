@@ -1,4 +1,4 @@
-"""P1: nothing outlives a task. P3: the node survives every task. P6: the verdict is evidence."""
+"""P1: nothing outlives a task. P3: the node survives every task. P6: the verdict rests on evidence."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.redis
 
 @pytest.fixture(scope="module", params=ISOLATIONS)
 def node_and_peer(request: pytest.FixtureRequest) -> Iterator[tuple[Node, Orchestrator]]:
-    """One node for the whole module: that it survives is what is tested."""
+    """One node for the whole module: it must survive all its tests."""
     with contextlib.closing(RedisServer()) as server, contextlib.closing(Orchestrator(server)) as peer:
         node = Node(server, "--set", f"processes.isolation={request.param}", config=CONFIG)
         with running(node):
@@ -52,16 +52,13 @@ def peer(node_and_peer: tuple[Node, Orchestrator]) -> Orchestrator:
 
 
 def assert_nothing_left(node: Node, pids: list[int]) -> None:
-    """By the time a task's end is told nothing of it is there: no grace."""
+    """Nothing of a task is left when its terminal event is sent. Processes and cgroups are checked without a wait."""
     assert [pid for pid in pids if alive(pid)] == []
     mark = mark_of(node)
     assert of_tasks(mark) == []
     assert leaves(mark) == []
     until(lambda: os.listdir(node.state_dir / "tmp") == [], "the task's TMPDIR is removed")
     until(lambda: os.listdir(node.state_dir / "spool") == [], "the task's spool folder is removed")
-
-
-# ---- P1 --------------------------------------------------------------------------------------------------------------
 
 
 def test_p1_nothing_outlives_a_task_that_succeeded(node: Node, peer: Orchestrator) -> None:
@@ -94,7 +91,7 @@ def test_p1_nothing_outlives_a_task_that_was_cancelled(node: Node, peer: Orchest
 
 @pytest.mark.parametrize("then", ["return", "die"])
 def test_p1_nothing_outlives_a_task_that_hops_from_pid_to_pid(node: Node, peer: Orchestrator, then: str) -> None:
-    """Each process forks its successor and ends: no list of pids is ever true."""
+    """Each process forks its successor and exits, so every list of its pids is outdated at once."""
     end = peer.run(node.worker_id, misbehave("hop", then=then))
     assert end["type"] == ("TASK_SUCCEEDED" if then == "return" else "TASK_FAILED"), end
     beat = node.results_dir / end["task_id"] / "beat"
@@ -102,7 +99,7 @@ def test_p1_nothing_outlives_a_task_that_hops_from_pid_to_pid(node: Node, peer: 
     size = beat.stat().st_size
     assert size > 0
     assert_serves(peer, node)
-    assert beat.stat().st_size == size, "the hopper still writes"
+    assert beat.stat().st_size == size, "the task's processes no longer write"
 
 
 def test_p1_what_a_task_left_in_tmp_is_gone(node: Node, peer: Orchestrator) -> None:
@@ -118,9 +115,6 @@ def test_p1_what_a_killed_task_left_in_shared_memory_is_gone(node: Node, peer: O
     assert_nothing_left(node, [])
 
 
-# ---- P4 --------------------------------------------------------------------------------------------------------------
-
-
 def test_p4_a_small_outcome_that_cannot_be_read_ends_its_task(node: Node, peer: Orchestrator) -> None:
     end = peer.run(node.worker_id, misbehave("forge", bytes=10))
     assert (end["type"], end["payload"]["error_kind"]) == ("TASK_FAILED", "crash"), end
@@ -131,17 +125,15 @@ def test_p4_a_small_outcome_that_cannot_be_read_ends_its_task(node: Node, peer: 
 def test_p4_a_large_outcome_that_cannot_be_read_ends_its_task(
     make_node: Callable[..., Node], orchestrator: Orchestrator, size: int
 ) -> None:
-    """Found out when its result is written; what is kept for another delivery stays on this node alone."""
+    """The delivery finds that it is not valid. What is kept for another delivery stays on this node."""
     node = make_node(config=CONFIG)
     end = orchestrator.run(node.worker_id, misbehave("forge", bytes=size))
     assert (end["type"], end["payload"]["error_kind"]) == ("TASK_FAILED", "delivery_failed"), end
     assert_serves(orchestrator, node)
 
 
-# ---- P3 and P6 -------------------------------------------------------------------------------------------------------
-
 EVERY_WAY: list[tuple[dict[str, Any], str, int | None, str | None, str]] = [
-    # what it does, the verdict, exit code, signal, words of the error
+    # task, error_kind, exit code, signal, part of the error
     (misbehave("segfault"), "crash", None, "SIGSEGV", "killed by SIGSEGV"),
     (misbehave("abort"), "crash", None, "SIGABRT", "killed by SIGABRT"),
     (misbehave("kill_self"), "crash", None, "SIGKILL", "killed by SIGKILL"),
@@ -227,7 +219,7 @@ def test_p6_the_last_lines_of_the_log_go_along(node: Node, peer: Orchestrator) -
     assert "ValueError: the runner's own error" in "\n".join(end["payload"]["log_tail"])
     end = peer.run(node.worker_id, misbehave("tell_secrets"))
     assert 2 <= len(end["payload"]["log_tail"]) <= 20
-    assert len(json.dumps(end["payload"]["log_tail"])) < 5000, "events stay small"
+    assert len(json.dumps(end["payload"]["log_tail"])) < 5000, "events are small"
 
 
 def test_p10_the_event_of_a_failed_task_tells_no_secret(make_node, orchestrator: Orchestrator) -> None:
@@ -249,5 +241,5 @@ def test_p6_a_segfault_leaves_its_stack(node: Node, peer: Orchestrator) -> None:
 def test_p6_success_after_a_cancel_that_crossed_it_is_success(node: Node, peer: Orchestrator) -> None:
     task_id = peer.dispatch(node.worker_id, misbehave("busy", seconds=0.4))
     peer.wait_started(task_id)
-    node.ask(op="cancel", task_id=task_id)  # it polls nothing, and is done before its grace is over
+    node.ask(op="cancel", task_id=task_id)  # the task does not check for cancels, and ends within the grace time
     assert peer.wait_end(task_id)["type"] == "TASK_SUCCEEDED"

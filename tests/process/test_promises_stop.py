@@ -1,4 +1,4 @@
-"""Cancel and drain: bounded steps, at every point of a task's life, by every way that they can be asked for."""
+"""Cancel and drain: with bounded steps, in every state of a task, by every interface."""
 
 from __future__ import annotations
 
@@ -45,16 +45,13 @@ def assert_cancelled(orchestrator: Orchestrator, node: Node, task_id: str, start
     return end
 
 
-# ---- cancel ----------------------------------------------------------------------------------------------------------
-
-
 def test_cancel_while_running(orchestrator: Orchestrator, node: Node) -> None:
     task_id = orchestrator.dispatch("w1", misbehave("sleep"))
     orchestrator.wait_started(task_id)
     wait_state(node, task_id, "running")
     assert node.ask(op="cancel", task_id=task_id) == {"ok": True, "state": "running"}
     end = assert_cancelled(orchestrator, node, task_id)
-    assert end["payload"]["exit"]["code"] == 1, "it heard the frame and ended by itself"
+    assert end["payload"]["exit"]["code"] == 1, "it received the cancel frame and exited by itself"
     assert_serves(orchestrator, node)
 
 
@@ -87,7 +84,7 @@ def test_cancel_of_a_task_that_has_ended_says_so(orchestrator: Orchestrator, nod
 
 
 def test_cancel_while_it_is_launched(orchestrator: Orchestrator, node: Node) -> None:
-    """Its fork server does nothing meanwhile: the cancel waits for a process that can hear it."""
+    """Its fork server is stopped meanwhile: the cancel takes effect once there is a process to stop."""
     (server,) = node.servers()
     os.kill(server, signal.SIGSTOP)
     task_id = orchestrator.dispatch("w1", misbehave("sleep"))
@@ -102,7 +99,7 @@ def test_cancel_escalates_for_the_deaf(orchestrator: Orchestrator, node: Node) -
     task_id = orchestrator.dispatch("w1", misbehave("deaf"))
     wait_state(node, task_id, "running", "deaf")
     node.ask(op="cancel", task_id=task_id)
-    assert node.ask(op="cancel", task_id=task_id)["state"] == "stopping", "the second word changes nothing"
+    assert node.ask(op="cancel", task_id=task_id)["state"] == "stopping", "a second cancel changes nothing"
     end = assert_cancelled(orchestrator, node, task_id)
     assert end["payload"]["exit"]["signal"] == "SIGKILL"
 
@@ -133,14 +130,14 @@ def test_cancel_while_delivering(orchestrator: Orchestrator, node: Node) -> None
     with Server(Stall()) as server:
         spec = {"taskType": "echo", "output": {"destination": {"type": "http", "url": server.url, "timeoutSec": 60}}}
         task_id = orchestrator.dispatch("w1", spec)
-        until(lambda: server.requests, "it began to send")
+        until(lambda: server.requests, "the upload has started")
         wait_state(node, task_id, "delivering")
         assert_serves_beside(orchestrator)
         assert node.ask(op="cancel", task_id=task_id)["state"] == "delivering"
         end = orchestrator.wait_end(task_id)
     assert end["payload"]["error_kind"] == "cancelled"
     assert end["error"] == "cancelled while delivering"
-    assert responses(node, task_id)["echo"]["taskType"] == "echo", "what was computed stays on disk"
+    assert responses(node, task_id)["echo"]["taskType"] == "echo", "the computed result stays on disk"
     until(lambda: of_tasks(mark_of(node)) == [], "its delivery child is gone")
     assert_serves(orchestrator, node)
 
@@ -152,7 +149,7 @@ def test_cancel_while_waiting_for_a_place_to_deliver(
     with Server(Stall()) as server:
         spec = {"taskType": "echo", "output": {"destination": {"type": "http", "url": server.url, "timeoutSec": 60}}}
         first = orchestrator.dispatch("w1", spec)
-        until(lambda: server.requests, "the first began to send")
+        until(lambda: server.requests, "the first upload has started")
         second = orchestrator.dispatch("w1", spec)
         wait_state(node, second, "delivering")
         assert node.ask(op="cancel", task_id=second)["state"] == "delivering"
@@ -164,11 +161,8 @@ def test_cancel_while_waiting_for_a_place_to_deliver(
 
 
 def assert_serves_beside(orchestrator: Orchestrator) -> None:
-    """Another task runs while something else is still going on."""
+    """Another task runs at the same time."""
     assert orchestrator.run("w1", {"taskType": "echo"})["type"] == "TASK_SUCCEEDED"
-
-
-# ---- drain -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["signal", "command"])
@@ -189,7 +183,7 @@ def test_drain_finish(orchestrator: Orchestrator, node: Node, how: str) -> None:
     assert orchestrator.wait_end(running)["type"] == "TASK_SUCCEEDED"
     orchestrator.wait_worker_event("UNREGISTER")
     assert ended(node) == 0
-    assert orchestrator.of_task(late) == [], "what came later is the orchestrator's to give away"
+    assert orchestrator.of_task(late) == [], "the orchestrator dispatches later tasks elsewhere"
     assert of_tasks(mark) == []
     assert list((node.state_dir / "run").iterdir()) == []
 
@@ -230,7 +224,7 @@ def test_the_second_sigterm_forces(orchestrator: Orchestrator, node: Node) -> No
     os.kill(node.pid, signal.SIGTERM)
     orchestrator.wait_worker_event("STATUS", status="DRAINING")
     time.sleep(0.2)
-    assert orchestrator.ends(task_id) == [], "the first one lets it finish"
+    assert orchestrator.ends(task_id) == [], "the first SIGTERM lets it finish"
     os.kill(node.pid, signal.SIGTERM)
     assert orchestrator.wait_end(task_id)["payload"]["error_kind"] == "drained"
     assert ended(node) == 0
@@ -238,11 +232,11 @@ def test_the_second_sigterm_forces(orchestrator: Orchestrator, node: Node) -> No
 
 
 def test_a_forced_stop_does_not_wait_for_a_delivery(orchestrator: Orchestrator, node: Node) -> None:
-    """What is computed stays, and is delivered after the next start."""
+    """The result stays on disk, and is delivered after the next start."""
     with Server(Stall()) as server:
         spec = {"taskType": "echo", "output": {"destination": {"type": "http", "url": server.url, "timeoutSec": 60}}}
         task_id = orchestrator.dispatch("w1", spec)
-        until(lambda: server.requests, "it began to send")
+        until(lambda: server.requests, "the upload has started")
         os.kill(node.pid, signal.SIGTERM)
         orchestrator.wait_worker_event("STATUS", status="DRAINING")
         os.kill(node.pid, signal.SIGTERM)

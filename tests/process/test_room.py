@@ -1,4 +1,4 @@
-"""Disks: too little room pauses the intake, a full one is its task's own failure, and old results go when asked to."""
+"""Disk space: too little pauses the node, a task that fills a disk fails, and old results are removed if configured."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ environment = "light"
 runner = "tests.delivery_runners:FillRunner"
 environment = "light"
 """
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="a small tmpfs of its own needs root")
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
 
 
 @contextlib.contextmanager
 def on_small_disk(server: RedisServer, name: str, config: str, size_mib: int = 24) -> Iterator[Node]:
-    """A node whose results (`results`) or state (`s`) are on a disk of a few MiB."""
+    """A node whose results (`results`) or state folder (`s`) is on a disk of a few MiB."""
     home = short_dir()
     mount = home / name
     mount.mkdir(mode=0o700)
@@ -46,7 +46,7 @@ def on_small_disk(server: RedisServer, name: str, config: str, size_mib: int = 2
     )
     if done.returncode != 0:
         shutil.rmtree(home)
-        pytest.skip(f"this system lets nobody mount a tmpfs: {done.stderr.strip()}")
+        pytest.skip(f"this system does not allow mounting a tmpfs: {done.stderr.strip()}")
     node = Node(server, config=config + TYPES, home=home)
     try:
         yield node.start()
@@ -71,7 +71,7 @@ def test_too_little_room_pauses_the_node_until_there_is_more(
         filler.write_bytes(bytes(20 * MIB))
         node.wait_status("DEGRADED")
         waits = orchestrator.dispatch("w1", {"taskType": "echo"})
-        until(lambda: node.ask(op="status")["queued"] == 1, "it is taken, and waits")
+        until(lambda: node.ask(op="status")["queued"] == 1, "it is accepted and queued")
         (worker,) = node.ask(op="status")["workers"]
         assert "results.min_free_bytes" in worker["reason"]
         assert str(node.results_dir) in worker["reason"]
@@ -84,7 +84,7 @@ def test_too_little_room_pauses_the_node_until_there_is_more(
 @pytest.mark.redis
 @needs_root
 def test_the_look_before_a_launch_puts_the_task_back(redis_server: RedisServer, orchestrator: Orchestrator) -> None:
-    """The first task leaves too little for the second, which begins the moment the first is over."""
+    """The first task leaves too little space for the second, which starts as soon as the first has ended."""
     with on_small_disk(redis_server, "results", f"[results]\nmin_free_bytes = {16 * MIB}\n") as node:
         first = orchestrator.dispatch("w1", {"taskType": "model", "kilobytes": 5 * 1024})
         second = orchestrator.dispatch("w1", {"taskType": "echo"})
@@ -153,8 +153,6 @@ def test_room_is_looked_for_where_the_folder_will_be(tmp_path: Path) -> None:
     assert told.startswith(f"{absent} (results.dir) has ")
 
 
-# ---- retention -------------------------------------------------------------------------------------------------------
-
 NOW = datetime.datetime(2026, 6, 1, tzinfo=datetime.UTC)
 kepts = st.lists(
     st.builds(
@@ -189,7 +187,7 @@ def test_no_more_goes_than_has_to(kept: list[Kept], days: int | None, limit: int
 
 @pytest.mark.redis
 def test_old_results_go_and_nothing_else(orchestrator: Orchestrator, make_node) -> None:
-    """With no byte to keep, everything finished goes; what is running, undelivered or a stranger's stays."""
+    """With keep_bytes = 0 all finished results are removed. Running, undelivered and foreign folders stay."""
     node = make_node(start=False, config="[delivery]\ntotal_timeout_s = 0.5\n" + TYPES)
     stranger = node.results_dir / "not-ours"
     stranger.mkdir(parents=True)
@@ -208,13 +206,13 @@ def test_old_results_go_and_nothing_else(orchestrator: Orchestrator, make_node) 
     node.kill()
     (node.home / "node.toml").write_text("[results]\nkeep_bytes = 0\n" + TYPES)
     node.start()
-    until(lambda: not (node.results_dir / finished).exists(), "what is finished goes")
-    until(lambda: node.text().count("old results removed") == 1 or None, "and it is told")
+    until(lambda: not (node.results_dir / finished).exists(), "finished results are removed")
+    until(lambda: node.text().count("old results removed") == 1 or None, "the removal is logged")
     assert f"task={finished}" in next(line for line in node.text().splitlines() if "old results removed" in line)
     assert (node.results_dir / running / "logs").is_dir()
     assert (node.results_dir / failed / "responses.json").exists()
     assert (stranger / "data").exists()
-    until(lambda: len(orchestrator.ends(running)) == 2, "it ends well, too")
+    until(lambda: len(orchestrator.ends(running)) == 2, "the running task succeeds")
 
 
 @pytest.mark.redis
@@ -229,10 +227,10 @@ def test_old_results_go_where_the_results_folder_is_a_link(orchestrator: Orchest
     assert (node.home / "disk" / task).is_dir()
     assert (node.home / "disk" / "merged").is_dir()
     assert node.stop() == 0
-    (node.home / "disk" / ".removed-0" / "half").mkdir(parents=True)  # of a node that was killed over it
+    (node.home / "disk" / ".removed-0" / "half").mkdir(parents=True)  # left by a node that was killed during a removal
     (node.home / "node.toml").write_text("[results]\nkeep_bytes = 0\n")
     node.start()
-    until(lambda: list((node.home / "disk").iterdir()) == [], "what is finished goes")
+    until(lambda: list((node.home / "disk").iterdir()) == [], "finished results are removed")
 
 
 @pytest.mark.redis
@@ -242,5 +240,5 @@ def test_results_stay_as_long_as_nobody_says_otherwise(orchestrator: Orchestrato
     orchestrator.wait_end(task)
     assert node.stop() == 0
     node.start()
-    until(lambda: node.ask(op="status")["uptime_s"] > 2, "it had the time to remove something")
+    until(lambda: node.ask(op="status")["uptime_s"] > 2, "the node has had time to remove results")
     assert node.result(task)["ok"] is True

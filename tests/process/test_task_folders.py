@@ -1,4 +1,4 @@
-"""Where the node may do more than its tasks, none of them leads it elsewhere by a link in a place that it writes to."""
+"""A node with more rights than its tasks: a link that a task creates must not redirect what the node writes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ SECRET = b"root's own\rline\n" * 10_000
 
 @pytest.fixture
 def home() -> Iterator[Path]:
-    folder = short_dir().resolve()  # pytest's own let no other user through
+    folder = short_dir().resolve()  # pytest's tmp_path cannot be entered by other users
     folder.chmod(0o755)
     yield folder
     shutil.rmtree(folder)
@@ -66,7 +66,7 @@ def secret(home: Path) -> Path:
 
 @contextlib.contextmanager
 def as_nobody(work: Callable[[], object]) -> Iterator[None]:
-    """Another user does this beside us, again and again."""
+    """Call `work` again and again in a process of the user nobody."""
     nobody = pwd.getpwnam("nobody")
     if (pid := os.fork()) == 0:
         os.setgroups([])
@@ -98,7 +98,7 @@ def test_a_log_that_is_swapped_for_a_link_leads_nowhere(home: Path, secret: Path
     libc = ctypes.CDLL(None)
 
     def swap() -> None:
-        """A log that is too large to stay, one that is to be folded, and root's file in turn."""
+        """In turn: a log that is too large, a log with lines to fold, and a link to root's file."""
         for text in (b"x" * 200_000, b"y\ry\n"):
             with contextlib.suppress(OSError):
                 log.write_bytes(text)
@@ -117,7 +117,7 @@ def test_a_log_that_is_swapped_for_a_link_leads_nowhere(home: Path, secret: Path
 
 
 def test_anothers_file_is_not_looked_after_under_a_second_name(home: Path, secret: Path) -> None:
-    """As a task can give it one where fs.protected_hardlinks is off."""
+    """A hard link, which a task can create if fs.protected_hardlinks is off."""
     logs = folder_of_nobody(home / "task" / "logs")
     (logs / "stderr.log").hardlink_to(secret)
     (told,) = bound_logs([logs], 120_000).values()
@@ -182,7 +182,7 @@ def test_a_job_is_written_before_its_folder_is_given_away(home: Path, secret: Pa
 
 
 def test_a_child_opens_its_logs_behind_no_link(home: Path) -> None:
-    """Its folder is the task user's already, and the child is root still."""
+    """When the child opens its logs it is still root, but the folder belongs to the task's user already."""
     elsewhere, logs = home / "elsewhere", home / "task" / "logs"
     elsewhere.mkdir()
     logs.parent.mkdir()
@@ -215,7 +215,7 @@ def test_a_child_opens_its_logs_behind_no_link(home: Path) -> None:
 
 @pytest.mark.parametrize("over_http", [False, True], ids=["local", "http"])
 def test_a_link_in_a_parents_place_is_not_followed(orchestrator: Orchestrator, make_node, over_http: bool) -> None:
-    """A task's folder may lie in another task's, who has put a link there since it was accepted."""
+    """A task's folder may be inside another task's folder, which creates a link there after the first was accepted."""
     node: Node = make_node(start=False, config=CONFIG)
     node.home.chmod(0o755)
     elsewhere = node.home / "elsewhere"

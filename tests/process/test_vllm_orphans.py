@@ -1,7 +1,7 @@
-"""The case that matters most: a real vLLM task whose engine runs in processes of its own, and whose first process dies.
+"""The most important case: a real vLLM task with its engine in separate processes, whose first process is killed.
 
-vLLM's engine and worker processes survive a SIGKILL of their parent, with gigabytes and the GPU in their hands. Here
-nothing of them may be left, and the next task runs.
+vLLM's engine and worker processes survive a SIGKILL of their parent, and keep gigabytes of memory and the GPU. Here
+nothing of them must be left, and the next task must run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ pytestmark = [
     pytest.mark.redis,
     pytest.mark.vllm,
     pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: scripts/test does it"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: scripts/test runs this"
+    ),
 ]
 
 CONFIG = """
@@ -40,10 +42,10 @@ def model(tmp_path: Path) -> str:
 
 
 def engine_of(orchestrator: Orchestrator, node: Node, spec: dict[str, object]) -> tuple[str, int, dict[int, str]]:
-    """A task that generates, its first process, and the others by name."""
+    """Start a task; returns its id, its first process's pid, and the names of its other processes by pid."""
     task = orchestrator.dispatch("w1", spec)
     orchestrator.wait_started(task, 120)
-    until((node.results_dir / task / "generating").exists, "it generates", 240)
+    until((node.results_dir / task / "generating").exists, "the task is generating", 240)
     time.sleep(0.5)
     pid = node.task_pid(task)
     return task, pid, {each: name_of(each) for each in below(pid)}
@@ -56,7 +58,7 @@ def name_of(pid: int) -> str:
 
 @pytest.mark.timeout(400)
 def test_a_hung_engine_says_where_it_is(orchestrator: Orchestrator, make_node, model: str) -> None:
-    """It is an interpreter that vLLM started, with no handler of ours."""
+    """The hung process is a Python that vLLM started, without FlowMesh's signal handlers."""
     node: Node = make_node(config=CONFIG + "[tasks]\nhang_timeout_s = 10\n")
     task, _, tree = engine_of(orchestrator, node, {"taskType": "vllm_generate", "model": model})
     engine = next(each for each, name in tree.items() if "EngineCore" in name)
@@ -64,7 +66,7 @@ def test_a_hung_engine_says_where_it_is(orchestrator: Orchestrator, make_node, m
     end = orchestrator.wait_end(task, 200)
     assert end["payload"]["error_kind"] == "hang"
     stacks = (node.results_dir / task / "logs" / "stacks.txt").read_text()
-    assert "llm.generate" in stacks or "in generate" in stacks, "the first process waits"
+    assert "llm.generate" in stacks or "in generate" in stacks, "the first process is waiting"
     told = stacks.partition(f"pid {engine}, when it was aborted")[2]
     assert "vllm/v1/engine/core.py" in told
     assert not [each for each in tree if alive(each)]
@@ -81,7 +83,7 @@ def test_p1_nothing_of_vllm_outlives_a_sigkill_in_mid_generation(
     task, pid, tree = engine_of(orchestrator, node, spec)
     assert any("EngineCore" in name for name in tree.values()), tree
     os.kill(pid, signal.SIGKILL)
-    until(lambda: not [each for each in (pid, *tree) if alive(each)], "all of it is gone", 5)
+    until(lambda: not [each for each in (pid, *tree) if alive(each)], "all its processes are gone", 5)
     end = orchestrator.wait_end(task)
     assert end["payload"]["error_kind"] == "crash"
     assert end["payload"]["exit"]["signal"] == "SIGKILL"
@@ -89,7 +91,7 @@ def test_p1_nothing_of_vllm_outlives_a_sigkill_in_mid_generation(
     assert with_mark(f"FLOWMESH_ATTEMPT={node.ask(op='status')['node_id']}:") == []
     assert not [name for name in set(os.listdir("/dev/shm")) - shm if name.startswith(("psm_", "vllm"))]
     assert orchestrator.run("w1", {"taskType": "echo"})["type"] == "TASK_SUCCEEDED"
-    if isolation == "subreaper":  # what must hold there is shown; another engine takes half a minute
+    if isolation == "subreaper":  # all checks of this mode are done; starting another engine takes half a minute
         return
     after = orchestrator.run("w1", {**spec, "tokens": 4}, 240)
     assert after["type"] == "TASK_SUCCEEDED", after

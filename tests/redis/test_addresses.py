@@ -1,4 +1,4 @@
-"""The ways in which a Redis can be reached: sentinels, users with few rights, TLS. The servers are real ones."""
+"""The ways to reach a Redis: sentinels, users with few rights, TLS. With real servers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def free_port() -> int:
 
 
 class TcpServer(RedisServer):
-    """On a port of 127.0.0.1."""
+    """A Redis on a port of 127.0.0.1."""
 
     def start(self) -> None:
         self.port = free_port()
@@ -51,11 +51,11 @@ class TcpServer(RedisServer):
 
 
 class TlsServer(TcpServer):
-    """With TLS only, and a certificate that it signed itself."""
+    """A Redis with TLS only and a self-signed certificate."""
 
     def start(self) -> None:
         if shutil.which("openssl") is None:
-            pytest.skip("no openssl on this machine, to make a certificate")
+            pytest.skip("needs openssl, to create a certificate")
         self.certificate, key = str(self.folder / "cert.pem"), str(self.folder / "key.pem")
         command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"]
         command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", self.certificate]
@@ -96,7 +96,7 @@ def started(kind: type[ServerT]) -> Iterator[tuple[ServerT, Orchestrator]]:
 
 
 def works(node: Node, peer: Orchestrator) -> None:
-    """All that a node does with Redis: registration, dispatch, events, farewell; and the commands do theirs."""
+    """Check everything that a node does with Redis, from registration to UNREGISTER, and a command."""
     assert peer.run("w1", {"taskType": "echo"})["type"] == "TASK_SUCCEEDED"
     listed = flowmesh("workers", "--redis", node.server.url)
     assert "w1" in listed.stdout, listed.stderr
@@ -108,14 +108,14 @@ def works(node: Node, peer: Orchestrator) -> None:
 @pytest.mark.redis
 def test_the_master_is_found_through_its_sentinels() -> None:
     with started(TcpServer) as (server, peer), sentinel_of(server) as port:
-        server.url = f"redis+sentinel://127.0.0.1:{free_port()},127.0.0.1:{port}/main/0"  # the first one is down
+        server.url = f"redis+sentinel://127.0.0.1:{free_port()},127.0.0.1:{port}/main/0"  # the first sentinel is down
         with running(Node(server, config="[redis]\nstream = true\n")) as node:
             works(node, peer)
 
 
 @pytest.mark.redis
 def test_after_a_failover_the_node_is_with_the_new_master() -> None:
-    """The old one is killed in mid-task; what ends meanwhile is told to the new one."""
+    """The old master is killed while a task runs; the task's terminal event is sent to the new one."""
     with started(TcpServer) as (first, peer), contextlib.closing(TcpServer()) as second:
         second.client().replicaof("127.0.0.1", first.port)
         until(lambda: second.client().info("replication")["master_link_status"] == "up", "the replica follows", 20)
@@ -130,14 +130,14 @@ def test_after_a_failover_the_node_is_with_the_new_master() -> None:
                 peer.reconnect(second)
                 assert peer.wait_end(task)["type"] == "TASK_SUCCEEDED"
                 node.server = second
-                until(lambda: "subscribed again" in node.text(), "it listens at the new one")
+                until(lambda: "subscribed again" in node.text(), "it is subscribed at the new master")
                 node.wait_status("IDLE")
                 assert peer.run("w1", {"taskType": "echo"})["type"] == "TASK_SUCCEEDED"
 
 
 @contextlib.contextmanager
 def sentinel_of(server: TcpServer) -> Iterator[int]:
-    """A sentinel that looks after a server as `main`, and is quick to replace it; yields its port."""
+    """A sentinel that monitors a server as `main` and fails over quickly; yields its port."""
     port = free_port()
     file = server.folder / "sentinel.conf"
     monitor = f"sentinel monitor main 127.0.0.1 {server.port} 1\n"
@@ -182,7 +182,7 @@ def test_a_wrong_password_is_told_without_showing_it(redis_server: RedisServer, 
     node = Node(redis_server)
     try:
         node.start(wait=False)
-        until(lambda: "invalid username-password pair" in node.text(), "it says what Redis says")
+        until(lambda: "invalid username-password pair" in node.text(), "Redis' error is logged")
         assert "wr0ng" not in node.text()
         orchestrator.redis.execute_command("ACL", "SETUSER", "node", ">wr0ng")
         node.wait_status("IDLE")
@@ -237,7 +237,7 @@ def test_tls_with_a_certificate_that_nobody_vouches_for() -> None:
         node = Node(server)
         try:
             node.start(wait=False)
-            until(lambda: "certificate verify failed" in node.text(), "it is told")
+            until(lambda: "certificate verify failed" in node.text(), "the error is logged")
             with server.client() as client:
                 assert client.keys("*") == []
         finally:

@@ -1,4 +1,4 @@
-"""`flowmesh status`, `cancel`, `drain`, `logs`: against a node's peer side on a real control socket."""
+"""`flowmesh status`, `cancel`, `drain` and `logs` with a fake node on a real control socket."""
 
 import json
 import os
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A node's state and results folders, with the node on them."""
+    """A folder with the state and results folders of a running fake node."""
     folder = tmp_path_factory.mktemp("node")
     with EmbeddedRedis() as server:
         settings = {
@@ -73,7 +73,7 @@ def flowmesh(place, *arguments):
 
 
 def task(place, name, *, ended=True, **files):
-    """A task's folder with log files: `stdout="text"`, or `rank0_stderr="text"`."""
+    """Create a task's folder with log files: `stdout="text"`, or `rank0_stderr="text"`."""
     logs = place / "results" / name / "logs"
     for label, text in files.items():
         path = logs / (label.removeprefix("rank").replace("_", "/") + ".log")
@@ -237,7 +237,7 @@ def test_follow_ends_with_ctrl_c_and_with_its_reader(place):
 
 
 class Peer:
-    """A control socket that says what it is told to."""
+    """A control socket that sends the given lines to its first client, then closes."""
 
     def __init__(self, folder, *lines, end=True):
         (folder / "run").mkdir()

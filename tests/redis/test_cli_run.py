@@ -1,6 +1,6 @@
-"""`flowmesh run` from outside, as a process: what it prints, what it ends with, and that nothing of it is left.
+"""`flowmesh run` as a process: its output, its exit status, and that it leaves nothing behind.
 
-The node's place is taken by `fake_node`, a peer that speaks the contract and the control protocol.
+The node is replaced by `fake_node`, which implements the Redis contract and the control protocol.
 """
 
 import json
@@ -42,7 +42,7 @@ RESULT = {
 
 @pytest.fixture
 def place():
-    """A folder for files and results, and a TMPDIR of the test's own, short enough to be used."""
+    """A folder for files and results, with a TMPDIR whose path is short enough for sockets."""
     folder = short_dir()
     (folder / "tmp").mkdir()
     yield folder
@@ -78,7 +78,7 @@ def run(place, *arguments, mode=""):
 
 
 def processes_of(place):
-    """Every process that works in the test's folder or was given its TMPDIR."""
+    """Every process with the test's folder as its working directory, or with the test's TMPDIR."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -96,7 +96,7 @@ def left(place):
 def until(there, what):
     deadline = time.monotonic() + 30
     while not (found := there()):
-        assert time.monotonic() < deadline, f"{what} did not come"
+        assert time.monotonic() < deadline, f"timed out: {what}"
         time.sleep(0.02)
     return found
 
@@ -163,7 +163,7 @@ def test_a_task_too_big_for_this_machine_is_not_sent(place):
 
 def test_ctrl_c_cancels(place):
     process = start(place, write(place, wait=True))
-    until(lambda: list(place.glob("results_workers/*/waiting")), "the task")
+    until(lambda: list(place.glob("results_workers/*/waiting")), "the task is waiting")
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 130
@@ -175,9 +175,9 @@ def test_ctrl_c_cancels(place):
 
 def test_ctrl_c_twice_forces(place):
     process = start(place, write(place, wait="stubborn"), mode="stubborn")
-    until(lambda: list(place.glob("results_workers/*/waiting")), "the task")
+    until(lambda: list(place.glob("results_workers/*/waiting")), "the task is waiting")
     process.send_signal(signal.SIGINT)
-    until(lambda: "cancelling" in process.stdout.readline(), "the first answer")
+    until(lambda: "cancelling" in process.stdout.readline(), "the first Ctrl-C is answered")
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130
@@ -187,7 +187,7 @@ def test_ctrl_c_twice_forces(place):
 
 def test_sigterm_while_the_task_runs(place):
     process = start(place, write(place, wait=True))
-    until(lambda: list(place.glob("results_workers/*/waiting")), "the task")
+    until(lambda: list(place.glob("results_workers/*/waiting")), "the task is waiting")
     process.terminate()
     process.communicate(timeout=30)
     assert process.returncode == 143
@@ -238,9 +238,9 @@ def test_what_the_node_leaves_is_ended(place):
 
 def test_kill_9_leaves_no_process_and_the_next_run_no_folder(place):
     process = start(place, write(place, wait=True))
-    until(lambda: list(place.glob("results_workers/*/waiting")), "the task")
+    until(lambda: list(place.glob("results_workers/*/waiting")), "the task is waiting")
     pids = [each.pid for each in processes_of(place)]
-    assert len(pids) == 3  # flowmesh run, Redis, the node
+    assert len(pids) == 3  # flowmesh run, Redis and the node
     process.kill()
     process.communicate()
     for pid in pids:
@@ -252,7 +252,7 @@ def test_kill_9_leaves_no_process_and_the_next_run_no_folder(place):
 
 def test_a_folder_in_use_is_not_swept(place):
     process = start(place, write(place, wait=True))
-    until(lambda: list(place.glob("results_workers/*/waiting")), "the task")
+    until(lambda: list(place.glob("results_workers/*/waiting")), "the task is waiting")
     [folder] = (place / "tmp").iterdir()
     sweep_abandoned(place / "tmp")
     assert folder.is_dir()

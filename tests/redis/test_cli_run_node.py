@@ -1,4 +1,4 @@
-"""`flowmesh run` with the node itself: the newcomer's first minute, and what a Ctrl-C or a `kill -9` leaves."""
+"""`flowmesh run` with a real node: a new user's first steps, and what is left after Ctrl-C or `kill -9`."""
 
 import json
 import os
@@ -63,7 +63,7 @@ def processes_of(place):
 def until(there, what):
     deadline = time.monotonic() + 60
     while not (found := there()):
-        assert time.monotonic() < deadline, f"{what} did not come"
+        assert time.monotonic() < deadline, f"timed out: {what}"
         time.sleep(0.02)
     return found
 
@@ -92,7 +92,7 @@ def test_two_files_on_one_node_as_json(place):
 
 def test_ctrl_c(place):
     process = start(place, str(place / "slow.yaml"))
-    until(lambda: "wait" in process.stdout.readline(), "the phase")
+    until(lambda: "wait" in process.stdout.readline(), "the task is waiting")
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -103,17 +103,17 @@ def test_ctrl_c(place):
 
 def test_kill_9(place):
     process = start(place, str(place / "slow.yaml"))
-    until(lambda: "wait" in process.stdout.readline(), "the phase")
+    until(lambda: "wait" in process.stdout.readline(), "the task is waiting")
     assert len(processes_of(place)) >= 4  # flowmesh run, Redis, the node, its fork server, the task
     process.kill()
     process.communicate()
-    until(lambda: not processes_of(place), "the end of all it had started")
+    until(lambda: not processes_of(place), "all its processes have ended")
     assert run(place, "echo.yaml")[0] == 0
     assert list((place / "tmp").iterdir()) == []
 
 
 def test_on_a_terminal(place):
-    """A live line while it works, and none of it left in the end."""
+    """A live line is shown while it runs, and erased at the end."""
     near, far = pty.openpty()
     process = start(
         place,
@@ -138,7 +138,7 @@ def test_on_a_terminal(place):
     assert process.wait(60) == 0
     text = said.decode()
     assert "starting the node" in text
-    assert text.count("\x1b[?25l") == text.count("\x1b[?25h") > 0  # the cursor is back
+    assert text.count("\x1b[?25l") == text.count("\x1b[?25h") > 0  # the cursor is shown again
     last = text.rpartition("\x1b[2K")[2]
     assert "succeeded in " in last
     assert "results: " in last.splitlines()[-1]
@@ -146,7 +146,7 @@ def test_on_a_terminal(place):
 
 @pytest.mark.parametrize("length", [30, 60, 90])
 def test_a_long_tmpdir_is_no_obstacle(place, length):
-    """Sockets below it have names of bounded length."""
+    """Sockets are created in a folder with a short path if TMPDIR is too long for them."""
     folder = place / ("x" * (length - len(str(place)) - 1))
     folder.mkdir()
     process = start(place, str(place / "echo.yaml"), env={"TMPDIR": str(folder)})

@@ -32,7 +32,7 @@ def client(server):
 
 @pytest.fixture
 def tasks(client):
-    """What is published on `tasks`."""
+    """A subscription to `tasks`."""
     with client.pubsub(ignore_subscribe_messages=True) as channel:
         channel.subscribe("tasks")
         assert channel.get_message(timeout=5) is None
@@ -41,7 +41,7 @@ def tasks(client):
 
 @pytest.fixture
 def flowmesh(server, tmp_path):
-    """Starts the command line in a folder with task.yaml in it."""
+    """Starts the command in a folder with a task.yaml."""
     (tmp_path / "task.yaml").write_text("spec: {taskType: echo, resources: {hardware: {cpu: 2, memory: 1Gi}}}\n")
     started = []
 
@@ -139,7 +139,7 @@ def test_says_for_each_worker_why_not(flowmesh, client, tasks, tmp_path):
     assert lines["strange"] == "reports no valid hardware description"
     code, out, _ = done(flowmesh("submit", "big.yaml", "--json"))
     workers = json.loads(out)["workers"]
-    for name in ("dead", "immortal"):  # how many seconds ago is told, and a second may have passed
+    for name in ("dead", "immortal"):  # the text contains the seconds since, which may differ by one
         assert workers.pop(name).startswith("stale: no heartbeat")
         del lines[name]
     assert (code, workers) == (75, lines)
@@ -248,7 +248,7 @@ def test_wait_has_a_limit(flowmesh, client, tasks):
 
 
 def test_wait_outlives_redis(tmp_path, flowmesh):
-    """Redis is restarted while we wait, and the event after it still arrives."""
+    """Redis is restarted during the wait, and a later event still arrives."""
     folder = tmp_path / "r"
     folder.mkdir()
     first = EmbeddedRedis(folder)
@@ -264,7 +264,7 @@ def test_wait_outlives_redis(tmp_path, flowmesh):
     first.close()
     try:
         while "does not answer" not in (line := process.stdout.readline()):
-            assert line, "it did not notice"
+            assert line, "it did not report the lost connection"
     finally:
         second = EmbeddedRedis(folder)
         second.start()
@@ -273,7 +273,7 @@ def test_wait_outlives_redis(tmp_path, flowmesh):
         register(client, "w")
         until = time.monotonic() + 30
         while client.pubsub_numsub("tasks.events")[0][1] == 0:
-            assert time.monotonic() < until, "it did not come back"
+            assert time.monotonic() < until, "it did not reconnect"
             time.sleep(0.02)
         finish(client, "w", task_id)
         code, out, err = done(process)

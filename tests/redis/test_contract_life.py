@@ -147,7 +147,7 @@ def test_results_over_http(orchestrator: Orchestrator, make_node) -> None:
         (request,) = server.received
         assert (request.method, request.path) == ("POST", "/api/v1/results")
         assert request.headers["x-team"] == "blue"
-        assert "authorization" not in request.headers  # the token is for the orchestrator's own address only
+        assert "authorization" not in request.headers  # the token is sent to the orchestrator's address only
         body = json.loads(request.body)
         assert set(body) == {"task_id", "result", "worker_id"}
         assert body["task_id"] == task_id
@@ -188,7 +188,7 @@ def test_malformed_messages_disturb_nobody(orchestrator: Orchestrator, node: Nod
     publish("tasks", b'{"assigned_worker":"w1","task_id":"deep","task":' + b"[" * 100_000)
     publish("tasks", json.dumps({"assigned_worker": "w1", "task_id": "no-task"}))
     publish("tasks", json.dumps({"assigned_worker": "w1", "task_id": "no-object", "task": "echo"}))
-    # Redis by itself cuts a subscriber off at 32 MB; a deployment may have raised that.
+    # By default Redis disconnects a subscriber at 32 MB of output; a deployment may raise that.
     orchestrator.redis.config_set("client-output-buffer-limit", "pubsub 0 0 0")
     huge = {"assigned_worker": "w1", "task_id": "huge", "task": {"spec": {"taskType": "echo", "x": "y" * 50_000_000}}}
     publish("tasks", json.dumps(huge))
@@ -235,13 +235,13 @@ def test_farewell(orchestrator: Orchestrator, node: Node) -> None:
 
 
 def test_the_next_task_may_come_before_the_last_one_is_delivered(orchestrator: Orchestrator, node: Node) -> None:
-    """The slot is free when the child is gone; the event waits for the delivery."""
+    """The slot is free once the child is gone; the terminal event is sent after the delivery."""
     with Server(Answer(status=503, headers={"Retry-After": "2"})) as server:
         destination = {"type": "http", "url": f"{server.url}/r"}
         slow = orchestrator.dispatch("w1", {"taskType": "echo", "output": {"destination": destination}})
         orchestrator.wait_started(slow)
         quick = orchestrator.dispatch("w1", {"taskType": "echo"})
-        assert orchestrator.wait_end(slow)["type"] == "TASK_SUCCEEDED"  # its server asked for patience
+        assert orchestrator.wait_end(slow)["type"] == "TASK_SUCCEEDED"  # after the server's Retry-After
         ends = [event for event in orchestrator.task_events if event["type"] != "TASK_STARTED"]
         assert [(event["type"], event["task_id"]) for event in ends] == [
             ("TASK_SUCCEEDED", quick),
@@ -258,25 +258,25 @@ def test_many_at_once_wait_in_the_queue(orchestrator: Orchestrator, node: Node) 
 
 
 def test_a_worker_that_was_said_to_run_what_it_refused_is_idle_again(orchestrator: Orchestrator, node: Node) -> None:
-    """The orchestrator says RUNNING when it dispatches, and IDLE only when it hears of a success."""
+    """The orchestrator writes RUNNING when it dispatches, and IDLE only when it receives a TASK_SUCCEEDED."""
     status = lambda: orchestrator.redis.hget("worker:w1", "status")  # noqa: E731
     refused = orchestrator.dispatch("w1", {"taskType": "nope"})
     orchestrator.redis.hset("worker:w1", "status", "RUNNING")
     assert orchestrator.wait_end(refused)["type"] == "TASK_FAILED"
-    until(lambda: status() == b"IDLE", "it is idle again")
+    until(lambda: status() == b"IDLE", "its status is IDLE again")
     fields = {"task_id": "twice", "dispatched_at": "2026-01-01T00:00:00+00:00"}
     orchestrator.run("w1", {"taskType": "echo"}, **fields)
     node.wait_status("IDLE")
     orchestrator.dispatch("w1", {"taskType": "echo"}, **fields)
     orchestrator.redis.hset("worker:w1", "status", "RUNNING")
-    until(lambda: status() == b"IDLE", "and after what it had already")
+    until(lambda: status() == b"IDLE", "IDLE again after a duplicate, too")
 
 
 def test_what_is_no_message_on_the_control_channel_is_ignored(orchestrator: Orchestrator, node: Node) -> None:
     for data in (b'{"type":"CANCEL","task_id":"\xff"}', b"[" * 100_000, b"7", b"{}", b""):
         orchestrator.redis.publish("flowmesh.control", data)
     assert orchestrator.run("w1", {"taskType": "echo"})["type"] == "TASK_SUCCEEDED"
-    until(lambda: node.text().count("control message ignored") == 5, "each is told")
+    until(lambda: node.text().count("control message ignored") == 5, "each of them is logged")
 
 
 def test_duplicates_run_once_and_retries_run_again(orchestrator: Orchestrator, node: Node) -> None:

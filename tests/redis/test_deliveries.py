@@ -1,4 +1,4 @@
-"""P9 and what is beside it: deliveries of a real node that fail, are killed, wait their turn, and are tried again."""
+"""P9: deliveries of a real node that fail, are killed, wait for a place, and are tried again."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ def said(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 
 def children(node: Node) -> list[int]:
-    """The delivery children that live now."""
+    """Pids of the node's delivery children."""
     servers = [server["pid"] for server in node.ask(op="status")["servers"] if server["environment"] == "delivery"]
     return [pid for server in servers for pid in below(server)]
 
 
 def refused(orchestrator: Orchestrator, server: Server) -> str:
-    """A task whose delivery has failed for good, for now."""
+    """Run a task whose delivery fails, because the server answers 500; returns its id."""
     server.plan = [Answer(500, b"no room")] * 1000
     task = orchestrator.dispatch("w1", model_to(server))
     end = orchestrator.wait_end(task)
@@ -83,7 +83,7 @@ def test_p9_what_was_computed_is_delivered_again_by_a_command(orchestrator: Orch
         assert err.startswith(f"flowmesh: {task}: ")
         assert "no room" in err
         node.kill()
-        node.start()  # neither a restart nor its sweep loses what waits
+        node.start()  # a restart, with its sweep of the spool, keeps the result
         server.plan = []
         code, out, err = said(flowmesh(node, "deliver", task, "--json"))
         assert (code, err) == (0, "")
@@ -115,9 +115,9 @@ def test_deliver_says_what_is_wrong(orchestrator: Orchestrator, make_node) -> No
         task = refused(orchestrator, server)
         server.plan = [Stall(1000)]
         first = flowmesh(node, "deliver", task)
-        until(lambda: server.plan == [], "the first one sends")
+        until(lambda: server.plan == [], "the first command's upload has started")
         assert "it is being delivered now" in said(flowmesh(node, "deliver", task))[2]
-        assert said(first)[0] == 1  # total_timeout_s bounds this one, too
+        assert said(first)[0] == 1  # total_timeout_s limits this delivery, too
         assert said(flowmesh(node, "deliver", task))[0] == 0
         task = refused(orchestrator, server)
         (spool,) = (node.state_dir / "spool").iterdir()
@@ -126,13 +126,13 @@ def test_deliver_says_what_is_wrong(orchestrator: Orchestrator, make_node) -> No
 
 
 def test_deliver_is_cut_short_by_nothing_but_a_kill(orchestrator: Orchestrator, make_node) -> None:
-    """Not by a drain, nor by the end of the command; a killed child leaves things as they were."""
+    """A drain or the end of the command does not stop it. After a kill of its child it can be tried again."""
     node = make_node(config=config(total_s=3.0))
     with Server() as server:
         task = refused(orchestrator, server)
         server.plan = [Stall(1000)]
         asked = flowmesh(node, "deliver", task)
-        until(lambda: server.plan == [], "it sends")
+        until(lambda: server.plan == [], "the upload has started")
         (child,) = children(node)
         os.kill(child, signal.SIGKILL)
         code, _, err = said(asked)
@@ -140,7 +140,7 @@ def test_deliver_is_cut_short_by_nothing_but_a_kill(orchestrator: Orchestrator, 
         assert "killed by SIGKILL" in err
         server.plan = [Answer(503, headers={"Retry-After": "1"})]
         asked = flowmesh(node, "deliver", task)
-        until(lambda: server.plan == [], "it was asked for patience")
+        until(lambda: server.plan == [], "the server has answered with Retry-After")
         asked.kill()
         asked.communicate()
         assert node.stop() == 0
@@ -153,21 +153,21 @@ def test_deliver_gives_way_to_the_nodes_end_and_to_the_task_itself(orchestrator:
         task = refused(orchestrator, server)
         server.plan = [Stall(1000)]
         asked = flowmesh(node, "deliver", task)
-        until(lambda: server.plan == [], "it sends")
+        until(lambda: server.plan == [], "the upload has started")
         node.process.send_signal(signal.SIGTERM)
         until(lambda: "draining mode=finish" in node.text(), "it drains")
-        assert node.stop() == 0  # a second word: now
+        assert node.stop() == 0  # the second SIGTERM: drain "now"
         assert said(asked)[0] != 0
         assert server.received == []
         node.start()
         server.plan = [Stall(1000)]
         asked = flowmesh(node, "deliver", task)
-        until(lambda: server.plan == [], "it sends")
+        until(lambda: server.plan == [], "the upload has started")
         orchestrator.dispatch("w1", model_to(server), task_id=task)
         code, _, err = said(asked)
         assert code == 1
         assert "there is a new attempt at the task" in err
-        until(lambda: len({event["ts"] for event in orchestrator.ends(task)}) == 2, "it ends a second time")
+        until(lambda: len({event["ts"] for event in orchestrator.ends(task)}) == 2, "the second attempt has ended")
         assert orchestrator.ends(task)[-1]["type"] == "TASK_SUCCEEDED"
         assert len(server.results()) == 1
 
@@ -176,7 +176,7 @@ def test_a_delivery_child_that_is_killed_in_mid_upload_goes_on(orchestrator: Orc
     node = make_node(config=config())
     with Server(Stall(1_000_000)) as server:
         task = orchestrator.dispatch("w1", model_to(server))
-        until(lambda: server.plan == [], "the upload has begun")
+        until(lambda: server.plan == [], "the upload has started")
         (child,) = children(node)
         os.kill(child, signal.SIGKILL)
         assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"
@@ -192,7 +192,7 @@ def test_a_supervisor_killed_in_mid_delivery_goes_on_with_it(
     node = make_node(config=config())
     with Server(Stall(1_000_000)) as server:
         task = orchestrator.dispatch("w1", model_to(server, timeoutSec=3))
-        until(lambda: server.plan == [], "the upload has begun")
+        until(lambda: server.plan == [], "the upload has started")
         (child,) = children(node)
         node.kill()
         if with_child:
@@ -210,8 +210,11 @@ def test_deliveries_at_once_are_bounded(orchestrator: Orchestrator, make_node) -
     with Server(Stall(), Stall()) as server:
         tasks = [orchestrator.dispatch("w1", model_to(server, timeoutSec=3)) for _ in range(5)]
         states = ["delivering"] * 5
-        until(lambda: [each["state"] for each in node.ask(op="status")["tasks"]] == states, "five are to be delivered")
-        until(lambda: server.plan == [], "two are")
+        until(
+            lambda: [each["state"] for each in node.ask(op="status")["tasks"]] == states,
+            "five tasks are being delivered",
+        )
+        until(lambda: server.plan == [], "two uploads have started")
         time.sleep(0.3)
         assert len(children(node)) == 2
         assert len(server.requests) == 2
@@ -222,7 +225,7 @@ def test_a_drain_waits_for_deliveries(orchestrator: Orchestrator, make_node) -> 
     node = make_node(config=config())
     with Server(Answer(503, headers={"Retry-After": "1"})) as server:
         task = orchestrator.dispatch("w1", model_to(server))
-        until(lambda: server.plan == [], "its server asked for patience")
+        until(lambda: server.plan == [], "the server has answered with Retry-After")
         assert node.stop() == 0
         assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"
         assert len(server.results()) == 1
@@ -284,7 +287,7 @@ def test_an_outcome_that_is_no_file_of_its_own_holds_nobody_up(
     ],
 )
 def test_a_task_writes_no_notes_of_its_delivery(orchestrator: Orchestrator, make_node, name: str, left: str) -> None:
-    """Neither is what it sent believed to have arrived, nor does it keep its end from coming."""
+    """Files that a task leaves in place of the delivery's notes neither fake a delivery nor block its end."""
     node = make_node(config=config())
     with Server() as server:
         destination = {"type": "http", "url": f"{server.url}/r"}
@@ -302,7 +305,7 @@ def test_while_it_is_delivered_no_task_gets_at_its_spool_folder(orchestrator: Or
     with Server(Stall(100)) as server:
         destination = {"type": "http", "url": f"{server.url}/r"}
         task = orchestrator.dispatch("w1", {"taskType": "echo", "output": {"destination": destination}})
-        until(lambda: server.plan == [], "the upload has begun")
+        until(lambda: server.plan == [], "the upload has started")
         (spool,) = (node.state_dir / "spool").iterdir()
         status = spool.stat()
         assert (status.st_uid, status.st_mode & 0o777) == (0, 0o700)
@@ -316,14 +319,14 @@ def test_what_new_settings_refuse_was_computed_and_can_be_delivered_later(
         node = make_node(config=config(), env={"ORCHESTRATOR_BASE_URL": server.url})
         spec = {"taskType": "model", "output": {"destination": {"type": "http", "timeoutSec": 60}}}
         task = orchestrator.dispatch("w1", spec)
-        until(lambda: server.plan == [], "the upload has begun")
+        until(lambda: server.plan == [], "the upload has started")
         node.kill()
         del node.env["ORCHESTRATOR_BASE_URL"]
         node.start()
         end = orchestrator.wait_end(task)
         assert end["payload"]["error_kind"] == "delivery_failed"
         assert "ORCHESTRATOR_BASE_URL" in end["error"]
-        until(lambda: not children(node), "its child is ended")
+        until(lambda: not children(node), "its delivery child has ended")
         assert said(flowmesh(node, "deliver", task))[0] == 0
         assert len(server.results()) == 1
 

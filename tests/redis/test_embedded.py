@@ -1,4 +1,4 @@
-"""The embedded Redis: private, answers before it is handed out, and gone with its owner, whatever kills that one."""
+"""The embedded Redis: private, ready once it is returned, and killed when its owner ends for any reason."""
 
 import importlib.util
 import os

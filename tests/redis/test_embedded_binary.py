@@ -1,4 +1,4 @@
-"""Which Redis binary is used, and one that cannot be started."""
+"""Which Redis binary the embedded Redis uses, and the error if it cannot be started."""
 
 from __future__ import annotations
 

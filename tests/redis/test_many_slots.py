@@ -1,4 +1,4 @@
-"""A node with many slots: each is a worker of its own, all of them on one connection pool."""
+"""A node with many slots: each is a worker, and all share one connection pool."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SLOTS = 12
 
 
 def test_every_slot_keeps_its_heartbeat(make_node: Callable[..., Node], orchestrator: Orchestrator) -> None:
-    """All of them beat at the same moment."""
+    """All workers send their heartbeats at the same moment."""
     slots = "\n".join(f'[[slots]]\nname = "s{n}"' for n in range(SLOTS))
     node = make_node(start=False, config=slots)
     node.start(wait=False)
@@ -22,8 +22,8 @@ def test_every_slot_keeps_its_heartbeat(make_node: Callable[..., Node], orchestr
 
     def beats() -> bool:
         orchestrator.hear(0.05)
-        heard = [event["worker_id"] for event in orchestrator.worker_events if event["type"] == "HEARTBEAT"]
-        return all(heard.count(worker) >= 3 for worker in workers)
+        senders = [event["worker_id"] for event in orchestrator.worker_events if event["type"] == "HEARTBEAT"]
+        return all(senders.count(worker) >= 3 for worker in workers)
 
     until(beats, "three heartbeats of each worker")
     assert "lost" not in node.text()
@@ -35,7 +35,7 @@ def test_every_slot_keeps_its_heartbeat(make_node: Callable[..., Node], orchestr
 def test_a_failure_at_one_worker_is_nothing_to_its_neighbour(
     make_node: Callable[..., Node], orchestrator: Orchestrator
 ) -> None:
-    """Which may have been handed a task at that moment: to say IDLE once more would bring it another."""
+    """The neighbour may have just been dispatched a task; if IDLE were sent again, it would get another one."""
     node = make_node(start=False, config="".join(f'[[slots]]\nname = "{name}"\n' for name in "ab"))
     node.start(wait=False)
     for worker in ("w1-a", "w1-b"):
@@ -43,7 +43,7 @@ def test_a_failure_at_one_worker_is_nothing_to_its_neighbour(
     before = orchestrator.told.count("STATUS")
     refused = orchestrator.dispatch("w1-a", {"taskType": "nope"})
     assert orchestrator.wait_end(refused)["type"] == "TASK_FAILED"
-    until(lambda: orchestrator.hear(0.05) or orchestrator.told.count("STATUS") > before, "it says again what it is")
+    until(lambda: orchestrator.hear(0.05) or orchestrator.told.count("STATUS") > before, "its status is sent again")
     assert orchestrator.run("w1-b", {"taskType": "echo"})["type"] == "TASK_SUCCEEDED"
     said = [(e["worker_id"], e["status"]) for e in orchestrator.worker_events if e["type"] == "STATUS"][before:]
     assert said[:2] == [("w1-a", "IDLE"), ("w1-b", "RUNNING")]

@@ -1,4 +1,4 @@
-"""P7: Redis may come and go. Tasks run on, events wait in order, the registration and the subscription heal."""
+"""P7: in Redis outages tasks continue, events are kept in order, and registration and subscription are restored."""
 
 from __future__ import annotations
 
@@ -47,17 +47,17 @@ def test_p7_a_task_that_ends_while_redis_is_down_is_told_when_it_is_back(
     node.wait_status("IDLE")
     assert orchestrator.redis.sismember("workers:ids", "w1")
     assert orchestrator.run("w1", {"taskType": "echo"})["type"] == "TASK_SUCCEEDED"
-    until(lambda: node.ask(op="status")["outbox"] == 0, "everything is told")
+    until(lambda: node.ask(op="status")["outbox"] == 0, "all events are sent")
 
 
 def test_p7_after_a_gap_the_node_announces_itself_anew_once_it_holds_no_task(
     orchestrator: Orchestrator, node: Node
 ) -> None:
-    """An orchestrator that had dispatched into the gap queues that task again when it sees UNREGISTER."""
+    """UNREGISTER makes the orchestrator queue again what it dispatched while the node was not subscribed."""
     running = orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 3})
     orchestrator.wait_started(running)
     cut_off(orchestrator)
-    lost = orchestrator.dispatch("w1", {"taskType": "echo"})  # nobody listens at this moment
+    lost = orchestrator.dispatch("w1", {"taskType": "echo"})  # nobody is subscribed at this moment
     until(lambda: "subscribed again" in node.text(), "the subscription is back")
     wait_announced_anew_after_the_end_of_its_task(orchestrator)
     node.wait_status("IDLE")
@@ -70,14 +70,14 @@ def wait_announced_anew_after_the_end_of_its_task(orchestrator: Orchestrator) ->
         orchestrator.hear(0.05)
         return [kind for kind in orchestrator.told if kind in ("REGISTER", "UNREGISTER", "TASK_SUCCEEDED")]
 
-    until(lambda: len(told()) == 4, "it is announced anew")
+    until(lambda: len(told()) == 4, "it is unregistered and registered again")
     assert told() == ["REGISTER", "TASK_SUCCEEDED", "UNREGISTER", "REGISTER"]
 
 
 def test_p7_a_task_that_is_being_delivered_is_not_queued_again_after_a_gap(
     orchestrator: Orchestrator, node: Node
 ) -> None:
-    """Its slot is free long before its end is told; an UNREGISTER in between would have it run twice."""
+    """Its slot is free long before its terminal event; an UNREGISTER in between would make it run twice."""
     with Server(Stall()) as server:
         destination = {"type": "http", "url": server.url, "timeoutSec": 2}
         orchestrator.dispatch("w1", {"taskType": "echo", "output": {"destination": destination}})
@@ -88,7 +88,7 @@ def test_p7_a_task_that_is_being_delivered_is_not_queued_again_after_a_gap(
 
 
 def test_p7_an_idle_worker_is_announced_anew_while_its_neighbour_is_busy(orchestrator: Orchestrator, make_node) -> None:
-    """What it waits for is that the neighbour's start is told, and not its end."""
+    """It waits until the TASK_STARTED of its neighbour's task is sent, not for that task's end."""
     node = make_node(start=False, config=CONFIG + "".join(f'[[slots]]\nname = "{name}"\n' for name in "ab"), env=QUICK)
     node.start(wait=False)
     for worker in ("w1-a", "w1-b"):
@@ -97,11 +97,11 @@ def test_p7_an_idle_worker_is_announced_anew_while_its_neighbour_is_busy(orchest
     os.kill(server, signal.SIGSTOP)
     try:
         busy = orchestrator.dispatch("w1-b", {"taskType": "echo", "delaySec": 600})
-        until(lambda: node.ask(op="status")["tasks"], "it is taken")
-        orchestrator.redis.replicaof("127.0.0.1", 1)  # takes no events
+        until(lambda: node.ask(op="status")["tasks"], "the task is accepted")
+        orchestrator.redis.replicaof("127.0.0.1", 1)  # a replica refuses writes, so events wait
     finally:
         os.kill(server, signal.SIGCONT)
-    until(lambda: node.ask(op="status")["outbox"] == 1, "it begins meanwhile")
+    until(lambda: node.ask(op="status")["outbox"] == 1, "the task has started meanwhile")
     cut_off(orchestrator)
     until(lambda: "subscribed again" in node.text(), "the subscription is back")
     orchestrator.redis.replicaof("NO", "ONE")
@@ -112,7 +112,7 @@ def test_p7_an_idle_worker_is_announced_anew_while_its_neighbour_is_busy(orchest
 def test_p7_what_was_dispatched_while_the_supervisor_was_restarted_is_queued_again(
     orchestrator: Orchestrator, node: Node
 ) -> None:
-    """The orchestrator saw no UNREGISTER, and its message reached nobody."""
+    """The orchestrator received no UNREGISTER, and its dispatch reached nobody."""
     running = orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 2})
     orchestrator.wait_started(running)
     node.kill()
@@ -126,7 +126,10 @@ def test_p7_what_was_dispatched_while_the_supervisor_was_restarted_is_queued_aga
     node.start()
     assert orchestrator.run("w1", {"taskType": "echo"})["type"] == "TASK_SUCCEEDED"
     registrations = [kind for kind in orchestrator.told if kind in ("REGISTER", "UNREGISTER")]
-    assert registrations[-2:] == ["UNREGISTER", "REGISTER"]  # after a farewell there is nothing to heal
+    assert registrations[-2:] == [
+        "UNREGISTER",
+        "REGISTER",
+    ]  # after an UNREGISTER at its stop the node need not send another
     assert "announced again" not in node.text().rpartition("unregistered")[2]
 
 
@@ -146,22 +149,22 @@ def test_p7_a_redis_that_refuses_is_quoted_and_asked_again(orchestrator: Orchest
     if how == "locked":
         cut_off(orchestrator, "bus")
     until(lambda: f"Redis refused the command ({told}" in node.text() or told in node.text(), "Redis' own text")
-    until(lambda: any(told in each for each in node.ask(op="status")["redis_troubles"]), "and asked for")
+    until(lambda: any(told in each for each in node.ask(op="status")["redis_troubles"]), "and in the node's status")
     assert node.ask(op="status")["redis_up"] is False
     until(lambda: node.ask(op="status")["tasks"] == [], "the task ended meanwhile")
-    if how != "full":  # which takes what needs no memory
+    if how != "full":  # a full Redis still takes commands that need no memory
         assert orchestrator.ends(task) == []
     orchestrator.redis.execute_command(*mends.split())
     if how == "locked":
         orchestrator.redis.config_set("requirepass", "")
     assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"
-    until(lambda: node.ask(op="status")["redis_up"], "all is well again")
+    until(lambda: node.ask(op="status")["redis_up"], "Redis works again")
     assert len([line for line in node.text().splitlines() if "heartbeats fail" in line]) <= 2
     assert orchestrator.run("w1", {"taskType": "echo"})["type"] == "TASK_SUCCEEDED"
 
 
 def cut_off(orchestrator: Orchestrator, part: str = "sub") -> None:
-    """End a connection of the node's, as a failing network does."""
+    """Close a connection of the node, as a failing network does."""
     for client in orchestrator.redis.client_list():
         if client["name"] == f"flowmesh-w1-{part}":
             orchestrator.redis.client_kill_filter(_id=client["id"])
@@ -170,19 +173,19 @@ def cut_off(orchestrator: Orchestrator, part: str = "sub") -> None:
 def test_p7_a_connection_that_says_nothing_is_found_out(
     redis_server: RedisServer, orchestrator: Orchestrator, node: Node
 ) -> None:
-    """A stopped server keeps its connections open and answers nothing: like a host that vanished."""
+    """A stopped server keeps its connections open and does not answer, like a host that vanished."""
     assert redis_server.process is not None
     redis_server.process.send_signal(signal.SIGSTOP)
     try:
-        until(lambda: node.ask(op="status")["redis_up"] is False, "the silence is noticed", 15)
+        until(lambda: node.ask(op="status")["redis_up"] is False, "the outage is detected", 15)
     finally:
         redis_server.process.send_signal(signal.SIGCONT)
-    until(lambda: node.ask(op="status")["redis_up"], "it is back", 20)
+    until(lambda: node.ask(op="status")["redis_up"], "Redis is reachable again", 20)
     assert orchestrator.run("w1", {"taskType": "echo"})["type"] == "TASK_SUCCEEDED"
 
 
 class Proxy:
-    """TCP before a Redis on a unix socket. Stalled, it keeps its connections, and nothing goes through them again."""
+    """A TCP proxy of a Redis on a unix socket. `stall` keeps its connections open, but forwards nothing more."""
 
     def __init__(self, server: RedisServer) -> None:
         self._path = str(server.path)
@@ -198,7 +201,7 @@ class Proxy:
         self.stalled = True
 
     def resume(self) -> None:
-        """For new connections."""
+        """Forward again, on new connections only."""
         self.stalled = False
 
     def close(self) -> None:
@@ -230,14 +233,14 @@ class Proxy:
 def test_p7_what_is_published_into_a_half_open_connection_is_queued_again(
     redis_server: RedisServer, orchestrator: Orchestrator, make_node
 ) -> None:
-    """Redis gave the message to a connection that nobody hears any more, and counts it as received."""
+    """Redis sent the message to a connection whose other end is gone, and counts it as received."""
     with contextlib.closing(Proxy(redis_server)) as proxy:
         node = make_node("--redis-url", proxy.url, config=CONFIG, env=QUICK)
         assert orchestrator.run("w1", {"taskType": "echo"})["type"] == "TASK_SUCCEEDED"
         proxy.stall()
         lost = orchestrator.dispatch("w1", {"taskType": "echo"})
-        until(lambda: not node.ask(op="status")["redis_up"], "the silence is noticed")
-        until(lambda: "not subscribed" in node.text(), "on the subscription's connection, too")
+        until(lambda: not node.ask(op="status")["redis_up"], "the outage is detected")
+        until(lambda: "not subscribed" in node.text(), "also on the subscription's connection")
         proxy.resume()
         orchestrator.wait_worker_event("UNREGISTER", worker_id="w1")
         node.wait_status("IDLE")
@@ -250,7 +253,7 @@ def test_p7_an_emptied_database_in_mid_task(orchestrator: Orchestrator, node: No
     task = orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 7})
     orchestrator.wait_started(task)
     orchestrator.redis.flushall()
-    until(lambda: orchestrator.redis.hget("worker:w1", "status") == b"RUNNING", "registered again, and running")
+    until(lambda: orchestrator.redis.hget("worker:w1", "status") == b"RUNNING", "registered again as RUNNING")
     assert orchestrator.redis.hget("worker:w1", "extra_task_id") == task.encode()
     assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"
     node.wait_status("IDLE")
@@ -260,7 +263,9 @@ def test_a_node_started_before_redis_waits_for_it(redis_server: RedisServer, mak
     redis_server.stop()
     node = make_node(start=False, config=CONFIG)
     node.start(wait=False)
-    until(lambda: "Redis is unreachable" in node.text() or "not subscribed" in node.text(), "it logs that")
+    until(
+        lambda: "Redis is unreachable" in node.text() or "not subscribed" in node.text(), "the missing Redis is logged"
+    )
     time.sleep(0.5)
     redis_server.start()
     node.wait_status("IDLE")
@@ -282,7 +287,7 @@ def test_settings_are_reloaded_under_a_running_task(orchestrator: Orchestrator, 
     child = node.task_pid(task)
     (node.home / "node.toml").write_text("[redis]\ntimeout_s = 'never'\n")
     node.process.send_signal(signal.SIGHUP)
-    until(lambda: "settings not reloaded" in node.text(), "bad settings are told")
+    until(lambda: "settings not reloaded" in node.text(), "the invalid settings are logged")
     (node.home / "node.toml").write_text(CONFIG + "[node]\ntags = ['new']\n")
     node.process.send_signal(signal.SIGHUP)
     until(lambda: orchestrator.redis.hget("worker:w1", "tags_json") == b'["new"]', "the new tags are registered")

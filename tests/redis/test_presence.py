@@ -1,4 +1,4 @@
-"""A worker's Redis registration, where two things happen at once."""
+"""A worker's Redis registration while several things happen at once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ async def nothing() -> dict[str, Any]:
 
 
 class Asked(Presence):
-    """Asked to register again, once, just when it does something."""
+    """Requests another registration, once, in the middle of one of its steps."""
 
     def __init__(self, *arguments: Any, during: str, **named: Any) -> None:
         super().__init__(*arguments, **named, power=self._power_during_register)

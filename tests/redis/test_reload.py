@@ -1,4 +1,4 @@
-"""New settings and new versions under running tasks: what a start would refuse leaves the node as it is."""
+"""New settings and versions while tasks run: a node keeps running as it is if a start would refuse them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.redis
 TOLD = "settings not reloaded, the node keeps its old ones: "
 NO_RUNNER = "task_types.mine.runner: missing; a type that is not built in needs module:Class"
 REFUSED: dict[str, tuple[dict[str, str], str]] = {
-    # what the file says instead of or besides what is right, and the error
+    # what is changed in or added to a valid file, and the error
     "no Redis": ({"redis": ""}, "redis.url: missing; set REDIS_URL"),
     "not TOML": ({"more": "[redis"}, "HOME/node.toml: line "),
     "no runner": ({"more": "[task_types.mine]"}, NO_RUNNER),
@@ -31,7 +31,7 @@ REFUSED: dict[str, tuple[dict[str, str], str]] = {
 
 
 class FileNode(Node):
-    """One whose settings are all in its file."""
+    """A node with all its settings in its file."""
 
     def flags(self) -> list[str]:
         return ["--config", str(self.home / "node.toml")]
@@ -79,9 +79,9 @@ def test_what_a_start_refuses_is_told_and_the_node_runs_on(
     node.write(**wrong)
     for count, number in enumerate((signal.SIGHUP, signal.SIGUSR2), 1):
         node.process.send_signal(number)
-        until(lambda count=count: len(node.told()) == count, "it is told", 20)
+        until(lambda count=count: len(node.told()) == count, "the error is logged", 20)
     assert [line[: len(said)] for line in node.told()] == [said, said]
-    assert node.text().count("ERROR") == 2, "one line each"
+    assert node.text().count("ERROR") == 2, "one error line for each signal"
     assert node.task_pid(task) == child
     assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"
     assert node.text().count("node started") == 1
@@ -96,7 +96,7 @@ def test_the_nodes_own_folder_does_not_move_under_its_tasks(orchestrator: Orches
     task, child = running_task(orchestrator, file_node)
     file_node.write(node="state_dir = 'HOME/other'")
     file_node.process.send_signal(signal.SIGHUP)
-    until(file_node.told, "it is told", 20)
+    until(file_node.told, "the error is logged", 20)
     assert file_node.told()[0].startswith(file_node.at_home("node.state_dir: HOME/other is not HOME/s, where"))
     assert file_node.task_pid(task) == child
     assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"
@@ -115,7 +115,7 @@ def test_the_command_says_why_it_starts_nothing_anew(orchestrator: Orchestrator,
 
 
 def test_what_a_start_takes_is_taken(orchestrator: Orchestrator, file_node: FileNode) -> None:
-    """With all that is checked changed to something else that is right: folders are made, and braces are letters."""
+    """Every checked setting is changed to another valid value. Folders are created; braces have no special meaning."""
     task, child = running_task(orchestrator, file_node)
     more = "[processes]\nisolation = 'subreaper'\n[environments.mine]\n[task_types.mine]\nrunner = 'a:B'\n"
     node = "tags = ['new']\nlog_file = 'HOME/logs/{node}.jsonl'"
@@ -132,7 +132,7 @@ def test_what_a_start_takes_is_taken(orchestrator: Orchestrator, file_node: File
 def test_a_drain_is_not_lost_to_a_reload(orchestrator: Orchestrator, file_node: FileNode) -> None:
     task, _ = running_task(orchestrator, file_node)
     file_node.process.send_signal(signal.SIGTERM)
-    until(lambda: file_node.ask(op="status")["draining"], "it drains")
+    until(lambda: file_node.ask(op="status")["draining"], "the node is draining")
     file_node.process.send_signal(signal.SIGHUP)
     assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"
     assert file_node.process.wait(30) == 0

@@ -1,4 +1,4 @@
-"""The durable way in: a worker's own stream. What is in it is taken once, whoever is killed and when."""
+"""Dispatch by a worker's Redis stream: each entry is taken exactly once, whatever is killed at any time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def node(make_node) -> Node:
 
 
 def add(orchestrator: Orchestrator, spec: dict[str, Any], **extra: Any) -> str:
-    """One entry in the worker's stream; None takes a field out."""
+    """Add an entry to the worker's stream; a field that is None is left out."""
     task_id = extra.pop("task_id", None) or f"task-{uuid.uuid4().hex[:12]}"
     fields = {
         "task_id": task_id,
@@ -37,7 +37,7 @@ def add(orchestrator: Orchestrator, spec: dict[str, Any], **extra: Any) -> str:
 
 
 def left(orchestrator: Orchestrator) -> tuple[int, int]:
-    """Entries in the stream, and how many of them are given out and not acknowledged."""
+    """How many entries the stream has, and how many of them are pending: delivered, not acknowledged."""
     groups = orchestrator.redis.xinfo_groups("tasks:w1")
     assert [group["name"] for group in groups] == [b"flowmesh"]
     assert all(each["name"] == b"w1" for each in orchestrator.redis.xinfo_consumers("tasks:w1", "flowmesh"))
@@ -84,7 +84,7 @@ def test_what_cannot_be_a_task_is_told_once_and_leaves(orchestrator: Orchestrato
 
 
 def test_what_comes_while_the_node_is_down_waits_for_it(orchestrator: Orchestrator, make_node) -> None:
-    before = add(orchestrator, {"taskType": "echo"})  # there was no node ever
+    before = add(orchestrator, {"taskType": "echo"})  # no node has run yet
     node = make_node(config=CONFIG)
     assert orchestrator.wait_end(before)["type"] == "TASK_SUCCEEDED"
     assert node.stop() == 0
@@ -100,7 +100,7 @@ def test_what_comes_in_a_drain_stays_for_the_next_start(orchestrator: Orchestrat
     node.process.send_signal(signal.SIGTERM)
     node.wait_status("DRAINING")
     later = add(orchestrator, {"taskType": "echo"})
-    until(lambda: left(orchestrator) == (1, 1), "it is given out, and not taken")
+    until(lambda: left(orchestrator) == (1, 1), "it is pending, and not accepted")
     assert node.process.wait(30) == 0
     assert orchestrator.wait_end(running)["type"] == "TASK_SUCCEEDED"
     assert orchestrator.of_task(later) == []
@@ -113,7 +113,7 @@ def test_what_comes_in_a_drain_stays_for_the_next_start(orchestrator: Orchestrat
 def test_a_kill_between_the_journal_and_the_acknowledgement(
     orchestrator: Orchestrator, node: Node, dispatched_at: str | None
 ) -> None:
-    """Redis takes no acknowledgement: the journal has the task and the stream still has it when the node dies."""
+    """Redis refuses the acknowledgement: when the node dies, the task is in the journal and still in the stream."""
     wait_taken(orchestrator)
     orchestrator.redis.execute_command("ACL", "SETUSER", "default", "-xack", "-xdel")
     task = add(orchestrator, {"taskType": "echo"}, dispatched_at=dispatched_at)
@@ -124,11 +124,11 @@ def test_a_kill_between_the_journal_and_the_acknowledgement(
     node.start()
     wait_taken(orchestrator)
     assert orchestrator.run("w1", {"taskType": "echo"})["type"] == "TASK_SUCCEEDED"
-    assert len({event["ts"] for event in orchestrator.ends(task)}) == 1  # the same event may come again
+    assert len({event["ts"] for event in orchestrator.ends(task)}) == 1  # the same event may be sent again
 
 
 def test_a_kill_between_the_delivery_and_the_journal(orchestrator: Orchestrator, node: Node) -> None:
-    """An entry that Redis has given to our consumer, and that nobody has seen: as after a kill in that moment."""
+    """An entry is delivered to the node's consumer, but the node has not read it: as after a kill at that moment."""
     wait_taken(orchestrator)
     node.kill()
     task = add(orchestrator, {"taskType": "echo"})
@@ -162,7 +162,7 @@ def test_the_stream_heals_after_outages(redis_server: RedisServer, orchestrator:
     orchestrator.redis.flushall()
     assert orchestrator.wait_end(add(orchestrator, {"taskType": "echo"}))["type"] == "TASK_SUCCEEDED"
     redis_server.stop()
-    until(lambda: "stream not read" in node.text(), "it is noticed")
+    until(lambda: "stream not read" in node.text(), "the outage is logged")
     redis_server.start()
     orchestrator.reconnect(redis_server)
     node.wait_status("IDLE")

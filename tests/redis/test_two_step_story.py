@@ -1,4 +1,4 @@
-"""The story that every user of the system knows: train a LoRA, deliver it over HTTP, run inference with it by URL."""
+"""The common workflow: train a LoRA, deliver it over HTTP, and run inference with it by URL."""
 
 from __future__ import annotations
 

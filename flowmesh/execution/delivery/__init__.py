@@ -1,0 +1,1 @@
+"""Delivers the results of ended tasks."""

@@ -187,6 +187,6 @@ def _report(run: Run, frame: Frame) -> None:
     """What a delivery child sends, to those who watch the task."""
     if isinstance(frame, Progress):
         run.progress = frame
-        run.tell(progress_event(frame))
+        run.notify(progress_event(frame))
     elif isinstance(frame, Phase):
         run.enter(frame.name)

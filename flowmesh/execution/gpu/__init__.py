@@ -1,0 +1,1 @@
+"""GPUs of tasks: baseline, sampling, proven release, quarantine."""

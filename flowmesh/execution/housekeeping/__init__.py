@@ -1,0 +1,1 @@
+"""Logs, hung tasks, old results, and what tasks leave behind."""

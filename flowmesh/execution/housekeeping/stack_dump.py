@@ -16,7 +16,7 @@ from pathlib import Path
 
 from loguru import logger
 
-from flowmesh.processes import linux, tree
+from flowmesh.processes import proc_files, tree
 from flowmesh.results.files import write_in
 
 FILE = "stacks.txt"
@@ -141,6 +141,6 @@ def _field(status: str, name: str) -> str | None:
 
 def _read(path: str) -> str:
     try:
-        return linux.read_small(path).decode(errors="replace")
+        return proc_files.read_small(path).decode(errors="replace")
     except OSError:
         return ""

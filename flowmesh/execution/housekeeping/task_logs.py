@@ -13,7 +13,7 @@ from pathlib import Path
 
 from loguru import logger
 
-from flowmesh.processes.linux import open_folder
+from flowmesh.processes.safe_folder import open_folder
 from flowmesh.results.files import open_regular
 
 KEPT_OF_LOG = 4

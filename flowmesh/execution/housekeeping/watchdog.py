@@ -51,7 +51,7 @@ class Watchdog:
 
     def _find_hung(self, running: list[Run], timeout_s: float) -> None:
         for run in running:
-            if run not in self._suspects and time.monotonic() - run.last_heard > timeout_s:
+            if run not in self._suspects and time.monotonic() - run.last_frame_at > timeout_s:
                 self._suspects.add(run)
                 detail = (
                     f"hung: no frame from it for {timeout_s:g} s (tasks.hang_timeout_s); stacks are in its logs/{FILE}"
@@ -59,7 +59,7 @@ class Watchdog:
                 self._begin(self._stop(run, machine.StopRequested(Stop.HANG, detail)), run)
 
     async def _stop(self, run: Run, hung: machine.StopRequested) -> None:
-        heard = run.last_heard
+        last_frame_at = run.last_frame_at
         try:
             if run.pid is None:
                 self._post(run, hung)
@@ -67,7 +67,9 @@ class Watchdog:
             stacks = StackDump(run.pid, Path(run.accepted.target.out_dir))
             await asyncio.to_thread(stacks.save)
             await asyncio.sleep(STACKS_WAIT_S)
-            if run.task.state is State.RUNNING and run.last_heard == heard:  # else it has sent a frame meanwhile
+            if (
+                run.task.state is State.RUNNING and run.last_frame_at == last_frame_at
+            ):  # else it has sent a frame meanwhile
                 self._post(run, hung)
                 await asyncio.to_thread(stacks.save_last_words)
         finally:

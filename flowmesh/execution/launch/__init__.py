@@ -1,0 +1,1 @@
+"""From a granted slot to a running child, and what that child reports."""

@@ -45,13 +45,13 @@ class ChildPipes:
             for _ in range(FRAMES_A_TURN):
                 if run.pipe is None or (frame := pipe.poll()) is None:
                     return
-                run.last_heard = time.monotonic()
+                run.last_frame_at = time.monotonic()
                 match frame:
                     case Phase(name=name):
                         run.enter(name)
                     case Progress():
                         run.progress = frame
-                        run.tell(progress_event(frame))
+                        run.notify(progress_event(frame))
                     case Hello() | _:
                         pass
         except EOFError:

@@ -16,8 +16,8 @@ from flowmesh.execution.run import Run
 from flowmesh.messages.job import JOB_FILE, Job
 from flowmesh.processes import environ, shm
 from flowmesh.processes.limits import Limits
-from flowmesh.processes.linux import FOLDER, open_folder
 from flowmesh.processes.protocol import Fork
+from flowmesh.processes.safe_folder import FOLDER, open_folder
 from flowmesh.results.job import file_url_template
 from flowmesh.tasks.types import LIGHT
 
