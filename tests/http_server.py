@@ -11,6 +11,7 @@ import json
 import socket
 import struct
 import tempfile
+import threading
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,7 +64,7 @@ class Reset:
 
 @dataclass
 class Stall:
-    """Nothing is read or answered any more when so much of the body was read."""
+    """Nothing is read or answered any more when so much of the body was read, until the server's `release()`."""
 
     after_bytes: int = 0
 
@@ -84,6 +85,7 @@ class Server(FakeServer):
         self.requests: list[tuple[str, str]] = []
         """(method, path) of every request, also of those that went wrong."""
         self.received: list[Received] = []
+        self._released = threading.Event()
 
     @property
     def url(self) -> str:
@@ -94,6 +96,22 @@ class Server(FakeServer):
 
     def results(self) -> list[Any]:
         return [r.json["result"] for r in self.received if r.file_name is None]
+
+    def stall(self) -> None:
+        """Wait for the next `release()`."""
+        with self.lock:
+            released = self._released
+        released.wait()
+
+    def release(self) -> None:
+        """Close the connections that stall now."""
+        with self.lock:
+            released, self._released = self._released, threading.Event()
+        released.set()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+        super().__exit__()
 
     def next_step(self, method: str, path: str, *, unsized: bool) -> Step:
         with self.lock:
@@ -117,7 +135,7 @@ class _Handler(FakeHandler):
                 self.connection.close()
             case Stall(after):
                 self.rfile.read(after)
-                self.server.over.wait()
+                self.server.stall()
                 self.close_connection = True
             case Answer() as step:
                 if not step.early:
