@@ -30,8 +30,6 @@ from runners.agent.workspace import PathRefused, Workspace
 from runners.api import BadRequest
 from tests.fake_http import FakeHandler, FakeServer
 
-# ---- files -----------------------------------------------------------------------------------------------------------
-
 
 @pytest.fixture
 def space(tmp_path: Path) -> Workspace:
@@ -113,9 +111,6 @@ def test_what_a_command_closed_is_opened_and_too_deep_folders_go(space) -> None:
     assert (space.folder / "closed").stat().st_mode & 0o777 == 0o755
 
 
-# ---- documents -------------------------------------------------------------------------------------------------------
-
-
 def docx(body: str) -> bytes:
     space = 'xmlns:w="http://schemas.openxmlformats.org/wordprocessingml/2006/main"'
     packed = io.BytesIO()
@@ -179,9 +174,6 @@ def test_any_markup_gives_some_text(markup) -> None:
     assert isinstance(html_text(markup), str)
 
 
-# ---- code ------------------------------------------------------------------------------------------------------------
-
-
 def test_programs_side_by_side_are_each_their_own(make_context, tmp_path) -> None:
     space = Workspace(tmp_path / "work")
     try:
@@ -195,9 +187,6 @@ def test_programs_side_by_side_are_each_their_own(make_context, tmp_path) -> Non
         calls = [pool.submit((mine, others)[n % 2].call, code=f"print('program', {n})") for n in range(4)]
         assert [call.result() for call in calls] == [f"program {n}" for n in range(4)]
     assert space.listing() == []
-
-
-# ---- the web ---------------------------------------------------------------------------------------------------------
 
 
 class Site(FakeServer):
@@ -334,9 +323,6 @@ def test_a_provider_that_fails_is_told_to_the_agent(site) -> None:
         check_provider(SearchProvider(url=site.url(), params={"q": "x"}), "p")
     with pytest.raises(BadRequest, match=r"p.url: an http or https address"):
         check_provider(SearchProvider(url="search", params={"q": "{query}"}), "p")
-
-
-# ---- secrets, and what models write ----------------------------------------------------------------------------------
 
 
 def test_secrets_are_hidden_wherever_they_stand(monkeypatch) -> None:

@@ -187,9 +187,6 @@ def test_what_is_no_lora(tiny_llama, make_context, tmp_path) -> None:
         run(make_context, with_adapters(tiny_llama, [{"path": str(tmp_path)}]))
 
 
-# ---- checkpoints -----------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that is not the tiny one."""

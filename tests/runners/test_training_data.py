@@ -42,9 +42,6 @@ def write(path: Path, *lines: Any) -> str:
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
 
 
-# ---- inline ------------------------------------------------------------------------------------------------------
-
-
 def test_texts_and_chats_in_the_task(make_context: Make) -> None:
     assert rows(make_context, "sft", {"prompts": ["a", "b"]}) == [{"text": "a"}, {"text": "b"}]
     assert rows(make_context, "sft", {"messages": [CHAT]}) == [{"messages": CHAT}]
@@ -117,9 +114,6 @@ def test_bad_rows_in_the_task(make_context: Make, task_type: str, section: dict[
     assert message in refusal(make_context, task_type, section)
 
 
-# ---- JSONL -------------------------------------------------------------------------------------------------------
-
-
 def test_jsonl_columns_by_their_settings(make_context: Make, tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", {"q": "one", "a": "1", "body": "x"}, "", {"q": "two", "a": "2", "body": "y"})
     pair = {"path": path, "prompt_field": "q", "response_field": "a"}
@@ -186,9 +180,6 @@ def test_jsonl_falls_back_in_order(make_context: Make, tmp_path: Path, server: s
     assert "spec.data.jsonl.path: there is no file" in message
     assert "spec.data.jsonl.worker_path: there is no file 'none.jsonl'" in message
     assert "rows.jsonl line 2: column 'text'" in refusal(make_context, "sft", {"jsonl": served})
-
-
-# ---- datasets ----------------------------------------------------------------------------------------------------
 
 
 def test_local_files_and_folders(make_context: Make, tmp_path: Path) -> None:
