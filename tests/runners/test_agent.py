@@ -19,9 +19,9 @@ from flowmesh.processes.pipe import Cancel, Pipe, Progress
 from runners.agent.runner import AgentRunner
 from runners.api import BadRequest, Cancelled, RunnerError
 from tests.openai_server import Break, Fail, Hang, Raw, Say, Server, answer, call
+from tests.paths import ROOT
 from tests.runners.agent_support import agent_context, log_of, run_agent
 
-ROOT = Path(__file__).parents[2]
 KEY = "sk-test-7c1d-do-not-show"
 FILES = {"tools": {"files": True}}
 

@@ -21,11 +21,12 @@ pytest.importorskip("mcp", reason="needs mcp")
 from flowmesh.processes.pipe import Cancel, Pipe
 from runners.agent.runner import AgentRunner
 from runners.api import BadRequest, Cancelled, RunnerError
+from tests import mcp_server
 from tests.openai_server import Say, Server, answer, call
 from tests.runners.agent_support import agent_context, run_agent
 from tests.support import until
 
-SCRIPT = Path(__file__).parents[1] / "mcp_server.py"
+SCRIPT = Path(mcp_server.__file__)
 STDIO = {"transport": "stdio", "command": "{python}", "args": [str(SCRIPT), "stdio"]}
 
 

@@ -30,11 +30,11 @@ from runners.rag.embedder import load_embedder
 from runners.rag.faiss_index import build
 from runners.rag.runner import RagRunner
 from runners.rag.task import DEFAULT_MODEL, Embedding, Faiss
+from tests.paths import ROOT
 from tests.runners.file_server import Served, Server
 from tests.runners.rag_corpus import PASSAGES, QUESTIONS
 
 MakeContext = Callable[..., Context]
-ROOT = Path(__file__).parents[2]
 ONE = {"type": "list", "items": ["a"]}
 
 
