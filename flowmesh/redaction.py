@@ -29,7 +29,7 @@ _SECRET_PARAMETER = re.compile(r"(?i)(password|passwd|token|secret|key|sig|signa
 _SCHEME = r"\b([a-z][a-z0-9+.-]{0,30}://)"
 _USERINFO = re.compile(rf"(?i){_SCHEME}[^/\s@]+@")
 _URL = re.compile(rf"(?i){_SCHEME}([^\s\"'<>]+)")
-_PARAMETER = re.compile(r"([?&#]([^=&#]*)=)[^&#]*")
+_PARAMETER = re.compile(r"([?&#]([^=&#]*)=)([^&#]*)")
 _CLEAN_AUTHORITY = re.compile(r"(?:[\w.-]+|\[[0-9A-Fa-f:.%]+\])(?::\d{1,5})?", re.ASCII)
 _HTTP = frozenset({"http", "https"})
 """Schemes whose paths may hold an "@", also in settings."""
@@ -38,6 +38,9 @@ _AT_IN_PATH = _HTTP | {"git+http", "git+https", "s3", "gs", "hf", "file"}
 
 _CREDENTIAL = re.compile(r"(?i)\b((?:bearer|basic|token)\s+)[A-Za-z0-9._~+/=-]{4,}")
 _CREDENTIAL_IN_PROSE = re.compile(r"(?i)\b((?:bearer|basic|token)\s+)(?=\S*\d)[A-Za-z0-9._~+/=-]{16,}")
+_AMBIGUOUS = re.compile(r"(?i)(token|key|sig)$")
+_LONG_IN_PROSE = 16
+"""Characters; links have parameters such as key=title or page_token=CAUQAA, which an agent needs to follow them."""
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
@@ -58,12 +61,13 @@ class Redactor:
 
     Args:
         secrets: the known ones; empty and very short ones are ignored.
-        prose: the text is a model's answer, where ordinary words follow "basic" and "token". Only what is long and has
-            a digit counts as a credential there. Known secrets and addresses are treated alike in both.
+        prose: the text is written or read by a model: ordinary words follow "basic" and "token", and links have
+            parameters such as key=title. Only what is long and has a digit counts as a credential there. Known secrets,
+            passwords and the user part of addresses are hidden all the same.
     """
 
     def __init__(self, secrets: Iterable[str | None] = (), *, prose: bool = False) -> None:
-        self._credential = _CREDENTIAL_IN_PROSE if prose else _CREDENTIAL
+        self._prose = prose
         self._known: set[str] = set()
         self._pattern: re.Pattern[str] | None = None
         for secret in secrets:
@@ -93,8 +97,12 @@ class Redactor:
                 self._pattern = re.compile("|".join(map(re.escape, longest_first)))
             text = self._pattern.sub(HIDDEN, text)
         text = _USERINFO.sub(rf"\1{HIDDEN}@", _SURROGATES.sub("\ufffd", text))
-        text = _URL.sub(_redact_url_in_text, text)
-        return self._credential.sub(rf"\1{HIDDEN}", text)
+        text = _URL.sub(self._address, text)
+        return (_CREDENTIAL_IN_PROSE if self._prose else _CREDENTIAL).sub(rf"\1{HIDDEN}", text)
+
+    def _address(self, match: re.Match[str]) -> str:
+        rest = _without_userinfo(match[1].removesuffix("://"), match[2], _AT_IN_PATH)
+        return match[1] + _without_parameters(rest, prose=self._prose)
 
     def deep(self, value: Any) -> Any:
         """JSON data with the secrets replaced in every text and key."""
@@ -138,11 +146,6 @@ def redact_url(url: str) -> str:
     return f"{scheme}://{_without_parameters(_without_userinfo(scheme, rest, _HTTP))}"
 
 
-def _redact_url_in_text(match: re.Match[str]) -> str:
-    scheme = match[1].removesuffix("://")
-    return match[1] + _without_parameters(_without_userinfo(scheme, match[2], _AT_IN_PATH))
-
-
 def _without_userinfo(scheme: str, rest: str, at_in_path: frozenset[str]) -> str:
     authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
     if "@" not in rest or (_is_clean(authority) and scheme.lower() in at_in_path):
@@ -158,10 +161,12 @@ def _is_clean(authority: str) -> bool:
     return _CLEAN_AUTHORITY.fullmatch(authority) is not None
 
 
-def _without_parameters(rest: str) -> str:
+def _without_parameters(rest: str, *, prose: bool = False) -> str:
     def shown(match: re.Match[str]) -> str:
-        secret = _SECRET_PARAMETER.search(match[2]) is not None or is_secret_name(match[2])
-        return match[1] + HIDDEN if secret else match[0]
+        named = _SECRET_PARAMETER.search(match[2]) is not None or is_secret_name(match[2])
+        long = len(match[3]) >= _LONG_IN_PROSE and re.search(r"\d", match[3])
+        part_of_link = prose and _AMBIGUOUS.search(match[2]) is not None and not long
+        return match[1] + HIDDEN if named and not part_of_link else match[0]
 
     return _PARAMETER.sub(shown, rest)
 

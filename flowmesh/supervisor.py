@@ -8,7 +8,6 @@ import gc
 import os
 import secrets
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping
@@ -30,24 +29,26 @@ from flowmesh.execution.recovery import recover
 from flowmesh.execution.run import Run
 from flowmesh.messages.wire import utc_now
 from flowmesh.node.devices import Inventory
-from flowmesh.node.notify import Notifier
-from flowmesh.node.nvml import Nvml
+from flowmesh.node.nvml.client import Nvml
 from flowmesh.node.power import PowerMeter
 from flowmesh.node.slots import Slot
+from flowmesh.node.systemd import Notifier
 from flowmesh.orchestrator.link import Link
 from flowmesh.orchestrator.worker_description import NodeDescription
 from flowmesh.processes import environ, linux
 from flowmesh.processes.server_pool import ServerPool
-from flowmesh.settings_paths import results_dir, state_dir
-from flowmesh.settings_schema import Settings
-from flowmesh.startup import environments, preflight
+from flowmesh.settings.paths import results_dir, state_dir
+from flowmesh.settings.schema import Settings
+from flowmesh.startup import environments, preflight, successor
 from flowmesh.startup.state_dir import hold_state_dir, open_for
+from flowmesh.tasks.catalogue import LIGHT
 from flowmesh.tasks.journal import Journal
-from flowmesh.tasks.types import LIGHT
 
 THREADS = 8
 FAREWELL_TIMEOUT_S = 5.0
 CANCEL_AGAIN_S = 0.2
+SIGNAL_WAIT_S = 0.01
+"""Before an exec: a signal that came before signals were held is handled in this time."""
 FLUSH_TIMEOUT_S = 10.0
 """How long a node that ends waits for Redis to take its last events; the rest is sent after its next start."""
 
@@ -80,6 +81,7 @@ class Supervisor:
         Raises:
             FlowMeshError: it cannot start, and why.
         """
+        successor.hold_signals()
         self._lock = hold_state_dir(self.state_dir)
         linux.become_subreaper()
         linux.hide_from_same_user()
@@ -90,10 +92,10 @@ class Supervisor:
         tasks = [asyncio.create_task(work) for work in self._works()]
         try:
             await self.control.start()
-            self._notifier.say(READY="1", STATUS="running")
+            self._notifier.send(READY="1", STATUS="running")
             await self._until_stopped(tasks)
             if self._upgrade:
-                self._replace()
+                await self._hand_over()
             await self._drained()
         finally:
             await _end(tasks)
@@ -208,7 +210,7 @@ class Supervisor:
         self._drain_mode = mode
         self._stop.set()
         logger.bind(mode=mode, tasks=len(self.executor.runs)).info("draining")
-        self._notifier.say(STOPPING="1", STATUS=f"draining ({mode})")
+        self._notifier.send(STOPPING="1", STATUS=f"draining ({mode})")
         self.link.registration.drain()
         self.executor.drain(mode)
 
@@ -216,14 +218,14 @@ class Supervisor:
         """Replace this process by the program as it is on disk, with the settings as they are now; tasks run on.
 
         Raises:
-            FlowMeshError: the new process would refuse the settings; nothing has changed.
+            FlowMeshError: the new process would not start, or refuse the settings; nothing has changed.
         """
         try:
             await self._check_anew()
             if self._drain_mode is not None:
                 raise LaunchError("the node is draining, and ends when its tasks have ended")
         except FlowMeshError as error:
-            logger.error("settings not reloaded, the node keeps its old ones: {}", error)
+            logger.error("not restarted, the node keeps its version and settings: {}", error)
             raise
         self._upgrade = True
         self._stop.set()
@@ -236,6 +238,7 @@ class Supervisor:
                 "to move it, drain the node and start it again"
             )
         await asyncio.to_thread(self._fit, settings, await self._take_inventory(settings))
+        await asyncio.to_thread(successor.check)
 
     async def _until_stopped(self, tasks: list[asyncio.Task[Any]]) -> None:
         stop = asyncio.create_task(self._stop.wait())
@@ -255,15 +258,19 @@ class Supervisor:
             self.stop("now")
             await self.executor.idle()
 
-    def _replace(self) -> None:
-        """exec the program as it is on disk now. Does not return."""
+    async def _hand_over(self) -> None:
+        """exec the program as it is on disk now. Returns only if a stop has come meanwhile."""
+        successor.hold_signals()
+        await asyncio.sleep(SIGNAL_WAIT_S)
+        if self._drain_mode is not None:
+            successor.take_signals()
+            return
         logger.info("handing over to a new supervisor; {} tasks run on", len(self.executor.runs))
         self.executor.pool.leave()
         self.journal.close()
-        self._notifier.say(RELOADING="1", STATUS="handing over")
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+        now_us = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+        self._notifier.send(RELOADING="1", MONOTONIC_USEC=str(now_us), STATUS="handing over")
+        successor.replace()
 
     async def _close(self) -> None:
         outbox = self.link.outbox
@@ -289,6 +296,7 @@ class Supervisor:
         for number in (signal.SIGHUP, signal.SIGUSR2):
             loop.add_signal_handler(number, self._on_start_anew_signal)
         loop.add_signal_handler(signal.SIGCHLD, self._reap)
+        successor.take_signals()
 
     def _on_stop_signal(self) -> None:
         self.stop("finish" if self._drain_mode is None else "now")
@@ -315,7 +323,7 @@ class Supervisor:
         interval_s = self._notifier.watchdog_s
         while True:
             status = next(iter(self.link.troubles()), f"{len(self.executor.runs)} tasks")
-            self._notifier.say(WATCHDOG="1", STATUS=status)
+            self._notifier.send(WATCHDOG="1", STATUS=status)
             await asyncio.sleep(min(interval_s / 3, 10.0) if interval_s is not None else 10.0)
 
 

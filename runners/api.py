@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 from typing import Any, TypeVar
 
-from flowmesh.messages.checking import FieldError, convert
 from flowmesh.messages.job import ArchiveRequest, Fault, Job, UploadRequest
 from flowmesh.processes.pipe import Cancel, FrameError, Phase, Pipe, Progress
+from flowmesh.validation.convert import FieldError, convert
 
 PROGRESS_INTERVAL_S = 0.1
 """Shortest interval between two progress frames; those between are dropped, to keep the pipe free."""

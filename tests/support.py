@@ -248,9 +248,11 @@ class Node:
         config: str = "",
         home: Path | None = None,
         code: Path = ROOT,
+        cwd: Path | None = None,
     ) -> None:
         self.code = code
         """The folder that its packages are imported from."""
+        self.cwd = cwd or (ROOT if code == ROOT else self.code.parent)
         self.server = server
         self.worker_id = worker_id
         self.home = home or short_dir()
@@ -279,7 +281,7 @@ class Node:
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
                 command,
-                cwd=ROOT if self.code == ROOT else self.home,
+                cwd=self.cwd,
                 env=env,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

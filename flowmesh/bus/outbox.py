@@ -8,7 +8,7 @@ from typing import Protocol
 
 from flowmesh.backoff import Backoff
 from flowmesh.bus.connection import RedisError, leave_replica, redis
-from flowmesh.bus.trouble import ConnectionHealth
+from flowmesh.bus.connection_health import ConnectionHealth
 
 
 class Queue(Protocol):

@@ -16,7 +16,7 @@ from loguru import logger
 
 from flowmesh.backoff import Backoff
 from flowmesh.bus.connection import RedisError, leave_replica, redis
-from flowmesh.bus.trouble import ConnectionHealth, describe_redis_error
+from flowmesh.bus.connection_health import ConnectionHealth, describe_redis_error
 from flowmesh.bus.worker_record import Identity, Status, WorkerRecord
 
 __all__ = ["Identity", "Presence", "Status"]

@@ -15,7 +15,7 @@ from loguru import logger
 
 from flowmesh.backoff import Backoff
 from flowmesh.bus.connection import RedisError, leave_replica, redis
-from flowmesh.bus.trouble import ConnectionHealth
+from flowmesh.bus.connection_health import ConnectionHealth
 
 GROUP = "flowmesh"
 FIELD = b"message"

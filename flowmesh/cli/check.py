@@ -6,8 +6,8 @@ import json
 import os
 
 from flowmesh.errors import EXIT_OK
-from flowmesh.settings_load import Loaded, describe
-from flowmesh.settings_paths import results_dir, state_dir
+from flowmesh.settings.load import Loaded, describe
+from flowmesh.settings.paths import results_dir, state_dir
 from flowmesh.startup import environments
 from flowmesh.startup.state_dir import check_sockets
 

@@ -14,7 +14,7 @@ from flowmesh.cli import locate
 from flowmesh.cli.matching import gpus_of, match
 from flowmesh.errors import FieldError, FlowMeshError
 from flowmesh.messages import wire
-from flowmesh.messages.wording import found
+from flowmesh.validation.describe import found
 
 if TYPE_CHECKING:
     import redis

@@ -14,15 +14,15 @@ from pathlib import Path
 import click
 import msgspec
 
-from flowmesh import settings_load, settings_paths
 from flowmesh.cli import doctor_gpus, doctor_machine, locate, render
 from flowmesh.cli.control import Control, NotPermitted
 from flowmesh.cli.findings import Finding, Level, count, show
 from flowmesh.errors import EXIT_FAILURE, EXIT_OK, ConfigError, FlowMeshError, UnavailableError
 from flowmesh.redaction import redact_url
-from flowmesh.settings_schema import Settings
+from flowmesh.settings import load, paths
+from flowmesh.settings.schema import Settings
 from flowmesh.startup import environments
-from flowmesh.tasks.types import DELIVERY, PROBE_TIMEOUT_S
+from flowmesh.tasks.catalogue import DELIVERY, PROBE_TIMEOUT_S
 
 
 @click.command(
@@ -32,7 +32,7 @@ from flowmesh.tasks.types import DELIVERY, PROBE_TIMEOUT_S
 @locate.config_option
 @locate.json_option
 def doctor(config: str | None, as_json: bool) -> int:
-    """The command."""
+    """Run the command; returns the exit code."""
     if as_json:
         findings = list(examine(config))
         broken = count(findings, Level.BROKEN)
@@ -50,7 +50,7 @@ def examine(config_file: str | None) -> Iterator[Finding]:
     """All findings, area by area; the slow checks come last."""
     path = None if config_file is None else Path(config_file)
     try:
-        loaded = settings_load.load(path, os.environ)
+        loaded = load.load(path, os.environ)
         settings = loaded.settings
         where = config_file or "the environment and the defaults"
         yield Finding("settings", Level.OK, f"valid, from {where}")
@@ -74,7 +74,7 @@ def examine(config_file: str | None) -> Iterator[Finding]:
 def _node(settings: Settings) -> Iterator[Finding]:
     """The node that runs on this machine, if any."""
     try:
-        with Control(settings_paths.state_dir(settings, os.environ)) as control:
+        with Control(paths.state_dir(settings, os.environ)) as control:
             status = control.status()
             workers = control.status_json().get("workers", [])
     except NotPermitted as error:

@@ -11,12 +11,12 @@ from flowmesh.cli.findings import Finding, Level
 from flowmesh.cli.render import gib
 from flowmesh.errors import ConfigError, DeviceError
 from flowmesh.node import slots
-from flowmesh.node.devices import GpuInfo, GpuSample, Inventory, Look, visible_gpus
-from flowmesh.node.gpu import name_holders
+from flowmesh.node.devices import GpuInfo, GpuReading, GpuSample, Inventory, visible_gpus
+from flowmesh.node.gpu_holders import name_holders
 from flowmesh.node.hardware import logical_cores
-from flowmesh.node.nvml import Nvml
-from flowmesh.node.nvml_binding import LIBRARY
-from flowmesh.settings_schema import Settings
+from flowmesh.node.nvml.binding import LIBRARY
+from flowmesh.node.nvml.client import Nvml
+from flowmesh.settings.schema import Settings
 
 PCI = Path("/sys/bus/pci/devices")
 INIT_TIMEOUT_S = 30.0
@@ -27,7 +27,7 @@ _NVIDIA, _DISPLAY = "0x10de", "0x03"
 def gpus(settings: Settings, environ: Mapping[str, str], *, node_runs: bool) -> Iterator[Finding]:
     """The driver, each GPU, and the slots that the settings make of them."""
     try:
-        inventory, looks = asyncio.run(_ask())
+        inventory, readings = asyncio.run(_ask())
     except DeviceError as error:
         yield Finding("GPUs", Level.BROKEN, str(error), "run nvidia-smi; if it fails too, reboot")
         return
@@ -39,7 +39,7 @@ def gpus(settings: Settings, environ: Mapping[str, str], *, node_runs: bool) -> 
     for problem in inventory.unusable:
         yield _unusable(problem)
     for gpu in inventory.gpus:
-        yield from _gpu(gpu, looks.get(gpu.uuid), settings, node_runs=node_runs)
+        yield from _gpu(gpu, readings.get(gpu.uuid), settings, node_runs=node_runs)
     try:
         down = inventory.some_are_down
         visible = visible_gpus(inventory.gpus, environ.get("CUDA_VISIBLE_DEVICES"), some_are_down=down)
@@ -74,7 +74,7 @@ def _slot(plan: slots.SlotPlan, gpus: Mapping[str, GpuInfo]) -> str:
     return f"{plan.name}: {what}, {part}CPUs {slots.cpu_list(plan.cpus)}"
 
 
-async def _ask() -> tuple[Inventory, dict[str, Look]]:
+async def _ask() -> tuple[Inventory, dict[str, GpuReading]]:
     nvml = Nvml(init_deadline_s=INIT_TIMEOUT_S)
     try:
         inventory = await nvml.inventory()
@@ -98,7 +98,7 @@ def _no_driver() -> Finding:
     return Finding("GPUs", Level.BROKEN, text, "install the driver; in a container: docker run --gpus all")
 
 
-def _gpu(gpu: GpuInfo, look: Look | None, settings: Settings, *, node_runs: bool) -> Iterator[Finding]:
+def _gpu(gpu: GpuInfo, look: GpuReading | None, settings: Settings, *, node_runs: bool) -> Iterator[Finding]:
     name = f"GPU {gpu.index} {gpu.name} ({gpu.uuid})"
     if not isinstance(look, GpuSample):
         why = look.why if look is not None else "no answer"

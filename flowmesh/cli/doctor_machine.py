@@ -9,15 +9,15 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from flowmesh import settings_paths
 from flowmesh.cli.embedded import find_server
 from flowmesh.cli.findings import Finding, Level
 from flowmesh.cli.render import gib
 from flowmesh.errors import UnavailableError
 from flowmesh.node.rapl import Rapl
 from flowmesh.processes import cgroup
-from flowmesh.settings_schema import Settings
-from flowmesh.settings_types import Isolation
+from flowmesh.settings import paths
+from flowmesh.settings.schema import Settings
+from flowmesh.settings.types import Isolation
 
 LOW_BYTES, FEW_BYTES = 1 << 30, 10 << 30
 """Free disk space below which tasks fail, and below which a warning is due."""
@@ -101,8 +101,8 @@ def _number(limit: int) -> str:
 
 def disk(settings: Settings, environ: Mapping[str, str]) -> Iterator[Finding]:
     for key, folder in (
-        ("results.dir", settings_paths.results_dir(settings)),
-        ("node.state_dir", settings_paths.state_dir(settings, environ)),
+        ("results.dir", paths.results_dir(settings)),
+        ("node.state_dir", paths.state_dir(settings, environ)),
     ):
         there = next(parent for parent in (folder, *folder.parents) if parent.exists())
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):

@@ -25,6 +25,7 @@ from flowmesh.errors import LaunchError, UnavailableError
 from flowmesh.processes import linux
 
 START_TIMEOUT_S = 15.0
+_START_POLL_S = 0.005
 _TERM_GRACE_S = 2.0
 _LOG_TAIL = 400
 """Characters of the server's log that an error shows."""
@@ -182,7 +183,7 @@ class EmbeddedRedis:
                 raise LaunchError(f"the embedded Redis ({server}) exited at start: {self._log_tail()}")
             if time.monotonic() > deadline:
                 raise LaunchError(f"the embedded Redis did not answer within {START_TIMEOUT_S:g} s: {self._log_tail()}")
-            time.sleep(0.005)
+            time.sleep(_START_POLL_S)
 
     def _answers(self) -> bool:
         with socket.socket(socket.AF_UNIX) as sock:

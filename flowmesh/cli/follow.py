@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 _FORCED_END_S = 10.0
 _EVENT_GRACE_S = 3.0
 _TICK_S = 0.1
+_EXIT_WAIT_S = 2.0
+"""Time for the node's exit to show after its control connection broke."""
+_EXIT_POLL_S = 0.02
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -177,11 +180,11 @@ class Follow:
 
     def _lost(self, error: FlowMeshError) -> None:
         """The watch ended early, which normally means that the node has exited."""
-        deadline = time.monotonic() + 2.0
+        deadline = time.monotonic() + _EXIT_WAIT_S
         while time.monotonic() < deadline:
             self._view.stop()
             self._node.raise_if_gone(f"while {self._submission.task_id} ran")
-            time.sleep(0.02)
+            time.sleep(_EXIT_POLL_S)
         self._node.show_log()
         raise LaunchError(f"the node no longer reports on {self._submission.task_id}: {error}; its log is above")
 

@@ -32,7 +32,7 @@ def guarded(command: Callable[[], object], program: str = "flowmesh") -> int:
     return code if isinstance(code, int) else EXIT_OK
 
 
-def piped(command: Callable[[], object]) -> object:
+def piped(command: Callable[[], object]) -> int:
     """Run a command that prints; returns EXIT_FAILURE where the reader closed its end, as in `flowmesh workers | head`.
 
     Not for the node: a broken pipe there is a bug that must show.
@@ -44,4 +44,4 @@ def piped(command: Callable[[], object]) -> object:
         # Python flushes standard output once more at exit, which would fail with a traceback.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILURE
-    return code
+    return code if isinstance(code, int) else EXIT_OK

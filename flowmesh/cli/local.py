@@ -33,6 +33,9 @@ START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 20.0
 FORCED_STOP_TIMEOUT_S = 3.0
 _SWEEP_TIMEOUT_S = 5.0
+_READY_POLL_S = 0.02
+_EXIT_POLL_S = 0.05
+_SWEEP_POLL_S = 0.005
 _LOG_LINES = 20
 _NOT_INHERITED = ("REDIS_URL", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "STATE_DIRECTORY")
 
@@ -106,7 +109,7 @@ class LocalNode:
                         f"the node was not ready within {START_TIMEOUT_S:g} s: {states or 'it has not registered'}; "
                         "its log is above"
                     )
-                time.sleep(0.02)
+                time.sleep(_READY_POLL_S)
 
     def raise_if_gone(self, when: str) -> None:
         """Raise an error if the node has exited.
@@ -198,7 +201,7 @@ class LocalNode:
                 deadline = min(deadline, time.monotonic() + FORCED_STOP_TIMEOUT_S)
                 process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(0.05)
+                process.wait(_EXIT_POLL_S)
         process.kill()
         process.wait()
 
@@ -216,7 +219,7 @@ class LocalNode:
             if time.monotonic() > deadline:
                 pids = ", ".join(map(str, sorted(left)))
                 raise UnavailableError(f"processes of the node survive SIGKILL (in kernel calls): pids {pids}")
-            time.sleep(0.005)
+            time.sleep(_SWEEP_POLL_S)
 
 
 def _last_lines(path: Path) -> list[str]:

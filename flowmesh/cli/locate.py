@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from flowmesh import settings_load, settings_paths
 from flowmesh.errors import ConfigError, UnavailableError
 from flowmesh.messages.sentinel import is_sentinel, sentinel_address
 from flowmesh.redaction import redact_url
-from flowmesh.settings_schema import Settings
+from flowmesh.settings import load, paths
+from flowmesh.settings.schema import Settings
 
 if TYPE_CHECKING:
     import redis
@@ -51,7 +51,7 @@ def settings(config_file: str | None, **flags: str | None) -> Settings:
         ConfigError: a setting cannot be used.
     """
     overrides = {name.replace("__", "."): value for name, value in flags.items() if value is not None}
-    return settings_load.load(Path(config_file) if config_file is not None else None, os.environ, overrides).settings
+    return load.load(Path(config_file) if config_file is not None else None, os.environ, overrides).settings
 
 
 def deployment_of(flag: str | None, config_file: str | None) -> tuple[str, str]:
@@ -68,12 +68,12 @@ def deployment_of(flag: str | None, config_file: str | None) -> tuple[str, str]:
 
 def results_dir(flag: str | None, config_file: str | None) -> Path:
     """The folder with the results of all tasks."""
-    return settings_paths.results_dir(settings(config_file, results__dir=flag))
+    return paths.results_dir(settings(config_file, results__dir=flag))
 
 
 def state_dir(flag: str | None, config_file: str | None) -> Path:
     """The folder of this node's journal and sockets."""
-    return settings_paths.state_dir(settings(config_file, node__state_dir=flag), os.environ)
+    return paths.state_dir(settings(config_file, node__state_dir=flag), os.environ)
 
 
 @contextlib.contextmanager

@@ -105,7 +105,7 @@ def logs(
     results_dir: str | None,
     as_json: bool,
 ) -> int:
-    """The command."""
+    """Run the command; returns the exit code."""
     if wire.usable_task_id(task_id) is None:
         raise click.UsageError(f"TASK: invalid task id {task_id!r}")
     where = _Where(task_id, config, state_dir, results_dir)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from loguru import logger
 
-from flowmesh.settings_paths import log_file
-from flowmesh.settings_schema import Settings
+from flowmesh.settings.paths import log_file
+from flowmesh.settings.schema import Settings
 
 if TYPE_CHECKING:
     from loguru import Record

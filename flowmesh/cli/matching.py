@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from flowmesh.errors import FieldError
-from flowmesh.messages.checking import convert
 from flowmesh.messages.wire import HardwareGpu, HardwareWanted
+from flowmesh.validation.convert import convert
 
 WHERE = "spec.resources.hardware"
 

@@ -39,7 +39,7 @@ _TASKS = (
 @click.command(help="Show the node on this machine: its workers, its tasks, and whether Redis answers.")
 @locate.node_options
 def status(config: str | None, state_dir: str | None, as_json: bool) -> int:
-    """The command."""
+    """Run the command; returns the exit code."""
     with Control(locate.state_dir(state_dir, config)) as control:
         if as_json:
             render.print_json(control.status_json())
@@ -69,7 +69,7 @@ def status(config: str | None, state_dir: str | None, as_json: bool) -> int:
 @click.option("--force", is_flag=True, help="Kill it at once, without grace time.")
 @locate.node_options
 def cancel(task_id: str, force: bool, config: str | None, state_dir: str | None, as_json: bool) -> int:
-    """The command."""
+    """Run the command; returns the exit code."""
     with Control(locate.state_dir(state_dir, config)) as control:
         answer = control.cancel(task_id, force=force)
     if as_json:
@@ -83,7 +83,7 @@ def cancel(task_id: str, force: bool, config: str | None, state_dir: str | None,
 @click.argument("task_id", metavar="TASK")
 @locate.node_options
 def deliver(task_id: str, config: str | None, state_dir: str | None, as_json: bool) -> int:
-    """The command."""
+    """Run the command; returns the exit code."""
     with Control(locate.state_dir(state_dir, config)) as control:
         answer = control.deliver(task_id)
     if as_json:
@@ -106,7 +106,7 @@ def deliver(task_id: str, config: str | None, state_dir: str | None, as_json: bo
 @click.option("--wait", is_flag=True, help="Return when the node has no tasks left.")
 @locate.node_options
 def drain(mode: str, wait: bool, config: str | None, state_dir: str | None, as_json: bool) -> int:
-    """The command."""
+    """Run the command; returns the exit code."""
     where = locate.state_dir(state_dir, config)
     with Control(where) as control:
         answer = control.drain(mode)
@@ -140,7 +140,7 @@ def drain(mode: str, wait: bool, config: str | None, state_dir: str | None, as_j
 @click.argument("environment", required=False)
 @locate.node_options
 def recycle(environment: str | None, config: str | None, state_dir: str | None, as_json: bool) -> int:
-    """The command."""
+    """Run the command; returns the exit code."""
     with Control(locate.state_dir(state_dir, config)) as control:
         answer = control.recycle(environment)
     if as_json:
@@ -153,7 +153,7 @@ def recycle(environment: str | None, config: str | None, state_dir: str | None, 
 @click.command(help="Restart the node's program in the version that is installed now. Running tasks continue.")
 @locate.node_options
 def upgrade(config: str | None, state_dir: str | None, as_json: bool) -> int:
-    """The command."""
+    """Run the command; returns the exit code."""
     where = locate.state_dir(state_dir, config)
     with Control(where) as control:
         before = control.status()

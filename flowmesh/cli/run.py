@@ -49,7 +49,7 @@ def run(
     keep_going: bool,
     as_json: bool,
 ) -> int:
-    """The command."""
+    """Run the command; returns the exit code."""
     if task_id is not None and len(files) > 1:
         raise click.UsageError("--task-id: allowed for a single file only; leave it out, or run the files one by one")
     submissions = [documents.load(file, task_id) for file in files]

@@ -44,7 +44,7 @@ def submit(
     timeout: float | None,
     as_json: bool,
 ) -> int:
-    """The command."""
+    """Run the command; returns the exit code."""
     if timeout is not None and not wait:
         raise click.UsageError("--timeout needs --wait")
     submission = documents.load(file, task_id)

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import click
 
 from flowmesh import __version__
-from flowmesh.cli.guard import guarded
+from flowmesh.cli.guard import guarded, piped
 
 if TYPE_CHECKING:
-    from flowmesh.settings_load import Loaded
-    from flowmesh.settings_schema import Settings
+    from flowmesh.settings.load import Loaded
+    from flowmesh.settings.schema import Settings
 
 _NAMED = {
     "redis_url": "redis.url",
@@ -44,7 +44,7 @@ def command(config: str | None, check: bool, as_json: bool, sets: tuple[str, ...
     """
     import os
 
-    from flowmesh.settings_load import load
+    from flowmesh.settings.load import load
 
     overrides = {key: value for name, key in _NAMED.items() if (value := named[name]) is not None}
     for assignment in sets:
@@ -56,7 +56,7 @@ def command(config: str | None, check: bool, as_json: bool, sets: tuple[str, ...
     if check:
         from flowmesh.cli.check import report
 
-        return report(load(path, os.environ, overrides), as_json=as_json)
+        return piped(lambda: report(load(path, os.environ, overrides), as_json=as_json))
     return _serve(lambda: load(path, os.environ, overrides))
 
 

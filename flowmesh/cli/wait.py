@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import redis
 
 POLL_WORKER_S = 2.0
+OUTAGE_POLL_S = 0.5
 REGISTER_GRACE_S = 20.0
 """Time for a worker to register again after Redis came back, perhaps without its data."""
 EVENT_GRACE_S = 5.0
@@ -117,7 +118,7 @@ class Wait:
         if not self._down:
             self._print(f"Redis does not answer ({' '.join(str(error).split())}); waiting for it")
         self._down = True
-        time.sleep(0.5)
+        time.sleep(OUTAGE_POLL_S)
 
     def _outage_over(self) -> None:
         if self._down:

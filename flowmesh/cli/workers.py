@@ -34,7 +34,7 @@ WATCH_EVERY_S = 2.0
 @click.option("--watch", is_flag=True, help="Refresh every two seconds until Ctrl-C.")
 @locate.json_option
 def workers(redis_url: str | None, config: str | None, watch: bool, as_json: bool) -> int:
-    """The command."""
+    """Run the command; returns the exit code."""
     url, _ = locate.deployment_of(redis_url, config)
     with locate.connected(url) as client:
         while True:

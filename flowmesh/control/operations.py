@@ -13,11 +13,11 @@ from flowmesh.control.server import ControlError, Handler, text_field
 from flowmesh.errors import FlowMeshError
 from flowmesh.execution.executor import Executor
 from flowmesh.execution.run import Run
-from flowmesh.messages.checking import nearest
 from flowmesh.orchestrator.link import Link
 from flowmesh.orchestrator.worker_description import NodeDescription
 from flowmesh.tasks.journal import Record
 from flowmesh.tasks.machine import State
+from flowmesh.validation.convert import nearest
 
 DRAIN_MODES = ("finish", "checkpoint", "now")
 

@@ -15,7 +15,7 @@ import msgspec
 from loguru import logger
 
 from flowmesh.errors import FlowMeshError
-from flowmesh.messages.checking import nearest
+from flowmesh.validation.describe import nearest
 
 MAX_LINE = 64 * 1024
 WATCH_BACKLOG = 1000

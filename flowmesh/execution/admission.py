@@ -8,14 +8,14 @@ from typing import Any
 import msgspec
 
 from flowmesh.errors import FieldError
-from flowmesh.messages.checking import convert
 from flowmesh.messages.output import HttpDestination, Output, read_output
 from flowmesh.messages.wire import NodeSpec, TaskMessage, decode_object
 from flowmesh.processes import environ
 from flowmesh.results.job import Target, children_of
-from flowmesh.results.names import check_task_id, task_folder
-from flowmesh.settings_schema import Settings
-from flowmesh.tasks.types import Catalogue, TaskType
+from flowmesh.results.safe_names import check_task_id, task_folder
+from flowmesh.settings.schema import Settings
+from flowmesh.tasks.catalogue import Catalogue, TaskType
+from flowmesh.validation.convert import convert
 
 MAX_TIMEOUT_S = 366 * 86400.0
 

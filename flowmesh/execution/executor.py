@@ -39,18 +39,18 @@ from flowmesh.execution.run_table import RunTable
 from flowmesh.execution.timers import Timers
 from flowmesh.messages.wire import TASK_EVENTS_CHANNEL, utc_now
 from flowmesh.node.devices import GpuInfo
-from flowmesh.node.nvml import Nvml
+from flowmesh.node.nvml.client import Nvml
 from flowmesh.node.power import PowerMeter
 from flowmesh.node.slots import Slot
 from flowmesh.processes.child_owner import ChildOwner
 from flowmesh.processes.helper import Helpers
 from flowmesh.processes.pipe import Cancel
 from flowmesh.processes.server_pool import ServerPool
-from flowmesh.settings_schema import Settings
+from flowmesh.settings.schema import Settings
 from flowmesh.tasks import machine
+from flowmesh.tasks.catalogue import Catalogue
 from flowmesh.tasks.journal import Journal, JournalError
 from flowmesh.tasks.machine import State, step
-from flowmesh.tasks.types import Catalogue
 from flowmesh.tasks.verdicts import Kind, Stop, Verdict
 
 JOURNAL_RETRY_S = 1.0

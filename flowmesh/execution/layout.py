@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from flowmesh.errors import ConfigError
-from flowmesh.settings_schema import ProcessesSettings
+from flowmesh.settings.schema import ProcessesSettings
 
 
 class Owner(msgspec.Struct, frozen=True):

@@ -15,8 +15,8 @@ from flowmesh.messages.job import Exit, Outcome
 from flowmesh.messages.wire import utc_now
 from flowmesh.node.slots import Slot
 from flowmesh.processes.pipe import Pipe, Progress
+from flowmesh.tasks.catalogue import LIGHT
 from flowmesh.tasks.machine import State, Task
-from flowmesh.tasks.types import LIGHT
 
 
 class Run:

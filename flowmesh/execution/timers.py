@@ -6,7 +6,7 @@ import asyncio
 
 from flowmesh.execution.ports import PostEvent
 from flowmesh.execution.run import Run
-from flowmesh.settings_schema import TasksSettings
+from flowmesh.settings.schema import TasksSettings
 from flowmesh.tasks import machine
 from flowmesh.tasks.machine import Level
 from flowmesh.tasks.verdicts import Stop

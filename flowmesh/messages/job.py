@@ -1,7 +1,7 @@
-"""What the node hands to a task's child, and what the child leaves behind for the node.
+"""The job that the node gives to a task's child, and the outcome that the child leaves for the node.
 
-Both travel as files in the attempt's spool folder, so neither is lost with a process that dies: `job.json`
-is written before the child exists, `outcome.json` (atomically) before the child says that it is done.
+Both are files in the attempt's spool folder, so that neither is lost if a process dies: the node writes `job.json`
+before the child is forked; the child writes `outcome.json` (atomically) before it reports that it has finished.
 """
 
 from __future__ import annotations
@@ -25,35 +25,35 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     runner: str
     """`module:Class` of the runner."""
     task: dict[str, Any]
-    """The submitted document: `spec`, `metadata`, and where the task was merged, `merge_children`."""
+    """The submitted document: `spec`, `metadata`, and for a merged task `merge_children`."""
     out_dir: str
-    """The task's folder, `RESULTS_DIR/<task_id>` or where `output.destination.path` put it."""
+    """The task's folder: `RESULTS_DIR/<task_id>`, or as `output.destination.path` asks."""
     results_dir: str
-    """RESULTS_DIR: where the folders of other tasks of this node lie."""
+    """RESULTS_DIR, which contains the folders of this node's other tasks."""
     cache_dir: str
-    """Downloads shared by tasks."""
+    """A folder for downloads, shared by all tasks."""
     tmp_dir: str
-    """This attempt's own TMPDIR; gone when the attempt is over."""
+    """This attempt's TMPDIR; removed when the attempt has ended."""
     gpus: tuple[str, ...] = ()
-    """UUIDs of the GPUs that this task may use; empty: none."""
+    """UUIDs of the GPUs that this task may use."""
     threads: int = 1
-    """CPU threads that this task should compute with."""
+    """CPU threads that this task should use."""
     delivers_http: bool = False
-    """Whether results go over HTTP; a training runner then asks for its archive."""
+    """Whether results are sent over HTTP; a training runner then requests an archive."""
     file_url: str | None = None
-    """The URL under which a delivered file will be found, with `{name}` for its name; None without HTTP."""
+    """The URL of a delivered file, with `{name}` for its name; None without HTTP delivery."""
     child_dirs: dict[str, str] = {}
     """The folder of each merged child, by its id."""
     limits: dict[str, Any] = {}
-    """Node settings that runners obey, by name (see `[runners]` in conf/node.toml)."""
+    """Node settings for runners, by name (see `[runners]` in conf/node.toml)."""
 
 
 class Fault(enum.StrEnum):
-    """Who an unsuccessful run is down to. Anything a runner raises without saying is `ERROR`."""
+    """The cause of an unsuccessful run. An exception without one is `ERROR`."""
 
     ERROR = "error"
     CRASH = "crash"
-    """A process that the task had started for its work died without a word."""
+    """A process that the task had started died without reporting an error."""
     BAD_REQUEST = "bad_request"
     GPU_OOM = "gpu_oom"
     HOST_OOM = "host_oom"
@@ -61,25 +61,25 @@ class Fault(enum.StrEnum):
 
 
 class ArchiveRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A top-level folder of the task's folder that delivery packs and uploads; its fields go into the result."""
+    """A top-level folder of the task's folder that the delivery archives and uploads; its fields enter the result."""
 
     folder: str
     """`final_model` or `final_lora`: the result gets `<folder>_archive`, `_archive_path`, `_archive_url`, …"""
 
 
 class UploadRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A file that delivery uploads under HTTP delivery."""
+    """A file that an HTTP delivery uploads."""
 
     path: str
     """Relative to the task's folder (for a merged child: to the child's folder)."""
     field: str
-    """The mapping in the result that gets `uploaded`, `url` and `download_url`, for example `jsonl_export`."""
+    """The mapping in the result that gets `uploaded`, `url` and `download_url`, such as `jsonl_export`."""
     child: str | None = None
-    """The merged child that it belongs to, or None for the task itself."""
+    """The id of the merged child that it belongs to; None: the task itself."""
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
-    """How a run ended, by the child's own word."""
+    """How a run ended, as the child reports it."""
 
     attempt: int
     ok: bool
@@ -88,30 +88,30 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     message: str = ""
     """One line, for `TASK_FAILED`."""
     detail: str = ""
-    """The traceback or whatever else helps; goes to responses.json of a failed task."""
+    """The traceback or other details, for responses.json of a failed task."""
     archives: tuple[ArchiveRequest, ...] = ()
     uploads: tuple[UploadRequest, ...] = ()
     phases: dict[str, float] = {}
-    """Seconds in each phase, in the order they were entered."""
+    """Seconds in each phase, in order."""
 
 
 class Exit(msgspec.Struct, frozen=True, kw_only=True):
-    """What the kernel and the fork server saw of a task's end."""
+    """How a task's processes ended, as the kernel and the fork server observed it."""
 
     code: int | None = None
-    """The exit status, where it exited."""
+    """The exit status; None: it was killed."""
     signal: int | None = None
-    """The signal, where one killed it."""
+    """The signal that killed it; None: it exited."""
     oom_kills: int = 0
-    """Processes of this task that the kernel killed for memory, by its own count."""
+    """Processes of this task that the kernel's OOM killer has killed, by the kernel's count."""
     swept: int = 0
-    """Processes that were still there when the first one had ended."""
+    """Processes that still ran when the first one had ended, and were killed."""
     left: int = 0
-    """Processes that could not be killed. Not zero only for processes stuck in the kernel."""
+    """Processes that could not be killed, because they are stuck in the kernel."""
     ran_s: float = 0.0
-    """From its fork to its end, whoever looked; 0 where the fork server is too old to say."""
+    """Seconds from its fork to its end; 0: the fork server is of a version that does not report it."""
     user_cpu_s: float = 0.0
     system_cpu_s: float = 0.0
     peak_rss_bytes: int = 0
     gone_ms: float = 0.0
-    """From the first process's end to an empty tree."""
+    """Milliseconds from the end of the first process to the end of the last one."""

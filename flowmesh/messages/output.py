@@ -1,7 +1,7 @@
-"""`spec.output`: where a task's results go, as its author wrote it and as the node reads it.
+"""`spec.output`: where a task's results are delivered.
 
-`read_output` is the only way in: what it returns can be delivered to as it stands, with the address settled and
-every name and header checked.
+`read_output` is the only entry point. What it returns is complete and checked: the URL is filled in, and every name
+and header can be used.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from urllib.parse import SplitResult, quote, urlsplit, urlunsplit
 import msgspec
 
 from flowmesh.errors import FieldError
-from flowmesh.messages.checking import convert, nearest
+from flowmesh.validation.convert import convert, nearest
 
 DEFAULT_TIMEOUT_S = 15.0
 MAX_TIMEOUT_S = 24 * 3600.0
@@ -24,7 +24,7 @@ _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")  # a header's name, RFC 9110
 _FRAMING = frozenset(
     ("connection", "content-length", "expect", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade")
 )
-_IN_SEGMENT = "@:=+"  # what a task id may hold and a URL's segment need not escape
+_IN_SEGMENT = "@:=+"  # characters of a task id that need no escape in a URL's path
 
 
 class _Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -35,7 +35,7 @@ class LocalDestination(_Strict, frozen=True, tag_field="type", tag="local"):
     """Results stay on the node's disk."""
 
     path: str | None = None
-    """The folder above the task's own; see docs/contract.md, 3."""
+    """The parent of the task's folder; see docs/contract.md, 3."""
 
 
 class HttpDestination(_Strict, frozen=True, tag_field="type", tag="http"):
@@ -46,25 +46,30 @@ class HttpDestination(_Strict, frozen=True, tag_field="type", tag="http"):
     method: str = "POST"
     headers: dict[str, str] = {}
     timeout_s: float = msgspec.field(name="timeoutSec", default=DEFAULT_TIMEOUT_S)
-    """Of one attempt: to connect, and for each wait for the other side to go on."""
+    """Of one attempt: to connect, and for each wait for data from the server."""
 
 
 Destination = LocalDestination | HttpDestination
 
 
 class Output(_Strict, frozen=True):
-    """`spec.output`"""
+    """`spec.output`."""
 
-    destination: LocalDestination | HttpDestination = LocalDestination()
+    destination: Destination = LocalDestination()
     artifacts: tuple[str, ...] = ()
-    """Paths below the task's folder: files are uploaded, folders packed and uploaded."""
+    """Paths below the task's folder: files are uploaded, folders archived and uploaded."""
 
 
 def read_output(value: Any, *, orchestrator_url: str | None = None, where: str = "spec.output") -> Output:
-    """`spec.output` (None: the task has none), checked, with `url` filled in from the node's orchestrator.
+    """`spec.output`, checked and completed.
+
+    Args:
+        value: the field as decoded from JSON; None: the task has none.
+        orchestrator_url: for an http destination without `url`.
+        where: the path of the field, for errors.
 
     Raises:
-        FieldError: names the field, what was found and what is allowed. Never shows a header's value or a password.
+        FieldError: names the field, what was found and what is allowed. Never contains a header's value or a password.
     """
     if value is None:
         return Output()
@@ -77,10 +82,13 @@ def read_output(value: Any, *, orchestrator_url: str | None = None, where: str =
 
 
 def file_url(url: str, task_id: str, name: str | None = None) -> str:
-    """URL that files of a task are posted to (`name` None), or that one is fetched from (docs/contract.md, 2).
+    """The URL that files of a task are POSTed to, or that one is downloaded from (docs/contract.md, 2).
 
-    The address to fetch from carries no user, password or query: it goes into results, which others read.
-    `{name}` as the name stays as it is, for a template.
+    A download URL has no user, password or query: it becomes part of results, which others read.
+
+    Args:
+        url: the destination's.
+        name: the file to download; `{name}` makes a template; None: the URL to POST to.
     """
     parts = urlsplit(url)
     path = f"{parts.path.rstrip('/')}/{quote(task_id, safe=_IN_SEGMENT)}/files"
@@ -92,19 +100,23 @@ def file_url(url: str, task_id: str, name: str | None = None) -> str:
 
 
 def check_url(url: str, where: str) -> None:
-    """Raises FieldError where `url` is not an http(s) address. Shows only its scheme: the rest may hold secrets."""
+    """Check that `url` is an http(s) URL.
+
+    Raises:
+        FieldError: it is not. Shows at most its scheme: the rest may contain secrets.
+    """
     if any(ord(c) <= 0x20 or ord(c) == 0x7F for c in url):
-        raise FieldError(f"{where}: an address without spaces and control characters is needed", where)
+        raise FieldError(f"{where}: not a URL: it contains a space or a control character", where)
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
-    except ValueError:  # its text would quote what may be a password
-        raise FieldError(f"{where}: not an address; its host or its port cannot be read", where) from None
+    except ValueError:  # its text may contain a password
+        raise FieldError(f"{where}: not a URL: its host or port cannot be parsed", where) from None
     if parts.scheme not in {"http", "https"}:
         found = f"found {parts.scheme!r}" if parts.scheme else "found none"
         raise FieldError(f"{where}: the scheme must be http or https ({found})", where)
     if not host:
-        raise FieldError(f"{where}: no host in it; write http://HOST[:PORT]/PATH", where)
+        raise FieldError(f"{where}: the URL has no host; write http://HOST[:PORT]/PATH", where)
 
 
 def _settled(destination: HttpDestination, orchestrator_url: str | None, where: str) -> HttpDestination:
@@ -112,7 +124,7 @@ def _settled(destination: HttpDestination, orchestrator_url: str | None, where: 
     if url is None:
         if not orchestrator_url:
             raise FieldError(
-                f"{where}.url: missing; an http destination needs one, as this node has no ORCHESTRATOR_BASE_URL",
+                f"{where}.url: missing; give one, as this node has no ORCHESTRATOR_BASE_URL",
                 f"{where}.url",
             )
         url = orchestrator_url.rstrip("/") + RESULTS_PATH
@@ -125,7 +137,8 @@ def _settled(destination: HttpDestination, orchestrator_url: str | None, where: 
         )
     if not 0 < destination.timeout_s <= MAX_TIMEOUT_S:
         raise FieldError(
-            f"{where}.timeoutSec: more than 0 and at most {MAX_TIMEOUT_S:.0f} seconds (found {destination.timeout_s})",
+            f"{where}.timeoutSec: must be more than 0 and at most {MAX_TIMEOUT_S:.0f} seconds "
+            f"(found {destination.timeout_s})",
             f"{where}.timeoutSec",
         )
     _check_headers(destination.headers, f"{where}.headers")
@@ -136,18 +149,18 @@ def _check_headers(headers: dict[str, str], where: str) -> None:
     seen: set[str] = set()
     for name, value in headers.items():
         if not _TOKEN.fullmatch(name):
-            shown = name.partition(":")[0][:80]  # behind a colon stands a value, which may be a secret
-            raise FieldError(f"{where}: {shown!r} cannot be the name of a header", where)
+            shown = name.partition(":")[0][:80]  # after a colon comes a value, which may be a secret
+            raise FieldError(f"{where}: {shown!r} is not a valid header name", where)
         path, lower = f"{where}.{name}", name.lower()
         if lower in _FRAMING:
-            raise FieldError(f"{path}: the connection's own header; the node sets it itself", path)
+            raise FieldError(f"{path}: this header belongs to the connection, and the node sets it; remove it", path)
         if lower in seen:
-            raise FieldError(f"{path}: given twice; case makes no difference in a header's name", path)
+            raise FieldError(f"{path}: given twice; header names ignore case", path)
         seen.add(lower)
         if "\r" in value or "\n" in value:
-            raise FieldError(f"{path}: a line break in a header's value", path)
+            raise FieldError(f"{path}: the value contains a line break; remove it", path)
         if not all(c == "\t" or " " <= c <= "~" for c in value):
-            raise FieldError(f"{path}: only printable ASCII can be sent in a header", path)
+            raise FieldError(f"{path}: the value must be printable ASCII", path)
 
 
 def _check_artifacts(output: Output, where: str) -> None:
@@ -156,11 +169,13 @@ def _check_artifacts(output: Output, where: str) -> None:
         at = f"{where}[{index}]"
         parts = path.rstrip("/").split("/")
         if not path or path.startswith("/") or any(part in {"", ".", ".."} for part in parts):
-            raise FieldError(f"{at}: a path below the task's folder is needed, without `..` (found {path!r})", at)
+            raise FieldError(
+                f"{at}: must be a relative path below the task's folder, without `..` (found {path!r})", at
+            )
         if any(ord(c) < 0x20 or ord(c) == 0x7F or c == "\\" for c in path):
-            raise FieldError(f"{at}: a control character or a backslash in {path!r}", at)
+            raise FieldError(f"{at}: {path!r} contains a control character or a backslash", at)
         if any(len(part.encode("utf-8", "surrogatepass")) > 200 for part in parts):
-            raise FieldError(f"{at}: a name of more than 200 bytes", at)
+            raise FieldError(f"{at}: a file name in it has more than 200 bytes; shorten it", at)
         other = names.setdefault(parts[-1], path)
         if other != path and isinstance(output.destination, HttpDestination):
             raise FieldError(

@@ -1,6 +1,6 @@
-"""`redis+sentinel://USER:PASSWORD@HOST:PORT,HOST:PORT/SERVICE/DB`: the address of a Redis that sentinels look after.
+"""`redis+sentinel://USER:PASSWORD@HOST:PORT,HOST:PORT/SERVICE/DB`: the address of a Redis that sentinels monitor.
 
-The user and the password are the Redis' own; the sentinels are asked without any.
+User and password are for the Redis server; the sentinels are asked without a login.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ SENTINEL_PORT = 26379
 
 
 class SentinelAddress(msgspec.Struct, frozen=True, kw_only=True):
+    """The parts of such a URL. `hosts` are the sentinels, with their ports."""
+
     hosts: list[tuple[str, int]]
     service: str
     db: int = 0
@@ -25,16 +27,16 @@ def is_sentinel(url: str) -> bool:
 
 
 def sentinel_address(url: str) -> SentinelAddress:
-    """The parts of such a URL.
+    """Parse such a URL.
 
     Raises:
-        ValueError: what is wrong with it, in words that show nothing of it.
+        ValueError: it is wrong. The text describes how, and contains no part of the URL (a password may be in it).
     """
-    from urllib.parse import unquote  # a third of a light import's time
+    from urllib.parse import unquote  # makes a third of this module's import time
 
     rest = url.partition("://")[2]
     if not rest.isprintable() or " " in rest:
-        raise ValueError("a character that no address has")
+        raise ValueError("a character that a URL cannot contain")
     if "?" in rest or "#" in rest:
         raise ValueError("a bare # or ?")
     authority, _, path = rest.partition("/")
@@ -44,7 +46,7 @@ def sentinel_address(url: str) -> SentinelAddress:
         raise ValueError("a user name or password that is not escaped")
     service, _, db = path.partition("/")
     if not service:
-        raise ValueError("no name of a service")
+        raise ValueError("no service name")
     if db and not (db.isascii() and db.isdigit()):
         raise ValueError("a database that is not a number")
     return SentinelAddress(

@@ -1,7 +1,7 @@
-"""The contract's messages on Redis, as structs: what the orchestrator sends us, and what we publish.
+"""The contract's messages and keys on Redis, as structs: dispatches from the orchestrator, and the node's events.
 
-Decoding is in two steps. `address()` reads only who a message is for, so that a message for another worker costs
-next to nothing; `TaskMessage` is decoded by the one worker that it names.
+Decoding has two steps. `address()` decodes only which worker a message is for, so that messages for other workers are
+cheap; `TaskMessage` is decoded by the worker that it names.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ TASK_EVENTS_CHANNEL = "tasks.events"
 WORKER_IDS = "workers:ids"
 
 MAX_MESSAGE_BYTES = 32 * 1024 * 1024
-"""A task document over this is refused. Data of that size belongs in a file or behind a URL."""
+"""A larger dispatch is refused. Data of that size belongs in a file or behind a URL."""
 
 TASK_ID = re.compile(r"[A-Za-z0-9_=@+][A-Za-z0-9._:@=+-]{0,199}", re.ASCII)
-"""What may be a task's id: it names a folder on disk and travels in URLs."""
+"""Valid task ids: a task id names a folder on disk and is part of URLs."""
 
 
 def utc_now() -> str:
-    """The time as every record has it: ISO 8601 in UTC, microseconds."""
+    """The current time in the format of all records: ISO 8601, UTC, microseconds."""
     return datetime.datetime.now(datetime.UTC).isoformat()
 
 
 def worker_key(worker_id: str) -> str:
+    """The hash of a worker's registration."""
     return f"worker:{worker_id}"
 
 
 def heartbeat_key(worker_id: str) -> str:
+    """The key that expires when heartbeats stop."""
     return f"worker:{worker_id}:hb"
 
 
 def heartbeat_ttl_s(interval_s: float) -> int:
+    """Its TTL: four heartbeat intervals, at least 120 s."""
     return max(int(4 * interval_s), 120)
 
 
-# ---- what arrives ----------------------------------------------------------------------------------------------------
-
-
 class Address(msgspec.Struct, frozen=True):
-    """Only what says whether a message is ours, and what a refusal needs."""
+    """Only the fields that name the worker a message is for, and those that a refusal needs."""
 
     assigned_worker: Any = None
     task_id: Any = None
@@ -55,13 +55,15 @@ class Address(msgspec.Struct, frozen=True):
 
 
 class MergedChild(msgspec.Struct, frozen=True, kw_only=True):
+    """One of the tasks that the orchestrator merged into a dispatch."""
+
     task_id: str
     spec: dict[str, Any]
     metadata: dict[str, Any] | None = None
 
 
 class Document(msgspec.Struct, frozen=True, kw_only=True):
-    """The submitted task. Fields that the node does not know stay in `TaskMessage.raw` for the runner."""
+    """The submitted task. The runner gets the document as it was received, unknown fields included."""
 
     spec: dict[str, Any]
     apiVersion: str | None = None
@@ -84,7 +86,7 @@ class TaskMessage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class HardwareGpu(msgspec.Struct, frozen=True):
-    """`spec.resources.hardware.gpu`: what the orchestrator matched, and what caps the GPUs that the task sees."""
+    """`spec.resources.hardware.gpu`: the orchestrator matches it; `count` also limits the GPUs that the task sees."""
 
     count: Annotated[int, Meta(ge=0)] | None = None
     type: str | None = None
@@ -92,17 +94,21 @@ class HardwareGpu(msgspec.Struct, frozen=True):
 
 
 class HardwareWanted(msgspec.Struct, frozen=True):
+    """`spec.resources.hardware`."""
+
     cpu: str | int | float | None = None
     memory: str | int | None = None
     gpu: HardwareGpu | None = None
 
 
 class Resources(msgspec.Struct, frozen=True):
+    """`spec.resources`."""
+
     hardware: HardwareWanted | None = None
 
 
 class NodeSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """The part of `spec` that is the node's business whatever the task type."""
+    """The fields of `spec` that the node itself reads, for every task type."""
 
     taskType: str
     resources: Resources | None = None
@@ -117,7 +123,7 @@ _message_decoder = msgspec.json.Decoder(dict[str, Any])
 
 
 def address(data: bytes) -> Address:
-    """Who a message is for.
+    """Which worker a message is for.
 
     Raises:
         FieldError: the message is not a JSON object.
@@ -136,7 +142,7 @@ def decode_object(data: bytes) -> dict[str, Any]:
     """The whole message as plain data.
 
     Raises:
-        FieldError: the message is not a JSON object, or nested deeper than any document is.
+        FieldError: the message is not a JSON object, or is nested too deep.
     """
     try:
         return _message_decoder.decode(data)
@@ -147,11 +153,8 @@ def decode_object(data: bytes) -> dict[str, Any]:
 
 
 def usable_task_id(value: Any) -> str | None:
-    """`value` where it can be a task's id, else None."""
+    """`value` if it is a valid task id, else None."""
     return value if isinstance(value, str) and TASK_ID.fullmatch(value) else None
-
-
-# ---- what we publish -------------------------------------------------------------------------------------------------
 
 
 class WorkerEvent(msgspec.Struct, frozen=True, kw_only=True):

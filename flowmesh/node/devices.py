@@ -102,7 +102,6 @@ class GpuLost(msgspec.Struct, frozen=True):
 
 
 GpuReading = GpuSample | GpuLost
-Look = GpuReading
 
 
 class EventKind(enum.StrEnum):

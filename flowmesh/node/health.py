@@ -22,7 +22,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     uuids: tuple[str, ...]
     """The GPUs or MIG slices that it concerns."""
     pids: frozenset[int]
-    """Processes on them at that time: they tell which task it was."""
+    """Processes on them at that time, which identify the task."""
     xid: int | None = None
 
 

@@ -13,7 +13,7 @@ from loguru import logger
 
 from flowmesh.errors import DeviceError
 from flowmesh.node.devices import GpuInfo, GpuReading
-from flowmesh.node.nvml import Nvml
+from flowmesh.node.nvml.client import Nvml
 from flowmesh.node.power import PowerMeter
 
 SAMPLE_WAIT_S = 0.05
@@ -23,18 +23,15 @@ SAMPLE_WAIT_S = 0.05
 class HeartbeatObserver:
     """Receives the GPU samples that a Reporter takes for each heartbeat. The defaults do nothing."""
 
-    def on_looks(self, looks: Mapping[str, GpuReading]) -> None:
+    def on_readings(self, readings: Mapping[str, GpuReading]) -> None:
         """The worker's GPUs were sampled."""
 
-    def on_silence(self, error: DeviceError) -> None:
+    def on_driver_error(self, error: DeviceError) -> None:
         """The driver did not answer."""
 
     def notes(self) -> dict[str, Any]:
         """Further fields of the heartbeat."""
         return {}
-
-
-Watch = HeartbeatObserver
 
 
 class Reporter:
@@ -44,7 +41,7 @@ class Reporter:
         power: shared by the workers of a node.
         started: when the node started, on the monotonic clock.
         cpu_share: this worker's part of the node's CPU power.
-        watch: receives the samples.
+        observer: receives the samples.
     """
 
     def __init__(
@@ -56,7 +53,7 @@ class Reporter:
         cost_per_hour: float,
         started: float,
         cpu_share: float = 1.0,
-        watch: HeartbeatObserver | None = None,
+        observer: HeartbeatObserver | None = None,
     ) -> None:
         self._power = power
         self._nvml = nvml
@@ -64,7 +61,7 @@ class Reporter:
         self._cost_per_hour = cost_per_hour
         self._started = started
         self._cpu_share = cpu_share
-        self._observer = watch or HeartbeatObserver()
+        self._observer = observer or HeartbeatObserver()
         self._driver_failed = False
         self._sampling: asyncio.Task[None] | None = None
 
@@ -120,8 +117,8 @@ class Reporter:
                 logger.warning("heartbeats carry no GPU metrics until the driver answers again: {}", error)
             self._driver_failed = True
             self._power.observe()
-            self._observer.on_silence(error)
+            self._observer.on_driver_error(error)
             return
         self._driver_failed = False
         self._power.observe(readings)
-        self._observer.on_looks(readings)
+        self._observer.on_readings(readings)

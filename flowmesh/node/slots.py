@@ -13,9 +13,9 @@ import msgspec
 
 from flowmesh.errors import ConfigError, DeviceError
 from flowmesh.node.devices import GpuInfo, NoSuchGpuError, find_gpu
-from flowmesh.settings_checks import cpu_numbers
-from flowmesh.settings_schema import Settings
-from flowmesh.settings_types import SlotsMode
+from flowmesh.settings.checks import cpu_numbers
+from flowmesh.settings.schema import Settings
+from flowmesh.settings.types import SlotsMode
 
 RunT = TypeVar("RunT")
 

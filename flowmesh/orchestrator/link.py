@@ -7,9 +7,9 @@ from collections.abc import Coroutine
 from typing import Any
 
 from flowmesh.bus.connection import connect
-from flowmesh.bus.intake import Intake
 from flowmesh.bus.outbox import Outbox
 from flowmesh.bus.stream import Stream
+from flowmesh.bus.subscriber import Subscriber
 from flowmesh.execution.executor import Executor
 from flowmesh.execution.observer import Observer
 from flowmesh.messages.wire import worker_key
@@ -43,7 +43,7 @@ class Link(Observer):
             client, executor.journal, self.registration.on_events_sent, guard=f"{worker_key(name)}:guard"
         )
         dispatcher = Dispatcher(executor)
-        self._intake = Intake(
+        self._intake = Subscriber(
             listener,
             {
                 redis.task_topic: dispatcher.on_message,

@@ -16,7 +16,7 @@ from flowmesh.execution.run import Run
 from flowmesh.node import metrics
 from flowmesh.node.devices import Inventory
 from flowmesh.node.hardware import collect
-from flowmesh.node.nvml import Nvml
+from flowmesh.node.nvml.client import Nvml
 from flowmesh.node.power import PowerMeter
 from flowmesh.node.slots import Slot
 
@@ -66,7 +66,7 @@ def presence(
         cost_per_hour=identity.cost_per_hour,
         started=node.started,
         cpu_share=plan.threads / sum(each.plan.threads for each in executor.slots.values()),
-        watch=executor.idle_check(slot) if gpus else None,
+        observer=executor.idle_check(slot) if gpus else None,
     )
     return Presence(
         client,

@@ -1,7 +1,7 @@
 """cgroup v2 leaves, one for each child, if the node may create them: `cgroup.kill` ends a whole tree, forks included.
 
-The leaves are created below the node's own cgroup, so that one must be delegated to the node's user, or the node runs
-as root.
+The leaves are created below the node's cgroup, so that cgroup must be delegated to the node's user, unless the node
+runs as root.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def controllers(base: Path) -> set[str]:
 
 
 def oom_kills_near() -> int:
-    """How many processes the kernel's OOM killer has killed in this process's cgroup; without that count, anywhere.
+    """How many processes the kernel's OOM killer has killed in this process's cgroup; else on the machine.
 
     Inside a container the cgroup's own count leaves out what happened to other containers of the host.
     """

@@ -39,8 +39,8 @@ class Spare:
             OSError: it has died, or a limit cannot be set; it cannot be used then.
         """
         if self.leaf is not None:
-            wants = request.limits
-            self.leaf.limit(memory_max_bytes=wants.memory_max_bytes, pids_max=wants.pids_max)
+            limits = request.limits
+            self.leaf.limit(memory_max_bytes=limits.memory_max_bytes, pids_max=limits.pids_max)
         self._orders.send(data, socket.MSG_NOSIGNAL)
         self._orders.close()
         return Entry(request.attempt, self.pid, self.pipe, self.leaf)

@@ -1,7 +1,7 @@
-"""A fork server's start: it imports its modules, and checks that the process can be forked safely.
+"""A fork server's start: it imports its modules, and checks that it is safe to fork.
 
-It can if it has one native thread (a lock held by another thread would stay locked in every child) and no GPU context
-(a forked one is broken), and if a first child, the canary, computed something and exited with 0.
+It is safe if the process has one native thread (a lock held by another thread would stay locked in every child) and no
+GPU context (a forked one is broken), and if its first child, the canary, computed something and exited with 0.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CANARY_TIMEOUT_S = 120.0
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """What the start came to."""
+    """The result of a fork server's start."""
 
     seconds: float = 0.0
     """How long the imports took."""

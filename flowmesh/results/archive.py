@@ -17,9 +17,9 @@ import msgspec
 from flowmesh.errors import DeliveryError
 from flowmesh.results.archive_members import members_of
 from flowmesh.results.compress import compress
-from flowmesh.results.files import PARTIAL
+from flowmesh.results.safe_files import PARTIAL
 from flowmesh.results.tar_stream import find_tar, tar_stream
-from flowmesh.settings_schema import ArchiveSettings
+from flowmesh.settings.schema import ArchiveSettings
 
 
 class Archive(msgspec.Struct, frozen=True, kw_only=True):

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from flowmesh.errors import DeliveryError
-from flowmesh.results.names import within
+from flowmesh.results.safe_names import within
 
 
 class Member(msgspec.Struct, frozen=True):

@@ -1,4 +1,4 @@
-"""The delivery child's entry: waits for what the node says only over the pipe, then delivers its spool folder."""
+"""Entry point of the delivery child: waits for the credentials on the pipe, then delivers its spool folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flowmesh.processes.pipe import Credentials, FrameError, Pipe
 from flowmesh.results import delivery
 
 CREDENTIALS_TIMEOUT_S = 60.0
-"""Longer than a supervisor's restart; without a word by then there is no token to show."""
+"""Longer than a restart of the supervisor takes. After it the delivery runs without a token."""
 
 
 def main(pipe: Pipe, spool: Path) -> int:

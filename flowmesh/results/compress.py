@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from typing import IO, Any
 
 from flowmesh.results.pigz import Sink, compress_with_pigz, find_pigz
-from flowmesh.settings_schema import ArchiveSettings
+from flowmesh.settings.schema import ArchiveSettings
 
 CHUNK_BYTES = 1 << 20
 _MOST_THREADS = 12

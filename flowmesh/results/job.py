@@ -1,7 +1,6 @@
-"""What a delivery is told and what it answers; both are files in the attempt's spool folder.
+"""The job that the node gives to a delivery and the report that it gets back, files in the attempt's spool folder.
 
-`delivery.json` is written by the node before the delivery runs, `delivered.json` (atomically) by the delivery when it
-is over. `delivery_state.json` is the delivery's own: what it need not do again after it was killed.
+The node writes `delivery.json` before the delivery runs; the delivery writes `delivered.json` (atomically) at its end.
 """
 
 from __future__ import annotations
@@ -14,21 +13,20 @@ import msgspec
 
 from flowmesh.errors import FieldError
 from flowmesh.messages.job import OUTCOME_FILE
-from flowmesh.messages.output import HttpDestination, LocalDestination, Output, file_url, read_output
-from flowmesh.results.names import check_task_id, task_folder
-from flowmesh.settings_schema import ArchiveSettings
+from flowmesh.messages.output import Destination, HttpDestination, LocalDestination, Output, file_url, read_output
+from flowmesh.results.safe_names import check_task_id, task_folder
+from flowmesh.settings.schema import ArchiveSettings
 
 DELIVERY_FILE = "delivery.json"
 DELIVERED_FILE = "delivered.json"
-STATE_FILE = "delivery_state.json"
 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True):
-    """A task's folder and where its content goes."""
+    """A task's folder, and where its content is sent."""
 
     task_id: str
     out_dir: str
-    destination: LocalDestination | HttpDestination = LocalDestination()
+    destination: Destination = LocalDestination()
     artifacts: tuple[str, ...] = ()
 
 
@@ -44,7 +42,7 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DeliveryJob(msgspec.Struct, frozen=True, kw_only=True):
-    """One attempt's results and where they go. Holds no token of the node's."""
+    """One attempt's results, and where they are sent. Does not contain the node's token."""
 
     attempt: int
     worker_id: str
@@ -52,17 +50,17 @@ class DeliveryJob(msgspec.Struct, frozen=True, kw_only=True):
     children: tuple[Target, ...] = ()
     """Merged children, each with its own folder."""
     failure: Failure | None = None
-    """Set: nothing is sent, and the folders get this instead of a result."""
+    """If set, nothing is sent, and the folders get this instead of a result."""
     extra: dict[str, Any] = {}
-    """What the node adds to the result, such as `resources`. Never replaces what the runner said."""
+    """What the node adds to the result, such as `resources`. The runner's own fields win."""
     outcome_file: str = OUTCOME_FILE
     """Relative to the spool folder."""
     archive: ArchiveSettings = ArchiveSettings()
     cleanup_after_upload: bool = False
     orchestrator_url: str | None = None
-    """The address that may have the bearer token."""
+    """The origin that may receive the bearer token."""
     bandwidth_bytes_per_sec: int | None = None
-    """Of all deliveries of the node together, where they share `throttle_file`; else of this one."""
+    """Limit of all deliveries that share `throttle_file`; without one, of this delivery."""
     throttle_file: str | None = None
     total_timeout_s: float = 3600.0
     first_backoff_s: float = 0.5
@@ -70,7 +68,7 @@ class DeliveryJob(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def over_http(self) -> bool:
-        """Whether this needs the network, and so a process of its own."""
+        """Whether this needs the network, and therefore a child process."""
         targets = (self.task, *self.children)
         return self.failure is None and any(isinstance(t.destination, HttpDestination) for t in targets)
 
@@ -84,31 +82,12 @@ class DeliveryReport(msgspec.Struct, frozen=True, kw_only=True):
     status: int | None = None
     """The HTTP status that ended it, where one did."""
     sent_bytes: int = 0
-    """Bodies of requests that were accepted, in this run."""
+    """Of the request bodies that were accepted, in this run."""
     seconds: float = 0.0
     urls: tuple[str, ...] = ()
-    """Where the files can be fetched."""
+    """Where the files can be downloaded."""
     notes: tuple[str, ...] = ()
-    """What was done differently than asked, such as without pigz."""
-
-
-class Sent(msgspec.Struct, frozen=True, kw_only=True):
-    """One file that arrived."""
-
-    size: int
-    mtime_ns: int
-
-
-class State(msgspec.Struct, kw_only=True):
-    """What is done already."""
-
-    attempt: int
-    archives: dict[str, tuple[int, str]] = {}
-    """By path: size and checksum."""
-    sent: dict[str, Sent] = {}
-    """By address."""
-    results: list[str] = []
-    """Ids of the tasks whose result arrived."""
+    """What was done differently than configured, for example without pigz."""
 
 
 def children_of(
@@ -118,13 +97,14 @@ def children_of(
     allowed_roots: Iterable[str | Path] = (),
     orchestrator_url: str | None = None,
 ) -> tuple[Target, ...]:
-    """Where each merged child's part goes.
+    """The folder and destination of each merged child.
 
-    Its folder is its own, as if it had run alone. It is sent to its own destination, or where it names none, to the
-    parent's.
+    The folder is the same as if the child had run alone. Without a destination of its own the child has the parent's.
 
     Args:
         merged: (task_id, spec) of each child.
+        parent: the merged task's output.
+        allowed_roots: `results.allowed_roots`.
 
     Raises:
         FieldError: with the child's index in its path.
@@ -136,7 +116,7 @@ def children_of(
         at = f"merge_children[{index}]"
         check_task_id(task_id, f"{at}.task_id")
         if task_id in seen:
-            raise FieldError(f"{at}.task_id: {task_id!r} is there twice", f"{at}.task_id")
+            raise FieldError(f"{at}.task_id: {task_id!r} is listed twice; list each child once", f"{at}.task_id")
         seen.add(task_id)
         asked = spec.get("output")
         output = read_output(asked, orchestrator_url=orchestrator_url, where=f"{at}.spec.output")
@@ -158,7 +138,7 @@ def children_of(
 
 
 def file_url_template(output: Output, task_id: str) -> str | None:
-    """`Job.file_url`: where a delivered file will be found, `{name}` standing for its name; None without HTTP."""
+    """`Job.file_url`: the URL of a delivered file, with `{name}` for its name; None without an http destination."""
     destination = output.destination
     if not isinstance(destination, HttpDestination) or destination.url is None:
         return None

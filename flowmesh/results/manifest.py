@@ -1,6 +1,6 @@
-"""`manifest.json`: what lies in a task's folder, with sizes and checksums (docs/contract.md, 3).
+"""`manifest.json`: the content of a task's folder, with sizes and checksums (docs/contract.md, 3).
 
-Symbolic links are followed only within the folder, and nothing but regular files is ever opened.
+Symbolic links are followed only within the folder, and only regular files are opened.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Literal
 
 import msgspec
 
-from flowmesh.results.files import PARTIAL, below, to_json, write_in
-from flowmesh.results.names import is_plain_name, within
+from flowmesh.results.safe_files import PARTIAL, below, to_json, write_in
+from flowmesh.results.safe_names import is_plain_name, within
 
 MANIFEST_FILE = "manifest.json"
 RESPONSES_FILE = "responses.json"
@@ -42,7 +42,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """The whole file."""
+    """The content of manifest.json."""
 
     task_id: str
     generated_at: str
@@ -52,11 +52,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 def write_manifest(
     folder: Path, task_id: str, artifacts: Iterable[str] = (), known_sha256: Mapping[str, str] | None = None
 ) -> Manifest:
-    """Look at `folder` and write its manifest.
+    """Write the manifest of `folder`.
 
     Args:
         artifacts: `spec.output.artifacts`.
-        known_sha256: checksums of top-level files that need not be read again, by name.
+        known_sha256: checksums of top-level files that are known already, by name.
 
     Raises:
         OSError: the folder cannot be read or written.
@@ -115,7 +115,7 @@ def _entry(folder: Path, path: str, required: bool, known: Mapping[str, str]) ->
 
 
 def _look(folder: Path, path: str) -> tuple[Path | None, os.stat_result | None]:
-    """What lies at `path`, and where it really is, if that is within `folder`. A plain name is, but for a link."""
+    """`path` with links resolved and its status; None where it is missing or leads out of `folder`."""
     try:
         if is_plain_name(path) and not stat.S_ISLNK((status := (folder / path).lstat()).st_mode):
             return folder / path, status
@@ -137,7 +137,7 @@ def _kind(path: str, *, folder: bool) -> Kind:
 
 
 def _tree(folder: Path) -> tuple[int, int]:
-    """Bytes and number of the regular files below `folder`; links are not followed."""
+    """Total bytes and number of the regular files below `folder`; links are not followed."""
     size = count = 0
     for entry in below(folder, strict=True):
         if entry.is_file(follow_symlinks=False):
@@ -151,5 +151,5 @@ def _iso(seconds: float) -> str:
 
 
 def _text(path: str) -> str:
-    """A name as JSON can carry it: bytes that are no UTF-8 are replaced."""
+    """A name as valid UTF-8: other bytes are replaced."""
     return os.fsencode(path).decode("utf-8", "replace")

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import IO, Protocol
 
 from flowmesh.results.programs import running
-from flowmesh.settings_schema import ArchiveSettings
+from flowmesh.settings.schema import ArchiveSettings
 
 READ_BYTES = 1 << 20
 

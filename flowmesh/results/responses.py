@@ -1,4 +1,4 @@
-"""What `responses.json` says, of a success, of a failure and of each merged child."""
+"""The content of `responses.json`, for a success, for a failure and for each merged child."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from flowmesh.results.job import Failure
 
 
 def success(outcome: Outcome, extra: dict[str, Any]) -> dict[str, Any]:
-    """The runner's result with what the node adds to it. A new mapping; its `children` are new ones too."""
+    """The runner's result with the node's additions. A new mapping, and so are its `children`."""
     result = {**extra, **(outcome.result or {})}
     children = result.get("children")
     if isinstance(children, dict):
@@ -20,30 +20,30 @@ def success(outcome: Outcome, extra: dict[str, Any]) -> dict[str, Any]:
 
 
 def failure(task_id: str, verdict: Failure) -> dict[str, Any]:
-    """A task that has no result."""
-    said: dict[str, Any] = {
+    """The result of a task that failed."""
+    content: dict[str, Any] = {
         "ok": False,
         "error": " ".join(verdict.error.split()),
         "error_kind": verdict.error_kind,
         "task_id": task_id,
     }
     if verdict.detail:
-        said["detail"] = verdict.detail
+        content["detail"] = verdict.detail
     if verdict.evidence:
-        said["evidence"] = verdict.evidence
+        content["evidence"] = verdict.evidence
     if verdict.log_tail:
-        said["log_tail"] = list(verdict.log_tail)
-    return said
+        content["log_tail"] = list(verdict.log_tail)
+    return content
 
 
 def child_success(task_id: str, result: dict[str, Any]) -> dict[str, Any]:
-    """A merged child's own result, as if it had run alone; a child that the run refused says so."""
+    """A merged child's own result, as if it had run alone; `ok` is false for a child that the run refused."""
     children = result.get("children")
     part = children.get(task_id) if isinstance(children, dict) else None
     if not isinstance(part, dict):
         missing = Failure(error="the merged run gave no result for this task", error_kind="error")
         return failure(task_id, missing)
-    said = {"ok": "error" not in part}
+    content = {"ok": "error" not in part}
     if "model" in result:
-        said["model"] = result["model"]
-    return {**said, **part}
+        content["model"] = result["model"]
+    return {**content, **part}

@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from flowmesh.errors import DeliveryError
 from flowmesh.results.archive_members import Member
 from flowmesh.results.programs import running, tool_env
+from flowmesh.results.safe_files import read_exactly
 
 CHUNK_BYTES = 1 << 20
 _VERSION_TIMEOUT_S = 10.0
@@ -75,17 +75,6 @@ def _chunks(parent: Path, members: list[Member]) -> Iterator[bytes]:
             info.type = tarfile.DIRTYPE
         yield info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
         if info.type == tarfile.REGTYPE:
-            yield from _content(path, member.size)
+            yield from read_exactly(path, member.size, CHUNK_BYTES)
+            yield b"\0" * (-member.size % tarfile.BLOCKSIZE)
     yield b"\0" * (2 * tarfile.BLOCKSIZE)
-
-
-def _content(path: Path, size: int) -> Iterator[bytes]:
-    left = size
-    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb", buffering=0) as file:
-        while left:
-            data = file.read(min(CHUNK_BYTES, left))
-            if not data:
-                raise DeliveryError(f"{path.name} became shorter while it was archived")
-            left -= len(data)
-            yield data
-    yield b"\0" * (-size % tarfile.BLOCKSIZE)

@@ -1,7 +1,7 @@
-"""A token bucket for uploads, shared by every process that names the same file.
+"""A token bucket for uploads, shared by all processes that use the same file.
 
-The whole state is one number, the moment at which all bytes let through so far would have left at the set rate, on
-the monotonic clock (on Linux the same for all processes). A sender books under a file lock and sleeps without it.
+Its state is one number: the time on the monotonic clock (on Linux the same for all processes) at which all bytes booked
+so far have been sent at the set rate. A sender books under a file lock, and sleeps after it has released the lock.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 BURST_S = 0.1
-"""What an idle bucket lets through at once, in seconds of the rate."""
-_STALE_S = 60.0  # a booking further ahead than this was made before the machine's last boot
+"""How much an idle bucket lets through at once, in seconds of the rate."""
+_STALE_S = 60.0  # a booking further ahead than this was made before the last boot
 _STATE = struct.Struct("<d")
 
 
 class Throttle:
-    """Lets `take`n bytes through at a rate; without a rate, at once."""
+    """Limits the rate of the bytes that are passed to `take`; without a rate, `take` returns at once."""
 
     def __init__(
         self,
@@ -39,11 +39,11 @@ class Throttle:
         self._lock = threading.Lock()
 
     def chunk_bytes(self, at_most: int) -> int:
-        """How much to take at a time, so that a slow rate is a steady trickle and not a sleep now and then."""
+        """The largest chunk to send at once: small for a slow rate, so that bytes flow steadily."""
         return at_most if self.rate is None else max(1, min(at_most, int(self.rate * BURST_S)))
 
     def take(self, size: int) -> None:
-        """Return when `size` more bytes may leave."""
+        """Block until `size` more bytes may be sent."""
         if self.rate is None or size <= 0:
             return
         wait_s = self._book(size / self.rate)
@@ -51,7 +51,7 @@ class Throttle:
             self._sleep(wait_s)
 
     def _book(self, seconds: float) -> float:
-        """Book `seconds` of the line; returns how long to wait for them."""
+        """Book `seconds` of sending; returns how many seconds to wait first."""
         if self._shared is None:
             with self._lock:
                 self._booked_until, wait_s = self._advance(self._booked_until, seconds)
@@ -69,7 +69,7 @@ class Throttle:
 
     def _advance(self, until: float, seconds: float) -> tuple[float, float]:
         now = self._clock()
-        if not until - now <= _STALE_S:  # also where the file holds no number at all
+        if not until - now <= _STALE_S:  # also true for NaN
             until = now
         until = max(until, now - BURST_S)
         until += seconds

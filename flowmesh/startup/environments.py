@@ -6,8 +6,16 @@ import sys
 
 from flowmesh.errors import ConfigError, FieldError
 from flowmesh.processes.server_client import Environment
-from flowmesh.settings_schema import Settings
-from flowmesh.tasks.types import DEFAULT, DELIVERY, LIGHT, Catalogue, TaskType, catalogue, known_types
+from flowmesh.settings.schema import Settings
+from flowmesh.tasks.catalogue import (
+    DEFAULT,
+    DELIVERY,
+    LIGHT,
+    Catalogue,
+    TaskType,
+    catalogue,
+    known_types,
+)
 
 CANARY = "runners.canary:check"
 """What the first child of each fork server with libraries must run without error."""

@@ -18,9 +18,9 @@ from flowmesh.node.hardware import logical_cores
 from flowmesh.node.slots import SlotPlan
 from flowmesh.node.slots import plan as plan_slots
 from flowmesh.processes import cgroup
-from flowmesh.settings_paths import log_file, results_dir, state_dir
-from flowmesh.settings_schema import Settings
-from flowmesh.settings_types import Isolation
+from flowmesh.settings.paths import log_file, results_dir, state_dir
+from flowmesh.settings.schema import Settings
+from flowmesh.settings.types import Isolation
 from flowmesh.startup import environments
 from flowmesh.startup.state_dir import check_sockets, make_log_file, make_results_dir
 

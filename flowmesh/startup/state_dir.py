@@ -11,8 +11,8 @@ from typing import IO
 from flowmesh.errors import BusyError, ConfigError
 from flowmesh.processes import linux
 from flowmesh.processes.server_client import socket_name
+from flowmesh.tasks.catalogue import DEFAULT, DELIVERY, LIGHT
 from flowmesh.tasks.journal import JournalError, ensure_private_dir
-from flowmesh.tasks.types import DEFAULT, DELIVERY, LIGHT
 
 PARTS = ("run", "log", "spool", "tmp", "cache")
 """The folders inside the state folder."""

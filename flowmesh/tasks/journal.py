@@ -21,8 +21,8 @@ from flowmesh.tasks.verdicts import Kind
 __all__ = ["Finished", "Journal", "JournalError", "Record", "ensure_private_dir"]
 
 KEPT_DONE = 10_000
-"""Finished attempts that are kept, for `flowmesh logs` and to tell a duplicate from a retry. Older ones stay too while
-they must be delivered again, or while their results must be removed some day."""
+"""Finished attempts that are kept, for `flowmesh logs` and to distinguish a duplicate from a retry. Older ones stay too
+while they must be delivered again, or while their results must be removed some day."""
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,4 +1,4 @@
-"""One confined command from its start to its end: its output kept, its bounds watched, all of it ended."""
+"""One confined command: collects its output, enforces its bounds, and ends all its processes."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ DISK_EVERY_S = 1.0
 READS_AT_ONCE = 16
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 DEEPEST = 100
-"""Folders in folders that a command may make. Deeper ones would be out of sight of whoever measures or packs them."""
+"""Nesting of folders that a command may create. Deeper ones could not be measured and packed."""
 ENTRY_BYTES = 4096
-"""What a file or folder counts for at least: empty ones use up a disk, too."""
+"""Minimum size that a file or folder counts for: empty ones use disk space, too."""
 STOP_S = 2.0
 KEPT_BYTES = 32 * 1024
 MOST_SWEPT = 1000
 
 
 class Bounds(msgspec.Struct, frozen=True, kw_only=True):
-    """What one command may use."""
+    """Limits of one command."""
 
     timeout_s: float = 60.0
     memory_bytes: int = 2 * 2**30
-    """Of all its processes together."""
+    """Sum over its processes."""
     processes: int = 64
     disk_bytes: int = 2 * 2**30
     """Of the folder."""
@@ -48,15 +48,15 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True):
     """How a command ended."""
 
     code: int
-    """As a shell has it: 128 and the signal's number where one ended it."""
+    """As in a shell: 128 plus the signal's number if a signal ended it."""
     output: str
-    """stdout and stderr as they came; of much, the beginning and the end."""
+    """stdout and stderr in order; of long output the beginning and the end."""
     stopped: str = ""
-    """Which bound it broke; empty: none."""
+    """Which bound it exceeded; empty if none."""
 
 
 class NotConfined(RunnerError):
-    """This system offers nothing that keeps a command in its folder."""
+    """No kind of confinement works on this system."""
 
 
 class Command:
@@ -65,7 +65,7 @@ class Command:
     def __init__(self, process: subprocess.Popen[bytes], folder: Path, bounds: Bounds, limit_s: float) -> None:
         """
         Args:
-            process: the jail around it.
+            process: the jail that runs it.
         """
         self._process = process
         self._folder = folder
@@ -89,7 +89,7 @@ class Command:
             while self._process.poll() is None:
                 check()
                 selector.select(POLL_S)
-                if not at_end and self._drain(pipe) is True:  # closed by a command that goes on without it
+                if not at_end and self._drain(pipe) is True:  # the command closed it and still runs
                     at_end = True
                     selector.unregister(pipe)
                 if time.monotonic() - began > self._limit_s:
@@ -106,7 +106,7 @@ class Command:
         return Ended(code=code if code >= 0 else 128 - code, output=self._kept.text(), stopped=stopped)
 
     def _drain(self, pipe: int) -> bool | None:
-        """Take what there is; whether the pipe is at its end. None: there may be more, and the bounds are due first."""
+        """Read what is available. True at end of file; None if there may be more, but the bounds are due."""
         for _ in range(READS_AT_ONCE):
             try:
                 data = os.read(pipe, 1 << 16)
@@ -120,8 +120,8 @@ class Command:
     def _over(self) -> str:
         rss_bytes = 0
         for others, pid in enumerate(descendants(self._process.pid)):
-            if others > self._bounds.processes:  # with the jail's own; of a fork bomb no more is looked at
-                return f"it had more than {self._bounds.processes} processes"
+            if others > self._bounds.processes:  # includes the jail's own; stop early at a fork bomb
+                return f"it ran more than {self._bounds.processes} processes"
             with contextlib.suppress(OSError, IndexError):
                 rss_bytes += int(Path(f"/proc/{pid}/statm").read_bytes().split()[1]) * PAGE_BYTES
         if rss_bytes > self._bounds.memory_bytes:
@@ -133,7 +133,7 @@ class Command:
 
 
 def descendants(pid: int) -> Iterator[int]:
-    """The processes below one, as far as the caller wants them: with many, looking at all of them takes seconds."""
+    """The descendants of a process, lazily: scanning all of a fork bomb takes seconds."""
     todo = [pid]
     while todo:
         for child in _below(todo.pop()):
@@ -157,7 +157,7 @@ def _pidfd(pid: int) -> Iterator[int]:
 
 
 class Kept:
-    """The beginning and the end of what may be much output."""
+    """Keeps the beginning and the end of long output."""
 
     def __init__(self, limit: int) -> None:
         self._half = limit // 2
@@ -184,8 +184,10 @@ _lock = threading.Lock()
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End a jail and all in it. Its namespace, else itself, ends the rest; orphans that got away are swept here."""
-    for pid in _below(process.pid):  # a namespace's first process, else the command; here, as the jail may be starved
+    """Kill a jail and all processes in it. Its namespace or the jail kills the rest; this also sweeps orphans."""
+    for pid in _below(
+        process.pid
+    ):  # the namespace's init, else the command; done here because the jail may be starved of CPU
         for kill in (os.kill, os.killpg):
             with contextlib.suppress(ProcessLookupError):
                 kill(pid, signal.SIGKILL)
@@ -199,7 +201,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
             process.wait()
     for each in known:
         with contextlib.suppress(psutil.NoSuchProcess):
-            each.kill()  # psutil compares the start time: a number used again is another process
+            each.kill()  # psutil compares start times, so a reused pid is safe
     with _lock:
         _running.discard(process.pid)
 
@@ -211,13 +213,13 @@ def _process(pid: int) -> psutil.Process | None:
 
 
 def over_disk(folder: Path, limit_bytes: int) -> str:
-    """How a folder is over its bounds; empty: it is not."""
+    """Which bound a folder exceeds; empty if none."""
     total = 0
     todo = [(os.fspath(folder), 0)]
     while todo:
         path, depth = todo.pop()
         if depth > DEEPEST:
-            return f"it made more than {DEEPEST} folders in one another"
+            return f"it nested more than {DEEPEST} folders"
         with contextlib.suppress(OSError), os.scandir(path) as entries:
             for entry in entries:
                 with contextlib.suppress(OSError):
@@ -230,7 +232,7 @@ def over_disk(folder: Path, limit_bytes: int) -> str:
 
 
 def end_all() -> None:
-    """Kill what still runs. For a runner that is about to leave."""
+    """Kill commands that still run, before the runner exits."""
     with _lock:
         pids = list(_running)
     for pid in pids:

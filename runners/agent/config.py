@@ -21,15 +21,15 @@ class Serve(Section, frozen=True):
     """A local endpoint that the task starts, and that ends with it."""
 
     command: Annotated[tuple[str, ...], Meta(min_length=1)]
-    """`{port}` stands for a free port, `{python}` for this Python, `{agents}` for the agents folder."""
+    """`{port}` is replaced by a free port, `{python}` by this Python, `{agents}` by the agents folder."""
     path: str = "/v1"
     ready_timeout_s: Seconds = 300.0
     env_from: tuple[str, ...] = ()
-    """Variables that it gets, besides PATH, HOME and the like."""
+    """Variables passed to it, besides PATH, HOME and the like."""
 
 
 class Model(Section, frozen=True):
-    """Which model thinks."""
+    """Which model the agents use."""
 
     type: Literal["openai", "local"] = "openai"
     name: str | None = None
@@ -44,9 +44,9 @@ class Model(Section, frozen=True):
     seed: int | None = None
     stream: bool = False
     tool_choice: Literal["auto", "required", "none"] = "auto"
-    """none: no tools in the request; the model is told to write its calls as JSON."""
+    """none: no tools in the request; the model is asked to write its calls as JSON."""
     timeout_s: Seconds = 300.0
-    """Of one request: until its answer, or with stream the next piece of it, comes."""
+    """Of one request: time until its answer begins, or until the next bytes of it arrive."""
     retries: Annotated[int, Meta(ge=0, le=10)] = 3
     extra: dict[str, Any] = msgspec.field(default_factory=dict)
     """Further fields of each request."""
@@ -60,9 +60,9 @@ class Fetch(Section, frozen=True):
     """tools.fetch_page"""
 
     allow_private: bool = False
-    """Also addresses that are not public: this machine's own, its network's."""
+    """Also addresses that are not public: this machine's and its network's."""
     allow_hosts: tuple[str, ...] = ()
-    """Only these, and names below them; empty: all."""
+    """Only these hosts and their subdomains; empty: all."""
     timeout_s: Seconds = 30.0
     max_bytes: Count = 10 * 2**20
 
@@ -75,7 +75,7 @@ class WebSearch(Section, frozen=True):
 
 
 class Tools(Section, frozen=True):
-    """What an agent can do. Anything that is not there it cannot."""
+    """The tools that are on."""
 
     python: bool = False
     shell: bool = False
@@ -86,7 +86,7 @@ class Tools(Section, frozen=True):
 
 
 class McpServer(Section, frozen=True):
-    """One MCP server, whose tools the agent gets."""
+    """One MCP server whose tools the agent gets."""
 
     transport: Literal["stdio", "sse", "streamable_http"]
     command: str | None = None
@@ -109,7 +109,7 @@ class SandboxBounds(Section, frozen=True):
     processes: Count = 64
     disk_bytes: Annotated[int, Meta(ge=2**20)] = 2 * 2**30
     network: bool = False
-    """Only where the node allows it, too (runners.agent_network)."""
+    """Takes effect only where the node allows it (runners.agent_network)."""
 
 
 class Worker(Section, frozen=True):
@@ -124,22 +124,22 @@ class Worker(Section, frozen=True):
 
 
 class Planner(Section, frozen=True):
-    """Who plans, and in a workforce assigns and reviews."""
+    """The role that plans, and in a workforce assigns and reviews."""
 
     instructions: str = ""
     max_steps: Annotated[int, Meta(ge=1, le=50)] = 8
     max_attempts: Annotated[int, Meta(ge=1, le=10)] = 2
-    """workforce: how often one step may be tried."""
+    """workforce: attempts at one step."""
 
 
 class Reporter(Section, frozen=True):
-    """Who writes the answer."""
+    """The role that writes the answer."""
 
     instructions: str = ""
 
 
 class AgentConfig(Section, frozen=True):
-    """A configuration, whole."""
+    """A whole configuration."""
 
     type: Literal["simple", "orchestra", "workforce"] = "simple"
     description: str = ""
@@ -157,12 +157,12 @@ class AgentConfig(Section, frozen=True):
 
 
 class SearchProvider(Section, frozen=True):
-    """One entry of search_providers.yaml: how to ask an HTTP endpoint, and where its answer has what."""
+    """One entry of search_providers.yaml: how to query an HTTP endpoint, and where its answer holds the results."""
 
     url: str
     method: Literal["GET", "POST"] = "GET"
     params: dict[str, Any] = msgspec.field(default_factory=dict)
-    """`{query}` and `{count}` in a value are filled in. Of GET the query string, of POST the JSON body."""
+    """`{query}` and `{count}` in a value are replaced. The query string of GET, the JSON body of POST."""
     api_key_env: str | None = None
     api_key_header: str = "Authorization"
     api_key_prefix: str = ""

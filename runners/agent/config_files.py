@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from flowmesh.messages.checking import nearest
+from flowmesh.validation.convert import nearest
 from runners.agent.config import AgentConfig, SearchProvider
 from runners.agent.secrets import from_env
 from runners.api import BadRequest, Context
@@ -20,7 +20,7 @@ _VARIABLE = re.compile(r"\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>[^
 
 
 def agents_folder(ctx: Context) -> Path:
-    """The node's agents folder: its setting, else conf/agents where the node runs, else the one beside this package."""
+    """The node's agents folder: from its settings, else conf/agents where it runs, else beside this package."""
     if isinstance(wanted := ctx.job.limits.get("agents_dir"), str) and wanted:
         return Path(wanted)
     if FOLDER.is_dir():
@@ -32,7 +32,7 @@ def load_config(ctx: Context, name: str, where: str) -> AgentConfig:
     """The configuration of that name.
 
     Raises:
-        BadRequest: there is none (with those there are), or it is wrong (with the file and the field).
+        BadRequest: it does not exist (names those that do), or it is wrong (names file and field).
     """
     folder = agents_folder(ctx)
     data = _read(folder, name, where, ())
@@ -45,7 +45,7 @@ def load_provider(ctx: Context, name: str, where: str) -> SearchProvider:
     """A search provider by name.
 
     Raises:
-        BadRequest: there is none, or it is wrong.
+        BadRequest: it does not exist, or it is wrong.
     """
     path = agents_folder(ctx) / PROVIDERS_FILE
     providers = _parse(path) if path.is_file() else {}
@@ -60,14 +60,14 @@ def known_names(folder: Path) -> list[str]:
 
 
 def _read(folder: Path, name: str, where: str, seen: tuple[str, ...]) -> dict[str, Any]:
-    """A file with what it extends below it."""
+    """A file merged over what it extends."""
     known = known_names(folder)
     if not _NAME.fullmatch(name) or name not in known:
         hint = nearest(name, known) if known else f"there are none in {folder}"
         listed = f" (known: {', '.join(known)})" if known and hint.startswith("did you mean") else ""
         raise BadRequest(f"{where}: unknown agent configuration {name!r}; {hint}{listed}")
     if name in seen or len(seen) > MAX_EXTENDS:
-        raise BadRequest(f"{name}.extends: goes round in a circle: {' → '.join((*seen, name))}")
+        raise BadRequest(f"{name}.extends: extends itself: {' → '.join((*seen, name))}")
     data = _parse(folder / f"{name}.yaml")
     base = data.pop("extends", None)
     if base is None:
@@ -92,7 +92,7 @@ def _parse(path: Path) -> dict[str, Any]:
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Mappings are joined, anything else above replaces what is below; null takes it away."""
+    """`above` over `below`: mappings are merged, other values replaced; null removes a key."""
     joined = dict(below)
     for key, value in above.items():
         if value is None:
@@ -105,7 +105,7 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def _filled(value: Any, where: str) -> Any:
-    """`${NAME}` and `${NAME:-default}` in texts, from the environment."""
+    """Replace `${NAME}` and `${NAME:-default}` in texts from the environment."""
     match value:
         case str():
             return _VARIABLE.sub(lambda match: _variable(match, where), value)

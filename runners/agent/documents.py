@@ -1,4 +1,4 @@
-"""Documents as text: plain ones, HTML, Word's docx, and PDF where a library for it is installed."""
+"""Documents as text: plain text, HTML, docx, and PDF where pypdf is installed."""
 
 from __future__ import annotations
 
@@ -10,51 +10,26 @@ from xml.etree import ElementTree
 
 from runners.agent.html_text import html_text
 
-TEXT = frozenset(
-    [
-        ".txt",
-        ".md",
-        ".rst",
-        ".csv",
-        ".tsv",
-        ".json",
-        ".jsonl",
-        ".yaml",
-        ".yml",
-        ".toml",
-        ".ini",
-        ".log",
-        ".xml",
-        ".py",
-        ".js",
-        ".ts",
-        ".c",
-        ".h",
-        ".cpp",
-        ".java",
-        ".go",
-        ".rs",
-        ".sh",
-        ".sql",
-        ".tex",
-    ]
-)
+TEXT = frozenset([
+    ".txt", ".md", ".rst", ".csv", ".tsv", ".json", ".jsonl", ".yaml", ".yml", ".toml", ".ini", ".log", ".xml", ".py",
+    ".js", ".ts", ".c", ".h", ".cpp", ".java", ".go", ".rs", ".sh", ".sql", ".tex",
+])  # fmt: skip
 MAX_XML_BYTES = 64 * 2**20
 _WORD = "{http://schemas.openxmlformats.org/wordprocessingml/2006/main}"
 
 
 class UnreadableDocument(ValueError):
-    """It is not what its name says, or no format that is known here. The message is for the agent."""
+    """Its content does not match its format, or the format is unknown. The message is for the model."""
 
 
 def document_text(data: bytes, name: str, content_type: str = "") -> str:
     """The text of a document.
 
     Args:
-        name: its file name or address; with `content_type` it decides the format.
+        name: file name or address. It decides the format, together with `content_type`.
 
     Raises:
-        UnreadableDocument: it has none that can be read here.
+        UnreadableDocument: no text can be read from it.
     """
     suffix = PurePosixPath(name.split("?", maxsplit=1)[0]).suffix.lower()
     kind = content_type.partition(";")[0].strip().lower()
@@ -71,7 +46,7 @@ def document_text(data: bytes, name: str, content_type: str = "") -> str:
         or b"\0" not in data[:4096]
     ):
         return _decoded(data, content_type)
-    raise UnreadableDocument(f"{name!r} is of a format that cannot be read here ({kind or suffix or 'unknown'})")
+    raise UnreadableDocument(f"{name!r} has a format that cannot be read here ({kind or suffix or 'unknown'})")
 
 
 def _decoded(data: bytes, content_type: str) -> str:
@@ -90,7 +65,7 @@ def _docx(data: bytes) -> str:
             raise UnreadableDocument("the document is too large, or declares entities")
         root = ElementTree.fromstring(xml)
     except (zipfile.BadZipFile, KeyError, ElementTree.ParseError) as error:
-        raise UnreadableDocument(f"not a sound .docx: {error}") from None
+        raise UnreadableDocument(f"not a valid .docx: {error}") from None
     lines = []
     for paragraph in root.iter(f"{_WORD}p"):
         pieces = []
@@ -105,11 +80,11 @@ def _docx(data: bytes) -> str:
 
 def _pdf(data: bytes) -> str:
     if importlib.util.find_spec("pypdf") is None:
-        raise UnreadableDocument("PDF cannot be read on this node: pypdf is not installed in this environment")
+        raise UnreadableDocument("PDF cannot be read on this node: pypdf is not installed")
     import pypdf  # type: ignore[import-not-found,unused-ignore]
 
     try:
         reader = pypdf.PdfReader(io.BytesIO(data))
         return "\n\n".join(page.extract_text() for page in reader.pages).strip()
     except (pypdf.errors.PyPdfError, ValueError, KeyError) as error:
-        raise UnreadableDocument(f"not a sound PDF: {error}") from None
+        raise UnreadableDocument(f"not a valid PDF: {error}") from None

@@ -1,83 +1,64 @@
-"""Chat completions of any OpenAI-compatible endpoint: whole or streamed, with retries, and never deaf to a cancel."""
+"""Chat completions of any OpenAI-compatible endpoint, over the `openai` package's client.
+
+A request runs on the task's event loop: a cancel closes its connection at once, also while the endpoint is silent.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Collection
 from typing import Any
 from urllib.parse import urlsplit
 
-import msgspec
+import httpx2
+import openai
 
 from flowmesh.redaction import Redactor
+from runners.agent.completions import Reply, Reported, Unusable, error_text, read_reply
 from runners.agent.config import Model
+from runners.agent.event_loop import EventLoop
 from runners.agent.secrets import from_env
 from runners.agent.watch import Watch
+from runners.agent.written import encodable
 from runners.api import BadRequest, RunnerError
 
-RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 FIRST_PAUSE_S = 0.5
-LONGEST_PAUSE_S = 30.0
-MAX_ANSWER_BYTES = 64 * 2**20
 CONNECT_TIMEOUT_S = 10.0
+OWN_HEADERS = ("Authorization", "OpenAI-Organization", "OpenAI-Project")
+"""Sent only where the configuration has them: `openai` would take them from variables meant for other endpoints."""
 
 
 class EndpointError(RunnerError):
-    """The endpoint refused, broke off, or is not there. Says which one and what it said, never the key."""
-
-
-class Call(msgspec.Struct, frozen=True):
-    """A tool that the model wants called."""
-
-    id: str
-    name: str
-    arguments: str
-
-
-class Reply(msgspec.Struct, frozen=True):
-    """One answer of the model."""
-
-    content: str
-    calls: tuple[Call, ...]
-    prompt_tokens: int
-    completion_tokens: int
-
-
-class _Try(Exception):
-    """This attempt failed in a way that the next one may not."""
-
-    def __init__(self, reason: str, pause_s: float | None = None) -> None:
-        super().__init__(reason)
-        self.pause_s = pause_s
+    """The endpoint refused, broke off, or cannot be reached. Names it and its message, never the key."""
 
 
 class Endpoint:
-    """One endpoint and the model on it. Requests go one after the other."""
+    """One endpoint and the model on it. One request at a time."""
 
-    def __init__(self, wanted: Model, base_url: str, redact: Redactor, where: str) -> None:
+    def __init__(self, wanted: Model, base_url: str, redact: Redactor, where: str, loop: EventLoop) -> None:
         """
+        Args:
+            where: the model's section of the configuration, as errors name it.
+
         Raises:
             BadRequest: no address, or the key's variable is not set.
         """
-        import requests
-
         parts = urlsplit(base_url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise BadRequest(f"{where}.base_url: an http or https address is needed, such as http://HOST:8000/v1")
         self._wanted = wanted
-        self._base = base_url.rstrip("/")
-        port = f":{parts.port}" if parts.port else ""
-        self.shown = f"{parts.scheme}://{parts.hostname}{port}{parts.path.rstrip('/')}"
         self._redact = redact
-        self._session = requests.Session()
-        self._session.auth = lambda request: request  # else a .netrc of the node's would be sent
-        for name, value in wanted.headers.items():
-            redact.learn(value)
-            self._session.headers[name] = value
-        if wanted.api_key_env is not None:
-            key = from_env(wanted.api_key_env, f"{where}.api_key_env")
-            redact.learn(key)
-            self._session.headers["Authorization"] = f"Bearer {key}"
+        self._where = where
+        self._loop = loop
+        self.shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}"
+        self._headers = _headers(wanted, redact, where)
+        self._client = openai.AsyncOpenAI(
+            api_key="unused",  # required, but the headers below carry the key, if there is one
+            base_url=self.shown,
+            timeout=httpx2.Timeout(wanted.timeout_s, connect=CONNECT_TIMEOUT_S),
+            http_client=httpx2.AsyncClient(trust_env=wanted.serve is None),  # no proxy for a server of this machine
+        )
         self.name = wanted.name or ""
 
     def find_model(self, watch: Watch) -> str:
@@ -87,11 +68,13 @@ class Endpoint:
             EndpointError: it lists none, or does not answer.
         """
         if not self.name:
-            listed = self._asking(watch, "GET", "/models", None, _whole)
+            listed = self._loop.wait(self._list_models(), watch)
             entries = listed.get("data") if isinstance(listed, dict) else None
             first = entries[0] if isinstance(entries, list) and entries else None
             if not isinstance(first, dict) or not isinstance(first.get("id"), str):
-                raise EndpointError(f"the model endpoint {self.shown} lists no model; name one (model.name)")
+                failed = isinstance(listed, dict) and "error" in listed
+                detail = f" ({self._redact(error_text(listed))})" if failed else ""
+                raise self._error(f"lists no model{detail}; name one ({self._where}.name)")
             self.name = first["id"]
         return self.name
 
@@ -103,7 +86,7 @@ class Endpoint:
 
         Raises:
             EndpointError: no usable answer, after the configured retries.
-            Cancelled, OutOfTime: as `watch` says.
+            Cancelled, OutOfTime: from `watch`.
         """
         wanted = self._wanted
         body: dict[str, Any] = {"model": self.find_model(watch), "messages": messages}
@@ -113,136 +96,83 @@ class Endpoint:
         body |= {name: value for name, value in fields.items() if value is not None}
         if wanted.stream:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
-        body |= wanted.extra
-        return self._asking(watch, "POST", "/chat/completions", body, _streamed if wanted.stream else _reply_of_whole)
+        body = json.loads(encodable(json.dumps(body | wanted.extra, ensure_ascii=False)))
+        tools = {tool["function"]["name"] for tool in fields.get("tools") or ()}
+        return self._loop.wait(self._complete(body, tools), watch)
 
-    def _asking(self, watch: Watch, method: str, path: str, body: Any, read: Any) -> Any:
-        pause_s = FIRST_PAUSE_S
-        for attempt in range(self._wanted.retries + 1):
-            try:
-                return watch.wait(lambda: self._once(method, path, body, read))
-            except _Try as error:
-                if attempt == self._wanted.retries:
-                    raise EndpointError(f"the model endpoint {self.shown} {error}") from None
-                watch.sleep(min(error.pause_s or pause_s, LONGEST_PAUSE_S))
-                pause_s *= 2
-        raise AssertionError("the last attempt returns or raises")
+    def close(self) -> None:
+        """Close the connections."""
+        self._loop.submit(self._client.close())
 
-    def _once(self, method: str, path: str, body: Any, read: Any) -> Any:
-        import requests
-
+    async def _list_models(self) -> Any:
         try:
-            with self._session.request(
-                method,
-                self._base + path,
-                json=body,
-                stream=True,
-                allow_redirects=False,
-                timeout=(CONNECT_TIMEOUT_S, self._wanted.timeout_s),
-            ) as answer:
-                if answer.status_code != 200:
-                    self._refuse(answer)
-                return read(answer)
-        except requests.exceptions.ConnectTimeout:
-            raise _Try("cannot be reached") from None
-        except requests.exceptions.Timeout:
-            raise _Try(f"was silent for {self._wanted.timeout_s:g} s") from None
-        except requests.exceptions.ConnectionError:
-            raise _Try("cannot be reached, or broke the connection off") from None
-        except requests.exceptions.ChunkedEncodingError:
-            raise _Try("broke off in the middle of its answer") from None
-        except requests.RequestException as error:
-            raise EndpointError(f"the model endpoint {self.shown}: {type(error).__name__}") from None
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            reason = self._redact(" ".join(str(error).split()))[:200]
-            raise _Try(f"gave an answer that is none of a chat completion ({type(error).__name__}: {reason})") from None
+            client = self._client.with_options(max_retries=self._wanted.retries)
+            return await client.get("/models", cast_to=object, options={"headers": self._headers})
+        except openai.OpenAIError as error:
+            raise self._failed(error) from None
+        except (ValueError, httpx2.HTTPError):
+            raise self._error("gave a list of models that cannot be read") from None
 
-    def _refuse(self, answer: Any) -> None:
-        said = self._redact(_message(next(answer.iter_content(2000), b"")))
-        reason = f"answered {answer.status_code} {answer.reason}" + (f": {said}" if said else "")
-        if answer.status_code in RETRIED:
-            wait = answer.headers.get("Retry-After", "")
-            raise _Try(reason, float(wait) if wait.replace(".", "", 1).isdigit() else None)
-        raise EndpointError(f"the model endpoint {self.shown} {reason}")
+    async def _complete(self, body: dict[str, Any], tools: Collection[str]) -> Reply:
+        """`openai` retries refused requests; this retries responses that break off. Together `retries` times."""
+        left, pause_s = self._wanted.retries, FIRST_PAUSE_S
+        while True:
+            create = self._client.with_options(max_retries=left).chat.completions.with_streaming_response.create
+            try:
+                async with create(
+                    model=body["model"], messages=body["messages"], extra_body=body, extra_headers=self._headers
+                ) as answer:
+                    left -= answer.retries_taken
+                    return await read_reply(answer.iter_bytes(), tools)
+            except openai.OpenAIError as error:
+                raise self._failed(error) from None
+            except Reported as error:
+                if left == 0 or not error.may_pass:
+                    raise self._error(f"reported an error: {self._redact(str(error))}") from None
+            except (Unusable, httpx2.HTTPError) as error:
+                if left == 0:
+                    raise self._error(self._redact(self._problem(error))) from None
+            left -= 1
+            await asyncio.sleep(pause_s)
+            pause_s *= 2
 
+    def _problem(self, error: Exception) -> str:
+        match error:
+            case Unusable():
+                return str(error)
+            case httpx2.TimeoutException():
+                return f"was silent for {self._wanted.timeout_s:g} s"
+        return "broke off in the middle of its answer"
 
-def _whole(answer: Any) -> Any:
-    data = bytearray()
-    for chunk in answer.iter_content(1 << 16):
-        data += chunk
-        if len(data) > MAX_ANSWER_BYTES:
-            raise ValueError(f"more than {MAX_ANSWER_BYTES} bytes")
-    return json.loads(data)
+    def _failed(self, error: openai.OpenAIError) -> EndpointError:
+        """What `openai` raised after its retries, as one line."""
+        match error:
+            case openai.APIStatusError(status_code=status, response=response):
+                detail = self._redact(error_text(error.body)) if error.body else ""
+                answered = f"answered {status} {response.reason_phrase}" + (f": {detail}" if detail else "")
+                if status == 404:
+                    answered += f" (check {self._where}.name, {self.name!r}, and {self._where}.base_url)"
+                if after := response.headers.get("Retry-After"):
+                    answered += f" (Retry-After: {self._redact(after[:50])})"
+                return self._error(answered)
+            case openai.APITimeoutError() if not isinstance(error.__cause__, httpx2.ConnectTimeout):
+                return self._error(f"was silent for {self._wanted.timeout_s:g} s")
+            case openai.APIConnectionError():
+                return self._error("cannot be reached, or broke the connection off")
+        return self._error(f"could not be asked: {type(error).__name__}")
 
-
-def _reply_of_whole(answer: Any) -> Reply:
-    data = _whole(answer)
-    message = data["choices"][0]["message"]
-    calls = tuple(
-        Call(call.get("id") or f"call_{index}", call["function"]["name"], _text(call["function"].get("arguments")))
-        for index, call in enumerate(message.get("tool_calls") or ())
-    )
-    return _reply(message.get("content"), calls, data.get("usage"))
-
-
-def _streamed(answer: Any) -> Reply:
-    """A reply put together from server-sent events."""
-    content: list[str] = []
-    calls: dict[int, dict[str, str]] = {}
-    usage: Any = None
-    ended = False
-    for data in _events(answer):
-        if data == "[DONE]":
-            ended = True
-            break
-        event = json.loads(data)
-        if isinstance(event.get("error"), dict):
-            raise ValueError(str(event["error"].get("message")))
-        usage = event.get("usage") or usage
-        for choice in event.get("choices") or ():
-            delta = choice.get("delta") or {}
-            content.append(delta.get("content") or "")
-            ended = ended or choice.get("finish_reason") is not None
-            for part in delta.get("tool_calls") or ():
-                call = calls.setdefault(part.get("index", 0), {"id": "", "name": "", "arguments": ""})
-                call["id"] = part.get("id") or call["id"]
-                function = part.get("function") or {}
-                call["name"] += function.get("name") or ""
-                call["arguments"] += function.get("arguments") or ""
-    if not ended:
-        raise _Try("broke off in the middle of its answer")
-    made = tuple(
-        Call(call["id"] or f"call_{index}", call["name"], call["arguments"]) for index, call in sorted(calls.items())
-    )
-    return _reply("".join(content), made, usage)
+    def _error(self, what: str) -> EndpointError:
+        return EndpointError(f"the model endpoint {self.shown} {what}")
 
 
-def _events(answer: Any) -> Iterator[str]:
-    for line in answer.iter_lines():
-        if line.startswith(b"data:"):
-            yield line[5:].strip().decode()
-
-
-def _reply(content: Any, calls: tuple[Call, ...], usage: Any) -> Reply:
-    if isinstance(content, list):
-        content = "".join(part.get("text") or "" for part in content)
-    if content is not None and not isinstance(content, str):
-        raise TypeError("the message's content is no text")
-    used = usage if isinstance(usage, dict) else {}
-    return Reply(content or "", calls, int(used.get("prompt_tokens") or 0), int(used.get("completion_tokens") or 0))
-
-
-def _text(arguments: Any) -> str:
-    return arguments if isinstance(arguments, str) else json.dumps(arguments if arguments is not None else {})
-
-
-def _message(data: bytes) -> str:
-    """What an error's body says, in one line."""
-    text = data.decode(errors="replace")
-    try:
-        found = json.loads(text)
-        found = found.get("error", found.get("message", found)) if isinstance(found, dict) else found
-        text = found.get("message", text) if isinstance(found, dict) else str(found)
-    except ValueError:
-        pass
-    return " ".join(str(text).split())[:300]
+def _headers(wanted: Model, redact: Redactor, where: str) -> dict[str, Any]:
+    headers: dict[str, Any] = {name: openai.Omit() for name in OWN_HEADERS}
+    known = {name.lower(): name for name in OWN_HEADERS}
+    for name, value in wanted.headers.items():
+        redact.learn(value)
+        headers[known.get(name.lower(), name)] = value
+    if wanted.api_key_env is not None:
+        key = from_env(wanted.api_key_env, f"{where}.api_key_env")
+        redact.learn(key)
+        headers["Authorization"] = f"Bearer {key}"
+    return headers

@@ -1,4 +1,8 @@
-"""The readable text of a page: headings, paragraphs, lists and links, without what only browsers need."""
+"""The text of an HTML page: headings, paragraphs, lists, links; no scripts and styles.
+
+Measured instead of it, on this module's tests: markdownify (lists and heads without end tags come out wrong, fails on
+deep nesting, 6 times the CPU time), trafilatura (drops links and short pages, 10 times, 70 MB), inscriptis (drops links
+and deep pages), html2text (drops pages whose head has no end tag; GPL)."""
 
 from __future__ import annotations
 
@@ -8,34 +12,11 @@ from urllib.parse import urljoin
 
 _SKIPPED = frozenset({"script", "style", "noscript", "template", "svg", "head", "iframe", "object"})
 _OF_HEAD = frozenset({"html", "head", "base", "link", "meta", "noscript", "script", "style", "template", "title"})
-"""What leaves an open head open. Pages may do without `</head>`: any other element, or text, begins the body."""
-_BLOCKS = frozenset(
-    [
-        "p",
-        "div",
-        "section",
-        "article",
-        "main",
-        "header",
-        "footer",
-        "nav",
-        "aside",
-        "ul",
-        "ol",
-        "table",
-        "tr",
-        "blockquote",
-        "pre",
-        "form",
-        "figure",
-        "h1",
-        "h2",
-        "h3",
-        "h4",
-        "h5",
-        "h6",
-    ]
-)
+"""Elements inside a head. `</head>` may be missing: any other element, or text, begins the body."""
+_BLOCKS = frozenset([
+    "p", "div", "section", "article", "main", "header", "footer", "nav", "aside", "ul", "ol", "table", "tr",
+    "blockquote", "pre", "form", "figure", "h1", "h2", "h3", "h4", "h5", "h6",
+])  # fmt: skip
 _BLANK_LINES = re.compile(r"\n[ \t]*\n\s*")
 
 
@@ -96,7 +77,7 @@ class _Reader(HTMLParser):
 
 
 def html_text(html: str, base: str = "") -> str:
-    """The text of an HTML document, its title first; links are made absolute by `base`."""
+    """The text of an HTML document, its title first. `base` makes links absolute."""
     reader = _Reader(base)
     reader.feed(html)
     reader.close()

@@ -1,4 +1,4 @@
-"""The execution log: every step as it happens, in `execution_log.jsonl`, and shortened in the result."""
+"""The execution log: each step when it happens, whole in `execution_log.jsonl`, shortened in the result."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RESULT_ENTRIES = 500
 
 
 class Journal:
-    """Thread-safe: tools of one turn may run side by side."""
+    """Thread-safe: tools of one turn may run in parallel."""
 
     def __init__(self, ctx: Context, redact: Redactor) -> None:
         self._ctx = ctx
@@ -33,7 +33,7 @@ class Journal:
         """Entries by event; steps of the whole task."""
 
     def note(self, item: int, agent: str, event: str, **fields: Any) -> None:
-        """Write down one event.
+        """Record one event.
 
         Args:
             item: which of the task's runs.

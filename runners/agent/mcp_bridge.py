@@ -1,20 +1,18 @@
-"""The tools of MCP servers, over stdio, SSE and streamable HTTP, on the `mcp` package itself.
+"""The tools of MCP servers over stdio, SSE and streamable HTTP, by the `mcp` package.
 
-All sessions live on one event loop in a thread of its own; the run waits for their answers and hears a cancel
-meanwhile. Servers that were started are gone when `close` returns.
+All sessions live on the task's event loop; the run checks for cancellation while it waits for their answers. Servers
+that were started have ended when `close` returns.
 """
 
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import contextlib
 import importlib.util
 import json
 import os
 import re
 import sys
-import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -22,13 +20,15 @@ import msgspec
 
 from flowmesh.redaction import Redactor
 from runners.agent.config import McpServer
+from runners.agent.event_loop import EventLoop
 from runners.agent.secrets import from_env
 from runners.agent.tools import ToolRefused, ToolSpec
 from runners.agent.watch import Watch
 from runners.api import BadRequest, MissingDependency, RunnerError
-from runners.rag.waiting import POLL_S
 
 CLOSE_S = 10.0
+STREAM_SILENCE_S = 300.0
+"""Servers hold a response stream open without sending; calls have a time limit of their own."""
 TYPES = frozenset({"string", "boolean", "integer", "number", "array", "object", "null"})
 PASSED = ("LANG", "TMPDIR", "FLOWMESH_ATTEMPT", "VIRTUAL_ENV")
 
@@ -48,21 +48,21 @@ class _Session(msgspec.Struct):
 class McpBridge:
     """The servers of one task. Use it as a context manager."""
 
-    def __init__(self, servers: dict[str, McpServer], redact: Redactor, where: str) -> None:
+    def __init__(self, servers: dict[str, McpServer], redact: Redactor, where: str, loop: EventLoop) -> None:
         """
         Args:
-            where: what the servers are called in an error.
+            where: how errors name the servers' section.
+            loop: runs the sessions.
 
         Raises:
-            MissingDependency: there are servers, and `mcp` is not installed.
+            MissingDependency: servers are configured, and `mcp` is not installed.
         """
         if servers and importlib.util.find_spec("mcp") is None:
             raise MissingDependency("mcp", "agent")
         self._servers = servers
         self._redact = redact
         self._where = where
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
+        self._loop = loop
         self._sessions: dict[str, _Session] = {}
 
     def __enter__(self) -> McpBridge:
@@ -72,25 +72,20 @@ class McpBridge:
         self.close()
 
     def open(self, watch: Watch) -> None:
-        """Start or reach all servers and ask what tools they have.
+        """Start or connect all servers and list their tools.
 
         Raises:
-            RunnerError: one does not start, does not answer, or lacks a tool that the configuration names.
-            Cancelled, OutOfTime: as `watch` says.
+            RunnerError: one does not start or answer, or lacks a tool that the configuration names.
+            Cancelled, OutOfTime: from `watch`.
         """
-        if not self._servers:
-            return
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="mcp", daemon=True)
-        self._thread.start()
         for name, wanted in self._servers.items():
             session = _Session(name, wanted)
             self._sessions[name] = session
             try:
-                self._await(self._start(session), watch, wanted.timeout_s)
+                self._loop.wait(self._start(session), watch, wanted.timeout_s)
             except BadRequest:
                 raise
-            except Exception as error:  # noqa: BLE001 - whatever a transport raises means the same here
+            except Exception as error:  # noqa: BLE001 - transports raise errors of any kind
                 raise RunnerError(f"{self._where}.{name}: {self._why(error, wanted)}") from None
             lacking = set(wanted.tools or ()) - {tool.name for tool in session.tools}
             if lacking:
@@ -100,7 +95,7 @@ class McpBridge:
                 )
 
     def tools(self, servers: tuple[str, ...] | None, watch: Watch) -> list[ToolSpec]:
-        """The tools of these servers (None: of all), under names that are unique and valid."""
+        """The tools of these servers (None: of all), under unique and valid names."""
         specs: list[ToolSpec] = []
         for session in self._sessions.values():
             if servers is not None and session.name not in servers:
@@ -115,18 +110,10 @@ class McpBridge:
         return specs
 
     def close(self) -> None:
-        """End all sessions and the servers that were started; bounded."""
-        if self._loop is None or self._thread is None:
-            return
-        with contextlib.suppress(Exception):  # what a dying server does to its session is no news any more
-            asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(CLOSE_S)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(CLOSE_S)
-        if not self._thread.is_alive():
-            self._loop.close()
-        self._loop = None
-
-    # ---- on the loop -------------------------------------------------------------------------------------------------
+        """End all sessions and the servers that were started, within CLOSE_S."""
+        if self._sessions:
+            with contextlib.suppress(Exception):  # a dying server may end its session with an error of any kind
+                self._loop.submit(self._end()).result(CLOSE_S)
 
     async def _start(self, session: _Session) -> None:
         session.ready = asyncio.get_running_loop().create_future()
@@ -135,8 +122,8 @@ class McpBridge:
         await asyncio.shield(session.ready)
 
     async def _live(self, session: _Session) -> None:
-        """One session from beginning to end, in one task, as its library wants it."""
-        from mcp.client import Client  # type: ignore[import-not-found,unused-ignore]
+        """One session from start to end, in one task, as its library requires."""
+        from mcp.client import Client
 
         try:
             async with (
@@ -153,30 +140,31 @@ class McpBridge:
                 session.client, session.tools = client, tools
                 session.ready.set_result(None)
                 await session.over.wait()
-        except BaseException as error:  # noqa: BLE001 - whoever waits for the session raises it
+        except BaseException as error:  # noqa: BLE001 - raised by who waits for the session
             if session.ready.done():
                 return
             session.ready.set_exception(error if isinstance(error, Exception) else RunnerError("ended"))
-            session.ready.exception()  # nobody may wait for it any more; then that is no news for the log
+            session.ready.exception()  # marks it as retrieved, as nobody may wait for it any more
 
     @contextlib.asynccontextmanager
     async def _http(self, wanted: McpServer) -> AsyncIterator[Any]:
-        """The HTTP client that streamable HTTP goes over; its library does not close one that it was given."""
+        """The HTTP client for streamable HTTP; the library does not close a client that it is given."""
         if wanted.transport != "streamable_http":
             yield None
             return
-        from mcp.shared import _httpx_utils  # type: ignore[import-not-found,unused-ignore]
+        import httpx2
 
-        async with _httpx_utils.create_mcp_http_client(headers=dict(wanted.headers) or None) as client:
+        timeout = httpx2.Timeout(wanted.timeout_s, read=max(wanted.timeout_s, STREAM_SILENCE_S))
+        async with httpx2.AsyncClient(headers=dict(wanted.headers), timeout=timeout) as client:
             yield client
 
     def _transport(self, session: _Session, http: Any) -> Any:
         wanted, where = session.wanted, f"{self._where}.{session.name}"
-        for value in wanted.headers.values():  # few of them are anything else
+        for value in wanted.headers.values():  # most are credentials
             self._redact.learn(value)
         self._redact.learn_named(wanted.env)
         if wanted.transport == "stdio":
-            from mcp.client import stdio  # type: ignore[import-not-found,unused-ignore]
+            from mcp.client import stdio
 
             env = {name: os.environ[name] for name in PASSED if name in os.environ}
             for name in wanted.env_from:
@@ -188,10 +176,10 @@ class McpBridge:
                 errlog=sys.__stderr__ or sys.stderr,
             )
         if wanted.transport == "sse":
-            from mcp.client.sse import sse_client  # type: ignore[import-not-found,unused-ignore]
+            from mcp.client.sse import sse_client
 
             return sse_client(wanted.url or "", headers=dict(wanted.headers) or None, timeout=wanted.timeout_s)
-        from mcp.client import streamable_http  # type: ignore[import-not-found,unused-ignore]
+        from mcp.client import streamable_http
 
         return streamable_http.streamable_http_client(wanted.url or "", http_client=http)
 
@@ -205,35 +193,15 @@ class McpBridge:
         if tasks:
             await asyncio.wait(tasks, timeout=CLOSE_S - 1)
 
-    # ---- on the run's thread -----------------------------------------------------------------------------------------
-
-    def _await(self, coroutine: Any, watch: Watch, timeout_s: float) -> Any:
-        import time
-
-        assert self._loop is not None, "open has been called"
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        deadline = time.monotonic() + timeout_s
-        try:
-            while True:
-                watch.check()
-                try:
-                    return future.result(POLL_S)
-                except concurrent.futures.TimeoutError:
-                    if future.done():
-                        raise
-                    if time.monotonic() > deadline:
-                        raise TimeoutError(f"no answer within {timeout_s:g} s") from None
-        finally:
-            future.cancel()
-
     def _spec(self, session: _Session, tool: Any, name: str, watch: Watch) -> ToolSpec:
         schema = dict(tool.input_schema or {"type": "object", "properties": {}})
 
         def call(**arguments: Any) -> str:
             given = {key: value for key, value in arguments.items() if value is not None}
             try:
-                result = self._await(session.client.call_tool(tool.name, given), watch, session.wanted.timeout_s)
-            except Exception as error:  # noqa: BLE001 - a server's trouble is the agent's news, not our end
+                called = session.client.call_tool(tool.name, given)
+                result = self._loop.wait(called, watch, session.wanted.timeout_s)
+            except Exception as error:  # noqa: BLE001 - reported to the model; the run continues
                 raise ToolRefused(f"the MCP server {session.name}: {self._why(error, session.wanted)}") from None
             text = _text(result)
             if result.is_error:
@@ -249,7 +217,7 @@ class McpBridge:
         )
 
     def _why(self, error: BaseException, wanted: McpServer) -> str:
-        """One line about what went wrong, without what must not be shown."""
+        """One line about an error, redacted."""
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
         if isinstance(error, RunnerError | TimeoutError):
@@ -260,7 +228,7 @@ class McpBridge:
 
 
 def _text(result: Any) -> str:
-    """What a tool answered, as one text; of what is no text only the kind."""
+    """A tool's result as text; content that is not text as its kind."""
     parts = []
     for block in result.content or ():
         if (text := getattr(block, "text", None)) is not None:
@@ -277,7 +245,7 @@ def _text(result: Any) -> str:
 
 
 def _inputs(schema: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """A JSON schema's arguments as smolagents checks them; what it cannot say is left to the server."""
+    """A JSON schema's arguments as smolagents checks them; the server checks the rest."""
     required = set(schema.get("required") or ())
     inputs: dict[str, dict[str, Any]] = {}
     for name, each in (schema.get("properties") or {}).items():

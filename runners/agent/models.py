@@ -1,9 +1,7 @@
-"""The models that think, as smolagents wants them: an endpoint's, or one that runs in this process."""
+"""The models that agents ask, as smolagents takes them: behind an endpoint, or in this process."""
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,22 +17,37 @@ from smolagents.models import (
 )
 from smolagents.monitoring import TokenUsage
 
+from runners.agent.completions import Call, Reply
 from runners.agent.config import Model as ModelConfig
 from runners.agent.endpoint import Endpoint
 from runners.agent.watch import Watch
-from runners.api import Context
+from runners.agent.written import OBSERVATION, begun_call, whole_answer, without_thinking, written_calls
+from runners.api import Context, RunnerError
 from runners.inference.engine import Request
 from runners.inference.engine import Watch as GenerationWatch
 
-STOP_WRITING = ("Observation:",)
 DEFAULT_LOCAL_TOKENS = 1024
+FINISHED = frozenset(
+    {"", "stop", "tool_calls", "eos", "eos_token", "end_turn", "stop_sequence", "tool_use", "complete"}
+)
+"""Finish reasons of complete answers, as the API and other servers name them; lower case."""
+CUT_OFF = frozenset({"length", "max_tokens", "max_output_tokens", "model_length"})
+
+
+class NoAnswer(RunnerError):
+    """The model's answer was cut off, filtered, refused or empty. `text` holds the part that arrived."""
+
+    def __init__(self, message: str, text: str) -> None:
+        super().__init__(message)
+        self.text = text
 
 
 class AgentModel(Model):
-    """Counts what it is asked, and takes text without a call for the final answer."""
+    """Counts requests, and takes text without a call as the final answer."""
 
     native_calls = True
-    """Whether tools go with the request; else the prompt lists them."""
+    """Whether tools are part of the request, and calls of the message; else the prompt lists tools, and the text holds
+    calls."""
 
     def __init__(self, name: str) -> None:
         super().__init__(flatten_messages_as_text=True, model_id=name)
@@ -42,38 +55,67 @@ class AgentModel(Model):
         self.prompt_tokens = 0
         self.completion_tokens = 0
         self.watch: Watch | None = None
-        """The present run's."""
+        """Of the current run."""
         self.listener: Callable[[str, TokenUsage], None] | None = None
-        """Hears every answer, before anything is made of it."""
+        """Called with each answer as received, before it is checked."""
 
     def parse_tool_calls(self, message: ChatMessage) -> ChatMessage:
-        """A call that the model wrote as JSON, else its text as the answer."""
-        message.role = MessageRole.ASSISTANT
-        text = message.content if isinstance(message.content, str) else ""
-        name, arguments = written_call(text) or ("final_answer", {"answer": text.strip()})
-        function = ChatMessageToolCallFunction(name=name, arguments=arguments)
-        message.tool_calls = [ChatMessageToolCall(function=function, id=f"call_{self.requests}", type="function")]
+        """Turn the text of an answer without calls into the final answer.
+
+        Raises:
+            ValueError: it begins like a written call, and cannot be parsed.
+        """
+        text = str(message.content or "")
+        if self.native_calls:
+            text = whole_answer(text)
+        elif problem := begun_call(text):
+            raise ValueError(f"the call was not run: it is {problem}")
+        message.tool_calls = _tool_calls([Call(f"call_{self.requests}", "final_answer", {"answer": text})])
         return message
 
     def say(self, system: str, user: str) -> str:
-        """One answer without tools."""
+        """One answer without tools.
+
+        Raises:
+            NoAnswer: the answer is incomplete or empty.
+        """
         messages = [
             ChatMessage(role=MessageRole.SYSTEM, content=[{"type": "text", "text": system}]),
             ChatMessage(role=MessageRole.USER, content=[{"type": "text", "text": user}]),
         ]
-        return str(self.generate(messages).content or "")
+        return str(self.generate(messages).content)
 
-    def _answered(self, text: str, prompt_tokens: int, completion_tokens: int) -> TokenUsage:
+    def _checked(self, reply: Reply, *, with_tools: bool) -> ChatMessage:
+        """Convert a reply for smolagents: its text without thinking, and its calls.
+
+        Args:
+            with_tools: whether tools were offered, as `native_calls` says.
+
+        Raises:
+            NoAnswer: the endpoint marks it as incomplete, or it is empty.
+        """
         self.requests += 1
-        self.prompt_tokens += prompt_tokens
-        self.completion_tokens += completion_tokens
-        usage = TokenUsage(input_tokens=prompt_tokens, output_tokens=completion_tokens)
+        self.prompt_tokens += reply.prompt_tokens
+        self.completion_tokens += reply.completion_tokens
+        usage = TokenUsage(input_tokens=reply.prompt_tokens, output_tokens=reply.completion_tokens)
         if self.listener is not None:
-            self.listener(text, usage)
-        return usage
+            self.listener(reply.content, usage)
+        text = without_thinking(reply.content)
+        calls: Sequence[Call] = ()
+        if with_tools and self.native_calls:
+            calls = reply.calls
+        elif with_tools:
+            written = written_calls(reply.content)
+            calls = [Call(f"call_{self.requests}_{n}", *each) for n, each in enumerate(written)]
+        begun = with_tools and not self.native_calls and begun_call(reply.content)
+        if problem := _problem(reply, text, has_calls=bool(calls or begun)):
+            raise NoAnswer(problem, text or reply.content.strip())
+        return ChatMessage(
+            role=MessageRole.ASSISTANT, content=text, tool_calls=_tool_calls(calls) or None, token_usage=usage
+        )
 
     def _watch(self) -> Watch:
-        assert self.watch is not None, "set before a run begins"
+        assert self.watch is not None, "set before a run starts"
         return self.watch
 
 
@@ -102,31 +144,20 @@ class EndpointModel(AgentModel):
             tools=tools or None,
             tool_choice=self._choice if tools else None,
             response_format=response_format,
-            stop=None if self.native_calls or not tools_to_call_from else list(STOP_WRITING),
+            stop=None if self.native_calls or not tools_to_call_from else [OBSERVATION],
         )
-        calls = [
-            ChatMessageToolCall(
-                function=ChatMessageToolCallFunction(name=call.name, arguments=_arguments(call.arguments)),
-                id=call.id,
-                type="function",
-            )
-            for call in reply.calls
-        ]
-        usage = self._answered(reply.content, reply.prompt_tokens, reply.completion_tokens)
-        return ChatMessage(
-            role=MessageRole.ASSISTANT, content=reply.content, tool_calls=_distinct(calls) or None, token_usage=usage
-        )
+        return self._checked(reply, with_tools=bool(tools_to_call_from))
 
 
 class LocalModel(AgentModel):
-    """A model that the inference runner's engine holds in this very process."""
+    """A model in this process, run by the inference runner's engine."""
 
     native_calls = False
 
     def __init__(self, ctx: Context, wanted: ModelConfig) -> None:
         """
         Raises:
-            BadRequest: there is no such model.
+            BadRequest: the model does not exist.
             RunnerError: the model hub cannot be reached.
         """
         from runners.inference.engines import load_engine
@@ -139,14 +170,16 @@ class LocalModel(AgentModel):
         spec = {
             "model": {"source": {"identifier": wanted.identifier, "revision": wanted.revision}},
             "enforce_cpu": wanted.enforce_cpu,
-            "inference": {**options, "max_tokens": wanted.max_tokens or DEFAULT_LOCAL_TOKENS, "stop": STOP_WRITING},
+            "inference": {**options, "max_tokens": wanted.max_tokens or DEFAULT_LOCAL_TOKENS, "stop": [OBSERVATION]},
         }
         self._ctx = ctx
         self._task = read_task(ctx, spec, "model")
         work = Work(prompts=100, prompt_bytes=400_000, new_tokens=self._task.sampling.max_tokens, copies=1)
         self._engine, self._texts = load_engine(ctx, self._task, find_source(ctx, self._task), [], work=work)
 
-    def generate(self, messages: Sequence[Any], *_: Any, **__: Any) -> ChatMessage:
+    def generate(
+        self, messages: Sequence[Any], *_: Any, tools_to_call_from: Sequence[Any] | None = None, **__: Any
+    ) -> ChatMessage:
         """See smolagents."""
         from runners.api import BadRequest
         from runners.data.prompts import Message
@@ -161,12 +194,17 @@ class LocalModel(AgentModel):
             )
         watch = _Listening(self._ctx, self._watch())
         output = self._engine.generate([Request(prompt)], self._task.sampling, watch)[0].outputs[0]
-        usage = self._answered(output.text, len(prompt), len(output.token_ids))
-        return ChatMessage(role=MessageRole.ASSISTANT, content=output.text, token_usage=usage)
+        reply = Reply(
+            content=output.text,
+            finish_reason=output.finish_reason,
+            prompt_tokens=len(prompt),
+            completion_tokens=len(output.token_ids),
+        )
+        return self._checked(reply, with_tools=bool(tools_to_call_from))
 
 
 class _Listening(GenerationWatch):
-    """Also ends a generation when the run's own time is up."""
+    """Also ends a generation when the run exceeds its time limit."""
 
     def __init__(self, ctx: Context, watch: Watch) -> None:
         super().__init__(ctx, 1)
@@ -178,7 +216,7 @@ class _Listening(GenerationWatch):
 
 
 def plain_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
-    """smolagents' messages as an endpoint takes them; what is such a dictionary already stays as it is."""
+    """smolagents' messages as messages of the chat API; dictionaries stay as they are."""
     plain: list[dict[str, Any]] = []
     for message in messages:
         if isinstance(message, dict):
@@ -197,7 +235,7 @@ def plain_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def schema_of(tool: Any) -> dict[str, Any]:
-    """A tool as the request describes it; one of an MCP server by that server's own schema."""
+    """A tool's schema for the request; of an MCP server's tool the server's own schema."""
     schema = getattr(tool, "json_schema", None)
     if schema is None:
         return get_tool_json_schema(tool)
@@ -207,45 +245,28 @@ def schema_of(tool: Any) -> dict[str, Any]:
     }
 
 
-_FENCE = re.compile(r"```(?:json)?\s*(.*?)```", re.DOTALL)
+def _tool_calls(calls: Sequence[Call]) -> list[ChatMessageToolCall]:
+    return [
+        ChatMessageToolCall(
+            function=ChatMessageToolCallFunction(name=call.name, arguments=call.arguments), id=call.id, type="function"
+        )
+        for call in calls
+    ]
 
 
-def written_call(text: str) -> tuple[str, Any] | None:
-    """The call in a text such as `{"name": "shell", "arguments": {…}}`; None where there is none."""
-    value = first_json(text, dict)
-    if isinstance(value, dict) and isinstance(value.get("name"), str) and "arguments" in value:
-        return value["name"], value["arguments"]
-    return None
-
-
-def first_json(text: str, kind: type[Any]) -> Any:
-    """The first JSON value of that kind in a text, fenced or not; None where there is none."""
-    decoder = json.JSONDecoder()
-    opening = "{" if kind is dict else "["
-    for part in (*_FENCE.findall(text), text):
-        at = part.find(opening)
-        while at >= 0:
-            try:
-                value, _ = decoder.raw_decode(part, at)
-            except ValueError:
-                pass
-            else:
-                if isinstance(value, kind):
-                    return value
-            at = part.find(opening, at + 1)
-    return None
-
-
-def _arguments(text: str) -> Any:
-    try:
-        return json.loads(text) if text.strip() else {}
-    except ValueError:
-        return text
-
-
-def _distinct(calls: list[ChatMessageToolCall]) -> list[ChatMessageToolCall]:
-    """smolagents keeps calls by their id; some servers give all the same."""
-    if len({call.id for call in calls}) < len(calls):
-        for index, call in enumerate(calls):
-            call.id = f"{call.id}_{index}"
-    return calls
+def _problem(reply: Reply, text: str, *, has_calls: bool) -> str:
+    """Why a reply is no answer to continue from; empty where it is one."""
+    reason = reply.finish_reason.lower()
+    if reply.refusal:
+        return f"refusal: the model refused: {reply.refusal}"
+    if reason not in FINISHED | CUT_OFF:
+        return f"{reason}: the endpoint ended the answer for this reason, before it was complete"
+    if has_calls:  # those that were cut off are reported to the model
+        return ""
+    if reason in CUT_OFF:
+        return "length: the answer was cut off at the token limit; raise model.max_tokens, or make the task smaller"
+    if reason in ("tool_calls", "tool_use"):
+        return f"{reason}: the endpoint announced calls of tools, and the answer has none"
+    if not text:
+        return f"empty: the answer has {'nothing but thinking' if reply.content.strip() else 'neither text nor a call'}"
+    return ""

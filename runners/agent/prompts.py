@@ -1,4 +1,4 @@
-"""What agents are told. Short, so that small models have room for the task."""
+"""Prompts. Short, so that small models have room for the task."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ RULES = """You solve the task that you are given, with the tools that you have.
 
 WRITTEN_CALLS = """
 You call a tool by writing one JSON object and nothing else: {"name": "<tool>", "arguments": {"<argument>": <value>}}
+JSON with text after it, or in a code block beside other text, is not run.
 Its result comes back as an observation. The tools:
 {%- for tool in tools.values() %}
 - {{ tool.to_tool_calling_prompt() }}
@@ -28,7 +29,7 @@ def templates(*, native_calls: bool) -> Any:
     """smolagents' prompt templates.
 
     Args:
-        native_calls: the model gets its tools with the request; else they stand in the prompt.
+        native_calls: tools go with the request; else the prompt lists them.
     """
     return {
         "system_prompt": RULES if native_calls else RULES + WRITTEN_CALLS,

@@ -1,4 +1,4 @@
-"""What an agent task holds while it runs: its configuration, model, MCP servers and journal; and each item's run."""
+"""One agent task: its configuration, model, MCP servers and journal, and the run of each item."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from runners.agent import sandbox, serve
 from runners.agent.command import Bounds, end_all
 from runners.agent.config import AgentConfig, SearchProvider, Tools
 from runners.agent.config_files import agents_folder, load_config, load_provider
+from runners.agent.endpoint import Endpoint
+from runners.agent.event_loop import EventLoop
 from runners.agent.journal import Journal
 from runners.agent.mcp_bridge import McpBridge
-from runners.agent.models import AgentModel, EndpointModel, LocalModel
+from runners.agent.models import AgentModel, EndpointModel, LocalModel, NoAnswer
 from runners.agent.sandbox import Sandbox
-from runners.agent.solo import Bench, Member, Said, work
+from runners.agent.solo import Bench, Member, Outcome, work
 from runners.agent.task import AgentTask
 from runners.agent.team import orchestra, workforce
 from runners.agent.tools import Kit, build_tools, search_of
@@ -29,17 +31,17 @@ from runners.agent.workspace import Workspace
 from runners.api import BadRequest, Context, RunnerError
 
 WORKSPACE = "workspace"
-"""In the task's folder; of a data source's items each has one of its own below it."""
+"""In the task's folder; each item of a data source has its own below it."""
 LONE = "agent"
 
 
 class Session:
-    """One task. `close` ends everything that `open` started."""
+    """One task. `close` ends all that `open` started."""
 
     def __init__(self, ctx: Context, task: AgentTask, redact: Redactor) -> None:
         """
         Raises:
-            BadRequest: the configuration cannot be used.
+            BadRequest: the configuration is wrong.
         """
         self._ctx = ctx
         self._task = task
@@ -50,20 +52,22 @@ class Session:
         self._providers = self._load_providers()
         self._bounds = self._load_bounds()
         if self._bounds is not None:
-            sandbox.best_mode()  # said before anything is paid for
+            sandbox.best_mode()  # raised before anything is loaded
         self.journal = Journal(ctx, redact)
         self._stack = contextlib.ExitStack()
         self._stack.callback(self.journal.close)
-        self._bridge = McpBridge(self._config.mcp_servers, redact, f"{self._name}.mcp_servers")
+        self._loop = EventLoop()
+        self._stack.callback(self._loop.close)
+        self._bridge = McpBridge(self._config.mcp_servers, redact, f"{self._name}.mcp_servers", self._loop)
         self._model: AgentModel | None = None
         self._confinement: dict[str, str] | None = None
         self._dropped: list[str] = []
 
     def open(self) -> None:
-        """Load or reach the model, start the MCP servers.
+        """Load the model or find it at its endpoint, and start the MCP servers.
 
         Raises:
-            BadRequest, RunnerError: one of them cannot be had.
+            BadRequest, RunnerError: one of them cannot be loaded, reached or started.
             Cancelled: the node asked the task to stop.
         """
         ctx, config = self._ctx, self._config
@@ -73,15 +77,15 @@ class Session:
         if wanted.type == "local":
             self._model = LocalModel(ctx, wanted)
         else:
-            from runners.agent.endpoint import Endpoint
-
             where = f"{self._name}.model"
             base_url = wanted.base_url or ""
             if wanted.serve is not None:
                 agents = agents_folder(ctx)
                 started = serve.endpoint(ctx, wanted.serve, agents, watch, f"{where}.serve", redact=self._redact)
                 base_url = self._stack.enter_context(started)
-            self._model = EndpointModel(Endpoint(wanted, base_url, self._redact, where), wanted, watch)
+            endpoint = Endpoint(wanted, base_url, self._redact, where, self._loop)
+            self._stack.callback(endpoint.close)
+            self._model = EndpointModel(endpoint, wanted, watch)
         self._stack.enter_context(self._bridge)
         self._bridge.open(watch)
 
@@ -94,7 +98,7 @@ class Session:
         return "" if self._model is None else str(self._model.model_id)
 
     def run_item(self, index: int, text: str) -> dict[str, Any]:
-        """One item from its task to its entry in the result. What goes wrong in it is its own.
+        """Run one item; its entry of the result. Its failure does not affect other items.
 
         Raises:
             Cancelled: the node asked the task to stop.
@@ -106,12 +110,14 @@ class Session:
         self.journal.note(index, LONE, "task", task=text)
         output, error = "", ""
         try:
-            said = self._work(index, text, workspace, watch)
-            output = said.text
-            if said.out_of_turns:
+            outcome = self._work(index, text, workspace, watch)
+            output = outcome.text
+            if outcome.out_of_turns:
                 error = f"max_turns: no answer after {self._max_turns} turns; the output is what it had by then"
         except OutOfTime as late:
             error = str(late)
+        except NoAnswer as problem:
+            output, error = self._redact(problem.text), self._redact(str(problem))
         except RunnerError as problem:
             error = self._redact(str(problem))
         finally:
@@ -139,16 +145,14 @@ class Session:
 
     def describe(self) -> dict[str, Any]:
         """For the result's metadata."""
-        said: dict[str, Any] = {"agent_type": self._config.type}
+        about: dict[str, Any] = {"agent_type": self._config.type}
         if self._confinement is not None:
-            said["sandbox"] = self._confinement
+            about["sandbox"] = self._confinement
         if self._dropped:
-            said["files_dropped"] = self._redact.deep(self._dropped[:50])
-        return said
+            about["files_dropped"] = self._redact.deep(self._dropped[:50])
+        return about
 
-    # ---- one run -----------------------------------------------------------------------------------------------------
-
-    def _work(self, index: int, text: str, workspace: Workspace, watch: Watch) -> Said:
+    def _work(self, index: int, text: str, workspace: Workspace, watch: Watch) -> Outcome:
         model = self._model
         assert model is not None, "open has been called"
         model.watch = watch
@@ -204,8 +208,6 @@ class Session:
         made = Sandbox(folder, self._bounds)
         self._confinement = made.describe()
         return made
-
-    # ---- of the configuration ----------------------------------------------------------------------------------------
 
     def _all_tools(self) -> Iterator[tuple[str, Tools]]:
         config: AgentConfig = self._config

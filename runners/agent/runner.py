@@ -1,4 +1,4 @@
-"""The agent runner: one run an item, each with a folder, a time limit and an end of its own."""
+"""The agent runner: one run per item, each with its own folder, time limit and outcome."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ class AgentRunner(Runner):
     def run(self, ctx: Context) -> dict[str, Any]:
         ctx.phase("prepare")
         task = read_agent(ctx)
-        if importlib.util.find_spec("smolagents") is None:
-            raise MissingDependency("smolagents", "agent")
+        for library in ("smolagents", "openai"):
+            if importlib.util.find_spec(library) is None:
+                raise MissingDependency(library, "agent")
         from runners.agent.run import Session
         from runners.agent.secrets import task_redactor
 
@@ -32,7 +33,7 @@ class AgentRunner(Runner):
             kind = BadRequest if isinstance(error, BadRequest) else RunnerError
             made = kind(clean)
             made.fault = error.fault
-            raise made from None  # what it came from may have shown a key
+            raise made from None  # the cause may show a key
 
     def _run(self, ctx: Context, task: AgentTask, session: Any) -> dict[str, Any]:
         since = time.monotonic()
@@ -78,7 +79,7 @@ def _summary(items: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _write_output(path: Path, items: list[dict[str, Any]], *, batch: bool) -> None:
-    """After each item, so that what is there stays when a later one ends the task."""
+    """Written after each item, so that earlier outputs remain if a later item ends the task."""
     if not batch:
         text = items[0]["output"]
     else:

@@ -1,7 +1,7 @@
-"""Runs the commands of agents in the task's folder: confined, with bounds on time, memory, processes and output.
+"""Runs the commands of agents in the task's folder: confined, with bounds on time, memory, processes, disk and output.
 
-The confinement is `jail/`'s. Where a system allows none of it, commands are refused: they could read what the node's
-user can read.
+`jail/` confines them. Where the system supports no kind of jail, commands are refused: they could read all files of
+the node's user.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ ETC = (
     "pki/tls/cert.pem", "pki/tls/certs", "pki/tls/openssl.cnf", "protocols", "resolv.conf", "services",
     "ssl/cert.pem", "ssl/certs", "ssl/openssl.cnf",
 )  # fmt: skip
-"""Not all of `ssl` and `pki`: private keys lie there, too."""
+"""Not all of `ssl` and `pki`: they also hold private keys."""
 OF_PYTHON = ("bin", "include", "lib", "lib64", "libexec", "share", "ssl", "pyvenv.cfg")
-"""Of the folder that a Python is installed in. A node's own folders may lie beside them."""
+"""Parts of a Python's install prefix. It may also hold folders of the node."""
 PASSED = ("LANG", "LC_ALL", "LC_CTYPE", "TZ", "FLOWMESH_ATTEMPT")
 FILE_BYTES = 512 * 2**20
 OPEN_FILES = 1024
 TASKS_A_PROCESS = 16
-"""The kernel counts threads, too; its bound only has to stop what forks faster than processes are counted."""
+"""The kernel counts threads, too; its bound only has to stop a fork bomb between two of our counts."""
 
 
 class Sandbox:
@@ -46,10 +46,10 @@ class Sandbox:
     def __init__(self, folder: Path, bounds: Bounds, *, mode: Mode | None = None) -> None:
         """
         Args:
-            mode: which kind of jail; None: the best that this system has.
+            mode: kind of jail; None: the best that works here.
 
         Raises:
-            NotConfined: it has none.
+            NotConfined: none works.
         """
         self.folder = folder.resolve()
         self.bounds = bounds
@@ -57,7 +57,7 @@ class Sandbox:
         (self.folder / ".tmp").mkdir(parents=True, exist_ok=True)
 
     def describe(self) -> dict[str, str]:
-        """For the result: what the confinement rests on here."""
+        """For the result: which mechanisms confine commands here."""
         if self.bounds.network:
             network = "on"
         else:
@@ -71,11 +71,11 @@ class Sandbox:
         """Run `command` in the folder.
 
         Args:
-            check: asked many times a second; what it raises ends the command, and is raised again.
-            timeout_s: where it is less than the bound's.
+            check: called many times a second; what it raises ends the command and is raised again.
+            timeout_s: applies if it is less than the bound.
 
         Raises:
-            NotConfined: the jail could not be built after all.
+            NotConfined: the jail could not be built.
         """
         limit_s = min(timeout_s or self.bounds.timeout_s, self.bounds.timeout_s)
         with tempfile.TemporaryDirectory(prefix="jail-") as root:
@@ -84,7 +84,7 @@ class Sandbox:
                 return Command(process, self.folder, self.bounds, limit_s).until_end(check)
             finally:
                 stop(process)
-                assert process.stdout is not None, "asked for"
+                assert process.stdout is not None, "it is a pipe"
                 process.stdout.close()
 
     def _start(self, command: Sequence[str], root: str, limit_s: float) -> subprocess.Popen[bytes]:
@@ -116,7 +116,7 @@ class Sandbox:
 
 
 def readable_paths() -> list[str]:
-    """The programs and libraries of this machine, and this Python's."""
+    """Paths of this machine's programs and libraries, and of this Python."""
     own = {sys.prefix, sys.base_prefix, sys.exec_prefix, os.path.realpath(sys.base_prefix)} - {"/", "/usr"}
     packages = {path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")}
     paths = [
@@ -129,7 +129,7 @@ def readable_paths() -> list[str]:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """A command's whole environment; nothing of the node's own is in it."""
+    """A command's whole environment; none of the node's variables except PASSED."""
     passed = {name: os.environ[name] for name in PASSED if name in os.environ}
     python = str(Path(sys.executable).parent)
     return {
@@ -147,7 +147,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def tasks_of_user() -> int:
-    """Processes and threads of this user, on the whole machine."""
+    """Number of processes and threads of this user on the machine."""
     own, count = os.geteuid(), 0
     for entry in os.scandir("/proc"):
         with contextlib.suppress(OSError):
@@ -157,7 +157,7 @@ def tasks_of_user() -> int:
 
 
 def signals_confined() -> bool:
-    """Whether this kernel's Landlock keeps a command's signals to its own processes; else it can send none."""
+    """Whether this kernel's Landlock restricts signals to a command's own processes; else it can send none."""
     from runners.agent.jail import kernel
 
     return kernel.landlock_version() >= kernel.LANDLOCK_OF_SIGNALS
@@ -165,7 +165,7 @@ def signals_confined() -> bool:
 
 @functools.cache
 def mode_works(mode: Mode) -> str:
-    """Empty where a jail of this kind can be built here, else why not."""
+    """Why a jail of this kind cannot be built here; empty if it can."""
     with tempfile.TemporaryDirectory(prefix="jail-probe-") as folder:
         try:
             ended = Sandbox(Path(folder), Bounds(timeout_s=20), mode=mode).run(["true"], lambda: None)
@@ -175,7 +175,7 @@ def mode_works(mode: Mode) -> str:
 
 
 def best_mode() -> Mode:
-    """The best kind of jail that this system has.
+    """The best kind of jail that works here.
 
     Raises:
         NotConfined: none works.
@@ -186,6 +186,6 @@ def best_mode() -> Mode:
             return mode
         reasons.append(f"{mode}: {reason}")
     raise NotConfined(
-        "agents cannot run code on this node, nothing here would keep it in its folder "
-        f"({'; '.join(reasons)}); allow user namespaces or Landlock, or leave the tools python and shell out"
+        "agents cannot run code on this node: no kind of confinement works here "
+        f"({'; '.join(reasons)}); allow user namespaces or Landlock, or turn off the tools python and shell"
     )

@@ -1,7 +1,7 @@
-"""An OpenAI-compatible endpoint without a model: it answers by the rules of a YAML script. For examples and drills.
+"""An OpenAI-compatible endpoint without a model: answers come from the rules of a YAML script. For examples and tests.
 
-`python -m runners.agent.scripted_endpoint --port N --script FILE`. The first rule whose `when` fits gives the reply;
-`{last}` in it is the newest tool result, `{task}` the first user message.
+`python -m runners.agent.scripted_endpoint --port N --script FILE`. The first rule whose `when` matches gives the reply:
+`call` or `text`, with `finish_reason` if given. `{last}` is the latest tool result, `{task}` the first user message.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def main() -> None:
         server.serve_forever()
 
 
-def reply(rules: list[dict[str, Any]], messages: list[dict[str, Any]]) -> dict[str, Any]:
-    """The message that the rules give for a conversation."""
+def reply(rules: list[dict[str, Any]], messages: list[dict[str, Any]]) -> tuple[dict[str, Any], str]:
+    """The message that the rules give for a conversation, and its finish reason."""
     system = "\n".join(_text(each) for each in messages if each["role"] == "system")
     users = [_text(each) for each in messages if each["role"] == "user"]
     results = [_text(each) for each in messages if each["role"] == "tool"]
@@ -46,9 +46,11 @@ def reply(rules: list[dict[str, Any]], messages: list[dict[str, Any]]) -> dict[s
             arguments = {name: _filled(value, values) for name, value in (rule["call"].get("arguments") or {}).items()}
             function = {"name": rule["call"]["name"], "arguments": json.dumps(arguments)}
             call = {"id": f"call_{len(results)}", "type": "function", "function": function}
-            return {"role": "assistant", "content": rule.get("text") or "", "tool_calls": [call]}
-        return {"role": "assistant", "content": _filled(rule["text"], values)}
-    return {"role": "assistant", "content": "The script has no reply for this."}
+            message = {"role": "assistant", "content": rule.get("text") or "", "tool_calls": [call]}
+            return message, rule.get("finish_reason") or "tool_calls"
+        message = {"role": "assistant", "content": _filled(rule["text"], values)}
+        return message, rule.get("finish_reason") or "stop"
+    return {"role": "assistant", "content": "The script has no reply for this."}, "stop"
 
 
 def handler(rules: list[dict[str, Any]]) -> type[http.server.BaseHTTPRequestHandler]:
@@ -60,17 +62,16 @@ def handler(rules: list[dict[str, Any]]) -> type[http.server.BaseHTTPRequestHand
 
         def do_POST(self) -> None:
             request = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))))
-            message = reply(rules, request["messages"])
+            message, finish = reply(rules, request["messages"])
             words = sum(len(_text(each).split()) for each in request["messages"])
-            said = len(json.dumps(message).split())
-            finish = "tool_calls" if message.get("tool_calls") else "stop"
+            answered = len(json.dumps(message).split())
             self._answer(
                 {
                     "id": "scripted",
                     "object": "chat.completion",
                     "model": MODEL,
                     "choices": [{"index": 0, "message": message, "finish_reason": finish}],
-                    "usage": {"prompt_tokens": words, "completion_tokens": said, "total_tokens": words + said},
+                    "usage": {"prompt_tokens": words, "completion_tokens": answered, "total_tokens": words + answered},
                 }
             )
 

@@ -1,4 +1,4 @@
-"""A local model endpoint that a task starts for itself, and that ends with it."""
+"""A local model endpoint that a task starts, and that ends with the task."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ POLL_S = 0.1
 
 @contextlib.contextmanager
 def endpoint(ctx: Context, wanted: Serve, agents: Path, watch: Watch, where: str, *, redact: Redactor) -> Iterator[str]:
-    """Start the command, wait until it answers, and give its base URL. It ends with the block.
+    """Start the command, wait until it answers, and yield its base URL. It is stopped with the block.
 
     Raises:
-        RunnerError: it ended, or did not answer in time; its log says more.
-        Cancelled, OutOfTime: as `watch` says.
+        RunnerError: it exited, or did not answer in time; its log has the details.
+        Cancelled, OutOfTime: from `watch`.
     """
     port = _free_port()
     values = {"{port}": str(port), "{python}": sys.executable, "{agents}": str(agents)}
     command = []
     for part in wanted.command:
         for name, value in values.items():
-            part = part.replace(name, value)  # noqa: PLW2901 - one after the other
+            part = part.replace(name, value)  # noqa: PLW2901 - each in turn
         command.append(part)
     env = {name: os.environ[name] for name in PASSED if name in os.environ}
     for name in wanted.env_from:
@@ -67,19 +67,19 @@ def endpoint(ctx: Context, wanted: Serve, agents: Path, watch: Watch, where: str
 
 
 def _wait(process: subprocess.Popen[bytes], base_url: str, wanted: Serve, watch: Watch, *, who: str, log: Path) -> None:
-    """Until it answers."""
+    """Wait until it answers."""
     import requests
 
     session = requests.Session()
-    session.trust_env = False  # no proxy stands between us and ourselves
+    session.trust_env = False  # no proxy for a server of this machine
     deadline = time.monotonic() + wanted.ready_timeout_s
     while True:
         watch.check()
         if process.poll() is not None:
             last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["it wrote nothing"]
-            raise RunnerError(f"{who} ended with status {process.returncode} before it answered: {last[0][:300]}")
+            raise RunnerError(f"{who} exited with status {process.returncode} before it answered: {last[0][:300]}")
         with contextlib.suppress(requests.RequestException):
-            if session.get(f"{base_url}/models", timeout=2).status_code < 500:
+            if watch.wait(lambda: session.get(f"{base_url}/models", timeout=2)).status_code < 500:
                 return
         if time.monotonic() > deadline:
             raise RunnerError(f"{who} did not answer within {wanted.ready_timeout_s:g} s; see logs/{LOG}")
@@ -95,7 +95,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         except subprocess.TimeoutExpired:
             continue
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)  # of its group, who did not listen
+        os.killpg(process.pid, signal.SIGKILL)  # what is left of its process group
 
 
 def _free_port() -> int:

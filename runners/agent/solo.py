@@ -1,4 +1,4 @@
-"""One agent at work: smolagents' loop of thinking and acting, its steps told to the journal."""
+"""One agent: smolagents' loop of model turns and tool calls, recorded in the journal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from smolagents.agents import ToolCallingAgent, ToolOutput
 from smolagents.memory import ActionStep, FinalAnswerStep, TaskStep, ToolCall
 from smolagents.models import ChatMessage
 from smolagents.monitoring import LogLevel
-from smolagents.utils import AgentError, AgentGenerationError, AgentMaxStepsError
+from smolagents.utils import AgentError, AgentGenerationError, AgentMaxStepsError, AgentToolCallError
 
 from flowmesh.redaction import Redactor
 from runners.agent import prompts
@@ -21,22 +21,23 @@ from runners.agent.journal import Journal
 from runners.agent.models import AgentModel
 from runners.agent.tools import ToolSpec, adapt
 from runners.agent.watch import Watch
+from runners.agent.written import Malformed
 from runners.api import RunnerError
 
 PARALLEL_TOOLS = 4
 FINAL = "final_answer"
 
 
-class Said(msgspec.Struct, frozen=True):
-    """What an agent came to."""
+class Outcome(msgspec.Struct, frozen=True):
+    """The outcome of one agent's run."""
 
     text: str
     out_of_turns: bool
-    """Whether it was told to conclude, having used all its turns."""
+    """Whether it had used all its turns and was asked to conclude."""
 
 
 class Member(msgspec.Struct, frozen=True, kw_only=True):
-    """An agent that can be put to work."""
+    """An agent of the configuration."""
 
     name: str
     instructions: str
@@ -58,16 +59,25 @@ class Bench(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Agent(ToolCallingAgent):
-    """Each call of a turn has its own result; both are remembered as the endpoint's own messages, where it has them."""
+    """Gives each call of a turn its own result, and keeps both as messages of the chat API where calls are native."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self._results: dict[int, dict[str, str]] = {}
         """By turn and call."""
+        self.failed_conclusion = ""
+        """Why the model gave no answer after its last turn."""
+
+    def provide_final_answer(self, task: str) -> ChatMessage:
+        """See smolagents, which gives an error's text, as a list of parts, for the answer."""
+        message = super().provide_final_answer(task)
+        if isinstance(message.content, list):
+            self.failed_conclusion, message.content = _as_text(message.content), ""
+        return message
 
     def process_tool_calls(self, chat_message: ChatMessage, memory_step: ActionStep) -> Iterator[ToolCall | ToolOutput]:
-        """See smolagents. Its own makes one text of all results, in the order of the calls' ids, and where one call
-        fails it drops the others' results."""
+        """See smolagents, which joins all results into one text in the order of the calls' ids, and drops them if one
+        call fails."""
         results = self._results.setdefault(memory_step.step_number, {})
         several = len(chat_message.tool_calls or ()) > 1
         process = self._side_by_side if several else super().process_tool_calls
@@ -77,7 +87,7 @@ class _Agent(ToolCallingAgent):
             yield event
 
     def _side_by_side(self, message: ChatMessage, step: ActionStep) -> Iterator[ToolCall | ToolOutput]:
-        """The calls of one turn, then their results in the same order, each as soon as those before it are there."""
+        """The calls of one turn, then their results in the same order."""
         calls = [
             ToolCall(name=call.function.name, arguments=call.function.arguments, id=call.id)
             for call in message.tool_calls or ()
@@ -91,10 +101,18 @@ class _Agent(ToolCallingAgent):
                     yield outputs[-1]
         step.tool_calls = calls
         step.observations = "\n".join(output.observation for output in outputs)
-        yield from (output for output in outputs if output.is_final_answer)  # refused among others, which ends the turn
+        yield from (
+            output for output in outputs if output.is_final_answer
+        )  # refused beside other calls, which ends the turn
+
+    def execute_tool_call(self, tool_name: str, arguments: Any) -> Any:
+        """See smolagents, which hands a text that is no JSON object to a tool of one argument as that argument."""
+        if isinstance(arguments, Malformed):
+            raise AgentToolCallError(arguments.why, self.logger)
+        return super().execute_tool_call(tool_name, arguments)
 
     def _output(self, call: ToolCall) -> ToolOutput:
-        """What came of one call, a failure as the model is told of it. Raises only what ends the run."""
+        """The result of one call, or its failure as text for the model. Raises only what ends the run."""
         try:
             value = self.execute_tool_call(call.name, call.arguments or {})
         except AgentError as error:
@@ -118,12 +136,12 @@ class _Agent(ToolCallingAgent):
         return messages
 
 
-def work(member: Member, task: str, bench: Bench) -> Said:
-    """Have an agent do a task.
+def work(member: Member, task: str, bench: Bench) -> Outcome:
+    """Run an agent on a task.
 
     Raises:
-        RunnerError: its model cannot be asked.
-        Cancelled, OutOfTime: as the bench's watch says.
+        RunnerError: its model gives no answer.
+        Cancelled, OutOfTime: from the bench's watch.
     """
     model = bench.model
     agent = _Agent(
@@ -136,7 +154,7 @@ def work(member: Member, task: str, bench: Bench) -> Said:
         max_tool_threads=PARALLEL_TOOLS,
     )
     output: Any = None
-    told = 0
+    recorded = 0
     listen(bench, member.name)
     try:
         for event in agent.run(task, stream=True):
@@ -148,49 +166,51 @@ def work(member: Member, task: str, bench: Bench) -> Said:
                 case ToolOutput():
                     if not event.is_final_answer:
                         bench.note(member.name, "tool_result", tool=event.tool_call.name, result=event.observation)
-                case ActionStep() if event.step_number > told:
-                    told = event.step_number
+                case ActionStep() if event.step_number > recorded:
+                    recorded = event.step_number
                     if event.error is not None and not isinstance(event.error, AgentGenerationError):
-                        bench.note(member.name, "error", turn=told, error=str(event.error))
+                        bench.note(member.name, "error", turn=recorded, error=str(event.error))
                 case FinalAnswerStep():
                     output = event.output
     except AgentGenerationError as error:
         cause = error.__cause__
         if isinstance(cause, RunnerError):
             raise cause from None
-        raise RunnerError(f"the model could not be asked: {type(cause).__name__}: {cause}") from cause
+        raise RunnerError(f"the model request failed: {type(cause).__name__}: {cause}") from cause
     except AgentError as error:
         raise RunnerError(f"{type(error).__name__}: {error}") from error
+    if agent.failed_conclusion:
+        bench.note(member.name, "error", turn=recorded, error=agent.failed_conclusion)
     last = agent.memory.steps[-1] if agent.memory.steps else None
     out_of_turns = isinstance(getattr(last, "error", None), AgentMaxStepsError)
-    return Said(bench.redact(_as_text(output)), out_of_turns)
+    return Outcome(bench.redact(_as_text(output)), out_of_turns)
 
 
 def listen(bench: Bench, agent: str) -> None:
-    """From now on what the model says is `agent`'s."""
+    """Record the model's answers under the name `agent` from now on."""
     turns = itertools.count(1)
 
-    def heard(text: str, usage: Any) -> None:
+    def record(text: str, usage: Any) -> None:
         tokens = {"prompt_tokens": usage.input_tokens, "completion_tokens": usage.output_tokens}
         bench.note(agent, "model", turn=next(turns), text=text, **tokens)
 
-    bench.model.listener = heard
+    bench.model.listener = record
 
 
 def _turn(step: ActionStep, results: Mapping[str, str]) -> list[dict[str, Any]]:
-    """One turn: what the model said and called, and what came of it.
+    """One turn as messages: the model's text and calls, and their results.
 
     Args:
-        results: by call; one that has none is told why the turn failed.
+        results: by id of the call; a call without one gets the turn's failure.
     """
     message = step.model_output_message
-    assert message is not None, "the caller has looked"
+    assert message is not None, "checked by the caller"
     text = message.content if isinstance(message.content, str) else ""
     calls = message.tool_calls or []
     failure = "" if step.error is None else _failure(step.error)
     if not calls:
         return [{"role": "assistant", "content": text}, *([{"role": "user", "content": failure}] if failure else [])]
-    said = {
+    turn = {
         "role": "assistant",
         "content": text,
         "tool_calls": [
@@ -202,16 +222,17 @@ def _turn(step: ActionStep, results: Mapping[str, str]) -> list[dict[str, Any]]:
             for call in calls
         ],
     }
-    told = [{"role": "tool", "tool_call_id": call.id, "content": results.get(call.id, failure)} for call in calls]
-    return [said, *told]
+    outputs = [{"role": "tool", "tool_call_id": call.id, "content": results.get(call.id, failure)} for call in calls]
+    return [turn, *outputs]
 
 
 def _failure(error: AgentError) -> str:
     return f"Error: {error}"
 
 
-def _as_json(arguments: Any) -> str:
-    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False, default=str)
+def _as_json(arguments: dict[str, Any]) -> str:
+    """Always an object: servers read the calls of earlier turns, and refuse the request where they cannot."""
+    return "{}" if isinstance(arguments, Malformed) else json.dumps(arguments, ensure_ascii=False, default=str)
 
 
 def _as_text(output: Any) -> str:

@@ -1,4 +1,4 @@
-"""An agent task's document: which configuration, and what is to be done."""
+"""The document of an agent task: its configuration and its items."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class StaticData(Section, frozen=True):
 
 
 class AgentTask(msgspec.Struct, frozen=True, kw_only=True):
-    """What is asked for."""
+    """A checked document."""
 
     config_name: str
     config_where: str
@@ -42,11 +42,11 @@ class AgentTask(msgspec.Struct, frozen=True, kw_only=True):
     tasks: tuple[str, ...]
     metadata: tuple[dict[str, Any] | None, ...]
     batch: bool
-    """Whether they are the rows of a data source."""
+    """Whether the tasks are rows of a data source."""
 
 
 def read_agent(ctx: Context) -> AgentTask:
-    """The document, checked, with its data loaded.
+    """Check the document and load its data.
 
     Raises:
         BadRequest: naming the field.
@@ -83,7 +83,7 @@ def _config_name(spec: dict[str, Any], section: AgentSection) -> tuple[str, str]
 def _tasks(ctx: Context, spec: dict[str, Any]) -> tuple[tuple[str, ...], tuple[dict[str, Any] | None, ...], bool]:
     task, data = spec.get("task"), spec.get("data")
     if task is not None and data is not None:
-        raise BadRequest("spec.task: spec.data is there, too; give one of them")
+        raise BadRequest("spec.task: spec.data is given, too; give one of them")
     if task is not None:
         if not isinstance(task, str) or not task.strip():
             raise BadRequest(f"spec.task: expected a text (found {type(task).__name__} {task!r:.60})")
@@ -97,7 +97,7 @@ def _tasks(ctx: Context, spec: dict[str, Any]) -> tuple[tuple[str, ...], tuple[d
     items = load_items(ctx, spec)
     for prompt, where in zip(items.prompts, items.wheres, strict=True):
         if not isinstance(prompt, str) or not prompt.strip():
-            raise BadRequest(f"{where}: an agent's task is one text, and not empty")
+            raise BadRequest(f"{where}: an agent's task is one text that is not empty")
     if not items.prompts:
         raise BadRequest("spec.data: has no rows for this task")
     return tuple(each for each in items.prompts if isinstance(each, str)), items.metadata, True

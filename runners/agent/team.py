@@ -1,5 +1,5 @@
-"""Several agents on one task. `orchestra`: a plan, its steps in order, a report. `workforce`: steps that are assigned,
-done, reviewed and if need be done again, then a report. Plans, assignments and reviews are the model's, as JSON.
+"""Several agents on one task. `orchestra`: plan, steps in order, report. `workforce`: steps that are assigned, done,
+reviewed and repeated if needed, then a report. The model gives plans, assignments and reviews as JSON.
 """
 
 from __future__ import annotations
@@ -9,18 +9,18 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from flowmesh.messages.checking import nearest
+from flowmesh.validation.convert import nearest
 from runners.agent import prompts
 from runners.agent.config import AgentConfig
-from runners.agent.models import first_json
-from runners.agent.solo import Bench, Member, Said, listen, work
+from runners.agent.solo import Bench, Member, Outcome, listen, work
+from runners.agent.written import json_values
 from runners.api import RunnerError
 
 T = TypeVar("T")
 BEFORE_CHARS = 8000
-"""Of what earlier steps found, that a later one is told."""
+"""Of earlier steps' results, passed to a later one."""
 ASKED = 3
-"""How often the model is asked for JSON before the run gives up on it."""
+"""Attempts to get usable JSON from the model."""
 
 
 class Step(msgspec.Struct, frozen=True):
@@ -31,7 +31,7 @@ class Step(msgspec.Struct, frozen=True):
 
 
 class Done(msgspec.Struct, frozen=True):
-    """What came of a step."""
+    """The result of a step."""
 
     step: Step
     text: str
@@ -39,15 +39,15 @@ class Done(msgspec.Struct, frozen=True):
 
 
 class Unusable(ValueError):
-    """The model's JSON is not what was asked for. The message goes back to it."""
+    """The model's JSON is not what was asked for. The message is sent to it."""
 
 
-def orchestra(config: AgentConfig, members: Mapping[str, Member], task: str, bench: Bench) -> Said:
+def orchestra(config: AgentConfig, members: Mapping[str, Member], task: str, bench: Bench) -> Outcome:
     """Plan, work, report.
 
     Raises:
-        RunnerError: the model makes no plan, or cannot be asked.
-        Cancelled, OutOfTime: as the bench's watch says.
+        RunnerError: the model makes no plan, or gives no answer.
+        Cancelled, OutOfTime: from the bench's watch.
     """
     system = prompts.PLAN.format(
         members=_listed(config), max_steps=config.planner.max_steps, instructions=config.planner.instructions
@@ -60,12 +60,12 @@ def orchestra(config: AgentConfig, members: Mapping[str, Member], task: str, ben
     return _report(config, task, done, bench)
 
 
-def workforce(config: AgentConfig, members: Mapping[str, Member], task: str, bench: Bench) -> Said:
+def workforce(config: AgentConfig, members: Mapping[str, Member], task: str, bench: Bench) -> Outcome:
     """Break down, and for each step: assign, work, review; then report.
 
     Raises:
-        RunnerError: the model makes no plan, or cannot be asked.
-        Cancelled, OutOfTime: as the bench's watch says.
+        RunnerError: the model makes no plan, or gives no answer.
+        Cancelled, OutOfTime: from the bench's watch.
     """
     planner = config.planner
     listed = _listed(config)
@@ -86,7 +86,7 @@ def workforce(config: AgentConfig, members: Mapping[str, Member], task: str, ben
 def _until_good(
     config: AgentConfig, member: Member, step: Step, *, task: str, before: list[Done], bench: Bench
 ) -> Done:
-    """Do a step, have it reviewed, and do it again with the review, as often as the configuration allows."""
+    """Do a step and have it reviewed; repeat it with the review, up to planner.max_attempts times."""
     system = prompts.REVIEW.format(instructions=config.planner.instructions)
     wanted = step.task
     for _attempt in range(config.planner.max_attempts):
@@ -103,20 +103,20 @@ def _until_good(
 
 
 def _do(member: Member, step: Step, task: str, before: list[Done], bench: Bench) -> Done:
-    found = _told(before)[-BEFORE_CHARS:] or "(this is the first step)"
-    said = work(member, prompts.STEP.format(task=task, before=found, part=step.task), bench)
-    bench.note(member.name, "step_done", task=step.task, result=said.text, ok=not said.out_of_turns)
-    return Done(step, said.text, ok=not said.out_of_turns)
+    found = _results(before)[-BEFORE_CHARS:] or "(this is the first step)"
+    outcome = work(member, prompts.STEP.format(task=task, before=found, part=step.task), bench)
+    bench.note(member.name, "step_done", task=step.task, result=outcome.text, ok=not outcome.out_of_turns)
+    return Done(step, outcome.text, ok=not outcome.out_of_turns)
 
 
-def _report(config: AgentConfig, task: str, done: list[Done], bench: Bench) -> Said:
+def _report(config: AgentConfig, task: str, done: list[Done], bench: Bench) -> Outcome:
     system = prompts.REPORT.format(instructions=config.reporter.instructions)
     listen(bench, "reporter")
-    text = bench.model.say(system, f"The task:\n{task}\n\nThe team's work:\n{_told(done)}")
-    return Said(bench.redact(text.strip()), out_of_turns=False)
+    text = bench.model.say(system, f"The task:\n{task}\n\nThe team's work:\n{_results(done)}")
+    return Outcome(bench.redact(text.strip()), out_of_turns=False)
 
 
-def _told(done: list[Done]) -> str:
+def _results(done: list[Done]) -> str:
     lines = []
     for number, each in enumerate(done, start=1):
         mark = "" if each.ok else " (not finished)"
@@ -129,7 +129,7 @@ def _listed(config: AgentConfig) -> str:
 
 
 def _ask(bench: Bench, agent: str, system: str, question: str, read: Callable[[str], T]) -> T:
-    """The model's JSON, read. What is wrong with it is told back to it, a few times."""
+    """Ask the model for JSON and parse it. Problems are sent back to the model, ASKED attempts in all."""
     asked = question
     listen(bench, agent)
     for _ in range(ASKED):
@@ -145,12 +145,10 @@ def _ask(bench: Bench, agent: str, system: str, question: str, read: Callable[[s
 
 
 def _steps(text: str, config: AgentConfig, members: Mapping[str, Member], *, with_worker: bool) -> list[Step]:
-    value = first_json(text, list)
-    if not isinstance(value, list) or not value:
-        raise Unusable("there is no JSON list of steps in it")
+    value = _only(text, "list of steps", lambda value: isinstance(value, list) and bool(value) and _are_objects(value))
     steps = []
     for index, each in enumerate(value[: config.planner.max_steps]):
-        task = each.get("task") if isinstance(each, dict) else None
+        task = each.get("task")
         if not isinstance(task, str) or not task.strip():
             raise Unusable(f"step {index} has no task")
         steps.append(Step(task.strip(), _known(each.get("worker"), members) if with_worker else None))
@@ -158,18 +156,32 @@ def _steps(text: str, config: AgentConfig, members: Mapping[str, Member], *, wit
 
 
 def _worker(text: str, members: Mapping[str, Member]) -> str:
-    value = first_json(text, dict)
-    return _known(value.get("worker") if isinstance(value, dict) else None, members)
+    value = _only(text, 'object with a "worker"', lambda value: isinstance(value, dict) and "worker" in value)
+    return _known(value["worker"], members)
 
 
 def _known(name: Any, members: Mapping[str, Member]) -> str:
     if name not in members:
-        raise Unusable(f"{name!r} is no member of the team; {nearest(str(name), list(members))}")
+        raise Unusable(f"{name!r} is not a member of the team; {nearest(str(name), list(members))}")
     return str(name)
 
 
 def _verdict(text: str) -> tuple[bool, str]:
-    value = first_json(text, dict)
-    if not isinstance(value, dict) or not isinstance(value.get("done"), bool):
-        raise Unusable('there is no JSON object with a boolean "done" in it')
+    value = _only(text, 'object with a boolean "done"', _is_verdict)
     return value["done"], str(value.get("feedback") or "")
+
+
+def _only(text: str, what: str, fits: Callable[[Any], bool]) -> Any:
+    """The one JSON value in a text that fits."""
+    found = json_values(text, fits)
+    if len(found) != 1:
+        raise Unusable(f"there is {'more than one' if found else 'no'} JSON {what} in it")
+    return found[0]
+
+
+def _are_objects(values: list[Any]) -> bool:
+    return all(isinstance(each, dict) for each in values)
+
+
+def _is_verdict(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("done"), bool)

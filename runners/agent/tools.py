@@ -1,4 +1,4 @@
-"""The tools that a configuration switches on: plain functions with a description; `adapt` makes smolagents' of them."""
+"""The built-in tools: functions with a description. `adapt` wraps them for smolagents."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from runners.agent.web import WebRefused, fetch, search
 from runners.agent.workspace import PathRefused, Workspace
 
 MAX_RESULT_CHARS = 20_000
-"""Of one tool's result; more would push the task out of the model's sight."""
+"""Of one tool's result, so that it does not fill the model's context."""
 
 
 class ToolRefused(Exception):
-    """A call that cannot be done. The message is for the agent, which may try something else."""
+    """A call that cannot be done. The message is for the model."""
 
 
 class ToolSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,23 +33,23 @@ class ToolSpec(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     description: str
     inputs: dict[str, dict[str, Any]]
-    """By argument: type, description, and nullable where it may be left out."""
+    """By argument: type, description, and nullable if it is optional."""
     call: Callable[..., str]
     schema: dict[str, Any] | None = None
-    """The arguments as JSON schema, where there is a better one than `inputs` gives."""
+    """The JSON schema of the arguments, where there is a more precise one than `inputs`."""
 
 
 class Kit(msgspec.Struct, frozen=True, kw_only=True):
-    """What the tools of one run work with."""
+    """What the tools of one run share."""
 
     watch: Watch
     workspace: Workspace
     sandbox: Sandbox | None
-    """None: no tool of this configuration needs one."""
+    """None if no tool needs one."""
     providers: Mapping[str, SearchProvider]
     redact: Redactor
     numbers: Iterator[int] = msgspec.field(default_factory=itertools.count)
-    """For the names of scripts: calls of one turn run side by side, and members of a team share the folder."""
+    """For names of scripts: calls of one turn run in parallel, and members of a team share the folder."""
 
 
 def build_tools(wanted: Tools, kit: Kit) -> list[ToolSpec]:
@@ -88,11 +88,11 @@ def _python(kit: Kit) -> ToolSpec:
     def python(code: str) -> str:
         script = Path(".tmp") / f"script-{next(kit.numbers)}.py"
         kit.workspace.write(str(script), code.encode(errors="replace"))
-        return _said(_sandbox(kit).run(["python", str(script)], kit.watch.check))
+        return _output_of(_sandbox(kit).run(["python", str(script)], kit.watch.check))
 
     return ToolSpec(
         name="python",
-        description="Runs a Python program in the task's folder and returns what it prints. Nothing but files is kept "
+        description="Runs a Python program in the task's folder and returns what it prints. Only files are kept "
         f"between calls. {_bounds(kit)}",
         inputs={"code": _text("The program. Print what you want to see.")},
         call=python,
@@ -101,7 +101,7 @@ def _python(kit: Kit) -> ToolSpec:
 
 def _shell(kit: Kit) -> ToolSpec:
     def shell(command: str) -> str:
-        return _said(_sandbox(kit).run(["/bin/sh", "-c", command], kit.watch.check))
+        return _output_of(_sandbox(kit).run(["/bin/sh", "-c", command], kit.watch.check))
 
     return ToolSpec(
         name="shell",
@@ -142,10 +142,9 @@ def _documents(kit: Kit, web: Fetch | None) -> ToolSpec:
         if source.startswith(("http://", "https://")):
             if web is None:
                 raise ToolRefused("this agent may not fetch addresses; give a file of the task's folder")
-            page = kit.watch.wait(lambda: fetch(source, web))
-            text = document_text(page.body, page.url, page.content_type)
+            text = kit.watch.wait(lambda: _page_text(source, web))
         else:
-            text = document_text(kit.workspace.read(source), source)
+            text = kit.watch.wait(lambda: document_text(kit.workspace.read(source), source))
         return _part(text, start or 0)
 
     return ToolSpec(
@@ -161,8 +160,7 @@ def _documents(kit: Kit, web: Fetch | None) -> ToolSpec:
 
 def _fetch_page(kit: Kit, wanted: Fetch) -> ToolSpec:
     def fetch_page(url: str) -> str:
-        page = kit.watch.wait(lambda: fetch(url, wanted))
-        return document_text(page.body, page.url, page.content_type)
+        return kit.watch.wait(lambda: _page_text(url, wanted))
 
     return ToolSpec(
         name="fetch_page",
@@ -170,6 +168,11 @@ def _fetch_page(kit: Kit, wanted: Fetch) -> ToolSpec:
         inputs={"url": _text("Its http or https address.")},
         call=fetch_page,
     )
+
+
+def _page_text(url: str, wanted: Fetch) -> str:
+    page = fetch(url, wanted)
+    return document_text(page.body, page.url, page.content_type)
 
 
 def _web_search(kit: Kit, wanted: WebSearch) -> ToolSpec:
@@ -190,7 +193,7 @@ def _web_search(kit: Kit, wanted: WebSearch) -> ToolSpec:
 
 
 def _sandbox(kit: Kit) -> Sandbox:
-    assert kit.sandbox is not None, "the runner makes one where python or shell is on"
+    assert kit.sandbox is not None, "the runner creates one if python or shell is on"
     return kit.sandbox
 
 
@@ -200,7 +203,7 @@ def _bounds(kit: Kit) -> str:
     return f"At most {bounds.timeout_s:g} s and {bounds.memory_bytes // 2**20} MiB of memory. {network}"
 
 
-def _said(ended: Ended) -> str:
+def _output_of(ended: Ended) -> str:
     output = ended.output.strip() or "(no output)"
     if ended.stopped:
         return f"{output}\n[stopped: {ended.stopped}]"
@@ -214,11 +217,11 @@ def _part(text: str, start: int) -> str:
 
 
 def run_tool(spec: ToolSpec, watch: Watch, redact: Redactor, arguments: dict[str, Any]) -> str:
-    """The tool's result, or what was wrong, as the agent may see it.
+    """Run a tool; its result redacted and cut to MAX_RESULT_CHARS.
 
     Raises:
-        ToolRefused: it cannot be done; with why.
-        Cancelled, OutOfTime: as the watch says.
+        ToolRefused: it cannot be done, and why.
+        Cancelled, OutOfTime: from `watch`.
     """
     watch.check()
     try:
@@ -234,7 +237,7 @@ def run_tool(spec: ToolSpec, watch: Watch, redact: Redactor, arguments: dict[str
 
 
 def adapt(spec: ToolSpec, watch: Watch, redact: Redactor) -> Any:
-    """The tool as smolagents takes it."""
+    """The tool as a smolagents tool."""
     from smolagents.tools import Tool
 
     class Adapted(Tool):

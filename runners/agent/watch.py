@@ -1,4 +1,4 @@
-"""One run's patience: until when it may go on, and whether the node wants it to."""
+"""The time limit and cancellation of one run, checked between steps and while it waits."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ T = TypeVar("T")
 
 
 class OutOfTime(BaseException):
-    """The run's own time is up. Not an Exception, so that no library takes it for a tool's mistake."""
+    """The run exceeded its time limit. Not an Exception, so that no library handles it as a tool's failure."""
 
     def __init__(self, timeout_s: float) -> None:
         super().__init__(f"timeout: it took more than {timeout_s:g} s")
 
 
 class Watch:
-    """Ask `check` between steps and while waiting."""
+    """Call `check` between steps and while waiting."""
 
     def __init__(self, ctx: Context, timeout_s: float | None) -> None:
         self._ctx = ctx
@@ -31,7 +31,7 @@ class Watch:
         """
         Raises:
             Cancelled: the node asked the task to stop.
-            OutOfTime: the run's time is up.
+            OutOfTime: the run exceeded its time limit.
         """
         self._ctx.check_cancelled()
         if self._deadline is not None and time.monotonic() > self._deadline:
@@ -39,11 +39,11 @@ class Watch:
             raise OutOfTime(self._timeout_s)
 
     def wait(self, call: Callable[[], T]) -> T:
-        """The result of a call that blocks. Raises as `check` does, or what the call raises."""
+        """The result of a blocking call. Raises what `check` or the call raises."""
         return patiently(self.check, call)
 
     def sleep(self, seconds: float) -> None:
-        """Raises as `check` does."""
+        """Raises what `check` raises."""
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
             self.check()

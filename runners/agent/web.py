@@ -1,7 +1,7 @@
-"""The agent's way to the web: pages fetched from public addresses only, and search by a configured provider.
+"""Pages fetched from public addresses only, and web search by a configured provider.
 
-What a name resolves to is looked at, and just that address is connected to: a page cannot send the agent to the
-node's own services, nor to its cloud's metadata, neither by a name nor by a redirect.
+A name is resolved once, its addresses are checked, and the checked address is connected to: neither a name nor a
+redirect can lead to services of this machine or to a cloud's metadata.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ USER_AGENT = "flowmesh-agent/1.0"
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 
 EMBEDDING = tuple(map(ipaddress.IPv6Network, ("::/96", "64:ff9b::/96")))
-"""IPv6 addresses whose end is one of IPv4: compatible ones, and those that NAT64 translates."""
+"""IPv6 ranges whose last 32 bits are an IPv4 address: compatible ones, and those of NAT64."""
 OF_CLOUDS = tuple(map(ipaddress.IPv4Network, ("168.63.129.16/32", "192.0.0.0/24")))
-"""Public by their numbers, and yet the machine's own: Azure's services for it; Oracle's metadata."""
+"""Public by number, but services of a cloud for its machines: Azure's wire server, Oracle's metadata."""
 
 
 class WebRefused(ValueError):
-    """An address that is not allowed, or that does not answer. The message is for the agent."""
+    """An address that is not allowed, or does not answer. The message is for the model."""
 
 
 class Page(msgspec.Struct, frozen=True):
-    """What came from an address."""
+    """The response of an address."""
 
     url: str
     content_type: str
@@ -45,7 +45,7 @@ class Page(msgspec.Struct, frozen=True):
 
 
 def fetch(url: str, wanted: Fetch) -> Page:
-    """GET an address, following redirects as far as each is allowed.
+    """GET an address; follows redirects, each checked like the first address.
 
     Raises:
         WebRefused: it is not allowed, does not answer, or is too large.
@@ -70,9 +70,9 @@ def _get(url: str, wanted: Fetch) -> tuple[int, dict[str, str], bytes]:
         parts = urlsplit("")
     host = _ascii(parts.hostname)
     if parts.scheme not in ("http", "https") or not host:
-        raise WebRefused(f"{url[:200]!r} is no http or https address")
+        raise WebRefused(f"{url[:200]!r} is not an http or https address")
     if wanted.allow_hosts and not any(host == name or host.endswith(f".{name}") for name in wanted.allow_hosts):
-        raise WebRefused(f"{host} is not among the hosts that this agent may ask")
+        raise WebRefused(f"{host} is not in allow_hosts")
     timeout = urllib3.Timeout(total=wanted.timeout_s)
     headers = {"User-Agent": USER_AGENT, "Accept": "text/html,text/*;q=0.9,*/*;q=0.5", "Accept-Encoding": "identity"}
     try:
@@ -109,7 +109,7 @@ def _get(url: str, wanted: Fetch) -> tuple[int, dict[str, str], bytes]:
 
 
 def _body(answer: Any, wanted: Fetch) -> bytes:
-    """What comes, at most one byte too many, within the time for all of it: a trickle is no reason to wait longer."""
+    """The body, up to one byte over the limit. The time limit is for all of it, so that a slow trickle ends, too."""
     deadline = time.monotonic() + wanted.timeout_s
     body = bytearray()
     while len(body) <= wanted.max_bytes and (piece := answer.read1(1 << 16, decode_content=False)):
@@ -120,7 +120,7 @@ def _body(answer: Any, wanted: Fetch) -> bytes:
 
 
 def _ascii(host: str | None) -> str | None:
-    """A host's name as it goes over the wire; as it is, where there is no such form."""
+    """The host's name in IDNA form, or as it is where it has none."""
     try:
         return host if host is None or host.isascii() else host.encode("idna").decode()
     except UnicodeError:
@@ -128,20 +128,20 @@ def _ascii(host: str | None) -> str | None:
 
 
 def _address(host: str, port: int, wanted: Fetch) -> str:
-    """The one address that is connected to. All that the name stands for have to be allowed."""
+    """The address to connect to. All addresses of the name have to be allowed."""
     try:
         found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     except (OSError, UnicodeError):
-        raise WebRefused(f"{host}: there is no such host") from None
+        raise WebRefused(f"{host}: no such host") from None
     for text in found:
         address = ipaddress.ip_address(text.partition("%")[0])
         if not wanted.allow_private and not is_public(address):
-            raise WebRefused(f"{host} is not a public address, and this agent may only ask public ones")
+            raise WebRefused(f"{host} is not a public address; this agent may only fetch public ones")
     return found[0]
 
 
 def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    """Whether it is of the internet, also where an IPv6 address stands for one of IPv4."""
+    """Whether it is a public internet address, also for IPv6 addresses that embed IPv4."""
     if isinstance(address, ipaddress.IPv6Address):
         embedded = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
         if any(address in block for block in EMBEDDING):
@@ -154,11 +154,11 @@ def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
 
 
 def search(query: str, count: int, provider: SearchProvider, redact: Redactor, where: str) -> list[dict[str, str]]:
-    """What the provider finds: title, url and snippet of each result.
+    """Search results of the provider: title, url and snippet of each.
 
     Raises:
         BadRequest: its key is not set.
-        WebRefused: it does not answer, or not as its configuration says.
+        WebRefused: it does not answer, or its answer does not have the configured shape.
     """
     import requests
 
@@ -181,7 +181,7 @@ def search(query: str, count: int, provider: SearchProvider, redact: Redactor, w
     try:
         found = walk(answer.json(), parse(provider.results), "answer")
         if not isinstance(found, list):
-            raise PathError(f"answer.{provider.results} is no list")
+            raise PathError(f"answer.{provider.results} is not a list")
     except (ValueError, PathError) as error:
         raise WebRefused(f"the search provider's answer is not what its configuration says: {error}") from None
     names = {"title": provider.title, "url": provider.link, "snippet": provider.snippet}
@@ -189,12 +189,12 @@ def search(query: str, count: int, provider: SearchProvider, redact: Redactor, w
 
 
 def check_provider(provider: SearchProvider, where: str) -> None:
-    """Raises BadRequest where the provider cannot be asked at all."""
+    """Raises BadRequest if the provider's configuration cannot work."""
     parts = urlsplit(provider.url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise BadRequest(f"{where}.url: an http or https address is needed")
     if "{query}" not in json.dumps(provider.params):
-        raise BadRequest(f"{where}.params: {{query}} must stand in one of them")
+        raise BadRequest(f"{where}.params: one of them must contain {{query}}")
 
 
 def _filled(value: Any, texts: dict[str, str], count: int) -> Any:

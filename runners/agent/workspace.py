@@ -1,7 +1,7 @@
-"""The folder that an agent's file tools see. No path and no link leads out of it, whoever made the link.
+"""The folder that an agent's file tools work in. No path and no link leads out of it, whoever made the link.
 
-Every step of a path is opened without following links, relative to the folder before it: what is checked is what is
-opened, also while a command of the agent's changes the folder.
+Each component of a path is opened relative to its parent without following links: what is checked is what is opened,
+also while a command changes the folder.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class PathRefused(ValueError):
-    """A path that is not below the folder, or not what it should be. The message is for the agent."""
+    """A path outside the folder, or of the wrong kind. The message is for the model."""
 
 
 class Workspace:
@@ -37,7 +37,7 @@ class Workspace:
         """A file's content.
 
         Raises:
-            PathRefused: it is not in the folder, no file, or too large.
+            PathRefused: it is not in the folder, not a regular file, or too large.
         """
         with self._parent(path, create=False) as (parent, name):
             try:
@@ -51,10 +51,10 @@ class Workspace:
                 return file.read(limit_bytes + 1)[:limit_bytes]
 
     def write(self, path: str, data: bytes) -> None:
-        """Write a file, making the folders on its way.
+        """Write a file and create its parent folders.
 
         Raises:
-            PathRefused: it would not be in the folder, or it is no file.
+            PathRefused: it is not in the folder, or not a regular file.
         """
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
         with self._parent(path, create=True) as (parent, name):
@@ -66,7 +66,7 @@ class Workspace:
                 file.write(data)
 
     def listing(self) -> list[str]:
-        """All files below the folder with their sizes, but for hidden folders; links are not followed."""
+        """Files below the folder with their sizes, except those in hidden folders; links are not followed."""
         lines: list[str] = []
         for parent, folders, names in os.walk(self.folder):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -79,18 +79,18 @@ class Workspace:
         return lines
 
     def tidy(self) -> list[str]:
-        """Drop scratch, links that lead out, folders below too many others, and what is neither file nor folder.
+        """Remove what cannot be packed and delivered: scratch, links that lead out, folders nested too deep, and
+        what is neither file nor folder.
 
-        Says what was dropped, but for the scratch.
-
-        What stays can be packed and delivered.
+        Returns:
+            What was removed, except the scratch.
         """
         remove(self.folder / ".tmp")
         dropped: list[str] = []
         todo = [(self.folder, 0)]
         while todo:
             folder, depth = todo.pop()
-            os.chmod(folder, 0o755)  # noqa: PTH101 - what a command closed to us has to be opened to be packed
+            os.chmod(folder, 0o755)  # noqa: PTH101 - a command may have removed our access to it
             for entry in sorted(os.scandir(folder), key=lambda each: each.name):
                 full = Path(entry.path)
                 if entry.is_dir(follow_symlinks=False) and depth < DEEPEST:
@@ -106,7 +106,7 @@ class Workspace:
 
     @contextlib.contextmanager
     def _parent(self, path: str, *, create: bool) -> Iterator[tuple[int, str]]:
-        """The opened folder that `path`'s last part lies in, and that part."""
+        """The opened parent folder of `path`, and the last component."""
         parts = self._parts(path)
         fd = os.open(self.folder, _FOLDER)
         try:
@@ -133,17 +133,17 @@ class Workspace:
 
 
 def _regular(fd: int, mode: str, path: str) -> IO[bytes]:
-    """The descriptor as a file object; pipes, devices and folders are refused."""
+    """The descriptor as a file object; refuses pipes, devices and folders."""
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise PathRefused(f"{path!r} is no file")
+        raise PathRefused(f"{path!r} is not a regular file")
     return os.fdopen(fd, mode)
 
 
 def remove(path: Path) -> None:
-    """A file, or a folder with all in it, however deep; what is not there is gone already."""
+    """Remove a file, or a folder with its content, however deep. Nothing happens where there is none."""
     if path.is_dir() and not path.is_symlink():
-        subprocess.run(["rm", "-rf", "--", path], check=False, stderr=subprocess.DEVNULL)  # no recursion to run out of
+        subprocess.run(["rm", "-rf", "--", path], check=False, stderr=subprocess.DEVNULL)  # it does not recurse
     else:
         path.unlink(missing_ok=True)
 
@@ -161,5 +161,5 @@ def _reason(error: OSError) -> str:
     if error.errno == errno.ELOOP:
         return "is a link, and links are not followed"
     if error.errno == errno.ENOTDIR:
-        return "is no folder, or a link to one"
+        return "is not a folder, or is a link to one"
     return (error.strerror or "cannot be opened").lower()

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from flowmesh.messages.checking import nearest
+from flowmesh.validation.convert import nearest
 from runners.api import BadRequest, Context
 from runners.data.paths import PathError, parse, walk
 from runners.data.prompts import Items

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from flowmesh.messages.checking import nearest
+from flowmesh.validation.convert import nearest
 from runners.api import BadRequest, Context
 from runners.data.files import load_file
 from runners.data.graph import load_graph

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import torch
 
-from flowmesh.messages.checking import nearest
+from flowmesh.validation.convert import nearest
 from runners.api import BadRequest, Context, MissingDependency
 from runners.inference.batches import cache_bytes_per_token
 from runners.inference.engine import GpuOutOfMemory

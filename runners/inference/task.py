@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 import msgspec
 
-from flowmesh.messages.checking import nearest
+from flowmesh.validation.convert import nearest
 from runners.api import BadRequest, Context
 from runners.inference.options import EngineName, InferenceOptions, Sampling, sampling_of, system_prompt_of
 from runners.models.spec import Adapter, Checkpoint, CheckpointLoad, ModelSource, Section

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import psutil
 
-from flowmesh.messages.checking import nearest
+from flowmesh.validation.convert import nearest
 from runners.api import BadRequest, Context
 from runners.inference.batches import cache_bytes_per_token
 from runners.inference.engine import GpuOutOfMemory

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from flowmesh.messages.checking import nearest
+from flowmesh.validation.convert import nearest
 from runners.api import BadRequest, Context, MissingDependency, RunnerError
 from runners.models.sources import local_path
 from runners.rag.faiss_index import check_dimension

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from flowmesh.messages.checking import nearest
+from flowmesh.validation.convert import nearest
 from runners.api import BadRequest, Context
 from runners.training import settings
 from runners.training.devices import Device, Layout

@@ -6,7 +6,7 @@ import difflib
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from flowmesh.messages.checking import FieldError, convert
+from flowmesh.validation.convert import FieldError, convert
 from runners.api import BadRequest, Context
 from runners.data.shard import Shard
 from runners.models.spec import Checkpoint, CheckpointLoad

@@ -20,7 +20,7 @@ from flowmesh.messages.output import HttpDestination
 from flowmesh.results.compress import library_name
 from flowmesh.results.delivery import read_report, write_job
 from flowmesh.results.job import DeliveryJob, Target
-from flowmesh.settings_schema import ArchiveSettings
+from flowmesh.settings.schema import ArchiveSettings
 from tests.bench.measure import Row, ms, timed
 from tests.support import ROOT, end_process
 

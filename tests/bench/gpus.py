@@ -13,8 +13,8 @@ from pathlib import Path
 
 from flowmesh.errors import DeviceError
 from flowmesh.node.devices import GpuInfo
-from flowmesh.node.gpu import ReleaseProof
-from flowmesh.node.nvml import Nvml
+from flowmesh.node.nvml.client import Nvml
+from flowmesh.node.release_proof import ReleaseProof
 from tests.bench.measure import Row, percentile, spread
 from tests.nvml_stub.harness import Stub, library
 from tests.process.gpu_node import GIB, MIB, GpuNode
@@ -26,7 +26,7 @@ _HELD_BYTES = 20 * 10**9
 # The loop's thread does little: the driver is asked in another one.
 _ROUNDS = """
 import asyncio, sys, time
-from flowmesh.node.nvml import Nvml
+from flowmesh.node.nvml.client import Nvml
 
 async def main():
     nvml = Nvml()

@@ -13,7 +13,7 @@ import pytest
 from flowmesh.node import hardware
 from flowmesh.node.devices import GpuInfo, GpuSample
 from flowmesh.node.energy import TaskMeter
-from flowmesh.node.nvml import Nvml
+from flowmesh.node.nvml.client import Nvml
 from flowmesh.node.power import PowerMeter
 from tests.gpu.conftest import Script, line_of
 

@@ -8,8 +8,8 @@ import os
 import pytest
 
 from flowmesh.node.devices import GpuInfo, GpuSample
-from flowmesh.node.gpu import ReleaseProof
-from flowmesh.node.nvml import Nvml
+from flowmesh.node.nvml.client import Nvml
+from flowmesh.node.release_proof import ReleaseProof
 from flowmesh.node.release_state import GpuState
 from tests.gpu.conftest import Script, line_of
 

@@ -19,7 +19,7 @@ import pytest
 from flowmesh.errors import DeliveryError
 from flowmesh.results import compress
 from flowmesh.results.archive import make_archive
-from flowmesh.settings_schema import ArchiveSettings
+from flowmesh.settings.schema import ArchiveSettings
 
 PIGZ_TAR = ArchiveSettings(pigz_threads=2)
 PIGZ_OWN = ArchiveSettings(pigz_threads=2, tar_bin="no-such-tar")
@@ -182,7 +182,7 @@ def test_a_full_disk_is_a_clear_error(model: Path, tmp_path: Path, settings: Arc
     code = (
         "import resource, signal, sys, msgspec\n"
         "from pathlib import Path\n"
-        "from flowmesh.settings_schema import ArchiveSettings\n"
+        "from flowmesh.settings.schema import ArchiveSettings\n"
         "from flowmesh.errors import DeliveryError\n"
         "from flowmesh.results.archive import make_archive\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
@@ -236,7 +236,7 @@ def test_levels_have_their_meaning() -> None:
 def test_many_threads_take_no_more_memory_than_is_promised() -> None:
     code = (
         "import os, resource\n"
-        "from flowmesh.settings_schema import ArchiveSettings\n"
+        "from flowmesh.settings.schema import ArchiveSettings\n"
         "from flowmesh.results import compress\n"
         "settings = ArchiveSettings(use_pigz=False, compression_level=1, pigz_threads=128)\n"
         "block = os.urandom(1 << 20)\n"
@@ -268,12 +268,12 @@ def test_a_sink_that_fails_stops_the_source_and_leaves_no_process(use_pigz: bool
         while True:
             yield os.urandom(1 << 16)
 
-    before = children()
+    before, threads = children(), set(threading.enumerate())
     settings = ArchiveSettings(pigz_threads=2, use_pigz=use_pigz)
     with pytest.raises(OSError, match="No space left on device"):
         compress.compress(endless(), FullDisk(), settings)
     assert children() == before
-    assert not [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
+    assert not set(threading.enumerate()) - threads
 
 
 def children() -> set[str]:
@@ -296,7 +296,7 @@ def test_without_isal_zlib_does_it_and_the_note_names_the_extra(model: Path, tmp
         "import sys\n"
         "sys.modules['isal'] = None\n"
         "from pathlib import Path\n"
-        "from flowmesh.config import ArchiveSettings\n"
+        "from flowmesh.settings.schema import ArchiveSettings\n"
         "from flowmesh.results.archive import make_archive\n"
         "settings = ArchiveSettings(pigz_bin='no-such-pigz')\n"
         "print(*make_archive(Path(sys.argv[1]), Path(sys.argv[2]), settings).notes)\n"

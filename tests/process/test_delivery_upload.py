@@ -15,48 +15,10 @@ from typing import Any
 
 import pytest
 
-from flowmesh.messages.output import HttpDestination, file_url, read_output
-from flowmesh.results.answers import retry_after_s
-from flowmesh.results.bodies import BytesBody, FileBody, UploadError
-from flowmesh.results.throttle import Throttle
-from flowmesh.results.upload import Uploader
-from tests.http_server import Answer, Received, Reset, Server, Stall
-
-SIZE = 3_000_000
-
-
-@pytest.fixture
-def artifact(tmp_path: Path) -> Path:
-    path = tmp_path / "weights.bin"
-    path.write_bytes(os.urandom(SIZE))
-    return path
-
-
-def destination(url: str, **fields: Any) -> HttpDestination:
-    made = read_output({"destination": {"type": "http", "url": url, **fields}}).destination
-    assert isinstance(made, HttpDestination)
-    return made
-
-
-def uploader(url: str, *, within_s: float = 20.0, rate: int | None = None, **options: Any) -> Uploader:
-    fields = options.pop("fields", {})
-    options.setdefault("first_backoff_s", 0.01)
-    options.setdefault("max_backoff_s", 0.05)
-    return Uploader(
-        destination(url, **fields), deadline=time.monotonic() + within_s, throttle=Throttle(rate), **options
-    )
-
-
-def send_file(sender: Uploader, url: str, path: Path, name: str = "weights.bin") -> None:
-    try:
-        sender.send("POST", file_url(url, "t-1"), FileBody(path, name))
-    finally:
-        sender.close()
-
-
-def assert_whole(received: Received, path: Path) -> None:
-    assert received.file_size == path.stat().st_size
-    assert received.file_sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+from flowmesh.results.http_errors import retry_after_s
+from flowmesh.results.request_bodies import FileBody, UploadError
+from tests.http_server import Answer, Reset, Server, Stall
+from tests.process.upload_kit import SIZE, assert_whole, send_file, uploader
 
 
 def test_a_file_arrives_as_the_contract_says(artifact: Path) -> None:
@@ -194,130 +156,6 @@ def test_both_forms_of_retry_after() -> None:
     assert retry_after_s(format_datetime(later - timedelta(days=1), usegmt=True)) == 0
 
 
-CUSTOM = {"Authorization": "Bearer custom-secret", "X-Api-Key": "k3y-secret", "content-TYPE": "text/evil"}
-
-
-def headers_of(server: Server) -> dict[str, str]:
-    return server.received[-1].headers
-
-
-def test_custom_headers_go_with_every_request_but_content_type(artifact: Path) -> None:
-    with Server() as server:
-        sender = uploader(server.url, fields={"headers": {**CUSTOM, "user-agent": "mine"}})
-        sender.send("PUT", server.url, BytesBody(b"{}", "application/json"))
-        assert headers_of(server)["content-type"] == "application/json"
-        assert headers_of(server)["authorization"] == "Bearer custom-secret"
-        assert headers_of(server)["x-api-key"] == "k3y-secret"
-        assert headers_of(server)["user-agent"] == "mine"
-        send_file(sender, server.url, artifact)
-        assert headers_of(server)["content-type"].startswith("multipart/form-data")
-        assert headers_of(server)["x-api-key"] == "k3y-secret"
-        assert [r.method for r in server.received] == ["PUT", "POST"]
-
-
-def test_the_nodes_token_goes_to_the_orchestrator_only(artifact: Path) -> None:
-    with Server() as orchestrator, Server() as other:
-        options: dict[str, Any] = {"token": "n0de-token", "orchestrator_url": orchestrator.url + "/base"}
-        send_file(uploader(orchestrator.url, **options), orchestrator.url, artifact)
-        assert headers_of(orchestrator)["authorization"] == "Bearer n0de-token"
-        send_file(uploader(other.url, **options), other.url, artifact)
-        assert "authorization" not in headers_of(other)
-        # the same address under another host name is another origin
-        alias = orchestrator.url.replace("127.0.0.1", "localhost")
-        send_file(uploader(alias, **options), alias, artifact)
-        assert "authorization" not in headers_of(orchestrator)
-        own = {"headers": {"authorization": "Bearer custom-secret"}}
-        send_file(uploader(orchestrator.url, fields=own, **options), orchestrator.url, artifact)
-        assert headers_of(orchestrator)["authorization"] == "Bearer custom-secret"
-        send_file(uploader(other.url, token="n0de-token"), other.url, artifact)
-        assert "authorization" not in headers_of(other)
-
-
-def test_user_and_password_of_an_address_become_basic_and_netrc_is_not_asked(
-    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "netrc").write_text("machine 127.0.0.1 login net password rc-secret\n")
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    with Server() as server:
-        send_file(uploader(server.url), server.url, artifact)
-        assert "authorization" not in headers_of(server)
-        url = server.url.replace("//", "//me:p%40ss@")
-        send_file(uploader(url), url, artifact)
-        assert headers_of(server)["authorization"] == "Basic bWU6cEBzcw=="
-
-
-@pytest.mark.parametrize("status", [307, 308])
-def test_a_redirect_on_the_same_server_keeps_method_body_and_headers(artifact: Path, status: int) -> None:
-    with Server(Answer(status, headers={"Location": "/there?x=1"})) as server:
-        send_file(uploader(server.url, fields={"headers": CUSTOM}), server.url, artifact)
-        (received,) = server.received
-    assert (received.method, received.path) == ("POST", "/there?x=1")
-    assert received.headers["authorization"] == "Bearer custom-secret"
-    assert_whole(received, artifact)
-
-
-@pytest.mark.parametrize("early", [False, True])
-def test_a_redirect_to_another_server_takes_no_secret_along(artifact: Path, early: bool) -> None:
-    with Server() as other:
-        redirect = Answer(307, headers={"Location": other.url + "/x"}, early=early)
-        with Server(redirect) as server:
-            options: dict[str, Any] = {"token": "n0de-token", "orchestrator_url": other.url}
-            send_file(uploader(server.url, fields={"headers": CUSTOM}, **options), server.url, artifact)
-            assert server.received == []
-        (received,) = other.received
-    assert_whole(received, artifact)
-    assert not {"authorization", "x-api-key", "cookie"} & set(received.headers)
-    assert "secret" not in str(received.headers)
-    assert "n0de-token" not in str(received.headers)
-
-
-def test_secrets_do_not_come_back_on_a_redirect_that_returns(artifact: Path) -> None:
-    with Server() as first, Server() as second:
-        first.plan.append(Answer(307, headers={"Location": second.url}))
-        second.plan.append(Answer(307, headers={"Location": first.url + "/back"}))
-        send_file(uploader(first.url, fields={"headers": CUSTOM}), first.url, artifact)
-        assert first.received[0].path == "/back"
-        assert "authorization" not in first.received[0].headers
-
-
-@pytest.mark.parametrize(
-    ("answer", "told"),
-    [
-        (Answer(302, headers={"Location": "/x"}), "302.*only 307 and 308"),
-        (Answer(303, headers={"Location": "/x"}), "303.*only 307 and 308"),
-        (Answer(307), "without a Location"),
-        (Answer(307, headers={"Location": "file:///etc/passwd"}), "must be http or https"),
-        (Answer(307, headers={"Location": "http://h:bad/"}), "bad address"),
-    ],
-)
-def test_other_redirects_are_final(artifact: Path, answer: Answer, told: str) -> None:
-    with Server(answer) as server:
-        with pytest.raises(UploadError, match=told):
-            send_file(uploader(server.url), server.url, artifact)
-        assert len(server.requests) == 1
-
-
-def test_a_circle_of_redirects_ends(artifact: Path) -> None:
-    with Server(*[Answer(307, headers={"Location": "/x"})] * 20) as server:
-        with pytest.raises(UploadError, match="more than 5 redirects"):
-            send_file(uploader(server.url), server.url, artifact)
-        assert len(server.requests) == 6
-
-
-def test_no_error_shows_a_secret(artifact: Path) -> None:
-    echo = b"got Bearer custom-secret and k3y-secret, s1gn4ture, hunter22, n0de-token"
-    for answer in (Answer(403, echo), Answer(403, b"y" * 195 + b"k3y-secret"), Reset(10)):
-        with Server(answer, *[Reset(10)] * 100) as server:
-            url = server.url.replace("//", "//me:hunter22@") + "/r?sig=s1gn4ture"
-            options: dict[str, Any] = {"token": "n0de-token", "orchestrator_url": server.url}
-            with pytest.raises(UploadError) as caught:
-                send_file(uploader(url, within_s=0.3, fields={"headers": CUSTOM}, **options), url, artifact)
-        for secret in ("custom-secret", "k3y-s", "s1gn4ture", "hunter22", "n0de-token"):
-            assert secret not in str(caught.value)
-        assert caught.value.__cause__ is None
-        assert f"127.0.0.1:{server.port}/r/t-1/files" in str(caught.value)
-
-
 def test_a_link_or_a_folder_is_no_body(tmp_path: Path, artifact: Path) -> None:
     (tmp_path / "link").symlink_to(artifact)
     for path in (tmp_path / "link", tmp_path, tmp_path / "absent"):
@@ -352,7 +190,7 @@ def test_200_megabytes_in_constant_memory(tmp_path: Path) -> None:
         "from pathlib import Path\n"
         "from flowmesh.messages.output import HttpDestination\n"
         "from flowmesh.results.throttle import Throttle\n"
-        "from flowmesh.results.bodies import FileBody\n"
+        "from flowmesh.results.request_bodies import FileBody\n"
         "from flowmesh.results.upload import Uploader\n"
         "url, path = sys.argv[1], Path(sys.argv[2])\n"
         "sender = Uploader(HttpDestination(url=url), deadline=time.monotonic() + 100, throttle=Throttle(None))\n"

@@ -10,7 +10,7 @@ import time
 import psutil
 import pytest
 
-from flowmesh.tasks.types import BUILTIN
+from flowmesh.tasks.catalogue import BUILTIN
 from tests.process.gpu_node import GIB, MIB, TWO_GPUS, A, B, MakeGpuNode, held, samples
 from tests.support import Orchestrator, until
 

@@ -74,7 +74,7 @@ def test_a_reload_that_names_a_gpu_that_there_is_not_leaves_the_node_as_it_is(
 ) -> None:
     node = gpu_node()
     task_id, pid = held(orchestrator, node)
-    kept = "settings not reloaded, the node keeps its old ones"
+    kept = "not restarted, the node keeps its version and settings"
     said = f"{kept}: slots[0].gpus[0]: '7' matches no GPU; this node has: 0 GPU-aaaa"
     (node.home / "node.toml").write_text(CONFIG + "[[slots]]\nname = 'a'\ngpus = [7]\n")
     for count, number in enumerate((signal.SIGHUP, signal.SIGUSR2), 1):

@@ -13,8 +13,8 @@ import msgspec
 import pytest
 
 from flowmesh.errors import DeviceError
-from flowmesh.node.gpu import ReleaseProof
-from flowmesh.node.nvml import Nvml
+from flowmesh.node.nvml.client import Nvml
+from flowmesh.node.release_proof import ReleaseProof
 from flowmesh.node.release_state import Baseline, GpuState
 from tests.nvml_stub.harness import Stub, run_with_stub
 

@@ -13,8 +13,8 @@ import pytest
 
 from flowmesh.errors import DeviceError
 from flowmesh.node.devices import EventKind, GpuInfo, GpuLost, GpuProcess, GpuSample, MigSlice
-from flowmesh.node.nvml import Nvml
-from flowmesh.node.nvml_session import Session
+from flowmesh.node.nvml.client import Nvml
+from flowmesh.node.nvml.session import Session
 from tests.nvml_stub.harness import Stub, library, run_with_stub
 
 GIB = 1 << 30
@@ -376,7 +376,7 @@ def test_a_board_in_mig_mode_without_slices_is_no_gpu_that_cuda_could_use() -> N
 
 def test_the_library_is_found_as_the_loader_finds_it(tmp_path: Path) -> None:
     (tmp_path / "script").write_text(TWO_GPUS)
-    ask = "import asyncio; from flowmesh.node.nvml import Nvml; print(len(asyncio.run(Nvml().inventory()).gpus))"
+    ask = "import asyncio; from flowmesh.node.nvml.client import Nvml; print(len(asyncio.run(Nvml().inventory()).gpus))"
     environment = {
         **os.environ,
         "LD_LIBRARY_PATH": str(library().parent),

@@ -28,7 +28,7 @@ from flowmesh.processes.child_main import Start, run
 from flowmesh.processes.limits import Limits
 from flowmesh.processes.pipe import Pipe
 from flowmesh.processes.protocol import Fork
-from flowmesh.settings_schema import Settings
+from flowmesh.settings.schema import Settings
 from flowmesh.startup import environments
 from tests.http_server import Server
 from tests.support import Node, Orchestrator, short_dir, until

@@ -16,7 +16,7 @@ import redis
 from flowmesh.bus.connection import connect
 from flowmesh.messages.sentinel import SentinelAddress, sentinel_address
 from flowmesh.redaction import redact_url
-from flowmesh.settings_load import load
+from flowmesh.settings.load import load
 from tests.support import ROOT, Node, Orchestrator, RedisServer, end_process, running, until
 
 RIGHTS = (

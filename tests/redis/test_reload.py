@@ -14,7 +14,7 @@ from tests.support import ROOT, Node, Orchestrator, RedisServer, until
 
 pytestmark = pytest.mark.redis
 
-TOLD = "settings not reloaded, the node keeps its old ones: "
+TOLD = "not restarted, the node keeps its version and settings: "
 NO_RUNNER = "task_types.mine.runner: missing; a type that is not built in needs module:Class"
 REFUSED: dict[str, tuple[dict[str, str], str]] = {
     # what is changed in or added to a valid file, and the error
@@ -62,8 +62,8 @@ def file_node(redis_server: RedisServer) -> Iterator[FileNode]:
         node.close()
 
 
-def running_task(orchestrator: Orchestrator, node: Node) -> tuple[str, int]:
-    task = orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 2})
+def running_task(orchestrator: Orchestrator, node: Node, seconds: float = 2) -> tuple[str, int]:
+    task = orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": seconds})
     orchestrator.wait_started(task)
     return task, node.task_pid(task)
 
@@ -115,8 +115,8 @@ def test_the_command_says_why_it_starts_nothing_anew(orchestrator: Orchestrator,
 
 
 def test_what_a_start_takes_is_taken(orchestrator: Orchestrator, file_node: FileNode) -> None:
-    """Every checked setting is changed to another valid value. Folders are created; braces have no special meaning."""
-    task, child = running_task(orchestrator, file_node)
+    """With all that is checked changed to something else that is right: folders are made, and braces are letters."""
+    task, child = running_task(orchestrator, file_node, seconds=5)
     more = "[processes]\nisolation = 'subreaper'\n[environments.mine]\n[task_types.mine]\nrunner = 'a:B'\n"
     node = "tags = ['new']\nlog_file = 'HOME/logs/{node}.jsonl'"
     file_node.write(node=node, results="dir = 'HOME/new/results'", more=more)

@@ -391,7 +391,7 @@ def test_memory_processes_and_disk_have_bounds(make) -> None:
     many = f"import os, time\nfor _ in range(4):\n    if os.fork() == 0:\n        {child}\ntime.sleep(60)"
     assert "bytes of memory" in python(small, many).stopped
     bomb = "import os, time\nfor _ in range(40): os.fork() or time.sleep(60)\ntime.sleep(60)"
-    assert python(make(processes=10), bomb).stopped == "it had more than 10 processes"
+    assert python(make(processes=10), bomb).stopped == "it ran more than 10 processes"
     box = make(disk_bytes=8 * 2**20)
     filled = shell(box, "for i in 1 2 3 4 5; do head -c 4000000 /dev/zero > f$i; done; sleep 60")
     assert "filled its folder" in filled.stopped
@@ -400,7 +400,7 @@ def test_memory_processes_and_disk_have_bounds(make) -> None:
     assert "filled its folder" in python(box, empty).stopped
     assert shell(box, "rm -f e* big").code == 0
     deep = "import os, time\nfor _ in range(1500):\n    os.mkdir('a'); os.chdir('a')\ntime.sleep(60)"
-    assert python(box, deep).stopped == "it made more than 100 folders in one another"
+    assert python(box, deep).stopped == "it nested more than 100 folders"
     assert Workspace(box.folder).tidy() == ["/".join(["a"] * 101)]
 
 

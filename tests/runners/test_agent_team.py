@@ -115,7 +115,7 @@ def test_a_plan_that_cannot_be_used_is_asked_for_again(agents, make_context) -> 
         ran = run_agent(make_context, agents, server.url, config={"type": "orchestra", "workers": WORKERS})
     assert ran.output == "z"
     assert "there is no JSON list" in told[1]
-    assert "'raeder' is no member of the team; did you mean 'reader'" in told[2]
+    assert "'raeder' is not a member of the team; did you mean 'reader'" in told[2]
     assert len(ran.events("error")) == 2
 
 

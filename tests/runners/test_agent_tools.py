@@ -282,7 +282,7 @@ def test_a_page_that_trickles_does_not_hold_an_agent(site) -> None:
 def test_only_allowed_hosts_are_asked(site) -> None:
     allowed = Fetch(allow_private=True, allow_hosts=("example.org",))
     for url in (site.url(), "http://notexample.org/", "http://example.org.evil.test/"):
-        with pytest.raises(WebRefused, match="not among the hosts"):
+        with pytest.raises(WebRefused, match="not in allow_hosts"):
             fetch(url, allowed)
     assert site.asked == []
 
@@ -319,7 +319,7 @@ def test_a_provider_that_fails_is_told_to_the_agent(site) -> None:
         provider = SearchProvider(url=site.url(path), params={"q": "{query}"})
         with pytest.raises(WebRefused, match=said):
             search("x", 3, provider, Redactor(), "p")
-    with pytest.raises(BadRequest, match=r"\{query\} must stand"):
+    with pytest.raises(BadRequest, match=r"one of them must contain \{query\}"):
         check_provider(SearchProvider(url=site.url(), params={"q": "x"}), "p")
     with pytest.raises(BadRequest, match=r"p.url: an http or https address"):
         check_provider(SearchProvider(url="search", params={"q": "{query}"}), "p")
@@ -355,24 +355,6 @@ def test_names_tell_what_is_secret(names, secret) -> None:
         redact = Redactor(prose=True)
         redact.learn_named({name: f"its-value-{number}"})
         assert (redact(f"x its-value-{number}"), name) == ("x [hidden]" if secret else f"x its-value-{number}", name)
-
-
-@pytest.mark.parametrize(
-    ("text", "kind", "value"),
-    [
-        ('{"a": 1}', dict, {"a": 1}),
-        ('Sure! {"a": {"b": "}"}} and more {"c": 2}', dict, {"a": {"b": "}"}}),
-        ('```json\n[1, 2]\n```', list, [1, 2]),
-        ("{not json} [also not] [3]", list, [3]),
-        ("nothing", dict, None),
-        ('{"open": ', dict, None),
-    ],
-)  # fmt: skip
-def test_first_json(text, kind, value) -> None:
-    pytest.importorskip("smolagents", reason="needs the extra 'agent'")
-    from runners.agent.models import first_json
-
-    assert first_json(text, kind) == value
 
 
 def test_a_fetching_agent_reads_pages_and_searches(site, make_context, tmp_path) -> None:

@@ -28,7 +28,7 @@ FLOORS = (
     {"settings"},
     {"messages"},
     {"validation"},
-    {"redaction", "errors", "__init__"},
+    {"redaction", "errors", "backoff", "__init__"},
 )
 """From the top down, by the first part of a module's name below `flowmesh`. A module imports from lower floors and from
 its own folder, not from a neighbour on its floor."""

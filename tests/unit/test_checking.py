@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from msgspec import Meta
 
-from flowmesh.messages.checking import FieldError, convert, nearest
 from flowmesh.redaction import is_secret_name, redact_url
+from flowmesh.validation.convert import FieldError, convert, nearest
 
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 """A busy machine is no failure."""

@@ -63,7 +63,7 @@ def test_the_quick_answers_import_nothing_slow(arguments):
         f"flowmesh {__version__}" if arguments == ("--version",) else "Usage: flowmesh [OPTIONS] COMMAND [ARGS]..."
     )
     assert (
-        modules & {"redis", "rich", "yaml", "msgspec", "asyncio", "flowmesh.cli.run", "flowmesh.settings_load"} == set()
+        modules & {"redis", "rich", "yaml", "msgspec", "asyncio", "flowmesh.cli.run", "flowmesh.settings.load"} == set()
     )
 
 

@@ -13,11 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flowmesh.errors import ConfigError
-from flowmesh.settings_load import describe, load
-from flowmesh.settings_paths import log_file, results_dir, state_dir
-from flowmesh.settings_schema import EnvironmentSettings, Settings
-from flowmesh.settings_sources import VARIABLES
-from flowmesh.settings_types import Isolation, LogLevel
+from flowmesh.settings.load import describe, load
+from flowmesh.settings.paths import log_file, results_dir, state_dir
+from flowmesh.settings.schema import EnvironmentSettings, Settings
+from flowmesh.settings.sources import VARIABLES
+from flowmesh.settings.types import Isolation, LogLevel
 
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 """A busy machine is no failure; and each example writes its file anew."""
@@ -183,7 +183,7 @@ def test_a_home_that_there_is_not() -> None:
 
 
 def test_importing_the_settings_is_light() -> None:
-    code = "import sys, flowmesh.settings_load; print(*sys.modules)"
+    code = "import sys, flowmesh.settings.load; print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ})
     heavy = {"pydantic", "torch", "numpy", "redis", "requests", "asyncio", "yaml", "click", "rich", "loguru", "psutil"}
     assert heavy.isdisjoint(run.stdout.split())

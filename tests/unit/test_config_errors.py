@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from flowmesh.errors import EXIT_CONFIG, ConfigError
-from flowmesh.settings_load import load
-from flowmesh.settings_schema import Settings
-from flowmesh.settings_sources import VARIABLES, Sections
+from flowmesh.settings.load import load
+from flowmesh.settings.schema import Settings
+from flowmesh.settings.sources import VARIABLES, Sections
 
 SECTIONS = Sections(Settings)
 
@@ -175,7 +175,7 @@ def test_an_error_names_the_file_the_key_what_was_found_and_what_is_allowed(
         ),
         ({"REDIS_URL": "localhost:6379"}, f"redis.url: expected {REDIS}, found text without a scheme"),
         ({"REDIS_URL": "http://h"}, f'redis.url: expected {REDIS}, found the scheme "http"'),
-        ({"REDIS_URL": "redis+sentinel://h:26379"}, f"redis.url: expected {SENTINEL}, found no name of a service"),
+        ({"REDIS_URL": "redis+sentinel://h:26379"}, f"redis.url: expected {SENTINEL}, found no service name"),
         ({"REDIS_URL": "redis+sentinel://h,:1/main"}, f"redis.url: expected {SENTINEL}, found an empty host"),
         ({"REDIS_URL": "redis+sentinel://h:99999/main"}, f"redis.url: expected {SENTINEL}, found a port that is not"),
         ({"REDIS_URL": "redis+sentinel://h/main/x"}, f"redis.url: expected {SENTINEL}, found a database that is not"),

@@ -115,7 +115,7 @@ def test_the_model_comes_from_cpuinfo_and_arm_has_none(tmp_path: Path) -> None:
 
 def test_without_a_driver_library_the_binding_is_not_imported() -> None:
     ask = (
-        "import asyncio, sys, threading; from flowmesh.node.nvml import Nvml; nvml = Nvml();"
+        "import asyncio, sys, threading; from flowmesh.node.nvml.client import Nvml; nvml = Nvml();"
         "found = asyncio.run(nvml.inventory());"
         "print(found.gpus == () and 'pynvml' not in sys.modules and threading.active_count() == 1)"
     )

@@ -9,9 +9,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from flowmesh.settings_load import load
-from flowmesh.settings_schema import RedisSettings, Settings
-from flowmesh.settings_sources import VARIABLES, Sections
+from flowmesh.settings.load import load
+from flowmesh.settings.schema import RedisSettings, Settings
+from flowmesh.settings.sources import VARIABLES, Sections
 from tests.paths import CONF
 
 NODE_TOML = CONF / "node.toml"

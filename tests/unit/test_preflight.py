@@ -14,8 +14,8 @@ import pytest
 
 from flowmesh.errors import ConfigError
 from flowmesh.processes.server_client import socket_name
-from flowmesh.settings_load import load
-from flowmesh.settings_schema import Settings
+from flowmesh.settings.load import load
+from flowmesh.settings.schema import Settings
 from flowmesh.startup import preflight
 from flowmesh.startup.state_dir import check_sockets
 from tests.support import ROOT, short_dir

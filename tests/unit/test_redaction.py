@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowmesh.errors import FieldError
-from flowmesh.messages.checking import convert
 from flowmesh.redaction import HIDDEN, Redactor, in_request, is_secret, is_secret_name, redact_url
+from flowmesh.validation.convert import convert
 
 both_kinds_of_text = pytest.mark.parametrize("prose", [False, True], ids=["errors", "prose"])
 
@@ -74,9 +74,10 @@ def test_short_values_and_words_for_true_and_false_are_not_hidden(prose: bool) -
         ("redis://u:hunter2@h/0 refused", "redis://[hidden]@h/0 refused"),
         ("at http://u:p@ss/w0rd@h/x.", "at http://[hidden]@h/x."),
         ("redis://:12/34@h:1", "redis://:[hidden]@h:1"),
-        ("https://h/x?n=1&X-Amz-Signature=ab&sig=d e", "https://h/x?n=1&X-Amz-Signature=[hidden]&sig=[hidden] e"),
-        ("(https://h/x?api_key=abc)", "(https://h/x?api_key=[hidden]"),
-        ("https://h/cb#access_token=abc", "https://h/cb#access_token=[hidden]"),
+        ("https://h/x?n=1&X-Amz-Signature=ab e", "https://h/x?n=1&X-Amz-Signature=[hidden] e"),
+        ("(https://h/x?api_key=abcdef0123456789)", "(https://h/x?api_key=[hidden]"),
+        ("https://h/cb#access_token=abcdef0123456789", "https://h/cb#access_token=[hidden]"),
+        ("https://h/x?password=abc", "https://h/x?password=[hidden]"),
         ("hf://datasets/x@main, git+https://h/a@v1", "hf://datasets/x@main, git+https://h/a@v1"),
         ("https://hub/@owner/model and me@host", "https://hub/@owner/model and me@host"),
         ("Authorization: Bearer abcdef0123456789", "Authorization: Bearer [hidden]"),
@@ -93,6 +94,14 @@ def test_only_in_prose_an_ordinary_word_may_follow_the_name_of_a_scheme() -> Non
     text = "the basic principles"
     assert Redactor(prose=True)(text) == text
     assert Redactor()(text) == "the basic [hidden]"
+
+
+def test_only_in_prose_a_link_keeps_short_parameters_that_may_be_no_secret() -> None:
+    link = "https://h/list?sort_key=title&page_token=CAUQAA"
+    assert Redactor(prose=True)(link) == link
+    assert Redactor()(link) == "https://h/list?sort_key=[hidden]&page_token=[hidden]"
+    assert Redactor()("https://h/x?sig=d") == "https://h/x?sig=[hidden]"
+    assert Redactor(["CAUQAA"], prose=True)(link) == "https://h/list?sort_key=title&page_token=[hidden]"
 
 
 def test_json_data_is_redacted_in_keys_and_texts() -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from flowmesh.errors import FieldError
 from flowmesh.messages.output import LocalDestination, Output
-from flowmesh.results.names import check_task_id, is_plain_name, task_folder, within
+from flowmesh.results.safe_names import check_task_id, is_plain_name, task_folder, within
 
 
 def local(path: str | None) -> Output:

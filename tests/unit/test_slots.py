@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from flowmesh.errors import ConfigError, DeviceError
 from flowmesh.node.devices import GpuInfo, MigSlice
 from flowmesh.node.slots import Slot, SlotPlan, cpu_list, plan
-from flowmesh.settings_checks import cpu_numbers
-from flowmesh.settings_load import describe, load
-from flowmesh.settings_schema import Settings
+from flowmesh.settings.checks import cpu_numbers
+from flowmesh.settings.load import describe, load
+from flowmesh.settings.schema import Settings
 
 GPUS = tuple(GpuInfo(index=i, uuid=f"GPU-{c * 8}", name="X", memory_total_bytes=1) for i, c in enumerate("abcd"))
 CPUS = tuple(range(16))

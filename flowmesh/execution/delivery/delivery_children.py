@@ -16,8 +16,8 @@ from flowmesh.processes.helper import Helpers, OnFrame
 from flowmesh.processes.limits import Limits
 from flowmesh.processes.pipe import Credentials
 from flowmesh.processes.protocol import Fork
-from flowmesh.settings_schema import DeliverySettings
-from flowmesh.tasks.types import DELIVERY
+from flowmesh.settings.schema import DeliverySettings
+from flowmesh.tasks.catalogue import DELIVERY
 
 ENTRY = "flowmesh.results.child:main"
 

@@ -14,9 +14,9 @@ from flowmesh.execution.layout import Layout
 from flowmesh.execution.run import Run
 from flowmesh.messages.job import OUTCOME_FILE, Outcome
 from flowmesh.results import delivery
-from flowmesh.results.files import below, read_regular
 from flowmesh.results.job import DeliveryJob, DeliveryReport, Failure
-from flowmesh.settings_schema import Settings
+from flowmesh.results.safe_files import below, read_regular
+from flowmesh.settings.schema import Settings
 
 INLINE_BYTES = 1024 * 1024
 """A task's folder up to this size is hashed in a thread of the node; a larger one in a child."""

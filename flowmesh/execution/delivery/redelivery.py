@@ -19,8 +19,8 @@ from flowmesh.execution.delivery.jobs import Jobs
 from flowmesh.execution.housekeeping.removal import remove_tree
 from flowmesh.execution.layout import Layout
 from flowmesh.results import delivery
-from flowmesh.results.files import read_note
 from flowmesh.results.job import DELIVERED_FILE, DELIVERY_FILE, DeliveryJob, DeliveryReport
+from flowmesh.results.safe_files import read_note
 from flowmesh.tasks.journal import Journal, Record
 from flowmesh.tasks.verdicts import Kind, Verdict, describe_exit
 

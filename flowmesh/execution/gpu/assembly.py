@@ -14,10 +14,10 @@ from flowmesh.execution.run import Run
 from flowmesh.execution.run_table import RunTable
 from flowmesh.node.devices import GpuInfo
 from flowmesh.node.health import GpuHealth
-from flowmesh.node.nvml import Nvml
+from flowmesh.node.nvml.client import Nvml
 from flowmesh.node.power import PowerMeter
 from flowmesh.node.slots import Slot
-from flowmesh.settings_schema import GpuSettings
+from flowmesh.settings.schema import GpuSettings
 
 
 def make_monitor(

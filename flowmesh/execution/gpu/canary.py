@@ -16,7 +16,7 @@ from flowmesh.processes import environ
 from flowmesh.processes.helper import Helpers
 from flowmesh.processes.limits import Limits
 from flowmesh.processes.protocol import Fork
-from flowmesh.tasks.types import DEFAULT, Catalogue
+from flowmesh.tasks.catalogue import DEFAULT, Catalogue
 from flowmesh.tasks.verdicts import describe_exit
 
 TIMEOUT_S = 120.0

@@ -9,22 +9,22 @@ from flowmesh.errors import DeviceError
 from flowmesh.execution.gpu.monitor import GpuMonitor
 from flowmesh.execution.ports import Begin
 from flowmesh.execution.run import Run
-from flowmesh.node.devices import Look
-from flowmesh.node.metrics import Watch
+from flowmesh.node.devices import GpuReading
+from flowmesh.node.metrics import HeartbeatObserver
 from flowmesh.node.slots import Slot
 
 
-class IdleCheck(Watch):
+class IdleCheck(HeartbeatObserver):
     def __init__(self, gpus: GpuMonitor, slot: Slot[Run], begin: Begin) -> None:
         self._gpus = gpus
         self._slot = slot
         self._begin = begin
 
-    def on_looks(self, looks: Mapping[str, Look]) -> None:
-        self._gpus.observe(looks)
+    def on_readings(self, readings: Mapping[str, GpuReading]) -> None:
+        self._gpus.observe(readings)
         self._check()
 
-    def on_silence(self, error: DeviceError) -> None:  # noqa: ARG002 - the check meets the same error
+    def on_driver_error(self, error: DeviceError) -> None:  # noqa: ARG002 - the check meets the same error
         self._check()
 
     def _check(self) -> None:

@@ -22,16 +22,18 @@ from flowmesh.execution.layout import Layout
 from flowmesh.execution.ports import PostEvent
 from flowmesh.execution.run import Run
 from flowmesh.messages.job import Exit, Outcome
-from flowmesh.node.devices import GpuInfo, Look
+from flowmesh.node.devices import GpuInfo, GpuReading
 from flowmesh.node.energy import Energy, ProcessUse, TaskMeter
-from flowmesh.node.gpu import Baseline, ReleaseProof, ReleaseReport
 from flowmesh.node.health import Finding, GpuHealth
-from flowmesh.node.nvml import Nvml
+from flowmesh.node.nvml.client import Nvml
 from flowmesh.node.power import PowerMeter
+from flowmesh.node.release_proof import ReleaseProof
+from flowmesh.node.release_report import ReleaseReport
+from flowmesh.node.release_state import Baseline
 from flowmesh.node.slots import Slot
 from flowmesh.node.xid import XidVerdict
-from flowmesh.results.files import read_note, write_atomic
-from flowmesh.settings_schema import GpuSettings
+from flowmesh.results.safe_files import read_note, write_atomic
+from flowmesh.settings.schema import GpuSettings
 from flowmesh.tasks import machine
 from flowmesh.tasks.verdicts import Stop
 
@@ -89,14 +91,14 @@ class GpuMonitor:
         try:
             await self._take_events()
             reason = await self._quarantine.objection(run.gpus, await proof.begin())
-            looks = await self._nvml.sample(run.gpus) if not reason else {}
+            readings = await self._nvml.sample(run.gpus) if not reason else {}
         except DeviceError as error:
             reason = str(error)
         if reason:
             self._quarantine.close(run.slot, reason)
             return f"the task was not started: {reason}"
         self.health.cleared(run.gpus)
-        self._power.observe(looks)
+        self._power.observe(readings)
         file = self._layout.spool(run.attempt) / BASELINE_FILE
         await asyncio.to_thread(write_atomic, file, msgspec.json.encode(proof.baselines), private=True)
         self._add(run, proof, whole=True)
@@ -140,7 +142,7 @@ class GpuMonitor:
     async def _sample(self) -> None:
         uuids = sorted({uuid for task in self._tasks.values() for uuid in task.run.gpus})
         try:
-            looks = await self._nvml.sample(uuids)
+            readings = await self._nvml.sample(uuids)
             await self._take_events()
         except DeviceError as error:
             if not self._silent:
@@ -148,8 +150,8 @@ class GpuMonitor:
             self._silent = True
             return
         self._silent = False
-        self._power.observe(looks)
-        self.observe(looks)
+        self._power.observe(readings)
+        self.observe(readings)
         for task in list(self._tasks.values()):
             if task.lost_samples >= LOST_SAMPLES:
                 reason = "; ".join(task.faults) or "its GPU does not answer"
@@ -257,18 +259,18 @@ class GpuMonitor:
             if slot.plan.gpus and slot.current is None:
                 await self.check_idle(slot)
 
-    def observe(self, looks: Mapping[str, Look]) -> None:
+    def observe(self, readings: Mapping[str, GpuReading]) -> None:
         """Use a sample that was taken for another purpose (a heartbeat) for the running tasks too."""
         for task in self._tasks.values():
-            task.observe(looks)
-        self._judge(self.health.observe(looks))
+            task.observe(readings)
+        self._judge(self.health.observe(readings))
 
     async def check_idle(self, slot: Slot[Run]) -> None:
         """Close an idle slot whose GPUs must not be used."""
         try:
             await self._take_events()
-            looks = await self._nvml.sample(slot.plan.gpus, memory_only=True)
-            reason = await self._quarantine.objection(slot.plan.gpus, looks)
+            readings = await self._nvml.sample(slot.plan.gpus, memory_only=True)
+            reason = await self._quarantine.objection(slot.plan.gpus, readings)
         except DeviceError as error:
             reason = str(error)
         if reason and slot.current is None:

@@ -19,13 +19,15 @@ from flowmesh.execution.observer import Observer
 from flowmesh.execution.ports import Begin, PostEvent, Pump
 from flowmesh.execution.run import Run
 from flowmesh.execution.run_table import RunTable
-from flowmesh.node.devices import GpuLost, GpuSample, Look
-from flowmesh.node.gpu import Baseline, ReleaseProof, is_shared_blindly, name_holders
+from flowmesh.node.devices import GpuLost, GpuReading, GpuSample
+from flowmesh.node.gpu_holders import name_holders
 from flowmesh.node.health import GpuHealth
-from flowmesh.node.nvml import Nvml
+from flowmesh.node.nvml.client import Nvml
+from flowmesh.node.release_proof import ReleaseProof
+from flowmesh.node.release_state import Baseline, is_shared_blindly
 from flowmesh.node.slots import Slot
 from flowmesh.processes.tree import is_same_or_below
-from flowmesh.settings_schema import GpuSettings
+from flowmesh.settings.schema import GpuSettings
 from flowmesh.tasks import machine
 from flowmesh.tasks.machine import State
 from flowmesh.tasks.verdicts import Stop
@@ -61,20 +63,20 @@ class Quarantine:
         self._floors: dict[str, int] = {}
         """Bytes: the least that each GPU had in use while no task of this node was on it."""
 
-    async def objection(self, uuids: Sequence[str], looks: Mapping[str, Look]) -> str:
+    async def objection(self, uuids: Sequence[str], readings: Mapping[str, GpuReading]) -> str:
         """Why no task may start on these GPUs, which have no task now; empty if one may."""
         for condemned in self._health.condemned(uuids).values():
             return condemned
-        return await self._occupied(uuids, looks)
+        return await self._occupied(uuids, readings)
 
-    async def _occupied(self, uuids: Sequence[str], looks: Mapping[str, Look]) -> str:
+    async def _occupied(self, uuids: Sequence[str], readings: Mapping[str, GpuReading]) -> str:
         for run in self._runs:
             # After a restart with other slots, a GPU may still be used by a task of another slot.
             elsewhere = set(uuids) & set(run.gpus) and not set(uuids) <= set(run.slot.plan.gpus)
             if elsewhere and run.task.state in _ON_ITS_GPUS:
                 return f"task {run.task_id} of another worker is still on one of its GPUs"
         for uuid in uuids:
-            look = looks[uuid]
+            look = readings[uuid]
             if isinstance(look, GpuLost):
                 return f"{uuid} does not answer: {look.why}"
             ours = [
@@ -144,11 +146,11 @@ class Quarantine:
         """One probe; returns what is still wrong."""
         uuids = slot.plan.gpus
         try:
-            looks = await self._nvml.sample(uuids, memory_only=True)
+            readings = await self._nvml.sample(uuids, memory_only=True)
         except DeviceError as error:
             return str(error)
-        self._health.observe({uuid: look for uuid, look in looks.items() if isinstance(look, GpuLost)})
-        if reason := await self._occupied(uuids, looks):
+        self._health.observe({uuid: look for uuid, look in readings.items() if isinstance(look, GpuLost)})
+        if reason := await self._occupied(uuids, readings):
             return reason
         condemned = self._health.condemned(uuids)
         if not condemned:
@@ -162,7 +164,7 @@ class Quarantine:
             tolerance_bytes=self._settings.release_tolerance_bytes,
             allow_foreign=self._settings.allow_foreign,
         )
-        proof.resume({uuid: Baseline.of(look) for uuid, look in looks.items() if isinstance(look, GpuSample)})
+        proof.resume({uuid: Baseline.of(look) for uuid, look in readings.items() if isinstance(look, GpuSample)})
         report = await proof.wait_released((), self._settings.release_timeout_s)
         if not report.released:
             return f"{fault}; after the canary {report}"

@@ -6,10 +6,11 @@ from collections.abc import Collection, Mapping
 
 from flowmesh.execution.gpu.process_usage import TreeUse
 from flowmesh.execution.run import Run
-from flowmesh.node.devices import GpuLost, GpuSample, Look
+from flowmesh.node.devices import GpuLost, GpuReading, GpuSample
 from flowmesh.node.energy import TaskMeter
-from flowmesh.node.gpu import Baseline, ReleaseProof
 from flowmesh.node.health import Finding
+from flowmesh.node.release_proof import ReleaseProof
+from flowmesh.node.release_state import Baseline
 from flowmesh.processes.tree import is_same_or_below
 
 
@@ -26,11 +27,11 @@ class TaskGpus:
         self.faults: list[str] = []
         self.lost_samples = 0
 
-    def observe(self, looks: Mapping[str, Look]) -> None:
+    def observe(self, readings: Mapping[str, GpuReading]) -> None:
         """Take in a sample; one that has none of its GPUs changes nothing."""
-        self.proof.observe(looks)
-        self.meter.observe(looks)
-        mine = [look for uuid in self.run.gpus if (look := looks.get(uuid)) is not None]
+        self.proof.observe(readings)
+        self.meter.observe(readings)
+        mine = [look for uuid in self.run.gpus if (look := readings.get(uuid)) is not None]
         for look in mine:
             if isinstance(look, GpuSample) and self.run.pid is not None:
                 there = look.pids | {process.pid for process in look.graphics}

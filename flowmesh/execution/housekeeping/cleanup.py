@@ -13,7 +13,7 @@ from flowmesh.execution.layout import Layout
 from flowmesh.execution.run import Run
 from flowmesh.messages.job import JOB_FILE, OUTCOME_FILE
 from flowmesh.processes import shm
-from flowmesh.tasks.types import LIGHT
+from flowmesh.tasks.catalogue import LIGHT
 
 
 class Cleanup:

@@ -19,7 +19,7 @@ from loguru import logger
 from flowmesh.errors import FlowMeshError
 from flowmesh.execution.boot_clock import SteadyClock
 from flowmesh.execution.housekeeping.removal import remove_tree
-from flowmesh.settings_schema import ResultsSettings
+from flowmesh.settings.schema import ResultsSettings
 from flowmesh.tasks.journal import Finished, Journal
 from flowmesh.tasks.verdicts import Kind
 

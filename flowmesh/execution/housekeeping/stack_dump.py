@@ -17,7 +17,7 @@ from pathlib import Path
 from loguru import logger
 
 from flowmesh.processes import proc_files, tree
-from flowmesh.results.files import write_in
+from flowmesh.results.safe_files import write_in
 
 FILE = "stacks.txt"
 MOST_PROCESSES = 256

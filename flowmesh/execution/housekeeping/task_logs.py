@@ -14,7 +14,7 @@ from pathlib import Path
 from loguru import logger
 
 from flowmesh.processes.safe_folder import open_folder
-from flowmesh.results.files import open_regular
+from flowmesh.results.safe_files import open_regular
 
 KEPT_OF_LOG = 4
 """A log that grew too large keeps its last quarter."""

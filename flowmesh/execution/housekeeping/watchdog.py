@@ -14,7 +14,7 @@ from flowmesh.execution.housekeeping.task_logs import bound_logs, log_troubles
 from flowmesh.execution.ports import Begin, PostEvent
 from flowmesh.execution.run import Run
 from flowmesh.execution.run_table import RunTable
-from flowmesh.settings_schema import TasksSettings
+from flowmesh.settings.schema import TasksSettings
 from flowmesh.tasks import machine
 from flowmesh.tasks.machine import State
 from flowmesh.tasks.verdicts import Stop

@@ -20,7 +20,7 @@ from flowmesh.execution.observer import Observer
 from flowmesh.execution.ports import PostEvent, Pump
 from flowmesh.execution.run import Run
 from flowmesh.node.slots import Slot
-from flowmesh.settings_schema import ResultsSettings
+from flowmesh.settings.schema import ResultsSettings
 from flowmesh.tasks import machine
 from flowmesh.tasks.verdicts import Stop
 

@@ -19,7 +19,7 @@ from flowmesh.processes.limits import Limits
 from flowmesh.processes.protocol import Fork
 from flowmesh.processes.safe_folder import FOLDER, open_folder
 from flowmesh.results.job import file_url_template
-from flowmesh.tasks.types import LIGHT
+from flowmesh.tasks.catalogue import LIGHT
 
 TASK_ENTRY = "runners.child:main"
 OOM_SCORE_ADJ = 500

@@ -25,7 +25,7 @@ from flowmesh.messages.job import (
     Outcome,
     UploadRequest,
 )
-from flowmesh.results.files import read_regular
+from flowmesh.results.safe_files import read_regular
 
 SMALL_BYTES = 64 * 1024
 """An outcome up to this size is read on the loop; a larger one in a thread, and without its result."""

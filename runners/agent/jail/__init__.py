@@ -1,1 +1,1 @@
-"""What confines the code that agents run: a script of its own, of the standard library alone."""
+"""Confines the code that agents run: a separate script that uses only the standard library."""

@@ -1,4 +1,4 @@
-"""The Linux calls behind the jail that Python does not have, each raising OSError with its own name."""
+"""Linux system calls that the jail needs and Python lacks. Each raises OSError that names the call."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS, _PR_SET_DUMPABLE = 36, 38, 4
 _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
 _SECCOMP_MODE_FILTER = 2
 
-# Numbers that are the same on every architecture, as all system calls since 2019 are.
+# The same on all architectures, as for all system calls since 2019.
 _SYS_MOUNT_SETATTR, _SYS_LANDLOCK_CREATE, _SYS_LANDLOCK_ADD, _SYS_LANDLOCK_RESTRICT = 442, 444, 445, 446
 _PIVOT_ROOT_AND_CAPSET = {"x86_64": (155, 126), "aarch64": (41, 91)}
 _AT_FDCWD, _AT_RECURSIVE = -100, 0x8000
@@ -49,7 +49,7 @@ def of_this_machine(by_machine: Mapping[str, T]) -> T:
     """The entry for this machine's architecture.
 
     Raises:
-        OSError: it has none.
+        OSError: there is none.
     """
     found = by_machine.get(platform.machine())
     if found is None:
@@ -81,7 +81,7 @@ def forbid_new_privileges() -> None:
 
 
 def filter_calls(program: bytes) -> None:
-    """From now on every system call goes through this seccomp program; see `seccomp.py`."""
+    """Install a seccomp program, as `seccomp.py` makes it, for all further system calls."""
     buffer = ctypes.create_string_buffer(program, len(program))
     header = struct.pack("@HP", len(program) // 8, ctypes.addressof(buffer))
     holder = ctypes.create_string_buffer(header, len(header))
@@ -89,12 +89,12 @@ def filter_calls(program: bytes) -> None:
 
 
 def undumpable() -> None:
-    """Nobody of our user may look into us by /proc or ptrace."""
+    """Processes of the same user cannot inspect this one by /proc or ptrace."""
     _prctl(_PR_SET_DUMPABLE, 0)
 
 
 def dumpable() -> None:
-    """A new user namespace can only be given its user by a process that may be looked into."""
+    """Undo `undumpable`: the uid map of a new user namespace can only be written by a dumpable process."""
     _prctl(_PR_SET_DUMPABLE, 1)
 
 
@@ -108,7 +108,7 @@ def mount(source: str | None, target: str, kind: str | None, flags: int, data: s
 
 
 def make_read_only(target: str) -> None:
-    """The mount and all below it: no writing, no set-uid, no devices. Works where a remount is refused."""
+    """Make a mount and all below it read-only, without set-uid and devices. Works where a remount is refused."""
     attributes = struct.pack("=QQQQ", _MOUNT_ATTR_RDONLY | _MOUNT_ATTR_NOSUID | _MOUNT_ATTR_NODEV, 0, 0, 0)
     path = os.fsencode(target)
     _syscall("mount_setattr", _SYS_MOUNT_SETATTR, _AT_FDCWD, path, _AT_RECURSIVE, attributes, ctypes.c_size_t(32))
@@ -123,7 +123,7 @@ def unmount(target: str) -> None:
 
 
 def drop_capabilities() -> None:
-    """None are left, and no program that is executed gets any."""
+    """Drop all capabilities, also for programs that are executed."""
     for capability in range(_LAST_CAPABILITY + 1):
         try:
             _prctl(_PR_CAPBSET_DROP, capability)
@@ -134,8 +134,6 @@ def drop_capabilities() -> None:
     _syscall("capset", of_this_machine(_PIVOT_ROOT_AND_CAPSET)[1], header, none)
 
 
-# ---- Landlock --------------------------------------------------------------------------------------------------------
-
 _EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR = 1, 2, 4, 8
 _FS_V1 = (1 << 13) - 1
 _REFER, _TRUNCATE, _IOCTL_DEV = 1 << 13, 1 << 14, 1 << 15
@@ -144,13 +142,13 @@ _SCOPE_ALL = 3  # abstract unix sockets, signals
 _READING = _EXECUTE | _READ_FILE | _READ_DIR
 _OF_FILES = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE | _IOCTL_DEV
 LANDLOCK_NEEDED = 3
-"""Before it, files that cannot be opened could be truncated."""
+"""Before it, files that could not be opened could be truncated."""
 LANDLOCK_OF_SIGNALS = 6
-"""Since it, signals can be confined, too."""
+"""From it on, signals can be restricted."""
 
 
 def landlock_version() -> int:
-    """The kernel's Landlock interface; 0 where there is none, or it is switched off."""
+    """The version of the kernel's Landlock interface; 0 if there is none or it is disabled."""
     try:
         return _syscall("landlock", _SYS_LANDLOCK_CREATE, None, ctypes.c_size_t(0), ctypes.c_uint32(1))
     except OSError:
@@ -158,13 +156,13 @@ def landlock_version() -> int:
 
 
 def landlock(readable: Iterable[str], writable: Iterable[str], *, network: bool) -> None:
-    """From now on only files below `readable` can be read, and only those below `writable` changed.
+    """Restrict this process: only files below `readable` can be read, only those below `writable` changed.
 
     Args:
-        network: whether TCP stays allowed, where this kernel's Landlock can tell.
+        network: whether TCP stays allowed, where this kernel's Landlock supports it.
 
     Raises:
-        OSError: the kernel has none.
+        OSError: the kernel has no Landlock.
     """
     version = landlock_version()
     handled = _FS_V1
@@ -181,7 +179,7 @@ def landlock(readable: Iterable[str], writable: Iterable[str], *, network: bool)
             try:
                 fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
             except OSError:
-                continue  # what is not there needs no right
+                continue  # a missing path needs no rule
             allowed = rights & handled if Path(path).is_dir() else rights & handled & _OF_FILES
             rule = struct.pack("=Qi", allowed, fd)
             _syscall("landlock", _SYS_LANDLOCK_ADD, ruleset, ctypes.c_int(1), rule, ctypes.c_uint32(0))

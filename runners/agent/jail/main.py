@@ -1,8 +1,8 @@
 """Runs one command confined: `python -I -S main.py PLAN COMMAND …`, PLAN being the JSON that `sandbox.py` makes.
 
-Two ways. `namespaces`: a file system of its own with little in it, its own processes, no network. `landlock`: the
-kernel's file rules and a filter on sockets, for systems that refuse namespaces. Whatever the command leaves behind is
-killed when it ends, when we get a SIGTERM, and when whoever started us dies.
+Two modes. `namespaces`: a minimal file system, a pid namespace, no network. `landlock`: the kernel's file rules and a
+filter on sockets, for systems that refuse namespaces. Processes that the command leaves behind are killed when it ends,
+on SIGTERM, and when the parent dies.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import kernel  # type: ignore[import-not-found,unused-ignore]
 import seccomp  # type: ignore[import-not-found,unused-ignore]
 
 EXIT_NOT_CONFINED = 97
-"""The jail could not be built; the command has not run."""
+"""The jail could not be built; the command was not run."""
 DEVICES = ("null", "zero", "full", "random", "urandom")
 TMP_BYTES = 256 * 2**20
 LEAST_PID_MAX = 512
@@ -47,9 +47,6 @@ def main() -> int:
     status = _wait_for(child)
     _kill_descendants()
     return status
-
-
-# ---- namespaces ------------------------------------------------------------------------------------------------------
 
 
 def _start_in_namespaces(plan: dict[str, Any], command: list[str]) -> int:
@@ -75,7 +72,7 @@ def _start_in_namespaces(plan: dict[str, Any], command: list[str]) -> int:
 
 
 def _be_init(plan: dict[str, Any], command: list[str], tell: int) -> NoReturn:
-    """The first process of the new namespace: when it ends, the kernel ends all others in it."""
+    """The init process of the new pid namespace: when it exits, the kernel kills all others in it."""
     kernel.die_with_parent(signal.SIGKILL)
     status = EXIT_NOT_CONFINED
     try:
@@ -84,7 +81,7 @@ def _be_init(plan: dict[str, Any], command: list[str], tell: int) -> NoReturn:
             _raise_loopback()
         kernel.forbid_new_privileges()
         kernel.drop_capabilities()
-        # With the machine's network its abstract unix sockets would be in reach; others of its own lead nowhere.
+        # With the machine's network, its abstract unix sockets could be reached; without it there are none.
         families = NETWORKED if plan["network"] else (socket.AF_UNIX, *NETWORKED)
         kernel.filter_calls(seccomp.program(families, shares_machine=False))
         os.set_inheritable(tell, False)
@@ -100,7 +97,7 @@ def _be_init(plan: dict[str, Any], command: list[str], tell: int) -> NoReturn:
 
 
 def _build_root(plan: dict[str, Any]) -> None:
-    """Mount what the command may see below `plan["root"]`, and make that the root."""
+    """Mount what the command may see below `plan["root"]`, and pivot to it."""
     root = plan["root"]
     kernel.mount(None, "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
     kernel.mount("tmpfs", root, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "mode=755,size=16m")
@@ -116,10 +113,10 @@ def _build_root(plan: dict[str, Any]) -> None:
         Path(f"{root}/dev/{link}").symlink_to(target)
     _show(root, plan["work_dir"], writable=True)
     Path(root, "proc").mkdir(exist_ok=True)
-    with contextlib.suppress(OSError):  # refused inside some containers; then the command has no /proc
+    with contextlib.suppress(OSError):  # some containers refuse it; then the command has no /proc
         kernel.mount("proc", f"{root}/proc", "proc", kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC)
         _bound_pids(f"{root}/proc", plan["tasks"])
-        kernel.make_read_only(f"{root}/proc")  # root needs no capability to write the machine's settings in there
+        kernel.make_read_only(f"{root}/proc")  # root could write the machine's settings there without any capability
     old = Path(root, ".old")
     old.mkdir()
     kernel.pivot_root(root, str(old))
@@ -130,14 +127,14 @@ def _build_root(plan: dict[str, Any]) -> None:
 
 
 def _bound_pids(proc: str, most: int) -> None:
-    """The namespace's own bound on processes and threads, for root too, whom RLIMIT_NPROC does not bind."""
-    if kernel.release() >= (6, 14):  # before, it was the machine's
+    """Limit processes and threads of the namespace. Also for root, to whom RLIMIT_NPROC does not apply."""
+    if kernel.release() >= (6, 14):  # before, the setting was machine-wide
         with contextlib.suppress(OSError):
             Path(f"{proc}/sys/kernel/pid_max").write_text(str(max(most, LEAST_PID_MAX)))
 
 
 def _show(root: str, path: str, *, writable: bool) -> None:
-    """Bind a file or folder to the same place in the new root; a link to a folder is made again as a link."""
+    """Bind a file or folder to the same path in the new root; a link to a folder is recreated as a link."""
     source, target = Path(path), Path(root + path)
     if source.is_symlink() and source.is_dir() and not writable:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -162,14 +159,11 @@ def _bind_device(root: str, path: str) -> None:
 
 
 def _raise_loopback() -> None:
-    """The namespace's own 127.0.0.1, which leads nowhere else."""
+    """Bring up the namespace's own loopback interface."""
     import fcntl
 
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
         fcntl.ioctl(sock, 0x8914, struct.pack("16sH14x", b"lo", 1))  # SIOCSIFFLAGS, IFF_UP
-
-
-# ---- Landlock --------------------------------------------------------------------------------------------------------
 
 
 def _start_under_landlock(plan: dict[str, Any], command: list[str]) -> int:
@@ -185,7 +179,7 @@ def _start_under_landlock(plan: dict[str, Any], command: list[str]) -> int:
         os.close(ready)
         os.set_inheritable(tell, False)
         kernel.die_with_parent(signal.SIGKILL)
-        os.setpgid(0, 0)  # not ours, which is killed as a whole
+        os.setpgid(0, 0)  # its own group: ours is killed as a whole
         try:
             kernel.forbid_new_privileges()
             kernel.drop_capabilities()
@@ -206,11 +200,8 @@ def _start_under_landlock(plan: dict[str, Any], command: list[str]) -> int:
     return child
 
 
-# ---- common ----------------------------------------------------------------------------------------------------------
-
-
 def _execute(plan: dict[str, Any], command: list[str], tell: int) -> NoReturn:
-    """Become the command. `tell` closes when that has worked."""
+    """Execute the command. `tell` is closed by a successful exec."""
     os.chdir(plan["work_dir"])
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     for name, value in plan["limits"].items():
@@ -227,10 +218,10 @@ def _execute(plan: dict[str, Any], command: list[str], tell: int) -> NoReturn:
 
 
 def _bound_tasks(plan: dict[str, Any]) -> None:
-    """Processes and threads of a user that is not root: of the new namespace, else beside those that there are."""
+    """Limit processes and threads (not for root): of the namespace, else on top of the user's present ones."""
     there = 0
     if plan["mode"] == "namespaces":
-        if kernel.release() < (5, 14):  # before, it counted the user's all over the machine
+        if kernel.release() < (5, 14):  # before, it counted all of the user's on the machine
             return
     else:
         there = plan["tasks_of_user"]
@@ -241,7 +232,7 @@ def _bound_tasks(plan: dict[str, Any]) -> None:
 
 
 def _wait_for(child: int) -> int:
-    """Reap whatever ends, until `child` has; its status as a shell has it."""
+    """Reap processes until `child` exits; its status as in a shell."""
     while True:
         pid, status = os.waitpid(-1, 0)
         if pid == child:
@@ -258,9 +249,9 @@ def _leave(child: int, status: int) -> NoReturn:
 
 
 def _kill_descendants() -> None:
-    """We are their subreaper: who has lost its parent is our child, and so in reach, until nobody is left.
+    """Kill all descendants. Orphans become our children, as we are their subreaper, so none escapes.
 
-    By whole process groups: of one that forks faster than we look, the kernel gets all at once.
+    Whole process groups are killed, which also ends one that forks faster than we can scan.
     """
     own = os.getpgrp()
     while True:
@@ -297,7 +288,7 @@ def _descendants(root: int) -> list[tuple[int, int]]:
 
 
 def _refuse(error: OSError) -> int:
-    print(f"jail: {error.strerror or error}", file=sys.stderr)  # noqa: T201 - stderr is all we have
+    print(f"jail: {error.strerror or error}", file=sys.stderr)  # noqa: T201 - the supervisor reads stderr
     return EXIT_NOT_CONFINED
 
 

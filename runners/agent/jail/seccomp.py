@@ -1,8 +1,8 @@
-"""Which system calls a confined command may make: a seccomp program, put together here and set by `kernel.py`.
+"""The seccomp program that filters the system calls of a confined command. `kernel.py` installs it.
 
-Refused in every jail is what reaches past namespaces and file rules (other socket families, io_uring, kernel keys,
-new namespaces) and what holds memory that no bound counts. Without namespaces of its own a command shares the
-machine's processes and IPC, and more is refused.
+Every jail refuses calls that bypass namespaces and file rules (other socket families, io_uring, kernel keys, new
+namespaces), and those that allocate memory which no bound counts. Without its own namespaces a command shares the
+machine's processes and IPC, and more calls are refused.
 """
 
 from __future__ import annotations
@@ -44,24 +44,24 @@ _NUMBERS = {
 _ALWAYS = ("io_uring_setup", "unshare", "setns", "keyctl", "add_key", "request_key", "bpf", "perf_event_open",
            "userfaultfd", "syslog", "shmget")  # fmt: skip
 _NOT_THERE = ("clone3", "memfd_create", "memfd_secret")
-"""Refused as if this kernel did not have them, for which programs have another way. What clone3 is asked for lies in
-memory, where no filter sees it; memory of a memfd is in no process's size."""
+"""Refused with ENOSYS, so that programs fall back. The arguments of clone3 are in memory, where a filter cannot read
+them; memory of a memfd is not part of any process's RSS."""
 _SHARED_IPC = ("semget", "msgget", "mq_open")
 _ATTRIBUTES = (
     "chmod", "fchmod", "fchmodat", "fchmodat2", "chown", "fchown", "lchown", "fchownat", "setxattr", "lsetxattr",
     "fsetxattr", "setxattrat", "removexattr", "lremovexattr", "fremovexattr", "removexattrat", "file_setattr",
     "utime", "utimes", "futimesat",
 )  # fmt: skip
-"""Which Landlock does not look at."""
+"""Landlock does not restrict these."""
 _OF_USER = ("setpriority", "ioprio_set")
 _OF_A_PROCESS = ("prlimit64", "sched_setaffinity", "sched_setscheduler", "sched_setparam", "sched_setattr")
-"""Their first argument is the process; 0: one's own."""
+"""The first argument is the process; 0 is the caller."""
 _SIGNALS = ("kill", "tkill", "tgkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo", "pidfd_send_signal")
 _SIGNALS_BY_FILES = {"fcntl": (8, 10, 15), "ioctl": (0x8901, 0x8902)}
-"""Commands, the second argument: F_SETOWN, F_SETSIG, F_SETOWN_EX; FIOSETOWN, SIOCSPGRP. By them the kernel itself sends
-any signal to any process of the user, once there is something to read."""
+"""Commands, the second argument: F_SETOWN, F_SETSIG, F_SETOWN_EX; FIOSETOWN, SIOCSPGRP. They make the kernel send any
+signal to any process of the user when a file becomes readable."""
 
-_NEW_NAMESPACES = 0x7E020000  # every CLONE_NEW… that clone takes
+_NEW_NAMESPACES = 0x7E020000  # all CLONE_NEW… flags of clone
 _SOCK_DGRAM = 2
 _AF_UNIX = 1
 _LOAD, _AND, _JEQ, _JGE, _JSET, _RET = 0x20, 0x54, 0x15, 0x35, 0x45, 0x06
@@ -73,15 +73,15 @@ _EPERM_ELSE_ALLOW: tuple[Line, Line] = ((_RET, 0, 0, _EPERM), (_RET, 0, 0, _ALLO
 
 
 def program(families: Iterable[int], *, shares_machine: bool, signals_confined: bool = True) -> bytes:
-    """The program for a jail.
+    """The seccomp program of a jail.
 
     Args:
-        families: of sockets that may be made.
-        shares_machine: the command has no namespaces of its own.
-        signals_confined: something else keeps its signals from processes that are not its own; else it can send none.
+        families: socket families that are allowed.
+        shares_machine: the command has no namespaces.
+        signals_confined: Landlock restricts its signals to its own processes; else it can send none.
 
     Raises:
-        OSError: nobody knows the numbers of this architecture.
+        OSError: the system call numbers of this architecture are unknown.
     """
     numbers = {**kernel.of_this_machine(_NUMBERS), **_SINCE_2019}
     allowed = tuple(families)
@@ -110,7 +110,7 @@ def program(families: Iterable[int], *, shares_machine: bool, signals_confined: 
     if not signals_confined:
         for name, commands in _SIGNALS_BY_FILES.items():
             lines += _on(numbers[name], [_load(1), *_refuse_only(commands)])
-    if _AF_UNIX not in allowed:  # a datagram socket of a pair could be connected to any other
+    if _AF_UNIX not in allowed:  # a datagram socket of a pair could be connected to another address
         kind = [_load(1), (_AND, 0, 0, 0xF)]
         lines += _on(numbers["socketpair"], [*kind, (_JEQ, 0, 1, _SOCK_DGRAM), *_EPERM_ELSE_ALLOW])
     lines += _on(numbers["socket"], [_load(0), *_allow_only(allowed)])
@@ -119,7 +119,7 @@ def program(families: Iterable[int], *, shares_machine: bool, signals_confined: 
 
 
 def _on(number: int | None, lines: list[Line]) -> list[Line]:
-    """`lines`, which return, for the system call of that number; None: this architecture does not have it."""
+    """Apply `lines`, which return, to the system call of that number; None: not on this architecture."""
     return [] if number is None else [(_JEQ, 0, len(lines), number), *lines]
 
 
@@ -135,7 +135,7 @@ def _allow_only(values: Iterable[int]) -> list[Line]:
 
 
 def _refuse_only(values: Iterable[int]) -> list[Line]:
-    """Of the low half alone, which is all that the kernel reads of a command."""
+    """Compares the low 32 bits only, as the kernel does for commands."""
     listed = tuple(values)
     last = len(listed) - 1
     tests = [(_JEQ, last - index, int(index == last), value) for index, value in enumerate(listed)]

@@ -1,0 +1,94 @@
+"""Subscribes to the tasks channel and to the control channel, and passes each message on.
+
+What is published while a subscription is broken is lost. Such a gap is reported, so that the node can register again
+and the orchestrator requeues what it had dispatched into the gap.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from loguru import logger
+
+from flowmesh.backoff import Backoff
+from flowmesh.bus.connection import RedisError, redis
+from flowmesh.bus.connection_health import ConnectionHealth
+
+
+class Subscriber:
+    """One subscription, renewed whenever it breaks.
+
+    Args:
+        handlers: by channel, called with the raw bytes of each message.
+        on_subscribed: called each time the subscription is confirmed; with True if there was a gap before.
+        on_unsubscribed: called when the subscription breaks.
+        silence_s: after this time without a message the connection is checked with a PING.
+    """
+
+    def __init__(
+        self,
+        client: redis.Redis,
+        handlers: dict[str, Callable[[bytes], None]],
+        on_subscribed: Callable[[bool], None],
+        on_unsubscribed: Callable[[], None],
+        *,
+        silence_s: float,
+    ) -> None:
+        self.up = False
+        """Whether the subscription is confirmed and unbroken."""
+        self.trouble = ConnectionHealth("not subscribed", "subscription works again")
+        self._client = client
+        self._handlers = {channel.encode(): handler for channel, handler in handlers.items()}
+        self._on_subscribed = on_subscribed
+        self._on_unsubscribed = on_unsubscribed
+        self._silence_s = silence_s
+        self._subscribed_before = False
+
+    async def run(self) -> None:
+        """Subscribe until cancelled."""
+        backoff = Backoff()
+        while True:
+            began = time.monotonic()
+            try:
+                await self._listen()
+            except (RedisError, OSError, TimeoutError) as error:
+                self.up = False
+                self._on_unsubscribed()
+                self.trouble.failed(error)
+            if time.monotonic() - began > self._silence_s:
+                backoff.reset()
+            await asyncio.sleep(backoff.next_s())
+
+    async def _listen(self) -> None:
+        """Pass messages on until the connection breaks; raises the error that broke it."""
+        async with self._client.pubsub() as pubsub:
+            await pubsub.subscribe(*self._handlers)
+            awaited = len(self._handlers)
+            pinged = False
+            while True:
+                message = await pubsub.get_message(timeout=self._silence_s)
+                if message is None:
+                    # Silence is normal; silence after a PING is a dead connection.
+                    if pinged:
+                        raise TimeoutError(f"no answer to a PING for {self._silence_s:g} s")
+                    await pubsub.ping()
+                    pinged = True
+                    continue
+                pinged = False
+                if message["type"] == "subscribe":
+                    awaited -= 1
+                    if awaited == 0:
+                        awaited = len(self._handlers)  # if redis-py resubscribes by itself, that is a gap too
+                        self._confirmed()
+                elif message["type"] == "message" and (handler := self._handlers.get(message["channel"])):
+                    handler(message["data"])
+
+    def _confirmed(self) -> None:
+        gap = self._subscribed_before
+        self._subscribed_before = True
+        self.up = True
+        self.trouble.works()
+        logger.info("subscribed{}", " again; messages may have been missed" if gap else "")
+        self._on_subscribed(gap)

@@ -1,0 +1,113 @@
+"""The steps of one delivery: results on disk first, then archives and files, then the results with their links."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from flowmesh.messages.job import Fault, Outcome
+from flowmesh.processes.pipe import Frame, Phase
+from flowmesh.results import responses
+from flowmesh.results.delivery_state import DeliveryState
+from flowmesh.results.job import DeliveryJob, Failure
+from flowmesh.results.sender import Item, Sender
+from flowmesh.results.task_folder import TaskFolder
+from flowmesh.results.upload_plan import ARCHIVE_SUFFIX, UploadPlan
+
+Report = Callable[[Frame], object]
+
+
+class DeliveryRun:
+    """One run of `delivery.deliver`; the arguments are the same.
+
+    Raises (from its methods):
+        DeliveryError, OSError: a file cannot be written, archived or uploaded.
+    """
+
+    def __init__(
+        self, job: DeliveryJob, outcome: Outcome | None, report: Report, spool: Path | None, token: str | None
+    ) -> None:
+        self.notes: list[str] = []
+        """What was done differently than asked."""
+        self._job = job
+        self._outcome = outcome
+        self._report = report
+        self._failure = job.failure or _failure_of(outcome)
+        self._task = TaskFolder(job.task)
+        self._children = [TaskFolder(child) for child in job.children]
+        self._folders = [self._task, *self._children]
+        self._state = DeliveryState(job.attempt, spool, job.task.task_id)
+        self.sender = Sender(job, self._state, report, token)
+
+    def run(self) -> None:
+        outcome = self._outcome
+        if self._failure is not None or outcome is None:
+            self.record()
+            return
+        self._task.result = responses.success(outcome, self._job.extra)
+        if not self._job.over_http:
+            self.record()
+            return
+        self._write_results()  # if the network fails, what was computed can be read here
+        with contextlib.closing(self.sender):
+            self._report(Phase("archive"))
+            plan = UploadPlan(self._job.archive, self._state, self.sender, self.notes)
+            items = plan.items(self._task, self._children, outcome)
+            self._report(Phase("upload"))
+            self._upload(items)
+        if self._job.cleanup_after_upload:
+            self._clean_up(outcome)
+
+    def record(self) -> None:
+        """Write responses.json and manifest.json of every folder, with what is known by now."""
+        self._write_results()
+        for folder in self._folders:
+            folder.write_manifest(self._state.checksums())
+
+    def _write_results(self) -> None:
+        for folder in self._folders:
+            if self._failure is not None:
+                folder.result = responses.failure(folder.task_id, self._failure)
+            elif folder is not self._task:
+                folder.result = responses.child_success(folder.task_id, self._task.result)
+            folder.write_result()
+
+    def _upload(self, items: list[Item]) -> None:
+        self.sender.expect(items)
+        for item in items:
+            if not item.last:
+                self.sender.send_file(item)
+        self.record()  # with the links
+        for item in items:
+            if item.last:
+                self.sender.send_file(item)
+        for folder in self._folders:
+            self.sender.send_result(folder.target, folder.result)
+
+    def _clean_up(self, outcome: Outcome) -> None:
+        """Remove what was uploaded and can be downloaded again. Only after everything has arrived."""
+        names = [name for request in outcome.archives for name in (request.folder, request.folder + ARCHIVE_SUFFIX)]
+        if not names:
+            return
+        for name in (*names, "checkpoints", "checkpoints" + ARCHIVE_SUFFIX):
+            path = self._task.path / name
+            try:
+                if path.is_symlink() or path.is_file():
+                    path.unlink()
+                elif path.is_dir():
+                    shutil.rmtree(path)
+            except OSError as error:  # a note only: everything has arrived
+                self.notes.append(f"{name} could not be removed after its upload: {error.strerror}")
+        with contextlib.suppress(OSError):
+            self._task.write_manifest({})
+
+
+def _failure_of(outcome: Outcome | None) -> Failure | None:
+    """What the child reported, where the node has given no verdict."""
+    if outcome is None:
+        return Failure(error="the task left no result", error_kind="crash")
+    if outcome.ok:
+        return None
+    return Failure(error=outcome.message, error_kind=(outcome.fault or Fault.ERROR).value, detail=outcome.detail)

@@ -1,0 +1,102 @@
+"""What of a delivery is done already. Kept in the spool folder, so that a delivery that runs again skips it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import msgspec
+
+from flowmesh.results.safe_files import read_note, write_atomic
+
+STATE_FILE = "delivery_state.json"
+
+log = logging.getLogger("flowmesh.delivery")
+
+
+class Made(msgspec.Struct, frozen=True, array_like=True):
+    """A finished archive."""
+
+    size: int
+    sha256: str
+
+
+class Sent(msgspec.Struct, frozen=True, kw_only=True):
+    """A file that arrived, as it was then."""
+
+    size: int
+    mtime_ns: int
+
+
+class _Saved(msgspec.Struct, kw_only=True):
+    """The content of STATE_FILE."""
+
+    attempt: int
+    archives: dict[str, Made] = {}
+    """By path."""
+    sent: dict[str, Sent] = {}
+    """By `Item.key`."""
+    results: list[str] = []
+    """Ids of the tasks whose result arrived."""
+
+
+class DeliveryState:
+    """The state of one attempt's delivery. Each change is saved at once.
+
+    Args:
+        attempt: a state of another attempt is ignored.
+        spool: the attempt's spool folder; None: nothing is saved.
+        task_id: for log lines.
+    """
+
+    def __init__(self, attempt: int, spool: Path | None, task_id: str) -> None:
+        self._path = None if spool is None else spool / STATE_FILE
+        self._task_id = task_id
+        saved = None if self._path is None else read_note(self._path, _Saved)
+        self._saved = saved if saved is not None and saved.attempt == attempt else _Saved(attempt=attempt)
+
+    def archive(self, path: Path) -> Made | None:
+        return self._saved.archives.get(str(path))
+
+    def checksums(self) -> dict[str, str]:
+        """SHA-256 of the archives, by path."""
+        return {path: made.sha256 for path, made in self._saved.archives.items()}
+
+    def archive_made(self, path: Path, size: int, sha256: str) -> None:
+        self._saved.archives[str(path)] = Made(size, sha256)
+        self._save()
+
+    def is_sent(self, key: str) -> bool:
+        """Whether a file of this key arrived, whatever has become of the file since."""
+        return key in self._saved.sent
+
+    def has_arrived(self, key: str, path: Path) -> bool:
+        """Whether the file arrived and has not changed since (it may have been cleaned up)."""
+        sent = self._saved.sent.get(key)
+        if sent is None:
+            return False
+        try:
+            now = path.stat()
+        except FileNotFoundError:
+            return True
+        return (sent.size, sent.mtime_ns) == (now.st_size, now.st_mtime_ns)
+
+    def file_arrived(self, key: str, status: os.stat_result) -> None:
+        self._saved.sent[key] = Sent(size=status.st_size, mtime_ns=status.st_mtime_ns)
+        self._save()
+
+    def has_result(self, task_id: str) -> bool:
+        return task_id in self._saved.results
+
+    def result_arrived(self, task_id: str) -> None:
+        self._saved.results.append(task_id)
+        self._save()
+
+    def _save(self) -> None:
+        if self._path is None:
+            return
+        try:
+            write_atomic(self._path, msgspec.json.encode(self._saved), private=True)
+        except OSError as error:  # no reason to fail: after a kill some work would be repeated
+            log.warning("delivery state not saved task=%s: %s", self._task_id, error.strerror)

@@ -1,0 +1,161 @@
+"""One attempt to send a body: headers, redirects, and what the answer means for another attempt.
+
+Credentials are sent to the origin that they are meant for and to no other, also across redirects.
+"""
+
+from __future__ import annotations
+
+import os
+import ssl
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+from urllib.parse import urljoin
+
+from flowmesh import __version__
+from flowmesh.errors import FieldError
+from flowmesh.messages.output import HttpDestination, check_url
+from flowmesh.results.body_stream import BodyStream, SizedBodyStream
+from flowmesh.results.http_errors import TEXT_SHOWN, describe_failure, innermost, read_text, retry_after_s
+from flowmesh.results.origins import basic_auth, origin, without_login
+from flowmesh.results.request_bodies import Body, TryAgain, UploadError
+from flowmesh.results.throttle import Throttle
+
+if TYPE_CHECKING:
+    import requests
+
+MAX_REDIRECTS = 5
+_RETRYABLE = frozenset((408, 425, 429))
+"""Besides 5xx."""
+
+
+class HttpClient:
+    """Sends bodies to one destination, one attempt a call. The arguments are those of `upload.Uploader`.
+
+    Args:
+        redact: hides secrets in a server's answer.
+    """
+
+    def __init__(
+        self,
+        destination: HttpDestination,
+        *,
+        deadline: float,
+        throttle: Throttle,
+        token: str | None,
+        orchestrator_url: str | None,
+        progress: Callable[[int], None],
+        redact: Callable[[str], str],
+    ) -> None:
+        self._timeout_s = destination.timeout_s
+        self._custom = {k: v.strip() for k, v in destination.headers.items() if k.lower() != "content-type"}
+        self._deadline = deadline
+        self._throttle = throttle
+        self._token = token
+        self._orchestrator = origin(orchestrator_url) if orchestrator_url else None
+        self._progress = progress
+        self._redact = redact
+        self._session: requests.Session | None = None
+
+    def close(self) -> None:
+        if self._session is not None:
+            self._session.close()
+
+    def attempt(self, method: str, url: str, body: Body) -> None:
+        """Send `body` once, following redirects.
+
+        Raises:
+            TryAgain: it was not accepted, and another attempt may succeed.
+            UploadError: it was refused for good.
+        """
+        first = origin(url)
+        same_origin = True  # once a redirect has left the first origin, no credentials are sent any more
+        for _ in range(MAX_REDIRECTS + 1):
+            same_origin = same_origin and origin(url) == first
+            kind = BodyStream if body.size is None else SizedBodyStream
+            stream = kind(body, self._throttle, self._deadline, self._progress)
+            response = self._request(method, url, stream, self._headers(url, body, same_origin))
+            try:
+                status = response.status_code
+                if 200 <= status < 300:
+                    if not stream.whole:
+                        raise TryAgain(f"the server answered {status} before it had read the whole body", status)
+                    return
+                if status not in {307, 308}:
+                    raise self._refusal(response)
+                url = _redirect_target(url, response)
+            finally:
+                response.close()
+        raise UploadError(f"more than {MAX_REDIRECTS} redirects")
+
+    def _headers(self, url: str, body: Body, same_origin: bool) -> dict[str, str]:
+        headers: dict[str, str] = {"User-Agent": f"flowmesh-supervisor/{__version__}", "Accept": "*/*"}
+        if same_origin:
+            custom = {name.lower() for name in self._custom}  # header names ignore case
+            headers = {k: v for k, v in headers.items() if k.lower() not in custom} | self._custom
+            if "authorization" not in custom:
+                if (login := basic_auth(url)) is not None:
+                    headers["Authorization"] = login
+                elif self._token and origin(url) == self._orchestrator:
+                    headers["Authorization"] = f"Bearer {self._token}"
+        headers["Content-Type"] = body.content_type
+        return headers
+
+    def _request(self, method: str, url: str, stream: BodyStream, headers: Mapping[str, str]) -> requests.Response:
+        import requests
+        import requests.utils
+
+        session = self._session
+        if session is None:
+            session = self._session = requests.Session()
+            session.trust_env = False  # it would also send the login that ~/.netrc has for the host
+        left_s = self._deadline - time.monotonic()
+        if left_s <= 0:
+            raise TryAgain("no time is left")
+        timeout_s = min(self._timeout_s, left_s)
+        plain = without_login(url)
+        try:
+            return session.request(
+                method,
+                plain,
+                data=stream,
+                headers=dict(headers),
+                timeout=(timeout_s, timeout_s),
+                proxies=requests.utils.get_environ_proxies(plain),
+                verify=os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True,
+                allow_redirects=False,
+                stream=True,
+            )
+        except requests.exceptions.RequestException as error:
+            cause = innermost(error)
+            text = describe_failure(error, cause, timeout_s)
+            passing = isinstance(error, requests.exceptions.ConnectionError | requests.exceptions.Timeout)
+            if passing and not isinstance(cause, ssl.SSLCertVerificationError):
+                raise TryAgain(text) from error
+            raise UploadError(text) from error
+
+    def _refusal(self, response: requests.Response) -> UploadError:
+        status = response.status_code
+        text = f"the server answered {status} {response.reason or ''}".rstrip()
+        if 300 <= status < 400:
+            return UploadError(f"{text}: only 307 and 308 keep a body; give the URL that it redirects to", status)
+        shown = "".join(c if c.isprintable() else " " for c in self._redact(read_text(response, self._timeout_s)))
+        answer = " ".join(shown.split())
+        if answer:
+            text += f": {answer[:TEXT_SHOWN]}"
+        if status in _RETRYABLE or status >= 500:
+            return TryAgain(text, status, retry_after_s(response.headers.get("Retry-After")))
+        return UploadError(text, status)
+
+
+def _redirect_target(url: str, response: requests.Response) -> str:
+    status = response.status_code
+    location = response.headers.get("Location")
+    if not location:
+        raise UploadError(f"the server answered {status} without a Location", status)
+    target = urljoin(url, location)
+    try:
+        check_url(target, "Location")
+    except FieldError as error:
+        raise UploadError(f"the server answered {status} with a bad address: {error}", status) from None
+    return target

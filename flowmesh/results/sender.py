@@ -1,0 +1,183 @@
+"""The requests of one delivery, in order, to all of its destinations."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from flowmesh.messages.output import HttpDestination, file_url
+from flowmesh.processes.pipe import Frame, Progress
+from flowmesh.results.delivery_state import DeliveryState
+from flowmesh.results.job import DeliveryJob, Target
+from flowmesh.results.request_bodies import BytesBody, FileBody, GrowingBody, UploadError
+from flowmesh.results.safe_files import PARTIAL
+from flowmesh.results.throttle import Throttle
+from flowmesh.results.upload import Uploader
+
+EARLY_FROM_BYTES = 32 << 20
+"""An archive of at least this size is sent while it is written. It is more than socket buffers hold, so a server that
+accepts without reading is noticed."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Item:
+    """A file to be uploaded."""
+
+    target: Target
+    path: Path
+    name: str
+    key: str
+    """Its key in the delivery state."""
+    url: str
+    """Where it can be downloaded once it has arrived."""
+    fields: list[tuple[dict[str, Any], dict[str, Any]]]
+    """What its arrival changes in the result: (mapping, entries that it gets)."""
+    last: bool = False
+    """Sent after the result is final: responses.json and manifest.json."""
+
+
+class Sender:
+    """Sends files and results, and records each arrival in the delivery state.
+
+    Args:
+        report: called with progress.
+        token: ORCHESTRATOR_TOKEN.
+
+    Raises (from its methods):
+        UploadError: a file or result did not arrive; the delivery has failed.
+    """
+
+    def __init__(
+        self,
+        job: DeliveryJob,
+        state: DeliveryState,
+        report: Callable[[Frame], object],
+        token: str | None,
+    ) -> None:
+        self.sent_bytes = 0
+        """Of the bodies that were accepted."""
+        self.urls: list[str] = []
+        self._job = job
+        self._state = state
+        self._report = report
+        self._token = token
+        self._deadline = 0.0
+        """Set by the first request that has its whole body: making archives does not count."""
+        self._throttle = Throttle(job.bandwidth_bytes_per_sec, Path(job.throttle_file) if job.throttle_file else None)
+        self._uploaders: dict[str, Uploader] = {}
+        self._total_bytes = 0
+
+    def close(self) -> None:
+        for uploader in self._uploaders.values():
+            uploader.close()
+
+    def expect(self, items: Iterable[Item]) -> None:
+        """Set the total of the progress. Results are not in it: their size is not known yet."""
+        self._total_bytes = sum(
+            i.path.stat().st_size for i in items if not i.last and not self._state.has_arrived(i.key, i.path)
+        )
+
+    def send_file(self, item: Item) -> None:
+        """Upload a file unless it has arrived already, and put its links into the result."""
+        if not self._state.has_arrived(item.key, item.path):
+            before = item.path.stat()
+            body = FileBody(item.path, item.name)
+            uploader = self._uploader(item.target)
+            uploader.send("POST", file_url(self._url(item.target), item.target.task_id), body)
+            self._arrived(item, before, body.size or 0)
+        self.urls.append(item.url)
+        for mapping, gets in item.fields:
+            mapping.update(gets)
+
+    @contextlib.contextmanager
+    def early(self, item: Item) -> Iterator[Callable[[int], None]]:
+        """Send an archive while it is written, where it is large and the server accepts a body of unknown length.
+
+        If that fails, `send_file` sends it later like any other file.
+
+        Yields:
+            A function to call with the number of bytes written so far.
+        """
+        body = GrowingBody(
+            (item.path.with_name(item.path.name + PARTIAL), item.path), item.name, self._job.total_timeout_s
+        )
+        with ThreadPoolExecutor(1, thread_name_prefix="early") as pool:
+            sending: Future[bool] | None = None
+
+            def written(size: int) -> None:
+                nonlocal sending
+                body.grew(size)
+                if sending is None and size >= EARLY_FROM_BYTES:
+                    sending = pool.submit(self._send_early, item, body)
+
+            whole = False
+            try:
+                yield written
+                whole = True
+            finally:
+                body.ended(whole=whole)
+        if sending is not None and sending.result():
+            status = item.path.stat()
+            self._arrived(item, status, status.st_size)
+
+    def _send_early(self, item: Item, body: GrowingBody) -> bool:
+        uploader = self._make_uploader(item.target, math.inf)
+        with contextlib.closing(uploader):
+            return uploader.try_unsized(file_url(self._url(item.target), item.target.task_id), body)
+
+    def send_result(self, target: Target, result: dict[str, Any]) -> None:
+        """Send a result unless it has arrived already or stays on disk."""
+        destination = target.destination
+        if not isinstance(destination, HttpDestination) or self._state.has_result(target.task_id):
+            return
+        encoded = msgspec.json.encode({"task_id": target.task_id, "result": result, "worker_id": self._job.worker_id})
+        self._uploader(target).send(destination.method, self._url(target), BytesBody(encoded, "application/json"))
+        self.sent_bytes += len(encoded)
+        self._state.result_arrived(target.task_id)
+
+    def _arrived(self, item: Item, status: os.stat_result, sent_bytes: int) -> None:
+        self.sent_bytes += sent_bytes
+        self._state.file_arrived(item.key, status)
+
+    def _uploader(self, target: Target) -> Uploader:
+        uploader = self._uploaders.get(target.task_id)
+        if uploader is None:
+            self._deadline = self._deadline or time.monotonic() + self._job.total_timeout_s
+            uploader = self._uploaders[target.task_id] = self._make_uploader(target, self._deadline)
+        return uploader
+
+    def _make_uploader(self, target: Target, deadline: float) -> Uploader:
+        assert isinstance(target.destination, HttpDestination)
+        return Uploader(
+            target.destination,
+            deadline=deadline,
+            throttle=self._throttle,
+            token=self._token,
+            orchestrator_url=self._job.orchestrator_url,
+            first_backoff_s=self._job.first_backoff_s,
+            max_backoff_s=self._job.max_backoff_s,
+            progress=self._progress,
+        )
+
+    def _progress(self, sent_bytes: int) -> None:
+        done = self.sent_bytes + sent_bytes
+        total = (
+            float(max(done, self._total_bytes)) if self._total_bytes else None
+        )  # unknown while an archive is being written
+        self._report(Progress(float(done), total, "B"))
+
+    @staticmethod
+    def _url(target: Target) -> str:
+        destination = target.destination
+        if not isinstance(destination, HttpDestination) or destination.url is None:
+            raise UploadError(f"task {target.task_id} has no http destination")
+        return destination.url

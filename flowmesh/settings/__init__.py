@@ -1,0 +1,1 @@
+"""Settings of a node: schema, sources, checks, loading."""

@@ -1,0 +1,251 @@
+"""The node's settings as one frozen struct: the sections of `conf/node.toml`, and what each key means.
+
+The repr of a section hides secrets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from flowmesh.redaction import HIDDEN, redact_url
+from flowmesh.settings.types import (
+    AbsolutePath,
+    CpuList,
+    FilePath,
+    GpuName,
+    Isolation,
+    LogLevel,
+    ModuleName,
+    Name,
+    PositiveSeconds,
+    RunnerName,
+    SlotName,
+    SlotsMode,
+    Token,
+    VariableName,
+    Word,
+)
+
+_REDACTED: dict[str, Callable[[str], str]] = {
+    "url": redact_url,
+    "orchestrator_url": redact_url,
+    "orchestrator_token": lambda _: HIDDEN,
+}
+"""How each field that is a secret, or contains one, is shown."""
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A table of the file. Unknown keys are refused."""
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        pairs = [(name, getattr(self, name)) for name in self.__struct_fields__]
+        return [(name, _REDACTED[name](it) if name in _REDACTED and it is not None else it) for name, it in pairs]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.__rich_repr__())})"
+
+
+class NodeSettings(Section, frozen=True):
+    """[node]"""
+
+    worker_id: Name | None = None
+    """WORKER_ID. None: a random one, kept in state_dir across restarts."""
+    tags: tuple[Word, ...] = ()
+    """WORKER_TAGS"""
+    cost_per_hour: Annotated[float, Meta(ge=0, le=1e6)] = 1.0
+    """WORKER_COST_PER_HOUR, USD"""
+    log_level: LogLevel = LogLevel.INFO
+    """LOG_LEVEL, in any case"""
+    log_file: FilePath | None = None
+    """The node's log as JSON lines, rotated. None: stderr only."""
+    state_dir: FilePath | None = None
+    """Journal, sockets, spool. None: see `settings_paths.state_dir()`."""
+    elastic_scaling: bool = True
+    """ENABLE_ELASTIC_SCALING"""
+    slots: SlotsMode = SlotsMode.ALL
+    """How GPUs and CPUs are divided into slots; `[[slots]]` lists slots one by one instead."""
+
+
+class RedisSettings(Section, frozen=True):
+    """[redis]"""
+
+    url: str | None = None
+    """REDIS_URL; the scheme in upper or lower case"""
+    task_topic: Word = "tasks"
+    """TASK_TOPIC"""
+    heartbeat_interval_s: PositiveSeconds = 30.0
+    """HEARTBEAT_INTERVAL_SEC"""
+    timeout_s: PositiveSeconds = 5.0
+    """Limit for connecting, and for the answer to each command."""
+    health_check_interval_s: PositiveSeconds = 15.0
+    """An idle connection is checked with PING this often."""
+    stream: bool = False
+    """Whether each worker also takes tasks from the Redis Stream `tasks:WORKER_ID`."""
+
+
+class ResultsSettings(Section, frozen=True):
+    """[results]"""
+
+    dir: FilePath = "./results_workers"
+    """RESULTS_DIR"""
+    allowed_roots: tuple[AbsolutePath, ...] = ()
+    """Absolute folders besides `dir` that a task's output.destination.path may lie under."""
+    min_free_bytes: Annotated[int, Meta(ge=0, le=2**62)] = 1024**3
+    """Free space that `dir`, the state folder and a task's own folder need before a task is started. 0: no check."""
+    wait_for_room_s: PositiveSeconds = 60.0
+    """How long tasks wait for free space before they are returned to the orchestrator."""
+    keep_days: Annotated[float, Meta(gt=0, le=36500)] | None = None
+    """Results of finished tasks are removed after this many days. None: never."""
+    keep_bytes: Annotated[int, Meta(ge=0, le=2**62)] | None = None
+    """The oldest results are removed while all results together take more. None: never."""
+
+
+class TasksSettings(Section, frozen=True):
+    """[tasks]"""
+
+    cancel_grace_s: PositiveSeconds = 10.0
+    """Time from the cancel frame to SIGTERM."""
+    term_grace_s: PositiveSeconds = 5.0
+    """Time from SIGTERM to SIGKILL of the whole process tree."""
+    default_timeout_s: PositiveSeconds | None = None
+    """For tasks without timeoutSec. None: no limit."""
+    pass_env: tuple[VariableName, ...] = ()
+    """Names (`*` allowed) that a task inherits from the node's environment, besides the built-in ones."""
+    allow_env: tuple[VariableName, ...] = ()
+    """Names (`*` allowed) that a task's spec.env may set."""
+    hang_timeout_s: PositiveSeconds | None = None
+    """A task that reports no phase or progress for this long has its stacks dumped and is stopped. None: never."""
+    log_max_bytes: Annotated[int, Meta(ge=65536)] = 64 * 1024 * 1024
+    """Limit for each log file of a task; only the end of a larger one is kept."""
+
+
+class DeliverySettings(Section, frozen=True):
+    """[delivery]"""
+
+    orchestrator_url: str | None = None
+    """ORCHESTRATOR_BASE_URL"""
+    orchestrator_token: Token | None = None
+    """ORCHESTRATOR_TOKEN"""
+    bandwidth_bytes_per_sec: Annotated[int, Meta(ge=1, le=2**62)] | None = None
+    """WORKER_NETWORK_BANDWIDTH_BYTES_PER_SEC"""
+    cleanup_after_upload: bool = False
+    """MODEL_CLEANUP_AFTER_UPLOAD"""
+    total_timeout_s: PositiveSeconds = 3600.0
+    """Limit for all attempts of one task's delivery together."""
+    concurrency: Annotated[int, Meta(ge=1, le=64)] = 2
+    """Deliveries at once."""
+
+
+class ArchiveSettings(Section, frozen=True):
+    """[archive]"""
+
+    use_pigz: bool = True
+    """MODEL_ARCHIVE_USE_PIGZ"""
+    compression_level: Annotated[int, Meta(ge=0, le=9)] = 6
+    """MODEL_ARCHIVE_COMPRESSION_LEVEL"""
+    pigz_threads: Annotated[int, Meta(ge=1, le=4096)] | None = None
+    """MODEL_ARCHIVE_PIGZ_THREADS; None: all CPUs"""
+    pigz_bin: FilePath = "pigz"
+    """MODEL_ARCHIVE_PIGZ_BIN"""
+    tar_bin: FilePath = "tar"
+    """MODEL_ARCHIVE_TAR_BIN"""
+
+
+class ProcessesSettings(Section, frozen=True):
+    """[processes]"""
+
+    isolation: Isolation = Isolation.AUTO
+    adoption_timeout_s: PositiveSeconds = 60.0
+    """How long fork servers keep tasks alive with no supervisor."""
+    drain_timeout_s: PositiveSeconds = 3600.0
+    """How long a drain waits for running tasks before it cancels them."""
+    private_shm: bool = True
+    """Tasks of heavy environments get a private /dev/shm, where the system allows it."""
+    task_user: Word | None = None
+    """User that tasks run as; the node must be root. None: the node's own user."""
+    task_nice: Annotated[int, Meta(ge=0, le=19)] = 0
+    task_memory_max_bytes: Annotated[int, Meta(ge=16 * 1024 * 1024)] | None = None
+    """memory.max of each task's cgroup."""
+    task_pids_max: Annotated[int, Meta(ge=8)] | None = None
+    """pids.max of each task's cgroup."""
+
+
+class GpuSettings(Section, frozen=True):
+    """[gpu]"""
+
+    allow_foreign: bool = False
+    """Whether tasks start on a GPU that a foreign process uses."""
+    release_timeout_s: PositiveSeconds = 30.0
+    """How long a task's GPUs may take to be released before their slot is quarantined."""
+    release_tolerance_bytes: Annotated[int, Meta(ge=0, le=2**40)] = 64 * 1024 * 1024
+    """Memory that a GPU may have in use above its level before the task, and still count as released."""
+    sample_interval_s: Annotated[float, Meta(ge=0.1, le=60)] = 1.0
+    """Interval between two samples of the GPUs of running tasks."""
+    probe_interval_s: PositiveSeconds = 60.0
+    """The longest pause between two probes of a quarantined slot; the first is one second."""
+    canary: RunnerName = "runners.canary:check_gpu"
+    """Check that must pass in a child process on a GPU that had a fault, before tasks run there again."""
+
+
+class SlotSettings(Section, frozen=True):
+    """[[slots]]: GPUs and CPUs for one task at a time"""
+
+    name: SlotName
+    gpus: tuple[GpuName, ...] = ()
+    cpus: CpuList | None = None
+    """CPUs that its tasks are confined to. None: those that no slot names, shared by all slots without `cpus`."""
+
+
+class RunnersSettings(Section, frozen=True):
+    """[runners]: limits and permissions of the built-in task types"""
+
+    reward_callables: tuple[Word, ...] = ()
+    """module:callable patterns (`*` allowed) that a task may name as its reward function."""
+    cache_max_bytes: Annotated[int, Meta(ge=0)] = 100 * 1024**3
+    """Limit of the cache that tasks share: downloads, prepared datasets, what vLLM compiled."""
+    unpack_max_bytes: Annotated[int, Meta(ge=0)] = 500 * 1024**3
+    """Limit for the unpacked content of one downloaded archive."""
+    unpack_max_files: Annotated[int, Meta(ge=1)] = 100_000
+    agents_dir: FilePath | None = None
+    """Agent configurations, one YAML file each. None: conf/agents in the working directory, else the built-in ones."""
+    agent_network: bool = False
+    """Whether code that an agent runs may use the network."""
+
+
+class EnvironmentSettings(Section, frozen=True):
+    """[environments.NAME]: a Python interpreter and its packages"""
+
+    python: AbsolutePath | None = None
+    """Path of the interpreter, which must exist. None: the supervisor's own."""
+    preload: tuple[ModuleName, ...] = ()
+    """Modules that its fork server imports before the first task."""
+
+
+class TaskTypeSettings(Section, frozen=True):
+    """[task_types.NAME]: an additional task type, or another environment for a built-in one"""
+
+    runner: RunnerName | None = None
+    """module:Class. None: the built-in one of that name."""
+    environment: Name | None = None
+    """An `[environments.NAME]`, or one of the built-in `default` and `light`. None: the built-in choice."""
+
+
+class Settings(Section, frozen=True):
+    """All settings."""
+
+    node: NodeSettings = NodeSettings()
+    redis: RedisSettings = RedisSettings()
+    results: ResultsSettings = ResultsSettings()
+    tasks: TasksSettings = TasksSettings()
+    delivery: DeliverySettings = DeliverySettings()
+    archive: ArchiveSettings = ArchiveSettings()
+    processes: ProcessesSettings = ProcessesSettings()
+    gpu: GpuSettings = GpuSettings()
+    slots: tuple[SlotSettings, ...] = ()
+    runners: RunnersSettings = RunnersSettings()
+    environments: dict[Name, EnvironmentSettings] = {}
+    task_types: dict[Name, TaskTypeSettings] = {}

@@ -1,0 +1,184 @@
+"""The task types: each with its runner, its environment and the modules it needs. Runners appear as names only."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import subprocess
+from collections.abc import Iterable, Mapping
+
+import msgspec
+
+from flowmesh.errors import FieldError
+from flowmesh.settings.schema import Settings
+from flowmesh.validation.convert import nearest
+
+LIGHT = "light"
+"""The built-in environment of tasks without heavy libraries: the node's own interpreter, nothing preloaded."""
+DELIVERY = "delivery"
+"""The environment of delivery children: like LIGHT, with the upload libraries preloaded."""
+DEFAULT = "default"
+"""The environment of all other types where the settings name none: the node's own interpreter."""
+ENTRY_POINTS = "flowmesh.runners"
+"""The entry point group in which other packages register task types."""
+PROBE_TIMEOUT_S = 60.0
+
+
+class TaskType(msgspec.Struct, frozen=True, kw_only=True):
+    """A value of `spec.taskType` and how it runs."""
+
+    name: str
+    runner: str
+    """`module:Class`."""
+    environment: str = DEFAULT
+    requires: tuple[str, ...] = ()
+    """Top-level modules without which the type cannot run."""
+    extra: str = ""
+    """The extra of flowmesh-supervisor that installs them."""
+    preload: tuple[str, ...] = ()
+    """What the environment's fork server imports before it forks; see processes.preload.load."""
+    preload_with: dict[str, str] = {}
+    """More of it, by the optional module that makes it useful."""
+
+
+_TRAINING = {
+    "sft": "Sft",
+    "lora_sft": "LoraSft",
+    "dpo": "Dpo",
+    "ppo": "Ppo",
+    "grpo": "Grpo",
+    "rloo": "Rloo",
+    "kto": "Kto",
+    "reward": "Reward",
+}
+
+BUILTIN = (
+    TaskType(name="echo", runner="runners.echo:EchoRunner", environment=LIGHT, preload=("runners.echo",)),
+    TaskType(
+        name="inference",
+        runner="runners.inference.runner:InferenceRunner",
+        requires=("torch", "transformers"),
+        extra="inference",
+        preload=("runners.inference.preload:TRANSFORMERS",),
+        preload_with={"vllm": "runners.inference.preload:VLLM"},
+    ),
+    *(
+        TaskType(
+            name=name,
+            runner=f"runners.training.runner:{prefix}Runner",
+            requires=("torch", "transformers", "accelerate", "peft", "datasets", "trl"),
+            extra="training",
+            preload=("runners.training.preload:TRAINING",),
+        )
+        for name, prefix in _TRAINING.items()
+    ),
+    TaskType(
+        name="rag",
+        runner="runners.rag.runner:RagRunner",
+        requires=("torch", "transformers", "sentence_transformers", "faiss"),
+        extra="rag",
+        preload=("runners.rag.preload:RAG",),
+    ),
+    TaskType(
+        name="agent",
+        runner="runners.agent.runner:AgentRunner",
+        requires=("smolagents", "openai"),
+        extra="agent",
+        preload=("runners.agent.preload:AGENT",),
+    ),
+)
+
+
+class Catalogue(msgspec.Struct, frozen=True, kw_only=True):
+    """The task types that a node offers, and for the others the reason why not."""
+
+    offered: dict[str, TaskType]
+    missing: dict[str, str]
+    """By type, the reason, with the remedy."""
+
+    def find(self, name: str) -> TaskType:
+        """The type of that name.
+
+        Raises:
+            FieldError: there is none, or its libraries are not installed on this node.
+        """
+        if found := self.offered.get(name):
+            return found
+        if why := self.missing.get(name):
+            raise FieldError(f"spec.taskType: {name!r} cannot run on this node: {why}", "spec.taskType")
+        tail = nearest(name, list(self.offered))
+        known = ", ".join(sorted(self.offered))
+        hint = f"{tail} known: {known}" if "did you mean" in tail else tail
+        raise FieldError(f"spec.taskType: unknown type {name!r}; {hint}", "spec.taskType")
+
+
+def known_types(settings: Settings) -> dict[str, TaskType]:
+    """Built-in types, other packages' types (entry points) and the settings' types; later ones override earlier ones.
+
+    Raises:
+        FieldError: a type in the settings has no runner.
+    """
+    types = {builtin.name: builtin for builtin in BUILTIN}
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        types[entry.name] = TaskType(name=entry.name, runner=entry.value)
+    for name, configured in settings.task_types.items():
+        base = types.get(name)
+        runner = configured.runner or (base.runner if base else None)
+        if runner is None:
+            raise FieldError(f"task_types.{name}.runner: missing; a type that is not built in needs module:Class", name)
+        base = base if base is not None and runner == base.runner else TaskType(name=name, runner=runner)
+        types[name] = msgspec.structs.replace(base, environment=configured.environment or base.environment)
+    return types
+
+
+def catalogue(types: Mapping[str, TaskType], interpreters: Mapping[str, str | None]) -> Catalogue:
+    """Which types can be offered: those whose required modules are all found by their environment's interpreter.
+
+    Args:
+        interpreters: the Python of each environment; None for the node's own.
+    """
+    offered: dict[str, TaskType] = {}
+    missing: dict[str, str] = {}
+    for environment, python in interpreters.items():
+        members = [kind for kind in types.values() if kind.environment == environment]
+        modules = {name for kind in members for name in (*kind.requires, *kind.preload_with)}
+        absent, problem = _absent(modules, python)
+        for kind in members:
+            lacking = [name for name in kind.requires if name in absent]
+            if problem:
+                missing[kind.name] = f"environment {environment}: {problem}"
+            elif lacking:
+                missing[kind.name] = f"{', '.join(lacking)} not installed: {_remedy(kind, python)}"
+            else:
+                more = tuple(entry for name, entry in kind.preload_with.items() if name not in absent)
+                offered[kind.name] = msgspec.structs.replace(kind, preload=kind.preload + more)
+    return Catalogue(offered=offered, missing=missing)
+
+
+def _remedy(kind: TaskType, python: str | None) -> str:
+    pip = "pip" if python is None else f"{python} -m pip"
+    what = f"'flowmesh-supervisor[{kind.extra}]'" if kind.extra else " ".join(kind.requires)
+    return f"{pip} install {what}"
+
+
+def _absent(modules: Iterable[str], python: str | None) -> tuple[set[str], str]:
+    """Which of `modules` an interpreter does not find (none is imported), and why it could not be run, else empty."""
+    names = sorted(modules)
+    if python is None:
+        return {name for name in names if importlib.util.find_spec(name) is None}, ""
+    program = (
+        "import importlib.util as u, sys\n"
+        "print(*[n for n in ['flowmesh', 'msgspec'] + sys.argv[1:] if u.find_spec(n) is None])"
+    )
+    try:
+        done = subprocess.run(
+            [python, "-c", program, *names], capture_output=True, text=True, timeout=PROBE_TIMEOUT_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return set(), f"{python} does not run: {error}"
+    if done.returncode != 0:
+        return set(), f"{python} failed: {done.stderr.strip().splitlines()[-1:]}"
+    found = set(done.stdout.split())
+    if own := found & {"flowmesh", "msgspec"}:
+        return set(), f"{python} lacks {', '.join(sorted(own))}: {python} -m pip install flowmesh-supervisor"
+    return found, ""

@@ -1,0 +1,1 @@
+"""Checks decoded documents against structs, with errors that name field and remedy."""
