@@ -6,7 +6,7 @@ The repr of a section hides secrets.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -205,6 +205,8 @@ class RunnersSettings(Section, frozen=True):
 
     reward_callables: tuple[Word, ...] = ()
     """module:callable patterns (`*` allowed) that a task may name as its reward function."""
+    trackers: tuple[Literal["wandb", "mlflow", "trackio"], ...] = ()
+    """Experiment trackers with a server that training may report to. TensorBoard writes files and is always allowed."""
     cache_max_bytes: Annotated[int, Meta(ge=0)] = 100 * 1024**3
     """Limit of the cache that tasks share: downloads, prepared datasets, what vLLM compiled."""
     unpack_max_bytes: Annotated[int, Meta(ge=0)] = 500 * 1024**3

@@ -1,7 +1,7 @@
-"""What a node's tasks keep for each other: downloads by their URL, and what libraries keep. With locks, and a bound.
+"""The node's cache, shared by its tasks: downloads by URL, and the caches of libraries. Locked, and bounded in size.
 
-Two locks an entry. `fetch.lock` is exclusive while somebody downloads. `use.lock` is shared by every task that has
-what the entry holds, until its process ends; nothing that is in use is ever deleted.
+Each entry has two locks. `fetch.lock` is exclusive while a task downloads. `use.lock` is shared by every task that
+uses the entry, until its process ends. An entry in use is never deleted.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from runners.api import Context
 
 DOWNLOADS = "downloads"
 DATASETS = "datasets"
-"""As `datasets` reads them, and what is made of their rows; by what the task calls them."""
+"""Caches of the `datasets` library, one for each dataset name. Local files have none."""
 COMPILED = "vllm"
-"""What vLLM compiled, in one folder."""
+"""Compiled graphs of vLLM, all in one folder."""
 KINDS = (DOWNLOADS, DATASETS, COMPILED)
 DEFAULT_MAX_BYTES = 200 * 2**30
 LOCK_POLL_S = 0.2
 
 
 class Meta(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known of the entry's newest file."""
+    """Metadata of the entry's newest file."""
 
     url: str
     file: str
@@ -52,16 +52,16 @@ class Lock:
         return True
 
     def wait(self, ctx: Context, *, shared: bool) -> None:
-        """Take the lock.
+        """Take the lock; checks for cancellation while it waits.
 
         Raises:
-            Cancelled: the node asked the task to stop meanwhile.
+            Cancelled: the node asked the task to stop.
         """
         while not self.take(shared=shared):
             ctx.sleep(LOCK_POLL_S)
 
     def is_of(self, path: Path) -> bool:
-        """Whether it is the file that is there now, and not one that was deleted meanwhile."""
+        """Whether `path` is still the locked file. It may have been deleted and created again."""
         try:
             return os.path.samestat(os.fstat(self._fd), path.stat())
         except FileNotFoundError:
@@ -75,7 +75,7 @@ class Entry:
     """The folder of one URL. Use it as a context manager: it holds `fetch.lock` inside."""
 
     def __init__(self, ctx: Context, url: str, headers: Mapping[str, str]) -> None:
-        # What a server shows depends on who asks: another token, another entry.
+        # The response depends on the credentials: one entry for each set of headers.
         secret = "\n".join(f"{name.lower()}: {value}" for name, value in sorted(headers.items()))
         self.ctx = ctx
         self.folder = _folder(ctx, DOWNLOADS, f"{url}\n{secret}")
@@ -101,16 +101,16 @@ class Entry:
             self._fetching.close()
 
     def part_bytes(self) -> int:
-        """How much an earlier attempt left."""
+        """Size of the partial download that an earlier attempt left."""
         return self.part.stat().st_size if self.part.is_file() else 0
 
     def meta(self) -> Meta | None:
-        """What the entry holds, or None."""
+        """Metadata of the complete file, or None."""
         meta = read_meta(self.folder / "meta.json")
         return meta if meta is not None and (self.folder / meta.file).is_file() else None
 
     def publish(self, meta: Meta) -> None:
-        """Make `part` the entry's file. Older files go where nobody uses them."""
+        """Make `part` the entry's file, and delete older files unless a task uses them."""
         self.part.rename(self.folder / meta.file)
         self.part_meta.unlink(missing_ok=True)
         write_meta(self.folder / "meta.json", meta)
@@ -122,16 +122,16 @@ class Entry:
         lock.close()
 
     def use(self, meta: Meta) -> Path:
-        """The entry's file, which stays until this process ends."""
+        """The entry's file. It is not deleted before this process ends."""
         _hold(self.ctx, self.folder)
         return self.folder / meta.file
 
 
 def library_folder(ctx: Context, kind: str, name: str) -> Path:
-    """A folder for what a library keeps of `name` by itself. It stays until this process ends.
+    """The cache folder of a library for `name`. It is not deleted before this process ends.
 
     Raises:
-        Cancelled: the node asked the task to stop, while another one deleted the folder.
+        Cancelled: the node asked the task to stop while it waited for the lock.
     """
     folder = _folder(ctx, kind, name)
     _hold(ctx, folder)
@@ -147,7 +147,7 @@ _held: dict[Path, Lock] = {}
 
 
 def _hold(ctx: Context, folder: Path) -> None:
-    """Have it until this process ends, as used just now."""
+    """Hold the shared use lock until this process ends, and mark the folder as used now."""
     path = folder / "use.lock"
     while folder not in _held:
         folder.mkdir(parents=True, exist_ok=True)
@@ -164,7 +164,11 @@ def _hold(ctx: Context, folder: Path) -> None:
 
 
 def evict(ctx: Context, *, coming_bytes: int = 0) -> None:
-    """Delete the entries unused for longest until the rest, and what is coming, is within `runners.cache_max_bytes`."""
+    """Delete least recently used entries until the cache fits `runners.cache_max_bytes`.
+
+    Args:
+        coming_bytes: size of a file that is about to be downloaded.
+    """
     bound = int(ctx.job.limits.get("cache_max_bytes", DEFAULT_MAX_BYTES))
     entries = []
     for folder in (folder for kind in KINDS for folder in (ctx.cache_dir / kind).glob("*/")):
@@ -182,7 +186,7 @@ def evict(ctx: Context, *, coming_bytes: int = 0) -> None:
 
 
 def _delete(folder: Path) -> bool:
-    """Delete an entry that nobody downloads or uses."""
+    """Delete an entry unless a task downloads or uses it."""
     locks: list[Lock] = []
     try:
         for name in ("fetch.lock", "use.lock"):
@@ -200,7 +204,7 @@ def _delete(folder: Path) -> bool:
 
 
 def size_bytes(folder: Path) -> int:
-    """All files below `folder`; what vanishes meanwhile counts nothing."""
+    """Total size of the files below `folder`. Files that vanish during the walk are not counted."""
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:

@@ -1,4 +1,4 @@
-"""Files behind http(s): streamed, resumed, checked for size, kept by URL and ETag in the node's cache."""
+"""Downloads over http(s): streamed, resumed, checked for size, cached by URL and ETag."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from runners.api import BadRequest, Context, RunnerError
 from runners.data.cache import Entry, Meta, evict, read_meta, write_meta
 
 CHUNK_BYTES = 1 << 18
-"""What is lost at most when a connection breaks."""
+"""Upper bound of what is lost when a connection breaks."""
 DEFAULT_TIMEOUT_S = 30.0
-"""For the connection, and for each wait for more bytes; not for the whole file."""
+"""To connect, and for each read; not for the whole file."""
 ATTEMPTS = 6
-"""In a row that brought less than PROGRESS_BYTES each."""
+"""Consecutive attempts that each received less than PROGRESS_BYTES."""
 PROGRESS_BYTES = 64 * 2**20
 FIRST_PAUSE_S = 0.5
 RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -31,16 +31,16 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Fetched(msgspec.Struct, frozen=True):
-    """A downloaded file, which stays as it is until this process ends."""
+    """A downloaded file. It does not change before this process ends."""
 
     path: Path
     entry: Entry
 
     def derived(self, name: str, make: Callable[[Path], None]) -> Path:
-        """A folder made from the file once and kept beside it, such as an archive's contents.
+        """A folder derived from the file, such as an archive's contents. Made once, cached beside the file.
 
         Args:
-            make: fills the empty folder that it is given.
+            make: fills the empty folder that is passed to it.
         """
         target = self.path.with_name(f"{self.path.name}.{name}")
         with self.entry:
@@ -59,7 +59,7 @@ class Fetched(msgspec.Struct, frozen=True):
 
 
 class _Interrupted(Exception):
-    """This attempt ended early; the next one may go on from what there is."""
+    """Raised when an attempt ended early; the next one may resume."""
 
 
 def fetch(
@@ -69,12 +69,18 @@ def fetch(
     *,
     headers: Mapping[str, str] | None = None,
     timeout_s: float | None = None,
+    by_date: bool = True,
 ) -> Fetched:
-    """The file behind `url`. The server is always asked whether what the cache has is still right.
+    """The file behind `url`. A cached copy is always revalidated with the server.
+
+    Args:
+        timeout_s: to connect, and for each read.
+        by_date: whether Last-Modified is enough to revalidate the cached copy if the server sends no ETag. A file that
+            was rewritten within the same second, or with its old date, has the same Last-Modified.
 
     Raises:
-        BadRequest: no http(s) URL, or the server says that the request is wrong (400, 401, 403, 404 …).
-        RunnerError: the server cannot be reached, or breaks off again and again.
+        BadRequest: not an http(s) URL, or the server rejects the request (400, 401, 403, 404 …).
+        RunnerError: the server cannot be reached, or the connection keeps breaking.
         Cancelled: the node asked the task to stop.
     """
     check_url(url, where)
@@ -85,7 +91,15 @@ def fetch(
         while True:
             before = entry.part_bytes()
             try:
-                meta = _attempt(ctx, entry, url, where, headers=headers or {}, timeout_s=timeout_s or DEFAULT_TIMEOUT_S)
+                meta = _attempt(
+                    ctx,
+                    entry,
+                    url,
+                    where,
+                    headers=headers or {},
+                    timeout_s=timeout_s or DEFAULT_TIMEOUT_S,
+                    by_date=by_date,
+                )
                 break
             except _Interrupted as error:
                 if entry.part_bytes() - before >= PROGRESS_BYTES:
@@ -105,31 +119,40 @@ def check_url(url: str, where: str) -> None:
     try:
         parts = urlsplit(url)
         sound = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 0) >= 0
-    except ValueError as error:  # a port or an IPv6 address that is none
-        raise BadRequest(f"{where}: {url.split('?', maxsplit=1)[0]!r} is no URL: {error}") from None
+    except ValueError as error:  # an invalid port or IPv6 address
+        raise BadRequest(f"{where}: {url.split('?', maxsplit=1)[0]!r} is not a URL: {error}") from None
     if not sound:
-        raise BadRequest(f"{where}: {_shown(url)!r} is no http or https URL")
+        raise BadRequest(f"{where}: {_shown(url)!r} is not an http or https URL")
 
 
 def _check_headers(headers: Mapping[str, str], where: str) -> None:
-    """Values may be secret, so only the name is told."""
+    """Raises BadRequest for headers that cannot be sent. Values may be secret, so errors give only the name."""
     for name, value in headers.items():
         if not _HEADER_NAME.fullmatch(name) or not _HEADER_VALUE.fullmatch(value):
             raise BadRequest(f"{where}: the header {name!r} cannot be sent: only plain letters, and no line breaks")
 
 
-def _attempt(ctx: Context, entry: Entry, url: str, where: str, *, headers: Mapping[str, str], timeout_s: float) -> Meta:
+def _attempt(
+    ctx: Context,
+    entry: Entry,
+    url: str,
+    where: str,
+    *,
+    headers: Mapping[str, str],
+    timeout_s: float,
+    by_date: bool,
+) -> Meta:
     import requests
 
     cached, partial = entry.meta(), read_meta(entry.part_meta)
     have = entry.part_bytes()
     asked = {**headers, "Accept-Encoding": "identity"}  # lengths and ranges count the file's own bytes
-    if have and partial is not None and (partial.etag or partial.last_modified):
-        asked |= {"Range": f"bytes={have}-", "If-Range": partial.etag or partial.last_modified or ""}
+    if have and partial is not None and (version := partial.etag or (by_date and partial.last_modified)):
+        asked |= {"Range": f"bytes={have}-", "If-Range": version}
     elif cached is not None:
         if cached.etag:
             asked["If-None-Match"] = cached.etag
-        elif cached.last_modified:
+        elif cached.last_modified and by_date:
             asked["If-Modified-Since"] = cached.last_modified
     try:
         with requests.get(url, headers=asked, stream=True, timeout=timeout_s) as answer:
@@ -146,12 +169,12 @@ def _attempt(ctx: Context, entry: Entry, url: str, where: str, *, headers: Mappi
 
 
 def _nothing_left(entry: Entry, answer: Any, partial: Meta, have: int) -> Meta:
-    """There is nothing behind what an earlier task has: it was ended just before its file was whole to the cache."""
+    """The partial download is complete: an earlier task ended after its last byte and before it was published."""
     match = _WHOLE.fullmatch(answer.headers.get("Content-Range", ""))
     if match is not None and int(match[1]) == have and answer.headers.get("ETag", partial.etag) == partial.etag:
         return _publish(entry, partial, have)
     entry.part.unlink(missing_ok=True)
-    raise _Interrupted("what there was of it is longer than the file")
+    raise _Interrupted("the partial download is longer than the file")
 
 
 def _check_status(answer: Any, url: str, where: str) -> None:
@@ -167,14 +190,14 @@ def _check_status(answer: Any, url: str, where: str) -> None:
 
 
 def _receive(ctx: Context, entry: Entry, answer: Any, url: str, start: int) -> Meta:
-    """Append the answer's body to what there is, check the size, publish the file."""
+    """Append the response body to the partial download, check the size, publish the file."""
     total = _total_bytes(answer, start)
     etag = answer.headers.get("ETag")
     meta = Meta(
         url=_shown(url),
         file="",
         size_bytes=total or 0,
-        etag=etag if etag and not etag.startswith("W/") else None,  # a weak one does not promise the same bytes
+        etag=etag if etag and not etag.startswith("W/") else None,  # a weak ETag does not guarantee identical bytes
         last_modified=answer.headers.get("Last-Modified"),
     )
     evict(ctx, coming_bytes=(total or start) - start)
@@ -183,7 +206,8 @@ def _receive(ctx: Context, entry: Entry, answer: Any, url: str, start: int) -> M
         if start:
             part.seek(start)
             part.truncate()
-        # Not before: an older file's bytes must never stand under it. What was packed for the way cannot be resumed.
+        # Only after truncation: part.json must never describe bytes of an older version. A body with a content
+        # encoding cannot be resumed.
         write_meta(
             entry.part_meta, msgspec.structs.replace(meta, etag=None, last_modified=None) if _packed(answer) else meta
         )
@@ -195,10 +219,10 @@ def _receive(ctx: Context, entry: Entry, answer: Any, url: str, start: int) -> M
             part.flush()
         except OSError as error:
             if error.errno in _FULL:
-                entry.part.unlink()  # it will not fit the next time either, and others need the room
+                entry.part.unlink()  # a retry would not fit either, and others need the space
             raise
     if total is not None and done != total:
-        raise _Interrupted(f"{done} of {total} bytes came")
+        raise _Interrupted(f"received {done} of {total} bytes")
     return _publish(entry, meta, done)
 
 
@@ -212,7 +236,7 @@ def _publish(entry: Entry, meta: Meta, size_bytes: int) -> Meta:
 
 
 def _packed(answer: Any) -> bool:
-    """Whether the server packed the file for the way, though it was asked not to: its length is not the file's then."""
+    """Whether the body has a content encoding although none was accepted; Content-Length is not the file size then."""
     return bool(answer.headers.get("Content-Encoding", "identity") != "identity")
 
 
@@ -232,7 +256,7 @@ def _reason(error: Exception) -> str:
     import requests
 
     if isinstance(error, requests.exceptions.Timeout):
-        return "the server fell silent"
+        return "the server stopped responding"
     if isinstance(error, requests.exceptions.SSLError):
         return f"TLS: {error}"
     if isinstance(error, requests.exceptions.ChunkedEncodingError):
@@ -243,7 +267,7 @@ def _reason(error: Exception) -> str:
 
 
 def _shown(url: str) -> str:
-    """`url` without what may be secret in it: user, password, query."""
+    """`url` without user, password and query, which may be secret."""
     parts = urlsplit(url)
     host = parts.hostname or ""
     port = f":{parts.port}" if parts.port else ""

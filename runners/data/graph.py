@@ -19,7 +19,7 @@ _PLACEHOLDER = re.compile(r"\{\{(?P<literal>\w+)\}\}|\{(?P<name>\w+)\}")
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What all sections here have in common."""
+    """Base class of the sections."""
 
 
 class Column(Section, frozen=True):
@@ -30,7 +30,7 @@ class Column(Section, frozen=True):
     node: str | None = None
     path: str | None = None
     default: Any = msgspec.UNSET
-    """What stands there where the stage has no such value; without it that is an error."""
+    """Used if the stage has no such value; without a default that is an error."""
 
 
 class Options(Section, frozen=True):
@@ -49,7 +49,7 @@ class Template(Section, frozen=True):
     columns: tuple[Column, ...] | None = None
     options: Options | None = None
     append_system_prompt: bool | None = None
-    """Put the task's system prompt behind the text and not before it."""
+    """Put the task's system prompt after the text instead of before it."""
 
 
 class GraphData(Section, frozen=True):
@@ -92,7 +92,7 @@ def load_graph(ctx: Context, section: dict[str, Any], shard: Shard | None, spec:
 
 
 def column_value(column: Column, upstream: dict[str, Any], where: str) -> Any:
-    """What a column shows.
+    """The value of a column.
 
     Raises:
         BadRequest: there is no such stage or value, and no default.
@@ -134,14 +134,14 @@ def _split_stage(expr: str, upstream: dict[str, Any]) -> tuple[str, str]:
 
 
 def _below(stage: str, result: Any, steps: list[str | int]) -> Any:
-    """`stage.result.x` and `stage.x` mean the same, unless the result has a `result` of its own."""
+    """`stage.result.x` and `stage.x` mean the same, unless the result itself has a `result`."""
     if steps[:1] == ["result"] and not (isinstance(result, dict) and "result" in result):
         return walk(result, steps[1:], f"{stage}.result")
     return walk(result, steps, stage)
 
 
 def as_text(value: Any) -> str:
-    """A value as it stands in a prompt: text as it is, anything else as JSON."""
+    """A value as text in a prompt: strings unchanged, anything else as JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 

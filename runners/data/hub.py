@@ -1,45 +1,46 @@
-"""`data.type: dataset`: whatever the `datasets` library loads, from the hub, a folder or a file."""
+"""`data.type: dataset`: a dataset of the hub, a local folder or a file.
+
+`datasets` selects the files of a folder; `readers` then reads text files and Parquet. `datasets` itself reads only the
+hub, the folders of `save_to_disk`, and folders of other formats such as images.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
-import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
-import msgspec
 from msgspec import Meta
 
 from runners.api import BadRequest, Context, MissingDependency, RunnerError
 from runners.data.cache import DATASETS, library_folder
 from runners.data.download import fetch
+from runners.data.local import Table, chosen_split, matching, only_split
+from runners.data.order import Rows, items_of, order_of
 from runners.data.prompts import Items
+from runners.data.readers import FORMATS, File, format_of
 from runners.data.shard import Shard
-from runners.data.tables import Columns, to_items
+from runners.data.tables import to_items
 from runners.models.sources import check_no_revision, local_path
 
-FORMATS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
-_SPLIT_NAME = re.compile(r"[\w.-]+")
+READ_HERE = frozenset({"csv", "json", "text", "parquet"})
+"""The builders of `datasets` whose files are read by `readers`."""
 
 
-class HubData(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class HubData(Rows, frozen=True, kw_only=True):
     """spec.data of type dataset"""
 
     type: str
     url: Annotated[str, Meta(min_length=1)]
+    """A hub id; a local folder, file or pattern; or the http(s) URL of a file."""
     name: str | None = None
     split: str | None = None
     revision: str | None = None
-    column: str | None = None
-    shuffle: bool | None = None
-    seed: Annotated[int, Meta(ge=0)] | None = None
-    buffer_size: Annotated[int, Meta(ge=1)] | None = None
-    """Shuffle within a window of so many rows, as a stream would be, and not over the whole."""
     trust_remote_code: bool | None = None
-    metadata_columns: tuple[str, ...] | dict[str, str] | None = None
-    metadata_include_all: bool | None = None
 
 
 def load_hub(ctx: Context, section: dict[str, Any], shard: Shard | None, spec: dict[str, Any], where: str) -> Items:  # noqa: ARG001
@@ -50,24 +51,21 @@ def load_hub(ctx: Context, section: dict[str, Any], shard: Shard | None, spec: d
     if data.trust_remote_code:
         ctx.log.warning("%s.trust_remote_code: this version of datasets runs no code of a dataset's", where)
     rows = open_dataset(ctx, data, where)
-    columns = Columns(data.column or "text", data.metadata_columns, bool(data.metadata_include_all), where)
+    if isinstance(rows, Table):
+        return items_of(ctx, rows, data, shard, where)
+    columns = data.columns(where)
     columns.check(rows.column_names)
     rows = rows.select_columns(columns.wanted(rows.column_names))
-    count = len(rows)
-    if data.shuffle:
-        seed = 42 if data.seed is None else data.seed
-        if data.buffer_size is not None:
-            rows = rows.to_iterable_dataset().shuffle(seed=seed, buffer_size=data.buffer_size)
-        else:
-            rows = rows.shuffle(seed=seed, keep_in_memory=True)  # and not into a folder that is the user's own
-    mine = shard.rows(count) if shard is not None else range(count)
-    # A shard of a large dataset reads no more than its own rows, where they can be chosen.
-    chosen = rows.select(mine) if hasattr(rows, "select") else itertools.islice(rows, mine.start, mine.stop, mine.step)
-    return to_items(ctx, ((f"{where} row {i}", row) for i, row in zip(mine, chosen, strict=True)), columns)
+    order = order_of(ctx, len(rows), data, shard, where)
+    # A shard of a large dataset reads no more than its own rows.
+    return to_items(ctx, ((f"{where} row {i}", row) for i, row in zip(order, rows.select(order), strict=True)), columns)
 
 
-def open_dataset(ctx: Context, data: HubData, where: str) -> Any:
-    """One split of the dataset.
+def open_dataset(ctx: Context, data: HubData, where: str, *, called: str | None = None) -> Any:
+    """One split of the dataset, or a slice of one: a `Table` of local files, else a `datasets.Dataset`.
+
+    Args:
+        called: the name of the file in errors about rows; default: the field that names it.
 
     Raises:
         BadRequest: there is no such dataset, configuration or split, or its files are damaged.
@@ -76,9 +74,15 @@ def open_dataset(ctx: Context, data: HubData, where: str) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
-    cache_dir = str(library_folder(ctx, DATASETS, data.url))
     try:
-        rows = _load(ctx, data, where, cache_dir)
+        rows = _local(ctx, data, where, called or f"{where}.url")
+        if rows is None:
+            cache_dir = str(library_folder(ctx, DATASETS, data.url))
+            rows = datasets.load_dataset(
+                data.url, name=data.name, split=data.split, revision=data.revision, cache_dir=cache_dir
+            )
+    except RunnerError:
+        raise
     except datasets.exceptions.DatasetGenerationError as error:
         raise BadRequest(f"{where}.url: {data.url!r} cannot be read: {_line(error.__cause__ or error)}") from error
     except ConnectionError as error:
@@ -93,51 +97,112 @@ def open_dataset(ctx: Context, data: HubData, where: str) -> Any:
         field = "split" if "split" in str(error).lower() else "name" if "config" in str(error).lower() else "url"
         raise BadRequest(f"{where}.{field}: {_line(error)}") from error
     if isinstance(rows, Mapping):
-        return _only_split(rows, data, where)
+        return rows[only_split(list(rows), data.url, where)]
     return rows
 
 
-def _load(ctx: Context, data: HubData, where: str, cache_dir: str) -> Any:
+def _local(ctx: Context, data: HubData, where: str, called: str) -> Any:
+    """The files that `data.url` names on this node or at a URL; None: it can only be a hub id."""
     import datasets
 
+    field = f"{where}.url"
     if data.url.startswith(("http://", "https://")):
-        file, suffix = fetch(ctx, data.url, f"{where}.url").path, Path(data.url.split("?")[0]).suffix.lower()
-        return _load_file(data, file, suffix, where, cache_dir)
+        file = _file(fetch(ctx, data.url, field, by_date=False).path, urlsplit(data.url).path, field, called)
+        return _of_files([file], data, where)
     path = local_path(ctx, data.url)
     if path.is_file():
-        return _load_file(data, path, path.suffix.lower(), where, cache_dir)
-    if path.is_dir():
-        check_no_revision(data.revision, f"{where}.url")
+        return _of_files([_file(path, path.name, field, called)], data, where)
+    if several := matching(ctx, data.url, field):
+        return _of_files([_file(each, each.name, field, f"{called} {each.name}") for each in several], data, where)
+    if not path.is_dir():
+        if data.url.startswith(("/", "./", "../", "~")) or data.url.count("/") > 1:
+            raise BadRequest(f"{field}: there is no file or folder {data.url!r} on this node")
+        return None
+    check_no_revision(data.revision, field)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         if data.name is not None:
             raise BadRequest(f"{where}.name: what save_to_disk wrote has no configurations; leave it out")
         return _slice_saved(datasets.load_from_disk(str(path)), data, where)
-    name = str(path) if path.is_dir() else data.url
-    if not path.is_dir() and (data.url.startswith(("/", "./", "../", "~")) or data.url.count("/") > 1):
-        raise BadRequest(f"{where}.url: there is no file or folder {data.url!r} on this node")
-    return datasets.load_dataset(name, name=data.name, split=data.split, revision=data.revision, cache_dir=cache_dir)
+    # Cached in the attempt's own folder: the library does not notice a file rewritten with the same size and time.
+    cache_dir = str(ctx.tmp_dir / "datasets")
+    builder = datasets.load_dataset_builder(str(path), name=data.name, cache_dir=cache_dir)
+    if builder.name not in READ_HERE:
+        return datasets.load_dataset(str(path), name=data.name, split=data.split, cache_dir=cache_dir)
+    _check_options(builder.config, data, where)
+    splits = {str(name): _files_of(files, path, builder, called) for name, files in builder.config.data_files.items()}
+    _log_unread(ctx, path, splits, data, where)
+    return chosen_split(splits, data.split, data.url, where)
 
 
-def _load_file(data: HubData, file: Path, suffix: str, where: str, cache_dir: str) -> Any:
-    import datasets
-
+def _of_files(files: list[File], data: HubData, where: str) -> Table:
     if data.name is not None:
-        raise BadRequest(f"{where}.name: a single file has no configurations; leave it out")
+        raise BadRequest(f"{where}.name: files have no configurations; leave it out")
     check_no_revision(data.revision, f"{where}.url")
-    if suffix not in FORMATS:
-        raise BadRequest(f"{where}.url: no format is known for files ending in {suffix!r}; known: {', '.join(FORMATS)}")
-    # A file has one split, and datasets calls it train.
-    return datasets.load_dataset(FORMATS[suffix], data_files=str(file), split=data.split, cache_dir=cache_dir)
+    return chosen_split(
+        {"train": files}, data.split, data.url, where
+    )  # the name that datasets gives to the split of a file
+
+
+def _file(path: Path, name: str, where: str, called: str) -> File:
+    """A file with the format that its name says."""
+    found = format_of(name)
+    if found is None:
+        suffix = Path(name).suffix.lower()
+        raise BadRequest(f"{where}: no format is known for files ending in {suffix!r}; known: {', '.join(FORMATS)}")
+    return File(path=path, format=found, where=called)
+
+
+def _files_of(files: Any, folder: Path, builder: Any, called: str) -> list[File]:
+    """The files that `datasets` selected for a split, each with its format."""
+    found = []
+    for each in map(Path, files):
+        kind = format_of(each.name) or {"json": "json", "csv": "csv"}.get(builder.name, builder.name)
+        own = getattr(builder.config, "sep", None)
+        found.append(
+            File(
+                path=each,
+                format=kind,
+                where=f"{called} {each.relative_to(folder) if each.is_relative_to(folder) else each.name}",
+                delimiter=own if kind == "csv" and own not in (None, ",", "\t") else None,
+            )
+        )
+    return found
+
+
+def _check_options(config: Any, data: HubData, where: str) -> None:
+    """Raises BadRequest if a folder's README.md sets options of its files that have no effect here."""
+    known = {"name", "version", "description", "data_dir", "data_files", "sep", "delimiter"}
+    for field in dataclasses.fields(config):
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        if field.name not in known and getattr(config, field.name) != default:
+            raise BadRequest(
+                f"{where}.name: the README.md of {data.url!r} sets {field.name} for its files, which has no effect "
+                "here; name the files themselves, or remove it"
+            )
+
+
+def _log_unread(ctx: Context, folder: Path, splits: Mapping[str, list[File]], data: HubData, where: str) -> None:
+    """Log the table files that are not read, because `datasets` selects the files of one format only."""
+    taken = {file.path for files in splits.values() for file in files}
+    rest = [each for each in _table_files(folder) if each not in taken]
+    if rest and data.name is None:
+        ctx.log.warning(
+            "files not read dataset=%s count=%d first=%s where=%s", data.url, len(rest), rest[0].name, f"{where}.url"
+        )
+
+
+def _table_files(folder: Path) -> Iterator[Path]:
+    return (each for each in sorted(folder.rglob("*")) if format_of(each.name) in FORMATS.values() and each.is_file())
 
 
 def _slice_saved(saved: Any, data: HubData, where: str) -> Any:
-    """A split, or a part of one, of what `save_to_disk` wrote."""
+    """A split of a `save_to_disk` folder, or a slice of one."""
     import datasets
 
     splits = saved if isinstance(saved, Mapping) else {str(saved.split or "train"): saved}
     if data.split is None:
         return splits
-    match = _SPLIT_NAME.match(data.split)
+    match = re.match(r"[\w.-]+", data.split)
     if match is None or match[0] not in splits:
         raise BadRequest(f"{where}.split: no split {data.split!r}; there are: {', '.join(splits)}")
     name = match[0]
@@ -146,15 +211,6 @@ def _slice_saved(saved: Any, data: HubData, where: str) -> Any:
     if any(part.splitname != name for part in parts):
         raise BadRequest(f"{where}.split: {data.split!r} joins splits, which a saved dataset cannot; use one of them")
     return splits[name].select([row for part in parts for row in range(part.from_, part.to)])
-
-
-def _only_split(splits: Any, data: HubData, where: str) -> Any:
-    """The split that is meant where the task names none: train, else the only one."""
-    if "train" in splits:
-        return splits["train"]
-    if len(splits) == 1:
-        return next(iter(splits.values()))
-    raise BadRequest(f"{where}.split: missing; {data.url!r} has: {', '.join(splits)}")
 
 
 def _line(error: BaseException) -> str:

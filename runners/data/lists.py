@@ -1,4 +1,4 @@
-"""`data.type: list`: the prompts stand in the document itself."""
+"""`data.type: list`: prompts in the document itself."""
 
 from __future__ import annotations
 

@@ -10,14 +10,14 @@ _SHOWN = 12
 
 
 class PathError(LookupError):
-    """There is nothing at a path. The message says where the way ended and what there is instead."""
+    """Raised when nothing is at a path. The message gives the last existing part and what is there instead."""
 
 
 def parse(path: str) -> list[str | int]:
     """The steps of a path.
 
     Raises:
-        PathError: it is no path.
+        PathError: the syntax is wrong.
     """
     steps: list[str | int] = []
     at = 0
@@ -34,7 +34,10 @@ def parse(path: str) -> list[str | int]:
 
 
 def walk(value: Any, steps: list[str | int], start: str) -> Any:
-    """The value at `steps` below `value`, which errors call `start`.
+    """The value at `steps` below `value`.
+
+    Args:
+        start: the name of `value` in errors.
 
     Raises:
         PathError: there is none.

@@ -1,7 +1,10 @@
-"""What every data source yields: prompts, each with its metadata."""
+"""Prompts with metadata, which every data source yields."""
 
 from __future__ import annotations
 
+import decimal
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -25,31 +28,54 @@ class Items(msgspec.Struct, frozen=True):
     prompts: tuple[Prompt, ...]
     metadata: tuple[dict[str, Any] | None, ...]
     wheres: tuple[str, ...]
-    """What each row is called in an error: `spec.data.items[3]`."""
+    """The name of each row in errors: `spec.data.items[3]`."""
     system_last: bool = False
-    """Whether a system prompt goes behind the prompts and not before them."""
+    """Whether a system prompt goes after the prompts instead of before them."""
+
+    def at(self, numbers: Sequence[int]) -> Items:
+        """The rows with these numbers, in this order."""
+        return Items(
+            prompts=tuple(self.prompts[i] for i in numbers),
+            metadata=tuple(self.metadata[i] for i in numbers),
+            wheres=tuple(self.wheres[i] for i in numbers),
+            system_last=self.system_last,
+        )
 
 
 def check_prompt(ctx: Context, value: Any, where: str, *, allow_empty: bool) -> Prompt:
     """A row's value as a prompt: a string, or chat messages.
 
     Args:
-        allow_empty: the row comes from a table: an empty string is a prompt, and a number is its text.
+        allow_empty: for rows of a table: an empty or missing value is an empty prompt, a number its text as written.
 
     Raises:
         BadRequest: it is neither.
     """
+    if allow_empty and (value is None or (isinstance(value, float) and math.isnan(value))):
+        return ""  # both spell a missing value in a table
     if isinstance(value, str):
-        if not value and not allow_empty:
+        if not value.strip() and not allow_empty:
             raise BadRequest(f"{where}: is empty; give a prompt or leave the item out")
         return value
     if isinstance(value, list | tuple) and value:
         turns = [_without_nulls(turn) for turn in value]  # tables have a cell for every key, also where it says nothing
         return ctx.check(turns, tuple[Message, ...], where)
-    if allow_empty and isinstance(value, int | float):
+    if allow_empty and isinstance(value, bool):
+        return "true" if value else "false"
+    if allow_empty and isinstance(value, int | float | decimal.Decimal):
         return str(value)
     found = f"{type(value).__name__} {value!r}"[:80]
     raise BadRequest(f"{where}: expected a string or a list of {{role, content}} messages (found {found})")
+
+
+def check_text(value: Any, where: str) -> None:
+    """Raises BadRequest for a lone surrogate, which neither a tokenizer nor JSON can encode."""
+    try:
+        msgspec.json.encode(value, enc_hook=str)
+    except UnicodeEncodeError:
+        raise BadRequest(
+            f"{where}: half a character in its text (a lone surrogate, \\ud800 to \\udfff); fix the text"
+        ) from None
 
 
 def _without_nulls(turn: Any) -> Any:
@@ -57,12 +83,12 @@ def _without_nulls(turn: Any) -> Any:
 
 
 def with_system(prompt: Prompt, system: str | None, *, last: bool = False) -> Prompt:
-    """`prompt` with the system prompt: before plain text with a newline, as the system message of a chat.
+    """`prompt` with the system prompt: before plain text with a newline, or as the system message of a chat.
 
-    A chat that has a system message of its own keeps it, behind the system prompt.
+    The existing system message of a chat is appended to the system prompt.
 
     Args:
-        last: put it behind plain text.
+        last: put it after plain text.
     """
     if system is None:
         return prompt
@@ -74,5 +100,5 @@ def with_system(prompt: Prompt, system: str | None, *, last: bool = False) -> Pr
 
 
 def to_json(prompt: Prompt) -> Any:
-    """A prompt as the result shows it."""
+    """A prompt in JSON types, for the result."""
     return prompt if isinstance(prompt, str) else [{"role": m.role, "content": m.content} for m in prompt]

@@ -1,4 +1,4 @@
-"""`spec.shard`: which part of a source's rows is this task's."""
+"""`spec.shard`: this task's part of a source's rows."""
 
 from __future__ import annotations
 

@@ -1,10 +1,8 @@
-"""`spec.data`: from any source to prompts with metadata. One entry for every runner that takes data."""
+"""`spec.data`: prompts with metadata from any source. The entry point of every runner that takes data."""
 
 from __future__ import annotations
 
 from typing import Any
-
-import msgspec
 
 from flowmesh.validation.convert import nearest
 from runners.api import BadRequest, Context
@@ -12,7 +10,7 @@ from runners.data.files import load_file
 from runners.data.graph import load_graph
 from runners.data.hub import load_hub
 from runners.data.lists import load_list
-from runners.data.prompts import Items
+from runners.data.prompts import Items, check_text
 from runners.data.shard import Shard
 
 LOADERS = {
@@ -26,7 +24,7 @@ LOADERS = {
 
 
 def load_items(ctx: Context, spec: dict[str, Any], where: str = "spec") -> Items:
-    """The rows that `spec.data` and `spec.shard` name.
+    """The rows that `spec.data` and `spec.shard` select.
 
     Raises:
         BadRequest: naming the field.
@@ -49,15 +47,5 @@ def load_items(ctx: Context, spec: dict[str, Any], where: str = "spec") -> Items
         shard.check(f"{where}.shard")
     items = loader(ctx, section, shard, spec, here)
     for prompt, metadata, place in zip(items.prompts, items.metadata, items.wheres, strict=True):
-        _check_text([prompt, metadata], place)
+        check_text([prompt, metadata], place)
     return items
-
-
-def _check_text(value: Any, where: str) -> None:
-    """Raises BadRequest for what no tokenizer takes and no result can carry."""
-    try:
-        msgspec.json.encode(value)
-    except UnicodeEncodeError:
-        raise BadRequest(
-            f"{where}: half a character in its text (a lone surrogate, \\ud800 to \\udfff); mend it"
-        ) from None

@@ -1,20 +1,24 @@
-"""Rows of a table as prompts with metadata; what all file formats and `datasets` have in common."""
+"""Rows of a table as prompts with metadata, for all file formats and `datasets`."""
 
 from __future__ import annotations
 
+import base64
 import datetime
 import decimal
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from runners.api import BadRequest, Context
-from runners.data.prompts import Items, check_prompt
+from runners.data.json_text import Spelled
+from runners.data.paths import PathError, parse, walk
+from runners.data.prompts import Items, Prompt, check_prompt
 
 _SHOWN = 30
 
 
 class Columns:
-    """Which column holds the prompt, and which ones go into its metadata."""
+    """The column of the prompt, and those of its metadata."""
 
     def __init__(
         self, column: str, metadata: Sequence[str] | Mapping[str, str] | None, include_all: bool, where: str
@@ -25,61 +29,148 @@ class Columns:
         self._where = where
 
     def check(self, there: Iterable[str]) -> None:
-        """Raises BadRequest, listing the columns `there` are, where one that the task names is missing."""
+        """Raises BadRequest if a column that the task names is missing, or two would share a name in the metadata.
+
+        Args:
+            there: the existing columns, which the error lists.
+        """
         names = list(there)
-        listed = ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
-        if self.column not in names:
-            raise BadRequest(f"{self._where}.column: no column {self.column!r}; there are: {listed}")
+        listed = ", ".join(map(str, names[:_SHOWN])) + (", …" if len(names) > _SHOWN else "")
+        for field, wanted in (("column", [self.column]), ("metadata_columns", list(self.renamed))):
+            for name in wanted:
+                if column_of(name, names) is None:
+                    raise BadRequest(f"{self._where}.{field}: no column {name!r}; there are: {listed or 'none'}")
+        called = self._called(names)
+        for name, target in called.items():
+            twin = next(other for other in called if called[other] == target)
+            if twin != name:
+                raise BadRequest(
+                    f"{self._where}.metadata_columns: {twin!r} and {name!r} would both be called {target!r} in the "
+                    "metadata; give one of them another name"
+                )
+
+    def check_first(self, where: str, row: Mapping[str, Any]) -> None:
+        """Raises BadRequest if a nested metadata column is missing in the first row."""
         for name in self.renamed:
-            if name not in names:
-                raise BadRequest(f"{self._where}.metadata_columns: no column {name!r}; there are: {listed}")
+            try:
+                cell(row, name)
+            except PathError as error:
+                raise BadRequest(f"{self._where}.metadata_columns: {name!r} is not in {where}: {error}") from None
 
     def wanted(self, there: Iterable[str]) -> list[str]:
-        """The columns that have to be read, of those `there` are."""
-        return [name for name in there if self.include_all or name == self.column or name in self.renamed]
+        """The columns that have to be read, of those in `there`."""
+        names = list(there)
+        roots = {column_of(name, names) for name in (self.column, *self.renamed)}
+        return [name for name in names if self.include_all or name in roots]
 
     def metadata(self, row: Mapping[str, Any]) -> dict[str, Any] | None:
-        """A row's metadata in JSON types; None where the task wants none."""
+        """A row's metadata in JSON types; None if the task asks for none."""
         if not self.renamed and not self.include_all:
             return None
-        names = [name for name in row if name != self.column] if self.include_all else list(self.renamed)
-        names += [name for name in self.renamed if name not in names]
-        return {self.renamed.get(name, name): plain(row.get(name)) for name in names}
+        return {target: plain(_cell_or_none(row, name)) for name, target in self._called(row).items()}
+
+    def _called(self, there: Iterable[str]) -> dict[str, str]:
+        """Source column → name in the metadata."""
+        names = [name for name in there if name != self.column] if self.include_all else []
+        return {name: name for name in names} | self.renamed
+
+
+def column_of(name: str, there: Iterable[str]) -> str | None:
+    """The column that `name` refers to: an exact match, else the longest column that its path begins with."""
+    found = None
+    for column in there:
+        if column == name:
+            return column
+        inside = name.startswith(column) and name[len(column)] in ".["
+        if column and inside and len(column) > len(found or ""):
+            found = column
+    return found
+
+
+def cell(row: Mapping[str, Any], name: str) -> Any:
+    """A row's value at `name`: a column, or a path into one such as `body.messages` or `turns[0].content`.
+
+    None if a value along the path is null.
+
+    Raises:
+        PathError: nothing is at that path.
+    """
+    if name in row:
+        return row[name]
+    column = column_of(name, row)
+    if column is None:
+        raise PathError(f"there is no column {name!r}")
+    value, here = row[column], column
+    for step in _steps(name[len(column) :]):
+        if value is None:
+            return None
+        index = int(step) if isinstance(value, list) and isinstance(step, str) and step.isdecimal() else step
+        value, here = walk(value, [index], here), f"{here}.{step}"
+    return value
+
+
+@functools.lru_cache(maxsize=1024)
+def _steps(path: str) -> tuple[str | int, ...]:
+    return tuple(parse(path.removeprefix(".")))
+
+
+def _cell_or_none(row: Mapping[str, Any], name: str) -> Any:
+    try:
+        return cell(row, name)
+    except PathError:
+        return None
 
 
 def to_items(ctx: Context, rows: Iterable[tuple[str, Mapping[str, Any]]], columns: Columns) -> Items:
-    """Rows as prompts. Of each, no more is kept than goes into them.
+    """Rows as prompts. Other cells are not kept in memory.
 
     Args:
-        rows: what each is called in an error, and its cells.
+        rows: the name of each in errors, and its cells.
 
     Raises:
         BadRequest: a row has no prompt.
     """
-    prompts, metadata, wheres = [], [], []
+    prompts: list[Prompt] = []
+    metadata: list[dict[str, Any] | None] = []
+    wheres: list[str] = []
     for where, row in rows:
-        if columns.column not in row:
-            raise BadRequest(f"{where}: has no {columns.column!r}; it has: {', '.join(map(str, row)) or 'nothing'}")
-        prompts.append(check_prompt(ctx, row[columns.column], f"{where}: {columns.column}", allow_empty=True))
+        if not wheres:
+            columns.check_first(where, row)
+        try:
+            value = cell(row, columns.column)
+        except PathError as error:
+            there = ", ".join(map(str, row)) or "nothing"
+            reason = f"has no {columns.column!r}; it has: {there}" if "." not in columns.column else str(error)
+            raise BadRequest(f"{where}: {reason}") from None
+        prompts.append(check_prompt(ctx, value, f"{where}: {columns.column}", allow_empty=True))
         metadata.append(columns.metadata(row))
         wheres.append(where)
     return Items(prompts=tuple(prompts), metadata=tuple(metadata), wheres=tuple(wheres))
 
 
 def plain(value: Any) -> Any:
-    """A table's cell in JSON types: dates as ISO 8601, what has no such type as text."""
+    """A table's cell in JSON types: dates as ISO 8601, bytes that are not UTF-8 as base64, the rest as its text."""
     match value:
+        case Spelled():
+            return value.plain()
         case None | bool() | int() | float() | str():
             return value
         case datetime.datetime() | datetime.date() | datetime.time():
             return value.isoformat()
         case decimal.Decimal():
-            return float(value)
+            return Spelled(str(value)).plain()
         case Mapping():
             return {str(key): plain(each) for key, each in value.items()}
         case list() | tuple():
             return [plain(each) for each in value]
         case bytes():
-            return value.decode(errors="replace")
+            return _text_of(value)
         case _:
             return str(value)
+
+
+def _text_of(value: bytes) -> str:
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return base64.b64encode(value).decode()

@@ -1,4 +1,4 @@
-"""Unpacks tar and zip archives that strangers made: nothing leaves the target folder, nothing grows without bound."""
+"""Unpacks untrusted tar and zip archives: nothing is written outside the target folder, and sizes are bounded."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _BY_NAMES = frozenset({errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOO
 
 
 def is_archive(name: str) -> bool:
-    """Whether a file's name says that it is an archive."""
+    """Whether a file name has the suffix of an archive."""
     return name.lower().endswith(SUFFIXES)
 
 
@@ -43,7 +43,7 @@ def unpack(ctx: Context, archive: Path, into: Path, archive_format: str, where: 
         archive_format: one of docs/tasks.md's names, or `auto`: by what the file begins with.
 
     Raises:
-        BadRequest: it is damaged or no such archive, or a member has an absolute path, `..`, a link that leaves
+        BadRequest: it is damaged or not such an archive, or a member has an absolute path, `..`, a link that leaves
             the folder, a device or too much in it. Nothing of it must be used then.
         Cancelled: the node asked the task to stop.
     """
@@ -58,14 +58,14 @@ def unpack(ctx: Context, archive: Path, into: Path, archive_format: str, where: 
         if isinstance(error, OSError) and error.errno in _BY_NAMES:
             raise bounds.refusal(f"its members' names cannot all exist ({error.strerror})") from error
         if isinstance(error, OSError) and error.errno is not None:
-            raise  # the disk's fault, not the archive's
+            raise  # an error of the disk, not of the archive
         kind = "tar or zip archive" if archive_format == "auto" else f"{archive_format} archive"
         lines = str(error).splitlines() or [type(error).__name__]
         raise BadRequest(f"{where}: not a sound {kind}: {lines[0]}") from error
 
 
 class _Bounds:
-    """Counts what comes out of an archive, and refuses what is too much or goes elsewhere."""
+    """Counts what an archive unpacks to, and refuses too much of it or a path outside of the target."""
 
     def __init__(self, ctx: Context, where: str) -> None:
         self.ctx = ctx
@@ -96,7 +96,7 @@ class _Bounds:
 
     def copy(self, source: IO[bytes], target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("xb") as out:  # x: a member that comes twice, or goes through a link, is no honest one
+        with target.open("xb") as out:  # x: refuses a second member of one name, or one that goes through a link
             while chunk := source.read(CHUNK_BYTES):
                 self.grow(len(chunk))
                 self.ctx.progress(self._bytes, None, "bytes")
@@ -128,8 +128,8 @@ def _unpack_tar(archive: Path, into: Path, mode: str, bounds: _Bounds) -> None:
 def _make_links(root: Path, links: list[tuple[Path, str]], bounds: _Bounds) -> None:
     """Links come last, so that no file is ever written through one, and all of them or none.
 
-    Each is looked at before and after it is made, and again at the end: a link that is harmless by its text can lead
-    out by way of another.
+    Each is checked before and after it is made, and again at the end: a link with a harmless target can lead outside
+    through another link.
     """
     made: list[Path] = []
     try:
@@ -162,7 +162,7 @@ def _check_landing(bounds: _Bounds, root: Path, path: Path, target: str) -> None
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     while (member := tar.next()) is not None:
         yield member
-        tar.members = []  # type: ignore[attr-defined]  # else a million members stay in memory
+        tar.members = []  # type: ignore[attr-defined]  # otherwise all members stay in memory
 
 
 def _check_link(bounds: _Bounds, into: Path, base: Path, member: tarfile.TarInfo) -> None:

@@ -1,7 +1,7 @@
-"""Which prompts go through the model together, and how many of them.
+"""Plans batches of prompts of similar length.
 
-Prompts of like length share a batch. Transformers' own continuous batching made two thirds of the tokens a second of
-this on two CPU cores (`scripts/bench`); on a GPU it was not measured, and vLLM is the engine for it.
+Transformers' continuous batching reached two thirds of this throughput on two CPU cores (`scripts/bench`). It was not
+measured on a GPU, where vLLM is the engine to use.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import msgspec
 
 
 class Row(msgspec.Struct, frozen=True):
-    """One sequence of a batch: the `copy`-th answer to a request."""
+    """One sequence of a batch: answer number `copy` to a request."""
 
     request: int
     copy: int
@@ -30,7 +30,7 @@ def plan(
     batch_tokens: int,
     batch_rows: int,
 ) -> list[Batch]:
-    """Batches of prompts of about one length, longest first: what does not fit shows at once, and padding is rare.
+    """Batches of prompts of similar length, longest first, so that a shortage of memory shows at once.
 
     Args:
         lengths: (request, tokens of its prompt).
@@ -38,8 +38,8 @@ def plan(
         new_tokens: tokens that an answer may have.
         max_positions: tokens that prompt and answer may have together; None: any. Where they may reach it, a batch has
             prompts of one length: a longer one's row would go on past it, for as long as the shorter ones answer.
-        batch_tokens: bound of rows × (longest prompt + new tokens); a row that is over it goes alone.
-        batch_rows: bound of the rows.
+        batch_tokens: limit of rows × (longest prompt + new tokens); a longer row is a batch by itself.
+        batch_rows: limit of rows.
     """
     batches: list[Batch] = []
     current: Batch = []

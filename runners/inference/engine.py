@@ -1,7 +1,6 @@
-"""What an engine is given and what it gives back, the same for vLLM and Transformers.
+"""Engine interface: requests, answers and progress, the same for vLLM and Transformers.
 
-Prompts arrive as token ids and leave as token ids plus text, both made by `tokens.Texts`, so that the engines cannot
-differ in how they read or write text.
+`tokens.Texts` encodes prompts and decodes answers for both, so that they cannot differ in text.
 """
 
 from __future__ import annotations
@@ -16,6 +15,8 @@ from runners.api import Context, RunnerError
 from runners.inference.options import Sampling
 
 FinishReason = Literal["stop", "length"]
+SkippedReason = Literal["blank"]
+"""Of an item that was not sent to the model: its prompt is empty or white space."""
 
 
 class GpuOutOfMemory(RunnerError):
@@ -46,8 +47,8 @@ class Output(msgspec.Struct, frozen=True):
 
     text: str
     token_ids: tuple[int, ...]
-    """Everything generated, an end-of-sequence token and a cut-off stop string included."""
-    finish_reason: FinishReason
+    """All generated tokens, including an end token or stop string that `text` excludes."""
+    finish_reason: FinishReason | SkippedReason
     logprobs: tuple[TokenLogprob, ...] | None = None
 
 
@@ -58,12 +59,12 @@ class Completion(msgspec.Struct, frozen=True):
 
 
 class Watch:
-    """Tells the node how far a generation is, and stops it where the node wants it stopped."""
+    """Reports progress to the node, and checks for cancellation."""
 
     def __init__(self, ctx: Context, prompts: int, copies: int = 1) -> None:
         """
         Args:
-            copies: answers to each prompt; a prompt counts as done when it has as many.
+            copies: answers to each prompt; a prompt is done when it has them all.
         """
         self._ctx = ctx
         self._prompts = prompts
@@ -73,7 +74,7 @@ class Watch:
         self.tokens = 0
 
     def step(self, *, tokens: int = 0, answers: int = 0) -> None:
-        """Count what was generated and finished since the last call. Call it every few tokens.
+        """Add what was generated and finished since the last call. Call it every few tokens.
 
         Raises:
             Cancelled: the node asked the task to stop.
@@ -85,7 +86,7 @@ class Watch:
         self._ctx.progress(done, self._prompts, "prompts", tokens=float(self.tokens), tokens_per_s=round(rate, 1))
 
     def rewind(self, *, tokens: int, answers: int) -> None:
-        """Forget what was counted since `tokens` and `answers` were read: it has to be generated again."""
+        """Reset the counts to earlier values, because a batch is generated again."""
         self.tokens, self.answers = tokens, answers
 
 
@@ -95,16 +96,19 @@ class Engine(Protocol):
     name: str
     max_positions: int | None
     """Tokens that prompt and answer may have together; None: not known."""
+    vocabulary: int | None
+    """Tokens that the model has embeddings for, by ids from 0; None: not known."""
 
     def generate(self, requests: list[Request], sampling: Sampling, watch: Watch) -> list[Completion]:
-        """Answer every request; the completions stand in the requests' order.
+        """Answer every request; completions are in the requests' order.
 
         Raises:
             GpuOutOfMemory: the device has too little memory even for one request at a time.
-            Cancelled: by way of `watch`.
+            BadRequest: the model computes NaN or infinity.
+            Cancelled: raised by `watch`.
         """
         ...
 
     def describe(self) -> dict[str, Any]:
-        """What the result and the log say about the engine: device, dtype and the like."""
+        """Device, dtype and the like, for the log."""
         ...

@@ -1,8 +1,9 @@
-"""Which engine a task runs on."""
+"""Chooses a task's engine and loads it."""
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,10 +19,10 @@ from runners.models.sources import Source
 
 
 def choose(ctx: Context, task: InferenceTask) -> str:
-    """`vllm` where it is installed and the task has a GPU or asks for it, else `transformers`.
+    """`vllm` if it is installed and the task has a GPU or requests it, else `transformers`.
 
     Raises:
-        MissingDependency: the engine that the task asks for is not installed.
+        MissingDependency: the requested engine is not installed.
     """
     if task.engine == "vllm":
         _need("vllm", "vllm")
@@ -41,31 +42,55 @@ def load_engine(
     """The engine, loaded, and its tokenizer.
 
     Args:
-        work: how much there is to do; decides what is worth preparing.
+        work: the amount of work, which decides whether compiling pays.
 
     Raises:
-        BadRequest: the model or an option cannot be had here.
+        BadRequest: the model cannot be loaded here, or an option does not fit it or this node.
         MissingDependency: the engine's library is not installed.
         GpuOutOfMemory: the model does not fit.
-        RunnerError: the model hub cannot be reached.
+        RunnerError: the model hub is unreachable.
     """
     chosen = choose(ctx, task)
-    _tell_unused(ctx, task, chosen)
+    _log_unused(ctx, task, chosen)
+    engine: Engine
     if chosen == "vllm":
         from runners.inference import vllm_engine
 
-        return vllm_engine.load(ctx, task, source, adapters, work=work)
-    if task.sampling.json_schema is not None:
+        engine, texts = vllm_engine.load(ctx, task, source, adapters, work=work)
+    elif task.sampling.json_schema is not None:
         raise BadRequest(
             "spec.inference.json_schema: only vLLM can keep answers to a schema; set spec.engine to 'vllm'"
         )
-    from runners.inference import loader
+    else:
+        from runners.inference import loader
 
-    return loader.load(ctx, task, source, adapters)
+        engine, texts = loader.load(ctx, task, source, adapters)
+    _check_ids(ctx, task, source, engine, texts)
+    return engine, texts
 
 
-def _tell_unused(ctx: Context, task: InferenceTask, chosen: str) -> None:
-    """A document may have options for both engines; the log says which of them had no effect on this node."""
+def _check_ids(ctx: Context, task: InferenceTask, source: Source, engine: Engine, texts: Texts) -> None:
+    """Raises BadRequest where the task names token ids that the model does not have."""
+    rows = engine.vocabulary
+    if rows is None:
+        return
+    if len(texts.tokenizer) > rows:
+        ctx.log.warning(
+            "tokenizer larger than the embeddings model=%s tokens=%d rows=%d; a prompt with one of the tokens that the "
+            "model does not have is refused", source.shown, len(texts.tokenizer), rows,
+        )  # fmt: skip
+    sampling = task.sampling
+    for field, ids in (
+        ("stop_token_ids", sampling.stop_token_ids),
+        ("logit_bias", sampling.logit_bias),
+        ("bad_words", itertools.chain(*texts.bad_word_ids(sampling.bad_words))),
+    ):
+        if beyond := [token_id for token_id in ids if token_id >= rows]:
+            raise BadRequest(f"spec.inference.{field}: the model has no token {beyond[0]}; its ids end at {rows - 1}")
+
+
+def _log_unused(ctx: Context, task: InferenceTask, chosen: str) -> None:
+    """Log the other engine's options, which have no effect: a document may have options for both."""
     other: dict[str, Any] = task.model.vllm or {}
     if chosen == "vllm":
         other = msgspec.structs.asdict(task.model.transformers or TransformersOptions())
@@ -76,12 +101,12 @@ def _tell_unused(ctx: Context, task: InferenceTask, chosen: str) -> None:
 
 
 def _has_slices(ctx: Context) -> bool:
-    """MIG slices: vLLM 0.32 takes the number of a slice for that of a board, and ends or asks another one."""
+    """Whether the GPUs are MIG slices: vLLM 0.32 takes a slice's index for a board's, and fails or uses another."""
     return any(gpu.startswith("MIG-") for gpu in ctx.gpus)
 
 
 def _only_transformers_can(task: InferenceTask) -> bool:
-    """Options of `model.transformers` that mean nothing to vLLM. Where vLLM is not asked for, they decide."""
+    """Whether the task has options that only Transformers supports, and none of vLLM's."""
     options = task.transformers
     return bool(options.load_in_8bit or options.load_in_4bit or options.device_map == "cpu") and not task.model.vllm
 

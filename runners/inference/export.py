@@ -1,6 +1,6 @@
-"""`postprocess.jsonl_export`: the answers as a JSONL file in the task's folder, one line an item.
+"""`postprocess.jsonl_export`: the answers as a JSONL file in the task's folder, one line per item.
 
-What an item lacks is found out before the model runs: a task never fails here after it has computed.
+Missing values are found before the model runs, so that a task does not fail here after it has computed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from runners.models.spec import Section
 
 RESERVED = frozenset({"responses.json", "manifest.json", "logs"})
 FOLDERS = frozenset({"artifacts", "checkpoints"})
-"""Of the task's; a file may lie in one."""
+"""The task's own folders; the export may be written into one."""
 DEFAULT_PATH = "export.jsonl"
 DEFAULT_FIELDS = {"prompt": "prompt", "output": "output"}
 Getter = Callable[[Mapping[str, Any]], Any]
@@ -70,12 +70,12 @@ class Export:
                 raise BadRequest(f"{where}.required_fields[{i}]: {name!r} is none of the fields ({known})")
 
     def check(self, items: list[dict[str, Any]]) -> None:
-        """Raises BadRequest where an item, not yet answered, lacks what a required field is made from."""
+        """Raises BadRequest if an unanswered item lacks the source of a required field."""
         for item in items:
             self._record(item)
 
     def write(self, ctx: Context, folder: Path, items: list[dict[str, Any]], child: str | None) -> dict[str, Any]:
-        """Write the file below `folder`, ask for its upload, and return what the result says of it."""
+        """Write the file below `folder`, request its upload, and return the result's `jsonl_export`."""
         target = folder / self.relative_path
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = target.with_name(f".{target.name}.partial")

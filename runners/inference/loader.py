@@ -1,4 +1,4 @@
-"""Loads a task's model with Transformers: dtype, device, attention, quantization, and how large its batches may be."""
+"""Loads a task's model with Transformers: dtype, device, attention, quantization, batch limits."""
 
 from __future__ import annotations
 
@@ -18,41 +18,44 @@ from runners.inference.lora import apply_adapters
 from runners.inference.task import DTYPES, InferenceTask, TransformersOptions
 from runners.inference.tokens import Texts, load_tokenizer
 from runners.inference.transformers_engine import TransformersEngine
+from runners.models import weights
 from runners.models.adapters import LocalAdapter
 from runners.models.sources import Source, loading
 
 CPU_ROWS = 32
-"""More rows at once make no core faster, but its caches colder: 32 was the best of 8 to 64, at 60 M parameters."""
+"""The fastest of 8 to 64 with a model of 60 M parameters: more rows evict the CPU's caches."""
 GPU_ROWS = 1024
 GPU_SHARE = 0.8
-"""Of the free memory, for the cache; the rest is for activations and what the allocator wastes."""
+"""Share of free memory for the cache; the rest is for activations and fragmentation."""
 CPU_SHARE = 0.25
 LOGIT_COPIES = 6
-"""Float32 rows of the vocabulary's width that are alive at once while a token is picked."""
+"""Float32 rows of vocabulary width that exist at once while a token is picked."""
 
 
 def load(
     ctx: Context, task: InferenceTask, source: Source, adapters: Sequence[LocalAdapter]
 ) -> tuple[TransformersEngine, Texts]:
-    """The task's model with its adapters as an engine, with batches as large as its device has room for.
+    """The task's model with its adapters as an engine, with batches that fit the device.
 
-    Errors as for `load_model`, and BadRequest where an adapter does not fit the model.
+    Raises:
+        BadRequest: an adapter does not fit the model; else as `load_model`.
     """
     model, texts = load_model(ctx, task, source)
     with _device_memory(source):
         model = apply_adapters(model, adapters)
     tokens, rows = budget(model)
-    return TransformersEngine(model, texts, batch_tokens=tokens, batch_rows=rows), texts
+    return TransformersEngine(model, texts, batch_tokens=tokens, batch_rows=rows, source=source), texts
 
 
 def load_model(ctx: Context, task: InferenceTask, source: Source) -> tuple[Any, Texts]:
     """The bare model, in evaluation mode, and its tokenizer.
 
     Raises:
-        BadRequest: there is no such model, or an option does not fit it or this node.
+        BadRequest: there is no such model, its checkpoint does not hold its weights, or an option does not fit it or
+            this node.
         MissingDependency: a library that an option needs is missing.
         GpuOutOfMemory: the model does not fit the device.
-        RunnerError: the hub cannot be reached.
+        RunnerError: the hub is unreachable.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
@@ -65,9 +68,7 @@ def load_model(ctx: Context, task: InferenceTask, source: Source) -> tuple[Any, 
     with loading(source), _device_memory(source):
         config = AutoConfig.from_pretrained(source.path, revision=source.revision, trust_remote_code=trust)
         tokenizer = load_tokenizer(source, trust, config)
-        model = AutoModelForCausalLM.from_pretrained(
-            source.path, config=config, revision=source.revision, trust_remote_code=trust, **arguments
-        )
+        model = weights.load_model(AutoModelForCausalLM, source, config=config, trust_remote_code=trust, **arguments)
     return model.eval(), Texts(tokenizer)
 
 
@@ -75,7 +76,7 @@ def load_arguments(ctx: Context, task: InferenceTask) -> dict[str, Any]:
     """`from_pretrained`'s arguments for the task's options on this node's devices.
 
     Raises:
-        BadRequest: an option that cannot be had here.
+        BadRequest: an option is not available here.
         MissingDependency: bitsandbytes is missing.
     """
     options = task.transformers
@@ -90,10 +91,10 @@ def load_arguments(ctx: Context, task: InferenceTask) -> dict[str, Any]:
 
 
 def device_map(ctx: Context, task: InferenceTask) -> str:
-    """Where the weights go, in `from_pretrained`'s words.
+    """`from_pretrained`'s `device_map`.
 
     Raises:
-        BadRequest: the task wants a GPU and has none.
+        BadRequest: the task requests a GPU and has none.
     """
     wanted = task.transformers.device_map
     gpus = len(ctx.gpus) if torch.cuda.is_available() and not task.enforce_cpu else 0
@@ -113,7 +114,7 @@ def device_map(ctx: Context, task: InferenceTask) -> str:
 
 
 def budget(model: Any) -> tuple[int, int]:
-    """How much one batch may hold: tokens in the cache, and rows."""
+    """Limits of one batch: tokens in the cache, and rows."""
     config = model.config.get_text_config()
     per_token = cache_bytes_per_token(config, model.dtype.itemsize)
     per_row = LOGIT_COPIES * 4 * (getattr(config, "vocab_size", None) or 0)

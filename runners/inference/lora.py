@@ -1,9 +1,9 @@
-"""LoRA adapters on a Transformers model, by PEFT: merged into the weights, or switched at run time."""
+"""LoRA adapters on a Transformers model by PEFT: merged into the weights, or switched at run time."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from runners.api import BadRequest, Context, MissingDependency
@@ -21,26 +21,50 @@ def apply_adapters(model: Any, adapters: Sequence[LocalAdapter]) -> Any:
         return model
     if importlib.util.find_spec("peft") is None:
         raise MissingDependency("peft", "inference")
-    from peft import PeftModel
-
     for adapter in adapters:
         if adapter.apply == "merge":
-            model = _fitted(adapter, lambda each=adapter, base=model: PeftModel.from_pretrained(base, each.folder))
-            model = model.merge_and_unload()
-    runtime = [adapter for adapter in adapters if adapter.apply == "runtime"]
-    for i, adapter in enumerate(runtime):
-        if i == 0:
-            model = _fitted(
-                adapter,
-                lambda each=adapter, base=model: PeftModel.from_pretrained(base, each.folder, adapter_name=each.name),
-            )
-        else:
-            _fitted(adapter, lambda each=adapter, base=model: base.load_adapter(each.folder, adapter_name=each.name))
+            _untie(model, adapter)
+            model = attach(model, adapter, "default").merge_and_unload()
+    for adapter in adapters:
+        if adapter.apply == "runtime":
+            model = attach(model, adapter, adapter.name)
     return model.eval()
 
 
+def attach(model: Any, adapter: LocalAdapter, name: str, *, low_memory: bool = False) -> Any:
+    """The model as a PeftModel with one more adapter.
+
+    Args:
+        low_memory: make no weights for the adapter but those in its file; for a model on the device `meta`.
+
+    Raises:
+        BadRequest: the adapter's weights are not exactly those that its configuration means on this model. PEFT drops
+            what does not fit, and leaves at zero what is missing.
+    """
+    from peft import PeftConfig, PeftModel, PeftModelForCausalLM
+
+    folder = str(adapter.folder)
+
+    def load() -> tuple[Any, Any]:
+        wrapped = model
+        if not isinstance(model, PeftModel):
+            config = PeftConfig.from_pretrained(folder)
+            config.inference_mode = True
+            wrapped = PeftModelForCausalLM(model, config, adapter_name=name, low_cpu_mem_usage=low_memory)
+        return wrapped, wrapped.load_adapter(folder, adapter_name=name, low_cpu_mem_usage=low_memory)
+
+    wrapped, found = _fitted(adapter, load)
+    missing = ["".join(each.rsplit(f".{name}", 1)) for each in found.missing_keys]
+    missing += _missing_biases(wrapped, adapter, name)
+    if found.unexpected_keys:
+        raise _misfit(adapter, f"{_counted(found.unexpected_keys, 'unknown')}{_counted(missing, 'missing', '; ')}")
+    if missing:
+        raise _misfit(adapter, _counted(missing, "missing"))
+    return wrapped
+
+
 def check_fit(ctx: Context, adapter: LocalAdapter, config: Any, *, trust_remote_code: bool) -> None:
-    """Raises BadRequest where an adapter's matrices have other sizes than the layers that they are for.
+    """Raises BadRequest where an adapter's weights have other names or sizes than the layers that they are for.
 
     vLLM itself copies what it is given into buffers that are large enough, and computes on.
 
@@ -56,43 +80,69 @@ def check_fit(ctx: Context, adapter: LocalAdapter, config: Any, *, trust_remote_
     except (ValueError, ImportError) as error:  # one that Transformers cannot make without its weights, or at all
         ctx.log.warning("not checked whether %s fits the model: %.200s", adapter.name, " ".join(str(error).split()))
         return
-    for name, shape in _shapes(adapter):
-        path, _, part = name.removeprefix("base_model.model.").partition(".lora_")
-        if part not in ("A.weight", "B.weight"):
-            continue
-        try:
-            weight = model.get_submodule(path).weight
-        except AttributeError:
-            raise BadRequest(f"{adapter.where}: the adapter does not fit the model: it has no {path!r}") from None
-        side = 1 if part.startswith("A") else 0
-        if weight.ndim == 2 and shape[side] != weight.shape[side]:
-            raise BadRequest(
-                f"{adapter.where}: the adapter does not fit the model: size mismatch at {path!r}, "
-                f"{shape[side]} and not {weight.shape[side]}"
-            )
+    attach(model, adapter, adapter.name, low_memory=True)
 
 
-def _shapes(adapter: LocalAdapter) -> list[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of an adapter's matrices."""
+def _untie(model: Any, adapter: LocalAdapter) -> None:
+    """Give the output layer its own weights where an adapter changes it or the embeddings that it is tied to.
+
+    What is merged into one of two tied layers would otherwise change the other, too.
+    """
+    import torch
+
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or embeddings is None or head.weight is not embeddings.weight:
+        return
+    tied = [f".{name}." for name, module in model.named_modules() if module is head or module is embeddings]
+    if not any(layer in name for name in _names(adapter) for layer in tied):
+        return
+    head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+    model.all_tied_weights_keys = {}
+
+
+def _missing_biases(wrapped: Any, adapter: LocalAdapter, name: str) -> list[str]:
+    """Biases that the adapter's configuration says were trained, and that its file lacks; PEFT does not report them."""
+    if getattr(wrapped.peft_config[name], "bias", "none") == "none":
+        return []
+    from peft import get_peft_model_state_dict
+
+    saved = get_peft_model_state_dict(wrapped, adapter_name=name, save_embedding_layers=False)
+    return sorted({key for key in saved if key.endswith(".bias")} - set(_names(adapter)))
+
+
+def _names(adapter: LocalAdapter) -> list[str]:
+    """Names of an adapter's weights."""
     file = adapter.folder / "adapter_model.safetensors"
     if file.is_file():
         from safetensors import safe_open
 
         with safe_open(file, "pt") as weights:
-            return [(name, tuple(weights.get_slice(name).get_shape())) for name in weights.keys()]  # noqa: SIM118
+            return list(weights.keys())
     import torch
 
-    weights = torch.load(adapter.folder / "adapter_model.bin", map_location="meta", weights_only=True)
-    return [(name, tuple(weight.shape)) for name, weight in weights.items()]
+    return list(torch.load(adapter.folder / "adapter_model.bin", map_location="meta", weights_only=True))
 
 
-def _fitted(adapter: LocalAdapter, load: Any) -> Any:
-    """What `load` returns; peft tells a misfit by many kinds of errors."""
+def _fitted(adapter: LocalAdapter, load: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
+    """What `load` returns; PEFT reports a misfit by many kinds of errors."""
     try:
         return load()
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except KeyError as error:  # a module of `modules_to_save` whose weights are not in the file
+        raise _misfit(adapter, f"its file lacks the weight {error.args[0]!r}") from error
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         if "out of memory" in str(error).lower():
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         detail = next((line for line in lines if "size mismatch" in line), lines[0] if lines else type(error).__name__)
-        raise BadRequest(f"{adapter.where}: the adapter does not fit the model: {detail[:300]}") from error
+        raise _misfit(adapter, detail[:300]) from error
+
+
+def _misfit(adapter: LocalAdapter, detail: str) -> BadRequest:
+    return BadRequest(f"{adapter.where}: the adapter does not fit the model: {detail}")
+
+
+def _counted(names: Iterable[str], what: str, before: str = "") -> str:
+    listed = list(names)
+    return f"{before}{len(listed)} {what} weights, first {listed[0]!r}" if listed else ""

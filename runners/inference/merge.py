@@ -1,4 +1,4 @@
-"""Merged tasks: which children run with their parent, and what became of those that cannot."""
+"""Merged tasks: the children that run with their parent, and the errors of those that cannot."""
 
 from __future__ import annotations
 
@@ -13,41 +13,41 @@ from runners.models.files import SAFE_ID
 
 
 class Child(msgspec.Struct, frozen=True):
-    """A task that was merged into another one."""
+    """A task merged into another one."""
 
     task_id: str
     spec: dict[str, Any]
     where: str
-    """What its `spec` is called in an error."""
+    """The path of its `spec`, for errors."""
 
 
 def read_children(ctx: Context) -> list[Child]:
     """The children in `merge_children`.
 
     Raises:
-        BadRequest: one has no id of its own; there would be no place for its result.
+        BadRequest: one has no unique id, so that its result would have no folder.
     """
     children: list[Child] = []
     for i, entry in enumerate(ctx.merge_children):
         where = f"merge_children[{i}]"
         task_id = entry.get("task_id") if isinstance(entry, dict) else None
         if not isinstance(task_id, str) or not SAFE_ID.fullmatch(task_id):
-            raise BadRequest(f"{where}.task_id: {task_id!r} is no task id")
+            raise BadRequest(f"{where}.task_id: invalid task id {task_id!r}")
         if task_id == ctx.task_id or any(task_id == other.task_id for other in children):
-            raise BadRequest(f"{where}.task_id: {task_id!r} is there twice")
+            raise BadRequest(f"{where}.task_id: {task_id!r} is given twice")
         spec = entry.get("spec")
         children.append(Child(task_id, spec if isinstance(spec, dict) else {}, f"{where}.spec"))
     return children
 
 
 def folder_of(ctx: Context, task_id: str) -> Path:
-    """A child's own folder."""
+    """A child's folder."""
     folders: dict[str, str] = getattr(ctx.job, "child_dirs", {})
     return Path(folders.get(task_id) or ctx.results_dir / task_id)
 
 
 def check_agreement(parent: InferenceTask, child: InferenceTask, where: str) -> None:
-    """Raises BadRequest, naming the field, where a child needs another model or sampling than its parent."""
+    """Raises BadRequest naming the first field in which a child's model or sampling differs from its parent's."""
     for section, field in (
         ("model", "model"),
         ("checkpoint.load", "checkpoint"),
@@ -73,7 +73,7 @@ def _first_difference(one: Any, other: Any) -> str:
 
 
 def _show(value: Any) -> str:
-    """A value in few words. Headers may be in it, so of structs only the kind is told."""
+    """A short form of a value. Structs may contain headers, so only their type is shown."""
     if isinstance(value, msgspec.Struct | dict | tuple):
         return "another one"
     return repr(value)

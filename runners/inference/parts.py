@@ -1,4 +1,4 @@
-"""What one task brings into the batch, and its result. Merged tasks have one part each."""
+"""One task's share of the batch, and its result. Each merged task has one part."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from runners.inference.options import Sampling
 from runners.inference.routing import adapter_of
 from runners.inference.tokens import Texts
 from runners.models.adapters import LocalAdapter
+from runners.models.limits import check_token_ids
 from runners.models.sources import Source
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True):
-    """One task's items and what is to be done with them."""
+    """One task's items and options."""
 
     task_id: str | None
-    """None: the task that the others were merged into."""
+    """None: the parent, into which the others were merged."""
     folder: Path
     items: Items
     system_prompt: str | None
     chat: bool
     export: Export | None
     requests: tuple[Request, ...] = ()
-    """Set by `prepare`."""
+    """Set by `prepare`: one for each item that is not blank."""
 
     @property
     def shown(self) -> list[Any]:
@@ -42,6 +43,11 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
         """Each prompt as it goes to the tokenizer."""
         return [self._asked(prompt)[1] for prompt in self.items.prompts]
 
+    @property
+    def blank(self) -> frozenset[int]:
+        """Items whose own prompt is empty or white space, such as an empty cell of a table. They get no answer."""
+        return frozenset(i for i, prompt in enumerate(self.items.prompts) if _is_blank(prompt))
+
     def _asked(self, prompt: Prompt) -> tuple[Any, Prompt]:
         if self.chat and isinstance(prompt, str) and not self.items.system_last:
             return prompt, with_system((Message("user", prompt),), self.system_prompt)
@@ -49,10 +55,10 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
         return to_json(text), (Message("user", text),) if self.chat and isinstance(text, str) else text
 
     def check_export(self, sampling: Sampling) -> None:
-        """Raises BadRequest where the export needs what an item, answered so, might not have."""
+        """Raises BadRequest if the export needs what an answered item might not have."""
         if self.export is None:
             return
-        logprobs: dict[str, Any] = {} if sampling.logprobs is None else {"logprobs": []}  # of no token, at the least
+        logprobs: dict[str, Any] = {} if sampling.logprobs is None else {"logprobs": []}
         outputs = [{"output": "", "finish_reason": "stop", **logprobs} for _ in range(sampling.n)]
         more = {**logprobs, "outputs": outputs} if sampling.n > 1 else logprobs
         self.export.check([{**_item(self, i, prompt, "", "stop"), **more} for i, prompt in enumerate(self.shown)])
@@ -62,17 +68,24 @@ def prepare(part: Part, texts: Texts, engine: Engine, adapters: Sequence[LocalAd
     """The part with its requests.
 
     Raises:
-        BadRequest: a prompt does not fit the model or its chat template, or names no adapter.
+        BadRequest: a prompt does not fit the model or its chat template, or names no adapter; or all are blank.
     """
-    wheres = part.items.wheres
-    encoded = texts.encode(part.asked, wheres)
+    blank = part.blank
+    kept = [i for i in range(len(part.items.prompts)) if i not in blank]
+    if blank and not kept:
+        raise BadRequest(f"{part.items.wheres[0]}: blank, and so are all other prompts; there is nothing to answer")
+    wheres = [part.items.wheres[i] for i in kept]
+    asked = part.asked
+    encoded = texts.encode([asked[i] for i in kept], wheres)
     for token_ids, where in zip(encoded, wheres, strict=True):
+        check_token_ids(token_ids, engine.vocabulary, texts.tokenizer, where)
         if engine.max_positions is not None and len(token_ids) >= engine.max_positions:
             raise BadRequest(
                 f"{where}: the prompt has {len(token_ids)} tokens; the model takes {engine.max_positions} "
                 "with the answer; shorten it"
             )
-    routes = [adapter_of(adapters, each, where) for each, where in zip(part.items.metadata, wheres, strict=True)]
+    metadata = [part.items.metadata[i] for i in kept]
+    routes = [adapter_of(adapters, each, where) for each, where in zip(metadata, wheres, strict=True)]
     requests = tuple(Request(ids, route) for ids, route in zip(encoded, routes, strict=True))
     return msgspec.structs.replace(part, requests=requests)
 
@@ -80,11 +93,20 @@ def prepare(part: Part, texts: Texts, engine: Engine, adapters: Sequence[LocalAd
 def answer(
     part: Part, completions: Sequence[Completion], texts: Texts, source: Source, latency_s: float
 ) -> dict[str, Any]:
-    """A part's result, as docs/tasks.md has it."""
+    """A part's result (docs/tasks.md).
+
+    Args:
+        completions: to each of the part's requests.
+    """
     items = []
-    for index, (shown, completion) in enumerate(zip(part.shown, completions, strict=True)):
+    blank = part.blank
+    answered = iter(completions)
+    for index, shown in enumerate(part.shown):
+        completion = _unanswered(completions[0]) if index in blank else next(answered)
         first = completion.outputs[0]
         item = _item(part, index, shown, first.text, first.finish_reason)
+        if index in blank:
+            item["warning"] = "the prompt is blank; it was not sent to the model"
         if first.logprobs is not None:
             item["logprobs"] = _logprobs(first, texts)
         if len(completion.outputs) > 1:
@@ -96,6 +118,7 @@ def answer(
         "ok": True,
         "model": source.shown,
         "items": items,
+        **({"blank_prompts": len(blank)} if blank else {}),
         "usage": {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
@@ -104,6 +127,18 @@ def answer(
             "latency_sec": round(latency_s, 6),
         },
     }
+
+
+def _is_blank(prompt: Prompt) -> bool:
+    if isinstance(prompt, str):
+        return not prompt.strip()
+    return not any(turn.content.strip() for turn in prompt if turn.role != "system")
+
+
+def _unanswered(like: Completion) -> Completion:
+    """What a blank prompt gets, in the shape of an answer."""
+    logprobs = None if like.outputs[0].logprobs is None else ()
+    return Completion(tuple(Output("", (), "blank", logprobs) for _ in like.outputs))
 
 
 def _item(part: Part, index: int, shown: Any, output: str, finish_reason: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Modules that an environment's fork server imports, so that a task forked from it starts at once.
+"""Modules that an environment's fork server imports, so that a forked task starts without imports.
 
-Importing them must leave one native thread and no CUDA context behind. The server sets ENVIRONMENT before it imports
-them: OpenBLAS and pyarrow start threads of their own otherwise, and vLLM picks its process layout at import.
+Importing them must start no further native thread and no CUDA context. The server sets ENVIRONMENT first: otherwise
+OpenBLAS and pyarrow start threads, and vLLM chooses its process layout at import.
 """
 
 ENVIRONMENT: dict[str, str] = {
@@ -39,7 +39,7 @@ TRANSFORMERS: tuple[str, ...] = (
     "runners.inference.loader",
     "runners.inference.warm",
 )
-"""For Transformers: imports in 3 s; a tiny task then needs 0.08 s in its child."""
+"""For Transformers: 3 s of imports; a tiny task then takes 0.08 s in its child."""
 
 VLLM: tuple[str, ...] = (
     *TRANSFORMERS,

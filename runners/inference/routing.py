@@ -1,4 +1,4 @@
-"""Which runtime adapter answers which item."""
+"""Chooses the runtime adapter of each item."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ FIELD = "adapter"
 def adapter_of(adapters: Sequence[LocalAdapter], metadata: dict[str, Any] | None, where: str) -> str | None:
     """The adapter's name for an item, or None for the base model.
 
-    One runtime adapter answers everything. With several, each item's metadata says which: `adapter: <name>`, or
+    A single runtime adapter answers all items. With several, each item's metadata names one: `adapter: <name>` or
     `adapter: base`.
 
     Raises:
-        BadRequest: there are several and the item names none of them.
+        BadRequest: there are several, and the item names none of them.
     """
     names = [adapter.name for adapter in adapters if adapter.apply == "runtime"]
     if len(names) <= 1:

@@ -1,4 +1,4 @@
-"""The inference runner: prompts in, answers out, on whichever engine the task and its node have."""
+"""The inference runner: prompts in, answers out, on vLLM or Transformers."""
 
 from __future__ import annotations
 
@@ -53,6 +53,8 @@ class InferenceRunner(Runner):
         for task_id, part in parts.items():
             try:
                 prepared[task_id] = prepare(part, texts, engine, adapters)
+                if part.blank:
+                    ctx.log.warning("blank prompts skipped task=%s count=%d", task_id or ctx.task_id, len(part.blank))
             except BadRequest as error:
                 if task_id is None:
                     raise
@@ -86,10 +88,10 @@ class InferenceRunner(Runner):
 def read_part(
     ctx: Context, task: InferenceTask, spec: dict[str, Any], where: str, *, task_id: str | None, folder: Path
 ) -> Part:
-    """What one task, merged or not, brings into the batch: its items, and what is done with their answers.
+    """A task's part of the batch: its items, prompts and export.
 
     Raises:
-        BadRequest: naming the field.
+        BadRequest: names the field.
     """
     part = Part(
         task_id=task_id,
@@ -104,7 +106,7 @@ def read_part(
 
 
 def work_of(parts: Iterable[Part], task: InferenceTask) -> Work:
-    """How much there is to generate at most."""
+    """Upper bounds of the work."""
     asked = [prompt for part in parts for prompt in part.asked]
     texts = (prompt if isinstance(prompt, str) else "".join(turn.content for turn in prompt) for prompt in asked)
     return Work(
@@ -119,8 +121,8 @@ def find_source(ctx: Context, task: InferenceTask) -> Source:
     """The task's weights: its checkpoint, else `model.source`.
 
     Raises:
-        BadRequest: there are none.
-        RunnerError: they are on a server that cannot be reached.
+        BadRequest: not found.
+        RunnerError: their server is unreachable.
     """
     given = task.model.source
     if task.checkpoint is None:

@@ -1,14 +1,14 @@
-"""Picks the next token of every row of a Transformers batch, the way vLLM picks it.
+"""Picks the next token of every row of a Transformers batch, by vLLM's rules.
 
-It is a LogitsProcessor that leaves only the chosen token standing, so that `generate` in greedy mode takes it. Thus
-a seed belongs to a request and not to a batch, penalties never see padding, and a prompt's answer is the same
-whichever prompts are beside it.
+A LogitsProcessor that masks all tokens but the chosen one, so that greedy `generate` takes it. Seeds then belong to
+requests, penalties ignore padding, and an answer does not depend on the other prompts of its batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
 import torch
 from transformers import LogitsProcessor
 
@@ -16,22 +16,43 @@ from runners.inference.engine import TokenLogprob
 from runners.inference.options import Sampling
 
 
+class NotFinite(ArithmeticError):
+    """The model computed NaN or infinity where the score of its best token should be."""
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """What a task forbids of the next token, in ids of its model's tokenizer."""
+
+    bad_words: Sequence[Sequence[int]] = ()
+    """Sequences whose last token is forbidden where the others were just generated."""
+    ends: frozenset[int] = frozenset()
+    """Tokens that end an answer, forbidden until it has `min_tokens`."""
+
+
 class Picker(LogitsProcessor):
-    """Order of the steps, as in vLLM: logprobs of the model itself, penalties, temperature, top-k, top-p, draw."""
+    """Order of the steps, as in vLLM: logprobs of the model itself, bad words, min_tokens, logit_bias, penalties,
+    temperature, top-k, top-p, draw."""
 
     def __init__(
-        self, sampling: Sampling, prompts: Sequence[Sequence[int]], seeds: Sequence[int | None], width: int
+        self,
+        sampling: Sampling,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int | None],
+        width: int,
+        limits: Limits | None = None,
     ) -> None:
         """
         Args:
-            prompts: the real tokens of each row, without padding.
-            seeds: one of each row; None: drawn from torch's global generator.
-            width: length of the padded prompts; what lies behind it was generated.
+            prompts: token ids of each row, without padding.
+            seeds: one per row; None: torch's global generator.
+            width: length of the padded prompts; later tokens are generated ones.
         """
         self._sampling = sampling
         self._prompts = prompts
         self._seeds = seeds
         self._width = width
+        self._limits = limits or Limits()
+        self._finite: torch.Tensor | None = None
         self._generators: list[torch.Generator | None] = []
         self._prompt_seen: torch.Tensor | None = None
         self._counts: torch.Tensor | None = None
@@ -39,15 +60,49 @@ class Picker(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         sampling = self._sampling
-        if sampling.greedy and not self._penalised and sampling.logprobs is None:
+        finite = scores.amax(dim=-1).isfinite().all()  # amax propagates NaN
+        self._finite = finite if self._finite is None else self._finite & finite
+        if sampling.greedy and not self._limited and not self._penalised and sampling.logprobs is None:
             return scores
         raw = torch.log_softmax(scores, dim=-1) if sampling.logprobs is not None else None
-        scores = self._penalise(input_ids, scores)
+        scores = self._penalise(input_ids, self._limit(input_ids, scores))
         tokens = scores.argmax(dim=-1) if sampling.greedy else self._draw(scores)
         if raw is not None:
             self._note(raw, tokens)
         chosen = torch.full_like(scores, float("-inf"))
         return chosen.scatter_(1, tokens[:, None], 0.0)
+
+    def check_finite(self) -> None:
+        """Raises NotFinite where a score of the last steps was not finite. Waits for the device."""
+        if self._finite is not None and not bool(self._finite):
+            raise NotFinite
+
+    @property
+    def _limited(self) -> bool:
+        s = self._sampling
+        return bool(self._limits.bad_words or s.min_tokens or s.logit_bias)
+
+    def _limit(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if not self._limited:
+            return scores
+        scores = scores.clone()
+        for word in self._limits.bad_words:
+            scores[:, word[-1]].masked_fill_(self._ends_with(input_ids, word[:-1]), float("-inf"))
+        if input_ids.shape[1] - self._width < self._sampling.min_tokens:
+            scores[:, [each for each in self._limits.ends if each < scores.shape[-1]]] = float("-inf")
+        if self._sampling.logit_bias:
+            ids = torch.tensor(list(self._sampling.logit_bias), device=scores.device)
+            scores[:, ids] += torch.tensor(list(self._sampling.logit_bias.values()), device=scores.device)
+        return scores
+
+    def _ends_with(self, input_ids: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
+        """Which rows have just generated these tokens."""
+        rows = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        if not tokens:
+            return rows
+        if input_ids.shape[1] - self._width < len(tokens):
+            return ~rows
+        return (input_ids[:, -len(tokens) :] == torch.tensor(tokens, device=input_ids.device)).all(dim=-1)
 
     @property
     def _penalised(self) -> bool:
@@ -87,7 +142,7 @@ class Picker(LogitsProcessor):
         else:
             for row, generator in enumerate(self._generators):
                 noise[row].exponential_(generator=generator)
-        # The largest p / e with exponential e falls on each token with its probability: no host round trip.
+        # argmax of p / e with exponential e draws each token with its probability, without a host round trip.
         return probabilities.div_(noise.clamp_min_(torch.finfo(noise.dtype).tiny)).argmax(dim=-1)
 
     @staticmethod
@@ -104,7 +159,7 @@ class Picker(LogitsProcessor):
 
 
 def keep_top(scores: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
-    """Only the `top_k` best scores (0: all), and of these the fewest whose probability reaches `top_p`; else -inf.
+    """Mask all but the `top_k` best scores (0: all), and of these all but the fewest that sum up to `top_p`.
 
     Args:
         scores: rows × vocabulary.

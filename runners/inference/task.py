@@ -1,6 +1,6 @@
-"""An inference task's sections as frozen structs, and the checks that need more than one field.
+"""An inference task's sections as frozen structs, and the checks across fields.
 
-Field names are the document's own (docs/tasks.md, "inference"). Null means "as if it were not there".
+Field names are those of docs/tasks.md, "inference". Null means absent.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ KNOWN_SPEC_FIELDS = (
 Dtype = Literal["auto", "float16", "bfloat16", "float32", "fp16", "half", "bf16", "fp32", "float"]
 DTYPES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}
 SHARED = ("dtype", "trust_remote_code")
-"""Options that mean the same to both engines: each takes them from the other's section where its own is silent."""
+"""Options of both engines: each takes them from the other's section if its own does not set them."""
 
 
 class TransformersOptions(Section, frozen=True):
@@ -32,12 +32,12 @@ class TransformersOptions(Section, frozen=True):
     dtype: Dtype | None = None
     trust_remote_code: bool | None = None
     low_cpu_mem_usage: bool | None = None
-    """Transformers 5 always loads this way; false cannot be had and is refused."""
+    """Transformers 5 always loads this way; false is refused."""
     load_in_8bit: bool | None = None
     load_in_4bit: bool | None = None
     use_flash_attention_2: bool | None = None
     attn_implementation: str | None = None
-    """Ours: any name that Transformers knows (`eager`, `sdpa`, `flash_attention_2` …)."""
+    """Any name that Transformers knows (`eager`, `sdpa`, `flash_attention_2` …)."""
 
 
 class Model(Section, frozen=True):
@@ -51,7 +51,7 @@ class Model(Section, frozen=True):
 
 
 class InferenceTask(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything of the document that decides which engine runs, with which weights and which sampling."""
+    """The document's choice of engine, weights and sampling."""
 
     model: Model
     checkpoint: CheckpointLoad | None
@@ -65,10 +65,10 @@ class InferenceTask(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_task(ctx: Context, spec: dict[str, Any], where: str = "spec") -> InferenceTask:
-    """The sections of `spec` that this runner owns, checked.
+    """The checked sections of `spec` that this runner owns.
 
     Raises:
-        BadRequest: naming the field.
+        BadRequest: names the field.
     """
     check_known(ctx, spec, where)
     model = ctx.check(spec.get("model") or {}, Model, f"{where}.model")
@@ -97,9 +97,9 @@ def read_task(ctx: Context, spec: dict[str, Any], where: str = "spec") -> Infere
 
 
 def check_known(ctx: Context, spec: dict[str, Any], where: str) -> None:
-    """Refuse a top-level field that looks like a slip of the pen; tell the log of any other unknown one.
+    """Refuse a top-level field that resembles a known one; log any other unknown field.
 
-    The node and the orchestrator have fields of their own at this level, so not every stranger is an error.
+    The node and the orchestrator own fields at this level, so an unknown one is not always an error.
     """
     for name in spec:
         if name in KNOWN_SPEC_FIELDS or name.startswith("_"):
@@ -128,8 +128,8 @@ def _transformers_options(model: Model, where: str) -> TransformersOptions:
         raise BadRequest(f"{where}.model.transformers.load_in_4bit: excludes load_in_8bit; set one of them")
     if options.low_cpu_mem_usage is False:
         raise BadRequest(
-            f"{where}.model.transformers.low_cpu_mem_usage: false cannot be had, "
-            "this version of Transformers always loads weights one by one; leave it out"
+            f"{where}.model.transformers.low_cpu_mem_usage: false is not possible: "
+            "Transformers 5 always loads weights one by one; leave it out"
         )
     attention = "flash_attention_2" if options.use_flash_attention_2 else None
     if attention and options.attn_implementation not in (None, attention):
@@ -138,7 +138,7 @@ def _transformers_options(model: Model, where: str) -> TransformersOptions:
             "contradicts use_flash_attention_2; give one of them"
         )
     changes: dict[str, Any] = {"attn_implementation": attention or options.attn_implementation}
-    shared = model.vllm or {}  # a document written for vLLM means the same weights when it lands on Transformers
+    shared = model.vllm or {}  # so that a document written for vLLM loads the same weights
     if options.dtype is None and shared.get("dtype") in (*DTYPES, *DTYPES.values()):
         changes["dtype"] = shared["dtype"]
     if options.trust_remote_code is None and shared.get("trust_remote_code") is True:

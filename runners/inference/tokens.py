@@ -1,26 +1,37 @@
-"""Text to token ids and back, for every engine: prompts, chat templates, stop strings."""
+"""Text to token ids and back, for both engines: prompts, chat templates, stop strings."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+
 from runners.api import BadRequest
 from runners.data.prompts import Message, Prompt
+from runners.inference.options import Sampling
 from runners.models.sources import Source
+
+LEAD_TOKENS = 8
+"""Tokens of the prompt that are decoded in front of an answer."""
 
 
 class Texts:
-    """A model's tokenizer, and the rules by which a task's items become prompts."""
+    """A model's tokenizer, and the rules for encoding prompts and decoding answers."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        self._special = {token.content: token_id for token_id, token in added.items() if token.special}
+        self._anchor: tuple[int, ...] | None = None
 
     def encode(self, prompts: Sequence[Prompt], wheres: Sequence[str]) -> list[tuple[int, ...]]:
-        """Token ids of each prompt, in order: plain text as it is, messages through the model's chat template.
+        """Token ids of each prompt, in order: plain text unchanged, messages through the model's chat template.
+
+        Messages that end with an assistant's turn are left open at its end, so that the answer continues it.
 
         Args:
-            wheres: what each prompt is called in an error.
+            wheres: the name of each prompt, for errors.
 
         Raises:
             BadRequest: the model has no chat template, or its template refuses a prompt.
@@ -35,26 +46,58 @@ class Texts:
                 encoded[i] = self._apply_template(prompt, wheres[i])
         return [encoded[i] or (self._first_token(wheres[i]),) for i in range(len(prompts))]
 
-    def decode(self, token_ids: Sequence[int], stop: Sequence[str] = ()) -> str:
-        """The text of an answer, cut before the first of its stop strings."""
-        text = self._decode(token_ids)
-        ends = [at for at in (text.find(each) for each in stop) if at >= 0]
-        return text[: min(ends)] if ends else text
+    def resolved(self, sampling: Sampling) -> Sampling:
+        """The same, with a stop string that is a special token as that token's id: no answer's text shows it."""
+        ids = [self._special[each] for each in sampling.stop if each in self._special]
+        strings = tuple(each for each in sampling.stop if each not in self._special)
+        return msgspec.structs.replace(sampling, stop=strings, stop_token_ids=(*sampling.stop_token_ids, *ids))
+
+    def reader(self, prompt_ids: Sequence[int], sampling: Sampling) -> Reader:
+        """Reads the answers to one prompt; `sampling` as `resolved` gives it."""
+        return Reader(self, prompt_ids, sampling)
 
     def token(self, token_id: int) -> str:
-        """One token as text; for logprobs."""
-        return self.tokenizer.decode([token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        """One token as text in the middle of a text; for logprobs."""
+        if self._anchor is None:
+            self._anchor = tuple(self.tokenizer("a", add_special_tokens=False)["input_ids"][-1:])
+        return self.decode_after(self._anchor, (token_id,), special=True)
 
-    def stops_at(self, token_ids: Sequence[int], stop: Sequence[str]) -> bool:
-        """Whether the newest of `token_ids` completed a stop string.
+    def decode_after(self, lead: Sequence[int], token_ids: Sequence[int], *, special: bool = False) -> str:
+        """The text that `token_ids` add behind `lead`. By themselves, some tokenizers drop their first space.
 
-        Looks only at the tail that can hold the longest one: a token that shows at all has at least one byte,
-        and a few more make up for a character that starts before the tail.
+        Args:
+            special: also write special tokens out.
         """
-        if not stop:
-            return False
-        tail = self._decode(token_ids[-(max(len(each.encode()) for each in stop) + 8) :])
-        return any(each in tail for each in stop)
+        head = self._decode(lead, special=special)
+        text = self._decode([*lead, *token_ids], special=special)
+        return text[len(head) :] if text.startswith(head) else self._decode(token_ids, special=special)
+
+    def visible(self, prompt_ids: Sequence[int]) -> tuple[int, ...]:
+        """The end of a prompt that its answer is decoded behind: enough tokens to hold a visible one, if there is."""
+        end = tuple(prompt_ids[-LEAD_TOKENS:])
+        return end if self._decode(end, special=False) else tuple(prompt_ids)
+
+    def names_special(self, stop: Sequence[str]) -> bool:
+        """Whether a stop string has a special token in it, so that it is looked for in the text with these."""
+        return any(token in each for each in stop for token in self._special)
+
+    def bad_word_ids(self, words: Sequence[str]) -> list[list[int]]:
+        """Token sequences of forbidden words, at the beginning of a text and within it, as vLLM takes them.
+
+        Raises:
+            BadRequest: the tokenizer makes no token of one of them.
+        """
+        found: list[list[int]] = []
+        for word in words:
+            plain, spaced = (
+                self.tokenizer(prefix + word.lstrip(), add_special_tokens=False)["input_ids"] for prefix in ("", " ")
+            )
+            if not plain:
+                raise BadRequest(f"spec.inference.bad_words: the tokenizer makes no token of {word!r}; leave it out")
+            found.append(plain)
+            if spaced and spaced[0] != plain[0] and len(spaced) == len(plain):
+                found.append(spaced)
+        return found
 
     def end_ids(self, generation_config: Any = None) -> frozenset[int]:
         """Ids of the tokens that end an answer, by the tokenizer and by the model's generation_config."""
@@ -63,8 +106,10 @@ class Texts:
             ids.update(source if isinstance(source, list | tuple) else [] if source is None else [source])
         return frozenset(ids)
 
-    def _decode(self, token_ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def _decode(self, token_ids: Sequence[int], *, special: bool) -> str:
+        return str(
+            self.tokenizer.decode(list(token_ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False)
+        )
 
     def _apply_template(self, messages: tuple[Message, ...], where: str) -> tuple[int, ...]:
         if getattr(self.tokenizer, "chat_template", None) is None:
@@ -73,27 +118,87 @@ class Texts:
             )
         import jinja2
 
+        continued = messages[-1].role == "assistant"
+        if continued and not messages[-1].content.strip():
+            raise BadRequest(f"{where}: ends with an empty assistant turn, which cannot be continued; leave it out")
         try:
             text = self.tokenizer.apply_chat_template(
-                [{"role": m.role, "content": m.content} for m in messages], tokenize=False, add_generation_prompt=True
+                [{"role": m.role, "content": m.content} for m in messages],
+                tokenize=False,
+                add_generation_prompt=not continued,
+                continue_final_message=continued,
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise BadRequest(f"{where}: the model's chat template does not take these messages: {error}") from error
         return tuple(self.tokenizer(text, add_special_tokens=False, padding=False, truncation=False)["input_ids"])
 
     def _first_token(self, where: str) -> int:
-        """What stands for an empty prompt: the token that begins a text."""
+        """The token for an empty prompt: the one that begins a text."""
         for token_id in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
             if token_id is not None:
                 return token_id
         raise BadRequest(f"{where}: an empty prompt, and the model has no token that begins a text")
 
 
+class Reader:
+    """Reads the answers to one prompt: where a stop string ends one, and its text as it continues the prompt."""
+
+    def __init__(self, texts: Texts, prompt_ids: Sequence[int], sampling: Sampling) -> None:
+        self._texts = texts
+        self._lead = texts.visible(prompt_ids)
+        self._sampling = sampling
+        self._special = texts.names_special(sampling.stop)
+        self._longest = max((len(each.encode()) for each in sampling.stop), default=0)
+
+    def stops(self, token_ids: Sequence[int]) -> bool:
+        """Whether the newest of `token_ids` completed a stop string.
+
+        Looks only at the tail that can hold the longest one: a token that shows at all has at least one byte, and a
+        few more make up for a character that starts before the tail, or for a space that a decoder drops there.
+        """
+        if not self._sampling.stop or len(token_ids) <= self._sampling.min_tokens:
+            return False
+        skipped = max(len(token_ids) - self._longest - LEAD_TOKENS, 0)
+        lead = self._lead if skipped == 0 else ()
+        return self._stop_at(lead, token_ids[skipped:], self._sampling.min_tokens - skipped)[1] is not None
+
+    def text(self, token_ids: Sequence[int], finish_reason: str) -> str:
+        """An answer's text, without the stop string or the task's stop token that ended it.
+
+        Args:
+            token_ids: everything that was generated.
+        """
+        if finish_reason == "stop" and token_ids and token_ids[-1] in self._sampling.stop_token_ids:
+            token_ids = token_ids[:-1]
+        elif finish_reason == "stop" and self._sampling.stop:
+            text, at = self._stop_at(self._lead, token_ids, self._sampling.min_tokens)
+            if at is not None:
+                return self._before(token_ids, text, at)
+        return self._texts.decode_after(self._lead, token_ids)
+
+    def _stop_at(self, lead: Sequence[int], token_ids: Sequence[int], least: int) -> tuple[str, int | None]:
+        """The text, and where in it the first stop string stands that ends behind the first `least` tokens."""
+        text = self._texts.decode_after(lead, token_ids, special=self._special)
+        start = len(self._texts.decode_after(lead, token_ids[:least], special=self._special)) if least > 0 else 0
+        found = [text.find(each, max(start - len(each) + 1, 0)) for each in self._sampling.stop]
+        return text, min((at for at in found if at >= 0), default=None)
+
+    def _before(self, token_ids: Sequence[int], text: str, at: int) -> str:
+        """The visible part of the text up to `at`."""
+        if not self._special:
+            return text[:at]
+        for count in range(len(token_ids), -1, -1):  # where a special token begins, or a token that holds `at`
+            whole = self._texts.decode_after(self._lead, token_ids[:count], special=True)
+            if len(whole) <= at:
+                break
+        return self._texts.decode_after(self._lead, token_ids[:count]) + text[len(whole) : at]
+
+
 def load_tokenizer(source: Source, trust_remote_code: bool, config: Any, cache_dir: str | None = None) -> Any:
-    """The model's tokenizer. Raises what `transformers` raises; see `sources.loading`.
+    """The model's tokenizer. Raises what Transformers raises; see `sources.loading`.
 
     Args:
-        config: the model's, which need not be read and checked twice.
+        config: the model's configuration, to read it only once.
     """
     from transformers import AutoTokenizer
 

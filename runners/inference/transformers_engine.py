@@ -1,7 +1,7 @@
-"""The Transformers engine: one model, batches of left-padded prompts of about one length.
+"""The Transformers engine: one model, batches of left-padded prompts of similar length.
 
-Promises that an answer does not depend on its batch, and that batches fit the device: their bound is counted in
-tokens of key-value cache, and a batch that runs out of memory all the same is halved and tried again.
+An answer does not depend on its batch. Batches are limited by tokens of key-value cache; one that still runs out of
+memory is halved and tried again.
 """
 
 from __future__ import annotations
@@ -13,33 +13,42 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from runners.api import BadRequest
 from runners.gpu_memory import is_shortage
 from runners.inference.batches import Batch, plan
 from runners.inference.engine import Completion, FinishReason, GpuOutOfMemory, Output, Request, Watch
 from runners.inference.options import Sampling
-from runners.inference.sampling import Picker
-from runners.inference.tokens import Texts
+from runners.inference.sampling import Limits, NotFinite, Picker
+from runners.inference.tokens import Reader, Texts
+from runners.models.limits import embedding_rows, positions
+from runners.models.sources import Source
+from runners.models.weights import first_not_finite, not_finite
 
 
 class TransformersEngine:
-    """A causal language model of `transformers`, as loaded by `loader`."""
+    """A causal language model of Transformers, loaded by `loader`."""
 
     name = "transformers"
 
-    def __init__(self, model: Any, texts: Texts, *, batch_tokens: int, batch_rows: int) -> None:
+    def __init__(
+        self, model: Any, texts: Texts, *, batch_tokens: int, batch_rows: int, source: Source | None = None
+    ) -> None:
         """
         Args:
-            batch_tokens: tokens, prompts and answers together, that one batch may hold in the cache.
-            batch_rows: sequences that one batch may have.
+            batch_tokens: limit of one batch's tokens, prompts and answers together.
+            batch_rows: limit of one batch's sequences.
+            source: of the model, for errors.
         """
         self._model = model
         self._texts = texts
+        self._source = source
         self._batch_tokens = batch_tokens
         self._batch_rows = batch_rows
         self._ends = texts.end_ids(getattr(model, "generation_config", None))
+        self.vocabulary = embedding_rows(model)
+        self.max_positions = positions(model)
         self._pad = self._pad_id()
-        self.max_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        # What the model's authors put there for sampling would otherwise be mixed into every request.
+        # Otherwise the sampling defaults of the model's authors would apply to every request.
         model.generation_config = GenerationConfig(pad_token_id=self._pad)
 
     def describe(self) -> dict[str, Any]:
@@ -47,8 +56,19 @@ class TransformersEngine:
         return {"engine": self.name, "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
 
     def generate(self, requests: list[Request], sampling: Sampling, watch: Watch) -> list[Completion]:
-        """See `Engine.generate`. One adapter at a time; within it, prompts of similar length together."""
+        """See `Engine.generate`. Batches have one adapter and prompts of similar length."""
+        sampling = self._texts.resolved(sampling)
         answers: list[list[Output | None]] = [[None] * sampling.n for _ in requests]
+        try:
+            self._answer(requests, sampling, watch, answers)
+        except NotFinite:
+            where, shown = (self._source.where, self._source.shown) if self._source else ("model", "the model")
+            raise BadRequest(not_finite(where, shown, str(self._model.dtype), first_not_finite(self._model))) from None
+        return [Completion(tuple(each for each in outputs if each is not None)) for outputs in answers]
+
+    def _answer(
+        self, requests: list[Request], sampling: Sampling, watch: Watch, answers: list[list[Output | None]]
+    ) -> None:
         for adapter in sorted({request.adapter for request in requests}, key=lambda name: name or ""):
             self._use(adapter)
             lengths = [(i, len(r.token_ids)) for i, r in enumerate(requests) if r.adapter == adapter]
@@ -63,7 +83,6 @@ class TransformersEngine:
             for batch in batches:
                 for row, output in zip(batch, self._run(batch, requests, sampling, watch), strict=True):
                     answers[row.request][row.copy] = output
-        return [Completion(tuple(each for each in outputs if each is not None)) for outputs in answers]
 
     def _run(self, batch: Batch, requests: list[Request], sampling: Sampling, watch: Watch) -> list[Output]:
         tokens, finished = watch.tokens, watch.answers
@@ -73,7 +92,7 @@ class TransformersEngine:
             if not is_shortage(error):
                 raise
             shortage = str(error)
-        # Out of the handler, so that the traceback no longer holds the tensors that did not fit.
+        # Outside the handler, so that the traceback no longer references the tensors that did not fit.
         gc.collect()
         torch.cuda.empty_cache()
         watch.rewind(tokens=tokens, answers=finished)
@@ -96,8 +115,12 @@ class TransformersEngine:
         width = input_ids.shape[1]
         room = [self._room(len(prompt), sampling) for prompt in prompts]
         seeds = [None if sampling.seed is None else sampling.seed + row.copy for row in batch]
-        picker = Picker(sampling, prompts, seeds, width)
-        ending = _Ending(self._texts, sampling.stop, self._ends, room=room, watch=watch)
+        stop_ids = frozenset(sampling.stop_token_ids)
+        limits = Limits(self._texts.bad_word_ids(sampling.bad_words), self._ends | stop_ids)
+        picker = Picker(sampling, prompts, seeds, width, limits)
+        readers = [self._texts.reader(prompt, sampling) for prompt in prompts]
+        ends = stop_ids if sampling.ignore_eos else self._ends | stop_ids
+        ending = _Ending(readers, ends, picker, room=room, watch=watch)
         with torch.inference_mode():
             self._model.generate(
                 input_ids=input_ids,
@@ -114,7 +137,7 @@ class TransformersEngine:
             )
         return [
             Output(
-                text=self._texts.decode(tokens, sampling.stop),
+                text=readers[row].text(tokens, reason),
                 token_ids=tuple(tokens),
                 finish_reason=reason,
                 logprobs=tuple(picker.logprobs[row][: len(tokens)]) if sampling.logprobs is not None else None,
@@ -138,9 +161,10 @@ class TransformersEngine:
         return ids.to(device), mask.to(device)
 
     def _pad_id(self) -> int:
-        """Any id does: padding is masked, and nothing counts it."""
+        """Padding is masked, so any id with an embedding will do."""
         pad = getattr(self._texts.tokenizer, "pad_token_id", None)
-        return pad if pad is not None else min(self._ends, default=0)
+        pad = pad if pad is not None else min(self._ends, default=0)
+        return pad if self.vocabulary is None or pad < self.vocabulary else 0
 
     def _use(self, adapter: str | None) -> None:
         """Switch to one runtime adapter, or to the base model."""
@@ -154,14 +178,14 @@ class TransformersEngine:
 
 
 class _Ending(StoppingCriteria):
-    """Ends each row at its end token, its stop string or its own limit, and keeps what it answered until then."""
+    """Ends each row at an end token, a stop string or its limit, and keeps its tokens until then."""
 
     def __init__(
-        self, texts: Texts, stop: tuple[str, ...], ends: frozenset[int], *, room: Sequence[int], watch: Watch
+        self, readers: Sequence[Reader], ends: frozenset[int], picker: Picker, *, room: Sequence[int], watch: Watch
     ) -> None:
-        self._texts = texts
-        self._stop = stop
+        self._readers = readers
         self._ends = ends
+        self._picker = picker
         self._room = room
         self._watch = watch
         self._tokens: list[list[int]] = [[] for _ in room]
@@ -169,12 +193,13 @@ class _Ending(StoppingCriteria):
 
     def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:  # noqa: ARG002
         newest = input_ids[:, -1].tolist()
+        self._picker.check_finite()  # here, where the device was waited for anyway
         grown = finished = 0
         for row, token in enumerate(newest):
             if self._reasons[row] is not None:
                 continue
             self._tokens[row].append(token)
-            self._reasons[row] = self._reason(self._tokens[row], self._room[row])
+            self._reasons[row] = self._reason(row)
             grown += 1
             finished += self._reasons[row] is not None
         self._watch.step(tokens=grown, answers=finished)
@@ -185,7 +210,8 @@ class _Ending(StoppingCriteria):
         """Each row's tokens and why it ended."""
         return [(tokens, reason or "length") for tokens, reason in zip(self._tokens, self._reasons, strict=True)]
 
-    def _reason(self, tokens: list[int], room: int) -> FinishReason | None:
-        if tokens[-1] in self._ends or self._texts.stops_at(tokens, self._stop):
+    def _reason(self, row: int) -> FinishReason | None:
+        tokens = self._tokens[row]
+        if tokens[-1] in self._ends or self._readers[row].stops(tokens):
             return "stop"
-        return "length" if len(tokens) >= room else None
+        return "length" if len(tokens) >= self._room[row] else None

@@ -1,4 +1,4 @@
-"""`spec.model.vllm` as vLLM's engine arguments: which may be set, what the node adds, what this node can give."""
+"""`spec.model.vllm` as vLLM's engine arguments, with the node's defaults and limits."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from runners.inference.task import InferenceTask
 WHERE = "spec.model.vllm"
 DEFAULT_UTILIZATION = 0.9
 CONTEXT_BYTES = 2**29
-"""What CUDA takes of a GPU before vLLM looks how much is free; it refuses to start where it is off by a byte."""
+"""CUDA's context, allocated before vLLM checks free memory; it refuses to start if a byte is missing."""
 NCCL_BYTES = 2**29
-"""What NCCL takes besides, where there are several GPUs."""
+"""NCCL's buffers, with several GPUs."""
 LEAST_UTILIZATION = 0.05
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 CPU_SHARE = 0.25
@@ -28,8 +28,8 @@ CPU_LEAST_BYTES = 64 * 2**20
 CPU_MOST_BYTES = 16 * 2**30
 CPU_BLOCK_TOKENS = 128
 COMPILE_STEPS = 3000
-"""Decoding steps from which compiling is taken to pay. It costs 6 s with a warm cache and 30 s without (measured on a
-CPU); what it saves depends on model and device, so that a task that knows better sets `enforce_eager`."""
+"""Decoding steps above which compiling is assumed to pay. It costs 6 s with a warm cache and 30 s without, measured on
+a CPU. The gain depends on model and device; a task can set `enforce_eager`."""
 BATCH_ROWS = 256
 """Sequences that vLLM decodes at once by default."""
 
@@ -47,16 +47,16 @@ OWNED = {
     "seed": "set spec.inference.seed",
     "disable_log_stats": "the node measures",
 }
-"""Arguments that the node sets itself, and where the task has its say instead."""
+"""Arguments that only the node sets, and where the task sets them instead."""
 
 
 class Work(msgspec.Struct, frozen=True, kw_only=True):
-    """How much a task will generate at most."""
+    """Upper bounds of a task's work."""
 
     prompts: int
     prompt_bytes: int
     new_tokens: int
-    """Of one answer."""
+    """Per answer."""
     copies: int
 
     @property
@@ -66,12 +66,12 @@ class Work(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def tokens(self) -> int:
-        """Tokens in the cache if everything ran at once; no token is shorter than a byte."""
+        """Tokens in the cache if all ran at once. Upper bound: a token has at least one byte."""
         return self.prompt_bytes + self.prompts * self.copies * (self.new_tokens + CPU_BLOCK_TOKENS)
 
 
 def check_names(options: dict[str, Any], known: Sequence[str]) -> None:
-    """Raises BadRequest for an argument that vLLM does not have or that is not the task's to set."""
+    """Raises BadRequest for an argument that vLLM does not have, or that only the node sets."""
     for name in options:
         if name in OWNED:
             raise BadRequest(f"{WHERE}.{name}: not for the task to set; {OWNED[name]}")
@@ -84,14 +84,14 @@ def check_names(options: dict[str, Any], known: Sequence[str]) -> None:
 def engine_arguments(
     ctx: Context, task: InferenceTask, config: Any, *, work: Work, adapter_ranks: Sequence[int]
 ) -> dict[str, Any]:
-    """What `LLM` is called with besides the model.
+    """`LLM`'s arguments besides the model.
 
     Args:
-        config: the model's configuration as Transformers reads it.
-        adapter_ranks: of the runtime adapters.
+        config: the model's Transformers configuration.
+        adapter_ranks: ranks of the runtime adapters.
 
     Raises:
-        BadRequest: an argument that does not exist, or that this node or model cannot have.
+        BadRequest: an argument does not exist, or does not fit this node or model.
         GpuOutOfMemory: the GPUs are full.
     """
     from vllm.engine.arg_utils import EngineArgs
@@ -110,12 +110,12 @@ def engine_arguments(
         if options.pop("gpu_memory_utilization", None) is not None:
             ctx.log.warning("%s.gpu_memory_utilization was not used: this task has no GPU", WHERE)
         if "kv_cache_memory_bytes" not in options:
-            # The share of memory that vLLM would take by itself is the host's, and filling it takes seconds.
+            # vLLM's own default is a share of the host's memory, and allocating it takes seconds.
             per_token = cache_bytes_per_token(text_config, 4)
             options["kv_cache_memory_bytes"] = cpu_cache_bytes(work, per_token, psutil.virtual_memory().available)
     if task.sampling.json_schema is not None:
-        # With free white space a model may fill its whole answer with it; of the two grammar libraries that can forbid
-        # it, this one takes more of JSON Schema.
+        # Unlimited white space could fill the whole answer. Two grammar libraries can forbid it; this one supports more
+        # of JSON Schema.
         options.setdefault("structured_outputs_config", {"backend": "guidance", "disable_any_whitespace": True})
     if adapter_ranks:
         options["enable_lora"] = True
@@ -125,10 +125,10 @@ def engine_arguments(
 
 
 def tensor_parallel(ctx: Context, options: dict[str, Any], config: Any) -> int:
-    """`tensor_parallel_size`: the task's, else the GPUs it has, lowered to what the model's heads divide by.
+    """`tensor_parallel_size`: the task's, else its number of GPUs, lowered to a divisor of the model's heads.
 
     Raises:
-        BadRequest: more than the task has GPUs, or the heads do not divide by it.
+        BadRequest: more than the task's GPUs, or not a divisor of the heads.
     """
     where = f"{WHERE}.tensor_parallel_size"
     gpus = len(ctx.gpus)
@@ -153,7 +153,7 @@ def tensor_parallel(ctx: Context, options: dict[str, Any], config: Any) -> int:
 
 
 def divides(config: Any, size: int) -> bool:
-    """Whether a model's heads can be spread over `size` GPUs; fewer key-value heads than GPUs are copied."""
+    """Whether a model's heads can be split over `size` GPUs. Key-value heads are replicated if there are fewer."""
     heads, kv_heads = _heads(config)
     return heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)
 
@@ -164,7 +164,7 @@ def _heads(config: Any) -> tuple[int, int]:
 
 
 def _gpu_count(ctx: Context, gpus: int) -> int:
-    """The task's GPUs, lowered by `resources.hardware.gpu.count` where the node has not done so yet."""
+    """The task's GPUs, limited by `resources.hardware.gpu.count` in case the node has not done so."""
     asked: Any = ctx.spec
     for name in ("resources", "hardware", "gpu", "count"):
         asked = asked.get(name) if isinstance(asked, dict) else None
@@ -178,8 +178,8 @@ def utilization(ctx: Context, options: dict[str, Any]) -> float:
     """`gpu_memory_utilization`: the task's or the default, lowered with a warning to what is free.
 
     Raises:
-        BadRequest: no share between 0 and 1.
-        GpuOutOfMemory: next to nothing is free.
+        BadRequest: not in 0 < x <= 1.
+        GpuOutOfMemory: almost nothing is free.
     """
     asked = options.get("gpu_memory_utilization", DEFAULT_UTILIZATION)
     if isinstance(asked, bool) or not isinstance(asked, int | float) or not 0 < asked <= 1:
@@ -188,7 +188,7 @@ def utilization(ctx: Context, options: dict[str, Any]) -> float:
     kept_bytes = CONTEXT_BYTES + (NCCL_BYTES if len(used) > 1 else 0)
     fits = fit_utilization(float(asked), gpu_memory(used), kept_bytes)
     if fits < LEAST_UTILIZATION:
-        raise GpuOutOfMemory("the GPU's memory is taken: next to nothing of it is free for the model")
+        raise GpuOutOfMemory("the GPU's memory is full: almost none of it is free for the model")
     if fits < asked:
         ctx.log.warning("gpu_memory_utilization lowered asked=%s free=%s", asked, fits)
     return fits
@@ -199,14 +199,14 @@ def fit_utilization(asked: float, memory: Sequence[tuple[int, int]], kept_bytes:
 
     Args:
         memory: (free, total) bytes of each device.
-        kept_bytes: what goes to others than vLLM of each.
+        kept_bytes: memory of each that vLLM cannot use.
     """
     free = min(((free_bytes - kept_bytes) / total_bytes for free_bytes, total_bytes in memory), default=1.0)
     return asked if asked <= free else max(int(free * 1000) / 1000, 0.0)
 
 
 def gpu_memory(uuids: Sequence[str]) -> list[tuple[int, int]]:
-    """(free, total) bytes of each GPU, from the driver's library: asking torch would make a CUDA context."""
+    """(free, total) bytes of each GPU, from NVML: torch would create a CUDA context."""
     import pynvml
 
     pynvml.nvmlInit()
@@ -218,13 +218,13 @@ def gpu_memory(uuids: Sequence[str]) -> list[tuple[int, int]]:
 
 
 def cpu_cache_bytes(work: Work, bytes_per_token: int, available_bytes: int) -> int:
-    """Key-value cache on the CPU: what the work can use, within a share of what is available."""
+    """Size of the key-value cache on the CPU: what the work can use, within a share of available memory."""
     most = max(min(int(available_bytes * CPU_SHARE), CPU_MOST_BYTES), CPU_LEAST_BYTES)
     return min(max(work.tokens * bytes_per_token * 5 // 4, CPU_LEAST_BYTES), most)
 
 
 def lora_rank(rank: int) -> int:
-    """The smallest `max_lora_rank` of vLLM's that takes `rank`.
+    """The smallest `max_lora_rank` of vLLM that admits `rank`.
 
     Raises:
         BadRequest: none does.

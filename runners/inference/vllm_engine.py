@@ -1,15 +1,13 @@
-"""The vLLM engine: in the task's own process where one GPU, or the CPU, is enough.
+"""The vLLM engine, in the task's own process for one GPU or the CPU.
 
-With several GPUs vLLM has processes of its own; `EngineProcesses` ends a generation that waits for dead ones.
+With several GPUs vLLM starts further processes; `EngineProcesses` interrupts a generation that waits for a dead one.
 """
 
 from __future__ import annotations
 
 import os
 import secrets
-import tempfile
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, get_args
 
 from runners.api import BadRequest, Context, RunnerError
@@ -18,33 +16,40 @@ from runners.inference.engine import Completion, FinishReason, Output, Request, 
 from runners.inference.lora import check_fit
 from runners.inference.options import Sampling
 from runners.inference.task import InferenceTask
-from runners.inference.tokens import Texts, load_tokenizer
+from runners.inference.tokens import Reader, Texts, load_tokenizer
 from runners.inference.vllm_args import Work, engine_arguments
 from runners.inference.vllm_failures import Logs, explain, first_line, start_failure, step_failure
 from runners.inference.vllm_processes import EngineProcesses, cuda_started
-from runners.models.adapters import LocalAdapter
+from runners.inference.vllm_weights import check_weights, merged
+from runners.models.adapters import LocalAdapter, check_product
 from runners.models.sources import Source, loading
+from runners.models.weights import not_finite
 
 _alive: list[Any] = []
-"""Taking an engine down costs half a second, and its process ends anyway."""
+"""Keeps engines until the process exits: shutting one down takes half a second."""
 
 
 class VllmEngine:
-    """A model in vLLM, as loaded by `load`."""
+    """A model in vLLM, loaded by `load`."""
 
     name = "vllm"
 
-    def __init__(self, llm: Any, texts: Texts, adapters: dict[str, Any], processes: EngineProcesses) -> None:
+    def __init__(
+        self, llm: Any, texts: Texts, adapters: dict[str, Any], processes: EngineProcesses, source: Source
+    ) -> None:
         """
         Args:
             adapters: LoRARequest by name.
+            source: of the model, for errors.
         """
         self._llm = llm
+        self._source = source
         self._texts = texts
         self._adapters = adapters
         self._processes = processes
         self._on_cpu = llm.llm_engine.vllm_config.device_config.device_type == "cpu"
         self.max_positions: int | None = llm.model_config.max_model_len
+        self.vocabulary: int | None = llm.model_config.get_vocab_size()
 
     def describe(self) -> dict[str, Any]:
         config = self._llm.llm_engine.vllm_config
@@ -59,7 +64,8 @@ class VllmEngine:
 
     def generate(self, requests: list[Request], sampling: Sampling, watch: Watch) -> list[Completion]:
         """See `Engine.generate`."""
-        params = sampling_params(sampling)
+        sampling = self._texts.resolved(sampling)
+        params = sampling_params(sampling, special=self._texts.names_special(sampling.stop))
         completions: dict[int, Completion] = {}
         with self._processes.watched():
             for rows in self._rounds(requests):
@@ -68,8 +74,8 @@ class VllmEngine:
         return [completions[row] for row in range(len(requests))]
 
     def _rounds(self, requests: list[Request]) -> list[list[int]]:
-        """Rows that may run together. All of them, but on the CPU: there, a row without an adapter is answered by
-        one of its neighbours' (vLLM 0.32; rows of several adapters are right)."""
+        """Rows that may run together: all, except on the CPU. There, vLLM 0.32 answers a row without an adapter by
+        another row's adapter; rows with different adapters are correct."""
         plain = [row for row, request in enumerate(requests) if request.adapter is None]
         adapted = [row for row, request in enumerate(requests) if request.adapter is not None]
         if plain and adapted and self._on_cpu:
@@ -81,16 +87,18 @@ class VllmEngine:
         loras = [self._adapters[request.adapter] if request.adapter else None for request in requests]
         try:
             ids = self._llm.enqueue(prompts, params, lora_request=loras, use_tqdm=False)
-        except Exception as error:  # each of its grammar libraries has errors of its own
+        except Exception as error:  # each of its grammar libraries raises its own types
             if sampling.json_schema is None:
                 raise
             raise BadRequest(f"spec.inference.json_schema: vLLM refuses it: {first_line(error)}") from error
         finished = dict(self._finished(watch))
-        # Ids count up in the order of the requests; vLLM may add a random tail to the ones that it was given.
+        # Ids increase in the order of the requests; vLLM may append a random suffix.
         ordered = sorted(finished, key=lambda each: int(each.partition("-")[0]))
         if len(ordered) != len(ids):
-            raise RunnerError(f"vLLM answered {len(ordered)} of {len(ids)} prompts; the log may say why")
-        return [self._completion(finished[each], sampling) for each in ordered]
+            raise RunnerError(f"vLLM answered {len(ordered)} of {len(ids)} prompts; see the log")
+        return [
+            self._completion(finished[each], request, sampling) for each, request in zip(ordered, requests, strict=True)
+        ]
 
     def _finished(self, watch: Watch) -> Iterable[tuple[str, Any]]:
         engine, logs = self._llm.llm_engine, Logs()
@@ -98,25 +106,29 @@ class VllmEngine:
             try:
                 done = [output for output in engine.step() if output.finished]
             except RunnerError:
-                raise  # what `EngineProcesses` found
+                raise  # from `EngineProcesses`
             except Exception as error:
-                raise step_failure(error, logs) from error
+                dtype = str(self._llm.model_config.dtype)
+                nan = not_finite(self._source.where, self._source.shown, dtype, None)
+                raise step_failure(error, logs, nan) from error
             watch.step(
                 tokens=sum(len(answer.token_ids) for output in done for answer in output.outputs),
                 answers=sum(len(output.outputs) for output in done),
             )
             yield from ((output.request_id, output) for output in done)
 
-    def _completion(self, output: Any, sampling: Sampling) -> Completion:
+    def _completion(self, output: Any, request: Request, sampling: Sampling) -> Completion:
         answers = sorted(output.outputs, key=lambda answer: answer.index)
-        return Completion(tuple(self._output(answer, sampling) for answer in answers))
+        reader = self._texts.reader(request.token_ids, sampling)
+        return Completion(tuple(self._output(answer, reader, sampling) for answer in answers))
 
-    def _output(self, answer: Any, sampling: Sampling) -> Output:
+    @staticmethod
+    def _output(answer: Any, reader: Reader, sampling: Sampling) -> Output:
         if answer.finish_reason not in get_args(FinishReason):
-            raise RunnerError(f"vLLM ended an answer with {answer.finish_reason!r}; the log may say why")
+            raise RunnerError(f"vLLM ended an answer with {answer.finish_reason!r}; see the log")
         ids = tuple(answer.token_ids)
         return Output(
-            text=self._texts.decode(ids, sampling.stop),
+            text=reader.text(ids, answer.finish_reason),
             token_ids=ids,
             finish_reason=answer.finish_reason,
             logprobs=_logprobs(ids, answer.logprobs, sampling.logprobs) if sampling.logprobs is not None else None,
@@ -129,7 +141,8 @@ def load(
     """The task's model in vLLM, and its tokenizer.
 
     Raises:
-        BadRequest: there is no such model, or an argument, an adapter or the node does not fit it.
+        BadRequest: no such model, its checkpoint does not hold its weights, or an argument, an adapter or the node
+            does not fit it.
         GpuOutOfMemory: it does not fit the GPU.
         RunnerError: the engine did not start, or the hub cannot be reached.
     """
@@ -142,8 +155,10 @@ def load(
             source.path, revision=source.revision, trust_remote_code=trust, cache_dir=cache_dir
         )
         texts = Texts(load_tokenizer(source, trust, config, cache_dir))
+    check_weights(ctx, task, source, config)
     runtime = [adapter for adapter in adapters if adapter.apply == "runtime"]
     for adapter in runtime:
+        check_product(adapter, "vLLM")
         check_fit(ctx, adapter, config, trust_remote_code=trust)
     arguments = engine_arguments(ctx, task, config, work=work, adapter_ranks=[each.rank for each in runtime])
     path = source.path
@@ -151,22 +166,22 @@ def load(
         path = str(merged(ctx, task, source, adapters, texts))
     alone = arguments["tensor_parallel_size"] * arguments.get("pipeline_parallel_size", 1) == 1
     alone = alone and arguments.get("distributed_executor_backend") in (None, "uni")
-    # Its own default is the same seed for everybody, so that unseeded tasks would all draw the same.
-    # numpy's takes 32 bits; each request has the whole of the task's.
+    # vLLM's default seed is a constant, so that all unseeded tasks would draw the same. numpy's seed has 32 bits; each
+    # request has the task's full seed.
     seed = task.sampling.seed if task.sampling.seed is not None else secrets.randbits(31)
     arguments["seed"] = seed % 2**32
     set_environment(ctx, alone=alone, eager=bool(arguments["enforce_eager"]))
     llm = start(path, None if path != source.path else source.revision, source, arguments, asked=list(task.vllm))
     _alive.append(llm)
-    engine = VllmEngine(llm, texts, _add_adapters(llm, runtime), EngineProcesses())
+    engine = VllmEngine(llm, texts, _add_adapters(llm, runtime), EngineProcesses(), source)
     return engine, texts
 
 
 def start(path: str, revision: str | None, source: Source, arguments: dict[str, Any], *, asked: Sequence[str]) -> Any:
-    """vLLM's LLM. Errors as for `load`.
+    """Start vLLM's LLM. Errors as for `load`.
 
     Args:
-        asked: the arguments that the task itself gave.
+        asked: the task's own arguments.
     """
     import pydantic
     from vllm import LLM
@@ -180,33 +195,12 @@ def start(path: str, revision: str | None, source: Source, arguments: dict[str, 
         raise start_failure(error, source, logs) from error
 
 
-def merged(ctx: Context, task: InferenceTask, source: Source, adapters: Sequence[LocalAdapter], texts: Texts) -> Path:
-    """The model with the adapters to merge in its weights, written into this attempt's TMPDIR."""
-    import torch
-    from transformers import AutoModelForCausalLM
+def sampling_params(sampling: Sampling, *, special: bool = False) -> Any:
+    """Our Sampling as vLLM's.
 
-    from runners.inference.lora import apply_adapters
-
-    target = Path(tempfile.mkdtemp(prefix="merged-", dir=ctx.tmp_dir))
-    trust = bool(task.vllm.get("trust_remote_code"))
-    with loading(source):
-        model = AutoModelForCausalLM.from_pretrained(
-            source.path,
-            revision=source.revision,
-            trust_remote_code=trust,
-            cache_dir=task.vllm.get("download_dir"),
-            dtype="auto",
-            device_map="cpu",
-        )
-    with torch.no_grad():
-        model = apply_adapters(model, [adapter for adapter in adapters if adapter.apply == "merge"])
-    model.save_pretrained(target)
-    texts.tokenizer.save_pretrained(target)
-    return target
-
-
-def sampling_params(sampling: Sampling) -> Any:
-    """Our Sampling as vLLM's."""
+    Args:
+        special: stop strings are looked for in the text with its special tokens written out.
+    """
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
@@ -221,31 +215,38 @@ def sampling_params(sampling: Sampling) -> Any:
         frequency_penalty=sampling.frequency_penalty,
         repetition_penalty=sampling.repetition_penalty,
         stop=list(sampling.stop) or None,
+        stop_token_ids=list(sampling.stop_token_ids) or None,
+        min_tokens=sampling.min_tokens,
+        ignore_eos=sampling.ignore_eos,
+        bad_words=list(sampling.bad_words) or None,
+        logit_bias=sampling.logit_bias or None,
+        skip_special_tokens=not special,
         seed=sampling.seed,
         logprobs=sampling.logprobs,
-        detokenize=bool(sampling.stop),  # text is made by `Texts` from the ids, for both engines alike
+        detokenize=bool(sampling.stop),  # only for stop strings: `Texts` decodes the answers
         structured_outputs=None if schema is None else StructuredOutputsParams(json=schema),
     )
 
 
 def set_environment(ctx: Context, *, alone: bool, eager: bool) -> None:
-    """vLLM reads these when it starts. A process of its own for the engine costs 15 s and can outlive the task."""
+    """Set what vLLM reads at its start. A separate process for the engine costs 15 s and can outlive the task."""
     import torch
 
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if alone else "1"
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    os.environ["VLLM_RAISE_ON_LOGIT_NANS"] = "1"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if "VLLM_CACHE_ROOT" not in os.environ:
         os.environ["VLLM_CACHE_ROOT"] = str(library_folder(ctx, COMPILED, ""))
     if not alone:
         if ctx.gpus:
-            torch.cuda.device_count()  # vLLM asks, too; where one GPU of the machine is lost, torch starts CUDA for it
+            torch.cuda.device_count()  # vLLM calls it too; with a lost GPU in the machine it initializes CUDA
         if len(os.listdir("/proc/self/task")) > 1 or cuda_started():
-            # Something was computed here, such as a merged adapter. What is forked off now would wait for ever for the
-            # threads that did it, which it does not have; and CUDA does not survive a fork.
+            # Something was computed here, such as a merged adapter. A forked child would wait forever for the threads
+            # that did it, which it does not have; and CUDA does not survive a fork.
             os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     if eager:
-        # Its sampler compiles small functions even so: 4 s with a warm cache, 16 s without, on the first seeded token.
+        # The sampler compiles small functions all the same: 4 s with a warm cache, 16 s without, at the first token.
         torch.compiler.set_stance("force_eager")
     if not ctx.gpus:
         torch.set_num_threads(max(ctx.threads, 1))
@@ -260,13 +261,15 @@ def _add_adapters(llm: Any, adapters: Sequence[LocalAdapter]) -> dict[str, Any]:
         try:
             llm.llm_engine.add_lora(request)
         except (ValueError, RuntimeError, KeyError, AssertionError, TypeError) as error:
-            raise BadRequest(f"{adapter.where}: the adapter does not fit the model: {first_line(error)}") from error
+            raise BadRequest(
+                f"{adapter.where}: vLLM cannot apply the adapter at run time: {first_line(error)}; set apply: merge"
+            ) from error
         requests[adapter.name] = request
     return requests
 
 
 def _logprobs(ids: Sequence[int], steps: Any, count: int) -> tuple[TokenLogprob, ...]:
-    """vLLM's ranked mappings, one a token, in our shape."""
+    """vLLM's ranked mappings, one per token, as ours."""
     shown = []
     for token_id, ranked in zip(ids, steps, strict=True):
         best = sorted((each.rank, other, each.logprob) for other, each in ranked.items() if each.rank <= count)

@@ -1,6 +1,6 @@
-"""What went wrong in vLLM, in one line and of the right kind, also where it went wrong in a process of its engine.
+"""Turns vLLM's failures into one-line errors of the right kind, also those in its engine's processes.
 
-Such a process tells its cause only to the log; what reaches the task is that there is one.
+Such a process writes the cause to the log only; the exception in the task's process does not contain it.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ _OUT_OF_MEMORY = (
     "is less than desired GPU memory utilization",
 )
 _TASKS_OWN = frozenset({"ValueError", "TypeError", "KeyError", "AssertionError", "NotImplementedError"})
-"""What vLLM raises where it is given something that it cannot do."""
+"""Exceptions that vLLM raises for arguments and models that it does not support."""
+_NOT_FINITE = "NaNs detected in logits"
 _ELSEWHERE = "root cause"
-"""In all of vLLM's messages that only say that another process failed."""
+"""Contained in all messages of vLLM that only report the failure of another process."""
 _RAISED = re.compile(
     r"(?:\([^)]*\) )?(?:[A-Z]+ \S+ \S+ \[[^\]]*\] )?(?P<kind>[\w.]*(?:Error|Exception)): (?P<text>.*\S)"
 )
@@ -32,13 +33,13 @@ _MOST_BYTES = 4 * 2**20
 
 
 class Logs:
-    """What is written to this process's stdout and stderr after it is made; on a node both are files."""
+    """Output of this process's stdout and stderr since construction; on a node both are files."""
 
     def __init__(self) -> None:
         self._since = {fd: os.fstat(fd).st_size for fd in (1, 2) if stat.S_ISREG(os.fstat(fd).st_mode)}
 
     def cause(self) -> tuple[str, str] | None:
-        """The first exception in there that says more than that another process failed: its kind and its text."""
+        """Type and text of the first logged exception that is not about another process."""
         for fd, since in self._since.items():
             with open(f"/proc/self/fd/{fd}", "rb") as log:
                 log.seek(min(since, os.fstat(fd).st_size))
@@ -53,26 +54,32 @@ def start_failure(error: Exception, source: Source, logs: Logs) -> RunnerError:
     """Why the engine did not start.
 
     Args:
-        logs: made before it was started.
+        logs: constructed before the start.
     """
-    kind, text = _told(error, logs)
+    kind, text = _cause(error, logs)
     line = first_line(text)
     if any(each in text for each in _OUT_OF_MEMORY):
         return GpuOutOfMemory(f"{source.where}: {source.shown!r} does not fit: {line}")
     if kind in _TASKS_OWN:
         return BadRequest(f"{WHERE}: vLLM cannot run {source.shown!r} so: {line}")
-    return RunnerError(f"vLLM's engine did not start: {line}; the log has the whole story")
+    return RunnerError(f"vLLM's engine did not start: {line}; see the log")
 
 
-def step_failure(error: Exception, logs: Logs) -> RunnerError:
-    """Why it stopped while it generated."""
-    kind, text = _told(error, logs)
+def step_failure(error: Exception, logs: Logs, when_not_finite: str | None = None) -> RunnerError:
+    """Why the engine stopped while generating.
+
+    Args:
+        when_not_finite: the message where the model computed NaN.
+    """
+    kind, text = _cause(error, logs)
+    if _NOT_FINITE in text and when_not_finite is not None:
+        return BadRequest(when_not_finite)
     if any(each in text for each in _OUT_OF_MEMORY):
         return GpuOutOfMemory(f"the GPU's memory ran out while generating: {first_line(text)}")
     return RunnerError(f"vLLM's engine failed while generating: {kind}: {first_line(text)}")
 
 
-def _told(error: Exception, logs: Logs) -> tuple[str, str]:
+def _cause(error: Exception, logs: Logs) -> tuple[str, str]:
     cause = logs.cause() if _ELSEWHERE in str(error) else None
     if cause is not None:
         return cause
@@ -81,16 +88,16 @@ def _told(error: Exception, logs: Logs) -> tuple[str, str]:
 
 
 def explain(problem: Any, source: Source, asked: Sequence[str]) -> str:
-    """One of pydantic's problems as a line about the argument that it is down to, as far as that can be told.
+    """One of pydantic's errors as a line about the argument that caused it, if known.
 
     Args:
-        asked: the arguments that the task itself gave.
+        asked: the task's own arguments.
     """
     text = first_line(problem["msg"].removeprefix("Value error, "))
     named = str(problem["loc"][0]) if problem["loc"] else ""
-    guilty = [name for name in asked if name == named] or [name for name in asked if name in text]
-    if guilty:
-        return f"{WHERE}.{guilty[0]}: {text}"
+    causes = [name for name in asked if name == named] or [name for name in asked if name in text]
+    if causes:
+        return f"{WHERE}.{causes[0]}: {text}"
     if named and asked:
         return f"{WHERE}: {named}: {text} (given: {', '.join(asked)})"
     return f"{source.where}: {source.shown!r}: {text}"

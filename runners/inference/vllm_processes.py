@@ -1,4 +1,4 @@
-"""Watches the processes that vLLM runs an engine in: when one dies, vLLM's own `generate` would wait forever."""
+"""Watches vLLM's engine processes: if one dies, vLLM's `generate` waits forever."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIGNAL = signal.SIGUSR2
 
 
 def cuda_started() -> bool:
-    """Whether CUDA was started in this process: it keeps its device for unified memory open, which NVML does not."""
+    """Whether CUDA was initialized in this process: it keeps /dev/nvidia-uvm open, which NVML does not."""
     for fd in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
             if os.readlink(f"/proc/self/fd/{fd}").startswith("/dev/nvidia-uvm"):  # noqa: PTH115
@@ -27,17 +27,17 @@ def cuda_started() -> bool:
 
 
 class EngineProcesses:
-    """The processes below this one, as they are when it is made: right after the engine came up."""
+    """This process's descendants at construction, right after the engine started."""
 
     def __init__(self) -> None:
         self._processes = psutil.Process().children(recursive=True)
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """While the body runs, which has to be on the main thread, a death among the processes ends it.
+        """Interrupt the body if one of the processes dies. Call it on the main thread.
 
         Raises:
-            RunnerError: one of them died.
+            RunnerError: a process died.
         """
         if not self._processes:
             yield
@@ -45,7 +45,7 @@ class EngineProcesses:
         over = threading.Event()
         dead: list[str] = []
 
-        def look() -> None:
+        def poll() -> None:
             while not over.wait(POLL_S):
                 for process in self._processes:
                     if not _alive(process):
@@ -54,10 +54,10 @@ class EngineProcesses:
                         return
 
         def stop(_number: int, _frame: FrameType | None) -> None:
-            raise RunnerError(f"a process of vLLM's engine (pid {dead[0]}) died; the log may say why")
+            raise RunnerError(f"a process of vLLM's engine (pid {dead[0]}) died; see the log")
 
         before = signal.signal(SIGNAL, stop)
-        watcher = threading.Thread(target=look, daemon=True)
+        watcher = threading.Thread(target=poll, daemon=True)
         watcher.start()
         try:
             yield

@@ -1,6 +1,6 @@
-"""Imported by fork servers only, after `transformers`: fills tables that every task would fill anew.
+"""Imported by fork servers only, after `transformers`: fills caches that every task would fill again.
 
-No tensor is touched: a process that computed before it forked hands broken thread pools to its children.
+Uses no tensor: children of a process that has computed inherit broken thread pools.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Imported by fork servers only, after `vllm`: what an engine imports when it starts, for this machine's device.
+"""Imported by fork servers only, after `vllm`: the modules that an engine imports on this machine's device.
 
-Asks the driver's library which device there is; neither a tensor nor a CUDA context is made.
+NVML reports the device; no tensor and no CUDA context is created.
 """
 
 import importlib

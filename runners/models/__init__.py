@@ -1,1 +1,1 @@
-"""Models on disk: where a task's weights come from, and the built-in one that needs no download."""
+"""Models on disk: locating a task's weights, checking them, and the built-in model that needs no download."""

@@ -1,4 +1,4 @@
-"""`spec.model.adapters`: LoRA adapters as folders on this node, with their `scale` already in their configuration."""
+"""`spec.model.adapters`: resolves LoRA adapters to folders on this node, with `scale` applied."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from runners.models.spec import Adapter
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
+"""Values of `init_lora_weights` with which PEFT changes the base model's weights as it loads the adapter."""
 
 
 class LocalAdapter(msgspec.Struct, frozen=True, kw_only=True):
-    """An adapter that both engines load as it is."""
+    """A resolved adapter, which an engine loads unchanged."""
 
     name: str
     folder: Path
@@ -36,20 +38,25 @@ def load_adapters(
     """Fetch every adapter, in the document's order.
 
     Raises:
-        BadRequest: one cannot be had, is no LoRA, or has the name of another.
-        RunnerError: its server cannot be reached.
+        BadRequest: one is missing, is not a LoRA, or has the name of another.
+        RunnerError: its server is unreachable.
     """
     loaded: list[LocalAdapter] = []
     for i, adapter in enumerate(adapters or ()):
         one = load_adapter(ctx, adapter, i, f"{where}[{i}]")
         if any(one.name == other.name for other in loaded):
-            raise BadRequest(f"{one.where}.name: {one.name!r} is another adapter's name, too")
+            raise BadRequest(f"{one.where}.name: {one.name!r} is also another adapter's name")
         loaded.append(one)
     return tuple(loaded)
 
 
 def load_adapter(ctx: Context, adapter: Adapter, index: int, where: str) -> LocalAdapter:
-    """One adapter. A scale other than 1 is written into the configuration of a copy, as a larger or smaller alpha."""
+    """Resolve one adapter. For a scale other than 1, make a copy with a scaled alpha.
+
+    Raises:
+        BadRequest: it is missing, is not a LoRA, or cannot be scaled.
+        RunnerError: its server is unreachable.
+    """
     given = [name for name in ("path", "url", "task_id") if getattr(adapter, name) is not None]
     if len(given) != 1:
         raise BadRequest(f"{where}: give exactly one of `path`, `url` and `taskId`")
@@ -63,6 +70,11 @@ def load_adapter(ctx: Context, adapter: Adapter, index: int, where: str) -> Loca
     if not math.isfinite(scale):
         raise BadRequest(f"{where}.scale: expected a finite number (found {scale})")
     if scale != 1.0:
+        if more := beyond_product(config):
+            raise BadRequest(
+                f"{where}.scale: {scale:g}, but this adapter is more than a product A × B, which is all that can be "
+                f"scaled ({', '.join(more)}); leave scale out"
+            )
         folder = scaled_copy(folder, config, scale, Path(tempfile.mkdtemp(prefix="adapter-", dir=ctx.tmp_dir)))
     name = adapter.name if adapter.name is not None else str(adapter.id if adapter.id is not None else index + 1)
     if not name or "." in name:
@@ -72,9 +84,9 @@ def load_adapter(ctx: Context, adapter: Adapter, index: int, where: str) -> Loca
 
 
 def scaled_copy(folder: Path, config: dict[str, Any], scale: float, target: Path) -> Path:
-    """The adapter, in the empty folder `target`, with its effect multiplied by `scale`; its weights are linked.
+    """Copy the adapter into the empty folder `target`, with its effect multiplied by `scale`; weights are symlinks.
 
-    A LoRA adds alpha / r (or alpha / sqrt(r)) times its product, so every alpha times `scale` is exactly that.
+    A LoRA adds alpha / r (or alpha / sqrt(r)) times its product, so scaling every alpha scales the effect exactly.
     """
     for each in folder.iterdir():
         if each.name != CONFIG:
@@ -84,6 +96,27 @@ def scaled_copy(folder: Path, config: dict[str, Any], scale: float, target: Path
         changed["alpha_pattern"] = {name: alpha * scale for name, alpha in pattern.items()}
     (target / CONFIG).write_text(json.dumps(changed, indent=2))
     return target
+
+
+def check_product(adapter: LocalAdapter, engine: str) -> None:
+    """Raises BadRequest for an adapter that is more than a product A × B, for an engine that applies only these."""
+    if more := beyond_product(_config(adapter.folder, adapter.where)):
+        raise BadRequest(
+            f"{adapter.where}: {engine} cannot apply the adapter at run time: it is more than a product A × B "
+            f"({', '.join(more)}); set apply: merge"
+        )
+
+
+def beyond_product(config: dict[str, Any]) -> list[str]:
+    """What in an adapter's configuration changes the model by more than alpha / r times A × B, as `field=value`."""
+    fields = ("use_dora", "modules_to_save", "lora_bias", "trainable_token_indices", "layer_replication")
+    more = [f"{name}={config[name]!r}" for name in fields if config.get(name)]
+    if config.get("bias", "none") != "none":
+        more.append(f"bias={config['bias']!r}")
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(CHANGES_BASE):
+        more.append(f"init_lora_weights={init!r}")
+    return more
 
 
 def _folder(ctx: Context, adapter: Adapter, field: str) -> Path:

@@ -1,6 +1,6 @@
 """`builtin:tiny-llama` and `builtin:tiny-lora`: a random Llama, its tokenizer and an adapter, for examples and tests.
 
-Made on the spot. The answers mean nothing; everything around them is real. The same call writes the same weights.
+Generated on first use, always with the same weights. The answers are meaningless text.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _OBJECTS = ("its memory", "every token", "the prompt", "an answer", "the next ba
 
 
 def corpus() -> list[str]:
-    """The few hundred sentences that the built-in tokenizer is trained on."""
+    """Training text of the built-in tokenizer: a few hundred sentences."""
     return [
         f"{subject} {verb} {thing}, and then {_SUBJECTS[(i + j + k) % len(_SUBJECTS)]} {verb} {thing} again."
         for i, subject in enumerate(_SUBJECTS)
@@ -41,10 +41,10 @@ def corpus() -> list[str]:
 
 
 def resolve(identifier: str, cache_dir: Path, where: str = "spec.model.source.identifier") -> Path:
-    """The folder of a `builtin:` model or adapter under `cache_dir`, built there once; safe under concurrency.
+    """Folder of a `builtin:` model or adapter under `cache_dir`. Created on first use; safe under concurrency.
 
     Raises:
-        BadRequest: there is no such thing.
+        BadRequest: unknown identifier.
     """
     if identifier not in _RECIPES:
         raise BadRequest(f"{where}: no built-in {identifier!r}; there are: {', '.join(_RECIPES)}")
@@ -57,9 +57,9 @@ def resolve(identifier: str, cache_dir: Path, where: str = "spec.model.source.id
     try:
         write(scratch)
         scratch.chmod(0o755)
-        scratch.rename(target)  # a rename, so that nobody ever sees half of it
+        scratch.rename(target)  # atomic: no reader sees a partial folder
     except OSError:
-        if not target.is_dir():  # else another task was first, and what it made is the same
+        if not target.is_dir():  # another task was faster, with identical content
             raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -88,7 +88,7 @@ def write_tiny_llama(
         num_attention_heads=heads,
         num_key_value_heads=max(heads // 2, 1),
         max_position_embeddings=max_positions,
-        # Wide enough that the best token stands clear of the second: greedy text then survives rounding.
+        # Wide enough to separate the best token from the second, so that rounding does not change greedy text.
         initializer_range=0.2,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -98,7 +98,7 @@ def write_tiny_llama(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config).to(torch.float32)
-    with torch.no_grad():  # what is no readable text scores 0, far below the best: answers stay readable
+    with torch.no_grad():  # unreadable tokens score 0, far below the best
         for token, token_id in tokenizer.get_vocab().items():
             text = tokenizer.convert_tokens_to_string([token])
             readable = text.isascii() and text.isprintable() and token not in (tokenizer.bos_token, tokenizer.pad_token)
@@ -158,7 +158,7 @@ def train_tokenizer(vocab_size: int = 512) -> Any:
     return fast
 
 
-# A changed recipe needs a new name: nodes keep what they have built.
+# A changed recipe needs a new name: nodes cache what they have built.
 _RECIPES: dict[str, tuple[str, Callable[[Path], None]]] = {
     TINY_LLAMA: ("tiny-llama-v1", write_tiny_llama),
     TINY_LORA: ("tiny-lora-v1", write_tiny_lora),

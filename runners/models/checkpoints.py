@@ -18,21 +18,21 @@ _STEP = re.compile(r"checkpoint-(\d+)")
 
 
 class Loaded(msgspec.Struct, frozen=True):
-    """A checkpoint on this node."""
+    """A resolved checkpoint on this node."""
 
     folder: Path
     shown: str
-    """What the document called it."""
+    """Its name in the result and in errors."""
     where: str
     """The field that named it."""
 
 
 def load_checkpoint(ctx: Context, load: CheckpointLoad, where: str = "spec.checkpoint.load") -> Loaded:
-    """The folder that the document's checkpoint lies in, `subdir` included; what is in it is for the caller to check.
+    """Resolve the document's checkpoint to a folder, `subdir` included. The caller checks its contents.
 
     Raises:
-        BadRequest: there is no such checkpoint, or the document names none.
-        RunnerError: its server cannot be reached.
+        BadRequest: no such checkpoint, or the document names none.
+        RunnerError: its server is unreachable.
     """
     archive_format = load.archive_format or "auto"
     path, url = _path_and_url(load, where)
@@ -64,10 +64,10 @@ def load_checkpoint(ctx: Context, load: CheckpointLoad, where: str = "spec.check
 
 
 def model_root(folder: Path, where: str) -> Path:
-    """The model in a checkpoint's folder: the folder itself, its `final_model`, its latest `checkpoint-N`, or deeper.
+    """Find the model in a checkpoint: the folder itself, its `final_model`, its latest `checkpoint-N`, or deeper.
 
     Raises:
-        BadRequest: there is none.
+        BadRequest: no model found.
     """
     if (folder / "config.json").is_file():
         return folder
@@ -79,7 +79,7 @@ def model_root(folder: Path, where: str) -> Path:
 
 
 def latest_step(folder: Path) -> Path | None:
-    """The `checkpoint-N` of the highest N in `folder` or its `checkpoints`, with a whole model in it."""
+    """The `checkpoint-N` with the highest N in `folder` or its `checkpoints` that holds a model."""
     steps = [
         (int(match[1]), each)
         for parent in (folder, folder / "checkpoints")
@@ -91,7 +91,7 @@ def latest_step(folder: Path) -> Path | None:
 
 
 def _path_and_url(load: CheckpointLoad, where: str) -> tuple[str | None, str | None]:
-    """`uri` is a path or a URL, by its look."""
+    """Path and URL of the document; `uri` is read as one of them by its scheme."""
     path, url = load.path, load.url
     if load.uri is not None:
         if load.uri.startswith(("http://", "https://")):
@@ -112,7 +112,7 @@ def _path_and_url(load: CheckpointLoad, where: str) -> tuple[str | None, str | N
 def _check_belongings(
     load: CheckpointLoad, *, path: str | None, url: str | None, task_id: str | None, where: str
 ) -> None:
-    """Raises BadRequest for a field that says something about another one which is not there."""
+    """Raises BadRequest for a field that qualifies another one which is absent."""
     if load.type == "local" and path is None and task_id is None and url is not None:
         raise BadRequest(f"{where}.type: 'local', and there is only a URL; set it to 'http' or leave it out")
     far = load.type != "local" and (url is not None or task_id is not None)
@@ -140,7 +140,7 @@ def _of_task(ctx: Context, load: CheckpointLoad, task_id: str, archive_format: s
 
 
 def _task_url(ctx: Context, load: CheckpointLoad, task_id: str, where: str) -> str | None:
-    """Where the orchestrator keeps a file of another task (docs/contract.md, 2)."""
+    """URL of another task's file at the orchestrator (docs/contract.md, 2)."""
     name = quote(safe_name(load.filename or DEFAULT_FILE, f"{where}.filename"))
     if load.base_url is not None:
         base = load.base_url.rstrip("/")

@@ -1,4 +1,4 @@
-"""Folders of weights, wherever a task says they are: a path, another task's results, a URL; archives are unpacked."""
+"""Folders of weights from a path, another task's results or a URL. Archives are unpacked."""
 
 from __future__ import annotations
 
@@ -14,38 +14,42 @@ from runners.data.unpack import is_archive, unpack
 
 SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 DEPTH = 4
-"""How deep in an archive a model may lie."""
+"""Levels of subfolders that are searched for a model."""
 
 
 def task_folder(ctx: Context, task_id: str, where: str) -> Path | None:
     """The results of another task of this node, or None.
 
     Raises:
-        BadRequest: `task_id` is no task's id.
+        BadRequest: `task_id` is invalid.
     """
     if not SAFE_ID.fullmatch(task_id):
-        raise BadRequest(f"{where}: {task_id!r} is no task id")
+        raise BadRequest(f"{where}: invalid task id {task_id!r}")
     folder = ctx.results_dir / task_id
     return folder if folder.is_dir() else None
 
 
 def safe_name(name: str, where: str) -> str:
-    """Raises BadRequest where `name` is not the plain name of a file."""
+    """`name`, which must be a file name without a path.
+
+    Raises:
+        BadRequest: it is not.
+    """
     if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
-        raise BadRequest(f"{where}: {name!r} is no plain file name")
+        raise BadRequest(f"{where}: {name!r} is not a plain file name")
     return name
 
 
 def opened(ctx: Context, path: Path, archive_format: str, where: str) -> Path:
-    """A folder as it is; an archive unpacked into this attempt's TMPDIR.
+    """A folder unchanged; an archive unpacked into this attempt's TMPDIR.
 
     Raises:
-        BadRequest: it is neither.
+        BadRequest: `path` is neither.
     """
     if path.is_dir():
         return path
     if archive_format == "none" or (archive_format == "auto" and not is_archive(path.name)):
-        raise BadRequest(f"{where}: {str(path)!r} is a file and no archive; give a folder, or say archive_format")
+        raise BadRequest(f"{where}: {str(path)!r} is a file and no archive; give a folder, or set archive_format")
     target = Path(tempfile.mkdtemp(prefix="unpacked-", dir=ctx.tmp_dir))
     unpack(ctx, path, target, archive_format, where)
     return target
@@ -60,11 +64,11 @@ def downloaded(
     headers: Mapping[str, str] | None = None,
     timeout_s: float | None = None,
 ) -> Path:
-    """An archive behind a URL, unpacked once for all tasks of the node.
+    """Download an archive and unpack it, once for all tasks of the node.
 
     Raises:
-        BadRequest: it cannot be had, or is no archive.
-        RunnerError: the server cannot be reached.
+        BadRequest: the server refuses it, or it is not an archive.
+        RunnerError: the server is unreachable.
     """
     if archive_format == "none":
         raise BadRequest(f"{where}: a URL has to be an archive, so archive_format cannot be 'none'")
@@ -75,10 +79,10 @@ def downloaded(
 
 
 def find_root(folder: Path, marker: str, what: str, where: str) -> Path:
-    """The folder below `folder` that holds `marker`: the uppermost, which has to be the only one at its depth.
+    """The uppermost folder in `folder` that contains the file `marker`.
 
     Raises:
-        BadRequest: there is none, or several.
+        BadRequest: none contains it, or several at the same depth.
     """
     for level in _levels(folder):
         found = [each for each in level if (each / marker).is_file()]

@@ -1,7 +1,4 @@
-"""Where a task's weights lie, and what went wrong where they do not load, in one line.
-
-The training runners use this, too: nothing here knows of engines.
-"""
+"""Locates a task's model, and turns loading errors into one line. Used by inference, training and RAG."""
 
 from __future__ import annotations
 
@@ -16,17 +13,17 @@ from runners.models import builtin
 
 
 class Source(msgspec.Struct, frozen=True, kw_only=True):
-    """Weights that `from_pretrained` can be pointed at."""
+    """A model that `from_pretrained` can load."""
 
     path: str
     """A folder of this node, or a hub id."""
     revision: str | None
     shown: str
-    """What the result calls the model."""
+    """The model's name in the result and in errors."""
     where: str
-    """The field that named it, for errors."""
+    """The document's field that named it, for errors."""
     tokenizer: str | None = None
-    """Where the tokenizer comes from; None: from `path`, too."""
+    """Path of the tokenizer; None: `path`."""
 
     @property
     def is_local(self) -> bool:
@@ -34,7 +31,7 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def local_path(ctx: Context, text: str) -> Path:
-    """A path that a document names: absolute, in the home folder, or relative to where the node runs or RESULTS_DIR."""
+    """A document's path as an absolute one. Relative paths start at the working directory, else at RESULTS_DIR."""
     path = Path(text).expanduser()
     if path.is_absolute() or path.exists():
         return path.absolute()
@@ -43,10 +40,10 @@ def local_path(ctx: Context, text: str) -> Path:
 
 
 def resolve_identifier(ctx: Context, identifier: str, revision: str | None, where: str) -> Source:
-    """`model.source`, which may be built in, a local folder or a hub id.
+    """Resolve `model.source`: built in, a local folder or a hub id.
 
     Raises:
-        BadRequest: it looks like a path, and there is no model; or it is on this node and has no revisions.
+        BadRequest: a path without a model, or a revision of a local model.
     """
     if identifier.startswith(builtin.PREFIX):
         folder = builtin.resolve(identifier, ctx.cache_dir, where)
@@ -65,16 +62,16 @@ def resolve_identifier(ctx: Context, identifier: str, revision: str | None, wher
 
 
 def check_no_revision(revision: str | None, where: str) -> None:
-    """Raises BadRequest where something on this node is to have a revision of the hub's; `main` is what none means."""
+    """Raises BadRequest for a revision of something local. `main` is accepted: it means the same as none."""
     if revision not in (None, "main"):
         raise BadRequest(
-            f"{where.removesuffix('.identifier').removesuffix('.url')}.revision: {revision!r}, but what lies on this "
-            "node has no revisions; leave it out"
+            f"{where.removesuffix('.identifier').removesuffix('.url')}.revision: {revision!r}, but local files "
+            "have no revisions; leave it out"
         )
 
 
 def check_model_folder(folder: Path, where: str) -> None:
-    """Raises BadRequest where `folder` holds no model at all."""
+    """Raises BadRequest if `folder` contains no model."""
     if (folder / "config.json").is_file():
         return
     if (folder / "adapter_config.json").is_file():
@@ -82,16 +79,16 @@ def check_model_folder(folder: Path, where: str) -> None:
             f"{where}: {str(folder)!r} holds an adapter and no whole model; "
             "name its base model here and the adapter in spec.model.adapters"
         )
-    raise BadRequest(f"{where}: {str(folder)!r} has no config.json, so it is no model folder")
+    raise BadRequest(f"{where}: {str(folder)!r} has no config.json, so it is not a model folder")
 
 
 @contextlib.contextmanager
 def loading(source: Source) -> Iterator[None]:
-    """Turns what `from_pretrained` raises into one line about `source`.
+    """Turn what `from_pretrained` raises into a one-line error about `source`.
 
     Raises:
-        BadRequest: there is no such model or revision, or the folder's contents are not one.
-        RunnerError: the hub cannot be reached.
+        BadRequest: no such model or revision, or the folder's contents cannot be loaded.
+        RunnerError: the hub is unreachable.
     """
     from huggingface_hub import errors as hub
 
@@ -101,7 +98,7 @@ def loading(source: Source) -> Iterator[None]:
         raise MissingDependency(_library(error), "inference") from error
     except (RunnerError, MemoryError):
         raise
-    except Exception as error:  # each format of weights has errors of its own, and all of them mean one thing here
+    except Exception as error:  # each weight format raises its own types
         if "out of memory" in str(error).lower():
             raise
         causes = list(_causes(error))

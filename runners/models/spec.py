@@ -1,6 +1,6 @@
-"""The sections of a document that say where weights come from, shared by inference and training.
+"""The document's sections about weights, shared by inference and training.
 
-Field names are the document's own (docs/tasks.md). Null means "as if it were not there".
+Field names are those of docs/tasks.md. Null means absent.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ ArchiveFormat = Literal["auto", "tar", "tar.gz", "tgz", "tar.bz2", "tar.xz", "zi
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What all sections have in common."""
+    """Base of all sections: unknown fields are errors."""
 
 
 class ModelSource(Section, frozen=True):

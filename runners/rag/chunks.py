@@ -1,4 +1,4 @@
-"""Documents cut into passages: so many tokens, some shared with the passage before, at a sentence's end if possible."""
+"""Cuts documents into passages of a number of tokens, with an overlap, at the end of a sentence if possible."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from runners.api import BadRequest
 DEFAULT_TOKENS = 256
 OVERLAP_SHARE = 8
 LATEST_CUT = 3 / 4
-"""A passage may end early, at a sentence or a word, but not before this part of its length."""
+"""A passage may end early, at a sentence or a word, but not before this fraction of its length."""
 _SENTENCE_ENDS = ".!?。！？\n"
 
 
@@ -24,10 +24,10 @@ class Window(msgspec.Struct, frozen=True):
 
 
 def window(tokens: int | None, overlap: int | None, *, model_takes: int | None, where: str) -> Window:
-    """The task's wish with the defaults filled in.
+    """The task's settings with the defaults filled in.
 
     Args:
-        model_takes: tokens of a text that the embedding model looks at, without special ones.
+        model_takes: tokens of a text that the embedding model uses, without special tokens and its prompt.
 
     Raises:
         BadRequest: passages would be longer than that.
@@ -70,11 +70,11 @@ def token_offsets(tokenizer: Any, texts: Sequence[str]) -> list[list[tuple[int, 
     """Where each token of each text begins and ends.
 
     Raises:
-        BadRequest: the model's tokenizer cannot tell.
+        BadRequest: the model's tokenizer does not give offsets.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise BadRequest(
-            "spec.embedding.model: its tokenizer cannot tell where tokens lie in a text, so documents cannot be cut; "
+            "spec.embedding.model: its tokenizer does not give the offsets of tokens, so documents cannot be cut; "
             "choose a model with a tokenizer.json"
         )
     encoded = tokenizer(

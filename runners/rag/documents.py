@@ -1,8 +1,10 @@
-"""The passages of an index: a task's documents read, cut, and given ids and payloads."""
+"""The passages of an index: documents are read, cut, and given ids and payloads."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import stat
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +12,24 @@ import msgspec
 
 from flowmesh.validation.convert import nearest
 from runners.api import BadRequest, Context
-from runners.data.prompts import Items
+from runners.data.documents import BinaryFile, UnreadableDocument, document_text
+from runners.data.prompts import Items, check_text
 from runners.data.sources import LOADERS
 from runners.models.sources import local_path
 from runners.rag.chunks import Window, split, token_offsets
 
-SUFFIXES = (".txt", ".md", ".rst", ".text", ".markdown")
 BATCH_DOCUMENTS = 256
 MAX_FILE_BYTES = 64 * 2**20
+MAX_LISTED = 200
+"""Upper bound of skipped documents that a result lists; it always gives their number."""
 
 
 class Passage(msgspec.Struct, frozen=True):
-    """What an index knows of one vector; the payload of a hit."""
+    """The data of one vector; the payload of a hit."""
 
-    id: str
+    id: str | int
     text: str
-    document: str
+    document: str | int
     """Which document it is from: the id in its metadata, its path, or its number."""
     chunk: int
     """Which of the document's passages, from 0."""
@@ -33,21 +37,39 @@ class Passage(msgspec.Struct, frozen=True):
 
 
 class Document(msgspec.Struct, frozen=True):
-    id: str
+    id: str | int
     text: str
     metadata: dict[str, Any] | None
 
 
-def read_documents(ctx: Context, section: dict[str, Any] | None, path: str | None, where: str) -> list[Document]:
+class Skipped(msgspec.Struct, frozen=True):
+    """A document that is not in the index."""
+
+    document: str | int
+    """Its id: a path below the folder; those of folders end in a slash."""
+    reason: str
+    minor: bool = False
+    """Hidden or binary. Listed after the others."""
+
+
+class Documents(msgspec.Struct, frozen=True):
+    """The documents of a task, and those that could not be read."""
+
+    read: tuple[Document, ...]
+    skipped: tuple[Skipped, ...]
+
+
+def read_documents(ctx: Context, section: dict[str, Any] | None, path: str | None, where: str) -> Documents:
     """The documents of `faiss.documents` or `faiss.path`.
 
     Raises:
-        BadRequest: there are none, or one is no text.
+        BadRequest: there are none, a row is not a text, or two have the same id.
+        Cancelled: the node asked the task to stop.
     """
     if section is not None:
         return _of_source(load_source(ctx, section, f"{where}.documents"), f"{where}.documents")
     assert path is not None, "one of the two is given"
-    return list(_of_path(local_path(ctx, path), path, f"{where}.path"))
+    return _of_path(ctx, local_path(ctx, path), path, f"{where}.path")
 
 
 def load_source(ctx: Context, section: dict[str, Any], where: str) -> Items:
@@ -61,7 +83,21 @@ def load_source(ctx: Context, section: dict[str, Any], where: str) -> Items:
         raise BadRequest(f"{where}.type: missing; one of {', '.join(sorted(LOADERS))}")
     if kind not in LOADERS:
         raise BadRequest(f"{where}.type: unknown source {kind!r}; {nearest(kind, list(LOADERS))}")
-    return LOADERS[kind](ctx, section, None, ctx.spec, where)
+    items = LOADERS[kind](ctx, section, None, ctx.spec, where)
+    for prompt, place in zip(items.prompts, items.wheres, strict=True):
+        check_text(prompt, place)
+    return items
+
+
+def to_json(skipped: Sequence[Skipped]) -> dict[str, Any]:
+    """The result's fields about skipped documents: at most MAX_LISTED with their reasons, and the number of all."""
+    if not skipped:
+        return {}
+    listed = sorted(skipped, key=lambda each: (each.minor, str(each.document)))[:MAX_LISTED]
+    return {
+        "skipped": [{"document": each.document, "reason": each.reason} for each in listed],
+        "skipped_count": len(skipped),
+    }
 
 
 def text_of(prompt: Any, where: str) -> str:
@@ -75,61 +111,127 @@ def text_of(prompt: Any, where: str) -> str:
     return prompt
 
 
-def cut_documents(ctx: Context, documents: list[Document], tokenizer: Any, cut: Window) -> list[Passage]:
-    """The passages of all documents, in order.
+def cut_documents(
+    ctx: Context, documents: Sequence[Document], tokenizer: Any, cut: Window
+) -> tuple[list[Passage], list[Skipped]]:
+    """The passages of all documents, in order, and the documents that are empty.
 
     Raises:
+        BadRequest: two passages would have the same id.
         Cancelled: the node asked the task to stop.
     """
     passages: list[Passage] = []
+    empty: list[Skipped] = []
     for first in range(0, len(documents), BATCH_DOCUMENTS):
         ctx.check_cancelled()
         batch = documents[first : first + BATCH_DOCUMENTS]
         for document, offsets in zip(batch, token_offsets(tokenizer, [each.text for each in batch]), strict=True):
             texts = split(document.text, offsets, cut)
+            if not texts:
+                empty.append(Skipped(document.id, "empty"))
             for chunk, text in enumerate(texts):
                 name = document.id if len(texts) == 1 else f"{document.id}#{chunk}"
                 passages.append(Passage(name, text, document.id, chunk, document.metadata))
-    return passages
+    _check_ids(passages)
+    return passages, empty
 
 
-def _of_source(items: Items, where: str) -> list[Document]:
+def _check_ids(passages: Sequence[Passage]) -> None:
+    seen: dict[str, Passage] = {}
+    for each in passages:
+        other = seen.setdefault(str(each.id), each)
+        if other is not each:
+            raise BadRequest(
+                f"spec.faiss: a passage of document {each.document!r} and one of {other.document!r} would both have "
+                f"the id {each.id!r}; rename one of the documents"
+            )
+
+
+def _of_source(items: Items, where: str) -> Documents:
     documents = []
     seen: dict[str, str] = {}
     for index, (prompt, metadata, place) in enumerate(zip(items.prompts, items.metadata, items.wheres, strict=True)):
-        own = (metadata or {}).get("id")
-        name = str(own) if isinstance(own, str | int) and not isinstance(own, bool) else str(index)
-        if name in seen:
-            raise BadRequest(f"{place}: its id {name!r} is also that of {seen[name]}; ids in metadata must differ")
-        seen[name] = place
+        name = _id_of(metadata, index, place)
+        if str(name) in seen:  # passages of 7 and "7" would have the same id
+            raise BadRequest(f"{place}: its id {name!r} is also that of {seen[str(name)]}; ids in metadata must differ")
+        seen[str(name)] = place
         documents.append(Document(name, text_of(prompt, place), metadata))
     if not documents:
         raise BadRequest(f"{where}: no documents there")
-    return documents
+    return Documents(tuple(documents), ())
 
 
-def _of_path(path: Path, shown: str, where: str) -> Iterator[Document]:
+def _id_of(metadata: dict[str, Any] | None, index: int, place: str) -> str | int:
+    own = (metadata or {}).get("id")
+    if own is None:
+        return str(index)
+    if isinstance(own, bool) or not isinstance(own, str | int):
+        raise BadRequest(f"{place}: the id in its metadata must be a string or an integer (found {own!r:.60})")
+    return own
+
+
+def _of_path(ctx: Context, path: Path, shown: str, where: str) -> Documents:
     if path.is_file():
-        yield _of_file(path, path.name, where)
-        return
+        try:
+            return Documents((Document(path.name, _text_of_file(path, path.name), {"path": path.name}),), ())
+        except UnreadableDocument as error:
+            raise BadRequest(f"{where}: {path.name!r} is not a text file or readable document: {error}") from None
     if not path.is_dir():
         raise BadRequest(f"{where}: there is no file or folder {shown!r} on this node")
-    files = sorted(each for each in path.rglob("*") if each.suffix.lower() in SUFFIXES and each.is_file())
-    if not files:
+    found = list(_walk(ctx, path))
+    documents = tuple(each for each in found if isinstance(each, Document))
+    skipped = tuple(each for each in found if isinstance(each, Skipped))
+    if not documents:
+        reasons = "; ".join(f"{each.document}: {each.reason}" for each in skipped[:3]) or "it is empty"
         raise BadRequest(
-            f"{where}: {shown!r} has no text files ({', '.join(SUFFIXES)}); "
+            f"{where}: {shown!r} has no text files or documents that can be read ({reasons}); "
             "rows of a table are for `documents`, an index has to hold index.faiss"
         )
-    for each in files:
-        yield _of_file(each, each.relative_to(path).as_posix(), where)
+    return Documents(documents, skipped)
 
 
-def _of_file(path: Path, name: str, where: str) -> Document:
-    if path.suffix.lower() not in SUFFIXES:
-        raise BadRequest(f"{where}: {name!r} is no text file ({', '.join(SUFFIXES)}); rows are for `documents`")
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise BadRequest(f"{where}: {name!r} has more than {MAX_FILE_BYTES} bytes; split it")
+def _walk(ctx: Context, folder: Path) -> Iterator[Document | Skipped]:
+    """Every file below `folder`: its text, or the reason why it is skipped."""
+
+    def unlisted(error: OSError) -> None:
+        refused.append(Skipped(_below(Path(error.filename), folder) + "/", f"cannot be listed: {error.strerror}"))
+
+    refused: list[Skipped] = []
+    for parent, folders, files in os.walk(folder, onerror=unlisted):
+        for name in sorted(folders):
+            path = Path(parent) / name
+            if name.startswith("."):
+                yield Skipped(_below(path, folder) + "/", "hidden", minor=True)
+            elif path.is_symlink():
+                yield Skipped(_below(path, folder) + "/", "a link to a folder, which is not followed")
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            ctx.check_cancelled()
+            path = Path(parent) / name
+            shown = _below(path, folder)
+            if name.startswith("."):
+                yield Skipped(shown, "hidden", minor=True)
+                continue
+            try:
+                yield Document(shown, _text_of_file(path, shown), {"path": shown})
+            except UnreadableDocument as error:
+                yield Skipped(shown, str(error), minor=isinstance(error, BinaryFile))
+    yield from refused
+
+
+def _below(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix()
+
+
+def _text_of_file(path: Path, name: str) -> str:
     try:
-        return Document(name, path.read_text(encoding="utf-8-sig"), {"path": name})
-    except UnicodeDecodeError as error:
-        raise BadRequest(f"{where}: {name!r} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise UnreadableDocument("not a regular file")
+        if status.st_size > MAX_FILE_BYTES:
+            raise UnreadableDocument(f"more than {MAX_FILE_BYTES} bytes; split it")
+        return document_text(path.read_bytes(), name)
+    except FileNotFoundError:
+        raise UnreadableDocument("a link to a file that does not exist") from None
+    except OSError as error:
+        raise UnreadableDocument(f"cannot be read: {error.strerror}") from None

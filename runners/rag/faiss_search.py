@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -11,7 +12,7 @@ from runners.api import BadRequest, Context
 from runners.models.sources import local_path
 from runners.rag import store
 from runners.rag.chunks import window
-from runners.rag.documents import cut_documents, read_documents
+from runners.rag.documents import Passage, Skipped, cut_documents, read_documents, to_json
 from runners.rag.embedder import Embedder, load_embedder
 from runners.rag.faiss_index import build, check_dimension
 from runners.rag.search import Hit
@@ -19,7 +20,7 @@ from runners.rag.task import Faiss, RagTask
 
 WHERE = "spec.faiss"
 SAME_SPACE = 0.5
-"""Cosine of two embeddings of one text; those of different models have next to none."""
+"""Least cosine of two embeddings of one text by the same model; different models give about 0."""
 
 
 class FaissSearcher:
@@ -27,9 +28,11 @@ class FaissSearcher:
 
     name = "faiss"
 
-    def __init__(self, loaded: store.Loaded, wanted: Faiss) -> None:
+    def __init__(self, loaded: store.Loaded, wanted: Faiss, skipped: Sequence[Skipped] = (), cut: int = 0) -> None:
         self._loaded = loaded
         self._wanted = wanted
+        self._skipped = skipped
+        self._cut = cut
 
     def search(self, ctx: Context, vectors: np.ndarray, top_k: int) -> list[list[Hit]]:
         """See `search.Searcher`."""
@@ -47,9 +50,16 @@ class FaissSearcher:
             "embedding_model": about.embedding_model,
             "count": index.count,
             "device": "cuda" if index.on_gpu else "cpu",
+            **index.effort,
         }
         said |= {"chunk_tokens": about.chunk_tokens, "chunk_overlap": about.chunk_overlap}
+        if self._cut:
+            said["passages_cut"] = self._cut
         return said if self._loaded.folder is None else {**said, "index_path": str(self._loaded.folder)}
+
+    def notes(self) -> dict[str, Any]:
+        """See `search.Searcher`: the documents that are not in the index."""
+        return to_json(self._skipped)
 
     @staticmethod
     def _hit(passage: Any, score: float) -> Hit:
@@ -97,10 +107,10 @@ def _open(ctx: Context, task: RagTask, wanted: Faiss, loaded: store.Loaded) -> t
 
 
 def _check_same_space(ctx: Context, loaded: store.Loaded, embedder: Embedder) -> None:
-    """The model has another name than that of the index: perhaps just another place. Its vectors tell.
+    """Check a model whose name differs from that of the index, which may be the same model at another path.
 
     Raises:
-        BadRequest: they have nothing to do with those of the index.
+        BadRequest: its vectors differ from those of the index.
     """
     own = loaded.about.embedding_model
     stored, made = loaded.index.vector(0), embedder.embed(ctx, [loaded.passages[0].text], "document")[0]
@@ -115,22 +125,26 @@ def _check_same_space(ctx: Context, loaded: store.Loaded, embedder: Embedder) ->
 
 def _build(ctx: Context, task: RagTask, wanted: Faiss) -> tuple[FaissSearcher, Embedder]:
     documents = read_documents(ctx, wanted.documents, wanted.path, WHERE)
+    skipped = list(documents.skipped)
     ctx.phase("load")
     embedder = load_embedder(ctx, task.embedding)
     chunk = wanted.chunk
-    takes = embedder.max_tokens
-    special = embedder.tokenizer.num_special_tokens_to_add()
     cut = window(
         None if chunk is None else chunk.tokens,
         None if chunk is None else chunk.overlap,
-        model_takes=None if takes is None else takes - special,
+        model_takes=embedder.room("document"),
         where=f"{WHERE}.chunk",
     )
     ctx.phase("index")
-    passages = cut_documents(ctx, documents, embedder.tokenizer, cut)
+    passages, empty = cut_documents(ctx, documents.read, embedder.tokenizer, cut)
     if not passages:
         raise BadRequest(f"{WHERE}.{wanted.source}: all documents are empty, there is nothing to find in them")
     vectors = embedder.embed(ctx, [each.text for each in passages], "document")
+    cut_passages = len(embedder.cut)
+    passages, vectors, nowhere = _without_zeros(passages, vectors)
+    if not passages:
+        raise BadRequest(f"{WHERE}.{wanted.source}: {embedder.name!r} gives a vector of zeros for every document")
+    skipped += [*empty, *nowhere]
     index = build(ctx, vectors, wanted)
     about = store.About(
         version=store.VERSION,
@@ -143,5 +157,17 @@ def _build(ctx: Context, task: RagTask, wanted: Faiss) -> tuple[FaissSearcher, E
     built = store.Loaded(index, store.Passages.of(passages), about, None)
     if wanted.save:
         built = msgspec.structs.replace(built, folder=store.save(ctx, built))
-    ctx.log.info("index built documents=%d passages=%d type=%s", len(documents), index.count, index.recipe.index_type)
-    return FaissSearcher(built, wanted), embedder
+    ctx.log.info(
+        "index built documents=%d skipped=%d passages=%d type=%s",
+        len(documents.read), len(skipped), index.count, index.recipe.index_type,
+    )  # fmt: skip
+    return FaissSearcher(built, wanted, skipped, cut_passages), embedder
+
+
+def _without_zeros(passages: list[Passage], vectors: np.ndarray) -> tuple[list[Passage], np.ndarray, list[Skipped]]:
+    """Passages with vectors that can be compared with a query, and the skipped rest. Zeros have no direction."""
+    kept, zeros = np.flatnonzero(vectors.any(axis=1)), np.flatnonzero(~vectors.any(axis=1))
+    if not zeros.size:
+        return passages, vectors, []
+    reason = "the embedding model gives a vector of zeros for it"
+    return [passages[i] for i in kept], vectors[kept], [Skipped(passages[i].id, reason) for i in zeros]

@@ -1,4 +1,4 @@
-"""What the task's document may have at its top level, and what becomes of the rest."""
+"""Known top-level fields of a task, and what happens to unknown ones."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from flowmesh.validation.convert import nearest
 from runners.api import BadRequest, Context
 
 COMMON = ("taskType", "resources", "output", "shard", "timeoutSec", "retainLogs", "env")
-"""Fields that every task type has, most of them the node's business."""
+"""Fields of every task type; the node handles most of them."""
 
 
 def check_known(ctx: Context, spec: dict[str, Any], where: str, own: Sequence[str]) -> None:
-    """Refuse a top-level field that looks like a slip of the pen; tell the log of any other unknown one.
+    """Refuse a top-level field that resembles a known one; log any other unknown one.
 
-    The node and the orchestrator have fields of their own at this level, so not every stranger is an error.
+    The node and the orchestrator have their own fields at this level, so not every unknown field is an error.
 
     Args:
         own: the task type's own fields.

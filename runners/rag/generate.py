@@ -23,18 +23,18 @@ WHERE = "spec.generate"
 
 
 class Question(msgspec.Struct, frozen=True):
-    """One query with what was found for it."""
+    """One query with its hits."""
 
     query: str
     hits: Sequence[Hit]
     system_prompt: str | None
     where: str
     merged: bool
-    """Of a task that was merged into this one, which does not fail with it."""
+    """Whether it belongs to a task that was merged into this one; its error does not fail this task."""
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """What a query's entry in the result gets."""
+    """The fields that generation adds to a query's entry in the result."""
 
     fields: dict[str, Any]
     prompt_tokens: int
@@ -44,7 +44,7 @@ class Answer(msgspec.Struct, frozen=True):
 class Answers(msgspec.Struct, frozen=True):
     model: str
     answers: tuple[Answer | BadRequest, ...]
-    """To each question, or why the model cannot be asked it; the latter for merged ones only."""
+    """The answer to each question; for merged questions possibly the error instead."""
     latency_s: float
 
 
@@ -111,7 +111,7 @@ def _part(ctx: Context, generation: Generation, question: Question, prompt: str)
 def _fitting(
     ctx: Context, generation: Generation, question: Question, texts: Texts, room: int | None
 ) -> tuple[int, str]:
-    """As many of the best passages as the model has room for beside its answer, and the prompt with them."""
+    """How many of the best passages fit the model with the answer, and the prompt with them."""
     passages = len(question.hits)
     while True:
         prompt = _prompt(generation, question, passages)

@@ -11,7 +11,7 @@ from runners.rag.task import RagTask
 
 
 def check_agreement(parent: RagTask, child: RagTask, where: str) -> None:
-    """Raises BadRequest, naming the section, where a child searches or answers differently than its parent."""
+    """Raises BadRequest, naming the section, if a child searches or answers differently from its parent."""
     for section, field in (
         ("embedding", "embedding"),
         ("search.top_k", "top_k"),

@@ -11,7 +11,7 @@ __all__ = ["ENVIRONMENT", "RAG", "if_installed"]
 
 
 def if_installed(library: str, *modules: str) -> tuple[str, ...]:
-    """`modules` where the library is there, else none of them."""
+    """`modules` if the library is installed, else none of them."""
     return modules if importlib.util.find_spec(library) is not None else ()
 
 

@@ -1,6 +1,6 @@
-"""`spec.qdrant`: a collection of a Qdrant server, or of qdrant-client's local mode, asked with vectors made here.
+"""`spec.qdrant`: a collection of a Qdrant server, or of qdrant-client's local mode, searched with vectors made here.
 
-Errors name the server's host and the collection, and never the key or what else stands in the address.
+Errors name the server's host and the collection, never the key or the rest of the address.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class QdrantSearcher:
         self._about: dict[str, Any] = {}
 
     def open(self, ctx: Context, dimension: int) -> None:
-        """Look at the collection, before anything is embedded for it.
+        """Check the collection before anything is embedded.
 
         Raises:
             BadRequest: there is no such collection, it refuses us, or its vectors are others.
@@ -79,6 +79,10 @@ class QdrantSearcher:
         said = {"url" if self._wanted.url else "path": self._place, "collection": self._wanted.collection}
         return said | self._about
 
+    def notes(self) -> dict[str, Any]:
+        """See `search.Searcher`."""
+        return {}
+
     @property
     def _collection(self) -> str:
         return f"collection {self._wanted.collection!r} at {self._place}"
@@ -112,7 +116,7 @@ class QdrantSearcher:
             raise RunnerError(
                 f"{WHERE}.url: no usable answer from {self._place} ({kind}) for {self._collection}"
             ) from None
-        except ValueError as error:  # the local mode's way to say that there is none
+        except ValueError as error:  # raised by the local mode for an unknown collection
             if "not found" in str(error):
                 raise BadRequest(f"{WHERE}.collection: there is no {self._collection}") from None
             raise RunnerError(f"{WHERE}: {self._collection} cannot be asked: {type(error).__name__}") from None
@@ -127,10 +131,11 @@ class QdrantSearcher:
 
 
 def open_qdrant(ctx: Context, wanted: Qdrant) -> QdrantSearcher:
-    """A client for the task's collection. A server is not asked yet.
+    """A client for the task's collection. Sends no request yet.
 
     Raises:
-        BadRequest: the address is none, or another process has the local folder.
+        BadRequest: invalid address, or there is no such local folder.
+        RunnerError: another process has the local folder open.
         MissingDependency: qdrant-client is not installed.
     """
     if importlib.util.find_spec("qdrant_client") is None:
@@ -151,7 +156,7 @@ def open_qdrant(ctx: Context, wanted: Qdrant) -> QdrantSearcher:
     url, place = _address(wanted.url or "")
     timeout_s = wanted.timeout_s or DEFAULT_TIMEOUT_S
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a key goes over http, inside a cluster, is the operator's choice
+        warnings.simplefilter("ignore")  # a key over plain http inside a cluster is the operator's choice
         client = QdrantClient(
             url=url, api_key=wanted.api_key, timeout=max(round(timeout_s), 1), check_compatibility=False
         )
@@ -159,7 +164,7 @@ def open_qdrant(ctx: Context, wanted: Qdrant) -> QdrantSearcher:
 
 
 def _address(url: str) -> tuple[str, str]:
-    """The address as it is used, and as people may see it."""
+    """The address, and the part of it that errors may show."""
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port

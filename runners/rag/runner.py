@@ -1,4 +1,4 @@
-"""The rag runner: queries in, passages out, and answers made from them where the task wants any."""
+"""The rag runner: finds passages for queries, and generates answers from them if the task asks for it."""
 
 from __future__ import annotations
 
@@ -45,13 +45,11 @@ class RagRunner(Runner):
         ctx.phase("search")
         since = time.monotonic()
         texts = [text for queries in own.values() for text in queries.texts]
-        found: list[list[Any]] = []
-        if texts:
-            found = searcher.search(ctx, embedder.embed(ctx, texts, "query"), task.top_k)
+        found, marks = self._search(ctx, searcher, embedder, texts, task.top_k)
         search_s = time.monotonic() - since
         embedding = {"model": embedder.name, "dimension": embedder.dimension, "device": embedder.device}
-        del embedder  # its memory is the model's, where answers are made
-        entries, model, answer_s, tokens, misfits = self._answer(ctx, task, own, found)
+        del embedder  # frees its memory for the generating model
+        entries, model, answer_s, tokens, misfits = self._answer(ctx, task, own, found, marks)
         ctx.phase("save")
         results: dict[str | None, dict[str, Any]] = {}
         at = 0
@@ -68,7 +66,8 @@ class RagRunner(Runner):
                 **({} if model is None else {"model": model}),
                 searcher.name: searcher.describe(),
                 "embedding": embedding,
-                "search": {"top_k": task.top_k},
+                "search": {"top_k": task.top_k} | _available(searcher, task.top_k),
+                **searcher.notes(),
                 "queries": [{"index": index, **entry} for index, entry in enumerate(entries[part])],
                 "usage": _usage(entries[part], search_s, answer_s, None if model is None else tokens[part]),
             }
@@ -103,10 +102,32 @@ class RagRunner(Runner):
         return searcher, embedder
 
     @staticmethod
+    def _search(
+        ctx: Context, searcher: Any, embedder: Any, texts: list[str], top_k: int
+    ) -> tuple[list[list[Any]], list[dict[str, bool]]]:
+        """Each query's hits, and the flags of its entry: truncated, zero_vector, fewer_than_top_k."""
+        if not texts:
+            return [], []
+        vectors = embedder.embed(ctx, texts, "query")
+        cut = set(embedder.cut)
+        somewhere = vectors.any(axis=1)
+        hits = iter(searcher.search(ctx, vectors[somewhere], top_k) if somewhere.any() else ())
+        found = [next(hits) if is_somewhere else [] for is_somewhere in somewhere]
+        marks = [
+            {"truncated": index in cut, "zero_vector": not somewhere[index], "fewer_than_top_k": len(each) < top_k}
+            for index, each in enumerate(found)
+        ]
+        return found, [{name: True for name, is_so in each.items() if is_so} for each in marks]
+
+    @staticmethod
     def _answer(
-        ctx: Context, task: RagTask, own: dict[str | None, Queries], found: list[list[Any]]
+        ctx: Context,
+        task: RagTask,
+        own: dict[str | None, Queries],
+        found: list[list[Any]],
+        marks: list[dict[str, bool]],
     ) -> tuple[list[dict[str, Any]], str | None, float, list[tuple[int, int]], dict[int, BadRequest]]:
-        """Each query's entry, and with answers: the model, seconds, each one's tokens, and whom it cannot be asked."""
+        """Each query's entry; with answers also the model, seconds, each one's tokens, and errors of merged queries."""
         asked = [
             (text, metadata, where, queries.system_prompt, task_id is not None)
             for task_id, queries in own.items()
@@ -117,8 +138,9 @@ class RagRunner(Runner):
                 "query": text,
                 "items": [{"id": hit.id, "score": hit.score, "payload": hit.payload} for hit in hits],
                 **({} if metadata is None else {"metadata": metadata}),
+                **mark,
             }
-            for (text, metadata, *_), hits in zip(asked, found, strict=True)
+            for (text, metadata, *_), hits, mark in zip(asked, found, marks, strict=True)
         ]
         if task.generation is None or not asked:
             return entries, None, 0.0, [], {}
@@ -170,6 +192,12 @@ def read_queries(ctx: Context, task: RagTask, spec: dict[str, Any], where: str) 
             raise BadRequest(f"{place}: is empty; give a query or leave it out")
     texts = tuple(prompt for prompt in items.prompts if isinstance(prompt, str))
     return Queries(texts, items.metadata, items.wheres, task.system_prompt)
+
+
+def _available(searcher: Any, top_k: int) -> dict[str, int]:
+    """The number of passages, if it is less than `top_k`."""
+    count = searcher.describe().get("count")
+    return {"available": count} if isinstance(count, int) and count < top_k else {}
 
 
 def _usage(

@@ -1,4 +1,4 @@
-"""A hit, and what finds hits: the same for FAISS and Qdrant."""
+"""Hits and the interface of searchers, common to FAISS and Qdrant."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Hit(msgspec.Struct, frozen=True):
     payload: dict[str, Any]
 
     def text(self) -> str:
-        """The passage itself, by the names that payloads usually have for it; else all of the payload."""
+        """The passage's text, under one of its usual names in payloads; else the whole payload as JSON."""
         for name in ("text", "content", "page_content", "document", "passage", "chunk", "body"):
             if isinstance(value := self.payload.get(name), str) and value:
                 return value
@@ -26,10 +26,10 @@ class Hit(msgspec.Struct, frozen=True):
 
 
 class Searcher(Protocol):
-    """Something that can be asked for neighbours."""
+    """Finds the nearest passages of vectors."""
 
     name: str
-    """The result's field that describes it."""
+    """The field of the result that holds `describe()`."""
 
     def search(self, ctx: Context, vectors: np.ndarray, top_k: int) -> list[list[Hit]]:
         """Each query's hits, best first.
@@ -42,5 +42,9 @@ class Searcher(Protocol):
         ...
 
     def describe(self) -> dict[str, Any]:
-        """What the result says about it."""
+        """Its description in the result, including `count`, the number of passages."""
+        ...
+
+    def notes(self) -> dict[str, Any]:
+        """Further top-level fields of the result."""
         ...

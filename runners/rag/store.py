@@ -1,10 +1,11 @@
-"""The folder of an index on disk: `index.faiss`, `passages.jsonl`, `index.json`. Written whole or not at all.
+"""The folder of an index on disk: `index.faiss`, `passages.jsonl`, `index.json`. Written atomically.
 
 Nothing in it is code: FAISS's own format and JSON. It can be packed, moved, and loaded by path, task id or URL.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from runners.api import BadRequest, Context
 from runners.models.files import SAFE_ID, downloaded, find_root, opened, task_folder
 from runners.models.sources import local_path
 from runners.rag.documents import Passage
+from runners.rag.faiss_check import check_index
 from runners.rag.faiss_index import Index, Recipe, loaded
 from runners.rag.task import IndexSource
 
@@ -35,20 +37,22 @@ class About(msgspec.Struct, frozen=True, kw_only=True):
     count: int
     chunk_tokens: int
     chunk_overlap: int
+    sha256: dict[str, str] | None = None
+    """Checksums of `index.faiss` and `passages.jsonl`; None: written by an older version."""
 
 
 class Loaded(msgspec.Struct, frozen=True):
-    """An index with what its rows stand for."""
+    """An index with its passages."""
 
     index: Index
     passages: Passages
     about: About
     folder: Path | None
-    """Where it lies on disk; None: only in memory."""
+    """Its folder on disk; None: only in memory."""
 
 
 class Passages:
-    """The passages by row number; decoded when a hit asks for one."""
+    """The passages by row number, decoded on access."""
 
     def __init__(self, lines: Sequence[bytes], where: str) -> None:
         self._lines = lines
@@ -66,7 +70,7 @@ class Passages:
         try:
             return self._decoder.decode(self._lines[row])
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise BadRequest(f"{self._where}: {PASSAGES} line {row + 1} is no passage: {error}") from None
+            raise BadRequest(f"{self._where}: {PASSAGES} line {row + 1} is not a passage: {error}") from None
 
     def write(self, path: Path) -> None:
         with path.open("wb") as file:
@@ -81,7 +85,9 @@ def save(ctx: Context, built: Loaded) -> Path:
     scratch.mkdir(parents=True)
     faiss.write_index(built.index.on_cpu(), os.fspath(scratch / VECTORS))
     built.passages.write(scratch / PASSAGES)
-    (scratch / ABOUT).write_bytes(msgspec.json.format(msgspec.json.encode(built.about)))
+    sums = {name: _checksum(ctx, scratch / name) for name in (VECTORS, PASSAGES)}
+    about = msgspec.structs.replace(built.about, sha256=sums)
+    (scratch / ABOUT).write_bytes(msgspec.json.format(msgspec.json.encode(about)))
     shutil.rmtree(target, ignore_errors=True)
     scratch.rename(target)
     ctx.archive(FOLDER)
@@ -114,10 +120,12 @@ def read(ctx: Context, folder: Path, where: str) -> Loaded:
         raise BadRequest(f"{where}: the index's {ABOUT} cannot be read: {error}") from None
     if about.version != VERSION:
         raise BadRequest(f"{where}: an index of version {about.version}; this node reads version {VERSION}")
+    if not _as_saved(ctx, folder, VECTORS, about):
+        raise BadRequest(f"{where}: {VECTORS} is not the file that was saved: its checksum differs")
     try:
         vectors = faiss.read_index(os.fspath(folder / VECTORS))
     except RuntimeError as error:
-        raise BadRequest(f"{where}: {VECTORS} is no index of FAISS: {str(error).splitlines()[0][:200]}") from None
+        raise BadRequest(f"{where}: {VECTORS} is not an index of FAISS: {str(error).splitlines()[0][:200]}") from None
     try:
         lines = (folder / PASSAGES).read_bytes().splitlines()
     except FileNotFoundError:
@@ -127,18 +135,35 @@ def read(ctx: Context, folder: Path, where: str) -> Loaded:
             f"{where}: the index is damaged: {vectors.ntotal} vectors of {vectors.d} dimensions and {len(lines)} "
             f"passages, where {ABOUT} says {about.count} of {about.recipe.dimension}"
         )
+    if not _as_saved(ctx, folder, PASSAGES, about):
+        raise BadRequest(f"{where}: {PASSAGES} is not the file that was saved: its checksum differs")
     if about.count == 0:
         raise BadRequest(f"{where}: the index is empty, there is nothing to find in it")
+    check_index(ctx, vectors, about.recipe, f"{where}: {VECTORS}")
     return Loaded(loaded(ctx, vectors, about.recipe), Passages(lines, where), about, folder)
 
 
+def _as_saved(ctx: Context, folder: Path, name: str, about: About) -> bool:
+    wanted = (about.sha256 or {}).get(name)
+    return wanted is None or wanted == _checksum(ctx, folder / name)
+
+
+def _checksum(ctx: Context, path: Path) -> str:
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            ctx.check_cancelled()
+            found.update(piece)
+    return found.hexdigest()
+
+
 def is_index(path: Path) -> bool:
-    """Whether a path is an index's folder, or that of a task that saved one."""
+    """Whether `path` is the folder of an index, or of a task that saved one."""
     return (path / VECTORS).is_file() or (path / FOLDER / VECTORS).is_file()
 
 
 def _written_out(wanted: str | IndexSource, ctx: Context) -> IndexSource:
-    """A bare string is a URL, a path, or a task's id: by its look, then by what is there."""
+    """A bare string is a URL, an existing path, or else a task id."""
     if isinstance(wanted, IndexSource):
         return wanted
     if wanted.startswith(("http://", "https://")):

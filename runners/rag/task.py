@@ -49,9 +49,9 @@ class Embedding(Section, frozen=True):
     revision: str | None = None
     device: Literal["auto", "cpu", "cuda"] | None = None
     batch_tokens: Annotated[int, Meta(ge=16)] | None = None
-    """Tokens, padding counted, that go through the model at once."""
+    """Tokens, including padding, in one batch."""
     query_prompt: str | None = None
-    """Stands before each query, where the model was trained so; default: what the model's own files say."""
+    """Prefix of each query; default: that of the model's files."""
     document_prompt: str | None = None
     trust_remote_code: bool | None = None
 
@@ -60,7 +60,7 @@ class Chunk(Section, frozen=True):
     """spec.faiss.chunk"""
 
     tokens: Annotated[int, Meta(ge=8)] | None = None
-    """Tokens a passage has at most; default: 256, or what the embedding model takes."""
+    """Maximum tokens of a passage; default: 256, or what the embedding model takes."""
     overlap: Annotated[int, Meta(ge=0)] | None = None
     """Tokens that a passage shares with the one before it; default: an eighth of `tokens`."""
 
@@ -83,7 +83,7 @@ class Faiss(Section, frozen=True):
     documents: dict[str, Any] | None = None
     """A data source; its column is the text."""
     path: str | None = None
-    """A text file, or a folder of them; or the folder of an index."""
+    """A document, a folder of documents, or the folder of an index."""
     metric: Literal["ip", "l2"] | None = None
     index_type: Literal["flat", "ivf", "hnsw"] | None = None
     save: bool | None = None
@@ -93,15 +93,15 @@ class Faiss(Section, frozen=True):
     nlist: Count | None = None
     """ivf: cells."""
     nprobe: Count | None = None
-    """ivf: cells looked into by each query."""
+    """ivf: cells probed by each query; raised if they hold fewer than top_k passages."""
     m: Annotated[int, Meta(ge=2, le=256)] | None = None
-    """hnsw: links a node."""
+    """hnsw: links of each node."""
     ef_construction: Count | None = None
     ef_search: Count | None = None
 
     @property
     def source(self) -> str:
-        """The one field that says where the passages come from."""
+        """The name of the field that gives the passages."""
         return next(name for name in ("index", "documents", "path") if getattr(self, name) is not None)
 
 
@@ -114,9 +114,9 @@ class Qdrant(Section, frozen=True, rename={"timeout_s": "timeoutSec"}):
     """Ours: a folder of qdrant-client's local mode, in place of a server."""
     api_key: str | None = None
     api_key_env: str | None = None
-    """Ours: the variable that holds the key, so that it does not stand in the document."""
+    """Ours: the environment variable that holds the key, to keep it out of the document."""
     vector: str | None = None
-    """Ours: which vector, where a collection has several."""
+    """Ours: the vector's name, if a collection has several."""
     timeout_s: Seconds | None = None
 
     def __repr__(self) -> str:
@@ -139,7 +139,7 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RagTask(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything of the document but its queries."""
+    """The whole document except its queries."""
 
     embedding: Embedding
     top_k: int
@@ -208,7 +208,7 @@ def _check_faiss(faiss: Faiss, where: str) -> None:
 
 
 def _with_key(qdrant: Qdrant, where: str) -> Qdrant:
-    """The section with its key in `api_key`, wherever the document has it."""
+    """The section with its key in `api_key`, also if the document gives `api_key_env`."""
     if (qdrant.url is None) == (qdrant.path is None):
         raise BadRequest(f"{where}: give either `url` (a server) or `path` (a local folder)")
     if qdrant.api_key_env is None:

@@ -1,4 +1,4 @@
-"""Calls that block on others, made so that a cancel is heard within a fraction of a second."""
+"""Blocking calls that still notice a cancel within a fraction of a second."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ POLL_S = 0.05
 
 
 def patiently(check: Callable[[], None], call: Callable[[], T]) -> T:
-    """The result of `call`, which runs on a thread of its own while `check` is asked again and again.
+    """The result of `call`, which runs on a separate thread while `check` is called every POLL_S seconds.
 
     Args:
-        check: raises where the caller must not wait any longer. The thread is then left behind; as a daemon it does
-            not keep the process alive.
+        check: raises to end the wait. The thread is then abandoned; as a daemon it does not keep the process
+            alive.
 
     Raises:
         Whatever `call` or `check` raises.
@@ -27,7 +27,7 @@ def patiently(check: Callable[[], None], call: Callable[[], T]) -> T:
     def run() -> None:
         try:
             outcome.append(call())
-        except BaseException as error:  # noqa: BLE001 - it is raised again where the result is waited for
+        except BaseException as error:  # noqa: BLE001 - re-raised in the caller's thread
             failure.append(error)
         finally:
             done.set()

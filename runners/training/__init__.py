@@ -1,1 +1,1 @@
-"""Training: TRL's trainers and a PPO of our own behind one core; alone, or as a group of ranks."""
+"""Training: TRL's trainers and our own PPO behind one core, in one process or as a group of ranks."""

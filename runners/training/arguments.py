@@ -1,4 +1,4 @@
-"""A task's settings as the trainer's arguments; `training.trainer_args` last, each name and type checked."""
+"""Builds the trainer's arguments from a task's settings, `training.trainer_args` last, checked by name and type."""
 
 from __future__ import annotations
 
@@ -32,15 +32,19 @@ OURS = {
     "trust_remote_code": "use spec.model.transformers.trust_remote_code",
     "disable_tqdm": "progress goes to the node",
     "do_train": "it always trains",
-    "do_eval": "a training task has no evaluation data",
-    "do_predict": "a training task has no evaluation data",
-    "eval_strategy": "a training task has no evaluation data",
-    "load_best_model_at_end": "a training task has no evaluation data",
+    "report_to": "use spec.training.report_to",
+    "do_eval": "use spec.data.eval and spec.training.eval_strategy",
+    "do_predict": "a training task predicts nothing",
+    "eval_strategy": "use spec.training.eval_strategy",
+    "load_best_model_at_end": "use spec.training.load_best_model_at_end",
+    "metric_for_best_model": "use spec.training.metric_for_best_model",
+    "dataset_kwargs": "rows are prepared by the task's own fields",
+    "dataset_text_field": "use spec.data.text_field",
 }
-"""What a task cannot set, and why."""
+"""Arguments that a task cannot set, and what to do instead."""
 
 RENAMED = {
-    "evaluation_strategy": "eval_strategy",
+    "evaluation_strategy": "spec.training.eval_strategy",
     "warmup_ratio": "warmup_steps, which takes a fraction below 1",
     "max_seq_length": "spec.training.max_seq_length",
     "max_prompt_length": "spec.training.max_seq_length",
@@ -61,7 +65,7 @@ NATIVE = {
     "ppo_epochs": "num_iterations",
     "steps": "max_steps",
 }
-"""How the trainer calls what the task calls otherwise; every other field has one name."""
+"""The trainer's names of fields that the task calls differently. All others have one name."""
 
 
 def build(plan: Plan, ctx: Context, layout: Layout, device: Device, sharding: Sharding) -> Any:
@@ -73,7 +77,7 @@ def build(plan: Plan, ctx: Context, layout: Layout, device: Device, sharding: Sh
     import trl
 
     config = getattr(trl, plan.kind.config)
-    arguments = {**common(plan, ctx, layout, device), **particular(plan), **sharding.arguments}
+    arguments = {**common(plan, ctx, layout, device), **particular(plan), **evaluation(plan), **sharding.arguments}
     arguments |= checked(plan, ctx, config)
     _check_generations(plan, layout, arguments)
     try:
@@ -83,7 +87,7 @@ def build(plan: Plan, ctx: Context, layout: Layout, device: Device, sharding: Sh
 
 
 def common(plan: Plan, ctx: Context, layout: Layout, device: Device) -> dict[str, Any]:
-    """What all of TRL's trainers are told."""
+    """Arguments of all TRL trainers."""
     training = plan.training
     if training.bf16 and training.fp16:
         raise BadRequest("spec.training.fp16: given besides bf16; give one")
@@ -101,7 +105,7 @@ def common(plan: Plan, ctx: Context, layout: Layout, device: Device) -> dict[str
         "warmup_steps": training.warmup_steps,
         "logging_steps": training.logging_steps,
         "logging_first_step": True,
-        "logging_nan_inf_filter": False,  # a loss that is not a number must be seen
+        "logging_nan_inf_filter": False,  # so that a NaN loss is logged
         "save_steps": training.saves_every or plan.kind.save_steps,
         "save_strategy": training.save_strategy,
         "bf16": bf16,
@@ -112,13 +116,36 @@ def common(plan: Plan, ctx: Context, layout: Layout, device: Device) -> dict[str
         "use_cpu": not device.cuda,
         "dataloader_pin_memory": device.cuda,
         "ddp_find_unused_parameters": (False if layout.is_group else None) if find_unused is None else find_unused,
-        "report_to": "none",
+        "report_to": list(training.trackers) or "none",
         "disable_tqdm": True,
     }
 
 
+def evaluation(plan: Plan) -> dict[str, Any]:
+    """Arguments for evaluation: when, and what the result is used for."""
+    training = plan.training
+    assert isinstance(training, settings.EvaluatedTraining)
+    if not plan.evaluates:
+        return {}
+    strategy = training.eval_strategy or ("epoch" if training.eval_steps is None else "steps")
+    found: dict[str, Any] = {
+        "eval_strategy": strategy,
+        "eval_steps": training.eval_steps or plan.kind.save_steps,
+        "per_device_eval_batch_size": training.per_device_eval_batch_size or plan.batch_size,
+    }
+    if not training.compares:
+        return found
+    metric = training.metric_for_best_model or ("eval_reward" if plan.kind.rewarded else "eval_loss")
+    greater = not metric.endswith("loss") if training.greater_is_better is None else training.greater_is_better
+    found |= {"metric_for_best_model": metric, "greater_is_better": greater}
+    if training.load_best_model_at_end:
+        # the best weights can be loaded only if each evaluation has a checkpoint
+        found |= {"load_best_model_at_end": True, "save_strategy": strategy, "save_steps": found["eval_steps"]}
+    return found
+
+
 def particular(plan: Plan) -> dict[str, Any]:
-    """What only some are told."""
+    """Arguments of some trainers only."""
     training = plan.training
     match training:
         case settings.SftTraining():
@@ -140,7 +167,7 @@ def particular(plan: Plan) -> dict[str, Any]:
 
 
 def _dropout(plan: Plan) -> dict[str, Any]:
-    """These trainers switch all dropout off, the adapter's too: not where the task asks for it."""
+    """These trainers disable all dropout, the adapter's too. Keep it where the task asks for it."""
     asked = plan.lora is not None and plan.lora.dropout is not None
     return {"disable_dropout": False} if asked else {}
 
@@ -149,7 +176,7 @@ DEFAULT_COMPLETION = 256
 
 
 def completion_length(plan: Plan) -> int:
-    """How many tokens a completion may have; the prompt has the rest of max_seq_length."""
+    """The most tokens of a completion. The prompt has the rest of max_seq_length."""
     room = plan.training.max_seq_length
     given = plan.generation.length
     if given is None:
@@ -162,7 +189,7 @@ def completion_length(plan: Plan) -> int:
 
 
 def _check_generations(plan: Plan, layout: Layout, arguments: dict[str, Any]) -> None:
-    """TRL makes a prompt's completions in one batch: told here in the task's words."""
+    """TRL generates a prompt's completions in one batch. Checked here to name the task's own fields."""
     if not isinstance(plan.training, settings.OnlineTraining):
         return
     length, whole = arguments["max_completion_length"], plan.training.max_seq_length
@@ -182,9 +209,6 @@ def _check_generations(plan: Plan, layout: Layout, arguments: dict[str, Any]) ->
             f"spec.training.num_generations: {count} does not divide the {batch} completions of a step "
             f"(batch_size x ranks x gradient_accumulation_steps); change one of them"
         )
-
-
-# ---- trainer_args ------------------------------------------------------------------------------------------------
 
 
 def checked(plan: Plan, ctx: Context, config: type) -> dict[str, Any]:
@@ -208,7 +232,7 @@ def checked(plan: Plan, ctx: Context, config: type) -> dict[str, Any]:
 
 
 def typed(value: Any, hint: Any, where: str) -> Any:
-    """`value` as `hint`, where msgspec knows such a type; what it does not know is left to the trainer."""
+    """`value` converted to `hint`. Types that msgspec does not know are left to the trainer."""
     try:
         return msgspec.convert(value, hint, strict=False)
     except msgspec.ValidationError as error:

@@ -1,4 +1,4 @@
-"""Joins a `Meter` to transformers' Trainer."""
+"""Connects a `Meter` to transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from runners.training.progress import Meter
 
 
 class NothingLeft(Exception):
-    """The run goes on from its last step. The trainer itself would do one more before it looks."""
+    """Raised when the checkpoint is already at the last step. The trainer itself would do one more step first."""
 
 
 class MeterCallback(TrainerCallback):
-    """Reports each step, and stops the trainer between two steps where the node wants so."""
+    """Reports each step, and stops the trainer between two steps on a cancel."""
 
     def __init__(self, meter: Meter, *, counts_tokens_over_lives: bool) -> None:
         self._meter = meter
@@ -31,13 +31,26 @@ class MeterCallback(TrainerCallback):
         if logs:
             self._meter.log(state.global_step, logs)
 
+    def on_evaluate(
+        self, _args: Any, state: TrainerState, _control: TrainerControl, metrics: Any = None, **_: Any
+    ) -> None:
+        self._meter.evaluated(state.global_step, metrics or {})
+
+    def on_prediction_step(self, *_args: Any, **_: Any) -> None:
+        stopped = self._meter.must_stop()
+        if stopped is not None and not stopped.checkpoint:
+            raise stopped
+
     def on_substep_end(self, _args: Any, _state: TrainerState, control: TrainerControl, **_: Any) -> TrainerControl:
         return self._stop(control)
 
-    def on_step_end(self, _args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> TrainerControl:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> TrainerControl:
         self._meter.advance(state.global_step)
         if state.global_step >= state.max_steps:
-            control.should_log = True  # the last loss is part of the result
+            control.should_log = True  # the result contains the last loss
+            if args.eval_strategy != "no":  # and the evaluation of the last weights
+                control.should_evaluate = True
+                control.should_save = control.should_save or args.load_best_model_at_end
         return self._stop(control)
 
     def _stop(self, control: TrainerControl) -> TrainerControl:

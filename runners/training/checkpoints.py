@@ -1,6 +1,6 @@
-"""Where a run begins: at the model, at other weights, or at a trainer's checkpoint; and which checkpoints are whole.
+"""Where a run starts: the model, other weights, or a trainer's checkpoint; and which checkpoints are complete.
 
-A process that is killed while it writes leaves a torn checkpoint: it is skipped with a warning, the one before counts.
+A process killed while writing leaves an incomplete checkpoint. It is skipped with a warning for the one before it.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from runners.training.plan import Plan
 
 STATE_FILE = "trainer_state.json"
 FSDP_WEIGHTS = "pytorch_model_fsdp.bin"
-"""Accelerate's whole copy of a model that FSDP spreads; the optimiser's state beside it has another name, too."""
+"""Accelerate's full copy of a model sharded by FSDP. The optimizer's state beside it has another name, too."""
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """What a run begins with."""
+    """What a run starts from."""
 
     weights: Source
-    """The model as it was before this run: for dpo, ppo and their like also the reference."""
+    """The model before this run; also the reference model of dpo, kto, grpo, rloo and ppo."""
     adapter: Path | None = None
-    """A LoRA adapter to go on from (or, where all weights are trained, to merge first)."""
+    """A LoRA adapter to continue (or, where all weights are trained, to merge first)."""
     resume: Path | None = None
-    """A trainer's checkpoint: same step, same optimiser state."""
+    """A trainer's checkpoint: continue at its step, with its optimizer state."""
 
 
 def start_of(plan: Plan, ctx: Context, loaded: Loaded | None) -> Start:
-    """Where this run begins.
+    """Where this run starts.
 
-    The task's own checkpoints win, since they are there only if it was begun before; then `resume_from_path`,
+    The task's own checkpoints come first: they exist only after an earlier attempt. Then `resume_from_path`,
     then `checkpoint.load`, then `model.source`.
 
     Args:
@@ -52,7 +52,7 @@ def start_of(plan: Plan, ctx: Context, loaded: Loaded | None) -> Start:
     weights: Source | None = None
     if own := last_whole(ctx.out_dir / "checkpoints", ctx):
         resume = own
-        ctx.log.info("the task was begun before; going on from %s", own.name)
+        ctx.log.info("resuming an earlier attempt checkpoint=%s", own.name)
     elif plan.training.resume_from_path is not None:
         where = "spec.training.resume_from_path"
         resume = _checkpoint_at(local_path(ctx, plan.training.resume_from_path), ctx, where)
@@ -85,7 +85,7 @@ def _source(plan: Plan, ctx: Context, resume: Path | None) -> Source:
 
 
 def contents(loaded: Loaded) -> Path:
-    """What to go on from in a folder: a task's result, else its checkpoints; or what an archive's top folder holds.
+    """The part of a folder to continue from: a task's result, else its checkpoints, else an archive's top folder.
 
     Raises:
         BadRequest: there is nothing of the kind.
@@ -107,7 +107,7 @@ def _is_trainers(folder: Path) -> bool:
 
 
 def _checkpoint_at(path: Path, ctx: Context, where: str) -> Path:
-    """The checkpoint that `path` is, or the last whole one in it (or in its checkpoints/)."""
+    """`path` itself where it is a checkpoint, else the last complete one in it or in its checkpoints/."""
     if not path.is_dir():
         raise BadRequest(f"{where}: there is no folder {str(path)!r} on this node")
     if (path / STATE_FILE).is_file() or _NAME.fullmatch(path.name):
@@ -121,7 +121,7 @@ def _checkpoint_at(path: Path, ctx: Context, where: str) -> Path:
 
 
 def _check_fits(resume: Path, plan: Plan) -> None:
-    """An adapter's checkpoint goes on as an adapter, whole weights as whole weights."""
+    """Raises BadRequest unless checkpoint and task agree on LoRA or full training."""
     is_adapter = (resume / "adapter_config.json").is_file()
     if is_adapter and plan.lora is None:
         raise BadRequest(f"spec.lora: {resume.name} is a LoRA run's checkpoint; this task trains all weights")
@@ -133,7 +133,7 @@ _LORA = {"r": "r", "alpha": "lora_alpha", "bias": "bias", "use_rslora": "use_rsl
 
 
 def _check_lora(folder: Path, plan: Plan, ctx: Context) -> None:
-    """An adapter that is gone on from keeps its shape: what the task says of it must not contradict."""
+    """Raises BadRequest where spec.lora contradicts the adapter to continue."""
     try:
         there = json.loads((folder / "adapter_config.json").read_text())
     except (OSError, ValueError) as error:
@@ -144,21 +144,18 @@ def _check_lora(folder: Path, plan: Plan, ctx: Context) -> None:
             raise BadRequest(f"spec.lora.{name}: {value!r}, but the adapter in {folder.name} has {has!r}; leave it out")
 
 
-# ---- whole or torn -----------------------------------------------------------------------------------------------
-
-
 def last_whole(folder: Path, ctx: Context) -> Path | None:
-    """The latest whole checkpoint-N in `folder`; each later one that is torn is told and left out."""
+    """The latest complete checkpoint-N in `folder`. Later incomplete ones are skipped with a warning."""
     for _, path in sorted(steps(folder), reverse=True):
         reason = torn(path)
         if not reason:
             return path
-        ctx.log.warning("skipped %s: it is torn (%s)", path.name, reason)
+        ctx.log.warning("skipped incomplete %s: %s", path.name, reason)
     return None
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step after which it was written."""
+    """The step after which `checkpoint` was written."""
     return int(json.loads((checkpoint / STATE_FILE).read_text())["global_step"])
 
 
@@ -170,7 +167,7 @@ def steps(folder: Path) -> list[tuple[int, Path]]:
 
 
 def torn(folder: Path) -> str:
-    """Why `folder` cannot be gone on from; empty where it is whole. Reads headers and sizes, not the weights."""
+    """Why `folder` is incomplete; empty where it is complete. Reads headers and sizes, not the weights."""
     try:
         state = json.loads((folder / STATE_FILE).read_text())
         step = int(state["global_step"])
@@ -182,7 +179,7 @@ def torn(folder: Path) -> str:
     if match and int(match[1]) != step:
         return f"{STATE_FILE} says step {step}"
     if any(folder.glob("global_step*")) or (folder / "pytorch_model_fsdp_0").is_dir():
-        return ""  # DeepSpeed's layout and FSDP's of one part a rank, whose loaders check themselves
+        return ""  # DeepSpeed's layout, or FSDP's with a part for each rank: their loaders check them
     return _torn_weights(folder) or _torn_archives(folder)
 
 
@@ -201,7 +198,7 @@ def _torn_weights(folder: Path) -> str:
 
 
 def _torn_safetensors(path: Path) -> str:
-    """A safetensors file says in its header how long it is (its format: 8 bytes of length, JSON, then the data)."""
+    """Compares a safetensors file's size with its header (format: 8 bytes of length, JSON, then the data)."""
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -216,7 +213,7 @@ def _torn_safetensors(path: Path) -> str:
 
 
 def _torn_archives(folder: Path) -> str:
-    """What torch saves is a zip, whose directory comes last: a torn one has none."""
+    """torch saves zip files, whose directory is written last: an incomplete file has none."""
     sharded = (folder / FSDP_WEIGHTS).is_file()
     for name in ("optimizer.bin" if sharded else "optimizer.pt", "scheduler.pt"):
         if not (folder / name).is_file():

@@ -1,6 +1,6 @@
-"""The one way that every training task goes: plan, fetch, ranks, load, train, save, result.
+"""Runs every training task: plan, fetch, ranks, load, train, save, result.
 
-The trainers differ by the table in `kinds` and by what `trl` or `ppo` do between load and save.
+Trainers differ by their row in `kinds`, and by `trl_job` or `ppo` between load and save.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 from runners.api import BadRequest, Context, MissingDependency, RunnerError
-from runners.training import checkpoints, costs, devices, groups, inputs, models, ranks
+from runners.training import checkpoints, costs, devices, groups, inputs, models, ranks, torchrun
 from runners.training.arguments import checkpoints_dir
 from runners.training.checkpoints import Start
 from runners.training.devices import Layout
@@ -45,8 +45,6 @@ def run(task_type: str, ctx: Context) -> dict[str, Any]:
     devices.restrict(layout)
     quiet()
     if layout.nodes > 1:
-        from runners.training import torchrun
-
         reports = torchrun.run(plan, layout, ctx, fetched)
     elif layout.is_group:
         ctx.phase("ranks")
@@ -75,10 +73,10 @@ def train(
     *,
     store: tuple[socket.socket, int] | None = None,
 ) -> dict[str, Any]:
-    """One rank's whole work; the only one, or one of a group. Returns the result.
+    """Load, train and save on one rank, alone or in a group. Returns the result.
 
     Args:
-        store: where the ranks of a forked group meet (see `ranks.join`).
+        store: rendezvous of a forked group's ranks (see `ranks.join`).
     """
     import torch
 
@@ -98,6 +96,8 @@ def train(
         if setup.meter.stopped is not None:
             ctx.log.info("stopped at step %d of %d", setup.meter.step, setup.meter.total)
             raise setup.meter.stopped
+        if setup.meter.step == 0:
+            raise RunnerError("not one step was trained; spec.training.batch_size or max_steps leave nothing to do")
         stage = "saved"
         if plan.training.save_model:
             ctx.phase("save")
@@ -125,7 +125,7 @@ def set_up(
     *,
     store: tuple[socket.socket, int] | None,
 ) -> Setup:
-    """Device, peers, and where the run begins."""
+    """Choose the device, join the other ranks, and find where the run starts."""
     from transformers import set_seed
 
     set_seed(plan.training.seed)
@@ -144,7 +144,7 @@ def set_up(
 
 
 def load(setup: Setup) -> TrainingJob:
-    """Model, data and trainer."""
+    """Load model, data and trainer."""
     if setup.plan.kind.trainer:
         from runners.training.trl_job import TrlJob
 
@@ -155,7 +155,7 @@ def load(setup: Setup) -> TrainingJob:
 
 
 def _agreed(start: Start, ctx: Context, meter: Meter) -> Start:
-    """A checkpoint that only some nodes' tasks have is none: the group begins anew.
+    """The start that all nodes share: a checkpoint that only some nodes have is ignored.
 
     Raises:
         RunnerError: the task named the checkpoint itself, and other nodes see another.
@@ -165,16 +165,16 @@ def _agreed(start: Start, ctx: Context, meter: Meter) -> Start:
     if least == most:
         return start
     if step == -1 or (start.resume is not None and start.resume.parent == checkpoints_dir(ctx)):
-        ctx.log.warning("the nodes have checkpoints of different steps; all begin anew")
+        ctx.log.warning("nodes have checkpoints of different steps: all start from the beginning")
         return dataclasses.replace(start, resume=None)
     raise RunnerError(
-        f"this node goes on from step {step}, others from {least if most == step else most}; "
+        f"this node resumes from step {step}, others from {least if most == step else most}; "
         "name a folder that all nodes see in spec.training.resume_from_path"
     )
 
 
 def quiet() -> None:
-    """No progress bars, no telemetry. Also where the libraries were imported before, by a fork server."""
+    """Disable progress bars and telemetry, also in libraries that a fork server has imported already."""
     os.environ |= {
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
@@ -197,11 +197,8 @@ def _timeout_s(plan: Plan) -> int:
     return given
 
 
-# ---- the result --------------------------------------------------------------------------------------------------
-
-
 def result_of(setup: Setup, job: TrainingJob, seconds: float) -> dict[str, Any]:
-    """The result as docs/tasks.md has it; delivery adds the archive's fields."""
+    """The task's result, as in docs/tasks.md. Delivery adds the archive's fields."""
     plan, ctx = setup.plan, setup.ctx
     result: dict[str, Any] = {
         "task_id": ctx.task_id,
@@ -210,10 +207,14 @@ def result_of(setup: Setup, job: TrainingJob, seconds: float) -> dict[str, Any]:
         "error_message": None,
         "model_name": job.start.weights.shown,
         "dataset_size": job.dataset_size,
+        "dropped_rows": job.dropped,
         "output_dir": str(ctx.out_dir),
         "checkpoints_dir": str(checkpoints_dir(ctx)),
         "resume_from_path": str(job.start.resume) if job.start.resume is not None else None,
     }
+    if setup.meter.evaluations:
+        kept = setup.meter.evaluations[-1] if job.best_step is None else setup.meter.evaluation_at(job.best_step)
+        result |= {"eval_loss": kept.get("eval_loss"), "eval_dataset_size": job.eval_size}
     if plan.training.save_model and setup.place.leads:
         result[f"{plan.folder}_path"] = str(ctx.out_dir / plan.folder)
     result["metrics"] = {
@@ -237,7 +238,7 @@ def _own_report(result: dict[str, Any]) -> Report:
 
 
 def with_peaks(result: dict[str, Any], reports: list[Report]) -> dict[str, Any]:
-    """Adds the memory that all ranks of this node needed together."""
+    """Add the peak memory of all ranks of this node."""
     result["metrics"] |= {
         "peak_host_bytes": sum(report.peak_host_bytes for report in reports),
         "peak_gpu_bytes": sum(report.peak_gpu_bytes for report in reports),

@@ -1,4 +1,4 @@
-"""What a run cost: peak memory of its processes and GPUs, and joules where the machine counts them."""
+"""Peak memory of a run's processes and GPUs, and its energy where the machine has counters."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ LOOK_S = 60.0
 
 
 def peak_host_bytes() -> int:
-    """The most memory that this process has had at a time (what it shares with its fork server included)."""
+    """Peak resident bytes of this process, including what it shares with its fork server."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def peak_gpu_bytes() -> int:
-    """The most memory that torch has held on this process's GPUs; 0 without one."""
+    """Peak bytes allocated by torch on this process's GPUs; 0 without a GPU."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return 0
@@ -43,7 +43,7 @@ class EnergyMeter:
             self._thread.start()
 
     def read(self) -> dict[str, Any]:
-        """The joules; ends the counting."""
+        """The joules so far. Stops counting."""
         self._done.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -55,14 +55,14 @@ class EnergyMeter:
         return {"joules": round(sum(known), 3) if known else None, "gpu_joules": gpu, "cpu_joules": cpu}
 
     def look(self) -> None:
-        """Add what the CPU has used since the last look."""
+        """Add the CPU's energy since the last sample."""
         if not self._last:
             return
         now = _rapl(self._root)
         if now.keys() == self._last.keys():
             self._cpu_uj += sum((now[zone][0] - self._last[zone][0]) % (now[zone][1] + 1) for zone in now)
             self._last = now
-        else:  # not to be read any more
+        else:  # no longer readable
             self._last = {}
 
     def _keep_up(self) -> None:

@@ -1,6 +1,6 @@
-"""Rows to train on, from wherever the task has them, as a `datasets.Dataset` with the columns the trainer knows.
+"""Loads a task's rows from any source as a `datasets.Dataset` with the trainer's columns.
 
-What is wrong with a row is told with its place: the file and line, the item's number, or the dataset's row.
+`shapes` checks and converts each row.
 """
 
 from __future__ import annotations
@@ -8,23 +8,50 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from runners.api import BadRequest, Context, RunnerError
+from runners.data.local import Table
+from runners.data.readers import Row
+from runners.data.tables import column_of
 from runners.training.inputs import JsonlFile
+from runners.training.local_rows import LocalRows, beyond, chosen_rows
 from runners.training.plan import Plan
-from runners.training.sources import Column, TextData
+from runners.training.shapes import EXTRAS, REFUSED, missing, shape
+from runners.training.sources import Column
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 BATCH = 4096
-"""Rows that are Python objects at a time; the rest is Arrow."""
-CHAT = ("role", "content")
+"""Rows held as Python objects at a time. The rest is Arrow."""
+BATCHES_IN_MEMORY = 64
+"""Batches held in memory. The rest is mapped from files of this attempt."""
+ARROW_INT_BITS = 63
+CHATS = ("messages", "prompt", "chosen", "rejected", "completion")
+FILL: dict[str, Any] = {"chat_template_kwargs": {}}
+"""Values other than None for a column that a row lacks and others have."""
+EMPTY = "spec.data: there is not one row to train on"
 
 
-def load(plan: Plan, ctx: Context, jsonl: JsonlFile | None) -> Dataset:
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """The rows of a task before tokenization."""
+
+    dataset: Dataset
+    where: Callable[[int], str]
+    """Maps a row's index to its place in the source, for errors."""
+    as_json: frozenset[str] = frozenset()
+    """Columns for rewards that are stored as JSON text, because Arrow would change their types."""
+    is_arrow: bool = False
+    """Whether the values come from another library's tables, where a column of integers may have become floats."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Number of rows dropped so far, by reason."""
+
+
+def load(plan: Plan, ctx: Context, jsonl: JsonlFile | None) -> Rows:
     """The training rows of the task: checked, in the trainer's columns, cut to `max_samples`, then sharded.
 
     Args:
@@ -33,154 +60,144 @@ def load(plan: Plan, ctx: Context, jsonl: JsonlFile | None) -> Dataset:
     Raises:
         BadRequest: naming the place of the first bad row, the missing column and those there are.
     """
-    if plan.source == "dataset":
-        dataset = _dataset(plan, ctx)
+    opened = open_dataset(plan, ctx) if plan.source == "dataset" else None
+    if opened is None or isinstance(opened, Table):
+        rows = _from_rows(plan, ctx, LocalRows(plan, jsonl, opened))
     else:
-        dataset = _from_rows(plan, jsonl)
-        dataset = dataset.select(_chosen(plan, len(dataset)))
-    if len(dataset) == 0:
-        raise BadRequest("spec.data: there is not one row to train on")
-    return dataset
+        rows = _dataset(plan, ctx, opened)
+    if len(rows.dataset) == 0:
+        raise BadRequest(EMPTY)
+    return rows
 
 
-def _chosen(plan: Plan, count: int) -> range:
-    """The rows, of `count`, that are this task's."""
-    if plan.data.max_samples is not None:
-        count = min(plan.data.max_samples, count)
-    return range(count) if plan.shard is None else plan.shard.rows(count)
+def _from_rows(plan: Plan, ctx: Context, rows: LocalRows) -> Rows:
+    """Rows in the task itself, or in local files."""
+    if not plan.kind.rewarded:
+        _log_unread(ctx, next(iter(rows), ("", {}))[1], rows.columns)
+    chosen, dropped = rows.chosen()
+
+    def mine() -> Iterable[Row]:
+        return rows if chosen is None else itertools.islice(rows, chosen.start, chosen.stop, chosen.step)
+
+    def shaped() -> Iterator[dict[str, Any]]:
+        return (shape(row, rows.columns, where, plan) for where, row in mine())
+
+    dataset, as_json = _arrow(plan, ctx, shaped)
+    return Rows(
+        dataset=dataset,
+        where=lambda i: next(itertools.islice(mine(), i, None))[0],
+        as_json=as_json,
+        is_arrow=rows.is_arrow,
+        dropped=dropped,
+    )
 
 
-# ---- rows of ours: inline and JSONL ------------------------------------------------------------------------------
+def _log_unread(ctx: Context, there: Any, columns: list[Column]) -> None:
+    """Log columns that no trainer reads: ids, sources, scores."""
+    read = {*(column.name for column in columns), "messages", *EXTRAS, *REFUSED}
+    if isinstance(there, list | dict) and (unread := [str(name) for name in there if name not in read]):
+        ctx.log.info("columns not read: %s", ", ".join(unread))
 
 
-def _from_rows(plan: Plan, jsonl: JsonlFile | None) -> Dataset:
+def _arrow(plan: Plan, ctx: Context, shaped: Callable[[], Iterator[dict[str, Any]]]) -> tuple[Dataset, frozenset[str]]:
+    """The rows as a dataset, and its columns of JSON text. Reads the rows twice, first for their types."""
     import pyarrow as pa  # type: ignore[import-not-found,unused-ignore]
-    from datasets import Dataset
+    from datasets import Dataset, Features, concatenate_datasets
 
-    columns = plan.data.columns(jsonl=jsonl is not None)
-    rows = inline_rows(plan) if jsonl is None else jsonl_rows(jsonl)
-    shaped = (shape(row, columns, where, plan) for where, row in itertools.islice(rows, plan.data.max_samples))
-    tables = []
+    kinds: dict[str, set[type]] = {}
+    for row in shaped():
+        for key, value in row.items():
+            kinds.setdefault(key, set()).add(_kind(value))
+    if not kinds:
+        raise BadRequest(EMPTY)
+    _refuse_mixed(kinds)
+    as_json = frozenset(key for key, types in kinds.items() if plan.kind.rewarded and _loses_types(key, types))
+    features = Features({key: _feature(key, types, as_json=key in as_json) for key, types in kinds.items()})
+
+    def cell(row: dict[str, Any], key: str) -> Any:
+        return json.dumps(row.get(key)) if key in as_json else row.get(key, FILL.get(key))
+
+    rows = shaped()
+    tables: list[Dataset] = []
     try:
-        while part := list(itertools.islice(shaped, BATCH)):
-            tables.append(pa.Table.from_pylist(_same_keys(part)))
-        if not tables:
-            raise BadRequest("spec.data: there is not one row to train on")
-        return Dataset(pa.concat_tables(tables, promote_options="permissive"))
+        while part := list(itertools.islice(rows, BATCH)):
+            cells = [{key: cell(row, key) for key in kinds} for row in part]
+            tables.append(_on_disk(Dataset.from_list(cells, features=features), ctx, len(tables)))
+        return concatenate_datasets(tables), as_json
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise BadRequest(f"spec.data: a column mixes types: {error}") from None
 
 
-def _same_keys(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    keys = {key: None for row in rows for key in row}
-    return [{key: row.get(key) for key in keys} for row in rows]
+def _on_disk(dataset: Dataset, ctx: Context, number: int) -> Dataset:
+    """A batch of rows, mapped from a file of this attempt where there are many before it."""
+    import pyarrow as pa  # type: ignore[import-not-found,unused-ignore]
+    from datasets import Dataset
+
+    if number < BATCHES_IN_MEMORY:
+        return dataset
+    path, table = str(ctx.tmp_dir / f"rows-{os.getpid()}-{number}.arrow"), dataset.data.table
+    with pa.OSFile(path, "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+        stream.write_table(table)
+    mapped: Dataset = Dataset.from_file(path)
+    return mapped
 
 
-def inline_rows(plan: Plan) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows that stand in the task itself, each with its dotted place."""
-    assert plan.data.inline is not None
-    name, rows = plan.data.inline
-    for i, row in enumerate(rows):
-        yield f"spec.data.{name}[{i}]", row
+def _kind(value: Any) -> type:
+    if isinstance(value, float):
+        return float  # also where it still has its spelling
+    return object if isinstance(value, int) and value.bit_length() > ARROW_INT_BITS else type(value)
 
 
-def jsonl_rows(file: JsonlFile) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a JSONL file, each with file and line; empty lines are skipped."""
-    with file.path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{file.name} line {number}"
-            try:
-                row = json.loads(line)
-            except ValueError as error:  # UnicodeDecodeError is one too
-                raise BadRequest(f"{where}: not JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise BadRequest(f"{where}: a JSON object is needed, found {type(row).__name__}")
-            yield where, row
+def _loses_types(name: str, types: set[type]) -> bool:
+    """Whether Arrow would change values of these types: 4 becomes 4.0 in a column with 2.5."""
+    return name != "prompt" and (len(types - {type(None)}) > 1 or not types <= {str, int, float, bool, type(None)})
 
 
-def shape(row: Any, columns: list[Column], where: str, plan: Plan) -> dict[str, Any]:
-    """`row` in the trainer's columns.
+def _feature(name: str, types: set[type], *, as_json: bool) -> Any:
+    from datasets import Json, List, Value
 
-    Raises:
-        BadRequest: a column is missing or holds what cannot be trained on.
-    """
-    if not isinstance(row, dict):
-        raise BadRequest(f"{where}: a mapping with {', '.join(c.name for c in columns)} is needed, found {row!r:.80}")
-    if columns[0].role == "text" and _is_chat_instead(row, columns[0], plan):
-        columns = [Column("messages", "messages", columns[0].setting)]
-    found: dict[str, Any] = {}
-    for column in columns:
-        if column.name not in row:
-            if column.required:
-                raise BadRequest(f"{where}: {missing(column, list(row))}")
-            continue
-        found[column.role] = checked(row[column.name], column, where)
-    if plan.kind.rewarded:  # rewards may look at any other column
-        taken = {column.name for column in columns}
-        found |= {key: value for key, value in row.items() if key not in found and key not in taken}
-    return _joined(found, plan)
+    if as_json:
+        return Value("string")
+    if list in types and name in CHATS:
+        return List(Json())
+    if dict in types:
+        return Json()
+    return Value(next((kind for of, kind in _KINDS.items() if of in types), "string"))
 
 
-def _is_chat_instead(row: dict[str, Any], text: Column, plan: Plan) -> bool:
-    """A row of {messages} where the task names no column: chat."""
-    return text.name == "text" and "text" not in row and "messages" in row and isinstance(plan.data, TextData)
+_KINDS: dict[type, str] = {str: "string", bool: "bool", int: "int64", float: "float64"}
 
 
-def _joined(found: dict[str, Any], plan: Plan) -> dict[str, Any]:
-    """A prompt and a response of sft's are one text; a column of chats is called messages."""
-    if not isinstance(plan.data, TextData):
-        return found
-    if "prompt" in found:
-        separator = plan.data.separator_of(jsonl=plan.source == "jsonl")
-        return {"text": f"{found['prompt']}{separator}{found['response']}"}
-    if isinstance(found.get("text"), list):
-        return {"messages": found["text"]}
-    return found
+def _refuse_mixed(kinds: dict[str, set[type]]) -> None:
+    for name, types in kinds.items():
+        if name in CHATS and {str, list} <= types:
+            raise BadRequest(f"spec.data: {name!r} is a text in some rows and a chat in others; give one shape")
 
 
-def missing(column: Column, there: list[str]) -> str:
-    return f"no column {column.name!r} ({column.setting}); there are: {', '.join(map(repr, there)) or 'none'}"
-
-
-def checked(value: Any, column: Column, where: str) -> Any:
-    """`value` where it suits its column."""
-    place = f"{where}: column {column.name!r}"
-    if column.role == "label":
-        if isinstance(value, bool) or value in (0, 1):
-            return bool(value)
-        raise BadRequest(f"{place}: true or false is needed, found {value!r:.80}")
-    if isinstance(value, list) and column.role != "response" and value:
-        for i, message in enumerate(value):
-            if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in CHAT):
-                raise BadRequest(f"{place}: message {i} must be {{role, content}} with texts, found {message!r:.80}")
-        return [{key: message[key] for key in CHAT} for message in value]
-    if not isinstance(value, str):
-        raise BadRequest(f"{place}: a text or a list of chat messages is needed, found {value!r:.80}")
-    if column.role == "messages":
-        raise BadRequest(f"{place}: a list of chat messages is needed, found a text")
-    if column.role == "prompt" and not value:
-        raise BadRequest(f"{place}: the prompt is empty")
-    return value
-
-
-# ---- datasets of others ------------------------------------------------------------------------------------------
-
-
-def _dataset(plan: Plan, ctx: Context) -> Dataset:
-    dataset = open_dataset(plan, ctx)
+def _dataset(plan: Plan, ctx: Context, dataset: Dataset) -> Rows:
+    """Rows of a dataset that `datasets` reads: of the hub, or of a `save_to_disk` folder."""
     columns = plan.data.columns(jsonl=False)
     there = list(dataset.column_names)
     if columns[0].role == "text" and columns[0].name == "text" and "text" not in there and "messages" in there:
         columns = [Column("messages", "messages", columns[0].setting)]
-    columns = [column for column in columns if column.required or column.name in there]
+    roots = {column.name: column_of(column.name, there) for column in columns}
+    if plan.kind.head == "causal" and roots[columns[0].name] is None and _are_texts(dataset, columns[1:]):
+        raise BadRequest(f"spec.data.dataset_name {plan.data.dataset_name!r}: {missing(columns[0], there)}")
+    columns = [column for column in columns if column.required or roots[column.name]]
     for column in columns:
-        if column.name not in there:
+        if roots[column.name] is None:
             raise BadRequest(f"spec.data.dataset_name {plan.data.dataset_name!r}: {missing(column, there)}")
-    names = [column.name for column in columns]
-    rest = [name for name in there if name not in names] if plan.kind.rewarded else []
+    names = [name for name in there if name in roots.values()]
+    rest = [name for name in there if name not in names]
+    if not plan.kind.rewarded:
+        rest = [name for name in rest if name in (*EXTRAS, *REFUSED)]
+        _log_unread(ctx, there, columns)
     name = plan.data.dataset_name
+    count = len(dataset)
+    chosen = chosen_rows(plan, count)
+    dataset = dataset.select(chosen)
+    if count == 0:
+        raise BadRequest(EMPTY)
 
     def rows(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         keys = [*names, *rest]
@@ -188,31 +205,59 @@ def _dataset(plan: Plan, ctx: Context) -> Dataset:
             shape(dict(zip(keys, values, strict=True)), columns, f"{name} row {chosen[i]}", plan)
             for i, values in zip(indices, zip(*(batch[key] for key in keys), strict=True), strict=True)
         ]
-        return {key: [row[key] for row in shaped] for key in shaped[0]}
+        return {key: [row.get(key, FILL.get(key)) for row in shaped] for key in features}
 
-    chosen = _chosen(plan, len(dataset))
-    dataset = dataset.select(chosen)
-    if len(dataset) == 0:
-        return dataset
-    in_memory = dataset.dataset_size is not None and dataset.dataset_size < 2**28
-    mapped: Dataset = dataset.map(
-        rows,
-        batched=True,
-        batch_size=BATCH,
-        with_indices=True,
-        remove_columns=there,
-        load_from_cache_file=False,
-        # `datasets` cannot tell our closures apart. What the trainer makes of these rows it keeps under a name made of
-        # this one, beside them: in this attempt's own folder no other task finds it.
-        new_fingerprint=f"{dataset._fingerprint}-flowmesh",
-        keep_in_memory=in_memory,
-        cache_file_name=None if in_memory else str(ctx.tmp_dir / f"rows-{os.getpid()}.arrow"),
+    features = _mapped_features(plan, dataset, columns, rest, f"{name} row {chosen[0]}") if len(dataset) else {}
+    return Rows(
+        dataset=mapped(dataset, rows, ctx, name="rows", features=features, batched=True, remove_columns=there)
+        if len(dataset)
+        else dataset,
+        where=lambda i: f"{name} row {chosen[i]}",
+        is_arrow=True,
+        dropped=beyond(plan, count),
     )
-    return mapped
+
+
+def _are_texts(dataset: Dataset, columns: list[Column]) -> bool:
+    return all(getattr(dataset.features.get(column.name), "dtype", "string") == "string" for column in columns)
+
+
+def _mapped_features(plan: Plan, dataset: Dataset, columns: list[Column], rest: list[str], where: str) -> Any:
+    """Types of the columns after `shape`. Messages may differ in keys; columns for rewards keep their types."""
+    from datasets import Features, Json, Value
+
+    first = shape(dataset[0], columns, where, plan)
+    found = {key: _feature(key, {type(value)}, as_json=False) for key, value in first.items()}
+    if plan.kind.rewarded:
+        return Features(found | {name: dataset.features[name] for name in rest})
+    extra = {"tools": Value("string"), "chat_template_kwargs": Json(), "weight": Value("int64")}
+    extra |= {"margin": Value("float64")} if plan.kind.task_type == "reward" else {}
+    return Features(found | {name: kind for name, kind in extra.items() if name in rest})
+
+
+def mapped(dataset: Dataset, function: Callable[..., Any], ctx: Context, *, name: str, **options: Any) -> Dataset:
+    """`dataset.map` with row indices, in memory for a small dataset, else in this attempt's folder.
+
+    `datasets` cannot tell our closures apart, and caches what the trainer derives from these rows under their
+    fingerprint, beside them. In this attempt's folder no other task can find it.
+    """
+    in_memory = dataset.data.nbytes < 2**28
+    if options.get("batched"):
+        options["batch_size"] = BATCH
+    found: Dataset = dataset.map(
+        function,
+        with_indices=True,
+        load_from_cache_file=False,
+        new_fingerprint=f"{dataset._fingerprint}-{name}",
+        keep_in_memory=in_memory,
+        cache_file_name=None if in_memory else str(ctx.tmp_dir / f"{name}-{os.getpid()}.arrow"),
+        **options,
+    )
+    return found
 
 
 def open_dataset(plan: Plan, ctx: Context) -> Any:
-    """A dataset of the hub's, a local folder or a local file.
+    """Open a hub dataset, a local folder or a local file.
 
     Raises:
         BadRequest: there is none, or it cannot be read; says why.
@@ -229,7 +274,7 @@ def open_dataset(plan: Plan, ctx: Context) -> Any:
         revision=data.revision,
     )
     try:
-        return hub.open_dataset(ctx, source, "spec.data")
-    except RunnerError as error:  # the shared loader calls the fields as the inference tasks do
+        return hub.open_dataset(ctx, source, "spec.data", called=str(data.dataset_name))
+    except RunnerError as error:  # the shared loader names the fields of inference tasks
         text = str(error).replace("spec.data.url", "spec.data.dataset_name")
         raise type(error)(text.replace("spec.data.name:", "spec.data.config_name:")) from error

@@ -1,4 +1,4 @@
-"""Which GPUs a run uses, and how many ranks: decided from the task's words alone, before CUDA or any fork."""
+"""Chooses GPUs and number of ranks from the task's fields alone, before CUDA starts or a rank is forked."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ WHERE = "spec.training"
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Who computes where."""
+    """Assignment of ranks to GPUs."""
 
     gpus: tuple[str, ...]
-    """In the order of the ranks; empty: on the CPU."""
+    """In rank order; empty for the CPU."""
     ranks: int
     """On this node."""
     nodes: int = 1
     spread: bool = False
-    """One process, its model laid over all GPUs."""
+    """One process whose model is split over all GPUs."""
 
     @property
     def world(self) -> int:
@@ -34,11 +34,11 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """What one rank computes on."""
+    """The device of one rank."""
 
     cuda: bool
     bf16: bool
-    """Whether its arithmetic in bfloat16 is worth having."""
+    """Whether it computes bfloat16 in hardware."""
     spread: bool = False
     local_rank: int = 0
 
@@ -78,7 +78,7 @@ def lay_out(plan: Plan, ctx: Context) -> Layout:
 
 
 def _chosen(plan: Plan, ctx: Context) -> tuple[str, ...]:
-    """The task's GPUs that it wants to use, the primary one first."""
+    """The task's chosen GPUs, the primary one first."""
     training = plan.training
     given = training.visible_devices
     if isinstance(given, str):
@@ -97,7 +97,7 @@ def _chosen(plan: Plan, ctx: Context) -> tuple[str, ...]:
 
 
 def _names_gpus(plan: Plan) -> str | None:
-    """The field in which the task names some of its GPUs."""
+    """The field that limits the task's GPUs."""
     training = plan.training
     if training.visible_devices:
         return "visible_devices"
@@ -115,13 +115,13 @@ def _gpu(item: int | str, ctx: Context) -> str:
 
 
 def restrict(layout: Layout) -> None:
-    """Show CUDA the chosen GPUs only, in the order of the ranks. Before the first call of CUDA's."""
+    """Make only the chosen GPUs visible to CUDA, in rank order. Call it before CUDA starts."""
     if layout.gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(layout.gpus)
 
 
 def find(layout: Layout, local_rank: int) -> Device:
-    """What this rank computes on. May make the CUDA context: only in the process that trains.
+    """The device of this rank. May create the CUDA context: call it only in the process that trains.
 
     Raises:
         RunnerError: the task has GPUs and torch does not see them.

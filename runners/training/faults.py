@@ -1,4 +1,4 @@
-"""What a library raised, as the task's one line: out of memory told apart, since it is worth another retry."""
+"""Turns a library's exception into the task's error. Out of memory has its own fault, since a retry may help."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SMALLER = "lower spec.training.batch_size or max_seq_length, or use gradient_che
 
 
 class OutOfMemory(RunnerError):
-    """The machine's or the GPU's memory was not enough; `fault` says which."""
+    """Raised when host or GPU memory ran out; `fault` tells which."""
 
     def __init__(self, message: str, fault: Fault) -> None:
         super().__init__(message)
@@ -27,7 +27,7 @@ class OutOfMemory(RunnerError):
 
 
 def explain(error: BaseException, where: str) -> RunnerError | None:
-    """A clearer error than `error`, raised while the run was at `where`; None where it is clear as it is."""
+    """A clearer error for `error`, raised at stage `where`; None to keep `error`."""
     text = " ".join(str(error).split())
     name = type(error).__name__
     if is_shortage(error):
@@ -38,5 +38,5 @@ def explain(error: BaseException, where: str) -> RunnerError | None:
 
 
 def is_echo(error_text: str) -> bool:
-    """Whether an error only says that another rank is gone."""
+    """Whether an error only reports the loss of another rank."""
     return _PEER.search(error_text) is not None

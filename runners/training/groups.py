@@ -1,4 +1,4 @@
-"""A group of ranks on one node: forked from the task's own process, watched, and ended together.
+"""A group of ranks on one node: forked from the task's process, watched, and ended together.
 
 A rank that fails ends the group within `GRACE_S`, and its own error is the group's; a rank never outlives the parent.
 """
@@ -24,17 +24,17 @@ from runners.training.faults import is_echo
 from runners.training.ranks import Place, Report
 
 SETTLE_S = 1.0
-"""From a rank's failure to the end of the others: time for the one that failed first to say why."""
+"""From a rank's failure to the end of the others, so that the first failure can still be reported."""
 GRACE_S = 2.0
 """From SIGTERM to SIGKILL."""
 TAIL_BYTES = 4096
 
 Work = Callable[[Place, Context, socket.socket, int], dict[str, Any]]
-"""A rank's work: its place, its context, the store's socket (rank 0) and port."""
+"""A rank's work. Arguments: place, context, the store's socket (rank 0) and port."""
 
 
 class RankFailed(RunnerError):
-    """A rank's own error, as the group's."""
+    """Raised when a rank failed, with its message and fault."""
 
     def __init__(self, message: str, fault: Fault) -> None:
         super().__init__(message)
@@ -107,14 +107,14 @@ def _fork(rank: int, layout: Layout, ctx: Context, listener: socket.socket, work
         ranks.redirect(ctx.out_dir / "logs" / str(rank))
         place = Place(rank=rank, local_rank=rank, world=layout.ranks, local_world=layout.ranks)
         os.environ.update(environment(place, port, ctx))
-        own = ctx if rank == 0 else Context(ctx.job)  # the task's pipe is rank 0's alone
+        own = ctx if rank == 0 else Context(ctx.job)  # only rank 0 has the task's pipe
         ranks.serve(place, own, reports_dir(ctx), lambda place, ctx: work(place, ctx, listener, port))
     finally:
         os._exit(70)
 
 
 def environment(place: Place, port: int, ctx: Context) -> dict[str, str]:
-    """torchrun's variables, and the threads that are this rank's share."""
+    """torchrun's variables, and this rank's share of threads."""
     return {
         "RANK": str(place.rank),
         "LOCAL_RANK": str(place.local_rank),
@@ -124,15 +124,12 @@ def environment(place: Place, port: int, ctx: Context) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": str(ranks.threads(ctx, place)),
-        "GLOO_SOCKET_IFNAME": "lo",  # all on one machine, whose own name may not resolve
+        "GLOO_SOCKET_IFNAME": "lo",  # the machine's own name may not resolve
     }
 
 
-# ---- waiting and ending ------------------------------------------------------------------------------------------
-
-
 def _wait(members: list[Member]) -> None:
-    """Until all ranks have ended well, or SETTLE_S after the first one that has not."""
+    """Wait until all ranks have exited with 0, or SETTLE_S after the first failure."""
     deadline: float | None = None
     while running := [member for member in members if member.status is None]:
         left = None if deadline is None else deadline - time.monotonic()
@@ -154,11 +151,11 @@ def _ended(running: list[Member], timeout_s: float | None) -> list[Member]:
 
 @contextlib.contextmanager
 def _ended_together(members: list[Member]) -> Iterator[None]:
-    """However the block is left, no rank runs after it."""
+    """End all ranks when the block is left."""
     try:
         yield
     finally:
-        before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not cut this short
+        before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second SIGTERM must not interrupt this
         try:
             _end(members)
         finally:
@@ -180,11 +177,8 @@ def _end(members: list[Member]) -> None:
                 member.reap()
 
 
-# ---- whose fault -------------------------------------------------------------------------------------------------
-
-
 def verdict(ctx: Context, folder: Path, endings: list[Ending]) -> list[Report]:
-    """All reports where each is good; else raises the error of the rank that is to blame."""
+    """All reports if every rank succeeded; else raises the error of the rank that caused the failure."""
     reports = {ending.local_rank: ranks.read_report(folder, ending.local_rank) for ending in endings}
     found = [report for report in reports.values() if report is not None]
     if len(found) == len(endings) and all(report.ok for report in found):
@@ -205,24 +199,23 @@ def verdict(ctx: Context, folder: Path, endings: list[Ending]) -> list[Report]:
 
 
 OWN, CANCELLED, SILENT, ECHO, TERMINATED = range(5)
-"""How near to the cause a rank's ending is: its own error, the node's wish, a death without a word, the loss of a peer,
-our own SIGTERM."""
+"""Order of failures by nearness to the cause: own error, cancel, exit without a report, lost peer, our SIGTERM."""
 
 
 def blame(reports: list[Report]) -> Report | None:
-    """The report that is nearest to the cause, and the earliest of those."""
+    """The failed report nearest to the cause; the earliest of several."""
     return min((report for report in reports if not report.ok), key=_order, default=None)
 
 
 def _order(report: Report) -> tuple[int, float]:
     if report.fault is Fault.CANCELLED:
-        # The first rank has the pipe, and knows why.
+        # Rank 0 has the pipe, and so the reason.
         return (TERMINATED, report.when) if report.message == ranks.TERMINATED else (CANCELLED, report.rank)
     return ECHO if report.fault is Fault.ERROR and is_echo(report.message) else OWN, report.when
 
 
 def _still_at_work(endings: list[Ending], reports: dict[int, Report | None]) -> str:
-    """Of ranks that waited in vain: whom they may have waited for."""
+    """Names the ranks that others may have waited for."""
     ended = [each.local_rank for each in endings if each.ended_by_us]
     silent = [rank for rank in ended if (report := reports[rank]) is None or report.message == ranks.TERMINATED]
     names = ", ".join(map(str, silent))

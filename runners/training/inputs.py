@@ -1,4 +1,4 @@
-"""What a run needs from elsewhere, brought to this node before any rank is forked: data and a checkpoint."""
+"""Downloads data and checkpoint to this node before any rank is forked."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from runners.training.settings import Jsonl
 class JsonlFile:
     path: Path
     name: str
-    """What its author calls it, for errors."""
+    """Its name in errors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,25 +26,29 @@ class Inputs:
     """Local paths."""
 
     jsonl: JsonlFile | None = None
+    eval_jsonl: JsonlFile | None = None
+    """The file of `data.eval`."""
     checkpoint: Loaded | None = None
-    """What `checkpoint.load` came to."""
+    """Result of `checkpoint.load`."""
 
 
 def fetch(plan: Plan, ctx: Context) -> Inputs:
-    """Bring everything here.
+    """Fetch everything.
 
     Raises:
         BadRequest, RunnerError: something cannot be had; says what was tried.
         Cancelled: the node asked the task to stop.
     """
     given = plan.data.jsonl_source()
+    eval_given = None if plan.eval_data is None else plan.eval_data.jsonl_source()
     return Inputs(
         jsonl=None if given is None else fetch_jsonl(given, ctx),
+        eval_jsonl=None if eval_given is None else fetch_jsonl(eval_given, ctx, "spec.data.eval.jsonl"),
         checkpoint=None if plan.checkpoint is None else load_checkpoint(ctx, plan.checkpoint),
     )
 
 
-def fetch_jsonl(given: Jsonl, ctx: Context) -> JsonlFile:
+def fetch_jsonl(given: Jsonl, ctx: Context, where: str = "spec.data.jsonl") -> JsonlFile:
     """The first of download_url, url, path and worker_path that can be read, as a local file.
 
     Raises:
@@ -55,7 +59,7 @@ def fetch_jsonl(given: Jsonl, ctx: Context) -> JsonlFile:
         url = getattr(given, field)
         if url is not None:
             try:
-                path = _download(url, f"spec.data.jsonl.{field}", given, ctx)
+                path = _download(url, f"{where}.{field}", given, ctx)
                 return JsonlFile(path, Path(urlsplit(url).path).name or url)
             except RunnerError as error:
                 failures.append(error)
@@ -65,9 +69,9 @@ def fetch_jsonl(given: Jsonl, ctx: Context) -> JsonlFile:
             path = local_path(ctx, text)
             if path.is_file():
                 return JsonlFile(path, path.name)
-            failures.append(f"spec.data.jsonl.{field}: there is no file {text!r} on this node")
+            failures.append(f"{where}.{field}: there is no file {text!r} on this node")
     if not failures:
-        raise BadRequest("spec.data.jsonl: gives no file; name one as path, url, download_url or worker_path")
+        raise BadRequest(f"{where}: gives no file; name one as path, url, download_url or worker_path")
     if len(failures) == 1 and isinstance(failures[0], RunnerError):
         raise failures[0]
     raise BadRequest("; ".join(map(str, failures)))
@@ -76,4 +80,4 @@ def fetch_jsonl(given: Jsonl, ctx: Context) -> JsonlFile:
 def _download(url: str, where: str, given: Jsonl, ctx: Context) -> Path:
     if url.startswith("file://") or "://" not in url:
         raise BadRequest(f"{where}: {url!r} is no http or https URL; a file of this node is a path")
-    return download.fetch(ctx, url, where, headers=given.headers, timeout_s=given.timeout_s).path
+    return download.fetch(ctx, url, where, headers=given.headers, timeout_s=given.timeout_s, by_date=False).path

@@ -1,4 +1,4 @@
-"""The table of trainers: what tells sft from dpo from grpo. Everything that is not here is the same for all."""
+"""The table of trainers: all that differs between task types."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Kind:
 
     task_type: str
     trainer: str
-    """TRL's class; empty for the loop of our own."""
+    """TRL's class; empty for our own PPO."""
     training: type[settings.Training]
     data: type[sources.Data]
     learning_rate: float
@@ -25,16 +25,16 @@ class Kind:
     lora: Literal["never", "always", "optional"] = "optional"
     head: Literal["causal", "score"] = "causal"
     reference: bool = False
-    """Compares with the model as it was at the start."""
+    """Needs the initial model as a reference."""
     rewarded: bool = False
-    """Generates text and learns from what a reward says of it."""
+    """Generates completions and learns from their rewards."""
 
     @property
     def config(self) -> str:
         return self.trainer.replace("Trainer", "Config")
 
     def folder(self, *, lora: bool) -> str:
-        """The top-level folder that the result goes to."""
+        """Top-level folder of the result."""
         return "final_lora" if lora else "final_model"
 
 
@@ -85,7 +85,7 @@ KINDS = {
             task_type="reward",
             trainer="RewardTrainer",
             training=settings.RewardTraining,
-            data=sources.RewardData,
+            data=sources.PreferenceData,
             learning_rate=1e-4,
             lora_learning_rate=1e-4,
             head="score",

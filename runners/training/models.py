@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from runners.api import BadRequest, Context, MissingDependency
+from runners.models import weights
 from runners.models.sources import Source, loading
+from runners.training import templates
 from runners.training.checkpoints import Start
 from runners.training.devices import Device
 from runners.training.plan import Plan
@@ -37,7 +40,7 @@ def load_tokenizer(plan: Plan, start: Start) -> Any:
 
 
 def load_model(plan: Plan, start: Start, device: Device, tokenizer: Any) -> Any:
-    """The model that is trained; with LoRA going on from an adapter, a PeftModel.
+    """The model to train; a PeftModel where LoRA continues an adapter.
 
     Raises:
         BadRequest: there is no such model, or an option does not fit it or this node.
@@ -46,6 +49,8 @@ def load_model(plan: Plan, start: Start, device: Device, tokenizer: Any) -> Any:
     options = load_options(plan, device)
     model = _pretrained(plan, start.weights, options)
     model.config.pad_token_id = tokenizer.pad_token_id
+    if model.can_generate():
+        _stop_at_turns(model, tokenizer)
     if start.adapter is not None:
         model = _with_adapter(plan, start, model)
     elif plan.lora is not None:
@@ -53,15 +58,21 @@ def load_model(plan: Plan, start: Start, device: Device, tokenizer: Any) -> Any:
     return model
 
 
+def _stop_at_turns(model: Any, tokenizer: Any) -> None:
+    """Make generation, also from the saved model, stop at the chat template's end-of-turn token."""
+    given = model.generation_config.eos_token_id
+    known = [] if given is None else [given] if isinstance(given, int) else list(given)
+    ends = list(dict.fromkeys([*known, *templates.end_tokens(tokenizer)]))
+    if len(ends) > len(known):
+        model.generation_config.eos_token_id = ends
+
+
 def _pretrained(plan: Plan, source: Source, options: dict[str, Any]) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    more: dict[str, Any] = {}
-    loader = AutoModelForCausalLM
     if plan.kind.head == "score":
-        loader, more = AutoModelForSequenceClassification, {"num_labels": 1}
-    with loading(source):
-        return loader.from_pretrained(source.path, revision=source.revision, **options, **more)
+        return weights.load_model(AutoModelForSequenceClassification, source, head="fresh", num_labels=1, **options)
+    return weights.load_model(AutoModelForCausalLM, source, **options)
 
 
 def load_options(plan: Plan, device: Device) -> dict[str, Any]:
@@ -81,7 +92,7 @@ def load_options(plan: Plan, device: Device) -> dict[str, Any]:
 
 
 def dtype(plan: Plan, device: Device) -> str:
-    """The weights' dtype: float32 where all are trained (bf16 is for the arithmetic), else what the GPU likes best."""
+    """Dtype of the weights: float32 where all are trained, else bfloat16 where the GPU computes it."""
     given = plan.model.transformers.dtype
     where = "spec.model.transformers.dtype"
     if given is None:
@@ -127,9 +138,6 @@ def _quantisation(plan: Plan, device: Device) -> Any:
     )
 
 
-# ---- adapters ----------------------------------------------------------------------------------------------------
-
-
 def lora_config(plan: Plan) -> Any:
     """PEFT's configuration of `spec.lora`."""
     from peft import LoraConfig
@@ -148,13 +156,13 @@ def lora_config(plan: Plan) -> Any:
 
 
 def check_targets(plan: Plan, model: Any) -> None:
-    """Raises BadRequest where a target module is none of the model's linear layers; lists those there are."""
+    """Raises BadRequest for a target module that is not one of the model's linear layers; lists them."""
     import torch
 
     assert plan.lora is not None
     wanted = plan.lora.target_modules
     if isinstance(wanted, str):
-        return  # all-linear, or a pattern over whole names: PEFT's own to judge
+        return  # all-linear, or a pattern over full names: PEFT checks it
     linear = {
         name.rpartition(".")[2]
         for name, module in model.named_modules()
@@ -168,21 +176,42 @@ def check_targets(plan: Plan, model: Any) -> None:
 
 
 def _with_adapter(plan: Plan, start: Start, model: Any) -> Any:
-    """The model with the adapter it goes on from: trainable with LoRA, merged where all weights are trained."""
+    """The model with its adapter: trainable with LoRA, merged where all weights are trained."""
     from peft import PeftModel
 
     assert start.adapter is not None
     where = Source(path=str(start.adapter), revision=None, shown=start.adapter.name, where="spec.checkpoint.load")
     with loading(where):
         found = PeftModel.from_pretrained(model, str(start.adapter), is_trainable=plan.lora is not None)
+    _check_names(found, start.adapter)
     return found if plan.lora is not None else found.merge_and_unload()
 
 
+def _check_names(model: Any, folder: Path) -> None:
+    """Raises BadRequest where an adapter's file does not hold the weights of its configuration. PEFT only warns."""
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        return
+    with safe_open(file, "pt") as opened:
+        there = set(opened.keys())
+    wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    for what, names in (("lacks", wanted - there), ("holds unknown weights, such as", there - wanted)):
+        if names := {name for name in names if "embed_tokens" not in name and "lm_head" not in name}:
+            raise BadRequest(
+                f"spec.checkpoint.load: the adapter does not fit the model: its file {what} {min(names)!r} "
+                f"({len(names)} weights); give an adapter of this base model, saved by PEFT"
+            )
+
+
 def merged_start(plan: Plan, start: Start, ctx: Context, *, write: bool) -> Start:
-    """Where all weights are trained from an adapter on: its merged weights, so that a reference model has them too.
+    """For full training from an adapter: start from the merged weights, so that a reference model has them too.
 
     Args:
-        write: do it; else another rank of this node does. Before the ranks meet, since then only rank 0 can save.
+        write: whether this rank merges and saves, or another of this node. Before the ranks join, since afterwards
+            only rank 0 can save.
     """
     if start.adapter is None or plan.lora is not None:
         return start

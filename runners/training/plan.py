@@ -1,8 +1,9 @@
-"""Reads a training task: every section checked, before anything heavy is imported or any rank is forked."""
+"""Reads and checks a training task before heavy libraries are imported or a rank is forked."""
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -19,18 +20,21 @@ READ = frozenset(
     {"taskType", "resources", "model", "data", "output", "training", "lora", "checkpoint", "shard", "generation"}
     | {"reward_model", "reward", "timeoutSec", "retainLogs", "env", "_upstreamResults"}
 )
-"""The fields of `spec` that a node or a trainer reads. What only resembles one of them is taken for a slip."""
+"""Fields of `spec` that a node or a trainer reads. An unknown field close to one of them is refused as a typo."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is to be done, checked as far as it can be without the libraries."""
+    """A task, checked as far as possible without the libraries."""
 
     kind: Kind
     model: settings.Model
     data: sources.Data
     source: str
     """inline, jsonl or dataset."""
+    eval_data: sources.Data | None = None
+    """`data.eval`"""
+    eval_source: str | None = None
     training: settings.Training
     lora: settings.Lora | None
     generation: settings.Generation
@@ -41,6 +45,11 @@ class Plan:
     @property
     def folder(self) -> str:
         return self.kind.folder(lora=self.lora is not None)
+
+    @property
+    def evaluates(self) -> bool:
+        asked = self.data.eval is not None or self.data.eval_split is not None
+        return asked and getattr(self.training, "eval_strategy", None) != "no"
 
     @property
     def batch_size(self) -> int:
@@ -71,7 +80,8 @@ def read(task_type: str, ctx: Context) -> Plan:
     data = section(spec, "data", kind.data)
     for each in dir(kind.training):
         if isinstance(getattr(kind.training, each), property):
-            getattr(training, each)  # an alias that contradicts is told here
+            getattr(training, each)  # raises on contradicting aliases
+    eval_data = _evaluation(data, training, kind)
     if isinstance(training, settings.ShardedTraining) and training.deepspeed and training.fsdp:
         raise BadRequest("spec.training.fsdp: given besides deepspeed; give one")
     return Plan(
@@ -79,6 +89,8 @@ def read(task_type: str, ctx: Context) -> Plan:
         model=_model(spec),
         data=data,
         source=sources.choose(data),
+        eval_data=eval_data,
+        eval_source=None if eval_data is None else _in_eval(sources.choose, eval_data),
         training=training,
         lora=_lora(spec, kind),
         generation=_generation(spec, kind),
@@ -86,6 +98,60 @@ def read(task_type: str, ctx: Context) -> Plan:
         shard=_shard(spec),
         checkpoint=section(spec, "checkpoint", Checkpoint).load,
     )
+
+
+def _evaluation(data: sources.Data, training: settings.Training, kind: Kind) -> sources.Data | None:
+    """Check the fields for evaluation; returns `data.eval` where there is one.
+
+    Raises:
+        BadRequest: they contradict each other, or this task type has no evaluation.
+    """
+    field = "eval" if data.eval is not None else "eval_split" if data.eval_split is not None else None
+    if not isinstance(training, settings.EvaluatedTraining):
+        if field is not None:
+            raise BadRequest(f"spec.data.{field}: {kind.task_type} evaluates nothing; leave it out")
+        return None
+    if data.eval is not None and data.eval_split is not None:
+        raise BadRequest("spec.data.eval_split: given besides spec.data.eval; give one")
+    if isinstance(data.eval_split, str) and data.dataset_name is None:
+        raise BadRequest(
+            f"spec.data.eval_split: {data.eval_split!r} is a split of a dataset, and there is no dataset_name; give a "
+            "share of the rows between 0 and 1"
+        )
+    if isinstance(data.eval_split, float) and not 0 < data.eval_split < 1:
+        raise BadRequest(f"spec.data.eval_split: a share between 0 and 1 is needed, found {data.eval_split}")
+    if field is None or training.eval_strategy == "no":
+        _refuse_evaluations(training, "spec.data has neither eval nor eval_split" if field is None else "it is off")
+    if training.eval_strategy == "epoch" and training.eval_steps is not None:
+        raise BadRequest("spec.training.eval_steps: given besides eval_strategy epoch; give one")
+    if training.load_best_model_at_end and training.save_strategy == "no":
+        raise BadRequest("spec.training.load_best_model_at_end: needs checkpoints; leave save_strategy no out")
+    if training.load_best_model_at_end and training.saves_every not in (None, training.eval_steps):
+        raise BadRequest(
+            "spec.training.save_steps: load_best_model_at_end writes a checkpoint at each evaluation; leave save_steps "
+            "out, or set it to eval_steps"
+        )
+    if data.eval is None:
+        return None
+    found = check(data.eval, kind.data, "spec.data.eval")
+    if found.eval is not None or found.eval_split is not None:
+        raise BadRequest("spec.data.eval: its rows are all evaluated on; leave eval and eval_split in it out")
+    return found
+
+
+def _refuse_evaluations(training: settings.EvaluatedTraining, reason: str) -> None:
+    for name in settings.EvaluatedTraining.__struct_fields__:
+        if name in settings.Training.__struct_fields__ or (name == "eval_strategy" and training.eval_strategy == "no"):
+            continue
+        if getattr(training, name) not in (None, False):
+            raise BadRequest(f"spec.training.{name}: no evaluation: {reason}; add data.eval or leave {name} out")
+
+
+def _in_eval(choose: Callable[[sources.Data], str], data: sources.Data) -> str:
+    try:
+        return choose(data)
+    except BadRequest as error:
+        raise BadRequest(str(error).replace("spec.data", "spec.data.eval")) from error
 
 
 def section(spec: dict[str, Any], name: str, into: type[T]) -> T:
@@ -101,7 +167,7 @@ def check(value: Any, into: type[T], where: str) -> T:
 
 
 def _with_hint(message: str, path: str) -> str:
-    """Where an unknown field of `training` is another type's, or one of the trainer's own, say so."""
+    """Extend an error about an unknown field of `training`: it may be another type's, or a trainer argument."""
     head, _, name = path.rpartition(".")
     if head != "spec.training" or "unknown field" not in message:
         return message
@@ -122,7 +188,7 @@ def _model(spec: dict[str, Any]) -> settings.Model:
     if model.vllm is not None:
         raise BadRequest("spec.model.vllm: training does not run on vLLM; leave it out")
     if model.adapters:
-        raise BadRequest("spec.model.adapters: give the adapter to go on from as spec.checkpoint.load instead")
+        raise BadRequest("spec.model.adapters: give the adapter to continue as spec.checkpoint.load instead")
     options = model.transformers
     if options.load_in_8bit and options.load_in_4bit:
         raise BadRequest("spec.model.transformers.load_in_4bit: given besides load_in_8bit; give one")

@@ -1,23 +1,25 @@
-"""PPO on Accelerate: write responses, have them rated, learn from them; again, until the steps are done.
+"""PPO on Accelerate: generate responses, score them, update the policy; repeat until the last step.
 
-TRL has dropped its own; this is the loop, the arithmetic is in `ppo_math`, and all around it is the other trainers'.
+TRL has removed its own. This is the loop; `ppo_math` has the formulas, and the rest is shared with the other trainers.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from torch.optim import AdamW
 from transformers import get_scheduler, set_seed
 from trl.trainer.utils import disable_dropout_in_model
 
 from runners.api import BadRequest
 from runners.models.sources import Source
-from runners.training import data, models, ppo_checkpoint, prompts, rewards, saving
+from runners.training import data, models, ppo_checkpoint, prompts, rewards, saving, tracking
 from runners.training.arguments import checkpoints_dir, completion_length
+from runners.training.bounds import Bounds
 from runners.training.checkpoints import Start
 from runners.training.devices import Device
 from runners.training.plan import Plan, check
@@ -32,6 +34,9 @@ from runners.training.setup import Setup
 class PpoJob:
     """A PPO run with everything loaded."""
 
+    eval_size = 0
+    best_step: int | None = None
+
     def __init__(self, setup: Setup) -> None:
         plan, ctx, device, place = setup.plan, setup.ctx, setup.device, setup.place
         assert isinstance(plan.training, PpoTraining)
@@ -45,11 +50,14 @@ class PpoJob:
         rows = data.load(plan, ctx, setup.fetched.jsonl)
         prompts.check_chat(rows, self._tokenizer, start)
         length = completion_length(plan)
-        self._rows = prompts.fit(rows, self._tokenizer, plan.training.max_seq_length - length)
+        rows = prompts.fit(rows, self._tokenizer, plan.training.max_seq_length - length, ctx)
+        self._rows, self.dropped = rows.dataset, rows.dropped
         self.dataset_size = len(self._rows)
-        columns = [name for name in self._rows.column_names if name != "prompt"]
-        found = rewards.load(plan, ctx, device.name, columns)
+        found = rewards.load(plan, ctx, device.name, rows)
+        self._tracking = tracking.begin(plan, ctx, start)
         self._accelerator = Accelerator(
+            log_with=list(self._tracking.names) or None,
+            project_config=ProjectConfiguration(logging_dir=str(ctx.artifacts_dir / tracking.LOCAL)),
             mixed_precision=_precision(plan, device),
             cpu=not device.cuda,
             kwargs_handlers=[
@@ -59,10 +67,13 @@ class PpoJob:
         self.samples_a_step = self._sizes.update * place.world
         self._total = updates(plan, self.dataset_size, self.samples_a_step)
         self._prepare(plan, start, device)
-        if place.world > 1:  # ranks that draw the same numbers would make the same completions
+        prompts.check_bounds(rows, self._tokenizer, Bounds(self._policy.policy, self._tokenizer), length)
+        if place.world > 1:  # with one seed, all ranks would sample the same completions
             set_seed(plan.training.seed + place.rank)
         reference = self._reference(plan, start, device)
-        self._roller = Roller(plan, self._policy, reference, self._tokenizer, rewards=found, length=length)
+        self._roller = Roller(
+            plan, self._policy, reference, self._tokenizer, rewards=found, as_json=rows.as_json, length=length
+        )
         self._updater = Updater(
             plan.training,
             self._args,
@@ -80,11 +91,11 @@ class PpoJob:
 
             policy = get_peft_model(policy, models.lora_config(plan))
         if plan.lora is None or plan.lora.dropout is None:
-            disable_dropout_in_model(policy)  # else its ratios differ from 1 before it has learnt anything
+            disable_dropout_in_model(policy)  # else ratios differ from 1 before the first update
         if plan.gradient_checkpointing:
             policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             policy.enable_input_require_grads()
-        if policy.generation_config is not None:  # how it writes is the task's to say, not the model's
+        if policy.generation_config is not None:  # the task's sampling settings apply, not the model's
             policy.generation_config.update(temperature=None, top_p=None, top_k=None)
         self._policy = PolicyWithValue(policy).to(self._accelerator.device)
         optimizer = AdamW(
@@ -106,7 +117,7 @@ class PpoJob:
         self._model, self._optimizer = self._accelerator.prepare(self._policy, optimizer)
 
     def _reference(self, plan: Plan, start: Start, device: Device) -> Any:
-        """The policy as it was before the run; None where that is the policy with its adapter off."""
+        """The initial policy; None where it is the policy with its adapter disabled."""
         if plan.lora is not None and start.adapter is None:
             return None
         frozen = models.load_model(plan, start, device, self._tokenizer)
@@ -119,6 +130,12 @@ class PpoJob:
             RunnerError: a reward failed, the checkpoint does not fit, or the loss is no number any more.
         """
         step, history = self._resume()
+        if self._tracking.names:
+            self._accelerator.init_trackers(
+                os.environ.get("WANDB_PROJECT", tracking.PROJECT), init_kwargs=self._tracking.init_kwargs()
+            )
+            if self._place.leads:
+                self._tracking.note()
         tokens = 0.0
         order = Order(self.dataset_size, self._plan.training.seed)
         self._meter.restore(history)
@@ -143,11 +160,15 @@ class PpoJob:
             if self._saves_at(step) or (stopped is not None and stopped.checkpoint):
                 self._save_checkpoint(step, history)
             if stopped is not None:
-                return
+                break
+        if self._tracking.names:
+            self._accelerator.end_training()
 
     def _note(self, step: int, numbers: dict[str, float]) -> None:
         due = step % self._plan.training.logging_steps == 0 or step in (self._meter.first_step + 1, self._total)
         self._meter.log(step, numbers if due else {"train_loss": numbers["loss"], "num_tokens": numbers["num_tokens"]})
+        if due:
+            self._accelerator.log(numbers, step)
         if due and self._place.leads:
             self._ctx.log.info("step %d of %d: %s", step, self._total, {k: round(v, 4) for k, v in numbers.items()})
 
@@ -183,7 +204,7 @@ class PpoJob:
         return int(state["global_step"]), list(state.get("log_history", []))
 
     def save(self) -> None:
-        """The policy alone: the value head has done its work."""
+        """Save the policy without the value head."""
         folder = saving.scratch(self._plan, self._ctx)
         if self._place.leads:
             shutil.rmtree(folder, ignore_errors=True)
@@ -193,7 +214,7 @@ class PpoJob:
         self._accelerator.wait_for_everyone()
 
     def describe(self) -> dict[str, Any]:
-        """What only this kind of job knows, for the result's metrics."""
+        """Metrics of this kind of job."""
         return {
             "epochs": round(self._meter.step * self.samples_a_step / self.dataset_size, 4),
             "sharding": "ddp" if self._place.world > 1 else "none",
@@ -203,7 +224,7 @@ class PpoJob:
 
 
 def _policy_start(plan: Plan, start: Start) -> Start:
-    """Where the policy's weights come from: of a resumed run, from its checkpoint."""
+    """Source of the policy's weights: a resumed run's checkpoint, else the start."""
     if start.resume is None:
         return start
     if plan.lora is not None:

@@ -1,4 +1,4 @@
-"""How PPO cuts its work: completions an update, a step of the optimiser, a pass through the model; and their order."""
+"""PPO's batch sizes: completions for each update, optimizer step and forward pass; and the order of rows."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from runners.training.settings import PpoTraining
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Completions, on each rank."""
+    """Numbers of completions on each rank."""
 
     update: int
-    """Made and rated before the policy changes."""
+    """Generated and scored before the policy changes."""
     step: int
-    """Behind one step of the optimiser."""
+    """For one optimizer step."""
     forward: int
-    """Through the model at once."""
+    """For one forward pass."""
 
     @property
     def steps_a_pass(self) -> int:
@@ -73,7 +73,7 @@ def sizes(plan: Plan) -> Sizes:
 
 
 def updates(plan: Plan, rows: int, per_update: int) -> int:
-    """How many updates the task asks for.
+    """Number of updates that the task asks for.
 
     Args:
         per_update: completions of all ranks.
@@ -85,8 +85,8 @@ def updates(plan: Plan, rows: int, per_update: int) -> int:
 
 
 class Order:
-    """The rows in an endless seeded order, anew each epoch: a function of the position alone, so a resumed run
-    goes on where it was."""
+    """An endless order of rows, shuffled for each epoch by the seed. It depends on the position alone, so that a
+    resumed run continues it."""
 
     def __init__(self, rows: int, seed: int) -> None:
         self._rows = rows

@@ -1,4 +1,4 @@
-"""PPO's checkpoints: a folder appears under its name only when it is whole. The layout is the other trainers'."""
+"""PPO's checkpoints, in the layout of the other trainers. A folder gets its name only when it is complete."""
 
 from __future__ import annotations
 
@@ -72,11 +72,11 @@ def load(folder: Path, place: Place, accelerator: Any, parts: dict[str, Any]) ->
         parts["schedule"].load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
         if accelerator.scaler is not None and (folder / "scaler.pt").is_file():
             accelerator.scaler.load_state_dict(torch.load(folder / "scaler.pt", weights_only=True))
-        if (folder / rng_name(place)).is_file():  # else the group had another size: the numbers drawn differ
+        if (folder / rng_name(place)).is_file():  # else the group had another size, and random numbers differ
             set_rng_state(torch.load(folder / rng_name(place), weights_only=True))
         state: dict[str, Any] = json.loads((folder / STATE_FILE).read_text())
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise RunnerError(f"cannot go on from {folder}: {' '.join(str(error).split()):.500}") from error
+        raise RunnerError(f"cannot resume from {folder}: {' '.join(str(error).split()):.500}") from error
     return state
 
 

@@ -57,7 +57,7 @@ def advantages(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam:
 
 
 class Moments(NamedTuple):
-    """Count, sum and sum of squares: what ranks can add up."""
+    """Count, sum and sum of squares, which can be added over ranks."""
 
     count: Tensor
     total: Tensor
@@ -82,13 +82,13 @@ class PolicyLoss(NamedTuple):
 
     loss: Tensor
     clipped: Tensor
-    """How many tokens the clipping held back."""
+    """Number of clipped tokens."""
     divergence: Tensor
     """Estimate of KL(old, new): (ratio - 1) - log ratio, never negative."""
 
 
 def policy_loss(new: Tensor, old: Tensor, advantage: Tensor, mask: Tensor, cliprange: float) -> PolicyLoss:
-    """The clipped surrogate: the worse of the step and the step cut to 1 ± cliprange."""
+    """The clipped surrogate objective: the larger loss of the ratio and the ratio clipped to 1 ± cliprange."""
     log_ratio = (new - old) * mask
     ratio = log_ratio.exp()
     free = -advantage * ratio
@@ -101,6 +101,6 @@ def policy_loss(new: Tensor, old: Tensor, advantage: Tensor, mask: Tensor, clipr
 
 
 def value_loss(new: Tensor, old: Tensor, returns: Tensor, mask: Tensor, cliprange: float) -> Tensor:
-    """Half the squared error, summed; the new value may not move further than `cliprange` from the old one to win."""
+    """Half the squared error, summed; the larger loss of the new value and the one clipped to old ± `cliprange`."""
     near = old + (new - old).clamp(-cliprange, cliprange)
     return 0.5 * (torch.max((new - returns) ** 2, (near - returns) ** 2) * mask).sum()

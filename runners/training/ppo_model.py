@@ -25,7 +25,7 @@ class Batch(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """What the policy says of the responses, each (rows, response)."""
+    """The policy's outputs for the responses, each (rows, response)."""
 
     logprobs: Tensor
     values: Tensor
@@ -44,7 +44,7 @@ class PolicyWithValue(nn.Module):
         nn.init.normal_(self.value.weight, std=(hidden + 1) ** -0.5)
         nn.init.zeros_(self.value.bias)
         self._hidden: Tensor | None = None
-        head.register_forward_pre_hook(self._see)  # the head's input is the last hidden state, of the kept tokens only
+        head.register_forward_pre_hook(self._see)  # the head's input: the last hidden state of the kept tokens
         self._options = forward_options(policy)
 
     def _see(self, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -61,14 +61,14 @@ class PolicyWithValue(nn.Module):
 
 
 def forward_options(model: Any) -> frozenset[str]:
-    """Which of the arguments that not every model knows this one does."""
+    """Optional arguments of `forward` that this model has."""
     bare = model.get_base_model() if hasattr(model, "get_base_model") else model
     known = inspect.signature(bare.forward).parameters
     return frozenset(name for name in ("position_ids", "logits_to_keep") if name in known)
 
 
 def response_logits(model: Any, batch: Batch, options: frozenset[str]) -> tuple[Tensor, Tensor]:
-    """The logits that each token of the responses was drawn from, and those tokens."""
+    """The logits that each response token was sampled from, and those tokens."""
     length = batch.mask.shape[1]
     more: dict[str, Any] = {}
     if "position_ids" in options:

@@ -1,4 +1,4 @@
-"""The first half of a PPO update: write responses, have them rated, and note what old policy and reference thought."""
+"""First half of a PPO update: generate responses, score them, and compute the outputs of old policy and reference."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from torch import Tensor
 from runners.training.plan import Plan
 from runners.training.ppo_math import token_logprobs
 from runners.training.ppo_model import Batch, PolicyWithValue, forward_options, response_logits
-from runners.training.rewards import Reward, total
+from runners.training.rewards import Reward, decoded, total
 from runners.training.settings import PpoTraining
+from runners.training.templates import end_tokens
 
 DEFAULT_TEMPERATURE = 1.0
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """Responses and all that an update needs to know of them; (rows, response) each, `scores` (rows,)."""
+    """Responses and what an update needs of them: (rows, response) each, `scores` (rows,)."""
 
     batch: Batch
     logprobs: Tensor
@@ -30,7 +31,7 @@ class Rollout:
 
 
 NEUTRAL = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1}
-"""Else the model's own settings are in force, and its completions not those that its log-probabilities speak of."""
+"""Turns the model's own settings off: with them, completions would not follow the log-probabilities."""
 
 
 class Roller:
@@ -44,18 +45,21 @@ class Roller:
         tokenizer: Any,
         *,
         rewards: list[Reward],
+        as_json: frozenset[str] = frozenset(),
         length: int,
     ) -> None:
         assert isinstance(plan.training, PpoTraining)
         self.temperature = plan.generation.temperature or plan.training.temperature or DEFAULT_TEMPERATURE
         self._policy, self._reference, self._tokenizer, self._rewards = policy, reference, tokenizer, rewards
+        self._as_json = as_json
+        self._ends = end_tokens(tokenizer)
         self._stops = plan.generation.stops
         self._options = forward_options(policy.policy)
         sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0, "min_p": None}
         self._generation: dict[str, Any] = {
             "max_new_tokens": length,
             "pad_token_id": tokenizer.pad_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
+            "eos_token_id": self._ends,
             **NEUTRAL,
             **(sampling if plan.generation.do_sample else {"do_sample": False}),
             **({"stop_strings": self._stops, "tokenizer": tokenizer} if self._stops else {}),
@@ -66,7 +70,7 @@ class Roller:
         """A rollout for `rows`: the columns of the data, and `ids`, each prompt's tokens.
 
         Args:
-            forward: how many rows go through the model at once when they are rated.
+            forward: rows in one forward pass when they are scored.
 
         Raises:
             RunnerError: a reward failed.
@@ -77,7 +81,7 @@ class Roller:
         responses = full[:, prompts["input_ids"].shape[1] :]
         texts, mask = self._read(responses)
         batch = Batch(full, torch.cat([prompts["attention_mask"], mask], dim=1), mask)
-        columns = {key: values for key, values in rows.items() if key not in ("ids", "prompt")}
+        columns = decoded({key: each for key, each in rows.items() if key not in ("ids", "prompt")}, self._as_json)
         scores = total(self._rewards, rows["prompt"], texts, columns)
         parts = [batch.rows(index) for index in torch.arange(len(full), device=full.device).split(forward)]
         passes = [self._policy(part, self.temperature) for part in parts]
@@ -107,16 +111,16 @@ class Roller:
         }
 
     def _read(self, responses: Tensor) -> tuple[list[str], Tensor]:
-        """Each response's text, and which tokens are its own: up to its end token, which counts as one of them."""
-        end, pad = self._tokenizer.eos_token_id, self._tokenizer.pad_token_id
+        """Each response's text, and the mask of its tokens, up to and including its end token."""
+        pad = self._tokenizer.pad_token_id
         mask = torch.zeros_like(responses)
         texts = []
         for row, tokens in enumerate(responses.tolist()):
-            length = next((i for i, token in enumerate(tokens) if token in (end, pad)), len(tokens))
+            length = next((i for i, token in enumerate(tokens) if token == pad or token in self._ends), len(tokens))
             text = self._tokenizer.decode(tokens[:length], skip_special_tokens=True)
             stopped = next((stop for stop in self._stops if stop in text), None)
-            if length < len(tokens) and tokens[length] == end and stopped is None:
+            if length < len(tokens) and tokens[length] in self._ends and stopped is None:
                 length += 1
-            mask[row, : max(length, 1)] = 1  # after a stop string come only pads
+            mask[row, : max(length, 1)] = 1  # after a stop string there are only pad tokens
             texts.append(text if stopped is None else text[: text.index(stopped)])
         return texts, mask

@@ -1,4 +1,4 @@
-"""The second half of a PPO update: passes over a rollout, in steps of the optimiser."""
+"""Second half of a PPO update: passes over a rollout, in optimizer steps."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from runners.training.ppo_rollout import Rollout
 from runners.training.settings import PpoArgs, PpoTraining
 
 KL_SLACK = 1.5
-"""Passes end early once the divergence is over this times `target_kl`, as is the custom."""
+"""Passes end early when the divergence exceeds this times `target_kl`, as in other PPO implementations."""
 
 
 class Lesson(NamedTuple):
-    """What an update learns from: a rollout, and how good each token was; (rows, response) each."""
+    """A rollout with its advantages and returns; (rows, response) each."""
 
     rollout: Rollout
     mask: Tensor
@@ -30,7 +30,7 @@ class Lesson(NamedTuple):
 
 
 class Updater:
-    """Learns from rollouts. `model` is the policy as accelerate wrapped it."""
+    """Updates the policy. `model` is the policy as wrapped by Accelerate."""
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class Updater:
         value = math.value_loss(new.values, old.values[rows], lesson.returns[rows], kept, args.cliprange_value)
         spread = (new.entropy * kept).sum()
         loss = policy.loss + args.vf_coef * value - args.entropy_coef * spread
-        # DDP takes the mean over the ranks; with this factor it is the sum over all tokens by their number.
+        # DDP averages over ranks; this factor makes it the sum over all tokens divided by their number.
         self._accelerator.backward(loss * self._accelerator.num_processes / count)
         return torch.stack(
             [policy.loss.detach(), value.detach(), policy.clipped.float(), policy.divergence, spread.detach()]

@@ -39,4 +39,4 @@ TRAINING: tuple[str, ...] = (
     "runners.training.ppo",
     "runners.training.reward_model",
 )
-"""Imports in 5 s; a tiny task then needs 0.5 s in its child, and a group of two ranks 1 s."""
+"""Importing them takes 5 s. A tiny task then takes 0.5 s in its child, and a group of two ranks 1 s."""

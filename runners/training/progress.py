@@ -1,4 +1,4 @@
-"""What a run tells while it trains, and what it hears: steps, loss, tokens/s and the time left; a cancel, on all ranks.
+"""Progress of a run: steps, loss, tokens/s and time left; and the check for a cancel, on all ranks.
 
 One `Meter` a rank. Only the rank that has the task's pipe reports; the others keep step with it.
 """
@@ -13,11 +13,11 @@ from flowmesh.processes.pipe import Cancel
 from runners.api import Cancelled, Context, RunnerError
 
 MAX_HISTORY = 1000
-"""Points of the loss that a result holds; of a longer run every second, fourth … one."""
+"""Most points of the loss in a result. Longer runs keep every second, fourth … point."""
 
 
 class Agreement(Protocol):
-    """How the ranks agree on one number: the largest that any of them says."""
+    """Returns the largest value of all ranks."""
 
     def __call__(self, value: int) -> int: ...
 
@@ -27,7 +27,7 @@ def alone(value: int) -> int:
 
 
 class Meter:
-    """Counts a run's steps and tokens, reports them, and asks whether to stop."""
+    """Counts a run's steps and tokens, reports them, and checks for a cancel."""
 
     def __init__(self, ctx: Context, agree: Agreement = alone, *, scaled: bool = False) -> None:
         """
@@ -38,6 +38,7 @@ class Meter:
         self.stopped: Cancelled | None = None
         self.history: list[dict[str, float]] = []
         self.last: dict[str, float] = {}
+        self.evaluations: list[dict[str, float]] = []
         self.first_step = 0
         self.step = 0
         self.total = 0
@@ -50,7 +51,7 @@ class Meter:
         self._began = time.monotonic()
 
     def begin(self, step: int, total: int, tokens: float = 0.0) -> None:
-        """The first step is next; `step` were done before, in an earlier life."""
+        """Start counting; `step` steps were done by an earlier attempt."""
         self.first_step = self.step = step
         self.total = total
         self._tokens_before = tokens
@@ -58,7 +59,7 @@ class Meter:
         self._report({})
 
     def must_stop(self) -> Cancelled | None:
-        """The node's wish to stop, known to every rank at the same step. With several ranks, a collective."""
+        """The cancel, seen by every rank at the same step. With several ranks, a collective."""
         if self.stopped is None:
             request = self._ctx.cancelled
             level = self._agree(0 if request is None else 2 if request.checkpoint else 1)
@@ -72,7 +73,7 @@ class Meter:
         return self._agree(step)
 
     def advance(self, step: int) -> None:
-        """`step` is done."""
+        """Report that `step` is done."""
         self.step = step
         self.seconds = time.monotonic() - self._began
         self._report(self._rates())
@@ -81,7 +82,7 @@ class Meter:
         """Take what the trainer logged at `step`.
 
         Raises:
-            RunnerError: the loss or the gradient is no number any more.
+            RunnerError: the loss or the gradient is NaN or infinite.
         """
         found = {key: float(value) for key, value in numbers.items() if isinstance(value, int | float)}
         for key in self._checked:
@@ -99,12 +100,24 @@ class Meter:
             if len(self.history) > 2 * MAX_HISTORY:
                 self.history = self.history[::2]
 
+    def evaluated(self, step: int, numbers: dict[str, Any]) -> None:
+        """Record an evaluation at `step`; replaces an earlier one of the same step."""
+        found = {key: float(value) for key, value in numbers.items() if isinstance(value, int | float)}
+        self.evaluations = [each for each in self.evaluations if each["step"] != step]
+        self.evaluations.append({"step": step, **{key: found[key] for key in found if key.startswith("eval_")}})
+
+    def evaluation_at(self, step: int) -> dict[str, float]:
+        return next((each for each in self.evaluations if each["step"] == step), {})
+
     def restore(self, history: list[dict[str, Any]]) -> None:
-        """The losses of an earlier life, out of its checkpoint."""
+        """Restore losses and evaluations from a checkpoint's history."""
         self.history = [_point(entry["step"], entry) for entry in history if "loss" in entry]
+        for entry in history:
+            if "eval_loss" in entry:
+                self.evaluated(entry["step"], entry)
 
     def summary(self, *, samples_a_step: int) -> dict[str, Any]:
-        """The numbers of this run for the result's `metrics`. Rates count this life's steps only."""
+        """Metrics of this run. Rates count this attempt's steps only."""
         steps = self.step - self.first_step
         seconds = self.seconds or None
         samples = steps * samples_a_step
@@ -113,6 +126,7 @@ class Meter:
             "steps": self.step,
             "first_step": self.first_step,
             "loss_history": losses,
+            **({"eval_history": self.evaluations[-MAX_HISTORY:]} if self.evaluations else {}),
             "final_loss": self.history[-1]["loss"] if self.history else None,
             "steps_per_s": _rate(steps, seconds),
             "samples": samples,
@@ -127,7 +141,7 @@ class Meter:
         rates = {"eta_s": self.seconds / done * (self.total - self.step)} if done else {}
         if "loss" in self.last:
             rates["loss"] = self.last["loss"]
-        if self.tokens and self._tokens_after_s:  # counted when the trainer logs, which is not at every step
+        if self.tokens and self._tokens_after_s:  # counted when the trainer logs, not at every step
             rates["tokens_per_s"] = self.tokens / self._tokens_after_s
         return rates
 
@@ -135,8 +149,8 @@ class Meter:
         try:
             self._ctx.progress(self.step, self.total, "steps", **numbers)
         except Cancelled:
-            # A cancel that came this instant is for must_stop(), so that all ranks hear it at one step.
-            # A signal (the next rung) has no frame behind it, and is obeyed at once.
+            # must_stop() handles a cancel frame, so that all ranks stop at the same step.
+            # A signal has no frame, and takes effect at once.
             if self._ctx.cancelled is None:
                 raise
 

@@ -1,4 +1,4 @@
-"""One rank of a group: its place, its process group, and the report it leaves for the process that waits for it."""
+"""One rank of a group: its place, its process group, and its report to the parent process."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Place(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a process stands in its group."""
+    """Position of a process in its group."""
 
     rank: int = 0
     local_rank: int = 0
@@ -45,22 +45,22 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def leads(self) -> bool:
-        """Whether it writes the results, for the whole group."""
+        """Whether it writes the group's results."""
         return self.rank == 0
 
     @property
     def on_first_node(self) -> bool:
-        """Whether it sees the folder of the rank that leads."""
+        """Whether it shares a file system with rank 0."""
         return self.rank < self.local_world
 
 
 def threads(ctx: Context, place: Place) -> int:
-    """More threads than cores make a step ten times slower."""
+    """Threads of this rank. More threads than cores were measured to make a step ten times slower."""
     return max(1, ctx.threads // place.local_world)
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """How a rank ended, by its own word."""
+    """How a rank ended, as written by itself."""
 
     rank: int
     ok: bool
@@ -71,7 +71,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     message: str = ""
     detail: str = ""
     checkpoint: bool = False
-    """A cancel with a checkpoint written first."""
+    """Whether a checkpoint was written before the cancel took effect."""
     phases: dict[str, float] = {}
     archives: tuple[ArchiveRequest, ...] = ()
     peak_host_bytes: int = 0
@@ -83,7 +83,7 @@ def report_path(folder: Path, local_rank: int) -> Path:
 
 
 def read_report(folder: Path, local_rank: int) -> Report | None:
-    """The report of a rank of this node; None where it died without one."""
+    """The report of a rank of this node; None if it exited without one."""
     try:
         return msgspec.json.decode(report_path(folder, local_rank).read_bytes(), type=Report)
     except FileNotFoundError:
@@ -91,7 +91,7 @@ def read_report(folder: Path, local_rank: int) -> Report | None:
 
 
 def serve(place: Place, ctx: Context, folder: Path, work: Callable[[Place, Context], dict[str, Any]]) -> NoReturn:
-    """Do a rank's work, leave its report in `folder`, and end this process without the interpreter's teardown."""
+    """Run `work`, write the report to `folder`, and exit without the interpreter's teardown."""
     signal.signal(signal.SIGTERM, _terminated)
     report = attempt(place, ctx, work)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -108,15 +108,15 @@ def serve(place: Place, ctx: Context, folder: Path, work: Callable[[Place, Conte
 
 
 def attempt(place: Place, ctx: Context, work: Callable[[Place, Context], dict[str, Any]]) -> Report:
-    """What `work` came to, whatever it raises."""
+    """Run `work` and report its result or exception."""
     fault, message, detail, result, checkpoint = None, "", "", None, False
     try:
         result = work(place, ctx)
     except Cancelled as error:
         fault, message, checkpoint = Fault.CANCELLED, error.reason, error.checkpoint
         if message == TERMINATED:
-            traceback.print_exc()  # the others may have waited for this one: the log says where it was
-    except BaseException as error:  # noqa: BLE001 - the boundary of the rank: all of it is its report
+            traceback.print_exc()  # the others may have waited for this rank: log where it was
+    except BaseException as error:  # noqa: BLE001 - everything goes into the report
         clear = error if isinstance(error, RunnerError) else explain(error, "ran")
         fault = clear.fault if clear is not None else Fault.ERROR
         message = str(clear) if clear is not None else f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -140,7 +140,7 @@ def attempt(place: Place, ctx: Context, work: Callable[[Place, Context], dict[st
 
 
 def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when `parent` ends; at once where it has ended already."""
+    """Have the kernel kill this process when `parent` exits. Exits at once if it already has."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
@@ -149,7 +149,7 @@ def die_with_parent(parent: int) -> None:
 
 
 def redirect(folder: Path) -> None:
-    """stdout and stderr into files of this rank's own, as torchelastic names them."""
+    """Redirect stdout and stderr to this rank's own files, named as torchelastic does."""
     folder.mkdir(parents=True, exist_ok=True)
     for fd, name in ((1, "stdout.log"), (2, "stderr.log")):
         file = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o640)
@@ -158,11 +158,11 @@ def redirect(folder: Path) -> None:
 
 
 def join(place: Place, device: Device, store: tuple[socket.socket, int] | None, timeout_s: int) -> None:
-    """Meet the other ranks.
+    """Join the process group.
 
     Args:
-        store: the socket on which rank 0 keeps the store, bound by the parent of all ranks, and its port; None: where
-            torchrun's variables say.
+        store: rank 0's socket for the store, bound by the parent of all ranks, and its port; None: use torchrun's
+            variables.
     """
     import torch.distributed as dist
 
@@ -185,7 +185,7 @@ def join(place: Place, device: Device, store: tuple[socket.socket, int] | None, 
 
 
 def agreement(place: Place) -> Agreement:
-    """How this rank agrees with the others, over a gloo group of its own: no GPU waits for it."""
+    """The maximum over ranks, on a separate gloo group, so that no GPU waits for it."""
     if place.world == 1:
         return alone
     import torch

@@ -1,17 +1,21 @@
-"""A reward from a sequence classifier: its logit for a label, or how much more positive than negative it reads."""
+"""A reward from a sequence classifier: its logit for a label, or positive minus negative probability."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from runners.api import BadRequest, Context
+from runners.models import limits, weights
 from runners.models.sources import loading, resolve_identifier
-from runners.training.rewards import text_of
+from runners.training import templates
+from runners.training.data import Rows
+from runners.training.reward_text import answer_ids, text_of
 from runners.training.settings import RewardModel
 
 BATCH = 32
 NAMES = {"positive": ("positive", "pos", "label_1"), "negative": ("negative", "neg", "label_0")}
-"""How classifiers of sentiment call their labels, in the order they are tried."""
+"""Label names of sentiment classifiers, in the order they are tried."""
 
 
 class ModelReward:
@@ -25,6 +29,7 @@ class ModelReward:
         self._model = model.to(device).eval().requires_grad_(False)
         self._tokenizer = tokenizer
         self._device = device
+        self._room = min(given.max_length, limits.positions(model) or given.max_length)
         labels = {str(name).lower(): int(index) for index, name in model.config.id2label.items()}
         self._positive, self._negative = _labels(given, labels, model.config.num_labels)
 
@@ -43,37 +48,32 @@ class ModelReward:
             made_for = config.architectures or []
             if not any("SequenceClassification" in name for name in made_for):
                 raise BadRequest(f"{where}: {source.shown!r} is no classifier but {', '.join(made_for) or 'unnamed'}")
-            tokenizer = AutoTokenizer.from_pretrained(
-                source.path,
-                revision=source.revision,
-                truncation_side="left",  # the completion is what is judged
-            )
-            model = AutoModelForSequenceClassification.from_pretrained(source.path, revision=source.revision)
+            tokenizer = AutoTokenizer.from_pretrained(source.path, revision=source.revision, padding_side="right")
+        model = weights.load_model(AutoModelForSequenceClassification, source)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         if model.config.pad_token_id is None:
             model.config.pad_token_id = tokenizer.pad_token_id
         return cls(given, model, tokenizer, device)
 
+    def check(self, rows: Rows) -> None:
+        """Raises BadRequest where this model's chat template refuses a prompt; names the row."""
+        for i, prompt in enumerate(rows.dataset["prompt"]):
+            if isinstance(prompt, list):
+                answer_ids(self._tokenizer, prompt, "", functools.partial(self._where, rows, i))
+
+    def _where(self, rows: Rows, i: int) -> str:
+        return f"spec.reward_model {self.name!r}: {rows.where(i)}"
+
     def score(self, prompts: list[Any], completions: list[str], _columns: dict[str, list[Any]]) -> list[float]:
         import torch
 
-        if not prompts:
-            return []
-        texts = [self._text(*pair) for pair in zip(prompts, completions, strict=True)]
-        templated = bool(self._tokenizer.chat_template and not isinstance(prompts[0], str))  # the template wrote them
+        rows = [self._ids(*pair) for pair in zip(prompts, completions, strict=True)]
         found: list[float] = []
-        for start in range(0, len(texts), BATCH):
-            inputs = self._tokenizer(
-                texts[start : start + BATCH],
-                return_tensors="pt",
-                padding=True,
-                truncation=True,
-                max_length=self._given.max_length,
-                add_special_tokens=not templated,
-            ).to(self._device)
+        for start in range(0, len(rows), BATCH):
+            padded = self._tokenizer.pad({"input_ids": rows[start : start + BATCH]}, return_tensors="pt")
             with torch.no_grad():
-                logits = self._model(**inputs).logits.float()
+                logits = self._model(**padded.to(self._device)).logits.float()
             found += (self._given.scale * self._rate(logits)).tolist()
         return found
 
@@ -84,17 +84,21 @@ class ModelReward:
         rate = logits[:, self._positive]
         return rate if self._negative is None else rate - logits[:, self._negative]
 
-    def _text(self, prompt: Any, completion: str) -> str:
-        if isinstance(prompt, str):
-            return prompt + completion
-        if self._tokenizer.chat_template:
-            chat = [*prompt, {"role": "assistant", "content": completion}]
-            return str(self._tokenizer.apply_chat_template(chat, tokenize=False))
-        return f"{text_of(prompt)}\n{completion}"
+    def _ids(self, prompt: Any, completion: str) -> list[int]:
+        """Tokens as in a `reward` task, whose models have one output. Other classifiers read no end token."""
+        if self._model.config.num_labels == 1 or (isinstance(prompt, list) and self._tokenizer.chat_template):
+            found = answer_ids(self._tokenizer, prompt, completion, lambda: "spec.data.prompts")
+        else:
+            separator = "" if isinstance(prompt, str) else "\n"
+            found = templates.text_ids(self._tokenizer, f"{text_of(prompt)}{separator}{completion}")
+        if len(found) <= self._room:
+            return found
+        first = found[:1] if found[0] in self._tokenizer.all_special_ids else []
+        return first + found[len(found) - self._room + len(first) :]  # keeps the completion
 
 
 def _labels(given: RewardModel, labels: dict[str, int], count: int) -> tuple[int, int | None]:
-    """The outputs that speak for and against a completion."""
+    """Indices of the positive and the negative output."""
 
     def find(name: str | None, field: str, default: tuple[str, ...]) -> int | None:
         wanted = (name.lower(),) if name else default

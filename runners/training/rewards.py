@@ -1,4 +1,4 @@
-"""What a completion is worth: the built-in functions, a callable that the node allows, or a reward model.
+"""Rewards of completions: built-in functions, a callable that the node allows, or a reward model.
 
 A reward that cannot be loaded, or that answers with anything but one finite number a completion, is an error.
 """
@@ -14,7 +14,10 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from runners.api import BadRequest, Context, RunnerError
+from runners.training.data import Rows
 from runners.training.plan import Plan
+from runners.training.reward_model import ModelReward
+from runners.training.reward_text import text_of
 from runners.training.settings import RewardFunction, RewardModel
 
 LIMIT = "reward_callables"
@@ -33,11 +36,11 @@ class Reward(Protocol):
     def score(self, prompts: list[Any], completions: list[str], columns: dict[str, list[Any]], /) -> list[float]: ...
 
 
-def load(plan: Plan, ctx: Context, device: Any, columns: list[str]) -> list[Reward]:
-    """Every reward that the task names, ready to score.
+def load(plan: Plan, ctx: Context, device: Any, rows: Rows) -> list[Reward]:
+    """Load the task's rewards.
 
     Args:
-        columns: the columns of the data.
+        rows: the data, whose columns a reward may read.
 
     Raises:
         BadRequest: a reward cannot be loaded; says which field, and why.
@@ -45,19 +48,34 @@ def load(plan: Plan, ctx: Context, device: Any, columns: list[str]) -> list[Rewa
     rewards: list[Reward] = []
     for i, given in enumerate(plan.rewards):
         if isinstance(given, RewardModel):
-            from runners.training.reward_model import ModelReward
-
-            rewards.append(ModelReward.load(given, ctx, device))
+            reward = ModelReward.load(given, ctx, device)
+            reward.check(rows)
+            rewards.append(reward)
         else:
-            where = "spec.reward" if not isinstance(ctx.spec.get("reward"), list) else f"spec.reward[{_index(plan, i)}]"
-            rewards.append(function(given, where, columns, ctx))
+            rewards.append(function(given, _place(plan, ctx, i), rows, ctx))
     return rewards
+
+
+def check_answers(plan: Plan, ctx: Context, rows: Rows) -> None:
+    """Raises BadRequest where a row has no answer for exact_match; names the row."""
+    for i, given in enumerate(plan.rewards):
+        if not isinstance(given, RewardModel) and given.function == "exact_match":
+            _answer_column(given, _place(plan, ctx, i), rows)
+
+
+def _place(plan: Plan, ctx: Context, i: int) -> str:
+    return f"spec.reward[{_index(plan, i)}]" if isinstance(ctx.spec.get("reward"), list) else "spec.reward"
+
+
+def decoded(columns: dict[str, list[Any]], as_json: frozenset[str]) -> dict[str, list[Any]]:
+    """`columns` with the document's values; those in `as_json` are decoded from JSON."""
+    return {key: [json.loads(each) for each in values] if key in as_json else values for key, values in columns.items()}
 
 
 def total(
     rewards: list[Reward], prompts: list[Any], completions: list[str], columns: dict[str, list[Any]]
 ) -> list[float]:
-    """The weighted sum of what all rewards say, checked."""
+    """Weighted sum of all rewards, checked."""
     sums = [0.0] * len(completions)
     for reward in rewards:
         for i, value in enumerate(scores(reward, prompts, completions, columns)):
@@ -66,7 +84,7 @@ def total(
 
 
 def scores(reward: Reward, prompts: list[Any], completions: list[str], columns: dict[str, list[Any]]) -> list[float]:
-    """What one reward says of each completion: as many finite numbers as there are completions.
+    """One reward's scores: a finite number for each completion.
 
     Raises:
         RunnerError: it says anything else.
@@ -78,16 +96,6 @@ def scores(reward: Reward, prompts: list[Any], completions: list[str], columns: 
         if not isinstance(value, int | float) or not math.isfinite(value):
             raise RunnerError(f"reward {reward.name}: {value!r} for {completion!r:.80}; a finite number is needed")
     return [float(value) for value in found]
-
-
-def text_of(prompt: Any) -> str:
-    """A prompt or completion as one text; of a chat, its messages' contents."""
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(str(message["content"]) for message in prompt)
-
-
-# ---- functions ---------------------------------------------------------------------------------------------------
 
 
 class FunctionReward:
@@ -104,7 +112,7 @@ class FunctionReward:
 
 
 class CallableReward:
-    """A function of somebody's: `(prompts, completions, **columns) -> [float]`."""
+    """A user's function: `(prompts, completions, **columns) -> [float]`."""
 
     def __init__(self, name: str, weight: float, call: Callable[..., Any]) -> None:
         self.name = name
@@ -125,7 +133,7 @@ class CallableReward:
         return list(found)
 
 
-def function(given: RewardFunction, where: str, columns: list[str], ctx: Context) -> Reward:
+def function(given: RewardFunction, where: str, rows: Rows, ctx: Context) -> Reward:
     """The function that `given` names; `where` is its dotted place in the task."""
     _refuse_strangers(given, where)
     match given.function:
@@ -141,9 +149,9 @@ def function(given: RewardFunction, where: str, columns: list[str], ctx: Context
                 raise BadRequest(f"{where}.pattern: not a regular expression: {error}") from None
             return FunctionReward("regex", given.weight, lambda _p, text, _c: float(bool(pattern.search(text))))
         case "exact_match":
-            column = _answer_column(given, where, columns)
+            column = _answer_column(given, where, rows)
             return FunctionReward(
-                "exact_match", given.weight, lambda _p, text, row: float(text.strip() == str(row[column]).strip())
+                "exact_match", given.weight, lambda _p, text, row: float(text.strip() in spellings(row[column], rows))
             )
         case "json_valid":
             return FunctionReward("json_valid", given.weight, lambda _p, text, _c: float(_is_json(text)))
@@ -163,13 +171,31 @@ def _refuse_strangers(given: RewardFunction, where: str) -> None:
             raise BadRequest(f"{where}.{field}: only function {user} reads it; this one is {given.function}")
 
 
-def _answer_column(given: RewardFunction, where: str, columns: list[str]) -> str:
+def _answer_column(given: RewardFunction, where: str, rows: Rows) -> str:
+    columns = [name for name in rows.dataset.column_names if name != "prompt"]
     wanted = [given.column] if given.column else [name for name in ANSWER_COLUMNS if name in columns]
     if not wanted or wanted[0] not in columns:
         there = ", ".join(columns)
         hint = "name the column that holds the answer (or set spec.data's response_field)"
         raise BadRequest(f"{where}.column: {given.column or 'missing'}; {hint}; there are: {there}")
-    return str(wanted[0])
+    column = str(wanted[0])
+    for i, answer in enumerate(decoded({column: rows.dataset[column][:]}, rows.as_json)[column]):
+        if answer is None:
+            raise BadRequest(f"{rows.where(i)}: column {column!r}: no answer to compare with; fill it or drop the row")
+    return column
+
+
+def spellings(value: Any, rows: Rows) -> tuple[str, ...]:
+    """An answer as the document writes it: 4 is not 4.0, and true is not True.
+
+    A dataset's column of floats does not show whether the document wrote 4 or 4.0: both count.
+    """
+    if isinstance(value, str):
+        return (value.strip(),)
+    written = json.dumps(value, ensure_ascii=False)
+    if rows.is_arrow and isinstance(value, float) and value.is_integer():
+        return written, str(int(value))
+    return (written,)
 
 
 def _is_json(text: str) -> bool:
@@ -201,8 +227,6 @@ def _index(plan: Plan, position: int) -> int:
     return position - sum(isinstance(given, RewardModel) for given in plan.rewards[:position])
 
 
-# ---- as TRL calls them -------------------------------------------------------------------------------------------
-
 _TRL_EXTRAS = frozenset(
     {
         "completion_ids",
@@ -217,12 +241,17 @@ _TRL_EXTRAS = frozenset(
 )
 
 
-def for_trl(reward: Reward) -> Callable[..., list[float]]:
-    """`reward` in the shape of TRL's reward functions: completions are texts, or chats of one answer."""
+def for_trl(reward: Reward, as_json: frozenset[str]) -> Callable[..., list[float]]:
+    """`reward` in the shape of TRL's reward functions: completions are texts, or chats of one answer.
+
+    Args:
+        as_json: columns whose values are JSON text.
+    """
 
     def call(prompts: list[Any], completions: list[Any], **more: Any) -> list[float]:
         columns = {key: value for key, value in more.items() if key not in _TRL_EXTRAS and isinstance(value, list)}
-        return scores(reward, prompts, [text_of(completion) for completion in completions], columns)
+        texts = [text_of(completion) for completion in completions]
+        return scores(reward, prompts, texts, decoded(columns, as_json))
 
     call.__name__ = re.sub(r"\W", "_", reward.name)
     return call

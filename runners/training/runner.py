@@ -8,7 +8,7 @@ from runners.api import Context, Runner
 
 
 class TrainingRunner(Runner):
-    """What they have in common, which is all but the name of their row in the table of `kinds`."""
+    """Base class; subclasses name their row in `kinds`."""
 
     task_type: ClassVar[str]
 

@@ -1,4 +1,4 @@
-"""The result on disk: `final_model/` or `final_lora/`, whole or not there at all."""
+"""Writes the result, `final_model/` or `final_lora/`, which is complete once it has its name."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from runners.api import Context
 from runners.training.plan import Plan
 
 NOT_PART = ("training_args.bin", "README.md")
-"""What trainers write beside the weights: pickled settings with paths of this machine, and a card about themselves."""
+"""Files of trainers that are not part of a result: pickled settings with local paths, and a model card."""
 
 REFERENCE = "ref"
-"""The adapter that dpo compares with, where it goes on from one; TRL saves it as a second one."""
+"""The second adapter that TRL saves where dpo continues one: its reference."""
 
 
 def scratch(plan: Plan, ctx: Context) -> Path:
-    """Where the weights are written before they get their name."""
+    """Folder for the weights until they are complete."""
     return ctx.out_dir / f".{plan.folder}.partial"
 
 
 def save_trainer(trainer: Any, plan: Plan, ctx: Context) -> None:
-    """Have all ranks write the trainer's model; the main rank of each node gives it its name. A collective."""
+    """Save the trainer's model on all ranks, then rename it on each node's main rank. A collective."""
     folder = scratch(plan, ctx)
     accelerator = trainer.accelerator
     if getattr(accelerator.state, "fsdp_plugin", None) is not None:
@@ -37,7 +37,7 @@ def save_trainer(trainer: Any, plan: Plan, ctx: Context) -> None:
 
 
 def publish(folder: Path, target: Path) -> None:
-    """Give a finished folder its name; an older one of that name (a retry's) is replaced."""
+    """Rename a finished folder to `target`, replacing one of an earlier attempt."""
     for name in NOT_PART:
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / REFERENCE, ignore_errors=True)

@@ -1,6 +1,6 @@
-"""What a training task may ask, as structs: `training`, `lora`, `generation`, `reward_model`, `reward`, `model`.
+"""Sections of a training task as structs: `training`, `lora`, `generation`, `reward_model`, `reward`, `model`.
 
-Every field of docs/tasks.md has its place here and a reader elsewhere; a field that is not here is refused by name.
+Every field of docs/tasks.md is here and has a reader elsewhere. A field that is not here is refused by name.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ NotNegative = Annotated[float, Meta(ge=0)]
 Positive = Annotated[float, Meta(gt=0)]
 
 
+Tracker = Literal["none", "tensorboard", "wandb", "mlflow", "trackio"]
+
+
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A mapping of the task's document."""
-
-
-# ---- training ----------------------------------------------------------------------------------------------------
+    """Base of all sections."""
 
 
 class Training(Section, frozen=True):
-    """What all trainers understand under `spec.training`."""
+    """Fields of `spec.training` for all trainers."""
 
     num_train_epochs: Positive = 1.0
     max_steps: int | None = None
-    """Updates of the optimiser; wins over the epochs. -1 is no limit, as the libraries write it."""
+    """Optimizer steps; overrides the epochs. -1: no limit, as in the libraries."""
     batch_size: Count | None = None
-    """Rows a rank and step."""
+    """Rows for each rank and step."""
     per_device_train_batch_size: Count | None = None
     """Alias of batch_size."""
     gradient_accumulation_steps: Count = 1
@@ -53,20 +53,27 @@ class Training(Section, frozen=True):
     seed: Annotated[int, Meta(ge=0, lt=2**32)] = 42
     ddp_find_unused_parameters: bool | None = None
     resume_from_path: str | None = None
+    report_to: Tracker | list[Tracker] | None = None
+    """Experiment trackers."""
 
     allow_multi_gpu: bool = True
     nproc_per_node: Count | None = None
     visible_devices: str | list[int | str] | None = None
     """Which of the task's GPUs: indices into them, or UUIDs."""
     primary_gpu: Annotated[int, Meta(ge=0)] | None = None
-    """The one that rank 0 (or the only process) uses: an index into visible_devices."""
+    """The GPU of rank 0 (or of the only process): an index into visible_devices."""
     nnodes: Count = 1
     node_rank: Annotated[int, Meta(ge=0)] | None = None
     rdzv_endpoint: str | None = None
     rdzv_id: str = "flowmesh"
 
     trainer_args: dict[str, Any] = {}
-    """The trainer's own arguments, by its own names."""
+    """The trainer's own arguments."""
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        given = self.report_to if isinstance(self.report_to, list) else [self.report_to]
+        return tuple(dict.fromkeys(name for name in given if name not in (None, "none")))
 
     @property
     def device_batch(self) -> int | None:
@@ -87,8 +94,43 @@ class Training(Section, frozen=True):
         return self.max_steps
 
 
-class ShardedTraining(Training, frozen=True):
-    """The trainers that can spread a model's state over the ranks."""
+class EarlyStopping(Section, frozen=True):
+    """`training.early_stopping`: end the run when the metric stops improving."""
+
+    patience: Count = 3
+    """Evaluations in a row."""
+    threshold: NotNegative = 0.0
+    """Smallest improvement that counts."""
+
+
+class EvaluatedTraining(Training, frozen=True):
+    """Trainers that can evaluate on held-out rows: see `data.eval`."""
+
+    eval_strategy: Literal["no", "steps", "epoch"] | None = None
+    """None: with data to evaluate on, steps where eval_steps is given, else epoch."""
+    eval_steps: Count | None = None
+    per_device_eval_batch_size: Count | None = None
+    """None: as in training."""
+    load_best_model_at_end: bool = False
+    metric_for_best_model: str | None = None
+    """None: eval_loss; eval_reward where completions are rewarded."""
+    greater_is_better: bool | None = None
+    early_stopping: EarlyStopping | bool | None = None
+
+    @property
+    def patience(self) -> EarlyStopping | None:
+        if isinstance(self.early_stopping, EarlyStopping):
+            return self.early_stopping
+        return EarlyStopping() if self.early_stopping else None
+
+    @property
+    def compares(self) -> bool:
+        """Whether evaluations are compared."""
+        return self.load_best_model_at_end or self.patience is not None
+
+
+class ShardedTraining(EvaluatedTraining, frozen=True):
+    """Trainers that can shard a model's state over the ranks."""
 
     deepspeed: dict[str, Any] | str | None = None
     """A DeepSpeed configuration, or the path of one."""
@@ -125,7 +167,7 @@ class OnlineTraining(ShardedTraining, frozen=True):
     kl_coef: NotNegative | None = None
     """Alias of beta."""
     ppo_epochs: Count | None = None
-    """Passes over each batch of completions (the trainers call it num_iterations)."""
+    """Passes over each batch of completions (num_iterations in TRL)."""
     steps: Count | None = None
     """Alias of max_steps."""
     temperature: Positive | None = None
@@ -141,14 +183,14 @@ class OnlineTraining(ShardedTraining, frozen=True):
 
 class PpoTraining(Training, frozen=True):
     mini_batch_size: Count | None = None
-    """Completions a step of the optimiser, on each rank."""
+    """Completions for each optimizer step and rank."""
     num_mini_batches: Count | None = None
     ppo_epochs: Count = 4
     steps: Count | None = None
     """Updates: batches of completions. Alias of max_steps."""
     kl_coef: NotNegative = 0.2
     target_kl: Positive | None = None
-    """An update's passes end early once the new policy is further than 1.5 times this from the old one."""
+    """End an update's passes early when the divergence from the old policy exceeds 1.5 times this."""
     temperature: Positive | None = None
 
     @property
@@ -181,16 +223,13 @@ class PpoArgs(Section, frozen=True):
     ddp_timeout: Count = 1800
 
 
-# ---- adapters, generation, rewards -------------------------------------------------------------------------------
-
-
 class Lora(Section, frozen=True):
     """`spec.lora`"""
 
     r: Count = 16
     alpha: Positive = 32
     dropout: Fraction | None = None
-    """None: 0.05, but 0 for ppo, which compares what one model says twice."""
+    """None: 0.05, but 0 for ppo, which compares two passes of one model."""
     bias: Literal["none", "all", "lora_only"] = "none"
     target_modules: tuple[str, ...] | str = ("q_proj", "k_proj", "v_proj", "o_proj")
     task_type: Literal["CAUSAL_LM", "SEQ_CLS"] | None = None
@@ -235,14 +274,11 @@ class RewardFunction(Section, frozen=True):
     """length | regex | exact_match | json_valid | module:callable"""
     weight: float = 1.0
     pattern: str | None = None
-    """regex: what a completion should contain."""
+    """regex: pattern to find in a completion."""
     target: Count | None = None
-    """length: the characters that earn the whole reward."""
+    """length: number of characters for a reward of 1."""
     column: str | None = None
     """exact_match: the column of the data that holds the answer."""
-
-
-# ---- model -------------------------------------------------------------------------------------------------------
 
 
 class ModelSource(Section, frozen=True):
@@ -285,10 +321,10 @@ class Jsonl(Section, frozen=True):
 
 
 def either(first: Any, second: Any, first_name: str, second_name: str, section: str = "training") -> Any:
-    """The one of a field and its alias that is set.
+    """The value of a field or its alias.
 
     Raises:
-        BadRequest: both are, and differ.
+        BadRequest: both are set and differ.
     """
     if first is not None and second is not None and first != second:
         raise BadRequest(

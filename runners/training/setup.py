@@ -1,4 +1,4 @@
-"""What a trainer is built from, in one piece."""
+"""Inputs of a trainer, and the interface of a loaded one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from runners.training.ranks import Place
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """One rank's run, before anything is loaded."""
+    """One rank's run before anything is loaded."""
 
     plan: Plan
     ctx: Context
@@ -32,16 +32,25 @@ class TrainingJob(Protocol):
     """A trainer with everything loaded."""
 
     start: Start
-    """Where it began."""
+    """Where the run started."""
     dataset_size: int
+    """Rows to train on, without dropped ones."""
+    dropped: dict[str, int]
+    """Number of dropped rows by reason."""
+    eval_size: int
+    """Rows to evaluate on."""
     samples_a_step: int
-    """Rows (of ppo: completions) behind one step, on all ranks."""
+    """Rows (in ppo: completions) for one step on all ranks."""
+
+    @property
+    def best_step(self) -> int | None:
+        """Step of the saved weights where the best ones are loaded at the end, else None."""
 
     def train(self) -> None:
-        """Until the last step, or until the meter says stop."""
+        """Train until the last step, or until the meter stops the run."""
 
     def save(self) -> None:
-        """Write the folder of the result. A collective."""
+        """Write the result's folder. A collective."""
 
     def describe(self) -> dict[str, Any]:
-        """What only this trainer knows, for the result's metrics."""
+        """Metrics of this trainer alone."""

@@ -1,4 +1,4 @@
-"""`spec.data` of the training types as structs: one family a shape of rows, and which columns each row must have."""
+"""`spec.data` of the training types as structs: one for each shape of rows, with its columns."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from runners.training.settings import Count, Jsonl, Section
 
 
 class Column(msgspec.Struct, frozen=True):
-    """One column that a row needs, under the name that the trainer knows it by."""
+    """One column of a row. `role` is the trainer's name of it."""
 
     role: str
     name: str
-    """What the data call it."""
+    """Its name in the data."""
     setting: str
-    """The field of the task that says so, for errors."""
+    """The task's field that sets the name, for errors."""
     required: bool = True
 
 
 class Data(Section, frozen=True):
-    """What the families have in common: a dataset of the hub's (or a local folder or file), and JSONL."""
+    """Fields of all shapes: a hub dataset, local folder or file; and JSONL."""
 
     dataset_name: str | None = None
     config_name: str | None = None
@@ -31,10 +31,14 @@ class Data(Section, frozen=True):
     max_samples: Count | None = None
     jsonl_path: str | None = None
     """Short for jsonl.path."""
+    eval: dict[str, Any] | None = None
+    """Rows to evaluate on: a section with the same fields."""
+    eval_split: float | str | None = None
+    """A share of the rows to hold out for evaluation (0 to 1), or another split of dataset_name."""
 
     @property
     def inline(self) -> tuple[str, list[Any]] | None:
-        """The field that holds the rows themselves, and the rows."""
+        """Name and rows of the field with inline rows."""
         return None
 
     def jsonl_source(self) -> Jsonl | None:
@@ -46,12 +50,12 @@ class Data(Section, frozen=True):
         return Jsonl(path=self.jsonl_path)
 
     def columns(self, *, jsonl: bool) -> list[Column]:
-        """The columns that each row has, for a row of JSONL or of a dataset."""
+        """The columns of a row of JSONL or of a dataset."""
         raise NotImplementedError
 
 
 def choose(data: Data) -> str:
-    """Which source the task gives: inline, jsonl or dataset.
+    """The task's source of rows: inline, jsonl or dataset.
 
     Raises:
         BadRequest: none, or more than one.
@@ -72,9 +76,6 @@ def choose(data: Data) -> str:
 
 
 INLINE = ("prompts", "messages", "preferences", "examples")
-
-
-# ---- sft, lora_sft -----------------------------------------------------------------------------------------------
 
 
 class TextJsonl(Jsonl, frozen=True):
@@ -133,9 +134,6 @@ class TextData(Data, frozen=True):
         return [Column("text", text or "text", f"{where}.text_field")]
 
 
-# ---- dpo, reward -------------------------------------------------------------------------------------------------
-
-
 class PreferenceJsonl(Jsonl, frozen=True):
     prompt_field: str = "prompt"
     chosen_field: str = "chosen"
@@ -154,18 +152,9 @@ class PreferenceData(Data, frozen=True):
         return None if self.preferences is None else ("preferences", self.preferences)
 
     def columns(self, *, jsonl: bool) -> list[Column]:
-        return _named(self, ("prompt", "chosen", "rejected"), self.jsonl if jsonl else None)
-
-
-class RewardData(PreferenceData, frozen=True):
-    """As dpo's; the prompt may be missing."""
-
-    def columns(self, *, jsonl: bool) -> list[Column]:
-        prompt, *rest = super().columns(jsonl=jsonl)
+        """The prompt may be missing: of reward's rows always, of dpo's where chats begin with it."""
+        prompt, *rest = _named(self, ("prompt", "chosen", "rejected"), self.jsonl if jsonl else None)
         return [msgspec.structs.replace(prompt, required=False), *rest]
-
-
-# ---- kto ---------------------------------------------------------------------------------------------------------
 
 
 class ExampleJsonl(Jsonl, frozen=True):
@@ -177,7 +166,7 @@ class ExampleJsonl(Jsonl, frozen=True):
 class ExampleData(Data, frozen=True):
     jsonl: ExampleJsonl | None = None
     examples: list[dict[str, Any]] | None = None
-    """Rows of {prompt, completion, label: true where it is a good one}."""
+    """Rows of {prompt, completion, label: true for a good completion}."""
     prompt_column: str = "prompt"
     completion_column: str = "completion"
     label_column: str = "label"
@@ -190,9 +179,6 @@ class ExampleData(Data, frozen=True):
         return _named(self, ("prompt", "completion", "label"), self.jsonl if jsonl else None)
 
 
-# ---- ppo, grpo, rloo ---------------------------------------------------------------------------------------------
-
-
 class QueryJsonl(Jsonl, frozen=True):
     query_field: str = "query"
     response_field: str | None = None
@@ -202,7 +188,7 @@ class QueryJsonl(Jsonl, frozen=True):
 class PromptData(Data, frozen=True):
     jsonl: QueryJsonl | None = None
     prompts: list[Any] | None = None
-    """Texts, chats, or mappings with `prompt` and whatever the reward needs besides."""
+    """Texts, chats, or mappings with `prompt` and the columns that rewards read."""
     prompt_column: str = "prompt"
     response_column: str | None = None
 
@@ -227,7 +213,7 @@ class PromptData(Data, frozen=True):
 
 
 def _named(data: Data, roles: tuple[str, ...], jsonl: Jsonl | None) -> list[Column]:
-    """Columns that are called as the task says: `<role>_field` for JSONL, else `<role>_column`."""
+    """Columns named by `<role>_field` for JSONL, else by `<role>_column`."""
     if data.inline is not None:
         return [Column(role, role, f"spec.data.{data.inline[0]}") for role in roles]
     if jsonl is not None:

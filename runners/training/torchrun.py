@@ -1,4 +1,4 @@
-"""A group over several nodes: torchrun on each, as each node's own task; every rank is `python -m` this module.
+"""A group over several nodes: torchrun on each, as each node's own task; every rank is a `rank_process`.
 
 The task's pipe reaches local rank 0 over a unix socket, since torchrun hands its ranks no descriptors.
 """
@@ -6,8 +6,6 @@ The task's pipe reaches local rank 0 over a unix socket, since torchrun hands it
 from __future__ import annotations
 
 import contextlib
-import faulthandler
-import logging
 import os
 import select
 import signal
@@ -16,31 +14,18 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
 import msgspec
 
-from flowmesh.messages.job import Job
-from flowmesh.processes.pipe import Pipe
 from runners.api import Context, RunnerError
 from runners.training import groups, ranks
 from runners.training.devices import Layout
 from runners.training.inputs import Inputs
-from runners.training.plan import Plan, read
-from runners.training.ranks import Place, Report
+from runners.training.plan import Plan
+from runners.training.rank_order import ORDER_FILE, RANK_MODULE, SOCKET, Order
+from runners.training.ranks import Report
 
-ORDER_FILE = "order.json"
-SOCKET = "pipe.sock"
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]", "::1")
-
-
-class Order(msgspec.Struct, frozen=True, kw_only=True):
-    """What a rank's process needs to know."""
-
-    task_type: str
-    job: Job
-    fetched: Inputs
-    layout: Layout
 
 
 def run(plan: Plan, layout: Layout, ctx: Context, fetched: Inputs) -> list[Report]:
@@ -70,7 +55,7 @@ def run(plan: Plan, layout: Layout, ctx: Context, fetched: Inputs) -> list[Repor
             _end(agent)
     status = agent.returncode
     if status != 0 and all(ranks.read_report(folder, local) is None for local in range(layout.ranks)):
-        raise RunnerError(f"torchrun ended with {status} before a rank had begun; its log is in the task's")
+        raise RunnerError(f"torchrun ended with {status} before a rank started; see the task's log")
     endings = [groups.Ending(local, status, ended_by_us) for local in range(layout.ranks)]
     return groups.verdict(ctx, folder, endings)
 
@@ -85,7 +70,7 @@ def command(plan: Plan, layout: Layout, folder: Path) -> list[str]:
         *("--nnodes", str(layout.nodes), "--nproc-per-node", str(layout.ranks)),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", str(training.rdzv_endpoint), "--rdzv-id", training.rdzv_id),
         *("--max-restarts", "0", "--monitor-interval", "0.2", *local, *rank),
-        *("-m", "runners.training.torchrun", str(folder)),
+        *("-m", RANK_MODULE, str(folder)),
     ]
 
 
@@ -98,7 +83,7 @@ def _environment(plan: Plan) -> dict[str, str]:
 
 
 def _serve(listener: socket.socket, agent: subprocess.Popen[bytes], ctx: Context) -> None:
-    """Hand the task's pipe to the rank that asks for it, until torchrun ends."""
+    """Pass the task's pipe to the rank that connects, until torchrun exits."""
     handle = os.pidfd_open(agent.pid)
     try:
         poller = select.poll()
@@ -114,7 +99,7 @@ def _serve(listener: socket.socket, agent: subprocess.Popen[bytes], ctx: Context
 
 
 def _end(agent: subprocess.Popen[bytes]) -> None:
-    """torchrun hands SIGTERM on to its ranks; what is left of them dies with it."""
+    """End torchrun, which forwards SIGTERM. Remaining ranks are killed with it (PDEATHSIG)."""
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         if agent.poll() is None:
@@ -140,47 +125,3 @@ def _listening(folder: Path) -> Iterator[socket.socket]:
             yield listener
     finally:
         os.close(handle)
-
-
-# ---- a rank's process --------------------------------------------------------------------------------------------
-
-
-def main(folder: Path) -> NoReturn:
-    """Be the rank that torchrun's variables say."""
-    ranks.die_with_parent(os.getppid())
-    faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1, all_threads=True, chain=False)
-    order = msgspec.json.decode((folder / ORDER_FILE).read_bytes(), type=Order)
-    place = Place(
-        rank=int(os.environ["RANK"]),
-        local_rank=int(os.environ["LOCAL_RANK"]),
-        world=int(os.environ["WORLD_SIZE"]),
-        local_world=int(os.environ["LOCAL_WORLD_SIZE"]),
-    )
-    ranks.redirect(Path(order.job.out_dir) / "logs" / str(place.local_rank))
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", force=True)
-    ctx = Context(order.job, _pipe(folder) if place.leads_node else None)
-    os.environ["OMP_NUM_THREADS"] = str(ranks.threads(ctx, place))
-
-    def work(place: Place, ctx: Context) -> dict[str, object]:
-        from runners.training import core
-
-        core.quiet()
-        return core.train(read(order.task_type, ctx), ctx, order.fetched, order.layout, place)
-
-    ranks.serve(place, ctx, folder, work)
-
-
-def _pipe(folder: Path) -> Pipe | None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
-            peer.connect(f"/proc/self/fd/{handle}/{SOCKET}")
-            _, fds, _, _ = socket.recv_fds(peer, 1, 1)
-    finally:
-        os.close(handle)
-    return Pipe(socket.socket(fileno=fds[0])) if fds else None
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

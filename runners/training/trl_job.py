@@ -5,64 +5,87 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import trl
+from transformers import EarlyStoppingCallback
 
 from runners.api import BadRequest, RunnerError
-from runners.training import arguments, data, models, prompts, rewards, saving, sharding
+from runners.training import arguments, evaluating, models, packing, prompts, rewards, saving, sharding, tracking
+from runners.training.bounds import Bounds
 from runners.training.callbacks import MeterCallback, NothingLeft
+from runners.training.plan import Plan
+from runners.training.preparing import Prepared
+from runners.training.settings import EvaluatedTraining
 from runners.training.setup import Setup
+from runners.training.tracking import NoteCallback
 
 
 class TrlJob:
-    """A trainer of TRL's with everything loaded."""
+    """A TRL trainer with everything loaded."""
 
     def __init__(self, setup: Setup) -> None:
         self._plan, self._ctx = plan, ctx = setup.plan, setup.ctx
         layout, device = setup.layout, setup.device
         self.sharding = sharding.pick(plan, ctx, layout, device)
         ctx.log.info("sharding: %s", self.sharding.name)
+        self.tracking = tracking.begin(plan, ctx, setup.start)
         config = arguments.build(plan, ctx, layout, device, self.sharding)  # before the model: ZeRO-3 loads by it
+        config.run_name = config.run_name or self.tracking.run
         self.start = start = setup.start
         tokenizer = models.load_tokenizer(plan, start)
-        dataset = data.load(plan, ctx, setup.fetched.jsonl)
-        prompts.check_chat(dataset, tokenizer, start)
+        rows = evaluating.load(plan, ctx, setup.fetched)
+        for each in rows.values():
+            prompts.check_chat(each, tokenizer, start)
         extra: dict[str, Any] = {}
         if plan.kind.rewarded:
             room = plan.training.max_seq_length - config.max_completion_length
-            dataset = prompts.fit(dataset, tokenizer, room)
-            columns = [name for name in dataset.column_names if name != "prompt"]
-            found = rewards.load(plan, ctx, device.name, columns)
-            extra["reward_funcs"] = [rewards.for_trl(reward) for reward in found]
+            rows = {name: prompts.fit(each, tokenizer, room, ctx) for name, each in rows.items()}
+            found = rewards.load(plan, ctx, device.name, rows["train"])
+            for each in rows.values():
+                rewards.check_answers(plan, ctx, each)
+            extra["reward_funcs"] = [rewards.for_trl(reward, rows["train"].as_json) for reward in found]
             if config.reward_weights is None:
                 config.reward_weights = [reward.weight for reward in found]
         model = models.load_model(plan, start, device, tokenizer)
+        bounds = Bounds(model, tokenizer)
+        if plan.kind.rewarded:
+            for each in rows.values():
+                prompts.check_bounds(each, tokenizer, bounds, config.max_completion_length)
+        prepared = Prepared(plan, ctx, rows, bounds)
         if plan.lora is not None and start.adapter is None:
             extra["peft_config"] = models.lora_config(plan)
         if plan.kind.reference:
             # for the reference that the trainer loads, by the model's name
             config.model_init_kwargs = {**models.load_options(plan, device), "revision": start.weights.revision}
-        self.dataset_size = len(dataset)
         self.samples_a_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * layout.world
         self.trainer = _build(
-            getattr(trl, plan.kind.trainer),
+            prepared.trainer(),
             model=model,
             args=config,
-            train_dataset=dataset,
+            train_dataset=rows["train"].dataset,
+            eval_dataset=rows["eval"].dataset if plan.evaluates else None,
             processing_class=tokenizer,
-            callbacks=[MeterCallback(setup.meter, counts_tokens_over_lives=plan.kind.rewarded)],
+            callbacks=[MeterCallback(setup.meter, counts_tokens_over_lives=plan.kind.rewarded), *_patience(plan)],
             **extra,
         )
+        if getattr(self.trainer, "padding_free", False) and not self.sharding.name.startswith("deepspeed"):
+            packing.check(self.trainer.model)
+        if self.tracking.names:
+            self.trainer.add_callback(NoteCallback(self.tracking))
         if plan.lora is not None:
             _load_the_trained_adapter_too(self.trainer)
-        if config.max_steps < 0 and len(self.trainer.get_train_dataloader()) == 0:
-            raise BadRequest("spec.training.batch_size: the data do not fill one batch; lower it")
+        self.eval_size = prepared.size.get("eval", 0)
+        self.dataset_size, self.dropped = prepared.size["train"], prepared.dropped["train"]
+        if len(self.trainer.get_train_dataloader()) == 0:
+            raise BadRequest(
+                f"spec.training.batch_size: the {self.dataset_size} rows do not fill one batch; lower it, or "
+                "num_generations and gradient_accumulation_steps"
+            )
         self._meter = setup.meter
 
     def train(self) -> None:
         """Train, from the checkpoint on where there is one.
 
         Raises:
-            RunnerError: the checkpoint does not fit, or the loss is no number any more.
+            RunnerError: the checkpoint does not fit, or the loss is NaN or infinite.
         """
         resume = str(self.start.resume) if self.start.resume is not None else None
         try:
@@ -70,22 +93,34 @@ class TrlJob:
         except NothingLeft:
             self._ctx.log.info("%s is of the last step: nothing is left to train", self.start.resume)
         except (ValueError, KeyError, RuntimeError) as error:
-            if resume is not None and self._meter.total == 0:  # it had not begun yet
-                raise RunnerError(f"cannot go on from {resume}: {' '.join(str(error).split()):.500}") from error
+            if resume is not None and self._meter.total == 0:  # before the first step
+                raise RunnerError(f"cannot resume from {resume}: {' '.join(str(error).split()):.500}") from error
             raise
+
+    @property
+    def best_step(self) -> int | None:
+        loaded = self.trainer.args.load_best_model_at_end
+        return self.trainer.state.best_global_step if loaded else None
 
     def save(self) -> None:
         saving.save_trainer(self.trainer, self._plan, self._ctx)
 
     def describe(self) -> dict[str, Any]:
-        """What only this kind of job knows, for the result's metrics."""
+        """Metrics of this kind of job."""
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         return {
             "epochs": self.trainer.state.epoch,
+            **({"best_step": self.best_step} if self.best_step is not None else {}),
             "sharding": self.sharding.name,
             "parameters": sum(weight.numel() for weight in model.parameters()),
             "trainable_parameters": sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
         }
+
+
+def _patience(plan: Plan) -> list[Any]:
+    assert isinstance(plan.training, EvaluatedTraining)
+    given = plan.training.patience
+    return [] if given is None else [EarlyStoppingCallback(given.patience, given.threshold)]
 
 
 def _load_the_trained_adapter_too(trainer: Any) -> None:
@@ -104,7 +139,7 @@ def _load_the_trained_adapter_too(trainer: Any) -> None:
 
 
 def _build(trainer: Any, **arguments: Any) -> Any:
-    """The trainer; what it refuses is the task's to mend."""
+    """Build the trainer. What it refuses is a BadRequest."""
     try:
         return trainer(**arguments)
     except (ValueError, TypeError, NotImplementedError) as error:

@@ -213,7 +213,7 @@ def test_missing_file_and_missing_server(server, ctx) -> None:
      "http://h:port/x", "http://\u2100.example/x"],
 )  # fmt: skip
 def test_only_http(ctx, url: str) -> None:
-    with pytest.raises(BadRequest, match=r"here: .* is no (http or https )?URL"):
+    with pytest.raises(BadRequest, match=r"here: .* is not an? (http or https )?URL"):
         fetch(ctx, url, "here")
 
 

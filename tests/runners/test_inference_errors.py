@@ -46,7 +46,7 @@ from tests.runners.inference_specs import change, spec_of
         ("model.transformers.dtype", "int3", r"spec\.model\.transformers\.dtype: .*int3"),
         ("model.transformers.device_map", "cuda", r"device_map: 'cuda', but this task has no GPU"),
         ("model.transformers.use_flash_attention_2", True, r"use_flash_attention_2: flash attention needs a GPU"),
-        ("model.transformers.low_cpu_mem_usage", False, r"low_cpu_mem_usage: false cannot be had"),
+        ("model.transformers.low_cpu_mem_usage", False, r"low_cpu_mem_usage: false is not possible"),
         (
             "model.transformers.attn_implementation",
             "telepathy",

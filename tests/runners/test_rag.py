@@ -199,7 +199,7 @@ def test_documents_come_from_files_too(make_context, tmp_path) -> None:
     assert best["payload"]["metadata"] == {"path": "deep/tides.md"}
     (tmp_path / "empty").mkdir()
     assert "has no text files" in refusal(make_context, {"query": "x", "faiss": {"path": str(tmp_path / "empty")}})
-    assert "is no text file" in refusal(make_context, {"query": "x", "faiss": {"path": str(folder / "image.png")}})
+    assert "is not a text file" in refusal(make_context, {"query": "x", "faiss": {"path": str(folder / "image.png")}})
 
 
 def ask(make_context: MakeContext, index: Any, **more: Any) -> str:
@@ -241,7 +241,10 @@ def test_saving_asks_for_the_archive_only_under_http(make_context, tmp_path) -> 
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda f: (f / "index.faiss").write_bytes(b"no index"), "is no index of FAISS"),
+        (
+            lambda f: (f / "index.faiss").write_bytes(b"no index"),
+            "is not the file that was saved: its checksum differs",
+        ),
         (lambda f: (f / "index.faiss").unlink(), "no index there"),
         (lambda f: (f / "index.json").unlink(), "has no index.json"),
         (lambda f: (f / "index.json").write_text("{}"), "index.json cannot be read"),

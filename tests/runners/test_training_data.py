@@ -25,7 +25,7 @@ def rows(make_context: Make, task_type: str, section: dict[str, Any], **spec: An
     reward = {"reward": {"function": "length"}} if task_type in ("ppo", "grpo", "rloo") else {}
     ctx = make_context({"model": MODEL, "data": section, **reward, **spec})
     plan = read(task_type, ctx)
-    return list(data.load(plan, ctx, inputs.fetch(plan, ctx).jsonl))
+    return list(data.load(plan, ctx, inputs.fetch(plan, ctx).jsonl).dataset)
 
 
 def refusal(make_context: Make, task_type: str, section: dict[str, Any]) -> str:
@@ -67,7 +67,7 @@ def test_what_is_made_of_a_dataset_is_its_tasks_own(make_context: Make, tmp_path
     for column, text in (("a", "ONE"), ("b", "TWO")):
         section = {"dataset_name": str(tmp_path / "set"), "text_field": column}
         ctx = make_context({"model": MODEL, "data": section}, task_id=column)
-        loaded = data.load(read("sft", ctx), ctx, None)
+        loaded = data.load(read("sft", ctx), ctx, None).dataset
         assert loaded.map(_upper)["text"] == [text] * 5
     assert sorted((tmp_path / "set").iterdir()) == there
 
@@ -82,7 +82,7 @@ def test_a_shard_looks_at_its_own_rows_only(make_context: Make, tmp_path: Path) 
     section = {"dataset_name": write(tmp_path / "x.jsonl", *lines), "max_samples": 9}
     found = rows(make_context, "sft", section, shard={"index": 1, "total": 2})
     assert [row["text"] for row in found] == [f"row {i}" for i in range(5, 9)]
-    with pytest.raises(BadRequest, match=r"x\.jsonl row 3: column 'text'"):
+    with pytest.raises(BadRequest, match=r"x\.jsonl line 4: column 'text'"):
         rows(make_context, "sft", section, shard={"index": 1, "total": 2, "contiguous": False})
 
 
@@ -143,7 +143,7 @@ def test_jsonl_of_chats_and_of_queries(make_context: Make, tmp_path: Path) -> No
     ("second_line", "message"),
     [
         ("{not json", "bad.jsonl line 2: not JSON"),
-        ("[1]", "bad.jsonl line 2: a JSON object is needed, found list"),
+        ("[1]", "bad.jsonl line 2: expected an object (found list)"),
         ('{"txt": "b"}', "bad.jsonl line 2: no column 'text' (spec.data.text_field); there are: 'txt'"),
         ('{"text": null}', "bad.jsonl line 2: column 'text': a text or a list of chat messages is needed, found None"),
     ],
@@ -207,7 +207,7 @@ def test_columns_of_datasets(make_context: Make, tmp_path: Path) -> None:
     found = rows(make_context, "rloo", {"dataset_name": path, "prompt_column": "q", "response_column": "gold"})
     assert found == [{"prompt": "a", "response": "d", "yes": "b", "no": "c"}]
     message = refusal(make_context, "dpo", {"dataset_name": path})
-    assert "no column 'prompt' (spec.data.prompt_column); there are: 'q', 'yes', 'no', 'gold'" in message
+    assert "no column 'chosen' (spec.data.chosen_column); there are: 'q', 'yes', 'no', 'gold'" in message
 
 
 def test_a_bad_row_of_a_dataset_is_named(make_context: Make, tmp_path: Path) -> None:

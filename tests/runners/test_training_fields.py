@@ -102,6 +102,7 @@ ARGUMENTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ppo_epochs": (3, {"num_iterations": 3}),
     "steps": (6, {"max_steps": 6}),
     "temperature": (0.5, {"temperature": 0.5}),
+    "report_to": ("tensorboard", {"report_to": ["tensorboard"]}),
     "trainer_args": ({"weight_decay": 0.5}, {"weight_decay": 0.5}),
 }
 LENGTHS = {"max_length": 77}, {"max_completion_length": 38}
@@ -111,6 +112,9 @@ ELSEWHERE = {
     "resume_from_path",  # test_training_resume
     *("allow_multi_gpu", "nproc_per_node", "visible_devices", "primary_gpu"),  # test_training_plan
     *("nnodes", "node_rank", "rdzv_endpoint", "rdzv_id"),  # test_training_groups, and below
+    *settings.EvaluatedTraining.__struct_fields__[
+        len(settings.Training.__struct_fields__) :
+    ],  # test_training_evaluation
     *("deepspeed", "auto_deepspeed", "auto_deepspeed_stage", "zero_stage", "fsdp"),  # below
 }
 

@@ -94,8 +94,8 @@ def test_torn_checkpoints_are_skipped_with_a_warning(tmp_path: Path) -> None:
     assert outcome.ok, outcome.message
     assert (outcome.result or {})["metrics"]["first_step"] == 4
     log = running.log()
-    assert "skipped checkpoint-12: it is torn (model.safetensors: " in log
-    assert "skipped checkpoint-8: it is torn (no trainer_state.json)" in log
+    assert "skipped incomplete checkpoint-12: model.safetensors: " in log
+    assert "skipped incomplete checkpoint-8: no trainer_state.json" in log
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,7 @@ def test_sft_learns_and_says_everything(tmp_path: Path) -> None:
         "error_message": None,
         "model_name": "builtin:tiny-llama",
         "dataset_size": 64,
+        "dropped_rows": {},
         "output_dir": str(out),
         "checkpoints_dir": str(out / "checkpoints"),
         "resume_from_path": None,
@@ -337,7 +338,7 @@ def test_long_prompts_lose_their_beginning(tmp_path: Path) -> None:
     assert train(tmp_path, "ppo", spec, limits=ALLOWED)["metrics"]["tokens"] <= 8 * 24
     chat = [{"role": "user", "content": "the node " * 60}]
     message = refused(tmp_path, "ppo", {**spec, "data": {"prompts": [chat]}}, limits=ALLOWED, task_id="chat")
-    assert "spec.data: the chat of row 0 has" in message
+    assert "spec.data.prompts[0]: the chat has" in message
 
 
 def test_a_chat_needs_a_template(tmp_path: Path) -> None:

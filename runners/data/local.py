@@ -1,0 +1,124 @@
+"""Rows of files on this node: one file, a glob, or the files of a folder's splits.
+
+Nothing is cached: a rewritten file gives its new rows even if its size and times are the same.
+"""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from runners.api import BadRequest, Context, MissingDependency
+from runners.data.readers import File, Row, count, read
+from runners.data.tables import Columns
+from runners.models.sources import local_path
+
+Splits = Mapping[str, Sequence[File]]
+_SPLIT_NAME = re.compile(r"[\w.-]+")
+_WILD = frozenset("*?[")
+
+
+class Part(msgspec.Struct, frozen=True):
+    """Some rows of a split."""
+
+    files: tuple[File, ...]
+    start: int = 0
+    stop: int | None = None
+
+
+class Table:
+    """The rows of a split, of a slice of one, or of several."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self._parts = tuple(parts)
+
+    @property
+    def is_typed(self) -> bool:
+        """Whether the values are those of another library's tables, and not of text."""
+        return any(file.format == "parquet" for part in self._parts for file in part.files)
+
+    def rows(self, columns: Columns | None = None) -> Iterator[Row]:
+        """All rows in order. May be called again."""
+        for part in self._parts:
+            yield from itertools.islice(_rows_of(part.files, columns), part.start, part.stop)
+
+    def count(self) -> int:
+        """The number of rows. Reads the files, unless the task's slice determines it."""
+        return sum(count_rows(part.files) if part.stop is None else part.stop - part.start for part in self._parts)
+
+
+def matching(ctx: Context, pattern: str, where: str) -> list[Path]:
+    """The files that match a pattern such as `part-*.csv.gz`, sorted by name.
+
+    Empty if `pattern` has no wildcard, or is itself the name of a file or folder.
+
+    Raises:
+        BadRequest: nothing matches.
+    """
+    if not _WILD & set(pattern) or local_path(ctx, pattern).exists():
+        return []
+    for base in (Path.cwd(), ctx.results_dir):
+        found = glob.glob(str(Path(pattern).expanduser()), root_dir=base, recursive=True)  # noqa: PTH207 - takes absolute ones, too
+        if files := sorted(path for path in (base / each for each in found) if path.is_file()):
+            return files
+    raise BadRequest(f"{where}: no file of this node matches {pattern!r}")
+
+
+def chosen_split(splits: Splits, split: str | None, shown: str, where: str) -> Table:
+    """The split, slice or sum of slices that the task selects: `train`, `train[:100]`, `train[10%:]+test`.
+
+    Args:
+        split: None: the split called train, else the only one.
+
+    Raises:
+        BadRequest: unknown split, or an invalid slice.
+    """
+    if split is None:
+        return Table([Part(tuple(splits[only_split(list(splits), shown, where)]))])
+    wanted = "+".join(splits) if split == "all" else split
+    names = []
+    for term in wanted.split("+"):
+        match = _SPLIT_NAME.match(term.strip())
+        if match is None or match[0] not in splits:
+            raise BadRequest(f"{where}.split: no split {term.strip()!r}; there are: {', '.join(splits)}")
+        names.append(match[0])
+    if [term.strip() for term in wanted.split("+")] == names:
+        return Table([Part(tuple(splits[name])) for name in names])
+    if importlib.util.find_spec("datasets") is None:
+        raise MissingDependency("datasets", "training")
+    import datasets
+
+    sizes = {name: count_rows(splits[name]) if name in names else 0 for name in splits}
+    try:
+        slices = datasets.ReadInstruction.from_spec(wanted).to_absolute(sizes)
+    except (ValueError, AssertionError) as error:
+        raise BadRequest(f"{where}.split: {' '.join(str(error).split())}") from None
+    return Table([Part(tuple(splits[each.splitname]), each.from_, each.to) for each in slices])
+
+
+def only_split(names: Sequence[str], shown: str, where: str) -> str:
+    """The default split: train, else the only one.
+
+    Raises:
+        BadRequest: there are several others.
+    """
+    if "train" in names:
+        return "train"
+    if len(names) == 1:
+        return names[0]
+    raise BadRequest(f"{where}.split: missing; {shown!r} has: {', '.join(names)}")
+
+
+def count_rows(files: Sequence[File]) -> int:
+    return sum(count(file) for file in files)
+
+
+def _rows_of(files: Sequence[File], columns: Columns | None) -> Iterator[Row]:
+    for file in files:
+        yield from read(file, columns)
