@@ -6,9 +6,7 @@ Each request takes the next step of `plan`; where there is none left it is accep
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import http.server
 import json
 import socket
 import struct
@@ -17,6 +15,8 @@ import threading
 import time
 from dataclasses import dataclass, field
 from typing import Any
+
+from tests.fake_http import FakeHandler, FakeServer
 
 BLOCK = 64 * 1024
 
@@ -64,7 +64,7 @@ class Reset:
 
 @dataclass
 class Stall:
-    """Nothing is read or answered any more when so much of the body was read."""
+    """Nothing is read or answered any more when so much of the body was read, until the server's `release()`."""
 
     after_bytes: int = 0
 
@@ -72,32 +72,24 @@ class Stall:
 Step = Answer | Reset | Stall
 
 
-class Server:
-    """`with Server() as server`: listens on a free port of 127.0.0.1 until the block ends.
-
+class Server(FakeServer):
+    """
     Args:
         unsized: whether it takes bodies without a length; otherwise it answers 411 to them, whatever the plan says.
     """
 
     def __init__(self, *plan: Step, unsized: bool = False) -> None:
+        super().__init__(_Handler)
         self.plan = list(plan)
         self.unsized = unsized
         self.requests: list[tuple[str, str]] = []
         """(method, path) of every request, also of those that went wrong."""
         self.received: list[Received] = []
-        self._over = threading.Event()
-        self._lock = threading.Lock()
-        self._httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self._httpd.daemon_threads = True
-        self._thread = threading.Thread(target=self._httpd.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-
-    @property
-    def port(self) -> int:
-        return int(self._httpd.server_address[1])
+        self._released = threading.Event()
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return self.origin
 
     def files(self) -> dict[str, Received]:
         return {r.file_name: r for r in self.received if r.file_name is not None}
@@ -105,122 +97,107 @@ class Server:
     def results(self) -> list[Any]:
         return [r.json["result"] for r in self.received if r.file_name is None]
 
-    def __enter__(self) -> Server:
-        self._thread.start()
-        return self
+    def stall(self) -> None:
+        """Wait for the next `release()`."""
+        with self.lock:
+            released = self._released
+        released.wait()
+
+    def release(self) -> None:
+        """Close the connections that stall now."""
+        with self.lock:
+            released, self._released = self._released, threading.Event()
+        released.set()
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._httpd.shutdown()
-        self._httpd.server_close()
-        self._thread.join()
+        self.release()
+        super().__exit__()
 
-    def _step(self) -> Step:
-        with self._lock:
+    def next_step(self, method: str, path: str, *, unsized: bool) -> Step:
+        with self.lock:
+            self.requests.append((method, path))
+            if unsized and not self.unsized:
+                return Answer(411, early=True)
             return self.plan.pop(0) if self.plan else Answer()
 
-    def _handler(self) -> type[http.server.BaseHTTPRequestHandler]:
-        server = self
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-            timeout = 30
+class _Handler(FakeHandler):
+    server: Server
 
-            def handle_one_request(self) -> None:
-                with contextlib.suppress(ConnectionError, TimeoutError):
-                    super().handle_one_request()
-
-            def do_POST(self) -> None:
-                server._serve(self)
-
-            do_PUT = do_PATCH = do_GET = do_POST
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        return Handler
-
-    def _serve(self, handler: http.server.BaseHTTPRequestHandler) -> None:
+    def do_POST(self) -> None:
         started = time.monotonic()
-        in_chunks = handler.headers.get("Transfer-Encoding") == "chunked"
-        step = self._step() if self.unsized or not in_chunks else Answer(411, early=True)
-        with self._lock:
-            self.requests.append((handler.command, handler.path))
-        match step:
+        unsized = self.headers.get("Transfer-Encoding") == "chunked"
+        match self.server.next_step(self.command, self.path, unsized=unsized):
             case Reset(after):
-                handler.rfile.read(after)
-                handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                handler.close_connection = True
-                handler.connection.close()
-                return
+                self.rfile.read(after)
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.close_connection = True
+                self.connection.close()
             case Stall(after):
-                handler.rfile.read(after)
-                self._over.wait()
-                handler.close_connection = True
-                return
-            case Answer():
+                self.rfile.read(after)
+                self.server.stall()
+                self.close_connection = True
+            case Answer() as step:
                 if not step.early:
-                    received = self._read(handler)
+                    received = self._read()
                     received.seconds = time.monotonic() - started
                     if 200 <= step.status < 300:
-                        with self._lock:
-                            self.received.append(received)
-        handler.send_response(step.status)
-        for name, value in step.headers.items():
-            handler.send_header(name, value)
-        handler.send_header("Content-Length", str(len(step.body)))
-        if step.early:
-            handler.send_header("Connection", "close")
-            handler.close_connection = True
-        handler.end_headers()
+                        with self.server.lock:
+                            self.server.received.append(received)
+                self._reply(step)
+
+    do_PUT = do_PATCH = do_GET = do_POST
+
+    def _reply(self, step: Answer) -> None:
+        headers = {**step.headers, **({"Connection": "close"} if step.early else {})}
         if not step.trickle_s:
-            handler.wfile.write(step.body)
+            self.answer(step.status, step.body, headers)
             return
+        self.begin(step.status, {**headers, "Content-Length": str(len(step.body))})
         for byte in step.body:
-            handler.wfile.write(bytes((byte,)))
-            if self._over.wait(step.trickle_s):
+            self.wfile.write(bytes((byte,)))
+            if self.server.over.wait(step.trickle_s):
                 break
 
-    @staticmethod
-    def _read(handler: http.server.BaseHTTPRequestHandler) -> Received:
-        headers = {name.lower(): value for name, value in handler.headers.items()}
-        received = Received(handler.command, handler.path, headers)
+    def _read(self) -> Received:
+        headers = self.lower_headers()
+        received = Received(self.command, self.path, headers)
         received.unsized = "transfer-encoding" in headers
         if not received.unsized:
-            return Server._parse(received, handler.rfile, int(headers.get("content-length", 0)))
+            return _parse(received, self.rfile, int(headers.get("content-length", 0)))
         assert "content-length" not in headers
         with tempfile.TemporaryFile() as body:
-            return Server._parse(received, body, _unchunk(handler.rfile, body))
+            return _parse(received, body, _unchunk(self.rfile, body))
 
-    @staticmethod
-    def _parse(received: Received, body: Any, left: int) -> Received:
-        kind, _, rest = received.headers.get("content-type", "").partition(";")
-        if kind != "multipart/form-data":
-            received.body = body.read(left)
-            assert len(received.body) == left
-            return received
-        boundary = rest.strip().removeprefix("boundary=").encode()
-        head = b""
-        while not head.endswith(b"\r\n\r\n"):
-            line = body.readline()
-            assert line
-            head += line
-        assert head.startswith(b"--" + boundary + b"\r\n")
-        disposition = head.split(b"\r\n")[1].decode()
-        assert disposition.startswith('Content-Disposition: form-data; name="file"; filename="')
-        received.file_name = disposition.split('filename="')[1].removesuffix('"').replace("%22", '"')
-        tail = b"\r\n--" + boundary + b"--\r\n"
-        left -= len(head) + len(tail)
-        digest = hashlib.sha256()
-        while left:
-            data = body.read(min(BLOCK, left))
-            assert data, "the body ended early"
-            digest.update(data)
-            received.file_size += len(data)
-            left -= len(data)
-        assert body.read(len(tail)) == tail
-        received.file_sha256 = digest.hexdigest()
+
+def _parse(received: Received, body: Any, left: int) -> Received:
+    kind, _, rest = received.headers.get("content-type", "").partition(";")
+    if kind != "multipart/form-data":
+        received.body = body.read(left)
+        assert len(received.body) == left
         return received
+    boundary = rest.strip().removeprefix("boundary=").encode()
+    head = b""
+    while not head.endswith(b"\r\n\r\n"):
+        line = body.readline()
+        assert line
+        head += line
+    assert head.startswith(b"--" + boundary + b"\r\n")
+    disposition = head.split(b"\r\n")[1].decode()
+    assert disposition.startswith('Content-Disposition: form-data; name="file"; filename="')
+    received.file_name = disposition.split('filename="')[1].removesuffix('"').replace("%22", '"')
+    tail = b"\r\n--" + boundary + b"--\r\n"
+    left -= len(head) + len(tail)
+    digest = hashlib.sha256()
+    while left:
+        data = body.read(min(BLOCK, left))
+        assert data, "the body ended early"
+        digest.update(data)
+        received.file_size += len(data)
+        left -= len(data)
+    assert body.read(len(tail)) == tail
+    received.file_sha256 = digest.hexdigest()
+    return received
 
 
 def _unchunk(source: Any, target: Any) -> int:

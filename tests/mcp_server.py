@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Annotated
 
 from mcp.server import MCPServer
@@ -34,8 +35,10 @@ def fail(reason: str) -> str:
 
 
 @server.tool()
-def slow(seconds: float) -> str:
-    """Takes its time."""
+def slow(seconds: float, begun: str = "") -> str:
+    """Takes its time. Makes the file `begun` first."""
+    if begun:
+        Path(begun).touch()
     time.sleep(seconds)
     return "done"
 

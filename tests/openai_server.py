@@ -5,15 +5,15 @@ Real HTTP on 127.0.0.1; `requests` has what came in, as it came in.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import http.server
 import json
 import select
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
+
+from tests.fake_http import FakeHandler, FakeServer
 
 
 @dataclasses.dataclass
@@ -97,45 +97,29 @@ class Request:
         return [each["content"] for each in self.body.get("messages", ()) if each["role"] == "tool"]
 
 
-class Server(http.server.ThreadingHTTPServer):
-    daemon_threads = True
-
+class Server(FakeServer):
     def __init__(self, *steps: Step, decide: Decide | None = None, key: str | None = None) -> None:
         """
         Args:
             steps: one after the other, where `decide` does not make them from the request.
             key: the bearer token that it wants.
         """
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(_Handler)
         self.steps = list(steps)
         self.decide = decide
         self.key = key
         self.models = ["test-model"]
         self.requests: list[Request] = []
         self.asked = threading.Event()
-        self.over = threading.Event()
         self.left = threading.Event()
         """A client closed its connection while it had no answer yet."""
-        self._lock = threading.Lock()
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-    @contextlib.contextmanager
-    def running(self) -> Iterator[Server]:
-        thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        try:
-            yield self
-        finally:
-            self.over.set()
-            self.shutdown()
-            thread.join()
-            self.server_close()
+        return f"{self.origin}/v1"
 
     def next_step(self, request: Request) -> Step:
-        with self._lock:
+        with self.lock:
             self.requests.append(request)
             if self.key is not None and request.headers.get("authorization") != f"Bearer {self.key}":
                 said = request.headers.get("authorization", "nothing")
@@ -145,41 +129,36 @@ class Server(http.server.ThreadingHTTPServer):
             return self.steps.pop(0) if self.steps else Fail(400, '{"error": "the test has no more answers"}')
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class _Handler(FakeHandler):
     server: Server
 
     def do_GET(self) -> None:
-        self._send(200, json.dumps({"data": [{"id": name} for name in self.server.models]}).encode())
+        self.answer_json(200, {"data": [{"id": name} for name in self.server.models]})
 
     def do_POST(self) -> None:
-        headers = {name.lower(): value for name, value in self.headers.items()}
-        body = json.loads(self.rfile.read(int(headers.get("content-length", 0))))
-        step = self.server.next_step(Request(self.path, headers, body))
+        body = json.loads(self.body())
+        step = self.server.next_step(Request(self.path, self.lower_headers(), body))
         self.server.asked.set()
         match step:
             case Fail():
-                self._send(step.status, step.body.encode(), step.headers)
+                self.answer(step.status, step.body.encode(), {"Content-Type": "application/json", **step.headers})
             case Hang():
                 self._hang()
                 self.close_connection = True
             case Break():
-                self.send_response(200)
-                self.send_header("Content-Type", "text/event-stream" if body.get("stream") else "application/json")
-                self.send_header("Content-Length", "10000")
-                self.end_headers()
-                self.wfile.write(
-                    b'data: {"choices": [{"delta": {"content": "half"}}]}\n\n' if body.get("stream") else b'{"ch'
-                )
+                kind, half = ("application/json", b'{"ch')
+                if body.get("stream"):
+                    kind, half = ("text/event-stream", b'data: {"choices": [{"delta": {"content": "half"}}]}\n\n')
+                self.answer(200, half, {"Content-Type": kind, "Content-Length": "10000"})
                 self.close_connection = True
             case Raw():
-                self._send(200, step.body, {"Content-Type": step.content_type})
+                self.answer(200, step.body, {"Content-Type": step.content_type})
             case Events():
                 self._send_events(step)
             case Say() if body.get("stream"):
                 self._stream(step)
             case Say():
-                self._send(200, json.dumps(_completion(step)).encode())
+                self.answer_json(200, _completion(step))
 
     def _stream(self, step: Say) -> None:
         """The answer in small pieces, arguments cut wherever it falls."""
@@ -199,11 +178,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self._send_events(Events(tuple(lines)))
 
     def _send_events(self, step: Events) -> None:
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream")
-        self.send_header("Connection", "close")
-        self.end_headers()
-        self.close_connection = True
+        self.begin(200, {"Content-Type": "text/event-stream", "Connection": "close"})
         for event in step.events:
             line = event if isinstance(event, str) else f"data: {json.dumps(event)}\n\n"
             self.wfile.write(line.encode())
@@ -221,17 +196,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             if readable and not self.connection.recv(1, socket.MSG_PEEK):
                 self.server.left.set()
                 return
-
-    def _send(self, status: int, data: bytes, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
 
 
 def _calls(step: Say) -> list[dict[str, Any]]:

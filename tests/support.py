@@ -24,7 +24,8 @@ from typing import Any
 import pytest
 import redis
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.paths import ROOT
+
 DEADLINE_S = 60.0
 
 

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 
 import pytest
@@ -223,7 +222,7 @@ def test_the_second_sigterm_forces(orchestrator: Orchestrator, node: Node) -> No
     wait_state(node, task_id, "running", "deaf")
     os.kill(node.pid, signal.SIGTERM)
     orchestrator.wait_worker_event("STATUS", status="DRAINING")
-    time.sleep(0.2)
+    wait_state(node, task_id, "running", "deaf")
     assert orchestrator.ends(task_id) == [], "the first SIGTERM lets it finish"
     os.kill(node.pid, signal.SIGTERM)
     assert orchestrator.wait_end(task_id)["payload"]["error_kind"] == "drained"

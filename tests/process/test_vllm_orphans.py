@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -46,9 +45,13 @@ def engine_of(orchestrator: Orchestrator, node: Node, spec: dict[str, object]) -
     task = orchestrator.dispatch("w1", spec)
     orchestrator.wait_started(task, 120)
     until((node.results_dir / task / "generating").exists, "the task is generating", 240)
-    time.sleep(0.5)
     pid = node.task_pid(task)
-    return task, pid, {each: name_of(each) for each in below(pid)}
+
+    def tree() -> dict[int, str]:
+        found = {each: name_of(each) for each in below(pid)}
+        return found if any("EngineCore" in name for name in found.values()) else {}
+
+    return task, pid, until(tree, "the engine's process has its name")
 
 
 def name_of(pid: int) -> str:

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
@@ -16,9 +15,9 @@ from flowmesh.cli.control import Control, Refused
 from flowmesh.cli.control_types import Ended, PhaseSeen, ProgressSeen, StateSeen
 from flowmesh.cli.embedded import EmbeddedRedis
 from flowmesh.errors import ProtocolError, UnavailableError
+from tests.paths import ROOT
 
 pytestmark = pytest.mark.redis
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

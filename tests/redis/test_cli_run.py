@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
@@ -18,10 +17,10 @@ import yaml
 
 from flowmesh.cli.private_folder import sweep_abandoned
 from flowmesh.processes import linux
+from tests.paths import ROOT
 from tests.support import short_dir
 
 pytestmark = pytest.mark.redis
-ROOT = Path(__file__).parents[2]
 EVENTS = [
     {"event": "state", "state": "queued"},
     {"event": "state", "state": "running"},

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 
@@ -266,7 +265,6 @@ def test_a_node_started_before_redis_waits_for_it(redis_server: RedisServer, mak
     until(
         lambda: "Redis is unreachable" in node.text() or "not subscribed" in node.text(), "the missing Redis is logged"
     )
-    time.sleep(0.5)
     redis_server.start()
     node.wait_status("IDLE")
 

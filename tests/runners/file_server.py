@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import email.utils
-import http.server
 import re
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+
+from tests.fake_http import FakeHandler, FakeServer
 
 
 @dataclasses.dataclass
@@ -32,43 +30,29 @@ class Served:
     """The Content-Length that it claims, if it is not the true one; the connection is closed behind the body."""
 
 
-class Server(http.server.ThreadingHTTPServer):
-    daemon_threads = True
-
+class Server(FakeServer):
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(_Handler)
         self.files: dict[str, Served] = {}
         self.requests: list[tuple[str, dict[str, str], int]] = []
         """(path, headers in lower case, answered status)."""
 
     def url(self, path: str) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/{path}"
-
-    @contextmanager
-    def running(self) -> Iterator[Server]:
-        thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        try:
-            yield self
-        finally:
-            self.shutdown()
-            thread.join()
-            self.server_close()
+        return f"{self.origin}/{path}"
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class _Handler(FakeHandler):
     server: Server
 
     def do_GET(self) -> None:
-        headers = {name.lower(): value for name, value in self.headers.items()}
+        headers = self.lower_headers()
         served = self.server.files.get(self.path.split("?")[0].lstrip("/"))
         status, start = self._decide(served, headers)
         self.server.requests.append((self.path, headers, status))
         if served is None or status not in (200, 206):
-            self._answer(status, b"", served)
+            self._send(status, b"", served)
             return
-        self._answer(status, served.body[start:], served, start)
+        self._send(status, served.body[start:], served, start)
 
     def _decide(self, served: Served | None, headers: dict[str, str]) -> tuple[int, int]:
         if served is None:
@@ -88,33 +72,27 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return (206 if int(match[1]) < len(served.body) else 416), int(match[1])
         return 200, 0
 
-    def _answer(self, status: int, body: bytes, served: Served | None, start: int = 0) -> None:
-        self.send_response(status)
+    def _send(self, status: int, body: bytes, served: Served | None, start: int = 0) -> None:
+        headers = {}
         if served is not None and served.etag is not None:
-            self.send_header("ETag", served.etag)
+            headers["ETag"] = served.etag
         if served is not None and served.modified:
-            self.send_header("Last-Modified", email.utils.formatdate(0, usegmt=True))
+            headers["Last-Modified"] = email.utils.formatdate(0, usegmt=True)
         if status == 206 and served is not None:
             whole = len(served.body)
-            self.send_header("Content-Range", f"bytes {start}-{whole - 1}/{whole}")
+            headers["Content-Range"] = f"bytes {start}-{whole - 1}/{whole}"
         if status == 416 and served is not None:
-            self.send_header("Content-Range", f"bytes */{len(served.body)}")
+            headers["Content-Range"] = f"bytes */{len(served.body)}"
         if served is not None and served.encoding is not None:
-            self.send_header("Content-Encoding", served.encoding)
+            headers["Content-Encoding"] = served.encoding
         claimed = served.length if served is not None and body else None
         if status != 304:
-            self.send_header("Content-Length", str(len(body) if claimed is None else claimed))
-        self.end_headers()
+            headers["Content-Length"] = str(len(body) if claimed is None else claimed)
+        self.begin(status, headers)
         self.close_connection = self.close_connection or claimed is not None
         cut = served.cut_after.pop(0) if served is not None and body and served.cut_after else None
-        try:
-            self.wfile.write(body if cut is None else body[:cut])
-        except OSError:
-            return
+        self.wfile.write(body if cut is None else body[:cut])
         if cut is not None:
             self.wfile.flush()
             self.close_connection = True
             self.connection.shutdown(2)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass

@@ -19,9 +19,9 @@ from flowmesh.processes.pipe import Cancel, Pipe, Progress
 from runners.agent.runner import AgentRunner
 from runners.api import BadRequest, Cancelled, RunnerError
 from tests.openai_server import Break, Fail, Hang, Raw, Say, Server, answer, call
+from tests.paths import ROOT
 from tests.runners.agent_support import agent_context, log_of, run_agent
 
-ROOT = Path(__file__).parents[2]
 KEY = "sk-test-7c1d-do-not-show"
 FILES = {"tools": {"files": True}}
 
@@ -201,9 +201,6 @@ def test_an_answer_among_other_calls_is_refused_and_their_results_are_kept(agent
     assert [entry["result"] for entry in ran.events("tool_result")] == [results[1], results[2]]
 
 
-# ---- limits ----------------------------------------------------------------------------------------------------------
-
-
 def test_running_out_of_turns_fails_the_item_and_keeps_what_there_is(agents, make_context) -> None:
     def decide(body: dict[str, Any]) -> Any:
         return call("list_files") if "tools" in body else Say("As far as I got: two.")
@@ -258,9 +255,6 @@ def test_a_cancel_is_heard_while_waiting(where, pipes, agents, make_context) -> 
         listener.join()
 
 
-# ---- many items ------------------------------------------------------------------------------------------------------
-
-
 def test_each_item_is_a_run_of_its_own_and_one_failure_is_its_own(agents, make_context) -> None:
     def decide(body: dict[str, Any]) -> Any:
         task = body["messages"][1]["content"]
@@ -302,9 +296,6 @@ def test_static_data_and_shards(agents, make_context) -> None:
         assert ran.result["metadata"]["task"] == "think"
         spec = {"data": {"type": "list", "items": ["a", "b", "c"]}, "shard": {"index": 1, "total": 3}}
         assert run_agent(make_context, agents, server.url, spec=spec).output == "b"
-
-
-# ---- the endpoint's troubles -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -358,9 +349,6 @@ def test_the_request_has_what_the_configuration_says(agents, make_context) -> No
     assert "Speak like a pirate." in body["messages"][0]["content"]
 
 
-# ---- secrets ---------------------------------------------------------------------------------------------------------
-
-
 def test_keys_reach_the_endpoint_and_nothing_else(agents, make_context, monkeypatch, caplog) -> None:
     caplog.set_level(logging.DEBUG)
     monkeypatch.setenv("TEST_MODEL_KEY", KEY)
@@ -402,9 +390,6 @@ def test_a_refused_key_is_not_in_the_error(agents, make_context, monkeypatch, ca
 def test_a_key_that_is_not_set_is_named(agents, make_context) -> None:
     with pytest.raises(BadRequest, match=r"test.model.api_key_env: the variable NO_SUCH_KEY is not set.*pass_env"):
         run_agent(make_context, agents, "http://127.0.0.1:1/v1", config={"model": {"api_key_env": "NO_SUCH_KEY"}})
-
-
-# ---- documents and configurations ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ast
-from pathlib import Path
 
-FOLDER = Path(__file__).parents[2] / "runners" / "agent"
+from tests.paths import ROOT
+
+FOLDER = ROOT / "runners" / "agent"
 
 
 def test_no_private_part_of_a_library_is_imported() -> None:

@@ -21,10 +21,12 @@ pytest.importorskip("mcp", reason="needs mcp")
 from flowmesh.processes.pipe import Cancel, Pipe
 from runners.agent.runner import AgentRunner
 from runners.api import BadRequest, Cancelled, RunnerError
+from tests import mcp_server
 from tests.openai_server import Say, Server, answer, call
 from tests.runners.agent_support import agent_context, run_agent
+from tests.support import until
 
-SCRIPT = Path(__file__).parents[1] / "mcp_server.py"
+SCRIPT = Path(mcp_server.__file__)
 STDIO = {"transport": "stdio", "command": "{python}", "args": [str(SCRIPT), "stdio"]}
 
 
@@ -159,14 +161,14 @@ def test_a_missing_variable_is_named(agents, make_context) -> None:
         run_agent(make_context, agents, server.url, config=use({"s": {**STDIO, "env_from": ["NO_SUCH"]}}))
 
 
-def test_a_cancel_does_not_wait_for_a_slow_tool(agents, make_context) -> None:
+def test_a_cancel_does_not_wait_for_a_slow_tool(agents, make_context, tmp_path) -> None:
     near, far = Pipe.pair()
-    with Server(call("slow", seconds=600)).running() as server:
+    begun = tmp_path / "begun"
+    with Server(call("slow", seconds=600, begun=str(begun))).running() as server:
         ctx = agent_context(make_context, agents, server.url, config=use({"s": {**STDIO, "timeout_s": 600}}), pipe=far)
 
         def cancel() -> None:
-            server.asked.wait(60)
-            time.sleep(0.3)
+            until(begun.exists, "the tool is at work")
             near.send(Cancel("enough"))
 
         listener = threading.Thread(target=cancel)

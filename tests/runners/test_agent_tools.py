@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import http.server
 import io
 import ipaddress
 import json
 import os
-import threading
-import time
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,8 +28,7 @@ from runners.agent.watch import Watch
 from runners.agent.web import WebRefused, check_provider, fetch, is_public, search
 from runners.agent.workspace import PathRefused, Workspace
 from runners.api import BadRequest
-
-# ---- files -----------------------------------------------------------------------------------------------------------
+from tests.fake_http import FakeHandler, FakeServer
 
 
 @pytest.fixture
@@ -116,9 +111,6 @@ def test_what_a_command_closed_is_opened_and_too_deep_folders_go(space) -> None:
     assert (space.folder / "closed").stat().st_mode & 0o777 == 0o755
 
 
-# ---- documents -------------------------------------------------------------------------------------------------------
-
-
 def docx(body: str) -> bytes:
     space = 'xmlns:w="http://schemas.openxmlformats.org/wordprocessingml/2006/main"'
     packed = io.BytesIO()
@@ -182,9 +174,6 @@ def test_any_markup_gives_some_text(markup) -> None:
     assert isinstance(html_text(markup), str)
 
 
-# ---- code ------------------------------------------------------------------------------------------------------------
-
-
 def test_programs_side_by_side_are_each_their_own(make_context, tmp_path) -> None:
     space = Workspace(tmp_path / "work")
     try:
@@ -200,57 +189,41 @@ def test_programs_side_by_side_are_each_their_own(make_context, tmp_path) -> Non
     assert space.listing() == []
 
 
-# ---- the web ---------------------------------------------------------------------------------------------------------
-
-
-class Site(http.server.ThreadingHTTPServer):
-    daemon_threads = True
-
+class Site(FakeServer):
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(_Handler)
         self.pages: dict[str, tuple[int, dict[str, str], bytes]] = {}
         self.asked: list[tuple[str, str, dict[str, str], bytes]] = []
         self.trickle_s = 0.0
 
     def url(self, path: str = "/") -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}{path}"
+        return f"{self.origin}{path}"
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
+class _Handler(FakeHandler):
     server: Site
 
     def do_GET(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        headers = {name.lower(): value for name, value in self.headers.items()}
-        self.server.asked.append((self.command, self.path, headers, body))
+        self.server.asked.append((self.command, self.path, self.lower_headers(), self.body()))
         status, more, data = self.server.pages.get(self.path.partition("?")[0], (404, {}, b"nothing"))
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        for name, value in more.items():
-            self.send_header(name, value)
-        self.end_headers()
-        with contextlib.suppress(ConnectionError):
-            for start in range(0, len(data), 1 if self.server.trickle_s else len(data)):
-                self.wfile.write(data[start : start + 1] if self.server.trickle_s else data)
-                time.sleep(self.server.trickle_s)
+        if not self.server.trickle_s:
+            self.answer(status, data, more)
+            return
+        self.begin(status, {"Content-Length": str(len(data)), **more})
+        for byte in data:
+            self.wfile.write(bytes((byte,)))
+            if self.server.over.wait(self.server.trickle_s):
+                break
 
     do_POST = do_GET
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
 
 
 @pytest.fixture
 def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    server = Site()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with Site() as server:
+        yield server
 
 
 HERE = Fetch(allow_private=True, timeout_s=10, max_bytes=1000)
@@ -350,9 +323,6 @@ def test_a_provider_that_fails_is_told_to_the_agent(site) -> None:
         check_provider(SearchProvider(url=site.url(), params={"q": "x"}), "p")
     with pytest.raises(BadRequest, match=r"p.url: an http or https address"):
         check_provider(SearchProvider(url="search", params={"q": "{query}"}), "p")
-
-
-# ---- secrets ----------------------------------------------------------------------------------
 
 
 def test_secrets_are_hidden_wherever_they_stand(monkeypatch) -> None:

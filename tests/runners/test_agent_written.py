@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from runners.agent.runner import AgentRunner
 from runners.agent.written import json_values, without_thinking, written_calls
 from runners.api import RunnerError
 from tests.openai_server import Say, Server, Step, answer
+from tests.paths import CONF
 from tests.runners.agent_support import agent_context, run_agent
 
 CALL = '{"name": "write_file", "arguments": {"path": "made", "content": "x"}}'
@@ -287,6 +287,6 @@ def test_long_texts_take_no_long_time() -> None:
 
 def test_the_folder_of_the_examples_has_no_call_in_a_text() -> None:
     """Their scripts are answers too: a call in a text would now be one no more."""
-    for script in (Path(__file__).parents[2] / "conf" / "agents" / "scripts").glob("*.yaml"):
+    for script in (CONF / "agents" / "scripts").glob("*.yaml"):
         for rule in yaml.safe_load(script.read_text())["replies"]:
             assert '"arguments"' not in rule.get("text", "")

@@ -49,9 +49,6 @@ def test_shards_are_a_partition_of_nearly_equal_parts(total: int, contiguous: bo
         assert [row for part in parts for row in part] == list(range(10))
 
 
-# ---- jsonl, csv, parquet ---------------------------------------------------------------------------------------------
-
-
 def test_jsonl(load, tmp_path) -> None:
     items = load({"type": "jsonl", "path": str(jsonl(tmp_path / "x.jsonl")), "metadata_columns": {"id": "number"}})
     assert items.prompts == tuple(row["text"] for row in ROWS)
@@ -164,8 +161,6 @@ def test_half_a_character_is_found_before_anything_is_computed(load, tmp_path, r
         load(data)
 
 
-# ---- graph templates -------------------------------------------------------------------------------------------------
-
 UPSTREAM = {
     "draft": {"items": [{"output": "first {col1_value}"}, {"output": "second"}], "usage": {"total_tokens": 7}},
     "my.stage": {"items": [{"output": "dotted"}]},
@@ -255,9 +250,6 @@ def test_bad_templates(load, template: dict[str, Any], message: str) -> None:
         BadRequest, match=r"^spec\.data\." + ("template\\." if message.startswith("columns") else "") + message
     ):
         graph(load, template)
-
-
-# ---- datasets --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ import yaml
 pytest.importorskip("transformers", reason="needs the extra 'inference'")
 from runners.inference import preload
 from runners.inference.runner import InferenceRunner
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted(path.name for path in (ROOT / "conf" / "tasks").glob("inference-*.yaml"))
 NEEDS = {"inference-dataset.yaml": "datasets", "inference-vllm.yaml": "vllm"}
 

@@ -24,6 +24,7 @@ import yaml
 from flowmesh.messages.job import Fault
 from runners.api import BadRequest, Context, RunnerError
 from runners.inference import preload
+from tests.paths import ROOT
 from tests.runners.inference_specs import change, mixed_prompts, outputs, spec_of
 from tests.tiny_models import write_tiny_lora
 
@@ -31,7 +32,6 @@ pytestmark = [
     pytest.mark.vllm,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed here"),
 ]
-ROOT = Path(__file__).parents[2]
 
 
 class Zygote:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable, Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import pytest
 from runners.api import BadRequest, Context
 from runners.training import inputs
 from runners.training.plan import read
+from tests.runners.file_server import Served, Server
 
 datasets = pytest.importorskip("datasets", reason="needs the extra 'training'")
 from runners.training import data  # noqa: E402
@@ -42,9 +40,6 @@ def write(path: Path, *lines: Any) -> str:
 
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
-
-
-# ---- inline ------------------------------------------------------------------------------------------------------
 
 
 def test_texts_and_chats_in_the_task(make_context: Make) -> None:
@@ -119,9 +114,6 @@ def test_bad_rows_in_the_task(make_context: Make, task_type: str, section: dict[
     assert message in refusal(make_context, task_type, section)
 
 
-# ---- JSONL -------------------------------------------------------------------------------------------------------
-
-
 def test_jsonl_columns_by_their_settings(make_context: Make, tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", {"q": "one", "a": "1", "body": "x"}, "", {"q": "two", "a": "2", "body": "y"})
     pair = {"path": path, "prompt_field": "q", "response_field": "a"}
@@ -170,21 +162,11 @@ def test_half_a_pair_of_fields(make_context: Make, tmp_path: Path) -> None:
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[str]:
-    folder = tmp_path / "served"
-    folder.mkdir()
-    write(folder / "rows.jsonl", {"text": "served"}, {"text": 5})
-
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, *_: Any) -> None:
-            return
-
-    running = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
-    thread = threading.Thread(target=running.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{running.server_port}"
-    running.shutdown()
-    thread.join()
-    running.server_close()
+    path = tmp_path / "rows.jsonl"
+    write(path, {"text": "served"}, {"text": 5})
+    with Server() as running:
+        running.files["rows.jsonl"] = Served(path.read_bytes())
+        yield running.origin
 
 
 def test_jsonl_falls_back_in_order(make_context: Make, tmp_path: Path, server: str) -> None:
@@ -198,9 +180,6 @@ def test_jsonl_falls_back_in_order(make_context: Make, tmp_path: Path, server: s
     assert "spec.data.jsonl.path: there is no file" in message
     assert "spec.data.jsonl.worker_path: there is no file 'none.jsonl'" in message
     assert "rows.jsonl line 2: column 'text'" in refusal(make_context, "sft", {"jsonl": served})
-
-
-# ---- datasets ----------------------------------------------------------------------------------------------------
 
 
 def test_local_files_and_folders(make_context: Make, tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ import yaml
 
 pytest.importorskip("trl", reason="needs the extra 'training'")
 
+from tests.paths import CONF
 from tests.runners.training_tasks import RUNNERS, train
 
-FOLDER = Path(__file__).parents[2] / "conf" / "tasks"
+FOLDER = CONF / "tasks"
 
 
 @pytest.mark.parametrize("task_type", RUNNERS)

@@ -30,8 +30,6 @@ def planned(make_context: Make, task_type: str, spec: dict[str, Any], **fields: 
     return read(task_type, ctx), ctx
 
 
-# ---- what documents say ------------------------------------------------------------------------------------------
-
 TRAINING = {
     "num_train_epochs": 1, "max_steps": 3, "batch_size": 2, "gradient_accumulation_steps": 1, "learning_rate": "5e-5",
     "warmup_steps": 0, "logging_steps": 10, "save_steps": 100, "save_strategy": "steps", "save_model": True,
@@ -80,8 +78,6 @@ DOCUMENTS: list[tuple[str, dict[str, Any]]] = [
 def test_every_field_of_the_documents_is_known(make_context: Make, task_type: str, spec: dict[str, Any]) -> None:
     planned(make_context, task_type, spec)
 
-
-# ---- what the trainers are told ----------------------------------------------------------------------------------
 
 ARGUMENTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "num_train_epochs": (3, {"num_train_epochs": 3}),
@@ -155,8 +151,6 @@ def test_every_field_has_a_reader() -> None:
         unread = set(struct.__struct_fields__) - read_names - {"ddp_timeout"}  # read before it is known whose it is
         assert unread == set(), struct.__name__
 
-
-# ---- sharding, as it would be on GPUs ------------------------------------------------------------------------------
 
 DEEPSPEED_INSTALLED = sharding._has_deepspeed()
 

@@ -152,14 +152,14 @@ def test_a_rank_that_hangs_is_named_when_the_others_have_waited_long_enough(tmp_
             "batch_size": 4,
             "max_seq_length": 32,
             "nproc_per_node": 2,
-            "trainer_args": {"ddp_timeout": 8},
+            "trainer_args": {"ddp_timeout": 5},
         },
     }
     running = start(tmp_path, "ppo", spec, limits=ALLOWED)
     outcome = running.wait(60)
     assert (outcome.ok, outcome.fault) == (False, "error")
     assert outcome.message.startswith("rank 0: ")
-    assert "Timed out waiting 8000ms" in outcome.message
+    assert "Timed out waiting 5000ms" in outcome.message
     assert "still at work: rank 1 (where, is at the end of its logs/<rank>/stderr.log)" in outcome.message
     assert "in hangs_on_rank_1" in (running.out_dir / "logs" / "1" / "stderr.log").read_text()
 

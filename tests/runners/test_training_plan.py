@@ -135,8 +135,6 @@ def test_what_is_refused_and_how(make_context: Make, task_type: str, spec: dict[
     assert message in refusal(make_context, task_type, spec)
 
 
-# ---- GPUs and ranks ----------------------------------------------------------------------------------------------
-
 GPUS = ("GPU-a", "GPU-b", "GPU-c")
 
 
@@ -201,9 +199,6 @@ def test_gpus_are_not_chosen_for_a_run_on_the_cpu(make_context: Make, training: 
     field = f"spec.training.{next(iter(training))}: given, but spec.model.transformers.device_map is 'cpu'"
     with pytest.raises(BadRequest, match=field):
         layout(make_context, training, GPUS, transformers={"device_map": "cpu"})
-
-
-# ---- ppo's sizes -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

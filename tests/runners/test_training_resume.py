@@ -191,9 +191,6 @@ def test_a_cancel_inside_gradient_accumulation(tmp_path: Path) -> None:
     assert running.wait(10).fault == "cancelled"
 
 
-# ---- from elsewhere ----------------------------------------------------------------------------------------------
-
-
 def test_resume_from_path_takes_a_checkpoint_or_a_folder_of_them(tmp_path: Path) -> None:
     whole = whole_run(tmp_path, "sft")
     first = Path(whole["checkpoints_dir"])

@@ -95,9 +95,6 @@ def test_a_reward_that_answers_with_anything_else(answer: list[Any]) -> None:
         rewards.scores(Wrong(answer), ["p"], ["text"], {})
 
 
-# ---- reward models -----------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def judges(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Tiny classifiers: one output, two of sentiment, three of their own names."""

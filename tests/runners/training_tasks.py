@@ -104,9 +104,6 @@ def losses(result: dict[str, Any]) -> list[float]:
     return [point["loss"] for point in result["metrics"]["loss_history"]]
 
 
-# ---- rewards that tasks name ---------------------------------------------------------------------------------------
-
-
 def likes_e(completions: list[str], **_: Any) -> list[float]:
     """How much of each completion is the letter e."""
     return [text.count("e") / max(len(text), 1) for text in completions]

@@ -12,8 +12,9 @@ import pytest
 from flowmesh.settings.load import load
 from flowmesh.settings.schema import RedisSettings, Settings
 from flowmesh.settings.sources import VARIABLES, Sections
+from tests.paths import CONF
 
-NODE_TOML = Path(__file__).parents[2] / "conf" / "node.toml"
+NODE_TOML = CONF / "node.toml"
 
 COMMENTED = re.compile(r"^#(?P<setting>[a-z_]+ = .*?)(?P<example>  # example)?$")
 
