@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.support import Node, Orchestrator, RedisServer
+from tests.kit.support import Node, Orchestrator, RedisServer
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell without job control starts background jobs so. The programs that the tests interrupt would inherit it.

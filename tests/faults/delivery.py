@@ -7,7 +7,7 @@ import signal
 
 from tests.faults.rig import Rig
 from tests.faults.table import crashes, fault
-from tests.http_server import Stall
+from tests.kit.http_server import Stall
 
 
 def deliver(rig: Rig, *kinds: str) -> str:

@@ -14,7 +14,7 @@ import pytest
 from flowmesh.errors import DeviceError
 from flowmesh.node.devices import GpuInfo, GpuSample, visible_gpus
 from flowmesh.node.nvml.client import Nvml
-from tests.paths import ROOT
+from tests.kit.paths import ROOT
 
 Script = Callable[..., subprocess.Popen[str]]
 

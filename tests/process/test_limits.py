@@ -25,7 +25,7 @@ from flowmesh.execution.layout import Owner
 from flowmesh.processes import limits
 from flowmesh.processes.limits import Limits
 from flowmesh.processes.spares import MANY
-from tests.support import Node, Orchestrator, spares, until
+from tests.kit.support import Node, Orchestrator, spares, until
 
 pytestmark = pytest.mark.redis
 T = TypeVar("T")
@@ -40,7 +40,7 @@ term_grace_s = 0.5
 {processes}
 [environments.own]
 [task_types.misbehave]
-runner = "tests.runners_for_tests:MisbehavingRunner"
+runner = "tests.kit.runners_for_tests:MisbehavingRunner"
 environment = "{environment}"
 """
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user or mount")

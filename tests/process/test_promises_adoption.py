@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.clock_shim import Clock, compiler
-from tests.http_server import Server, Stall
-from tests.process.promises import (
+from tests.kit.clock_shim import Clock, compiler
+from tests.kit.http_server import Server, Stall
+from tests.kit.promises import (
     CONFIG,
     ISOLATIONS,
     assert_serves,
@@ -23,7 +23,7 @@ from tests.process.promises import (
     responses,
     wait_state,
 )
-from tests.support import Node, Orchestrator, alive, below, until
+from tests.kit.support import Node, Orchestrator, alive, below, until
 
 pytestmark = pytest.mark.redis
 

@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.http_server import Server, Stall
-from tests.process.promises import (
+from tests.kit.http_server import Server, Stall
+from tests.kit.promises import (
     CONFIG,
     assert_serves,
     ended,
@@ -22,7 +22,7 @@ from tests.process.promises import (
     responses,
     wait_state,
 )
-from tests.support import ROOT, Node, Orchestrator, until
+from tests.kit.support import ROOT, Node, Orchestrator, until
 
 pytestmark = pytest.mark.redis
 NEVER_S = 120

@@ -13,7 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import Node, Orchestrator, alive, below, until, with_mark
+from tests.kit.support import (
+    Node,
+    Orchestrator,
+    alive,
+    below,
+    until,
+    with_mark,
+)
 
 pytestmark = [
     pytest.mark.redis,
@@ -26,13 +33,13 @@ pytestmark = [
 
 CONFIG = """
 [task_types.vllm_generate]
-runner = "tests.vllm_runner:GenerateRunner"
+runner = "tests.kit.vllm_runner:GenerateRunner"
 """
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> str:
-    from tests.tiny_models import write_tiny_llama
+    from tests.kit.tiny_models import write_tiny_llama
 
     folder = tmp_path / "model"
     folder.mkdir()

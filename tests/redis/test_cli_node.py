@@ -15,7 +15,7 @@ from flowmesh.cli.control import Control, Refused
 from flowmesh.cli.control_types import Ended, PhaseSeen, ProgressSeen, StateSeen
 from flowmesh.cli.embedded import EmbeddedRedis
 from flowmesh.errors import ProtocolError, UnavailableError
-from tests.paths import ROOT
+from tests.kit.paths import ROOT
 
 pytestmark = pytest.mark.redis
 
@@ -35,7 +35,7 @@ def place(tmp_path_factory):
             [
                 sys.executable,
                 "-m",
-                "tests.redis.fake_node",
+                "tests.kit.fake_node",
                 *(f"--set={key}={value}" for key, value in settings.items()),
             ],
             cwd=ROOT,

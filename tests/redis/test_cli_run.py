@@ -17,8 +17,8 @@ import yaml
 
 from flowmesh.cli.private_folder import sweep_abandoned
 from flowmesh.processes import linux
-from tests.paths import ROOT
-from tests.support import short_dir
+from tests.kit.paths import ROOT
+from tests.kit.support import short_dir
 
 pytestmark = pytest.mark.redis
 EVENTS = [
@@ -59,7 +59,7 @@ def write(place, name="task.yaml", *, hardware=None, **fake):
 def start(place, *arguments, mode=""):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(place / "tmp"), "FAKE_NODE": mode}
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.redis.fake_run", *arguments],
+        [sys.executable, "-m", "tests.kit.fake_run", *arguments],
         cwd=place,
         env={**env, "REDIS_URL": "redis://127.0.0.1:1/0"},
         stdout=subprocess.PIPE,

@@ -13,8 +13,8 @@ import time
 import psutil
 import pytest
 
-from tests.paths import ROOT
-from tests.support import short_dir
+from tests.kit.paths import ROOT
+from tests.kit.support import short_dir
 
 pytestmark = pytest.mark.redis
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.http_server import Answer, Server
-from tests.support import Node, Orchestrator, RedisServer, until
+from tests.kit.http_server import Answer, Server
+from tests.kit.support import Node, Orchestrator, RedisServer, until
 
 pytestmark = pytest.mark.redis
 
@@ -287,7 +287,7 @@ def test_duplicates_run_once_and_retries_run_again(orchestrator: Orchestrator, n
 
 
 def test_no_secret_reaches_a_task(orchestrator: Orchestrator, make_node, tmp_path: Path) -> None:
-    config = '[task_types.env]\nrunner = "tests.runners_for_tests:EnvRunner"\nenvironment = "light"\n'
+    config = '[task_types.env]\nrunner = "tests.kit.runners_for_tests:EnvRunner"\nenvironment = "light"\n'
     make_node(config=config, env={"ORCHESTRATOR_TOKEN": "s3cret-token", "AWS_SECRET_ACCESS_KEY": "hush"})
     end = orchestrator.run("w1", {"taskType": "env"}, task_id="env")
     assert end["type"] == "TASK_SUCCEEDED", end

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from tests.http_server import Answer, Server, Stall
-from tests.support import ROOT, Node, Orchestrator, below, until
+from tests.kit.http_server import Answer, Server, Stall
+from tests.kit.support import ROOT, Node, Orchestrator, below, until
 
 pytestmark = pytest.mark.redis
 CONFIG = """
@@ -23,15 +23,15 @@ total_timeout_s = {total_s}
 concurrency = {concurrency}
 
 [task_types.model]
-runner = "tests.delivery_runners:ModelRunner"
+runner = "tests.kit.delivery_runners:ModelRunner"
 environment = "light"
 
 [task_types.spool]
-runner = "tests.delivery_runners:SpoolRunner"
+runner = "tests.kit.delivery_runners:SpoolRunner"
 environment = "light"
 
 [task_types.outcome]
-runner = "tests.delivery_runners:OutcomeRunner"
+runner = "tests.kit.delivery_runners:OutcomeRunner"
 environment = "light"
 """
 

@@ -12,8 +12,8 @@ import threading
 
 import pytest
 
-from tests.http_server import Server, Stall
-from tests.support import ROOT, Node, Orchestrator, RedisServer, until
+from tests.kit.http_server import Server, Stall
+from tests.kit.support import ROOT, Node, Orchestrator, RedisServer, until
 
 pytestmark = pytest.mark.redis
 QUICK = {"HEARTBEAT_INTERVAL_SEC": "1"}

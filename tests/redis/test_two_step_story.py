@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.fake_http import FakeHandler, FakeServer
-from tests.support import Node, Orchestrator
+from tests.kit.fake_http import FakeHandler, FakeServer
+from tests.kit.support import Node, Orchestrator
 
 pytestmark = [
     pytest.mark.redis,

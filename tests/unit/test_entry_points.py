@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.paths import ROOT
+from tests.kit.paths import ROOT
 
 ENTRY = re.compile(r"(?<![\w./-])((?:flowmesh|runners)(?:\.\w+)+):([A-Za-z_]\w*)")
 RUN_AS_MODULE = re.compile(r'-m[",\s]+((?:flowmesh|runners)(?:\.\w+)+)')

@@ -5,7 +5,7 @@ from __future__ import annotations
 import configparser
 
 from flowmesh.errors import EXIT_CONFIG, EXIT_OK, EXIT_USAGE
-from tests.paths import CONF
+from tests.kit.paths import CONF
 
 
 def read(name: str) -> configparser.ConfigParser:
