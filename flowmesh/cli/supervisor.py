@@ -54,6 +54,7 @@ def command(config: str | None, check: bool, as_json: bool, sets: tuple[str, ...
         overrides[key.strip()] = value
     path = Path(config) if config else None
     if check:
+        import flowmesh.supervisor  # noqa: F401 - a version that cannot be imported must not pass its check
         from flowmesh.cli.check import report
 
         return piped(lambda: report(load(path, os.environ, overrides), as_json=as_json))
