@@ -109,9 +109,9 @@ class Deliveries:
 
     async def _write_and_send(self, this: Delivery) -> machine.Event | str | None:
         """One try: the event to return, None if it is left to the next supervisor, or why to try again."""
-        if this.aborted:
-            return _CANCELLED
         try:
+            if this.aborted:
+                return _CANCELLED
             job, report = await asyncio.to_thread(self._jobs.write_small, this.run)
         finally:
             await self._cleanup.remove_tmp(this.run)
