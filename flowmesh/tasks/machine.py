@@ -1,7 +1,7 @@
 """The state machine of a task, as a pure function: (state, event) → (state, actions). No I/O, no clock.
 
 The executor carries the actions out and reports what happens as events. `|` separates what depends on the details;
-tests/unit/test_machine_diagram.py compares the diagram with `step`.
+tests/unit/tasks/test_machine_diagram.py compares the diagram with `step`.
 
     accepted ------------------------> QUEUED
 

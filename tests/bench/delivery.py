@@ -22,7 +22,7 @@ from flowmesh.results.delivery import read_report, write_job
 from flowmesh.results.job import DeliveryJob, Target
 from flowmesh.settings.schema import ArchiveSettings
 from tests.bench.measure import Row, ms, timed
-from tests.support import ROOT, end_process
+from tests.kit.support import ROOT, end_process
 
 BLOCK = 16 << 20
 TAR = "tar -c final_model | pigz -6 > /dev/null"

@@ -16,9 +16,9 @@ from flowmesh.node.devices import GpuInfo
 from flowmesh.node.nvml.client import Nvml
 from flowmesh.node.release_proof import ReleaseProof
 from tests.bench.measure import Row, percentile, spread
-from tests.nvml_stub.harness import Stub, library
-from tests.process.gpu_node import GIB, MIB, GpuNode
-from tests.support import Orchestrator, RedisServer
+from tests.kit.gpu_node import GIB, MIB, GpuNode
+from tests.kit.nvml_stub.harness import Stub, library
+from tests.kit.support import Orchestrator, RedisServer
 
 _GPUS = 8
 _HELD_BYTES = 20 * 10**9

@@ -7,7 +7,7 @@ import signal
 import time
 
 from tests.bench.measure import Row, deployment, ms, percentile, pss_bytes, spread
-from tests.support import until
+from tests.kit.support import until
 
 SLOTS = 10
 _CONFIG = '[task_types.burn]\nrunner = "tests.bench.runners:BurnRunner"\nenvironment = "light"\n'

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.support import Node, Orchestrator, RedisServer, until
+from tests.kit.support import Node, Orchestrator, RedisServer, until
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.support import RedisServer, end_process
+from tests.kit.support import RedisServer, end_process
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import json
 import time
 
 from tests.bench.measure import Row, cpu_s, deployment, ms, pss_bytes, timed
-from tests.support import Node, RedisServer
+from tests.kit.support import Node, RedisServer
 
 
 def measure(*, quick: bool, so_far: list[Row]) -> list[Row]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.measure import Row, deployment
-from tests.support import Node, Orchestrator
+from tests.kit.support import Node, Orchestrator
 
 ROWS = [f"row {n} of the training data says that {n} plus {n} is {2 * n}" for n in range(64)]
 BATCH, LENGTH, RATE, SEED = 4, 64, 1e-3, 42

@@ -17,7 +17,7 @@ from typing import Any
 
 from tests.bench.inference import SPEC
 from tests.bench.measure import Row, deployment, ms, percentile, publish_to_end, spread
-from tests.support import ROOT
+from tests.kit.support import ROOT
 
 TOKENS = 32
 PROMPTS = [" ".join(f"word{(n * 7 + k) % 97}" for k in range(1 + (n * 5) % 24)) for n in range(64)]

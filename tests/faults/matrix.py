@@ -20,9 +20,9 @@ from pathlib import Path
 
 import redis
 
-from tests.clock_shim import compiler
 from tests.faults.faults import FAULTS, Fault
 from tests.faults.rig import Lost, Rig
+from tests.kit.clock_shim import compiler
 
 QUICK, LONG = 30, 500
 EX_UNAVAILABLE = 69

@@ -17,10 +17,20 @@ from typing import Any
 
 import redis
 
-from tests.clock_shim import PASS_ENV, Clock, compiler
-from tests.http_server import Server
-from tests.process.promises import leaves, of_tasks
-from tests.support import Node, Orchestrator, RedisServer, alive, below, short_dir, spares, until, with_mark
+from tests.kit.clock_shim import PASS_ENV, Clock, compiler
+from tests.kit.http_server import Server
+from tests.kit.promises import leaves, of_tasks
+from tests.kit.support import (
+    Node,
+    Orchestrator,
+    RedisServer,
+    alive,
+    below,
+    short_dir,
+    spares,
+    until,
+    with_mark,
+)
 
 BEAT_S = 1.0
 LATE_S = 1.0
@@ -54,7 +64,7 @@ isolation = "{{isolation}}"
 adoption_timeout_s = 20
 
 [task_types.misbehave]
-runner = "tests.runners_for_tests:MisbehavingRunner"
+runner = "tests.kit.runners_for_tests:MisbehavingRunner"
 environment = "light"
 """
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT, RedisServer
+from tests.kit.support import ROOT, RedisServer
 
 pytestmark = [pytest.mark.redis, pytest.mark.slow]
 

@@ -8,15 +8,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 
 from flowmesh.errors import DeviceError
 from flowmesh.node.devices import GpuInfo, GpuSample, visible_gpus
 from flowmesh.node.nvml.client import Nvml
-
-ROOT = Path(__file__).parents[2]
+from tests.kit.paths import ROOT
 
 Script = Callable[..., subprocess.Popen[str]]
 

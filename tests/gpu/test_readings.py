@@ -71,7 +71,7 @@ def test_the_energy_counter_agrees_with_the_integral_of_power(gpu: GpuInfo, on_g
         nvml = Nvml()
         child = on_gpu(BURN)
         assert line_of(child) == "burning"
-        await asyncio.sleep(2)
+        await asyncio.sleep(2)  # the driver averages power over up to a second: none of that from before the load
         meter = PowerMeter()
         samples: list[tuple[float, GpuSample]] = []
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.process.gpu_node import GpuNode, MakeGpuNode, started
-from tests.process.upload_kit import SIZE
-from tests.support import RedisServer
+from tests.kit.gpu_node import GpuNode, MakeGpuNode, started
+from tests.kit.support import RedisServer
+from tests.kit.upload import SIZE
 
 
 @pytest.fixture

@@ -17,8 +17,7 @@ from flowmesh.processes.pipe import Finished, Frame, Hello, Phase, Pipe, Progres
 from flowmesh.results.delivery import deliver, main, read_report, write_job
 from flowmesh.results.job import DeliveryJob
 from flowmesh.settings.schema import ArchiveSettings
-from tests.http_server import Answer, Reset, Server, Stall
-from tests.process.delivery_kit import (
+from tests.kit.delivery import (
     checksum,
     delivery,
     http,
@@ -28,7 +27,8 @@ from tests.process.delivery_kit import (
     trained,
     with_model,
 )
-from tests.support import until
+from tests.kit.http_server import Answer, Reset, Server, Stall
+from tests.kit.support import until
 
 CHILD = (
     "import socket, sys\n"

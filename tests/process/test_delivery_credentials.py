@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from flowmesh.results.request_bodies import BytesBody, UploadError
-from tests.http_server import Answer, Reset, Server
-from tests.process.upload_kit import assert_whole, send_file, uploader
+from tests.kit.http_server import Answer, Reset, Server
+from tests.kit.upload import assert_whole, send_file, uploader
 
 CUSTOM = {"Authorization": "Bearer custom-secret", "X-Api-Key": "k3y-secret", "content-TYPE": "text/evil"}
 

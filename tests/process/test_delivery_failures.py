@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from flowmesh.results.delivery import deliver
-from tests.http_server import Answer, Server
-from tests.process.delivery_kit import (
+from tests.kit.delivery import (
     checksum,
     delivery,
     http,
@@ -21,6 +20,7 @@ from tests.process.delivery_kit import (
     trained,
     with_model,
 )
+from tests.kit.http_server import Answer, Server
 
 
 def test_a_refusal_leaves_everything_on_disk_and_tells_the_servers_word(out: Path) -> None:

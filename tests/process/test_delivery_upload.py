@@ -17,8 +17,8 @@ import pytest
 
 from flowmesh.results.http_errors import retry_after_s
 from flowmesh.results.request_bodies import FileBody, UploadError
-from tests.http_server import Answer, Reset, Server, Stall
-from tests.process.upload_kit import SIZE, assert_whole, send_file, uploader
+from tests.kit.http_server import Answer, Reset, Server, Stall
+from tests.kit.upload import SIZE, assert_whole, send_file, uploader
 
 
 def test_a_file_arrives_as_the_contract_says(artifact: Path) -> None:

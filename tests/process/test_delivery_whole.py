@@ -17,8 +17,7 @@ from flowmesh.processes.pipe import Frame, Phase, Progress
 from flowmesh.results.delivery import deliver
 from flowmesh.results.job import DeliveryJob, DeliveryReport, Failure, children_of, file_url_template
 from flowmesh.settings.schema import ArchiveSettings
-from tests.http_server import Answer, Reset, Server, Stall
-from tests.process.delivery_kit import (
+from tests.kit.delivery import (
     checksum,
     delivery,
     http,
@@ -29,7 +28,8 @@ from tests.process.delivery_kit import (
     trained,
     with_model,
 )
-from tests.support import until
+from tests.kit.http_server import Answer, Reset, Server, Stall
+from tests.kit.support import until
 
 
 def test_a_local_result_and_its_manifest(out: Path) -> None:

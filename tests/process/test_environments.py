@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT, Node, Orchestrator, until
+from tests.kit.support import ROOT, Node, Orchestrator, until
 
 pytestmark = pytest.mark.redis
 
@@ -230,11 +230,11 @@ def test_what_a_task_waited_in_the_queue_is_not_its_silence(
     python = make_environment(tmp_path / "venv", "threaded", body)
     ours = next(python.parents[1].rglob("site-packages")) / "runners"
     ours.mkdir()
-    slow = f"import time\ntime.sleep(2.2)\n__path__.append({str(ROOT / 'runners')!r})\n"
+    slow = f"import time\ntime.sleep(1.2)\n__path__.append({str(ROOT / 'runners')!r})\n"
     (ours / "__init__.py").write_text(slow)
-    make_node(config=config(python, "threaded") + "[tasks]\nhang_timeout_s = 4\n", env={"PYTHONPATH": ""})
+    make_node(config=config(python, "threaded") + "[tasks]\nhang_timeout_s = 3\n", env={"PYTHONPATH": ""})
     orchestrator.run("w1", {"taskType": "probe"})  # starts its fork server
-    first = orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 5})
+    first = orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 3.5})
     second = orchestrator.dispatch("w1", {"taskType": "probe"})
     for task in (first, second):
         assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED", orchestrator.ends(task)

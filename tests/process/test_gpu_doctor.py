@@ -17,9 +17,16 @@ from typing import Any
 
 import pytest
 
-from tests.nvml_stub.harness import Stub, library
-from tests.process.gpu_node import GIB, TWO_GPUS, A, B, MakeGpuNode, held
-from tests.support import ROOT, Orchestrator, RedisServer
+from tests.kit.gpu_node import (
+    GIB,
+    TWO_GPUS,
+    A,
+    B,
+    MakeGpuNode,
+    held,
+)
+from tests.kit.nvml_stub.harness import Stub, library
+from tests.kit.support import ROOT, Orchestrator, RedisServer
 
 pytestmark = pytest.mark.redis
 

@@ -10,11 +10,25 @@ import time
 import psutil
 import pytest
 
-from tests.process.gpu_node import GIB, MIB, TWO_GPUS, A, B, MakeGpuNode, held, samples
-from tests.support import Orchestrator, until
+from flowmesh.tasks.catalogue import BUILTIN
+from tests.kit.gpu_node import (
+    GIB,
+    MIB,
+    TWO_GPUS,
+    A,
+    B,
+    MakeGpuNode,
+    held,
+    samples,
+)
+from tests.kit.support import Orchestrator, until
 
 pytestmark = pytest.mark.redis
 USED = f"set {A} used"
+NOTHING_HEAVY = "".join(
+    f'[task_types.{each.name}]\nrunner = "tests.kit.gpu_runners:LookRunner"\n' for each in BUILTIN if each.requires
+)
+"""The canary's environment then has nothing to import: tests.kit.gpu_runners:canary needs no torch."""
 
 
 def test_a_gpu_that_does_not_come_back_closes_the_slot_until_it_does(
@@ -239,7 +253,7 @@ def test_a_device_fault_closes_the_slot_until_a_canary_has_computed_well(
     orchestrator: Orchestrator,
     gpu_node: MakeGpuNode,
 ) -> None:
-    node = gpu_node()
+    node = gpu_node(config=NOTHING_HEAVY)
     (node.home / "canary").write_text("bad")
     task_id, pid = held(orchestrator, node, then="die")
     node.stub.add(f"process {B} {pid} {MIB}")
@@ -253,7 +267,7 @@ def test_a_device_fault_closes_the_slot_until_a_canary_has_computed_well(
     node.wait_word("DEGRADED")
     reason = node.wait_reason("canary")
     assert reason.startswith(
-        f"Xid 48 (uncorrectable double-bit memory error) on {B}; its canary (tests.gpu_runners:canary)"
+        f"Xid 48 (uncorrectable double-bit memory error) on {B}; its canary (tests.kit.gpu_runners:canary)"
     )
     assert "exit status 3" in reason
     (node.home / "canary").write_text("good")

@@ -7,8 +7,17 @@ import signal
 
 import pytest
 
-from tests.process.gpu_node import CONFIG, GIB, MIB, TWO_GPUS, A, B, MakeGpuNode, held
-from tests.support import Node, Orchestrator, until
+from tests.kit.gpu_node import (
+    CONFIG,
+    GIB,
+    MIB,
+    TWO_GPUS,
+    A,
+    B,
+    MakeGpuNode,
+    held,
+)
+from tests.kit.support import Node, Orchestrator, until
 
 pytestmark = pytest.mark.redis
 
@@ -118,7 +127,7 @@ def test_two_cpu_slots_run_two_tasks_at_once_each_on_its_own_cpus(orchestrator: 
     config = f"""
         [environments.bare]
         [task_types.look]
-        runner = "tests.gpu_runners:LookRunner"
+        runner = "tests.kit.gpu_runners:LookRunner"
         environment = "bare"
         [[slots]]
         name = "one"

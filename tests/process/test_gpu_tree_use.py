@@ -7,7 +7,7 @@ import sys
 
 from flowmesh.execution.gpu import process_usage
 from flowmesh.execution.gpu.process_usage import TreeUse
-from tests.support import until
+from tests.kit.support import until
 
 PARENT = """
 import subprocess, sys

@@ -19,12 +19,13 @@ from typing import TypeVar
 
 import pytest
 
+from flowmesh.execution.housekeeping import watchdog
 from flowmesh.execution.housekeeping.stack_dump import StackDump
 from flowmesh.execution.layout import Owner
 from flowmesh.processes import limits
 from flowmesh.processes.limits import Limits
 from flowmesh.processes.spares import MANY
-from tests.support import Node, Orchestrator, spares, until
+from tests.kit.support import Node, Orchestrator, spares, until
 
 pytestmark = pytest.mark.redis
 T = TypeVar("T")
@@ -39,7 +40,7 @@ term_grace_s = 0.5
 {processes}
 [environments.own]
 [task_types.misbehave]
-runner = "tests.runners_for_tests:MisbehavingRunner"
+runner = "tests.kit.runners_for_tests:MisbehavingRunner"
 environment = "{environment}"
 """
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user or mount")
@@ -106,7 +107,7 @@ def test_a_folder_that_its_task_locks_ends_no_watch(orchestrator: Orchestrator, 
     task = orchestrator.dispatch("w1", {"taskType": "misbehave", "do": "lock_folder"}, task_id="locked")
     orchestrator.wait_started(task)
     until(lambda: "could not be bounded or folded: Permission denied" in node.text(), "the watchdog has tried")
-    time.sleep(2.5)
+    time.sleep(watchdog.INTERVAL_S * 1.5)  # nothing shows its next round, which logs nothing
     assert node.text().count("could not be bounded or folded") == 1, "it is logged once"
     node.kill()
     node.start()  # with all rights again, to end the task

@@ -16,7 +16,7 @@ from flowmesh.errors import DeviceError
 from flowmesh.node.nvml.client import Nvml
 from flowmesh.node.release_proof import ReleaseProof
 from flowmesh.node.release_state import Baseline, GpuState
-from tests.nvml_stub.harness import Stub, run_with_stub
+from tests.kit.nvml_stub.harness import Stub, run_with_stub
 
 MIB = 1 << 20
 GIB = 1 << 30

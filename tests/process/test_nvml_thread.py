@@ -15,7 +15,7 @@ from flowmesh.errors import DeviceError
 from flowmesh.node.devices import EventKind, GpuInfo, GpuLost, GpuProcess, GpuSample, MigSlice
 from flowmesh.node.nvml.client import Nvml
 from flowmesh.node.nvml.session import Session
-from tests.nvml_stub.harness import Stub, library, run_with_stub
+from tests.kit.nvml_stub.harness import Stub, library, run_with_stub
 
 GIB = 1 << 30
 TWO_GPUS = f"""

@@ -11,7 +11,7 @@ import pytest
 
 from tests.faults.faults import FAULTS, Fault
 from tests.faults.rig import Rig
-from tests.support import Node, RedisServer
+from tests.kit.support import Node, RedisServer
 
 pytestmark = [
     pytest.mark.redis,

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.process.promises import (
+from tests.kit.promises import (
     CONFIG,
     ISOLATIONS,
     assert_serves,
@@ -24,7 +24,14 @@ from tests.process.promises import (
     responses,
     wait_state,
 )
-from tests.support import Node, Orchestrator, RedisServer, alive, running, until
+from tests.kit.support import (
+    Node,
+    Orchestrator,
+    RedisServer,
+    alive,
+    running,
+    until,
+)
 
 pytestmark = pytest.mark.redis
 

@@ -7,13 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 
 import pytest
 
-from tests.http_server import Server, Stall
-from tests.process.promises import (
+from tests.kit.http_server import Server, Stall
+from tests.kit.promises import (
     CONFIG,
     assert_serves,
     ended,
@@ -23,7 +22,7 @@ from tests.process.promises import (
     responses,
     wait_state,
 )
-from tests.support import ROOT, Node, Orchestrator, until
+from tests.kit.support import ROOT, Node, Orchestrator, until
 
 pytestmark = pytest.mark.redis
 NEVER_S = 120
@@ -223,7 +222,7 @@ def test_the_second_sigterm_forces(orchestrator: Orchestrator, node: Node) -> No
     wait_state(node, task_id, "running", "deaf")
     os.kill(node.pid, signal.SIGTERM)
     orchestrator.wait_worker_event("STATUS", status="DRAINING")
-    time.sleep(0.2)
+    wait_state(node, task_id, "running", "deaf")
     assert orchestrator.ends(task_id) == [], "the first SIGTERM lets it finish"
     os.kill(node.pid, signal.SIGTERM)
     assert orchestrator.wait_end(task_id)["payload"]["error_kind"] == "drained"

@@ -16,17 +16,17 @@ from hypothesis import strategies as st
 
 from flowmesh.execution.housekeeping.retention import Kept, choose
 from flowmesh.execution.launch.disk_space import free_bytes_at, shortage
-from tests.http_server import Answer, Server
-from tests.support import Node, Orchestrator, RedisServer, short_dir, until
+from tests.kit.http_server import Answer, Server
+from tests.kit.support import Node, Orchestrator, RedisServer, short_dir, until
 
 MIB = 1 << 20
 TYPES = """
 [task_types.model]
-runner = "tests.delivery_runners:ModelRunner"
+runner = "tests.kit.delivery_runners:ModelRunner"
 environment = "light"
 
 [task_types.fill]
-runner = "tests.delivery_runners:FillRunner"
+runner = "tests.kit.delivery_runners:FillRunner"
 environment = "light"
 """
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")

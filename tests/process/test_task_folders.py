@@ -30,8 +30,8 @@ from flowmesh.processes.pipe import Pipe
 from flowmesh.processes.protocol import Fork
 from flowmesh.settings.schema import Settings
 from flowmesh.startup import environments
-from tests.http_server import Server
-from tests.support import Node, Orchestrator, short_dir, until
+from tests.kit.http_server import Server
+from tests.kit.support import Node, Orchestrator, short_dir, until
 
 pytestmark = [
     pytest.mark.redis,
@@ -41,7 +41,7 @@ CONFIG = """
 [processes]
 task_user = "nobody"
 [task_types.link]
-runner = "tests.delivery_runners:LinkRunner"
+runner = "tests.kit.delivery_runners:LinkRunner"
 environment = "light"
 """
 AT_FDCWD, RENAME_EXCHANGE = -100, 2

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT, Node, Orchestrator, until
+from tests.kit.support import ROOT, Node, Orchestrator, until
 
 pytestmark = pytest.mark.redis
 

@@ -9,12 +9,18 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.support import Node, Orchestrator, alive, below, until, with_mark
+from tests.kit.support import (
+    Node,
+    Orchestrator,
+    alive,
+    below,
+    until,
+    with_mark,
+)
 
 pytestmark = [
     pytest.mark.redis,
@@ -27,13 +33,13 @@ pytestmark = [
 
 CONFIG = """
 [task_types.vllm_generate]
-runner = "tests.vllm_runner:GenerateRunner"
+runner = "tests.kit.vllm_runner:GenerateRunner"
 """
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> str:
-    from tests.tiny_models import write_tiny_llama
+    from tests.kit.tiny_models import write_tiny_llama
 
     folder = tmp_path / "model"
     folder.mkdir()
@@ -46,9 +52,13 @@ def engine_of(orchestrator: Orchestrator, node: Node, spec: dict[str, object]) -
     task = orchestrator.dispatch("w1", spec)
     orchestrator.wait_started(task, 120)
     until((node.results_dir / task / "generating").exists, "the task is generating", 240)
-    time.sleep(0.5)
     pid = node.task_pid(task)
-    return task, pid, {each: name_of(each) for each in below(pid)}
+
+    def tree() -> dict[int, str]:
+        found = {each: name_of(each) for each in below(pid)}
+        return found if any("EngineCore" in name for name in found.values()) else {}
+
+    return task, pid, until(tree, "the engine's process has its name")
 
 
 def name_of(pid: int) -> str:

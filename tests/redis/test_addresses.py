@@ -17,7 +17,15 @@ from flowmesh.bus.connection import connect
 from flowmesh.messages.sentinel import SentinelAddress, sentinel_address
 from flowmesh.redaction import redact_url
 from flowmesh.settings.load import load
-from tests.support import ROOT, Node, Orchestrator, RedisServer, end_process, running, until
+from tests.kit.support import (
+    ROOT,
+    Node,
+    Orchestrator,
+    RedisServer,
+    end_process,
+    running,
+    until,
+)
 
 RIGHTS = (
     "~worker:* ~workers:* ~tasks:* &tasks &tasks.events &workers.events &flowmesh.control "

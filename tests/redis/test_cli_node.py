@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
@@ -16,9 +15,9 @@ from flowmesh.cli.control import Control, Refused
 from flowmesh.cli.control_types import Ended, PhaseSeen, ProgressSeen, StateSeen
 from flowmesh.cli.embedded import EmbeddedRedis
 from flowmesh.errors import ProtocolError, UnavailableError
+from tests.kit.paths import ROOT
 
 pytestmark = pytest.mark.redis
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +35,7 @@ def place(tmp_path_factory):
             [
                 sys.executable,
                 "-m",
-                "tests.redis.fake_node",
+                "tests.kit.fake_node",
                 *(f"--set={key}={value}" for key, value in settings.items()),
             ],
             cwd=ROOT,

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
@@ -18,10 +17,10 @@ import yaml
 
 from flowmesh.cli.private_folder import sweep_abandoned
 from flowmesh.processes import linux
-from tests.support import short_dir
+from tests.kit.paths import ROOT
+from tests.kit.support import short_dir
 
 pytestmark = pytest.mark.redis
-ROOT = Path(__file__).parents[2]
 EVENTS = [
     {"event": "state", "state": "queued"},
     {"event": "state", "state": "running"},
@@ -60,7 +59,7 @@ def write(place, name="task.yaml", *, hardware=None, **fake):
 def start(place, *arguments, mode=""):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(place / "tmp"), "FAKE_NODE": mode}
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.redis.fake_run", *arguments],
+        [sys.executable, "-m", "tests.kit.fake_run", *arguments],
         cwd=place,
         env={**env, "REDIS_URL": "redis://127.0.0.1:1/0"},
         stdout=subprocess.PIPE,

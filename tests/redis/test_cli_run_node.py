@@ -9,15 +9,14 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.support import short_dir
+from tests.kit.paths import ROOT
+from tests.kit.support import short_dir
 
 pytestmark = pytest.mark.redis
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

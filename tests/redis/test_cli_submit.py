@@ -11,7 +11,7 @@ import pytest
 import redis
 
 from flowmesh.cli.embedded import EmbeddedRedis
-from tests.redis.fake_node import HARDWARE, finish, register
+from tests.kit.fake_node import HARDWARE, finish, register
 
 pytestmark = pytest.mark.redis
 GIB = 2**30

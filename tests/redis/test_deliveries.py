@@ -8,14 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.http_server import Answer, Server, Stall
-from tests.support import ROOT, Node, Orchestrator, below, until
+from tests.kit.http_server import Answer, Server, Stall
+from tests.kit.support import ROOT, Node, Orchestrator, below, until
 
 pytestmark = pytest.mark.redis
 CONFIG = """
@@ -24,15 +23,15 @@ total_timeout_s = {total_s}
 concurrency = {concurrency}
 
 [task_types.model]
-runner = "tests.delivery_runners:ModelRunner"
+runner = "tests.kit.delivery_runners:ModelRunner"
 environment = "light"
 
 [task_types.spool]
-runner = "tests.delivery_runners:SpoolRunner"
+runner = "tests.kit.delivery_runners:SpoolRunner"
 environment = "light"
 
 [task_types.outcome]
-runner = "tests.delivery_runners:OutcomeRunner"
+runner = "tests.kit.delivery_runners:OutcomeRunner"
 environment = "light"
 """
 
@@ -62,9 +61,12 @@ def children(node: Node) -> list[int]:
     return [pid for server in servers for pid in below(server)]
 
 
-def refused(orchestrator: Orchestrator, server: Server) -> str:
-    """Run a task whose delivery fails, because the server answers 500; returns its id."""
-    server.plan = [Answer(500, b"no room")] * 1000
+def refused(orchestrator: Orchestrator, server: Server, status: int = 413) -> str:
+    """Run a task whose delivery fails, because the server refuses it; returns its id.
+
+    413 is final at once; a status from 500 is tried again until `delivery.total_timeout_s`.
+    """
+    server.plan = [Answer(status, b"no room")] * 1000
     task = orchestrator.dispatch("w1", model_to(server))
     end = orchestrator.wait_end(task)
     assert end["type"] == "TASK_FAILED"
@@ -76,7 +78,7 @@ def refused(orchestrator: Orchestrator, server: Server) -> str:
 def test_p9_what_was_computed_is_delivered_again_by_a_command(orchestrator: Orchestrator, make_node) -> None:
     node = make_node(config=config(total_s=1.0), env={"ORCHESTRATOR_TOKEN": "s3cret"})
     with Server() as server:
-        task = refused(orchestrator, server)
+        task = refused(orchestrator, server, status=500)
         assert (node.results_dir / task / "final_model" / "weights.bin").stat().st_size == 2_048_000
         code, out, err = said(flowmesh(node, "deliver", task))
         assert (code, out) == (1, "")
@@ -127,7 +129,7 @@ def test_deliver_says_what_is_wrong(orchestrator: Orchestrator, make_node) -> No
 
 def test_deliver_is_cut_short_by_nothing_but_a_kill(orchestrator: Orchestrator, make_node) -> None:
     """A drain or the end of the command does not stop it. After a kill of its child it can be tried again."""
-    node = make_node(config=config(total_s=3.0))
+    node = make_node(config=config())
     with Server() as server:
         task = refused(orchestrator, server)
         server.plan = [Stall(1000)]
@@ -148,7 +150,7 @@ def test_deliver_is_cut_short_by_nothing_but_a_kill(orchestrator: Orchestrator, 
 
 
 def test_deliver_gives_way_to_the_nodes_end_and_to_the_task_itself(orchestrator: Orchestrator, make_node) -> None:
-    node = make_node(config=config(total_s=2.0))
+    node = make_node(config=config())
     with Server() as server:
         task = refused(orchestrator, server)
         server.plan = [Stall(1000)]
@@ -191,13 +193,14 @@ def test_a_supervisor_killed_in_mid_delivery_goes_on_with_it(
 ) -> None:
     node = make_node(config=config())
     with Server(Stall(1_000_000)) as server:
-        task = orchestrator.dispatch("w1", model_to(server, timeoutSec=3))
+        task = orchestrator.dispatch("w1", model_to(server, timeoutSec=60))
         until(lambda: server.plan == [], "the upload has started")
         (child,) = children(node)
         node.kill()
         if with_child:
             os.kill(child, signal.SIGKILL)
         node.start()
+        server.release()
         assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"
         orchestrator.run("w1", {"taskType": "echo"})
         assert len(orchestrator.ends(task)) == 1
@@ -208,16 +211,17 @@ def test_a_supervisor_killed_in_mid_delivery_goes_on_with_it(
 def test_deliveries_at_once_are_bounded(orchestrator: Orchestrator, make_node) -> None:
     node = make_node(config=config(concurrency=2))
     with Server(Stall(), Stall()) as server:
-        tasks = [orchestrator.dispatch("w1", model_to(server, timeoutSec=3)) for _ in range(5)]
+        tasks = [orchestrator.dispatch("w1", model_to(server, timeoutSec=60)) for _ in range(5)]
         states = ["delivering"] * 5
         until(
             lambda: [each["state"] for each in node.ask(op="status")["tasks"]] == states,
             "five tasks are being delivered",
         )
         until(lambda: server.plan == [], "two uploads have started")
-        time.sleep(0.3)
+        orchestrator.run("w1", {"taskType": "echo"})  # meanwhile a third one would have started
         assert len(children(node)) == 2
         assert len(server.requests) == 2
+        server.release()
         assert [orchestrator.wait_end(task)["type"] for task in tasks] == ["TASK_SUCCEEDED"] * 5
 
 
@@ -303,12 +307,13 @@ def test_while_it_is_delivered_no_task_gets_at_its_spool_folder(orchestrator: Or
     node.home.chmod(0o755)
     node.start()
     with Server(Stall(100)) as server:
-        destination = {"type": "http", "url": f"{server.url}/r"}
+        destination = {"type": "http", "url": f"{server.url}/r", "timeoutSec": 60}
         task = orchestrator.dispatch("w1", {"taskType": "echo", "output": {"destination": destination}})
         until(lambda: server.plan == [], "the upload has started")
         (spool,) = (node.state_dir / "spool").iterdir()
         status = spool.stat()
         assert (status.st_uid, status.st_mode & 0o777) == (0, 0o700)
+        server.release()
         assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"
 
 

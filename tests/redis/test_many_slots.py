@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.support import Node, Orchestrator, until
+from tests.kit.support import Node, Orchestrator, until
 
 pytestmark = pytest.mark.redis
 

@@ -9,12 +9,11 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 
-from tests.http_server import Server, Stall
-from tests.support import ROOT, Node, Orchestrator, RedisServer, until
+from tests.kit.http_server import Server, Stall
+from tests.kit.support import ROOT, Node, Orchestrator, RedisServer, until
 
 pytestmark = pytest.mark.redis
 QUICK = {"HEARTBEAT_INTERVAL_SEC": "1"}
@@ -266,7 +265,6 @@ def test_a_node_started_before_redis_waits_for_it(redis_server: RedisServer, mak
     until(
         lambda: "Redis is unreachable" in node.text() or "not subscribed" in node.text(), "the missing Redis is logged"
     )
-    time.sleep(0.5)
     redis_server.start()
     node.wait_status("IDLE")
 

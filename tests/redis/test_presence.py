@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from flowmesh.bus import presence as module
 from flowmesh.bus.connection import connect
 from flowmesh.bus.presence import Identity, Presence
-from tests.support import Orchestrator, RedisServer
+from tests.kit.support import Orchestrator, RedisServer
 
 pytestmark = pytest.mark.redis
 
@@ -41,6 +42,27 @@ class Asked(Presence):
         return registered
 
 
+@contextlib.asynccontextmanager
+async def living(server: RedisServer, kind: type[Presence] = Presence, **more: Any) -> AsyncIterator[Presence]:
+    client = connect(f"unix://{server.path}", timeout_s=5.0, health_check_interval_s=5.0, name="test")
+    identity = Identity(worker_id="w1", pid=1, started_at="", cost_per_hour=1.0, tags=(), env={}, hardware={})
+    presence = kind(
+        client, identity, interval_s=30.0, metrics=nothing, farewell=dict, on_left_over=lambda: None, **more
+    )
+    running = asyncio.create_task(presence.run())
+    yield presence
+    running.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await running
+    await client.aclose()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
 @pytest.mark.parametrize("during", ["REGISTER", "check"])
 def test_a_request_to_register_again_is_not_lost(
     redis_server: RedisServer, orchestrator: Orchestrator, monkeypatch: pytest.MonkeyPatch, during: str
@@ -48,27 +70,25 @@ def test_a_request_to_register_again_is_not_lost(
     monkeypatch.setattr(module, "CHECK_INTERVAL_S", 0.05)
 
     async def live() -> None:
-        client = connect(f"unix://{redis_server.path}", timeout_s=5.0, health_check_interval_s=5.0, name="test")
-        identity = Identity(worker_id="w1", pid=1, started_at="", cost_per_hour=1.0, tags=(), env={}, hardware={})
-        asked = Asked(
-            client,
-            identity,
-            interval_s=30.0,
-            metrics=nothing,
-            farewell=dict,
-            on_left_over=lambda: None,
-            during=during,
-        )
-        running = asyncio.create_task(asked.run())
-        for _ in range(200):
-            await asyncio.sleep(0.02)
-            orchestrator.hear()
-            if orchestrator.told.count("REGISTER") == 2:
-                break
-        running.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await running
-        await client.aclose()
+        async with living(redis_server, Asked, during=during):
+            await until(lambda: orchestrator.hear() or orchestrator.told.count("REGISTER") == 2)
 
     asyncio.run(live())
     assert orchestrator.told == ["REGISTER", "UNREGISTER", "REGISTER"]
+
+
+def test_running_for_a_task_that_never_came_is_corrected(
+    redis_server: RedisServer, orchestrator: Orchestrator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The orchestrator writes RUNNING after it has dispatched, perhaps after we are IDLE again: no event follows it."""
+    monkeypatch.setattr(module, "CHECK_INTERVAL_S", 0.05)
+    status = lambda: orchestrator.redis.hget("worker:w1", "status")  # noqa: E731
+
+    async def live() -> None:
+        async with living(redis_server, power=lambda: None) as presence:
+            presence.set_status("IDLE")
+            await until(lambda: status() == b"IDLE")
+            orchestrator.redis.hset("worker:w1", "status", "RUNNING")
+            await until(lambda: status() == b"IDLE")
+
+    asyncio.run(live())

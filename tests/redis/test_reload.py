@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT, Node, Orchestrator, RedisServer, until
+from tests.kit.support import ROOT, Node, Orchestrator, RedisServer, until
 
 pytestmark = pytest.mark.redis
 

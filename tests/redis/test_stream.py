@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import Node, Orchestrator, RedisServer, until
+from tests.kit.support import Node, Orchestrator, RedisServer, until
 
 pytestmark = pytest.mark.redis
 CONFIG = "[redis]\nstream = true\ntimeout_s = 1.0\nhealth_check_interval_s = 1.0\n"

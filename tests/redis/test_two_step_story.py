@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import email.parser
 import email.policy
-import http.server
 import importlib.util
 import json
 import tarfile
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support import Node, Orchestrator
+from tests.kit.fake_http import FakeHandler, FakeServer
+from tests.kit.support import Node, Orchestrator
 
 pytestmark = [
     pytest.mark.redis,
@@ -24,67 +23,53 @@ pytestmark = [
 ADAPTER_ROWS = [f"the {colour} box holds {number} nails" for colour in ("red", "blue") for number in ("two", "nine")]
 
 
-class ResultsServer:
+class ResultsServer(FakeServer):
     """The orchestrator's HTTP side, from docs/contract.md §2: takes results and files, and gives files back."""
 
     def __init__(self, folder: Path) -> None:
+        super().__init__(_Handler)
         self.folder = folder
         self.results: dict[str, dict] = {}
-        owner = self
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
 
-            def log_message(self, *_: object) -> None:
-                return
+class _Handler(FakeHandler):
+    server: ResultsServer
 
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                parts = self.path.strip("/").split("/")
-                if parts == ["api", "v1", "results"]:
-                    message = json.loads(body)
-                    owner.results[message["task_id"]] = message["result"]
-                else:
-                    assert parts[:3] == ["api", "v1", "results"]
-                    assert parts[4:] == ["files"]
-                    head = f"Content-Type: {self.headers['Content-Type']}\r\n\r\n".encode()
-                    form = email.parser.BytesParser(policy=email.policy.HTTP).parsebytes(head + body)
-                    (part,) = form.iter_parts()
-                    assert part.get_param("name", header="content-disposition") == "file"
-                    target = owner.folder / parts[3]
-                    target.mkdir(exist_ok=True)
-                    (target / Path(part.get_filename() or "").name).write_bytes(part.get_payload(decode=True))
-                self._answer(200, b"{}")
+    def do_POST(self) -> None:
+        body = self.body()
+        parts = self.path.strip("/").split("/")
+        assert parts[:3] == ["api", "v1", "results"]
+        if parts[3:] == []:
+            message = json.loads(body)
+            self.server.results[message["task_id"]] = message["result"]
+        else:
+            assert parts[4:] == ["files"]
+            head = f"Content-Type: {self.headers['Content-Type']}\r\n\r\n".encode()
+            form = email.parser.BytesParser(policy=email.policy.HTTP).parsebytes(head + body)
+            (part,) = form.iter_parts()
+            assert part.get_param("name", header="content-disposition") == "file"
+            target = self.server.folder / parts[3]
+            target.mkdir(exist_ok=True)
+            (target / Path(part.get_filename() or "").name).write_bytes(part.get_payload(decode=True))
+        self.answer(200, b"{}")
 
-            def do_GET(self) -> None:
-                _, _, _, task_id, _, name = self.path.strip("/").split("/")
-                path = owner.folder / task_id / name
-                self._answer(200, path.read_bytes()) if path.is_file() else self._answer(404, b"no such file")
-
-            def _answer(self, status: int, body: bytes) -> None:
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-        self.httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.httpd.server_address[1]}"
-        threading.Thread(target=self.httpd.serve_forever, daemon=True).start()
+    def do_GET(self) -> None:
+        _, _, _, task_id, _, name = self.path.strip("/").split("/")
+        path = self.server.folder / task_id / name
+        self.answer(*((200, path.read_bytes()) if path.is_file() else (404, b"no such file")))
 
 
 @pytest.fixture
 def results(tmp_path: Path) -> Iterator[ResultsServer]:
-    server = ResultsServer(tmp_path)
-    yield server
-    server.httpd.shutdown()
-    server.httpd.server_close()
+    with ResultsServer(tmp_path) as server:
+        yield server
 
 
 @pytest.mark.timeout(400)
 def test_a_lora_is_trained_delivered_and_used_by_its_url(
     orchestrator: Orchestrator, make_node, results: ResultsServer, tmp_path: Path
 ) -> None:
-    node: Node = make_node(env={"ORCHESTRATOR_BASE_URL": results.url})
+    node: Node = make_node(env={"ORCHESTRATOR_BASE_URL": results.origin})
     training = {
         "taskType": "lora_sft",
         "model": {"source": {"type": "huggingface", "identifier": "builtin:tiny-llama"}},
@@ -99,7 +84,7 @@ def test_a_lora_is_trained_delivered_and_used_by_its_url(
     assert trained["training_successful"] is True
     assert trained["final_lora_archive_uploaded"] is True
     url = trained["final_lora_archive_url"]
-    assert url == f"{results.url}/api/v1/results/train/files/final_lora.tar.gz"
+    assert url == f"{results.origin}/api/v1/results/train/files/final_lora.tar.gz"
     with tarfile.open(tmp_path / "train" / "final_lora.tar.gz") as archive:
         assert {name.split("/")[0] for name in archive.getnames()} == {"final_lora"}
         assert "final_lora/adapter_config.json" in archive.getnames()

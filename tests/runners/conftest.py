@@ -31,6 +31,14 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def reference(tiny_llama: Path) -> tuple[Any, Any]:
+    """The same model and its tokenizer as Transformers' documentation shows them: one prompt, no padding."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    return AutoModelForCausalLM.from_pretrained(tiny_llama), AutoTokenizer.from_pretrained(tiny_llama)
+
+
+@pytest.fixture(scope="session")
 def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache_dir that the session's tasks share, as tasks of one node do."""
     return tmp_path_factory.mktemp("cache")

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.kit.paths import ROOT
+
 HEAVY = ("torch", "transformers", "vllm", "trl", "peft", "faiss", "datasets", "numpy", "sentence_transformers")
 
 FLOORS = (

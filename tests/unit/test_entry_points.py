@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.kit.paths import ROOT
+
 ENTRY = re.compile(r"(?<![\w./-])((?:flowmesh|runners)(?:\.\w+)+):([A-Za-z_]\w*)")
 RUN_AS_MODULE = re.compile(r'-m[",\s]+((?:flowmesh|runners)(?:\.\w+)+)')
 

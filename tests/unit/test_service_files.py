@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import configparser
-from pathlib import Path
 
 from flowmesh.errors import EXIT_CONFIG, EXIT_OK, EXIT_USAGE
-
-CONF = Path(__file__).parents[2] / "conf"
+from tests.kit.paths import CONF
 
 
 def read(name: str) -> configparser.ConfigParser:

@@ -31,9 +31,9 @@ import runners.rag.task
 import runners.training.settings
 import runners.training.sources
 from flowmesh.cli.main import COMMANDS
-from tests.unit.test_machine_diagram import walked
+from tests.kit.paths import ROOT
+from tests.unit.tasks.test_machine_diagram import walked
 
-ROOT = Path(__file__).resolve().parents[2]
 THIS = Path(__file__).resolve()
 FOLDERS = ("docs", "tests", "conf", "scripts", "flowmesh", "runners", ".ci")
 

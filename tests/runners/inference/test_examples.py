@@ -1,0 +1,64 @@
+"""Every example in conf/tasks runs as it is; what fork servers import for inference leaves them safe to fork."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+pytest.importorskip("transformers", reason="needs the extra 'inference'")
+from runners.inference import preload
+from runners.inference.runner import InferenceRunner
+from tests.kit.paths import ROOT
+
+EXAMPLES = sorted(path.name for path in (ROOT / "conf" / "tasks").glob("inference-*.yaml"))
+NEEDS = {"inference-dataset.yaml": "datasets", "inference-vllm.yaml": "vllm"}
+
+FORKED = """
+import importlib, json, os, sys
+from runners.inference import preload
+for name in getattr(preload, sys.argv[1]):
+    importlib.import_module(name)
+import torch
+print(len(os.listdir("/proc/self/task")), torch.cuda.is_initialized())
+"""
+
+
+@pytest.mark.parametrize("name", [each for each in EXAMPLES if each not in ("inference-vllm.yaml",)])
+def test_examples(make_context, monkeypatch, name: str) -> None:
+    needed = NEEDS.get(name)
+    if needed is not None and importlib.util.find_spec(needed) is None:
+        pytest.skip(f"needs {needed}")
+    monkeypatch.chdir(ROOT)  # paths in the examples begin at the checkout
+    document: dict[str, Any] = yaml.safe_load((ROOT / "conf" / "tasks" / name).read_text())
+    spec, children = document["spec"], document.get("merge_children")
+    result = InferenceRunner().run(make_context(spec, children=children))
+    assert result["ok"] is True
+    assert result["items"]
+    for child in result.get("children", {}).values():
+        assert child["ok"] is True
+    if "jsonl_export" in result:
+        records = [json.loads(line) for line in Path(result["jsonl_export"]["path"]).read_text().splitlines()]
+        assert [record["answer"] for record in records] == [item["output"] for item in result["items"]]
+
+
+def test_there_is_an_example_of_everything() -> None:
+    names = {"transformers", "dataset", "jsonl", "graph", "merge", "lora", "vllm"}
+    assert {f"inference-{name}.yaml" for name in names} <= set(EXAMPLES)
+
+
+@pytest.mark.parametrize("which", ["TRANSFORMERS", pytest.param("VLLM", marks=pytest.mark.vllm)])
+def test_what_is_preloaded_keeps_one_thread_and_no_gpu(which: str) -> None:
+    if which == "VLLM" and importlib.util.find_spec("vllm") is None:
+        pytest.skip("vllm is not installed here")
+    env = {**os.environ, **preload.ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", FORKED, which], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-2:] == ["1", "False"], done.stdout

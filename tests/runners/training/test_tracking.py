@@ -1,0 +1,84 @@
+"""report_to: TensorBoard's files are the task's artifacts; trackers with a server need the node's leave."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("trl", reason="needs the extra 'training'")
+
+from tests.kit.training_tasks import PAIRS, SUMS, refused, train
+
+TRAINING = {"max_steps": 2, "batch_size": 4, "max_seq_length": 64, "logging_steps": 1, "save_steps": 1}
+ROWS: dict[str, dict[str, Any]] = {
+    "sft": {"data": {"prompts": SUMS[:8]}},
+    "dpo": {"data": {"preferences": PAIRS[:8]}},
+    "ppo": {"data": {"prompts": SUMS[:8]}, "reward": "length", "generation": {"max_new_tokens": 4}},
+}
+
+
+def scalars(folder: Path) -> dict[str, list[int]]:
+    """The steps of each number that TensorBoard finds in a task's artifacts."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    found: dict[str, list[int]] = {}
+    for path in sorted((folder / "artifacts" / "tensorboard").rglob("events*")):
+        events = accumulator.EventAccumulator(str(path)).Reload()
+        for tag in events.Tags()["scalars"]:
+            found.setdefault(tag, []).extend(event.step for event in events.Scalars(tag))
+    return found
+
+
+def spec(task_type: str, **training: Any) -> dict[str, Any]:
+    return {**ROWS[task_type], "training": {**TRAINING, **training}}
+
+
+@pytest.mark.parametrize("task_type", ["sft", "dpo", "ppo"])
+def test_tensorboard_lands_in_the_artifacts(tmp_path: Path, task_type: str) -> None:
+    pytest.importorskip("tensorboard", reason="needs the extra 'tensorboard'")
+    result = train(tmp_path, task_type, spec(task_type, report_to="tensorboard"))
+    found = scalars(Path(result["output_dir"]))
+    assert found["loss" if task_type == "ppo" else "train/loss"] == [1, 2]
+
+
+def test_nothing_is_written_unasked(tmp_path: Path) -> None:
+    result = train(tmp_path, "sft", spec("sft"))
+    assert not (Path(result["output_dir"]) / "artifacts" / "tensorboard").exists()
+
+
+@pytest.mark.parametrize("task_type", ["sft", "ppo"])
+def test_a_server_needs_the_nodes_leave(tmp_path: Path, task_type: str) -> None:
+    for name in ("wandb", "mlflow", "trackio"):
+        message = refused(tmp_path, task_type, spec(task_type, report_to=[name]), limits={"trackers": ["other"]})
+        assert f"spec.training.report_to: this node does not allow {name!r}; its setting [runners] trackers" in message
+
+
+def test_unknown_names_and_the_trainers_own_argument(tmp_path: Path) -> None:
+    assert "spec.training.report_to" in refused(tmp_path, "sft", spec("sft", report_to="tensorbord"))
+    message = refused(tmp_path, "sft", spec("sft", trainer_args={"report_to": "all"}))
+    assert "spec.training.trainer_args.report_to: cannot be set; use spec.training.report_to" in message
+
+
+def test_a_missing_library_names_the_remedy(tmp_path: Path) -> None:
+    from importlib.util import find_spec
+
+    missing = [name for name in ("wandb", "mlflow", "trackio") if find_spec(name) is None]
+    if not missing:
+        pytest.skip("all trackers are installed")
+    message = refused(tmp_path, "sft", spec("sft", report_to=missing[0]), limits={"trackers": missing})
+    assert f"{missing[0]} (spec.training.report_to) is not installed" in message
+    assert f"flowmesh-supervisor[{missing[0]}]" in message
+
+
+@pytest.mark.parametrize("task_type", ["sft", "ppo"])
+def test_a_resumed_run_keeps_its_id(tmp_path: Path, task_type: str) -> None:
+    pytest.importorskip("tensorboard", reason="needs the extra 'tensorboard'")
+    first = train(tmp_path, task_type, spec(task_type, report_to="tensorboard"), task_id="first")
+    ids = [Path(first["checkpoints_dir"]) / "tracking.json"]
+    path = str(Path(first["checkpoints_dir"]) / "checkpoint-1")
+    more = spec(task_type, report_to="tensorboard", resume_from_path=path, max_steps=3)
+    second = train(tmp_path, task_type, more, task_id="second")
+    ids.append(Path(second["checkpoints_dir"]) / "tracking.json")
+    assert [json.loads(each.read_text())["run"] for each in ids] == ["first", "first"]
