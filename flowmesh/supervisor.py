@@ -5,13 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import os
 import secrets
 import signal
-import threading
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -40,13 +37,12 @@ from flowmesh.processes.server_pool import ServerPool
 from flowmesh.settings.paths import results_dir, state_dir
 from flowmesh.settings.schema import Settings
 from flowmesh.startup import environments, preflight, successor
+from flowmesh.startup.event_loop import end_all, reap_children, start_threads
 from flowmesh.startup.state_dir import hold_state_dir, open_for
 from flowmesh.tasks.catalogue import LIGHT
 from flowmesh.tasks.journal import Journal
 
-THREADS = 8
 FAREWELL_TIMEOUT_S = 5.0
-CANCEL_AGAIN_S = 0.2
 SIGNAL_WAIT_S = 0.01
 """Before an exec: a signal that came before signals were held is handled in this time."""
 FLUSH_TIMEOUT_S = 10.0
@@ -85,7 +81,7 @@ class Supervisor:
         self._lock = hold_state_dir(self.state_dir)
         linux.become_subreaper()
         linux.hide_from_same_user()
-        _start_threads()
+        start_threads()
         self.journal = Journal(self.state_dir / "journal.sqlite")
         await self._wire()
         self._handle_signals()
@@ -98,7 +94,7 @@ class Supervisor:
                 await self._hand_over()
             await self._drained()
         finally:
-            await _end(tasks)
+            await end_all(tasks)
         await self._close()
         return 0
 
@@ -277,7 +273,7 @@ class Supervisor:
         sending = asyncio.create_task(outbox.run())
         if not await outbox.flushed(FLUSH_TIMEOUT_S / 10 if outbox.trouble else FLUSH_TIMEOUT_S):
             logger.warning("{} events not sent; they are sent after the next start", self.journal.outbox_size())
-        await _end([sending])
+        await end_all([sending])
         await self.link.registration.unregister(FAREWELL_TIMEOUT_S)
         await self.control.close()
         await self.executor.pool.close()
@@ -295,7 +291,7 @@ class Supervisor:
             loop.add_signal_handler(number, self._on_stop_signal)
         for number in (signal.SIGHUP, signal.SIGUSR2):
             loop.add_signal_handler(number, self._on_start_anew_signal)
-        loop.add_signal_handler(signal.SIGCHLD, self._reap)
+        loop.add_signal_handler(signal.SIGCHLD, reap_children)
         successor.take_signals()
 
     def _on_stop_signal(self) -> None:
@@ -312,12 +308,6 @@ class Supervisor:
         self._reloading.add(task)
         task.add_done_callback(self._reloading.discard)
 
-    def _reap(self) -> None:
-        """Reap fork servers that ended, and their orphans, which were reparented to this subreaper."""
-        with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
-
     async def _feed_watchdog(self) -> None:
         """Feed systemd's watchdog while the loop runs. An outage of Redis must not restart the node; see STATUS."""
         interval_s = self._notifier.watchdog_s
@@ -325,21 +315,3 @@ class Supervisor:
             status = next(iter(self.link.troubles()), f"{len(self.executor.runs)} tasks")
             self._notifier.send(WATCHDOG="1", STATUS=status)
             await asyncio.sleep(min(interval_s / 3, 10.0) if interval_s is not None else 10.0)
-
-
-def _start_threads() -> None:
-    """Start the threads for blocking work now: later a task may have used up all processes that this user may have."""
-    pool = ThreadPoolExecutor(THREADS, thread_name_prefix="flowmesh")
-    all_there = threading.Barrier(THREADS)
-    for _ in range(THREADS):
-        pool.submit(all_there.wait)
-    asyncio.get_running_loop().set_default_executor(pool)
-
-
-async def _end(tasks: Iterable[asyncio.Task[Any]]) -> None:
-    """Cancel these, repeatedly: redis-py loses a cancel that arrives together with a reply."""
-    left = set(tasks)
-    while left:
-        for task in left:
-            task.cancel()
-        _, left = await asyncio.wait(left, timeout=CANCEL_AGAIN_S)

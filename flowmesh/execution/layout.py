@@ -12,6 +12,11 @@ import msgspec
 from flowmesh.errors import ConfigError
 from flowmesh.settings.schema import ProcessesSettings
 
+BASELINE_FILE = "gpus.json"
+"""In an attempt's spool folder: the baselines of the attempt's GPUs, for a supervisor that adopts the task."""
+OOM_SCORE_ADJ = 500
+"""The kernel kills a task for memory before it kills the node."""
+
 
 class Owner(msgspec.Struct, frozen=True):
     """The user that tasks run as."""

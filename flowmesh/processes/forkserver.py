@@ -14,7 +14,6 @@ import select
 import signal
 import socket
 import sys
-import time
 from pathlib import Path
 from typing import NoReturn
 
@@ -101,7 +100,7 @@ class ForkServer:
             return 1
         gc.collect()
         gc.freeze()
-        self._supervisor.alone_since = time.monotonic()  # nobody could connect during the imports
+        self._supervisor.begin()  # nobody could connect during the imports
         self._ready = Ready(
             version=VERSION,
             pid=os.getpid(),
@@ -128,8 +127,7 @@ class ForkServer:
     def _finished(self) -> bool:
         if self._retiring and not self._reaper:
             return True
-        alone = not self._supervisor.connected
-        if alone and time.monotonic() - self._supervisor.alone_since > self._options.adoption_timeout_s:
+        if self._supervisor.alone_s > self._options.adoption_timeout_s:
             for entry in self._reaper:
                 self._reaper.kill(entry)
             return self._reaper.all_gone

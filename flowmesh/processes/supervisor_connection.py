@@ -26,12 +26,21 @@ class SupervisorConnection:
         self._poller = poller
         self._supervisor: socket.socket | None = None
         self._outgoing: deque[tuple[bytes, list[int]]] = deque()
-        self.alone_since = time.monotonic()
+        self._alone_since = time.monotonic()
         """Since when there is no supervisor, if there is none."""
 
     @property
     def connected(self) -> bool:
         return self._supervisor is not None
+
+    @property
+    def alone_s(self) -> float:
+        """How long there has been no supervisor; 0 if there is one."""
+        return 0.0 if self.connected else time.monotonic() - self._alone_since
+
+    def begin(self) -> None:
+        """Supervisors can be accepted from now on."""
+        self._alone_since = time.monotonic()
 
     def is_for(self, fd: int) -> bool:
         """Whether an event of the poller is the supervisor's."""
@@ -115,4 +124,4 @@ class SupervisorConnection:
             self._supervisor.close()
             self._supervisor = None
             self._outgoing.clear()
-            self.alone_since = time.monotonic()
+            self._alone_since = time.monotonic()

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from flowmesh.errors import LaunchError
 from flowmesh.execution.housekeeping.removal import remove_tree
-from flowmesh.execution.launch.preparation import OOM_SCORE_ADJ
-from flowmesh.execution.layout import Layout
+from flowmesh.execution.layout import OOM_SCORE_ADJ, Layout
 from flowmesh.node.slots import SlotPlan
 from flowmesh.processes import environ
 from flowmesh.processes.helper import Helpers

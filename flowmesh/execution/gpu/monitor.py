@@ -17,8 +17,7 @@ from flowmesh.errors import DeviceError
 from flowmesh.execution.gpu import process_usage
 from flowmesh.execution.gpu.quarantine import Quarantine
 from flowmesh.execution.gpu.task_gpus import TaskGpus
-from flowmesh.execution.launch.spool import BASELINE_FILE
-from flowmesh.execution.layout import Layout
+from flowmesh.execution.layout import BASELINE_FILE, Layout
 from flowmesh.execution.ports import PostEvent
 from flowmesh.execution.run import Run
 from flowmesh.messages.job import Exit, Outcome

@@ -11,7 +11,7 @@ import msgspec
 
 from flowmesh.execution.housekeeping.removal import remove_tree
 from flowmesh.execution.launch.spool import PRIVATE
-from flowmesh.execution.layout import Layout
+from flowmesh.execution.layout import OOM_SCORE_ADJ, Layout
 from flowmesh.execution.run import Run
 from flowmesh.messages.job import JOB_FILE, Job
 from flowmesh.processes import environ, shm
@@ -22,8 +22,6 @@ from flowmesh.results.job import file_url_template
 from flowmesh.tasks.catalogue import LIGHT
 
 TASK_ENTRY = "runners.child:main"
-OOM_SCORE_ADJ = 500
-"""The kernel kills a task for memory before it kills the node."""
 
 
 def prepare(layout: Layout, run: Run) -> Fork:

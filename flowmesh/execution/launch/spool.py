@@ -15,7 +15,7 @@ from loguru import logger
 
 from flowmesh.errors import ProtocolError
 from flowmesh.execution.housekeeping.removal import remove_tree
-from flowmesh.execution.layout import Layout
+from flowmesh.execution.layout import BASELINE_FILE, Layout
 from flowmesh.messages.job import (
     JOB_FILE,
     MAX_OUTCOME_BYTES,
@@ -29,8 +29,6 @@ from flowmesh.results.safe_files import read_regular
 
 SMALL_BYTES = 64 * 1024
 """An outcome up to this size is read on the loop; a larger one in a thread, and without its result."""
-BASELINE_FILE = "gpus.json"
-"""The baselines of the attempt's GPUs, for a supervisor that adopts the task."""
 PRIVATE = 0o700
 _OF_A_RUN = frozenset({JOB_FILE, OUTCOME_FILE, BASELINE_FILE})
 """What may be there before the results are delivered."""
