@@ -53,7 +53,7 @@ def test_p5_another_version_adopts_fork_servers_and_tasks(
 
 def test_a_version_that_does_not_start_is_not_started(orchestrator: Orchestrator, make_node, tmp_path: Path) -> None:
     old, new = install(tmp_path / "old", "0.0.1"), install(tmp_path / "new", "0.0.2")
-    (new / "flowmesh" / "settings_schema.py").write_text("import no_such_library\n")
+    (new / "flowmesh" / "settings" / "schema.py").write_text("import no_such_library\n")
     code = tmp_path / "code"
     code.symlink_to(old)
     node: Node = make_node(code=code)
