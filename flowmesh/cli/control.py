@@ -92,7 +92,8 @@ class Control:
         return self._ask({"op": "recycle", "environment": environment}, dict[str, Any])
 
     def upgrade(self) -> dict[str, Any]:
-        return self._ask({"op": "upgrade"}, dict[str, Any])
+        # The node first starts the new program to check it, and bounds that itself.
+        return self._ask({"op": "upgrade"}, dict[str, Any], timeout_s=None)
 
     def watch(self, task_id: str) -> Iterator[Seen]:
         """A task's events up to its `Ended`. The task need not be known yet. Unknown kinds of event are skipped.

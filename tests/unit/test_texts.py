@@ -48,6 +48,7 @@ NO_MODULES = {
     "flowmesh.control": "the channel in Redis",
     "flowmesh.delivery": "a logger",
     "runners.reward_callables": "a setting",
+    "runners.trackers": "a setting",
     "runners.cache_max_bytes": "a setting",
     "runners.unpack_max_bytes": "a setting",
     "runners.unpack_max_files": "a setting",
