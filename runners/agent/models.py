@@ -183,13 +183,16 @@ class LocalModel(AgentModel):
         """See smolagents."""
         from runners.api import BadRequest
         from runners.data.prompts import Message
+        from runners.models.limits import check_token_ids
 
         turns = tuple(Message(each["role"], each["content"]) for each in plain_messages(messages))
         prompt = self._texts.encode([turns], ["the agent's messages"])[0]
+        where = "model.identifier: the agent's messages"
+        check_token_ids(prompt, self._engine.vocabulary, self._texts.tokenizer, where)
         room = self._engine.max_positions
         if room is not None and len(prompt) + 1 >= room:
             raise BadRequest(
-                f"model.identifier: the agent's messages have {len(prompt)} tokens, the model takes {room} with its "
+                f"{where} have {len(prompt)} tokens, the model takes {room} with its "
                 "answer; choose one with a longer context, or fewer tools and turns"
             )
         watch = _Listening(self._ctx, self._watch())

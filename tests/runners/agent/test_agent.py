@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -525,3 +526,15 @@ def test_a_local_model_thinks_in_this_process(agents, make_context) -> None:
     answers = [entry for entry in log_of(ctx) if entry["event"] == "model"]
     assert [entry["completion_tokens"] for entry in answers] == [8]
     assert answers[0]["text"].strip() == (ctx.out_dir / "agent_output.txt").read_text().strip() != ""
+
+
+def test_a_local_model_names_a_token_that_it_has_no_embedding_for(agents, make_context, tiny_llama, tmp_path) -> None:
+    transformers = pytest.importorskip("transformers", reason="needs the extra 'inference'")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|new|>"]})
+    shutil.copytree(tiny_llama, tmp_path / "more")
+    tokenizer.save_pretrained(tmp_path / "more")
+    model = {"type": "local", "base_url": None, "identifier": str(tmp_path / "more"), "max_tokens": 4,
+             "enforce_cpu": True}  # fmt: skip
+    with pytest.raises(RunnerError, match=r"^model.identifier: the agent's messages: token '<\|new\|>' has id \d+"):
+        run_agent(make_context, agents, "", config={"model": model}, spec={"task": "say <|new|>"})
