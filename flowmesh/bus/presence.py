@@ -185,7 +185,7 @@ class Presence:
         logger.bind(worker=self.worker_id, status=status.word).info("registered")
         if status.word == "IDLE":
             # An orchestrator that waits for STATUS events only would not notice an idle worker otherwise.
-            self._changes.append(status)
+            self._changes.appendleft(status)  # before a change that came while it registered
 
     async def _unregister(self) -> None:
         await self._record.unregister(self.worker_id, self._farewell())

@@ -92,3 +92,27 @@ def test_running_for_a_task_that_never_came_is_corrected(
             await until(lambda: status() == b"IDLE")
 
     asyncio.run(live())
+
+
+def test_a_task_that_comes_while_it_registers_leaves_it_running(
+    redis_server: RedisServer, orchestrator: Orchestrator
+) -> None:
+    presences: list[Presence] = []
+
+    def power() -> None:
+        """Called in the middle of a registration."""
+        presences[0].set_status("RUNNING", "t-1")
+
+    def words() -> list[str]:
+        orchestrator.hear()
+        return [event["status"] for event in orchestrator.worker_events if event["type"] == "STATUS"]
+
+    async def live() -> None:
+        async with living(redis_server, power=power) as presence:
+            presences.append(presence)
+            presence.set_status("IDLE")
+            await until(lambda: len(words()) == 2)
+
+    asyncio.run(live())
+    assert words() == ["IDLE", "RUNNING"]
+    assert orchestrator.redis.hget("worker:w1", "status") == b"RUNNING"
