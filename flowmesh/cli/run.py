@@ -82,16 +82,18 @@ def run_all(
             view.step("starting the node")
             with LocalNode(options, lambda: signals.count > 1) as node:
                 worker = node.wait_idle(signals.check)
+                latest: FlowMeshError | None = None
                 for submission in submissions:
-                    if failure is not None:
-                        view.note(f"flowmesh: {failure}")
+                    if latest is not None:
+                        view.note(f"flowmesh: {latest}")
                     outcome = Follow(
                         node, submission, worker, view=view, happened=happened, signals=signals, timeout_s=timeout_s
                     ).run()
                     view.stop()
                     if outcome.verdict in _NODES_OWN:
                         node.show_log()  # it is removed with the node
-                    failure = _report(outcome, as_json=as_json) or failure
+                    latest = _report(outcome, as_json=as_json)
+                    failure = latest or failure
                     if signals.count:
                         raise Interrupted(signals.last, str(failure or f"interrupted after {submission.task_id}"))
                     if failure is not None and not keep_going:

@@ -151,6 +151,9 @@ def test_several_files_stop_at_the_first_failure_unless_told(place):
     code, out, err = run(place, *files, "keep_going=true")
     assert code == 1
     assert (out.count("succeeded"), "c.yaml" in out, err.count("no luck")) == (2, True, 1)
+    shown = out.count("no luck")
+    code, out, _ = run(place, *files, write(place, "d.yaml"), write(place, "e.yaml"), "keep_going=true")
+    assert (code, out.count("succeeded"), out.count("no luck")) == (1, 4, shown), "once, and not before each later file"
 
 
 def test_a_task_too_big_for_this_machine_is_not_sent(place):
