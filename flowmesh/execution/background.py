@@ -26,26 +26,23 @@ class Background:
         self._post = post
         self._after_error = after_error
         self._on_ended = on_ended
-        self._tasks: set[asyncio.Task[machine.Event | None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
 
     def begin(self, work: Work, run: Run | None = None) -> None:
         """See `ports.Begin`."""
-        task = self._loop.create_task(work)
+        task = self._loop.create_task(self._carry_out(work, run))
         self._tasks.add(task)
-        task.add_done_callback(lambda task: self._ended(task, run))
+        task.add_done_callback(self._tasks.discard)
 
-    def _ended(self, task: asyncio.Task[machine.Event | None], run: Run | None) -> None:
-        self._tasks.discard(task)
-        if task.cancelled():
-            return
-        event = None
-        if (error := task.exception()) is None:
-            event = task.result()
-        else:
+    async def _carry_out(self, work: Work, run: Run | None) -> None:
+        try:
+            event = await work
+            if run is not None and event is not None:
+                self._post(run, event)
+        except Exception as error:  # noqa: BLE001 - the boundary: whatever it is, the run's task must end
             logger.bind(task=run and run.task_id).opt(exception=error).error("unhandled error in task handling")
-            if run is not None:
-                event = self._after_error(run, f"unhandled error in the node: {type(error).__name__}: {error}")
-        if run is not None and event is not None:
-            self._post(run, event)
+            message = f"unhandled error in the node: {type(error).__name__}: {error}"
+            if run is not None and (event := self._after_error(run, message)) is not None:
+                self._post(run, event)
         self._on_ended()

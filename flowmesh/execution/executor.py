@@ -204,7 +204,9 @@ class Executor:
         await self._idle.wait()
 
     def _check_idle(self) -> None:
-        if all(run.attempt in self.deliveries.left for run in self.runs) and not self.redeliveries:
+        left = self.deliveries.left
+        only_left = len(self.runs) <= len(left) and all(run.attempt in left for run in self.runs)
+        if only_left and not self.redeliveries:
             self._idle.set()
         else:
             self._idle.clear()
