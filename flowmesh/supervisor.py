@@ -80,7 +80,6 @@ class Supervisor:
         successor.hold_signals()
         self._lock = hold_state_dir(self.state_dir)
         linux.become_subreaper()
-        linux.hide_from_same_user()
         start_threads()
         self.journal = Journal(self.state_dir / "journal.sqlite")
         await self._wire()
@@ -234,7 +233,7 @@ class Supervisor:
                 "to move it, drain the node and start it again"
             )
         await asyncio.to_thread(self._fit, settings, await self._take_inventory(settings))
-        await asyncio.to_thread(successor.check)
+        await asyncio.to_thread(successor.check, self._environ)
 
     async def _until_stopped(self, tasks: list[asyncio.Task[Any]]) -> None:
         stop = asyncio.create_task(self._stop.wait())
@@ -266,7 +265,7 @@ class Supervisor:
         self.journal.close()
         now_us = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
         self._notifier.send(RELOADING="1", MONOTONIC_USEC=str(now_us), STATUS="handing over")
-        successor.replace()
+        successor.replace(self._environ)
 
     async def _close(self) -> None:
         outbox = self.link.outbox
