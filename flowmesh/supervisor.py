@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import os
 import secrets
 import signal
 import time
@@ -39,6 +40,7 @@ from flowmesh.settings.schema import Settings
 from flowmesh.startup import environments, preflight, successor
 from flowmesh.startup.event_loop import end_all, reap_children, start_threads
 from flowmesh.startup.state_dir import hold_state_dir, open_for
+from flowmesh.startup.trust import SetUp, trust
 from flowmesh.tasks.catalogue import LIGHT
 from flowmesh.tasks.journal import Journal
 
@@ -78,6 +80,7 @@ class Supervisor:
             FlowMeshError: it cannot start, and why.
         """
         successor.hold_signals()
+        os.umask(int(self.settings.results.umask, 8))
         self._lock = hold_state_dir(self.state_dir)
         linux.become_subreaper()
         start_threads()
@@ -130,6 +133,11 @@ class Supervisor:
         logger.bind(isolation=node.isolation, types=",".join(sorted(catalogue.offered))).info(
             "node started: worker {} (FlowMesh {})", worker_id, __version__
         )
+        separation = trust(settings)
+        if separation.set_up is SetUp.ROOT:
+            logger.warning("{}; {}", separation.text, separation.remedy)
+        else:
+            logger.bind(trust=separation.set_up.value).info("{}", separation.text)
         for name, why in sorted(catalogue.missing.items()):
             logger.bind(type=name).info("task type not offered: {}", why)
 
@@ -159,6 +167,7 @@ class Supervisor:
             processes=settings.processes,
             limits=msgspec.to_builtins(settings.runners),
             owner=owner,
+            umask=int(settings.results.umask, 8),
         )
         return Executor(
             settings=settings,
