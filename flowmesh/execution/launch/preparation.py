@@ -65,10 +65,6 @@ def prepare(layout: Layout, run: Run) -> Fork:
     (spool / JOB_FILE).write_bytes(msgspec.json.encode(job))
     # Last: from now on another task of that user could put a link where we write.
     for given in (spool / JOB_FILE, spool, tmp):
-        spool / JOB_FILE,
-        spool,
-        tmp,
-    ):  # last: from now on another task of that user could put a link where we write
         layout.give(given)
     processes = layout.processes
     return Fork(
