@@ -35,6 +35,7 @@ from flowmesh.orchestrator.link import Link
 from flowmesh.orchestrator.worker_description import NodeDescription
 from flowmesh.processes import environ, linux
 from flowmesh.processes.server_pool import ServerPool
+from flowmesh.redaction import Redactor
 from flowmesh.settings.paths import results_dir, state_dir
 from flowmesh.settings.schema import Settings
 from flowmesh.startup import environments, preflight, successor
@@ -54,17 +55,21 @@ FLUSH_TIMEOUT_S = 10.0
 class Supervisor:
     """One node, from its start to its exit code."""
 
-    def __init__(self, settings: Settings, environment: Mapping[str, str], reread: Callable[[], Settings]) -> None:
+    def __init__(
+        self, settings: Settings, environment: Mapping[str, str], reread: Callable[[], Settings], hides: Redactor
+    ) -> None:
         """
         Args:
             settings: checked by `preflight.check`.
             environment: the process environment that they were read with.
             reread: reads and checks them again; raises ConfigError. Called in a thread.
+            hides: the node's secrets, wherever it says something.
         """
         self.settings = settings
         self.state_dir = state_dir(self.settings, environment)
         self.results_dir = results_dir(self.settings)
         self._reread = reread
+        self._hides = hides
         self._environ = environment
         self._stop = asyncio.Event()
         self._upgrade = False
@@ -128,7 +133,8 @@ class Supervisor:
         self.link = Link(node, self.executor, worker_id)
         operations = Operations(node, self.executor, self.link, stop=self.stop, start_anew=self.start_anew)
         watchers = Watchers(self.executor)
-        self.control = ControlServer(self.state_dir / "run" / "control.sock", operations.handlers(), watchers.subscribe)
+        socket = self.state_dir / "run" / "control.sock"
+        self.control = ControlServer(socket, operations.handlers(), watchers.subscribe, self._hides)
         catalogue = self.executor.catalogue
         logger.bind(isolation=node.isolation, types=",".join(sorted(catalogue.offered))).info(
             "node started: worker {} (FlowMesh {})", worker_id, __version__
@@ -167,6 +173,7 @@ class Supervisor:
             processes=settings.processes,
             limits=msgspec.to_builtins(settings.runners),
             owner=owner,
+            secrets=self._hides,
             umask=int(settings.results.umask, 8),
         )
         return Executor(

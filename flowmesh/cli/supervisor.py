@@ -67,6 +67,7 @@ def _serve(read: Callable[[], Loaded], environment: dict[str, str]) -> int:
     import asyncio
 
     from flowmesh.cli.logs_setup import configure
+    from flowmesh.settings.load import secrets
     from flowmesh.startup import preflight
     from flowmesh.supervisor import Supervisor
 
@@ -76,10 +77,11 @@ def _serve(read: Callable[[], Loaded], environment: dict[str, str]) -> int:
         return settings
 
     settings = usable()
-    configure(settings)
+    hides = secrets(settings)
+    configure(settings, hides)
 
     async def live() -> int:
-        return await Supervisor(settings, environment, usable).run()
+        return await Supervisor(settings, environment, usable, hides).run()
 
     return asyncio.run(live())
 

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from flowmesh.errors import ConfigError
+from flowmesh.redaction import Redactor
 from flowmesh.settings.schema import ProcessesSettings
 
 BASELINE_FILE = "gpus.json"
@@ -60,6 +61,8 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
     """The [runners] settings: limits that runners obey."""
     owner: Owner | None = None
     """The user that tasks run as; None: the node's own user."""
+    secrets: Redactor = Redactor()
+    """Knows the node's own."""
     umask: int | None = None
     """Of everything that writes results; None: that of the fork server."""
 
