@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any, TypeVar
 
+from flowmesh import installed
 from flowmesh.messages.job import ArchiveRequest, Fault, Job, UploadRequest
 from flowmesh.processes.pipe import Cancel, FrameError, Phase, Pipe, Progress
 from flowmesh.validation.convert import FieldError, convert
@@ -43,7 +44,7 @@ class MissingDependency(BadRequest):
     """
 
     def __init__(self, library: str, extra: str) -> None:
-        super().__init__(f"{library} is not installed in this environment: pip install 'flowmesh-supervisor[{extra}]'")
+        super().__init__(f"{library} is not installed in this environment: {installed.install_command(extra)}")
 
 
 class Cancelled(BaseException):
