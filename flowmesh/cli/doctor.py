@@ -64,6 +64,7 @@ def examine(config_file: str | None) -> Iterator[Finding]:
     yield from gpus
     has_gpus = any(finding.text.startswith("GPU ") for finding in gpus)
     yield from doctor_machine.isolation(settings)
+    yield doctor_machine.separation(settings)
     yield from doctor_machine.limits(has_gpus=has_gpus)
     yield from doctor_machine.disk(settings, os.environ)
     yield from doctor_machine.tools(settings)

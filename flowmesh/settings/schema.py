@@ -26,6 +26,7 @@ from flowmesh.settings.types import (
     SlotName,
     SlotsMode,
     Token,
+    Umask,
     VariableName,
     Word,
 )
@@ -94,6 +95,8 @@ class ResultsSettings(Section, frozen=True):
 
     dir: FilePath = "./results_workers"
     """RESULTS_DIR"""
+    umask: Umask = "0027"
+    """Rights that nobody gets to the node's files and those of its tasks: octal, as for umask(1)."""
     allowed_roots: tuple[AbsolutePath, ...] = ()
     """Absolute folders besides `dir` that a task's output.destination.path may lie under."""
     min_free_bytes: Annotated[int, Meta(ge=0, le=2**62)] = 1024**3

@@ -79,5 +79,5 @@ class DeliveryChildren:
             env=environ.for_task(
                 layout.base_env, task_env={}, tmp_dir=spool, threads=1, gpus=(), mark=layout.mark_of(-attempt)
             ),
-            limits=Limits(),
+            limits=Limits(umask=layout.umask),
         )

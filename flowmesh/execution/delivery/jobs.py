@@ -72,11 +72,12 @@ class Jobs:
         task_logs.log_troubles(task_logs.bound_logs([out_dir / "logs"], settings.tasks.log_max_bytes))
         task_logs.finish_logs(out_dir, keep=accepted.spec.retainLogs or not verdict.ok)
         if not verdict.ok:
-            run.log_tail = tuple(task_logs.log_tail(out_dir).splitlines()[-TAIL_LINES:])
+            redact = task_events.redactor(run, self._layout)
+            run.log_tail = tuple(redact(task_logs.log_tail(out_dir)).splitlines()[-TAIL_LINES:])
             failure = Failure(
-                error=verdict.message,
+                error=redact(verdict.message),
                 error_kind=verdict.kind.value,
-                detail=run.outcome.detail if run.outcome is not None else "",
+                detail=redact(run.outcome.detail) if run.outcome is not None else "",
                 evidence=verdict.evidence,
                 log_tail=run.log_tail,
             )
