@@ -23,6 +23,7 @@ from flowmesh.processes.pipe import VERSION, Finished, Hello, Pipe
 from flowmesh.redaction import Redactor, in_document
 from runners.api import Cancelled, Context, Runner, RunnerError
 from runners.gpu_memory import is_shortage
+from runners.run_warnings import collected
 
 MAX_MESSAGE_CHARS = 2000
 MAX_DETAIL_CHARS = 64 * 1024
@@ -77,9 +78,12 @@ def run(job: Job, ctx: Context) -> Outcome:
     fault, message, result = None, "", None
     detail = ""
     try:
-        result = _runner(job.runner).run(ctx)
+        with collected(ctx):
+            result = _runner(job.runner).run(ctx)
         if not isinstance(result, dict):
             raise TypeError(f"{job.runner} returned {type(result).__name__}, not a mapping")
+        if ctx.warnings:
+            result = {**result, "warnings": ctx.warnings}
         result = msgspec.to_builtins(result, str_keys=True, enc_hook=_plain)
     except Cancelled as error:
         fault, message = Fault.CANCELLED, error.reason

@@ -168,7 +168,7 @@ def _redis(settings: Settings) -> Iterator[Finding]:
         return
     began = time.monotonic()
     try:
-        with locate.connected(url) as client:
+        with locate.connected(locate.address_of(settings.redis)) as client:
             client.ping()
     except FlowMeshError as error:
         yield Finding("Redis", Level.BROKEN, str(error), "start Redis, or correct REDIS_URL (redis.url)")

@@ -76,6 +76,8 @@ class RedisSettings(Section, frozen=True):
 
     url: str | None = None
     """REDIS_URL; the scheme in upper or lower case"""
+    password_file: FilePath | None = None
+    """REDIS_PASSWORD_FILE: a file with the password, read at each connection."""
     task_topic: Word = "tasks"
     """TASK_TOPIC"""
     heartbeat_interval_s: PositiveSeconds = 30.0
@@ -133,6 +135,8 @@ class DeliverySettings(Section, frozen=True):
     """ORCHESTRATOR_BASE_URL"""
     orchestrator_token: Token | None = None
     """ORCHESTRATOR_TOKEN"""
+    orchestrator_token_file: FilePath | None = None
+    """ORCHESTRATOR_TOKEN_FILE: a file with the token, read at each use."""
     bandwidth_bytes_per_sec: Annotated[int, Meta(ge=1, le=2**62)] | None = None
     """WORKER_NETWORK_BANDWIDTH_BYTES_PER_SEC"""
     cleanup_after_upload: bool = False

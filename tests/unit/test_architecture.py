@@ -26,7 +26,7 @@ FLOORS = (
     {"results", "tasks", "bus", "node"},
     {"processes"},
     {"settings"},
-    {"messages"},
+    {"messages", "web"},
     {"validation"},
     {"redaction", "errors", "backoff", "installed", "__init__"},
 )
@@ -42,6 +42,7 @@ RUNNERS_MAY_IMPORT = (
     "flowmesh.validation",
     "flowmesh.redaction",
     "flowmesh.installed",
+    "flowmesh.web",
 )
 
 
