@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "drain": ("flowmesh.cli.node_commands:drain", "Stop accepting tasks, and exit when running ones finish."),
     "recycle": ("flowmesh.cli.node_commands:recycle", "Replace fork servers, to import changed packages."),
     "init": ("flowmesh.cli.init:init", "Set up a node on this machine: files, user, folders."),
+    "examples": ("flowmesh.cli.examples:examples", "List the example tasks, or print one."),
     "doctor": ("flowmesh.cli.doctor:doctor", "Check this machine and its settings; print a fix for each problem."),
     "upgrade": ("flowmesh.cli.node_commands:upgrade", "Restart the node's program; running tasks continue."),
 }

@@ -20,6 +20,7 @@ SURFACE = {
     "deliver": "TASK_ID --config --help --json --state-dir",
     "drain": "--config --help --json --mode --state-dir --wait",
     "init": "--dry-run --help --prefix --supervisord --systemd --user",
+    "examples": "--copy --help --json NAME",
     "doctor": "--config --help --json",
     "recycle": "ENVIRONMENT --config --help --json --state-dir",
     "upgrade": "--config --help --json --state-dir",
