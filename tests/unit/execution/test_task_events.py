@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from flowmesh.execution.task_events import is_start, refused
-from flowmesh.tasks.verdicts import Kind
 from flowmesh.messages.wire import TaskEvent, encode, utc_now
+from flowmesh.tasks.verdicts import Kind
 
 
 @pytest.mark.parametrize("task_id", ["t1", "TASK_STARTED"])
