@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from flowmesh.errors import ConfigError
+from flowmesh.messages.job import Permits
 from flowmesh.settings.schema import ProcessesSettings
 
 BASELINE_FILE = "gpus.json"
@@ -58,6 +59,8 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
     processes: ProcessesSettings
     limits: dict[str, Any] = {}
     """The [runners] settings: limits that runners obey."""
+    permits: Permits = Permits()
+    """What the operator allows documents to do."""
     owner: Owner | None = None
     """The user that tasks run as; None: the node's own user."""
 
