@@ -68,7 +68,7 @@ class Reach(msgspec.Struct, frozen=True):
         try:
             handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
         except (OSError, ValueError) as error:
-            if not self.covers(os.path.realpath(path)):
+            if not self._would_cover(path):
                 raise Refused(self.words()) from None
             raise error if isinstance(error, OSError) else FileNotFoundError(str(error)) from None
         try:
@@ -138,6 +138,13 @@ class Reach(msgspec.Struct, frozen=True):
             "lies outside of the folders that tasks of this node may read; its setting tasks.read_roots names more "
             "(flowmesh run: --read-root)"
         )
+
+    def _would_cover(self, path: Path) -> bool:
+        """Whether a path that cannot be opened leads where something may be read."""
+        try:
+            return self.covers(os.path.realpath(path))
+        except (OSError, ValueError):  # a link that may not be read
+            return False
 
     def _judge(self, handle: int) -> None:
         status = os.fstat(handle)

@@ -17,7 +17,9 @@ from tests.kit.support import Node, Orchestrator, RedisServer, short_dir
 
 pytestmark = pytest.mark.redis
 
-READS = '[task_types.reads]\nrunner = "tests.kit.runners_for_tests:Reads"\nenvironment = "light"\n'
+READS = '[task_types.reads]\nrunner = "tests.kit.runners_for_tests:Reads"\nenvironment = "reads"\n'
+# Imported by root: another user may not be able to enter the folder of Python itself.
+READS += '[environments.reads]\npreload = ["tests.kit.runners_for_tests", "runners.data.sources", "encodings.utf_8_sig"]\n'
 TOKEN = "tok-0123456789"
 
 
@@ -50,13 +52,14 @@ def node(request: pytest.FixtureRequest, server: RedisServer) -> Iterator[Node]:
 def test_a_document_reads_no_secret_of_the_node(node: Node, server: RedisServer) -> None:
     orchestrator = Orchestrator(server)
     (node.results_dir / "rows.csv").write_text("text\nmine\n")
-    assert orchestrator.run(node.worker_id, reads(node.results_dir / "rows.csv"))["type"] == "TASK_SUCCEEDED"
+    read = orchestrator.run(node.worker_id, reads(node.results_dir / "rows.csv"))
+    assert read["type"] == "TASK_SUCCEEDED", read.get("error")
     (node.results_dir / "link.csv").symlink_to(f"/proc/{node.pid}/environ")
     secrets = [f"/proc/{node.pid}/environ", f"/proc/{node.pid}/root/proc/1/environ", "/dev/fd/0", "/run/secrets"]
     for path in (*secrets, "/etc/shadow", node.results_dir / "link.csv", node.state_dir / "journal.sqlite"):
         end = orchestrator.run(node.worker_id, reads(path))
         assert end["type"] == "TASK_FAILED", path
-        assert end["error_kind"] == "bad_request", end
+        assert end["payload"]["error_kind"] == "bad_request", end["error"]
         responses = (node.results_dir / end["task_id"] / "responses.json").read_text()
         assert TOKEN not in json.dumps(end) + responses
         assert "root:" not in json.dumps(end) + responses
