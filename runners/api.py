@@ -84,6 +84,8 @@ class TaskInput:
         self.log = logging.getLogger(f"flowmesh.task.{job.task_type}")
         self.archives: list[ArchiveRequest] = []
         self.uploads: list[UploadRequest] = []
+        self.warnings: list[str] = []
+        """What was logged as a warning: `warnings` of the result."""
 
     @functools.cached_property
     def reach(self) -> Reach:
