@@ -19,7 +19,8 @@ pytestmark = pytest.mark.redis
 
 READS = '[task_types.reads]\nrunner = "tests.kit.runners_for_tests:Reads"\nenvironment = "reads"\n'
 # Imported by root: another user may not be able to enter the folder of Python itself.
-READS += '[environments.reads]\npreload = ["tests.kit.runners_for_tests", "runners.data.sources", "encodings.utf_8_sig"]\n'
+PRELOAD = ["tests.kit.runners_for_tests", "runners.data.sources", "encodings.utf_8_sig"]
+READS += f"[environments.reads]\npreload = {json.dumps(PRELOAD)}\n"
 TOKEN = "tok-0123456789"
 
 
