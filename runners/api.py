@@ -7,6 +7,7 @@ the main thread, with stdout and stderr redirected to the task's logs.
 from __future__ import annotations
 
 import abc
+import functools
 import logging
 import sys
 import time
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 from flowmesh.messages.job import ArchiveRequest, Fault, Job, UploadRequest
 from flowmesh.processes.pipe import Cancel, FrameError, Phase, Pipe, Progress
 from flowmesh.validation.convert import FieldError, convert
+from runners.data.reading import Reach
 
 PROGRESS_INTERVAL_S = 0.1
 """Shortest interval between two progress frames; those between are dropped, to keep the pipe free."""
@@ -134,6 +136,11 @@ class TaskInput:
         self.uploads: list[UploadRequest] = []
         self.warnings: list[str] = []
         """What was logged as a warning: `warnings` of the result."""
+
+    @functools.cached_property
+    def reach(self) -> Reach:
+        """What the document may read. Runners open its paths by it; see `runners.models.sources.local_path`."""
+        return Reach.of(self.job)
 
     def section(self, name: str, into: type[T]) -> T:
         """`spec.<name>` as a struct; `{}` is converted if the task does not have it.
