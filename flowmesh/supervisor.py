@@ -21,6 +21,7 @@ from flowmesh.control.operations import Operations
 from flowmesh.control.server import ControlServer
 from flowmesh.control.watchers import Watchers
 from flowmesh.errors import ConfigError, DeviceError, FlowMeshError, LaunchError
+from flowmesh.execution import permits
 from flowmesh.execution.executor import Executor
 from flowmesh.execution.layout import Layout, Owner
 from flowmesh.execution.recovery import recover
@@ -174,6 +175,7 @@ class Supervisor:
             cgroup=self.cgroup,
             processes=settings.processes,
             limits=msgspec.to_builtins(settings.runners),
+            permits=permits.of_node(settings, self.state_dir, base_env, owner),
             owner=owner,
             secrets=self._hides,
             umask=int(settings.results.umask, 8),

@@ -38,7 +38,7 @@ UNITS = {"systemd": "systemd/system/flowmesh-supervisor.service", "supervisord":
 @click.option(
     "--user", metavar="NAME", help="User that tasks run as, made if it is missing. Default: flowmesh. Needs root."
 )
-@click.option("--dry-run", is_flag=True, help="Only say what would be done.")
+@click.option("--dry-run", is_flag=True, help="Only print what would be done.")
 def init(prefix: str | None, manager: str | None, user: str | None, dry_run: bool) -> int:
     """Run the command; returns the exit code."""
     place = _place(prefix, user)

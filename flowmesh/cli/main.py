@@ -13,7 +13,7 @@ from flowmesh.cli.guard import guarded, piped
 from flowmesh.cli.version import version_option
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "run": ("flowmesh.cli.run:run", "Run task files on this machine; needs no Redis and no running node."),
+    "run": ("flowmesh.cli.run:run", "Run task files on this machine; needs no Redis and no node."),
     "submit": ("flowmesh.cli.submit:submit", "Send a task file to an idle worker of a deployment."),
     "workers": ("flowmesh.cli.workers:workers", "List the workers of a deployment."),
     "status": ("flowmesh.cli.node_commands:status", "Show the node on this machine: workers, tasks, Redis."),
@@ -23,7 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "drain": ("flowmesh.cli.node_commands:drain", "Stop accepting tasks, and exit when running ones finish."),
     "recycle": ("flowmesh.cli.node_commands:recycle", "Replace fork servers, to import changed packages."),
     "init": ("flowmesh.cli.init:init", "Set up a node on this machine: files, user, folders."),
-    "examples": ("flowmesh.cli.examples:examples", "List the example tasks, or print one."),
+    "examples": ("flowmesh.cli.examples:examples", "List the example tasks, or print one of them."),
     "doctor": ("flowmesh.cli.doctor:doctor", "Check this machine and its settings; print a fix for each problem."),
     "upgrade": ("flowmesh.cli.node_commands:upgrade", "Restart the node's program; running tasks continue."),
 }

@@ -11,7 +11,7 @@ from flowmesh.errors import BusyError, ConfigError, FieldError, FlowMeshError, U
 from flowmesh.installed import version
 
 SURFACE = {
-    "run": "FILES --config --help --json --keep-going --results-dir --task-id --timeout -k",
+    "run": "FILES --config --help --json --keep-going --read-root --results-dir --task-id --timeout -k",
     "submit": "FILE --config --help --json --redis --task-id --timeout --wait --worker",
     "workers": "--config --help --json --redis --watch",
     "status": "--config --help --json --state-dir",
