@@ -16,11 +16,12 @@ from typing import IO, Any
 import msgspec
 from loguru import logger
 
-from flowmesh import __version__
+from flowmesh import installed
 from flowmesh.control.operations import Operations
 from flowmesh.control.server import ControlServer
 from flowmesh.control.watchers import Watchers
 from flowmesh.errors import ConfigError, DeviceError, FlowMeshError, LaunchError
+from flowmesh.execution import permits
 from flowmesh.execution.executor import Executor
 from flowmesh.execution.layout import Layout, Owner
 from flowmesh.execution.recovery import recover
@@ -137,8 +138,10 @@ class Supervisor:
         self.control = ControlServer(socket, operations.handlers(), watchers.subscribe, self._hides)
         catalogue = self.executor.catalogue
         logger.bind(isolation=node.isolation, types=",".join(sorted(catalogue.offered))).info(
-            "node started: worker {} (FlowMesh {})", worker_id, __version__
+            "node started: worker {} (FlowMesh {})", worker_id, installed.version()
         )
+        if problem := installed.problem():
+            logger.error("{}", problem)
         separation = trust(settings)
         if separation.set_up is SetUp.ROOT:
             logger.warning("{}; {}", separation.text, separation.remedy)
@@ -172,6 +175,7 @@ class Supervisor:
             cgroup=self.cgroup,
             processes=settings.processes,
             limits=msgspec.to_builtins(settings.runners),
+            permits=permits.of_node(settings, self.state_dir, base_env, owner),
             owner=owner,
             secrets=self._hides,
             umask=int(settings.results.umask, 8),

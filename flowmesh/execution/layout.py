@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from flowmesh.errors import ConfigError
+from flowmesh.messages.job import Permits
 from flowmesh.redaction import Redactor
 from flowmesh.settings.schema import ProcessesSettings
 
@@ -59,6 +60,8 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
     processes: ProcessesSettings
     limits: dict[str, Any] = {}
     """The [runners] settings: limits that runners obey."""
+    permits: Permits = Permits()
+    """What the operator allows documents to do."""
     owner: Owner | None = None
     """The user that tasks run as; None: the node's own user."""
     secrets: Redactor = Redactor()

@@ -50,6 +50,7 @@ def prepare(layout: Layout, run: Run) -> Fork:
         task_id=run.task_id,
         task_type=accepted.type.name,
         runner=accepted.type.runner,
+        extra=accepted.type.extra,
         task=accepted.task,
         out_dir=str(out_dir),
         results_dir=str(layout.results_dir),
@@ -61,6 +62,7 @@ def prepare(layout: Layout, run: Run) -> Fork:
         file_url=file_url_template(accepted.output, run.task_id),
         child_dirs={child.task_id: child.out_dir for child in children},
         limits=layout.limits,
+        permits=layout.permits,
     )
     (spool / JOB_FILE).write_bytes(msgspec.json.encode(job))
     # Last: from now on another task of that user could put a link where we write.
