@@ -87,7 +87,7 @@ def test_the_cpu_and_vllm_exclude_each_other(tiny_llama, make_context) -> None:
 def test_vllm_where_it_is_not_installed(tiny_llama, make_context) -> None:
     if importlib.util.find_spec("vllm") is not None:
         pytest.skip("vllm is installed here")
-    with pytest.raises(MissingDependency, match=r"vllm is not installed .*flowmesh-supervisor\[vllm\]"):
+    with pytest.raises(MissingDependency, match=r"vllm is not installed .*\[vllm\]"):
         InferenceRunner().run(make_context(spec_of(tiny_llama, ["a"], "vllm")))
 
 
