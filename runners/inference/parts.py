@@ -61,7 +61,8 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
         logprobs: dict[str, Any] = {} if sampling.logprobs is None else {"logprobs": []}
         outputs = [{"output": "", "finish_reason": "stop", **logprobs} for _ in range(sampling.n)]
         more = {**logprobs, "outputs": outputs} if sampling.n > 1 else logprobs
-        self.export.check([{**_item(self, i, prompt, "", "stop"), **more} for i, prompt in enumerate(self.shown)])
+        items = [_item(self, i, prompt, Output("", (), "stop", None), "") for i, prompt in enumerate(self.shown)]
+        self.export.check([{**item, **more} for item in items])
 
 
 def prepare(part: Part, texts: Texts, engine: Engine, adapters: Sequence[LocalAdapter]) -> Part:
@@ -101,10 +102,13 @@ def answer(
     items = []
     blank = part.blank
     answered = iter(completions)
+    asked = part.asked
     for index, shown in enumerate(part.shown):
         completion = _unanswered(completions[0]) if index in blank else next(answered)
         first = completion.outputs[0]
-        item = _item(part, index, shown, first.text, first.finish_reason)
+        item = _item(
+            part, index, shown, first, _rendered(asked[index], texts, part.items.wheres[index], index in blank)
+        )
         if index in blank:
             item["warning"] = "the prompt is blank; it was not sent to the model"
         if first.logprobs is not None:
@@ -141,10 +145,24 @@ def _unanswered(like: Completion) -> Completion:
     return Completion(tuple(Output("", (), "blank", logprobs) for _ in like.outputs))
 
 
-def _item(part: Part, index: int, shown: Any, output: str, finish_reason: str) -> dict[str, Any]:
-    item = {"index": index, "prompt": shown, "output": output, "finish_reason": finish_reason}
-    metadata = part.items.metadata[index]
-    return item if metadata is None else {**item, "metadata": metadata}
+def _rendered(prompt: Prompt, texts: Texts, where: str, blank: bool) -> str:
+    """A prompt as the model got it: with its system prompt, and in the chat template."""
+    if isinstance(prompt, str):
+        return prompt
+    return "" if blank else texts.render(prompt, where)
+
+
+def _item(part: Part, index: int, shown: Any, output: Output, rendered: str) -> dict[str, Any]:
+    """A result's item. Its metadata is the row's own, with the prompt as it was given and as it was rendered."""
+    own = part.items.metadata[index] or {}
+    prompts = {"prompt": to_json(part.items.prompts[index]), "rendered_prompt": rendered}
+    return {
+        "index": index,
+        "prompt": shown,
+        "output": output.text,
+        "finish_reason": output.finish_reason,
+        "metadata": {**prompts, **own},
+    }
 
 
 def _output(output: Output, texts: Texts) -> dict[str, Any]:

@@ -119,7 +119,7 @@ class TrlJob:
 
 def _patience(plan: Plan) -> list[Any]:
     assert isinstance(plan.training, EvaluatedTraining)
-    given = plan.training.patience
+    given = plan.training.patience if plan.evaluates else None
     return [] if given is None else [EarlyStoppingCallback(given.patience, given.threshold)]
 
 
