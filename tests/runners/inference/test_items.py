@@ -65,9 +65,13 @@ def test_an_export_reads_the_prompt_as_a_later_stage_wants_it(tiny_llama, make_c
 
 
 @pytest.fixture
-def lora(tiny_llama, tmp_path: Path) -> Path:
-    folder = tmp_path / "lora"
-    write_tiny_lora(tiny_llama, folder, seed=1, rank=4)
+def lora(tmp_path: Path) -> Path:
+    return written(tmp_path / "lora", seed=1)
+
+
+def written(folder: Path, *, seed: int) -> Path:
+    folder.mkdir(parents=True)
+    write_tiny_lora(folder, seed=seed)
     return folder
 
 
@@ -82,9 +86,7 @@ def adapted(model: Path, **adapter: Any) -> dict[str, Any]:
 
 def test_an_adapter_is_taken_from_the_first_place_that_has_it(tiny_llama, lora, make_context, tmp_path) -> None:
     base = outputs(InferenceRunner().run(make_context(spec_of(tiny_llama, ["the node waits"], max_tokens=6))))
-    own = tmp_path / "results" / "made" / "final_lora"
-    own.parent.mkdir(parents=True)
-    write_tiny_lora(tiny_llama, own, seed=2, rank=4)
+    written(tmp_path / "results" / "made" / "final_lora", seed=2)
 
     def answers(**adapter: Any) -> list[str]:
         return outputs(InferenceRunner().run(make_context(adapted(tiny_llama, **adapter), task_id="t")))
