@@ -6,13 +6,17 @@ import errno
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import msgspec
 
+from flowmesh.web.session import certificate_remedy
 from runners.api import BadRequest, Context, RunnerError
 from runners.data.cache import Entry, Meta, evict, read_meta, write_meta
+
+if TYPE_CHECKING:
+    from runners.data.transport import Answered
 
 CHUNK_BYTES = 1 << 18
 """Upper bound of what is lost when a connection breaks."""
@@ -144,9 +148,11 @@ def _attempt(
 ) -> Meta:
     import requests
 
+    from runners.data import transport
+
     cached, partial = entry.meta(), read_meta(entry.part_meta)
     have = entry.part_bytes()
-    asked = {**headers, "Accept-Encoding": "identity"}  # lengths and ranges count the file's own bytes
+    asked = {"Accept-Encoding": "identity"}  # lengths and ranges count the file's own bytes
     if have and partial is not None and (version := partial.etag or (by_date and partial.last_modified)):
         asked |= {"Range": f"bytes={have}-", "If-Range": version}
     elif cached is not None:
@@ -155,15 +161,18 @@ def _attempt(
         elif cached.last_modified and by_date:
             asked["If-Modified-Since"] = cached.last_modified
     try:
-        with requests.get(url, headers=asked, stream=True, timeout=timeout_s) as answer:
+        found = transport.get(ctx, url, where, custom=headers, own=asked, timeout_s=timeout_s)
+        with found.response as answer:
             if answer.status_code == 304 and cached is not None:
                 return cached
             if answer.status_code == 416 and partial is not None and "Range" in asked:
                 return _nothing_left(entry, answer, partial, have)
-            _check_status(answer, url, where)
+            _check_status(found, url, where)
             return _receive(ctx, entry, answer, url, have if answer.status_code == 206 else 0)
-    except (requests.exceptions.TooManyRedirects, requests.exceptions.InvalidURL) as error:
+    except requests.exceptions.InvalidURL as error:
         raise BadRequest(f"{where}: {_shown(url)}: {error}") from error
+    except transport.NotAnswered as error:
+        raise _Interrupted(str(error)) from error
     except requests.RequestException as error:
         raise _Interrupted(_reason(error)) from error
 
@@ -177,11 +186,16 @@ def _nothing_left(entry: Entry, answer: Any, partial: Meta, have: int) -> Meta:
     raise _Interrupted("the partial download is longer than the file")
 
 
-def _check_status(answer: Any, url: str, where: str) -> None:
+def _check_status(found: Answered, url: str, where: str) -> None:
+    answer = found.response
     status = answer.status_code
     if status in (200, 206):
         return
     said = f"{status} {answer.reason}"
+    if status == 401 and found.by_gateway:
+        raise _Interrupted(f"the server answered {said}: it refuses the node's token")
+    if status in (401, 403) and found.hint:
+        raise BadRequest(f"{where}: the server answered {said} for {_shown(url)}; {found.hint}")
     if status in RETRIED:
         raise _Interrupted(f"the server answered {said}")
     if 400 <= status < 500:
@@ -258,7 +272,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, requests.exceptions.Timeout):
         return "the server stopped responding"
     if isinstance(error, requests.exceptions.SSLError):
-        return f"TLS: {error}"
+        return f"TLS: {error}; {certificate_remedy()}"
     if isinstance(error, requests.exceptions.ChunkedEncodingError):
         return "the connection broke off"
     if isinstance(error, requests.exceptions.ConnectionError):
