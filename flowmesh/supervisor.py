@@ -16,7 +16,7 @@ from typing import IO, Any
 import msgspec
 from loguru import logger
 
-from flowmesh import __version__
+from flowmesh import installed
 from flowmesh.control.operations import Operations
 from flowmesh.control.server import ControlServer
 from flowmesh.control.watchers import Watchers
@@ -138,8 +138,10 @@ class Supervisor:
         self.control = ControlServer(socket, operations.handlers(), watchers.subscribe, self._hides)
         catalogue = self.executor.catalogue
         logger.bind(isolation=node.isolation, types=",".join(sorted(catalogue.offered))).info(
-            "node started: worker {} (FlowMesh {})", worker_id, __version__
+            "node started: worker {} (FlowMesh {})", worker_id, installed.version()
         )
+        if problem := installed.problem():
+            logger.error("{}", problem)
         separation = trust(settings)
         if separation.set_up is SetUp.ROOT:
             logger.warning("{}; {}", separation.text, separation.remedy)

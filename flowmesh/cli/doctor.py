@@ -14,6 +14,7 @@ from pathlib import Path
 import click
 import msgspec
 
+from flowmesh import installed
 from flowmesh.cli import doctor_gpus, doctor_machine, locate, render
 from flowmesh.cli.control import Control, NotPermitted
 from flowmesh.cli.findings import Finding, Level, count, show
@@ -48,6 +49,7 @@ def doctor(config: str | None, as_json: bool) -> int:
 
 def examine(config_file: str | None) -> Iterator[Finding]:
     """All findings, area by area; the slow checks come last."""
+    yield from _installation()
     path = None if config_file is None else Path(config_file)
     try:
         loaded = load.load(path, os.environ)
@@ -70,6 +72,22 @@ def examine(config_file: str | None) -> Iterator[Finding]:
     yield from doctor_machine.tools(settings)
     yield from _environments(settings, has_gpus=has_gpus)
     yield from _redis(settings)
+
+
+def _installation() -> Iterator[Finding]:
+    """This copy of the program, and whether another distribution interferes with it."""
+    others = installed.other_owners()
+    if problem := installed.problem():
+        yield Finding("installation", Level.BROKEN, problem, f"pip uninstall {' '.join(others)}" if others else "")
+    elif others:
+        names = " and ".join(others)
+        text = f"{names}: has the package or command 'flowmesh' too; whichever was installed last wins"
+        remedy = (
+            f"pip uninstall {' '.join(others)}, then: {installed.install_command()}; or use the command flowmesh-node"
+        )
+        yield Finding("installation", Level.WARN, text, remedy)
+    else:
+        yield Finding("installation", Level.OK, f"{installed.DISTRIBUTION} {installed.version()}, {installed.ROOT}")
 
 
 def _node(settings: Settings) -> Iterator[Finding]:

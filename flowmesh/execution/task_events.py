@@ -106,9 +106,9 @@ def ended(run: Run, verdict: Verdict, *, finished_at: str, cost_per_hour: float,
     return encode(event)
 
 
-def refused(worker_id: str, task_id: str, message: str, dispatched_at: str | None) -> bytes:
-    """For a task that was never accepted: what it asks for cannot be done."""
-    return lost(worker_id, task_id, Verdict(kind=Kind.BAD_REQUEST, message=message), dispatched_at)
+def refused(worker_id: str, task_id: str, kind: Kind, message: str, dispatched_at: str | None) -> bytes:
+    """For a task that was never accepted: what it asks for cannot be done, or not here."""
+    return lost(worker_id, task_id, Verdict(kind=kind, message=message), dispatched_at)
 
 
 def lost(worker_id: str, task_id: str, verdict: Verdict, dispatched_at: str | None) -> bytes:

@@ -47,6 +47,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     task_type: str
     runner: str
     """`module:Class` of the runner."""
+    extra: str = ""
+    """The extra of flowmesh-supervisor that installs what the task type needs; empty: it has none."""
     task: dict[str, Any]
     """The submitted document: `spec`, `metadata`, and for a merged task `merge_children`."""
     out_dir: str
@@ -79,6 +81,8 @@ class Fault(enum.StrEnum):
     CRASH = "crash"
     """A process that the task had started died without reporting an error."""
     BAD_REQUEST = "bad_request"
+    MISSING_DEPENDENCY = "missing_dependency"
+    """A library that the task needs is not installed here."""
     GPU_OOM = "gpu_oom"
     HOST_OOM = "host_oom"
     CANCELLED = "cancelled"

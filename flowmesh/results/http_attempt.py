@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 from urllib.parse import urljoin
 
-from flowmesh import __version__
+from flowmesh import installed
 from flowmesh.errors import FieldError
 from flowmesh.messages.output import HttpDestination, check_url
 from flowmesh.results.body_stream import BodyStream, SizedBodyStream
@@ -102,7 +102,7 @@ class HttpClient:
         raise UploadError(f"more than {MAX_REDIRECTS} redirects")
 
     def _headers(self, url: str, body: Body, same_origin: bool) -> dict[str, str]:
-        headers: dict[str, str] = {"User-Agent": f"flowmesh-supervisor/{__version__}", "Accept": "*/*"}
+        headers: dict[str, str] = {"User-Agent": f"flowmesh-supervisor/{installed.version()}", "Accept": "*/*"}
         if same_origin:
             custom = {name.lower() for name in self._custom}  # header names ignore case
             headers = {k: v for k, v in headers.items() if k.lower() not in custom} | self._custom

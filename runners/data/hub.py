@@ -51,7 +51,7 @@ def load_hub(ctx: Context, section: dict[str, Any], shard: Shard | None, spec: d
     """See `sources.load_items`. Shuffles first, then shards."""
     data = ctx.check(section, HubData, where)
     if importlib.util.find_spec("datasets") is None:
-        raise MissingDependency("datasets", "training")
+        raise MissingDependency("datasets")
     if data.trust_remote_code:
         ctx.log.warning("%s.trust_remote_code: this version of datasets runs no code of a dataset's", where)
     rows = open_dataset(ctx, data, where)

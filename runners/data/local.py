@@ -108,7 +108,7 @@ def chosen_split(splits: Splits, split: str | None, shown: str, where: str) -> T
     if [term.strip() for term in wanted.split("+")] == names:
         return Table([Part(tuple(splits[name])) for name in names])
     if importlib.util.find_spec("datasets") is None:
-        raise MissingDependency("datasets", "training")
+        raise MissingDependency("datasets")
     import datasets
 
     sizes = {name: count_rows(splits[name]) if name in names else 0 for name in splits}

@@ -209,7 +209,7 @@ def _read_parquet(file: File, columns: Columns | None) -> Iterator[Row]:
 @contextlib.contextmanager
 def _parquet(file: File) -> Iterator[Any]:
     if importlib.util.find_spec("pyarrow") is None:
-        raise MissingDependency("pyarrow", "training")
+        raise MissingDependency("pyarrow")
     import pyarrow  # type: ignore[import-not-found,unused-ignore]
     import pyarrow.parquet  # type: ignore[import-not-found,unused-ignore]
 

@@ -129,7 +129,7 @@ def loading(source: Source) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise MissingDependency(_library(error), "inference") from error
+        raise MissingDependency.of(error, source.where) from error
     except (RunnerError, MemoryError):
         raise
     except Exception as error:  # each weight format raises its own types
@@ -160,10 +160,6 @@ def _hub_is_off() -> bool:
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE)
-
-
-def _library(error: ImportError) -> str:
-    return error.name or _first_line(error)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

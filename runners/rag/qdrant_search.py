@@ -140,7 +140,7 @@ def open_qdrant(ctx: Context, wanted: Qdrant) -> QdrantSearcher:
         MissingDependency: qdrant-client is not installed.
     """
     if importlib.util.find_spec("qdrant_client") is None:
-        raise MissingDependency("qdrant_client", "rag")
+        raise MissingDependency("qdrant_client")
     from qdrant_client import QdrantClient
 
     if wanted.path is not None:

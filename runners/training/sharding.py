@@ -42,7 +42,7 @@ def pick(plan: Plan, ctx: Context, layout: Layout, device: Device) -> Sharding:
     if isinstance(training, ShardedTraining):
         if training.deepspeed:
             if not _has_deepspeed():
-                raise MissingDependency("deepspeed (spec.training.deepspeed)", "deepspeed")
+                raise MissingDependency("deepspeed", "spec.training.deepspeed")
             return _deepspeed(_configuration(training.deepspeed, ctx), plan, device)
         quantised = _quantised(plan)
         if training.fsdp:

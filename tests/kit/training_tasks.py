@@ -98,7 +98,7 @@ def refused(folder: Path, task_type: str, spec: dict[str, Any], **fields: Any) -
     """The message of a task that its author has to mend."""
     outcome = run(folder, task_type, spec, **fields)
     assert not outcome.ok
-    assert outcome.fault == "bad_request", outcome
+    assert outcome.fault in ("bad_request", "missing_dependency"), outcome
     return outcome.message
 
 

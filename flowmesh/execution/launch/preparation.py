@@ -50,6 +50,7 @@ def prepare(layout: Layout, run: Run) -> Fork:
         task_id=run.task_id,
         task_type=accepted.type.name,
         runner=accepted.type.runner,
+        extra=accepted.type.extra,
         task=accepted.task,
         out_dir=str(out_dir),
         results_dir=str(layout.results_dir),
