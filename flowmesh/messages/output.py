@@ -6,6 +6,7 @@ and header can be used.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from typing import Any
 from urllib.parse import SplitResult, quote, urlsplit, urlunsplit
@@ -73,12 +74,21 @@ def read_output(value: Any, *, orchestrator_url: str | None = None, where: str =
     """
     if value is None:
         return Output()
-    output = convert(value, Output, where=where)
+    output = convert(value, Output, where=where, unused=[])
     _check_artifacts(output, f"{where}.artifacts")
     destination = output.destination
     if isinstance(destination, LocalDestination):
         return output
     return msgspec.structs.replace(output, destination=_settled(destination, orchestrator_url, f"{where}.destination"))
+
+
+def unused_in_output(value: Any, where: str = "spec.output") -> list[str]:
+    """Paths of the fields of `spec.output` that `read_output` accepts without effect."""
+    unused: list[str] = []
+    if value is not None:
+        with contextlib.suppress(FieldError):  # the node has refused the task
+            convert(value, Output, where=where, unused=unused)
+    return unused
 
 
 def file_url(url: str, task_id: str, name: str | None = None) -> str:
