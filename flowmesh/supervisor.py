@@ -16,7 +16,7 @@ from typing import IO, Any
 import msgspec
 from loguru import logger
 
-from flowmesh import __version__
+from flowmesh import installed
 from flowmesh.control.operations import Operations
 from flowmesh.control.server import ControlServer
 from flowmesh.control.watchers import Watchers
@@ -28,6 +28,7 @@ from flowmesh.execution.recovery import recover
 from flowmesh.execution.run import Run
 from flowmesh.messages.gateway import Gateway
 from flowmesh.messages.wire import utc_now
+from flowmesh.node import cuda_build
 from flowmesh.node.devices import Inventory
 from flowmesh.node.nvml.client import Nvml
 from flowmesh.node.power import PowerMeter
@@ -116,6 +117,7 @@ class Supervisor:
         )
         self.nvml = Nvml()
         inventory = await self._take_inventory(settings)
+        self.inventory = inventory
         for problem in inventory.unusable:
             logger.error("GPU not offered: {}", problem)
         fitted = self._fit(settings, inventory)
@@ -140,8 +142,10 @@ class Supervisor:
         self.control = ControlServer(socket, operations.handlers(), watchers.subscribe, self._hides)
         catalogue = self.executor.catalogue
         logger.bind(isolation=node.isolation, types=",".join(sorted(catalogue.offered))).info(
-            "node started: worker {} (FlowMesh {})", worker_id, __version__
+            "node started: worker {} (FlowMesh {})", worker_id, installed.version()
         )
+        if problem := installed.problem():
+            logger.error("{}", problem)
         separation = trust(settings)
         if separation.set_up is SetUp.ROOT:
             logger.warning("{}; {}", separation.text, separation.remedy)
@@ -226,7 +230,22 @@ class Supervisor:
         gc.collect()
         gc.freeze()  # long-lived objects need no further collection
         self.link.registration.resume()
-        await asyncio.gather(*self.link.works())
+        await asyncio.gather(*self.link.works(), self._compare_torch())
+
+    async def _compare_torch(self) -> None:
+        """Log where an environment's torch does not fit driver and GPUs: its canary would fail without a reason."""
+        catalogue, table = self.executor.catalogue, self.executor.pool.environments
+        names = {offered.environment for offered in catalogue.offered.values() if "torch" in offered.requires}
+        for name in sorted(names) if self.inventory.gpus else ():
+            python = table[name].python
+            found = await asyncio.to_thread(cuda_build.ask, python)
+            wrong = (
+                [found]
+                if isinstance(found, cuda_build.Mismatch)
+                else cuda_build.mismatches(found, self.inventory, python)
+            )
+            for each in wrong:
+                logger.bind(environment=name).error("{}; {}", each.text, each.remedy)
 
     def stop(self, mode: str) -> None:
         """Drain in this mode, then end. A later call has an effect only if its mode is harder."""

@@ -41,7 +41,7 @@ _NOT_RETURNED = frozenset(
     ("connection", "keep-alive", "transfer-encoding", "upgrade", "trailer", "te", "set-cookie", "proxy-authenticate")
 )
 
-log = logging.getLogger("flowmesh.gateway")
+log = logging.getLogger("flowmesh.delivery")
 
 
 class Note(msgspec.Struct, frozen=True, kw_only=True):
