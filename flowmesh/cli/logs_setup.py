@@ -11,6 +11,7 @@ from loguru import logger
 from flowmesh.redaction import Redactor
 from flowmesh.settings.paths import log_file
 from flowmesh.settings.schema import Settings
+from flowmesh.startup.old_variables import logs_to_stdout
 
 if TYPE_CHECKING:
     from loguru import Record
@@ -28,7 +29,8 @@ def configure(settings: Settings, redact: Redactor) -> None:
     logger.remove()
     logger.configure(patcher=lambda record: _hide(record, redact))
     level = str(settings.node.log_level)
-    logger.add(sys.stderr, level=level, format=_line, diagnose=False, colorize=sys.stderr.isatty())
+    stream = sys.stdout if logs_to_stdout(os.environ) else sys.stderr
+    logger.add(stream, level=level, format=_line, diagnose=False, colorize=stream.isatty())
     path = log_file(settings)
     if path is not None:
         literal = str(path).replace("{", "{{").replace("}", "}}")  # loguru would expand {time} in the path
