@@ -12,7 +12,10 @@ from typing import Any, NoReturn
 import msgspec
 
 from flowmesh.errors import LaunchError
+from flowmesh.startup.log_writer import LogWriter
 
+LAST_LINES_S = 1.0
+"""How long an exec waits for whoever reads the log."""
 CHECK_TIMEOUT_S = 90.0
 """Longer than the question to each environment's interpreter may take."""
 
@@ -61,5 +64,6 @@ def take_signals() -> None:
 def replace() -> NoReturn:
     """exec the program that is on disk; signals must be held."""
     sys.stdout.flush()
-    sys.stderr.flush()
+    if isinstance(sys.stderr, LogWriter):
+        sys.stderr.drain(LAST_LINES_S)
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
