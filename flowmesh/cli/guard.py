@@ -9,6 +9,7 @@ from collections.abc import Callable
 import click
 
 from flowmesh.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, FlowMeshError
+from flowmesh.messages.text import escaped
 
 
 def guarded(command: Callable[[], object], program: str = "flowmesh") -> int:
@@ -27,7 +28,7 @@ def guarded(command: Callable[[], object], program: str = "flowmesh") -> int:
         print(f"{program}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except FlowMeshError as error:
-        print(f"{program}:", " ".join(str(error).split()), file=sys.stderr)
+        print(f"{program}:", escaped(" ".join(str(error).split())), file=sys.stderr)
         return error.exit_code
     return code if isinstance(code, int) else EXIT_OK
 

@@ -34,6 +34,11 @@ def escaped(text: str) -> str:
     return _CONTROL.sub(_escape, text)
 
 
+def escaped_json(text: str) -> str:
+    """JSON text whose control characters are JSON escapes: the same value, harmless on a terminal."""
+    return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
 def _escape(found: re.Match[str]) -> str:
     char = found[0]
     code = ord(char)

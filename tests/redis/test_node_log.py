@@ -52,9 +52,7 @@ def test_standard_error_that_nobody_reads(orchestrator: Orchestrator, redis_serv
         node.close()
 
 
-def test_the_log_file_is_followed_over_a_rotation(
-    orchestrator: Orchestrator, make_node: Any, tmp_path: Path
-) -> None:
+def test_the_log_file_is_followed_over_a_rotation(orchestrator: Orchestrator, make_node: Any, tmp_path: Path) -> None:
     log = tmp_path / "node.jsonl"
     make_node("--set", f"node.log_file={log}")
     orchestrator.run("w1", {"taskType": "echo"}, task_id="before")

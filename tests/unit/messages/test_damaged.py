@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from flowmesh.cli.logs import harmless
 from flowmesh.errors import FieldError
 from flowmesh.messages.text import encode_json, encode_msgpack, escaped, whole
 from flowmesh.messages.wire import address, salvaged_address
@@ -78,3 +79,8 @@ def test_half_pairs_are_replaced_and_whole_ones_kept() -> None:
 
 def test_control_characters_are_written_out() -> None:
     assert escaped("a\x1b[31mred\r\n\tb\x9b\u202e\x00é\u200d") == "a\\x1b[31mred\\r\\n\tb\\x9b\\u202e\\0é\u200d"
+
+
+def test_lines_of_a_log_are_harmless_on_a_terminal() -> None:
+    assert harmless(b"\x1b[2Jgone\x07\t\xff\r") == b"\\x1b[2Jgone\\x07\t\\xff"
+    assert harmless("10 %\r100 % é".encode()) == "10 %\n100 % é".encode()
