@@ -159,4 +159,4 @@ def _links(pids: Sequence[int]) -> Iterator[tuple[str, str]]:
             for name in os.listdir(f"/proc/{pid}/fd"):
                 path = f"/proc/{pid}/fd/{name}"
                 with contextlib.suppress(OSError):
-                    yield path, os.readlink(path)
+                    yield path, os.readlink(path)  # noqa: PTH115 - called for each descriptor

@@ -89,15 +89,19 @@ class Back:
         self.left: list[str] = []
         """What stayed behind, by path; the first of them."""
 
-    def copy(self, source: int, target: int, known: Tree, prefix: str = "", depth: int = 0) -> None:
+    def copy(self, source: int, target: int, known: Tree, prefix: str = "") -> None:
+        """
+        Args:
+            prefix: the folder's path in the work folder, with a slash at its end.
+        """
         gone = set(known)
         for entry in _entries(source):
             name = entry.name
             gone.discard(name)
             about = entry.stat(follow_symlinks=False)
             before = known.get(name)
-            if stat.S_ISDIR(about.st_mode) and depth < DEEPEST:
-                self._folder(name, source, target, about.st_mode, before, f"{prefix}{name}/", depth)
+            if stat.S_ISDIR(about.st_mode) and prefix.count("/") < DEEPEST:
+                self._folder(name, source, target, before, f"{prefix}{name}/")
             elif stat.S_ISLNK(about.st_mode):
                 link = os.readlink(name, dir_fd=source)
                 if link != before:
@@ -112,14 +116,14 @@ class Back:
             if known[name] is not None:
                 _remove(name, target)
 
-    def _folder(self, name: str, source: int, target: int, mode: int, before: Any, prefix: str, depth: int) -> None:
+    def _folder(self, name: str, source: int, target: int, before: Any, prefix: str) -> None:
         if not isinstance(before, dict) and not _is_folder(name, target):
             _remove(name, target)
         with contextlib.suppress(FileExistsError):
             os.mkdir(name, 0o700, dir_fd=target)
         with _opened(name, source) as here, _opened(name, target) as there:
-            self.copy(here, there, before if isinstance(before, dict) else {}, prefix, depth + 1)
-            os.fchmod(there, mode & 0o777 | 0o700)
+            self.copy(here, there, before if isinstance(before, dict) else {}, prefix)
+            os.fchmod(there, os.fstat(here).st_mode & 0o777 | 0o700)
 
     def _file(self, name: str, source: int, target: int) -> None:
         with contextlib.suppress(FileNotFoundError):

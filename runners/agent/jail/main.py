@@ -102,13 +102,18 @@ def _fork(plan: Plan, command: list[str], box: namespaces.Box | None) -> int:
 
 def _confine(plan: Plan, command: list[str], box: namespaces.Box | None, tell: int) -> int:
     os.set_inheritable(tell, False)
-    if box is not None:
-        namespaces.enter(plan, box.path)
-        child = os.fork()
-        if child == 0:
-            _execute(plan, command, tell)
-        os.close(tell)
-        return namespaces.reap_until(child)
+    if box is None:
+        _confine_by_rules(plan)
+        _execute(plan, command, tell)
+    namespaces.enter(plan, box.path)
+    child = os.fork()
+    if child == 0:
+        _execute(plan, command, tell)
+    os.close(tell)
+    return namespaces.reap_until(child)
+
+
+def _confine_by_rules(plan: Plan) -> None:
     os.setpgid(0, 0)  # its own group: ours is killed as a whole
     confined = kernel.landlock_version() >= kernel.LANDLOCK_OF_SIGNALS
     kernel.forbid_new_privileges()
@@ -118,7 +123,6 @@ def _confine(plan: Plan, command: list[str], box: namespaces.Box | None, tell: i
     kernel.landlock(readable, writable, network=plan.network)
     families = namespaces.NETWORKED if plan.network else ()
     kernel.filter_calls(namespaces.program(families, shares_machine=True, signals_confined=confined))
-    _execute(plan, command, tell)
 
 
 def _check_landlock() -> None:

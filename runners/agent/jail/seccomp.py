@@ -150,12 +150,12 @@ def _rules(families: tuple[int, ...], shares_machine: bool, signals_confined: bo
             rules[name] = _allow_only(0, (0,), _EPERM)
         by_descriptor = [_load(1), (_JEQ, 0, 2, 0), _load(1, high=True), (_JEQ, 1, 0, 0), _EPERM, _ALLOW]
         rules["utimensat"] = by_descriptor  # by name it could change the times of files outside
-        rules |= dict.fromkeys((*_OF_FILES_OUTSIDE, *_OF_USER), [_EPERM])
+        rules |= {name: [_EPERM] for name in (*_OF_FILES_OUTSIDE, *_OF_USER)}
     if not signals_confined:
-        rules |= dict.fromkeys(_SIGNALS, [_EPERM])
-    rules |= dict.fromkeys((*_PRIVILEGED, *_UNCOUNTED), [_EPERM])
-    rules |= dict.fromkeys(_NOT_THERE, [_ENOSYS])
-    rules |= dict.fromkeys(_EXTENDED, [_EOPNOTSUPP])
+        rules |= {name: [_EPERM] for name in _SIGNALS}
+    rules |= {name: [_EPERM] for name in (*_PRIVILEGED, *_UNCOUNTED)}
+    rules |= {name: [_ENOSYS] for name in _NOT_THERE}
+    rules |= {name: [_EOPNOTSUPP] for name in _EXTENDED}
     return rules
 
 
