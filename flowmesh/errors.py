@@ -48,6 +48,10 @@ class LaunchError(FlowMeshError):
     """A process could not be started."""
 
 
+class NotOfferedError(FieldError):
+    """A task type that this node knows and whose libraries are missing here: another worker may offer it."""
+
+
 class DeviceError(FlowMeshError):
     """A GPU or the driver library failed, or did not answer in time."""
 

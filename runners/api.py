@@ -7,7 +7,9 @@ the main thread, with stdout and stderr redirected to the task's logs.
 from __future__ import annotations
 
 import abc
+import functools
 import logging
+import sys
 import time
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +17,7 @@ from typing import Any, TypeVar
 from flowmesh.messages.job import ArchiveRequest, Fault, Job, UploadRequest
 from flowmesh.processes.pipe import Cancel, FrameError, Phase, Pipe, Progress
 from flowmesh.validation.convert import FieldError, convert
+from runners.data.reading import Reach
 
 PROGRESS_INTERVAL_S = 0.1
 """Shortest interval between two progress frames; those between are dropped, to keep the pipe free."""
@@ -34,16 +37,64 @@ class BadRequest(RunnerError):
     fault = Fault.BAD_REQUEST
 
 
-class MissingDependency(BadRequest):
-    """A library that the task needs is not installed in its environment.
+class MissingDependency(RunnerError):
+    """A library that the task needs is not installed in its environment. Another worker may have it.
 
     Args:
-        library: its name for the user.
-        extra: the extra of flowmesh-supervisor that installs it.
+        library: its name as it is imported.
+        where: the document's field that needs it.
+        extra: the extra of flowmesh-supervisor that installs it; None: as EXTRAS has it.
     """
 
-    def __init__(self, library: str, extra: str) -> None:
-        super().__init__(f"{library} is not installed in this environment: pip install 'flowmesh-supervisor[{extra}]'")
+    fault = Fault.MISSING_DEPENDENCY
+    own_extra = ""
+    """The extra of this process's task type."""
+
+    def __init__(self, library: str, where: str = "", *, extra: str | None = None) -> None:
+        name = library.partition(".")[0]
+        if extra is None:
+            extra = self.own_extra or "inference" if name in IN_EVERY_EXTRA else EXTRAS.get(name, "")
+        what = f"'flowmesh-supervisor[{extra}]'" if extra else name
+        needed = f" ({where})" if where else ""
+        remedy = f"{sys.executable} -m pip install {what}"
+        super().__init__(f"{library}{needed} is not installed in this environment: {remedy}")
+
+    @classmethod
+    def of(cls, error: ImportError, where: str = "") -> RunnerError:
+        """What an import error means for the task. Libraries raise some without the name of a module."""
+        if error.name:
+            return cls(error.name, where)
+        made = RunnerError(f"{where}: {' '.join(str(error).split()):.500}" if where else " ".join(str(error).split()))
+        made.fault = cls.fault
+        return made
+
+
+IN_EVERY_EXTRA = frozenset(
+    ("torch", "numpy", "transformers", "tokenizers", "accelerate", "peft", "datasets", "pyarrow")
+)
+"""Libraries that each of the extras inference, training, vllm and rag installs: the task type's own is named."""
+EXTRAS = {
+    "vllm": "vllm",
+    "trl": "training",
+    "bitsandbytes": "quantization",
+    "deepspeed": "deepspeed",
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "mlflow": "mlflow",
+    "trackio": "trackio",
+    "faiss": "rag",
+    "sentence_transformers": "rag",
+    "qdrant_client": "rag",
+    "pypdf": "rag",
+    "mammoth": "rag",
+    "markdownify": "rag",
+    "bs4": "rag",
+    "smolagents": "agent",
+    "openai": "agent",
+    "mcp": "agent",
+    "httpx2": "agent",
+}
+"""The extras that install other libraries, by the name that is imported."""
 
 
 class Cancelled(BaseException):
@@ -69,6 +120,7 @@ class TaskInput:
 
     def __init__(self, job: Job) -> None:
         self.job = job
+        MissingDependency.own_extra = job.extra
         self.task_id = job.task_id
         self.spec: dict[str, Any] = job.task.get("spec") or {}
         self.merge_children: list[dict[str, Any]] = job.task.get("merge_children") or []
@@ -82,6 +134,13 @@ class TaskInput:
         self.log = logging.getLogger(f"flowmesh.task.{job.task_type}")
         self.archives: list[ArchiveRequest] = []
         self.uploads: list[UploadRequest] = []
+        self.warnings: list[str] = []
+        """What was logged as a warning: `warnings` of the result."""
+
+    @functools.cached_property
+    def reach(self) -> Reach:
+        """What the document may read. Runners open its paths by it; see `runners.models.sources.local_path`."""
+        return Reach.of(self.job)
 
     def section(self, name: str, into: type[T]) -> T:
         """`spec.<name>` as a struct; `{}` is converted if the task does not have it.

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
-from flowmesh.errors import FieldError
+from flowmesh.errors import FieldError, NotOfferedError
 from flowmesh.settings.schema import Settings
 from flowmesh.validation.convert import nearest
 
@@ -100,12 +100,13 @@ class Catalogue(msgspec.Struct, frozen=True, kw_only=True):
         """The type of that name.
 
         Raises:
-            FieldError: there is none, or its libraries are not installed on this node.
+            NotOfferedError: its libraries are not installed on this node.
+            FieldError: there is none.
         """
         if found := self.offered.get(name):
             return found
         if why := self.missing.get(name):
-            raise FieldError(f"spec.taskType: {name!r} cannot run on this node: {why}", "spec.taskType")
+            raise NotOfferedError(f"spec.taskType: {name!r} cannot run on this node: {why}", "spec.taskType")
         tail = nearest(name, list(self.offered))
         known = ", ".join(sorted(self.offered))
         hint = f"{tail} known: {known}" if "did you mean" in tail else tail

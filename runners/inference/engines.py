@@ -25,14 +25,14 @@ def choose(ctx: Context, task: InferenceTask) -> str:
         MissingDependency: the requested engine is not installed.
     """
     if task.engine == "vllm":
-        _need("vllm", "vllm")
+        _need("vllm")
         return "vllm"
     if task.engine == "auto" and ctx.gpus and not task.enforce_cpu and importlib.util.find_spec("vllm") is not None:
         if _only_transformers_can(task) or _has_slices(ctx):
             return "transformers"
         return "vllm"
-    _need("torch", "inference")
-    _need("transformers", "inference")
+    _need("torch")
+    _need("transformers")
     return "transformers"
 
 
@@ -111,6 +111,6 @@ def _only_transformers_can(task: InferenceTask) -> bool:
     return bool(options.load_in_8bit or options.load_in_4bit or options.device_map == "cpu") and not task.model.vllm
 
 
-def _need(library: str, extra: str) -> None:
+def _need(library: str) -> None:
     if importlib.util.find_spec(library) is None:
-        raise MissingDependency(library, extra)
+        raise MissingDependency(library)

@@ -18,7 +18,7 @@ from runners.inference.task import InferenceTask, read_task
 from runners.inference.vllm_args import Work
 from runners.models.adapters import load_adapters
 from runners.models.checkpoints import load_checkpoint, model_root
-from runners.models.sources import Source, resolve_identifier
+from runners.models.sources import Source, local_folder, resolve_identifier
 
 
 class InferenceRunner(Runner):
@@ -129,7 +129,7 @@ def find_source(ctx: Context, task: InferenceTask) -> Source:
         where = "spec.model.source.identifier"
         return resolve_identifier(ctx, given.identifier or "", given.revision, where)
     loaded = load_checkpoint(ctx, task.checkpoint)
-    folder = model_root(loaded.folder, loaded.where)
+    folder = local_folder(ctx, model_root(loaded.folder, loaded.where), loaded.shown, loaded.where)
     tokenizer = None
     if given.identifier is not None and not has_tokenizer(folder):
         tokenizer = resolve_identifier(ctx, given.identifier, given.revision, "spec.model.source.identifier").path

@@ -139,11 +139,11 @@ def open_qdrant(ctx: Context, wanted: Qdrant) -> QdrantSearcher:
         MissingDependency: qdrant-client is not installed.
     """
     if importlib.util.find_spec("qdrant_client") is None:
-        raise MissingDependency("qdrant_client", "rag")
+        raise MissingDependency("qdrant_client")
     from qdrant_client import QdrantClient
 
     if wanted.path is not None:
-        folder = local_path(ctx, wanted.path)
+        folder = local_path(ctx, wanted.path, f"{WHERE}.path")
         if not folder.is_dir():
             raise BadRequest(f"{WHERE}.path: there is no folder {wanted.path!r} on this node")
         try:

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from flowmesh.validation.convert import nearest
-from runners.api import BadRequest, Context
+from runners.api import BadRequest, Context, MissingDependency
 from runners.training import settings
 from runners.training.devices import Device, Layout
 from runners.training.plan import Plan
@@ -82,7 +82,9 @@ def build(plan: Plan, ctx: Context, layout: Layout, device: Device, sharding: Sh
     _check_generations(plan, layout, arguments)
     try:
         return config(**arguments)
-    except (ValueError, TypeError, ImportError) as error:
+    except ImportError as error:
+        raise MissingDependency.of(error, "spec.training") from error
+    except (ValueError, TypeError) as error:
         raise BadRequest(f"spec.training: {_one_line(error)}") from error
 
 

@@ -26,7 +26,7 @@ FLOORS = (
     {"results", "tasks", "bus", "node"},
     {"processes"},
     {"settings"},
-    {"messages"},
+    {"messages", "web"},
     {"validation"},
     {"redaction", "errors", "backoff", "__init__"},
 )
@@ -36,7 +36,13 @@ its own folder, not from a neighbour on its floor."""
 EXECUTION_FLOORS = ({"recovery"}, {"executor"}, {"launch"}, {"gpu", "delivery"}, {"housekeeping"})
 """The same below `flowmesh/execution`; its other modules are the lowest floor."""
 
-RUNNERS_MAY_IMPORT = ("flowmesh.messages", "flowmesh.processes.pipe", "flowmesh.validation", "flowmesh.redaction")
+RUNNERS_MAY_IMPORT = (
+    "flowmesh.messages",
+    "flowmesh.processes.pipe",
+    "flowmesh.validation",
+    "flowmesh.redaction",
+    "flowmesh.web",
+)
 
 
 def module_name(path: Path) -> str:
