@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 
 from flowmesh.redaction import Redactor
+from flowmesh.web.session import TRUST_VARIABLES
 from runners.agent import tls
 from runners.agent.config import McpServer
 from runners.agent.event_loop import EventLoop
@@ -31,7 +32,7 @@ CLOSE_S = 10.0
 STREAM_SILENCE_S = 300.0
 """Servers hold a response stream open without sending; calls have a time limit of their own."""
 TYPES = frozenset({"string", "boolean", "integer", "number", "array", "object", "null"})
-PASSED = ("LANG", "TMPDIR", "FLOWMESH_ATTEMPT", "VIRTUAL_ENV", *tls.VARIABLES)
+PASSED = ("LANG", "TMPDIR", "FLOWMESH_ATTEMPT", "VIRTUAL_ENV", *TRUST_VARIABLES)
 
 
 class _Session(msgspec.Struct):

@@ -165,6 +165,8 @@ def search(query: str, count: int, provider: SearchProvider, redact: Redactor, w
     """
     import requests
 
+    from flowmesh.web.session import make_session, options_for
+
     params = _filled(provider.params, {"{query}": query, "{count}": str(count)}, count)
     headers = {"User-Agent": USER_AGENT, "Accept": "application/json"}
     if provider.api_key_env is not None:
@@ -173,11 +175,14 @@ def search(query: str, count: int, provider: SearchProvider, redact: Redactor, w
         headers[provider.api_key_header] = provider.api_key_prefix + key
     url = provider.url + ("?" + urlencode(params) if provider.method == "GET" and params else "")
     try:
-        answer = requests.request(
-            provider.method, url, json=params if provider.method == "POST" else None, headers=headers,
-            timeout=provider.timeout_s, allow_redirects=False, verify=tls.authorities() or True,
-        )  # fmt: skip
+        with make_session() as session:
+            answer = session.request(
+                provider.method, url, json=params if provider.method == "POST" else None, headers=headers,
+                timeout=provider.timeout_s, allow_redirects=False, **options_for(url),
+            )  # fmt: skip
     except requests.RequestException as error:
+        if (why := tls.refusal(error)) is not None:
+            raise WebRefused(f"the search provider has a certificate that is not trusted ({why})") from None
         raise WebRefused(f"the search provider cannot be reached ({type(error).__name__})") from None
     if answer.status_code != 200:
         raise WebRefused(f"the search provider answered {answer.status_code} {answer.reason}")

@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("smolagents", reason="needs the extra 'agent'")
 
 from flowmesh.redaction import Redactor
+from flowmesh.web.session import TRUST_VARIABLES
 from runners.agent import tls
 from runners.agent.config import Fetch, SearchProvider
 from runners.agent.web import WebRefused, fetch, search
@@ -51,7 +52,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*tls.VARIABLES, "http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+    for name in (*TRUST_VARIABLES, "http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -69,7 +70,7 @@ def page(certificate: Path) -> Iterator[str]:
         yield f"127.0.0.1:{server.port}"
 
 
-NAMES = [*tls.VARIABLES, "REQUESTS_CA_BUNDLE as a folder"]
+NAMES = [*TRUST_VARIABLES, "REQUESTS_CA_BUNDLE as a folder"]
 
 
 @pytest.fixture(params=NAMES)
@@ -95,7 +96,7 @@ def test_clients_trust_what_the_variable_names(trusting, certificate, page, tmp_
 def test_nobody_else_is_trusted(page, certificate, tmp_path, make_context) -> None:
     with pytest.raises(WebRefused, match=r"certificate that is not trusted .*self-signed"):
         fetch(f"https://{page}/", Fetch(allow_private=True))
-    with pytest.raises(WebRefused, match="cannot be reached"):
+    with pytest.raises(WebRefused, match="search provider has a certificate that is not trusted"):
         look_up(page)
     with over_tls(Server(answer("done")), certificate) as server, pytest.raises(RunnerError) as refused:
         run_agent(make_context, tmp_path / "agents", server.url.replace("http://", "https://"))
