@@ -151,7 +151,7 @@ def _missing(error: ModuleNotFoundError) -> Fault:
     """A whole package that is missing; a part of one that is there is an error of its version."""
     package = (error.name or "").partition(".")[0]
     try:
-        there = not package or importlib.util.find_spec(package) is not None
+        there = not package or package in sys.stdlib_module_names or importlib.util.find_spec(package) is not None
     except (ImportError, ValueError):
         there = True
     return Fault.ERROR if there else Fault.MISSING_DEPENDENCY
