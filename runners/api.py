@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any, TypeVar
 
+from flowmesh import installed
 from flowmesh.messages.job import ArchiveRequest, Fault, Job, UploadRequest
 from flowmesh.processes.pipe import Cancel, FrameError, Phase, Pipe, Progress
 from flowmesh.validation.convert import FieldError, convert
@@ -32,9 +33,17 @@ class RunnerError(Exception):
 
 
 class BadRequest(RunnerError):
-    """The task asks for something that is not possible. The message names the field and the remedy."""
+    """The task asks for something that is not possible. The message names the field and the remedy.
+
+    Args:
+        faults: one message for each field, where `message` is about several.
+    """
 
     fault = Fault.BAD_REQUEST
+
+    def __init__(self, message: str, faults: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.faults = faults or (message,)
 
 
 class MissingDependency(RunnerError):
@@ -54,9 +63,8 @@ class MissingDependency(RunnerError):
         name = library.partition(".")[0]
         if extra is None:
             extra = self.own_extra or "inference" if name in IN_EVERY_EXTRA else EXTRAS.get(name, "")
-        what = f"'flowmesh-supervisor[{extra}]'" if extra else name
         needed = f" ({where})" if where else ""
-        remedy = f"{sys.executable} -m pip install {what}"
+        remedy = installed.install_command(extra) if extra else f"{sys.executable} -m pip install {name}"
         super().__init__(f"{library}{needed} is not installed in this environment: {remedy}")
 
     @classmethod
@@ -136,6 +144,9 @@ class TaskInput:
         self.uploads: list[UploadRequest] = []
         self.warnings: list[str] = []
         """What was logged as a warning: `warnings` of the result."""
+        self.unused: list[str] = []
+        """Paths of the document's fields that are accepted without effect."""
+        self._reported_unused = ""
 
     @functools.cached_property
     def reach(self) -> Reach:
@@ -150,17 +161,30 @@ class TaskInput:
         """
         return self.check(self.spec.get(name) or {}, into, f"spec.{name}")
 
-    @staticmethod
-    def check(value: Any, into: type[T], where: str) -> T:
+    def check(self, value: Any, into: type[T], where: str, *, strict: bool = True) -> T:
         """`value` as a struct of type `into`; `where` is its dotted path in the task.
 
+        Fields that are accepted without effect are noted in `unused`.
+
+        Args:
+            strict: False also takes "3" for 3 and "true" for True.
+
         Raises:
-            BadRequest: names the field, the value found, and the values allowed.
+            BadRequest: names each field, the value found, and the values allowed.
         """
         try:
-            return convert(value, into, where=where)
+            return convert(value, into, where=where, strict=strict, unused=self.unused)
         except FieldError as error:
-            raise BadRequest(str(error)) from None
+            raise BadRequest(str(error), error.faults) from None
+
+    def report_unused(self) -> None:
+        """Log one warning that names all fields in `unused`. It replaces the one of an earlier call."""
+        text = f"fields not used: {', '.join(dict.fromkeys(self.unused))}"
+        if self.unused and text != self._reported_unused:
+            if self._reported_unused in self.warnings:
+                self.warnings.remove(self._reported_unused)
+            self._reported_unused = text
+            self.log.warning(text)
 
     def archive(self, folder: str) -> None:
         """Under HTTP delivery, have the top-level `folder` of out_dir packed and uploaded; else do nothing."""

@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 
 from flowmesh.messages.job import JOB_FILE, OUTCOME_FILE, Fault, Job, Outcome
+from flowmesh.messages.output import unused_in_output
 from flowmesh.processes.pipe import VERSION, Finished, Hello, Pipe
 from flowmesh.redaction import Redactor, in_document
 from runners.api import Cancelled, Context, MissingDependency, Runner, RunnerError
@@ -82,7 +83,11 @@ def run(job: Job, ctx: Context) -> Outcome:
     detail = ""
     try:
         with collected(ctx):
-            result = _runner(job.runner).run(ctx)
+            try:
+                ctx.unused += unused_in_output(ctx.spec.get("output"))
+                result = _runner(job.runner).run(ctx)
+            finally:
+                ctx.report_unused()
         if not isinstance(result, dict):
             raise TypeError(f"{job.runner} returned {type(result).__name__}, not a mapping")
         if ctx.warnings:
@@ -146,7 +151,7 @@ def _missing(error: ModuleNotFoundError) -> Fault:
     """A whole package that is missing; a part of one that is there is an error of its version."""
     package = (error.name or "").partition(".")[0]
     try:
-        there = not package or importlib.util.find_spec(package) is not None
+        there = not package or package in sys.stdlib_module_names or importlib.util.find_spec(package) is not None
     except (ImportError, ValueError):
         there = True
     return Fault.ERROR if there else Fault.MISSING_DEPENDENCY

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from flowmesh import __version__
+from flowmesh import installed
 from flowmesh.control.server import ControlError, Handler, text_field
 from flowmesh.errors import FlowMeshError
 from flowmesh.execution.executor import Executor
@@ -60,7 +60,7 @@ class Operations:
         late = sorted(each for presence in presences.values() for each in presence.late_s)
         return {
             "pid": os.getpid(),
-            "version": __version__,
+            "version": installed.version(),
             "node_id": node.node_id,
             "uptime_s": round(time.monotonic() - node.started, 3),
             "redis_up": self._link.up,

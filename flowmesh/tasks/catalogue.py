@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import subprocess
+import sys
 from collections.abc import Iterable, Mapping
 
 import msgspec
 
+from flowmesh import installed
 from flowmesh.errors import FieldError, NotOfferedError
 from flowmesh.settings.schema import Settings
 from flowmesh.validation.convert import nearest
@@ -157,9 +159,9 @@ def catalogue(types: Mapping[str, TaskType], interpreters: Mapping[str, str | No
 
 
 def _remedy(kind: TaskType, python: str | None) -> str:
-    pip = "pip" if python is None else f"{python} -m pip"
-    what = f"'flowmesh-supervisor[{kind.extra}]'" if kind.extra else " ".join(kind.requires)
-    return f"{pip} install {what}"
+    if kind.extra:
+        return installed.install_command(kind.extra, python)
+    return f"{python or sys.executable} -m pip install {' '.join(kind.requires)}"
 
 
 def _absent(modules: Iterable[str], python: str | None) -> tuple[set[str], str]:
@@ -181,5 +183,5 @@ def _absent(modules: Iterable[str], python: str | None) -> tuple[set[str], str]:
         return set(), f"{python} failed: {done.stderr.strip().splitlines()[-1:]}"
     found = set(done.stdout.split())
     if own := found & {"flowmesh", "msgspec"}:
-        return set(), f"{python} lacks {', '.join(sorted(own))}: {python} -m pip install flowmesh-supervisor"
+        return set(), f"{python} lacks {', '.join(sorted(own))}: {installed.install_command(python=python)}"
     return found, ""

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from runners.api import BadRequest, Context, Runner, RunnerError
-from runners.data.sources import load_items
+from runners.data.sources import check_data, load_items
+from runners.fields import Faults
 from runners.inference.engine import Completion, Watch
 from runners.inference.engines import load_engine
 from runners.inference.export import read_export
@@ -26,14 +27,14 @@ class InferenceRunner(Runner):
 
     def run(self, ctx: Context) -> dict[str, Any]:
         ctx.phase("prepare")
-        task = read_task(ctx, ctx.spec)
+        task = read_document(ctx, ctx.spec, "spec")
         children = read_children(ctx)
         parent = read_part(ctx, task, ctx.spec, "spec", task_id=None, folder=ctx.out_dir)
         parts: dict[str | None, Part] = {None: parent}
         refused: dict[str, dict[str, Any]] = {}
         for child in children:
             try:
-                own = read_task(ctx, child.spec, child.where)
+                own = read_document(ctx, child.spec, child.where)
                 check_agreement(task, own, child.where)
                 folder = folder_of(ctx, child.task_id)
                 parts[child.task_id] = read_part(
@@ -83,6 +84,21 @@ class InferenceRunner(Runner):
     def _refuse(ctx: Context, task_id: str, error: RunnerError) -> dict[str, Any]:
         ctx.log.error("child refused child=%s error=%s", task_id, error)
         return failed(error)
+
+
+def read_document(ctx: Context, spec: dict[str, Any], where: str) -> InferenceTask:
+    """The checked sections of `spec`; `data` and `postprocess` are checked, too.
+
+    Raises:
+        BadRequest: names all fields that are wrong.
+    """
+    faults = Faults()
+    task = faults.read(lambda: read_task(ctx, spec, where))
+    faults.read(lambda: check_data(ctx, spec, where))
+    faults.read(lambda: read_export(ctx, spec, where))
+    faults.check()
+    assert task is not None, "else it was a fault"
+    return task
 
 
 def read_part(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from flowmesh.installed import install_command
 from flowmesh.messages.job import Exit, Fault, Job, Outcome
 from flowmesh.tasks.verdicts import Kind, judge
 from runners.api import Context, MissingDependency, Runner
@@ -44,15 +44,13 @@ def outcome(tmp_path: Path, extra: str = "inference", **spec: Any) -> Outcome:
 def test_what_several_extras_install_is_named_by_the_tasks_own(tmp_path: Path, extra: str) -> None:
     found = outcome(tmp_path, extra, name="json", needs="datasets")
     assert found.fault is Fault.MISSING_DEPENDENCY
-    assert found.message == (
-        f"datasets is not installed in this environment: {sys.executable} -m pip install 'flowmesh-supervisor[{extra}]'"
-    )
+    assert found.message == (f"datasets is not installed in this environment: {install_command(extra)}")
     assert found.detail == ""
 
 
 @pytest.mark.parametrize(
     ("library", "remedy"),
-    [("bitsandbytes", "'flowmesh-supervisor[quantization]'"), ("einops", "einops"), ("qdrant_client", "[rag]'")],
+    [("bitsandbytes", "[quantization]'"), ("einops", "einops"), ("qdrant_client", "[rag]'")],
 )
 def test_the_extra_is_that_of_the_library(tmp_path: Path, library: str, remedy: str) -> None:
     assert outcome(tmp_path, name="json", needs=library).message.endswith(remedy)

@@ -63,6 +63,7 @@ def prepare(layout: Layout, run: Run) -> Fork:
         child_dirs={child.task_id: child.out_dir for child in children},
         limits=layout.limits,
         permits=layout.permits,
+        gateway=layout.gateway,
     )
     (spool / JOB_FILE).write_bytes(msgspec.json.encode(job))
     # Last: from now on another task of that user could put a link where we write.
