@@ -9,7 +9,6 @@ from collections.abc import Callable
 import click
 
 from flowmesh.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, FlowMeshError
-from flowmesh.messages.text import escaped
 
 
 def guarded(command: Callable[[], object], program: str = "flowmesh") -> int:
@@ -28,6 +27,8 @@ def guarded(command: Callable[[], object], program: str = "flowmesh") -> int:
         print(f"{program}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except FlowMeshError as error:
+        from flowmesh.messages.text import escaped  # imports msgspec, which --help need not wait for
+
         print(f"{program}:", escaped(" ".join(str(error).split())), file=sys.stderr)
         return error.exit_code
     return code if isinstance(code, int) else EXIT_OK

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from loguru import logger
 
 from flowmesh.messages.text import escaped
+from flowmesh.redaction import Redactor
 from flowmesh.settings.paths import log_file
 from flowmesh.settings.schema import Settings
 from flowmesh.startup.log_writer import LogWriter
@@ -26,10 +27,13 @@ LAST_LINES_S = 2.0
 _COLOUR_OR_LINE = re.compile(r"(\x1b\[[0-9;]*m|\n)")
 
 
-def configure(settings: Settings) -> None:
+def configure(settings: Settings, redact: Redactor) -> None:
     """Set up the log. Its file must be writable: see `folders.make_log_file`.
 
     What else is printed on standard error goes the same way, so that nothing waits for its reader.
+
+    Args:
+        redact: hides secrets in messages, their fields and the exceptions with them.
     """
     colours = sys.stderr.isatty()
     sys.stderr = writer = LogWriter(sys.stderr.fileno())
@@ -38,8 +42,12 @@ def configure(settings: Settings) -> None:
     def write(line: Message) -> None:
         writer.write(_harmless(line, colours=colours))
 
+    def outgoing(record: Record) -> None:
+        _hide(record, redact)
+        _escape(record)
+
     logger.remove()
-    logger.configure(patcher=_escape)
+    logger.configure(patcher=outgoing)
     level = str(settings.node.log_level)
     logger.add(write, level=level, format=_line, diagnose=False, colorize=colours)
     path = log_file(settings)
@@ -71,6 +79,13 @@ def _harmless(line: str, *, colours: bool) -> str:
         return line
     own = _COLOUR_OR_LINE if colours else re.compile(r"(\n)")
     return "".join(part if own.fullmatch(part) else escaped(part) for part in own.split(line))
+
+
+def _hide(record: Record, redact: Redactor) -> None:
+    record["message"] = redact(record["message"])
+    record["extra"].update(redact.deep(record["extra"]))
+    if (raised := record["exception"]) is not None and (text := redact(str(raised.value))) != str(raised.value):
+        record["exception"] = raised._replace(value=Exception(text))  # without its causes, which say the same
 
 
 def _line(record: Record) -> str:

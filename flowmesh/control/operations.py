@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from flowmesh import __version__
+from flowmesh import installed
 from flowmesh.control.server import ControlError, Handler, text_field
 from flowmesh.errors import FlowMeshError
 from flowmesh.execution.executor import Executor
@@ -62,7 +62,7 @@ class Operations:
         late = sorted(each for presence in presences.values() for each in presence.late_s)
         return {
             "pid": os.getpid(),
-            "version": __version__,
+            "version": installed.version(),
             "node_id": node.node_id,
             "uptime_s": round(time.monotonic() - node.started, 3),
             "redis_up": self._link.up,
@@ -93,6 +93,7 @@ class Operations:
                 for server in executor.pool.servers
             ],
             "warnings": executor.pool.warnings(),
+            "redeliveries": executor.redeliveries.waits(),
             "queued": sum(len(slot.queue) for slot in executor.slots.values()),
             "log_dropped": sys.stderr.dropped if isinstance(sys.stderr, LogWriter) else 0,
             "outbox": executor.journal.outbox_size(),

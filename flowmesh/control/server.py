@@ -16,6 +16,7 @@ from loguru import logger
 
 from flowmesh.errors import FlowMeshError
 from flowmesh.messages.text import encode_json
+from flowmesh.redaction import Redactor
 from flowmesh.validation.describe import nearest
 
 MAX_LINE = 64 * 1024
@@ -40,12 +41,14 @@ class ControlServer:
         path: of the socket; a stale one is replaced.
         handlers: by `op`; each gets the request and returns the fields to send beside `"ok": true`.
         subscribe: (task id, callback) → unsubscribe; for `watch`.
+        redact: hides secrets in what is sent.
     """
 
-    def __init__(self, path: Path, handlers: dict[str, Handler], subscribe: Subscribe) -> None:
+    def __init__(self, path: Path, handlers: dict[str, Handler], subscribe: Subscribe, redact: Redactor) -> None:
         self._path = path
         self._handlers = handlers
         self._subscribe = subscribe
+        self._redact = redact
         self._server: asyncio.Server | None = None
         self._peers: set[asyncio.StreamWriter] = set()
 
@@ -93,7 +96,7 @@ class ControlServer:
             reply = {"ok": False, "error": f"not a JSON object: {error}"}
         except FlowMeshError as error:
             reply = {"ok": False, "error": str(error)}
-        await _send(writer, reply)
+        await self._send(writer, reply)
 
     async def _watch(self, task_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Send a task's events until it ends or the client disconnects."""
@@ -108,7 +111,7 @@ class ControlServer:
         gone.add_done_callback(lambda _: events.put_nowait(None))
         try:
             while (event := await events.get()) is not None:
-                await _send(writer, event)
+                await self._send(writer, event)
                 if event["event"] == "end":
                     return
         finally:
@@ -117,16 +120,15 @@ class ControlServer:
             with contextlib.suppress(asyncio.CancelledError, ConnectionError):
                 await gone
 
-
-async def _send(writer: asyncio.StreamWriter, message: Answer) -> None:
-    """Raises ConnectionError where the client does not read."""
-    writer.write(encode_json(message) + b"\n")
-    try:
-        async with asyncio.timeout(READ_WITHIN_S):
-            await writer.drain()
-    except TimeoutError:
-        writer.transport.abort()
-        raise ConnectionAbortedError(f"the client has not read for {READ_WITHIN_S:.0f} s") from None
+    async def _send(self, writer: asyncio.StreamWriter, message: Answer) -> None:
+        """Raises ConnectionError where the client does not read."""
+        writer.write(encode_json(self._redact.deep(message)) + b"\n")
+        try:
+            async with asyncio.timeout(READ_WITHIN_S):
+                await writer.drain()
+        except TimeoutError:
+            writer.transport.abort()
+            raise ConnectionAbortedError(f"the client has not read for {READ_WITHIN_S:.0f} s") from None
 
 
 def text_field(request: dict[str, Any], name: str) -> str:

@@ -17,6 +17,7 @@ from flowmesh.execution.background import Background
 from flowmesh.execution.counters import Counters
 from flowmesh.execution.delivery.deliveries import Deliveries
 from flowmesh.execution.delivery.delivery_children import DeliveryChildren
+from flowmesh.execution.delivery.gateway_process import GatewayProcess
 from flowmesh.execution.delivery.jobs import Jobs
 from flowmesh.execution.delivery.redelivery import Redeliveries
 from flowmesh.execution.early_cancels import EarlyCancels
@@ -139,6 +140,7 @@ class Executor:
         self._cleanup = Cleanup(layout)
         jobs, delivery_children = Jobs(settings, layout), DeliveryChildren(settings.delivery, layout, self.helpers)
         self.deliveries = Deliveries(delivery_children, jobs, layout, self._cleanup)
+        self.gateway = GatewayProcess(settings.delivery, layout, self.helpers)
         self.redeliveries = Redeliveries(delivery_children, jobs, layout, journal, self._check_idle)
 
     def works(self) -> list[Coroutine[Any, Any, None]]:
@@ -248,6 +250,7 @@ class Executor:
     def _act(self, run: Run, action: machine.Action) -> None:
         match action:
             case machine.Launch():
+                self.gateway.need()
                 self.observers.on_slot_taken(run.slot, run)
                 self.begin(self._launcher.start(run), run)
             case machine.AnnounceStarted():
@@ -318,7 +321,7 @@ class Executor:
     def _finish(self, run: Run, verdict: Verdict) -> None:
         now = utc_now()
         cost = self.settings.node.cost_per_hour * run.slot.plan.share
-        event = task_events.ended(run, verdict, finished_at=now, cost_per_hour=cost, base_env=self.layout.base_env)
+        event = task_events.ended(run, verdict, finished_at=now, cost_per_hour=cost, layout=self.layout)
         try:
             self.journal.finish(run.attempt, run.task, now, TASK_EVENTS_CHANNEL, event)
         except JournalError as error:

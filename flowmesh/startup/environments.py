@@ -23,7 +23,7 @@ REHEARSAL = "runners.child:rehearse"
 """What each child calls before it waits for its task."""
 ALWAYS = ("runners.child",)
 """Imported by the fork server of every environment of tasks."""
-DELIVERS = ("flowmesh.results.child",)
+DELIVERS = ("flowmesh.results.child", "flowmesh.results.gateway")
 """Imported by the fork server of delivery children."""
 
 
@@ -64,5 +64,7 @@ def plan(settings: Settings) -> tuple[Catalogue, dict[str, Environment]]:
             canary=None if name == LIGHT else CANARY,
             rehearsal=REHEARSAL,
         )
-    environments[DELIVERY] = Environment(name=DELIVERY, python=sys.executable, preload=DELIVERS, contained=False)
+    environments[DELIVERY] = Environment(
+        name=DELIVERY, python=sys.executable, preload=DELIVERS, contained=False, hidden=True
+    )
     return found, environments

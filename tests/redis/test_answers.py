@@ -71,7 +71,7 @@ def test_results_and_errors_arrive_whatever_they_hold(orchestrator: Orchestrator
     assert end["type"] == "TASK_SUCCEEDED"
     result = node.result("odd-1")
     assert (result["text"], result["joined"], result["by\ufffdname"]) == ("half \ufffd", "😀", [None])
-    assert list(end["payload"]["phases"])[0] == "phase \ufffd"
+    assert next(iter(end["payload"]["phases"])) == "phase \ufffd"
     end = orchestrator.run("w1", {"taskType": "odd", "do": "raise_half_pair"})
     assert end["payload"]["error_kind"] == "error"
     assert end["error"] == "ValueError: half \ufffd of it"
