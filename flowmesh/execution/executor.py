@@ -145,7 +145,7 @@ class Executor:
 
     def works(self) -> list[Coroutine[Any, Any, None]]:
         """What runs for as long as the node does."""
-        watchdog = Watchdog(self.settings.tasks, self.runs, self.apply, self.begin)
+        watchdog = Watchdog(self.settings.tasks, self.runs, self.layout.log_dir, self.apply, self.begin)
         retention = Retention(
             settings=self.settings.results,
             results_dir=self.layout.results_dir,
