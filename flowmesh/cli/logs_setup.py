@@ -1,4 +1,4 @@
-"""Configures the supervisor's log: plain lines on stderr or stdout, JSON lines in the file if one is set. Call before forking."""
+"""Configures the supervisor's log: plain lines on stderr, JSON lines in the file if one is set. Call before forking."""
 
 from __future__ import annotations
 
