@@ -16,6 +16,7 @@ from runners.training import settings
 from runners.training.devices import Device, Layout
 from runners.training.plan import Plan
 from runners.training.sharding import Sharding
+from runners.training.trainer_allowed import check_argument
 
 WHERE = "spec.training.trainer_args"
 
