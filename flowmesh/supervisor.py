@@ -26,6 +26,7 @@ from flowmesh.execution.executor import Executor
 from flowmesh.execution.layout import Layout, Owner
 from flowmesh.execution.recovery import recover
 from flowmesh.execution.run import Run
+from flowmesh.messages.gateway import Gateway
 from flowmesh.messages.wire import utc_now
 from flowmesh.node import cuda_build
 from flowmesh.node.devices import Inventory
@@ -40,6 +41,7 @@ from flowmesh.processes.server_pool import ServerPool
 from flowmesh.redaction import Redactor
 from flowmesh.settings.paths import results_dir, state_dir
 from flowmesh.settings.schema import Settings
+from flowmesh.settings.secret_files import has_token
 from flowmesh.startup import environments, preflight, successor
 from flowmesh.startup.event_loop import end_all, reap_children, start_threads
 from flowmesh.startup.state_dir import hold_state_dir, open_for
@@ -180,6 +182,7 @@ class Supervisor:
             permits=permits.of_node(settings, self.state_dir, base_env, owner),
             owner=owner,
             secrets=self._hides,
+            gateway=self._gateway(),
             umask=int(settings.results.umask, 8),
         )
         return Executor(
@@ -193,6 +196,14 @@ class Supervisor:
             power=node.power,
             gpus=fitted.gpus,
         )
+
+    def _gateway(self) -> Gateway | None:
+        """Where tasks find the gateway. The key outlives a restart: running tasks have it."""
+        delivery = self.settings.delivery
+        if delivery.orchestrator_url is None or not has_token(delivery):
+            return None
+        key = self.journal.fact("gateway_key", secrets.token_hex(16))
+        return Gateway(str(self.state_dir / "gateway" / "socket"), key)
 
     async def _take_inventory(self, settings: Settings) -> Inventory:
         try:
@@ -212,6 +223,8 @@ class Supervisor:
     async def _begin(self) -> None:
         """Take over the tasks of an earlier supervisor; then subscribe; then report IDLE."""
         await recover(self.executor)
+        if len(self.executor.runs):
+            self.executor.gateway.need()
         await self.executor.pool.warm(LIGHT)
         await self.executor.gpus.check_idle_slots()
         gc.collect()
@@ -312,6 +325,7 @@ class Supervisor:
         await end_all([sending])
         await self.link.registration.unregister(FAREWELL_TIMEOUT_S)
         await self.control.close()
+        await self.executor.gateway.stop()
         await self.executor.pool.close()
         await self.nvml.close()
         await self.link.close()
