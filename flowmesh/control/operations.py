@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from flowmesh.execution.executor import Executor
 from flowmesh.execution.run import Run
 from flowmesh.orchestrator.link import Link
 from flowmesh.orchestrator.worker_description import NodeDescription
+from flowmesh.startup.log_writer import LogWriter
 from flowmesh.tasks.journal import Record
 from flowmesh.tasks.machine import State
 from flowmesh.validation.convert import nearest
@@ -93,6 +95,7 @@ class Operations:
             "warnings": executor.pool.warnings(),
             "redeliveries": executor.redeliveries.waits(),
             "queued": sum(len(slot.queue) for slot in executor.slots.values()),
+            "log_dropped": sys.stderr.dropped if isinstance(sys.stderr, LogWriter) else 0,
             "outbox": executor.journal.outbox_size(),
             "malformed": executor.counters.malformed,
             "refused": executor.counters.refused,

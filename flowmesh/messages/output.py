@@ -22,9 +22,12 @@ METHODS = ("POST", "PUT", "PATCH")
 RESULTS_PATH = "/api/v1/results"
 
 _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")  # a header's name, RFC 9110 5.6.2
-_FRAMING = frozenset(
-    ("connection", "content-length", "expect", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade")
-)
+OF_CONNECTION = frozenset((
+    "connection", "content-length", "expect", "host", "http2-settings", "keep-alive", "te", "trailer",
+    "transfer-encoding", "upgrade",
+))  # fmt: skip
+"""Headers of one connection, in lower case. `host` would choose another site of the server than the URL says."""
+OF_PROXIES = "proxy-"
 _IN_SEGMENT = "@:=+"  # characters of a task id that need no escape in a URL's path
 
 
@@ -162,7 +165,7 @@ def _check_headers(headers: dict[str, str], where: str) -> None:
             shown = name.partition(":")[0][:80]  # after a colon comes a value, which may be a secret
             raise FieldError(f"{where}: {shown!r} is not a valid header name", where)
         path, lower = f"{where}.{name}", name.lower()
-        if lower in _FRAMING:
+        if lower in OF_CONNECTION or lower.startswith(OF_PROXIES):
             raise FieldError(f"{path}: this header belongs to the connection, and the node sets it; remove it", path)
         if lower in seen:
             raise FieldError(f"{path}: given twice; header names ignore case", path)

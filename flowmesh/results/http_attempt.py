@@ -25,7 +25,7 @@ from flowmesh.results.http_errors import (
 )
 from flowmesh.results.request_bodies import Body, Patience, TryAgain, UploadError
 from flowmesh.results.throttle import Throttle
-from flowmesh.web.origins import basic_auth, origin, refusal_hint, why_no_token, without_login
+from flowmesh.web.origins import basic_auth, exact_origin, refusal_hint, why_no_token, without_login
 from flowmesh.web.session import make_session, options_for
 
 if TYPE_CHECKING:
@@ -81,10 +81,10 @@ class HttpClient:
             TryAgain: it was not accepted, and another attempt may succeed.
             UploadError: it was refused for good.
         """
-        first = origin(url)
+        first = exact_origin(url)
         same_origin = True  # once a redirect has left the first origin, no credentials are sent any more
         for _ in range(MAX_REDIRECTS + 1):
-            same_origin = same_origin and origin(url) == first
+            same_origin = same_origin and exact_origin(url) == first
             kind = BodyStream if body.size is None else SizedBodyStream
             stream = kind(body, self._throttle, self._deadline, self._progress)
             response = self._request(method, url, stream, self._headers(url, body, same_origin))
