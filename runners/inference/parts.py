@@ -13,7 +13,7 @@ from runners.data.prompts import Items, Message, Prompt, to_json, with_system
 from runners.inference.engine import Completion, Engine, Output, Request
 from runners.inference.export import Export
 from runners.inference.options import Sampling
-from runners.inference.routing import adapter_of
+from runners.inference.routing import adapter_of, ends_of
 from runners.inference.tokens import Texts
 from runners.models.adapters import LocalAdapter
 from runners.models.limits import check_token_ids
@@ -87,7 +87,7 @@ def prepare(part: Part, texts: Texts, engine: Engine, adapters: Sequence[LocalAd
             )
     metadata = [part.items.metadata[i] for i in kept]
     routes = [adapter_of(adapters, each, where) for each, where in zip(metadata, wheres, strict=True)]
-    requests = tuple(Request(ids, route) for ids, route in zip(encoded, routes, strict=True))
+    requests = tuple(Request(ids, route, ends_of(adapters, route)) for ids, route in zip(encoded, routes, strict=True))
     return msgspec.structs.replace(part, requests=requests)
 
 

@@ -32,6 +32,8 @@ class LocalAdapter(msgspec.Struct, frozen=True, kw_only=True):
     rank: int
     apply: Literal["runtime", "merge"]
     where: str
+    ends: tuple[int, ...] = ()
+    """Tokens that end its answers besides the base model's: of its generation_config.json."""
 
 
 def load_adapters(
@@ -83,7 +85,14 @@ def load_adapter(ctx: Context, adapter: Adapter, index: int, where: str) -> Loca
     if not name or "." in name:
         raise BadRequest(f"{where}.name: {name!r} cannot be an adapter's name; leave out dots")
     ranks = [config.get("r") or 1, *(config.get("rank_pattern") or {}).values()]
-    return LocalAdapter(name=name, folder=folder, rank=max(ranks), apply=adapter.apply or "runtime", where=where)
+    return LocalAdapter(
+        name=name,
+        folder=folder,
+        rank=max(ranks),
+        apply=adapter.apply or "runtime",
+        where=where,
+        ends=_ends(folder, field),
+    )
 
 
 def scaled_copy(folder: Path, config: dict[str, Any], scale: float, target: Path) -> Path:
@@ -153,6 +162,18 @@ def _find(ctx: Context, adapter: Adapter, where: str) -> tuple[Path, str]:
     headers, timeout_s = adapter.headers, adapter.timeout_s
     unpacked = downloaded(ctx, url, archive_format, field, headers=headers, timeout_s=timeout_s)
     return find_root(unpacked, CONFIG, "adapter", field), field
+
+
+def _ends(folder: Path, field: str) -> tuple[int, ...]:
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return ()
+    try:
+        given = json.loads(file.read_text()).get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise BadRequest(f"{field}: its {file.name} is no JSON object ({error})") from None
+    ids = given if isinstance(given, list) else [] if given is None else [given]
+    return tuple(each for each in ids if isinstance(each, int))
 
 
 def _config(folder: Path, field: str) -> dict[str, Any]:

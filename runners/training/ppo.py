@@ -51,7 +51,7 @@ class PpoJob:
         prompts.check_chat(rows, self._tokenizer, start)
         length = completion_length(plan)
         rows = prompts.fit(rows, self._tokenizer, plan.training.max_seq_length - length, ctx)
-        self._rows, self.dropped = rows.dataset, rows.dropped
+        self._rows, self.dropped, self.truncated = rows.dataset, rows.dropped, rows.truncated
         self.dataset_size = len(self._rows)
         found = rewards.load(plan, ctx, device.name, rows)
         self._tracking = tracking.begin(plan, ctx, start)
@@ -210,6 +210,7 @@ class PpoJob:
             shutil.rmtree(folder, ignore_errors=True)
             self._policy.policy.save_pretrained(folder)
             self._tokenizer.save_pretrained(folder)
+            saving.save_generation(self._policy.policy, folder, self._plan)
             saving.publish(folder, self._ctx.out_dir / self._plan.folder)
         self._accelerator.wait_for_everyone()
 

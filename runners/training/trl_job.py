@@ -74,6 +74,7 @@ class TrlJob:
             _load_the_trained_adapter_too(self.trainer)
         self.eval_size = prepared.size.get("eval", 0)
         self.dataset_size, self.dropped = prepared.size["train"], prepared.dropped["train"]
+        self.truncated = prepared.truncated["train"] + rows["train"].truncated
         if len(self.trainer.get_train_dataloader()) == 0:
             raise BadRequest(
                 f"spec.training.batch_size: the {self.dataset_size} rows do not fill one batch; lower it, or "

@@ -114,3 +114,24 @@ def test_a_task_of_another_node_is_looked_for_where_this_tasks_results_go(
         InferenceRunner().run(make_context(spec, file_url=url))
     with pytest.raises(BadRequest, match=r"adapters\[0\]\.path: there is no '/no/x'.*; .*taskId: this node has no"):
         InferenceRunner().run(make_context(adapted(tiny_llama, path="/no/x", taskId="of-another-node")))
+
+
+@pytest.mark.parametrize("apply", ["runtime", "merge"])
+def test_an_adapters_end_tokens_end_its_answers(tiny_llama, reference, lora, make_context, apply: str) -> None:
+    adapters = [{"name": "tuned", "path": str(lora), "apply": apply}]
+    spec = spec_of(tiny_llama, ["the node waits"], max_tokens=12, logprobs=0)
+    spec["model"]["adapters"] = adapters
+    (whole,) = items(make_context(spec))
+    ids = [each["token_id"] for each in whole["logprobs"]]
+    end = next(i for i, token_id in enumerate(ids) if i > 1 and token_id not in ids[:i])
+    (lora / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, ids[end]]}))
+    (ended,) = items(make_context(spec))
+    assert [each["token_id"] for each in ended["logprobs"]] == ids[: end + 1]
+    assert (whole["finish_reason"], ended["finish_reason"]) == ("length", "stop")
+    (ignored,) = items(make_context({**spec, "inference": {**spec["inference"], "ignore_eos": True}}))
+    assert ignored["output"] == whole["output"]
+    if apply == "runtime":  # the base model's answers end as they did
+        base = {**spec, "model": {**spec["model"], "adapters": [*adapters, {"name": "other", "path": str(lora)}]}}
+        base["data"] = {**spec["data"], "metadata": [{"adapter": "base"}]}
+        plain = items(make_context(spec_of(tiny_llama, ["the node waits"], max_tokens=12)))
+        assert outputs(InferenceRunner().run(make_context(base))) == [plain[0]["output"]]
