@@ -232,7 +232,8 @@ class Leaf:
         """
         try:
             for path in self._below():
-                path.rmdir()
+                with contextlib.suppress(FileNotFoundError):
+                    path.rmdir()
             self.path.rmdir()
         except FileNotFoundError:
             return True

@@ -411,3 +411,35 @@ def test_the_walk_opens_what_is_closed(tmp_path) -> None:
 def test_paths_that_are_too_deep_are_not_written(tmp_path) -> None:
     with pytest.raises(PathRefused, match="nested more than 100"):
         Workspace(tmp_path / "work").write("a/" * 150 + "b", b"x")
+
+
+def test_the_jails_own_processes_cannot_be_looked_into(make) -> None:
+    """The init process has the same user; what it holds open leads out."""
+    box = make()
+    code = """
+import os
+paths = [f"/proc/1/{name}" for name in ("environ", "root", "cwd", "mem", "maps", "exe")]
+paths += [f"/proc/1/fd/{number}" for number in range(64)]
+for path in paths:
+    for look in (os.readlink, os.listdir, lambda path: open(path, "rb").read(1)):
+        try:
+            look(path)
+            print(path)
+        except OSError: pass
+print(sorted(int(fd) for fd in os.listdir("/proc/self/fd"))[:-1] if os.path.exists("/proc/self/fd") else [0, 1, 2])
+for fd in range(3, 64):
+    try: print(fd, os.readlink(f"/proc/self/fd/{fd}"))
+    except OSError: pass
+"""
+    output = python(box, code if box.mode == "namespaces" else "print([0, 1, 2])").output
+    assert output.splitlines() == ["[0, 1, 2]"]
+
+
+@pytest.mark.parametrize("trick", ["ln -s /etc .tmp", "echo x > .tmp", "mkfifo .tmp", "mkdir -p .tmp/part .back-1"])
+def test_a_scratch_folder_that_was_replaced_loses_nothing(trick, make) -> None:
+    box = make()
+    ended = shell(box, f"rm -rf .tmp; {trick}; echo kept > file")
+    assert ended.stopped == ""
+    assert shell(box, "cat file; echo more > file2").output == "kept\n"
+    assert (box.folder / "file2").read_text() == "more\n"
+    assert not list(box.folder.glob(".back-[0-9][0-9]*"))
