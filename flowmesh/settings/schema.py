@@ -99,6 +99,8 @@ class ResultsSettings(Section, frozen=True):
     """Rights that nobody gets to the node's files and those of its tasks: octal, as for umask(1)."""
     allowed_roots: tuple[AbsolutePath, ...] = ()
     """Absolute folders besides `dir` that a task's output.destination.path may lie under."""
+    refuse_outside_paths: bool = False
+    """Whether a task whose path lies elsewhere is refused. False: its result goes to `dir`, with a warning."""
     min_free_bytes: Annotated[int, Meta(ge=0, le=2**62)] = 1024**3
     """Free space that `dir`, the state folder and a task's own folder need before a task is started. 0: no check."""
     wait_for_room_s: PositiveSeconds = 60.0
