@@ -127,7 +127,9 @@ class Dispatcher:
         self._executor.add(run)
         slot.queue.append(run)
         self._executor.observers.on_accepted(run)
-        logger.bind(task=task_id, type=accepted.type.name, attempt=attempt).info("task accepted")
+        logger.bind(task=task_id, type=accepted.type.name, node_run=attempt).info("task accepted")
+        for warning in accepted.warnings:
+            logger.bind(task=task_id).warning("{}", warning)
         if self._executor.early_cancels.take(task_id):
             self._executor.apply(run, machine.StopRequested(Stop.CANCEL, "cancelled before it was dispatched"))
         self._executor.pump(slot)
