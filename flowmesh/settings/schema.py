@@ -126,6 +126,8 @@ class TasksSettings(Section, frozen=True):
     """Names (`*` allowed) that a task's spec.env may set."""
     hang_timeout_s: PositiveSeconds | None = None
     """A task that reports no phase or progress for this long has its stacks dumped and is stopped. None: never."""
+    return_waiting_after_s: PositiveSeconds = 120.0
+    """A task that waits behind a running one for so long goes back, as retryable, once another worker is idle."""
     log_max_bytes: Annotated[int, Meta(ge=65536)] = 64 * 1024 * 1024
     """Limit for each log file of a task; only the end of a larger one is kept."""
     read_roots: tuple[AbsolutePath, ...] = ()
