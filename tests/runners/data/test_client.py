@@ -176,7 +176,7 @@ def test_patterns_of_local_hosts() -> None:
 
 def test_no_client_of_a_task_reads_a_netrc() -> None:
     """Sessions come from `flowmesh.web.session`, or say it themselves: `requests` logs in with ~/.netrc by itself."""
-    calls = re.compile(r"requests\.(get|post|put|patch|head|delete|request|Session)\(")
+    calls = re.compile(r"\brequests\.(get|post|put|patch|head|delete|request|Session)\(")
     texts = {path: path.read_text() for folder in ("flowmesh", "runners") for path in (ROOT / folder).rglob("*.py")}
     found = [path for path, text in texts.items() if calls.search(text)]
     assert found
