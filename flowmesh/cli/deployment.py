@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from flowmesh.cli import locate
-from flowmesh.cli.matching import gpus_of, match
 from flowmesh.errors import FieldError, FlowMeshError
 from flowmesh.messages import wire
+from flowmesh.messages.matching import gpus_of, match
 from flowmesh.validation.describe import found
 
 if TYPE_CHECKING:
