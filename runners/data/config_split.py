@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
 from runners.api import Context
 
-if TYPE_CHECKING:
-    from runners.data.hub import HubData
+
+class Selection(Protocol):
+    """A section that selects the rows of a dataset."""
+
+    @property
+    def name(self) -> str | None: ...
+    @property
+    def split(self) -> str | None: ...
+
+
+S = TypeVar("S", bound=Selection)
 
 _TRAIN = re.compile(r"(?<![\w.-])train(?=$|[\[+(])")
 
 
-def builder_of(ctx: Context, build: Callable[[str | None], Any], data: HubData, where: str) -> tuple[Any, HubData]:
+def builder_of(ctx: Context, build: Callable[[str | None], Any], data: S, where: str) -> tuple[Any, S]:
     """The builder of a dataset, and the section with its split's name where a split's name was its configuration.
 
     Args:
@@ -39,7 +48,7 @@ def builder_of(ctx: Context, build: Callable[[str | None], Any], data: HubData, 
         return builder, found
 
 
-def as_split(ctx: Context, data: HubData, splits: Iterable[str], where: str) -> HubData | None:
+def as_split(ctx: Context, data: S, splits: Iterable[str], where: str) -> S | None:
     """The section with `name` as its split, with the slice that its split has; None where `name` is no split.
 
     A split other than a part of `train` is no slice of another one.
@@ -49,7 +58,7 @@ def as_split(ctx: Context, data: HubData, splits: Iterable[str], where: str) -> 
         return None
     found = _TRAIN.sub(data.name, split)
     ctx.log.warning("%s: %r is a split and no configuration; read as the split %r", where, data.name, found)
-    return msgspec.structs.replace(data, name=None, split=found)
+    return msgspec.structs.replace(data, name=None, split=found)  # type: ignore[type-var]  # it is a struct
 
 
 def _splits(builder: Any) -> set[str]:
