@@ -21,7 +21,7 @@ from flowmesh.control.server import ControlServer
 from flowmesh.control.watchers import Watchers
 from flowmesh.errors import ConfigError, DeviceError, FlowMeshError, LaunchError
 from flowmesh.execution.executor import Executor
-from flowmesh.execution.layout import Layout, Owner
+from flowmesh.execution.layout import Layout, Owner, make_parts
 from flowmesh.execution.recovery import recover
 from flowmesh.execution.run import Run
 from flowmesh.messages.wire import utc_now
@@ -38,7 +38,7 @@ from flowmesh.settings.paths import results_dir, state_dir
 from flowmesh.settings.schema import Settings
 from flowmesh.startup import environments, preflight, successor
 from flowmesh.startup.event_loop import end_all, reap_children, start_threads
-from flowmesh.startup.state_dir import hold_state_dir, open_for
+from flowmesh.startup.state_dir import hold_state_dir
 from flowmesh.tasks.catalogue import LIGHT
 from flowmesh.tasks.journal import Journal
 
@@ -120,8 +120,7 @@ class Supervisor:
             nvml=self.nvml,
         )
         owner = preflight.owner(settings)
-        if owner is not None:
-            open_for(owner.uid, owner.gid, self.state_dir)
+        make_parts(self.state_dir, owner)
         self.executor = self._make_executor(node, fitted, owner)
         self.link = Link(node, self.executor, worker_id)
         operations = Operations(node, self.executor, self.link, stop=self.stop, start_anew=self.start_anew)
@@ -138,7 +137,7 @@ class Supervisor:
         settings = self.settings
         for name in sorted({slot.name for slot in settings.slots} - {plan.name for plan in fitted.slots}):
             logger.error("slot {} is left out: none of its GPUs works", name)
-        slots: dict[str, Slot[Run]] = {plan.worker_id: Slot(plan, lambda run: bool(run.gpus)) for plan in fitted.slots}
+        slots: dict[str, Slot[Run]] = {plan.worker_id: Slot(plan) for plan in fitted.slots}
         base_env = environ.base(self._environ, settings.tasks.pass_env)
         catalogue, environment_table = environments.plan(settings)
         pool = ServerPool(

@@ -88,12 +88,14 @@ def _node(settings: Settings) -> Iterator[Finding]:
         return
     held, slots = render.count(len(status.tasks), "task"), render.count(len(workers), "worker")
     yield Finding("node", Level.OK, f"running: pid {status.pid}, {held}, {slots}")
-    for worker in workers:
-        if reason := worker.get("reason"):
-            text = f"{worker.get('worker_id')} accepts no GPU tasks: {reason}"
-            yield Finding("node", Level.BROKEN, text, "remove the cause; the node then accepts tasks again by itself")
+    remedy = "remove the cause; the node then starts tasks again by itself"
+    for fault in status.faults:
+        lasts = render.seconds(fault.since_s)
+        yield Finding("node", Level.BROKEN, f"{', '.join(fault.workers)} degraded for {lasts}: {fault.reason}", remedy)
+    known = [fault.reason for fault in status.faults]
     for name, warning in status.warnings.items():
-        yield Finding("node", Level.WARN, f"environment {name}: {warning}")
+        if warning not in known:
+            yield Finding("node", Level.WARN, f"environment {name}: {warning}")
 
 
 def _environments(settings: Settings, *, has_gpus: bool) -> Iterator[Finding]:

@@ -56,8 +56,13 @@ def status(config: str | None, state_dir: str | None, as_json: bool) -> int:
     )
     for trouble in found.redis_troubles:
         print(f"\n{trouble}")
+    for fault in found.faults:
+        concerned = "" if len(fault.workers) == len(found.workers) else f" of {', '.join(fault.workers)}"
+        print(f"\ndegraded for {render.seconds(fault.since_s)}{concerned}: {fault.reason}")
+    known = [fault.reason for fault in found.faults]
     for environment, message in found.warnings.items():
-        print(f"\nenvironment {environment}: {message}")
+        if message not in known:
+            print(f"\nenvironment {environment}: {message}")
     if found.tasks:
         print()
         render.table(_TASKS, [_task_row(task) for task in found.tasks])

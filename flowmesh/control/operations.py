@@ -67,7 +67,8 @@ class Operations:
             "redis_troubles": self._link.troubles(),
             "draining": executor.draining,
             "isolation": node.isolation,
-            "task_types": sorted(executor.catalogue.offered),
+            "task_types": executor.offered_types(),
+            "faults": executor.conditions.listed(),
             "workers": [
                 {
                     "worker_id": worker_id,

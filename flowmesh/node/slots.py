@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
@@ -162,22 +162,25 @@ def cpu_list(cpus: Sequence[int]) -> str:
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
+class SlotFault(msgspec.Struct, frozen=True, kw_only=True):
+    """Why a slot starts some or all tasks not now."""
+
+    reason: str
+    concerns: Callable[[Any], bool] | None = None
+    """Whether a task must wait for it; None: every task."""
+    partial: bool = False
+    """Whether the slot is degraded only while a task waits for it: the other types run."""
+
+
 class Slot(Generic[RunT]):
-    """The queue of one slot: pure bookkeeping, driven by the executor.
+    """The queue of one slot: pure bookkeeping, driven by the executor."""
 
-    Args:
-        needs_open: whether a task must wait while the slot is closed; by default every task.
-    """
-
-    def __init__(self, plan: SlotPlan, needs_open: Callable[[RunT], bool] = lambda _run: True) -> None:
+    def __init__(self, plan: SlotPlan) -> None:
         self.plan = plan
         self._users: list[RunT] = []
         self.queue: deque[RunT] = deque()
-        self.closed = ""
-        """Why the slot starts no task that needs it open; empty: it is open."""
-        self.paused = ""
-        """Why the slot starts no task at all; empty: it is not paused."""
-        self._needs_open = needs_open
+        self.faults: dict[str, SlotFault] = {}
+        """By name: what keeps tasks from being started here. Set by the node's conditions."""
 
     @property
     def current(self) -> RunT | None:
@@ -191,13 +194,19 @@ class Slot(Generic[RunT]):
     @property
     def trouble(self) -> str:
         """Why the slot is degraded; empty: it is not."""
-        return self.paused or self.closed
+        reasons = [fault.reason for fault in self.faults.values() if not fault.partial or self._waits_for(fault)]
+        return "; ".join(reasons)
+
+    def objection(self, run: RunT) -> str:
+        """Why this task must wait even where the slot is free; empty: it need not."""
+        found = (each.reason for each in self.faults.values() if each.concerns is None or each.concerns(run))
+        return next(found, "")
 
     def next(self) -> RunT | None:
         """Give the slot to the next task that may have it; None where the slot is taken or no such task waits."""
-        if self.current is not None or self.paused:
+        if self.current is not None:
             return None
-        run = next((run for run in self.queue if not (self.closed and self._needs_open(run))), None)
+        run = next((run for run in self.queue if not self.objection(run)), None)
         if run is not None:
             self.queue.remove(run)
             self._users.append(run)
@@ -209,3 +218,6 @@ class Slot(Generic[RunT]):
 
     def free(self, run: RunT) -> None:
         self._users.remove(run)
+
+    def _waits_for(self, fault: SlotFault) -> bool:
+        return any(fault.concerns is None or fault.concerns(run) for run in self.queue)

@@ -59,6 +59,7 @@ class Dispatcher:
             return self._dispatch(slot, task_id, dispatched_at, data, entry)
         except JournalError as error:
             logger.bind(task=task_id).error("dispatch not taken: {}", error)
+            self._executor.on_journal_error(error)
             if entry is None:
                 self._executor.observers.on_missed(slot)
             return False

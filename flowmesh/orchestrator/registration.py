@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
+import msgspec
 from loguru import logger
 
+from flowmesh.backoff import Backoff
 from flowmesh.bus.connection import redis
 from flowmesh.bus.presence import Presence
 from flowmesh.execution import task_events
@@ -13,15 +16,38 @@ from flowmesh.execution.executor import Executor
 from flowmesh.execution.observer import Observer
 from flowmesh.execution.run import Run
 from flowmesh.node.slots import Slot
-from flowmesh.orchestrator.worker_description import NodeDescription, presence
+from flowmesh.orchestrator.worker_description import NodeDescription, described_env, presence
+
+LONGEST_PAUSE_S = 60.0
+"""Between two announcements of a worker that misses every dispatch."""
+
+
+class Pause:
+    """The growing pause between two announcements of one worker."""
+
+    def __init__(self) -> None:
+        self._backoff = Backoff(1.0, LONGEST_PAUSE_S)
+        self._due = 0.0
+
+    def left_s(self) -> float:
+        """How long it still lasts; 0: it is over."""
+        return max(0.0, self._due - time.monotonic())
+
+    def start(self) -> None:
+        now = time.monotonic()
+        if now - self._due > 2 * LONGEST_PAUSE_S:
+            self._backoff.reset()
+        self._due = now + self._backoff.next_s()
 
 
 class Registration(Observer):
     def __init__(self, node: NodeDescription, executor: Executor, client: redis.Redis) -> None:
         self.subscribed = asyncio.Event()
         """Set once the tasks channel was subscribed to for the first time."""
+        self._node = node
         self._executor = executor
         self._listening = False
+        self._pauses: dict[str, Pause] = {}
         self._gaps: set[str] = set()
         """Workers that may have missed a dispatch, and were not announced again yet."""
         self.presences: dict[str, Presence] = {
@@ -77,15 +103,24 @@ class Registration(Observer):
         worker_id, executor = slot.plan.worker_id, self._executor
         if worker_id not in self._gaps or executor.draining is not None or not self._listening:
             return
-        if not executor.runs.has_any_of(slot) and not executor.journal.outbox_size():
-            self._gaps.discard(worker_id)
-            logger.bind(worker=worker_id).info("announced again: a dispatch may have been missed")
-            self.presences[worker_id].reannounce()
+        if executor.runs.has_any_of(slot) or executor.journal.outbox_size():
+            return
+        pause = self._pauses.setdefault(worker_id, Pause())
+        if (wait_s := pause.left_s()) > 0:  # a node that cannot take what it is given must not ask for it in a circle
+            asyncio.get_running_loop().call_later(wait_s, self._heal, slot)
+            return
+        pause.start()
+        self._gaps.discard(worker_id)
+        logger.bind(worker=worker_id).info("announced again: a dispatch may have been missed")
+        self.presences[worker_id].reannounce()
 
     def _rest(self, slot: Slot[Run], last: str | None = None) -> None:
         """Report a slot without a task, once dispatches can be received."""
         if self._executor.draining is None and self.subscribed.is_set():
-            self.presences[slot.plan.worker_id].set_status("DEGRADED" if slot.trouble else "IDLE", last)
+            if reason := slot.trouble:
+                self.presences[slot.plan.worker_id].set_status("DEGRADED", last, reason)
+            else:
+                self.presences[slot.plan.worker_id].set_status("IDLE", last)
 
     def on_slot_taken(self, slot: Slot[Run], run: Run) -> None:
         if self._executor.draining is None:
@@ -98,6 +133,11 @@ class Registration(Observer):
     def on_slot_changed(self, slot: Slot[Run]) -> None:
         if slot.current is None:
             self._rest(slot)
+
+    def on_fault_changed(self) -> None:
+        """Task types of an environment that does not work are not offered."""
+        for each in self.presences.values():
+            each.describe(msgspec.structs.replace(each.identity, env=described_env(self._node, self._executor)))
 
     def on_missed(self, slot: Slot[Run]) -> None:
         self._gaps.add(slot.plan.worker_id)

@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import IO
 
 from flowmesh.errors import BusyError, ConfigError
+from flowmesh.execution.layout import make_parts
 from flowmesh.processes import linux
 from flowmesh.processes.server_client import socket_name
 from flowmesh.tasks.catalogue import DEFAULT, DELIVERY, LIGHT
 from flowmesh.tasks.journal import JournalError, ensure_private_dir
-
-PARTS = ("run", "log", "spool", "tmp", "cache")
-"""The folders inside the state folder."""
 
 
 def check_sockets(folder: Path, environments: Iterable[str]) -> None:
@@ -49,8 +47,7 @@ def hold_state_dir(folder: Path) -> IO[str]:
     """
     ensure_private_dir(folder)
     try:
-        for name in PARTS:
-            (folder / name).mkdir(exist_ok=True, mode=0o700)
+        make_parts(folder, None)
         lock = open(folder / "lock", "a+")  # noqa: SIM115 - open as long as the node runs
     except OSError as error:
         raise JournalError(
@@ -103,14 +100,3 @@ def make_log_file(path: Path) -> None:
         raise ConfigError(
             f"node.log_file: {path} cannot be opened: {why}; set it to a file that can be written"
         ) from None
-
-
-def open_for(uid: int, gid: int, folder: Path) -> None:
-    """Let the user that tasks run as enter the state folder, but not list it, and own the cache.
-
-    Args:
-        folder: the state folder.
-    """
-    for each in (folder, folder / "spool", folder / "tmp"):
-        each.chmod(0o711)
-    os.chown(folder / "cache", uid, gid)

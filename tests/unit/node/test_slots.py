@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from flowmesh.errors import ConfigError, DeviceError
 from flowmesh.node.devices import GpuInfo, MigSlice
-from flowmesh.node.slots import Slot, SlotPlan, cpu_list, plan
+from flowmesh.node.slots import Slot, SlotFault, SlotPlan, cpu_list, plan
 from flowmesh.settings.checks import cpu_numbers
 from flowmesh.settings.load import describe, load
 from flowmesh.settings.schema import Settings
@@ -190,14 +190,15 @@ def test_a_list_of_cpus_and_back(cpus: set[int]) -> None:
 
 
 def test_a_closed_slot_still_takes_what_needs_none_of_its_gpus() -> None:
-    slot: Slot[str] = Slot(SlotPlan(name="a", worker_id="w"), lambda run: run.startswith("gpu"))
+    slot: Slot[str] = Slot(SlotPlan(name="a", worker_id="w"))
     slot.queue.extend(["gpu-1", "echo", "gpu-2"])
-    slot.closed = "why"
+    slot.faults["GPUs"] = SlotFault(reason="why", concerns=lambda run: run.startswith("gpu"))
+    assert slot.trouble == "why"
     assert slot.next() == "echo"
     assert slot.next() is None
     slot.free("echo")
     assert slot.next() is None
-    slot.closed = ""
+    del slot.faults["GPUs"]
     assert slot.next() == "gpu-1"
     assert list(slot.queue) == ["gpu-2"]
 
