@@ -16,6 +16,7 @@ import msgspec
 from loguru import logger
 
 from flowmesh import __version__
+from flowmesh.control.drain import Drain
 from flowmesh.control.operations import Operations
 from flowmesh.control.server import ControlServer
 from flowmesh.control.watchers import Watchers
@@ -38,11 +39,13 @@ from flowmesh.settings.paths import results_dir, state_dir
 from flowmesh.settings.schema import Settings
 from flowmesh.startup import environments, preflight, successor
 from flowmesh.startup.event_loop import end_all, reap_children, start_threads
-from flowmesh.startup.state_dir import hold_state_dir
+from flowmesh.startup.state_dir import hold_state_dir, keep_lock
 from flowmesh.tasks.catalogue import LIGHT
 from flowmesh.tasks.journal import Journal
+from flowmesh.tasks.journal_db import JOURNAL_FILE
 
 FAREWELL_TIMEOUT_S = 5.0
+LOCK_INTERVAL_S = 1.0
 SIGNAL_WAIT_S = 0.01
 """Before an exec: a signal that came before signals were held is handled in this time."""
 FLUSH_TIMEOUT_S = 10.0
@@ -66,7 +69,6 @@ class Supervisor:
         self._environ = environment
         self._stop = asyncio.Event()
         self._upgrade = False
-        self._drain_mode: str | None = None
         self._notifier = Notifier(environment)
         self._lock: IO[str] | None = None
         self._reloading: set[asyncio.Task[None]] = set()
@@ -82,21 +84,25 @@ class Supervisor:
         linux.become_subreaper()
         linux.hide_from_same_user()
         start_threads()
-        self.journal = Journal(self.state_dir / "journal.sqlite")
+        self.journal = Journal(self.state_dir / JOURNAL_FILE)
         await self._wire()
         self._handle_signals()
         tasks = [asyncio.create_task(work) for work in self._works()]
         try:
             await self.control.start()
-            self._notifier.send(READY="1", STATUS="running")
-            await self._until_stopped(tasks)
-            if self._upgrade:
-                await self._hand_over()
-            await self._drained()
+            while not await self._ended(tasks):
+                pass
         finally:
             await end_all(tasks)
         await self._close()
         return 0
+
+    async def _ended(self, tasks: list[asyncio.Task[Any]]) -> bool:
+        """Wait for a stop and its end; False where it was taken back."""
+        await self._until_stopped(tasks)
+        if self._upgrade:
+            await self._hand_over()
+        return await self.drain.ended()
 
     async def _wire(self) -> None:
         settings = self.settings
@@ -123,7 +129,16 @@ class Supervisor:
         make_parts(self.state_dir, owner)
         self.executor = self._make_executor(node, fitted, owner)
         self.link = Link(node, self.executor, worker_id)
-        operations = Operations(node, self.executor, self.link, stop=self.stop, start_anew=self.start_anew)
+        limit_s = settings.processes.drain_timeout_s
+        self.drain = Drain(self.executor, self.link.registration, self._notifier, self._stop, limit_s)
+        operations = Operations(
+            node,
+            self.executor,
+            self.link,
+            stop=self.drain.by_operator,
+            resume=self.drain.take_back,
+            start_anew=self.start_anew,
+        )
         watchers = Watchers(self.executor)
         self.control = ControlServer(self.state_dir / "run" / "control.sock", operations.handlers(), watchers.subscribe)
         catalogue = self.executor.catalogue
@@ -185,29 +200,24 @@ class Supervisor:
         return preflight.fit(settings, self._environ, inventory, node_id=self.node_id, worker_id=self.worker_id)
 
     def _works(self) -> list[Coroutine[Any, Any, None]]:
-        return [self._begin(), self.link.send_events(), self._feed_watchdog(), *self.executor.works()]
+        works = [self._begin(), self.link.send_events(), self._feed_watchdog(), *self.executor.works()]
+        return [*works, self.control.keep(), self._keep_lock()]
 
     async def _begin(self) -> None:
         """Take over the tasks of an earlier supervisor; then subscribe; then report IDLE."""
+        mode = self.drain.kept
+        self.executor.draining = mode  # no task of the queue starts meanwhile
         await recover(self.executor)
+        if mode is not None:
+            logger.info("the drain that began before the restart continues; `flowmesh drain --cancel` ends it")
+            self.drain.by_operator(mode)
         await self.executor.pool.warm(LIGHT)
         await self.executor.gpus.check_idle_slots()
         gc.collect()
         gc.freeze()  # long-lived objects need no further collection
         self.link.registration.resume()
+        self._notifier.send(READY="1", STATUS="running")
         await asyncio.gather(*self.link.works())
-
-    def stop(self, mode: str) -> None:
-        """Drain in this mode, then end. A later call has an effect only if its mode is harder."""
-        hardness = ("finish", "checkpoint", "now")
-        if self._drain_mode is not None and hardness.index(mode) <= hardness.index(self._drain_mode):
-            return
-        self._drain_mode = mode
-        self._stop.set()
-        logger.bind(mode=mode, tasks=len(self.executor.runs)).info("draining")
-        self._notifier.send(STOPPING="1", STATUS=f"draining ({mode})")
-        self.link.registration.drain()
-        self.executor.drain(mode)
 
     async def start_anew(self) -> None:
         """Replace this process by the program as it is on disk, with the settings as they are now; tasks run on.
@@ -215,12 +225,14 @@ class Supervisor:
         Raises:
             FlowMeshError: the new process would not start, or refuse the settings; nothing has changed.
         """
+        self._notifier.reloading("checking the settings and the program on disk")
         try:
             await self._check_anew()
-            if self._drain_mode is not None:
+            if self.drain.mode is not None:
                 raise LaunchError("the node is draining, and ends when its tasks have ended")
         except FlowMeshError as error:
             logger.error("not restarted, the node keeps its version and settings: {}", error)
+            self._notifier.send(READY="1", STATUS=f"not reloaded: {error}")
             raise
         self._upgrade = True
         self._stop.set()
@@ -235,6 +247,14 @@ class Supervisor:
         await asyncio.to_thread(self._fit, settings, await self._take_inventory(settings))
         await asyncio.to_thread(successor.check)
 
+    async def _keep_lock(self) -> None:
+        """Until cancelled: hold the lock in a new file when somebody has deleted the old one."""
+        assert self._lock is not None
+        while True:
+            await asyncio.sleep(LOCK_INTERVAL_S)
+            with contextlib.suppress(OSError):  # said by the checks of the state folder
+                self._lock = keep_lock(self.state_dir, self._lock)
+
     async def _until_stopped(self, tasks: list[asyncio.Task[Any]]) -> None:
         stop = asyncio.create_task(self._stop.wait())
         done, _ = await asyncio.wait([stop, *tasks], return_when=asyncio.FIRST_COMPLETED)
@@ -243,31 +263,22 @@ class Supervisor:
             if (error := task.exception()) is not None:
                 raise error
 
-    async def _drained(self) -> None:
-        """Wait until the tasks have ended; after `processes.drain_timeout_s` they are stopped."""
-        limit_s = self.settings.processes.drain_timeout_s
-        try:
-            await asyncio.wait_for(self.executor.idle(), limit_s)
-        except TimeoutError:
-            logger.warning("drain took more than {} s: stopping the running tasks", limit_s)
-            self.stop("now")
-            await self.executor.idle()
-
     async def _hand_over(self) -> None:
         """exec the program as it is on disk now. Returns only if a stop has come meanwhile."""
         successor.hold_signals()
         await asyncio.sleep(SIGNAL_WAIT_S)
-        if self._drain_mode is not None:
+        if self.drain.mode is not None:
+            self._upgrade = False
             successor.take_signals()
             return
         logger.info("handing over to a new supervisor; {} tasks run on", len(self.executor.runs))
         self.executor.pool.leave()
         self.journal.close()
-        now_us = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
-        self._notifier.send(RELOADING="1", MONOTONIC_USEC=str(now_us), STATUS="handing over")
+        self._notifier.reloading("handing over")
         successor.replace()
 
     async def _close(self) -> None:
+        self._notifier.send(STOPPING="1", STATUS="ending")
         outbox = self.link.outbox
         sending = asyncio.create_task(outbox.run())
         if not await outbox.flushed(FLUSH_TIMEOUT_S / 10 if outbox.trouble else FLUSH_TIMEOUT_S):
@@ -287,14 +298,11 @@ class Supervisor:
     def _handle_signals(self) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_stop_signal)
+            loop.add_signal_handler(number, self.drain.on_signal)
         for number in (signal.SIGHUP, signal.SIGUSR2):
             loop.add_signal_handler(number, self._on_start_anew_signal)
         loop.add_signal_handler(signal.SIGCHLD, reap_children)
         successor.take_signals()
-
-    def _on_stop_signal(self) -> None:
-        self.stop("finish" if self._drain_mode is None else "now")
 
     def _on_start_anew_signal(self) -> None:
         """SIGHUP for new settings, SIGUSR2 for a new version: both restart the program in place."""

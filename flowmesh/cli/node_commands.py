@@ -109,10 +109,19 @@ def deliver(task_id: str, config: str | None, state_dir: str | None, as_json: bo
     help="What running tasks do: finish, stop after saving a checkpoint, or stop now.",
 )
 @click.option("--wait", is_flag=True, help="Return when the node has no tasks left.")
+@click.option("--cancel", "take_back", is_flag=True, help="Take a drain back: accept tasks again.")
 @locate.node_options
-def drain(mode: str, wait: bool, config: str | None, state_dir: str | None, as_json: bool) -> int:
+def drain(*, mode: str, wait: bool, take_back: bool, config: str | None, state_dir: str | None, as_json: bool) -> int:
     """Run the command; returns the exit code."""
     where = locate.state_dir(state_dir, config)
+    if take_back:
+        with Control(where) as control:
+            answer = control.undrain()
+        if as_json:
+            render.print_json(answer)
+        else:
+            print("drain cancelled")
+        return EXIT_OK
     with Control(where) as control:
         answer = control.drain(mode)
     if not as_json:

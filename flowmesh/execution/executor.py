@@ -40,6 +40,7 @@ from flowmesh.execution.observer import Observers
 from flowmesh.execution.run import Run
 from flowmesh.execution.run_table import RunTable
 from flowmesh.execution.timers import Timers
+from flowmesh.execution.unwritten import Unwritten
 from flowmesh.messages.wire import TASK_EVENTS_CHANNEL, utc_now
 from flowmesh.node.devices import GpuInfo
 from flowmesh.node.metrics import HeartbeatObserver
@@ -93,8 +94,7 @@ class Executor:
         self.draining: str | None = None
         """The mode of the drain, if the node is draining."""
         self.begin = Background(self.apply, self._after_error, self._check_idle).begin
-        self._unwritten: list[Callable[[], None]] = []
-        """Steps that wait until the journal can be written, in order."""
+        self._unwritten = Unwritten()
         self.conditions = Conditions(
             slots=slots,
             observer=self.observers,
@@ -215,8 +215,18 @@ class Executor:
                 stop = machine.StopRequested(Stop.DRAIN, detail, checkpoint=mode == "checkpoint", force=mode == "now")
                 self.apply(run, stop)
         if mode == "now":
+            if self._unwritten:  # their stop could not be written down; the journal says that they ran
+                for run in self.runs:
+                    self.pool.kill(run.attempt)
             self.deliveries.suspend()
             self.redeliveries.stop("the node ends")
+
+    def resume(self) -> None:
+        """Take tasks again, after a drain."""
+        self.draining = None
+        self.deliveries.resume()
+        for slot in self.slots.values():
+            self.pump(slot)
 
     async def idle(self) -> None:
         """Wait until every task has ended and was delivered; a drain "now" leaves deliveries to the next supervisor."""
@@ -233,7 +243,7 @@ class Executor:
     def apply(self, run: Run, event: machine.Event) -> None:
         """One step of a task's life: decide, write down, act."""
         if self._unwritten:
-            self._unwritten.append(functools.partial(self.apply, run, event))
+            self._unwritten.add(functools.partial(self.apply, run, event))
             return
         before = run.task
         try:
@@ -264,7 +274,7 @@ class Executor:
 
     def _when_written(self, error: JournalError, step: Callable[[], None]) -> None:
         """A step that could not be journalled has not happened; it is repeated when the journal can be written."""
-        self._unwritten.append(step)
+        self._unwritten.add(step)
         self.on_journal_error(error)
 
     def on_journal_error(self, error: JournalError) -> None:
@@ -273,9 +283,7 @@ class Executor:
 
     def _on_fault_over(self, name: str) -> None:
         if name == JOURNAL:
-            steps, self._unwritten = self._unwritten, []
-            for step in steps:
-                step()
+            self._unwritten.repeat()
 
     def _act(self, run: Run, action: machine.Action) -> None:
         match action:
@@ -334,11 +342,14 @@ class Executor:
         return machine.Released()
 
     async def deliver(self, run: Run, *, adopted: bool = False) -> machine.Event | None:
-        """Deliver the run's results. What a fault of the node's folders prevented is done again when that is over."""
-        event = await self.deliveries.run(run, adopted=adopted)
-        while isinstance(event, machine.Delivered) and event.error and await self._folders.waited(run):
-            event = await self.deliveries.run(run)
-        return event
+        """Deliver the run's results; wait while the node's folders cannot be used, and try again what met that."""
+        while True:
+            if not adopted:
+                await self._folders.usable(run)
+            event = await self.deliveries.run(run, adopted=adopted)
+            adopted = False
+            if not isinstance(event, machine.Delivered) or not event.error or not await self._folders.failed(run):
+                return event
 
     def _requeue(self, run: Run) -> None:
         run.slot.free(run)

@@ -60,12 +60,12 @@ class CheckedFolder:
         found = os.statvfs(self.path)
         if found.f_flag & os.ST_RDONLY:
             return self._says("is on a file system that is read-only")
-        few = found.f_files and found.f_favail < LEAST_INODES
-        if few and found.f_ffree:
+        few = found.f_files > 0 and found.f_favail < LEAST_INODES
+        if few and (found.f_ffree or self._write()):  # some file systems count none at all
             return self._says(f"is on a file system with {found.f_favail} free inodes; remove files there")
         if not os.access(self.path, os.W_OK | os.X_OK):
             return self._says("cannot be written by this user")
-        return self._write() if write or few else ""
+        return self._write() if write else ""
 
     def _write(self) -> str:
         probe = self.path / f".flowmesh-probe-{secrets.token_hex(4)}"

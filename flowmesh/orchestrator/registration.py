@@ -65,6 +65,15 @@ class Registration(Observer):
         for each in self.presences.values():
             each.set_status("DRAINING")
 
+    def take_tasks_again(self) -> None:
+        """After a drain that was taken back: what was dispatched meanwhile was not taken."""
+        for slot in self._executor.slots.values():
+            if slot.current is not None:
+                self.presences[slot.plan.worker_id].set_status("RUNNING", slot.current.task_id)
+            else:
+                self._rest(slot)
+            self.on_missed(slot)
+
     async def unregister(self, timeout_s: float) -> None:
         await asyncio.gather(*(each.unregister(timeout_s) for each in self.presences.values()))
 

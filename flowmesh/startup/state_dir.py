@@ -48,11 +48,15 @@ def hold_state_dir(folder: Path) -> IO[str]:
     ensure_private_dir(folder)
     try:
         make_parts(folder, None)
-        lock = open(folder / "lock", "a+")  # noqa: SIM115 - open as long as the node runs
+        return _lock(folder)
     except OSError as error:
         raise JournalError(
             f"{error.filename}: {error.strerror}; set node.state_dir to a folder that can be written"
         ) from error
+
+
+def _lock(folder: Path) -> IO[str]:
+    lock = open(folder / "lock", "a+")  # noqa: SIM115 - open as long as the node runs
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -66,6 +70,23 @@ def hold_state_dir(folder: Path) -> IO[str]:
     lock.write(str(os.getpid()))
     lock.flush()
     return lock
+
+
+def keep_lock(folder: Path, lock: IO[str]) -> IO[str]:
+    """The lock on the state folder, taken again in a new file where somebody has deleted the old one.
+
+    Raises:
+        OSError: the file cannot be made.
+        BusyError: another supervisor has the new one.
+    """
+    try:
+        if os.fstat(lock.fileno()).st_ino == (folder / "lock").stat().st_ino:
+            return lock
+    except FileNotFoundError:
+        pass
+    fresh = _lock(folder)
+    lock.close()
+    return fresh
 
 
 def make_results_dir(folder: Path) -> None:

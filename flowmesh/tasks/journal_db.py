@@ -15,6 +15,7 @@ from typing import Any
 
 from flowmesh.errors import FlowMeshError
 
+JOURNAL_FILE = "journal.sqlite"
 SCHEMA_VERSION = 1
 
 _SCHEMA = """
@@ -195,6 +196,7 @@ def check_version(path: Path) -> None:
 
     Raises:
         JournalError: it was written by another version, or cannot be read.
+        PermissionError: this user may not read it.
     """
     try:
         if not path.exists():
@@ -202,6 +204,8 @@ def check_version(path: Path) -> None:
         with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
             _check_schema(path, db.execute("PRAGMA user_version").fetchone()[0])
             db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    except PermissionError:
+        raise
     except (sqlite3.Error, OSError) as error:
         raise JournalError(f"{path}: cannot be read: {error}") from error
 

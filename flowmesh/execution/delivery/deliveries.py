@@ -83,6 +83,10 @@ class Deliveries:
             if this.succeeded:
                 self._stop(this)
 
+    def resume(self) -> None:
+        """New deliveries send again; those that were suspended stay so."""
+        self._suspended = False
+
     def _stop(self, this: Delivery) -> None:
         if this.waiting is not None:
             this.waiting.cancel()

@@ -75,18 +75,22 @@ class NodeFolders:
         for name, reason in troubles.items():
             self._conditions.report(self.faults[name], reason)
 
-    async def waited(self, run: Run) -> bool:
-        """Whether a run's delivery met a fault of the folders that is over now. Waits for it, but not for ever."""
-        if run.task.verdict is None or not run.task.verdict.ok:
-            return False
-        self.report(troubles := await asyncio.to_thread(self.look))
-        names = [name for name in troubles if name != SPACE]
+    async def usable(self, run: Run) -> bool:
+        """Wait while a folder that a computed result needs cannot be used; False if that takes too long."""
         deadline = time.monotonic() + self._wait_s
-        while any(map(self._conditions.holds, names)):
-            if run.task.stop is not None or time.monotonic() > deadline:
+        while any(map(self._conditions.holds, (RESULTS, STATE))):
+            if not _computed(run) or run.task.stop is not None or time.monotonic() > deadline:
                 return False
             await asyncio.sleep(INTERVAL_S / 4)
-        return bool(names)
+        return True
+
+    async def failed(self, run: Run) -> bool:
+        """Whether a delivery that failed has met a fault of the folders, and it is over now."""
+        if not _computed(run):
+            return False
+        troubles = await asyncio.to_thread(self.look)
+        self.report(troubles)
+        return bool(troubles.keys() & {RESULTS, STATE}) and await self.usable(run)
 
     def journal_failed(self, reason: str) -> None:
         self._conditions.report(self.faults[JOURNAL], reason)
@@ -127,3 +131,7 @@ class NodeFolders:
 def own_shortage(out_dir: Path, least_bytes: int) -> str:
     """Too little space for one task's own folder; empty if it has enough. Called in a thread."""
     return shortage({"spec.output.destination.path": out_dir}, least_bytes)
+
+
+def _computed(run: Run) -> bool:
+    return run.task.verdict is not None and run.task.verdict.ok
