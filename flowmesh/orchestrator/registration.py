@@ -56,9 +56,9 @@ class Registration(Observer):
         }
 
     def resume(self) -> None:
-        """Report the slots of adopted tasks as RUNNING."""
+        """Report the slots of adopted tasks as RUNNING, unless the node drains."""
         for worker_id, slot in self._executor.slots.items():
-            if slot.current is not None:
+            if slot.current is not None and self._executor.draining is None:
                 self.presences[worker_id].set_status("RUNNING", slot.current.task_id)
 
     def drain(self) -> None:
