@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import secrets
 import signal
@@ -39,6 +40,7 @@ from flowmesh.settings.paths import results_dir, state_dir
 from flowmesh.settings.schema import Settings
 from flowmesh.startup import environments, preflight, successor
 from flowmesh.startup.event_loop import end_all, reap_children, start_threads
+from flowmesh.startup.gpu_watch import GpuWatch
 from flowmesh.startup.state_dir import hold_state_dir, keep_lock
 from flowmesh.tasks.catalogue import LIGHT
 from flowmesh.tasks.journal import Journal
@@ -69,6 +71,8 @@ class Supervisor:
         self._environ = environment
         self._stop = asyncio.Event()
         self._upgrade = False
+        self._next_workers: set[str] = set()
+        """The workers that a new supervisor will have."""
         self._notifier = Notifier(environment)
         self._lock: IO[str] | None = None
         self._reloading: set[asyncio.Task[None]] = set()
@@ -111,9 +115,7 @@ class Supervisor:
             "worker_id", f"worker-{secrets.token_hex(6)}"
         )
         self.nvml = Nvml()
-        inventory = await self._take_inventory(settings)
-        for problem in inventory.unusable:
-            logger.error("GPU not offered: {}", problem)
+        inventory = await self._take_inventory()
         fitted = self._fit(settings, inventory)
         self.cgroup = fitted.cgroup
         node = NodeDescription(
@@ -128,6 +130,14 @@ class Supervisor:
         owner = preflight.owner(settings)
         make_parts(self.state_dir, owner)
         self.executor = self._make_executor(node, fitted, owner)
+        self.gpu_watch = GpuWatch(
+            self.executor.conditions,
+            fitted,
+            fit=functools.partial(self._fit, settings),
+            restart=self.start_anew,
+            wait_s=settings.tasks.node_fault_wait_s,
+        )
+        self.gpu_watch.begin(inventory)
         self.link = Link(node, self.executor, worker_id)
         limit_s = settings.processes.drain_timeout_s
         self.drain = Drain(self.executor, self.link.registration, self._notifier, self._stop, limit_s)
@@ -150,8 +160,6 @@ class Supervisor:
 
     def _make_executor(self, node: NodeDescription, fitted: preflight.Fitted, owner: Owner | None) -> Executor:
         settings = self.settings
-        for name in sorted({slot.name for slot in settings.slots} - {plan.name for plan in fitted.slots}):
-            logger.error("slot {} is left out: none of its GPUs works", name)
         slots: dict[str, Slot[Run]] = {plan.worker_id: Slot(plan) for plan in fitted.slots}
         base_env = environ.base(self._environ, settings.tasks.pass_env)
         catalogue, environment_table = environments.plan(settings)
@@ -187,14 +195,11 @@ class Supervisor:
             gpus=fitted.gpus,
         )
 
-    async def _take_inventory(self, settings: Settings) -> Inventory:
+    async def _take_inventory(self) -> Inventory:
         try:
             return await self.nvml.inventory()
         except DeviceError as error:
-            if any(slot.gpus for slot in settings.slots):
-                raise  # they may be there after a repair or a later start: worth a restart
-            logger.error("the node starts without GPUs: {}", error)
-            return Inventory()
+            return Inventory(unusable=(str(error),))
 
     def _fit(self, settings: Settings, inventory: Inventory) -> preflight.Fitted:
         return preflight.fit(settings, self._environ, inventory, node_id=self.node_id, worker_id=self.worker_id)
@@ -219,15 +224,18 @@ class Supervisor:
         self._notifier.send(READY="1", STATUS="running")
         await asyncio.gather(*self.link.works())
 
-    async def start_anew(self) -> None:
+    async def start_anew(self, fitted: preflight.Fitted | None = None) -> None:
         """Replace this process by the program as it is on disk, with the settings as they are now; tasks run on.
+
+        Args:
+            fitted: what the new one will make of the machine; None: found out here.
 
         Raises:
             FlowMeshError: the new process would not start, or refuse the settings; nothing has changed.
         """
         self._notifier.reloading("checking the settings and the program on disk")
         try:
-            await self._check_anew()
+            await self._check_anew(fitted)
             if self.drain.mode is not None:
                 raise LaunchError("the node is draining, and ends when its tasks have ended")
         except FlowMeshError as error:
@@ -237,14 +245,16 @@ class Supervisor:
         self._upgrade = True
         self._stop.set()
 
-    async def _check_anew(self) -> None:
+    async def _check_anew(self, fitted: preflight.Fitted | None) -> None:
         settings = await asyncio.to_thread(self._reread)
         if (there := state_dir(settings, self._environ)) != self.state_dir:
             raise ConfigError(
                 f"node.state_dir: {there} is not {self.state_dir}, where this node and its tasks are; "
                 "to move it, drain the node and start it again"
             )
-        await asyncio.to_thread(self._fit, settings, await self._take_inventory(settings))
+        if fitted is None:
+            fitted = await asyncio.to_thread(self._fit, settings, await self._take_inventory())
+        self._next_workers = {plan.worker_id for plan in fitted.slots}
         await asyncio.to_thread(successor.check)
 
     async def _keep_lock(self) -> None:
@@ -272,6 +282,7 @@ class Supervisor:
             successor.take_signals()
             return
         logger.info("handing over to a new supervisor; {} tasks run on", len(self.executor.runs))
+        await self.link.registration.unregister(FAREWELL_TIMEOUT_S, keep=self._next_workers)
         self.executor.pool.leave()
         self.journal.close()
         self._notifier.reloading("handing over")

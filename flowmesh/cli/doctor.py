@@ -91,7 +91,12 @@ def _node(settings: Settings) -> Iterator[Finding]:
     remedy = "remove the cause; the node then starts tasks again by itself"
     for fault in status.faults:
         lasts = render.seconds(fault.since_s)
-        yield Finding("node", Level.BROKEN, f"{', '.join(fault.workers)} degraded for {lasts}: {fault.reason}", remedy)
+        yield Finding(
+            "node",
+            Level.BROKEN,
+            f"{', '.join(fault.workers) or fault.name} degraded for {lasts}: {fault.reason}",
+            remedy,
+        )
     known = [fault.reason for fault in status.faults]
     for name, warning in status.warnings.items():
         if warning not in known:

@@ -57,8 +57,9 @@ def status(config: str | None, state_dir: str | None, as_json: bool) -> int:
     for trouble in found.redis_troubles:
         print(f"\n{trouble}")
     for fault in found.faults:
-        concerned = "" if len(fault.workers) == len(found.workers) else f" of {', '.join(fault.workers)}"
-        print(f"\ndegraded for {render.seconds(fault.since_s)}{concerned}: {fault.reason}")
+        concerned = "" if len(fault.workers) == len(found.workers) else f" {', '.join(fault.workers)}"
+        word = f"degraded{concerned}" if fault.workers else fault.name
+        print(f"\n{word} (for {render.seconds(fault.since_s)}): {fault.reason}")
     known = [fault.reason for fault in found.faults]
     for environment, message in found.warnings.items():
         if message not in known:

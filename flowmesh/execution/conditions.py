@@ -101,7 +101,7 @@ class Conditions:
                 "name": each.fault.name,
                 "reason": each.reason,
                 "since_s": round(time.monotonic() - each.since, 1),
-                "workers": list(each.fault.worker_ids or self._slots),
+                "workers": list(self._slots if each.fault.worker_ids is None else each.fault.worker_ids),
             }
             for each in self._known.values()
             if each.reason
@@ -119,12 +119,12 @@ class Conditions:
         condition.reason = reason
         self._mark(condition)
         if not began:
-            bound.info("still degraded: {}", reason)
+            bound.info("still: {}", reason)
             return
         condition.since = time.monotonic()
         if condition.since - condition.ended > 2 * fault.longest_s:
             condition.backoff.reset()  # else a probe passed and a task then failed: the pauses go on growing
-        bound.error("degraded, tasks wait: {}", reason)
+        bound.error("degraded, tasks wait: {}" if self._slots_of(fault) else "not as it should be: {}", reason)
         self._tell(condition)
         self._begin(self._probe(condition))
 

@@ -11,8 +11,8 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from flowmesh.errors import ConfigError, DeviceError
-from flowmesh.node.devices import GpuInfo, NoSuchGpuError, find_gpu
+from flowmesh.errors import ConfigError
+from flowmesh.node.devices import GpuInfo, NoSuchGpuError, find_gpu, is_whole_uuid
 from flowmesh.settings.checks import cpu_numbers
 from flowmesh.settings.schema import Settings
 from flowmesh.settings.types import SlotsMode
@@ -30,6 +30,8 @@ class SlotPlan(msgspec.Struct, frozen=True, kw_only=True):
     worker_id: str
     gpus: tuple[str, ...] = ()
     """UUIDs."""
+    missing: tuple[str, ...] = ()
+    """Entries of the settings or of CUDA_VISIBLE_DEVICES that name GPUs which are not there now."""
     cpus: tuple[int, ...] = ()
     """Numbers of the CPUs that its tasks may run on."""
     cores: int = 0
@@ -54,6 +56,7 @@ def plan(
     cores: int,
     *,
     some_are_down: bool = False,
+    missing: tuple[str, ...] = (),
 ) -> tuple[SlotPlan, ...]:
     """The node's slots.
 
@@ -62,11 +65,11 @@ def plan(
         gpus: the GPUs that the node may offer.
         cpus: the numbers of the CPUs that the node may use.
         cores: how many of them it can keep busy at once (a cgroup quota may be less).
-        some_are_down: skip the GPUs that do not work now, and a slot that has none left.
+        some_are_down: GPUs that a slot names and that there are not may come back.
+        missing: entries of CUDA_VISIBLE_DEVICES that name no GPU that is there.
 
     Raises:
         ConfigError: a slot cannot be made as configured; names its key.
-        DeviceError: no slot is left.
     """
     if settings.slots:
         slots = _listed(settings, gpus, cpus, cores, some_are_down=some_are_down)
@@ -77,11 +80,11 @@ def plan(
         ]
     else:
         uuids = tuple(gpu.uuid for gpu in gpus)
-        slots = [SlotPlan(name=ONLY, worker_id="", gpus=uuids, cpus=tuple(cpus), cores=cores)]
+        slots = [SlotPlan(name=ONLY, worker_id="", gpus=uuids, missing=missing, cpus=tuple(cpus), cores=cores)]
     _check_slices(slots, gpus, settings)
     alone = len(settings.slots or slots) == 1
-    total = sum(len(slot.gpus) for slot in slots)
-    weights = [len(slot.gpus) if total else slot.threads for slot in slots]
+    named = [len(slot.gpus) + len(slot.missing) for slot in slots]
+    weights = named if sum(named) else [slot.threads for slot in slots]
     return tuple(
         msgspec.structs.replace(
             slot,
@@ -123,20 +126,20 @@ def _listed(
     slots = []
     for index, slot in enumerate(settings.slots):
         key = f"slots[{index}]"
-        uuids = []
+        uuids: list[str] = []
+        missing: list[str] = []
         for at, entry in enumerate(slot.gpus):
             try:
                 uuid = find_gpu(gpus, str(entry), f"{key}.gpus[{at}]").uuid
             except NoSuchGpuError:
-                if some_are_down:
+                if some_are_down or is_whole_uuid(str(entry)):
+                    missing.append(str(entry))
                     continue
                 raise
             if uuid in taken:
                 raise ConfigError(f"{key}.gpus[{at}]: {entry!r} is {uuid}, which is already in slot {taken[uuid]!r}")
             taken[uuid] = slot.name
             uuids.append(uuid)
-        if slot.gpus and not uuids:
-            continue
         own = rest if slot.cpus is None else cpu_numbers(slot.cpus)
         if absent := [cpu for cpu in own if cpu not in cpus]:
             raise ConfigError(f"{key}.cpus: there is no CPU {absent[0]} for this node; it has: {cpu_list(cpus)}")
@@ -144,10 +147,15 @@ def _listed(
             raise ConfigError(f"{key}.cpus: missing; the other slots have all of this node's CPUs ({cpu_list(cpus)})")
         count = len(own) // sharing if slot.cpus is None else len(own)
         slots.append(
-            SlotPlan(name=slot.name, worker_id="", gpus=tuple(uuids), cpus=own, cores=max(1, min(count, cores)))
+            SlotPlan(
+                name=slot.name,
+                worker_id="",
+                gpus=tuple(uuids),
+                missing=tuple(missing),
+                cpus=own,
+                cores=max(1, min(count, cores)),
+            )
         )
-    if not slots:
-        raise DeviceError("slots: none of the configured GPUs works now; `flowmesh doctor` gives details")
     return slots
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Set
 
 import msgspec
 from loguru import logger
@@ -74,8 +75,19 @@ class Registration(Observer):
                 self._rest(slot)
             self.on_missed(slot)
 
-    async def unregister(self, timeout_s: float) -> None:
-        await asyncio.gather(*(each.unregister(timeout_s) for each in self.presences.values()))
+    async def unregister(self, timeout_s: float, *, keep: Set[str] | None = None) -> None:
+        """Unregister the workers.
+
+        Args:
+            keep: the workers that a next supervisor will have; those with tasks are kept, too. None: none.
+        """
+        gone = [
+            presence
+            for worker_id, presence in self.presences.items()
+            if keep is None
+            or (worker_id not in keep and not self._executor.runs.has_any_of(self._executor.slots[worker_id]))
+        ]
+        await asyncio.gather(*(each.unregister(timeout_s) for each in gone))
 
     def on_subscribed(self, gap: bool) -> None:
         """The tasks channel is subscribed to; after a gap, what was dispatched meanwhile must be queued again."""
