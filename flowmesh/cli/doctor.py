@@ -90,13 +90,9 @@ def _node(settings: Settings) -> Iterator[Finding]:
     yield Finding("node", Level.OK, f"running: pid {status.pid}, {held}, {slots}")
     remedy = "remove the cause; the node then starts tasks again by itself"
     for fault in status.faults:
-        lasts = render.seconds(fault.since_s)
-        yield Finding(
-            "node",
-            Level.BROKEN,
-            f"{', '.join(fault.workers) or fault.name} degraded for {lasts}: {fault.reason}",
-            remedy,
-        )
+        who = f"{', '.join(fault.workers)} degraded" if fault.workers else fault.name
+        text = f"{who} for {render.seconds(fault.since_s)}: {fault.reason}"
+        yield Finding("node", Level.BROKEN, text, remedy)
     known = [fault.reason for fault in status.faults]
     for name, warning in status.warnings.items():
         if warning not in known:
