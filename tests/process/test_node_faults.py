@@ -357,3 +357,75 @@ def test_a_stale_control_socket_of_another_program_is_replaced(node: Node) -> No
         inode = path.stat().st_ino
         until(lambda: path.exists() and path.stat().st_ino != inode, "the node's own is there again")
     assert node.ask(op="status")["ok"] is True
+
+
+@needs_root
+def test_a_full_state_disk_makes_tasks_wait_and_their_ends_come_when_there_is_room(
+    redis_server: RedisServer, orchestrator: Orchestrator
+) -> None:
+    with on_tmpfs(redis_server, "s", "size=24m,mode=700") as (node, mount):
+        running = orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 2})
+        orchestrator.wait_started(running)
+        with open(mount / "cache" / "filler", "wb", buffering=0) as filler, contextlib.suppress(OSError):
+            while True:
+                filler.write(bytes(4096))
+        for _ in range(40):  # until the journal's reserve is used up
+            orchestrator.dispatch("w1", {"taskType": "echo", "padding": "x" * 400_000})
+            if any(fault["name"] == "journal" for fault in node.ask(op="status")["faults"]):
+                break
+        faults = [fault["name"] for fault in node.ask(op="status")["faults"]]
+        assert "journal" in faults
+        remount(mount, "size=64m")
+        (mount / "cache" / "filler").unlink()
+        assert orchestrator.wait_end(running)["type"] == "TASK_SUCCEEDED"
+        node.wait_status("IDLE", "RUNNING")
+        assert orchestrator.run("w1", {"taskType": "echo"})["type"] == "TASK_SUCCEEDED"
+
+
+@needs_root
+def test_a_state_disk_that_turns_read_only_degrades_and_a_forced_stop_ends(
+    redis_server: RedisServer, orchestrator: Orchestrator, tmp_path: Path
+) -> None:
+    """As the kernel makes a file system read-only after an error on its disk."""
+    if shutil.which("mkfs.ext4") is None:
+        pytest.skip("needs mkfs.ext4 to make a small file system")
+    image, home = tmp_path / "disk", short_dir()
+    with open(image, "wb") as file:
+        file.truncate(64 << 20)
+    subprocess.run(["mkfs.ext4", "-q", "-F", "-O", "^has_journal", str(image)], check=True)
+    mount = home / "s"
+    mount.mkdir()
+    done = subprocess.run(
+        ["mount", "-o", "loop,errors=remount-ro", str(image), str(mount)], capture_output=True, check=False
+    )
+    if done.returncode != 0:
+        shutil.rmtree(home)
+        pytest.skip("this system does not allow mounting a loop device")
+    try:
+        source = subprocess.run(["findmnt", "-no", "SOURCE", str(mount)], capture_output=True, text=True, check=True)
+        break_it = Path("/sys/fs/ext4", Path(source.stdout.strip()).name, "trigger_fs_error")
+        if not break_it.exists():
+            pytest.skip("this kernel has no trigger_fs_error")
+        mount.chmod(0o700)
+        node = Node(redis_server, config=NO_CHECK, home=home).start()
+        running = orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 600})
+        orchestrator.wait_started(running)
+        pid = node.task_pid(running)
+        break_it.write_text("1")
+        orchestrator.hear()
+        orchestrator.worker_events.clear()
+        for _ in range(20):
+            orchestrator.dispatch("w1", {"taskType": "echo"})
+            orchestrator.hear(0.1)
+        until(lambda: node.ask(op="status")["faults"], "it says so")
+        announced = [event for event in orchestrator.worker_events if event["type"] == "REGISTER"]
+        assert len(announced) <= 4
+        assert node.process is not None
+        node.process.send_signal(signal.SIGTERM)
+        until(lambda: node.ask(op="status")["draining"], "it drains")
+        node.process.send_signal(signal.SIGTERM)
+        node.process.wait(60)
+        assert not Path(f"/proc/{pid}").exists()
+    finally:
+        subprocess.run(["umount", "-l", str(mount)], check=False, capture_output=True)
+        shutil.rmtree(home, ignore_errors=True)
