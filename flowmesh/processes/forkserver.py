@@ -143,6 +143,8 @@ class ForkServer:
             fresh.close()  # tried again
             return
         fresh.setblocking(False)
+        if self._supervisor.accept():  # one that has connected to the old socket meanwhile
+            self._introduce()
         self._poller.unregister(self._listener)
         self._listener.close()
         self._listener = fresh

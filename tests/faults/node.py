@@ -67,12 +67,16 @@ def _(rig: Rig, rng: random.Random) -> None:
     rig.expect_accepted, rig.may_repeat, rig.may_be_late = False, True, True
     run = rig.node.state_dir / "run"
     servers = [path for path in run.glob("*.sock") if path.name != "control.sock"]
+    pids = {server["pid"] for server in rig.status()["servers"] if server["state"] == "ready"}
     for path in servers:
         path.unlink(missing_ok=True)
-    # A fork server whose environment's last task ended may have been told to end meanwhile: then it needs no socket.
-    until(lambda: len([each for each in servers if each.exists()]) >= len(rig.status()["servers"]), "made again")
+    until(lambda: all(path.exists() for path in servers) or not pids <= set(_pids(rig)), "the sockets are made again")
     rig.node.kill()
     rig.start_node()
+
+
+def _pids(rig: Rig) -> list[int]:
+    return [server["pid"] for server in rig.status()["servers"]]
 
 
 @fault("node: journal locked by another program", weight=6)
