@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import gc
+import os
 import secrets
 import signal
 import time
@@ -16,17 +17,19 @@ from typing import IO, Any
 import msgspec
 from loguru import logger
 
-from flowmesh import __version__
+from flowmesh import installed
 from flowmesh.control.drain import Drain
 from flowmesh.control.operations import Operations
 from flowmesh.control.server import ControlServer
 from flowmesh.control.watchers import Watchers
 from flowmesh.errors import ConfigError, DeviceError, FlowMeshError, LaunchError
+from flowmesh.execution import permits
 from flowmesh.execution.executor import Executor
 from flowmesh.execution.layout import Layout, Owner, make_parts
 from flowmesh.execution.recovery import recover
 from flowmesh.execution.run import Run
 from flowmesh.messages.wire import utc_now
+from flowmesh.node import cuda_build
 from flowmesh.node.devices import Inventory
 from flowmesh.node.nvml.client import Nvml
 from flowmesh.node.power import PowerMeter
@@ -36,12 +39,14 @@ from flowmesh.orchestrator.link import Link
 from flowmesh.orchestrator.worker_description import NodeDescription
 from flowmesh.processes import environ, linux
 from flowmesh.processes.server_pool import ServerPool
+from flowmesh.redaction import Redactor
 from flowmesh.settings.paths import results_dir, state_dir
 from flowmesh.settings.schema import Settings
 from flowmesh.startup import environments, preflight, successor
 from flowmesh.startup.event_loop import end_all, reap_children, start_threads
 from flowmesh.startup.gpu_watch import GpuWatch
 from flowmesh.startup.state_dir import hold_state_dir, keep_lock
+from flowmesh.startup.trust import SetUp, trust
 from flowmesh.tasks.catalogue import LIGHT
 from flowmesh.tasks.journal import Journal
 from flowmesh.tasks.journal_db import JOURNAL_FILE
@@ -57,17 +62,21 @@ FLUSH_TIMEOUT_S = 10.0
 class Supervisor:
     """One node, from its start to its exit code."""
 
-    def __init__(self, settings: Settings, environment: Mapping[str, str], reread: Callable[[], Settings]) -> None:
+    def __init__(
+        self, settings: Settings, environment: Mapping[str, str], reread: Callable[[], Settings], hides: Redactor
+    ) -> None:
         """
         Args:
             settings: checked by `preflight.check`.
             environment: the process environment that they were read with.
             reread: reads and checks them again; raises ConfigError. Called in a thread.
+            hides: the node's secrets, wherever it says something.
         """
         self.settings = settings
         self.state_dir = state_dir(self.settings, environment)
         self.results_dir = results_dir(self.settings)
         self._reread = reread
+        self._hides = hides
         self._environ = environment
         self._stop = asyncio.Event()
         self._upgrade = False
@@ -84,9 +93,9 @@ class Supervisor:
             FlowMeshError: it cannot start, and why.
         """
         successor.hold_signals()
+        os.umask(int(self.settings.results.umask, 8))
         self._lock = hold_state_dir(self.state_dir)
         linux.become_subreaper()
-        linux.hide_from_same_user()
         start_threads()
         self.journal = Journal(self.state_dir / JOURNAL_FILE)
         await self._wire()
@@ -115,7 +124,7 @@ class Supervisor:
             "worker_id", f"worker-{secrets.token_hex(6)}"
         )
         self.nvml = Nvml()
-        inventory = await self._take_inventory()
+        self.inventory = inventory = await self._take_inventory()
         fitted = self._fit(settings, inventory)
         self.cgroup = fitted.cgroup
         node = NodeDescription(
@@ -150,11 +159,19 @@ class Supervisor:
             start_anew=self.start_anew,
         )
         watchers = Watchers(self.executor)
-        self.control = ControlServer(self.state_dir / "run" / "control.sock", operations.handlers(), watchers.subscribe)
+        socket = self.state_dir / "run" / "control.sock"
+        self.control = ControlServer(socket, operations.handlers(), watchers.subscribe, self._hides)
         catalogue = self.executor.catalogue
         logger.bind(isolation=node.isolation, types=",".join(sorted(catalogue.offered))).info(
-            "node started: worker {} (FlowMesh {})", worker_id, __version__
+            "node started: worker {} (FlowMesh {})", worker_id, installed.version()
         )
+        if problem := installed.problem():
+            logger.error("{}", problem)
+        separation = trust(settings)
+        if separation.set_up is SetUp.ROOT:
+            logger.warning("{}; {}", separation.text, separation.remedy)
+        else:
+            logger.bind(trust=separation.set_up.value).info("{}", separation.text)
         for name, why in sorted(catalogue.missing.items()):
             logger.bind(type=name).info("task type not offered: {}", why)
 
@@ -181,7 +198,10 @@ class Supervisor:
             cgroup=self.cgroup,
             processes=settings.processes,
             limits=msgspec.to_builtins(settings.runners),
+            permits=permits.of_node(settings, self.state_dir, base_env, owner),
             owner=owner,
+            secrets=self._hides,
+            umask=int(settings.results.umask, 8),
         )
         return Executor(
             settings=settings,
@@ -222,7 +242,22 @@ class Supervisor:
         gc.freeze()  # long-lived objects need no further collection
         self.link.registration.resume()
         self._notifier.send(READY="1", STATUS="running")
-        await asyncio.gather(*self.link.works())
+        await asyncio.gather(*self.link.works(), self._compare_torch())
+
+    async def _compare_torch(self) -> None:
+        """Log where an environment's torch does not fit driver and GPUs: its canary would fail without a reason."""
+        catalogue, table = self.executor.catalogue, self.executor.pool.environments
+        names = {offered.environment for offered in catalogue.offered.values() if "torch" in offered.requires}
+        for name in sorted(names) if self.inventory.gpus else ():
+            python = table[name].python
+            found = await asyncio.to_thread(cuda_build.ask, python)
+            wrong = (
+                [found]
+                if isinstance(found, cuda_build.Mismatch)
+                else cuda_build.mismatches(found, self.inventory, python)
+            )
+            for each in wrong:
+                logger.bind(environment=name).error("{}; {}", each.text, each.remedy)
 
     async def start_anew(self, fitted: preflight.Fitted | None = None) -> None:
         """Replace this process by the program as it is on disk, with the settings as they are now; tasks run on.
@@ -255,7 +290,7 @@ class Supervisor:
         if fitted is None:
             fitted = await asyncio.to_thread(self._fit, settings, await self._take_inventory())
         self._next_workers = {plan.worker_id for plan in fitted.slots}
-        await asyncio.to_thread(successor.check)
+        await asyncio.to_thread(successor.check, self._environ)
 
     async def _keep_lock(self) -> None:
         """Until cancelled: hold the lock in a new file when somebody has deleted the old one."""
@@ -286,7 +321,7 @@ class Supervisor:
         self.executor.pool.leave()
         self.journal.close()
         self._notifier.reloading("handing over")
-        successor.replace()
+        successor.replace(self._environ)
 
     async def _close(self) -> None:
         self._notifier.send(STOPPING="1", STATUS="ending")

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import faulthandler
 import importlib
+import importlib.util
 import logging
 import os
 import shutil
@@ -19,12 +20,17 @@ from typing import Any
 import msgspec
 
 from flowmesh.messages.job import JOB_FILE, OUTCOME_FILE, Fault, Job, Outcome
+from flowmesh.messages.output import unused_in_output
 from flowmesh.processes.pipe import VERSION, Finished, Hello, Pipe
-from runners.api import Cancelled, Context, Runner, RunnerError
+from flowmesh.redaction import Redactor, in_document
+from runners.api import Cancelled, Context, MissingDependency, Runner, RunnerError
 from runners.gpu_memory import is_shortage
+from runners.run_warnings import collected
 
 MAX_MESSAGE_CHARS = 2000
 MAX_DETAIL_CHARS = 64 * 1024
+NO_TRACEBACK = (Fault.BAD_REQUEST, Fault.MISSING_DEPENDENCY)
+"""The message says all of it."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 # Created once in the fork server: building one takes longer than a small task.
@@ -76,15 +82,26 @@ def run(job: Job, ctx: Context) -> Outcome:
     fault, message, result = None, "", None
     detail = ""
     try:
-        result = _runner(job.runner).run(ctx)
+        with collected(ctx):
+            try:
+                ctx.unused += unused_in_output(ctx.spec.get("output"))
+                result = _runner(job.runner).run(ctx)
+            finally:
+                ctx.report_unused()
         if not isinstance(result, dict):
             raise TypeError(f"{job.runner} returned {type(result).__name__}, not a mapping")
+        if ctx.warnings:
+            result = {**result, "warnings": ctx.warnings}
         result = msgspec.to_builtins(result, str_keys=True, enc_hook=_plain)
     except Cancelled as error:
         fault, message = Fault.CANCELLED, error.reason
     except RunnerError as error:
         fault, message = error.fault, str(error)
-        detail = "" if error.fault is Fault.BAD_REQUEST else traceback.format_exc()
+        detail = "" if error.fault in NO_TRACEBACK else traceback.format_exc()
+    except ModuleNotFoundError as error:
+        fault, message, detail = _missing(error), _one_line(error), traceback.format_exc()
+        if fault is Fault.MISSING_DEPENDENCY:
+            message = str(MissingDependency(str(error.name)))
     except MemoryError as error:
         fault, message, detail = Fault.HOST_OOM, f"out of host memory: {error}", traceback.format_exc()
     except (Exception, SystemExit, KeyboardInterrupt) as error:  # noqa: BLE001 - the boundary: all of it is an outcome
@@ -95,13 +112,18 @@ def run(job: Job, ctx: Context) -> Outcome:
         if detail:
             _flush_logs(detail)
     ctx.finish()
+    # Here, before anything of it is written: from here it reaches events, responses.json, the journal and logs.
+    secrets = list(in_document(job.task, os.environ))
+    if secrets and result is not None:
+        result = Redactor(secrets, exact=True).deep(result)
+    redact = Redactor(secrets, prose=True)
     return Outcome(
         attempt=job.attempt,
         ok=fault is None,
         result=result,
         fault=fault,
-        message=message[:MAX_MESSAGE_CHARS],
-        detail=detail[-MAX_DETAIL_CHARS:],
+        message=redact(message)[:MAX_MESSAGE_CHARS],
+        detail=redact(detail)[-MAX_DETAIL_CHARS:],
         archives=tuple(ctx.archives),
         uploads=tuple(ctx.uploads),
         phases=ctx.phases,
@@ -123,6 +145,16 @@ def _runner(reference: str) -> Runner:
 
 def _fault_of(error: BaseException) -> Fault:
     return Fault.GPU_OOM if is_shortage(error) else Fault.ERROR
+
+
+def _missing(error: ModuleNotFoundError) -> Fault:
+    """A whole package that is missing; a part of one that is there is an error of its version."""
+    package = (error.name or "").partition(".")[0]
+    try:
+        there = not package or importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):
+        there = True
+    return Fault.ERROR if there else Fault.MISSING_DEPENDENCY
 
 
 def _one_line(error: BaseException) -> str:

@@ -44,6 +44,8 @@ class TaskStatus(msgspec.Struct, frozen=True, kw_only=True):
     pid: int | None = None
     started_at: str | None = None
     out_dir: str | None = None
+    waits_for: str | None = None
+    """What its delivery waits for."""
 
 
 class NodeStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,6 +63,8 @@ class NodeStatus(msgspec.Struct, frozen=True, kw_only=True):
     faults: tuple[FaultStatus, ...] = ()
     warnings: dict[str, str] = {}
     """By environment: why its tasks fail, or start slowly."""
+    redeliveries: dict[str, str] = {}
+    """Of `flowmesh deliver`, by task id: what each waits for; empty: it is being sent."""
 
 
 class LogsPlace(msgspec.Struct, frozen=True, kw_only=True):

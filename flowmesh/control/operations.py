@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from flowmesh import __version__
+from flowmesh import installed
 from flowmesh.control import drain
 from flowmesh.control.server import ControlError, Handler, text_field
 from flowmesh.errors import FlowMeshError
@@ -63,7 +63,7 @@ class Operations:
         late = sorted(each for presence in presences.values() for each in presence.late_s)
         return {
             "pid": os.getpid(),
-            "version": __version__,
+            "version": installed.version(),
             "node_id": node.node_id,
             "uptime_s": round(time.monotonic() - node.started, 3),
             "redis_up": self._link.up,
@@ -95,6 +95,7 @@ class Operations:
                 for server in executor.pool.servers
             ],
             "warnings": executor.pool.warnings(),
+            "redeliveries": executor.redeliveries.waits(),
             "queued": sum(len(slot.queue) for slot in executor.slots.values()),
             "outbox": executor.journal.outbox_size(),
             "malformed": executor.counters.malformed,

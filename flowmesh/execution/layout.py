@@ -10,6 +10,8 @@ from typing import Any
 import msgspec
 
 from flowmesh.errors import ConfigError
+from flowmesh.messages.job import Permits
+from flowmesh.redaction import Redactor
 from flowmesh.settings.schema import ProcessesSettings
 
 PARTS = ("run", "log", "spool", "tmp", "cache")
@@ -60,8 +62,14 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
     processes: ProcessesSettings
     limits: dict[str, Any] = {}
     """The [runners] settings: limits that runners obey."""
+    permits: Permits = Permits()
+    """What the operator allows documents to do."""
     owner: Owner | None = None
     """The user that tasks run as; None: the node's own user."""
+    secrets: Redactor = Redactor()
+    """Knows the node's own."""
+    umask: int | None = None
+    """Of everything that writes results; None: that of the fork server."""
 
     @property
     def log_dir(self) -> Path:
@@ -82,6 +90,11 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
     def mark_of(self, attempt: int) -> str:
         """The attempt's FLOWMESH_ATTEMPT."""
         return f"{self.mark}:{attempt}"
+
+    @property
+    def task_uid(self) -> int:
+        """The user that tasks run as."""
+        return os.geteuid() if self.owner is None else self.owner.uid
 
     @property
     def task_env(self) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from loguru import logger
 
-from flowmesh.errors import FieldError
+from flowmesh.errors import FieldError, NotOfferedError
 from flowmesh.execution import task_events
 from flowmesh.execution.admission import accept
 from flowmesh.execution.executor import Executor
@@ -87,7 +87,8 @@ class Dispatcher:
                 results_dir=self._executor.layout.results_dir,
             )
         except FieldError as error:
-            self._refuse(slot, task_id, dispatched_at, str(error))
+            kind = Kind.MISSING_DEPENDENCY if isinstance(error, NotOfferedError) else Kind.BAD_REQUEST
+            self._refuse(slot, task_id, dispatched_at, kind, str(error))
             return True
         attempt = self._executor.journal.accept(
             task_id=task_id,
@@ -115,11 +116,11 @@ class Dispatcher:
         last = self._executor.journal.latest(task_id)
         return last is not None and dispatched_at is not None and last.dispatched_at == dispatched_at
 
-    def _refuse(self, slot: Slot[Run], task_id: str, dispatched_at: str | None, message: str) -> None:
-        event = task_events.refused(slot.plan.worker_id, task_id, message, dispatched_at)
+    def _refuse(self, slot: Slot[Run], task_id: str, dispatched_at: str | None, kind: Kind, message: str) -> None:
+        event = task_events.refused(slot.plan.worker_id, task_id, kind, message, dispatched_at)
         self._executor.journal.post(TASK_EVENTS_CHANNEL, event)
         self._executor.counters.refused += 1
-        self._executor.counters.add_verdict(Kind.BAD_REQUEST)
+        self._executor.counters.add_verdict(kind)
         logger.bind(task=task_id).warning("task refused: {}", message)
         self._executor.observers.on_refused(task_id, message)
         self._executor.observers.on_posted()

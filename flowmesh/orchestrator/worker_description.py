@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from flowmesh import __version__
+from flowmesh import installed
 from flowmesh.bus.connection import redis
 from flowmesh.bus.presence import Identity, Presence
 from flowmesh.execution.executor import Executor
@@ -89,5 +89,5 @@ def described_env(node: NodeDescription, executor: Executor) -> dict[str, Any]:
         "ENABLE_ELASTIC_SCALING": settings.node.elastic_scaling,
         "task_types": executor.offered_types(),
         "isolation": node.isolation,
-        "version": __version__,
+        "version": installed.version(),
     }

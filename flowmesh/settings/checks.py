@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from flowmesh.settings.addresses import http_fault, redis_fault
+from flowmesh.settings.addresses import has_password, http_fault, redis_fault
 from flowmesh.settings.schema import Settings
 from flowmesh.validation.describe import nearest, quoted
 
@@ -38,6 +38,11 @@ def _faults(settings: Settings) -> Iterator[Fault]:
         )
     if (url := settings.delivery.orchestrator_url) is not None and (what := http_fault(url)):
         yield Fault(("delivery", "orchestrator_url"), what)
+    if settings.delivery.orchestrator_token is not None and settings.delivery.orchestrator_token_file is not None:
+        what = "delivery.orchestrator_token is set, too; leave one of the two out"
+        yield Fault(("delivery", "orchestrator_token_file"), what)
+    if settings.redis.password_file is not None and has_password(settings.redis.url or ""):
+        yield Fault(("redis", "password_file"), "redis.url contains a password, too; leave one of the two out")
     for name, environment in settings.environments.items():
         if environment.python is not None and (what := _interpreter_fault(environment.python)):
             yield Fault(("environments", name, "python"), what)
@@ -46,6 +51,10 @@ def _faults(settings: Settings) -> Iterator[Fault]:
         if task_type.environment is not None and task_type.environment not in known:
             what = f"there is no [environments.{task_type.environment}]; {nearest(task_type.environment, known)}"
             yield Fault(("task_types", name, "environment"), what)
+    for index, root in enumerate(settings.tasks.read_roots):
+        if Path(root).parts[1:2] in (("proc",), ("sys",)):
+            what = f"{quoted(root)} holds no data but the state of processes and devices; leave it out"
+            yield Fault(("tasks", "read_roots", index), what)
     yield from _slot_faults(settings)
 
 

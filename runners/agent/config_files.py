@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from flowmesh import installed
 from flowmesh.validation.convert import nearest
 from runners.agent.config import AgentConfig, SearchProvider
 from runners.agent.secrets import from_env
@@ -20,12 +21,12 @@ _VARIABLE = re.compile(r"\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>[^
 
 
 def agents_folder(ctx: Context) -> Path:
-    """The node's agents folder: from its settings, else conf/agents where it runs, else beside this package."""
+    """The node's agents folder: from its settings, else conf/agents where it runs, else the installed one."""
     if isinstance(wanted := ctx.job.limits.get("agents_dir"), str) and wanted:
         return Path(wanted)
     if FOLDER.is_dir():
         return FOLDER.absolute()
-    return Path(__file__).parents[2] / FOLDER
+    return installed.conf() / FOLDER.name
 
 
 def load_config(ctx: Context, name: str, where: str) -> AgentConfig:

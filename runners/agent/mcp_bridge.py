@@ -58,7 +58,7 @@ class McpBridge:
             MissingDependency: servers are configured, and `mcp` is not installed.
         """
         if servers and importlib.util.find_spec("mcp") is None:
-            raise MissingDependency("mcp", "agent")
+            raise MissingDependency("mcp")
         self._servers = servers
         self._redact = redact
         self._where = where

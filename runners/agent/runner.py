@@ -21,7 +21,7 @@ class AgentRunner(Runner):
         task = read_agent(ctx)
         for library in ("smolagents", "openai"):
             if importlib.util.find_spec(library) is None:
-                raise MissingDependency(library, "agent")
+                raise MissingDependency(library)
         from runners.agent.run import Session
         from runners.agent.secrets import task_redactor
 

@@ -11,7 +11,10 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from flowmesh.messages.output import OF_CONNECTION, OF_PROXIES
 from runners.api import BadRequest, Context, RunnerError
+from runners.data import client
+from runners.data.addresses import LocalAddress
 from runners.data.cache import Entry, Meta, evict, read_meta, write_meta
 
 CHUNK_BYTES = 1 << 18
@@ -130,6 +133,8 @@ def _check_headers(headers: Mapping[str, str], where: str) -> None:
     for name, value in headers.items():
         if not _HEADER_NAME.fullmatch(name) or not _HEADER_VALUE.fullmatch(value):
             raise BadRequest(f"{where}: the header {name!r} cannot be sent: only plain letters, and no line breaks")
+        if name.lower() in OF_CONNECTION or name.lower().startswith(OF_PROXIES):
+            raise BadRequest(f"{where}: the header {name!r} belongs to the connection, and the node sets it; remove it")
 
 
 def _attempt(
@@ -146,7 +151,7 @@ def _attempt(
 
     cached, partial = entry.meta(), read_meta(entry.part_meta)
     have = entry.part_bytes()
-    asked = {**headers, "Accept-Encoding": "identity"}  # lengths and ranges count the file's own bytes
+    asked = {"Accept-Encoding": "identity"}  # lengths and ranges count the file's own bytes
     if have and partial is not None and (version := partial.etag or (by_date and partial.last_modified)):
         asked |= {"Range": f"bytes={have}-", "If-Range": version}
     elif cached is not None:
@@ -155,14 +160,16 @@ def _attempt(
         elif cached.last_modified and by_date:
             asked["If-Modified-Since"] = cached.last_modified
     try:
-        with requests.get(url, headers=asked, stream=True, timeout=timeout_s) as answer:
+        with client.get(ctx.job.permits, url, own=asked, custom=headers, timeout_s=timeout_s) as answer:
             if answer.status_code == 304 and cached is not None:
                 return cached
             if answer.status_code == 416 and partial is not None and "Range" in asked:
                 return _nothing_left(entry, answer, partial, have)
             _check_status(answer, url, where)
             return _receive(ctx, entry, answer, url, have if answer.status_code == 206 else 0)
-    except (requests.exceptions.TooManyRedirects, requests.exceptions.InvalidURL) as error:
+    except LocalAddress as error:
+        raise BadRequest(f"{where}: {error}") from error
+    except (client.BadRedirect, requests.exceptions.InvalidURL) as error:
         raise BadRequest(f"{where}: {_shown(url)}: {error}") from error
     except requests.RequestException as error:
         raise _Interrupted(_reason(error)) from error

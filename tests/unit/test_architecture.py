@@ -26,9 +26,9 @@ FLOORS = (
     {"results", "tasks", "bus", "node"},
     {"processes"},
     {"settings"},
-    {"messages"},
+    {"messages", "web"},
     {"validation"},
-    {"redaction", "errors", "backoff", "__init__"},
+    {"redaction", "errors", "backoff", "installed", "__init__"},
 )
 """From the top down, by the first part of a module's name below `flowmesh`. A module imports from lower floors and from
 its own folder, not from a neighbour on its floor."""
@@ -36,7 +36,14 @@ its own folder, not from a neighbour on its floor."""
 EXECUTION_FLOORS = ({"recovery"}, {"executor"}, {"launch"}, {"gpu", "delivery"}, {"housekeeping"})
 """The same below `flowmesh/execution`; its other modules are the lowest floor."""
 
-RUNNERS_MAY_IMPORT = ("flowmesh.messages", "flowmesh.processes.pipe", "flowmesh.validation", "flowmesh.redaction")
+RUNNERS_MAY_IMPORT = (
+    "flowmesh.messages",
+    "flowmesh.processes.pipe",
+    "flowmesh.validation",
+    "flowmesh.redaction",
+    "flowmesh.installed",
+    "flowmesh.web",
+)
 
 
 def module_name(path: Path) -> str:

@@ -31,7 +31,7 @@ class Cleanup:
     def _remove_tmp(self, run: Run, shared: bool) -> None:
         remove_tree(self._layout.tmp(run.attempt))
         if shared:
-            for name in shm.sweep(_started_by_any_clock(run) - 1.0):
+            for name in shm.sweep(_started_by_any_clock(run) - 1.0, self._layout.task_uid):
                 logger.bind(task=run.task_id, name=name).info("removed shared memory that the task left")
 
     async def remove_spool(self, attempt: int) -> None:

@@ -50,6 +50,7 @@ def prepare(layout: Layout, run: Run) -> Fork:
         task_id=run.task_id,
         task_type=accepted.type.name,
         runner=accepted.type.runner,
+        extra=accepted.type.extra,
         task=accepted.task,
         out_dir=str(out_dir),
         results_dir=str(layout.results_dir),
@@ -61,10 +62,12 @@ def prepare(layout: Layout, run: Run) -> Fork:
         file_url=file_url_template(accepted.output, run.task_id),
         child_dirs={child.task_id: child.out_dir for child in children},
         limits=layout.limits,
+        permits=layout.permits,
     )
     (spool / JOB_FILE).write_bytes(msgspec.json.encode(job))
-    for folder in (spool, tmp):  # last: from now on another task of that user could put a link where we write
-        layout.give(folder)
+    # Last: from now on another task of that user could put a link where we write.
+    for given in (spool / JOB_FILE, spool, tmp):
+        layout.give(given)
     processes = layout.processes
     return Fork(
         attempt=run.attempt,
@@ -87,6 +90,7 @@ def prepare(layout: Layout, run: Run) -> Fork:
             cpus=run.slot.plan.cpus or None,
             oom_score_adj=OOM_SCORE_ADJ,
             nice=processes.task_nice,
+            umask=layout.umask,
             uid=None if layout.owner is None else layout.owner.uid,
             gid=None if layout.owner is None else layout.owner.gid,
             groups=() if layout.owner is None else layout.owner.groups,
