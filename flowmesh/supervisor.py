@@ -105,6 +105,7 @@ class Supervisor:
             await self.control.start()
             while not await self._ended(tasks):
                 pass
+            await self._flushed()  # by the sender that runs: one that is cancelled in the midst of it would repeat events
         finally:
             await end_all(tasks)
         await self._close()
@@ -323,13 +324,18 @@ class Supervisor:
         self._notifier.reloading("handing over")
         successor.replace(self._environ)
 
+    async def _flushed(self) -> bool:
+        """Wait until all events are sent; not for long where that does not work."""
+        outbox = self.link.outbox
+        return await outbox.flushed(FLUSH_TIMEOUT_S / 10 if outbox.trouble else FLUSH_TIMEOUT_S)
+
     async def _close(self) -> None:
         self._notifier.send(STOPPING="1", STATUS="ending")
-        outbox = self.link.outbox
-        sending = asyncio.create_task(outbox.run())
-        if not await outbox.flushed(FLUSH_TIMEOUT_S / 10 if outbox.trouble else FLUSH_TIMEOUT_S):
-            logger.warning("{} events not sent; they are sent after the next start", self.journal.outbox_size())
-        await end_all([sending])
+        if self.journal.outbox_size():
+            sending = asyncio.create_task(self.link.outbox.run())
+            if not await self._flushed():
+                logger.warning("{} events not sent; they are sent after the next start", self.journal.outbox_size())
+            await end_all([sending])
         await self.link.registration.unregister(FAREWELL_TIMEOUT_S)
         await self.control.close()
         await self.executor.pool.close()
