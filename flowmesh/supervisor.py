@@ -105,7 +105,7 @@ class Supervisor:
             await self.control.start()
             while not await self._ended(tasks):
                 pass
-            await self._flushed()  # by the sender that runs: one that is cancelled in the midst of it would repeat events
+            await self._flushed()  # by the sender that runs: one that is cancelled while it sends would repeat events
         finally:
             await end_all(tasks)
         await self._close()

@@ -37,6 +37,7 @@ from flowmesh.execution.launch.node_folders import JOURNAL, NodeFolders
 from flowmesh.execution.launch.task_children import TaskChildren
 from flowmesh.execution.layout import Layout
 from flowmesh.execution.observer import Observers
+from flowmesh.execution.ports import Work
 from flowmesh.execution.run import Run
 from flowmesh.execution.run_table import RunTable
 from flowmesh.execution.timers import Timers
@@ -341,13 +342,20 @@ class Executor:
         await self.gpus.end(run)
         return machine.Released()
 
-    async def deliver(self, run: Run, *, adopted: bool = False) -> machine.Event | None:
-        """Deliver the run's results; wait while the node's folders cannot be used, and try again what met that."""
+    def deliver(self, run: Run, *, adopted: bool = False) -> Work:
+        """Deliver the run's results; wait while the node's folders cannot be used, and try again what met that.
+
+        Args:
+            adopted: a child that an earlier supervisor started is at it; it is claimed at once.
+        """
+        return self._deliver(run, self.deliveries.run(run, adopted=True) if adopted else None)
+
+    async def _deliver(self, run: Run, work: Work | None) -> machine.Event | None:
         while True:
-            if not adopted:
+            if work is None:
                 await self._folders.usable(run)
-            event = await self.deliveries.run(run, adopted=adopted)
-            adopted = False
+                work = self.deliveries.run(run)
+            event, work = await work, None
             if not isinstance(event, machine.Delivered) or not event.error or not await self._folders.failed(run):
                 return event
 
