@@ -28,6 +28,7 @@ from flowmesh.execution.executor import Executor
 from flowmesh.execution.layout import Layout, Owner, make_parts
 from flowmesh.execution.recovery import recover
 from flowmesh.execution.run import Run
+from flowmesh.messages.gateway import Gateway
 from flowmesh.messages.wire import utc_now
 from flowmesh.node import cuda_build
 from flowmesh.node.devices import Inventory
@@ -42,7 +43,8 @@ from flowmesh.processes.server_pool import ServerPool
 from flowmesh.redaction import Redactor
 from flowmesh.settings.paths import results_dir, state_dir
 from flowmesh.settings.schema import Settings
-from flowmesh.startup import environments, preflight, successor
+from flowmesh.settings.secret_files import has_token
+from flowmesh.startup import environments, old_variables, preflight, successor
 from flowmesh.startup.event_loop import end_all, reap_children, start_threads
 from flowmesh.startup.gpu_watch import GpuWatch
 from flowmesh.startup.state_dir import hold_state_dir, keep_lock
@@ -173,6 +175,8 @@ class Supervisor:
             logger.warning("{}; {}", separation.text, separation.remedy)
         else:
             logger.bind(trust=separation.set_up.value).info("{}", separation.text)
+        for line in old_variables.warnings(self._environ):
+            logger.warning("{}", line)
         for name, why in sorted(catalogue.missing.items()):
             logger.bind(type=name).info("task type not offered: {}", why)
 
@@ -202,6 +206,7 @@ class Supervisor:
             permits=permits.of_node(settings, self.state_dir, base_env, owner),
             owner=owner,
             secrets=self._hides,
+            gateway=self._gateway(),
             umask=int(settings.results.umask, 8),
         )
         return Executor(
@@ -215,6 +220,14 @@ class Supervisor:
             power=node.power,
             gpus=fitted.gpus,
         )
+
+    def _gateway(self) -> Gateway | None:
+        """Where tasks find the gateway. The key outlives a restart: running tasks have it."""
+        delivery = self.settings.delivery
+        if delivery.orchestrator_url is None or not has_token(delivery):
+            return None
+        key = self.journal.fact("gateway_key", secrets.token_hex(16))
+        return Gateway(str(self.state_dir / "gateway" / "socket"), key)
 
     async def _take_inventory(self) -> Inventory:
         try:
@@ -237,6 +250,8 @@ class Supervisor:
         if mode is not None:
             logger.info("the drain that began before the restart continues; `flowmesh drain --cancel` ends it")
             self.drain.by_operator(mode)
+        if len(self.executor.runs):
+            self.executor.gateway.need()
         await self.executor.pool.warm(LIGHT)
         await self.executor.gpus.check_idle_slots()
         gc.collect()
@@ -338,6 +353,7 @@ class Supervisor:
             await end_all([sending])
         await self.link.registration.unregister(FAREWELL_TIMEOUT_S)
         await self.control.close()
+        await self.executor.gateway.stop()
         await self.executor.pool.close()
         await self.nvml.close()
         await self.link.close()

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from flowmesh.errors import ConfigError
+from flowmesh.messages.gateway import Gateway
 from flowmesh.messages.job import Permits
 from flowmesh.redaction import Redactor
 from flowmesh.settings.schema import ProcessesSettings
@@ -68,6 +69,8 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
     """The user that tasks run as; None: the node's own user."""
     secrets: Redactor = Redactor()
     """Knows the node's own."""
+    gateway: Gateway | None = None
+    """Fetches with the node's token; None: the node has none, or no orchestrator."""
     umask: int | None = None
     """Of everything that writes results; None: that of the fork server."""
 

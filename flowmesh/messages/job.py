@@ -11,6 +11,8 @@ from typing import Any
 
 import msgspec
 
+from flowmesh.messages.gateway import Gateway
+
 JOB_FILE = "job.json"
 OUTCOME_FILE = "outcome.json"
 MAX_OUTCOME_BYTES = 4 * 1024**3
@@ -72,6 +74,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     limits: dict[str, Any] = {}
     """Node settings for runners, by name (see `[runners]` in conf/node.toml)."""
     permits: Permits = Permits()
+    gateway: Gateway | None = None
+    """What fetches from the orchestrator with the node's token; None: the node has none."""
 
 
 class Fault(enum.StrEnum):
@@ -121,6 +125,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     uploads: tuple[UploadRequest, ...] = ()
     phases: dict[str, float] = {}
     """Seconds in each phase, in order."""
+    warnings: tuple[str, ...] = ()
+    """As in the result, for the terminal event; also those of a run that failed."""
 
 
 class Exit(msgspec.Struct, frozen=True, kw_only=True):

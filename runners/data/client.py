@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urljoin, urlsplit
 
+from flowmesh.messages.gateway import Gateway
 from flowmesh.messages.job import Permits
-from flowmesh.web.origins import basic_auth, exact_origin, without_login
+from flowmesh.web.origins import basic_auth, exact_origin, origin, refusal_hint, why_no_token, without_login
 from flowmesh.web.session import make_session, options_for
+from runners.data import gateway
 from runners.data.addresses import LocalAddress, check, check_peer, is_allowed
 
 if TYPE_CHECKING:
     import requests
 
 MAX_REDIRECTS = 10
+_LEFT = "a redirect led to another origin, which gets no credentials"
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
+
+
+class Answered(NamedTuple):
+    """The last answer, after all redirects."""
+
+    response: requests.Response
+    """Its body is still to be read, and it has to be closed."""
+    with_token: bool
+    """Whether the node's token went along."""
+    hint: str
+    """Why it did not: for an error about a 401 or 403."""
 
 
 class BadRedirect(ValueError):
@@ -23,33 +37,47 @@ class BadRedirect(ValueError):
 
 
 def get(
-    permits: Permits, url: str, *, own: Mapping[str, str], custom: Mapping[str, str], timeout_s: float
-) -> requests.Response:
-    """The answer to a GET, redirects followed; its body is still to be read, and it has to be closed.
+    permits: Permits,
+    url: str,
+    *,
+    own: Mapping[str, str],
+    custom: Mapping[str, str],
+    timeout_s: float,
+    node: Gateway | None = None,
+) -> Answered:
+    """The answer to a GET, redirects followed.
 
     Args:
+        node: sends the node's token to the orchestrator's origin, unless a redirect came from elsewhere.
         own: the client's headers, sent to every server.
         custom: the document's headers. They and the login in `url` are sent to the URL's own origin only; `own` wins.
 
     Raises:
         LocalAddress: the URL or a redirect leads to a local address.
         BadRedirect: too many redirects, or one to another protocol.
-        requests.RequestException: a server cannot be reached.
+        requests.RequestException, gateway.NotAnswered: a server cannot be reached.
     """
     first, at_home = exact_origin(url), True
+    orchestrator, at_orchestrator = permits.orchestrator_url, True
     for _ in range(MAX_REDIRECTS + 1):
-        at_home = (
-            at_home and exact_origin(url) == first
-        )  # a way back does not count: a server in between may have chosen it
+        # A way back does not count: a server in between may have chosen it.
+        at_home = at_home and exact_origin(url) == first
         check(permits, url)
         headers = {name.lower(): value for name, value in custom.items()} if at_home else {}
         if at_home and "authorization" not in headers and (login := basic_auth(url)) is not None:
             headers["authorization"] = login
         headers |= {name.lower(): value for name, value in own.items()}
-        answer = _once(permits, without_login(url), headers, timeout_s)
+        known: dict[str, Any] = {"orchestrator_url": orchestrator, "has_token": node is not None}
+        at_orchestrator = at_orchestrator and orchestrator is not None and origin(url) == origin(orchestrator)
+        through = node if at_orchestrator and not why_no_token(url, headers, **known) else None
+        if through is not None:
+            answer = gateway.get(through, without_login(url), headers, timeout_s)
+        else:
+            answer = _once(permits, without_login(url), headers, timeout_s)
         target = answer.headers.get("Location")
         if answer.status_code not in _REDIRECTS or not target:
-            return answer
+            hint = refusal_hint(url, custom, **known) if at_home else _LEFT
+            return Answered(answer, through is not None, "" if through is not None else hint)
         answer.close()
         url = urljoin(url, target)
         if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:

@@ -85,7 +85,8 @@ def open_dataset(ctx: Context, data: HubData, where: str, *, called: str | None 
     except RunnerError:
         raise
     except datasets.exceptions.DatasetGenerationError as error:
-        raise BadRequest(f"{where}.url: {data.url!r} cannot be read: {_line(error.__cause__ or error)}") from error
+        kind = type(error.__cause__ or error).__name__  # its text may show content
+        raise BadRequest(f"{where}.url: {data.url!r} cannot be read ({kind}); see the task's log") from error
     except ConnectionError as error:
         raise RunnerError(
             f"{where}.url: the dataset hub cannot be reached, and {data.url!r} is no file or folder of this node"

@@ -22,12 +22,15 @@ def task_folder(ctx: Context, task_id: str, where: str) -> Path | None:
     """The results of another task of this node, or None.
 
     Raises:
-        BadRequest: `task_id` is invalid.
+        BadRequest: `task_id` is invalid, or a link that leads outside lies there.
     """
     if not SAFE_ID.fullmatch(task_id):
         raise BadRequest(f"{where}: invalid task id {task_id!r}")
-    folder = ctx.results_dir / task_id
-    return folder if folder.is_dir() else None
+    try:
+        folder = ctx.reach.find(ctx.results_dir / task_id)
+    except Refused as error:
+        raise BadRequest(f"{where}: the folder of task {task_id!r} {error}") from None
+    return folder if folder is not None and folder.is_dir() else None
 
 
 def safe_name(name: str, where: str) -> str:

@@ -20,6 +20,10 @@ def dist(
     folder: Path, name: str = "flowmesh-supervisor", *, files: str = "", commands: str = "", direct: Any = None
 ) -> None:
     """An installed distribution, as pip leaves it."""
+    for line in files.splitlines():
+        path = folder / line.split(",")[0]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
     info = folder / f"{name.replace('-', '_')}-1.2.3.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.2.3\n")

@@ -7,13 +7,12 @@ import os
 import stat
 from pathlib import Path
 
-import msgspec
-
 from flowmesh.execution.housekeeping.removal import remove_tree
 from flowmesh.execution.launch.spool import PRIVATE
 from flowmesh.execution.layout import OOM_SCORE_ADJ, Layout
 from flowmesh.execution.run import Run
 from flowmesh.messages.job import JOB_FILE, Job
+from flowmesh.messages.text import encode_json
 from flowmesh.processes import environ, shm
 from flowmesh.processes.limits import Limits
 from flowmesh.processes.protocol import Fork
@@ -63,8 +62,9 @@ def prepare(layout: Layout, run: Run) -> Fork:
         child_dirs={child.task_id: child.out_dir for child in children},
         limits=layout.limits,
         permits=layout.permits,
+        gateway=layout.gateway,
     )
-    (spool / JOB_FILE).write_bytes(msgspec.json.encode(job))
+    (spool / JOB_FILE).write_bytes(encode_json(job))
     # Last: from now on another task of that user could put a link where we write.
     for given in (spool / JOB_FILE, spool, tmp):
         layout.give(given)

@@ -15,7 +15,7 @@ SURFACE = {
     "submit": "FILE --config --help --json --redis --task-id --timeout --wait --worker",
     "workers": "--config --help --json --redis --watch",
     "status": "--config --help --json --state-dir",
-    "logs": "TASK_ID --config --follow --help --json --results-dir --state-dir --stderr --stdout -f -n",
+    "logs": "TASK_ID --config --follow --help --json --raw --results-dir --state-dir --stderr --stdout -f -n",
     "cancel": "TASK_ID --config --force --help --json --state-dir",
     "deliver": "TASK_ID --config --help --json --state-dir",
     "drain": "--cancel --config --help --json --mode --state-dir --wait",
