@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from flowmesh.errors import DeliveryError
-from flowmesh.processes.safe_folder import open_folder
+from flowmesh.files.safe_folder import open_folder
 
 PARTIAL = ".partial"
 _MODE = 0o644
@@ -97,7 +97,10 @@ def read_regular(path: Path, limit_bytes: int) -> bytes:
         OSError: as for `open_regular`, or it is larger than `limit_bytes`.
     """
     with open(open_regular(path), "rb") as file:
-        size = os.fstat(file.fileno()).st_size
+        status = os.fstat(file.fileno())
+        size = status.st_size
+        if status.st_nlink > 1:  # who writes such a file renames it into place
+            raise OSError(errno.EPERM, "it has a second name, perhaps as another user's file", os.fspath(path))
         if size > limit_bytes:
             raise OSError(errno.EFBIG, f"it is larger than {limit_bytes} bytes", os.fspath(path))
         return file.read(size)

@@ -27,7 +27,7 @@ FLOORS = (
     {"processes"},
     {"settings"},
     {"messages"},
-    {"validation"},
+    {"validation", "files"},
     {"redaction", "errors", "backoff", "__init__"},
 )
 """From the top down, by the first part of a module's name below `flowmesh`. A module imports from lower floors and from
@@ -36,7 +36,13 @@ its own folder, not from a neighbour on its floor."""
 EXECUTION_FLOORS = ({"recovery"}, {"executor"}, {"launch"}, {"gpu", "delivery"}, {"housekeeping"})
 """The same below `flowmesh/execution`; its other modules are the lowest floor."""
 
-RUNNERS_MAY_IMPORT = ("flowmesh.messages", "flowmesh.processes.pipe", "flowmesh.validation", "flowmesh.redaction")
+RUNNERS_MAY_IMPORT = (
+    "flowmesh.files",
+    "flowmesh.messages",
+    "flowmesh.processes.pipe",
+    "flowmesh.validation",
+    "flowmesh.redaction",
+)
 
 
 def module_name(path: Path) -> str:

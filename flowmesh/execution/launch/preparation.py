@@ -13,11 +13,12 @@ from flowmesh.execution.housekeeping.removal import remove_tree
 from flowmesh.execution.launch.spool import PRIVATE
 from flowmesh.execution.layout import OOM_SCORE_ADJ, Layout
 from flowmesh.execution.run import Run
+from flowmesh.files.beneath import FOLDER
+from flowmesh.files.safe_folder import open_folder
 from flowmesh.messages.job import JOB_FILE, Job
 from flowmesh.processes import environ, shm
 from flowmesh.processes.limits import Limits
 from flowmesh.processes.protocol import Fork
-from flowmesh.processes.safe_folder import FOLDER, open_folder
 from flowmesh.results.job import file_url_template
 from flowmesh.tasks.catalogue import LIGHT
 

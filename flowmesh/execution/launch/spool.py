@@ -16,6 +16,7 @@ from loguru import logger
 from flowmesh.errors import ProtocolError
 from flowmesh.execution.housekeeping.removal import remove_tree
 from flowmesh.execution.layout import BASELINE_FILE, Layout
+from flowmesh.files.removal import remove_path
 from flowmesh.messages.job import (
     JOB_FILE,
     MAX_OUTCOME_BYTES,
@@ -121,9 +122,5 @@ def _taken_back(spool: Path) -> bool:
 
 
 def _remove_strays(spool: Path) -> None:
-    try:
-        for path in list(spool.iterdir()):
-            if path.name not in _OF_A_RUN:
-                remove_tree(path)
-    except OSError as error:
-        logger.bind(path=str(spool)).warning("files that a task left in its spool folder stay there: {}", error)
+    if left := remove_path(spool, _OF_A_RUN):
+        logger.bind(path=str(spool)).warning("not all that a task left in its spool folder could be removed: {}", left)

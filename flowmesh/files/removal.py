@@ -1,0 +1,222 @@
+"""Removes what a task left: a tree of any depth and size, in bounded memory and with few descriptors."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from pathlib import Path
+
+import msgspec
+
+from flowmesh.files.descent import Descent, Moved
+from flowmesh.files.names import shown
+
+RIGHTS = 0o700
+"""What a folder needs so that its entries can be removed."""
+MOST_NAMES = 10_000
+"""Kept in memory of one folder at once."""
+_TRIES = 3
+"""From the top again, where somebody moves folders meanwhile."""
+_MOST_LOOKS = 100_000
+"""Second looks at folders: they end even if somebody creates files faster than we remove them."""
+
+
+class Left(msgspec.Struct, frozen=True):
+    """What could not be removed; false if all is gone."""
+
+    count: int = 0
+    path: str = ""
+    """One of them, as it can be shown."""
+    reason: str = ""
+
+    def __bool__(self) -> bool:
+        return self.count > 0
+
+    def __str__(self) -> str:
+        """One line."""
+        if self.count <= 1:
+            return f"{self.path}: {self.reason}" if self.count else "nothing is left"
+        return f"{self.count} entries are left, such as {self.path}: {self.reason}"
+
+
+def remove_path(path: Path, keep: frozenset[str] = frozenset()) -> Left:
+    """Remove what is at `path`, a file or a folder with all in it. Nobody else may write to the folder that holds it.
+
+    Args:
+        keep: as for `remove`.
+
+    Raises nothing: an OSError is in the report.
+    """
+    try:
+        parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return Left()
+    except OSError as error:
+        return Left(1, shown(str(path)), error.strerror or str(error))
+    try:
+        return remove(parent, path.name, keep)
+    finally:
+        os.close(parent)
+
+
+def remove(parent: int, name: str, keep: frozenset[str] = frozenset()) -> Left:
+    """Remove the entry `name` of a folder, with all in it. Links are removed, not followed; mounts are left alone.
+
+    Args:
+        parent: a descriptor of the folder.
+        keep: entries of the folder `name` that stay, and therefore the folder itself.
+
+    Raises nothing: an OSError is in the report.
+    """
+    for _ in range(_TRIES):
+        removal = _Removal(keep)
+        try:
+            removal.run(parent, name)
+            break
+        except Moved as error:
+            removal.note(error, [name])
+        except OSError as error:
+            removal.note(error, [name])
+            break
+    if not removal.count and not keep and _exists(parent, name):
+        return Left(1, shown(name), "it is there again")
+    return Left(removal.count, removal.path, removal.reason)
+
+
+class _Folder:
+    """One folder on the way down."""
+
+    def __init__(self) -> None:
+        self.folders: list[str] = []
+        """Still to be removed, as far as they are known."""
+        self.failed: set[str] = set()
+        self.more = False
+        """Whether there are folders that did not fit into `folders`."""
+        self.removed = False
+        """Whether the last look at it, and what followed, removed anything."""
+
+
+class _Removal:
+    def __init__(self, keep: frozenset[str]) -> None:
+        self.count = 0
+        self.path = ""
+        self.reason = ""
+        self._keep = keep
+        self._looks_left = _MOST_LOOKS
+
+    def run(self, parent: int, name: str) -> None:
+        if not _is_folder(parent, name):
+            self._unlink(parent, name, [])
+            return
+        with Descent(parent, RIGHTS) as way:
+            start = _Folder()
+            start.folders = [name]
+            folders = [start]
+            while folders:
+                folder = folders[-1]
+                if folder.folders:
+                    self._enter(way, folders, folder.folders.pop())
+                elif folder.more and folder.removed and len(folder.failed) < MOST_NAMES and self._look_again():
+                    self._look(way, folder)
+                else:
+                    folders.pop()
+                    if folders:
+                        self._leave(way, folder, folders[-1])
+
+    def _enter(self, way: Descent, folders: list[_Folder], name: str) -> None:
+        with contextlib.suppress(OSError):  # most folders of a deep tree are not empty; the others are done here
+            if not (self._keep and not way.names):
+                os.rmdir(name, dir_fd=way.fd)
+                folders[-1].removed = True
+                return
+        try:
+            way.down(name)
+        except FileNotFoundError:
+            return
+        except NotADirectoryError:  # replaced by a file meanwhile
+            self._unlink(way.fd, name, way.names)
+            return
+        except OSError as error:
+            folders[-1].failed.add(name)
+            self.note(error, [*way.names, name])
+            return
+        folders.append(_Folder())
+        if self._keep and len(way.names) == 1:
+            folders[-1].failed |= self._keep
+        self._look(way, folders[-1])
+
+    def _look(self, way: Descent, folder: _Folder) -> None:
+        """Remove the folder's files, and note its folders."""
+        folder.more = folder.removed = False
+        try:
+            with os.scandir(way.fd) as entries:
+                for entry in entries:
+                    name = entry.name
+                    if name in folder.failed:
+                        continue
+                    if entry.is_dir(follow_symlinks=False):
+                        if len(folder.folders) < MOST_NAMES:
+                            folder.folders.append(name)
+                        else:
+                            folder.more = True
+                    elif self._unlink(way.fd, name, way.names):
+                        folder.removed = True
+                    elif len(folder.failed) < MOST_NAMES:
+                        folder.failed.add(name)
+        except OSError as error:
+            self.note(error, way.names)
+
+    def _leave(self, way: Descent, folder: _Folder, above: _Folder) -> None:
+        name = way.up()
+        if self._keep and not way.names:
+            return
+        try:
+            os.rmdir(name, dir_fd=way.fd)
+            above.removed = True
+        except FileNotFoundError:
+            above.removed = True
+        except OSError as error:
+            if error.errno == errno.ENOTEMPTY and not folder.failed and folder.removed and self._look_again():
+                above.folders.append(name)  # the file system did not list all, or somebody still writes there
+                return
+            above.failed.add(name)
+            if error.errno != errno.ENOTEMPTY or not self.count:  # else what it holds is counted
+                self.note(error, [*way.names, name])
+
+    def _look_again(self) -> bool:
+        self._looks_left -= 1
+        return self._looks_left > 0
+
+    def _unlink(self, folder: int, name: str, way: list[str]) -> bool:
+        try:
+            os.unlink(name, dir_fd=folder)
+        except FileNotFoundError:
+            return True
+        except OSError as error:
+            self.note(error, [*way, name])
+            return False
+        return True
+
+    def note(self, error: OSError, names: list[str]) -> None:
+        self.count += 1
+        if not self.reason:
+            self.path = shown("/".join(names))
+            self.reason = "something is mounted there" if error.errno == errno.EXDEV else error.strerror or str(error)
+
+
+def _is_folder(parent: int, name: str) -> bool:
+    try:
+        fd = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+    except OSError:
+        return False
+    os.close(fd)
+    return True
+
+
+def _exists(parent: int, name: str) -> bool:
+    try:
+        os.lstat(name, dir_fd=parent)
+    except OSError:
+        return False
+    return True
