@@ -87,16 +87,21 @@ def open_with_rights(folder: int, name: str, rights: int) -> int:
     try:
         fd = open_beneath(folder, name, FOLDER)
     except PermissionError:
-        _give_rights(folder, name, rights)
+        _give_rights_unopened(folder, name, rights)
         fd = open_beneath(folder, name, FOLDER)
-    status = os.fstat(fd)
-    if status.st_mode & rights != rights and status.st_uid == os.geteuid():
-        with contextlib.suppress(OSError):  # what then fails is reported there
-            os.fchmod(fd, stat.S_IMODE(status.st_mode) | rights)
+    give_rights(fd, rights)
     return fd
 
 
-def _give_rights(folder: int, name: str, rights: int) -> None:
+def give_rights(folder: int, rights: int) -> None:
+    """Add the owner's `rights` to an open folder, if it is ours and lacks them."""
+    status = os.fstat(folder)
+    if status.st_mode & rights != rights and status.st_uid == os.geteuid():
+        with contextlib.suppress(OSError):  # what then fails is reported there
+            os.fchmod(folder, stat.S_IMODE(status.st_mode) | rights)
+
+
+def _give_rights_unopened(folder: int, name: str, rights: int) -> None:
     """Of a folder that we cannot open."""
     handle = open_beneath(folder, name, os.O_PATH | os.O_DIRECTORY)
     try:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
-from flowmesh.files.descent import Descent, Moved
+from flowmesh.files.descent import Descent, Moved, give_rights
 from flowmesh.files.names import shown
 
 RIGHTS = 0o700
@@ -40,11 +41,8 @@ class Left(msgspec.Struct, frozen=True):
         return f"{self.count} entries are left, such as {self.path}: {self.reason}"
 
 
-def remove_path(path: Path, keep: frozenset[str] = frozenset()) -> Left:
+def remove_path(path: Path) -> Left:
     """Remove what is at `path`, a file or a folder with all in it. Nobody else may write to the folder that holds it.
-
-    Args:
-        keep: as for `remove`.
 
     Raises nothing: an OSError is in the report.
     """
@@ -55,22 +53,21 @@ def remove_path(path: Path, keep: frozenset[str] = frozenset()) -> Left:
     except OSError as error:
         return Left(1, shown(str(path)), error.strerror or str(error))
     try:
-        return remove(parent, path.name, keep)
+        return remove(parent, path.name)
     finally:
         os.close(parent)
 
 
-def remove(parent: int, name: str, keep: frozenset[str] = frozenset()) -> Left:
+def remove(parent: int, name: str) -> Left:
     """Remove the entry `name` of a folder, with all in it. Links are removed, not followed; mounts are left alone.
 
     Args:
         parent: a descriptor of the folder.
-        keep: entries of the folder `name` that stay, and therefore the folder itself.
 
     Raises nothing: an OSError is in the report.
     """
     for _ in range(_TRIES):
-        removal = _Removal(keep)
+        removal = _Removal()
         try:
             removal.run(parent, name)
             break
@@ -79,9 +76,30 @@ def remove(parent: int, name: str, keep: frozenset[str] = frozenset()) -> Left:
         except OSError as error:
             removal.note(error, [name])
             break
-    if not removal.count and not keep and _exists(parent, name):
+    if not removal.count and _exists(parent, name):
         return Left(1, shown(name), "it is there again")
     return Left(removal.count, removal.path, removal.reason)
+
+
+def empty(folder: int, keep: Callable[[str], bool]) -> dict[str, Left]:
+    """Remove all that a folder holds.
+
+    Args:
+        folder: its descriptor.
+        keep: whether an entry of this name stays.
+
+    Returns:
+        what is left, by the entry's name; the name `.` if the folder cannot be read.
+    """
+    left = {}
+    give_rights(folder, RIGHTS)
+    try:
+        for name in os.listdir(folder):
+            if not keep(name) and (remains := remove(folder, name)):
+                left[name] = remains
+    except OSError as error:
+        left["."] = Left(1, ".", error.strerror or str(error))
+    return left
 
 
 class _Folder:
@@ -98,11 +116,10 @@ class _Folder:
 
 
 class _Removal:
-    def __init__(self, keep: frozenset[str]) -> None:
+    def __init__(self) -> None:
         self.count = 0
         self.path = ""
         self.reason = ""
-        self._keep = keep
         self._looks_left = _MOST_LOOKS
 
     def run(self, parent: int, name: str) -> None:
@@ -126,10 +143,9 @@ class _Removal:
 
     def _enter(self, way: Descent, folders: list[_Folder], name: str) -> None:
         with contextlib.suppress(OSError):  # most folders of a deep tree are not empty; the others are done here
-            if not (self._keep and not way.names):
-                os.rmdir(name, dir_fd=way.fd)
-                folders[-1].removed = True
-                return
+            os.rmdir(name, dir_fd=way.fd)
+            folders[-1].removed = True
+            return
         try:
             way.down(name)
         except FileNotFoundError:
@@ -142,8 +158,6 @@ class _Removal:
             self.note(error, [*way.names, name])
             return
         folders.append(_Folder())
-        if self._keep and len(way.names) == 1:
-            folders[-1].failed |= self._keep
         self._look(way, folders[-1])
 
     def _look(self, way: Descent, folder: _Folder) -> None:
@@ -169,8 +183,6 @@ class _Removal:
 
     def _leave(self, way: Descent, folder: _Folder, above: _Folder) -> None:
         name = way.up()
-        if self._keep and not way.names:
-            return
         try:
             os.rmdir(name, dir_fd=way.fd)
             above.removed = True

@@ -16,7 +16,8 @@ from loguru import logger
 from flowmesh.errors import ProtocolError
 from flowmesh.execution.housekeeping.removal import remove_tree
 from flowmesh.execution.layout import BASELINE_FILE, Layout
-from flowmesh.files.removal import remove_path
+from flowmesh.files.folder import Folder
+from flowmesh.files.removal import empty
 from flowmesh.messages.job import (
     JOB_FILE,
     MAX_OUTCOME_BYTES,
@@ -122,5 +123,12 @@ def _taken_back(spool: Path) -> bool:
 
 
 def _remove_strays(spool: Path) -> None:
-    if left := remove_path(spool, _OF_A_RUN):
-        logger.bind(path=str(spool)).warning("not all that a task left in its spool folder could be removed: {}", left)
+    try:
+        with Folder.open(spool.resolve()) as folder:
+            left = empty(folder.fd, _OF_A_RUN.__contains__)
+    except OSError as error:
+        logger.bind(path=str(spool)).warning("files that a task left in its spool folder stay there: {}", error)
+        return
+    if left:
+        bound = logger.bind(path=str(spool), count=len(left))
+        bound.warning("files that a task left in its spool folder stay there: {}", next(iter(left.values())))

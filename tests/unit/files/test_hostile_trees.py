@@ -127,7 +127,7 @@ def check_tree(tree: Any, *, mounts: bool) -> None:
 
 
 def check_many(*, mounts: bool) -> None:
-    @settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=40, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(tree=TREES)
     def examples(tree: Any) -> None:
         check_tree(tree, mounts=mounts)
