@@ -6,7 +6,7 @@ One definition for settings, error messages, deliveries and agents. Where in dou
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 HIDDEN = "[hidden]"
@@ -61,12 +61,14 @@ class Redactor:
 
     Args:
         secrets: the known ones; empty and very short ones are ignored.
+        exact: hide the known secrets only, and leave all other text as it is: for results.
         prose: the text is written or read by a model: ordinary words follow "basic" and "token", and links have
             parameters such as key=title. Only what is long and has a digit counts as a credential there. Known secrets,
             passwords and the user part of addresses are hidden all the same.
     """
 
-    def __init__(self, secrets: Iterable[str | None] = (), *, prose: bool = False) -> None:
+    def __init__(self, secrets: Iterable[str | None] = (), *, exact: bool = False, prose: bool = False) -> None:
+        self._exact = exact
         self._prose = prose
         self._known: set[str] = set()
         self._pattern: re.Pattern[str] | None = None
@@ -77,6 +79,11 @@ class Redactor:
     def of_request(cls, url: str, headers: Mapping[str, str], token: str | None) -> Redactor:
         """A redactor that knows the secrets in an address and its headers, and the node's token."""
         return cls([token, *in_request(url, headers)])
+
+    @property
+    def known(self) -> frozenset[str]:
+        """The secrets that it knows, in all their forms."""
+        return frozenset(self._known)
 
     def learn(self, secret: str | None) -> None:
         """Hide this value from now on, too."""
@@ -96,6 +103,8 @@ class Redactor:
                 longest_first = sorted(self._known, key=lambda form: (-len(form), form))
                 self._pattern = re.compile("|".join(map(re.escape, longest_first)))
             text = self._pattern.sub(HIDDEN, text)
+        if self._exact:
+            return text
         text = _USERINFO.sub(rf"\1{HIDDEN}@", _SURROGATES.sub("\ufffd", text))
         text = _URL.sub(self._address, text)
         return (_CREDENTIAL_IN_PROSE if self._prose else _CREDENTIAL).sub(rf"\1{HIDDEN}", text)
@@ -125,6 +134,65 @@ def in_request(url: str, headers: Mapping[str, str]) -> list[str | None]:
     query += [part.partition("=")[2] or part for part in parts.query.split("&")]  # before URL escapes are undone
     values = [value for name, value in headers.items() if name.lower() != "content-type"]
     return [*values, parts.username, parts.password, *query]
+
+
+_PLAIN_HEADERS = re.compile(r"(?i)(accept|content)(-.*)?|user-agent|cache-control|connection|range")
+_SECRET_FIELD = re.compile(r"(?i)(\w+_)?(api_?key|token|password|passwd|secret|access_?key|credential)")
+_NO_SECRET_FIELD = re.compile(r"(?i)(\w+_)?(pad|eos|bos|unk|sep|cls|mask|stop|end|start|image|special)_?token")
+_SHORTEST_IN_DOCUMENT = 8
+"""Characters; the values of such fields are often words, and a result must not lose its own."""
+
+
+def in_document(value: Any, env: Mapping[str, str]) -> Iterator[str | None]:
+    """What may be secret in a task document: headers, keys and passwords by name, environment variables, addresses.
+
+    Args:
+        value: the document, or a part of it.
+        env: the environment of the task, of which variables with secret names count.
+    """
+    yield from (text for name, text in env.items() if is_secret_name(name))
+    for found in _walk(value):
+        if len(found) >= _SHORTEST_IN_DOCUMENT:
+            yield found
+
+
+def _walk(value: Any) -> Iterator[str]:
+    open_: list[tuple[str, Any]] = [("", value)]
+    while open_:
+        name, item = open_.pop()
+        match item:
+            case dict() if name.lower().endswith("headers"):
+                yield from (text for key, text in item.items() if _is_secret_header(key, text))
+            case dict() if name == "env":
+                yield from (text for key, text in item.items() if isinstance(text, str) and is_secret_name(str(key)))
+            case dict():
+                open_ += ((str(key), inner) for key, inner in item.items())
+            case list() | tuple():
+                open_ += ((name, inner) for inner in item)
+            case str() if _SECRET_FIELD.fullmatch(name) and not _NO_SECRET_FIELD.fullmatch(name):
+                yield item
+            case str() if "://" in item and not any(map(str.isspace, item)):
+                yield from in_address(item)
+
+
+def _is_secret_header(name: Any, value: Any) -> bool:
+    return isinstance(value, str) and _PLAIN_HEADERS.fullmatch(str(name)) is None
+
+
+def in_address(url: str) -> Iterator[str]:
+    """The password of an address, and its parameters with secret names."""
+    from urllib.parse import parse_qsl, urlsplit
+
+    try:
+        parts = urlsplit(url)
+        password = parts.password
+    except ValueError:
+        return
+    if password:
+        yield password
+    for name, value in parse_qsl(parts.query):
+        if _SECRET_PARAMETER.search(name) or is_secret_name(name):
+            yield value
 
 
 def bare_url(url: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import os
 import secrets
 import signal
 import time
@@ -34,11 +35,13 @@ from flowmesh.orchestrator.link import Link
 from flowmesh.orchestrator.worker_description import NodeDescription
 from flowmesh.processes import environ, linux
 from flowmesh.processes.server_pool import ServerPool
+from flowmesh.redaction import Redactor
 from flowmesh.settings.paths import results_dir, state_dir
 from flowmesh.settings.schema import Settings
 from flowmesh.startup import environments, preflight, successor
 from flowmesh.startup.event_loop import end_all, reap_children, start_threads
 from flowmesh.startup.state_dir import hold_state_dir, open_for
+from flowmesh.startup.trust import SetUp, trust
 from flowmesh.tasks.catalogue import LIGHT
 from flowmesh.tasks.journal import Journal
 
@@ -52,17 +55,21 @@ FLUSH_TIMEOUT_S = 10.0
 class Supervisor:
     """One node, from its start to its exit code."""
 
-    def __init__(self, settings: Settings, environment: Mapping[str, str], reread: Callable[[], Settings]) -> None:
+    def __init__(
+        self, settings: Settings, environment: Mapping[str, str], reread: Callable[[], Settings], hides: Redactor
+    ) -> None:
         """
         Args:
             settings: checked by `preflight.check`.
             environment: the process environment that they were read with.
             reread: reads and checks them again; raises ConfigError. Called in a thread.
+            hides: the node's secrets, wherever it says something.
         """
         self.settings = settings
         self.state_dir = state_dir(self.settings, environment)
         self.results_dir = results_dir(self.settings)
         self._reread = reread
+        self._hides = hides
         self._environ = environment
         self._stop = asyncio.Event()
         self._upgrade = False
@@ -78,9 +85,9 @@ class Supervisor:
             FlowMeshError: it cannot start, and why.
         """
         successor.hold_signals()
+        os.umask(int(self.settings.results.umask, 8))
         self._lock = hold_state_dir(self.state_dir)
         linux.become_subreaper()
-        linux.hide_from_same_user()
         start_threads()
         self.journal = Journal(self.state_dir / "journal.sqlite")
         await self._wire()
@@ -126,11 +133,17 @@ class Supervisor:
         self.link = Link(node, self.executor, worker_id)
         operations = Operations(node, self.executor, self.link, stop=self.stop, start_anew=self.start_anew)
         watchers = Watchers(self.executor)
-        self.control = ControlServer(self.state_dir / "run" / "control.sock", operations.handlers(), watchers.subscribe)
+        socket = self.state_dir / "run" / "control.sock"
+        self.control = ControlServer(socket, operations.handlers(), watchers.subscribe, self._hides)
         catalogue = self.executor.catalogue
         logger.bind(isolation=node.isolation, types=",".join(sorted(catalogue.offered))).info(
             "node started: worker {} (FlowMesh {})", worker_id, __version__
         )
+        separation = trust(settings)
+        if separation.set_up is SetUp.ROOT:
+            logger.warning("{}; {}", separation.text, separation.remedy)
+        else:
+            logger.bind(trust=separation.set_up.value).info("{}", separation.text)
         for name, why in sorted(catalogue.missing.items()):
             logger.bind(type=name).info("task type not offered: {}", why)
 
@@ -160,6 +173,8 @@ class Supervisor:
             processes=settings.processes,
             limits=msgspec.to_builtins(settings.runners),
             owner=owner,
+            secrets=self._hides,
+            umask=int(settings.results.umask, 8),
         )
         return Executor(
             settings=settings,
@@ -234,7 +249,7 @@ class Supervisor:
                 "to move it, drain the node and start it again"
             )
         await asyncio.to_thread(self._fit, settings, await self._take_inventory(settings))
-        await asyncio.to_thread(successor.check)
+        await asyncio.to_thread(successor.check, self._environ)
 
     async def _until_stopped(self, tasks: list[asyncio.Task[Any]]) -> None:
         stop = asyncio.create_task(self._stop.wait())
@@ -266,7 +281,7 @@ class Supervisor:
         self.journal.close()
         now_us = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
         self._notifier.send(RELOADING="1", MONOTONIC_USEC=str(now_us), STATUS="handing over")
-        successor.replace()
+        successor.replace(self._environ)
 
     async def _close(self) -> None:
         outbox = self.link.outbox

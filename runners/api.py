@@ -82,6 +82,8 @@ class TaskInput:
         self.log = logging.getLogger(f"flowmesh.task.{job.task_type}")
         self.archives: list[ArchiveRequest] = []
         self.uploads: list[UploadRequest] = []
+        self.warnings: list[str] = []
+        """What was logged as a warning: `warnings` of the result."""
 
     def section(self, name: str, into: type[T]) -> T:
         """`spec.<name>` as a struct; `{}` is converted if the task does not have it.

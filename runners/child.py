@@ -20,8 +20,10 @@ import msgspec
 
 from flowmesh.messages.job import JOB_FILE, OUTCOME_FILE, Fault, Job, Outcome
 from flowmesh.processes.pipe import VERSION, Finished, Hello, Pipe
+from flowmesh.redaction import Redactor, in_document
 from runners.api import Cancelled, Context, Runner, RunnerError
 from runners.gpu_memory import is_shortage
+from runners.run_warnings import collected
 
 MAX_MESSAGE_CHARS = 2000
 MAX_DETAIL_CHARS = 64 * 1024
@@ -76,9 +78,12 @@ def run(job: Job, ctx: Context) -> Outcome:
     fault, message, result = None, "", None
     detail = ""
     try:
-        result = _runner(job.runner).run(ctx)
+        with collected(ctx):
+            result = _runner(job.runner).run(ctx)
         if not isinstance(result, dict):
             raise TypeError(f"{job.runner} returned {type(result).__name__}, not a mapping")
+        if ctx.warnings:
+            result = {**result, "warnings": ctx.warnings}
         result = msgspec.to_builtins(result, str_keys=True, enc_hook=_plain)
     except Cancelled as error:
         fault, message = Fault.CANCELLED, error.reason
@@ -95,13 +100,18 @@ def run(job: Job, ctx: Context) -> Outcome:
         if detail:
             _flush_logs(detail)
     ctx.finish()
+    # Here, before anything of it is written: from here it reaches events, responses.json, the journal and logs.
+    secrets = list(in_document(job.task, os.environ))
+    if secrets and result is not None:
+        result = Redactor(secrets, exact=True).deep(result)
+    redact = Redactor(secrets, prose=True)
     return Outcome(
         attempt=job.attempt,
         ok=fault is None,
         result=result,
         fault=fault,
-        message=message[:MAX_MESSAGE_CHARS],
-        detail=detail[-MAX_DETAIL_CHARS:],
+        message=redact(message)[:MAX_MESSAGE_CHARS],
+        detail=redact(detail)[-MAX_DETAIL_CHARS:],
         archives=tuple(ctx.archives),
         uploads=tuple(ctx.uploads),
         phases=ctx.phases,

@@ -11,7 +11,9 @@ from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
 from redis.exceptions import ReadOnlyError, RedisError
 
+from flowmesh.bus.login import FileLogin
 from flowmesh.messages.sentinel import SentinelAddress, is_sentinel, sentinel_address
+from flowmesh.settings.addresses import without_user
 
 __all__ = ["RedisError", "connect", "leave_replica", "redis"]
 
@@ -20,7 +22,15 @@ _SPARE_CONNECTIONS = 2
 _KEEPALIVE = {socket.TCP_KEEPIDLE: 15, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 3}
 
 
-def connect(url: str, *, timeout_s: float, health_check_interval_s: float, name: str, users: int = 2) -> redis.Redis:
+def connect(
+    url: str,
+    *,
+    timeout_s: float,
+    health_check_interval_s: float,
+    name: str,
+    users: int = 2,
+    password_file: str | None = None,
+) -> redis.Redis:
     """A client with its own connection pool. It does not retry: its callers decide that.
 
     Args:
@@ -28,6 +38,7 @@ def connect(url: str, *, timeout_s: float, health_check_interval_s: float, name:
         timeout_s: to connect, and for each answer.
         name: shown by CLIENT LIST.
         users: how many commands may run at once; redis-py raises for one more instead of queueing it.
+        password_file: a file with the password, read for each connection; `url` then contains none.
     """
     reaching: dict[str, Any] = {
         "socket_timeout": timeout_s,
@@ -45,7 +56,14 @@ def connect(url: str, *, timeout_s: float, health_check_interval_s: float, name:
         "protocol": 2,
     }
     if is_sentinel(url):
-        return _master(sentinel_address(url), reaching, options)
+        address = sentinel_address(url)
+        login: dict[str, Any] = {"username": address.username, "password": address.password}
+        if password_file is not None:
+            login = {"credential_provider": FileLogin(password_file, address.username)}
+        return _master(address, reaching, login | options)
+    if password_file is not None:
+        url, username = without_user(url)
+        options["credential_provider"] = FileLogin(password_file, username)
     client: redis.Redis = redis.Redis.from_url(url, **options)
     return client
 
@@ -53,9 +71,7 @@ def connect(url: str, *, timeout_s: float, health_check_interval_s: float, name:
 def _master(address: SentinelAddress, reaching: dict[str, Any], options: dict[str, Any]) -> redis.Redis:
     """A client of the service's master: each new connection asks the sentinels for its address."""
     sentinel = Sentinel(address.hosts, sentinel_kwargs=reaching)  # type: ignore[no-untyped-call]
-    client: redis.Redis = sentinel.master_for(
-        address.service, db=address.db, username=address.username, password=address.password, **options
-    )
+    client: redis.Redis = sentinel.master_for(address.service, db=address.db, **options)
     return client
 
 

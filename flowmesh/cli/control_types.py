@@ -33,6 +33,8 @@ class TaskStatus(msgspec.Struct, frozen=True, kw_only=True):
     pid: int | None = None
     started_at: str | None = None
     out_dir: str | None = None
+    waits_for: str | None = None
+    """What its delivery waits for."""
 
 
 class NodeStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,6 +51,8 @@ class NodeStatus(msgspec.Struct, frozen=True, kw_only=True):
     outbox: int = 0
     warnings: dict[str, str] = {}
     """By environment: why its tasks fail, or start slowly."""
+    redeliveries: dict[str, str] = {}
+    """Of `flowmesh deliver`, by task id: what each waits for; empty: it is being sent."""
 
 
 class LogsPlace(msgspec.Struct, frozen=True, kw_only=True):

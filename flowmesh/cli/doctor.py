@@ -64,6 +64,7 @@ def examine(config_file: str | None) -> Iterator[Finding]:
     yield from gpus
     has_gpus = any(finding.text.startswith("GPU ") for finding in gpus)
     yield from doctor_machine.isolation(settings)
+    yield doctor_machine.separation(settings)
     yield from doctor_machine.limits(has_gpus=has_gpus)
     yield from doctor_machine.disk(settings, os.environ)
     yield from doctor_machine.tools(settings)
@@ -149,7 +150,7 @@ def _redis(settings: Settings) -> Iterator[Finding]:
         return
     began = time.monotonic()
     try:
-        with locate.connected(url) as client:
+        with locate.connected(locate.address_of(settings.redis)) as client:
             client.ping()
     except FlowMeshError as error:
         yield Finding("Redis", Level.BROKEN, str(error), "start Redis, or correct REDIS_URL (redis.url)")

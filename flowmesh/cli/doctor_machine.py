@@ -18,6 +18,7 @@ from flowmesh.processes import cgroup
 from flowmesh.settings import paths
 from flowmesh.settings.schema import Settings
 from flowmesh.settings.types import Isolation
+from flowmesh.startup.trust import SetUp, trust
 
 LOW_BYTES, FEW_BYTES = 1 << 30, 10 << 30
 """Free disk space below which tasks fail, and below which a warning is due."""
@@ -44,6 +45,13 @@ def isolation(settings: Settings) -> Iterator[Finding]:
     found = sorted(cgroup.controllers(base))
     base.rmdir()
     yield Finding("isolation", Level.OK, f"cgroup v2, controllers: {', '.join(found) or 'none'}")
+
+
+def separation(settings: Settings) -> Finding:
+    """What separates tasks from the node."""
+    found = trust(settings)
+    level = {SetUp.TASK_USER: Level.OK, SetUp.SHARED_USER: Level.NOTE, SetUp.ROOT: Level.WARN}[found.set_up]
+    return Finding("trust", level, found.text, found.remedy)
 
 
 def limits(*, has_gpus: bool) -> Iterator[Finding]:

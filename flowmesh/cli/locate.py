@@ -13,8 +13,9 @@ import click
 from flowmesh.errors import ConfigError, UnavailableError
 from flowmesh.messages.sentinel import is_sentinel, sentinel_address
 from flowmesh.redaction import redact_url
-from flowmesh.settings import load, paths
-from flowmesh.settings.schema import Settings
+from flowmesh.settings import addresses, load, paths
+from flowmesh.settings.schema import RedisSettings, Settings
+from flowmesh.settings.secret_files import read_secret
 
 if TYPE_CHECKING:
     import redis
@@ -60,10 +61,23 @@ def deployment_of(flag: str | None, config_file: str | None) -> tuple[str, str]:
     Raises:
         ConfigError: no address is set.
     """
-    found = settings(config_file, redis__url=flag).redis
+    own_password = "" if flag is not None and not addresses.redis_fault(flag) and addresses.has_password(flag) else None
+    found = settings(config_file, redis__url=flag, redis__password_file=own_password).redis
     if not found.url:
         raise ConfigError("no Redis address: give --redis URL, set REDIS_URL, or give --config FILE with redis.url")
-    return found.url, found.task_topic
+    return address_of(found), found.task_topic
+
+
+def address_of(redis: RedisSettings) -> str:
+    """The address of the settings' Redis, with the password that `redis.password_file` contains now.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    assert redis.url is not None
+    if redis.password_file is None:
+        return redis.url
+    return addresses.with_password(redis.url, read_secret(redis.password_file, "redis.password_file"))
 
 
 def results_dir(flag: str | None, config_file: str | None) -> Path:

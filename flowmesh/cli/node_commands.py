@@ -61,6 +61,11 @@ def status(config: str | None, state_dir: str | None, as_json: bool) -> int:
     if found.tasks:
         print()
         render.table(_TASKS, [_task_row(task) for task in found.tasks])
+    waits = {task.task_id: task.waits_for for task in found.tasks if task.waits_for} | found.redeliveries
+    if waits:
+        print()
+    for task_id, what in waits.items():
+        print(f"delivery of {task_id}: " + (f"waits for {render.printable(what)}" if what else "being sent"))
     return EXIT_OK
 
 

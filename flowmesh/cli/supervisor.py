@@ -45,7 +45,9 @@ def command(config: str | None, check: bool, as_json: bool, sets: tuple[str, ...
     import os
 
     from flowmesh.settings.load import load
+    from flowmesh.startup import secret_environ
 
+    environment = secret_environ.take(os.environ)  # first: from here on nobody else reads the secrets
     overrides = {key: value for name, key in _NAMED.items() if (value := named[name]) is not None}
     for assignment in sets:
         key, sep, value = assignment.partition("=")
@@ -57,19 +59,17 @@ def command(config: str | None, check: bool, as_json: bool, sets: tuple[str, ...
         import flowmesh.supervisor  # noqa: F401 - a version that cannot be imported must not pass its check
         from flowmesh.cli.check import report
 
-        return piped(lambda: report(load(path, os.environ, overrides), as_json=as_json))
-    return _serve(lambda: load(path, os.environ, overrides))
+        return piped(lambda: report(load(path, environment, overrides), as_json=as_json))
+    return _serve(lambda: load(path, environment, overrides), environment)
 
 
-def _serve(read: Callable[[], Loaded]) -> int:
+def _serve(read: Callable[[], Loaded], environment: dict[str, str]) -> int:
     import asyncio
-    import os
 
     from flowmesh.cli.logs_setup import configure
+    from flowmesh.settings.load import secrets
     from flowmesh.startup import preflight
     from flowmesh.supervisor import Supervisor
-
-    environment = dict(os.environ)
 
     def usable() -> Settings:
         settings = read().settings
@@ -77,10 +77,11 @@ def _serve(read: Callable[[], Loaded]) -> int:
         return settings
 
     settings = usable()
-    configure(settings)
+    hides = secrets(settings)
+    configure(settings, hides)
 
     async def live() -> int:
-        return await Supervisor(settings, environment, usable).run()
+        return await Supervisor(settings, environment, usable, hides).run()
 
     return asyncio.run(live())
 

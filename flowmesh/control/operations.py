@@ -91,6 +91,7 @@ class Operations:
                 for server in executor.pool.servers
             ],
             "warnings": executor.pool.warnings(),
+            "redeliveries": executor.redeliveries.waits(),
             "queued": sum(len(slot.queue) for slot in executor.slots.values()),
             "outbox": executor.journal.outbox_size(),
             "malformed": executor.counters.malformed,

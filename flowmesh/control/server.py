@@ -15,6 +15,7 @@ import msgspec
 from loguru import logger
 
 from flowmesh.errors import FlowMeshError
+from flowmesh.redaction import Redactor
 from flowmesh.validation.describe import nearest
 
 MAX_LINE = 64 * 1024
@@ -37,12 +38,14 @@ class ControlServer:
         path: of the socket; a stale one is replaced.
         handlers: by `op`; each gets the request and returns the fields to send beside `"ok": true`.
         subscribe: (task id, callback) → unsubscribe; for `watch`.
+        redact: hides secrets in what is sent.
     """
 
-    def __init__(self, path: Path, handlers: dict[str, Handler], subscribe: Subscribe) -> None:
+    def __init__(self, path: Path, handlers: dict[str, Handler], subscribe: Subscribe, redact: Redactor) -> None:
         self._path = path
         self._handlers = handlers
         self._subscribe = subscribe
+        self._redact = redact
         self._server: asyncio.Server | None = None
         self._peers: set[asyncio.StreamWriter] = set()
 
@@ -90,7 +93,7 @@ class ControlServer:
             reply = {"ok": False, "error": f"not a JSON object: {error}"}
         except FlowMeshError as error:
             reply = {"ok": False, "error": str(error)}
-        await _send(writer, reply)
+        await self._send(writer, reply)
 
     async def _watch(self, task_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Send a task's events until it ends or the client disconnects."""
@@ -105,7 +108,7 @@ class ControlServer:
         gone.add_done_callback(lambda _: events.put_nowait(None))
         try:
             while (event := await events.get()) is not None:
-                await _send(writer, event)
+                await self._send(writer, event)
                 if event["event"] == "end":
                     return
         finally:
@@ -114,10 +117,9 @@ class ControlServer:
             with contextlib.suppress(asyncio.CancelledError, ConnectionError):
                 await gone
 
-
-async def _send(writer: asyncio.StreamWriter, message: Answer) -> None:
-    writer.write(msgspec.json.encode(message) + b"\n")
-    await writer.drain()
+    async def _send(self, writer: asyncio.StreamWriter, message: Answer) -> None:
+        writer.write(msgspec.json.encode(self._redact.deep(message)) + b"\n")
+        await writer.drain()
 
 
 def text_field(request: dict[str, Any], name: str) -> str:

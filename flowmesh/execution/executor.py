@@ -318,7 +318,7 @@ class Executor:
     def _finish(self, run: Run, verdict: Verdict) -> None:
         now = utc_now()
         cost = self.settings.node.cost_per_hour * run.slot.plan.share
-        event = task_events.ended(run, verdict, finished_at=now, cost_per_hour=cost, base_env=self.layout.base_env)
+        event = task_events.ended(run, verdict, finished_at=now, cost_per_hour=cost, layout=self.layout)
         try:
             self.journal.finish(run.attempt, run.task, now, TASK_EVENTS_CHANNEL, event)
         except JournalError as error:

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from flowmesh.errors import ConfigError
+from flowmesh.redaction import Redactor
 from flowmesh.settings.schema import ProcessesSettings
 
 BASELINE_FILE = "gpus.json"
@@ -60,6 +61,10 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
     """The [runners] settings: limits that runners obey."""
     owner: Owner | None = None
     """The user that tasks run as; None: the node's own user."""
+    secrets: Redactor = Redactor()
+    """Knows the node's own."""
+    umask: int | None = None
+    """Of everything that writes results; None: that of the fork server."""
 
     @property
     def log_dir(self) -> Path:
@@ -80,6 +85,11 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
     def mark_of(self, attempt: int) -> str:
         """The attempt's FLOWMESH_ATTEMPT."""
         return f"{self.mark}:{attempt}"
+
+    @property
+    def task_uid(self) -> int:
+        """The user that tasks run as."""
+        return os.geteuid() if self.owner is None else self.owner.uid
 
     @property
     def task_env(self) -> dict[str, str]:

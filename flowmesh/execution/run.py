@@ -37,6 +37,8 @@ class Run:
         self.cgroup: str | None = None
         """The folder of its cgroup, if it has one."""
         self.phase = ""
+        self.waits_for = ""
+        """What its delivery waits for; empty: it does not wait."""
         self.progress: Progress | None = None
         """The last progress that it reported."""
         self.last_frame_at = time.monotonic()
@@ -100,6 +102,10 @@ class Run:
         self.phase = phase[:64]
         self.notify({"event": "phase", "phase": self.phase})
 
+    def wait_for(self, what: str) -> None:
+        """Set what its delivery waits for; empty: it waits no longer."""
+        self.waits_for = what
+
     def notify(self, event: dict[str, Any]) -> None:
         """Send an event to the clients that watch this task."""
         for watcher in list(self.watchers):
@@ -134,6 +140,7 @@ class Run:
             "pid": self.pid if self.task.state not in (State.QUEUED, State.DELIVERING) else None,
             "started_at": self.started_at,
             "out_dir": self.accepted.target.out_dir,
+            "waits_for": self.waits_for or None,
         }
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
+from flowmesh.execution.layout import Layout
 from flowmesh.execution.run import Run
-from flowmesh.messages.output import HttpDestination
 from flowmesh.messages.wire import TaskEvent, encode, utc_now
-from flowmesh.redaction import Redactor, in_request, is_secret
+from flowmesh.redaction import Redactor, in_document
 from flowmesh.tasks.verdicts import Kind, Verdict, event_fields
 
 TAIL_LINES = 20
@@ -62,13 +62,13 @@ def used(run: Run, cost_per_hour: float) -> dict[str, Any]:
     }
 
 
-def ended(run: Run, verdict: Verdict, *, finished_at: str, cost_per_hour: float, base_env: Mapping[str, str]) -> bytes:
+def ended(run: Run, verdict: Verdict, *, finished_at: str, cost_per_hour: float, layout: Layout) -> bytes:
     """The terminal event, encoded: TASK_SUCCEEDED or TASK_FAILED.
 
     Args:
         finished_at: ISO 8601, UTC.
         cost_per_hour: of the task's slot, in US dollars.
-        base_env: the node's variables that its tasks inherit; secrets among them are hidden in the event.
+        layout: has the secrets that are hidden in the event.
     """
     payload: dict[str, Any] = {
         "taskType": run.accepted.type.name,
@@ -90,7 +90,7 @@ def ended(run: Run, verdict: Verdict, *, finished_at: str, cost_per_hour: float,
             payload=payload,
         )
     else:
-        redact = _redactor(run, base_env)
+        redact = redactor(run, layout)
         payload |= event_fields(verdict)
         if run.log_tail:
             payload["log_tail"] = _last([redact(line) for line in run.log_tail[-TAIL_LINES:]])
@@ -135,14 +135,10 @@ def lost(worker_id: str, task_id: str, verdict: Verdict, dispatched_at: str | No
     return encode(event)
 
 
-def _redactor(run: Run, base_env: Mapping[str, str]) -> Redactor:
-    """A redactor of the secrets that the task was given."""
-    env = {**base_env, **run.accepted.spec.env}
-    known: list[str | None] = [value for name, value in env.items() if is_secret((name,))]
-    for target in (run.accepted.target, *run.accepted.children):
-        if isinstance(to := target.destination, HttpDestination):
-            known += in_request(to.url or "", to.headers)
-    return Redactor(known)
+def redactor(run: Run, layout: Layout) -> Redactor:
+    """Hides the secrets of the node and of the task."""
+    task = in_document(run.accepted.task, layout.base_env)
+    return Redactor([*layout.secrets.known, *task], prose=True)
 
 
 def _last(lines: Sequence[str]) -> list[str]:

@@ -31,6 +31,7 @@ class Link(Observer):
         reach = functools.partial(
             connect,
             redis.url,
+            password_file=redis.password_file,
             timeout_s=redis.timeout_s,
             health_check_interval_s=redis.health_check_interval_s,
         )

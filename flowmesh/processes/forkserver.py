@@ -62,6 +62,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     adoption_timeout_s: float = 60.0
     cgroup: str | None = None
     """The folder in which each child gets a cgroup; None: they get none."""
+    hidden: bool = False
+    """Whether processes of the same user are kept from reading its memory, and so that of its children: they are given
+    secrets."""
     made_of: str = ""
     """Sent back to each supervisor: one whose settings have changed starts another server for its next tasks."""
 
@@ -87,6 +90,8 @@ class ForkServer:
 
     def run(self) -> int:
         linux.set_name("flowmesh-forksrv")
+        if self._options.hidden:
+            linux.hide_from_same_user()
         linux.become_subreaper()
         signal.signal(signal.SIGCHLD, lambda *_: None)  # it only writes to the wakeup descriptor
         signal.set_wakeup_fd(self._wakeup_write, warn_on_full_buffer=False)

@@ -22,6 +22,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     pids_max: int | None = None
     cpus: tuple[int, ...] | None = None
     nice: int = 0
+    umask: int | None = None
     oom_score_adj: int | None = None
     uid: int | None = None
     gid: int | None = None
@@ -72,6 +73,8 @@ def apply(limits: Limits, parent: int) -> None:
         os.nice(limits.nice)
     if limits.private_shm:
         shm.make_private()
+    if limits.umask is not None:
+        os.umask(limits.umask)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if limits.gid is not None:
         os.setgroups(limits.groups)

@@ -38,6 +38,8 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True):
     rehearsal: str | None = None
     contained: bool = True
     """Whether its children get a cgroup each, on a node that can make them."""
+    hidden: bool = False
+    """Whether it and its children, which are given secrets, are hidden from other processes of the node's user."""
 
 
 class ServerState(enum.StrEnum):
@@ -111,6 +113,7 @@ class Server:
                 rehearsal=environment.rehearsal,
                 adoption_timeout_s=adoption_timeout_s,
                 cgroup=None if cgroup is None else str(cgroup),
+                hidden=environment.hidden,
                 made_of=made_of,
             )
             # -P: the folder we were started in is no place to import from; tasks may write there

@@ -31,18 +31,18 @@ def make_private() -> bool:
     return True
 
 
-def sweep(since: float) -> list[str]:
-    """Remove this user's blocks that match the libraries' names, if no process has them mapped or open.
+def sweep(since: float, uid: int) -> list[str]:
+    """Remove a user's blocks that match the libraries' names, if no process has them mapped or open.
 
     A block of another program that matches stays for as long as a process uses it.
 
     Args:
         since: seconds since the epoch; blocks with an older ctime stay.
+        uid: whose blocks.
 
     Returns:
         the names of the removed blocks.
     """
-    own_uid = os.geteuid()
     found = []
     try:
         entries = list(os.scandir(SHM))
@@ -54,7 +54,7 @@ def sweep(since: float) -> list[str]:
                 stat = entry.stat(follow_symlinks=False)
             except OSError:
                 continue
-            if stat.st_uid == own_uid and stat.st_ctime >= since:
+            if stat.st_uid == uid and stat.st_ctime >= since:
                 found.append(entry.name)
     if not found:
         return []

@@ -22,6 +22,7 @@ from flowmesh.processes.pipe import VERSION, Finished, Frame, Hello, Pipe, Progr
 from flowmesh.results.delivery_run import DeliveryRun, Report
 from flowmesh.results.delivery_state import STATE_FILE
 from flowmesh.results.job import DELIVERED_FILE, DELIVERY_FILE, DeliveryJob, DeliveryReport
+from flowmesh.results.request_bodies import Postponed
 from flowmesh.results.safe_files import open_regular, read_note, read_regular, write_atomic
 
 PROGRESS_INTERVAL_S = 0.25
@@ -51,8 +52,14 @@ def deliver(
     started = time.monotonic()
     run = DeliveryRun(job, outcome, report, spool, token)
     error, status = "", None
+    postponed: Postponed | None = None
     try:
         run.run()
+    except Postponed as failure:
+        error, status, postponed = str(failure), failure.status, failure
+        if failure.attempts == 1:
+            with contextlib.suppress(OSError):
+                run.record()
     except (DeliveryError, OSError) as failure:
         error = " ".join(str(failure).split()) or type(failure).__name__
         status = getattr(failure, "status", None)
@@ -66,6 +73,9 @@ def deliver(
         seconds=round(time.monotonic() - started, 6),
         urls=tuple(run.sender.urls),
         notes=tuple(dict.fromkeys(run.notes)),
+        again_in_s=None if postponed is None else postponed.again_in_s,
+        origin="" if postponed is None else postponed.origin,
+        attempts=0 if postponed is None else postponed.attempts,
     )
 
 
@@ -92,7 +102,10 @@ def main(pipe: Pipe | None, spool: Path, token: str | None = None, *, again: boo
         send(Hello(VERSION, os.getpid()))
         done = read_report(spool)
         if done is None or not done.ok:
-            done = _deliver_spool(msgspec.json.decode(file.read(), type=DeliveryJob), spool, send, token)
+            job = msgspec.json.decode(file.read(), type=DeliveryJob)
+            done = _deliver_spool(job, spool, send, token)
+            if job.only_local:
+                return 0 if done.ok else 1
             write_atomic(spool / DELIVERED_FILE, msgspec.json.encode(done), private=True)
         send(Finished(done.ok))
     return 0 if done.ok else 1
@@ -101,6 +114,22 @@ def main(pipe: Pipe | None, spool: Path, token: str | None = None, *, again: boo
 def read_report(spool: Path) -> DeliveryReport | None:
     """The report of the last delivery of this spool folder; None where none has ended."""
     return read_note(spool / DELIVERED_FILE, DeliveryReport)
+
+
+def forget_report(spool: Path) -> None:
+    """Remove the report of an attempt that failed, so that it is not taken for the next one's.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    report = read_report(spool)
+    if report is not None and not report.ok:
+        (spool / DELIVERED_FILE).unlink()
+
+
+def only_local(job: DeliveryJob) -> DeliveryJob:
+    """The job without its sending."""
+    return msgspec.structs.replace(job, only_local=True)
 
 
 def write_job(job: DeliveryJob, spool: Path) -> None:

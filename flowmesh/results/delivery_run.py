@@ -47,7 +47,7 @@ class DeliveryRun:
             self.record()
             return
         self._task.result = responses.success(outcome, self._job.extra)
-        if not self._job.over_http:
+        if self._job.only_local or not self._job.over_http:
             self.record()
             return
         self._write_results()  # if the network fails, what was computed can be read here

@@ -29,6 +29,21 @@ class Sent(msgspec.Struct, frozen=True, kw_only=True):
     mtime_ns: int
 
 
+class Tries(msgspec.Struct, kw_only=True):
+    """The failed attempts at the request that is due."""
+
+    request: str = ""
+    """Method and URL, without what may be secret in it."""
+    attempts: int = 0
+    spent_s: float = 0.0
+    """From the first attempt on, waits included."""
+    kind: str = ""
+    """The last failure's, if failures of its kind have their own limit."""
+    kind_since_s: float = 0.0
+    """`spent_s` at the first of the latest failures of that kind."""
+    last_answer: str = ""
+
+
 class _Saved(msgspec.Struct, kw_only=True):
     """The content of STATE_FILE."""
 
@@ -39,6 +54,9 @@ class _Saved(msgspec.Struct, kw_only=True):
     """By `Item.key`."""
     results: list[str] = []
     """Ids of the tasks whose result arrived."""
+    tries: Tries | None = None
+    left_s: float | None = None
+    """Of the delivery's time; None: nothing was tried yet."""
 
 
 class DeliveryState:
@@ -91,6 +109,25 @@ class DeliveryState:
 
     def result_arrived(self, task_id: str) -> None:
         self._saved.results.append(task_id)
+        self._save()
+
+    def tries_of(self, request: str) -> Tries:
+        """The failed attempts at a request so far."""
+        saved = self._saved.tries
+        return saved if saved is not None and saved.request == request else Tries(request=request)
+
+    @property
+    def left_s(self) -> float | None:
+        """What is left of the delivery's time; None: nothing was tried yet."""
+        return self._saved.left_s
+
+    def postponed(self, tries: Tries, left_s: float) -> None:
+        self._saved.tries, self._saved.left_s = tries, left_s
+        self._save()
+
+    def forget_tries(self) -> None:
+        """The delivery's time and its attempts begin again; what arrived stays."""
+        self._saved.tries = self._saved.left_s = None
         self._save()
 
     def _save(self) -> None:

@@ -5,7 +5,6 @@ Credentials are sent to the origin that they are meant for and to no other, also
 
 from __future__ import annotations
 
-import os
 import ssl
 import time
 from collections.abc import Callable, Mapping
@@ -16,10 +15,18 @@ from flowmesh import __version__
 from flowmesh.errors import FieldError
 from flowmesh.messages.output import HttpDestination, check_url
 from flowmesh.results.body_stream import BodyStream, SizedBodyStream
-from flowmesh.results.http_errors import TEXT_SHOWN, describe_failure, innermost, read_text, retry_after_s
-from flowmesh.results.origins import basic_auth, origin, without_login
-from flowmesh.results.request_bodies import Body, TryAgain, UploadError
+from flowmesh.results.http_errors import (
+    TEXT_SHOWN,
+    describe_failure,
+    innermost,
+    is_unresolved,
+    read_text,
+    retry_after_s,
+)
+from flowmesh.results.request_bodies import Body, Patience, TryAgain, UploadError
 from flowmesh.results.throttle import Throttle
+from flowmesh.web.origins import basic_auth, origin, refusal_hint, why_no_token, without_login
+from flowmesh.web.session import make_session, options_for
 
 if TYPE_CHECKING:
     import requests
@@ -27,6 +34,10 @@ if TYPE_CHECKING:
 MAX_REDIRECTS = 5
 _RETRYABLE = frozenset((408, 425, 429))
 """Besides 5xx."""
+_UNRESOLVED = Patience("unresolved", 120.0)
+"""A name that nobody knows is rather a mistake than an outage."""
+_TOKEN_REFUSED = Patience("token", 900.0)
+"""The orchestrator got a new token and this node has not yet, or the other way round."""
 
 
 class HttpClient:
@@ -46,13 +57,15 @@ class HttpClient:
         orchestrator_url: str | None,
         progress: Callable[[int], None],
         redact: Callable[[str], str],
+        token_expected: bool = False,
     ) -> None:
         self._timeout_s = destination.timeout_s
         self._custom = {k: v.strip() for k, v in destination.headers.items() if k.lower() != "content-type"}
         self._deadline = deadline
         self._throttle = throttle
         self._token = token
-        self._orchestrator = origin(orchestrator_url) if orchestrator_url else None
+        self._token_expected = token_expected or token is not None
+        self._orchestrator_url = orchestrator_url
         self._progress = progress
         self._redact = redact
         self._session: requests.Session | None = None
@@ -82,7 +95,7 @@ class HttpClient:
                         raise TryAgain(f"the server answered {status} before it had read the whole body", status)
                     return
                 if status not in {307, 308}:
-                    raise self._refusal(response)
+                    raise self._refusal(response, url, same_origin=same_origin)
                 url = _redirect_target(url, response)
             finally:
                 response.close()
@@ -93,22 +106,20 @@ class HttpClient:
         if same_origin:
             custom = {name.lower() for name in self._custom}  # header names ignore case
             headers = {k: v for k, v in headers.items() if k.lower() not in custom} | self._custom
-            if "authorization" not in custom:
-                if (login := basic_auth(url)) is not None:
-                    headers["Authorization"] = login
-                elif self._token and origin(url) == self._orchestrator:
-                    headers["Authorization"] = f"Bearer {self._token}"
+            if "authorization" not in custom and (login := basic_auth(url)) is not None:
+                headers["Authorization"] = login
+            elif self._token and not self._why_no_token(url):
+                headers["Authorization"] = f"Bearer {self._token}"
         headers["Content-Type"] = body.content_type
         return headers
 
+    def _why_no_token(self, url: str) -> str:
+        return why_no_token(url, self._custom, orchestrator_url=self._orchestrator_url, has_token=self._token_expected)
+
     def _request(self, method: str, url: str, stream: BodyStream, headers: Mapping[str, str]) -> requests.Response:
         import requests
-        import requests.utils
 
-        session = self._session
-        if session is None:
-            session = self._session = requests.Session()
-            session.trust_env = False  # it would also send the login that ~/.netrc has for the host
+        session = self._session = self._session or make_session()
         left_s = self._deadline - time.monotonic()
         if left_s <= 0:
             raise TryAgain("no time is left")
@@ -121,8 +132,7 @@ class HttpClient:
                 data=stream,
                 headers=dict(headers),
                 timeout=(timeout_s, timeout_s),
-                proxies=requests.utils.get_environ_proxies(plain),
-                verify=os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True,
+                **options_for(plain),
                 allow_redirects=False,
                 stream=True,
             )
@@ -131,10 +141,11 @@ class HttpClient:
             text = describe_failure(error, cause, timeout_s)
             passing = isinstance(error, requests.exceptions.ConnectionError | requests.exceptions.Timeout)
             if passing and not isinstance(cause, ssl.SSLCertVerificationError):
-                raise TryAgain(text) from error
+                patience = _UNRESOLVED if is_unresolved(error, cause) else None
+                raise TryAgain(text, patience=patience) from error
             raise UploadError(text) from error
 
-    def _refusal(self, response: requests.Response) -> UploadError:
+    def _refusal(self, response: requests.Response, url: str, *, same_origin: bool) -> UploadError:
         status = response.status_code
         text = f"the server answered {status} {response.reason or ''}".rstrip()
         if 300 <= status < 400:
@@ -145,6 +156,20 @@ class HttpClient:
             text += f": {answer[:TEXT_SHOWN]}"
         if status in _RETRYABLE or status >= 500:
             return TryAgain(text, status, retry_after_s(response.headers.get("Retry-After")))
+        if status in {401, 403}:
+            if not same_origin:
+                return UploadError(f"{text}; a redirect led to another origin, which gets no token", status)
+            if status == 401 and not self._why_no_token(url):
+                sent = (
+                    "it refuses the node's token"
+                    if self._token
+                    else "the node's token is in a file that cannot be read now"
+                )
+                return TryAgain(f"{text}; {sent}", status, patience=_TOKEN_REFUSED)
+            hint = refusal_hint(
+                url, self._custom, orchestrator_url=self._orchestrator_url, has_token=self._token_expected
+            )
+            text += f"; {hint}" if hint else ""
         return UploadError(text, status)
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import email.utils
+import socket
+import ssl
 import time
 from typing import TYPE_CHECKING, Any
+
+from flowmesh.web.session import certificate_remedy
 
 if TYPE_CHECKING:
     import requests
@@ -55,8 +59,15 @@ def innermost(error: BaseException) -> BaseException:
     return error
 
 
+def is_unresolved(error: BaseException, cause: BaseException) -> bool:
+    """Whether an attempt failed because the server's name has no address."""
+    return isinstance(cause, socket.gaierror) or "NameResolutionError" in repr(error)
+
+
 def describe_failure(error: BaseException, cause: BaseException, timeout_s: float) -> str:
     """Why an attempt got no answer. Never the text of requests' own exceptions, which contains the whole URL."""
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return f"its certificate is not trusted ({cause.verify_message}); {certificate_remedy()}"
     if isinstance(cause, TimeoutError) or "Timeout" in type(error).__name__:
         return f"no answer within {timeout_s:g} s"
     if isinstance(cause, OSError) and cause.strerror:

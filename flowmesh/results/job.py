@@ -63,6 +63,13 @@ class DeliveryJob(msgspec.Struct, frozen=True, kw_only=True):
     """Limit of all deliveries that share `throttle_file`; without one, of this delivery."""
     throttle_file: str | None = None
     total_timeout_s: float = 3600.0
+    """Of its attempts and the waits between them; waits for a place do not count."""
+    token_expected: bool = False
+    """Whether the node has a token; one that cannot be read now is waited for."""
+    ends_to_wait: bool = False
+    """End where another attempt is due only later; the report says when. Else the process waits for it."""
+    only_local: bool = False
+    """Write what belongs on the disk, and send nothing."""
     first_backoff_s: float = 0.5
     max_backoff_s: float = 30.0
 
@@ -88,6 +95,12 @@ class DeliveryReport(msgspec.Struct, frozen=True, kw_only=True):
     """Where the files can be downloaded."""
     notes: tuple[str, ...] = ()
     """What was done differently than configured, for example without pigz."""
+    again_in_s: float | None = None
+    """When the next attempt is due, of a delivery that `ends_to_wait`. `error` is why the last one failed."""
+    origin: str = ""
+    """Of the request that failed."""
+    attempts: int = 0
+    """Failed attempts at that request so far."""
 
 
 def children_of(

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, NamedTuple, Protocol
 
 from flowmesh.errors import DeliveryError
 from flowmesh.results.safe_files import read_exactly
@@ -25,12 +25,36 @@ class UploadError(DeliveryError):
         self.status = status
 
 
+class Patience(NamedTuple):
+    """A limit for repeated failures of one kind, shorter than the delivery's."""
+
+    kind: str
+    limit_s: float
+
+
 class TryAgain(UploadError):
     """Raised when an attempt failed and another one may succeed, after `retry_after_s` at the earliest."""
 
-    def __init__(self, message: str, status: int | None = None, retry_after_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        message: str,
+        status: int | None = None,
+        retry_after_s: float = 0.0,
+        patience: Patience | None = None,
+    ) -> None:
         super().__init__(message, status)
         self.retry_after_s = retry_after_s
+        self.patience = patience
+
+
+class Postponed(UploadError):
+    """Raised instead of waiting for the next attempt, which is due in `again_in_s`."""
+
+    def __init__(self, message: str, status: int | None, *, again_in_s: float, attempts: int, origin: str) -> None:
+        super().__init__(message, status)
+        self.again_in_s = again_in_s
+        self.attempts = attempts
+        self.origin = origin
 
 
 class Body(Protocol):

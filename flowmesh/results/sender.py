@@ -151,7 +151,8 @@ class Sender:
     def _uploader(self, target: Target) -> Uploader:
         uploader = self._uploaders.get(target.task_id)
         if uploader is None:
-            self._deadline = self._deadline or time.monotonic() + self._job.total_timeout_s
+            left_s = self._job.total_timeout_s if self._state.left_s is None else self._state.left_s
+            self._deadline = self._deadline or time.monotonic() + left_s
             uploader = self._uploaders[target.task_id] = self._make_uploader(target, self._deadline)
         return uploader
 
@@ -166,6 +167,8 @@ class Sender:
             first_backoff_s=self._job.first_backoff_s,
             max_backoff_s=self._job.max_backoff_s,
             progress=self._progress,
+            token_expected=self._job.token_expected,
+            postpone=self._state if self._job.ends_to_wait else None,
         )
 
     def _progress(self, sent_bytes: int) -> None:

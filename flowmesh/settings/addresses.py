@@ -53,6 +53,43 @@ def _split(url: str) -> SplitResult | None:
     return parts
 
 
+def has_password(url: str) -> bool:
+    """Whether the address of a Redis server contains a password."""
+    from urllib.parse import parse_qs, urlsplit
+
+    if is_sentinel(url):
+        return sentinel_address(url).password is not None
+    parts = urlsplit(url)
+    return parts.password is not None or "password" in parse_qs(parts.query)
+
+
+def without_user(url: str) -> tuple[str, str | None]:
+    """The address of a Redis server without its user name, and that name; redis-py takes it elsewhere, too."""
+    from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
+
+    parts = urlsplit(url)
+    options = parse_qsl(parts.query, keep_blank_values=True)
+    named = next((value for name, value in options if name == "username"), unquote(parts.username or ""))
+    query = urlencode([(name, value) for name, value in options if name != "username"])
+    bare = parts._replace(netloc=parts.netloc.rpartition("@")[2], query=query).geturl()
+    if parts.scheme == "unix" and not bare.startswith("unix://"):
+        bare = f"unix://{bare.removeprefix('unix:')}"
+    return bare, named or None
+
+
+def with_password(url: str, password: str) -> str:
+    """The address of a Redis server with a password in it. It may have a user name."""
+    from urllib.parse import quote
+
+    if is_sentinel(url):
+        scheme, _, rest = url.partition("://")
+        login, _, places = rest.rpartition("@")
+        return f"{scheme}://{login}:{quote(password, safe='')}@{places}"
+    bare, username = without_user(url)
+    scheme, _, rest = bare.partition("://")
+    return f"{scheme}://{quote(username or '', safe='')}:{quote(password, safe='')}@{rest}"
+
+
 def redis_fault(url: str) -> str | None:
     """What is wrong with the address of a Redis server, and how to write it; None where it can be used."""
     allowed = "redis://HOST:PORT/DB, rediss://HOST:PORT/DB, unix:///PATH?db=DB or " + SENTINEL_FORM

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from flowmesh.settings.addresses import http_fault, redis_fault
+from flowmesh.settings.addresses import has_password, http_fault, redis_fault
 from flowmesh.settings.schema import Settings
 from flowmesh.validation.describe import nearest, quoted
 
@@ -38,6 +38,11 @@ def _faults(settings: Settings) -> Iterator[Fault]:
         )
     if (url := settings.delivery.orchestrator_url) is not None and (what := http_fault(url)):
         yield Fault(("delivery", "orchestrator_url"), what)
+    if settings.delivery.orchestrator_token is not None and settings.delivery.orchestrator_token_file is not None:
+        what = "delivery.orchestrator_token is set, too; leave one of the two out"
+        yield Fault(("delivery", "orchestrator_token_file"), what)
+    if settings.redis.password_file is not None and has_password(settings.redis.url or ""):
+        yield Fault(("redis", "password_file"), "redis.url contains a password, too; leave one of the two out")
     for name, environment in settings.environments.items():
         if environment.python is not None and (what := _interpreter_fault(environment.python)):
             yield Fault(("environments", name, "python"), what)

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from flowmesh.errors import ConfigError, FieldError
+from flowmesh.redaction import Redactor, in_address
 from flowmesh.settings.checks import first_fault
 from flowmesh.settings.schema import Section, Settings
 from flowmesh.settings.sources import DEFAULT, Layers, Sections, read_toml
@@ -79,6 +80,15 @@ def _with_lower_scheme(url: str) -> str:
     """redis-py accepts schemes in lower case only."""
     scheme, separator, rest = url.partition("://")
     return f"{scheme.lower()}://{rest}" if separator else url
+
+
+def secrets(settings: Settings) -> Redactor:
+    """Hides the node's own secrets, and what looks like a credential."""
+    hides = Redactor([settings.delivery.orchestrator_token], prose=True)
+    for address in (settings.redis.url, settings.delivery.orchestrator_url):
+        for secret in in_address(address or ""):
+            hides.learn(secret)
+    return hides
 
 
 def describe(loaded: Loaded) -> list[Described]:

@@ -26,6 +26,7 @@ from flowmesh.settings.types import (
     SlotName,
     SlotsMode,
     Token,
+    Umask,
     VariableName,
     Word,
 )
@@ -75,6 +76,8 @@ class RedisSettings(Section, frozen=True):
 
     url: str | None = None
     """REDIS_URL; the scheme in upper or lower case"""
+    password_file: FilePath | None = None
+    """REDIS_PASSWORD_FILE: a file with the password, read at each connection."""
     task_topic: Word = "tasks"
     """TASK_TOPIC"""
     heartbeat_interval_s: PositiveSeconds = 30.0
@@ -92,6 +95,8 @@ class ResultsSettings(Section, frozen=True):
 
     dir: FilePath = "./results_workers"
     """RESULTS_DIR"""
+    umask: Umask = "0027"
+    """Rights that nobody gets to the node's files and those of its tasks: octal, as for umask(1)."""
     allowed_roots: tuple[AbsolutePath, ...] = ()
     """Absolute folders besides `dir` that a task's output.destination.path may lie under."""
     min_free_bytes: Annotated[int, Meta(ge=0, le=2**62)] = 1024**3
@@ -130,6 +135,8 @@ class DeliverySettings(Section, frozen=True):
     """ORCHESTRATOR_BASE_URL"""
     orchestrator_token: Token | None = None
     """ORCHESTRATOR_TOKEN"""
+    orchestrator_token_file: FilePath | None = None
+    """ORCHESTRATOR_TOKEN_FILE: a file with the token, read at each use."""
     bandwidth_bytes_per_sec: Annotated[int, Meta(ge=1, le=2**62)] | None = None
     """WORKER_NETWORK_BANDWIDTH_BYTES_PER_SEC"""
     cleanup_after_upload: bool = False

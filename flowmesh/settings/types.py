@@ -29,8 +29,7 @@ RunnerName = Annotated[
     str,
     Meta(pattern=r"\A[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*\Z", description="module:Class"),
 ]
-
-
+Umask = Annotated[str, Meta(pattern=r"\A0?[0-7]{3}\Z", description='an octal mask such as "0027"')]
 SlotName = Annotated[
     str,
     Meta(

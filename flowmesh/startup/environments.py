@@ -64,5 +64,7 @@ def plan(settings: Settings) -> tuple[Catalogue, dict[str, Environment]]:
             canary=None if name == LIGHT else CANARY,
             rehearsal=REHEARSAL,
         )
-    environments[DELIVERY] = Environment(name=DELIVERY, python=sys.executable, preload=DELIVERS, contained=False)
+    environments[DELIVERY] = Environment(
+        name=DELIVERY, python=sys.executable, preload=DELIVERS, contained=False, hidden=True
+    )
     return found, environments

@@ -6,12 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 import msgspec
 
 from flowmesh.errors import LaunchError
+from flowmesh.startup import secret_environ
 
 CHECK_TIMEOUT_S = 90.0
 """Longer than the question to each environment's interpreter may take."""
@@ -20,8 +22,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 """Those that the supervisor handles. Between an exec and the successor's handlers they would end the process."""
 
 
-def check() -> None:
+def check(environ: Mapping[str, str]) -> None:
     """Have the program that is on disk check itself and the settings, as it would be started. Blocks.
+
+    Args:
+        environ: the node's environment, with its secrets.
 
     Raises:
         LaunchError: it would not start, and why.
@@ -33,7 +38,17 @@ def check() -> None:
             "the folder that the node was started in is gone; make it again, or restart the node"
         ) from None
     command = [sys.executable, *sys.orig_argv[1:], "--check", "--json"]
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+    with (
+        secret_environ.handed_over(environ) as (env, secrets),
+        subprocess.Popen(
+            command,
+            env=env,
+            pass_fds=(secrets,),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        ) as child,
+    ):
         try:
             report, errors = child.communicate(timeout=CHECK_TIMEOUT_S)
         except subprocess.TimeoutExpired:
@@ -58,8 +73,13 @@ def take_signals() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
-def replace() -> NoReturn:
-    """exec the program that is on disk; signals must be held."""
+def replace(environ: Mapping[str, str]) -> NoReturn:
+    """exec the program that is on disk; signals must be held.
+
+    Args:
+        environ: the node's environment, with its secrets.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    with secret_environ.handed_over(environ) as (env, _secrets):
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], env)

@@ -60,6 +60,7 @@ def run(task_type: str, ctx: Context) -> dict[str, Any]:
     leader = reports[0]
     ctx.phases.update(leader.phases)
     ctx.archives.extend(leader.archives)
+    ctx.warnings.extend(each for each in leader.warnings if each not in ctx.warnings)
     assert leader.result is not None, "a good report has a result"
     return with_peaks(leader.result, reports)
 

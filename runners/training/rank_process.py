@@ -15,6 +15,7 @@ import msgspec
 
 from flowmesh.processes.pipe import Pipe
 from runners.api import Context
+from runners.run_warnings import collected
 from runners.training import core, ranks
 from runners.training.plan import read
 from runners.training.rank_order import ORDER_FILE, SOCKET, Order
@@ -42,7 +43,8 @@ def main(folder: Path) -> NoReturn:
         core.quiet()
         return core.train(read(order.task_type, ctx), ctx, order.fetched, order.layout, place)
 
-    ranks.serve(place, ctx, folder, work)
+    with collected(ctx):
+        ranks.serve(place, ctx, folder, work)
 
 
 def _pipe(folder: Path) -> Pipe | None:

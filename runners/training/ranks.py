@@ -74,6 +74,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """Whether a checkpoint was written before the cancel took effect."""
     phases: dict[str, float] = {}
     archives: tuple[ArchiveRequest, ...] = ()
+    warnings: tuple[str, ...] = ()
     peak_host_bytes: int = 0
     peak_gpu_bytes: int = 0
 
@@ -134,6 +135,7 @@ def attempt(place: Place, ctx: Context, work: Callable[[Place, Context], dict[st
         checkpoint=checkpoint,
         phases=ctx.phases,
         archives=tuple(ctx.archives),
+        warnings=tuple(ctx.warnings),
         peak_host_bytes=costs.peak_host_bytes(),
         peak_gpu_bytes=costs.peak_gpu_bytes(),
     )

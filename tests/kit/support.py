@@ -265,6 +265,8 @@ class Node:
             (self.home / "node.toml").write_text(config)
             self.args += ["--config", str(self.home / "node.toml")]
         self.process: subprocess.Popen[bytes] | None = None
+        self.wrapper: list[str] = []
+        """A program that starts the node with fewer rights, and its arguments."""
 
     def flags(self) -> list[str]:
         """What it is told on its command line, over what its file says."""
@@ -274,7 +276,7 @@ class Node:
         ]  # fmt: skip
 
     def start(self, *, wait: bool = True) -> Node:
-        command = [sys.executable, "-m", "flowmesh.cli.supervisor", *self.flags(), *self.args]
+        command = [*self.wrapper, sys.executable, "-m", "flowmesh.cli.supervisor", *self.flags(), *self.args]
         env = {**os.environ, "PYTHONPATH": str(self.code), **self.env}
         env.pop("REDIS_URL", None)
         env |= {name: value for name, value in self.env.items() if name == "REDIS_URL"}

@@ -26,7 +26,7 @@ FLOORS = (
     {"results", "tasks", "bus", "node"},
     {"processes"},
     {"settings"},
-    {"messages"},
+    {"messages", "web"},
     {"validation", "files"},
     {"redaction", "errors", "backoff", "__init__"},
 )
@@ -42,6 +42,7 @@ RUNNERS_MAY_IMPORT = (
     "flowmesh.processes.pipe",
     "flowmesh.validation",
     "flowmesh.redaction",
+    "flowmesh.web",
 )
 
 

@@ -10,7 +10,8 @@ from collections.abc import Awaitable
 
 from loguru import logger
 
-from flowmesh.errors import FlowMeshError, LaunchError
+from flowmesh.errors import FlowMeshError
+from flowmesh.execution.delivery.attempts import Attempts
 from flowmesh.execution.delivery.delivery_children import DeliveryChildren
 from flowmesh.execution.delivery.jobs import Jobs
 from flowmesh.execution.housekeeping.cleanup import Cleanup
@@ -18,12 +19,9 @@ from flowmesh.execution.layout import Layout
 from flowmesh.execution.ports import Work
 from flowmesh.execution.run import Run, progress_event
 from flowmesh.messages.job import Exit
-from flowmesh.processes.helper import HelperLost
 from flowmesh.processes.pipe import Frame, Phase, Progress
-from flowmesh.results import delivery
-from flowmesh.results.job import DeliveryJob
+from flowmesh.results.job import DeliveryReport
 from flowmesh.tasks import machine
-from flowmesh.tasks.verdicts import describe_exit
 
 MAX_TRIES = 3
 """A delivery whose child died this often without a report has failed."""
@@ -37,8 +35,7 @@ class Delivery:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.aborted = False
-        self.waiting: asyncio.Task[bool] | None = None
-        """For a place; there is no child yet that could be killed."""
+        self.attempts: Attempts | None = None
 
     @property
     def succeeded(self) -> bool:
@@ -67,8 +64,18 @@ class Deliveries:
             Delivered; None if sending is left to the next supervisor.
         """
         this = self._deliveries[run.attempt] = Delivery(run)
+        this.attempts = Attempts(
+            self._children,
+            self._layout,
+            attempt=run.attempt,
+            task_id=run.task_id,
+            targets=(run.accepted.target, *run.accepted.children) if this.succeeded else (),
+            stopped=lambda: self._is_stopped(this),
+            on_frame=lambda frame: _report(run, frame),
+            on_wait=run.wait_for,
+        )
         child = self._children.resume(run.attempt, lambda frame: _report(run, frame)) if adopted else None
-        return self._run(this, child)
+        return self._run(this, this.attempts, child)
 
     def abort(self, run: Run) -> None:
         """Stop sending; `run` then returns a Delivered with an error."""
@@ -84,94 +91,47 @@ class Deliveries:
                 self._stop(this)
 
     def _stop(self, this: Delivery) -> None:
-        if this.waiting is not None:
-            this.waiting.cancel()
-        else:
-            self._children.kill(this.run.attempt)
+        if this.attempts is not None:
+            this.attempts.stop()
 
-    async def _run(self, this: Delivery, child: Awaitable[Exit] | None) -> machine.Event | None:
+    async def _run(self, this: Delivery, attempts: Attempts, child: Awaitable[Exit] | None) -> machine.Event | None:
         run = this.run
+        why: str = ""
         try:
             for _ in range(MAX_TRIES):
                 if child is None:
-                    sent = await self._write_and_send(this)
+                    sent = await self._write_and_send(this, attempts)
                 else:
-                    sent = await self._attend_adopted(this, child)
+                    await self._cleanup.remove_tmp(run)
+                    sent = await attempts.attend(child)
                     child = None
-                if not isinstance(sent, str):
-                    return sent
-                logger.bind(task=run.task_id).warning("delivery starts again: {}", sent)
-            return machine.Delivered(f"the delivery failed {MAX_TRIES} times: {sent}")
+                match sent:
+                    case DeliveryReport():
+                        return machine.Delivered("" if sent.ok else sent.error)
+                    case None:
+                        return self._stopped(this)
+                    case str(why):
+                        logger.bind(task=run.task_id).warning("delivery starts again: {}", why)
+            return machine.Delivered(f"the delivery failed {MAX_TRIES} times: {why}")
         except (FlowMeshError, OSError) as error:
             return machine.Delivered(f"the delivery could not be started: {error}")
         finally:
             del self._deliveries[run.attempt]
 
-    async def _write_and_send(self, this: Delivery) -> machine.Event | str | None:
-        """One try: the event to return, None if it is left to the next supervisor, or why to try again."""
+    async def _write_and_send(self, this: Delivery, attempts: Attempts) -> DeliveryReport | str | None:
+        """Its report; why to try again; None: it was stopped."""
+        must_wait = attempts.must_wait
         try:
             if this.aborted:
-                return _CANCELLED
-            job, report = await asyncio.to_thread(self._jobs.write_small, this.run)
+                return None
+            job, report, written = await asyncio.to_thread(self._jobs.write_small, this.run, must_wait=must_wait)
         finally:
             await self._cleanup.remove_tmp(this.run)
         if report is not None:
-            return machine.Delivered("" if report.ok else report.error)
-        if self._is_stopped(this) or not await self._take_place(this):
-            return self._stopped(this)
-        try:
-            return await self._send(this, job)
-        finally:
-            self._children.places.release()
-
-    async def _take_place(self, this: Delivery) -> bool:
-        """False if the delivery was stopped while it waited."""
-        this.waiting = asyncio.create_task(self._children.places.acquire())
-        try:
-            await asyncio.wait({this.waiting})
-            return not this.waiting.cancelled()
-        finally:
-            this.waiting = None
-
-    async def _send(self, this: Delivery, job: DeliveryJob) -> machine.Event | str | None:
-        attempt = this.run.attempt
-        await asyncio.to_thread(delivery.write_job, job, self._layout.spool(attempt))
-        if self._is_stopped(this):
-            return self._stopped(this)
-        return await self._attend(this, self._children.run(attempt, lambda frame: _report(this.run, frame)))
-
-    async def _attend_adopted(self, this: Delivery, child: Awaitable[Exit]) -> machine.Event | str | None:
-        """It counts as one of the children that run at once, unless there are as many as may already."""
-        await self._cleanup.remove_tmp(this.run)
-        places = self._children.places
-        held = not places.locked() and await places.acquire()
-        try:
-            return await self._attend(this, child)
-        finally:
-            if held:
-                places.release()
-
-    async def _attend(self, this: Delivery, child: Awaitable[Exit]) -> machine.Event | str | None:
-        """Wait for the child; its report says how it went.
-
-        Raises:
-            LaunchError: there was no child.
-        """
-        try:
-            exit_ = await child
-            why = f"its process ended without a report ({describe_exit(exit_)})"
-        except HelperLost as error:
-            why = str(error)
-        except LaunchError:
-            if self._is_stopped(this):
-                return self._stopped(this)
-            raise
-        report = delivery.read_report(self._layout.spool(this.run.attempt))
-        if report is not None:
-            for note in report.notes:
-                logger.bind(task=this.run.task_id).info("delivery: {}", note)
-            return machine.Delivered("" if report.ok else report.error)
-        return self._stopped(this) if self._is_stopped(this) else why
+            return report
+        if must_wait and not written and job.over_http:
+            await attempts.write_locally(job)
+        return None if self._is_stopped(this) else await attempts.send(job)
 
     def _is_stopped(self, this: Delivery) -> bool:
         return this.aborted or (self._suspended and this.succeeded)

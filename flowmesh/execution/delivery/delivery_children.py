@@ -5,10 +5,13 @@ A delivery child is forked by a fork server of its own kind, under the attempt's
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Coroutine
 from typing import Any
 
+from loguru import logger
+
+from flowmesh.errors import ConfigError
+from flowmesh.execution.delivery.places import Places
 from flowmesh.execution.layout import Layout
 from flowmesh.messages.job import Exit
 from flowmesh.processes import environ
@@ -17,6 +20,7 @@ from flowmesh.processes.limits import Limits
 from flowmesh.processes.pipe import Credentials
 from flowmesh.processes.protocol import Fork
 from flowmesh.settings.schema import DeliverySettings
+from flowmesh.settings.secret_files import orchestrator_token
 from flowmesh.tasks.catalogue import DELIVERY
 
 ENTRY = "flowmesh.results.child:main"
@@ -24,26 +28,42 @@ ENTRY = "flowmesh.results.child:main"
 
 class DeliveryChildren:
     def __init__(self, settings: DeliverySettings, layout: Layout, helpers: Helpers) -> None:
-        self.places = asyncio.Semaphore(settings.concurrency)
+        self.places = Places(settings.concurrency)
         """One is held for each child; taken by the caller, who may have to give up waiting."""
+        self._settings = settings
         self._layout = layout
         self._helpers = helpers
-        self._greeting = Credentials(settings.orchestrator_token)
+        self._token_trouble = ""
+        """Why the token could not be read last time."""
 
-    async def run(self, attempt: int, on_frame: OnFrame | None = None) -> Exit:
+    async def run(self, attempt: int, greeting: Credentials, on_frame: OnFrame | None = None) -> Exit:
         """Do the delivery job in the attempt's spool folder.
+
+        Args:
+            greeting: from `greeting`.
 
         Raises:
             LaunchError: there is no child; HelperLost: its fork server died.
         """
-        return await self._helpers.run(DELIVERY, self._fork(attempt), greeting=self._greeting, on_frame=on_frame)
+        return await self._helpers.run(DELIVERY, self._fork(attempt), greeting=greeting, on_frame=on_frame)
 
     def resume(self, attempt: int, on_frame: OnFrame | None = None) -> Coroutine[Any, Any, Exit]:
         """Take over a delivery child that an earlier supervisor started; returns what waits for its end."""
-        return self._helpers.resume(-attempt, greeting=self._greeting, on_frame=on_frame)
+        return self._helpers.resume(-attempt, greeting=self.greeting(), on_frame=on_frame)
 
     def kill(self, attempt: int) -> None:
         self._helpers.kill(-attempt)
+
+    def greeting(self) -> Credentials:
+        """The token as it is now: it may be in a file that changes. Reads that file."""
+        try:
+            greeting, trouble = Credentials(orchestrator_token(self._settings)), ""
+        except ConfigError as error:
+            greeting, trouble = Credentials(None), str(error)
+        if trouble and trouble != self._token_trouble:
+            logger.warning("deliveries have no token: {}", trouble)
+        self._token_trouble = trouble
+        return greeting
 
     def _fork(self, attempt: int) -> Fork:
         layout = self._layout
@@ -59,5 +79,5 @@ class DeliveryChildren:
             env=environ.for_task(
                 layout.base_env, task_env={}, tmp_dir=spool, threads=1, gpus=(), mark=layout.mark_of(-attempt)
             ),
-            limits=Limits(),
+            limits=Limits(umask=layout.umask),
         )

@@ -17,6 +17,7 @@ from flowmesh.results import delivery
 from flowmesh.results.job import DeliveryJob, DeliveryReport, Failure
 from flowmesh.results.safe_files import below, read_regular
 from flowmesh.settings.schema import Settings
+from flowmesh.settings.secret_files import has_token
 
 INLINE_BYTES = 1024 * 1024
 """A task's folder up to this size is hashed in a thread of the node; a larger one in a child."""
@@ -32,19 +33,22 @@ class Jobs:
         self._settings = settings
         self._layout = layout
 
-    def write_small(self, run: Run) -> tuple[DeliveryJob, DeliveryReport | None]:
-        """Make the task's delivery job, and do it at once if its results are small and stay on this machine.
+    def write_small(self, run: Run, *, must_wait: bool = False) -> tuple[DeliveryJob, DeliveryReport | None, bool]:
+        """Make the task's delivery job, and do what belongs on the disk at once if its results are small.
+
+        Args:
+            must_wait: what is sent over the network has to wait; else its process also writes to the disk.
 
         Returns:
-            the job, and its report if it was done.
+            the job, its report if it was done, and whether results are on disk.
 
         Raises:
             DeliveryError: the outcome that the task left is not valid.
             OSError: it cannot be read.
         """
         job = self._job(run)
-        if job.over_http or not self._is_small(run):
-            return job, None
+        if (job.over_http and not must_wait) or not self._is_small(run):
+            return job, None, False
         outcome = None
         if job.failure is None:
             path = self._layout.spool(run.attempt) / OUTCOME_FILE
@@ -52,11 +56,13 @@ class Jobs:
                 outcome = _outcome_decoder.decode(read_regular(path, INLINE_BYTES))
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 raise DeliveryError(f"the result that the task left is not valid JSON ({error})") from error
-        report = delivery.deliver(job, outcome)
+        report = delivery.deliver(delivery.only_local(job) if job.over_http else job, outcome)
+        if job.over_http and report.ok:
+            return job, None, True
         if not report.ok and job.failure is None:
             with contextlib.suppress(OSError):  # for `flowmesh deliver`, if this disk takes it
                 delivery.write_job(job, self._layout.spool(run.attempt))
-        return job, report
+        return job, report, True
 
     def _job(self, run: Run) -> DeliveryJob:
         settings, accepted, verdict = self._settings, run.accepted, run.task.verdict
@@ -66,11 +72,12 @@ class Jobs:
         task_logs.log_troubles(task_logs.bound_logs([out_dir / "logs"], settings.tasks.log_max_bytes))
         task_logs.finish_logs(out_dir, keep=accepted.spec.retainLogs or not verdict.ok)
         if not verdict.ok:
-            run.log_tail = tuple(task_logs.log_tail(out_dir).splitlines()[-TAIL_LINES:])
+            redact = task_events.redactor(run, self._layout)
+            run.log_tail = tuple(redact(task_logs.log_tail(out_dir)).splitlines()[-TAIL_LINES:])
             failure = Failure(
-                error=verdict.message,
+                error=redact(verdict.message),
                 error_kind=verdict.kind.value,
-                detail=run.outcome.detail if run.outcome is not None else "",
+                detail=redact(run.outcome.detail) if run.outcome is not None else "",
                 evidence=verdict.evidence,
                 log_tail=run.log_tail,
             )
@@ -88,6 +95,8 @@ class Jobs:
             bandwidth_bytes_per_sec=settings.delivery.bandwidth_bytes_per_sec,
             throttle_file=str(self._layout.state_dir / "throttle"),
             total_timeout_s=settings.delivery.total_timeout_s,
+            token_expected=has_token(settings.delivery),
+            ends_to_wait=True,
         )
 
     def renewed(self, job: DeliveryJob) -> DeliveryJob:
@@ -100,6 +109,8 @@ class Jobs:
             orchestrator_url=settings.delivery.orchestrator_url,
             bandwidth_bytes_per_sec=settings.delivery.bandwidth_bytes_per_sec,
             total_timeout_s=settings.delivery.total_timeout_s,
+            token_expected=has_token(settings.delivery),
+            ends_to_wait=True,
         )
 
     def _is_small(self, run: Run) -> bool:

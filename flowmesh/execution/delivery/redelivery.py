@@ -14,15 +14,17 @@ import msgspec
 from loguru import logger
 
 from flowmesh.errors import DeliveryError, LaunchError
+from flowmesh.execution.delivery.attempts import Attempts, Ended
 from flowmesh.execution.delivery.delivery_children import DeliveryChildren
 from flowmesh.execution.delivery.jobs import Jobs
 from flowmesh.execution.housekeeping.removal import remove_tree
 from flowmesh.execution.layout import Layout
 from flowmesh.results import delivery
-from flowmesh.results.job import DELIVERED_FILE, DELIVERY_FILE, DeliveryJob, DeliveryReport
+from flowmesh.results.delivery_state import DeliveryState
+from flowmesh.results.job import DELIVERY_FILE, DeliveryJob, DeliveryReport
 from flowmesh.results.safe_files import read_note
 from flowmesh.tasks.journal import Journal, Record
-from flowmesh.tasks.verdicts import Kind, Verdict, describe_exit
+from flowmesh.tasks.verdicts import Kind, Verdict
 
 
 class Redelivery:
@@ -32,6 +34,8 @@ class Redelivery:
         self.record = record
         self.stopped = ""
         """Why it was stopped; empty if it was not."""
+        self.attempts: Attempts | None = None
+        self.waits_for = ""
 
 
 class Redeliveries:
@@ -55,7 +59,7 @@ class Redeliveries:
         return bool(self._tries)
 
     async def send(self, record: Record) -> DeliveryReport:
-        """Try once more, within `delivery.total_timeout_s`; waits first until another delivery child may run.
+        """Send it within `delivery.total_timeout_s`; an attempt waits until another delivery to that origin may run.
 
         Raises:
             DeliveryError: there is nothing to send, or it did not arrive; everything is kept for another try.
@@ -65,8 +69,7 @@ class Redeliveries:
         this = self._tries[attempt] = Redelivery(record)
         self._on_change()
         try:
-            async with self._children.places:
-                report = await self._send(this)
+            report = await self._send(this)
         finally:
             del self._tries[attempt]
             self._on_change()
@@ -76,10 +79,11 @@ class Redeliveries:
 
     def stop(self, why: str, task_id: str | None = None) -> None:
         """Stop the tries of a task, or all. What has arrived is not sent again by the next try."""
-        for attempt, this in self._tries.items():
+        for this in self._tries.values():
             if task_id in (None, this.record.task_id):
                 this.stopped = why
-                self._children.kill(attempt)
+                if this.attempts is not None:
+                    this.attempts.stop()
 
     def _check(self, record: Record) -> None:
         verdict, task_id = record.task.verdict, record.task_id
@@ -96,38 +100,53 @@ class Redeliveries:
         record = this.record
         spool = self._layout.spool(record.attempt)
         bound = logger.bind(task=record.task_id)
+        report: Ended = None
         why = ""
         try:
-            await asyncio.to_thread(self._renew, record, spool)
+            job = await asyncio.to_thread(self._renew, record, spool)
             if not this.stopped:
                 bound.info("delivery started again on request")
-                exit_ = await self._children.run(record.attempt)
-                why = f"its process ended: {describe_exit(exit_)}"
+                this.attempts = self._attempts(this, job)
+                report = await this.attempts.send(job)
         except LaunchError as error:
             why = str(error)
         except OSError as error:
             raise DeliveryError(f"{record.task_id}: {error.filename or spool}: {error.strerror}") from error
-        report = await asyncio.to_thread(delivery.read_report, spool)
-        if report is None:
-            why = this.stopped or why
+        if not isinstance(report, DeliveryReport):
+            why = this.stopped or report or why
             raise DeliveryError(f"{record.task_id}: the delivery was interrupted ({why}); try again")
-        for note in report.notes:
-            bound.info("delivery: {}", note)
         if not report.ok:
             bound.warning("delivery failed again: {}", report.error)
             raise DeliveryError(f"{record.task_id}: {report.error}")
         return report
 
-    def _renew(self, record: Record, spool: Path) -> None:
-        """Write the job again under today's settings, without the last try's failure."""
+    def waits(self) -> dict[str, str]:
+        """By task id, what each delivery waits for; empty: it is being sent."""
+        return {this.record.task_id: this.waits_for for this in self._tries.values()}
+
+    def _attempts(self, this: Redelivery, job: DeliveryJob) -> Attempts:
+        def on_wait(what: str) -> None:
+            this.waits_for = what
+
+        return Attempts(
+            self._children,
+            self._layout,
+            attempt=this.record.attempt,
+            task_id=this.record.task_id,
+            targets=(job.task, *job.children),
+            stopped=lambda: bool(this.stopped),
+            on_wait=on_wait,
+        )
+
+    def _renew(self, record: Record, spool: Path) -> DeliveryJob:
+        """The job under today's settings; the last try's failure and its attempts are forgotten."""
         job = read_note(spool / DELIVERY_FILE, DeliveryJob)
         if job is None:
             message = f"{record.task_id}: this node keeps nothing of it for delivery; see {record.out_dir}"
             raise DeliveryError(message)
-        delivery.write_job(self._jobs.renewed(job), spool)
-        last = delivery.read_report(spool)
-        if last is not None and not last.ok:
-            (spool / DELIVERED_FILE).unlink()
+        delivery.forget_report(spool)
+        DeliveryState(record.attempt, spool, record.task_id).forget_tries()
+        return self._jobs.renewed(job)
 
     def _note(self, record: Record) -> None:
         verdict = record.task.verdict

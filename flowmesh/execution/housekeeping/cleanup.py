@@ -34,7 +34,7 @@ class Cleanup:
     def _remove_tmp(self, run: Run, shared: bool) -> None:
         remove_tree(self._layout.tmp(run.attempt))
         if shared:
-            removed = shm.sweep(_started_by_any_clock(run) - 1.0)
+            removed = shm.sweep(_started_by_any_clock(run) - 1.0, self._layout.task_uid)
             if removed:
                 logger.bind(task=run.task_id, names=removed[:_MOST_LOGGED], count=len(removed)).info(
                     "removed shared memory that the task left"

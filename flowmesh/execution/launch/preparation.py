@@ -71,8 +71,9 @@ def prepare(layout: Layout, run: Run, others: Iterable[Path] = ()) -> Fork:
         limits=layout.limits,
     )
     (spool / JOB_FILE).write_bytes(msgspec.json.encode(job))
-    for folder in (spool, tmp):  # last: from now on another task of that user could put a link where we write
-        layout.give(folder)
+    # Last: from now on another task of that user could put a link where we write.
+    for given in (spool / JOB_FILE, spool, tmp):
+        layout.give(given)
     processes = layout.processes
     return Fork(
         attempt=run.attempt,
@@ -95,6 +96,7 @@ def prepare(layout: Layout, run: Run, others: Iterable[Path] = ()) -> Fork:
             cpus=run.slot.plan.cpus or None,
             oom_score_adj=OOM_SCORE_ADJ,
             nice=processes.task_nice,
+            umask=layout.umask,
             uid=None if layout.owner is None else layout.owner.uid,
             gid=None if layout.owner is None else layout.owner.gid,
             groups=() if layout.owner is None else layout.owner.groups,

@@ -194,7 +194,7 @@ def test_an_error_names_the_variable(environ: dict[str, str], said: str) -> None
     [
         ("redis.urll", "x", "redis.urll: unknown setting; did you mean 'redis.url'?"),
         ("", "x", ": unknown setting; known: "),
-        ("redis", "x", "redis: a section, not a setting; it has redis.url, redis.task_topic"),
+        ("redis", "x", "redis: a section, not a setting; it has redis.url, redis.password_file, redis.task_topic"),
         ("environments", "x", "environments: a section, not a setting; it has environments.NAME.python"),
         ("environments.python", "x", "environments.python: unknown setting; did you mean 'environments.NAME.python'?"),
         ("environments..python", "/x", "environments..python: unknown setting; did you mean"),

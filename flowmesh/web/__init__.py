@@ -1,0 +1,1 @@
+"""What every HTTP client of the node has in common: origins of credentials, trusted certificates, sessions."""
