@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,8 +20,10 @@ MOST_NAMES = 10_000
 """Kept in memory of one folder at once."""
 _TRIES = 3
 """From the top again, where somebody moves folders meanwhile."""
-_MOST_LOOKS = 100_000
-"""Second looks at folders: they end even if somebody creates files faster than we remove them."""
+_SAMPLE = 1000
+"""One of so many entries, and the first of each second look, is checked for being newer than the removal."""
+_MOST_NEW = 20
+"""Of the entries that were checked. Somebody still creates files then, perhaps faster than we can remove them."""
 
 
 class Left(msgspec.Struct, frozen=True):
@@ -120,7 +123,8 @@ class _Removal:
         self.count = 0
         self.path = ""
         self.reason = ""
-        self._looks_left = _MOST_LOOKS
+        self._began = time.time()
+        self._new = 0
 
     def run(self, parent: int, name: str) -> None:
         if not _is_folder(parent, name):
@@ -134,8 +138,8 @@ class _Removal:
                 folder = folders[-1]
                 if folder.folders:
                     self._enter(way, folders, folder.folders.pop())
-                elif folder.more and folder.removed and len(folder.failed) < MOST_NAMES and self._look_again():
-                    self._look(way, folder)
+                elif folder.more and folder.removed and len(folder.failed) < MOST_NAMES:
+                    self._look(way, folder, again=True)
                 else:
                     folders.pop()
                     if folders:
@@ -160,20 +164,22 @@ class _Removal:
         folders.append(_Folder())
         self._look(way, folders[-1])
 
-    def _look(self, way: Descent, folder: _Folder) -> None:
+    def _look(self, way: Descent, folder: _Folder, *, again: bool = False) -> None:
         """Remove the folder's files, and note its folders."""
         folder.more = folder.removed = False
         try:
             with os.scandir(way.fd) as entries:
-                for entry in entries:
+                for number, entry in enumerate(entries, 0 if again else 1):
                     name = entry.name
                     if name in folder.failed:
                         continue
+                    if number % _SAMPLE == 0:
+                        self._check_age(entry)
                     if entry.is_dir(follow_symlinks=False):
-                        if len(folder.folders) < MOST_NAMES:
-                            folder.folders.append(name)
-                        else:
+                        if len(folder.folders) == MOST_NAMES:
                             folder.more = True
+                            break
+                        folder.folders.append(name)
                     elif self._unlink(way.fd, name, way.names):
                         folder.removed = True
                     elif len(folder.failed) < MOST_NAMES:
@@ -189,16 +195,24 @@ class _Removal:
         except FileNotFoundError:
             above.removed = True
         except OSError as error:
-            if error.errno == errno.ENOTEMPTY and not folder.failed and folder.removed and self._look_again():
+            if error.errno == errno.ENOTEMPTY and not folder.failed and folder.removed and self._again():
                 above.folders.append(name)  # the file system did not list all, or somebody still writes there
                 return
             above.failed.add(name)
             if error.errno != errno.ENOTEMPTY or not self.count:  # else what it holds is counted
                 self.note(error, [*way.names, name])
 
-    def _look_again(self) -> bool:
-        self._looks_left -= 1
-        return self._looks_left > 0
+    def _check_age(self, entry: os.DirEntry[str]) -> None:
+        status = entry.stat(follow_symlinks=False)
+        if status.st_ctime > self._began and (status.st_nlink == 1 or entry.is_dir(follow_symlinks=False)):
+            self._new += 1  # the change of a hard link may be ours: we removed another of its names
+        if self._new > _MOST_NEW:
+            raise OSError(errno.EBUSY, "somebody still creates files there")
+
+    def _again(self) -> bool:
+        """Whether to enter a folder again that was empty a moment ago."""
+        self._new += 1
+        return self._new <= _MOST_NEW
 
     def _unlink(self, folder: int, name: str, way: list[str]) -> bool:
         try:
