@@ -27,13 +27,13 @@ class Folder:
     Args:
         fd: its descriptor, which is closed with it.
         path: where it was; for messages, and for links with an absolute target.
+        owner: the user that tasks run as; None: the folder's, which got it when it was made.
     """
 
-    def __init__(self, fd: int, path: Path) -> None:
+    def __init__(self, fd: int, path: Path, owner: int | None = None) -> None:
         self.fd = fd
         self.path = path
-        self.owner = os.fstat(fd).st_uid
-        """The user that tasks run as: it got the folder when it was made."""
+        self.owner = os.fstat(fd).st_uid if owner is None else owner
 
     @classmethod
     def open(cls, path: Path, *, make: bool = False) -> Folder:
@@ -117,6 +117,16 @@ class Folder:
             yield folder
         finally:
             os.close(folder)
+
+    @contextlib.contextmanager
+    def part(self, parts: Parts) -> Iterator[Folder]:
+        """A folder below, with the same owner of files; open within the block.
+
+        Raises:
+            OSError: as for `below`.
+        """
+        with self.below(parts) as fd, Folder(os.dup(fd), self.path.joinpath(*parts), self.owner) as part:
+            yield part
 
     def status(self, parts: Parts) -> os.stat_result:
         """Of an entry below, which may be a link.

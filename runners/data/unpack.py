@@ -33,6 +33,7 @@ DIRECTORY_BYTES_A_MEMBER = 256
 """Of a zip's directory: it is in memory as a whole."""
 _ENTRY = b"PK\x01\x02"
 
+_DAMAGED = (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, LZMAError, NotImplementedError)
 _BY_NAMES = frozenset({errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP})
 
 
@@ -62,15 +63,7 @@ def unpack(ctx: Context, archive: Path, into: Path, archive_format: str, where: 
         raise bounds.refusal(str(error)) from error
     except RecursionError as error:
         raise bounds.refusal("too many headers for one member") from error
-    except (
-        tarfile.TarError,
-        zipfile.BadZipFile,
-        EOFError,
-        zlib.error,
-        LZMAError,
-        OSError,
-        NotImplementedError,
-    ) as error:
+    except (*_DAMAGED, OSError) as error:
         if isinstance(error, OSError) and error.errno in _BY_NAMES:
             raise bounds.refusal(f"its members' names cannot all exist ({error.strerror})") from error
         if isinstance(error, OSError) and error.errno is not None:
@@ -188,7 +181,7 @@ def _members(tar: tarfile.TarFile, file: BoundedFile) -> Iterator[tarfile.TarInf
             raise TooMuch(f"global headers of more than {MAX_HEADER_BYTES} bytes")
         file.left_bytes = None
         yield member
-        tar.members = []  # otherwise all members stay in memory
+        tar.members = []  # type: ignore[attr-defined]  # otherwise all members stay in memory
         file.left_bytes = MAX_HEADER_BYTES
 
 
@@ -203,9 +196,8 @@ def _check_link(bounds: _Bounds, into: Path, base: Path, member: tarfile.TarInfo
     for part in landed.relative_to(into).parts if landed.is_relative_to(into) else [".."]:
         if part == "..":
             if not depth:
-                raise bounds.refusal(
-                    f"the link {shown(member.name)!r} leads out of its folder, to {shown(member.linkname)!r}"
-                )
+                where = f"out of its folder, to {shown(member.linkname)!r}"
+                raise bounds.refusal(f"the link {shown(member.name)!r} leads {where}")
             depth.pop()
         else:
             depth.append(part)
