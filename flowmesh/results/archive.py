@@ -15,6 +15,7 @@ import msgspec
 
 from flowmesh.errors import DeliveryError
 from flowmesh.files.folder import Folder, Parts
+from flowmesh.files.names import shown
 from flowmesh.files.removal import remove
 from flowmesh.results.compress import compress
 from flowmesh.results.safe_files import PARTIAL
@@ -70,11 +71,16 @@ def make_archive(
 
     Raises:
         DeliveryError: something in the folder cannot be archived, a program failed, or the disk is full.
-        OSError: `parts` is no folder.
     """
     tar, tar_note = find_tar(settings.tar_bin)
     partial = name + PARTIAL
-    with top.below(parts[:-1]) as beside, top.part(parts) as folder:
+    with contextlib.ExitStack() as opened:
+        try:
+            beside = opened.enter_context(top.below(parts[:-1]))
+            folder = opened.enter_context(top.part(parts))
+        except OSError as error:
+            why = error.strerror or str(error)
+            raise DeliveryError(f"{shown('/'.join(parts))} is not a folder: it cannot be archived ({why})") from error
         remove(beside, partial)
         try:
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC

@@ -17,9 +17,8 @@ from flowmesh.results.task_folder import TaskFolder
 def write_manifest(
     folder: Path, task_id: str, artifacts: Iterable[str] = (), known: dict[str, Known] | None = None
 ) -> None:
-    with contextlib.closing(
-        TaskFolder(Target(task_id=task_id, out_dir=str(folder), artifacts=tuple(artifacts)))
-    ) as task:
+    target = Target(task_id=task_id, out_dir=str(folder), artifacts=tuple(artifacts))
+    with contextlib.closing(TaskFolder(target)) as task:
         task.write_manifest(known or {})
 
 
