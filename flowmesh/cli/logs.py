@@ -15,6 +15,7 @@ from flowmesh.cli.control import Control, Refused
 from flowmesh.cli.control_types import LogsPlace
 from flowmesh.errors import EXIT_OK, FlowMeshError, UnavailableError
 from flowmesh.messages import wire
+from flowmesh.messages.text import escaped
 
 POLL_S = 0.25
 _CHUNK = 1 << 20
@@ -85,6 +86,7 @@ def start_of_last(path: Path, count: int) -> int:
 @click.option("-n", "last_lines", type=click.IntRange(min=0), metavar="LINES", help="Start with the last lines.")
 @click.option("--stdout", "only", flag_value="stdout", help="Print standard output only.")
 @click.option("--stderr", "only", flag_value="stderr", help="Print standard error only.")
+@click.option("--raw", is_flag=True, help="Print the bytes as they are; else control characters are escaped.")
 @locate.config_option
 @locate.state_dir_option
 @click.option(
@@ -100,6 +102,7 @@ def logs(
     follow: bool,
     last_lines: int | None,
     only: str | None,
+    raw: bool,
     config: str | None,
     state_dir: str | None,
     results_dir: str | None,
@@ -113,7 +116,7 @@ def logs(
     if as_json:
         render.print_json({**msgspec.to_builtins(place), "files": [str(path) for path, _ in _files(place, only)]})
         return EXIT_OK
-    _print(where, place, only, last_lines, follow=follow)
+    _print(where, place, only, last_lines, follow=follow, raw=raw)
     return EXIT_OK
 
 
@@ -158,7 +161,15 @@ def _order(path: Path) -> tuple[int, str, bool]:
     return (int(rank) if rank.isdigit() else -1, rank, path.name == "stderr.log")
 
 
-def _print(where: _Where, place: LogsPlace, only: str | None, last_lines: int | None, *, follow: bool) -> None:
+def harmless(line: bytes) -> bytes:
+    """A line as a terminal may have it: control characters are escaped, and each carriage return begins a line."""
+    text = line.removesuffix(b"\r").decode("utf-8", "backslashreplace")
+    return "\n".join(escaped(part) for part in text.split("\r")).encode()
+
+
+def _print(
+    where: _Where, place: LogsPlace, only: str | None, last_lines: int | None, *, follow: bool, raw: bool
+) -> None:
     tails: dict[Path, Tail] = {}
     out = sys.stdout.buffer
     first = True
@@ -175,7 +186,7 @@ def _print(where: _Where, place: LogsPlace, only: str | None, last_lines: int | 
             prefix = f"{tail.label:<{size}} | ".encode() if len(written) > 1 else b""
             while lines := tail.lines(at_end=not running):
                 more = True
-                out.write(b"".join(prefix + line + b"\n" for line in lines))
+                out.write(b"".join(prefix + (line if raw else harmless(line)) + b"\n" for line in lines))
         out.flush()
         if not running and not more:
             return

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from flowmesh import __version__
+from flowmesh import installed
 from flowmesh.control.server import ControlError, Handler, text_field
 from flowmesh.errors import FlowMeshError
 from flowmesh.execution.executor import Executor
 from flowmesh.execution.run import Run
 from flowmesh.orchestrator.link import Link
 from flowmesh.orchestrator.worker_description import NodeDescription
+from flowmesh.startup.log_writer import LogWriter
 from flowmesh.tasks.journal import Record
 from flowmesh.tasks.machine import State
 from flowmesh.validation.convert import nearest
@@ -60,7 +62,7 @@ class Operations:
         late = sorted(each for presence in presences.values() for each in presence.late_s)
         return {
             "pid": os.getpid(),
-            "version": __version__,
+            "version": installed.version(),
             "node_id": node.node_id,
             "uptime_s": round(time.monotonic() - node.started, 3),
             "redis_up": self._link.up,
@@ -93,6 +95,7 @@ class Operations:
             "warnings": executor.pool.warnings(),
             "redeliveries": executor.redeliveries.waits(),
             "queued": sum(len(slot.queue) for slot in executor.slots.values()),
+            "log_dropped": sys.stderr.dropped if isinstance(sys.stderr, LogWriter) else 0,
             "outbox": executor.journal.outbox_size(),
             "malformed": executor.counters.malformed,
             "refused": executor.counters.refused,

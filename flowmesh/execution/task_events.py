@@ -9,6 +9,7 @@ import msgspec
 
 from flowmesh.execution.layout import Layout
 from flowmesh.execution.run import Run
+from flowmesh.messages.text import escaped
 from flowmesh.messages.wire import TaskEvent, encode, utc_now
 from flowmesh.redaction import Redactor, in_document
 from flowmesh.tasks.verdicts import Kind, Verdict, event_fields
@@ -93,22 +94,22 @@ def ended(run: Run, verdict: Verdict, *, finished_at: str, cost_per_hour: float,
         redact = redactor(run, layout)
         payload |= event_fields(verdict)
         if run.log_tail:
-            payload["log_tail"] = _last([redact(line) for line in run.log_tail[-TAIL_LINES:]])
+            payload["log_tail"] = _last([escaped(redact(line)) for line in run.log_tail[-TAIL_LINES:]])
         event = TaskEvent(
             type="TASK_FAILED",
             ts=finished_at,
             worker_id=run.worker_id,
             task_id=run.task_id,
             status="FAILED",
-            error=redact(verdict.message),
+            error=escaped(redact(verdict.message)),
             payload=payload,
         )
     return encode(event)
 
 
-def refused(worker_id: str, task_id: str, message: str, dispatched_at: str | None) -> bytes:
-    """For a task that was never accepted: what it asks for cannot be done."""
-    return lost(worker_id, task_id, Verdict(kind=Kind.BAD_REQUEST, message=message), dispatched_at)
+def refused(worker_id: str, task_id: str, kind: Kind, message: str, dispatched_at: str | None) -> bytes:
+    """For a task that was never accepted: what it asks for cannot be done, or not here."""
+    return lost(worker_id, task_id, Verdict(kind=kind, message=message), dispatched_at)
 
 
 def lost(worker_id: str, task_id: str, verdict: Verdict, dispatched_at: str | None) -> bytes:
@@ -129,7 +130,7 @@ def lost(worker_id: str, task_id: str, verdict: Verdict, dispatched_at: str | No
         worker_id=worker_id,
         task_id=task_id,
         status="FAILED",
-        error=verdict.message,
+        error=escaped(verdict.message),
         payload=payload,
     )
     return encode(event)

@@ -12,7 +12,7 @@ from flowmesh.bus.stream import Stream
 from flowmesh.bus.subscriber import Subscriber
 from flowmesh.execution.executor import Executor
 from flowmesh.execution.observer import Observer
-from flowmesh.messages.wire import worker_key
+from flowmesh.messages.wire import EVENTS_CHANNEL, worker_key
 from flowmesh.orchestrator import control_channel
 from flowmesh.orchestrator.dispatcher import Dispatcher
 from flowmesh.orchestrator.registration import Registration
@@ -49,6 +49,7 @@ class Link(Observer):
             {
                 redis.task_topic: dispatcher.on_message,
                 control_channel.CHANNEL: functools.partial(control_channel.on_message, executor),
+                EVENTS_CHANNEL: self.registration.on_worker_event,
             },
             self.registration.on_subscribed,
             self.registration.on_unsubscribed,

@@ -42,8 +42,8 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     size: int | None = None
     sha256: str | None = None
     file_count: int | None = None
-    note: str | None = None
-    """Why a file was not read, or what of a folder is not counted."""
+    reason: str | None = None
+    """Why it is missing, or what of a folder is not counted."""
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,27 +102,27 @@ def _is_listed(top: Folder, name: str) -> bool:
 def _entry(top: Folder, path: str, required: bool, known: Mapping[str, Known]) -> Entry:
     name = _text(path)
     entry = Entry(name=name, path=name, type=_kind(path, folder=False), required=required, status="missing")
+    reason = ""
     try:
         parts = top.real(path)
-        if not parts:
-            return entry
-        status = top.status(parts)
-        if stat.S_ISDIR(status.st_mode):
+        status = top.status(parts) if parts else None
+        if parts and status is not None and stat.S_ISDIR(status.st_mode):
             return _of_folder(top, parts, status, entry)
-        if not stat.S_ISREG(status.st_mode):
-            return entry
-        content = known.get("/".join(parts)) or _content(top, parts)
+        if parts and status is not None and stat.S_ISREG(status.st_mode):
+            content = known.get("/".join(parts)) or _content(top, parts)
+            updated_at = _iso(status.st_mtime)
+            return msgspec.structs.replace(
+                entry, status="present", updated_at=updated_at, size=content.size, sha256=content.sha256
+            )
     except (FileNotFoundError, NotADirectoryError):
-        return entry
+        pass
     except OSError as error:
-        return msgspec.structs.replace(entry, note=error.strerror)
-    return msgspec.structs.replace(
-        entry, status="present", updated_at=_iso(status.st_mtime), size=content.size, sha256=content.sha256
-    )
+        reason = error.strerror or ""
+    return msgspec.structs.replace(entry, reason=reason or _why_missing(top, path))
 
 
 def _of_folder(top: Folder, parts: Parts, status: os.stat_result, entry: Entry) -> Entry:
-    size, count, note = _tree(top, parts)
+    size, count, reason = _tree(top, parts)
     return msgspec.structs.replace(
         entry,
         type=_kind(entry.path, folder=True),
@@ -130,7 +130,7 @@ def _of_folder(top: Folder, parts: Parts, status: os.stat_result, entry: Entry) 
         updated_at=_iso(status.st_mtime),
         size=size,
         file_count=count,
-        note=note or None,
+        reason=reason or None,
     )
 
 
@@ -156,6 +156,22 @@ class _Counted:
         count = self._file.readinto(buffer)
         self.size += count
         return count
+
+
+def _why_missing(top: Folder, path: str) -> str:
+    above, _, name = path.rpartition("/")
+    try:
+        parts = top.real(above)
+        if parts is None:
+            return "its path leads through a link out of the task's folder, or it cannot be read"
+        mode = top.status((*parts, name)).st_mode
+    except OSError:
+        return "the task wrote no such file or folder"
+    if stat.S_ISLNK(mode):
+        return "it is a link that leads nowhere or out of the task's folder"
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+        return "its path leads through a link out of the task's folder, or it cannot be read"
+    return "it is neither a file nor a folder"
 
 
 def _kind(path: str, *, folder: bool) -> Kind:

@@ -15,6 +15,7 @@ import msgspec
 from flowmesh.errors import DeliveryError
 from flowmesh.files.removal import remove
 from flowmesh.files.safe_folder import open_folder
+from flowmesh.messages.text import encode_json
 
 PARTIAL = ".partial"
 _MODE = 0o644
@@ -167,5 +168,5 @@ def read_note(path: Path, kind: type[T]) -> T | None:
 
 
 def to_json(value: Any) -> bytes:
-    """Indented JSON with a newline at the end. Numbers that are not finite become null."""
-    return msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
+    """Indented JSON with a newline at the end. Numbers that are not finite become null, half surrogate pairs U+FFFD."""
+    return msgspec.json.format(encode_json(value), indent=2) + b"\n"

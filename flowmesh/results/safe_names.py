@@ -48,9 +48,11 @@ def within(path: Path, folder: Path) -> Path | None:
 
 def _real(path: Path) -> Path | None:
     try:
-        return path.resolve()
+        real = path.resolve()
     except (OSError, RuntimeError):  # a loop of links
         return None
+    # From Python 3.13 on, a loop is left as it is.
+    return None if any(part.is_symlink() for part in (real, *real.parents)) else real
 
 
 def task_folder(results_dir: Path, allowed_roots: Iterable[str | Path], task_id: str, output: Output) -> Path:

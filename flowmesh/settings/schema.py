@@ -126,6 +126,16 @@ class TasksSettings(Section, frozen=True):
     """A task that reports no phase or progress for this long has its stacks dumped and is stopped. None: never."""
     log_max_bytes: Annotated[int, Meta(ge=65536)] = 64 * 1024 * 1024
     """Limit for each log file of a task; only the end of a larger one is kept."""
+    read_roots: tuple[AbsolutePath, ...] = ()
+    """Folders (`*` for one part) whose files documents may name, besides results and caches."""
+    trust_remote_code: tuple[Word, ...] = ()
+    """Hub ids and absolute folders (`*` allowed) of models whose own code may run."""
+    vllm_arguments: tuple[VariableName, ...] = ()
+    """Engine arguments of vLLM (`*` allowed) that documents may set although they load code or open files."""
+    trainer_arguments: tuple[VariableName, ...] = ()
+    """Arguments of trainers (`*` allowed) that documents may set although they load code or send data out."""
+    local_hosts: tuple[Word, ...] = ()
+    """HOST or HOST:PORT (`*` allowed) that downloads may reach on loopback and link-local addresses."""
 
 
 class DeliverySettings(Section, frozen=True):

@@ -8,6 +8,7 @@ import logging
 import zipfile
 from pathlib import PurePosixPath
 
+from flowmesh import installed
 from runners.data.text_files import HEAD_BYTES, encoding_of
 
 HTML = frozenset({".html", ".htm", ".xhtml"})
@@ -132,7 +133,7 @@ def _docx(data: bytes, suffix: str) -> str:
 
 def _need(library: str, what: str) -> None:
     if importlib.util.find_spec(library) is None:
-        raise UnreadableDocument(f"{what}, which needs {library} (pip install 'flowmesh-supervisor[rag]')")
+        raise UnreadableDocument(f"{what}, which needs {library} ({installed.install_command('rag')})")
 
 
 def _line(error: BaseException) -> str:

@@ -45,16 +45,18 @@ def _files(ctx: Context, data: FileData, where: str) -> list[File]:
         if value is not None:
             raise BadRequest(f"{where}.{name}: goes with `url`; a file of this node needs none")
     field, shown = f"{where}.path", data.path or ""
-    path = local_path(ctx, shown)
+    path = local_path(ctx, shown, field)
     several = matching(ctx, shown, field)
     for file in several or [path]:
         if not file.is_file():
             raise BadRequest(f"{field}: there is no file {shown!r} on this node")
         if not os.access(file, os.R_OK):
             raise BadRequest(f"{field}: {shown!r} cannot be read by the node's user")
-    if not several:
-        return [File(path=path, format=_format(data.type, path.name), where=field)]
-    return [File(path=each, format=_format(data.type, each.name), where=f"{field} {each.name}") for each in several]
+    names = [f"{field} {each.name}" for each in several] or [field]
+    return [
+        File(path=each, format=_format(data.type, each.name), where=name, reach=ctx.reach)
+        for each, name in zip(several or [path], names, strict=True)
+    ]
 
 
 def _format(kind: str, name: str) -> str:

@@ -131,7 +131,7 @@ def budget(model: Any) -> tuple[int, int]:
 def _quantization(options: TransformersOptions) -> Any:
     field = "load_in_4bit" if options.load_in_4bit else "load_in_8bit"
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise MissingDependency(f"bitsandbytes (spec.model.transformers.{field})", "quantization")
+        raise MissingDependency("bitsandbytes", f"spec.model.transformers.{field}")
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(load_in_8bit=bool(options.load_in_8bit), load_in_4bit=bool(options.load_in_4bit))
@@ -164,10 +164,8 @@ def _check_attention(options: TransformersOptions, device: str) -> None:
         "flash_attention_4": utils.is_flash_attn_4_available,
     }
     if name in there and not there[name]():
-        raise BadRequest(
-            f"spec.model.transformers.{field}: {name} is not installed in this environment (flash-attn 2.3.3 or newer "
-            "for the second version); install it or leave the field out"
-        )
+        library = "flash_attn_interface" if name == "flash_attention_3" else "flash_attn"
+        raise MissingDependency(library, f"spec.model.transformers.{field}: {name}")
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from flowmesh.messages.job import Fault
 from runners.api import BadRequest, Context, RunnerError
 from runners.gpu_memory import is_shortage
 from runners.models.limits import check_token_ids, embedding_rows, positions
-from runners.models.sources import Source, loading, local_path
+from runners.models.sources import Source, loading, local_folder, local_path
 from runners.models.weights import check_loaded, first_not_finite, not_finite
 from runners.rag.task import DEFAULT_MODEL, Embedding
 
@@ -213,8 +213,9 @@ def _body(model: Any) -> Any:
 
 
 def _source(ctx: Context, name: str, revision: str | None, where: str) -> Source:
-    path = local_path(ctx, name)
+    path = local_path(ctx, name, where)
     if path.is_dir():
+        local_folder(ctx, path, name, where)
         if not any((path / marker).is_file() for marker in ("modules.json", "config.json")):
             raise BadRequest(f"{where}: {name!r} has neither modules.json nor config.json, so it is not a model folder")
         return Source(path=str(path), revision=None, shown=name, where=where)

@@ -14,6 +14,7 @@ import numpy as np
 
 from flowmesh.validation.convert import nearest
 from runners.api import BadRequest, Context, MissingDependency, RunnerError
+from runners.data import addresses
 from runners.models.sources import local_path
 from runners.rag.faiss_index import check_dimension
 from runners.rag.search import Hit
@@ -139,11 +140,11 @@ def open_qdrant(ctx: Context, wanted: Qdrant) -> QdrantSearcher:
         MissingDependency: qdrant-client is not installed.
     """
     if importlib.util.find_spec("qdrant_client") is None:
-        raise MissingDependency("qdrant_client", "rag")
+        raise MissingDependency("qdrant_client")
     from qdrant_client import QdrantClient
 
     if wanted.path is not None:
-        folder = local_path(ctx, wanted.path)
+        folder = local_path(ctx, wanted.path, f"{WHERE}.path")
         if not folder.is_dir():
             raise BadRequest(f"{WHERE}.path: there is no folder {wanted.path!r} on this node")
         try:
@@ -154,6 +155,10 @@ def open_qdrant(ctx: Context, wanted: Qdrant) -> QdrantSearcher:
             ) from None
         return QdrantSearcher(client, wanted, wanted.path)
     url, place = _address(wanted.url or "")
+    try:
+        addresses.check(ctx.job.permits, url)
+    except addresses.LocalAddress as error:
+        raise BadRequest(f"{WHERE}.url: {error}") from None
     timeout_s = wanted.timeout_s or DEFAULT_TIMEOUT_S
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a key over plain http inside a cluster is the operator's choice

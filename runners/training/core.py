@@ -36,7 +36,7 @@ def run(task_type: str, ctx: Context) -> dict[str, Any]:
     """
     for library in LIBRARIES:
         if importlib.util.find_spec(library) is None:
-            raise MissingDependency(library, "training")
+            raise MissingDependency(library)
     plan = read(task_type, ctx)
     layout = devices.lay_out(plan, ctx)
     ctx.check_cancelled()

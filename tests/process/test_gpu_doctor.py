@@ -26,7 +26,7 @@ from tests.kit.gpu_node import (
     held,
 )
 from tests.kit.nvml_stub.harness import Stub, library
-from tests.kit.support import ROOT, Orchestrator, RedisServer
+from tests.kit.support import ROOT, Orchestrator, RedisServer, until
 
 pytestmark = pytest.mark.redis
 
@@ -195,3 +195,33 @@ def test_on_a_terminal_of_80_columns_no_line_is_longer(tmp_path: Path) -> None:
     assert max(map(len, plain.splitlines())) <= 80
     assert "  broken Redis at unix://" in plain
     assert plain.splitlines()[-1].startswith("1 broken, ")
+
+
+def test_a_torch_for_a_newer_driver_is_broken_and_said_at_the_start(
+    redis_server: RedisServer, gpu_node: MakeGpuNode, tmp_path: Path
+) -> None:
+    """By an interpreter whose torch says to be built for CUDA 13, on drivers 535 and 580, and on a Pascal card."""
+    package = tmp_path / "lib" / "torch"
+    package.mkdir(parents=True)
+    (package / "version.py").write_text("__version__ = '2.13.0'\ncuda = '13.0'\n")
+    (package / "__init__.py").write_text("class _C:\n    _cuda_getArchFlags = staticmethod(lambda: 'sm_75 sm_90')\n")
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path}/lib:{ROOT} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    config = f'[environments.cuda]\npython = "{python}"\n[task_types.inference]\nenvironment = "cuda"\n'
+    (tmp_path / "node.toml").write_text(f'{config}[redis]\nurl = "{redis_server.url}"\n')
+
+    def broken(script: str) -> list[str]:
+        env = environ(tmp_path, redis_server.url, script)
+        _, findings = doctor(env, "--config", str(tmp_path / "node.toml"))
+        return [text for level, text in of(findings, "environments") if level == "broken" and text.startswith("cuda: ")]
+
+    old = TWO_GPUS.replace("driver 570.10", "driver 535.216\n    cuda 12020")
+    (only,) = broken(old)
+    assert only.startswith("cuda: torch 2.13.0 is built for CUDA 13.0, and driver 535.216 supports CUDA up to 12.2")
+    new = TWO_GPUS.replace("driver 570.10", "driver 580.65\n    cuda 13000")
+    assert broken(new) == []
+    (only,) = broken(f"{new}\n    set {A} capability 61")
+    assert "no code for GPU 0 NVIDIA H100 (compute capability 6.1): it is built for sm_75 sm_90" in only
+    node = gpu_node(script=old, config=config)
+    until(lambda: "it would see no GPU; install driver 580 or newer" in node.text(), "the node logs it")

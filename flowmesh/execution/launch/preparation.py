@@ -7,8 +7,6 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
-import msgspec
-
 from flowmesh.execution.housekeeping.removal import remove_tree
 from flowmesh.execution.launch.outputs import empty_outputs
 from flowmesh.execution.launch.spool import PRIVATE
@@ -17,6 +15,7 @@ from flowmesh.execution.run import Run
 from flowmesh.files.beneath import FOLDER
 from flowmesh.files.safe_folder import open_folder
 from flowmesh.messages.job import JOB_FILE, Job
+from flowmesh.messages.text import encode_json
 from flowmesh.processes import environ, shm
 from flowmesh.processes.limits import Limits
 from flowmesh.processes.protocol import Fork
@@ -58,6 +57,7 @@ def prepare(layout: Layout, run: Run, others: Iterable[Path] = ()) -> Fork:
         task_id=run.task_id,
         task_type=accepted.type.name,
         runner=accepted.type.runner,
+        extra=accepted.type.extra,
         task=accepted.task,
         out_dir=str(out_dir),
         results_dir=str(layout.results_dir),
@@ -69,8 +69,10 @@ def prepare(layout: Layout, run: Run, others: Iterable[Path] = ()) -> Fork:
         file_url=file_url_template(accepted.output, run.task_id),
         child_dirs={child.task_id: child.out_dir for child in children},
         limits=layout.limits,
+        permits=layout.permits,
+        gateway=layout.gateway,
     )
-    (spool / JOB_FILE).write_bytes(msgspec.json.encode(job))
+    (spool / JOB_FILE).write_bytes(encode_json(job))
     # Last: from now on another task of that user could put a link where we write.
     for given in (spool / JOB_FILE, spool, tmp):
         layout.give(given)
