@@ -38,13 +38,19 @@ class BoundedFile(io.RawIOBase):
         """Of all reads together, until it is set again; None: no bound."""
 
     def read(self, size: int = -1) -> bytes:
-        if size < 0 or size > self._most_bytes:
-            raise TooMuch(f"{self._what} of more than {self._most_bytes} bytes")
+        if size > self._most_bytes:
+            raise self._refusal()
         if self.left_bytes is not None:
-            self.left_bytes -= size
+            self.left_bytes -= max(size, 0)
             if self.left_bytes < 0:
-                raise TooMuch(f"{self._what} of more than {self._most_bytes} bytes")
-        return self._file.read(size)
+                raise self._refusal()
+        data = self._file.read(size if size >= 0 else self._most_bytes + 1)
+        if len(data) > self._most_bytes:
+            raise self._refusal()
+        return data
+
+    def _refusal(self) -> TooMuch:
+        return TooMuch(f"{self._what} of more than {self._most_bytes} bytes")
 
     def readable(self) -> bool:
         return True
