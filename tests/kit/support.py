@@ -359,7 +359,7 @@ class Node:
         for pid in with_mark(str(self.home)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        shutil.rmtree(self.home, ignore_errors=True)
+        remove_path(self.home)  # at any depth
 
     def result(self, task_id: str) -> Any:
         return json.loads((self.results_dir / task_id / "responses.json").read_text())

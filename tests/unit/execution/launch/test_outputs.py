@@ -21,10 +21,10 @@ def start_again(folder: Path, others: Iterable[Path] = ()) -> None:
         os.close(fd)
 
 
-def an_attempt(folder: Path) -> None:
+def an_attempt(folder: Path, depth: int = 1200) -> None:
     for name in ("logs/0", "artifacts/deep", "final_model", "checkpoints/checkpoint-1", ".final_model.partial"):
         (folder / name).mkdir(parents=True)
-    make_deep(folder / "artifacts" / "deep", 1200)
+    make_deep(folder / "artifacts" / "deep", depth)
     for name in ("responses.json", "manifest.json", "rows.jsonl", "final_model.tar.gz", "checkpoints/checkpoint-1/x"):
         (folder / name).write_text("earlier")
     (folder / "final_model").chmod(0o555)
@@ -47,7 +47,7 @@ def test_a_folder_that_no_task_had_stays_as_it_is(tmp_path: Path) -> None:
 
 def test_folders_of_other_tasks_inside_it_stay(tmp_path: Path) -> None:
     an_attempt(tmp_path)
-    an_attempt(tmp_path / "group" / "t-2")
+    an_attempt(tmp_path / "group" / "t-2", 1)
     start_again(tmp_path, [tmp_path / "group" / "t-2", Path("/elsewhere/t-3"), tmp_path])
     assert (tmp_path / "group" / "t-2" / "artifacts").is_dir()
     assert not (tmp_path / "artifacts").exists()
