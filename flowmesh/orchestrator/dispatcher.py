@@ -101,6 +101,13 @@ class Dispatcher:
             self._executor.counters.duplicates += 1
             logger.bind(task=task_id).info("dispatch ignored: the node has this task already")
             return True
+        most = self._executor.settings.tasks.max_queued
+        if len(slot.queue) >= most:
+            if entry is not None:
+                return False
+            what = f"{most} tasks wait for worker {slot.plan.worker_id} already (tasks.max_queued)"
+            self._refuse(slot, task_id, dispatched_at, Kind.NODE_FAULT, f"{what}; send it to another worker, or later")
+            return True
         try:
             accepted = self._check(sent.data, sent.fault)
         except FieldError as error:
@@ -120,7 +127,9 @@ class Dispatcher:
         self._executor.add(run)
         slot.queue.append(run)
         self._executor.observers.on_accepted(run)
-        logger.bind(task=task_id, type=accepted.type.name, attempt=attempt).info("task accepted")
+        logger.bind(task=task_id, type=accepted.type.name, node_run=attempt).info("task accepted")
+        for warning in accepted.warnings:
+            logger.bind(task=task_id).warning("{}", warning)
         if self._executor.early_cancels.take(task_id):
             self._executor.apply(run, machine.StopRequested(Stop.CANCEL, "cancelled before it was dispatched"))
         self._executor.pump(slot)

@@ -76,6 +76,7 @@ def presence(
         power=reporter.power,
         farewell=reporter.farewell,
         on_left_over=lambda: on_missed(slot),
+        elastic=settings.node.elastic_scaling,
     )
 
 

@@ -208,9 +208,9 @@ class Leaf:
 
         Those of an agent's commands, which reached limits of their own, do not count.
         """
-        own = self.path / OWN_GROUP
+        own, all_of_it = self.path / OWN_GROUP / "memory.events", self.path / "memory.events"
         try:
-            lines = read_small(f"{own if own.is_dir() else self.path}/memory.events").splitlines()
+            lines = read_small(f"{own if own.exists() else all_of_it}").splitlines()
         except OSError:
             return None
         return next((int(line.split()[1]) for line in lines if line.startswith(b"oom_kill ")), None)
@@ -232,7 +232,8 @@ class Leaf:
         """
         try:
             for path in self._below():
-                path.rmdir()
+                with contextlib.suppress(FileNotFoundError):
+                    path.rmdir()
             self.path.rmdir()
         except FileNotFoundError:
             return True

@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 import redis
 
+from flowmesh.files.removal import remove_path
 from tests.kit.paths import PERMITS, ROOT
 
 DEADLINE_S = 60.0

@@ -107,7 +107,7 @@ def _confine(plan: Plan, command: list[str], box: namespaces.Box | None, tell: i
     if box is None:
         _confine_by_rules(plan)
         _execute(plan, command, tell)
-    namespaces.enter(plan, box.path)
+    namespaces.enter(plan, box)
     child = os.fork()
     if child == 0:
         _execute(plan, command, tell)
