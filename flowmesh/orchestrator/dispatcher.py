@@ -101,6 +101,13 @@ class Dispatcher:
             self._executor.counters.duplicates += 1
             logger.bind(task=task_id).info("dispatch ignored: the node has this task already")
             return True
+        most = self._executor.settings.tasks.max_queued
+        if len(slot.queue) >= most:
+            if entry is not None:
+                return False
+            what = f"{most} tasks wait for worker {slot.plan.worker_id} already (tasks.max_queued)"
+            self._refuse(slot, task_id, dispatched_at, Kind.NODE_FAULT, f"{what}; send it to another worker, or later")
+            return True
         try:
             accepted = self._check(sent.data, sent.fault)
         except FieldError as error:

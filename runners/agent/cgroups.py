@@ -24,6 +24,7 @@ REMOVE_S = 1.0
 _LIMITS = {
     "memory.max": "memory", "memory.swap.max": "no swap", "pids.max": "tasks",
     "memory.limit_in_bytes": "memory", "memory.memsw.limit_in_bytes": "memory",
+    "memory.kmem.tcp.limit_in_bytes": "memory",
 }  # fmt: skip
 """Files with a limit, of both versions, in the order in which they are written, where they exist."""
 _KILLS = ("memory.events", "memory.oom_control")

@@ -285,6 +285,26 @@ time.sleep(60)
 
 
 @pytest.mark.parametrize("make", ["memory", "landlock"], indirect=True)
+def test_large_buffers_of_the_machines_network_count(make) -> None:
+    """There TCP's buffers grow to several MiB a socket."""
+    box = make(memory_bytes=64 * MIB, network=True)
+    code = """
+import socket, time
+server, pairs = socket.create_server(("127.0.0.1", 0)), []
+for _ in range(40):
+    near = socket.create_connection(server.getsockname())
+    pairs.append((near, server.accept()[0]))
+    near.setblocking(False)
+    until = time.monotonic() + 0.1
+    while time.monotonic() < until:
+        try: near.send(b"x" * 65536)
+        except BlockingIOError: time.sleep(0.005)
+time.sleep(60)
+"""
+    assert "bytes of memory" in python(box, code).stopped
+
+
+@pytest.mark.parametrize("make", ["memory", "landlock"], indirect=True)
 def test_sockets_work_as_ever(make) -> None:
     """Event loops, pools of processes and servers on loopback, with buffers of ordinary size."""
     box = make()
