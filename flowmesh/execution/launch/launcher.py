@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from flowmesh.errors import LaunchError
+from flowmesh.errors import FlowMeshError, LaunchError
 from flowmesh.execution.conditions import Conditions
 from flowmesh.execution.gpu.monitor import GpuMonitor
 from flowmesh.execution.launch.environment_conditions import EnvironmentConditions
@@ -75,7 +75,11 @@ class Launcher:
                 return machine.LaunchFailed("stopped before it was started")
             if problem:
                 return self._environments.met(run, problem)
-        prepared = await asyncio.to_thread(self._prepare, run)
+        try:
+            others = self._nested(run)
+        except JournalError as error:
+            return self._conditions.met(run, self._folders.faults[JOURNAL], str(error))
+        prepared = await asyncio.to_thread(self._prepare, run, others)
         if isinstance(prepared, Unprepared):
             if not prepared.faults:
                 return machine.LaunchFailed(prepared.own)
@@ -101,14 +105,21 @@ class Launcher:
             return machine.LaunchFailed(str(error))
         return None
 
-    def _prepare(self, run: Run) -> Fork | Unprepared:
+    def _nested(self, run: Run) -> list[Path]:
+        """Folders of other tasks inside this task's, which it had before if it is there."""
+        folders = [each.out_dir for each in (run.accepted.target, *run.accepted.children)]
+        return [Path(each) for folder in folders if Path(folder).exists() for each in self._journal.folders_in(folder)]
+
+    def _prepare(self, run: Run, others: list[Path]) -> Fork | Unprepared:
         """In a thread: the task's folders and job, if the node's folders and the task's own can take them."""
         if troubles := self._folders.look():
             return Unprepared(troubles)
         if own := own_shortage(Path(run.accepted.target.out_dir), self._least_bytes):
             return Unprepared(own=f"not started: {own}")
         try:
-            return prepare(self._layout, run)
+            return prepare(self._layout, run, others)
+        except FlowMeshError as error:
+            return Unprepared(own=str(error))
         except OSError as error:
             if troubles := self._folders.look(write=True):
                 return Unprepared(troubles)
