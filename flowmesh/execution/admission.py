@@ -34,6 +34,8 @@ class Accepted(msgspec.Struct, frozen=True, kw_only=True):
     """The targets of merged tasks."""
     timeout_s: float | None
     """None: no time limit."""
+    size_bytes: int
+    """Of the message."""
 
     @property
     def delivers_http(self) -> bool:
@@ -85,6 +87,7 @@ def accept(data: bytes, *, settings: Settings, catalogue: Catalogue, results_dir
             artifacts=output.artifacts,
         ),
         children=children,
+        size_bytes=len(data),
         timeout_s=spec.timeoutSec or settings.tasks.default_timeout_s,
     )
 

@@ -21,7 +21,10 @@ from flowmesh.messages.wire import (
 from flowmesh.node.slots import Slot
 from flowmesh.tasks import machine
 from flowmesh.tasks.journal import JournalError
-from flowmesh.tasks.verdicts import Kind, Stop
+from flowmesh.tasks.verdicts import Kind, Stop, Verdict
+
+QUEUED_MAX_BYTES = 1024**3
+"""Of the documents of all tasks that wait: they are in memory."""
 
 
 class _Dispatch(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,6 +94,9 @@ class Dispatcher:
 
     def _dispatch(self, slot: Slot[Run], sent: _Dispatch) -> bool:
         task_id, dispatched_at, entry = sent.task_id, sent.dispatched_at, sent.entry
+        if slot.displaced:
+            logger.bind(task=task_id).warning("dispatch not taken: {}", slot.displaced)
+            return False
         if self._executor.draining is not None:
             if entry is not None:
                 return False
@@ -100,6 +106,11 @@ class Dispatcher:
         if self._is_duplicate(task_id, known_by):
             self._executor.counters.duplicates += 1
             logger.bind(task=task_id).info("dispatch ignored: the node has this task already")
+            return True
+        if waiting := self._is_full():
+            if entry is not None:
+                return False
+            self._turn_away(slot, sent, waiting)
             return True
         try:
             accepted = self._check(sent.data, sent.fault)
@@ -150,11 +161,33 @@ class Dispatcher:
         last = self._executor.journal.latest(task_id)
         return last is not None and dispatched_at is not None and last.dispatched_at == dispatched_at
 
+    def _is_full(self) -> str:
+        """Why no more task may wait here; empty: it may."""
+        queued = [run for slot in self._executor.slots.values() for run in slot.queue]
+        limit = self._executor.settings.tasks.max_queued
+        if len(queued) >= limit:
+            return f"the node's queue is full: {len(queued)} tasks wait (tasks.max_queued); send it to another node"
+        if sum(run.accepted.size_bytes for run in queued) >= QUEUED_MAX_BYTES:
+            return (
+                f"the node's queue is full: the documents of {len(queued)} tasks take {QUEUED_MAX_BYTES >> 20} MiB; "
+                "send it to another node"
+            )
+        return ""
+
+    def _turn_away(self, slot: Slot[Run], sent: _Dispatch, message: str) -> None:
+        verdict = Verdict(kind=Kind.NODE_FAULT, message=message)
+        event = task_events.lost(slot.plan.worker_id, sent.task_id, verdict, sent.dispatched_at)
+        self._executor.journal.post(TASK_EVENTS_CHANNEL, event)
+        self._executor.counters.add_verdict(Kind.NODE_FAULT)
+        logger.bind(task=sent.task_id).warning("task turned away: {}", message)
+        self._executor.observers.on_refused(sent.task_id, message, Kind.NODE_FAULT)
+        self._executor.observers.on_posted()
+
     def _refuse(self, slot: Slot[Run], task_id: str, dispatched_at: str | None, kind: Kind, message: str) -> None:
         event = task_events.refused(slot.plan.worker_id, task_id, kind, message, dispatched_at)
         self._executor.journal.post(TASK_EVENTS_CHANNEL, event)
         self._executor.counters.refused += 1
         self._executor.counters.add_verdict(kind)
         logger.bind(task=task_id).warning("task refused: {}", message)
-        self._executor.observers.on_refused(task_id, message)
+        self._executor.observers.on_refused(task_id, message, Kind.BAD_REQUEST)
         self._executor.observers.on_posted()

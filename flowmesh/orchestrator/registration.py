@@ -25,9 +25,17 @@ class Registration(Observer):
         self._gaps: set[str] = set()
         """Workers that may have missed a dispatch, and were not announced again yet."""
         self.presences: dict[str, Presence] = {
-            worker_id: presence(node, executor, slot, client, self.on_missed)
+            worker_id: presence(node, executor, slot, client, on_missed=self.on_missed, on_rival=self._on_rival)
             for worker_id, slot in executor.slots.items()
         }
+
+    async def claim(self) -> None:
+        """Take the worker ids. Raises BusyError where another live node has one."""
+        await asyncio.gather(*(each.claim() for each in self.presences.values()))
+
+    def _on_rival(self, slot: Slot[Run], reason: str) -> None:
+        slot.displaced = reason
+        self._executor.observers.on_slot_changed(slot)
 
     def resume(self) -> None:
         """Report the slots of adopted tasks as RUNNING."""

@@ -86,6 +86,8 @@ class RedisSettings(Section, frozen=True):
     """Limit for connecting, and for the answer to each command."""
     health_check_interval_s: PositiveSeconds = 15.0
     """An idle connection is checked with PING this often."""
+    hold_events_s: Annotated[float, Meta(ge=0, le=86400)] = 600.0
+    """How long tasks' events wait while nobody listens to them. 0: they do not wait."""
     stream: bool = False
     """Whether each worker also takes tasks from the Redis Stream `tasks:WORKER_ID`."""
 
@@ -122,6 +124,8 @@ class TasksSettings(Section, frozen=True):
     """Names (`*` allowed) that a task inherits from the node's environment, besides the built-in ones."""
     allow_env: tuple[VariableName, ...] = ()
     """Names (`*` allowed) that a task's spec.env may set."""
+    max_queued: Annotated[int, Meta(ge=1, le=100_000)] = 1000
+    """Tasks that wait for a slot. One more is answered with a failure that may be retried elsewhere."""
     hang_timeout_s: PositiveSeconds | None = None
     """A task that reports no phase or progress for this long has its stacks dumped and is stopped. None: never."""
     log_max_bytes: Annotated[int, Meta(ge=65536)] = 64 * 1024 * 1024
