@@ -42,7 +42,7 @@ from flowmesh.redaction import Redactor
 from flowmesh.settings.paths import results_dir, state_dir
 from flowmesh.settings.schema import Settings
 from flowmesh.settings.secret_files import has_token
-from flowmesh.startup import environments, identity, preflight, successor
+from flowmesh.startup import environments, identity, old_variables, preflight, successor
 from flowmesh.startup.event_loop import end_all, reap_children, start_threads
 from flowmesh.startup.state_dir import hold_state_dir, open_for
 from flowmesh.startup.trust import SetUp, trust
@@ -166,6 +166,8 @@ class Supervisor:
             logger.warning("{}; {}", separation.text, separation.remedy)
         else:
             logger.bind(trust=separation.set_up.value).info("{}", separation.text)
+        for line in old_variables.warnings(self._environ):
+            logger.warning("{}", line)
         for name, why in sorted(catalogue.missing.items()):
             logger.bind(type=name).info("task type not offered: {}", why)
 

@@ -59,6 +59,7 @@ class Presence:
         on_left_over: called where a registration existed before ours: the previous process ended without unregistering,
             and what was dispatched to it since is lost.
         on_rival: called with the reason when another live node has this worker id, and with "" when it is ours again.
+        elastic: whether the orchestrator may disable the worker.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Presence:
         farewell: Callable[[], dict[str, Any]],
         on_left_over: Callable[[], None],
         on_rival: Callable[[str], None] = lambda _reason: None,
+        elastic: bool = True,
     ) -> None:
         self.identity = identity
         self.status = Status("STARTING")
@@ -93,6 +95,8 @@ class Presence:
         self._farewell = farewell
         self._on_left_over: Callable[[], None] | None = on_left_over
         self._on_rival = on_rival
+        self._elastic = elastic
+        self._enabled_times = 0
         self._registered = False
         self._renew = False
         """Whether to unregister and register again."""
@@ -271,6 +275,8 @@ class Presence:
     async def _check(self) -> bool:
         """Whether the registration still exists. A status that is not ours is corrected."""
         found = await self._record.find(self.identity)
+        if found.disabled and not self._elastic:
+            await self._enable()
         differed, self._differed = self._differed, found.registered and found.status != self.status.word
         if self._differed and (found.status == "IDLE" or differed):
             # IDLE: the orchestrator wrote it late, for an earlier task. RUNNING may be right, for a task that is on its
@@ -281,6 +287,16 @@ class Presence:
         if not found.registered:
             logger.bind(worker=self.worker_id).warning("registration missing in Redis: registering again")
         return found.registered
+
+    async def _enable(self) -> None:
+        """Undo what `node.elastic_scaling = false` does not allow."""
+        await self._record.enable(self.worker_id)
+        self._enabled_times += 1
+        if self._enabled_times == 1 or self._enabled_times % 100 == 0:
+            logger.bind(worker=self.worker_id, times=self._enabled_times).warning(
+                "the orchestrator disabled this worker (workers:elastic_disabled); taken out again, as "
+                "node.elastic_scaling is false"
+            )
 
     async def _look(self) -> None:
         """Correct an IDLE that the orchestrator wrote for an earlier task. `_check` sees to all else."""

@@ -12,6 +12,7 @@ import msgspec
 
 from flowmesh.bus.connection import redis
 from flowmesh.messages.wire import (
+    DISABLED,
     EVENTS_CHANNEL,
     WORKER_IDS,
     WorkerEvent,
@@ -77,6 +78,8 @@ class Found(msgspec.Struct, frozen=True):
     registered: bool
     """By this process."""
     status: str
+    disabled: bool
+    """Whether the orchestrator's elastic scaling has disabled it."""
     rival: Rival | None = None
     """Another live node that has the id."""
 
@@ -104,11 +107,17 @@ class WorkerRecord:
             pipeline.sismember(WORKER_IDS, identity.worker_id)
             pipeline.hmget(worker_key(identity.worker_id), "status", *_RIVAL_FIELDS)
             pipeline.get(heartbeat_key(identity.worker_id))
-            member, (status, *fields), beat = await pipeline.execute()
+            pipeline.sismember(DISABLED, identity.worker_id)
+            member, (status, *fields), beat, disabled = await pipeline.execute()
         owner, pid, _ = fields
         ours = not identity.owner or owner == identity.owner.encode()
         registered = bool(member) and ours and pid == str(identity.pid).encode()
-        return Found(registered, (status or b"").decode(errors="replace"), _rival(identity, fields, beat))
+        rival = _rival(identity, fields, beat)
+        return Found(registered, (status or b"").decode(errors="replace"), bool(disabled), rival)
+
+    async def enable(self, worker_id: str) -> None:
+        """Take the worker out of the set of those that elastic scaling has disabled."""
+        await self.client.srem(DISABLED, worker_id)
 
     async def claim(self, identity: Identity, *, over: Rival | None = None) -> Rival | None:
         """Take the worker id, unless another live node has it. Atomic: of two nodes that try, one gets it.

@@ -161,6 +161,23 @@ class LocalNode:
             os.close(self._lock)
         self._process, self._redis, self._dir, self._lock = None, None, None, -1
 
+    def permits(self) -> dict[str, str]:
+        """What documents may do here: they are the user's own, on the user's own machine.
+
+        Raises:
+            ConfigError: the settings cannot be used.
+        """
+        config = self._options.config
+        tasks = load(None if config is None else Path(config), {}).settings.tasks
+        # A comma ends an item of a list: here any character may stand for one.
+        roots = [*tasks.read_roots, *(glob.escape(root).replace(",", "?") for root in self._options.read_roots)]
+        found = {"tasks.read_roots": ",".join(roots)} if roots else {}
+        if not tasks.trust_remote_code:
+            found["tasks.trust_remote_code"] = "*"
+        if not tasks.local_hosts:
+            found["tasks.local_hosts"] = "*"
+        return found
+
     def _start(self) -> None:
         sweep_abandoned()
         linux.become_subreaper()
@@ -189,28 +206,11 @@ class LocalNode:
             "node.worker_id": f"local-{secrets.token_hex(4)}",
             "processes.drain_timeout_s": "1",
         }
-        settings |= self._permits()
+        settings |= self.permits()
         if self._options.results_dir is not None:
             settings["results.dir"] = str(Path(self._options.results_dir).absolute())
         config = [] if self._options.config is None else ["--config", self._options.config]
         return [*self._options.program, *config, *(f"--set={name}={value}" for name, value in settings.items())]
-
-    def _permits(self) -> dict[str, str]:
-        """What documents may do here: they are the user's own, on the user's own machine.
-
-        Raises:
-            ConfigError: the settings cannot be used.
-        """
-        config = self._options.config
-        tasks = load(None if config is None else Path(config), {}).settings.tasks
-        # A comma ends an item of a list: here any character may stand for one.
-        roots = [*tasks.read_roots, *(glob.escape(root).replace(",", "?") for root in self._options.read_roots)]
-        found = {"tasks.read_roots": ",".join(roots)} if roots else {}
-        if not tasks.trust_remote_code:
-            found["tasks.trust_remote_code"] = "*"
-        if not tasks.local_hosts:
-            found["tasks.local_hosts"] = "*"
-        return found
 
     def _stop(self, process: subprocess.Popen[bytes]) -> None:
         """Send SIGTERM, a second one if the user is impatient, and SIGKILL at the deadline."""

@@ -15,6 +15,7 @@ from flowmesh.redaction import Redactor
 from flowmesh.settings.paths import log_file
 from flowmesh.settings.schema import Settings
 from flowmesh.startup.log_writer import LogWriter
+from flowmesh.startup.old_variables import logs_to_stdout
 
 if TYPE_CHECKING:
     from loguru import Message, Record
@@ -35,8 +36,9 @@ def configure(settings: Settings, redact: Redactor) -> None:
     Args:
         redact: hides secrets in messages, their fields and the exceptions with them.
     """
-    colours = sys.stderr.isatty()
-    sys.stderr = writer = LogWriter(sys.stderr.fileno())
+    stream = sys.stdout if logs_to_stdout(os.environ) else sys.stderr
+    colours = stream.isatty()
+    sys.stderr = writer = LogWriter(stream.fileno())
     atexit.register(writer.drain, LAST_LINES_S)
 
     def write(line: Message) -> None:

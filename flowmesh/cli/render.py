@@ -151,3 +151,9 @@ def _sized(text: str, size: int) -> str:
     if cell_len(text) > size:
         text = f"{set_cell_size(text, size - 1).rstrip()}…"
     return set_cell_size(text, size)
+
+
+def warnings(lines: object) -> None:
+    """Print a task's warnings, one a line."""
+    for line in lines if isinstance(lines, list) else []:
+        print(f"warning: {printable(str(line))}")

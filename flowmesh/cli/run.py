@@ -127,6 +127,9 @@ def _report(outcome: Outcome, *, as_json: bool) -> FlowMeshError | None:
         print(f"results: {outcome.out_dir}")
     elif outcome.out_dir is not None and (logs := Path(outcome.out_dir, "logs")).is_dir():
         print(f"logs: {logs}")
+    if not as_json:
+        own = outcome.result.get("warnings") if isinstance(outcome.result, dict) else None
+        render.warnings(own or outcome.event.get("warnings"))
     if outcome.ok:
         return None
     return TaskFailed.of(outcome.task_id, outcome.verdict, outcome.error)

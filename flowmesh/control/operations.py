@@ -12,6 +12,7 @@ from typing import Any
 from flowmesh import installed
 from flowmesh.control.server import ControlError, Handler, text_field
 from flowmesh.errors import FlowMeshError
+from flowmesh.execution import task_events
 from flowmesh.execution.executor import Executor
 from flowmesh.execution.run import Run
 from flowmesh.orchestrator.link import Link
@@ -114,7 +115,11 @@ class Operations:
             raise ControlError(f"{task_id}: this node has no record of this task")
         out_dir = run.accepted.target.out_dir if run is not None else record.out_dir  # type: ignore[union-attr]
         running = run is not None and run.task.state not in (State.DELIVERING, State.DONE)
-        return {"out_dir": out_dir, "logs_dir": str(Path(out_dir, "logs")), "running": running}
+        layout = self._executor.layout
+        redact = layout.secrets if run is None else task_events.redactor(run, layout)
+        # In hexadecimal: the server hides secrets in what it sends.
+        secrets = [each.encode(errors="surrogatepass").hex() for each in redact.known]
+        return {"out_dir": out_dir, "logs_dir": str(Path(out_dir, "logs")), "running": running, "secrets": secrets}
 
     def _cancel(self, request: dict[str, Any]) -> dict[str, Any]:
         task_id = text_field(request, "task_id")

@@ -37,6 +37,12 @@ def started(run: Run) -> bytes:
     return encode(event)
 
 
+MAX_WARNINGS = 20
+WARNING_BYTES = 500
+WARNINGS_BYTES = 4096
+"""How many of a task's warnings its event carries, and how much of them. The result has all."""
+
+
 _decoder = msgspec.json.Decoder(TaskEvent)
 
 
@@ -81,6 +87,9 @@ def ended(run: Run, verdict: Verdict, *, finished_at: str, cost_per_hour: float,
     }
     if run.accepted.message.dispatched_at is not None:
         payload["dispatched_at"] = run.accepted.message.dispatched_at
+    redact = redactor(run, layout)
+    if warnings := _bounded([redact(line) for line in warnings_of(run)]):
+        payload["warnings"] = warnings
     if verdict.ok:
         event = TaskEvent(
             type="TASK_SUCCEEDED",
@@ -91,7 +100,6 @@ def ended(run: Run, verdict: Verdict, *, finished_at: str, cost_per_hour: float,
             payload=payload,
         )
     else:
-        redact = redactor(run, layout)
         payload |= event_fields(verdict)
         if run.log_tail:
             payload["log_tail"] = _last([escaped(redact(line)) for line in run.log_tail[-TAIL_LINES:]])
@@ -105,6 +113,25 @@ def ended(run: Run, verdict: Verdict, *, finished_at: str, cost_per_hour: float,
             payload=payload,
         )
     return encode(event)
+
+
+def warnings_of(run: Run) -> list[str]:
+    """The node's own warnings about a task, then the runner's."""
+    return [*run.accepted.warnings, *(run.outcome.warnings if run.outcome is not None else ())]
+
+
+def _bounded(lines: Sequence[str]) -> list[str]:
+    """The first warnings, each cut, as many as an event may carry; the rest is counted."""
+    kept, room = [], WARNINGS_BYTES
+    for line in lines[:MAX_WARNINGS]:
+        cut = line.encode()[:WARNING_BYTES].decode(errors="ignore")
+        room -= len(cut.encode())
+        if room < 0:
+            break
+        kept.append(cut)
+    if more := len(lines) - len(kept):
+        kept.append(f"and {more} more in responses.json")
+    return kept
 
 
 def refused(worker_id: str, task_id: str, kind: Kind, message: str, dispatched_at: str | None) -> bytes:

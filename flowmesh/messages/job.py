@@ -125,6 +125,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     uploads: tuple[UploadRequest, ...] = ()
     phases: dict[str, float] = {}
     """Seconds in each phase, in order."""
+    warnings: tuple[str, ...] = ()
+    """As in the result, for the terminal event; also those of a run that failed."""
 
 
 class Exit(msgspec.Struct, frozen=True, kw_only=True):

@@ -19,6 +19,8 @@ from flowmesh.messages.text import encode_json
 
 EVENTS_CHANNEL = "workers.events"
 TASK_EVENTS_CHANNEL = "tasks.events"
+DISABLED = "workers:elastic_disabled"
+"""The set of the ids of workers that the orchestrator does not schedule on."""
 WORKER_IDS = "workers:ids"
 
 MAX_MESSAGE_BYTES = 32 * 1024 * 1024

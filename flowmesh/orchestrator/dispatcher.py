@@ -21,7 +21,7 @@ from flowmesh.messages.wire import (
 from flowmesh.node.slots import Slot
 from flowmesh.tasks import machine
 from flowmesh.tasks.journal import JournalError
-from flowmesh.tasks.verdicts import Kind, Stop, Verdict
+from flowmesh.tasks.verdicts import Kind, Stop
 
 QUEUED_MAX_BYTES = 1024**3
 """Of the documents of all tasks that wait: they are in memory."""
@@ -107,10 +107,10 @@ class Dispatcher:
             self._executor.counters.duplicates += 1
             logger.bind(task=task_id).info("dispatch ignored: the node has this task already")
             return True
-        if waiting := self._is_full():
+        if full := self._is_full(slot):
             if entry is not None:
                 return False
-            self._turn_away(slot, sent, waiting)
+            self._refuse(slot, task_id, dispatched_at, Kind.NODE_FAULT, f"{full}; send it to another worker, or later")
             return True
         try:
             accepted = self._check(sent.data, sent.fault)
@@ -131,7 +131,9 @@ class Dispatcher:
         self._executor.add(run)
         slot.queue.append(run)
         self._executor.observers.on_accepted(run)
-        logger.bind(task=task_id, type=accepted.type.name, attempt=attempt).info("task accepted")
+        logger.bind(task=task_id, type=accepted.type.name, node_run=attempt).info("task accepted")
+        for warning in accepted.warnings:
+            logger.bind(task=task_id).warning("{}", warning)
         if self._executor.early_cancels.take(task_id):
             self._executor.apply(run, machine.StopRequested(Stop.CANCEL, "cancelled before it was dispatched"))
         self._executor.pump(slot)
@@ -161,27 +163,15 @@ class Dispatcher:
         last = self._executor.journal.latest(task_id)
         return last is not None and dispatched_at is not None and last.dispatched_at == dispatched_at
 
-    def _is_full(self) -> str:
-        """Why no more task may wait here; empty: it may."""
-        queued = [run for slot in self._executor.slots.values() for run in slot.queue]
-        limit = self._executor.settings.tasks.max_queued
-        if len(queued) >= limit:
-            return f"the node's queue is full: {len(queued)} tasks wait (tasks.max_queued); send it to another node"
-        if sum(run.accepted.size_bytes for run in queued) >= QUEUED_MAX_BYTES:
-            return (
-                f"the node's queue is full: the documents of {len(queued)} tasks take {QUEUED_MAX_BYTES >> 20} MiB; "
-                "send it to another node"
-            )
+    def _is_full(self, slot: Slot[Run]) -> str:
+        """Why no more task may wait for this slot; empty: it may."""
+        most = self._executor.settings.tasks.max_queued
+        if len(slot.queue) >= most:
+            return f"{most} tasks wait for worker {slot.plan.worker_id} already (tasks.max_queued)"
+        waiting = [run for each in self._executor.slots.values() for run in each.queue]
+        if sum(run.accepted.size_bytes for run in waiting) >= QUEUED_MAX_BYTES:
+            return f"the documents of {len(waiting)} waiting tasks take {QUEUED_MAX_BYTES >> 20} MiB already"
         return ""
-
-    def _turn_away(self, slot: Slot[Run], sent: _Dispatch, message: str) -> None:
-        verdict = Verdict(kind=Kind.NODE_FAULT, message=message)
-        event = task_events.lost(slot.plan.worker_id, sent.task_id, verdict, sent.dispatched_at)
-        self._executor.journal.post(TASK_EVENTS_CHANNEL, event)
-        self._executor.counters.add_verdict(Kind.NODE_FAULT)
-        logger.bind(task=sent.task_id).warning("task turned away: {}", message)
-        self._executor.observers.on_refused(sent.task_id, message, Kind.NODE_FAULT)
-        self._executor.observers.on_posted()
 
     def _refuse(self, slot: Slot[Run], task_id: str, dispatched_at: str | None, kind: Kind, message: str) -> None:
         event = task_events.refused(slot.plan.worker_id, task_id, kind, message, dispatched_at)
@@ -189,5 +179,5 @@ class Dispatcher:
         self._executor.counters.refused += 1
         self._executor.counters.add_verdict(kind)
         logger.bind(task=task_id).warning("task refused: {}", message)
-        self._executor.observers.on_refused(task_id, message, Kind.BAD_REQUEST)
+        self._executor.observers.on_refused(task_id, message, kind)
         self._executor.observers.on_posted()

@@ -18,6 +18,7 @@ from flowmesh.node.slots import Slot
 from flowmesh.orchestrator import control_channel
 from flowmesh.orchestrator.dispatcher import Dispatcher
 from flowmesh.orchestrator.registration import Registration
+from flowmesh.orchestrator.waiting_tasks import WaitingTasks
 from flowmesh.orchestrator.worker_description import NodeDescription
 
 
@@ -37,7 +38,7 @@ class Link(Observer):
             timeout_s=redis.timeout_s,
             health_check_interval_s=redis.health_check_interval_s,
         )
-        users = 2 * len(executor.slots) + 1  # each worker's status and heartbeat, and the outbox
+        users = 2 * len(executor.slots) + 2  # each worker's status and heartbeat, the outbox, and the waiting tasks
         client = reach(name=f"flowmesh-{name}-bus", users=users)
         listener = reach(name=f"flowmesh-{name}-sub")
         self._clients = [client, listener]
@@ -69,6 +70,7 @@ class Link(Observer):
             may_read = functools.partial(_has_its_id, slot)
             stream = Stream(client, worker_id, dispatcher.take, block_s=redis.timeout_s / 2, may_read=may_read)
             self._streams.append(stream)
+        self._waiting = WaitingTasks(executor, self._clients[0], executor.settings.tasks.return_waiting_after_s)
         executor.observers.add(self.registration)
         executor.observers.add(self)
 
@@ -92,7 +94,8 @@ class Link(Observer):
     def works(self) -> list[Coroutine[Any, Any, None]]:
         """What runs for as long as the node takes tasks."""
         presences = [presence.run() for presence in self.registration.presences.values()]
-        return [self._intake.run(), *presences, *(stream.run() for stream in self._streams)]
+        streams = [stream.run() for stream in self._streams]
+        return [self._intake.run(), *presences, self._waiting.run(), *streams]
 
     async def send_events(self) -> None:
         """Send the outbox until cancelled; not before dispatches can be received, which an event may cause."""

@@ -82,6 +82,7 @@ def presence(
         farewell=reporter.farewell,
         on_left_over=lambda: on_missed(slot),
         on_rival=lambda reason: on_rival(slot, reason),
+        elastic=settings.node.elastic_scaling,
     )
 
 

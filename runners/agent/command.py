@@ -118,7 +118,7 @@ class Command:
             stopped = over_disk(self._folder, self._bounds.disk_bytes)
         if lost := report.get("lost"):
             stopped = stopped or f"its files could not be kept: {lost}"
-        left = tuple(report.get("left", ()))
+        left = tuple(os.fsencode(name).decode(errors="replace") for name in report.get("left", ()))
         return Ended(code=code if code >= 0 else 128 - code, output=self._kept.text(), stopped=stopped, left=left)
 
     def _reported(self) -> dict[str, Any]:

@@ -17,8 +17,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
+import msgspec
 import psutil
 
+from runners.agent.cgroups import Group
 from runners.agent.command import Bounds, Command, Ended, NotConfined, stop
 
 JAIL = Path(__file__).with_name("jail") / "main.py"
@@ -39,6 +41,8 @@ PASSED = ("LANG", "LC_ALL", "LC_CTYPE", "TZ", "FLOWMESH_ATTEMPT")
 FILE_BYTES = 512 * 2**20
 OPEN_FILES = 512
 """Of one process. Also bounds what a user's processes have sent each other and not received."""
+JAIL_BYTES, JAIL_TASKS = 64 * 2**20, 8
+"""Room in the cgroup for the jail's own processes."""
 LOCKED_BYTES = 8 * 2**20
 PENDING_SIGNALS = 1024
 MEMORY_SHARE = 2
@@ -77,7 +81,13 @@ class Sandbox:
         if self.mode == "landlock":
             processes = f"the node's (signals {'confined' if signals_confined() else 'refused'})"
         disk = "own (file system of that size)" if self.in_memory else "the folder's (measured)"
-        return {"files": self.mode, "network": network, "processes": processes, "disk": disk}
+        return {
+            "files": self.mode,
+            "network": network,
+            "processes": processes,
+            "disk": disk,
+            "cgroup": "own" if has_cgroups() else "none",
+        }
 
     def run(self, command: Sequence[str], check: Callable[[], None], *, timeout_s: float | None = None) -> Ended:
         """Run `command` in the folder.
@@ -90,10 +100,11 @@ class Sandbox:
             NotConfined: the jail could not be built.
         """
         limit_s = min(timeout_s or self.bounds.timeout_s, self.bounds.timeout_s)
+        group = Group(self._group_bytes, self.bounds.processes * TASKS_A_PROCESS + JAIL_TASKS)
         reading, writing = os.pipe()
         with tempfile.TemporaryDirectory(prefix="jail-") as root, os.fdopen(reading, "rb"):
             try:
-                process = self._start(command, root, limit_s, writing)
+                process = self._start(command, root, limit_s, writing, group)
             finally:
                 os.close(writing)
             try:
@@ -102,13 +113,24 @@ class Sandbox:
                     own_network=self.mode == "namespaces" and not self.bounds.network,
                 ).until_end(check)  # fmt: skip
                 self.left += ended.left
+                if group.oom_kills() and not ended.stopped:
+                    ended = msgspec.structs.replace(ended, stopped=f"it reached {self._group_bytes} bytes of memory")
                 return ended
             finally:
                 stop(process)
+                group.remove()
                 assert process.stdout is not None, "it is a pipe"
                 process.stdout.close()
 
-    def _start(self, command: Sequence[str], root: str, limit_s: float, report: int) -> subprocess.Popen[bytes]:
+    @property
+    def _group_bytes(self) -> int:
+        """Limit of the command's cgroup: a hard stop above the bounds that are measured, files in memory included."""
+        files = self.bounds.disk_bytes if self.in_memory else 0
+        return self.bounds.memory_bytes + files + JAIL_BYTES
+
+    def _start(
+        self, command: Sequence[str], root: str, limit_s: float, report: int, group: Group
+    ) -> subprocess.Popen[bytes]:
         plan = {
             "mode": self.mode,
             "network": self.bounds.network,
@@ -130,7 +152,7 @@ class Sandbox:
                 "RLIMIT_MSGQUEUE": 0,
                 "RLIMIT_SIGPENDING": PENDING_SIGNALS,
             },
-            "cgroups": [],
+            "cgroups": [str(folder) for folder in group.folders],
             "report": report,
         }
         return subprocess.Popen(
@@ -142,6 +164,15 @@ class Sandbox:
             cwd="/",
             pass_fds=(report,),
         )
+
+
+@functools.cache
+def has_cgroups() -> bool:
+    """Whether commands get a cgroup here."""
+    group = Group(JAIL_BYTES, JAIL_TASKS)
+    found = bool(group.folders)
+    group.remove()
+    return found
 
 
 def readable_paths() -> list[str]:

@@ -21,6 +21,8 @@ PIPE_BYTES = 64 * 1024
 """Of one pipe: its size cannot be changed in a jail."""
 SOCKET_BYTES = 2 * 208 * 1024
 """Of one socket: the kernel's defaults of both directions, which cannot be changed in a jail."""
+GROWN_SOCKET_BYTES = 10 * 2**20
+"""The same on the machine's network, where TCP's buffers grow to about this size with what is in them."""
 SET_ID = stat.S_ISUID | stat.S_ISGID
 _BY_PATH = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -56,12 +58,14 @@ def buffer_bytes(pids: Sequence[int], limit: int, *, own_network: bool) -> int:
             such as connections that nobody accepted.
     """
     sockets = _sockets_of_network(pids) if own_network else 0
-    if (sum(map(_descriptors, pids)) + sockets) * SOCKET_BYTES <= limit:
+    each = SOCKET_BYTES if own_network else GROWN_SOCKET_BYTES
+    if (sum(map(_descriptors, pids)) + sockets) * each <= limit:
         return 0
+    queued = {} if own_network else _queued_bytes()
     found: dict[str, int] = {}
     for path, link in _links(pids):
         if link.startswith("socket:"):
-            found[link] = 0 if own_network else SOCKET_BYTES
+            found[link] = 0 if own_network else max(SOCKET_BYTES, 2 * queued.get(link[8:-1], 0))
         elif link.startswith(("pipe:", "/")):
             with contextlib.suppress(OSError):
                 about = os.stat(path)  # noqa: PTH116 - called for each descriptor
@@ -150,6 +154,17 @@ def _sockets_of_network(pids: Sequence[int]) -> int:
         with contextlib.suppress(OSError, IndexError, ValueError):
             return int(Path(f"/proc/{pid}/net/sockstat").read_text().split()[2])
     return 0
+
+
+def _queued_bytes() -> dict[str, int]:
+    """What waits in TCP sockets of this process's network, by inode. The kernel needs up to twice as much."""
+    found = {}
+    for table in ("tcp", "tcp6"):
+        with contextlib.suppress(OSError):
+            for line in Path("/proc/self/net", table).read_text().splitlines()[1:]:
+                fields = line.split()
+                found[fields[9]] = sum(int(size, 16) for size in fields[4].split(":"))
+    return found
 
 
 def _links(pids: Sequence[int]) -> Iterator[tuple[str, str]]:

@@ -37,10 +37,12 @@ def load_file(ctx: Context, section: dict[str, Any], shard: Shard | None, spec: 
 
 
 def _files(ctx: Context, data: FileData, where: str) -> list[File]:
-    if data.url is not None:
-        field = f"{where}.url"
-        fetched = fetch(ctx, data.url, field, headers=data.headers, timeout_s=data.timeout_s, by_date=False)
-        return [File(path=fetched.path, format=_format(data.type, urlsplit(data.url).path), where=field)]
+    by_url = data.path is not None and data.path.startswith(("http://", "https://"))  # a stage's jsonl_export.path
+    url = data.path if by_url else data.url
+    if url is not None:
+        field = f"{where}.path" if by_url else f"{where}.url"
+        fetched = fetch(ctx, url, field, headers=data.headers, timeout_s=data.timeout_s, by_date=False)
+        return [File(path=fetched.path, format=_format(data.type, urlsplit(url).path), where=field)]
     for name, value in (("headers", data.headers), ("timeoutSec", data.timeout_s)):
         if value is not None:
             raise BadRequest(f"{where}.{name}: goes with `url`; a file of this node needs none")

@@ -20,6 +20,8 @@ from runners.inference.tokens import Texts, load_tokenizer
 from runners.inference.transformers_engine import TransformersEngine
 from runners.models import weights
 from runners.models.adapters import LocalAdapter
+from runners.models.code import may_run_code
+from runners.models.contents import check_attention
 from runners.models.sources import Source, loading
 
 CPU_ROWS = 32
@@ -63,7 +65,8 @@ def load_model(ctx: Context, task: InferenceTask, source: Source) -> tuple[Any, 
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(max(ctx.threads, 1))
     options = task.transformers
-    trust = bool(options.trust_remote_code)
+    trust = may_run_code(ctx, source, options.trust_remote_code, "spec.model.transformers.trust_remote_code")
+    check_attention(ctx, options.attn_implementation, "spec.model.transformers.attn_implementation")
     arguments = load_arguments(ctx, task)
     with loading(source), _device_memory(source):
         config = AutoConfig.from_pretrained(source.path, revision=source.revision, trust_remote_code=trust)

@@ -12,6 +12,7 @@ import msgspec
 from runners.api import BadRequest, Context, MissingDependency, RunnerError
 from runners.data.reading import Refused
 from runners.models import builtin
+from runners.models.contents import check_names
 
 
 class Source(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,12 +65,13 @@ def local_folder(ctx: Context, folder: Path, shown: str, where: str) -> Path:
     """`folder`, after its content was judged: a library will open what it finds in it.
 
     Raises:
-        BadRequest: a link in it leads outside of what documents may read.
+        BadRequest: a link in it, or a name in its files, leads outside of what documents may read.
     """
     try:
         ctx.reach.check_folder(folder, ctx.check_cancelled)
     except Refused as error:
         raise BadRequest(f"{where}: {shown!r} {error}") from None
+    check_names(folder, where, ctx)
     return folder
 
 

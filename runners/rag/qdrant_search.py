@@ -6,6 +6,7 @@ Errors name the server's host and the collection, never the key or the rest of t
 from __future__ import annotations
 
 import importlib.util
+import pickle
 import warnings
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,8 +16,9 @@ import numpy as np
 from flowmesh.validation.convert import nearest
 from runners.api import BadRequest, Context, MissingDependency, RunnerError
 from runners.data import addresses
-from runners.models.sources import local_path
+from runners.models.sources import local_folder, local_path
 from runners.rag.faiss_index import check_dimension
+from runners.rag.qdrant_store import check_store, read_data_only
 from runners.rag.search import Hit
 from runners.rag.task import Qdrant
 from runners.rag.waiting import patiently
@@ -147,8 +149,12 @@ def open_qdrant(ctx: Context, wanted: Qdrant) -> QdrantSearcher:
         folder = local_path(ctx, wanted.path, f"{WHERE}.path")
         if not folder.is_dir():
             raise BadRequest(f"{WHERE}.path: there is no folder {wanted.path!r} on this node")
+        check_store(local_folder(ctx, folder, wanted.path, f"{WHERE}.path"), f"{WHERE}.path")
+        read_data_only()
         try:
             client = QdrantClient(path=str(folder), force_disable_check_same_thread=True)
+        except pickle.UnpicklingError as error:
+            raise BadRequest(f"{WHERE}.path: {wanted.path!r} holds more than data: {error}; use a server") from None
         except RuntimeError:
             raise RunnerError(
                 f"{WHERE}.path: another process has {wanted.path!r} open; use a server to share it"

@@ -16,6 +16,7 @@ from runners.training import settings
 from runners.training.devices import Device, Layout
 from runners.training.plan import Plan
 from runners.training.sharding import Sharding
+from runners.training.trainer_allowed import check_argument
 
 WHERE = "spec.training.trainer_args"
 
@@ -231,6 +232,7 @@ def checked(plan: Plan, ctx: Context, config: type) -> dict[str, Any]:
             raise BadRequest(f"{WHERE}.{name}: spec.training.{taken[name]} sets it already; give one of them")
         if name == "use_vllm" and value and not ctx.gpus:
             raise BadRequest(f"{WHERE}.use_vllm: vLLM can take new weights on a GPU only; leave it out")
+        check_argument(ctx, name, value, WHERE)
         return typed(value, hints[name], f"{WHERE}.{name}")
 
     given = plan.training.trainer_args

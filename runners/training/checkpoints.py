@@ -13,6 +13,7 @@ from pathlib import Path
 
 from runners.api import BadRequest, Context
 from runners.models.checkpoints import Loaded
+from runners.models.code import check_data_only
 from runners.models.files import find_root
 from runners.models.sources import Source, check_model_folder, local_folder, local_path, resolve_identifier
 from runners.training.plan import Plan
@@ -57,11 +58,13 @@ def start_of(plan: Plan, ctx: Context, loaded: Loaded | None) -> Start:
         where = "spec.training.resume_from_path"
         named = plan.training.resume_from_path
         resume = _checkpoint_at(local_path(ctx, named, where), ctx, where)
-        local_folder(ctx, resume, named, where)
+        check_data_only(ctx, local_folder(ctx, resume, named, where), where)
     if loaded is not None:
         folder = local_folder(ctx, contents(loaded), loaded.shown, loaded.where)
         if _is_trainers(folder):
-            resume = resume or _checkpoint_at(folder, ctx, loaded.where)
+            if resume is None:
+                resume = _checkpoint_at(folder, ctx, loaded.where)
+                check_data_only(ctx, resume, loaded.where)
         elif (folder / "adapter_config.json").is_file():
             adapter = folder
         else:
@@ -178,7 +181,7 @@ def torn(folder: Path) -> str:
     except OSError as error:
         return f"{STATE_FILE}: {error.strerror}"
     except (ValueError, KeyError, TypeError):
-        return f"{STATE_FILE} is not a trainer's state"
+        return f"{STATE_FILE}: not a trainer's state"
     match = _NAME.fullmatch(folder.name)
     if match and int(match[1]) != step:
         return f"{STATE_FILE} says step {step}"
@@ -194,7 +197,7 @@ def _torn_weights(folder: Path) -> str:
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         except (ValueError, KeyError, AttributeError):
-            return f"{index.name} is not an index of weights"
+            return f"{index.name}: not an index of weights"
     for name in names:
         if reason := _torn_safetensors(folder / name):
             return f"{name}: {reason}"

@@ -156,7 +156,8 @@ def _tools(given: Any, where: str) -> list[Any]:
 def _weight(given: Any, where: str, plan: Plan) -> bool:
     """Whether what has this weight is trained on."""
     if given not in (0, 1):
-        raise BadRequest(f"{where}: weight {given!r:.40}: only 0 (left out of the loss) and 1 are supported")
+        shown = given if isinstance(given, int | float) else kind(given)
+        raise BadRequest(f"{where}: weight {shown}: only 0 (left out of the loss) and 1 are supported")
     if given == 0 and not isinstance(plan.data, TextData):
         raise BadRequest(f"{where}: weight 0: {plan.kind.task_type} has no weights; leave the row or the message out")
     return bool(given)

@@ -15,6 +15,7 @@ from runners.models.sources import local_path
 from runners.training.devices import Device, Layout
 from runners.training.plan import Plan
 from runners.training.settings import ShardedTraining
+from runners.training.trainer_allowed import check_deepspeed
 
 DEFAULT_STAGE = 2
 GATHER = "stage3_gather_16bit_weights_on_model_save"
@@ -43,7 +44,9 @@ def pick(plan: Plan, ctx: Context, layout: Layout, device: Device) -> Sharding:
         if training.deepspeed:
             if not _has_deepspeed():
                 raise MissingDependency("deepspeed", "spec.training.deepspeed")
-            return _deepspeed(_configuration(training.deepspeed, ctx), plan, device)
+            configuration = _configuration(training.deepspeed, ctx)
+            check_deepspeed(ctx, configuration, "spec.training.deepspeed")
+            return _deepspeed(configuration, plan, device)
         quantised = _quantised(plan)
         if training.fsdp:
             if quantised:

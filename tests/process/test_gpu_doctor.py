@@ -61,7 +61,7 @@ def test_a_machine_where_nothing_is_broken(redis_server: RedisServer, tmp_path: 
     code, findings = doctor(environ(tmp_path, redis_server.url, TWO_GPUS))
     assert code == 0
     assert of(findings, "GPUs") == [
-        ("ok", "driver 570.10, CUDA up to 12.8"),
+        ("ok", "driver 580.65, CUDA up to 13.0"),
         ("ok", f"GPU 0 NVIDIA H100 ({A}): 0.5G of 80G in use, 0 °C"),
         ("ok", f"GPU 1 NVIDIA H100 ({B}): 0.5G of 80G in use, 0 °C"),
     ]
@@ -216,12 +216,11 @@ def test_a_torch_for_a_newer_driver_is_broken_and_said_at_the_start(
         _, findings = doctor(env, "--config", str(tmp_path / "node.toml"))
         return [text for level, text in of(findings, "environments") if level == "broken" and text.startswith("cuda: ")]
 
-    old = TWO_GPUS.replace("driver 570.10", "driver 535.216\n    cuda 12020")
+    old = TWO_GPUS.replace("driver 580.65", "driver 535.216").replace("cuda 13000", "cuda 12020")
     (only,) = broken(old)
     assert only.startswith("cuda: torch 2.13.0 is built for CUDA 13.0, and driver 535.216 supports CUDA up to 12.2")
-    new = TWO_GPUS.replace("driver 570.10", "driver 580.65\n    cuda 13000")
-    assert broken(new) == []
-    (only,) = broken(f"{new}\n    set {A} capability 61")
+    assert broken(TWO_GPUS) == []
+    (only,) = broken(f"{TWO_GPUS}\n    set {A} capability 61")
     assert "no code for GPU 0 NVIDIA H100 (compute capability 6.1): it is built for sm_75 sm_90" in only
     node = gpu_node(script=old, config=config)
     until(lambda: "it would see no GPU; install driver 580 or newer" in node.text(), "the node logs it")

@@ -18,6 +18,7 @@ DEEPEST = 100
 ENTRY_BYTES = 4096
 """Least that a file or folder counts for."""
 _PIECE = 1 << 20
+_PART = "part"
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _MOST_NAMED, _NAMED_CHARS = 50, 500
@@ -76,6 +77,19 @@ def copy_in(source: int, target: int, depth: int = 0) -> Tree:
     return tree
 
 
+@contextlib.contextmanager
+def scratch(folder: int) -> Iterator[int]:
+    """A new folder in an opened one, removed at the end. The command cannot have seen its name in use."""
+    name = f".back-{os.getpid()}"
+    _remove(name, folder)
+    os.mkdir(name, 0o700, dir_fd=folder)
+    try:
+        with _opened(name, folder) as opened:
+            yield opened
+    finally:
+        _remove(name, folder)
+
+
 class Back:
     """Copies back what differs from `known` in an opened folder, and removes there what the command removed."""
 
@@ -85,7 +99,6 @@ class Back:
             scratch: an opened folder on the target's file system, for files that are not complete yet.
         """
         self._scratch = scratch
-        self._part = f"back-{os.getpid()}"
         self.left: list[str] = []
         """What stayed behind, by path; the first of them."""
 
@@ -127,11 +140,11 @@ class Back:
 
     def _file(self, name: str, source: int, target: int) -> None:
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._part, dir_fd=self._scratch)
-        _copy_file(name, source, self._part, self._scratch)
+            os.unlink(_PART, dir_fd=self._scratch)
+        _copy_file(name, source, _PART, self._scratch)
         if _is_folder(name, target):
             _remove(name, target)
-        os.rename(self._part, name, src_dir_fd=self._scratch, dst_dir_fd=target)
+        os.rename(_PART, name, src_dir_fd=self._scratch, dst_dir_fd=target)
 
 
 def _unchanged(name: str, folder: int, about: os.stat_result, before: Any) -> bool:

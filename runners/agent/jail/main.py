@@ -86,6 +86,8 @@ def _fork(plan: Plan, command: list[str], box: namespaces.Box | None) -> int:
         try:
             os.close(ready)
             kernel.die_with_parent(signal.SIGKILL)
+            with contextlib.suppress(OSError):  # the kernel shall kill the command for memory, not who copies back
+                Path("/proc/self/oom_score_adj").write_text("1000")
             status = _confine(plan, command, box, tell)
         except NOT_RUN as error:
             with contextlib.suppress(OSError):
@@ -105,7 +107,7 @@ def _confine(plan: Plan, command: list[str], box: namespaces.Box | None, tell: i
     if box is None:
         _confine_by_rules(plan)
         _execute(plan, command, tell)
-    namespaces.enter(plan, box.path)
+    namespaces.enter(plan, box)
     child = os.fork()
     if child == 0:
         _execute(plan, command, tell)

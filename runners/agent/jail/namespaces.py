@@ -85,22 +85,23 @@ class Box:
         """
         if not self._plan.in_memory:
             return []
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(".tmp", 0o755, dir_fd=self._real)
-        back = copies.Back(copies.open_folder(".tmp", self._real))
-        back.copy(self._work, self._real, self._known)
+        with copies.scratch(self._real) as scratch:
+            back = copies.Back(scratch)
+            back.copy(self._work, self._real, self._known)
         return list(back.left)
 
+    def close(self) -> None:
+        """Close the folders, in the process that runs the command: one of them leads out of the jail."""
+        os.close(self._real)
+        os.close(self._work)
 
-def enter(plan: Plan, box: str) -> None:
-    """Confine this process, the init of the new pid namespace: when it exits, the kernel kills all others in it.
 
-    Args:
-        box: where the first process mounted the box.
-    """
+def enter(plan: Plan, box: Box) -> None:
+    """Confine this process, the init of the new pid namespace: when it exits, the kernel kills all others in it."""
+    box.close()
     kernel.unshare(kernel.CLONE_NEWNS)
     kernel.mount(None, "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
-    _build_root(plan, box)
+    _build_root(plan, box.path)
     if not plan.network:
         _raise_loopback()
     kernel.forbid_new_privileges()

@@ -163,10 +163,9 @@ def test_disk_cannot_be_hidden(way, make) -> None:
     assert not [path for path in box.folder.rglob("*") if not os.access(path, os.R_OK)]
 
 
+@pytest.mark.parametrize("make", ["memory", "mounted"], indirect=True)
 def test_other_places_to_write_share_the_bound(make) -> None:
     box = make(disk_bytes=20 * MIB)
-    if box.mode != "namespaces":
-        pytest.skip("without a mount of its own a command can write nowhere else")
     used = shell(box, "for f in /tmp/a /dev/shm/b /tmp/c; do head -c 9000000 /dev/zero > $f; done; du -s /tmp /dev/shm")
     assert "No space left" in used.output
     assert shell(box, "touch /dev/f /f /proc/f /usr/f").output.count("Read-only file system") >= 2
@@ -249,6 +248,7 @@ assert ctypes.CDLL(None).vmsplice(w, vector, 1, 0) >= 0 or no()""",
 }
 
 
+@pytest.mark.parametrize("make", ["memory", "landlock"], indirect=True)
 @pytest.mark.parametrize("way", HIDDEN_MEMORY)
 def test_memory_cannot_be_hidden_in_the_kernel(way, make) -> None:
     box = make(memory_bytes=96 * MIB, disk_bytes=64 * MIB)
@@ -258,11 +258,10 @@ def test_memory_cannot_be_hidden_in_the_kernel(way, make) -> None:
     assert ended.output == "refused\n" or "bytes of memory" in ended.stopped, ended
 
 
+@pytest.mark.parametrize("make", ["memory"], indirect=True)
 def test_connections_that_nobody_accepts_count(make) -> None:
     """They have no descriptor, and hold what was sent before the other side closed."""
     box = make(memory_bytes=64 * MIB)
-    if box.mode != "namespaces":
-        pytest.skip("without a network of its own a command has no sockets to connect")
     code = """
 import socket, time
 servers = []
@@ -285,6 +284,27 @@ time.sleep(60)
     assert "bytes of memory" in python(box, code).stopped
 
 
+@pytest.mark.parametrize("make", ["memory", "landlock"], indirect=True)
+def test_large_buffers_of_the_machines_network_count(make) -> None:
+    """There TCP's buffers grow to several MiB a socket."""
+    box = make(memory_bytes=64 * MIB, network=True)
+    code = """
+import socket, time
+server, pairs = socket.create_server(("127.0.0.1", 0)), []
+for _ in range(40):
+    near = socket.create_connection(server.getsockname())
+    pairs.append((near, server.accept()[0]))
+    near.setblocking(False)
+    until = time.monotonic() + 0.1
+    while time.monotonic() < until:
+        try: near.send(b"x" * 65536)
+        except BlockingIOError: time.sleep(0.005)
+time.sleep(60)
+"""
+    assert "bytes of memory" in python(box, code).stopped
+
+
+@pytest.mark.parametrize("make", ["memory", "landlock"], indirect=True)
 def test_sockets_work_as_ever(make) -> None:
     """Event loops, pools of processes and servers on loopback, with buffers of ordinary size."""
     box = make()
@@ -411,3 +431,35 @@ def test_the_walk_opens_what_is_closed(tmp_path) -> None:
 def test_paths_that_are_too_deep_are_not_written(tmp_path) -> None:
     with pytest.raises(PathRefused, match="nested more than 100"):
         Workspace(tmp_path / "work").write("a/" * 150 + "b", b"x")
+
+
+@pytest.mark.parametrize("make", ["memory"], indirect=True)
+def test_the_jails_own_processes_cannot_be_looked_into(make) -> None:
+    """The init process has the same user; what it holds open leads out."""
+    box = make()
+    code = """
+import os
+paths = [f"/proc/1/{name}" for name in ("environ", "root", "cwd", "mem", "maps", "exe")]
+paths += [f"/proc/1/fd/{number}" for number in range(64)]
+for path in paths:
+    for look in (os.readlink, os.listdir, lambda path: open(path, "rb").read(1)):
+        try:
+            look(path)
+            print(path)
+        except OSError: pass
+print(sorted(int(fd) for fd in os.listdir("/proc/self/fd"))[:-1] if os.path.exists("/proc/self/fd") else [0, 1, 2])
+for fd in range(3, 64):
+    try: print(fd, os.readlink(f"/proc/self/fd/{fd}"))
+    except OSError: pass
+"""
+    assert python(box, code).output == "[0, 1, 2]\n"
+
+
+@pytest.mark.parametrize("trick", ["ln -s /etc .tmp", "echo x > .tmp", "mkfifo .tmp", "mkdir -p .tmp/part .back-1"])
+def test_a_scratch_folder_that_was_replaced_loses_nothing(trick, make) -> None:
+    box = make()
+    ended = shell(box, f"rm -rf .tmp; {trick}; echo kept > file")
+    assert ended.stopped == ""
+    assert shell(box, "cat file; echo more > file2").output == "kept\n"
+    assert (box.folder / "file2").read_text() == "more\n"
+    assert not list(box.folder.glob(".back-[0-9][0-9]*"))

@@ -83,5 +83,5 @@ def test_control_characters_are_written_out() -> None:
 
 
 def test_lines_of_a_log_are_harmless_on_a_terminal() -> None:
-    assert harmless(b"\x1b[2Jgone\x07\t\xff\r") == b"\\x1b[2Jgone\\x07\t\\xff"
-    assert harmless("10 %\r100 % é".encode()) == "10 %\n100 % é".encode()
+    assert harmless(b"\x1b[2Jgone\x07\t\xff\r", str) == b"\\x1b[2Jgone\\x07\t\\xff"
+    assert harmless("10 %\r100 % é".encode(), str) == "10 %\n100 % é".encode()
