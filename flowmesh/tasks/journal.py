@@ -157,6 +157,17 @@ class Journal:
             for attempt, task_id, out_dir, at, progress in rows
         ]
 
+    def folders_in(self, folder: str) -> list[str]:
+        """Folders of tasks, and of merged children, inside this one."""
+        first, last = f"{folder}/", f"{folder}0"  # "0" comes after "/"
+        return [
+            out_dir
+            for table in ("tasks", "child_folders")
+            for (out_dir,) in self._db.read(
+                f"SELECT out_dir FROM {table} WHERE out_dir > ? AND out_dir < ?", (first, last)
+            )
+        ]
+
     def forget(self, gone: Iterable[int] | None = None) -> None:
         """Delete finished attempts beyond the last KEPT_DONE, except those that must be delivered again.
 

@@ -25,7 +25,7 @@ def test_a_result_that_may_not_go_where_it_is_sent_is_in_results_dir(orchestrato
     assert WARNED.format(task) in warning
     assert f"the result is in {node.results_dir / task}" in warning
     assert node.result(task)["warnings"] == [warning]
-    assert warning in node.text()
+    until(lambda: warning in node.text(), "the log says so")
     failed = orchestrator.run("w1", {**echo_to(ELSEWHERE), "delaySec": -1})
     assert failed["type"] == "TASK_FAILED"
     assert WARNED.format(failed["task_id"]) in failed["payload"]["warnings"][0]
@@ -80,10 +80,11 @@ def test_old_variables_are_honoured_or_warned_of(orchestrator: Orchestrator, mak
     env = {"WORKER_EXECUTOR_MASK": "7", "RESULTS_UPLOAD_URL": "http://user:s3cret@old/", "WORKER_LOG_TO_STDOUT": "1"}
     node = make_node(env=env)
     for name in ("WORKER_EXECUTOR_MASK", "RESULTS_UPLOAD_URL"):
-        assert f"{name} is set and not used" in node.text()
+        until(lambda name=name: f"{name} is set and not used" in node.text(), "the log says so")
     assert "s3cret" not in node.text()
     assert "WORKER_LOG_TO_STDOUT is" not in node.text()
     end = orchestrator.run("w1", {"taskType": "echo"})
+    until(lambda: "task succeeded" in node.text(), "the log is written")
     (line,) = [line for line in node.text().splitlines() if "task accepted" in line]
     assert f"task={end['task_id']}" in line
     assert "node_run=1" in line
