@@ -31,6 +31,8 @@ class Request(msgspec.Struct, frozen=True):
     token_ids: tuple[int, ...]
     adapter: str | None = None
     """Name of the runtime adapter that answers; None: the base model."""
+    ends: tuple[int, ...] = ()
+    """Tokens that end the answer besides the model's: of its adapters."""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):

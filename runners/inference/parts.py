@@ -13,7 +13,7 @@ from runners.data.prompts import Items, Message, Prompt, to_json, with_system
 from runners.inference.engine import Completion, Engine, Output, Request
 from runners.inference.export import Export
 from runners.inference.options import Sampling
-from runners.inference.routing import adapter_of
+from runners.inference.routing import adapter_of, ends_of
 from runners.inference.tokens import Texts
 from runners.models.adapters import LocalAdapter
 from runners.models.limits import check_token_ids
@@ -61,7 +61,8 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
         logprobs: dict[str, Any] = {} if sampling.logprobs is None else {"logprobs": []}
         outputs = [{"output": "", "finish_reason": "stop", **logprobs} for _ in range(sampling.n)]
         more = {**logprobs, "outputs": outputs} if sampling.n > 1 else logprobs
-        self.export.check([{**_item(self, i, prompt, "", "stop"), **more} for i, prompt in enumerate(self.shown)])
+        items = [_item(self, i, prompt, Output("", (), "stop", None), "") for i, prompt in enumerate(self.shown)]
+        self.export.check([{**item, **more} for item in items])
 
 
 def prepare(part: Part, texts: Texts, engine: Engine, adapters: Sequence[LocalAdapter]) -> Part:
@@ -86,7 +87,7 @@ def prepare(part: Part, texts: Texts, engine: Engine, adapters: Sequence[LocalAd
             )
     metadata = [part.items.metadata[i] for i in kept]
     routes = [adapter_of(adapters, each, where) for each, where in zip(metadata, wheres, strict=True)]
-    requests = tuple(Request(ids, route) for ids, route in zip(encoded, routes, strict=True))
+    requests = tuple(Request(ids, route, ends_of(adapters, route)) for ids, route in zip(encoded, routes, strict=True))
     return msgspec.structs.replace(part, requests=requests)
 
 
@@ -101,10 +102,13 @@ def answer(
     items = []
     blank = part.blank
     answered = iter(completions)
+    asked = part.asked
     for index, shown in enumerate(part.shown):
         completion = _unanswered(completions[0]) if index in blank else next(answered)
         first = completion.outputs[0]
-        item = _item(part, index, shown, first.text, first.finish_reason)
+        item = _item(
+            part, index, shown, first, _rendered(asked[index], texts, part.items.wheres[index], index in blank)
+        )
         if index in blank:
             item["warning"] = "the prompt is blank; it was not sent to the model"
         if first.logprobs is not None:
@@ -141,10 +145,24 @@ def _unanswered(like: Completion) -> Completion:
     return Completion(tuple(Output("", (), "blank", logprobs) for _ in like.outputs))
 
 
-def _item(part: Part, index: int, shown: Any, output: str, finish_reason: str) -> dict[str, Any]:
-    item = {"index": index, "prompt": shown, "output": output, "finish_reason": finish_reason}
-    metadata = part.items.metadata[index]
-    return item if metadata is None else {**item, "metadata": metadata}
+def _rendered(prompt: Prompt, texts: Texts, where: str, blank: bool) -> str:
+    """A prompt as the model got it: with its system prompt, and in the chat template."""
+    if isinstance(prompt, str):
+        return prompt
+    return "" if blank else texts.render(prompt, where)
+
+
+def _item(part: Part, index: int, shown: Any, output: Output, rendered: str) -> dict[str, Any]:
+    """A result's item. Its metadata is the row's own, with the prompt as it was given and as it was rendered."""
+    own = part.items.metadata[index] or {}
+    prompts = {"prompt": to_json(part.items.prompts[index]), "rendered_prompt": rendered}
+    return {
+        "index": index,
+        "prompt": shown,
+        "output": output.text,
+        "finish_reason": output.finish_reason,
+        "metadata": {**prompts, **own},
+    }
 
 
 def _output(output: Output, texts: Texts) -> dict[str, Any]:

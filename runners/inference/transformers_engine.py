@@ -116,10 +116,11 @@ class TransformersEngine:
         room = [self._room(len(prompt), sampling) for prompt in prompts]
         seeds = [None if sampling.seed is None else sampling.seed + row.copy for row in batch]
         stop_ids = frozenset(sampling.stop_token_ids)
-        limits = Limits(self._texts.bad_word_ids(sampling.bad_words), self._ends | stop_ids)
+        model_ends = self._ends.union(requests[batch[0].request].ends)  # a batch has one adapter
+        limits = Limits(self._texts.bad_word_ids(sampling.bad_words), model_ends | stop_ids)
         picker = Picker(sampling, prompts, seeds, width, limits)
         readers = [self._texts.reader(prompt, sampling) for prompt in prompts]
-        ends = stop_ids if sampling.ignore_eos else self._ends | stop_ids
+        ends = stop_ids if sampling.ignore_eos else model_ends | stop_ids
         ending = _Ending(readers, ends, picker, room=room, watch=watch)
         with torch.inference_mode():
             self._model.generate(

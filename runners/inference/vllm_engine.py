@@ -10,6 +10,8 @@ import secrets
 from collections.abc import Iterable, Sequence
 from typing import Any, get_args
 
+import msgspec
+
 from runners.api import BadRequest, Context, RunnerError
 from runners.data.cache import COMPILED, library_folder
 from runners.inference.engine import Completion, FinishReason, Output, Request, TokenLogprob, Watch
@@ -66,11 +68,16 @@ class VllmEngine:
     def generate(self, requests: list[Request], sampling: Sampling, watch: Watch) -> list[Completion]:
         """See `Engine.generate`."""
         sampling = self._texts.resolved(sampling)
-        params = sampling_params(sampling, special=self._texts.names_special(sampling.stop))
+        special = self._texts.names_special(sampling.stop)
+        params = {
+            ends: sampling_params(_with_ends(sampling, ends), special=special)
+            for ends in {request.ends for request in requests}
+        }
         completions: dict[int, Completion] = {}
         with self._processes.watched():
             for rows in self._rounds(requests):
-                answers = self._answer([requests[row] for row in rows], params, sampling, watch)
+                own = [params[requests[row].ends] for row in rows]
+                answers = self._answer([requests[row] for row in rows], own, sampling, watch)
                 completions |= zip(rows, answers, strict=True)
         return [completions[row] for row in range(len(requests))]
 
@@ -83,7 +90,7 @@ class VllmEngine:
             return [adapted, plain]
         return [list(range(len(requests)))]
 
-    def _answer(self, requests: list[Request], params: Any, sampling: Sampling, watch: Watch) -> list[Completion]:
+    def _answer(self, requests: list[Request], params: list[Any], sampling: Sampling, watch: Watch) -> list[Completion]:
         prompts = [{"prompt_token_ids": list(request.token_ids)} for request in requests]
         loras = [self._adapters[request.adapter] if request.adapter else None for request in requests]
         try:
@@ -195,6 +202,13 @@ def start(path: str, revision: str | None, source: Source, arguments: dict[str, 
         raise BadRequest(explain(error.errors()[0], source, asked)) from error
     except Exception as error:
         raise start_failure(error, source, logs) from error
+
+
+def _with_ends(sampling: Sampling, ends: tuple[int, ...]) -> Sampling:
+    """The same with an adapter's end tokens, which vLLM does not know."""
+    if sampling.ignore_eos:
+        return sampling
+    return msgspec.structs.replace(sampling, stop_token_ids=(*sampling.stop_token_ids, *ends))
 
 
 def sampling_params(sampling: Sampling, *, special: bool = False) -> Any:
