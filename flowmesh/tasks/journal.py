@@ -210,6 +210,21 @@ class Journal:
         self._db.write("INSERT OR IGNORE INTO facts (name, value) VALUES (?, ?)", (name, default))
         return str(self._db.read("SELECT value FROM facts WHERE name = ?", (name,))[0][0])
 
+    def set_fact(self, name: str, value: str) -> None:
+        self._db.write("INSERT OR REPLACE INTO facts (name, value) VALUES (?, ?)", (name, value))
+
+    def disown(self, *facts: str) -> int:
+        """Forget these facts, all open tasks and all events: they are another node's, of which this is a copy.
+
+        Returns:
+            how many tasks were open.
+        """
+        with self.transaction():
+            for name in facts:
+                self._db.write("DELETE FROM facts WHERE name = ?", (name,))
+            self._db.write("DELETE FROM outbox")
+            return self._db.write("DELETE FROM tasks WHERE state != 'done'").rowcount
+
     def _set(self, attempt: int, task: Task, **columns: object) -> None:
         columns = {"state": task.state, "progress": encode_msgpack(task), **columns}
         names = ", ".join(f"{name} = ?" for name in columns)
