@@ -189,6 +189,8 @@ class Slot(Generic[RunT]):
         self.queue: deque[RunT] = deque()
         self.faults: dict[str, SlotFault] = {}
         """By name: what keeps tasks from being started here. Set by the node's conditions."""
+        self.displaced = ""
+        """Why the slot's worker gets no new tasks, though those that wait may start; empty: it gets them."""
 
     @property
     def current(self) -> RunT | None:
@@ -203,7 +205,7 @@ class Slot(Generic[RunT]):
     def trouble(self) -> str:
         """Why the slot is degraded; empty: it is not."""
         reasons = [fault.reason for fault in self.faults.values() if not fault.partial or self._waits_for(fault)]
-        return "; ".join(reasons)
+        return "; ".join([self.displaced, *reasons] if self.displaced else reasons)
 
     def objection(self, run: RunT) -> str:
         """Why this task must wait even where the slot is free; empty: it need not."""

@@ -86,6 +86,8 @@ class RedisSettings(Section, frozen=True):
     """Limit for connecting, and for the answer to each command."""
     health_check_interval_s: PositiveSeconds = 15.0
     """An idle connection is checked with PING this often."""
+    hold_events_s: Annotated[float, Meta(ge=0, le=86400)] = 600.0
+    """How long tasks' events wait while nobody listens to them. 0: they do not wait."""
     stream: bool = False
     """Whether each worker also takes tasks from the Redis Stream `tasks:WORKER_ID`."""
 

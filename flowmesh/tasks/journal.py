@@ -235,6 +235,18 @@ class Journal:
         """Whether its file is still where it was opened. May be called in any thread."""
         return self._db.in_place()
 
+    def disown(self, *facts: str) -> int:
+        """Forget these facts, all open tasks and all events: they are another node's, of which this is a copy.
+
+        Returns:
+            how many tasks were open.
+        """
+        with self.transaction():
+            for name in facts:
+                self._db.write("DELETE FROM facts WHERE name = ?", (name,))
+            self._db.write("DELETE FROM outbox")
+            return self._db.write("DELETE FROM tasks WHERE state != 'done'").rowcount
+
     def _set(self, attempt: int, task: Task, **columns: object) -> None:
         columns = {"state": task.state, "progress": encode_msgpack(task), **columns}
         names = ", ".join(f"{name} = ?" for name in columns)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from tests.kit.http_server import Server
+from tests.kit.paths import ROOT
 from tests.kit.support import Node, Orchestrator, until
 from tests.redis.test_deliveries import flowmesh, said
 
@@ -50,9 +54,7 @@ def test_a_setting_refuses_it(orchestrator: Orchestrator, make_node) -> None:
     assert not (node.results_dir / end["task_id"]).exists()
 
 
-def test_warnings_travel_with_an_http_delivery_and_to_people(
-    orchestrator: Orchestrator, node: Node, tmp_path, capfd
-) -> None:
+def test_warnings_travel_with_an_http_delivery_and_to_people(orchestrator: Orchestrator, node: Node, tmp_path) -> None:
     with Server() as server:
         child = {"task_id": "child", "spec": echo_to(ELSEWHERE)}
         spec = echo_to({"type": "http", "url": f"{server.url}/r"})
@@ -63,17 +65,16 @@ def test_warnings_travel_with_an_http_delivery_and_to_people(
         "apiVersion: flowmesh/v1\nkind: Task\nmetadata: {name: x}\nspec:\n  taskType: echo\n"
         "  output: {destination: {type: local, path: /elsewhere}}\n"
     )
-    import subprocess
-    import sys
-
-    from tests.kit.paths import ROOT
-
     command = [sys.executable, "-m", "flowmesh.cli.main", "submit", str(document), "--wait"]
     done = subprocess.run(
         [*command, "--redis", node.server.url], capture_output=True, text=True, cwd=ROOT, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
     assert "warning: spec.output.destination.path: '/elsewhere/" in done.stdout
+    command = [sys.executable, "-m", "flowmesh.cli.main", "run", str(document), "--results-dir", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("warning: spec.output.destination.path: '/elsewhere/") == 1
 
 
 def test_old_variables_are_honoured_or_warned_of(orchestrator: Orchestrator, make_node) -> None:
