@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,7 +65,11 @@ class DeliveryRun:
         """Write responses.json and manifest.json of every folder, with what is known by now."""
         self._write_results()
         for folder in self._folders:
-            folder.write_manifest(self._state.checksums())
+            folder.write_manifest(self._state.known())
+
+    def close(self) -> None:
+        for folder in self._folders:
+            folder.close()
 
     def _write_results(self) -> None:
         for folder in self._folders:
@@ -95,16 +98,10 @@ class DeliveryRun:
         if not names:
             return
         for name in (*names, "checkpoints", "checkpoints" + ARCHIVE_SUFFIX):
-            path = self._task.path / name
-            try:
-                if path.is_symlink() or path.is_file():
-                    path.unlink()
-                elif path.is_dir():
-                    shutil.rmtree(path)
-            except OSError as error:  # a note only: everything has arrived
-                self.notes.append(f"{name} could not be removed after its upload: {error.strerror}")
+            if left := self._task.remove(name):  # a note only: everything has arrived
+                self.notes.append(f"not all of {name} could be removed after its upload: {left}")
         with contextlib.suppress(OSError):
-            self._task.write_manifest({})
+            self._task.write_manifest(self._state.known())
 
 
 def _failure_of(outcome: Outcome | None) -> Failure | None:
