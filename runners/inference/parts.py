@@ -27,6 +27,8 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
     """None: the parent, into which the others were merged."""
     folder: Path
     items: Items
+    samplings: tuple[Sampling, ...]
+    """Of each item."""
     system_prompt: str | None
     chat: bool
     export: Export | None
@@ -86,7 +88,8 @@ def prepare(part: Part, texts: Texts, engine: Engine, adapters: Sequence[LocalAd
             )
     metadata = [part.items.metadata[i] for i in kept]
     routes = [adapter_of(adapters, each, where) for each, where in zip(metadata, wheres, strict=True)]
-    requests = tuple(Request(ids, route) for ids, route in zip(encoded, routes, strict=True))
+    samplings = [part.samplings[i] for i in kept]
+    requests = tuple(Request(*each) for each in zip(encoded, samplings, routes, strict=True))
     return msgspec.structs.replace(part, requests=requests)
 
 

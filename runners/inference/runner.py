@@ -9,7 +9,7 @@ from typing import Any
 
 from runners.api import BadRequest, Context, Runner, RunnerError
 from runners.data.sources import load_items
-from runners.inference.engine import Completion, Watch
+from runners.inference.engine import Completion, Watch, collect
 from runners.inference.engines import load_engine
 from runners.inference.export import read_export
 from runners.inference.merge import check_agreement, failed, folder_of, read_children
@@ -62,7 +62,7 @@ class InferenceRunner(Runner):
         ctx.phase("generate")
         requests = [request for part in prepared.values() for request in part.requests]
         since = time.monotonic()
-        completions = engine.generate(requests, task.sampling, Watch(ctx, len(requests), task.sampling.n))
+        completions = collect(engine, requests, Watch(ctx, len(requests)))
         latency_s = time.monotonic() - since
         ctx.phase("save")
         results: dict[str | None, dict[str, Any]] = {}
@@ -93,12 +93,14 @@ def read_part(
     Raises:
         BadRequest: names the field.
     """
+    items = load_items(ctx, spec, where)
     part = Part(
         task_id=task_id,
         folder=folder,
+        items=items,
+        samplings=(task.sampling,) * len(items.prompts),
         system_prompt=task.system_prompt,
         chat=task.chat,
-        items=load_items(ctx, spec, where),
         export=read_export(ctx, spec, where),
     )
     part.check_export(task.sampling)

@@ -10,7 +10,7 @@ import msgspec
 
 from runners.api import BadRequest, Context
 from runners.data.prompts import Items
-from runners.inference.engine import Watch
+from runners.inference.engine import Watch, collect
 from runners.inference.engines import load_engine
 from runners.inference.parts import Part, answer, prepare
 from runners.inference.runner import find_source, work_of
@@ -79,7 +79,7 @@ def generate(ctx: Context, generation: Generation, questions: Sequence[Question]
     ctx.phase("generate")
     requests = [request for part in parts.values() for request in part.requests]
     since = time.monotonic()
-    completions = engine.generate(requests, task.sampling, Watch(ctx, len(requests), task.sampling.n))
+    completions = collect(engine, requests, Watch(ctx, len(requests)))
     latency_s = time.monotonic() - since
     for (index, part), completion in zip(parts.items(), completions, strict=True):
         made = answer(part, [completion], texts, source, latency_s)
@@ -103,6 +103,7 @@ def _part(ctx: Context, generation: Generation, question: Question, prompt: str)
         folder=ctx.out_dir,
         items=Items((prompt,), (None,), (question.where,)),
         system_prompt=question.system_prompt,
+        samplings=(generation.inference.sampling,),
         chat=generation.inference.chat,
         export=None,
     )
