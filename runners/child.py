@@ -115,6 +115,7 @@ def run(job: Job, ctx: Context) -> Outcome:
         archives=tuple(ctx.archives),
         uploads=tuple(ctx.uploads),
         phases=ctx.phases,
+        rows=ctx.rows,
     )
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import msgspec
 
+from flowmesh.messages.rows import Counts
+
 JOB_FILE = "job.json"
 OUTCOME_FILE = "outcome.json"
 MAX_OUTCOME_BYTES = 4 * 1024**3
@@ -93,6 +95,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     uploads: tuple[UploadRequest, ...] = ()
     phases: dict[str, float] = {}
     """Seconds in each phase, in order."""
+    rows: Counts | None = None
+    """Of a task that keeps a row log, its merged children included."""
 
 
 class Exit(msgspec.Struct, frozen=True, kw_only=True):

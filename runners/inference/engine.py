@@ -61,6 +61,19 @@ class Completion(msgspec.Struct, frozen=True):
     outputs: tuple[Output, ...]
 
 
+class Same:
+    """A function of the sampling, computed once where consecutive requests have the same one, as most tasks' do."""
+
+    def __init__(self, function: Callable[[Sampling], Any]) -> None:
+        self._function = function
+        self._last: tuple[Sampling, Any] | None = None
+
+    def __call__(self, sampling: Sampling) -> Any:
+        if self._last is None or (self._last[0] is not sampling and self._last[0] != sampling):
+            self._last = sampling, self._function(sampling)
+        return self._last[1]
+
+
 Finished = Callable[[int, Completion], None]
 """Called by an engine on its caller's thread when a request has all its answers, with the request's position."""
 

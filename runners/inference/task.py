@@ -16,7 +16,7 @@ from runners.models.spec import Adapter, Checkpoint, CheckpointLoad, ModelSource
 
 KNOWN_SPEC_FIELDS = (
     "taskType", "resources", "model", "data", "output", "inference", "postprocess", "shard", "checkpoint", "engine",
-    "enforce_cpu", "timeoutSec", "retainLogs", "env",
+    "enforce_cpu", "resume", "timeoutSec", "retainLogs", "env",
 )  # fmt: skip
 
 Dtype = Literal["auto", "float16", "bfloat16", "float32", "fp16", "half", "bf16", "fp32", "float"]

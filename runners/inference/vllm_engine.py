@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, get_args
 
 from runners.api import BadRequest, Context, RunnerError
 from runners.data.cache import COMPILED, library_folder
-from runners.inference.engine import Completion, Finished, FinishReason, Output, Request, TokenLogprob, Watch
+from runners.inference.engine import Completion, Finished, FinishReason, Output, Request, Same, TokenLogprob, Watch
 from runners.inference.lora import check_fit
 from runners.inference.options import Sampling
 from runners.inference.task import InferenceTask
@@ -27,19 +27,6 @@ from runners.models.weights import not_finite
 
 _alive: list[Any] = []
 """Keeps engines until the process exits: shutting one down takes half a second."""
-
-
-class Same:
-    """A function of the sampling, computed once where consecutive requests have the same one, as most tasks' do."""
-
-    def __init__(self, function: Callable[[Sampling], Any]) -> None:
-        self._function = function
-        self._last: tuple[Sampling, Any] | None = None
-
-    def __call__(self, sampling: Sampling) -> Any:
-        if self._last is None or (self._last[0] is not sampling and self._last[0] != sampling):
-            self._last = sampling, self._function(sampling)
-        return self._last[1]
 
 
 class VllmEngine:
