@@ -1,3 +1,4 @@
 """The FlowMesh node agent: takes tasks from Redis and runs each in a process tree of its own."""
 
-__version__ = "0.1.0"
+DISTRIBUTION = "flowmesh-supervisor"
+"""Whose package this is; see `flowmesh.installed`, which has the version too."""

@@ -33,11 +33,18 @@ class ConfigError(FlowMeshError):
 
 
 class FieldError(FlowMeshError):
-    """A field of a document cannot be used. `path` is its dotted path as the document's author wrote it."""
+    """Fields of a document cannot be used.
 
-    def __init__(self, message: str, path: str) -> None:
+    Args:
+        message: about all of them.
+        path: the dotted path of the first one, as the document's author wrote it.
+        faults: a message for each field; empty: there is one.
+    """
+
+    def __init__(self, message: str, path: str, faults: tuple[str, ...] = ()) -> None:
         super().__init__(message)
         self.path = path
+        self.faults = faults or (message,)
 
 
 class ProtocolError(FlowMeshError):
@@ -46,6 +53,10 @@ class ProtocolError(FlowMeshError):
 
 class LaunchError(FlowMeshError):
     """A process could not be started."""
+
+
+class NotOfferedError(FieldError):
+    """A task type that this node knows and whose libraries are missing here: another worker may offer it."""
 
 
 class DeviceError(FlowMeshError):

@@ -16,16 +16,19 @@ from typing import IO, Any
 import msgspec
 from loguru import logger
 
-from flowmesh import __version__
+from flowmesh import installed
 from flowmesh.control.operations import Operations
 from flowmesh.control.server import ControlServer
 from flowmesh.control.watchers import Watchers
 from flowmesh.errors import ConfigError, DeviceError, FlowMeshError, LaunchError
+from flowmesh.execution import permits
 from flowmesh.execution.executor import Executor
 from flowmesh.execution.layout import Layout, Owner
 from flowmesh.execution.recovery import recover
 from flowmesh.execution.run import Run
+from flowmesh.messages.gateway import Gateway
 from flowmesh.messages.wire import utc_now
+from flowmesh.node import cuda_build
 from flowmesh.node.devices import Inventory
 from flowmesh.node.nvml.client import Nvml
 from flowmesh.node.power import PowerMeter
@@ -38,7 +41,8 @@ from flowmesh.processes.server_pool import ServerPool
 from flowmesh.redaction import Redactor
 from flowmesh.settings.paths import results_dir, state_dir
 from flowmesh.settings.schema import Settings
-from flowmesh.startup import environments, preflight, successor
+from flowmesh.settings.secret_files import has_token
+from flowmesh.startup import environments, old_variables, preflight, successor
 from flowmesh.startup.event_loop import end_all, reap_children, start_threads
 from flowmesh.startup.state_dir import hold_state_dir, open_for
 from flowmesh.startup.trust import SetUp, trust
@@ -113,6 +117,7 @@ class Supervisor:
         )
         self.nvml = Nvml()
         inventory = await self._take_inventory(settings)
+        self.inventory = inventory
         for problem in inventory.unusable:
             logger.error("GPU not offered: {}", problem)
         fitted = self._fit(settings, inventory)
@@ -137,13 +142,17 @@ class Supervisor:
         self.control = ControlServer(socket, operations.handlers(), watchers.subscribe, self._hides)
         catalogue = self.executor.catalogue
         logger.bind(isolation=node.isolation, types=",".join(sorted(catalogue.offered))).info(
-            "node started: worker {} (FlowMesh {})", worker_id, __version__
+            "node started: worker {} (FlowMesh {})", worker_id, installed.version()
         )
+        if problem := installed.problem():
+            logger.error("{}", problem)
         separation = trust(settings)
         if separation.set_up is SetUp.ROOT:
             logger.warning("{}; {}", separation.text, separation.remedy)
         else:
             logger.bind(trust=separation.set_up.value).info("{}", separation.text)
+        for line in old_variables.warnings(self._environ):
+            logger.warning("{}", line)
         for name, why in sorted(catalogue.missing.items()):
             logger.bind(type=name).info("task type not offered: {}", why)
 
@@ -172,8 +181,10 @@ class Supervisor:
             cgroup=self.cgroup,
             processes=settings.processes,
             limits=msgspec.to_builtins(settings.runners),
+            permits=permits.of_node(settings, self.state_dir, base_env, owner),
             owner=owner,
             secrets=self._hides,
+            gateway=self._gateway(),
             umask=int(settings.results.umask, 8),
         )
         return Executor(
@@ -187,6 +198,14 @@ class Supervisor:
             power=node.power,
             gpus=fitted.gpus,
         )
+
+    def _gateway(self) -> Gateway | None:
+        """Where tasks find the gateway. The key outlives a restart: running tasks have it."""
+        delivery = self.settings.delivery
+        if delivery.orchestrator_url is None or not has_token(delivery):
+            return None
+        key = self.journal.fact("gateway_key", secrets.token_hex(16))
+        return Gateway(str(self.state_dir / "gateway" / "socket"), key)
 
     async def _take_inventory(self, settings: Settings) -> Inventory:
         try:
@@ -206,12 +225,29 @@ class Supervisor:
     async def _begin(self) -> None:
         """Take over the tasks of an earlier supervisor; then subscribe; then report IDLE."""
         await recover(self.executor)
+        if len(self.executor.runs):
+            self.executor.gateway.need()
         await self.executor.pool.warm(LIGHT)
         await self.executor.gpus.check_idle_slots()
         gc.collect()
         gc.freeze()  # long-lived objects need no further collection
         self.link.registration.resume()
-        await asyncio.gather(*self.link.works())
+        await asyncio.gather(*self.link.works(), self._compare_torch())
+
+    async def _compare_torch(self) -> None:
+        """Log where an environment's torch does not fit driver and GPUs: its canary would fail without a reason."""
+        catalogue, table = self.executor.catalogue, self.executor.pool.environments
+        names = {offered.environment for offered in catalogue.offered.values() if "torch" in offered.requires}
+        for name in sorted(names) if self.inventory.gpus else ():
+            python = table[name].python
+            found = await asyncio.to_thread(cuda_build.ask, python)
+            wrong = (
+                [found]
+                if isinstance(found, cuda_build.Mismatch)
+                else cuda_build.mismatches(found, self.inventory, python)
+            )
+            for each in wrong:
+                logger.bind(environment=name).error("{}; {}", each.text, each.remedy)
 
     def stop(self, mode: str) -> None:
         """Drain in this mode, then end. A later call has an effect only if its mode is harder."""
@@ -291,6 +327,7 @@ class Supervisor:
         await end_all([sending])
         await self.link.registration.unregister(FAREWELL_TIMEOUT_S)
         await self.control.close()
+        await self.executor.gateway.stop()
         await self.executor.pool.close()
         await self.nvml.close()
         await self.link.close()

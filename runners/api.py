@@ -7,15 +7,19 @@ the main thread, with stdout and stderr redirected to the task's logs.
 from __future__ import annotations
 
 import abc
+import functools
 import logging
+import sys
 import time
 from pathlib import Path
 from typing import Any, TypeVar
 
+from flowmesh import installed
 from flowmesh.messages.job import ArchiveRequest, Fault, Job, UploadRequest
 from flowmesh.messages.rows import Counts
 from flowmesh.processes.pipe import Cancel, FrameError, Phase, Pipe, Progress
 from flowmesh.validation.convert import FieldError, convert
+from runners.data.reading import Reach
 
 PROGRESS_INTERVAL_S = 0.1
 """Shortest interval between two progress frames; those between are dropped, to keep the pipe free."""
@@ -30,21 +34,76 @@ class RunnerError(Exception):
 
 
 class BadRequest(RunnerError):
-    """The task asks for something that is not possible. The message names the field and the remedy."""
+    """The task asks for something that is not possible. The message names the field and the remedy.
+
+    Args:
+        faults: one message for each field, where `message` is about several.
+    """
 
     fault = Fault.BAD_REQUEST
 
+    def __init__(self, message: str, faults: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.faults = faults or (message,)
 
-class MissingDependency(BadRequest):
-    """A library that the task needs is not installed in its environment.
+
+class MissingDependency(RunnerError):
+    """A library that the task needs is not installed in its environment. Another worker may have it.
 
     Args:
-        library: its name for the user.
-        extra: the extra of flowmesh-supervisor that installs it.
+        library: its name as it is imported.
+        where: the document's field that needs it.
+        extra: the extra of flowmesh-supervisor that installs it; None: as EXTRAS has it.
     """
 
-    def __init__(self, library: str, extra: str) -> None:
-        super().__init__(f"{library} is not installed in this environment: pip install 'flowmesh-supervisor[{extra}]'")
+    fault = Fault.MISSING_DEPENDENCY
+    own_extra = ""
+    """The extra of this process's task type."""
+
+    def __init__(self, library: str, where: str = "", *, extra: str | None = None) -> None:
+        name = library.partition(".")[0]
+        if extra is None:
+            extra = self.own_extra or "inference" if name in IN_EVERY_EXTRA else EXTRAS.get(name, "")
+        needed = f" ({where})" if where else ""
+        remedy = installed.install_command(extra) if extra else f"{sys.executable} -m pip install {name}"
+        super().__init__(f"{library}{needed} is not installed in this environment: {remedy}")
+
+    @classmethod
+    def of(cls, error: ImportError, where: str = "") -> RunnerError:
+        """What an import error means for the task. Libraries raise some without the name of a module."""
+        if error.name:
+            return cls(error.name, where)
+        made = RunnerError(f"{where}: {' '.join(str(error).split()):.500}" if where else " ".join(str(error).split()))
+        made.fault = cls.fault
+        return made
+
+
+IN_EVERY_EXTRA = frozenset(
+    ("torch", "numpy", "transformers", "tokenizers", "accelerate", "peft", "datasets", "pyarrow")
+)
+"""Libraries that each of the extras inference, training, vllm and rag installs: the task type's own is named."""
+EXTRAS = {
+    "vllm": "vllm",
+    "trl": "training",
+    "bitsandbytes": "quantization",
+    "deepspeed": "deepspeed",
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "mlflow": "mlflow",
+    "trackio": "trackio",
+    "faiss": "rag",
+    "sentence_transformers": "rag",
+    "qdrant_client": "rag",
+    "pypdf": "rag",
+    "mammoth": "rag",
+    "markdownify": "rag",
+    "bs4": "rag",
+    "smolagents": "agent",
+    "openai": "agent",
+    "mcp": "agent",
+    "httpx2": "agent",
+}
+"""The extras that install other libraries, by the name that is imported."""
 
 
 class Cancelled(BaseException):
@@ -70,6 +129,7 @@ class TaskInput:
 
     def __init__(self, job: Job) -> None:
         self.job = job
+        MissingDependency.own_extra = job.extra
         self.task_id = job.task_id
         self.spec: dict[str, Any] = job.task.get("spec") or {}
         self.merge_children: list[dict[str, Any]] = job.task.get("merge_children") or []
@@ -85,6 +145,14 @@ class TaskInput:
         self.uploads: list[UploadRequest] = []
         self.warnings: list[str] = []
         """What was logged as a warning: `warnings` of the result."""
+        self.unused: list[str] = []
+        """Paths of the document's fields that are accepted without effect."""
+        self._reported_unused = ""
+
+    @functools.cached_property
+    def reach(self) -> Reach:
+        """What the document may read. Runners open its paths by it; see `runners.models.sources.local_path`."""
+        return Reach.of(self.job)
 
     def section(self, name: str, into: type[T]) -> T:
         """`spec.<name>` as a struct; `{}` is converted if the task does not have it.
@@ -94,17 +162,30 @@ class TaskInput:
         """
         return self.check(self.spec.get(name) or {}, into, f"spec.{name}")
 
-    @staticmethod
-    def check(value: Any, into: type[T], where: str) -> T:
+    def check(self, value: Any, into: type[T], where: str, *, strict: bool = True) -> T:
         """`value` as a struct of type `into`; `where` is its dotted path in the task.
 
+        Fields that are accepted without effect are noted in `unused`.
+
+        Args:
+            strict: False also takes "3" for 3 and "true" for True.
+
         Raises:
-            BadRequest: names the field, the value found, and the values allowed.
+            BadRequest: names each field, the value found, and the values allowed.
         """
         try:
-            return convert(value, into, where=where)
+            return convert(value, into, where=where, strict=strict, unused=self.unused)
         except FieldError as error:
-            raise BadRequest(str(error)) from None
+            raise BadRequest(str(error), error.faults) from None
+
+    def report_unused(self) -> None:
+        """Log one warning that names all fields in `unused`. It replaces the one of an earlier call."""
+        text = f"fields not used: {', '.join(dict.fromkeys(self.unused))}"
+        if self.unused and text != self._reported_unused:
+            if self._reported_unused in self.warnings:
+                self.warnings.remove(self._reported_unused)
+            self._reported_unused = text
+            self.log.warning(text)
 
     def archive(self, folder: str) -> None:
         """Under HTTP delivery, have the top-level `folder` of out_dir packed and uploaded; else do nothing."""

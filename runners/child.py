@@ -6,6 +6,7 @@ import contextlib
 import errno
 import faulthandler
 import importlib
+import importlib.util
 import logging
 import os
 import shutil
@@ -19,19 +20,22 @@ from typing import Any
 import msgspec
 
 from flowmesh.messages.job import JOB_FILE, OUTCOME_FILE, Fault, Job, Outcome
+from flowmesh.messages.output import unused_in_output
+from flowmesh.messages.text import encode_json
 from flowmesh.processes.pipe import VERSION, Finished, Hello, Pipe
 from flowmesh.redaction import Redactor, in_document
-from runners.api import Cancelled, Context, Runner, RunnerError
+from runners.api import Cancelled, Context, MissingDependency, Runner, RunnerError
 from runners.gpu_memory import is_shortage
 from runners.run_warnings import collected
 
 MAX_MESSAGE_CHARS = 2000
 MAX_DETAIL_CHARS = 64 * 1024
+NO_TRACEBACK = (Fault.BAD_REQUEST, Fault.MISSING_DEPENDENCY)
+"""The message says all of it."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 # Created once in the fork server: building one takes longer than a small task.
 _job_decoder = msgspec.json.Decoder(Job)
-_outcome_encoder = msgspec.json.Encoder()
 _REHEARSAL = Job(
     attempt=0, task_id="", task_type="echo", runner="runners.echo:EchoRunner", task={"spec": {}},
     out_dir="", results_dir="", cache_dir="", tmp_dir="",
@@ -47,8 +51,8 @@ def rehearse() -> None:
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True, chain=False)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", force=True)
-    job = _job_decoder.decode(_outcome_encoder.encode(_REHEARSAL))
-    _outcome_encoder.encode(run(job, Context(job)))
+    job = _job_decoder.decode(encode_json(_REHEARSAL))
+    encode_json(run(job, Context(job)))
 
 
 def main(pipe: Pipe, spool: Path) -> int:
@@ -62,13 +66,14 @@ def main(pipe: Pipe, spool: Path) -> int:
     outcome = run(job, ctx)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the outcome is decided; the process exits on its own
     _flush_logs()
+    outcome, data = _encode(outcome)
     try:
-        _write(spool / OUTCOME_FILE, outcome)
+        _write(spool / OUTCOME_FILE, data)
     except OSError as error:
         if error.errno not in _FULL:
             raise
         shutil.rmtree(job.tmp_dir, ignore_errors=True)  # frees space on the same disk, and is no longer needed
-        _write(spool / OUTCOME_FILE, outcome)
+        _write(spool / OUTCOME_FILE, data)
     pipe.send(Finished(outcome.ok), drop=True)
     return 0 if outcome.ok else 1
 
@@ -79,7 +84,11 @@ def run(job: Job, ctx: Context) -> Outcome:
     detail = ""
     try:
         with collected(ctx):
-            result = _runner(job.runner).run(ctx)
+            try:
+                ctx.unused += unused_in_output(ctx.spec.get("output"))
+                result = _runner(job.runner).run(ctx)
+            finally:
+                ctx.report_unused()
         if not isinstance(result, dict):
             raise TypeError(f"{job.runner} returned {type(result).__name__}, not a mapping")
         if ctx.warnings:
@@ -89,7 +98,11 @@ def run(job: Job, ctx: Context) -> Outcome:
         fault, message = Fault.CANCELLED, error.reason
     except RunnerError as error:
         fault, message = error.fault, str(error)
-        detail = "" if error.fault is Fault.BAD_REQUEST else traceback.format_exc()
+        detail = "" if error.fault in NO_TRACEBACK else traceback.format_exc()
+    except ModuleNotFoundError as error:
+        fault, message, detail = _missing(error), _one_line(error), traceback.format_exc()
+        if fault is Fault.MISSING_DEPENDENCY:
+            message = str(MissingDependency(str(error.name)))
     except MemoryError as error:
         fault, message, detail = Fault.HOST_OOM, f"out of host memory: {error}", traceback.format_exc()
     except (Exception, SystemExit, KeyboardInterrupt) as error:  # noqa: BLE001 - the boundary: all of it is an outcome
@@ -116,6 +129,7 @@ def run(job: Job, ctx: Context) -> Outcome:
         uploads=tuple(ctx.uploads),
         phases=ctx.phases,
         rows=ctx.rows,
+        warnings=tuple(redact(line) for line in ctx.warnings),
     )
 
 
@@ -134,6 +148,16 @@ def _runner(reference: str) -> Runner:
 
 def _fault_of(error: BaseException) -> Fault:
     return Fault.GPU_OOM if is_shortage(error) else Fault.ERROR
+
+
+def _missing(error: ModuleNotFoundError) -> Fault:
+    """A whole package that is missing; a part of one that is there is an error of its version."""
+    package = (error.name or "").partition(".")[0]
+    try:
+        there = not package or package in sys.stdlib_module_names or importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):
+        there = True
+    return Fault.ERROR if there else Fault.MISSING_DEPENDENCY
 
 
 def _one_line(error: BaseException) -> str:
@@ -177,8 +201,21 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"a result cannot contain a {type(value).__name__}: return JSON types, arrays or paths")
 
 
-def _write(path: Path, outcome: Outcome) -> None:
-    """Write the file atomically; NaN and infinity become null."""
+def _encode(outcome: Outcome) -> tuple[Outcome, bytes]:
+    """The outcome as JSON, and what it became: a failure where JSON cannot hold the result, as one nested too deep.
+
+    NaN and infinity become null, half surrogate pairs U+FFFD.
+    """
+    try:
+        return outcome, encode_json(outcome)
+    except (ArithmeticError, RecursionError, TypeError, ValueError) as error:
+        message = f"the result cannot be written as JSON: {_one_line(error)}"
+        failed = msgspec.structs.replace(outcome, ok=False, result=None, fault=Fault.ERROR, message=message)
+        return failed, encode_json(failed)
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write the file atomically."""
     partial = path.with_suffix(".partial")
-    partial.write_bytes(_outcome_encoder.encode(outcome))
+    partial.write_bytes(data)
     partial.rename(path)

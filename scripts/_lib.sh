@@ -18,16 +18,20 @@ find_python() {
 }
 
 # ensure_venv FOLDER STAMP INSTALL: makes the virtual environment FOLDER and calls the function INSTALL with its pip
-# command, unless that was done before with the same STAMP, Python and pyproject.toml.
+# command, unless that was done before with the same STAMP, Python, pyproject.toml and constraints. The versions are those
+# of constraints/ (see scripts/lock), where that has a file for this Python.
 ensure_venv() {
-    local folder=$1 install=$3 python want
+    local folder=$1 install=$3 python want tested with=()
     python=$(find_python)
-    want=$(printf '%s\n' "$2" "$("$python" -V)" | cat - "$root/pyproject.toml" "$root/scripts/_lib.sh" | sha256sum)
+    tested=$root/constraints/py$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')${folder#.venv}.txt
+    want=$(printf '%s\n' "$2" "$("$python" -V)" |
+        cat - "$root/pyproject.toml" "$root"/constraints/*.txt "$root/scripts/_lib.sh" | sha256sum)
     if [ "$(cat "$folder/.installed" 2>/dev/null)" = "$want" ]; then
         return
     fi
     say "installing into $(basename "$folder") (once; a few minutes where torch has to be fetched)"
     [ -x "$folder/bin/python" ] || "$python" -m venv "$folder"
-    "$install" "$folder/bin/python" -m pip install -qq --disable-pip-version-check
+    [ ! -f "$tested" ] || with=(-c "$tested")
+    "$install" "$folder/bin/python" -m pip install -qq --disable-pip-version-check "${with[@]}"
     printf '%s' "$want" >"$folder/.installed"
 }

@@ -7,11 +7,13 @@ one sends the heartbeats.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import msgspec
 from loguru import logger
 
 from flowmesh.backoff import Backoff
@@ -23,6 +25,20 @@ __all__ = ["Identity", "Presence", "Status"]
 
 CHECK_INTERVAL_S = 5.0
 """How often the registration is checked. It can disappear: the orchestrator empties its database when it exits."""
+LOOKS_S = (0.2, 1.0, 5.0)
+"""After a task's end was reported: when to look for an IDLE that the orchestrator wrote in answer, while the next task
+runs already."""
+
+
+class _Event(msgspec.Struct):
+    """What is read of a worker's event."""
+
+    type: str = ""
+    worker_id: str = ""
+    status: str | None = None
+
+
+_event_decoder = msgspec.json.Decoder(_Event)
 
 
 class Presence:
@@ -35,6 +51,7 @@ class Presence:
         farewell: the payload of UNREGISTER.
         on_left_over: called where a registration existed before ours: the previous process ended without unregistering,
             and what was dispatched to it since is lost.
+        elastic: whether the orchestrator may disable the worker.
     """
 
     def __init__(
@@ -47,6 +64,7 @@ class Presence:
         power: Callable[[], dict[str, Any] | None],
         farewell: Callable[[], dict[str, Any]],
         on_left_over: Callable[[], None],
+        elastic: bool = True,
     ) -> None:
         self.identity = identity
         self.status = Status("STARTING")
@@ -59,6 +77,7 @@ class Presence:
         self.beats = ConnectionHealth("heartbeats fail", "heartbeats are sent again", worker=identity.worker_id)
         self.late_s: deque[float] = deque(maxlen=1000)
         """How late each heartbeat was, in seconds; for `flowmesh status` and the benchmark."""
+        self._needle = identity.worker_id.encode()
         self._client = client
         self._record = WorkerRecord(client, interval_s=interval_s)
         self._interval_s = interval_s
@@ -66,6 +85,8 @@ class Presence:
         self._power = power
         self._farewell = farewell
         self._on_left_over: Callable[[], None] | None = on_left_over
+        self._elastic = elastic
+        self._enabled_times = 0
         self._registered = False
         self._renew = False
         """Whether to unregister and register again."""
@@ -73,6 +94,8 @@ class Presence:
         """Whether the last check found another status than ours."""
         self._changes: deque[Status] = deque()
         self._changed = asyncio.Event()
+        self._looks: list[float] = []
+        """When to look at the status, monotonic, in order."""
 
     @property
     def worker_id(self) -> str:
@@ -91,6 +114,28 @@ class Presence:
         """Publish the status once more: the orchestrator writes that field too, and may have written an old one."""
         if not self._changes:
             self._changes.append(self.status)
+            self._changed.set()
+
+    def look_soon(self) -> None:
+        """Look at the status in a moment and a few seconds later: the orchestrator is about to write it."""
+        now, earlier = time.monotonic(), 0.0
+        for after_s in LOOKS_S:
+            if not any(now + earlier < look <= now + after_s for look in self._looks):
+                self._looks.append(now + after_s)
+            earlier = after_s
+        self._looks.sort()
+        self._changed.set()
+
+    def on_event(self, event: bytes) -> None:
+        """A message on the channel of workers' events: where another process reports this worker idle, look at once."""
+        if self.status.word == "IDLE" or b"STATUS" not in event or self._needle not in event:
+            return
+        try:
+            heard = _event_decoder.decode(event)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return
+        if heard.worker_id == self.worker_id and heard.type == "STATUS" and heard.status == "IDLE":
+            self._looks.insert(0, time.monotonic())
             self._changed.set()
 
     def reannounce(self) -> None:
@@ -113,6 +158,7 @@ class Presence:
 
     async def _synchronise(self) -> None:
         backoff = Backoff()
+        check_at = time.monotonic() + CHECK_INTERVAL_S
         while True:
             try:
                 if self._renew or not self._registered:
@@ -127,11 +173,18 @@ class Presence:
                 self._changed.clear()
                 if self._renew or not self._registered or self._changes:
                     continue
-                try:
-                    async with asyncio.timeout(CHECK_INTERVAL_S):
-                        await self._changed.wait()
-                except TimeoutError:
+                now = time.monotonic()
+                if now >= check_at:
+                    check_at = now + CHECK_INTERVAL_S
                     self._registered = await self._check()
+                elif self._looks and now >= self._looks[0]:
+                    self._looks = [look for look in self._looks if look > now]
+                    await self._look()
+                else:
+                    until = min([check_at, *self._looks[:1]])
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(until - now):
+                            await self._changed.wait()
             except (RedisError, OSError, TimeoutError) as error:
                 self.up = False
                 self.trouble.failed(error)
@@ -157,6 +210,8 @@ class Presence:
     async def _check(self) -> bool:
         """Whether the registration still exists. A status that is not ours is corrected."""
         found = await self._record.find(self.identity)
+        if found.disabled and not self._elastic:
+            await self._enable()
         differed, self._differed = self._differed, found.registered and found.status != self.status.word
         if self._differed and (found.status == "IDLE" or differed):
             # IDLE: the orchestrator wrote it late, for an earlier task. RUNNING may be right, for a task that is on its
@@ -165,6 +220,22 @@ class Presence:
         if not found.registered:
             logger.bind(worker=self.worker_id).warning("registration missing in Redis: registering again")
         return found.registered
+
+    async def _enable(self) -> None:
+        """Undo what `node.elastic_scaling = false` does not allow."""
+        await self._record.enable(self.worker_id)
+        self._enabled_times += 1
+        if self._enabled_times == 1 or self._enabled_times % 100 == 0:
+            logger.bind(worker=self.worker_id, times=self._enabled_times).warning(
+                "the orchestrator disabled this worker (workers:elastic_disabled); taken out again, as "
+                "node.elastic_scaling is false"
+            )
+
+    async def _look(self) -> None:
+        """Correct an IDLE that the orchestrator wrote for an earlier task. `_check` sees to all else."""
+        found = await self._record.find(self.identity)
+        if found.registered and found.status == "IDLE" and self.status.word != "IDLE":
+            self.restate()
 
     async def _register(self) -> None:
         if self._on_left_over is not None:

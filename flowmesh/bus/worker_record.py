@@ -12,6 +12,7 @@ import msgspec
 
 from flowmesh.bus.connection import redis
 from flowmesh.messages.wire import (
+    DISABLED,
     EVENTS_CHANNEL,
     WORKER_IDS,
     WorkerEvent,
@@ -49,6 +50,8 @@ class Found(msgspec.Struct, frozen=True):
     registered: bool
     """By this process."""
     status: str
+    disabled: bool
+    """Whether the orchestrator's elastic scaling has disabled it."""
 
 
 class WorkerRecord:
@@ -73,9 +76,14 @@ class WorkerRecord:
         async with self.client.pipeline(transaction=False) as pipeline:
             pipeline.sismember(WORKER_IDS, identity.worker_id)
             pipeline.hmget(worker_key(identity.worker_id), "pid", "status")
-            member, (pid, status) = await pipeline.execute()
+            pipeline.sismember(DISABLED, identity.worker_id)
+            member, (pid, status), disabled = await pipeline.execute()
         registered = bool(member) and pid == str(identity.pid).encode()
-        return Found(registered, (status or b"").decode(errors="replace"))
+        return Found(registered, (status or b"").decode(errors="replace"), bool(disabled))
+
+    async def enable(self, worker_id: str) -> None:
+        """Take the worker out of the set of those that elastic scaling has disabled."""
+        await self.client.srem(DISABLED, worker_id)
 
     async def register(self, identity: Identity, status: Status, power: dict[str, Any] | None) -> None:
         """Write the whole record, and publish REGISTER.

@@ -59,6 +59,8 @@ class LogsPlace(msgspec.Struct, frozen=True, kw_only=True):
     out_dir: str
     logs_dir: str
     running: bool = False
+    secrets: tuple[str, ...] = ()
+    """Of the node and of a task that it still has, in hexadecimal: hidden in what is printed."""
 
 
 class Delivered(msgspec.Struct, frozen=True, kw_only=True):

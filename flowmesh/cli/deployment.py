@@ -11,16 +11,14 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from flowmesh.cli import locate
-from flowmesh.cli.matching import gpus_of, match
 from flowmesh.errors import FieldError, FlowMeshError
 from flowmesh.messages import wire
+from flowmesh.messages.matching import gpus_of, match
 from flowmesh.validation.describe import found
 
 if TYPE_CHECKING:
     import redis
 
-DISABLED = "workers:elastic_disabled"
-"""Set of the ids of workers that the orchestrator does not schedule on."""
 TERMINAL = ("TASK_SUCCEEDED", "TASK_FAILED")
 
 
@@ -74,7 +72,7 @@ def read_workers(client: redis.Redis) -> list[Worker]:
     """All registered workers, sorted by id."""
     ids = sorted(_text(worker_id) for worker_id in client.smembers(wire.WORKER_IDS))
     pipe = client.pipeline(transaction=False)
-    pipe.smembers(DISABLED)
+    pipe.smembers(wire.DISABLED)
     for worker_id in ids:
         pipe.hgetall(wire.worker_key(worker_id))
         pipe.get(wire.heartbeat_key(worker_id))

@@ -6,7 +6,6 @@ Starts nothing and changes nothing. Exits with EXIT_FAILURE if something is brok
 from __future__ import annotations
 
 import os
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,15 +13,18 @@ from pathlib import Path
 import click
 import msgspec
 
+from flowmesh import installed
 from flowmesh.cli import doctor_gpus, doctor_machine, locate, render
 from flowmesh.cli.control import Control, NotPermitted
 from flowmesh.cli.findings import Finding, Level, count, show
-from flowmesh.errors import EXIT_FAILURE, EXIT_OK, ConfigError, FlowMeshError, UnavailableError
+from flowmesh.errors import EXIT_FAILURE, EXIT_OK, ConfigError, DeviceError, FlowMeshError, UnavailableError
+from flowmesh.node import cuda_build
+from flowmesh.node.devices import Inventory
 from flowmesh.redaction import redact_url
 from flowmesh.settings import load, paths
 from flowmesh.settings.schema import Settings
 from flowmesh.startup import environments
-from flowmesh.tasks.catalogue import DELIVERY, PROBE_TIMEOUT_S
+from flowmesh.tasks.catalogue import DELIVERY
 
 
 @click.command(
@@ -48,6 +50,7 @@ def doctor(config: str | None, as_json: bool) -> int:
 
 def examine(config_file: str | None) -> Iterator[Finding]:
     """All findings, area by area; the slow checks come last."""
+    yield from _installation()
     path = None if config_file is None else Path(config_file)
     try:
         loaded = load.load(path, os.environ)
@@ -60,16 +63,33 @@ def examine(config_file: str | None) -> Iterator[Finding]:
     node = list(_node(settings))
     runs = bool(node) and node[0].level is not Level.NOTE
     yield from node
-    gpus = list(doctor_gpus.gpus(settings, os.environ, node_runs=runs))
-    yield from gpus
-    has_gpus = any(finding.text.startswith("GPU ") for finding in gpus)
+    seen = doctor_gpus.look()
+    yield from doctor_gpus.gpus(settings, os.environ, seen, node_runs=runs)
+    inventory = Inventory() if isinstance(seen, DeviceError) else seen.inventory
+    has_gpus = bool(inventory.gpus)
     yield from doctor_machine.isolation(settings)
     yield doctor_machine.separation(settings)
     yield from doctor_machine.limits(has_gpus=has_gpus)
     yield from doctor_machine.disk(settings, os.environ)
     yield from doctor_machine.tools(settings)
-    yield from _environments(settings, has_gpus=has_gpus)
+    yield from _environments(settings, inventory)
     yield from _redis(settings)
+
+
+def _installation() -> Iterator[Finding]:
+    """This copy of the program, and whether another distribution interferes with it."""
+    others = installed.other_owners()
+    if problem := installed.problem():
+        yield Finding("installation", Level.BROKEN, problem, f"pip uninstall {' '.join(others)}" if others else "")
+    elif others:
+        names = " and ".join(others)
+        text = f"{names}: has the package or command 'flowmesh' too; whichever was installed last wins"
+        remedy = (
+            f"pip uninstall {' '.join(others)}, then: {installed.install_command()}; or use the command flowmesh-node"
+        )
+        yield Finding("installation", Level.WARN, text, remedy)
+    else:
+        yield Finding("installation", Level.OK, f"{installed.DISTRIBUTION} {installed.version()}, {installed.ROOT}")
 
 
 def _node(settings: Settings) -> Iterator[Finding]:
@@ -97,7 +117,7 @@ def _node(settings: Settings) -> Iterator[Finding]:
         yield Finding("node", Level.WARN, f"environment {name}: {warning}")
 
 
-def _environments(settings: Settings, *, has_gpus: bool) -> Iterator[Finding]:
+def _environments(settings: Settings, inventory: Inventory) -> Iterator[Finding]:
     """Each environment with its task types, and why the other task types are not offered."""
     try:
         catalogue, table = environments.plan(settings)
@@ -109,9 +129,8 @@ def _environments(settings: Settings, *, has_gpus: bool) -> Iterator[Finding]:
         if name != DELIVERY and types:
             yield Finding("environments", Level.OK, f"{name} ({environment.python}): {', '.join(types)}")
             needs_torch = any("torch" in catalogue.offered[task_type].requires for task_type in types)
-            if has_gpus and needs_torch and (problem := _torch_problem(environment.python)):
-                remedy = f"install torch's CUDA build: {environment.python} -m pip install --force-reinstall torch"
-                yield Finding("environments", Level.WARN, f"{name}: {problem}", remedy)
+            if inventory.gpus and needs_torch:
+                yield from _torch(name, environment.python, inventory)
     reasons: dict[str, list[str]] = {}
     for name, why in catalogue.missing.items():
         reasons.setdefault(why, []).append(name)
@@ -125,21 +144,15 @@ def _environments(settings: Settings, *, has_gpus: bool) -> Iterator[Finding]:
             yield Finding("environments", Level.BROKEN, f"not offered: {listed} ({why})", remedy)
 
 
-def _torch_problem(python: str) -> str:
-    """Why this interpreter's torch cannot use GPUs; empty if no reason is found. Does not import torch."""
-    program = (
-        "import importlib.util as u, pathlib, runpy\n"
-        "at = pathlib.Path(u.find_spec('torch').origin).with_name('version.py')\n"
-        "found = runpy.run_path(str(at)); print(found['__version__'], found.get('cuda'))"
-    )
-    try:
-        done = subprocess.run(
-            [python, "-c", program], capture_output=True, text=True, timeout=PROBE_TIMEOUT_S, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"{python} cannot be run: {error}"
-    version, _, cuda = done.stdout.strip().partition(" ")
-    return f"torch {version} is built without CUDA: its tasks run on the CPU" if cuda == "None" else ""
+def _torch(name: str, python: str, inventory: Inventory) -> Iterator[Finding]:
+    """Whether an environment's torch fits driver and GPUs."""
+    build = cuda_build.ask(python)
+    if isinstance(build, cuda_build.Mismatch):
+        yield Finding("environments", Level.BROKEN, f"{name}: {build.text}", build.remedy)
+        return
+    level = Level.WARN if build.cuda is None else Level.BROKEN  # without CUDA its tasks run, on the CPU
+    for mismatch in cuda_build.mismatches(build, inventory, python):
+        yield Finding("environments", level, f"{name}: {mismatch.text}", mismatch.remedy)
 
 
 def _redis(settings: Settings) -> Iterator[Finding]:

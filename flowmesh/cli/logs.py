@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import click
-import msgspec
 
 from flowmesh.cli import locate, render
 from flowmesh.cli.control import Control, Refused
 from flowmesh.cli.control_types import LogsPlace
 from flowmesh.errors import EXIT_OK, FlowMeshError, UnavailableError
 from flowmesh.messages import wire
+from flowmesh.messages.text import escaped
+from flowmesh.redaction import Redactor
 
 POLL_S = 0.25
 _CHUNK = 1 << 20
@@ -85,6 +87,9 @@ def start_of_last(path: Path, count: int) -> int:
 @click.option("-n", "last_lines", type=click.IntRange(min=0), metavar="LINES", help="Start with the last lines.")
 @click.option("--stdout", "only", flag_value="stdout", help="Print standard output only.")
 @click.option("--stderr", "only", flag_value="stderr", help="Print standard error only.")
+@click.option(
+    "--raw", is_flag=True, help="Print the bytes as they are; else secrets are hidden and control characters escaped."
+)
 @locate.config_option
 @locate.state_dir_option
 @click.option(
@@ -100,6 +105,7 @@ def logs(
     follow: bool,
     last_lines: int | None,
     only: str | None,
+    raw: bool,
     config: str | None,
     state_dir: str | None,
     results_dir: str | None,
@@ -111,9 +117,10 @@ def logs(
     where = _Where(task_id, config, state_dir, results_dir)
     place = where.find()
     if as_json:
-        render.print_json({**msgspec.to_builtins(place), "files": [str(path) for path, _ in _files(place, only)]})
+        shown = {"out_dir": place.out_dir, "logs_dir": place.logs_dir, "running": place.running}
+        render.print_json({**shown, "files": [str(path) for path, _ in _files(place, only)]})
         return EXIT_OK
-    _print(where, place, only, last_lines, follow=follow)
+    _print(where, place, only, last_lines, follow=follow, raw=raw)
     return EXIT_OK
 
 
@@ -158,8 +165,17 @@ def _order(path: Path) -> tuple[int, str, bool]:
     return (int(rank) if rank.isdigit() else -1, rank, path.name == "stderr.log")
 
 
-def _print(where: _Where, place: LogsPlace, only: str | None, last_lines: int | None, *, follow: bool) -> None:
+def harmless(line: bytes, redact: Callable[[str], str]) -> bytes:
+    """A line as a terminal may have it: without secrets and control characters; each carriage return begins a line."""
+    text = redact(line.removesuffix(b"\r").decode("utf-8", "backslashreplace"))
+    return "\n".join(escaped(part) for part in text.split("\r")).encode()
+
+
+def _print(
+    where: _Where, place: LogsPlace, only: str | None, last_lines: int | None, *, follow: bool, raw: bool
+) -> None:
     tails: dict[Path, Tail] = {}
+    redact = Redactor((bytes.fromhex(each).decode(errors="replace") for each in place.secrets), prose=True)
     out = sys.stdout.buffer
     first = True
     while True:
@@ -175,7 +191,7 @@ def _print(where: _Where, place: LogsPlace, only: str | None, last_lines: int | 
             prefix = f"{tail.label:<{size}} | ".encode() if len(written) > 1 else b""
             while lines := tail.lines(at_end=not running):
                 more = True
-                out.write(b"".join(prefix + line + b"\n" for line in lines))
+                out.write(b"".join(prefix + (line if raw else harmless(line, redact)) + b"\n" for line in lines))
         out.flush()
         if not running and not more:
             return

@@ -2,37 +2,85 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import re
 import sys
 from typing import TYPE_CHECKING
 
 from loguru import logger
 
+from flowmesh.messages.text import escaped
 from flowmesh.redaction import Redactor
 from flowmesh.settings.paths import log_file
 from flowmesh.settings.schema import Settings
+from flowmesh.startup.log_writer import LogWriter
+from flowmesh.startup.old_variables import logs_to_stdout
 
 if TYPE_CHECKING:
-    from loguru import Record
+    from loguru import Message, Record
 
 ROTATION = "64 MB"
 KEPT = 5
+LAST_LINES_S = 2.0
+"""How long a node that ends waits for whoever reads its log."""
+
+_COLOUR_OR_LINE = re.compile(r"(\x1b\[[0-9;]*m|\n)")
 
 
 def configure(settings: Settings, redact: Redactor) -> None:
     """Set up the log. Its file must be writable: see `folders.make_log_file`.
 
+    What else is printed on standard error goes the same way, so that nothing waits for its reader.
+
     Args:
         redact: hides secrets in messages, their fields and the exceptions with them.
     """
+    stream = sys.stdout if logs_to_stdout(os.environ) else sys.stderr
+    colours = stream.isatty()
+    sys.stderr = writer = LogWriter(stream.fileno())
+    atexit.register(writer.drain, LAST_LINES_S)
+
+    def write(line: Message) -> None:
+        writer.write(_harmless(line, colours=colours))
+
+    def outgoing(record: Record) -> None:
+        _hide(record, redact)
+        _escape(record)
+
     logger.remove()
-    logger.configure(patcher=lambda record: _hide(record, redact))
+    logger.configure(patcher=outgoing)
     level = str(settings.node.log_level)
-    logger.add(sys.stderr, level=level, format=_line, diagnose=False, colorize=sys.stderr.isatty())
+    logger.add(write, level=level, format=_line, diagnose=False, colorize=colours)
     path = log_file(settings)
     if path is not None:
         literal = str(path).replace("{", "{{").replace("}", "}}")  # loguru would expand {time} in the path
-        logger.add(literal, level=level, serialize=True, diagnose=False, rotation=ROTATION, retention=KEPT)
+        logger.add(
+            literal,
+            level=level,
+            serialize=True,
+            diagnose=False,
+            rotation=ROTATION,
+            retention=KEPT,
+            watch=True,  # opened again where logrotate has moved it away
+            errors="backslashreplace",
+        )
+
+
+def _escape(record: Record) -> None:
+    """Messages and fields quote tasks and peers: their control characters are written out."""
+    record["message"] = escaped(record["message"])
+    for name, value in record["extra"].items():
+        if isinstance(value, str):
+            record["extra"][name] = escaped(value)
+
+
+def _harmless(line: str, *, colours: bool) -> str:
+    """The same for tracebacks, whose line breaks, and the log's own colours, stay."""
+    if line.isascii() and line.isprintable():
+        return line
+    own = _COLOUR_OR_LINE if colours else re.compile(r"(\n)")
+    return "".join(part if own.fullmatch(part) else escaped(part) for part in own.split(line))
 
 
 def _hide(record: Record, redact: Redactor) -> None:

@@ -9,11 +9,11 @@ from functools import partial
 
 import click
 
-from flowmesh import __version__
 from flowmesh.cli.guard import guarded, piped
+from flowmesh.cli.version import version_option
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "run": ("flowmesh.cli.run:run", "Run task files on this machine; needs no Redis and no running node."),
+    "run": ("flowmesh.cli.run:run", "Run task files on this machine; needs no Redis and no node."),
     "submit": ("flowmesh.cli.submit:submit", "Send a task file to an idle worker of a deployment."),
     "workers": ("flowmesh.cli.workers:workers", "List the workers of a deployment."),
     "status": ("flowmesh.cli.node_commands:status", "Show the node on this machine: workers, tasks, Redis."),
@@ -22,6 +22,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "deliver": ("flowmesh.cli.node_commands:deliver", "Retry the delivery of a task's results."),
     "drain": ("flowmesh.cli.node_commands:drain", "Stop accepting tasks, and exit when running ones finish."),
     "recycle": ("flowmesh.cli.node_commands:recycle", "Replace fork servers, to import changed packages."),
+    "init": ("flowmesh.cli.init:init", "Set up a node on this machine: files, user, folders."),
+    "examples": ("flowmesh.cli.examples:examples", "List the example tasks, or print one of them."),
     "doctor": ("flowmesh.cli.doctor:doctor", "Check this machine and its settings; print a fix for each problem."),
     "upgrade": ("flowmesh.cli.node_commands:upgrade", "Restart the node's program; running tasks continue."),
 }
@@ -52,7 +54,7 @@ class LazyGroup(click.Group):
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     help="Run GPU tasks on this machine, or send them to a FlowMesh deployment.",
 )
-@click.version_option(__version__, prog_name="flowmesh", message="%(prog)s %(version)s")
+@version_option("flowmesh")
 def cli() -> None:
     """The group; its commands are in COMMANDS."""
 

@@ -11,6 +11,8 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TextIO
 
+from flowmesh.messages.text import escaped_json
+
 PLAIN_WIDTH = 120
 """Columns where the output is not a terminal."""
 
@@ -27,7 +29,7 @@ def width(stream: TextIO) -> int:
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(value, ensure_ascii=False))
+    print(escaped_json(json.dumps(value, ensure_ascii=False)))
 
 
 def printable(text: str) -> str:
@@ -149,3 +151,9 @@ def _sized(text: str, size: int) -> str:
     if cell_len(text) > size:
         text = f"{set_cell_size(text, size - 1).rstrip()}…"
     return set_cell_size(text, size)
+
+
+def warnings(lines: object) -> None:
+    """Print a task's warnings, one a line."""
+    for line in lines if isinstance(lines, list) else []:
+        print(f"warning: {printable(str(line))}")

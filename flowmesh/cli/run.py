@@ -34,6 +34,14 @@ _NODES_OWN = ("node_fault", "supervisor_lost")
     "--results-dir", type=click.Path(file_okay=False), metavar="DIR", help="Folder for results; else from --config."
 )
 @click.option(
+    "--read-root",
+    "read_roots",
+    multiple=True,
+    type=click.Path(exists=True, file_okay=False),
+    metavar="DIR",
+    help="A folder whose files the documents may name, besides their own folder; may be repeated.",
+)
+@click.option(
     "--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="Cancel a task after this time."
 )
 @click.option("--task-id", metavar="ID", help="The task's id, for a single file; else a new one.")
@@ -44,6 +52,7 @@ def run(
     files: tuple[str, ...],
     config: str | None,
     results_dir: str | None,
+    read_roots: tuple[str, ...],
     timeout: float | None,
     task_id: str | None,
     keep_going: bool,
@@ -53,7 +62,9 @@ def run(
     if task_id is not None and len(files) > 1:
         raise click.UsageError("--task-id: allowed for a single file only; leave it out, or run the files one by one")
     submissions = [documents.load(file, task_id) for file in files]
-    options = LocalOptions(config=config, results_dir=results_dir)
+    folders = [Path.cwd() if file == "-" else Path(file).absolute().parent for file in files]
+    roots = tuple(dict.fromkeys(str(folder.resolve()) for folder in (*folders, *map(Path, read_roots))))
+    options = LocalOptions(config=config, results_dir=results_dir, read_roots=roots)
     return run_all(submissions, options, timeout_s=timeout, keep_going=keep_going, as_json=as_json)
 
 
@@ -116,6 +127,9 @@ def _report(outcome: Outcome, *, as_json: bool) -> FlowMeshError | None:
         print(f"results: {outcome.out_dir}")
     elif outcome.out_dir is not None and (logs := Path(outcome.out_dir, "logs")).is_dir():
         print(f"logs: {logs}")
+    if not as_json:
+        own = outcome.result.get("warnings") if isinstance(outcome.result, dict) else None
+        render.warnings(own or outcome.event.get("warnings"))
     if outcome.ok:
         return None
     return TaskFailed.of(outcome.task_id, outcome.verdict, outcome.error)

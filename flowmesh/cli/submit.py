@@ -122,6 +122,8 @@ def _report(end: TaskEnd, *, as_json: bool) -> int:
     elif end.ok:
         took = render.succeeded(end.payload.get("runtime_sec"))
         print(f"{took}: results are in RESULTS_DIR/{end.task_id} on {end.worker_id}")
+    if not as_json:
+        render.warnings(end.payload.get("warnings"))
     if end.ok:
         return EXIT_OK
     raise TaskFailed.of(end.task_id, end.payload.get("error_kind"), end.error)

@@ -81,7 +81,11 @@ def _queries(queries: list[dict[str, Any]], width: int) -> list[str]:
 
 
 def _fields(result: dict[str, Any], width: int) -> list[str]:
-    shown = [(name, value) for name, value in result.items() if name != "ok" and value not in (None, "", [], {})]
+    shown = [
+        (name, value)
+        for name, value in result.items()
+        if name not in ("ok", "warnings") and value not in (None, "", [], {})
+    ]
     size = max((len(name) for name, _ in shown[:SHOWN_FIELDS]), default=0)
     lines = [
         f"  {shorten(name, 32):<{min(size, 32)}}  {shorten(value, max(20, width - min(size, 32) - 4))}"

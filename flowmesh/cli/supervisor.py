@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from flowmesh import __version__
 from flowmesh.cli.guard import guarded, piped
+from flowmesh.cli.version import version_option
 
 if TYPE_CHECKING:
     from flowmesh.settings.load import Loaded
@@ -35,7 +35,7 @@ _NAMED = {
 @click.option("--worker-id", metavar="ID", help="Same as --set node.worker_id=ID.")
 @click.option("--state-dir", metavar="DIR", help="Same as --set node.state_dir=DIR.")
 @click.option("--log-level", metavar="LEVEL", help="Same as --set node.log_level=LEVEL.")
-@click.version_option(__version__, prog_name="flowmesh-supervisor", message="%(prog)s %(version)s")
+@version_option("flowmesh-supervisor")
 def command(config: str | None, check: bool, as_json: bool, sets: tuple[str, ...], **named: str | None) -> int:
     """Run a FlowMesh node: accept tasks from Redis, and run each in a separate process tree.
 

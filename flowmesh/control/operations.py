@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from flowmesh import __version__
+from flowmesh import installed
 from flowmesh.control.server import ControlError, Handler, text_field
 from flowmesh.errors import FlowMeshError
+from flowmesh.execution import task_events
 from flowmesh.execution.executor import Executor
 from flowmesh.execution.run import Run
 from flowmesh.orchestrator.link import Link
 from flowmesh.orchestrator.worker_description import NodeDescription
+from flowmesh.startup.log_writer import LogWriter
 from flowmesh.tasks.journal import Record
 from flowmesh.tasks.machine import State
 from flowmesh.validation.convert import nearest
@@ -60,7 +63,7 @@ class Operations:
         late = sorted(each for presence in presences.values() for each in presence.late_s)
         return {
             "pid": os.getpid(),
-            "version": __version__,
+            "version": installed.version(),
             "node_id": node.node_id,
             "uptime_s": round(time.monotonic() - node.started, 3),
             "redis_up": self._link.up,
@@ -93,6 +96,7 @@ class Operations:
             "warnings": executor.pool.warnings(),
             "redeliveries": executor.redeliveries.waits(),
             "queued": sum(len(slot.queue) for slot in executor.slots.values()),
+            "log_dropped": sys.stderr.dropped if isinstance(sys.stderr, LogWriter) else 0,
             "outbox": executor.journal.outbox_size(),
             "malformed": executor.counters.malformed,
             "refused": executor.counters.refused,
@@ -109,7 +113,11 @@ class Operations:
             raise ControlError(f"{task_id}: this node has no record of this task")
         out_dir = run.accepted.target.out_dir if run is not None else record.out_dir  # type: ignore[union-attr]
         running = run is not None and run.task.state not in (State.DELIVERING, State.DONE)
-        return {"out_dir": out_dir, "logs_dir": str(Path(out_dir, "logs")), "running": running}
+        layout = self._executor.layout
+        redact = layout.secrets if run is None else task_events.redactor(run, layout)
+        # In hexadecimal: the server hides secrets in what it sends.
+        secrets = [each.encode(errors="surrogatepass").hex() for each in redact.known]
+        return {"out_dir": out_dir, "logs_dir": str(Path(out_dir, "logs")), "running": running, "secrets": secrets}
 
     def _cancel(self, request: dict[str, Any]) -> dict[str, Any]:
         task_id = text_field(request, "task_id")

@@ -15,10 +15,13 @@ import msgspec
 from loguru import logger
 
 from flowmesh.errors import FlowMeshError
+from flowmesh.messages.text import encode_json
 from flowmesh.redaction import Redactor
 from flowmesh.validation.describe import nearest
 
 MAX_LINE = 64 * 1024
+READ_WITHIN_S = 30.0
+"""A client that does not read for this long is cut off: what waits for it takes memory."""
 WATCH_BACKLOG = 1000
 """Events queued for a slow watcher; beyond that, its progress events are dropped."""
 
@@ -118,8 +121,14 @@ class ControlServer:
                 await gone
 
     async def _send(self, writer: asyncio.StreamWriter, message: Answer) -> None:
-        writer.write(msgspec.json.encode(self._redact.deep(message)) + b"\n")
-        await writer.drain()
+        """Raises ConnectionError where the client does not read."""
+        writer.write(encode_json(self._redact.deep(message)) + b"\n")
+        try:
+            async with asyncio.timeout(READ_WITHIN_S):
+                await writer.drain()
+        except TimeoutError:
+            writer.transport.abort()
+            raise ConnectionAbortedError(f"the client has not read for {READ_WITHIN_S:.0f} s") from None
 
 
 def text_field(request: dict[str, Any], name: str) -> str:

@@ -12,7 +12,7 @@ from flowmesh.messages.output import HttpDestination, Output, read_output
 from flowmesh.messages.wire import NodeSpec, TaskMessage, decode_object
 from flowmesh.processes import environ
 from flowmesh.results.job import Target, children_of
-from flowmesh.results.safe_names import check_task_id, task_folder
+from flowmesh.results.safe_names import check_task_id, placed
 from flowmesh.settings.schema import Settings
 from flowmesh.tasks.catalogue import Catalogue, TaskType
 from flowmesh.validation.convert import convert
@@ -34,6 +34,11 @@ class Accepted(msgspec.Struct, frozen=True, kw_only=True):
     """The targets of merged tasks."""
     timeout_s: float | None
     """None: no time limit."""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """The node's own about this task and its merged children."""
+        return tuple(line for target in (self.target, *self.children) for line in target.warnings)
 
     @property
     def delivers_http(self) -> bool:
@@ -62,9 +67,10 @@ def accept(data: bytes, *, settings: Settings, catalogue: Catalogue, results_dir
     orchestrator = settings.delivery.orchestrator_url
     output = read_output(spec.output, orchestrator_url=orchestrator)
     roots = settings.results.allowed_roots
-    folder = task_folder(results_dir, roots, message.task_id, output)
+    refuse = settings.results.refuse_outside_paths
+    folder, warning = placed(results_dir, roots, message.task_id, output, refuse=refuse)
     merged = [(child.task_id, child.spec) for child in message.merged_children or []]
-    children = children_of(merged, output, results_dir, roots, orchestrator)
+    children = children_of(merged, output, results_dir, roots, orchestrator, refuse_outside=refuse)
     if message.task_id in {child.task_id for child in children}:
         raise FieldError(
             f"merged_children: {message.task_id!r} is also the parent's task_id; give each task a different one",
@@ -83,6 +89,7 @@ def accept(data: bytes, *, settings: Settings, catalogue: Catalogue, results_dir
             out_dir=str(folder),
             destination=output.destination,
             artifacts=output.artifacts,
+            warnings=(warning,) if warning else (),
         ),
         children=children,
         timeout_s=spec.timeoutSec or settings.tasks.default_timeout_s,

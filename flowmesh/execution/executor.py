@@ -17,6 +17,7 @@ from flowmesh.execution.background import Background
 from flowmesh.execution.counters import Counters
 from flowmesh.execution.delivery.deliveries import Deliveries
 from flowmesh.execution.delivery.delivery_children import DeliveryChildren
+from flowmesh.execution.delivery.gateway_process import GatewayProcess
 from flowmesh.execution.delivery.jobs import Jobs
 from flowmesh.execution.delivery.redelivery import Redeliveries
 from flowmesh.execution.early_cancels import EarlyCancels
@@ -139,11 +140,12 @@ class Executor:
         self._cleanup = Cleanup(layout)
         jobs, delivery_children = Jobs(settings, layout), DeliveryChildren(settings.delivery, layout, self.helpers)
         self.deliveries = Deliveries(delivery_children, jobs, layout, self._cleanup)
+        self.gateway = GatewayProcess(settings.delivery, layout, self.helpers)
         self.redeliveries = Redeliveries(delivery_children, jobs, layout, journal, self._check_idle)
 
     def works(self) -> list[Coroutine[Any, Any, None]]:
         """What runs for as long as the node does."""
-        watchdog = Watchdog(self.settings.tasks, self.runs, self.apply, self.begin)
+        watchdog = Watchdog(self.settings.tasks, self.runs, self.layout.log_dir, self.apply, self.begin)
         retention = Retention(
             settings=self.settings.results,
             results_dir=self.layout.results_dir,
@@ -248,6 +250,7 @@ class Executor:
     def _act(self, run: Run, action: machine.Action) -> None:
         match action:
             case machine.Launch():
+                self.gateway.need()
                 self.observers.on_slot_taken(run.slot, run)
                 self.begin(self._launcher.start(run), run)
             case machine.AnnounceStarted():

@@ -10,6 +10,8 @@ from typing import Any
 import msgspec
 
 from flowmesh.errors import ConfigError
+from flowmesh.messages.gateway import Gateway
+from flowmesh.messages.job import Permits
 from flowmesh.redaction import Redactor
 from flowmesh.settings.schema import ProcessesSettings
 
@@ -59,10 +61,14 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
     processes: ProcessesSettings
     limits: dict[str, Any] = {}
     """The [runners] settings: limits that runners obey."""
+    permits: Permits = Permits()
+    """What the operator allows documents to do."""
     owner: Owner | None = None
     """The user that tasks run as; None: the node's own user."""
     secrets: Redactor = Redactor()
     """Knows the node's own."""
+    gateway: Gateway | None = None
+    """Fetches with the node's token; None: the node has none, or no orchestrator."""
     umask: int | None = None
     """Of everything that writes results; None: that of the fork server."""
 

@@ -37,6 +37,8 @@ class Run:
         self.cgroup: str | None = None
         """The folder of its cgroup, if it has one."""
         self.phase = ""
+        self.queued = time.monotonic()
+        """When it came, or this supervisor found it, monotonic."""
         self.waits_for = ""
         """What its delivery waits for; empty: it does not wait."""
         self.progress: Progress | None = None

@@ -9,6 +9,7 @@ import msgspec
 
 from flowmesh.execution.layout import Layout
 from flowmesh.execution.run import Run
+from flowmesh.messages.text import escaped
 from flowmesh.messages.wire import TaskEvent, encode, utc_now
 from flowmesh.redaction import Redactor, in_document
 from flowmesh.tasks.verdicts import Kind, Verdict, event_fields
@@ -34,6 +35,12 @@ def started(run: Run) -> bytes:
         payload=payload,
     )
     return encode(event)
+
+
+MAX_WARNINGS = 20
+WARNING_BYTES = 500
+WARNINGS_BYTES = 4096
+"""How many of a task's warnings its event carries, and how much of them. The result has all."""
 
 
 _decoder = msgspec.json.Decoder(TaskEvent)
@@ -80,6 +87,9 @@ def ended(run: Run, verdict: Verdict, *, finished_at: str, cost_per_hour: float,
     }
     if run.accepted.message.dispatched_at is not None:
         payload["dispatched_at"] = run.accepted.message.dispatched_at
+    redact = redactor(run, layout)
+    if warnings := _bounded([redact(line) for line in warnings_of(run)]):
+        payload["warnings"] = warnings
     if verdict.ok:
         event = TaskEvent(
             type="TASK_SUCCEEDED",
@@ -90,25 +100,43 @@ def ended(run: Run, verdict: Verdict, *, finished_at: str, cost_per_hour: float,
             payload=payload,
         )
     else:
-        redact = redactor(run, layout)
         payload |= event_fields(verdict)
         if run.log_tail:
-            payload["log_tail"] = _last([redact(line) for line in run.log_tail[-TAIL_LINES:]])
+            payload["log_tail"] = _last([escaped(redact(line)) for line in run.log_tail[-TAIL_LINES:]])
         event = TaskEvent(
             type="TASK_FAILED",
             ts=finished_at,
             worker_id=run.worker_id,
             task_id=run.task_id,
             status="FAILED",
-            error=redact(verdict.message),
+            error=escaped(redact(verdict.message)),
             payload=payload,
         )
     return encode(event)
 
 
-def refused(worker_id: str, task_id: str, message: str, dispatched_at: str | None) -> bytes:
-    """For a task that was never accepted: what it asks for cannot be done."""
-    return lost(worker_id, task_id, Verdict(kind=Kind.BAD_REQUEST, message=message), dispatched_at)
+def warnings_of(run: Run) -> list[str]:
+    """The node's own warnings about a task, then the runner's."""
+    return [*run.accepted.warnings, *(run.outcome.warnings if run.outcome is not None else ())]
+
+
+def _bounded(lines: Sequence[str]) -> list[str]:
+    """The first warnings, each cut, as many as an event may carry; the rest is counted."""
+    kept, room = [], WARNINGS_BYTES
+    for line in lines[:MAX_WARNINGS]:
+        cut = line.encode()[:WARNING_BYTES].decode(errors="ignore")
+        room -= len(cut.encode())
+        if room < 0:
+            break
+        kept.append(cut)
+    if more := len(lines) - len(kept):
+        kept.append(f"and {more} more in responses.json")
+    return kept
+
+
+def refused(worker_id: str, task_id: str, kind: Kind, message: str, dispatched_at: str | None) -> bytes:
+    """For a task that was never accepted: what it asks for cannot be done, or not here."""
+    return lost(worker_id, task_id, Verdict(kind=kind, message=message), dispatched_at)
 
 
 def lost(worker_id: str, task_id: str, verdict: Verdict, dispatched_at: str | None) -> bytes:
@@ -129,7 +157,7 @@ def lost(worker_id: str, task_id: str, verdict: Verdict, dispatched_at: str | No
         worker_id=worker_id,
         task_id=task_id,
         status="FAILED",
-        error=verdict.message,
+        error=escaped(verdict.message),
         payload=payload,
     )
     return encode(event)

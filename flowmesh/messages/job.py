@@ -11,11 +11,35 @@ from typing import Any
 
 import msgspec
 
+from flowmesh.messages.gateway import Gateway
 from flowmesh.messages.rows import Counts
 
 JOB_FILE = "job.json"
 OUTCOME_FILE = "outcome.json"
 MAX_OUTCOME_BYTES = 4 * 1024**3
+
+
+class Permits(msgspec.Struct, frozen=True, kw_only=True):
+    """What the operator allows documents to do. The defaults allow the least; docs/tasks.md says what each opens."""
+
+    own_user: bool = False
+    """Whether tasks run as a user of their own, whose permissions then bound what they read."""
+    read_roots: tuple[str, ...] = ()
+    """Absolute folders (`*` for one part of a path) that documents may name files in."""
+    hidden: tuple[str, ...] = ()
+    """Folders that no document may name, such as the node's state folder, except roots inside them."""
+    caches: tuple[str, ...] = ()
+    """Folders in which the libraries of the model hub keep models and datasets."""
+    trust_remote_code: tuple[str, ...] = ()
+    """Sources (`*` allowed) whose own code may run: hub ids, and absolute folders."""
+    vllm_arguments: tuple[str, ...] = ()
+    """Engine arguments of vLLM beyond the harmless ones (`*` allowed)."""
+    trainer_arguments: tuple[str, ...] = ()
+    """Arguments of trainers beyond the harmless ones (`*` allowed)."""
+    local_hosts: tuple[str, ...] = ()
+    """`HOST` or `HOST:PORT` (`*` allowed) that downloads may reach on loopback and link-local addresses."""
+    orchestrator_url: str | None = None
+    """The orchestrator's address, which may be a local one."""
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -26,6 +50,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     task_type: str
     runner: str
     """`module:Class` of the runner."""
+    extra: str = ""
+    """The extra of flowmesh-supervisor that installs what the task type needs; empty: it has none."""
     task: dict[str, Any]
     """The submitted document: `spec`, `metadata`, and for a merged task `merge_children`."""
     out_dir: str
@@ -48,6 +74,9 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """The folder of each merged child, by its id."""
     limits: dict[str, Any] = {}
     """Node settings for runners, by name (see `[runners]` in conf/node.toml)."""
+    permits: Permits = Permits()
+    gateway: Gateway | None = None
+    """What fetches from the orchestrator with the node's token; None: the node has none."""
 
 
 class Fault(enum.StrEnum):
@@ -57,6 +86,8 @@ class Fault(enum.StrEnum):
     CRASH = "crash"
     """A process that the task had started died without reporting an error."""
     BAD_REQUEST = "bad_request"
+    MISSING_DEPENDENCY = "missing_dependency"
+    """A library that the task needs is not installed here."""
     GPU_OOM = "gpu_oom"
     HOST_OOM = "host_oom"
     CANCELLED = "cancelled"
@@ -97,6 +128,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds in each phase, in order."""
     rows: Counts | None = None
     """Of a task that keeps a row log, its merged children included."""
+    warnings: tuple[str, ...] = ()
+    """As in the result, for the terminal event; also those of a run that failed."""
 
 
 class Exit(msgspec.Struct, frozen=True, kw_only=True):

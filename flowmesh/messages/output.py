@@ -6,6 +6,7 @@ and header can be used.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from typing import Any
 from urllib.parse import SplitResult, quote, urlsplit, urlunsplit
@@ -21,9 +22,12 @@ METHODS = ("POST", "PUT", "PATCH")
 RESULTS_PATH = "/api/v1/results"
 
 _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")  # a header's name, RFC 9110 5.6.2
-_FRAMING = frozenset(
-    ("connection", "content-length", "expect", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade")
-)
+OF_CONNECTION = frozenset((
+    "connection", "content-length", "expect", "host", "http2-settings", "keep-alive", "te", "trailer",
+    "transfer-encoding", "upgrade",
+))  # fmt: skip
+"""Headers of one connection, in lower case. `host` would choose another site of the server than the URL says."""
+OF_PROXIES = "proxy-"
 _IN_SEGMENT = "@:=+"  # characters of a task id that need no escape in a URL's path
 
 
@@ -73,12 +77,21 @@ def read_output(value: Any, *, orchestrator_url: str | None = None, where: str =
     """
     if value is None:
         return Output()
-    output = convert(value, Output, where=where)
+    output = convert(value, Output, where=where, unused=[])
     _check_artifacts(output, f"{where}.artifacts")
     destination = output.destination
     if isinstance(destination, LocalDestination):
         return output
     return msgspec.structs.replace(output, destination=_settled(destination, orchestrator_url, f"{where}.destination"))
+
+
+def unused_in_output(value: Any, where: str = "spec.output") -> list[str]:
+    """Paths of the fields of `spec.output` that `read_output` accepts without effect."""
+    unused: list[str] = []
+    if value is not None:
+        with contextlib.suppress(FieldError):  # the node has refused the task
+            convert(value, Output, where=where, unused=unused)
+    return unused
 
 
 def file_url(url: str, task_id: str, name: str | None = None) -> str:
@@ -152,7 +165,7 @@ def _check_headers(headers: dict[str, str], where: str) -> None:
             shown = name.partition(":")[0][:80]  # after a colon comes a value, which may be a secret
             raise FieldError(f"{where}: {shown!r} is not a valid header name", where)
         path, lower = f"{where}.{name}", name.lower()
-        if lower in _FRAMING:
+        if lower in OF_CONNECTION or lower.startswith(OF_PROXIES):
             raise FieldError(f"{path}: this header belongs to the connection, and the node sets it; remove it", path)
         if lower in seen:
             raise FieldError(f"{path}: given twice; header names ignore case", path)

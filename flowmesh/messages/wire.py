@@ -14,9 +14,13 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from flowmesh.errors import FieldError
+from flowmesh.messages import damaged
+from flowmesh.messages.text import encode_json
 
 EVENTS_CHANNEL = "workers.events"
 TASK_EVENTS_CHANNEL = "tasks.events"
+DISABLED = "workers:elastic_disabled"
+"""The set of the ids of workers that the orchestrator does not schedule on."""
 WORKER_IDS = "workers:ids"
 
 MAX_MESSAGE_BYTES = 32 * 1024 * 1024
@@ -118,6 +122,8 @@ class NodeSpec(msgspec.Struct, frozen=True, kw_only=True):
     env: dict[str, str] = {}
 
 
+TOO_DEEP = "the message is nested too deep; keep documents below 500 levels, and put deeper data into a file"
+
 _address_decoder = msgspec.json.Decoder(Address)
 _message_decoder = msgspec.json.Decoder(dict[str, Any])
 
@@ -133,9 +139,17 @@ def address(data: bytes) -> Address:
     except msgspec.ValidationError:
         raise FieldError("the message is not a JSON object", "") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise FieldError(f"the message is not JSON: {error}", "") from None
+        raise FieldError(f"the message is not JSON: {damaged.cause(data, str(error))}", "") from None
     except RecursionError:
-        raise FieldError("the message is nested too deep", "") from None
+        raise FieldError(TOO_DEEP, "") from None
+
+
+def salvaged_address(data: bytes) -> Address:
+    """Which worker a message is for that `address` refused; fields that cannot be found are None.
+
+    The message cannot run, but its worker must answer for it.
+    """
+    return Address(**damaged.top_level_strings(data, frozenset(Address.__struct_fields__)))
 
 
 def decode_object(data: bytes) -> dict[str, Any]:
@@ -147,9 +161,9 @@ def decode_object(data: bytes) -> dict[str, Any]:
     try:
         return _message_decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise FieldError(f"the message is not a JSON object: {error}", "") from None
+        raise FieldError(f"the message is not a JSON object: {damaged.cause(data, str(error))}", "") from None
     except RecursionError:
-        raise FieldError("the message is nested too deep", "") from None
+        raise FieldError(TOO_DEEP, "") from None
 
 
 def usable_task_id(value: Any) -> str | None:
@@ -182,4 +196,4 @@ class TaskEvent(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def encode(message: msgspec.Struct | dict[str, Any]) -> bytes:
-    return msgspec.json.encode(message)
+    return encode_json(message)

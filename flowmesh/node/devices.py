@@ -32,6 +32,8 @@ class GpuInfo(msgspec.Struct, frozen=True, kw_only=True):
     """`GPU-…` or `MIG-…`"""
     name: str
     memory_total_bytes: int
+    capability: tuple[int, int] | None = None
+    """CUDA compute capability, such as (9, 0); None: the driver does not tell."""
     mig: MigSlice | None = None
 
     @property

@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+import msgspec
 from loguru import logger
 
-from flowmesh.errors import FieldError
+from flowmesh.errors import FieldError, NotOfferedError
 from flowmesh.execution import task_events
-from flowmesh.execution.admission import accept
+from flowmesh.execution.admission import Accepted, accept
 from flowmesh.execution.executor import Executor
 from flowmesh.execution.run import Run
-from flowmesh.messages.wire import MAX_MESSAGE_BYTES, TASK_EVENTS_CHANNEL, address, usable_task_id, utc_now
+from flowmesh.messages.wire import (
+    MAX_MESSAGE_BYTES,
+    TASK_EVENTS_CHANNEL,
+    address,
+    salvaged_address,
+    usable_task_id,
+    utc_now,
+)
 from flowmesh.node.slots import Slot
 from flowmesh.tasks import machine
 from flowmesh.tasks.journal import JournalError
 from flowmesh.tasks.verdicts import Kind, Stop
+
+
+class _Dispatch(msgspec.Struct, frozen=True, kw_only=True):
+    """A message for one of this node's workers."""
+
+    task_id: str
+    dispatched_at: str | None
+    data: bytes
+    entry: str | None
+    """The id of its stream entry."""
+    fault: str
+    """What makes the message unreadable; empty where it can be read."""
 
 
 class Dispatcher:
@@ -37,12 +57,15 @@ class Dispatcher:
         Returns:
             False if nothing of it is in the journal, so that a stream must deliver it again.
         """
+        fault = ""
         try:
             to = address(data)
         except FieldError as error:
-            self._executor.counters.malformed += 1
-            logger.bind(bytes=len(data)).warning("malformed message ignored: {}", error)
-            return True
+            fault, to = str(error), salvaged_address(data)
+            if to.assigned_worker is None or to.task_id is None:
+                self._executor.counters.malformed += 1
+                logger.bind(bytes=len(data)).warning("malformed message ignored: {}", error)
+                return True
         slot = self._executor.slots.get(to.assigned_worker) if isinstance(to.assigned_worker, str) else None
         if slot is None:
             if entry is not None:
@@ -56,16 +79,18 @@ class Dispatcher:
             logger.bind(bytes=len(data)).warning("message for this node ignored: invalid task_id {!r}", shown)
             return True
         try:
-            return self._dispatch(slot, task_id, dispatched_at, data, entry)
+            return self._dispatch(
+                slot,
+                _Dispatch(task_id=task_id, dispatched_at=dispatched_at, data=data, entry=entry, fault=fault),
+            )
         except JournalError as error:
             logger.bind(task=task_id).error("dispatch not taken: {}", error)
             if entry is None:
                 self._executor.observers.on_missed(slot)
             return False
 
-    def _dispatch(
-        self, slot: Slot[Run], task_id: str, dispatched_at: str | None, data: bytes, entry: str | None
-    ) -> bool:
+    def _dispatch(self, slot: Slot[Run], sent: _Dispatch) -> bool:
+        task_id, dispatched_at, entry = sent.task_id, sent.dispatched_at, sent.entry
         if self._executor.draining is not None:
             if entry is not None:
                 return False
@@ -77,23 +102,17 @@ class Dispatcher:
             logger.bind(task=task_id).info("dispatch ignored: the node has this task already")
             return True
         try:
-            if len(data) > MAX_MESSAGE_BYTES:
-                raise FieldError(f"the message has {len(data)} bytes; at most {MAX_MESSAGE_BYTES} are taken", "task")
-            accepted = accept(
-                data,
-                settings=self._executor.settings,
-                catalogue=self._executor.catalogue,
-                results_dir=self._executor.layout.results_dir,
-            )
+            accepted = self._check(sent.data, sent.fault)
         except FieldError as error:
-            self._refuse(slot, task_id, dispatched_at, str(error))
+            kind = Kind.MISSING_DEPENDENCY if isinstance(error, NotOfferedError) else Kind.BAD_REQUEST
+            self._refuse(slot, task_id, dispatched_at, kind, str(error))
             return True
         attempt = self._executor.journal.accept(
             task_id=task_id,
             worker_id=slot.plan.worker_id,
             dispatched_at=known_by,
             at=utc_now(),
-            message=data,
+            message=sent.data,
             out_dir=accepted.target.out_dir,
             child_dirs=(child.out_dir for child in accepted.children),
         )
@@ -101,11 +120,30 @@ class Dispatcher:
         self._executor.add(run)
         slot.queue.append(run)
         self._executor.observers.on_accepted(run)
-        logger.bind(task=task_id, type=accepted.type.name, attempt=attempt).info("task accepted")
+        logger.bind(task=task_id, type=accepted.type.name, node_run=attempt).info("task accepted")
+        for warning in accepted.warnings:
+            logger.bind(task=task_id).warning("{}", warning)
         if self._executor.early_cancels.take(task_id):
             self._executor.apply(run, machine.StopRequested(Stop.CANCEL, "cancelled before it was dispatched"))
         self._executor.pump(slot)
         return True
+
+    def _check(self, data: bytes, fault: str) -> Accepted:
+        if len(data) > MAX_MESSAGE_BYTES:
+            raise FieldError(f"the message has {len(data)} bytes; at most {MAX_MESSAGE_BYTES} are taken", "task")
+        if fault:
+            raise FieldError(fault, "")
+        try:
+            return accept(
+                data,
+                settings=self._executor.settings,
+                catalogue=self._executor.catalogue,
+                results_dir=self._executor.layout.results_dir,
+            )
+        except (ArithmeticError, RecursionError, TypeError, ValueError, OSError) as error:
+            # Whatever a document makes a check do, its task is answered, and the node goes on.
+            logger.opt(exception=error).error("unhandled error in the check of a document")
+            raise FieldError(f"the document cannot be checked: {type(error).__name__}: {error}", "task") from error
 
     def _is_duplicate(self, task_id: str, dispatched_at: str | None) -> bool:
         """Whether the same dispatch came before; the same task with another `dispatched_at` is a retry."""
@@ -114,11 +152,11 @@ class Dispatcher:
         last = self._executor.journal.latest(task_id)
         return last is not None and dispatched_at is not None and last.dispatched_at == dispatched_at
 
-    def _refuse(self, slot: Slot[Run], task_id: str, dispatched_at: str | None, message: str) -> None:
-        event = task_events.refused(slot.plan.worker_id, task_id, message, dispatched_at)
+    def _refuse(self, slot: Slot[Run], task_id: str, dispatched_at: str | None, kind: Kind, message: str) -> None:
+        event = task_events.refused(slot.plan.worker_id, task_id, kind, message, dispatched_at)
         self._executor.journal.post(TASK_EVENTS_CHANNEL, event)
         self._executor.counters.refused += 1
-        self._executor.counters.add_verdict(Kind.BAD_REQUEST)
+        self._executor.counters.add_verdict(kind)
         logger.bind(task=task_id).warning("task refused: {}", message)
         self._executor.observers.on_refused(task_id, message)
         self._executor.observers.on_posted()

@@ -12,10 +12,11 @@ from flowmesh.bus.stream import Stream
 from flowmesh.bus.subscriber import Subscriber
 from flowmesh.execution.executor import Executor
 from flowmesh.execution.observer import Observer
-from flowmesh.messages.wire import worker_key
+from flowmesh.messages.wire import EVENTS_CHANNEL, worker_key
 from flowmesh.orchestrator import control_channel
 from flowmesh.orchestrator.dispatcher import Dispatcher
 from flowmesh.orchestrator.registration import Registration
+from flowmesh.orchestrator.waiting_tasks import WaitingTasks
 from flowmesh.orchestrator.worker_description import NodeDescription
 
 
@@ -35,7 +36,7 @@ class Link(Observer):
             timeout_s=redis.timeout_s,
             health_check_interval_s=redis.health_check_interval_s,
         )
-        users = 2 * len(executor.slots) + 1  # each worker's status and heartbeat, and the outbox
+        users = 2 * len(executor.slots) + 2  # each worker's status and heartbeat, the outbox, and the waiting tasks
         client = reach(name=f"flowmesh-{name}-bus", users=users)
         listener = reach(name=f"flowmesh-{name}-sub")
         self._clients = [client, listener]
@@ -49,6 +50,7 @@ class Link(Observer):
             {
                 redis.task_topic: dispatcher.on_message,
                 control_channel.CHANNEL: functools.partial(control_channel.on_message, executor),
+                EVENTS_CHANNEL: self.registration.on_worker_event,
             },
             self.registration.on_subscribed,
             self.registration.on_unsubscribed,
@@ -59,6 +61,7 @@ class Link(Observer):
             client = reach(name=f"flowmesh-{worker_id}-stream")
             self._clients.append(client)
             self._streams.append(Stream(client, worker_id, dispatcher.take, block_s=redis.timeout_s / 2))
+        self._waiting = WaitingTasks(executor, self._clients[0], executor.settings.tasks.return_waiting_after_s)
         executor.observers.add(self.registration)
         executor.observers.add(self)
 
@@ -81,7 +84,8 @@ class Link(Observer):
     def works(self) -> list[Coroutine[Any, Any, None]]:
         """What runs for as long as the node takes tasks."""
         presences = [presence.run() for presence in self.registration.presences.values()]
-        return [self._intake.run(), *presences, *(stream.run() for stream in self._streams)]
+        streams = [stream.run() for stream in self._streams]
+        return [self._intake.run(), *presences, self._waiting.run(), *streams]
 
     async def send_events(self) -> None:
         """Send the outbox until cancelled; not before dispatches can be received, which an event may cause."""

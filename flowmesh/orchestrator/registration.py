@@ -59,15 +59,24 @@ class Registration(Observer):
     def on_events_sent(self, sent: list[bytes]) -> None:
         """Restate the status of workers that the orchestrator may have set wrong.
 
-        It sets a worker IDLE when it sees a success: one that is busy by then restates RUNNING. It sets a worker
-        RUNNING when it dispatches: one whose task failed, and perhaps never ran, restates its status.
+        It sets a worker IDLE when it sees a success: one that is busy by then restates RUNNING, now and after that
+        answer. It sets a worker RUNNING when it dispatches: one whose task failed, and perhaps never ran, restates its
+        status.
         """
         ended = any(not task_events.is_start(event) for event in sent)
         failed = {task_events.failed_at(event) for event in sent}
+        if ended:
+            for each in self.presences.values():
+                each.look_soon()
         for worker_id, slot in self._executor.slots.items():
             if worker_id in failed or (ended and (slot.current is not None or slot.trouble)):
                 self.presences[worker_id].restate()
             self._heal(slot)
+
+    def on_worker_event(self, event: bytes) -> None:
+        """A message on the channel of workers' events; most are of other nodes."""
+        for each in self.presences.values():
+            each.on_event(event)
 
     def _heal(self, slot: Slot[Run]) -> None:
         """After a gap: announce the worker again, so that the orchestrator queues again what it had dispatched to it.

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from flowmesh import __version__
+from flowmesh import installed
 from flowmesh.bus.connection import redis
 from flowmesh.bus.presence import Identity, Presence
 from flowmesh.execution.executor import Executor
@@ -76,6 +76,7 @@ def presence(
         power=reporter.power,
         farewell=reporter.farewell,
         on_left_over=lambda: on_missed(slot),
+        elastic=settings.node.elastic_scaling,
     )
 
 
@@ -88,5 +89,5 @@ def _env(node: NodeDescription, executor: Executor) -> dict[str, Any]:
         "ENABLE_ELASTIC_SCALING": settings.node.elastic_scaling,
         "task_types": sorted(executor.catalogue.offered),
         "isolation": node.isolation,
-        "version": __version__,
+        "version": installed.version(),
     }

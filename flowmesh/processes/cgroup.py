@@ -24,6 +24,10 @@ A cgroup that contains processes cannot enable controllers for its children. So 
 task be counted and limited.
 """
 
+OWN_GROUP = "task"
+"""Group in a leaf into which a task moves itself, to have others for its parts (runners/agent/cgroups.py)."""
+MAX_SUBGROUPS = 64
+
 _REMOVE_INTERVAL_S = 0.005
 
 
@@ -158,6 +162,17 @@ class Leaf:
         if pids_max is not None:
             (self.path / "pids.max").write_text(str(pids_max))
 
+    def delegate(self, uid: int, gid: int) -> None:
+        """Let a task's user make groups below the leaf, for parts of the task. The leaf's own limits stay the node's.
+
+        Raises:
+            OSError: this user may not give the leaf away.
+        """
+        for name, most in (("cgroup.max.descendants", MAX_SUBGROUPS), ("cgroup.max.depth", 1)):
+            (self.path / name).write_text(str(most))
+        for path in (self.path, self.path / "cgroup.procs", self.path / "cgroup.subtree_control"):
+            os.chown(path, uid, gid)
+
     def join(self) -> None:
         """Move the calling process into the leaf. Children that it forks from now on are in it, too."""
         (self.path / "cgroup.procs").write_text("0")
@@ -175,16 +190,27 @@ class Leaf:
             return False
 
     def pids(self) -> list[int]:
-        """The processes in the leaf; none if it does not exist."""
-        try:
-            return [int(word) for word in (self.path / "cgroup.procs").read_text().split()]
-        except OSError:
-            return []
+        """The processes in the leaf and below it; none if it does not exist."""
+        found = []
+        for path in (self.path, *self._below()):
+            with contextlib.suppress(OSError):
+                found += [int(word) for word in (path / "cgroup.procs").read_text().split()]
+        return found
+
+    def _below(self) -> list[Path]:
+        """The groups that the task made in the leaf."""
+        with contextlib.suppress(OSError), os.scandir(self.path) as entries:
+            return [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]
+        return []
 
     def oom_kills(self) -> int | None:
-        """How many processes of this leaf the kernel's OOM killer has killed; None without the memory controller."""
+        """How many processes of this leaf the kernel's OOM killer has killed; None without the memory controller.
+
+        Those of an agent's commands, which reached limits of their own, do not count.
+        """
+        own, all_of_it = self.path / OWN_GROUP / "memory.events", self.path / "memory.events"
         try:
-            lines = read_small(f"{self.path}/memory.events").splitlines()
+            lines = read_small(f"{own if own.exists() else all_of_it}").splitlines()
         except OSError:
             return None
         return next((int(line.split()[1]) for line in lines if line.startswith(b"oom_kill ")), None)
@@ -205,6 +231,9 @@ class Leaf:
             OSError: it cannot be removed for another reason.
         """
         try:
+            for path in self._below():
+                with contextlib.suppress(FileNotFoundError):
+                    path.rmdir()
             self.path.rmdir()
         except FileNotFoundError:
             return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -41,6 +42,9 @@ class Spare:
         if self.leaf is not None:
             limits = request.limits
             self.leaf.limit(memory_max_bytes=limits.memory_max_bytes, pids_max=limits.pids_max)
+            if limits.uid is not None:
+                with contextlib.suppress(OSError):  # it does without
+                    self.leaf.delegate(limits.uid, -1 if limits.gid is None else limits.gid)
         self._orders.send(data, socket.MSG_NOSIGNAL)
         self._orders.close()
         return Entry(request.attempt, self.pid, self.pipe, self.leaf)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import fnmatch
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
-import flowmesh
+from flowmesh import installed
 
 PASSED = (
     "PATH", "PYTHONPATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "LC_*", "TZ", "LD_LIBRARY_PATH",
@@ -75,7 +74,7 @@ def for_server(base_env: Mapping[str, str]) -> dict[str, str]:
 def with_package(env: Mapping[str, str]) -> dict[str, str]:
     """`env` with this package on PYTHONPATH: for this interpreter, which may have been started in any folder."""
     paths = [path for path in env.get("PYTHONPATH", "").split(os.pathsep) if path]
-    return {**env, "PYTHONPATH": os.pathsep.join([*paths, str(Path(flowmesh.__file__).parents[1])])}
+    return {**env, "PYTHONPATH": os.pathsep.join([*paths, str(installed.ROOT)])}
 
 
 def for_task(

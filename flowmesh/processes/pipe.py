@@ -12,6 +12,8 @@ import socket
 
 import msgspec
 
+from flowmesh.messages.text import encode_msgpack
+
 VERSION = 1
 MAX_FRAME = 64 * 1024
 
@@ -59,7 +61,6 @@ class Credentials(msgspec.Struct, frozen=True, tag="credentials"):
 
 Frame = Hello | Phase | Progress | Finished | Cancel | Credentials
 
-_encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Frame] = msgspec.msgpack.Decoder(Frame)
 
 
@@ -95,7 +96,7 @@ class Pipe:
             FrameError: the frame is larger than MAX_FRAME.
             OSError: the other end is closed, without `drop`.
         """
-        data = _encoder.encode(frame)
+        data = encode_msgpack(frame)
         if len(data) > MAX_FRAME:
             raise FrameError(f"a {type(frame).__name__} frame of {len(data)} bytes; at most {MAX_FRAME} fit")
         try:

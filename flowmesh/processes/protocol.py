@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from flowmesh.messages.job import Exit
+from flowmesh.messages.text import encode_msgpack
 from flowmesh.processes.limits import Limits
 
 VERSION = 1
@@ -113,4 +114,4 @@ Reply = Ready | Unfit | Forked | ForkFailed | Gone
 request_decoder: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
 fork_decoder: msgspec.msgpack.Decoder[Fork] = msgspec.msgpack.Decoder(Fork)
 reply_decoder: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
-encode = msgspec.msgpack.Encoder().encode
+encode = encode_msgpack

@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 from loguru import logger
 
-from flowmesh import __version__
+from flowmesh import installed
 from flowmesh.errors import LaunchError
 from flowmesh.processes import environ, proc_files, tree
 from flowmesh.processes.cgroup import Leaf
@@ -250,7 +250,7 @@ class ServerPool:
 
     def _made_of(self, environment: Environment) -> str:
         """A digest that is equal for servers which can replace each other."""
-        parts = msgspec.json.encode((__version__, environment, str(self._cgroup), sorted(self._env.items())))
+        parts = msgspec.json.encode((installed.version(), environment, str(self._cgroup), sorted(self._env.items())))
         return hashlib.blake2b(parts, digest_size=8).hexdigest()
 
     def _start(self, name: str) -> Server:

@@ -16,10 +16,11 @@ CREDENTIALS_TIMEOUT_S = 60.0
 def main(pipe: Pipe, spool: Path) -> int:
     """Deliver; 0 where everything arrived, else 1 with the reason in delivered.json."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", force=True)
-    return delivery.main(pipe, spool, _token(pipe))
+    return delivery.main(pipe, spool, token_of(pipe))
 
 
-def _token(pipe: Pipe) -> str | None:
+def token_of(pipe: Pipe) -> str | None:
+    """The token in the node's first frame; None where it gives none, or does not come."""
     deadline = time.monotonic() + CREDENTIALS_TIMEOUT_S
     while (left_s := deadline - time.monotonic()) > 0:
         pipe.wait(left_s)

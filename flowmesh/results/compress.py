@@ -18,6 +18,7 @@ import os
 from collections.abc import Iterable
 from typing import IO, Any
 
+from flowmesh import installed
 from flowmesh.results.pigz import Sink, compress_with_pigz, find_pigz
 from flowmesh.settings.schema import ArchiveSettings
 
@@ -46,7 +47,7 @@ def compress(source: Iterable[bytes] | IO[bytes], sink: Sink, settings: ArchiveS
     if not settings.use_pigz:
         return ""
     note = f"{settings.pigz_bin} is not installed (archive.pigz_bin): compressed with {library_name()}"
-    return note if _igzip() is not None else f"{note} on one core; pip install 'flowmesh-supervisor[archive]' is faster"
+    return note if _igzip() is not None else f"{note} on one core; {installed.install_command('archive')} is faster"
 
 
 def library_name() -> str:

@@ -18,6 +18,7 @@ import msgspec
 
 from flowmesh.errors import DeliveryError
 from flowmesh.messages.job import MAX_OUTCOME_BYTES, Outcome
+from flowmesh.messages.text import encode_json
 from flowmesh.processes.pipe import VERSION, Finished, Frame, Hello, Pipe, Progress
 from flowmesh.results.delivery_run import DeliveryRun, Report
 from flowmesh.results.delivery_state import STATE_FILE
@@ -106,7 +107,7 @@ def main(pipe: Pipe | None, spool: Path, token: str | None = None, *, again: boo
             done = _deliver_spool(job, spool, send, token)
             if job.only_local:
                 return 0 if done.ok else 1
-            write_atomic(spool / DELIVERED_FILE, msgspec.json.encode(done), private=True)
+            write_atomic(spool / DELIVERED_FILE, encode_json(done), private=True)
         send(Finished(done.ok))
     return 0 if done.ok else 1
 
@@ -134,7 +135,7 @@ def only_local(job: DeliveryJob) -> DeliveryJob:
 
 def write_job(job: DeliveryJob, spool: Path) -> None:
     """Leave the job for `main`, readable by the node's user only: a task's headers may contain secrets."""
-    write_atomic(spool / DELIVERY_FILE, msgspec.json.encode(job), private=True)
+    write_atomic(spool / DELIVERY_FILE, encode_json(job), private=True)
 
 
 def _deliver_spool(job: DeliveryJob, spool: Path, report: Report, token: str | None) -> DeliveryReport:

@@ -46,7 +46,9 @@ class DeliveryRun:
         if self._failure is not None or outcome is None:
             self.record()
             return
-        self._task.result = responses.success(outcome, self._job.extra)
+        self._task.result = responses.with_warnings(
+            responses.success(outcome, self._job.extra), self._job.task.warnings
+        )
         if self._job.only_local or not self._job.over_http:
             self.record()
             return
@@ -72,6 +74,7 @@ class DeliveryRun:
                 folder.result = responses.failure(folder.task_id, self._failure)
             elif folder is not self._task:
                 folder.result = responses.child_success(folder.task_id, self._task.result)
+            folder.result = responses.with_warnings(folder.result, folder.target.warnings)
             folder.write_result()
 
     def _upload(self, items: list[Item]) -> None:

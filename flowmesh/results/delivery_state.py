@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 
+from flowmesh.messages.text import encode_json
 from flowmesh.results.safe_files import read_note, write_atomic
 
 STATE_FILE = "delivery_state.json"
@@ -134,6 +135,6 @@ class DeliveryState:
         if self._path is None:
             return
         try:
-            write_atomic(self._path, msgspec.json.encode(self._saved), private=True)
+            write_atomic(self._path, encode_json(self._saved), private=True)
         except OSError as error:  # no reason to fail: after a kill some work would be repeated
             log.warning("delivery state not saved task=%s: %s", self._task_id, error.strerror)

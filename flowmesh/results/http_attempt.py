@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 from urllib.parse import urljoin
 
-from flowmesh import __version__
+from flowmesh import installed
 from flowmesh.errors import FieldError
 from flowmesh.messages.output import HttpDestination, check_url
 from flowmesh.results.body_stream import BodyStream, SizedBodyStream
@@ -25,7 +25,7 @@ from flowmesh.results.http_errors import (
 )
 from flowmesh.results.request_bodies import Body, Patience, TryAgain, UploadError
 from flowmesh.results.throttle import Throttle
-from flowmesh.web.origins import basic_auth, origin, refusal_hint, why_no_token, without_login
+from flowmesh.web.origins import basic_auth, exact_origin, refusal_hint, why_no_token, without_login
 from flowmesh.web.session import make_session, options_for
 
 if TYPE_CHECKING:
@@ -81,10 +81,10 @@ class HttpClient:
             TryAgain: it was not accepted, and another attempt may succeed.
             UploadError: it was refused for good.
         """
-        first = origin(url)
+        first = exact_origin(url)
         same_origin = True  # once a redirect has left the first origin, no credentials are sent any more
         for _ in range(MAX_REDIRECTS + 1):
-            same_origin = same_origin and origin(url) == first
+            same_origin = same_origin and exact_origin(url) == first
             kind = BodyStream if body.size is None else SizedBodyStream
             stream = kind(body, self._throttle, self._deadline, self._progress)
             response = self._request(method, url, stream, self._headers(url, body, same_origin))
@@ -102,7 +102,7 @@ class HttpClient:
         raise UploadError(f"more than {MAX_REDIRECTS} redirects")
 
     def _headers(self, url: str, body: Body, same_origin: bool) -> dict[str, str]:
-        headers: dict[str, str] = {"User-Agent": f"flowmesh-supervisor/{__version__}", "Accept": "*/*"}
+        headers: dict[str, str] = {"User-Agent": f"flowmesh-supervisor/{installed.version()}", "Accept": "*/*"}
         if same_origin:
             custom = {name.lower() for name in self._custom}  # header names ignore case
             headers = {k: v for k, v in headers.items() if k.lower() not in custom} | self._custom

@@ -14,7 +14,7 @@ import msgspec
 from flowmesh.errors import FieldError
 from flowmesh.messages.job import OUTCOME_FILE
 from flowmesh.messages.output import Destination, HttpDestination, LocalDestination, Output, file_url, read_output
-from flowmesh.results.safe_names import check_task_id, task_folder
+from flowmesh.results.safe_names import check_task_id, placed
 from flowmesh.settings.schema import ArchiveSettings
 
 DELIVERY_FILE = "delivery.json"
@@ -28,6 +28,8 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     out_dir: str
     destination: Destination = LocalDestination()
     artifacts: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    """The node's own, for `warnings` of the result."""
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,6 +41,8 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
     detail: str = ""
     evidence: str = ""
     log_tail: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    """The runner's."""
 
 
 class DeliveryJob(msgspec.Struct, frozen=True, kw_only=True):
@@ -109,6 +113,8 @@ def children_of(
     results_dir: Path,
     allowed_roots: Iterable[str | Path] = (),
     orchestrator_url: str | None = None,
+    *,
+    refuse_outside: bool = False,
 ) -> tuple[Target, ...]:
     """The folder and destination of each merged child.
 
@@ -118,6 +124,7 @@ def children_of(
         merged: (task_id, spec) of each child.
         parent: the merged task's output.
         allowed_roots: `results.allowed_roots`.
+        refuse_outside: `results.refuse_outside_paths`.
 
     Raises:
         FieldError: with the child's index in its path.
@@ -134,7 +141,7 @@ def children_of(
         asked = spec.get("output")
         output = read_output(asked, orchestrator_url=orchestrator_url, where=f"{at}.spec.output")
         try:
-            folder = task_folder(results_dir, roots, task_id, output)
+            folder, warning = placed(results_dir, roots, task_id, output, refuse=refuse_outside)
         except FieldError as error:
             raise FieldError(f"{at}.{error}", f"{at}.{error.path}") from None
         own = isinstance(asked, dict) and "destination" in asked
@@ -145,6 +152,7 @@ def children_of(
                 out_dir=str(folder),
                 destination=parent.destination if inherited else output.destination,
                 artifacts=output.artifacts,
+                warnings=(warning,) if warning else (),
             )
         )
     return tuple(targets)

@@ -39,6 +39,8 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     size: int | None = None
     sha256: str | None = None
     file_count: int | None = None
+    reason: str | None = None
+    """Why it is missing."""
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,7 +96,9 @@ def _entry(folder: Path, path: str, required: bool, known: Mapping[str, str]) ->
     name = _text(path)
     real, status = _look(folder, path)
     if real is None or status is None or not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
-        return Entry(name=name, path=name, type=_kind(path, folder=False), required=required, status="missing")
+        kind = _kind(path, folder=False)
+        reason = _why_missing(folder, path)
+        return Entry(name=name, path=name, type=kind, required=required, status="missing", reason=reason)
     if stat.S_ISDIR(status.st_mode):
         size, count = _tree(real)
         digest = None
@@ -123,6 +127,18 @@ def _look(folder: Path, path: str) -> tuple[Path | None, os.stat_result | None]:
         return real, None if real is None else real.stat()
     except OSError:
         return None, None
+
+
+def _why_missing(folder: Path, path: str) -> str:
+    try:
+        status = (folder / path).lstat()
+    except OSError:
+        return "the task wrote no such file or folder"
+    if stat.S_ISLNK(status.st_mode):
+        return "it is a link that leads nowhere or out of the task's folder"
+    if stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode):
+        return "its path leads through a link out of the task's folder, or it cannot be read"
+    return "it is neither a file nor a folder"
 
 
 def _kind(path: str, *, folder: bool) -> Kind:

@@ -8,6 +8,15 @@ from flowmesh.messages.job import Outcome
 from flowmesh.results.job import Failure
 
 
+def with_warnings(result: dict[str, Any], warnings: tuple[str, ...]) -> dict[str, Any]:
+    """A result with the node's warnings before the runner's. Again with the same ones, nothing changes."""
+    own = result.get("warnings")
+    given = own if isinstance(own, list) else []
+    if not warnings or given[: len(warnings)] == list(warnings):
+        return result
+    return {**result, "warnings": [*warnings, *given]}
+
+
 def success(outcome: Outcome, extra: dict[str, Any]) -> dict[str, Any]:
     """The runner's result with the node's additions. A new mapping, and so are its `children`."""
     result = {**extra, **(outcome.result or {})}
@@ -31,6 +40,8 @@ def failure(task_id: str, verdict: Failure) -> dict[str, Any]:
         content["detail"] = verdict.detail
     if verdict.evidence:
         content["evidence"] = verdict.evidence
+    if verdict.warnings:
+        content["warnings"] = list(verdict.warnings)
     if verdict.log_tail:
         content["log_tail"] = list(verdict.log_tail)
     return content

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from flowmesh.errors import DeliveryError
+from flowmesh.messages.text import encode_json
 from flowmesh.processes.safe_folder import open_folder
 
 PARTIAL = ".partial"
@@ -154,5 +155,5 @@ def below(folder: Path | str, *, strict: bool = False) -> Iterator[os.DirEntry[s
 
 
 def to_json(value: Any) -> bytes:
-    """Indented JSON with a newline at the end. Numbers that are not finite become null."""
-    return msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
+    """Indented JSON with a newline at the end. Numbers that are not finite become null, half surrogate pairs U+FFFD."""
+    return msgspec.json.format(encode_json(value), indent=2) + b"\n"

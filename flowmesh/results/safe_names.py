@@ -48,16 +48,44 @@ def within(path: Path, folder: Path) -> Path | None:
 
 def _real(path: Path) -> Path | None:
     try:
-        return path.resolve()
+        real = path.resolve()
     except (OSError, RuntimeError):  # a loop of links
         return None
+    # From Python 3.13 on, a loop is left as it is.
+    return None if any(part.is_symlink() for part in (real, *real.parents)) else real
+
+
+class OutsideError(FieldError):
+    """Raised for a path that lies outside of the folders that tasks may write to."""
+
+
+def placed(
+    results_dir: Path, allowed_roots: Iterable[str | Path], task_id: str, output: Output, *, refuse: bool
+) -> tuple[Path, str]:
+    """The folder of a task, and a warning if it is not where the task asks: then it is the one in RESULTS_DIR.
+
+    Args:
+        refuse: a path outside is an error (`results.refuse_outside_paths`).
+
+    Raises:
+        FieldError: as `task_folder`; OutsideError only with `refuse`.
+    """
+    try:
+        return task_folder(results_dir, allowed_roots, task_id, output), ""
+    except OutsideError as error:
+        if refuse:
+            raise
+        folder = task_folder(results_dir, (), task_id, Output())
+        why = str(error).partition(";")[0].partition(": ")[2]
+        return folder, f"{error.path}: {why}; the result is in {folder}"
 
 
 def task_folder(results_dir: Path, allowed_roots: Iterable[str | Path], task_id: str, output: Output) -> Path:
     """The folder of a task (docs/contract.md, 3), absolute and free of symbolic links. It need not exist yet.
 
     Raises:
-        FieldError: the id or the path is invalid, or lies outside of the folders that tasks may write to.
+        OutsideError: the path lies outside of the folders that tasks may write to.
+        FieldError: the id or the path is invalid.
     """
     check_task_id(task_id)
     destination = output.destination
@@ -67,7 +95,7 @@ def task_folder(results_dir: Path, allowed_roots: Iterable[str | Path], task_id:
         raise FieldError(f"{where}: {asked!r} contains a control character", where)
     path = Path(asked)
     if ".." in path.parts:
-        raise FieldError(f"{where}: `..` is not allowed (found {asked!r})", where)
+        raise OutsideError(f"{where}: `..` is not allowed (found {asked!r})", where)
     folder = results_dir / path  # an absolute path replaces results_dir
     if folder.name != task_id or path == Path():
         folder = folder / task_id
@@ -76,7 +104,7 @@ def task_folder(results_dir: Path, allowed_roots: Iterable[str | Path], task_id:
         base = root.resolve()
         if real is not None and real != base and real.is_relative_to(base):
             return real
-    raise FieldError(
+    raise OutsideError(
         f"{where}: {str(folder)!r} lies outside of the folders that tasks may write to; "
         "the node's setting `results.allowed_roots` lists those besides RESULTS_DIR",
         where,

@@ -12,9 +12,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from flowmesh.messages.output import HttpDestination, file_url
+from flowmesh.messages.text import encode_json
 from flowmesh.processes.pipe import Frame, Progress
 from flowmesh.results.delivery_state import DeliveryState
 from flowmesh.results.job import DeliveryJob, Target
@@ -139,7 +138,7 @@ class Sender:
         destination = target.destination
         if not isinstance(destination, HttpDestination) or self._state.has_result(target.task_id):
             return
-        encoded = msgspec.json.encode({"task_id": target.task_id, "result": result, "worker_id": self._job.worker_id})
+        encoded = encode_json({"task_id": target.task_id, "result": result, "worker_id": self._job.worker_id})
         self._uploader(target).send(destination.method, self._url(target), BytesBody(encoded, "application/json"))
         self.sent_bytes += len(encoded)
         self._state.result_arrived(target.task_id)

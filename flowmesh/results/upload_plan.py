@@ -77,7 +77,10 @@ class UploadPlan:
         if not isinstance(result.get(request.field), dict):
             result[request.field] = {}
         url = _url(folder, path.name)
-        return _item(folder, path, [(result[request.field], {"uploaded": True, "url": url, "download_url": url})])
+        gets = {"uploaded": True, "url": url, "download_url": url}
+        if "path" in result[request.field]:  # what a later stage is given, on any node
+            gets["path"] = url
+        return _item(folder, path, [(result[request.field], gets)])
 
     def _artifact_item(self, folder: TaskFolder, artifact: str) -> Item | None:
         """One of `spec.output.artifacts`; None where it does not exist (the manifest lists it as missing)."""

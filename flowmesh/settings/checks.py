@@ -51,6 +51,10 @@ def _faults(settings: Settings) -> Iterator[Fault]:
         if task_type.environment is not None and task_type.environment not in known:
             what = f"there is no [environments.{task_type.environment}]; {nearest(task_type.environment, known)}"
             yield Fault(("task_types", name, "environment"), what)
+    for index, root in enumerate(settings.tasks.read_roots):
+        if Path(root).parts[1:2] in (("proc",), ("sys",)):
+            what = f"{quoted(root)} holds no data but the state of processes and devices; leave it out"
+            yield Fault(("tasks", "read_roots", index), what)
     yield from _slot_faults(settings)
 
 

@@ -99,6 +99,8 @@ class ResultsSettings(Section, frozen=True):
     """Rights that nobody gets to the node's files and those of its tasks: octal, as for umask(1)."""
     allowed_roots: tuple[AbsolutePath, ...] = ()
     """Absolute folders besides `dir` that a task's output.destination.path may lie under."""
+    refuse_outside_paths: bool = False
+    """Whether a task whose path lies elsewhere is refused. False: its result goes to `dir`, with a warning."""
     min_free_bytes: Annotated[int, Meta(ge=0, le=2**62)] = 1024**3
     """Free space that `dir`, the state folder and a task's own folder need before a task is started. 0: no check."""
     wait_for_room_s: PositiveSeconds = 60.0
@@ -124,8 +126,20 @@ class TasksSettings(Section, frozen=True):
     """Names (`*` allowed) that a task's spec.env may set."""
     hang_timeout_s: PositiveSeconds | None = None
     """A task that reports no phase or progress for this long has its stacks dumped and is stopped. None: never."""
+    return_waiting_after_s: PositiveSeconds = 120.0
+    """A task that waits behind a running one for so long goes back, as retryable, once another worker is idle."""
     log_max_bytes: Annotated[int, Meta(ge=65536)] = 64 * 1024 * 1024
     """Limit for each log file of a task; only the end of a larger one is kept."""
+    read_roots: tuple[AbsolutePath, ...] = ()
+    """Folders (`*` for one part) whose files documents may name, besides results and caches."""
+    trust_remote_code: tuple[Word, ...] = ()
+    """Hub ids and absolute folders (`*` allowed) of models whose own code may run."""
+    vllm_arguments: tuple[VariableName, ...] = ()
+    """Engine arguments of vLLM (`*` allowed) that documents may set although they load code or open files."""
+    trainer_arguments: tuple[VariableName, ...] = ()
+    """Arguments of trainers (`*` allowed) that documents may set although they load code or send data out."""
+    local_hosts: tuple[Word, ...] = ()
+    """HOST or HOST:PORT (`*` allowed) that downloads may reach on loopback and link-local addresses."""
 
 
 class DeliverySettings(Section, frozen=True):

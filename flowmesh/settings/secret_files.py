@@ -59,9 +59,18 @@ def orchestrator_token(settings: DeliverySettings) -> str | None:
     """
     if settings.orchestrator_token_file is None:
         return settings.orchestrator_token
+    return read_token(settings.orchestrator_token_file)
+
+
+def read_token(path: str) -> str:
+    """The token in a file.
+
+    Raises:
+        ConfigError: it cannot be read, or contains no token.
+    """
     key = "delivery.orchestrator_token_file"
-    token = read_secret(settings.orchestrator_token_file, key)
+    token = read_secret(path, key)
     if not re.fullmatch(r"[\x21-\x7e]+", token):
-        place = secret_path(settings.orchestrator_token_file)
+        place = secret_path(path)
         raise ConfigError(f"{key}: {place} must contain visible ASCII characters without spaces, and nothing else")
     return token

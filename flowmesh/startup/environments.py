@@ -23,7 +23,7 @@ REHEARSAL = "runners.child:rehearse"
 """What each child calls before it waits for its task."""
 ALWAYS = ("runners.child",)
 """Imported by the fork server of every environment of tasks."""
-DELIVERS = ("flowmesh.results.child",)
+DELIVERS = ("flowmesh.results.child", "flowmesh.results.gateway")
 """Imported by the fork server of delivery children."""
 
 

@@ -14,7 +14,10 @@ import msgspec
 
 from flowmesh.errors import LaunchError
 from flowmesh.startup import secret_environ
+from flowmesh.startup.log_writer import LogWriter
 
+LAST_LINES_S = 1.0
+"""How long an exec waits for whoever reads the log."""
 CHECK_TIMEOUT_S = 90.0
 """Longer than the question to each environment's interpreter may take."""
 
@@ -80,6 +83,7 @@ def replace(environ: Mapping[str, str]) -> NoReturn:
         environ: the node's environment, with its secrets.
     """
     sys.stdout.flush()
-    sys.stderr.flush()
+    if isinstance(sys.stderr, LogWriter):
+        sys.stderr.drain(LAST_LINES_S)
     with secret_environ.handed_over(environ) as (env, _secrets):
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], env)

@@ -42,12 +42,12 @@ def trust(settings: Settings, euid: int | None = None) -> Trust:
         return Trust(
             SetUp.ROOT,
             "tasks run as root: each can read every secret and change this machine",
-            "useradd --system --create-home flowmesh, and set processes.task_user to it",
+            "make a user for tasks (`flowmesh init` does), and set processes.task_user to it",
         )
     return Trust(
         SetUp.SHARED_USER,
         f"tasks run as the node's user {_name_of(euid)}: each can read what the node's files hold",
-        "run the node as root with processes.task_user, as conf/flowmesh-supervisor.service does",
+        "run the node as root with processes.task_user, as the unit of `flowmesh init` does",
     )
 
 

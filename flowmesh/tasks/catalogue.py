@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import subprocess
+import sys
 from collections.abc import Iterable, Mapping
 
 import msgspec
 
-from flowmesh.errors import FieldError
+from flowmesh import installed
+from flowmesh.errors import FieldError, NotOfferedError
 from flowmesh.settings.schema import Settings
 from flowmesh.validation.convert import nearest
 
@@ -100,12 +102,13 @@ class Catalogue(msgspec.Struct, frozen=True, kw_only=True):
         """The type of that name.
 
         Raises:
-            FieldError: there is none, or its libraries are not installed on this node.
+            NotOfferedError: its libraries are not installed on this node.
+            FieldError: there is none.
         """
         if found := self.offered.get(name):
             return found
         if why := self.missing.get(name):
-            raise FieldError(f"spec.taskType: {name!r} cannot run on this node: {why}", "spec.taskType")
+            raise NotOfferedError(f"spec.taskType: {name!r} cannot run on this node: {why}", "spec.taskType")
         tail = nearest(name, list(self.offered))
         known = ", ".join(sorted(self.offered))
         hint = f"{tail} known: {known}" if "did you mean" in tail else tail
@@ -156,9 +159,9 @@ def catalogue(types: Mapping[str, TaskType], interpreters: Mapping[str, str | No
 
 
 def _remedy(kind: TaskType, python: str | None) -> str:
-    pip = "pip" if python is None else f"{python} -m pip"
-    what = f"'flowmesh-supervisor[{kind.extra}]'" if kind.extra else " ".join(kind.requires)
-    return f"{pip} install {what}"
+    if kind.extra:
+        return installed.install_command(kind.extra, python)
+    return f"{python or sys.executable} -m pip install {' '.join(kind.requires)}"
 
 
 def _absent(modules: Iterable[str], python: str | None) -> tuple[set[str], str]:
@@ -180,5 +183,5 @@ def _absent(modules: Iterable[str], python: str | None) -> tuple[set[str], str]:
         return set(), f"{python} failed: {done.stderr.strip().splitlines()[-1:]}"
     found = set(done.stdout.split())
     if own := found & {"flowmesh", "msgspec"}:
-        return set(), f"{python} lacks {', '.join(sorted(own))}: {python} -m pip install flowmesh-supervisor"
+        return set(), f"{python} lacks {', '.join(sorted(own))}: {installed.install_command(python=python)}"
     return found, ""

@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from flowmesh.messages.text import encode_msgpack
 from flowmesh.tasks.journal_db import JournalDatabase, JournalError
 from flowmesh.tasks.machine import State, Task
 from flowmesh.tasks.verdicts import Kind
@@ -109,7 +110,7 @@ class Journal:
             cursor = self._db.write(
                 "INSERT INTO tasks (task_id, worker_id, dispatched_at, accepted_at, state, message, progress, out_dir)"
                 " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                (task_id, worker_id, dispatched_at, at, task.state, message, msgspec.msgpack.encode(task), out_dir),
+                (task_id, worker_id, dispatched_at, at, task.state, message, encode_msgpack(task), out_dir),
             )
             assert cursor.lastrowid is not None
             for child_dir in child_dirs:
@@ -199,7 +200,7 @@ class Journal:
         return str(self._db.read("SELECT value FROM facts WHERE name = ?", (name,))[0][0])
 
     def _set(self, attempt: int, task: Task, **columns: object) -> None:
-        columns = {"state": task.state, "progress": msgspec.msgpack.encode(task), **columns}
+        columns = {"state": task.state, "progress": encode_msgpack(task), **columns}
         names = ", ".join(f"{name} = ?" for name in columns)
         self._db.write(f"UPDATE tasks SET {names} WHERE attempt = ?", (*columns.values(), attempt))
 

@@ -17,6 +17,7 @@ class Kind(enum.StrEnum):
     OK = "ok"
     ERROR = "error"
     BAD_REQUEST = "bad_request"
+    MISSING_DEPENDENCY = "missing_dependency"
     CRASH = "crash"
     HOST_OOM = "host_oom"
     GPU_OOM = "gpu_oom"
@@ -31,6 +32,7 @@ class Kind(enum.StrEnum):
 
 
 _RETRYABLE = {
+    Kind.MISSING_DEPENDENCY,
     Kind.CRASH,
     Kind.HOST_OOM,
     Kind.GPU_OOM,
@@ -40,8 +42,8 @@ _RETRYABLE = {
     Kind.SUPERVISOR_LOST,
     Kind.NODE_FAULT,
 }
-"""What depends on the worker, its memory or its GPUs: another worker may succeed. A bad request or a cancel would not
-change."""
+"""What depends on the worker, its libraries, its memory or its GPUs: another worker may succeed. A bad request or a
+cancel would not change."""
 
 
 class Stop(enum.StrEnum):
@@ -144,6 +146,7 @@ _FAULTS = {
     Fault.ERROR: Kind.ERROR,
     Fault.CRASH: Kind.CRASH,
     Fault.BAD_REQUEST: Kind.BAD_REQUEST,
+    Fault.MISSING_DEPENDENCY: Kind.MISSING_DEPENDENCY,
     Fault.GPU_OOM: Kind.GPU_OOM,
     Fault.HOST_OOM: Kind.HOST_OOM,
 }

@@ -1,12 +1,14 @@
-"""Converts plain data to structs, and turns what does not fit into a one-line error with field and remedy.
+"""Converts plain data to structs, and turns all that does not fit into a one-line error with fields and remedies.
 
-msgspec decides whether the data fits. Where it does not, the data is walked beside the type to name the exact place,
+msgspec decides whether the data fits. Where it does not, the data is walked beside the type to name each exact place,
 the value found and the values allowed. `Meta(description="a name of …")` replaces the generated text for a type.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -26,37 +28,72 @@ from flowmesh.validation.schemas import (
     item_type,
     members,
 )
+from flowmesh.validation.unused import without_unused
 
-__all__ = ["FieldError", "convert", "nearest"]
+__all__ = ["FieldError", "convert", "joined", "nearest"]
 
 T = TypeVar("T")
 
 
-def convert(value: Any, into: type[T], *, where: str, strict: bool = True) -> T:
+MAX_FAULTS = 20
+"""Of a document; an error does not list more."""
+
+
+def convert(value: Any, into: type[T], *, where: str, strict: bool = True, unused: list[str] | None = None) -> T:
     """Convert `value`, as a JSON, YAML or TOML decoder gives it, to an `into`. NaN and infinity are refused.
 
     Args:
         where: the dotted path of `value` in its document, for the error; empty for the top.
         strict: False also takes "3" for 3 and "true" for True.
+        unused: for a task's document: gets the paths of fields that are accepted without effect (`unused.py`). None:
+            every unknown field is refused.
 
     Raises:
-        FieldError: names the path, what was found and what is allowed; for an unknown field the nearest known one.
+        FieldError: names each path, what was found and what is allowed; for an unknown field the nearest known one.
     """
     try:
         converted = msgspec.convert(value, into, strict=strict)
     except REFUSALS as error:
-        fault = FaultFinder(strict=strict).fault(value, inspect.type_info(into), ()) or fault_of_message(error)
+        if unused is not None:
+            rest, without_effect = without_unused(value, _schema(into), where)  # type: ignore[arg-type]  # types can be hashed
+            unused += without_effect
+            if without_effect:
+                return convert(rest, into, where=where, strict=strict)
+        raise _refusal(_faults(value, into, error, strict), where) from None
     except RecursionError:
-        fault = (), "nested too deep"
-    else:
-        schema = _schema_with_floats(into)  # type: ignore[arg-type]  # types can be hashed
-        not_finite = None if schema is None else _not_finite(value, schema, (), strict)
-        if not_finite is None:
-            return converted
-        fault = not_finite
-    path, what = fault
-    place = dotted(where, path)
-    raise FieldError(f"{place or 'the document'}: {what}", place)
+        raise _refusal([((), "nested too deep")], where) from None
+    if (schema := _schema_with_floats(into)) is not None and (  # type: ignore[arg-type]  # types can be hashed
+        faults := list(itertools.islice(_not_finite(value, schema, (), strict), MAX_FAULTS))
+    ):
+        raise _refusal(faults, where)
+    return converted
+
+
+def joined(faults: Sequence[str]) -> str:
+    """All that is wrong with a document, on one line."""
+    ended = [fault if fault.endswith(("?", ".", "!")) else f"{fault}." for fault in faults[:-1]]
+    return " Also ".join([*ended, *faults[-1:]])
+
+
+def _faults(value: Any, into: Any, error: Exception, strict: bool) -> list[Fault]:
+    schema = _schema(into)
+    try:
+        found = FaultFinder(strict=strict).faults(value, schema, ())
+        return list(itertools.islice(found, MAX_FAULTS)) or [fault_of_message(error)]
+    except RecursionError:
+        return [((), "nested too deep")]
+
+
+def _refusal(faults: list[Fault], where: str) -> FieldError:
+    places = [dotted(where, path) for path, _ in faults]
+    texts = tuple(f"{place or 'the document'}: {what}" for place, (_, what) in zip(places, faults, strict=True))
+    return FieldError(joined(texts), places[0], texts)
+
+
+@functools.cache
+def _schema(into: Any) -> inspect.Type:
+    """The type's description."""
+    return inspect.type_info(into)
 
 
 @functools.cache
@@ -75,23 +112,23 @@ def _schema_with_floats(into: Any) -> inspect.Type | None:
     return None
 
 
-def _not_finite(value: Any, declared: inspect.Type, path: Path, strict: bool) -> Fault | None:
-    """The first NaN or infinity in the place of a number; msgspec accepts both."""
+def _not_finite(value: Any, declared: inspect.Type, path: Path, strict: bool) -> Iterator[Fault]:
+    """Every NaN or infinity in the place of a number; msgspec accepts both."""
     schema = choose(value, bare(declared))
     match schema:
         case inspect.StructType() if is_mapping(value):
-            pairs = ((field.encode_name, field.type) for field in schema.fields if field.encode_name in value)
-            faults = (_not_finite(value[name], kind, (*path, name), strict) for name, kind in pairs)
+            for field in schema.fields:
+                if field.encode_name in value:
+                    yield from _not_finite(value[field.encode_name], field.type, (*path, field.encode_name), strict)
         case inspect.DictType() if is_mapping(value):
-            faults = (_not_finite(item, schema.value_type, (*path, str(key)), strict) for key, item in value.items())
+            for key, item in value.items():
+                yield from _not_finite(item, schema.value_type, (*path, str(key)), strict)
         case _ if isinstance(schema, LISTS) and isinstance(value, list | tuple):
-            faults = (_not_finite(item, item_type(schema, i), (*path, i), strict) for i, item in enumerate(value))
+            for i, item in enumerate(value):
+                yield from _not_finite(item, item_type(schema, i), (*path, i), strict)
         case _ if _allows_float(schema) and isinstance(value, float if strict else float | str):
-            wrong = fits(value, schema, strict=strict) is False
-            return (path, f"expected {expected(declared)}, found {found(value)}") if wrong else None
-        case _:
-            return None
-    return next((fault for fault in faults if fault is not None), None)
+            if fits(value, schema, strict=strict) is False:
+                yield path, f"expected {expected(declared)}, found {found(value)}"
 
 
 def _allows_float(schema: inspect.Type) -> bool:

@@ -1,10 +1,10 @@
-"""Finds the first fault in data that does not fit its type: where it is, what was found there, and what is allowed."""
+"""Finds the faults in data that does not fit its type: where each is, what was found there, and what is allowed."""
 
 from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -39,48 +39,56 @@ class FaultFinder:
     def __init__(self, *, strict: bool) -> None:
         self._strict = strict
 
-    def fault(self, value: Any, declared: inspect.Type, path: Path) -> Fault | None:
-        """The first fault of `value`, which is at `path`; None where nothing that can be judged here is wrong."""
+    def faults(self, value: Any, declared: inspect.Type, path: Path) -> Iterator[Fault]:
+        """The faults of `value`, which is at `path`; none where nothing that can be judged here is wrong."""
         schema = choose(value, bare(declared))
         match schema:
             case inspect.StructType() if isinstance(value, Mapping):
-                return self._struct(value, schema, path) or self._post_init(value, schema, path)
+                yield from self._struct(value, schema, path)
             case inspect.UnionType() if (tagged := tags(schema)) and isinstance(value, Mapping):
-                return self._tag(value, tagged, path)
+                yield self._tag(value, tagged, path)
             case inspect.DictType() if isinstance(value, Mapping):
-                return self._dict(value, schema, path) or _length_fault(value, schema, path)
+                yield from self._dict(value, schema, path)
             case _ if isinstance(schema, LISTS) and isinstance(value, list | tuple):
-                return self._list(value, schema, path)
-        fit = fits(value, schema, strict=self._strict)
-        return None if fit is None or fit else (path, self._mismatch(value, schema, declared, is_secret(path)))
+                yield from self._list(value, schema, path)
+            case _ if fits(value, schema, strict=self._strict) is False:
+                yield path, self._mismatch(value, schema, declared, is_secret(path))
 
-    def _struct(self, value: Mapping[Any, Any], schema: inspect.StructType, path: Path) -> Fault | None:
+    def _struct(self, value: Mapping[Any, Any], schema: inspect.StructType, path: Path) -> Iterator[Fault]:
+        wrong = False
+        for fault in self._fields(value, schema, path):
+            wrong = True
+            yield fault
+        if not wrong:
+            yield from self._post_init(value, schema, path)
+
+    def _fields(self, value: Mapping[Any, Any], schema: inspect.StructType, path: Path) -> Iterator[Fault]:
         fields = {field.encode_name: field for field in schema.fields}
         for name, item in value.items():
             if not isinstance(name, str):
-                return path, f"a field's name must be text, found {found(name)}; put it in quotes"
-            if name in fields:
-                if fault := self.fault(item, fields[name].type, (*path, name)):
-                    return fault
+                yield path, f"a field's name must be text, found {found(name)}; put it in quotes"
+            elif name in fields:
+                yield from self.faults(item, fields[name].type, (*path, name))
             elif name == schema.tag_field:
                 if item != schema.tag:
-                    return self._tag(value, {schema.tag: schema.tag_field}, path)
+                    yield self._tag(value, {schema.tag: schema.tag_field}, path)
             elif schema.forbid_unknown_fields:
-                return (*path, name), f"unknown field; {nearest(name, fields)}"
-        missing = [name for name, field in fields.items() if field.required and name not in value]
-        return ((*path, missing[0]), "missing; it is required") if missing else None
+                yield (*path, name), f"unknown field; {nearest(name, fields)}"
+        for name, field in fields.items():
+            if field.required and name not in value:
+                yield (*path, name), "missing; it is required"
 
-    def _post_init(self, value: Any, schema: inspect.StructType, path: Path) -> Fault | None:
+    def _post_init(self, value: Any, schema: inspect.StructType, path: Path) -> Iterator[Fault]:
         """What the struct's `__post_init__` refuses, which shows only once every field fits."""
         try:
             msgspec.convert(value, schema.cls, strict=self._strict)
         except msgspec.ValidationError as error:
-            return (path, str(error)) if " - at `" not in str(error) else None
+            if " - at `" not in str(error):
+                yield path, str(error)
         except UnicodeEncodeError as error:
-            return path, fault_of_message(error)[1]
-        return None
+            yield path, fault_of_message(error)[1]
 
-    def _tag(self, value: Mapping[Any, Any], tagged: Mapping[Any, str], path: Path) -> Fault | None:
+    def _tag(self, value: Mapping[Any, Any], tagged: Mapping[Any, str], path: Path) -> Fault:
         field = next(iter(tagged.values()))
         allowed = f"expected one of {', '.join(sorted(map(str, tagged)))}"
         if field not in value:
@@ -89,24 +97,25 @@ class FaultFinder:
         hint = f"; {nearest(tag, map(str, tagged))}" if isinstance(tag, str) else ""
         return (*path, field), f"{allowed}, found {found(tag)}" + (hint if "did you mean" in hint else "")
 
-    def _dict(self, value: Mapping[Any, Any], schema: inspect.DictType, path: Path) -> Fault | None:
+    def _dict(self, value: Mapping[Any, Any], schema: inspect.DictType, path: Path) -> Iterator[Fault]:
         for key, item in value.items():
             if fits(key, bare(schema.key_type), strict=self._strict) is False:
                 if isinstance(key, str):
-                    return (*path, key), f"its name must be {expected(schema.key_type)}"
-                return path, f"a name here must be {expected(schema.key_type)}, found {found(key)}; put it in quotes"
-            if fault := self.fault(item, schema.value_type, (*path, str(key))):
-                return fault
-        return None
+                    yield (*path, key), f"its name must be {expected(schema.key_type)}"
+                else:
+                    yield path, f"a name here must be {expected(schema.key_type)}, found {found(key)}; put it in quotes"
+            else:
+                yield from self.faults(item, schema.value_type, (*path, str(key)))
+        yield from _length_faults(value, schema, path)
 
-    def _list(self, value: list[Any] | tuple[Any, ...], schema: Any, path: Path) -> Fault | None:
+    def _list(self, value: list[Any] | tuple[Any, ...], schema: Any, path: Path) -> Iterator[Fault]:
         for index, item in enumerate(value):
-            if fault := self.fault(item, item_type(schema, index), (*path, index)):
-                return fault
+            yield from self.faults(item, item_type(schema, index), (*path, index))
         if isinstance(schema, inspect.TupleType):
-            wrong = len(value) != len(schema.item_types)
-            return (path, f"expected {expected(schema)}, found {found(value)}") if wrong else None
-        return _length_fault(value, schema, path)
+            if len(value) != len(schema.item_types):
+                yield path, f"expected {expected(schema)}, found {found(value)}"
+        else:
+            yield from _length_faults(value, schema, path)
 
     def _mismatch(self, value: Any, schema: inspect.Type, declared: inspect.Type, secret: bool) -> str:
         what = f"expected {expected(declared)}, found {found(value, secret=secret)}"
@@ -139,8 +148,7 @@ def _unquoted(value: Any) -> list[str]:
     return [found(value)] if isinstance(value, int | float | datetime.date | datetime.time) else []
 
 
-def _length_fault(value: Any, schema: Any, path: Path) -> Fault | None:
+def _length_faults(value: Any, schema: Any, path: Path) -> Iterator[Fault]:
     low, high = schema.min_length or 0, schema.max_length
     if len(value) < low or (high is not None and len(value) > high):
-        return path, f"expected {expected(schema)}, found {found(value)}"
-    return None
+        yield path, f"expected {expected(schema)}, found {found(value)}"

@@ -19,6 +19,12 @@ def origin(url: str) -> Origin:
     return parts.scheme.lower(), _host(parts.hostname or ""), parts.port or (443 if parts.scheme == "https" else 80)
 
 
+def exact_origin(url: str) -> Origin:
+    """The origin in which each loopback address is its own. Redirects keep credentials only within it."""
+    scheme, _, port = origin(url)
+    return scheme, (urlsplit(url).hostname or "").lower().removesuffix("."), port
+
+
 def shown_origin(url: str) -> str:
     """The origin as people write it: scheme://host:port."""
     scheme, _, port = origin(url)

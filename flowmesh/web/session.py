@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import ssl
 from typing import TYPE_CHECKING, Any
@@ -12,8 +13,7 @@ if TYPE_CHECKING:
 _OF_REQUESTS = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 _OF_OPENSSL = ("SSL_CERT_FILE", "SSL_CERT_DIR")
 TRUST_VARIABLES = (*_OF_REQUESTS, *_OF_OPENSSL)
-"""Each names certificates that replace those that come with requests; the first one that is set wins. The last two
-belong together."""
+"""Each names certificates. All that are named are trusted, in place of those that come with requests."""
 
 
 def make_session() -> requests.Session:
@@ -22,7 +22,7 @@ def make_session() -> requests.Session:
 
     session = requests.Session()
     session.trust_env = False
-    if not _bundle() and any(os.environ.get(name) for name in _OF_OPENSSL):
+    if any(os.environ.get(name) for name in _OF_OPENSSL):
         session.mount("https://", _openssl_adapter())
     return session
 
@@ -54,6 +54,10 @@ def _openssl_adapter() -> requests.adapters.HTTPAdapter:
     import requests.adapters
 
     context = ssl.create_default_context()  # reads both variables
+    if bundle := _bundle():
+        folder = os.path.isdir(bundle)  # noqa: PTH112
+        with contextlib.suppress(OSError):
+            context.load_verify_locations(cafile=None if folder else bundle, capath=bundle if folder else None)
 
     class Adapter(requests.adapters.HTTPAdapter):
         def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
@@ -62,8 +66,11 @@ def _openssl_adapter() -> requests.adapters.HTTPAdapter:
         def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
             return super().proxy_manager_for(proxy, **kwargs, ssl_context=context)
 
-        def cert_verify(self, conn: Any, url: str, verify: Any, cert: Any) -> None:
-            super().cert_verify(conn, url, verify, cert)  # type: ignore[no-untyped-call]
+        def get_connection_with_tls_context(self, request: Any, verify: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002
+            return super().get_connection_with_tls_context(request, True, *args, **kwargs)
+
+        def cert_verify(self, conn: Any, url: str, verify: Any, cert: Any) -> None:  # noqa: ARG002
+            super().cert_verify(conn, url, True, cert)  # type: ignore[no-untyped-call]
             conn.ca_certs = conn.ca_cert_dir = None  # requests adds its own certificates
 
     return Adapter()

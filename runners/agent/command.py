@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import selectors
 import signal
@@ -12,22 +13,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import psutil
 
+from runners.agent.usage import buffer_bytes, children, deleted_bytes, descendants, over_disk, resident_bytes
 from runners.api import RunnerError
 
-EXIT_NOT_CONFINED = 97
 POLL_S = 0.05
 DISK_EVERY_S = 1.0
 READS_AT_ONCE = 16
-PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
-DEEPEST = 100
-"""Nesting of folders that a command may create. Deeper ones could not be measured and packed."""
-ENTRY_BYTES = 4096
-"""Minimum size that a file or folder counts for: empty ones use disk space, too."""
-STOP_S = 2.0
+STOP_S = 60.0
+"""How long a jail may take to end, which includes copying its folder back."""
+REPORT_BYTES = 1 << 16
 KEPT_BYTES = 32 * 1024
 MOST_SWEPT = 1000
 
@@ -52,7 +51,9 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True):
     output: str
     """stdout and stderr in order; of long output the beginning and the end."""
     stopped: str = ""
-    """Which bound it exceeded; empty if none."""
+    """Which bound it exceeded, or why its files are not kept; empty if neither."""
+    left: tuple[str, ...] = ()
+    """Paths of its folder that are not kept: neither file, folder nor link, or nested too deep."""
 
 
 class NotConfined(RunnerError):
@@ -62,15 +63,24 @@ class NotConfined(RunnerError):
 class Command:
     """One running command."""
 
-    def __init__(self, process: subprocess.Popen[bytes], folder: Path, bounds: Bounds, limit_s: float) -> None:
+    def __init__(
+        self, process: subprocess.Popen[bytes], report: int, folder: Path, bounds: Bounds, limit_s: float,
+        *, counts_disk: bool, own_network: bool,
+    ) -> None:  # fmt: skip
         """
         Args:
             process: the jail that runs it.
+            report: descriptor with the jail's report, once it has ended.
+            counts_disk: the folder has no file system of its own that bounds it.
+            own_network: the jail has a network of its own.
         """
         self._process = process
+        self._report = report
         self._folder = folder
         self._bounds = bounds
         self._limit_s = limit_s
+        self._counts_disk = counts_disk
+        self._own_network = own_network
         self._kept = Kept(KEPT_BYTES)
         self._disk_measured = time.monotonic()
         with _lock:
@@ -101,9 +111,20 @@ class Command:
         while self._drain(pipe) is None:
             check()
         code = self._process.returncode
-        if code == EXIT_NOT_CONFINED and not stopped and self._kept.text().startswith("jail: "):
-            raise NotConfined(f"the command was not run: {self._kept.text().strip()}")
-        return Ended(code=code if code >= 0 else 128 - code, output=self._kept.text(), stopped=stopped)
+        report = self._reported()
+        if "refused" in report and not stopped:
+            raise NotConfined(f"the command was not run: jail: {report['refused']}")
+        if self._counts_disk and not stopped:
+            stopped = over_disk(self._folder, self._bounds.disk_bytes)
+        if lost := report.get("lost"):
+            stopped = stopped or f"its files could not be kept: {lost}"
+        left = tuple(os.fsencode(name).decode(errors="replace") for name in report.get("left", ()))
+        return Ended(code=code if code >= 0 else 128 - code, output=self._kept.text(), stopped=stopped, left=left)
+
+    def _reported(self) -> dict[str, Any]:
+        """Empty if the jail was killed before it could report."""
+        data = os.read(self._report, REPORT_BYTES)
+        return dict(json.loads(data)) if data else {}
 
     def _drain(self, pipe: int) -> bool | None:
         """Read what is available. True at end of file; None if there may be more, but the bounds are due."""
@@ -118,33 +139,18 @@ class Command:
         return None
 
     def _over(self) -> str:
-        rss_bytes = 0
-        for others, pid in enumerate(descendants(self._process.pid)):
-            if others > self._bounds.processes:  # includes the jail's own; stop early at a fork bomb
-                return f"it ran more than {self._bounds.processes} processes"
-            with contextlib.suppress(OSError, IndexError):
-                rss_bytes += int(Path(f"/proc/{pid}/statm").read_bytes().split()[1]) * PAGE_BYTES
-        if rss_bytes > self._bounds.memory_bytes:
-            return f"it used more than {self._bounds.memory_bytes} bytes of memory"
-        if time.monotonic() - self._disk_measured > DISK_EVERY_S:
+        bounds = self._bounds
+        pids = list(itertools.islice(descendants(self._process.pid), bounds.processes + 2))
+        if len(pids) > bounds.processes + 1:  # includes the jail's own; not all of a fork bomb is counted
+            return f"it ran more than {bounds.processes} processes"
+        used = sum(map(resident_bytes, pids))
+        used += buffer_bytes(pids, bounds.memory_bytes - used, own_network=self._own_network)
+        if used > bounds.memory_bytes:
+            return f"it used more than {bounds.memory_bytes} bytes of memory"
+        if self._counts_disk and time.monotonic() - self._disk_measured > DISK_EVERY_S:
             self._disk_measured = time.monotonic()
-            return over_disk(self._folder, self._bounds.disk_bytes)
+            return over_disk(self._folder, bounds.disk_bytes, deleted_bytes(pids, self._folder))
         return ""
-
-
-def descendants(pid: int) -> Iterator[int]:
-    """The descendants of a process, lazily: scanning all of a fork bomb takes seconds."""
-    todo = [pid]
-    while todo:
-        for child in _below(todo.pop()):
-            yield child
-            todo.append(child)
-
-
-def _below(pid: int) -> Iterator[int]:
-    with contextlib.suppress(OSError):
-        for task in os.listdir(f"/proc/{pid}/task"):
-            yield from map(int, Path(f"/proc/{pid}/task/{task}/children").read_bytes().split())
 
 
 @contextlib.contextmanager
@@ -185,9 +191,8 @@ _lock = threading.Lock()
 
 def stop(process: subprocess.Popen[bytes]) -> None:
     """Kill a jail and all processes in it. Its namespace or the jail kills the rest; this also sweeps orphans."""
-    for pid in _below(
-        process.pid
-    ):  # the namespace's init, else the command; done here because the jail may be starved of CPU
+    # The namespace's init, else the command; done here because the jail may be starved of CPU.
+    for pid in children(process.pid):
         for kill in (os.kill, os.killpg):
             with contextlib.suppress(ProcessLookupError):
                 kill(pid, signal.SIGKILL)
@@ -210,25 +215,6 @@ def _process(pid: int) -> psutil.Process | None:
     with contextlib.suppress(psutil.NoSuchProcess):
         return psutil.Process(pid)
     return None
-
-
-def over_disk(folder: Path, limit_bytes: int) -> str:
-    """Which bound a folder exceeds; empty if none."""
-    total = 0
-    todo = [(os.fspath(folder), 0)]
-    while todo:
-        path, depth = todo.pop()
-        if depth > DEEPEST:
-            return f"it nested more than {DEEPEST} folders"
-        with contextlib.suppress(OSError), os.scandir(path) as entries:
-            for entry in entries:
-                with contextlib.suppress(OSError):
-                    total += max(entry.stat(follow_symlinks=False).st_blocks * 512, ENTRY_BYTES)
-                if entry.is_dir(follow_symlinks=False):
-                    todo.append((entry.path, depth + 1))
-                if total > limit_bytes:
-                    return f"it filled its folder with more than {limit_bytes} bytes"
-    return ""
 
 
 def end_all() -> None:

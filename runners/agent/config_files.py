@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from flowmesh import installed
 from flowmesh.validation.convert import nearest
 from runners.agent.config import AgentConfig, SearchProvider
 from runners.agent.secrets import from_env
@@ -15,17 +16,20 @@ from runners.api import BadRequest, Context
 FOLDER = Path("conf") / "agents"
 PROVIDERS_FILE = "search_providers.yaml"
 MAX_EXTENDS = 8
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+MAX_FOLDERS = 1000
+MAX_LISTED = 50
+SUFFIXES = (".yaml", ".yml")
+HIDDEN = (".", "_")
 _VARIABLE = re.compile(r"\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>[^}]*))?\}")
 
 
 def agents_folder(ctx: Context) -> Path:
-    """The node's agents folder: from its settings, else conf/agents where it runs, else beside this package."""
+    """The node's agents folder: from its settings, else conf/agents where it runs, else the installed one."""
     if isinstance(wanted := ctx.job.limits.get("agents_dir"), str) and wanted:
         return Path(wanted)
     if FOLDER.is_dir():
         return FOLDER.absolute()
-    return Path(__file__).parents[2] / FOLDER
+    return installed.conf() / FOLDER.name
 
 
 def load_config(ctx: Context, name: str, where: str) -> AgentConfig:
@@ -56,25 +60,55 @@ def load_provider(ctx: Context, name: str, where: str) -> SearchProvider:
 
 
 def known_names(folder: Path) -> list[str]:
-    return sorted(path.stem for path in folder.glob("*.yaml") if path.name != PROVIDERS_FILE)
+    """The configurations in a folder and the folders below it, as documents name them: `examples/search_agent`."""
+    return sorted(_files(folder))
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Each configuration's file by name. Files and folders that begin with `.` or `_` are none.
+
+    Links are followed, as a mounted ConfigMap consists of them; a folder that is linked into itself is read once.
+    """
+    found: dict[str, Path] = {}
+    seen: set[tuple[int, int]] = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        about = Path(parent).stat()
+        if (about.st_dev, about.st_ino) in seen or len(seen) >= MAX_FOLDERS:
+            folders.clear()
+            continue
+        seen.add((about.st_dev, about.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith(HIDDEN))
+        for name in sorted(names, reverse=True):  # .yaml before .yml of the same name
+            path = Path(parent, name)
+            if path.suffix in SUFFIXES and not name.startswith(HIDDEN) and name != PROVIDERS_FILE and path.is_file():
+                found[path.relative_to(folder).with_suffix("").as_posix()] = path
+    return found
 
 
 def _read(folder: Path, name: str, where: str, seen: tuple[str, ...]) -> dict[str, Any]:
-    """A file merged over what it extends."""
-    known = known_names(folder)
-    if not _NAME.fullmatch(name) or name not in known:
-        hint = nearest(name, known) if known else f"there are none in {folder}"
-        listed = f" (known: {', '.join(known)})" if known and hint.startswith("did you mean") else ""
-        raise BadRequest(f"{where}: unknown agent configuration {name!r}; {hint}{listed}")
-    if name in seen or len(seen) > MAX_EXTENDS:
-        raise BadRequest(f"{name}.extends: extends itself: {' → '.join((*seen, name))}")
-    data = _parse(folder / f"{name}.yaml")
+    """A file merged over what it extends. Only names that were found by walking the folder are opened."""
+    files = _files(folder)
+    stem = name if name in files else str(PurePosixPath(name).with_suffix("")) if name.endswith(SUFFIXES) else name
+    if stem not in files:
+        raise BadRequest(f"{where}: unknown agent configuration {name!r:.200}; {_hint(name, sorted(files), folder)}")
+    if stem in seen or len(seen) > MAX_EXTENDS:
+        raise BadRequest(f"{stem}.extends: extends itself: {' → '.join((*seen, stem))}")
+    data = _parse(files[stem])
     base = data.pop("extends", None)
     if base is None:
         return data
     if not isinstance(base, str):
-        raise BadRequest(f"{name}.extends: expected the name of a configuration")
-    return _merged(_read(folder, base, f"{name}.extends", (*seen, name)), data)
+        raise BadRequest(f"{stem}.extends: expected the name of a configuration")
+    return _merged(_read(folder, base, f"{stem}.extends", (*seen, stem)), data)
+
+
+def _hint(name: str, known: list[str], folder: Path) -> str:
+    if not known:
+        return f"there are none in {folder} (runners.agents_dir)"
+    listed = ", ".join(known[:MAX_LISTED]) + (f" and {len(known) - MAX_LISTED} more" if len(known) > MAX_LISTED else "")
+    alike = [each for each in known if PurePosixPath(each).name == PurePosixPath(name).name]
+    hint = f"did you mean {alike[0]!r}?" if alike else nearest(name, known)
+    return f"{hint} (known: {listed})" if hint.startswith("did you mean") else f"known: {listed}"
 
 
 def _parse(path: Path) -> dict[str, Any]:

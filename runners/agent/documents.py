@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import zipfile
 from pathlib import PurePosixPath
 from xml.etree import ElementTree
 
 from runners.agent.html_text import html_text
+from runners.data import documents
 
 TEXT = frozenset([
     ".txt", ".md", ".rst", ".csv", ".tsv", ".json", ".jsonl", ".yaml", ".yml", ".toml", ".ini", ".log", ".xml", ".py",
@@ -79,12 +79,7 @@ def _docx(data: bytes) -> str:
 
 
 def _pdf(data: bytes) -> str:
-    if importlib.util.find_spec("pypdf") is None:
-        raise UnreadableDocument("PDF cannot be read on this node: pypdf is not installed")
-    import pypdf  # type: ignore[import-not-found,unused-ignore]
-
     try:
-        reader = pypdf.PdfReader(io.BytesIO(data))
-        return "\n\n".join(page.extract_text() for page in reader.pages).strip()
-    except (pypdf.errors.PyPdfError, ValueError, KeyError) as error:
-        raise UnreadableDocument(f"not a valid PDF: {error}") from None
+        return documents.pdf_text(data).strip()
+    except documents.UnreadableDocument as error:
+        raise UnreadableDocument(f"cannot be read: {error}") from None

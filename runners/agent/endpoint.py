@@ -15,6 +15,7 @@ import httpx2
 import openai
 
 from flowmesh.redaction import Redactor
+from runners.agent import tls
 from runners.agent.completions import Reply, Reported, Unusable, error_text, read_reply
 from runners.agent.config import Model
 from runners.agent.event_loop import EventLoop
@@ -57,7 +58,8 @@ class Endpoint:
             api_key="unused",  # required, but the headers below carry the key, if there is one
             base_url=self.shown,
             timeout=httpx2.Timeout(wanted.timeout_s, connect=CONNECT_TIMEOUT_S),
-            http_client=httpx2.AsyncClient(trust_env=wanted.serve is None),  # no proxy for a server of this machine
+            # No proxy for a server of this machine.
+            http_client=httpx2.AsyncClient(trust_env=wanted.serve is None, verify=tls.context()),
         )
         self.name = wanted.name or ""
 
@@ -157,6 +159,8 @@ class Endpoint:
                 return self._error(answered)
             case openai.APITimeoutError() if not isinstance(error.__cause__, httpx2.ConnectTimeout):
                 return self._error(f"was silent for {self._wanted.timeout_s:g} s")
+            case openai.APIConnectionError() if (why := tls.refusal(error)) is not None:
+                return self._error(f"has a certificate that is not trusted ({why}); see SSL_CERT_FILE")
             case openai.APIConnectionError():
                 return self._error("cannot be reached, or broke the connection off")
         return self._error(f"could not be asked: {type(error).__name__}")

@@ -19,6 +19,8 @@ from typing import Any
 import msgspec
 
 from flowmesh.redaction import Redactor
+from flowmesh.web.session import TRUST_VARIABLES
+from runners.agent import tls
 from runners.agent.config import McpServer
 from runners.agent.event_loop import EventLoop
 from runners.agent.secrets import from_env
@@ -30,7 +32,7 @@ CLOSE_S = 10.0
 STREAM_SILENCE_S = 300.0
 """Servers hold a response stream open without sending; calls have a time limit of their own."""
 TYPES = frozenset({"string", "boolean", "integer", "number", "array", "object", "null"})
-PASSED = ("LANG", "TMPDIR", "FLOWMESH_ATTEMPT", "VIRTUAL_ENV")
+PASSED = ("LANG", "TMPDIR", "FLOWMESH_ATTEMPT", "VIRTUAL_ENV", *TRUST_VARIABLES)
 
 
 class _Session(msgspec.Struct):
@@ -58,7 +60,7 @@ class McpBridge:
             MissingDependency: servers are configured, and `mcp` is not installed.
         """
         if servers and importlib.util.find_spec("mcp") is None:
-            raise MissingDependency("mcp", "agent")
+            raise MissingDependency("mcp")
         self._servers = servers
         self._redact = redact
         self._where = where
@@ -155,7 +157,7 @@ class McpBridge:
         import httpx2
 
         timeout = httpx2.Timeout(wanted.timeout_s, read=max(wanted.timeout_s, STREAM_SILENCE_S))
-        async with httpx2.AsyncClient(headers=dict(wanted.headers), timeout=timeout) as client:
+        async with httpx2.AsyncClient(headers=dict(wanted.headers), timeout=timeout, verify=tls.context()) as client:
             yield client
 
     def _transport(self, session: _Session, http: Any) -> Any:
@@ -178,7 +180,10 @@ class McpBridge:
         if wanted.transport == "sse":
             from mcp.client.sse import sse_client
 
-            return sse_client(wanted.url or "", headers=dict(wanted.headers) or None, timeout=wanted.timeout_s)
+            return sse_client(
+                wanted.url or "", headers=dict(wanted.headers) or None, timeout=wanted.timeout_s,
+                httpx_client_factory=_client,
+            )  # fmt: skip
         from mcp.client import streamable_http
 
         return streamable_http.streamable_http_client(wanted.url or "", http_client=http)
@@ -225,6 +230,13 @@ class McpBridge:
         if isinstance(error, FileNotFoundError | PermissionError):
             return f"{wanted.command!r} cannot be started: {error.strerror}"
         return self._redact(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+
+
+def _client(headers: Any = None, timeout: Any = None, auth: Any = None) -> Any:
+    """What the library makes, with our certificate authorities."""
+    import httpx2
+
+    return httpx2.AsyncClient(headers=headers, timeout=timeout, auth=auth, verify=tls.context())
 
 
 def _text(result: Any) -> str:

@@ -61,6 +61,8 @@ class Session:
         self._bridge = McpBridge(self._config.mcp_servers, redact, f"{self._name}.mcp_servers", self._loop)
         self._model: AgentModel | None = None
         self._confinement: dict[str, str] | None = None
+        self._box: Sandbox | None = None
+        """Of the current run."""
         self._dropped: list[str] = []
 
     def open(self) -> None:
@@ -121,7 +123,8 @@ class Session:
         except RunnerError as problem:
             error = self._redact(str(problem))
         finally:
-            self._dropped += [f"{folder.name}/{name}" for name in workspace.tidy()]
+            left = [] if self._box is None else self._box.left
+            self._dropped += [f"{folder.name}/{name}" for name in dict.fromkeys([*left, *workspace.tidy()])]
         entry: dict[str, Any] = {"index": index, "output": output, "finish_reason": "failed" if error else "completed"}
         if error:
             entry["error"] = error
@@ -205,9 +208,9 @@ class Session:
     def _sandbox(self, folder: Path) -> Sandbox | None:
         if self._bounds is None:
             return None
-        made = Sandbox(folder, self._bounds)
-        self._confinement = made.describe()
-        return made
+        self._box = Sandbox(folder, self._bounds)
+        self._confinement = self._box.describe()
+        return self._box
 
     def _all_tools(self) -> Iterator[tuple[str, Tools]]:
         config: AgentConfig = self._config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from runners.agent.task import AgentTask, read_agent
 from runners.api import BadRequest, Context, MissingDependency, Runner, RunnerError
 
 OUTPUT_FILE = "agent_output.txt"
+BATCH_LOGS = "batch_logs"
+"""Folder with the output of each item, `task_N_output.txt`, counted from 1."""
+BATCH_SUMMARY = "batch_summary.json"
 
 
 class AgentRunner(Runner):
@@ -21,7 +25,7 @@ class AgentRunner(Runner):
         task = read_agent(ctx)
         for library in ("smolagents", "openai"):
             if importlib.util.find_spec(library) is None:
-                raise MissingDependency(library, "agent")
+                raise MissingDependency(library)
         from runners.agent.run import Session
         from runners.agent.secrets import task_redactor
 
@@ -47,7 +51,7 @@ class AgentRunner(Runner):
                 if (metadata := task.metadata[index]) is not None:
                     item["metadata"] = metadata
                 items.append(item)
-                _write_output(ctx.out_dir / OUTPUT_FILE, items, batch=task.batch)
+                _write_output(ctx.out_dir, items, task)
         finally:
             session.close()
         failed = [item for item in items if item["finish_reason"] == "failed"]
@@ -67,24 +71,38 @@ class AgentRunner(Runner):
             "metadata": {
                 **({"tasks_count": len(items)} if task.batch else {"task": task.tasks[0]}),
                 "execution_log": session.journal.entries(),
-                **({"batch_summary": _summary(items)} if task.batch else {}),
+                **({"batch_summary": _summary(items, task)} if task.batch else {}),
                 **session.describe(),
             },
         }
 
 
-def _summary(items: list[dict[str, Any]]) -> dict[str, Any]:
+def _summary(items: list[dict[str, Any]], task: AgentTask) -> dict[str, Any]:
     failed = [item["index"] for item in items if item["finish_reason"] == "failed"]
-    return {"total": len(items), "completed": len(items) - len(failed), "failed": len(failed), "failed_items": failed}
+    completed = len(items) - len(failed)
+    total = len(task.tasks)
+    return {
+        "total": total, "total_tasks": total, "completed": completed, "failed": len(failed), "failed_items": failed,
+    }  # fmt: skip
 
 
-def _write_output(path: Path, items: list[dict[str, Any]], *, batch: bool) -> None:
+def _write_output(folder: Path, items: list[dict[str, Any]], task: AgentTask) -> None:
     """Written after each item, so that earlier outputs remain if a later item ends the task."""
-    if not batch:
-        text = items[0]["output"]
-    else:
-        text = "\n\n".join(
-            f"## {item['index']} ({item['finish_reason']})\n\n{item['output'] or item.get('error', '')}"
-            for item in items
-        )
+    if not task.batch:
+        _write(folder / OUTPUT_FILE, items[0]["output"])
+        return
+    sections = (f"## {item['index']} ({item['finish_reason']})\n\n{_text(item)}" for item in items)
+    _write(folder / OUTPUT_FILE, "\n\n".join(sections))
+    logs = folder / BATCH_LOGS
+    logs.mkdir(exist_ok=True)
+    _write(logs / f"task_{items[-1]['index'] + 1}_output.txt", _text(items[-1]))
+    _write(folder / BATCH_SUMMARY, json.dumps(_summary(items, task), indent=2))
+
+
+def _text(item: dict[str, Any]) -> str:
+    """An item's output; why there is none, where it failed."""
+    return item["output"] or item.get("error", "")
+
+
+def _write(path: Path, text: str) -> None:
     path.write_text(text + "\n", encoding="utf-8", errors="replace")

@@ -17,6 +17,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
+import msgspec
+import psutil
+
+from runners.agent.cgroups import Group
 from runners.agent.command import Bounds, Command, Ended, NotConfined, stop
 
 JAIL = Path(__file__).with_name("jail") / "main.py"
@@ -35,7 +39,14 @@ OF_PYTHON = ("bin", "include", "lib", "lib64", "libexec", "share", "ssl", "pyven
 """Parts of a Python's install prefix. It may also hold folders of the node."""
 PASSED = ("LANG", "LC_ALL", "LC_CTYPE", "TZ", "FLOWMESH_ATTEMPT")
 FILE_BYTES = 512 * 2**20
-OPEN_FILES = 1024
+OPEN_FILES = 512
+"""Of one process. Also bounds what a user's processes have sent each other and not received."""
+JAIL_BYTES, JAIL_TASKS = 64 * 2**20, 8
+"""Room in the cgroup for the jail's own processes."""
+LOCKED_BYTES = 8 * 2**20
+PENDING_SIGNALS = 1024
+MEMORY_SHARE = 2
+"""A folder is kept in memory if its bound is at most this part of the memory that is available."""
 TASKS_A_PROCESS = 16
 """The kernel counts threads, too; its bound only has to stop a fork bomb between two of our counts."""
 
@@ -54,6 +65,10 @@ class Sandbox:
         self.folder = folder.resolve()
         self.bounds = bounds
         self.mode = mode or best_mode()
+        available = psutil.virtual_memory().available
+        self.in_memory = self.mode == "namespaces" and bounds.disk_bytes <= available // MEMORY_SHARE
+        self.left: list[str] = []
+        """What commands made that was not kept, by path."""
         (self.folder / ".tmp").mkdir(parents=True, exist_ok=True)
 
     def describe(self) -> dict[str, str]:
@@ -65,7 +80,14 @@ class Sandbox:
         processes = "own (pid namespace)"
         if self.mode == "landlock":
             processes = f"the node's (signals {'confined' if signals_confined() else 'refused'})"
-        return {"files": self.mode, "network": network, "processes": processes}
+        disk = "own (file system of that size)" if self.in_memory else "the folder's (measured)"
+        return {
+            "files": self.mode,
+            "network": network,
+            "processes": processes,
+            "disk": disk,
+            "cgroup": "own" if has_cgroups() else "none",
+        }
 
     def run(self, command: Sequence[str], check: Callable[[], None], *, timeout_s: float | None = None) -> Ended:
         """Run `command` in the folder.
@@ -78,16 +100,37 @@ class Sandbox:
             NotConfined: the jail could not be built.
         """
         limit_s = min(timeout_s or self.bounds.timeout_s, self.bounds.timeout_s)
-        with tempfile.TemporaryDirectory(prefix="jail-") as root:
-            process = self._start(command, root, limit_s)
+        group = Group(self._group_bytes, self.bounds.processes * TASKS_A_PROCESS + JAIL_TASKS)
+        reading, writing = os.pipe()
+        with tempfile.TemporaryDirectory(prefix="jail-") as root, os.fdopen(reading, "rb"):
             try:
-                return Command(process, self.folder, self.bounds, limit_s).until_end(check)
+                process = self._start(command, root, limit_s, writing, group)
+            finally:
+                os.close(writing)
+            try:
+                ended = Command(
+                    process, reading, self.folder, self.bounds, limit_s, counts_disk=not self.in_memory,
+                    own_network=self.mode == "namespaces" and not self.bounds.network,
+                ).until_end(check)  # fmt: skip
+                self.left += ended.left
+                if group.oom_kills() and not ended.stopped:
+                    ended = msgspec.structs.replace(ended, stopped=f"it reached {self._group_bytes} bytes of memory")
+                return ended
             finally:
                 stop(process)
+                group.remove()
                 assert process.stdout is not None, "it is a pipe"
                 process.stdout.close()
 
-    def _start(self, command: Sequence[str], root: str, limit_s: float) -> subprocess.Popen[bytes]:
+    @property
+    def _group_bytes(self) -> int:
+        """Limit of the command's cgroup: a hard stop above the bounds that are measured, files in memory included."""
+        files = self.bounds.disk_bytes if self.in_memory else 0
+        return self.bounds.memory_bytes + files + JAIL_BYTES
+
+    def _start(
+        self, command: Sequence[str], root: str, limit_s: float, report: int, group: Group
+    ) -> subprocess.Popen[bytes]:
         plan = {
             "mode": self.mode,
             "network": self.bounds.network,
@@ -97,13 +140,20 @@ class Sandbox:
             "env": environment(self.folder),
             "tasks": self.bounds.processes * TASKS_A_PROCESS,
             "tasks_of_user": tasks_of_user() if self.mode == "landlock" else 0,
+            "disk_bytes": self.bounds.disk_bytes,
+            "in_memory": self.in_memory,
             "limits": {
                 "RLIMIT_CORE": 0,
                 "RLIMIT_DATA": self.bounds.memory_bytes,
                 "RLIMIT_FSIZE": min(FILE_BYTES, self.bounds.disk_bytes),
                 "RLIMIT_NOFILE": OPEN_FILES,
                 "RLIMIT_CPU": int(limit_s * 64) + 60,
+                "RLIMIT_MEMLOCK": LOCKED_BYTES,
+                "RLIMIT_MSGQUEUE": 0,
+                "RLIMIT_SIGPENDING": PENDING_SIGNALS,
             },
+            "cgroups": [str(folder) for folder in group.folders],
+            "report": report,
         }
         return subprocess.Popen(
             [sys.executable, "-I", "-S", str(JAIL), json.dumps(plan), *command],
@@ -112,7 +162,17 @@ class Sandbox:
             stderr=subprocess.STDOUT,
             env={"PATH": os.environ.get("PATH", os.defpath)},
             cwd="/",
+            pass_fds=(report,),
         )
+
+
+@functools.cache
+def has_cgroups() -> bool:
+    """Whether commands get a cgroup here."""
+    group = Group(JAIL_BYTES, JAIL_TASKS)
+    found = bool(group.folders)
+    group.remove()
+    return found
 
 
 def readable_paths() -> list[str]:

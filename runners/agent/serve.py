@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from flowmesh.redaction import Redactor
+from flowmesh.web.session import TRUST_VARIABLES
 from runners.agent.config import Serve
 from runners.agent.secrets import from_env
 from runners.agent.watch import Watch
@@ -21,6 +22,7 @@ from runners.api import Context, RunnerError
 PASSED = (
     "PATH", "HOME", "USER", "LANG", "TMPDIR", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER",
     "OMP_NUM_THREADS", "HF_HOME", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "FLOWMESH_ATTEMPT", "PYTHONPATH", "VIRTUAL_ENV",
+    *TRUST_VARIABLES,
 )  # fmt: skip
 LOG = "endpoint.log"
 STOP_S = 5.0

@@ -8,9 +8,9 @@ import msgspec
 from msgspec import Meta
 
 from runners.api import BadRequest, Context
-from runners.data.sources import load_items
+from runners.data.sources import check_data, load_items
+from runners.fields import Faults, check_spec
 from runners.models.spec import Section
-from runners.rag.fields import check_known
 
 OWN_FIELDS = ("task", "data", "configName", "agent")
 DEFAULT_CONFIG = "default"
@@ -49,15 +49,20 @@ def read_agent(ctx: Context) -> AgentTask:
     """Check the document and load its data.
 
     Raises:
-        BadRequest: naming the field.
+        BadRequest: naming all fields that are wrong.
         RunnerError: a data source cannot be reached.
     """
     spec = ctx.spec
-    check_known(ctx, spec, "spec", OWN_FIELDS)
-    section = ctx.section("agent", AgentSection)
-    name, where = _config_name(spec, section)
-    if ctx.merge_children:
-        raise BadRequest("merge_children: agent tasks cannot be merged; send each by itself")
+    faults = Faults()
+    faults.read(lambda: check_spec(ctx, spec, "spec", OWN_FIELDS, {"agent": AgentSection}))
+    section = faults.read(lambda: ctx.section("agent", AgentSection)) or AgentSection()
+    config = faults.read(lambda: _config_name(spec, section))
+    faults.read(lambda: _check_not_merged(ctx))
+    if isinstance(spec.get("data"), dict) and spec["data"].get("type") != "static":
+        faults.read(lambda: check_data(ctx, spec))
+    faults.check()
+    assert config is not None, "else it was a fault"
+    name, where = config
     tasks, metadata, batch = _tasks(ctx, spec)
     return AgentTask(
         config_name=name,
@@ -68,6 +73,11 @@ def read_agent(ctx: Context) -> AgentTask:
         metadata=metadata,
         batch=batch,
     )
+
+
+def _check_not_merged(ctx: Context) -> None:
+    if ctx.merge_children:
+        raise BadRequest("merge_children: agent tasks cannot be merged; send each by itself")
 
 
 def _config_name(spec: dict[str, Any], section: AgentSection) -> tuple[str, str]:

@@ -205,6 +205,8 @@ def _bounds(kit: Kit) -> str:
 
 def _output_of(ended: Ended) -> str:
     output = ended.output.strip() or "(no output)"
+    if ended.left:
+        output += f"\n[not kept, neither file, folder nor link, or nested too deep: {', '.join(ended.left)}]"
     if ended.stopped:
         return f"{output}\n[stopped: {ended.stopped}]"
     return output if ended.code == 0 else f"{output}\n[exit code {ended.code}]"

@@ -17,6 +17,7 @@ from urllib.parse import urlencode, urljoin, urlsplit
 import msgspec
 
 from flowmesh.redaction import Redactor
+from runners.agent import tls
 from runners.agent.config import Fetch, SearchProvider
 from runners.agent.secrets import from_env
 from runners.api import BadRequest
@@ -81,13 +82,13 @@ def _get(url: str, wanted: Fetch) -> tuple[int, dict[str, str], bytes]:
         proxy = urllib.request.getproxies().get(parts.scheme)
         pool: Any
         if proxy and not urllib.request.proxy_bypass(host):
-            pool, target = urllib3.ProxyManager(proxy), url
+            pool, target = urllib3.ProxyManager(proxy, ssl_context=tls.context()), url
         else:
             target = urlsplit(url)._replace(scheme="", netloc="", fragment="").geturl() or "/"
             named = f"[{host}]" if ":" in host else host
             headers["Host"] = named if parts.port is None else f"{named}:{port}"
             pool = (
-                urllib3.HTTPSConnectionPool(address, port, server_hostname=host, assert_hostname=host)
+                urllib3.HTTPSConnectionPool(address, port, server_hostname=host, ssl_context=tls.context())
                 if parts.scheme == "https"
                 else urllib3.HTTPConnectionPool(address, port)
             )
@@ -102,6 +103,8 @@ def _get(url: str, wanted: Fetch) -> tuple[int, dict[str, str], bytes]:
     except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
         if isinstance(error, WebRefused):
             raise
+        if (why := tls.refusal(error)) is not None:
+            raise WebRefused(f"{_shown(url)} has a certificate that is not trusted ({why})") from None
         raise WebRefused(f"{_shown(url)} cannot be reached ({type(error).__name__})") from None
     if len(body) > wanted.max_bytes:
         raise WebRefused(f"{_shown(url)} has more than {wanted.max_bytes} bytes")
@@ -162,6 +165,8 @@ def search(query: str, count: int, provider: SearchProvider, redact: Redactor, w
     """
     import requests
 
+    from flowmesh.web.session import make_session, options_for
+
     params = _filled(provider.params, {"{query}": query, "{count}": str(count)}, count)
     headers = {"User-Agent": USER_AGENT, "Accept": "application/json"}
     if provider.api_key_env is not None:
@@ -170,11 +175,14 @@ def search(query: str, count: int, provider: SearchProvider, redact: Redactor, w
         headers[provider.api_key_header] = provider.api_key_prefix + key
     url = provider.url + ("?" + urlencode(params) if provider.method == "GET" and params else "")
     try:
-        answer = requests.request(
-            provider.method, url, json=params if provider.method == "POST" else None, headers=headers,
-            timeout=provider.timeout_s, allow_redirects=False,
-        )  # fmt: skip
+        with make_session() as session:
+            answer = session.request(
+                provider.method, url, json=params if provider.method == "POST" else None, headers=headers,
+                timeout=provider.timeout_s, allow_redirects=False, **options_for(url),
+            )  # fmt: skip
     except requests.RequestException as error:
+        if (why := tls.refusal(error)) is not None:
+            raise WebRefused(f"the search provider has a certificate that is not trusted ({why})") from None
         raise WebRefused(f"the search provider cannot be reached ({type(error).__name__})") from None
     if answer.status_code != 200:
         raise WebRefused(f"the search provider answered {answer.status_code} {answer.reason}")

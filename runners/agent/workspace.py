@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from runners.agent.command import DEEPEST
+from runners.agent.usage import DEEPEST, SET_ID, change_mode
 
 MAX_READ_BYTES = 16 * 2**20
 MAX_LISTED = 500
@@ -80,7 +80,7 @@ class Workspace:
 
     def tidy(self) -> list[str]:
         """Remove what cannot be packed and delivered: scratch, links that lead out, folders nested too deep, and
-        what is neither file nor folder.
+        what is neither file nor folder. Files lose what would give others rights: set-id bits and capabilities.
 
         Returns:
             What was removed, except the scratch.
@@ -90,14 +90,14 @@ class Workspace:
         todo = [(self.folder, 0)]
         while todo:
             folder, depth = todo.pop()
-            os.chmod(folder, 0o755)  # noqa: PTH101 - a command may have removed our access to it
+            change_mode(os.fspath(folder), 0o755)  # a command may have removed our access to it
             for entry in sorted(os.scandir(folder), key=lambda each: each.name):
                 full = Path(entry.path)
                 if entry.is_dir(follow_symlinks=False) and depth < DEEPEST:
                     todo.append((full, depth + 1))
-                elif entry.is_file(follow_symlinks=False) or (entry.is_symlink() and _stays(full, self.folder)):
-                    continue
-                else:
+                elif entry.is_file(follow_symlinks=False):
+                    _make_plain(full)
+                elif not (entry.is_symlink() and _stays(full, self.folder)):
                     remove(full)
                     dropped.append(str(full.relative_to(self.folder)))
         with contextlib.suppress(OSError):
@@ -127,6 +127,8 @@ class Workspace:
     def _parts(self, path: str) -> tuple[str, ...]:
         inside = path.removeprefix(f"{self.folder}/") if path.startswith("/") else path
         parts = PurePosixPath(inside).parts
+        if len(parts) > DEEPEST:
+            raise PathRefused(f"{path[:80]!r}… is nested more than {DEEPEST} folders deep")
         if not parts or inside.startswith("/") or ".." in parts or "\0" in path:
             raise PathRefused(f"{path!r} is not in the task's folder; give a path relative to it, without `..`")
         return parts
@@ -138,6 +140,15 @@ def _regular(fd: int, mode: str, path: str) -> IO[bytes]:
         os.close(fd)
         raise PathRefused(f"{path!r} is not a regular file")
     return os.fdopen(fd, mode)
+
+
+def _make_plain(file: Path) -> None:
+    """Readable for its owner, without set-id bits and without capabilities."""
+    mode = file.lstat().st_mode
+    if mode & SET_ID or not mode & stat.S_IRUSR:
+        change_mode(os.fspath(file), mode & 0o777 | stat.S_IRUSR)
+    with contextlib.suppress(OSError):  # it has none, or the file system knows none
+        os.removexattr(file, "security.capability", follow_symlinks=False)
 
 
 def remove(path: Path) -> None:

@@ -8,6 +8,7 @@ import logging
 import zipfile
 from pathlib import PurePosixPath
 
+from flowmesh import installed
 from runners.data.text_files import HEAD_BYTES, encoding_of
 
 HTML = frozenset({".html", ".htm", ".xhtml"})
@@ -39,7 +40,7 @@ def document_text(data: bytes, name: str) -> str:
     if not data:
         raise UnreadableDocument("empty")
     if data.lstrip()[:5] == b"%PDF-" or suffix == ".pdf":
-        text = _pdf(data)
+        text = pdf_text(data)
     elif data.startswith(b"PK\x03\x04"):
         text = _docx(data, suffix)
     elif suffix == ".docx":
@@ -86,7 +87,12 @@ def _html(data: bytes | str) -> str:
     return str(MarkdownConverter(heading_style="ATX", **plain).convert_soup(page)).strip()
 
 
-def _pdf(data: bytes) -> str:
+def pdf_text(data: bytes) -> str:
+    """The text of a PDF.
+
+    Raises:
+        UnreadableDocument: it has none, is encrypted or damaged, or pypdf is not installed.
+    """
     _need("pypdf", "PDF")
     import pypdf
 
@@ -132,7 +138,7 @@ def _docx(data: bytes, suffix: str) -> str:
 
 def _need(library: str, what: str) -> None:
     if importlib.util.find_spec(library) is None:
-        raise UnreadableDocument(f"{what}, which needs {library} (pip install 'flowmesh-supervisor[rag]')")
+        raise UnreadableDocument(f"{what}, which needs {library} ({installed.install_command('rag')})")
 
 
 def _line(error: BaseException) -> str:

@@ -11,7 +11,11 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from flowmesh.messages.output import OF_CONNECTION, OF_PROXIES
+from flowmesh.web.session import certificate_remedy
 from runners.api import BadRequest, Context, RunnerError
+from runners.data import client, gateway
+from runners.data.addresses import LocalAddress
 from runners.data.cache import Entry, Meta, evict, read_meta, write_meta
 
 CHUNK_BYTES = 1 << 18
@@ -130,6 +134,8 @@ def _check_headers(headers: Mapping[str, str], where: str) -> None:
     for name, value in headers.items():
         if not _HEADER_NAME.fullmatch(name) or not _HEADER_VALUE.fullmatch(value):
             raise BadRequest(f"{where}: the header {name!r} cannot be sent: only plain letters, and no line breaks")
+        if name.lower() in OF_CONNECTION or name.lower().startswith(OF_PROXIES):
+            raise BadRequest(f"{where}: the header {name!r} belongs to the connection, and the node sets it; remove it")
 
 
 def _attempt(
@@ -146,7 +152,7 @@ def _attempt(
 
     cached, partial = entry.meta(), read_meta(entry.part_meta)
     have = entry.part_bytes()
-    asked = {**headers, "Accept-Encoding": "identity"}  # lengths and ranges count the file's own bytes
+    asked = {"Accept-Encoding": "identity"}  # lengths and ranges count the file's own bytes
     if have and partial is not None and (version := partial.etag or (by_date and partial.last_modified)):
         asked |= {"Range": f"bytes={have}-", "If-Range": version}
     elif cached is not None:
@@ -155,15 +161,20 @@ def _attempt(
         elif cached.last_modified and by_date:
             asked["If-Modified-Since"] = cached.last_modified
     try:
-        with requests.get(url, headers=asked, stream=True, timeout=timeout_s) as answer:
+        found = client.get(ctx.job.permits, url, own=asked, custom=headers, timeout_s=timeout_s, node=ctx.job.gateway)
+        with found.response as answer:
             if answer.status_code == 304 and cached is not None:
                 return cached
             if answer.status_code == 416 and partial is not None and "Range" in asked:
                 return _nothing_left(entry, answer, partial, have)
-            _check_status(answer, url, where)
+            _check_status(found, url, where)
             return _receive(ctx, entry, answer, url, have if answer.status_code == 206 else 0)
-    except (requests.exceptions.TooManyRedirects, requests.exceptions.InvalidURL) as error:
+    except LocalAddress as error:
+        raise BadRequest(f"{where}: {error}") from error
+    except (client.BadRedirect, requests.exceptions.InvalidURL) as error:
         raise BadRequest(f"{where}: {_shown(url)}: {error}") from error
+    except gateway.NotAnswered as error:
+        raise _Interrupted(str(error)) from error
     except requests.RequestException as error:
         raise _Interrupted(_reason(error)) from error
 
@@ -177,11 +188,16 @@ def _nothing_left(entry: Entry, answer: Any, partial: Meta, have: int) -> Meta:
     raise _Interrupted("the partial download is longer than the file")
 
 
-def _check_status(answer: Any, url: str, where: str) -> None:
+def _check_status(found: client.Answered, url: str, where: str) -> None:
+    answer = found.response
     status = answer.status_code
     if status in (200, 206):
         return
     said = f"{status} {answer.reason}"
+    if status == 401 and found.with_token:
+        raise _Interrupted(f"the server answered {said}: it refuses the node's token")
+    if status in (401, 403) and found.hint:
+        raise BadRequest(f"{where}: the server answered {said} for {_shown(url)}; {found.hint}")
     if status in RETRIED:
         raise _Interrupted(f"the server answered {said}")
     if 400 <= status < 500:
@@ -258,7 +274,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, requests.exceptions.Timeout):
         return "the server stopped responding"
     if isinstance(error, requests.exceptions.SSLError):
-        return f"TLS: {error}"
+        return f"TLS: {error}; {certificate_remedy()}"
     if isinstance(error, requests.exceptions.ChunkedEncodingError):
         return "the connection broke off"
     if isinstance(error, requests.exceptions.ConnectionError):

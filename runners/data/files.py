@@ -37,24 +37,28 @@ def load_file(ctx: Context, section: dict[str, Any], shard: Shard | None, spec: 
 
 
 def _files(ctx: Context, data: FileData, where: str) -> list[File]:
-    if data.url is not None:
-        field = f"{where}.url"
-        fetched = fetch(ctx, data.url, field, headers=data.headers, timeout_s=data.timeout_s, by_date=False)
-        return [File(path=fetched.path, format=_format(data.type, urlsplit(data.url).path), where=field)]
+    by_url = data.path is not None and data.path.startswith(("http://", "https://"))  # a stage's jsonl_export.path
+    url = data.path if by_url else data.url
+    if url is not None:
+        field = f"{where}.path" if by_url else f"{where}.url"
+        fetched = fetch(ctx, url, field, headers=data.headers, timeout_s=data.timeout_s, by_date=False)
+        return [File(path=fetched.path, format=_format(data.type, urlsplit(url).path), where=field)]
     for name, value in (("headers", data.headers), ("timeoutSec", data.timeout_s)):
         if value is not None:
             raise BadRequest(f"{where}.{name}: goes with `url`; a file of this node needs none")
     field, shown = f"{where}.path", data.path or ""
-    path = local_path(ctx, shown)
+    path = local_path(ctx, shown, field)
     several = matching(ctx, shown, field)
     for file in several or [path]:
         if not file.is_file():
             raise BadRequest(f"{field}: there is no file {shown!r} on this node")
         if not os.access(file, os.R_OK):
             raise BadRequest(f"{field}: {shown!r} cannot be read by the node's user")
-    if not several:
-        return [File(path=path, format=_format(data.type, path.name), where=field)]
-    return [File(path=each, format=_format(data.type, each.name), where=f"{field} {each.name}") for each in several]
+    names = [f"{field} {each.name}" for each in several] or [field]
+    return [
+        File(path=each, format=_format(data.type, each.name), where=name, reach=ctx.reach)
+        for each, name in zip(several or [path], names, strict=True)
+    ]
 
 
 def _format(kind: str, name: str) -> str:

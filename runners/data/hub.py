@@ -18,17 +18,21 @@ from msgspec import Meta
 
 from runners.api import BadRequest, Context, MissingDependency, RunnerError
 from runners.data.cache import DATASETS, library_folder
+from runners.data.cards import check_builder, check_folder_card, check_hub_card, check_saved
 from runners.data.download import fetch
 from runners.data.local import Table, chosen_split, matching, only_split
 from runners.data.order import Rows, items_of, order_of
 from runners.data.prompts import Items
 from runners.data.readers import FORMATS, File, format_of
+from runners.data.reading import Reach
 from runners.data.shard import Shard
 from runners.data.tables import to_items
-from runners.models.sources import check_no_revision, local_path
+from runners.models.sources import check_no_revision, local_folder, local_path
 
 READ_HERE = frozenset({"csv", "json", "text", "parquet"})
 """The builders of `datasets` whose files are read by `readers`."""
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 class HubData(Rows, frozen=True, kw_only=True):
@@ -47,7 +51,7 @@ def load_hub(ctx: Context, section: dict[str, Any], shard: Shard | None, spec: d
     """See `sources.load_items`. Shuffles first, then shards."""
     data = ctx.check(section, HubData, where)
     if importlib.util.find_spec("datasets") is None:
-        raise MissingDependency("datasets", "training")
+        raise MissingDependency("datasets")
     if data.trust_remote_code:
         ctx.log.warning("%s.trust_remote_code: this version of datasets runs no code of a dataset's", where)
     rows = open_dataset(ctx, data, where)
@@ -77,10 +81,7 @@ def open_dataset(ctx: Context, data: HubData, where: str, *, called: str | None 
     try:
         rows = _local(ctx, data, where, called or f"{where}.url")
         if rows is None:
-            cache_dir = str(library_folder(ctx, DATASETS, data.url))
-            rows = datasets.load_dataset(
-                data.url, name=data.name, split=data.split, revision=data.revision, cache_dir=cache_dir
-            )
+            rows = _of_hub(ctx, data, where)
     except RunnerError:
         raise
     except datasets.exceptions.DatasetGenerationError as error:
@@ -97,8 +98,46 @@ def open_dataset(ctx: Context, data: HubData, where: str, *, called: str | None 
         field = "split" if "split" in str(error).lower() else "name" if "config" in str(error).lower() else "url"
         raise BadRequest(f"{where}.{field}: {_line(error)}") from error
     if isinstance(rows, Mapping):
-        return rows[only_split(list(rows), data.url, where)]
-    return rows
+        rows = rows[only_split(list(rows), data.url, where)]
+    return rows if isinstance(rows, Table) else _undecoded(rows)
+
+
+def _of_hub(ctx: Context, data: HubData, where: str) -> Any:
+    """A dataset of the hub, whose files all lie in its repository."""
+    import datasets
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+
+    field = f"{where}.url"
+    if not _HUB_ID.fullmatch(data.url) or data.url in _PACKAGED_DATASETS_MODULES:
+        raise BadRequest(f"{field}: {data.url!r} is neither a file or folder of this node, nor a hub id (owner/name)")
+    check_hub_card(data.url, data.revision, field)
+    cache_dir = str(library_folder(ctx, DATASETS, data.url))
+    builder = datasets.load_dataset_builder(data.url, name=data.name, revision=data.revision, cache_dir=cache_dir)
+    check_builder(builder, field, data.url, root=f"hf://datasets/{data.url}@")
+    builder.download_and_prepare()
+    return builder.as_dataset(split=data.split)
+
+
+def _undecoded(rows: Any) -> Any:
+    """`rows` with media as they are stored: decoding would open the files that a row names."""
+    features = {name: _without_decoding(feature) for name, feature in rows.features.items()}
+    changed = {name: feature for name, feature in features.items() if feature != rows.features[name]}
+    return rows.cast(type(rows.features)(features)) if changed else rows
+
+
+def _without_decoding(feature: Any) -> Any:
+    import datasets
+
+    match feature:
+        case dict():
+            return {name: _without_decoding(each) for name, each in feature.items()}
+        case list():
+            return [_without_decoding(each) for each in feature]
+        case _ if getattr(feature, "decode", None) is True and not isinstance(feature, datasets.Json):
+            return dataclasses.replace(feature, decode=False)
+        case _ if hasattr(feature, "feature"):
+            return dataclasses.replace(feature, feature=_without_decoding(feature.feature))
+    return feature
 
 
 def _local(ctx: Context, data: HubData, where: str, called: str) -> Any:
@@ -109,27 +148,35 @@ def _local(ctx: Context, data: HubData, where: str, called: str) -> Any:
     if data.url.startswith(("http://", "https://")):
         file = _file(fetch(ctx, data.url, field, by_date=False).path, urlsplit(data.url).path, field, called)
         return _of_files([file], data, where)
-    path = local_path(ctx, data.url)
+    path, reach = local_path(ctx, data.url, field), ctx.reach
     if path.is_file():
-        return _of_files([_file(path, path.name, field, called)], data, where)
+        return _of_files([_file(path, path.name, field, called, reach)], data, where)
     if several := matching(ctx, data.url, field):
-        return _of_files([_file(each, each.name, field, f"{called} {each.name}") for each in several], data, where)
+        files = [_file(each, each.name, field, f"{called} {each.name}", reach) for each in several]
+        return _of_files(files, data, where)
     if not path.is_dir():
         if data.url.startswith(("/", "./", "../", "~")) or data.url.count("/") > 1:
             raise BadRequest(f"{field}: there is no file or folder {data.url!r} on this node")
         return None
     check_no_revision(data.revision, field)
+    local_folder(ctx, path, data.url, field)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         if data.name is not None:
             raise BadRequest(f"{where}.name: what save_to_disk wrote has no configurations; leave it out")
+        check_saved(path, field, data.url)
         return _slice_saved(datasets.load_from_disk(str(path)), data, where)
+    check_folder_card(path, field, data.url)
     # Cached in the attempt's own folder: the library does not notice a file rewritten with the same size and time.
     cache_dir = str(ctx.tmp_dir / "datasets")
     builder = datasets.load_dataset_builder(str(path), name=data.name, cache_dir=cache_dir)
+    check_builder(builder, field, data.url, root=f"{path}/")
     if builder.name not in READ_HERE:
-        return datasets.load_dataset(str(path), name=data.name, split=data.split, cache_dir=cache_dir)
+        builder.download_and_prepare()
+        return builder.as_dataset(split=data.split)
     _check_options(builder.config, data, where)
-    splits = {str(name): _files_of(files, path, builder, called) for name, files in builder.config.data_files.items()}
+    splits = {
+        str(name): _files_of(files, path, builder, called, reach) for name, files in builder.config.data_files.items()
+    }
     _log_unread(ctx, path, splits, data, where)
     return chosen_split(splits, data.split, data.url, where)
 
@@ -143,16 +190,16 @@ def _of_files(files: list[File], data: HubData, where: str) -> Table:
     )  # the name that datasets gives to the split of a file
 
 
-def _file(path: Path, name: str, where: str, called: str) -> File:
+def _file(path: Path, name: str, where: str, called: str, reach: Reach | None = None) -> File:
     """A file with the format that its name says."""
     found = format_of(name)
     if found is None:
         suffix = Path(name).suffix.lower()
         raise BadRequest(f"{where}: no format is known for files ending in {suffix!r}; known: {', '.join(FORMATS)}")
-    return File(path=path, format=found, where=called)
+    return File(path=path, format=found, where=called, reach=reach)
 
 
-def _files_of(files: Any, folder: Path, builder: Any, called: str) -> list[File]:
+def _files_of(files: Any, folder: Path, builder: Any, called: str, reach: Reach) -> list[File]:
     """The files that `datasets` selected for a split, each with its format."""
     found = []
     for each in map(Path, files):
@@ -164,6 +211,7 @@ def _files_of(files: Any, folder: Path, builder: Any, called: str) -> list[File]
                 format=kind,
                 where=f"{called} {each.relative_to(folder) if each.is_relative_to(folder) else each.name}",
                 delimiter=own if kind == "csv" and own not in (None, ",", "\t") else None,
+                reach=reach,
             )
         )
     return found

@@ -6,6 +6,8 @@ import decimal
 import json
 from typing import Any
 
+from runners.data.names import is_name
+
 
 class Spelled(float):
     """A JSON number with a point or an exponent. `str` gives it as it was written: `1.10`, not `1.1`."""
@@ -48,5 +50,5 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} is there twice")
+        raise ValueError(f"the key {twice!r} is there twice" if is_name(twice) else "a key is there twice")
     return found

@@ -16,6 +16,7 @@ import msgspec
 
 from runners.api import BadRequest, Context, MissingDependency
 from runners.data.readers import File, Row, count, read
+from runners.data.reading import Refused
 from runners.data.tables import Columns
 from runners.models.sources import local_path
 
@@ -59,15 +60,31 @@ def matching(ctx: Context, pattern: str, where: str) -> list[Path]:
     Empty if `pattern` has no wildcard, or is itself the name of a file or folder.
 
     Raises:
-        BadRequest: nothing matches.
+        BadRequest: nothing matches, or something outside of what documents may read.
     """
-    if not _WILD & set(pattern) or local_path(ctx, pattern).exists():
+    if not _WILD & set(pattern) or local_path(ctx, pattern, where).exists():
         return []
+    refusal: Refused | None = None
     for base in (Path.cwd(), ctx.results_dir):
-        found = glob.glob(str(Path(pattern).expanduser()), root_dir=base, recursive=True)  # noqa: PTH207 - takes absolute ones, too
-        if files := sorted(path for path in (base / each for each in found) if path.is_file()):
+        whole = base / Path(pattern).expanduser()
+        try:
+            ctx.reach.find(_before_wildcard(whole))
+            found = glob.glob(str(whole), recursive=True)  # noqa: PTH207 - Path.glob takes no absolute ones
+            files = sorted(path for path in map(Path, found) if ctx.reach.find(path) is not None and path.is_file())
+        except Refused as error:
+            refusal = refusal or error
+            continue
+        if files:
             return files
+    if refusal is not None:
+        raise BadRequest(f"{where}: {pattern!r} {refusal}")
     raise BadRequest(f"{where}: no file of this node matches {pattern!r}")
+
+
+def _before_wildcard(pattern: Path) -> Path:
+    """The folder in which a pattern begins to match."""
+    parts = list(itertools.takewhile(lambda part: not _WILD & set(part), pattern.parts))
+    return Path(*parts)
 
 
 def chosen_split(splits: Splits, split: str | None, shown: str, where: str) -> Table:
@@ -91,7 +108,7 @@ def chosen_split(splits: Splits, split: str | None, shown: str, where: str) -> T
     if [term.strip() for term in wanted.split("+")] == names:
         return Table([Part(tuple(splits[name])) for name in names])
     if importlib.util.find_spec("datasets") is None:
-        raise MissingDependency("datasets", "training")
+        raise MissingDependency("datasets")
     import datasets
 
     sizes = {name: count_rows(splits[name]) if name in names else 0 for name in splits}

@@ -82,7 +82,7 @@ def order_of(ctx: Context, count: int, wanted: Rows, shard: Shard | None, where:
 def _shuffled(count: int, seed: int, buffer_size: int | None) -> list[int]:
     """The permutation of `datasets` for the same seed."""
     if importlib.util.find_spec("datasets") is None:
-        raise MissingDependency("datasets", "training")
+        raise MissingDependency("datasets")
     import datasets
 
     numbers: Any = datasets.Dataset.from_dict({"row": range(count)})

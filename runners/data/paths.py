@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from runners.data.names import listed
+
 _STEP = re.compile(r"""\.?(?P<name>[^.\[\]"']+)|\[(?P<index>-?\d+)\]|\[(?P<quote>["'])(?P<key>.*?)(?P=quote)\]""")
 _SHOWN = 12
 
@@ -59,5 +61,5 @@ def walk(value: Any, steps: list[str | int], start: str) -> Any:
 
 
 def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:_SHOWN]) or "nothing"
-    return f"{shown}, … ({len(names)} in all)" if len(names) > _SHOWN else shown
+    shown = listed(names, most=_SHOWN) if names else "nothing"
+    return f"{shown} ({len(names)} in all)" if len(names) > _SHOWN else shown

@@ -9,7 +9,9 @@ from typing import Any
 
 import msgspec
 
+from flowmesh.validation.convert import FieldError, convert
 from runners.api import BadRequest, Context
+from runners.data.names import kind
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -59,13 +61,22 @@ def check_prompt(ctx: Context, value: Any, where: str, *, allow_empty: bool) -> 
         return value
     if isinstance(value, list | tuple) and value:
         turns = [_without_nulls(turn) for turn in value]  # tables have a cell for every key, also where it says nothing
-        return ctx.check(turns, tuple[Message, ...], where)
+        return _chat_of_table(turns, where) if allow_empty else ctx.check(turns, tuple[Message, ...], where)
     if allow_empty and isinstance(value, bool):
         return "true" if value else "false"
     if allow_empty and isinstance(value, int | float | decimal.Decimal):
         return str(value)
-    found = f"{type(value).__name__} {value!r}"[:80]
+    found = kind(value) if allow_empty else f"{type(value).__name__} {value!r}"[:80]
     raise BadRequest(f"{where}: expected a string or a list of {{role, content}} messages (found {found})")
+
+
+def _chat_of_table(turns: list[Any], where: str) -> tuple[Message, ...]:
+    """The chat of a file's row, whose content no error shows."""
+    try:
+        return convert(turns, tuple[Message, ...], where=where)
+    except FieldError as error:
+        turn, bracket, _ = error.path.removeprefix(where).partition("]")
+        raise BadRequest(f"{where}{turn}{bracket}: expected {{role, content}} with two texts and no more") from None
 
 
 def check_text(value: Any, where: str) -> None:

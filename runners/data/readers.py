@@ -18,7 +18,9 @@ import msgspec
 
 from runners.api import BadRequest, MissingDependency
 from runners.data import json_text
+from runners.data.names import is_name
 from runners.data.prompts import check_text
+from runners.data.reading import Reach, Refused
 from runners.data.tables import Columns
 from runners.data.text_files import lines
 
@@ -47,6 +49,8 @@ class File(msgspec.Struct, frozen=True, kw_only=True):
     """Its name in errors."""
     delimiter: str | None = None
     """For CSV with another delimiter than the format's default."""
+    reach: Reach | None = None
+    """What bounds a file that a document names. None: one that the node downloaded."""
 
 
 def format_of(name: str) -> str | None:
@@ -66,15 +70,36 @@ def read(file: File, columns: Columns | None = None) -> Iterator[Row]:
         BadRequest: naming the line, or the missing column and those there are.
         MissingDependency: Parquet needs pyarrow.
     """
-    return _READERS[file.format](file, columns)
+    with _judged(file) as judged:
+        yield from _READERS[file.format](judged, columns)
 
 
 def count(file: File) -> int:
     """The number of rows in `file`. Parquet files are not read beyond their footer. Errors as for `read`."""
     if file.format != "parquet":
         return sum(1 for _ in read(file))
-    with _parquet(file) as table:
+    with _judged(file) as judged, _parquet(judged) as table:
         return int(table.metadata.num_rows)
+
+
+@contextlib.contextmanager
+def _judged(file: File) -> Iterator[File]:
+    """The file by a name that nothing can be put under meanwhile.
+
+    Raises:
+        BadRequest: it leads outside of what documents may read, or cannot be opened.
+    """
+    if file.reach is None:
+        yield file
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            path = stack.enter_context(file.reach.opened(file.path))
+        except Refused as error:
+            raise BadRequest(f"{file.where}: {error}") from None
+        except OSError as error:
+            raise BadRequest(f"{file.where}: cannot be opened: {error.strerror}") from None
+        yield msgspec.structs.replace(file, path=path)
 
 
 def _read_csv(file: File, columns: Columns | None) -> Iterator[Row]:
@@ -107,7 +132,8 @@ def _check_header(header: list[str], place: str) -> None:
     seen: dict[str, int] = {}
     for number, name in enumerate(header, start=1):
         if name in seen:
-            raise BadRequest(f"{place}: columns {seen[name]} and {number} are both called {name!r}; rename one")
+            called = f"both called {name!r}" if is_name(name) else "called the same"
+            raise BadRequest(f"{place}: columns {seen[name]} and {number} are {called}; rename one")
         seen[name] = number
 
 
@@ -183,7 +209,7 @@ def _read_parquet(file: File, columns: Columns | None) -> Iterator[Row]:
 @contextlib.contextmanager
 def _parquet(file: File) -> Iterator[Any]:
     if importlib.util.find_spec("pyarrow") is None:
-        raise MissingDependency("pyarrow", "training")
+        raise MissingDependency("pyarrow")
     import pyarrow  # type: ignore[import-not-found,unused-ignore]
     import pyarrow.parquet  # type: ignore[import-not-found,unused-ignore]
 

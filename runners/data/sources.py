@@ -6,12 +6,13 @@ from typing import Any
 
 from flowmesh.validation.convert import nearest
 from runners.api import BadRequest, Context
-from runners.data.files import load_file
-from runners.data.graph import load_graph
-from runners.data.hub import load_hub
-from runners.data.lists import load_list
+from runners.data.files import FileData, load_file
+from runners.data.graph import GraphData, load_graph
+from runners.data.hub import HubData, load_hub
+from runners.data.lists import ListData, load_list
 from runners.data.prompts import Items, check_text
 from runners.data.shard import Shard
+from runners.fields import Faults
 
 LOADERS = {
     "list": load_list,
@@ -23,13 +24,22 @@ LOADERS = {
 }
 
 
-def load_items(ctx: Context, spec: dict[str, Any], where: str = "spec") -> Items:
-    """The rows that `spec.data` and `spec.shard` select.
+SECTIONS: dict[str, type[Any]] = {
+    "list": ListData,
+    "dataset": HubData,
+    "graph_template": GraphData,
+    "jsonl": FileData,
+    "csv": FileData,
+    "parquet": FileData,
+}
+"""The fields of each source."""
+
+
+def check_data(ctx: Context, spec: dict[str, Any], where: str = "spec") -> str:
+    """Check the fields of `spec.data` and `spec.shard`, without reading a row; returns the source's type.
 
     Raises:
-        BadRequest: naming the field.
-        MissingDependency: the source needs a library that is not installed.
-        RunnerError: the source cannot be reached.
+        BadRequest: naming all fields that are wrong.
     """
     section = spec.get("data")
     here = f"{where}.data"
@@ -39,13 +49,33 @@ def load_items(ctx: Context, spec: dict[str, Any], where: str = "spec") -> Items
     kind = section.get("type")
     if not isinstance(kind, str):
         raise BadRequest(f"{here}.type: missing; one of {', '.join(sorted(LOADERS))}")
-    loader = LOADERS.get(kind)
-    if loader is None:
+    if kind not in LOADERS:
         raise BadRequest(f"{here}.type: unknown source {kind!r}; {nearest(kind, list(LOADERS))}")
-    shard = None if spec.get("shard") is None else ctx.check(spec["shard"], Shard, f"{where}.shard")
-    if shard is not None:
-        shard.check(f"{where}.shard")
-    items = loader(ctx, section, shard, spec, here)
+    faults = Faults()
+    faults.read(lambda: ctx.check(section, SECTIONS[kind], here))
+    faults.read(lambda: _shard(ctx, spec, where))
+    faults.check()
+    return kind
+
+
+def load_items(ctx: Context, spec: dict[str, Any], where: str = "spec") -> Items:
+    """The rows that `spec.data` and `spec.shard` select.
+
+    Raises:
+        BadRequest: naming the field.
+        MissingDependency: the source needs a library that is not installed.
+        RunnerError: the source cannot be reached.
+    """
+    kind = check_data(ctx, spec, where)
+    items = LOADERS[kind](ctx, spec["data"], _shard(ctx, spec, where), spec, f"{where}.data")
     for prompt, metadata, place in zip(items.prompts, items.metadata, items.wheres, strict=True):
         check_text([prompt, metadata], place)
     return items
+
+
+def _shard(ctx: Context, spec: dict[str, Any], where: str) -> Shard | None:
+    if spec.get("shard") is None:
+        return None
+    shard = ctx.check(spec["shard"], Shard, f"{where}.shard")
+    shard.check(f"{where}.shard")
+    return shard

@@ -11,10 +11,9 @@ from typing import Any
 
 from runners.api import BadRequest, Context
 from runners.data.json_text import Spelled
+from runners.data.names import listed
 from runners.data.paths import PathError, parse, walk
 from runners.data.prompts import Items, Prompt, check_prompt
-
-_SHOWN = 30
 
 
 class Columns:
@@ -35,11 +34,10 @@ class Columns:
             there: the existing columns, which the error lists.
         """
         names = list(there)
-        listed = ", ".join(map(str, names[:_SHOWN])) + (", …" if len(names) > _SHOWN else "")
         for field, wanted in (("column", [self.column]), ("metadata_columns", list(self.renamed))):
             for name in wanted:
                 if column_of(name, names) is None:
-                    raise BadRequest(f"{self._where}.{field}: no column {name!r}; there are: {listed or 'none'}")
+                    raise BadRequest(f"{self._where}.{field}: no column {name!r}; there are: {listed(names)}")
         called = self._called(names)
         for name, target in called.items():
             twin = next(other for other in called if called[other] == target)
@@ -139,8 +137,7 @@ def to_items(ctx: Context, rows: Iterable[tuple[str, Mapping[str, Any]]], column
         try:
             value = cell(row, columns.column)
         except PathError as error:
-            there = ", ".join(map(str, row)) or "nothing"
-            reason = f"has no {columns.column!r}; it has: {there}" if "." not in columns.column else str(error)
+            reason = f"has no {columns.column!r}; it has: {listed(row)}" if "." not in columns.column else str(error)
             raise BadRequest(f"{where}: {reason}") from None
         prompts.append(check_prompt(ctx, value, f"{where}: {columns.column}", allow_empty=True))
         metadata.append(columns.metadata(row))

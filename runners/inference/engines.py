@@ -25,14 +25,14 @@ def choose(ctx: Context, task: InferenceTask) -> str:
         MissingDependency: the requested engine is not installed.
     """
     if task.engine == "vllm":
-        _need("vllm", "vllm")
+        _need("vllm")
         return "vllm"
     if task.engine == "auto" and ctx.gpus and not task.enforce_cpu and importlib.util.find_spec("vllm") is not None:
         if _only_transformers_can(task) or _has_slices(ctx):
             return "transformers"
         return "vllm"
-    _need("torch", "inference")
-    _need("transformers", "inference")
+    _need("torch")
+    _need("transformers")
     return "transformers"
 
 
@@ -51,7 +51,7 @@ def load_engine(
         RunnerError: the model hub is unreachable.
     """
     chosen = choose(ctx, task)
-    _log_unused(ctx, task, chosen)
+    _note_unused(ctx, task, chosen)
     engine: Engine
     if chosen == "vllm":
         from runners.inference import vllm_engine
@@ -89,15 +89,15 @@ def _check_ids(ctx: Context, task: InferenceTask, source: Source, engine: Engine
             raise BadRequest(f"spec.inference.{field}: the model has no token {beyond[0]}; its ids end at {rows - 1}")
 
 
-def _log_unused(ctx: Context, task: InferenceTask, chosen: str) -> None:
-    """Log the other engine's options, which have no effect: a document may have options for both."""
+def _note_unused(ctx: Context, task: InferenceTask, chosen: str) -> None:
+    """Note the other engine's options, which have no effect: a document may have options for both."""
     other: dict[str, Any] = task.model.vllm or {}
     if chosen == "vllm":
         other = msgspec.structs.asdict(task.model.transformers or TransformersOptions())
-    unused = [name for name, value in other.items() if value is not None and name not in SHARED]
-    if unused:
-        section = "transformers" if chosen == "vllm" else "vllm"
-        ctx.log.warning("spec.model.%s was not used by engine=%s: %s", section, chosen, ", ".join(unused))
+    section = "transformers" if chosen == "vllm" else "vllm"
+    names = [name for name, value in other.items() if value is not None and name not in SHARED]
+    ctx.unused += [f"spec.model.{section}.{name} (engine {chosen})" for name in names]
+    ctx.report_unused()
 
 
 def _has_slices(ctx: Context) -> bool:
@@ -111,6 +111,6 @@ def _only_transformers_can(task: InferenceTask) -> bool:
     return bool(options.load_in_8bit or options.load_in_4bit or options.device_map == "cpu") and not task.model.vllm
 
 
-def _need(library: str, extra: str) -> None:
+def _need(library: str) -> None:
     if importlib.util.find_spec(library) is None:
-        raise MissingDependency(library, extra)
+        raise MissingDependency(library)

@@ -86,6 +86,7 @@ class Export:
         ctx.upload(self.relative_path, "jsonl_export", child)
         return {
             "path": str(target),
+            "worker_path": str(target),
             "relative_path": self.relative_path,
             "record_count": len(items),
             "fields": list(self._getters),

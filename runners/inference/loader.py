@@ -20,6 +20,8 @@ from runners.inference.tokens import Texts, load_tokenizer
 from runners.inference.transformers_engine import TransformersEngine
 from runners.models import weights
 from runners.models.adapters import LocalAdapter
+from runners.models.code import may_run_code
+from runners.models.contents import check_attention
 from runners.models.sources import Source, loading
 
 CPU_ROWS = 32
@@ -63,7 +65,8 @@ def load_model(ctx: Context, task: InferenceTask, source: Source) -> tuple[Any, 
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(max(ctx.threads, 1))
     options = task.transformers
-    trust = bool(options.trust_remote_code)
+    trust = may_run_code(ctx, source, options.trust_remote_code, "spec.model.transformers.trust_remote_code")
+    check_attention(ctx, options.attn_implementation, "spec.model.transformers.attn_implementation")
     arguments = load_arguments(ctx, task)
     with loading(source), _device_memory(source):
         config = AutoConfig.from_pretrained(source.path, revision=source.revision, trust_remote_code=trust)
@@ -131,7 +134,7 @@ def budget(model: Any) -> tuple[int, int]:
 def _quantization(options: TransformersOptions) -> Any:
     field = "load_in_4bit" if options.load_in_4bit else "load_in_8bit"
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise MissingDependency(f"bitsandbytes (spec.model.transformers.{field})", "quantization")
+        raise MissingDependency("bitsandbytes", f"spec.model.transformers.{field}")
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(load_in_8bit=bool(options.load_in_8bit), load_in_4bit=bool(options.load_in_4bit))
@@ -164,10 +167,8 @@ def _check_attention(options: TransformersOptions, device: str) -> None:
         "flash_attention_4": utils.is_flash_attn_4_available,
     }
     if name in there and not there[name]():
-        raise BadRequest(
-            f"spec.model.transformers.{field}: {name} is not installed in this environment (flash-attn 2.3.3 or newer "
-            "for the second version); install it or leave the field out"
-        )
+        library = "flash_attn_interface" if name == "flash_attention_3" else "flash_attn"
+        raise MissingDependency(library, f"spec.model.transformers.{field}: {name}")
 
 
 @contextlib.contextmanager

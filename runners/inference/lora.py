@@ -20,7 +20,7 @@ def apply_adapters(model: Any, adapters: Sequence[LocalAdapter]) -> Any:
     if not adapters:
         return model
     if importlib.util.find_spec("peft") is None:
-        raise MissingDependency("peft", "inference")
+        raise MissingDependency("peft")
     for adapter in adapters:
         if adapter.apply == "merge":
             _untie(model, adapter)

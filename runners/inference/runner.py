@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from runners.api import BadRequest, Context, Runner, RunnerError
-from runners.data.sources import load_items
+from runners.data.sources import check_data, load_items
+from runners.fields import Faults
 from runners.inference.engine import Completion, Request, Watch
 from runners.inference.engines import load_engine
 from runners.inference.export import read_export
@@ -30,9 +31,9 @@ from runners.inference.task import InferenceTask, read_task
 from runners.inference.vllm_args import Work
 from runners.models.adapters import LocalAdapter, load_adapters
 from runners.models.checkpoints import load_checkpoint, model_root
-from runners.models.sources import Source, resolve_identifier
+from runners.models.sources import Source, local_folder, resolve_identifier
 from runners.rows.log import RowLog, report_rows
-from runners.rows.resume import read_resume, starts_anew
+from runners.rows.resume import check_resume, read_resume, starts_anew
 
 
 class InferenceRunner(Runner):
@@ -40,7 +41,7 @@ class InferenceRunner(Runner):
 
     def run(self, ctx: Context) -> dict[str, Any]:
         ctx.phase("prepare")
-        task = read_task(ctx, ctx.spec)
+        task = read_document(ctx, ctx.spec, "spec")
         children = read_children(ctx)
         parent = read_part(ctx, task, ctx.spec, "spec", task_id=None, folder=ctx.out_dir)
         parts: dict[str | None, Part] = {None: parent}
@@ -51,7 +52,7 @@ class InferenceRunner(Runner):
         refused: dict[str, dict[str, Any]] = {}
         for child in children:
             try:
-                own = read_task(ctx, child.spec, child.where)
+                own = read_document(ctx, child.spec, child.where)
                 check_agreement(task, own, child.where)
                 folder = folder_of(ctx, child.task_id)
                 parts[child.task_id] = read_part(
@@ -147,6 +148,22 @@ class InferenceRunner(Runner):
         return failed(error)
 
 
+def read_document(ctx: Context, spec: dict[str, Any], where: str) -> InferenceTask:
+    """The checked sections of `spec`; `data` and `postprocess` are checked, too.
+
+    Raises:
+        BadRequest: names all fields that are wrong.
+    """
+    faults = Faults()
+    task = faults.read(lambda: read_task(ctx, spec, where))
+    faults.read(lambda: check_data(ctx, spec, where))
+    faults.read(lambda: read_export(ctx, spec, where))
+    faults.read(lambda: check_resume(ctx, spec, where))
+    faults.check()
+    assert task is not None, "else it was a fault"
+    return task
+
+
 def read_part(
     ctx: Context, task: InferenceTask, spec: dict[str, Any], where: str, *, task_id: str | None, folder: Path
 ) -> Part:
@@ -224,7 +241,7 @@ def find_source(ctx: Context, task: InferenceTask) -> Source:
         where = "spec.model.source.identifier"
         return resolve_identifier(ctx, given.identifier or "", given.revision, where)
     loaded = load_checkpoint(ctx, task.checkpoint)
-    folder = model_root(loaded.folder, loaded.where)
+    folder = local_folder(ctx, model_root(loaded.folder, loaded.where), loaded.shown, loaded.where)
     tokenizer = None
     if given.identifier is not None and not has_tokenizer(folder):
         tokenizer = resolve_identifier(ctx, given.identifier, given.revision, "spec.model.source.identifier").path

@@ -11,13 +11,11 @@ import msgspec
 
 from flowmesh.validation.convert import nearest
 from runners.api import BadRequest, Context
+from runners.fields import Faults, check_spec
 from runners.inference.options import EngineName, InferenceOptions, Sampling, sampling_of, system_prompt_of
 from runners.models.spec import Adapter, Checkpoint, CheckpointLoad, ModelSource, Section
 
-KNOWN_SPEC_FIELDS = (
-    "taskType", "resources", "model", "data", "output", "inference", "postprocess", "shard", "checkpoint", "engine",
-    "enforce_cpu", "resume", "timeoutSec", "retainLogs", "env",
-)  # fmt: skip
+OWN_FIELDS = ("model", "data", "inference", "postprocess", "checkpoint", "engine", "enforce_cpu", "resume")
 
 Dtype = Literal["auto", "float16", "bfloat16", "float32", "fp16", "half", "bf16", "fp32", "float"]
 DTYPES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}
@@ -68,51 +66,56 @@ def read_task(ctx: Context, spec: dict[str, Any], where: str = "spec") -> Infere
     """The checked sections of `spec` that this runner owns.
 
     Raises:
-        BadRequest: names the field.
+        BadRequest: names all fields that are wrong.
     """
-    check_known(ctx, spec, where)
-    model = ctx.check(spec.get("model") or {}, Model, f"{where}.model")
-    checkpoint = ctx.check(spec.get("checkpoint") or {}, Checkpoint, f"{where}.checkpoint").load
-    options = ctx.check(spec.get("inference") or {}, InferenceOptions, f"{where}.inference")
-    if checkpoint is None and model.source.identifier is None:
-        raise BadRequest(
-            f"{where}.model.source.identifier: missing; give a hub id, a local folder or 'builtin:tiny-llama'"
-        )
-    outer = ctx.check({name: spec[name] for name in ("engine", "enforce_cpu") if name in spec}, _Choice, where)
-    engine = _either(outer.engine, options.engine, "engine", where)
-    enforce_cpu = _either(outer.enforce_cpu, options.enforce_cpu, "enforce_cpu", where)
-    if enforce_cpu and engine == "vllm":
-        raise BadRequest(f"{where}.engine: 'vllm' and enforce_cpu exclude each other; leave one out")
+    faults = Faults()
+    faults.read(lambda: check_spec(ctx, spec, where, OWN_FIELDS, {"inference": InferenceOptions}))
+    spec_model = faults.read(lambda: ctx.check(spec.get("model") or {}, Model, f"{where}.model"))
+    checkpoint = faults.read(lambda: ctx.check(spec.get("checkpoint") or {}, Checkpoint, f"{where}.checkpoint"))
+    options = faults.read(lambda: ctx.check(spec.get("inference") or {}, InferenceOptions, f"{where}.inference"))
+    model, options = spec_model or Model(), options or InferenceOptions()
+    if spec_model is not None and checkpoint is not None and checkpoint.load is None:
+        faults.read(lambda: _check_identifier(model, where))
+    choice = faults.read(lambda: _choice(ctx, spec, options, where))
+    sampling = faults.read(lambda: sampling_of(options, f"{where}.inference"))
+    system_prompt = faults.read(lambda: system_prompt_of(options, f"{where}.inference"))
+    transformers = faults.read(lambda: _transformers_options(model, where))
+    vllm = faults.read(lambda: _vllm_options(model, where))
+    faults.check()
+    if not (checkpoint and choice and sampling and transformers) or vllm is None:
+        raise AssertionError("a part that is missing was a fault")
     return InferenceTask(
         model=model,
-        checkpoint=checkpoint,
-        sampling=sampling_of(options, f"{where}.inference"),
-        system_prompt=system_prompt_of(options, f"{where}.inference"),
+        checkpoint=checkpoint.load,
+        sampling=sampling,
+        system_prompt=system_prompt,
         chat=bool(options.chat),
-        engine=engine or "auto",
-        enforce_cpu=bool(enforce_cpu),
-        transformers=_transformers_options(model, where),
-        vllm=_vllm_options(model, where),
+        engine=choice.engine or "auto",
+        enforce_cpu=bool(choice.enforce_cpu),
+        transformers=transformers,
+        vllm=vllm,
     )
-
-
-def check_known(ctx: Context, spec: dict[str, Any], where: str) -> None:
-    """Refuse a top-level field that resembles a known one; log any other unknown field.
-
-    The node and the orchestrator own fields at this level, so an unknown one is not always an error.
-    """
-    for name in spec:
-        if name in KNOWN_SPEC_FIELDS or name.startswith("_"):
-            continue
-        hint = nearest(name, list(KNOWN_SPEC_FIELDS))
-        if hint.startswith("did you mean"):
-            raise BadRequest(f"{where}.{name}: unknown field; {hint}")
-        ctx.log.warning("%s.%s is not a field of this task type and was not used", where, name)
 
 
 class _Choice(Section, frozen=True):
     engine: EngineName | None = None
     enforce_cpu: bool | None = None
+
+
+def _choice(ctx: Context, spec: dict[str, Any], options: InferenceOptions, where: str) -> _Choice:
+    outer = ctx.check({name: spec[name] for name in ("engine", "enforce_cpu") if name in spec}, _Choice, where)
+    engine = _either(outer.engine, options.engine, "engine", where)
+    enforce_cpu = _either(outer.enforce_cpu, options.enforce_cpu, "enforce_cpu", where)
+    if enforce_cpu and engine == "vllm":
+        raise BadRequest(f"{where}.engine: 'vllm' and enforce_cpu exclude each other; leave one out")
+    return _Choice(engine=engine, enforce_cpu=enforce_cpu)
+
+
+def _check_identifier(model: Model, where: str) -> None:
+    if model.source.identifier is None:
+        raise BadRequest(
+            f"{where}.model.source.identifier: missing; give a hub id, a local folder or 'builtin:tiny-llama'"
+        )
 
 
 def _either(outer: Any, inner: Any, name: str, where: str) -> Any:
@@ -141,8 +144,8 @@ def _transformers_options(model: Model, where: str) -> TransformersOptions:
     shared = model.vllm or {}  # so that a document written for vLLM loads the same weights
     if options.dtype is None and shared.get("dtype") in (*DTYPES, *DTYPES.values()):
         changes["dtype"] = shared["dtype"]
-    if options.trust_remote_code is None and shared.get("trust_remote_code") is True:
-        changes["trust_remote_code"] = True
+    if options.trust_remote_code is None:
+        changes["trust_remote_code"] = _first(shared.get("trust_remote_code"), model.source.trust_remote_code)
     return msgspec.structs.replace(options, **changes)
 
 
@@ -156,6 +159,12 @@ def _vllm_options(model: Model, where: str) -> dict[str, Any]:
         options["dtype"] = DTYPES.get(options["dtype"], options["dtype"])
     elif shared is not None and shared.dtype is not None:
         options["dtype"] = DTYPES.get(shared.dtype, shared.dtype)
-    if shared is not None and shared.trust_remote_code and "trust_remote_code" not in options:
+    own = None if shared is None else shared.trust_remote_code
+    if _first(own, model.source.trust_remote_code) and "trust_remote_code" not in options:
         options["trust_remote_code"] = True
     return options
+
+
+def _first(*given: Any) -> bool | None:
+    """The first value that is given."""
+    return next((value is True for value in given if value is not None), None)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -14,6 +16,7 @@ from runners.api import BadRequest, Context
 from runners.inference.batches import cache_bytes_per_token
 from runners.inference.engine import GpuOutOfMemory
 from runners.inference.task import InferenceTask
+from runners.inference.vllm_allowed import SETTING, check_allowed
 
 WHERE = "spec.model.vllm"
 DEFAULT_UTILIZATION = 0.9
@@ -98,6 +101,8 @@ def engine_arguments(
 
     options = dict(task.vllm)
     check_names(options, [field.name for field in dataclasses.fields(EngineArgs)])
+    check_folder(ctx, options)
+    check_allowed(ctx, {name: value for name, value in options.items() if name != "download_dir"}, WHERE)
     on_gpu = bool(ctx.gpus)
     text_config = config.get_text_config()
     options["tensor_parallel_size"] = tensor_parallel(ctx, options, text_config)
@@ -122,6 +127,26 @@ def engine_arguments(
         options.setdefault("max_loras", len(adapter_ranks))
         options.setdefault("max_lora_rank", lora_rank(max(adapter_ranks)))
     return options
+
+
+def check_folder(ctx: Context, options: dict[str, Any]) -> None:
+    """`download_dir`: where tasks may write, or wherever the operator allows it.
+
+    Raises:
+        BadRequest: it lies elsewhere.
+    """
+    folder, where = options.get("download_dir"), f"{WHERE}.download_dir"
+    if folder is None or any(fnmatch.fnmatchcase("download_dir", each) for each in ctx.job.permits.vllm_arguments):
+        return
+    if not isinstance(folder, str):
+        raise BadRequest(f"{where}: expected a path (found {type(folder).__name__})")
+    real = Path(folder).expanduser().resolve()
+    own = (ctx.out_dir, ctx.tmp_dir, *map(Path, ctx.job.permits.caches))
+    if not any(real.is_relative_to(each.resolve()) for each in own):
+        raise BadRequest(
+            f"{where}: lies outside of the task's folder and the hub's caches; leave it out, or have the node's "
+            f"setting {SETTING} list 'download_dir'"
+        )
 
 
 def tensor_parallel(ctx: Context, options: dict[str, Any], config: Any) -> int:

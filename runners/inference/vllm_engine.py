@@ -17,11 +17,12 @@ from runners.inference.lora import check_fit
 from runners.inference.options import Sampling
 from runners.inference.task import InferenceTask
 from runners.inference.tokens import Reader, Texts, load_tokenizer
-from runners.inference.vllm_args import Work, engine_arguments
+from runners.inference.vllm_args import WHERE, Work, engine_arguments
 from runners.inference.vllm_failures import Logs, explain, first_line, start_failure, step_failure
 from runners.inference.vllm_processes import EngineProcesses, cuda_started
 from runners.inference.vllm_weights import check_weights, merged
 from runners.models.adapters import LocalAdapter, check_product
+from runners.models.code import may_run_code
 from runners.models.sources import Source, loading
 from runners.models.weights import not_finite
 
@@ -148,7 +149,7 @@ def load(
         GpuOutOfMemory: it does not fit the GPU.
         RunnerError: the engine did not start, or the hub cannot be reached.
     """
-    trust = bool(task.vllm.get("trust_remote_code"))
+    trust = may_run_code(ctx, source, task.vllm.get("trust_remote_code"), f"{WHERE}.trust_remote_code")
     cache_dir = task.vllm.get("download_dir")
     with loading(source):
         from transformers import AutoConfig
@@ -163,9 +164,10 @@ def load(
         check_product(adapter, "vLLM")
         check_fit(ctx, adapter, config, trust_remote_code=trust)
     arguments = engine_arguments(ctx, task, config, work=work, adapter_ranks=[each.rank for each in runtime])
+    arguments["trust_remote_code"] = trust
     path = source.path
     if len(runtime) < len(adapters):
-        path = str(merged(ctx, task, source, adapters, texts))
+        path = str(merged(ctx, task, source, adapters, texts, trust=trust))
     alone = arguments["tensor_parallel_size"] * arguments.get("pipeline_parallel_size", 1) == 1
     alone = alone and arguments.get("distributed_executor_backend") in (None, "uni")
     # vLLM's default seed is a constant, so that all unseeded tasks would draw the same. numpy's seed has 32 bits; each

@@ -37,13 +37,14 @@ def check_weights(ctx: Context, task: InferenceTask, source: Source, config: Any
     check_checkpoint(AutoModelForCausalLM, source, config=config, cache_dir=task.vllm.get("download_dir"))
 
 
-def merged(ctx: Context, task: InferenceTask, source: Source, adapters: Sequence[LocalAdapter], texts: Texts) -> Path:
+def merged(
+    ctx: Context, task: InferenceTask, source: Source, adapters: Sequence[LocalAdapter], texts: Texts, *, trust: bool
+) -> Path:
     """Merge adapters into the model's weights, and write it into this attempt's TMPDIR."""
     import torch
     from transformers import AutoModelForCausalLM
 
     target = Path(tempfile.mkdtemp(prefix="merged-", dir=ctx.tmp_dir))
-    trust = bool(task.vllm.get("trust_remote_code"))
     model = load_model(
         AutoModelForCausalLM,
         source,

@@ -13,7 +13,7 @@ import msgspec
 from runners.api import BadRequest, Context
 from runners.models import builtin
 from runners.models.files import downloaded, find_root, opened, task_folder
-from runners.models.sources import local_path
+from runners.models.sources import local_folder, local_path
 from runners.models.spec import Adapter
 
 CONFIG = "adapter_config.json"
@@ -65,6 +65,7 @@ def load_adapter(ctx: Context, adapter: Adapter, index: int, where: str) -> Loca
             raise BadRequest(f"{where}.{each}: goes with `url`, which is not there")
     field = f"{where}.{'taskId' if given[0] == 'task_id' else given[0]}"
     folder = _folder(ctx, adapter, field)
+    local_folder(ctx, folder, folder.name, field)
     config = _config(folder, field)
     scale = 1.0 if adapter.scale is None else adapter.scale
     if not math.isfinite(scale):
@@ -136,7 +137,7 @@ def _folder(ctx: Context, adapter: Adapter, field: str) -> Path:
         raise BadRequest(f"{field}: the results of task {adapter.task_id!r} hold no adapter ({CONFIG})")
     if (adapter.path or "").startswith(builtin.PREFIX):
         return builtin.resolve(adapter.path or "", ctx.cache_dir, field)
-    path = local_path(ctx, adapter.path or "")
+    path = local_path(ctx, adapter.path or "", field)
     if not path.exists():
         raise BadRequest(f"{field}: there is no {adapter.path!r} on this node")
     return find_root(opened(ctx, path, archive_format, field), CONFIG, "adapter", field)

@@ -42,8 +42,8 @@ def load_checkpoint(ctx: Context, load: CheckpointLoad, where: str = "spec.check
     _check_belongings(load, path=path, url=url, task_id=task_id, where=where)
     if path is None and url is None and task_id is None:
         raise BadRequest(f"{where}: needs a `path`, a `url` or a `taskId`")
-    if path is not None and local_path(ctx, path).exists():
-        folder = opened(ctx, local_path(ctx, path), archive_format, f"{where}.path")
+    if path is not None and (there := local_path(ctx, path, f"{where}.path")).exists():
+        folder = opened(ctx, there, archive_format, f"{where}.path")
         return _below(folder, load, path, f"{where}.path", where)
     id_field = f"{where}.{'taskId' if load.taskId else 'task_id'}"
     if task_id is not None:

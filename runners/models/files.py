@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from runners.api import BadRequest, Context
 from runners.data.download import fetch
+from runners.data.reading import Refused
 from runners.data.unpack import is_archive, unpack
 
 SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
@@ -51,7 +52,11 @@ def opened(ctx: Context, path: Path, archive_format: str, where: str) -> Path:
     if archive_format == "none" or (archive_format == "auto" and not is_archive(path.name)):
         raise BadRequest(f"{where}: {str(path)!r} is a file and no archive; give a folder, or set archive_format")
     target = Path(tempfile.mkdtemp(prefix="unpacked-", dir=ctx.tmp_dir))
-    unpack(ctx, path, target, archive_format, where)
+    try:
+        with ctx.reach.opened(path) as judged:
+            unpack(ctx, judged, target, archive_format, where)
+    except Refused as error:
+        raise BadRequest(f"{where}: {str(path)!r} {error}") from None
     return target
 
 

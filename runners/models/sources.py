@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
 from runners.api import BadRequest, Context, MissingDependency, RunnerError
+from runners.data.reading import Refused
 from runners.models import builtin
+from runners.models.contents import check_names
 
 
 class Source(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,13 +33,46 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
         return Path(self.path).is_dir()
 
 
-def local_path(ctx: Context, text: str) -> Path:
-    """A document's path as an absolute one. Relative paths start at the working directory, else at RESULTS_DIR."""
-    path = Path(text).expanduser()
-    if path.is_absolute() or path.exists():
-        return path.absolute()
-    below_results = ctx.results_dir / path
-    return below_results if below_results.exists() else path.absolute()
+def local_path(ctx: Context, text: str, where: str) -> Path:
+    """A document's path as an absolute one. Relative paths start at the working directory, else at RESULTS_DIR.
+
+    A folder's links are resolved. A file is judged again when it is read: see `Reach.opened`.
+
+    Args:
+        where: the field, for errors.
+
+    Raises:
+        BadRequest: it leads outside of what documents may read.
+    """
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError:  # ~ of a user that there is not
+        path = Path(text)
+    if not path.is_absolute() and not os.path.exists(path):  # noqa: PTH110 - Path.exists raises where it may not look
+        below_results = ctx.results_dir / path
+        if os.path.exists(below_results):  # noqa: PTH110
+            path = below_results
+        elif ".." not in path.parts:
+            return path.absolute()  # the name of something else, such as a hub id
+    try:
+        found = ctx.reach.find(path)
+    except Refused as error:
+        raise BadRequest(f"{where}: {text!r} {error}") from None
+    return found if found is not None and found.is_dir() else path.absolute()
+
+
+def local_folder(ctx: Context, folder: Path, shown: str, where: str) -> Path:
+    """`folder`, after its content was judged: a library will open what it finds in it.
+
+    Raises:
+        BadRequest: a link in it, or a name in its files, leads outside of what documents may read.
+    """
+    try:
+        ctx.reach.check_folder(folder, ctx.check_cancelled)
+    except Refused as error:
+        raise BadRequest(f"{where}: {shown!r} {error}") from None
+    check_names(folder, where, ctx)
+    return folder
 
 
 def resolve_identifier(ctx: Context, identifier: str, revision: str | None, where: str) -> Source:
@@ -49,9 +85,9 @@ def resolve_identifier(ctx: Context, identifier: str, revision: str | None, wher
         folder = builtin.resolve(identifier, ctx.cache_dir, where)
         check_no_revision(revision, where)
         return Source(path=str(folder), revision=None, shown=identifier, where=where)
-    path = local_path(ctx, identifier)
+    path = local_path(ctx, identifier, where)
     if path.is_dir():
-        check_model_folder(path, where)
+        check_model_folder(local_folder(ctx, path, identifier, where), where)
         check_no_revision(revision, where)
         return Source(path=str(path), revision=None, shown=identifier, where=where)
     if path.exists():
@@ -95,7 +131,7 @@ def loading(source: Source) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise MissingDependency(_library(error), "inference") from error
+        raise MissingDependency.of(error, source.where) from error
     except (RunnerError, MemoryError):
         raise
     except Exception as error:  # each weight format raises its own types
@@ -126,10 +162,6 @@ def _hub_is_off() -> bool:
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE)
-
-
-def _library(error: ImportError) -> str:
-    return error.name or _first_line(error)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -25,6 +25,8 @@ class ModelSource(Section, frozen=True):
     identifier: Annotated[str, Meta(min_length=1)] | None = None
     """A hub id, a local folder, or `builtin:tiny-llama`."""
     revision: str | None = None
+    trust_remote_code: bool | None = None
+    """As in model.transformers and model.vllm."""
 
 
 class Adapter(Section, frozen=True, rename={"task_id": "taskId", "timeout_s": "timeoutSec"}):

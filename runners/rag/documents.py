@@ -14,6 +14,7 @@ from flowmesh.validation.convert import nearest
 from runners.api import BadRequest, Context
 from runners.data.documents import BinaryFile, UnreadableDocument, document_text
 from runners.data.prompts import Items, check_text
+from runners.data.reading import Refused
 from runners.data.sources import LOADERS
 from runners.models.sources import local_path
 from runners.rag.chunks import Window, split, token_offsets
@@ -69,7 +70,7 @@ def read_documents(ctx: Context, section: dict[str, Any] | None, path: str | Non
     if section is not None:
         return _of_source(load_source(ctx, section, f"{where}.documents"), f"{where}.documents")
     assert path is not None, "one of the two is given"
-    return _of_path(ctx, local_path(ctx, path), path, f"{where}.path")
+    return _of_path(ctx, local_path(ctx, path, f"{where}.path"), path, f"{where}.path")
 
 
 def load_source(ctx: Context, section: dict[str, Any], where: str) -> Items:
@@ -173,7 +174,7 @@ def _id_of(metadata: dict[str, Any] | None, index: int, place: str) -> str | int
 def _of_path(ctx: Context, path: Path, shown: str, where: str) -> Documents:
     if path.is_file():
         try:
-            return Documents((Document(path.name, _text_of_file(path, path.name), {"path": path.name}),), ())
+            return Documents((Document(path.name, _text_of_file(ctx, path, path.name), {"path": path.name}),), ())
         except UnreadableDocument as error:
             raise BadRequest(f"{where}: {path.name!r} is not a text file or readable document: {error}") from None
     if not path.is_dir():
@@ -213,7 +214,7 @@ def _walk(ctx: Context, folder: Path) -> Iterator[Document | Skipped]:
                 yield Skipped(shown, "hidden", minor=True)
                 continue
             try:
-                yield Document(shown, _text_of_file(path, shown), {"path": shown})
+                yield Document(shown, _text_of_file(ctx, path, shown), {"path": shown})
             except UnreadableDocument as error:
                 yield Skipped(shown, str(error), minor=isinstance(error, BinaryFile))
     yield from refused
@@ -223,14 +224,17 @@ def _below(path: Path, folder: Path) -> str:
     return path.relative_to(folder).as_posix()
 
 
-def _text_of_file(path: Path, name: str) -> str:
+def _text_of_file(ctx: Context, path: Path, name: str) -> str:
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise UnreadableDocument("not a regular file")
-        if status.st_size > MAX_FILE_BYTES:
-            raise UnreadableDocument(f"more than {MAX_FILE_BYTES} bytes; split it")
-        return document_text(path.read_bytes(), name)
+        with ctx.reach.opened(path) as judged:
+            status = judged.stat()
+            if not stat.S_ISREG(status.st_mode):
+                raise UnreadableDocument("not a regular file")
+            if status.st_size > MAX_FILE_BYTES:
+                raise UnreadableDocument(f"more than {MAX_FILE_BYTES} bytes; split it")
+            return document_text(judged.read_bytes(), name)
+    except Refused as error:
+        raise UnreadableDocument("not a regular file" if "neither" in str(error) else str(error)) from None
     except FileNotFoundError:
         raise UnreadableDocument("a link to a file that does not exist") from None
     except OSError as error:

@@ -14,8 +14,9 @@ import torch
 from flowmesh.messages.job import Fault
 from runners.api import BadRequest, Context, RunnerError
 from runners.gpu_memory import is_shortage
+from runners.models.code import may_run_code
 from runners.models.limits import check_token_ids, embedding_rows, positions
-from runners.models.sources import Source, loading, local_path
+from runners.models.sources import Source, loading, local_folder, local_path
 from runners.models.weights import check_loaded, first_not_finite, not_finite
 from runners.rag.task import DEFAULT_MODEL, Embedding
 
@@ -163,22 +164,23 @@ def load_embedder(ctx: Context, options: Embedding, *, default: str | None = Non
     device = _device(ctx, options)
     packaged = _packaged(name) if options.revision is None else None
     if packaged is None or _in_hub_cache(name):
-        return _load(_source(ctx, name, options.revision, where), options, device)
+        return _load(ctx, _source(ctx, name, options.revision, where), options, device)
     # The same files as on the hub. An unreachable hub would be retried for a minute.
     ctx.log.info("model=%s taken from the installed package %s, no hub needed", name, PACKAGED[name])
-    return _load(Source(path=str(packaged), revision=None, shown=name, where=where), options, device)
+    return _load(ctx, Source(path=str(packaged), revision=None, shown=name, where=where), options, device)
 
 
-def _load(source: Source, options: Embedding, device: str) -> Embedder:
+def _load(ctx: Context, source: Source, options: Embedding, device: str) -> Embedder:
     from sentence_transformers import SentenceTransformer
 
+    trust = may_run_code(ctx, source, options.trust_remote_code, "spec.embedding.trust_remote_code")
     try:
         with loading(source):
             model = SentenceTransformer(
                 source.path,
                 revision=source.revision,
                 device=device,
-                trust_remote_code=bool(options.trust_remote_code),
+                trust_remote_code=trust,
                 local_files_only=source.is_local or _hub_is_off(),
             )
     except torch.OutOfMemoryError as error:
@@ -213,8 +215,9 @@ def _body(model: Any) -> Any:
 
 
 def _source(ctx: Context, name: str, revision: str | None, where: str) -> Source:
-    path = local_path(ctx, name)
+    path = local_path(ctx, name, where)
     if path.is_dir():
+        local_folder(ctx, path, name, where)
         if not any((path / marker).is_file() for marker in ("modules.json", "config.json")):
             raise BadRequest(f"{where}: {name!r} has neither modules.json nor config.json, so it is not a model folder")
         return Source(path=str(path), revision=None, shown=name, where=where)

@@ -82,11 +82,11 @@ def open_faiss(ctx: Context, task: RagTask) -> tuple[FaissSearcher, Embedder]:
     assert wanted is not None, "the caller has looked"
     if wanted.index is not None:
         return _open(ctx, task, wanted, store.load(ctx, wanted.index, f"{WHERE}.index"))
-    if wanted.path is not None and store.is_index(local_path(ctx, wanted.path)):
+    if wanted.path is not None and store.is_index(local_path(ctx, wanted.path, f"{WHERE}.path")):
         for name in ("metric", "index_type", "normalize", "chunk", "save"):
             if getattr(wanted, name) is not None:
                 raise BadRequest(f"{WHERE}.{name}: {WHERE}.path holds an index that is built already; leave it out")
-        return _open(ctx, task, wanted, store.read(ctx, local_path(ctx, wanted.path), f"{WHERE}.path"))
+        return _open(ctx, task, wanted, store.read(ctx, local_path(ctx, wanted.path, f"{WHERE}.path"), f"{WHERE}.path"))
     return _build(ctx, task, wanted)
 
 

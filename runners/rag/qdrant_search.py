@@ -6,6 +6,7 @@ Errors name the server's host and the collection, never the key or the rest of t
 from __future__ import annotations
 
 import importlib.util
+import pickle
 import warnings
 from typing import Any
 from urllib.parse import urlsplit
@@ -14,8 +15,10 @@ import numpy as np
 
 from flowmesh.validation.convert import nearest
 from runners.api import BadRequest, Context, MissingDependency, RunnerError
-from runners.models.sources import local_path
+from runners.data import addresses
+from runners.models.sources import local_folder, local_path
 from runners.rag.faiss_index import check_dimension
+from runners.rag.qdrant_store import check_store, read_data_only
 from runners.rag.search import Hit
 from runners.rag.task import Qdrant
 from runners.rag.waiting import patiently
@@ -139,21 +142,29 @@ def open_qdrant(ctx: Context, wanted: Qdrant) -> QdrantSearcher:
         MissingDependency: qdrant-client is not installed.
     """
     if importlib.util.find_spec("qdrant_client") is None:
-        raise MissingDependency("qdrant_client", "rag")
+        raise MissingDependency("qdrant_client")
     from qdrant_client import QdrantClient
 
     if wanted.path is not None:
-        folder = local_path(ctx, wanted.path)
+        folder = local_path(ctx, wanted.path, f"{WHERE}.path")
         if not folder.is_dir():
             raise BadRequest(f"{WHERE}.path: there is no folder {wanted.path!r} on this node")
+        check_store(local_folder(ctx, folder, wanted.path, f"{WHERE}.path"), f"{WHERE}.path")
+        read_data_only()
         try:
             client = QdrantClient(path=str(folder), force_disable_check_same_thread=True)
+        except pickle.UnpicklingError as error:
+            raise BadRequest(f"{WHERE}.path: {wanted.path!r} holds more than data: {error}; use a server") from None
         except RuntimeError:
             raise RunnerError(
                 f"{WHERE}.path: another process has {wanted.path!r} open; use a server to share it"
             ) from None
         return QdrantSearcher(client, wanted, wanted.path)
     url, place = _address(wanted.url or "")
+    try:
+        addresses.check(ctx.job.permits, url)
+    except addresses.LocalAddress as error:
+        raise BadRequest(f"{WHERE}.url: {error}") from None
     timeout_s = wanted.timeout_s or DEFAULT_TIMEOUT_S
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a key over plain http inside a cluster is the operator's choice

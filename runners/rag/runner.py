@@ -219,7 +219,7 @@ def _need(library: str) -> None:
     import importlib.util
 
     if importlib.util.find_spec(library) is None:
-        raise MissingDependency(library, "rag")
+        raise MissingDependency(library, extra="rag")
 
 
 def _empty_cache() -> None:

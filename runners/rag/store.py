@@ -16,7 +16,7 @@ import msgspec
 
 from runners.api import BadRequest, Context
 from runners.models.files import SAFE_ID, downloaded, find_root, opened, task_folder
-from runners.models.sources import local_path
+from runners.models.sources import local_folder, local_path
 from runners.rag.documents import Passage
 from runners.rag.faiss_check import check_index
 from runners.rag.faiss_index import Index, Recipe, loaded
@@ -101,7 +101,7 @@ def load(ctx: Context, wanted: str | IndexSource, where: str) -> Loaded:
         BadRequest: there is none, or it is damaged.
         RunnerError: its server cannot be reached.
     """
-    folder = _find(ctx, _written_out(wanted, ctx), where)
+    folder = _find(ctx, _written_out(wanted, ctx, where), where)
     return read(ctx, folder, where)
 
 
@@ -112,6 +112,7 @@ def read(ctx: Context, folder: Path, where: str) -> Loaded:
         BadRequest: there is none, or it is damaged.
     """
     folder = find_root(folder, VECTORS, "index", where)
+    local_folder(ctx, folder, folder.name, where)
     try:
         about = msgspec.json.decode((folder / ABOUT).read_bytes(), type=About)
     except FileNotFoundError:
@@ -162,13 +163,13 @@ def is_index(path: Path) -> bool:
     return (path / VECTORS).is_file() or (path / FOLDER / VECTORS).is_file()
 
 
-def _written_out(wanted: str | IndexSource, ctx: Context) -> IndexSource:
+def _written_out(wanted: str | IndexSource, ctx: Context, where: str) -> IndexSource:
     """A bare string is a URL, an existing path, or else a task id."""
     if isinstance(wanted, IndexSource):
         return wanted
     if wanted.startswith(("http://", "https://")):
         return IndexSource(url=wanted)
-    if not local_path(ctx, wanted).exists() and SAFE_ID.fullmatch(wanted):
+    if not local_path(ctx, wanted, where).exists() and SAFE_ID.fullmatch(wanted):
         return IndexSource(task_id=wanted)
     return IndexSource(path=wanted)
 
@@ -183,7 +184,7 @@ def _find(ctx: Context, wanted: IndexSource, where: str) -> Path:
             ctx, wanted.url, archive_format, f"{where}.url", headers=wanted.headers, timeout_s=wanted.timeout_s
         )
     if wanted.path is not None:
-        path = local_path(ctx, wanted.path)
+        path = local_path(ctx, wanted.path, where)
         if not path.exists():
             raise BadRequest(f"{where}: there is no {wanted.path!r} on this node")
         return opened(ctx, path, archive_format, where)

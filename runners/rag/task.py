@@ -13,10 +13,11 @@ import msgspec
 from msgspec import Meta
 
 from runners.api import BadRequest, Context
+from runners.data.sources import check_data
+from runners.fields import Faults, check_spec
 from runners.inference.options import InferenceOptions, sampling_of, system_prompt_of
 from runners.inference.task import InferenceTask, read_task
 from runners.models.spec import ArchiveFormat, Headers, Section
-from runners.rag.fields import check_known
 
 OWN_FIELDS = (
     "query", "data", "search", "embedding", "qdrant", "faiss", "generate", "model", "checkpoint", "engine",
@@ -153,34 +154,48 @@ def read_rag(ctx: Context, spec: dict[str, Any], where: str = "spec") -> RagTask
     """The sections of `spec`, checked.
 
     Raises:
-        BadRequest: naming the field.
+        BadRequest: naming all fields that are wrong.
     """
-    check_known(ctx, spec, where, OWN_FIELDS)
+    faults = Faults()
 
     def section(name: str, into: type[Any]) -> Any:
-        return ctx.check(spec.get(name) or {}, into, f"{where}.{name}")
+        return faults.read(lambda: ctx.check(spec.get(name) or {}, into, f"{where}.{name}"))
 
-    faiss = section("faiss", Faiss) if spec.get("faiss") is not None else None
-    qdrant = section("qdrant", Qdrant) if spec.get("qdrant") is not None else None
-    if (faiss is None) == (qdrant is None):
-        found = "neither is there" if faiss is None else "both are there"
-        raise BadRequest(f"{where}: give either `faiss` or `qdrant` ({found})")
+    given = [name for name in ("faiss", "qdrant") if spec.get(name) is not None]
+    generates = spec.get("generate") is not None
+    own = OWN_FIELDS if generates else [name for name in OWN_FIELDS if name not in MODEL_FIELDS]
+    faults.read(lambda: check_spec(ctx, spec, where, own, {"generate": Generate} if generates else {}))
+    faiss = section("faiss", Faiss) if "faiss" in given else None
+    qdrant = section("qdrant", Qdrant) if "qdrant" in given else None
+    faults.read(lambda: _check_one_index(given, where))
     if faiss is not None:
-        _check_faiss(faiss, f"{where}.faiss")
+        faults.read(lambda: _check_faiss(faiss, f"{where}.faiss"))
     if qdrant is not None:
-        qdrant = _with_key(qdrant, f"{where}.qdrant")
-    options = section("generate", Generate) if spec.get("generate") is not None else None
-    stray = next((name for name in MODEL_FIELDS if spec.get(name) is not None), None)
-    if options is None and stray is not None:
-        raise BadRequest(f"{where}.{stray}: only `generate` uses a model; add {where}.generate, or leave it out")
+        without_key: Qdrant = qdrant
+        qdrant = faults.read(lambda: _with_key(without_key, f"{where}.qdrant"))
+    options = section("generate", Generate) if generates else None
+    embedding, search = section("embedding", Embedding), section("search", Search)
+    if isinstance(spec.get("data"), dict) and spec.get("query") is None:
+        faults.read(lambda: check_data(ctx, spec, where))
+    generation = system_prompt = None
+    if options is not None:
+        generation = faults.read(lambda: _generation(ctx, spec, options, where))
+        system_prompt = faults.read(lambda: system_prompt_of(options, f"{where}.generate"))
+    faults.check()
     return RagTask(
-        embedding=section("embedding", Embedding),
-        top_k=section("search", Search).top_k or DEFAULT_TOP_K,
+        embedding=embedding,
+        top_k=search.top_k or DEFAULT_TOP_K,
         faiss=faiss,
         qdrant=qdrant,
-        generation=None if options is None else _generation(ctx, spec, options, where),
-        system_prompt=None if options is None else system_prompt_of(options, f"{where}.generate"),
+        generation=generation,
+        system_prompt=system_prompt,
     )
+
+
+def _check_one_index(given: list[str], where: str) -> None:
+    if len(given) != 1:
+        found = "both are there" if given else "neither is there"
+        raise BadRequest(f"{where}: give either `faiss` or `qdrant` ({found})")
 
 
 def _check_faiss(faiss: Faiss, where: str) -> None:

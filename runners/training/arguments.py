@@ -10,11 +10,13 @@ from typing import Any
 import msgspec
 
 from flowmesh.validation.convert import nearest
-from runners.api import BadRequest, Context
+from runners.api import BadRequest, Context, MissingDependency
+from runners.fields import Faults
 from runners.training import settings
 from runners.training.devices import Device, Layout
 from runners.training.plan import Plan
 from runners.training.sharding import Sharding
+from runners.training.trainer_allowed import check_argument
 
 WHERE = "spec.training.trainer_args"
 
@@ -82,7 +84,9 @@ def build(plan: Plan, ctx: Context, layout: Layout, device: Device, sharding: Sh
     _check_generations(plan, layout, arguments)
     try:
         return config(**arguments)
-    except (ValueError, TypeError, ImportError) as error:
+    except ImportError as error:
+        raise MissingDependency.of(error, "spec.training") from error
+    except (ValueError, TypeError) as error:
         raise BadRequest(f"spec.training: {_one_line(error)}") from error
 
 
@@ -216,8 +220,9 @@ def checked(plan: Plan, ctx: Context, config: type) -> dict[str, Any]:
     known = {field.name for field in dataclasses.fields(config)}
     hints = typing.get_type_hints(config)
     taken = {NATIVE.get(name, name): name for name in ctx.spec.get("training") or {}}
-    found = {}
-    for name, value in plan.training.trainer_args.items():
+    faults = Faults()
+
+    def one(name: str, value: Any) -> Any:
         if name in OURS or name.startswith("hub_"):
             raise BadRequest(f"{WHERE}.{name}: cannot be set; {OURS.get(name, OURS['push_to_hub'])}")
         if name not in known:
@@ -227,7 +232,12 @@ def checked(plan: Plan, ctx: Context, config: type) -> dict[str, Any]:
             raise BadRequest(f"{WHERE}.{name}: spec.training.{taken[name]} sets it already; give one of them")
         if name == "use_vllm" and value and not ctx.gpus:
             raise BadRequest(f"{WHERE}.use_vllm: vLLM can take new weights on a GPU only; leave it out")
-        found[name] = typed(value, hints[name], f"{WHERE}.{name}")
+        check_argument(ctx, name, value, WHERE)
+        return typed(value, hints[name], f"{WHERE}.{name}")
+
+    given = plan.training.trainer_args
+    found = {name: faults.read(lambda name=name, value=value: one(name, value)) for name, value in given.items()}  # type: ignore[misc]
+    faults.check()
     return found
 
 

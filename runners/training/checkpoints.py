@@ -13,8 +13,9 @@ from pathlib import Path
 
 from runners.api import BadRequest, Context
 from runners.models.checkpoints import Loaded
+from runners.models.code import check_data_only
 from runners.models.files import find_root
-from runners.models.sources import Source, check_model_folder, local_path, resolve_identifier
+from runners.models.sources import Source, check_model_folder, local_folder, local_path, resolve_identifier
 from runners.training.plan import Plan
 
 STATE_FILE = "trainer_state.json"
@@ -55,11 +56,15 @@ def start_of(plan: Plan, ctx: Context, loaded: Loaded | None) -> Start:
         ctx.log.info("resuming an earlier attempt checkpoint=%s", own.name)
     elif plan.training.resume_from_path is not None:
         where = "spec.training.resume_from_path"
-        resume = _checkpoint_at(local_path(ctx, plan.training.resume_from_path), ctx, where)
+        named = plan.training.resume_from_path
+        resume = _checkpoint_at(local_path(ctx, named, where), ctx, where)
+        check_data_only(ctx, local_folder(ctx, resume, named, where), where)
     if loaded is not None:
-        folder = contents(loaded)
+        folder = local_folder(ctx, contents(loaded), loaded.shown, loaded.where)
         if _is_trainers(folder):
-            resume = resume or _checkpoint_at(folder, ctx, loaded.where)
+            if resume is None:
+                resume = _checkpoint_at(folder, ctx, loaded.where)
+                check_data_only(ctx, resume, loaded.where)
         elif (folder / "adapter_config.json").is_file():
             adapter = folder
         else:
@@ -173,8 +178,10 @@ def torn(folder: Path) -> str:
         step = int(state["global_step"])
     except FileNotFoundError:
         return f"no {STATE_FILE}"
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        return f"{STATE_FILE}: {error}"
+    except OSError as error:
+        return f"{STATE_FILE}: {error.strerror}"
+    except (ValueError, KeyError, TypeError):
+        return f"{STATE_FILE} is not a trainer's state"
     match = _NAME.fullmatch(folder.name)
     if match and int(match[1]) != step:
         return f"{STATE_FILE} says step {step}"
@@ -189,8 +196,8 @@ def _torn_weights(folder: Path) -> str:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            return f"{index.name}: {error}"
+        except (ValueError, KeyError, AttributeError):
+            return f"{index.name} is not an index of weights"
     for name in names:
         if reason := _torn_safetensors(folder / name):
             return f"{name}: {reason}"

@@ -13,7 +13,12 @@ import sys
 import time
 from typing import Any
 
+import msgspec
+
 from runners.api import BadRequest, Context, MissingDependency, RunnerError
+from runners.models.code import may_run_code
+from runners.models.contents import check_attention
+from runners.models.sources import Source
 from runners.training import checkpoints, costs, devices, groups, inputs, models, ranks, torchrun
 from runners.training.arguments import checkpoints_dir
 from runners.training.checkpoints import Start
@@ -36,7 +41,7 @@ def run(task_type: str, ctx: Context) -> dict[str, Any]:
     """
     for library in LIBRARIES:
         if importlib.util.find_spec(library) is None:
-            raise MissingDependency(library, "training")
+            raise MissingDependency(library)
     plan = read(task_type, ctx)
     layout = devices.lay_out(plan, ctx)
     ctx.check_cancelled()
@@ -132,6 +137,7 @@ def set_up(
     set_seed(plan.training.seed)
     device = devices.find(layout, place.local_rank)
     start = checkpoints.start_of(plan, ctx, fetched.checkpoint)
+    plan = trusted(plan, ctx, start)
     start = models.merged_start(plan, start, ctx, write=place.leads_node)
     if place.world > 1:
         ranks.join(place, device, store, _timeout_s(plan))
@@ -142,6 +148,22 @@ def set_up(
     return Setup(
         plan=plan, ctx=ctx, fetched=fetched, layout=layout, place=place, device=device, meter=meter, start=start
     )
+
+
+def trusted(plan: Plan, ctx: Context, start: Start) -> Plan:
+    """The plan with `trust_remote_code` only where the model brings code that the operator trusts.
+
+    Raises:
+        BadRequest: it brings other code.
+    """
+    given, where = plan.model.transformers, "spec.model.transformers.trust_remote_code"
+    check_attention(ctx, given.attn_implementation, "spec.model.transformers.attn_implementation")
+    sources = [start.weights]
+    if start.resume is not None and not start.resume.is_relative_to(ctx.out_dir):
+        sources.append(Source(path=str(start.resume), revision=None, shown=start.resume.name, where=where))
+    found = [may_run_code(ctx, source, given.trust_remote_code, where) for source in sources]
+    changed = msgspec.structs.replace(given, trust_remote_code=any(found))
+    return dataclasses.replace(plan, model=msgspec.structs.replace(plan.model, transformers=changed))
 
 
 def load(setup: Setup) -> TrainingJob:

@@ -62,7 +62,7 @@ def load(plan: Plan, ctx: Context, jsonl: JsonlFile | None) -> Rows:
     """
     opened = open_dataset(plan, ctx) if plan.source == "dataset" else None
     if opened is None or isinstance(opened, Table):
-        rows = _from_rows(plan, ctx, LocalRows(plan, jsonl, opened))
+        rows = _from_rows(plan, ctx, LocalRows(plan, jsonl, opened, ctx.reach))
     else:
         rows = _dataset(plan, ctx, opened)
     if len(rows.dataset) == 0:

@@ -192,7 +192,11 @@ def verdict(ctx: Context, folder: Path, endings: list[Ending]) -> list[Report]:
         raise Cancelled(culprit.message, checkpoint=culprit.checkpoint)
     fault = Fault.ERROR if culprit.fault in (None, Fault.CANCELLED) else culprit.fault
     local_rank = next(local for local, report in reports.items() if report is culprit)
-    message = culprit.message if fault is Fault.BAD_REQUEST else f"rank {culprit.rank}: {culprit.message}"
+    message = (
+        culprit.message
+        if fault in (Fault.BAD_REQUEST, Fault.MISSING_DEPENDENCY)
+        else f"rank {culprit.rank}: {culprit.message}"
+    )
     if _order(culprit)[0] == ECHO:
         message += _still_at_work(endings, reports)
     raise _failed(ctx, local_rank, message, fault, culprit.detail)

@@ -66,7 +66,14 @@ def fetch_jsonl(given: Jsonl, ctx: Context, where: str = "spec.data.jsonl") -> J
     for field in ("path", "worker_path"):
         text = getattr(given, field)
         if text is not None:
-            path = local_path(ctx, text)
+            if "://" in text:  # `jsonl_export.path` of a stage that delivered over http
+                try:
+                    path = _download(text, f"{where}.{field}", given, ctx)
+                    return JsonlFile(path, Path(urlsplit(text).path).name or text)
+                except RunnerError as error:
+                    failures.append(error)
+                    continue
+            path = local_path(ctx, text, f"{where}.{field}")
             if path.is_file():
                 return JsonlFile(path, path.name)
             failures.append(f"{where}.{field}: there is no file {text!r} on this node")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from runners.data.local import Part, Table
 from runners.data.readers import File, Row
+from runners.data.reading import Reach
 from runners.training.inputs import JsonlFile
 from runners.training.plan import Plan
 
@@ -13,11 +14,11 @@ from runners.training.plan import Plan
 class LocalRows:
     """Rows that are in the task itself or in files of this node. May be iterated more than once."""
 
-    def __init__(self, plan: Plan, jsonl: JsonlFile | None, table: Table | None) -> None:
+    def __init__(self, plan: Plan, jsonl: JsonlFile | None, table: Table | None, reach: Reach) -> None:
         self._plan = plan
         self._table = table
         if jsonl is not None:
-            self._table = Table([Part((File(path=jsonl.path, format="jsonl", where=jsonl.name),))])
+            self._table = Table([Part((File(path=jsonl.path, format="jsonl", where=jsonl.name, reach=reach),))])
         self.is_arrow = table is not None and table.is_typed
         self.columns = plan.data.columns(jsonl=jsonl is not None)
 

@@ -116,7 +116,7 @@ def _attention(plan: Plan, device: Device) -> str | None:
     from transformers.utils import is_flash_attn_2_available
 
     if name == "flash_attention_2" and not is_flash_attn_2_available():
-        raise MissingDependency(f"flash_attn (spec.model.transformers.{field})", "flash-attention")
+        raise MissingDependency("flash_attn", f"spec.model.transformers.{field}")
     return name
 
 
@@ -126,7 +126,7 @@ def _quantisation(plan: Plan, device: Device) -> Any:
     try:
         import bitsandbytes  # type: ignore[import-not-found,unused-ignore]  # noqa: F401
     except ImportError:
-        raise MissingDependency(f"bitsandbytes (spec.model.transformers.{field})", "quantization") from None
+        raise MissingDependency("bitsandbytes", f"spec.model.transformers.{field}") from None
     import torch
     from transformers import BitsAndBytesConfig
 

@@ -123,4 +123,4 @@ def _check_answers(row: dict[str, Any], sides: tuple[str, ...], where: str) -> N
 
 
 def _start(chat: Chat) -> str:
-    return f"{{role: {chat[0]['role']}, content: {chat[0]['content']!r:.40}}}"
+    return f"{{role: {chat[0]['role']}, content: {len(chat[0]['content'])} characters}}"

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
-from flowmesh.validation.convert import FieldError, convert
+import msgspec
+
+from flowmesh.validation.convert import joined
+from flowmesh.validation.unused import is_unused
 from runners.api import BadRequest, Context
 from runners.data.shard import Shard
+from runners.fields import Faults, check_spec
 from runners.models.spec import Checkpoint, CheckpointLoad
 from runners.training import settings, sources
 from runners.training.kinds import KINDS, Kind
 
 T = TypeVar("T")
 
-READ = frozenset(
-    {"taskType", "resources", "model", "data", "output", "training", "lora", "checkpoint", "shard", "generation"}
-    | {"reward_model", "reward", "timeoutSec", "retainLogs", "env", "_upstreamResults"}
-)
-"""Fields of `spec` that a node or a trainer reads. An unknown field close to one of them is refused as a typo."""
+OWN_FIELDS = ("model", "data", "training", "lora", "checkpoint")
+"""Fields of `spec` of all training types."""
+REWARDED_FIELDS = ("generation", "reward_model", "reward")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,35 +73,62 @@ def read(task_type: str, ctx: Context) -> Plan:
     Raises:
         BadRequest: naming the field, what was found and what is allowed.
     """
-    kind = KINDS[task_type]
-    spec = ctx.spec
-    _check_names(spec)
-    training = section(spec, "training", kind.training)
-    assert isinstance(training, settings.Training)
-    data = section(spec, "data", kind.data)
-    for each in dir(kind.training):
-        if isinstance(getattr(kind.training, each), property):
-            getattr(training, each)  # raises on contradicting aliases
-    eval_data = _evaluation(data, training, kind)
-    if isinstance(training, settings.ShardedTraining) and training.deepspeed and training.fsdp:
-        raise BadRequest("spec.training.fsdp: given besides deepspeed; give one")
+    kind, spec = KINDS[task_type], ctx.spec
+    faults = Faults()
+    own = (*OWN_FIELDS, *REWARDED_FIELDS) if kind.rewarded else OWN_FIELDS
+    options: dict[str, type[Any]] = {"training": kind.training, "lora": settings.Lora}
+    faults.read(lambda: check_spec(ctx, spec, "spec", own, options))
+    training = faults.read(lambda: _training(ctx, kind))
+    data = faults.read(lambda: section(ctx, "data", kind.data))
+    source = None if data is None else faults.read(lambda: sources.choose(data))
+    eval_data = eval_source = None
+    if training is not None and data is not None:
+        eval_data = faults.read(lambda: _evaluation(ctx, data, training, kind))
+    if eval_data is not None:
+        eval_source = faults.read(lambda: _in_eval(sources.choose, eval_data))
+    model = faults.read(lambda: _model(ctx))
+    lora = faults.read(lambda: _lora(ctx, kind))
+    generation = faults.read(lambda: _generation(ctx, kind))
+    rewards = faults.read(lambda: _rewards(ctx, kind))
+    shard = faults.read(lambda: _shard(ctx))
+    checkpoint = faults.read(lambda: section(ctx, "checkpoint", Checkpoint))
+    faults.check()
+    if not (training and data and source and model and generation and checkpoint):
+        raise AssertionError("a part that is missing was a fault")
     return Plan(
         kind=kind,
-        model=_model(spec),
+        model=model,
         data=data,
-        source=sources.choose(data),
+        source=source,
         eval_data=eval_data,
-        eval_source=None if eval_data is None else _in_eval(sources.choose, eval_data),
+        eval_source=eval_source,
         training=training,
-        lora=_lora(spec, kind),
-        generation=_generation(spec, kind),
-        rewards=_rewards(spec, kind),
-        shard=_shard(spec),
-        checkpoint=section(spec, "checkpoint", Checkpoint).load,
+        lora=lora,
+        generation=generation,
+        rewards=rewards or (),
+        shard=shard,
+        checkpoint=checkpoint.load,
     )
 
 
-def _evaluation(data: sources.Data, training: settings.Training, kind: Kind) -> sources.Data | None:
+def _training(ctx: Context, kind: Kind) -> settings.Training:
+    training = section(ctx, "training", kind.training)
+    assert isinstance(training, settings.Training)
+    faults = Faults()
+    for each in dir(kind.training):
+        if isinstance(getattr(kind.training, each), property):
+            faults.read(lambda each=each: getattr(training, each))  # type: ignore[misc]  # raises on contradicting aliases
+    if isinstance(training, settings.ShardedTraining) and training.deepspeed and training.fsdp:
+        faults.read(lambda: _refuse("spec.training.fsdp: given besides deepspeed; give one"))
+    faults.check()
+    return training
+
+
+def _refuse(message: str) -> NoReturn:
+    raise BadRequest(message)
+
+
+def _evaluation(ctx: Context, data: sources.Data, training: settings.Training, kind: Kind) -> sources.Data | None:
     """Check the fields for evaluation; returns `data.eval` where there is one.
 
     Raises:
@@ -121,7 +149,9 @@ def _evaluation(data: sources.Data, training: settings.Training, kind: Kind) -> 
     if isinstance(data.eval_split, float) and not 0 < data.eval_split < 1:
         raise BadRequest(f"spec.data.eval_split: a share between 0 and 1 is needed, found {data.eval_split}")
     if field is None or training.eval_strategy == "no":
-        _refuse_evaluations(training, "spec.data has neither eval nor eval_split" if field is None else "it is off")
+        _refuse_evaluations(
+            ctx, training, "spec.data has neither eval nor eval_split" if field is None else "it is off"
+        )
     if training.eval_strategy == "epoch" and training.eval_steps is not None:
         raise BadRequest("spec.training.eval_steps: given besides eval_strategy epoch; give one")
     if training.load_best_model_at_end and training.save_strategy == "no":
@@ -133,17 +163,21 @@ def _evaluation(data: sources.Data, training: settings.Training, kind: Kind) -> 
         )
     if data.eval is None:
         return None
-    found = check(data.eval, kind.data, "spec.data.eval")
+    found = check(ctx, data.eval, kind.data, "spec.data.eval")
     if found.eval is not None or found.eval_split is not None:
         raise BadRequest("spec.data.eval: its rows are all evaluated on; leave eval and eval_split in it out")
     return found
 
 
-def _refuse_evaluations(training: settings.EvaluatedTraining, reason: str) -> None:
+def _refuse_evaluations(ctx: Context, training: settings.EvaluatedTraining, reason: str) -> None:
     for name in settings.EvaluatedTraining.__struct_fields__:
         if name in settings.Training.__struct_fields__ or (name == "eval_strategy" and training.eval_strategy == "no"):
             continue
-        if getattr(training, name) not in (None, False):
+        value = getattr(training, name)
+        if name == "early_stopping" and is_unused("training", name, value):
+            if value is not None:
+                ctx.unused.append(f"spec.training.{name}")
+        elif value not in (None, False):
             raise BadRequest(f"spec.training.{name}: no evaluation: {reason}; add data.eval or leave {name} out")
 
 
@@ -154,20 +188,22 @@ def _in_eval(choose: Callable[[sources.Data], str], data: sources.Data) -> str:
         raise BadRequest(str(error).replace("spec.data", "spec.data.eval")) from error
 
 
-def section(spec: dict[str, Any], name: str, into: type[T]) -> T:
+def section(ctx: Context, name: str, into: type[T]) -> T:
     """`spec.<name>`; numbers and booleans may also be strings, since YAML reads 5e-7 as one."""
-    return check(spec.get(name) or {}, into, f"spec.{name}")
+    return check(ctx, ctx.spec.get(name) or {}, into, f"spec.{name}")
 
 
-def check(value: Any, into: type[T], where: str) -> T:
+def check(ctx: Context, value: Any, into: type[T], where: str) -> T:
     try:
-        return convert(value, into, where=where, strict=False)
-    except FieldError as error:
-        raise BadRequest(_with_hint(str(error), error.path)) from None
+        return ctx.check(value, into, where, strict=False)
+    except BadRequest as error:
+        faults = [_with_hint(fault) for fault in error.faults]
+        raise BadRequest(joined(faults), tuple(faults)) from None
 
 
-def _with_hint(message: str, path: str) -> str:
+def _with_hint(message: str) -> str:
     """Extend an error about an unknown field of `training`: it may be another type's, or a trainer argument."""
+    path = message.partition(": ")[0]
     head, _, name = path.rpartition(".")
     if head != "spec.training" or "unknown field" not in message:
         return message
@@ -177,29 +213,25 @@ def _with_hint(message: str, path: str) -> str:
     return f"{message} The trainer's own arguments go under spec.training.trainer_args"
 
 
-def _check_names(spec: dict[str, Any]) -> None:
-    for name in spec:
-        if name not in READ and (near := difflib.get_close_matches(name, READ, n=1, cutoff=0.8)):
-            raise BadRequest(f"spec.{name}: unknown field; did you mean {near[0]!r}?")
-
-
-def _model(spec: dict[str, Any]) -> settings.Model:
-    model = section(spec, "model", settings.Model)
-    if model.vllm is not None:
-        raise BadRequest("spec.model.vllm: training does not run on vLLM; leave it out")
+def _model(ctx: Context) -> settings.Model:
+    model = section(ctx, "model", settings.Model)
     if model.adapters:
         raise BadRequest("spec.model.adapters: give the adapter to continue as spec.checkpoint.load instead")
     options = model.transformers
     if options.load_in_8bit and options.load_in_4bit:
         raise BadRequest("spec.model.transformers.load_in_4bit: given besides load_in_8bit; give one")
-    return model
+    trust = options.trust_remote_code
+    if trust is None and model.source is not None:
+        trust = model.source.trust_remote_code
+    return msgspec.structs.replace(model, transformers=msgspec.structs.replace(options, trust_remote_code=bool(trust)))
 
 
-def _lora(spec: dict[str, Any], kind: Kind) -> settings.Lora | None:
+def _lora(ctx: Context, kind: Kind) -> settings.Lora | None:
+    spec = ctx.spec
     if kind.lora == "never" and spec.get("lora") is not None:
         raise BadRequest("spec.lora: sft trains all weights; for an adapter set spec.taskType to lora_sft")
     if kind.lora == "always" or spec.get("lora") is not None:
-        lora = section(spec, "lora", settings.Lora)
+        lora = section(ctx, "lora", settings.Lora)
         wanted = "SEQ_CLS" if kind.head == "score" else "CAUSAL_LM"
         if lora.task_type not in (None, wanted):
             raise BadRequest(f"spec.lora.task_type: {kind.task_type} trains a {wanted} model, not {lora.task_type}")
@@ -211,10 +243,10 @@ def _lora(spec: dict[str, Any], kind: Kind) -> settings.Lora | None:
     return None
 
 
-def _generation(spec: dict[str, Any], kind: Kind) -> settings.Generation:
-    if not kind.rewarded and spec.get("generation") is not None:
-        raise BadRequest(f"spec.generation: {kind.task_type} generates nothing; leave it out")
-    generation = section(spec, "generation", settings.Generation)
+def _generation(ctx: Context, kind: Kind) -> settings.Generation:
+    if not kind.rewarded:
+        return settings.Generation()
+    generation = section(ctx, "generation", settings.Generation)
     _ = generation.length
     if kind.trainer and kind.rewarded:
         if not generation.do_sample:
@@ -226,30 +258,29 @@ def _generation(spec: dict[str, Any], kind: Kind) -> settings.Generation:
     return generation
 
 
-def _rewards(spec: dict[str, Any], kind: Kind) -> tuple[settings.RewardModel | settings.RewardFunction, ...]:
-    model, functions = spec.get("reward_model"), spec.get("reward")
+def _rewards(ctx: Context, kind: Kind) -> tuple[settings.RewardModel | settings.RewardFunction, ...]:
     if not kind.rewarded:
-        for name, given in (("reward_model", model), ("reward", functions)):
-            if given is not None:
-                raise BadRequest(f"spec.{name}: {kind.task_type} learns from no reward; leave it out")
         return ()
+    model, functions = ctx.spec.get("reward_model"), ctx.spec.get("reward")
     if model is None and not functions:
         raise BadRequest("spec.reward_model: missing; give a reward_model, or spec.reward {function: …}")
     found: list[settings.RewardModel | settings.RewardFunction] = []
     if model is not None:
-        found.append(check(model, settings.RewardModel, "spec.reward_model"))
+        found.append(check(ctx, model, settings.RewardModel, "spec.reward_model"))
     many = functions if isinstance(functions, list) else [functions] if functions else []
     for i, function in enumerate(many):
         where = f"spec.reward[{i}]" if isinstance(functions, list) else "spec.reward"
         found.append(
-            check({"function": function} if isinstance(function, str) else function, settings.RewardFunction, where)
+            check(
+                ctx, {"function": function} if isinstance(function, str) else function, settings.RewardFunction, where
+            )
         )
     return tuple(found)
 
 
-def _shard(spec: dict[str, Any]) -> Shard | None:
-    if spec.get("shard") is None:
+def _shard(ctx: Context) -> Shard | None:
+    if ctx.spec.get("shard") is None:
         return None
-    shard = section(spec, "shard", Shard)
+    shard = section(ctx, "shard", Shard)
     shard.check("spec.shard")
     return shard

@@ -43,7 +43,7 @@ class PpoJob:
         if setup.layout.spread:
             raise BadRequest("spec.model.transformers.device_map: ppo lays no model over several GPUs; leave it out")
         self._plan, self._ctx, self._place, self._meter = plan, ctx, place, setup.meter
-        self._args = check(plan.training.trainer_args, PpoArgs, "spec.training.trainer_args")
+        self._args = check(ctx, plan.training.trainer_args, PpoArgs, "spec.training.trainer_args")
         self._sizes = sizes(plan)
         self.start = start = setup.start
         self._tokenizer = models.load_tokenizer(plan, start)

@@ -121,7 +121,7 @@ def attempt(place: Place, ctx: Context, work: Callable[[Place, Context], dict[st
         clear = error if isinstance(error, RunnerError) else explain(error, "ran")
         fault = clear.fault if clear is not None else Fault.ERROR
         message = str(clear) if clear is not None else f"{type(error).__name__}: {' '.join(str(error).split())}"
-        detail = "" if fault is Fault.BAD_REQUEST else traceback.format_exc()
+        detail = "" if fault in (Fault.BAD_REQUEST, Fault.MISSING_DEPENDENCY) else traceback.format_exc()
         print(detail or message, file=sys.stderr)  # noqa: T201 - stderr is the rank's log
     ctx.finish()
     return Report(

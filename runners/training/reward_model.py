@@ -44,12 +44,14 @@ class ModelReward:
         where = "spec.reward_model.identifier"
         source = resolve_identifier(ctx, given.identifier, given.revision, where)
         with loading(source):
-            config = AutoConfig.from_pretrained(source.path, revision=source.revision)
+            config = AutoConfig.from_pretrained(source.path, revision=source.revision, trust_remote_code=False)
             made_for = config.architectures or []
             if not any("SequenceClassification" in name for name in made_for):
                 raise BadRequest(f"{where}: {source.shown!r} is no classifier but {', '.join(made_for) or 'unnamed'}")
-            tokenizer = AutoTokenizer.from_pretrained(source.path, revision=source.revision, padding_side="right")
-        model = weights.load_model(AutoModelForSequenceClassification, source)
+            tokenizer = AutoTokenizer.from_pretrained(
+                source.path, revision=source.revision, padding_side="right", trust_remote_code=False
+            )
+        model = weights.load_model(AutoModelForSequenceClassification, source, trust_remote_code=False)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         if model.config.pad_token_id is None:

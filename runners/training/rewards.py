@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from runners.api import BadRequest, Context, RunnerError
+from runners.api import BadRequest, Context, MissingDependency, RunnerError
 from runners.training.data import Rows
 from runners.training.plan import Plan
 from runners.training.reward_model import ModelReward
@@ -215,6 +215,8 @@ def _import(name: str, where: str, ctx: Context) -> Callable[..., Any]:
     module, _, attribute = name.partition(":")
     try:
         call = getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        raise MissingDependency(str(error.name), f"{where}.function: {name!r}") from error
     except (ImportError, AttributeError) as error:
         raise BadRequest(f"{where}.function: cannot import {name!r}: {error}") from error
     if not callable(call):

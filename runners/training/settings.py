@@ -285,6 +285,7 @@ class ModelSource(Section, frozen=True):
     identifier: str
     type: Literal["huggingface"] = "huggingface"
     revision: str | None = None
+    trust_remote_code: bool | None = None
 
 
 class TransformersModel(Section, frozen=True):
@@ -292,7 +293,8 @@ class TransformersModel(Section, frozen=True):
 
     device_map: Literal["auto", "balanced", "cuda", "cpu"] | None = None
     dtype: str | None = None
-    trust_remote_code: bool = False
+    trust_remote_code: bool | None = None
+    """None: as model.source says."""
     low_cpu_mem_usage: bool | None = None
     load_in_8bit: bool = False
     load_in_4bit: bool = False
@@ -305,7 +307,6 @@ class Model(Section, frozen=True):
 
     source: ModelSource | None = None
     transformers: TransformersModel = TransformersModel()
-    vllm: dict[str, Any] | None = None
     adapters: list[Any] | None = None
 
 

@@ -9,6 +9,7 @@ import json
 from typing import Any
 
 from runners.api import BadRequest
+from runners.data.names import kind, listed
 from runners.data.paths import PathError
 from runners.data.prompts import check_text
 from runners.data.tables import cell
@@ -31,7 +32,7 @@ def shape(row: Any, columns: list[Column], where: str, plan: Plan) -> dict[str, 
         BadRequest: a column is missing, has an unusable value, or would have no effect.
     """
     if not isinstance(row, dict):
-        raise BadRequest(f"{where}: a mapping with {', '.join(c.name for c in columns)} is needed, found {row!r:.80}")
+        raise BadRequest(f"{where}: a mapping with {', '.join(c.name for c in columns)} is needed, found {kind(row)}")
     if columns[0].role == "text" and _is_chat_instead(row, columns[0], plan):
         columns = [Column("messages", "messages", columns[0].setting)]
     found: dict[str, Any] = {}
@@ -70,7 +71,7 @@ def shape(row: Any, columns: list[Column], where: str, plan: Plan) -> dict[str, 
 
 
 def missing(column: Column, there: list[str]) -> str:
-    return f"no column {column.name!r} ({column.setting}); there are: {', '.join(map(repr, there)) or 'none'}"
+    return f"no column {column.name!r} ({column.setting}); there are: {listed(there, quoted=True)}"
 
 
 def checked(value: Any, column: Column, where: str, plan: Plan) -> Any:
@@ -80,7 +81,7 @@ def checked(value: Any, column: Column, where: str, plan: Plan) -> Any:
         known = LABELS.get(value.lower()) if isinstance(value, str) else bool(value) if value in (0, 1) else None
         if known is not None:
             return known
-        raise BadRequest(f"{place}: true or false is needed, found {value!r:.80}")
+        raise BadRequest(f"{place}: true or false is needed, found {kind(value)}")
     if column.role == "response" and plan.kind.rewarded:
         return value  # rewards compare with the document's own value
     if isinstance(value, dict) and column.role in ("chosen", "rejected", "completion", "response"):
@@ -88,7 +89,7 @@ def checked(value: Any, column: Column, where: str, plan: Plan) -> Any:
     if isinstance(value, list) and value:
         return chat(value, place, plan)
     if not isinstance(value, str):
-        raise BadRequest(f"{place}: a text or a list of chat messages is needed, found {value!r:.80}")
+        raise BadRequest(f"{place}: a text or a list of chat messages is needed, found {kind(value)}")
     if column.role == "messages":
         raise BadRequest(f"{place}: a list of chat messages is needed, found a text")
     if column.role == "prompt" and not value:
@@ -101,12 +102,12 @@ def chat(messages: list[Any], place: str, plan: Plan) -> list[dict[str, Any]]:
     found = []
     for i, message in enumerate(messages):
         if not isinstance(message, dict):
-            raise BadRequest(f"{place}: message {i} must be {{role, content}} with texts, found {message!r:.80}")
+            raise BadRequest(f"{place}: message {i} must be {{role, content}} with texts, found {kind(message)}")
         kept = {key: value for key, value in message.items() if value is not None}
         if kept.get("tool_calls"):
             kept.setdefault("content", "")
         if not all(isinstance(kept.get(key), str) for key in ("role", "content")):
-            raise BadRequest(f"{place}: message {i} must be {{role, content}} with texts, found {message!r:.80}")
+            raise BadRequest(f"{place}: message {i} must be {{role, content}} with texts, found {kind(message)}")
         if "weight" in kept:
             weight = _weight(kept["weight"], f"{place}: message {i}", plan)
             kept = {key: value for key, value in kept.items() if key != "weight"} | ({} if weight else {"weight": 0})
@@ -135,7 +136,7 @@ def _extras(rest: dict[str, Any], where: str, plan: Plan) -> dict[str, Any]:
     if rest.get("margin") is not None and plan.kind.task_type == "reward":
         margin = rest["margin"]
         if isinstance(margin, bool) or not isinstance(margin, int | float):
-            raise BadRequest(f"{where}: column 'margin': a number is needed, found {margin!r:.80}")
+            raise BadRequest(f"{where}: column 'margin': a number is needed, found {kind(margin)}")
         found["margin"] = float(margin)
     return found
 
@@ -148,7 +149,7 @@ def _tools(given: Any, where: str) -> list[Any]:
         except ValueError as error:
             raise BadRequest(f"{where}: column 'tools': not JSON: {error}") from None
     if not isinstance(given, list) or not all(isinstance(tool, dict) for tool in given):
-        raise BadRequest(f"{where}: column 'tools': a list of JSON schemas is needed, found {given!r:.80}")
+        raise BadRequest(f"{where}: column 'tools': a list of JSON schemas is needed, found {kind(given)}")
     return given
 
 

@@ -15,6 +15,7 @@ from runners.models.sources import local_path
 from runners.training.devices import Device, Layout
 from runners.training.plan import Plan
 from runners.training.settings import ShardedTraining
+from runners.training.trainer_allowed import check_deepspeed
 
 DEFAULT_STAGE = 2
 GATHER = "stage3_gather_16bit_weights_on_model_save"
@@ -42,8 +43,10 @@ def pick(plan: Plan, ctx: Context, layout: Layout, device: Device) -> Sharding:
     if isinstance(training, ShardedTraining):
         if training.deepspeed:
             if not _has_deepspeed():
-                raise MissingDependency("deepspeed (spec.training.deepspeed)", "deepspeed")
-            return _deepspeed(_configuration(training.deepspeed, ctx), plan, device)
+                raise MissingDependency("deepspeed", "spec.training.deepspeed")
+            configuration = _configuration(training.deepspeed, ctx)
+            check_deepspeed(ctx, configuration, "spec.training.deepspeed")
+            return _deepspeed(configuration, plan, device)
         quantised = _quantised(plan)
         if training.fsdp:
             if quantised:
@@ -90,11 +93,13 @@ def automatic(stage: int) -> dict[str, Any]:
 def _configuration(given: dict[str, Any] | str, ctx: Context) -> dict[str, Any]:
     if isinstance(given, dict):
         return copy.deepcopy(given)
-    path = local_path(ctx, given)
+    path = local_path(ctx, given, "spec.training.deepspeed")
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise BadRequest(f"spec.training.deepspeed: cannot read {str(path)!r}: {error}") from None
+        found = json.loads(ctx.reach.read_bytes(path))
+    except OSError as error:
+        raise BadRequest(f"spec.training.deepspeed: cannot read {given!r}: {error.strerror or error}") from None
+    except ValueError:
+        raise BadRequest(f"spec.training.deepspeed: {given!r} is not JSON") from None
     if not isinstance(found, dict):
         raise BadRequest(f"spec.training.deepspeed: {str(path)!r} holds no JSON object")
     return found

@@ -25,6 +25,8 @@ from runners.training.plan import Plan
 from runners.training.rank_order import ORDER_FILE, RANK_MODULE, SOCKET, Order
 from runners.training.ranks import Report
 
+LAUNCHER = "runners.training.rendezvous"
+"""torchrun, which listens on the endpoint's address only."""
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]", "::1")
 
 
@@ -66,7 +68,7 @@ def command(plan: Plan, layout: Layout, folder: Path) -> list[str]:
     local = ["--local-addr", "127.0.0.1"] if _is_local(plan) else []
     rank = [] if training.node_rank is None else ["--node-rank", str(training.node_rank)]
     return [
-        *(sys.executable, "-m", "torch.distributed.run"),
+        *(sys.executable, "-m", LAUNCHER),
         *("--nnodes", str(layout.nodes), "--nproc-per-node", str(layout.ranks)),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", str(training.rdzv_endpoint), "--rdzv-id", training.rdzv_id),
         *("--max-restarts", "0", "--monitor-interval", "0.2", *local, *rank),

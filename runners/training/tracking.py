@@ -84,7 +84,7 @@ def begin(plan: Plan, ctx: Context, start: Start) -> Tracking:
                 "what it does"
             )
         if importlib.util.find_spec(name) is None:
-            raise MissingDependency(f"{name} (spec.training.report_to)", name)
+            raise MissingDependency(name, "spec.training.report_to")
     known = _known(start)
     tracking = Tracking(
         names=names,

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import EarlyStoppingCallback
 
-from runners.api import BadRequest, RunnerError
+from runners.api import BadRequest, MissingDependency, RunnerError
 from runners.training import arguments, evaluating, models, packing, prompts, rewards, saving, sharding, tracking
 from runners.training.bounds import Bounds
 from runners.training.callbacks import MeterCallback, NothingLeft
@@ -145,4 +145,4 @@ def _build(trainer: Any, **arguments: Any) -> Any:
     except (ValueError, TypeError, NotImplementedError) as error:
         raise BadRequest(f"{trainer.__name__}: {' '.join(str(error).split()):.500}") from error
     except ImportError as error:
-        raise BadRequest(f"{trainer.__name__} needs a library that is not installed: {error}") from error
+        raise MissingDependency.of(error, trainer.__name__) from error

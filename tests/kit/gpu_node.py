@@ -17,7 +17,8 @@ from tests.kit.support import DEADLINE_S, Node, Orchestrator, RedisServer, until
 MIB, GIB = 1 << 20, 1 << 30
 A, B = "GPU-aaaa", "GPU-bbbb"
 TWO_GPUS = f"""
-    driver 570.10
+    driver 580.65
+    cuda 13000
     gpu {A} {80 * GIB} NVIDIA H100
     gpu {B} {80 * GIB} NVIDIA H100
     set {A} used {500 * MIB}

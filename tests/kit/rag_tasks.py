@@ -12,6 +12,7 @@ import pytest
 from flowmesh.messages.job import Job
 from runners.api import BadRequest, Context
 from runners.rag.runner import RagRunner
+from tests.kit.paths import PERMITS
 from tests.kit.rag_corpus import PASSAGES
 
 MakeContext = Callable[..., Context]
@@ -51,5 +52,6 @@ def context_in(root: Path, task_id: str, spec: dict[str, Any]) -> Context:
         cache_dir=str(root),
         tmp_dir=str(root),
         threads=2,
+        permits=PERMITS,
     )
     return Context(job)

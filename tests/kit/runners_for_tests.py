@@ -325,3 +325,12 @@ class MisbehavingRunner(Runner):
     def _raw(ctx: Context) -> socket.socket:
         assert ctx._pipe is not None
         return ctx._pipe.sock
+
+
+class Reads(Runner):
+    """Gives the prompts of its data back."""
+
+    def run(self, ctx: Context) -> dict[str, Any]:
+        from runners.data.sources import load_items
+
+        return {"prompts": load_items(ctx, ctx.spec).prompts}

@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 import redis
 
-from tests.kit.paths import ROOT
+from tests.kit.paths import PERMITS, ROOT
 
 DEADLINE_S = 60.0
 
@@ -270,9 +270,11 @@ class Node:
 
     def flags(self) -> list[str]:
         """What it is told on its command line, over what its file says."""
+        permits = ["--set", f"tasks.read_roots={','.join(PERMITS.read_roots)}", "--set", "tasks.local_hosts=*"]
         return [
             "--redis-url", self.server.url, "--state-dir", str(self.state_dir),
             "--results-dir", str(self.results_dir), "--worker-id", self.worker_id,
+            *(permits if self.code == ROOT else ()),
         ]  # fmt: skip
 
     def start(self, *, wait: bool = True) -> Node:

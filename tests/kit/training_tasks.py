@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flowmesh.messages.job import Job, Outcome
+from tests.kit.paths import PERMITS
 from tests.kit.training_zygote import Running, Zygote
 
 RUNNERS = {
@@ -73,6 +74,7 @@ def start(folder: Path, task_type: str, spec: dict[str, Any], *, task_id: str = 
             "tmp_dir": str(tmp_dir),
             "threads": 1,
             "delivers_http": True,
+            "permits": PERMITS,
             **fields,
         }
     )
@@ -96,7 +98,7 @@ def refused(folder: Path, task_type: str, spec: dict[str, Any], **fields: Any) -
     """The message of a task that its author has to mend."""
     outcome = run(folder, task_type, spec, **fields)
     assert not outcome.ok
-    assert outcome.fault == "bad_request", outcome
+    assert outcome.fault in ("bad_request", "missing_dependency"), outcome
     return outcome.message
 
 

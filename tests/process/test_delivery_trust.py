@@ -44,7 +44,8 @@ def make_certificates(folder: Path) -> None:
         subprocess.run(["openssl", *words], check=True, capture_output=True, cwd=folder)
 
     key = ("-newkey", "rsa:2048", "-nodes")
-    openssl("req", "-x509", *key, "-days", "2", "-subj", "/CN=test CA", "-keyout", "ca.key", "-out", "ca.pem")
+    usage = ("-addext", "keyUsage=critical,keyCertSign,cRLSign")  # Python 3.13 requires it
+    openssl("req", "-x509", *key, "-days", "2", "-subj", "/CN=test CA", *usage, "-keyout", "ca.key", "-out", "ca.pem")
     openssl("req", *key, "-subj", "/CN=127.0.0.1", "-keyout", "server.key", "-out", "server.csr")
     (folder / "san").write_text("subjectAltName=IP:127.0.0.1\n")
     signing = ("-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2", "-extfile", "san")

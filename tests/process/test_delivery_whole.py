@@ -325,7 +325,7 @@ def test_children_are_sent_to_their_own_address_or_else_to_the_parents(out: Path
         assert [(r.path, r.file_name) for r in other.received] == [("/c/c-1/files", "e.jsonl"), ("/c", None)]
         (first,) = other.results()
         url = f"{other.url}/c/c-1/files/e.jsonl"
-        export = {"path": "e.jsonl", "uploaded": True, "url": url, "download_url": url}
+        export = {"path": url, "uploaded": True, "url": url, "download_url": url}  # path: readable anywhere
         assert first == {"ok": True, "model": "m", "items": [1], "jsonl_export": export}
         assert said(out.parent / "c-1") == first
         sent = {r.json["task_id"]: r.json["result"] for r in parent.received}
@@ -347,7 +347,7 @@ def test_children_are_sent_to_their_own_address_or_else_to_the_parents(out: Path
 )  # fmt: skip
 def test_a_child_that_cannot_be_delivered_is_named(merged: Any, path: str, tmp_path: Path) -> None:
     with pytest.raises(FieldError) as caught:
-        children_of(merged, read_output(None), tmp_path)
+        children_of(merged, read_output(None), tmp_path, refuse_outside=True)
     assert caught.value.path == path
     assert str(caught.value).startswith(path)
 

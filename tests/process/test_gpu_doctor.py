@@ -26,7 +26,7 @@ from tests.kit.gpu_node import (
     held,
 )
 from tests.kit.nvml_stub.harness import Stub, library
-from tests.kit.support import ROOT, Orchestrator, RedisServer
+from tests.kit.support import ROOT, Orchestrator, RedisServer, until
 
 pytestmark = pytest.mark.redis
 
@@ -61,7 +61,7 @@ def test_a_machine_where_nothing_is_broken(redis_server: RedisServer, tmp_path: 
     code, findings = doctor(environ(tmp_path, redis_server.url, TWO_GPUS))
     assert code == 0
     assert of(findings, "GPUs") == [
-        ("ok", "driver 570.10, CUDA up to 12.8"),
+        ("ok", "driver 580.65, CUDA up to 13.0"),
         ("ok", f"GPU 0 NVIDIA H100 ({A}): 0.5G of 80G in use, 0 °C"),
         ("ok", f"GPU 1 NVIDIA H100 ({B}): 0.5G of 80G in use, 0 °C"),
     ]
@@ -195,3 +195,32 @@ def test_on_a_terminal_of_80_columns_no_line_is_longer(tmp_path: Path) -> None:
     assert max(map(len, plain.splitlines())) <= 80
     assert "  broken Redis at unix://" in plain
     assert plain.splitlines()[-1].startswith("1 broken, ")
+
+
+def test_a_torch_for_a_newer_driver_is_broken_and_said_at_the_start(
+    redis_server: RedisServer, gpu_node: MakeGpuNode, tmp_path: Path
+) -> None:
+    """By an interpreter whose torch says to be built for CUDA 13, on drivers 535 and 580, and on a Pascal card."""
+    package = tmp_path / "lib" / "torch"
+    package.mkdir(parents=True)
+    (package / "version.py").write_text("__version__ = '2.13.0'\ncuda = '13.0'\n")
+    (package / "__init__.py").write_text("class _C:\n    _cuda_getArchFlags = staticmethod(lambda: 'sm_75 sm_90')\n")
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path}/lib:{ROOT} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    config = f'[environments.cuda]\npython = "{python}"\n[task_types.inference]\nenvironment = "cuda"\n'
+    (tmp_path / "node.toml").write_text(f'{config}[redis]\nurl = "{redis_server.url}"\n')
+
+    def broken(script: str) -> list[str]:
+        env = environ(tmp_path, redis_server.url, script)
+        _, findings = doctor(env, "--config", str(tmp_path / "node.toml"))
+        return [text for level, text in of(findings, "environments") if level == "broken" and text.startswith("cuda: ")]
+
+    old = TWO_GPUS.replace("driver 580.65", "driver 535.216").replace("cuda 13000", "cuda 12020")
+    (only,) = broken(old)
+    assert only.startswith("cuda: torch 2.13.0 is built for CUDA 13.0, and driver 535.216 supports CUDA up to 12.2")
+    assert broken(TWO_GPUS) == []
+    (only,) = broken(f"{TWO_GPUS}\n    set {A} capability 61")
+    assert "no code for GPU 0 NVIDIA H100 (compute capability 6.1): it is built for sm_75 sm_90" in only
+    node = gpu_node(script=old, config=config)
+    until(lambda: "it would see no GPU; install driver 580 or newer" in node.text(), "the node logs it")

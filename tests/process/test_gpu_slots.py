@@ -29,8 +29,8 @@ def test_one_slot_registers_all_gpus_and_a_task_sees_them_by_uuid(
     node = gpu_node()
     gpus = node.hardware()["gpu"]
     assert gpus == {
-        "driver_version": "570.10",
-        "cuda_version": "12.8",
+        "driver_version": "580.65",
+        "cuda_version": "13.0",
         "gpus": [
             {"index": 0, "name": "NVIDIA H100", "uuid": A, "memory_total_bytes": 80 * GIB},
             {"index": 1, "name": "NVIDIA H100", "uuid": B, "memory_total_bytes": 80 * GIB},

@@ -17,6 +17,7 @@ from flowmesh.node.nvml.client import Nvml
 from flowmesh.node.nvml.session import Session
 from tests.kit.nvml_stub.harness import Stub, library, run_with_stub
 
+H100 = "NVIDIA H100 80GB HBM3"
 GIB = 1 << 30
 TWO_GPUS = f"""
     driver 570.86.15
@@ -47,8 +48,8 @@ def test_the_inventory_names_every_gpu() -> None:
         found = await nvml.inventory()
         assert (found.driver_version, found.cuda_version) == ("570.86.15", "12.8")
         assert found.gpus == (
-            GpuInfo(index=0, uuid="GPU-aaaa", name="NVIDIA H100 80GB HBM3", memory_total_bytes=80 * GIB),
-            GpuInfo(index=1, uuid="GPU-bbbb", name="NVIDIA H100 80GB HBM3", memory_total_bytes=80 * GIB),
+            GpuInfo(index=0, uuid="GPU-aaaa", name=H100, memory_total_bytes=80 * GIB, capability=(9, 0)),
+            GpuInfo(index=1, uuid="GPU-bbbb", name=H100, memory_total_bytes=80 * GIB, capability=(9, 0)),
         )
         await nvml.close()
         assert _nvml_threads() == []

@@ -70,6 +70,22 @@ def test_a_failure_that_speaks_of_secrets(orchestrator: Orchestrator, node: Any)
     assert TASK_KEY in (folder / "logs" / "stderr.log").read_text(), "files of the task are left as they are"
 
 
+def test_logs_hide_what_the_node_knows_while_it_has_the_task(orchestrator: Orchestrator, node: Any) -> None:
+    spec = with_secrets({"taskType": "echo", "delaySec": 60})
+    orchestrator.dispatch("w1", spec, task_id="live")
+    orchestrator.wait_started("live")
+    log = node.results_dir / "live" / "logs" / "stderr.log"
+    log.write_text(f"I have {TASK_KEY} and {NODE_TOKEN}, Bearer abcdefgh12345678\n")
+    command = [sys.executable, "-m", "flowmesh.cli.main", "logs", "live", "--state-dir", str(node.state_dir)]
+
+    def printed(*words: str) -> str:
+        return subprocess.run([*command, *words], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+
+    assert printed() == "I have [hidden] and [hidden], Bearer [hidden]\n"
+    assert printed("--raw") == log.read_text()
+    assert "secrets" not in printed("--json")
+
+
 @pytest.mark.parametrize(
     ("document", "found"),
     [

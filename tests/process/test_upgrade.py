@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import signal
 import time
@@ -20,8 +19,9 @@ def install(folder: Path, version: str) -> Path:
     """A copy of the program that says to be this version."""
     for package in ("flowmesh", "runners"):
         shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
-    module = folder / "flowmesh" / "__init__.py"
-    module.write_text(re.sub(r'__version__ = ".*"', f'__version__ = "{version}"', module.read_text()))
+    metadata = folder / f"flowmesh_supervisor-{version}.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text(f"Metadata-Version: 2.1\nName: flowmesh-supervisor\nVersion: {version}\n")
     return folder
 
 

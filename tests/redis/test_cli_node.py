@@ -139,7 +139,7 @@ def test_drain(place):
 
 def test_logs_of_one_file_are_as_they_are(place):
     task(place, "one", stdout=b"a\n\xff\x00b\nno end", stderr="")
-    process = start(place, "logs", "one", "--state-dir", "state")
+    process = start(place, "logs", "one", "--raw", "--state-dir", "state")
     assert process.communicate(timeout=30) == (b"a\n\xff\x00b\nno end\n", b"")
 
 

@@ -12,6 +12,7 @@ import pytest
 from flowmesh.messages.job import Job
 from flowmesh.processes.pipe import Pipe
 from runners.api import Context
+from tests.kit.paths import PERMITS
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: no test may look for a hub
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -77,6 +78,7 @@ def make_context(tmp_path: Path, shared_cache: Path) -> Callable[..., Context]:
             "cache_dir": str(shared_cache),
             "tmp_dir": str(tmp_dir),
             "threads": 2,
+            "permits": PERMITS,
         }
         job = Job(task_id=task_id, task_type=task_type, task=task, **{**settings, **fields})
         return Context(job, pipe)

@@ -28,7 +28,7 @@ FLOORS = (
     {"settings"},
     {"messages", "web"},
     {"validation"},
-    {"redaction", "errors", "backoff", "__init__"},
+    {"redaction", "errors", "backoff", "installed", "__init__"},
 )
 """From the top down, by the first part of a module's name below `flowmesh`. A module imports from lower floors and from
 its own folder, not from a neighbour on its floor."""
@@ -41,6 +41,7 @@ RUNNERS_MAY_IMPORT = (
     "flowmesh.processes.pipe",
     "flowmesh.validation",
     "flowmesh.redaction",
+    "flowmesh.installed",
     "flowmesh.web",
 )
 

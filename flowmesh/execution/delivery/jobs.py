@@ -80,6 +80,7 @@ class Jobs:
                 detail=redact(run.outcome.detail) if run.outcome is not None else "",
                 evidence=verdict.evidence,
                 log_tail=run.log_tail,
+                warnings=() if run.outcome is None else run.outcome.warnings,
             )
         return DeliveryJob(
             attempt=run.attempt,

@@ -6,6 +6,7 @@ A task has hung when no frame came from it for `tasks.hang_timeout_s`. Disks and
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from pathlib import Path
 
@@ -20,13 +21,22 @@ from flowmesh.tasks.machine import State
 from flowmesh.tasks.verdicts import Stop
 
 INTERVAL_S = 1.0
+NODE_LOG_TURNS = 20
+NODE_LOG_MAX_BYTES = 16 * 1024**2
+"""Of each log of a fork server, and of `delivery.log`, which all deliveries write to."""
 STACKS_WAIT_S = 1.0
 """Between the request for stacks and the stop."""
 
 
 class Watchdog:
-    def __init__(self, settings: TasksSettings, runs: RunTable, post: PostEvent, begin: Begin) -> None:
+    """
+    Args:
+        log_dir: the logs of fork servers and deliveries.
+    """
+
+    def __init__(self, settings: TasksSettings, runs: RunTable, log_dir: Path, post: PostEvent, begin: Begin) -> None:
         self._settings = settings
+        self._log_dir = log_dir
         self._runs = runs
         self._post = post
         self._begin = begin
@@ -35,8 +45,10 @@ class Watchdog:
 
     async def run(self) -> None:
         """Until cancelled."""
-        while True:
+        for turn in itertools.count():
             await asyncio.sleep(INTERVAL_S)
+            if turn % NODE_LOG_TURNS == 0:
+                log_troubles(await asyncio.to_thread(bound_logs, [self._log_dir], NODE_LOG_MAX_BYTES))
             running = [run for run in self._runs if run.task.state is State.RUNNING]
             if running:
                 await self._bound_logs(running)

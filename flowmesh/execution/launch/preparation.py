@@ -7,13 +7,12 @@ import os
 import stat
 from pathlib import Path
 
-import msgspec
-
 from flowmesh.execution.housekeeping.removal import remove_tree
 from flowmesh.execution.launch.spool import PRIVATE
 from flowmesh.execution.layout import OOM_SCORE_ADJ, Layout
 from flowmesh.execution.run import Run
 from flowmesh.messages.job import JOB_FILE, Job
+from flowmesh.messages.text import encode_json
 from flowmesh.processes import environ, shm
 from flowmesh.processes.limits import Limits
 from flowmesh.processes.protocol import Fork
@@ -50,6 +49,7 @@ def prepare(layout: Layout, run: Run) -> Fork:
         task_id=run.task_id,
         task_type=accepted.type.name,
         runner=accepted.type.runner,
+        extra=accepted.type.extra,
         task=accepted.task,
         out_dir=str(out_dir),
         results_dir=str(layout.results_dir),
@@ -61,8 +61,10 @@ def prepare(layout: Layout, run: Run) -> Fork:
         file_url=file_url_template(accepted.output, run.task_id),
         child_dirs={child.task_id: child.out_dir for child in children},
         limits=layout.limits,
+        permits=layout.permits,
+        gateway=layout.gateway,
     )
-    (spool / JOB_FILE).write_bytes(msgspec.json.encode(job))
+    (spool / JOB_FILE).write_bytes(encode_json(job))
     # Last: from now on another task of that user could put a link where we write.
     for given in (spool / JOB_FILE, spool, tmp):
         layout.give(given)

@@ -45,6 +45,7 @@ class _Head(msgspec.Struct, frozen=True, kw_only=True):
     archives: tuple[ArchiveRequest, ...] = ()
     uploads: tuple[UploadRequest, ...] = ()
     phases: dict[str, float] = {}
+    warnings: tuple[str, ...] = ()
 
 
 _head_decoder = msgspec.json.Decoder(_Head)
@@ -60,7 +61,7 @@ async def read_outcome(layout: Layout, attempt: int) -> Outcome | None:
         else:
             outcome = await asyncio.to_thread(decode_outcome, path)
     except ProtocolError as error:
-        logger.bind(attempt=attempt).warning("{}", error)
+        logger.bind(node_run=attempt).warning("{}", error)
         return None
     return outcome if outcome is not None and outcome.attempt == attempt else None
 

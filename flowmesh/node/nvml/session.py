@@ -148,12 +148,14 @@ class Session:
         parts: list[tuple[Handle, str, MigSlice | None]] = [(handle, board, None)]
         if handles.is_sliced(board, handle):
             parts = [*handles.slices(board, handle)]
+        capability = self._bound.optional(board, "capability", nvml.nvmlDeviceGetCudaComputeCapability, handle)
         return [
             GpuInfo(
                 index=index,
                 uuid=uuid,
                 name=nvml.nvmlDeviceGetName(part),
                 memory_total_bytes=int(Reader(self._bound).memory(uuid, part).total),
+                capability=None if capability is None else (int(capability[0]), int(capability[1])),
                 mig=mig,
             )
             for part, uuid, mig in parts

@@ -109,7 +109,16 @@ def mount(source: str | None, target: str, kind: str | None, flags: int, data: s
 
 def make_read_only(target: str) -> None:
     """Make a mount and all below it read-only, without set-uid and devices. Works where a remount is refused."""
-    attributes = struct.pack("=QQQQ", _MOUNT_ATTR_RDONLY | _MOUNT_ATTR_NOSUID | _MOUNT_ATTR_NODEV, 0, 0, 0)
+    _set_attributes(target, _MOUNT_ATTR_RDONLY | _MOUNT_ATTR_NOSUID | _MOUNT_ATTR_NODEV)
+
+
+def without_set_id(target: str) -> None:
+    """Ignore set-uid bits and devices on a mount and all below it."""
+    _set_attributes(target, _MOUNT_ATTR_NOSUID | _MOUNT_ATTR_NODEV)
+
+
+def _set_attributes(target: str, which: int) -> None:
+    attributes = struct.pack("=QQQQ", which, 0, 0, 0)
     path = os.fsencode(target)
     _syscall("mount_setattr", _SYS_MOUNT_SETATTR, _AT_FDCWD, path, _AT_RECURSIVE, attributes, ctypes.c_size_t(32))
 

@@ -2,7 +2,8 @@
 
 Two modes. `namespaces`: a minimal file system, a pid namespace, no network. `landlock`: the kernel's file rules and a
 filter on sockets, for systems that refuse namespaces. Processes that the command leaves behind are killed when it ends,
-on SIGTERM, and when the parent dies.
+on SIGTERM, and when the parent dies. The plan's descriptor `report` gets one JSON object at the end: `refused` (the
+command was not run, and why), `left` (paths that were not copied back), `lost` (why copying back failed).
 """
 
 from __future__ import annotations
@@ -12,8 +13,6 @@ import json
 import os
 import resource
 import signal
-import socket
-import struct
 import sys
 import time
 from pathlib import Path
@@ -21,47 +20,79 @@ from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import kernel  # type: ignore[import-not-found,unused-ignore]
-import seccomp  # type: ignore[import-not-found,unused-ignore]
+import namespaces  # type: ignore[import-not-found,unused-ignore]
+from plan import Plan, PlanRefused, parse  # type: ignore[import-not-found,unused-ignore]
 
 EXIT_NOT_CONFINED = 97
 """The jail could not be built; the command was not run."""
-DEVICES = ("null", "zero", "full", "random", "urandom")
-TMP_BYTES = 256 * 2**20
-LEAST_PID_MAX = 512
-NETWORKED = (socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK)
+NOT_RUN = (OSError, ValueError, OverflowError)
 
 
 def main() -> int:
-    plan, command = json.loads(sys.argv[1]), sys.argv[2:]
+    if len(sys.argv) < 3 or not sys.argv[2]:
+        return _refuse(-1, "expected a plan and a command")
+    try:
+        plan = parse(sys.argv[1])
+    except PlanRefused as error:
+        return _refuse(-1, str(error))
+    return _run(plan, sys.argv[2:])
+
+
+def _run(plan: Plan, command: list[str]) -> int:
     parent = os.getppid()
     os.setsid()
     kernel.die_with_parent(signal.SIGKILL)
     if os.getppid() != parent:
         return EXIT_NOT_CONFINED
+    box, child = None, 0
     try:
+        if plan.report >= 0:
+            os.set_inheritable(plan.report, False)
+        for folder in plan.cgroups:
+            Path(folder, "cgroup.procs").write_text("0")
         kernel.become_subreaper()
-        child = (_start_in_namespaces if plan["mode"] == "namespaces" else _start_under_landlock)(plan, command)
-    except OSError as error:
-        return _refuse(error)
-    signal.signal(signal.SIGTERM, lambda *_: _leave(child, 128 + signal.SIGTERM))
-    status = _wait_for(child)
+        if plan.mode == "namespaces":
+            box = namespaces.Box(plan)
+        else:
+            _check_landlock()
+            kernel.undumpable()
+        child = _fork(plan, command, box)
+    except NOT_RUN as error:
+        return _refuse(plan.report, getattr(error, "strerror", None) or str(error))
+    signal.signal(signal.SIGTERM, lambda *_: _kill(child))
+    status = namespaces.reap_until(child)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what follows has bounds, and the number may be another process's
     _kill_descendants()
+    report: dict[str, Any] = {}
+    if box is not None:
+        try:
+            report["left"] = box.copy_back()
+        except (OSError, RecursionError) as error:
+            report["lost"] = str(error)
+    _report(plan.report, report)
     return status
 
 
-def _start_in_namespaces(plan: dict[str, Any], command: list[str]) -> int:
-    uid, gid = os.geteuid(), os.getegid()
-    kernel.dumpable()
-    flags = kernel.CLONE_NEWUSER | kernel.CLONE_NEWNS | kernel.CLONE_NEWPID | kernel.CLONE_NEWIPC | kernel.CLONE_NEWUTS
-    kernel.unshare(flags | (0 if plan["network"] else kernel.CLONE_NEWNET))
-    Path("/proc/self/setgroups").write_text("deny")
-    Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")
-    Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1")
+def _fork(plan: Plan, command: list[str], box: namespaces.Box | None) -> int:
+    """Start the command, in namespaces below an init process.
+
+    Raises:
+        OSError: the jail could not be built, or the program cannot be executed.
+    """
     ready, tell = os.pipe()
     child = os.fork()
     if child == 0:
-        os.close(ready)
-        _be_init(plan, command, tell)
+        status = EXIT_NOT_CONFINED
+        try:
+            os.close(ready)
+            kernel.die_with_parent(signal.SIGKILL)
+            with contextlib.suppress(OSError):  # the kernel shall kill the command for memory, not who copies back
+                Path("/proc/self/oom_score_adj").write_text("1000")
+            status = _confine(plan, command, box, tell)
+        except NOT_RUN as error:
+            with contextlib.suppress(OSError):
+                os.write(tell, str(error).encode(errors="replace"))
+        os._exit(status)
     os.close(tell)
     with os.fdopen(ready, "rb") as file:
         trouble = file.read()
@@ -71,181 +102,70 @@ def _start_in_namespaces(plan: dict[str, Any], command: list[str]) -> int:
     return child
 
 
-def _be_init(plan: dict[str, Any], command: list[str], tell: int) -> NoReturn:
-    """The init process of the new pid namespace: when it exits, the kernel kills all others in it."""
-    kernel.die_with_parent(signal.SIGKILL)
-    status = EXIT_NOT_CONFINED
-    try:
-        _build_root(plan)
-        if not plan["network"]:
-            _raise_loopback()
-        kernel.forbid_new_privileges()
-        kernel.drop_capabilities()
-        # With the machine's network, its abstract unix sockets could be reached; without it there are none.
-        families = NETWORKED if plan["network"] else (socket.AF_UNIX, *NETWORKED)
-        kernel.filter_calls(seccomp.program(families, shares_machine=False))
-        os.set_inheritable(tell, False)
-        child = os.fork()
-        if child == 0:
-            _execute(plan, command, tell)
-        os.close(tell)
-        status = _wait_for(child)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.write(tell, str(error).encode())
-    os._exit(status)
+def _confine(plan: Plan, command: list[str], box: namespaces.Box | None, tell: int) -> int:
+    os.set_inheritable(tell, False)
+    if box is None:
+        _confine_by_rules(plan)
+        _execute(plan, command, tell)
+    namespaces.enter(plan, box)
+    child = os.fork()
+    if child == 0:
+        _execute(plan, command, tell)
+    os.close(tell)
+    return namespaces.reap_until(child)
 
 
-def _build_root(plan: dict[str, Any]) -> None:
-    """Mount what the command may see below `plan["root"]`, and pivot to it."""
-    root = plan["root"]
-    kernel.mount(None, "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
-    kernel.mount("tmpfs", root, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "mode=755,size=16m")
-    for name, size in (("/tmp", TMP_BYTES), ("/dev", 2**16), ("/dev/shm", TMP_BYTES)):
-        Path(root + name).mkdir(parents=True)
-        kernel.mount("tmpfs", root + name, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, f"mode=1777,size={size}")
-    for path in plan["readable"]:
-        _show(root, path, writable=False)
-    for device in DEVICES:
-        _bind_device(root, f"/dev/{device}")
-    for link, target in (("fd", "/proc/self/fd"), ("stdin", "/proc/self/fd/0"), ("stdout", "/proc/self/fd/1"),
-                         ("stderr", "/proc/self/fd/2")):  # fmt: skip
-        Path(f"{root}/dev/{link}").symlink_to(target)
-    _show(root, plan["work_dir"], writable=True)
-    Path(root, "proc").mkdir(exist_ok=True)
-    with contextlib.suppress(OSError):  # some containers refuse it; then the command has no /proc
-        kernel.mount("proc", f"{root}/proc", "proc", kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC)
-        _bound_pids(f"{root}/proc", plan["tasks"])
-        kernel.make_read_only(f"{root}/proc")  # root could write the machine's settings there without any capability
-    old = Path(root, ".old")
-    old.mkdir()
-    kernel.pivot_root(root, str(old))
-    os.chdir("/")
-    kernel.unmount("/.old")
-    Path("/.old").rmdir()
-    kernel.mount("tmpfs", "/", None, 32 | 1 | kernel.MS_BIND | kernel.MS_NOSUID | kernel.MS_NODEV)  # remount, read-only
+def _confine_by_rules(plan: Plan) -> None:
+    os.setpgid(0, 0)  # its own group: ours is killed as a whole
+    confined = kernel.landlock_version() >= kernel.LANDLOCK_OF_SIGNALS
+    kernel.forbid_new_privileges()
+    kernel.drop_capabilities()
+    readable = [*plan.readable, *(f"/dev/{name}" for name in namespaces.DEVICES)]
+    writable = [plan.work_dir, *(f"/dev/{name}" for name in namespaces.WRITABLE_DEVICES)]
+    kernel.landlock(readable, writable, network=plan.network)
+    families = namespaces.NETWORKED if plan.network else ()
+    kernel.filter_calls(namespaces.program(families, shares_machine=True, signals_confined=confined))
 
 
-def _bound_pids(proc: str, most: int) -> None:
-    """Limit processes and threads of the namespace. Also for root, to whom RLIMIT_NPROC does not apply."""
-    if kernel.release() >= (6, 14):  # before, the setting was machine-wide
-        with contextlib.suppress(OSError):
-            Path(f"{proc}/sys/kernel/pid_max").write_text(str(max(most, LEAST_PID_MAX)))
-
-
-def _show(root: str, path: str, *, writable: bool) -> None:
-    """Bind a file or folder to the same path in the new root; a link to a folder is recreated as a link."""
-    source, target = Path(path), Path(root + path)
-    if source.is_symlink() and source.is_dir() and not writable:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if not target.is_symlink():
-            target.symlink_to(source.readlink())
-        return
-    if not source.exists():
-        return
-    if source.is_dir():
-        target.mkdir(parents=True, exist_ok=True)
-    else:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.touch(exist_ok=True)
-    kernel.mount(path, str(target), None, kernel.MS_BIND | kernel.MS_REC)
-    if not writable:
-        kernel.make_read_only(str(target))
-
-
-def _bind_device(root: str, path: str) -> None:
-    Path(root + path).touch()
-    kernel.mount(path, root + path, None, kernel.MS_BIND)
-
-
-def _raise_loopback() -> None:
-    """Bring up the namespace's own loopback interface."""
-    import fcntl
-
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
-        fcntl.ioctl(sock, 0x8914, struct.pack("16sH14x", b"lo", 1))  # SIOCSIFFLAGS, IFF_UP
-
-
-def _start_under_landlock(plan: dict[str, Any], command: list[str]) -> int:
+def _check_landlock() -> None:
     version = kernel.landlock_version()
     if version < kernel.LANDLOCK_NEEDED:
         had = f"version {version} of Landlock" if version else "no Landlock"
         raise OSError(38, f"this kernel has {had}; version {kernel.LANDLOCK_NEEDED} (Linux 6.2) is needed")
-    confined = version >= kernel.LANDLOCK_OF_SIGNALS
-    kernel.undumpable()
-    ready, tell = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(ready)
-        os.set_inheritable(tell, False)
-        kernel.die_with_parent(signal.SIGKILL)
-        os.setpgid(0, 0)  # its own group: ours is killed as a whole
-        try:
-            kernel.forbid_new_privileges()
-            kernel.drop_capabilities()
-            devices = [f"/dev/{name}" for name in DEVICES]
-            kernel.landlock(plan["readable"], [plan["work_dir"], *devices], network=plan["network"])
-            families = NETWORKED if plan["network"] else ()
-            kernel.filter_calls(seccomp.program(families, shares_machine=True, signals_confined=confined))
-            _execute(plan, command, tell)
-        except OSError as error:
-            os.write(tell, str(error).encode())
-            os._exit(EXIT_NOT_CONFINED)
-    os.close(tell)
-    with os.fdopen(ready, "rb") as file:
-        trouble = file.read()
-    if trouble:
-        os.waitpid(child, 0)
-        raise OSError(1, trouble.decode(errors="replace"))
-    return child
 
 
-def _execute(plan: dict[str, Any], command: list[str], tell: int) -> NoReturn:
+def _execute(plan: Plan, command: list[str], tell: int) -> NoReturn:
     """Execute the command. `tell` is closed by a successful exec."""
-    os.chdir(plan["work_dir"])
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    for name, value in plan["limits"].items():
-        kind = getattr(resource, name)
-        hard = resource.getrlimit(kind)[1]
-        bound = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(kind, (bound, bound))
-    _bound_tasks(plan)
     try:
-        os.execvpe(command[0], command, plan["env"])
-    except OSError as error:
-        os.write(tell, f"{command[0]}: {error.strerror}".encode())
-        os._exit(EXIT_NOT_CONFINED)
+        os.chdir(plan.work_dir)
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        for name, value in plan.limits.items():
+            _limit(getattr(resource, name), value)
+        _bound_tasks(plan)
+        os.execvpe(command[0], command, plan.env)
+    except NOT_RUN as error:
+        os.write(tell, f"{command[0]}: {getattr(error, 'strerror', None) or error}".encode(errors="replace"))
+    os._exit(EXIT_NOT_CONFINED)
 
 
-def _bound_tasks(plan: dict[str, Any]) -> None:
+def _limit(kind: int, value: int) -> None:
+    hard = resource.getrlimit(kind)[1]
+    bound = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(kind, (bound, bound))
+
+
+def _bound_tasks(plan: Plan) -> None:
     """Limit processes and threads (not for root): of the namespace, else on top of the user's present ones."""
-    there = 0
-    if plan["mode"] == "namespaces":
-        if kernel.release() < (5, 14):  # before, it counted all of the user's on the machine
-            return
-    else:
-        there = plan["tasks_of_user"]
-    hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
-    most = there + plan["tasks"]
-    bound = most if hard == resource.RLIM_INFINITY else min(most, hard)
-    resource.setrlimit(resource.RLIMIT_NPROC, (bound, bound))
+    if plan.mode == "landlock":
+        _limit(resource.RLIMIT_NPROC, plan.tasks_of_user + plan.tasks)
+    elif kernel.release() >= (5, 14):  # before, it counted all of the user's on the machine
+        _limit(resource.RLIMIT_NPROC, plan.tasks)
 
 
-def _wait_for(child: int) -> int:
-    """Reap processes until `child` exits; its status as in a shell."""
-    while True:
-        pid, status = os.waitpid(-1, 0)
-        if pid == child:
-            code = os.waitstatus_to_exitcode(status)
-            return code if code >= 0 else 128 - code
-
-
-def _leave(child: int, status: int) -> NoReturn:
+def _kill(child: int) -> None:
     for kill in (os.kill, os.killpg):
         with contextlib.suppress(ProcessLookupError):
             kill(child, signal.SIGKILL)
-    _kill_descendants()
-    os._exit(status)
 
 
 def _kill_descendants() -> None:
@@ -287,8 +207,15 @@ def _descendants(root: int) -> list[tuple[int, int]]:
     return found
 
 
-def _refuse(error: OSError) -> int:
-    print(f"jail: {error.strerror or error}", file=sys.stderr)  # noqa: T201 - the supervisor reads stderr
+def _report(descriptor: int, content: dict[str, Any]) -> None:
+    if descriptor >= 0:
+        with contextlib.suppress(OSError):
+            os.write(descriptor, json.dumps(content).encode(errors="replace"))
+
+
+def _refuse(descriptor: int, why: str) -> int:
+    _report(descriptor, {"refused": why})
+    print(f"jail: {why}", file=sys.stderr)  # noqa: T201 - for who runs it by hand
     return EXIT_NOT_CONFINED
 
 

@@ -6,7 +6,7 @@
  *   forget N                       when N changes, the library loses its initialisation, as after a driver reload
  *   gpu UUID TOTAL NAME...         a device; its place in the file is its index
  *   mig BOARD UUID TOTAL GI CI     a slice of the board named BOARD
- *   set UUID KEY VALUE             used, util, power (mW), energy (mJ), temp, throttle (bits), events (bits),
+ *   set UUID KEY VALUE             capability (90 is 9.0, the default), used, util, power (mW), energy (mJ), temp, throttle (bits), events (bits),
  *                                  mig (1: the mode is on, even without slices)
  *   memory UUID V1 V2 ...          used bytes by number of looks; the last one stays
  *   process UUID PID BYTES         one that computes; of `graphics UUID PID BYTES`, that draws
@@ -270,6 +270,15 @@ int nvmlDeviceGetName(device *d, char *name, unsigned length)
 {
     int code = enter("name", d->uuid);
     snprintf(name, length, "%s", look_up(d).name);
+    return code;
+}
+
+int nvmlDeviceGetCudaComputeCapability(device *d, int *major, int *minor)
+{
+    int code = enter("capability", d->uuid);
+    int value = (int)value_of(d, "capability");
+    *major = value ? value / 10 : 9;
+    *minor = value % 10;
     return code;
 }
 

@@ -284,7 +284,7 @@ def test_each_item_is_a_run_of_its_own_and_one_failure_is_its_own(agents, make_c
     assert [item.get("metadata") for item in ran.items] == [{"id": 1}, None, {"id": 3}]
     metadata = ran.result["metadata"]
     assert metadata["tasks_count"] == 3
-    assert metadata["batch_summary"] == {"total": 3, "completed": 2, "failed": 1, "failed_items": [1]}
+    assert metadata["batch_summary"] == {"total": 3, "total_tasks": 3, "completed": 2, "failed": 1, "failed_items": [1]}
     assert ran.result["usage"]["num_requests"] == 3
     assert (ran.ctx.out_dir / "workspace" / "0002" / "who.txt").read_text() == "three"
     text = (ran.ctx.out_dir / "agent_output.txt").read_text()

@@ -19,7 +19,6 @@ import pytest
 from runners.agent import sandbox
 from runners.agent.command import KEPT_BYTES, Bounds, Ended, Kept, NotConfined
 from runners.agent.sandbox import MODES, Mode, Sandbox, mode_works, readable_paths
-from runners.agent.workspace import Workspace
 
 SECRET = "node-secret-4711"
 
@@ -382,7 +381,7 @@ def test_the_death_of_the_task_is_the_commands_death(make, tmp_path) -> None:
     assert gone(mark)
 
 
-def test_memory_processes_and_disk_have_bounds(make) -> None:
+def test_memory_and_processes_have_bounds(make) -> None:
     small = make(memory_bytes=200 * 2**20)
     one = python(small, "x = bytearray(400 * 2**20)")
     assert one.code != 0
@@ -392,16 +391,6 @@ def test_memory_processes_and_disk_have_bounds(make) -> None:
     assert "bytes of memory" in python(small, many).stopped
     bomb = "import os, time\nfor _ in range(40): os.fork() or time.sleep(60)\ntime.sleep(60)"
     assert python(make(processes=10), bomb).stopped == "it ran more than 10 processes"
-    box = make(disk_bytes=8 * 2**20)
-    filled = shell(box, "for i in 1 2 3 4 5; do head -c 4000000 /dev/zero > f$i; done; sleep 60")
-    assert "filled its folder" in filled.stopped
-    assert shell(box, "rm -f f*; head -c 20000000 /dev/zero > big").code != 0
-    empty = "import time\nfor n in range(3000): open(f'e{n}', 'w').close()\ntime.sleep(60)"
-    assert "filled its folder" in python(box, empty).stopped
-    assert shell(box, "rm -f e* big").code == 0
-    deep = "import os, time\nfor _ in range(1500):\n    os.mkdir('a'); os.chdir('a')\ntime.sleep(60)"
-    assert python(box, deep).stopped == "it nested more than 100 folders"
-    assert Workspace(box.folder).tidy() == ["/".join(["a"] * 101)]
 
 
 def test_endless_output_does_not_keep_a_command_alive(make) -> None:

@@ -72,6 +72,7 @@ ROWS: list[tuple[str, Any, Any, dict[str, Any]]] = [
     ("model.source.revision", "v2", 1, {}),
     ("model.transformers.device_map", "cuda", "tpu", {}),
     ("model.transformers.dtype", "bf16", "int3", {}),
+    ("model.source.trust_remote_code", True, "yes", {}),
     ("model.transformers.trust_remote_code", True, "yes", {}),
     ("model.transformers.low_cpu_mem_usage", False, 2, {}),
     ("model.transformers.load_in_8bit", True, "yes", {}),

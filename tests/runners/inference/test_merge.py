@@ -40,7 +40,8 @@ def test_children_answer_as_if_alone(tiny_llama, make_context) -> None:
         assert part["model"] == str(tiny_llama)
     export = result["children"]["child-1"]["jsonl_export"]
     written = context.results_dir / "child-1" / "deep" / "out.jsonl"
-    assert export == {"path": str(written), "relative_path": "deep/out.jsonl", "record_count": 2, "fields": ["q", "n"]}
+    places = {"path": str(written), "worker_path": str(written), "relative_path": "deep/out.jsonl"}
+    assert export == {**places, "record_count": 2, "fields": ["q", "n"]}
     assert [json.loads(line)["n"] for line in written.read_text().splitlines()] == [1, 2]
     assert [(each.path, each.field, each.child) for each in context.uploads] == [
         ("deep/out.jsonl", "jsonl_export", "child-1")

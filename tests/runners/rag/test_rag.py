@@ -327,7 +327,6 @@ def test_bad_faiss_sections_are_named(faiss_section, said, make_context) -> None
         ({"query": "x", "data": {}, "faiss": {"path": "p"}}, "spec.query: spec.data is there, too"),
         ({"query": "x", "faiss": {"path": "p"}, "search": {"top_k": 0}}, "spec.search.top_k"),
         ({"query": "x", "faiss": {"path": "p"}, "embeding": {}}, "spec.embeding: unknown field; did you mean"),
-        ({"query": "x", "faiss": {"path": "p"}, "model": {"source": {}}}, "spec.model: only `generate` uses a model"),
         ({"query": "x", "faiss": {"path": "p"}, "generate": {"top_p": 2}}, "spec.generate.top_p"),
         ({"query": "x", "faiss": {"path": "p"}, "generate": {"template": "{query}"}}, "{context} must stand in it"),
         ({"query": "x", "faiss": {"path": "p"}, "generate": {}}, "spec.model.source.identifier: missing"),

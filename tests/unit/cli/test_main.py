@@ -6,19 +6,21 @@ import sys
 import click
 import pytest
 
-from flowmesh import __version__
 from flowmesh.cli.main import COMMANDS, cli, guarded, main
 from flowmesh.errors import BusyError, ConfigError, FieldError, FlowMeshError, UnavailableError
+from flowmesh.installed import version
 
 SURFACE = {
-    "run": "FILES --config --help --json --keep-going --results-dir --task-id --timeout -k",
+    "run": "FILES --config --help --json --keep-going --read-root --results-dir --task-id --timeout -k",
     "submit": "FILE --config --help --json --redis --task-id --timeout --wait --worker",
     "workers": "--config --help --json --redis --watch",
     "status": "--config --help --json --state-dir",
-    "logs": "TASK_ID --config --follow --help --json --results-dir --state-dir --stderr --stdout -f -n",
+    "logs": "TASK_ID --config --follow --help --json --raw --results-dir --state-dir --stderr --stdout -f -n",
     "cancel": "TASK_ID --config --force --help --json --state-dir",
     "deliver": "TASK_ID --config --help --json --state-dir",
     "drain": "--config --help --json --mode --state-dir --wait",
+    "init": "--dry-run --help --prefix --supervisord --systemd --user",
+    "examples": "--copy --help --json NAME",
     "doctor": "--config --help --json",
     "recycle": "ENVIRONMENT --config --help --json --state-dir",
     "upgrade": "--config --help --json --state-dir",
@@ -60,7 +62,7 @@ def loaded(*arguments):
 def test_the_quick_answers_import_nothing_slow(arguments):
     first, modules = loaded(*arguments)
     assert first == (
-        f"flowmesh {__version__}" if arguments == ("--version",) else "Usage: flowmesh [OPTIONS] COMMAND [ARGS]..."
+        f"flowmesh {version()}" if arguments == ("--version",) else "Usage: flowmesh [OPTIONS] COMMAND [ARGS]..."
     )
     assert (
         modules & {"redis", "rich", "yaml", "msgspec", "asyncio", "flowmesh.cli.run", "flowmesh.settings.load"} == set()

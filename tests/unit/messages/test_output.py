@@ -46,7 +46,6 @@ def test_the_orchestrator_is_the_address_where_the_task_names_none() -> None:
         ({"destinatoin": {}}, "spec.output.destinatoin"),
         ({"destination": {"type": "ftp"}}, "spec.output.destination.type"),
         ({"destination": {"type": "local", "url": "http://x"}}, "spec.output.destination.url"),
-        (http(path="x"), "spec.output.destination.path"),
         (http(url="ftp://host/x"), "spec.output.destination.url"),
         (http(url="http:///x"), "spec.output.destination.url"),
         (http(url="http://host:99999/"), "spec.output.destination.url"),

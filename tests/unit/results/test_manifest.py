@@ -45,6 +45,7 @@ def test_what_is_there_what_is_missing_and_what_nobody_asked_for(tmp_path: Path)
     assert "sha256" not in logs
     assert said["by_name"]["absent.csv"] == {
         "name": "absent.csv", "path": "absent.csv", "type": "artifact", "required": True, "status": "missing",
+        "reason": "the task wrote no such file or folder",
     }  # fmt: skip
     assert said["by_name"]["artifacts"]["type"] == "directory"
     assert said["by_name"]["artifacts"]["status"] == "missing"

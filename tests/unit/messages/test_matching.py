@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowmesh.cli.matching import match, parse_bytes, parse_cores
 from flowmesh.errors import FieldError
+from flowmesh.messages.matching import match, parse_bytes, parse_cores
 
 GIB = 2**30
 
