@@ -67,7 +67,7 @@ class UploadPlan:
             f"{prefix}_uploaded": False,
         }
         uploaded = {f"{prefix}_url": _url(folder, archive.name), f"{prefix}_uploaded": True}
-        return _item(folder, archive, [(folder.result, uploaded)])
+        return item_of(folder, archive, [(folder.result, uploaded)])
 
     def _upload_item(self, folder: TaskFolder, request: UploadRequest, result: dict[str, Any]) -> Item:
         """A file that a runner asked to upload; `result[field]` gets its URL on arrival."""
@@ -80,7 +80,7 @@ class UploadPlan:
         gets = {"uploaded": True, "url": url, "download_url": url}
         if "path" in result[request.field]:  # what a later stage is given, on any node
             gets["path"] = url
-        return _item(folder, path, [(result[request.field], gets)])
+        return item_of(folder, path, [(result[request.field], gets)])
 
     def _artifact_item(self, folder: TaskFolder, artifact: str) -> Item | None:
         """One of `spec.output.artifacts`; None where it does not exist (the manifest lists it as missing)."""
@@ -88,14 +88,14 @@ class UploadPlan:
         asked = folder.path / relative
         path = within(asked, folder.path)
         if relative in {RESPONSES_FILE, MANIFEST_FILE}:
-            return _item(folder, asked, [], last=True)
+            return item_of(folder, asked, [], last=True)
         archive = asked.with_name(asked.name + ARCHIVE_SUFFIX)
         if path is None or path == folder.path:
             self._notes.append(f"artifact {artifact} lies outside of the task's folder: it was not delivered")
             return None
         if path.is_dir() or self._state.archive(archive) is not None:
-            return _item(folder, self._archive(folder, relative), [])
-        return _item(folder, path, [], name=asked.name) if path.is_file() else None
+            return item_of(folder, self._archive(folder, relative), [])
+        return item_of(folder, path, [], name=asked.name) if path.is_file() else None
 
     def _archive(self, folder: TaskFolder, relative: str) -> Path:
         """`<folder>.tar.gz` beside the folder; not made again where this attempt has made it already."""
@@ -108,14 +108,14 @@ class UploadPlan:
             return archive
         if within(source, folder.path) in {None, folder.path} or not source.is_dir():
             raise DeliveryError(f"cannot archive {relative}: there is no such folder in {folder.path}")
-        with self._sender.early(_item(folder, archive, [])) as written:
+        with self._sender.early(item_of(folder, archive, [])) as written:
             done = make_archive(source, archive, self._settings, written)
             self._state.archive_made(archive, done.size, done.sha256)
         self._notes.extend(done.notes)
         return archive
 
 
-def _item(
+def item_of(
     folder: TaskFolder,
     path: Path,
     fields: list[tuple[dict[str, Any], dict[str, Any]]],

@@ -15,6 +15,7 @@ from flowmesh.execution.run import Run
 from flowmesh.messages.job import OUTCOME_FILE, Outcome
 from flowmesh.results import delivery
 from flowmesh.results.job import DeliveryJob, DeliveryReport, Failure
+from flowmesh.results.partial import has_rows
 from flowmesh.results.safe_files import below, read_regular
 from flowmesh.settings.schema import Settings
 from flowmesh.settings.secret_files import has_token
@@ -88,6 +89,8 @@ class Jobs:
             task=accepted.target,
             children=accepted.children,
             failure=failure,
+            sends_rows=failure is not None
+            and any(has_rows(Path(each.out_dir)) for each in (accepted.target, *accepted.children)),
             extra=task_events.used(run, settings.node.cost_per_hour * run.slot.plan.share),
             outcome_file=OUTCOME_FILE,
             archive=settings.archive,
