@@ -48,6 +48,8 @@ class Jobs:
             OSError: it cannot be read.
         """
         job = self._job(run)
+        if must_wait and job.failure is not None:  # its event does not wait for a server that is away
+            job = msgspec.structs.replace(job, sends_rows=False)
         if (job.over_http and not must_wait) or not self._is_small(run):
             return job, None, False
         outcome = None
