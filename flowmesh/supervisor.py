@@ -42,7 +42,7 @@ from flowmesh.redaction import Redactor
 from flowmesh.settings.paths import results_dir, state_dir
 from flowmesh.settings.schema import Settings
 from flowmesh.settings.secret_files import has_token
-from flowmesh.startup import environments, old_variables, preflight, successor
+from flowmesh.startup import environments, identity, old_variables, preflight, successor
 from flowmesh.startup.event_loop import end_all, reap_children, start_threads
 from flowmesh.startup.state_dir import hold_state_dir, open_for
 from flowmesh.startup.trust import SetUp, trust
@@ -96,6 +96,7 @@ class Supervisor:
         self.journal = Journal(self.state_dir / "journal.sqlite")
         await self._wire()
         self._handle_signals()
+        await self._claim()
         tasks = [asyncio.create_task(work) for work in self._works()]
         try:
             await self.control.start()
@@ -109,12 +110,25 @@ class Supervisor:
         await self._close()
         return 0
 
+    async def _claim(self) -> None:
+        """Take the worker ids before a task or a process is touched under them. A stop ends the wait.
+
+        Raises:
+            BusyError: another live node has one.
+        """
+        claim = asyncio.create_task(self.link.registration.claim())
+        stop = asyncio.create_task(self._stop.wait())
+        await asyncio.wait([claim, stop], return_when=asyncio.FIRST_COMPLETED)
+        stop.cancel()
+        if claim.done():
+            claim.result()
+        else:
+            claim.cancel()
+
     async def _wire(self) -> None:
         settings = self.settings
-        self.node_id = node_id = self.journal.fact("node_id", secrets.token_hex(4))
-        self.worker_id = worker_id = settings.node.worker_id or self.journal.fact(
-            "worker_id", f"worker-{secrets.token_hex(6)}"
-        )
+        ids = identity.settle(self.journal, self.state_dir, settings.node.worker_id)
+        self.node_id, self.worker_id = node_id, worker_id = ids.node_id, ids.worker_id
         self.nvml = Nvml()
         inventory = await self._take_inventory(settings)
         self.inventory = inventory
@@ -124,6 +138,7 @@ class Supervisor:
         self.cgroup = fitted.cgroup
         node = NodeDescription(
             node_id=node_id,
+            owner=ids.owner,
             started=time.monotonic(),
             started_at=utc_now(),
             isolation="cgroup" if self.cgroup is not None else "subreaper",

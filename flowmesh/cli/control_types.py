@@ -49,6 +49,9 @@ class NodeStatus(msgspec.Struct, frozen=True, kw_only=True):
     tasks: tuple[TaskStatus, ...] = ()
     queued: int = 0
     outbox: int = 0
+    nobody_listens: bool = False
+    """Whether the last task event had no receivers."""
+    log_dropped: int = 0
     warnings: dict[str, str] = {}
     """By environment: why its tasks fail, or start slowly."""
     redeliveries: dict[str, str] = {}

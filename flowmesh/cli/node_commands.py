@@ -191,6 +191,10 @@ def headline(found: NodeStatus) -> str:
     parts = ["Redis up" if found.redis_up else "Redis DOWN", f"{found.queued} queued"]
     if found.outbox:
         parts.append(render.count(found.outbox, "unsent event"))
+    if found.nobody_listens:
+        parts.append("nobody listens to tasks.events")
+    if found.log_dropped:
+        parts.append(f"{render.count(found.log_dropped, 'line')} of the log dropped")
     if found.draining:
         parts.append(f"draining ({found.draining})")
     second = ", ".join(parts)

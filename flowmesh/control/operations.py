@@ -98,6 +98,8 @@ class Operations:
             "queued": sum(len(slot.queue) for slot in executor.slots.values()),
             "log_dropped": sys.stderr.dropped if isinstance(sys.stderr, LogWriter) else 0,
             "outbox": executor.journal.outbox_size(),
+            "outbox_unheard": self._link.outbox.unheard,
+            "nobody_listens": self._link.outbox.nobody_listens,
             "malformed": executor.counters.malformed,
             "refused": executor.counters.refused,
             "duplicates": executor.counters.duplicates,

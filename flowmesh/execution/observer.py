@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from flowmesh.execution.run import Run
 from flowmesh.node.slots import Slot
+from flowmesh.tasks.verdicts import Kind
 
 
 class Observer:
@@ -27,8 +28,8 @@ class Observer:
     def on_accepted(self, run: Run) -> None:
         """A task was accepted and is in the journal."""
 
-    def on_refused(self, task_id: str, message: str) -> None:
-        """A task was refused; `message` is the error of its event."""
+    def on_refused(self, task_id: str, message: str, kind: Kind) -> None:
+        """A task was refused; `message` is the error of its event, `kind` its verdict."""
 
 
 class Observers(Observer):
@@ -64,6 +65,6 @@ class Observers(Observer):
         for each in self._observers:
             each.on_accepted(run)
 
-    def on_refused(self, task_id: str, message: str) -> None:
+    def on_refused(self, task_id: str, message: str, kind: Kind) -> None:
         for each in self._observers:
-            each.on_refused(task_id, message)
+            each.on_refused(task_id, message, kind)

@@ -177,6 +177,8 @@ class Slot(Generic[RunT]):
         """Why the slot starts no task that needs it open; empty: it is open."""
         self.paused = ""
         """Why the slot starts no task at all; empty: it is not paused."""
+        self.displaced = ""
+        """Why the slot's worker gets no new tasks, though those that wait may start; empty: it gets them."""
         self._needs_open = needs_open
 
     @property
@@ -191,7 +193,7 @@ class Slot(Generic[RunT]):
     @property
     def trouble(self) -> str:
         """Why the slot is degraded; empty: it is not."""
-        return self.paused or self.closed
+        return self.displaced or self.paused or self.closed
 
     def next(self) -> RunT | None:
         """Give the slot to the next task that may have it; None where the slot is taken or no such task waits."""

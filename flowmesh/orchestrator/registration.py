@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 from loguru import logger
 
@@ -15,6 +16,12 @@ from flowmesh.execution.run import Run
 from flowmesh.node.slots import Slot
 from flowmesh.orchestrator.worker_description import NodeDescription, presence
 
+CUT_SOON_S = 60.0
+"""A subscription that breaks within this time after an announcement was perhaps cut by what that led to."""
+FIRST_QUIET_S = 5.0
+LONGEST_QUIET_S = 300.0
+"""How long the next announcement waits then: doubled with each cut."""
+
 
 class Registration(Observer):
     def __init__(self, node: NodeDescription, executor: Executor, client: redis.Redis) -> None:
@@ -24,10 +31,23 @@ class Registration(Observer):
         self._listening = False
         self._gaps: set[str] = set()
         """Workers that may have missed a dispatch, and were not announced again yet."""
+        self._cuts = 0
+        """How often in a row the subscription broke soon after a worker was announced again."""
+        self._announced_at = 0.0
+        """When that was last, monotonic."""
+        self._quiet_until = 0.0
         self.presences: dict[str, Presence] = {
-            worker_id: presence(node, executor, slot, client, self.on_missed)
+            worker_id: presence(node, executor, slot, client, on_missed=self.on_missed, on_rival=self._on_rival)
             for worker_id, slot in executor.slots.items()
         }
+
+    async def claim(self) -> None:
+        """Take the worker ids. Raises BusyError where another live node has one."""
+        await asyncio.gather(*(each.claim() for each in self.presences.values()))
+
+    def _on_rival(self, slot: Slot[Run], reason: str) -> None:
+        slot.displaced = reason
+        self._executor.observers.on_slot_changed(slot)
 
     def resume(self) -> None:
         """Report the slots of adopted tasks as RUNNING."""
@@ -54,7 +74,22 @@ class Registration(Observer):
             self._heal(slot)
 
     def on_unsubscribed(self) -> None:
+        """The subscription broke. Where that follows each new announcement, the next one waits.
+
+        A document over the limit of Redis' pub/sub buffers does that: the orchestrator sends it again each time.
+        """
         self._listening = False
+        now = time.monotonic()
+        self._cuts = self._cuts + 1 if self._announced_at and now - self._announced_at < CUT_SOON_S else 0
+        if self._cuts:
+            wait_s = min(LONGEST_QUIET_S, FIRST_QUIET_S * 2 ** (self._cuts - 1))
+            self._quiet_until = now + wait_s
+            logger.bind(cuts=self._cuts).warning(
+                "the connection was cut again soon after this node was announced; announced again in {:.0f} s at the "
+                "earliest. Perhaps a task document is over Redis' limit for subscribers (client-output-buffer-limit "
+                "pubsub; `flowmesh doctor` reads it): send its data as a file or a URL, or raise the limit",
+                wait_s,
+            )
 
     def on_events_sent(self, sent: list[bytes]) -> None:
         """Restate the status of workers that the orchestrator may have set wrong.
@@ -86,8 +121,12 @@ class Registration(Observer):
         worker_id, executor = slot.plan.worker_id, self._executor
         if worker_id not in self._gaps or executor.draining is not None or not self._listening:
             return
+        if (quiet_s := self._quiet_until - time.monotonic()) > 0:
+            asyncio.get_running_loop().call_later(quiet_s, self._heal, slot)
+            return
         if not executor.runs.has_any_of(slot) and not executor.journal.outbox_size():
             self._gaps.discard(worker_id)
+            self._announced_at = time.monotonic()
             logger.bind(worker=worker_id).info("announced again: a dispatch may have been missed")
             self.presences[worker_id].reannounce()
 

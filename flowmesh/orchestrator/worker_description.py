@@ -25,6 +25,8 @@ class NodeDescription(msgspec.Struct, frozen=True, kw_only=True):
     """What the workers of a node have in common."""
 
     node_id: str
+    owner: str
+    """Of the registrations; see startup.identity."""
     started: float
     """Monotonic."""
     started_at: str
@@ -39,7 +41,9 @@ def presence(
     executor: Executor,
     slot: Slot[Run],
     client: redis.Redis,
+    *,
     on_missed: Callable[[Slot[Run]], None],
+    on_rival: Callable[[Slot[Run], str], None],
 ) -> Presence:
     """The registration of one slot's worker."""
     settings, plan = executor.settings, slot.plan
@@ -51,6 +55,7 @@ def presence(
         cost_per_hour=settings.node.cost_per_hour * plan.share,
         tags=settings.node.tags,
         env=_env(node, executor),
+        owner=node.owner,
         hardware=collect(
             gpus,
             driver_version=node.inventory.driver_version,
@@ -76,6 +81,7 @@ def presence(
         power=reporter.power,
         farewell=reporter.farewell,
         on_left_over=lambda: on_missed(slot),
+        on_rival=lambda reason: on_rival(slot, reason),
         elastic=settings.node.elastic_scaling,
     )
 

@@ -11,12 +11,12 @@ from typing import NoReturn
 
 import msgspec
 
+from flowmesh.files.safe_folder import open_folder
 from flowmesh.processes import limits, linux, threads
 from flowmesh.processes.cgroup import Leaf
 from flowmesh.processes.pipe import Pipe
 from flowmesh.processes.preload import named
 from flowmesh.processes.protocol import MAX_MESSAGE, Fork, fork_decoder
-from flowmesh.processes.safe_folder import open_folder
 
 SPARE = "flowmesh-spare"
 """Process name of a child that waits for its task."""

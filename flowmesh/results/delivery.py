@@ -66,6 +66,8 @@ def deliver(
         status = getattr(failure, "status", None)
         with contextlib.suppress(OSError):  # the disk itself may have failed; the first error is reported
             run.record()
+    finally:
+        run.close()
     return DeliveryReport(
         ok=not error,
         error=error,

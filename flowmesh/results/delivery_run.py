@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import msgspec
 from flowmesh.errors import DeliveryError
 from flowmesh.messages.job import Fault, Outcome
 from flowmesh.messages.output import HttpDestination
-from flowmesh.messages.rows import Counts, Kept
+from flowmesh.messages.rows import ROWS_ARCHIVE, Counts, Kept
 from flowmesh.processes.pipe import Frame, Phase
 from flowmesh.results import partial, responses
 from flowmesh.results.delivery_state import DeliveryState
@@ -59,7 +58,7 @@ class DeliveryRun:
     def run(self) -> None:
         outcome = self._outcome
         if self._failure is not None or outcome is None:
-            self._kept = {folder.task_id: partial.read_rows(folder.path) for folder in self._folders}
+            self._kept = {folder.task_id: partial.read_rows(folder.top) for folder in self._folders}
             counts = [kept.counts for kept in self._kept.values() if kept.head is not None]
             self.rows = partial.total(counts) if counts else None
             self.record()
@@ -86,7 +85,11 @@ class DeliveryRun:
         """Write responses.json and manifest.json of every folder, with what is known by now."""
         self._write_results()
         for folder in self._folders:
-            folder.write_manifest(self._state.checksums())
+            folder.write_manifest(self._state.known())
+
+    def close(self) -> None:
+        for folder in self._folders:
+            folder.close()
 
     def _write_results(self) -> None:
         for folder in self._folders:
@@ -107,7 +110,8 @@ class DeliveryRun:
                 if not kept.current or not isinstance(folder.target.destination, HttpDestination):
                     continue
                 try:
-                    item = item_of(folder, partial.write_archive(folder.path, kept), [])
+                    folder.write(ROWS_ARCHIVE, partial.archive(kept))
+                    item = item_of(folder, (ROWS_ARCHIVE,), [])
                     self.sender.send_file(item)
                 except (DeliveryError, OSError) as error:
                     self.notes.append(
@@ -117,7 +121,7 @@ class DeliveryRun:
                 if folder is self._task:
                     self.rows_url = item.url
         for folder in self._folders:
-            folder.write_manifest(self._state.checksums())
+            folder.write_manifest(self._state.known())
 
     def _upload(self, items: list[Item]) -> None:
         self.sender.expect(items)
@@ -137,16 +141,10 @@ class DeliveryRun:
         if not names:
             return
         for name in (*names, "checkpoints", "checkpoints" + ARCHIVE_SUFFIX):
-            path = self._task.path / name
-            try:
-                if path.is_symlink() or path.is_file():
-                    path.unlink()
-                elif path.is_dir():
-                    shutil.rmtree(path)
-            except OSError as error:  # a note only: everything has arrived
-                self.notes.append(f"{name} could not be removed after its upload: {error.strerror}")
+            if left := self._task.remove(name):  # a note only: everything has arrived
+                self.notes.append(f"not all of {name} could be removed after its upload: {left}")
         with contextlib.suppress(OSError):
-            self._task.write_manifest({})
+            self._task.write_manifest(self._state.known())
 
 
 def _failure_of(outcome: Outcome | None) -> Failure | None:

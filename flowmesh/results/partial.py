@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Iterator
+import io
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from flowmesh.messages.rows import ROWS_ARCHIVE, ROWS_FILE, Counts, Kept, compress, line, read
-from flowmesh.processes.safe_folder import open_folder
-from flowmesh.results.safe_files import PARTIAL, open_regular
-
-
-def has_rows(folder: Path) -> bool:
-    """Whether a task's folder has a row log."""
-    with contextlib.suppress(OSError), _opened(folder):
-        return True
-    return False
+from flowmesh.files.folder import Folder
+from flowmesh.messages.rows import ROWS_FILE, Counts, Kept, compress, line, read
 
 
-def read_rows(folder: Path) -> Kept:
+def has_rows(path: Path) -> bool:
+    """Whether a task's folder has a row log. False where the folder cannot be opened."""
+    try:
+        with Folder.open(path) as folder:
+            folder.status((ROWS_FILE,))
+    except OSError:
+        return False
+    return True
+
+
+def read_rows(folder: Folder) -> Kept:
     """The whole rows in a task's folder; empty where there are none, or the file cannot be read."""
-    with contextlib.suppress(OSError), _opened(folder) as file:
-        return read(file)
-    return Kept()
+    try:
+        with open(folder.open_file((ROWS_FILE,)), "rb") as file:
+            return read(file)
+    except OSError:
+        return Kept()
 
 
 def fields(kept: Kept) -> dict[str, Any]:
@@ -52,32 +54,9 @@ def total(all_counts: list[Counts]) -> Counts:
     return Counts(done=sum(each.done for each in all_counts), total=sum(each.total for each in all_counts))
 
 
-def write_archive(folder: Path, kept: Kept) -> Path:
-    """Write ROWS_ARCHIVE with the whole rows beside the row log.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    at = open_folder(folder)
-    try:
-        partial = f".{ROWS_ARCHIVE}{PARTIAL}"
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(partial, dir_fd=at)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        with open(os.open(partial, flags, 0o640, dir_fd=at), "wb") as file:
-            head = [] if kept.head is None else [line(kept.head)]
-            compress((*head, *(line(row) for row in kept.rows)), file)
-        os.replace(partial, ROWS_ARCHIVE, src_dir_fd=at, dst_dir_fd=at)
-    finally:
-        os.close(at)
-    return folder / ROWS_ARCHIVE
-
-
-@contextlib.contextmanager
-def _opened(folder: Path) -> Iterator[IO[bytes]]:
-    at = open_folder(folder)
-    try:
-        with open(open_regular(ROWS_FILE, folder=at), "rb") as file:
-            yield file
-    finally:
-        os.close(at)
+def archive(kept: Kept) -> bytes:
+    """ROWS_ARCHIVE with the whole rows."""
+    target = io.BytesIO()
+    head = [] if kept.head is None else [line(kept.head)]
+    compress((*head, *(line(row) for row in kept.rows)), target)
+    return target.getvalue()

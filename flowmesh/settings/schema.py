@@ -86,6 +86,8 @@ class RedisSettings(Section, frozen=True):
     """Limit for connecting, and for the answer to each command."""
     health_check_interval_s: PositiveSeconds = 15.0
     """An idle connection is checked with PING this often."""
+    hold_events_s: Annotated[float, Meta(ge=0, le=86400)] = 600.0
+    """How long tasks' events wait while nobody listens to them. 0: they do not wait."""
     stream: bool = False
     """Whether each worker also takes tasks from the Redis Stream `tasks:WORKER_ID`."""
 
@@ -130,6 +132,8 @@ class TasksSettings(Section, frozen=True):
     """A task that waits behind a running one for so long goes back, as retryable, once another worker is idle."""
     log_max_bytes: Annotated[int, Meta(ge=65536)] = 64 * 1024 * 1024
     """Limit for each log file of a task; only the end of a larger one is kept."""
+    max_queued: Annotated[int, Meta(ge=1, le=1_000_000)] = 1000
+    """Tasks that wait for one worker. A further dispatch is answered with a retryable TASK_FAILED."""
     read_roots: tuple[AbsolutePath, ...] = ()
     """Folders (`*` for one part) whose files documents may name, besides results and caches."""
     trust_remote_code: tuple[Word, ...] = ()

@@ -157,6 +157,17 @@ class Journal:
             for attempt, task_id, out_dir, at, progress in rows
         ]
 
+    def folders_in(self, folder: str) -> list[str]:
+        """Folders of tasks, and of merged children, inside this one."""
+        first, last = f"{folder}/", f"{folder}0"  # "0" comes after "/"
+        return [
+            out_dir
+            for table in ("tasks", "child_folders")
+            for (out_dir,) in self._db.read(
+                f"SELECT out_dir FROM {table} WHERE out_dir > ? AND out_dir < ?", (first, last)
+            )
+        ]
+
     def forget(self, gone: Iterable[int] | None = None) -> None:
         """Delete finished attempts beyond the last KEPT_DONE, except those that must be delivered again.
 
@@ -198,6 +209,21 @@ class Journal:
         """A value that outlives a restart; `default` is stored where there is none yet."""
         self._db.write("INSERT OR IGNORE INTO facts (name, value) VALUES (?, ?)", (name, default))
         return str(self._db.read("SELECT value FROM facts WHERE name = ?", (name,))[0][0])
+
+    def set_fact(self, name: str, value: str) -> None:
+        self._db.write("INSERT OR REPLACE INTO facts (name, value) VALUES (?, ?)", (name, value))
+
+    def disown(self, *facts: str) -> int:
+        """Forget these facts, all open tasks and all events: they are another node's, of which this is a copy.
+
+        Returns:
+            how many tasks were open.
+        """
+        with self.transaction():
+            for name in facts:
+                self._db.write("DELETE FROM facts WHERE name = ?", (name,))
+            self._db.write("DELETE FROM outbox")
+            return self._db.write("DELETE FROM tasks WHERE state != 'done'").rowcount
 
     def _set(self, attempt: int, task: Task, **columns: object) -> None:
         columns = {"state": task.state, "progress": encode_msgpack(task), **columns}

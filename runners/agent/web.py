@@ -17,6 +17,7 @@ from urllib.parse import urlencode, urljoin, urlsplit
 import msgspec
 
 from flowmesh.redaction import Redactor
+from flowmesh.web.session import make_session, options_for
 from runners.agent import tls
 from runners.agent.config import Fetch, SearchProvider
 from runners.agent.secrets import from_env
@@ -164,8 +165,6 @@ def search(query: str, count: int, provider: SearchProvider, redact: Redactor, w
         WebRefused: it does not answer, or its answer does not have the configured shape.
     """
     import requests
-
-    from flowmesh.web.session import make_session, options_for
 
     params = _filled(provider.params, {"{query}": query, "{count}": str(count)}, count)
     headers = {"User-Agent": USER_AGENT, "Accept": "application/json"}

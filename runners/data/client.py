@@ -60,9 +60,8 @@ def get(
     first, at_home = exact_origin(url), True
     orchestrator, at_orchestrator = permits.orchestrator_url, True
     for _ in range(MAX_REDIRECTS + 1):
-        at_home = (
-            at_home and exact_origin(url) == first
-        )  # a way back does not count: a server in between may have chosen it
+        # A way back does not count: a server in between may have chosen it.
+        at_home = at_home and exact_origin(url) == first
         check(permits, url)
         headers = {name.lower(): value for name, value in custom.items()} if at_home else {}
         if at_home and "authorization" not in headers and (login := basic_auth(url)) is not None:

@@ -34,6 +34,8 @@ class Request(msgspec.Struct, frozen=True):
     """Requests of one batch may differ in it."""
     adapter: str | None = None
     """Name of the runtime adapter that answers; None: the base model."""
+    ends: tuple[int, ...] = ()
+    """Tokens that end the answer besides the model's: of its adapters."""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):

@@ -14,7 +14,7 @@ from runners.inference.engine import Completion, Engine, Output, Request, Same
 from runners.inference.export import Export
 from runners.inference.identity import Identity
 from runners.inference.options import Sampling
-from runners.inference.routing import adapter_of
+from runners.inference.routing import adapter_of, ends_of
 from runners.inference.tokens import Texts
 from runners.models.adapters import LocalAdapter
 from runners.models.limits import check_token_ids
@@ -37,6 +37,10 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
     export: Export | None
     requests: dict[int, Request] = {}
     """Set by `prepare`: by item, of those that are to be computed."""
+
+    def one(self, index: int) -> tuple[Any, Prompt]:
+        """An item's prompt as the result shows it, and as it goes to the tokenizer."""
+        return self._asked(self.items.prompts[index])
 
     @property
     def shown(self) -> list[Any]:
@@ -66,7 +70,8 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
         logprobs: dict[str, Any] = {} if sampling.logprobs is None else {"logprobs": []}
         outputs = [{"output": "", "finish_reason": "stop", **logprobs} for _ in range(sampling.n)]
         more = {**logprobs, "outputs": outputs} if sampling.n > 1 else logprobs
-        self.export.check([{**_item(self, i, prompt, "", "stop"), **more} for i, prompt in enumerate(self.shown)])
+        items = [_item(self, i, prompt, Output("", (), "stop", None), "") for i, prompt in enumerate(self.shown)]
+        self.export.check([{**item, **more} for item in items])
 
 
 def check_not_all_blank(part: Part) -> None:
@@ -116,21 +121,18 @@ def prepare(
                 f"{where}: the prompt has {len(token_ids)} tokens; the model takes {engine.max_positions} "
                 "with the answer; shorten it"
             )
-    requests = {
-        i: Request(ids, part.samplings[i], adapter_of(adapters, part.items.metadata[i], where))
-        for i, ids, where in zip(kept, encoded, wheres, strict=True)
-    }
+    requests = {}
+    for i, ids, where in zip(kept, encoded, wheres, strict=True):
+        route = adapter_of(adapters, part.items.metadata[i], where)
+        requests[i] = Request(ids, part.samplings[i], route, ends_of(adapters, route))
     return msgspec.structs.replace(part, requests=requests)
 
 
-def item_of(part: Part, index: int, shown: Any, completion: Completion, texts: Texts) -> dict[str, Any]:
-    """An answered item's entry in the result (docs/tasks.md).
-
-    Args:
-        shown: its entry in `part.shown`.
-    """
+def item_of(part: Part, index: int, completion: Completion, texts: Texts) -> dict[str, Any]:
+    """An answered item's entry in the result (docs/tasks.md)."""
     first = completion.outputs[0]
-    item = _item(part, index, shown, first.text, first.finish_reason)
+    shown, asked = part.one(index)
+    item = _item(part, index, shown, first, _rendered(asked, texts, part.items.wheres[index]))
     if first.logprobs is not None:
         item["logprobs"] = _logprobs(first, texts)
     if len(completion.outputs) > 1:
@@ -138,21 +140,24 @@ def item_of(part: Part, index: int, shown: Any, completion: Completion, texts: T
     return item
 
 
-def blank_item(part: Part, index: int, shown: Any) -> dict[str, Any]:
+def blank_item(part: Part, index: int) -> dict[str, Any]:
     """A blank prompt's entry, in the shape of an answered one."""
     sampling = part.samplings[index]
     logprobs: dict[str, Any] = {} if sampling.logprobs is None else {"logprobs": []}
-    item = _item(part, index, shown, "", "blank")
+    shown, asked = part.one(index)
+    item = _item(part, index, shown, Output("", (), "blank"), asked if isinstance(asked, str) else "")
     item["warning"] = "the prompt is blank; it was not sent to the model"
     if sampling.n > 1:
         item["outputs"] = [{"output": "", "finish_reason": "blank", **logprobs} for _ in range(sampling.n)]
     return item | logprobs
 
 
-def placed(part: Part, index: int, shown: Any, item: dict[str, Any]) -> dict[str, Any]:
+def placed(part: Part, index: int, item: dict[str, Any]) -> dict[str, Any]:
     """The entry of an item that was answered earlier: the answer with this document's prompt and metadata."""
-    answer = {name: value for name, value in item.items() if name not in ("index", "prompt", "metadata")}
-    return _item(part, index, shown, "", "") | answer
+    before = item.get("metadata")
+    rendered = before.get("rendered_prompt") if isinstance(before, dict) else ""
+    own = _item(part, index, part.one(index)[0], Output("", (), "stop"), str(rendered or ""))
+    return own | {name: value for name, value in item.items() if name not in ("index", "prompt", "metadata")}
 
 
 def result_of(part: Part, log: RowLog, source: Source, latency_s: float) -> dict[str, Any]:
@@ -189,10 +194,22 @@ def _is_blank(prompt: Prompt) -> bool:
     return not any(turn.content.strip() for turn in prompt if turn.role != "system")
 
 
-def _item(part: Part, index: int, shown: Any, output: str, finish_reason: str) -> dict[str, Any]:
-    item = {"index": index, "prompt": shown, "output": output, "finish_reason": finish_reason}
-    metadata = part.items.metadata[index]
-    return item if metadata is None else {**item, "metadata": metadata}
+def _rendered(prompt: Prompt, texts: Texts, where: str) -> str:
+    """A prompt as the model got it: with its system prompt, and in the chat template."""
+    return prompt if isinstance(prompt, str) else texts.render(prompt, where)
+
+
+def _item(part: Part, index: int, shown: Any, output: Output, rendered: str) -> dict[str, Any]:
+    """A result's item. Its metadata is the row's own, with the prompt as it was given and as it was rendered."""
+    own = part.items.metadata[index] or {}
+    prompts = {"prompt": to_json(part.items.prompts[index]), "rendered_prompt": rendered}
+    return {
+        "index": index,
+        "prompt": shown,
+        "output": output.text,
+        "finish_reason": output.finish_reason,
+        "metadata": {**prompts, **own},
+    }
 
 
 def _output(output: Output, texts: Texts) -> dict[str, Any]:

@@ -113,7 +113,6 @@ class InferenceRunner(Runner):
         )
         asked: list[tuple[Part, RowLog, int]] = []
         requests: list[Request] = []
-        shown: dict[str | None, list[Any]] = {}
         for task_id, (part, log) in batch.items():
             try:
                 prepared = prepare(part, texts, engine, adapters, log.rows)
@@ -122,7 +121,6 @@ class InferenceRunner(Runner):
                     raise
                 refused[task_id] = self._refuse(ctx, task_id, error)
                 continue
-            shown[task_id] = part.shown
             asked += [(part, log, index) for index in prepared.requests]
             requests += prepared.requests.values()
         ctx.phase("generate")
@@ -134,7 +132,7 @@ class InferenceRunner(Runner):
             part, log, index = asked[number]
             log.add(
                 index,
-                item_of(part, index, shown[part.task_id][index], completion, texts),
+                item_of(part, index, completion, texts),
                 prompt_tokens=len(requests[number].token_ids),
                 completion_tokens=completion_tokens(completion),
             )
@@ -196,11 +194,10 @@ def open_log(ctx: Context, part: Part, identity: Identity, spec: dict[str, Any],
     check_not_all_blank(part)
     keys = row_keys(part, identity)
     others = read_resume(ctx, spec, where)
-    shown = part.shown
     log = RowLog(part.folder, keys, fresh=starts_anew(spec))
     with contextlib.ExitStack() as stack:
         stack.callback(log.close)
-        log.take(others, lambda index, row: placed(part, index, shown[index], row.item))
+        log.take(others, lambda index, row: placed(part, index, row.item))
         task_id = part.task_id or ctx.task_id
         if log.bad_lines:
             ctx.log.warning("rows with a wrong checksum are computed again task=%s count=%d", task_id, log.bad_lines)
@@ -209,7 +206,7 @@ def open_log(ctx: Context, part: Part, identity: Identity, spec: dict[str, Any],
         if part.blank:
             ctx.log.warning("blank prompts skipped task=%s count=%d", task_id, len(part.blank))
         for index in sorted(part.blank - log.rows.keys()):
-            log.add(index, blank_item(part, index, shown[index]))
+            log.add(index, blank_item(part, index))
         stack.pop_all()
     return log
 

@@ -135,10 +135,11 @@ class TransformersEngine:
             None if each.seed is None else each.seed + row.copy for row, each in zip(batch, samplings, strict=True)
         ]
         stop_ids = frozenset(shared.stop_token_ids)
-        limits = Limits(self._texts.bad_word_ids(shared.bad_words), self._ends | stop_ids)
+        model_ends = self._ends.union(requests[0].ends)  # a batch has one adapter
+        limits = Limits(self._texts.bad_word_ids(shared.bad_words), model_ends | stop_ids)
         picker = Picker(shared, prompts, seeds, width, limits)
         readers = [self._texts.reader(prompt, shared) for prompt in prompts]
-        ends = stop_ids if shared.ignore_eos else self._ends | stop_ids
+        ends = stop_ids if shared.ignore_eos else model_ends | stop_ids
 
         def ended(at: int, tokens: list[int], reason: FinishReason) -> None:
             work.answered(

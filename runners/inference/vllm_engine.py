@@ -10,6 +10,8 @@ import secrets
 from collections.abc import Iterable, Sequence
 from typing import Any, get_args
 
+import msgspec
+
 from runners.api import BadRequest, Context, RunnerError
 from runners.data.cache import COMPILED, library_folder
 from runners.inference.engine import Completion, Finished, FinishReason, Output, Request, Same, TokenLogprob, Watch
@@ -89,9 +91,8 @@ class VllmEngine:
         params = Same(lambda each: sampling_params(each, special=self._texts.names_special(each.stop)))
         samplings = {number: resolved(request.sampling) for number, request in requests.items()}
         try:
-            ids = self._llm.enqueue(
-                prompts, [params(each) for each in samplings.values()], lora_request=loras, use_tqdm=False
-            )
+            own = [params(_with_ends(samplings[number], each.ends)) for number, each in requests.items()]
+            ids = self._llm.enqueue(prompts, own, lora_request=loras, use_tqdm=False)
         except Exception as error:  # each of its grammar libraries raises its own types
             if all(each.json_schema is None for each in samplings.values()):
                 raise
@@ -197,6 +198,13 @@ def start(path: str, revision: str | None, source: Source, arguments: dict[str, 
         raise BadRequest(explain(error.errors()[0], source, asked)) from error
     except Exception as error:
         raise start_failure(error, source, logs) from error
+
+
+def _with_ends(sampling: Sampling, ends: tuple[int, ...]) -> Sampling:
+    """The same with an adapter's end tokens, which vLLM does not know."""
+    if sampling.ignore_eos:
+        return sampling
+    return msgspec.structs.replace(sampling, stop_token_ids=(*sampling.stop_token_ids, *ends))
 
 
 def sampling_params(sampling: Sampling, *, special: bool = False) -> Any:

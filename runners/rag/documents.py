@@ -13,6 +13,7 @@ import msgspec
 from flowmesh.validation.convert import nearest
 from runners.api import BadRequest, Context
 from runners.data.documents import BinaryFile, UnreadableDocument, document_text
+from runners.data.names import kind
 from runners.data.prompts import Items, check_text
 from runners.data.reading import Refused
 from runners.data.sources import LOADERS
@@ -167,7 +168,7 @@ def _id_of(metadata: dict[str, Any] | None, index: int, place: str) -> str | int
     if own is None:
         return str(index)
     if isinstance(own, bool) or not isinstance(own, str | int):
-        raise BadRequest(f"{place}: the id in its metadata must be a string or an integer (found {own!r:.60})")
+        raise BadRequest(f"{place}: the id in its metadata must be a string or an integer (found {kind(own)})")
     return own
 
 

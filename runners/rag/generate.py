@@ -82,7 +82,7 @@ def generate(ctx: Context, generation: Generation, questions: Sequence[Question]
     completions = collect(engine, requests, Watch(ctx, len(requests)))
     latency_s = time.monotonic() - since
     for (index, part), completion in zip(parts.items(), completions, strict=True):
-        item = item_of(part, 0, part.shown[0], completion, texts)
+        item = item_of(part, 0, completion, texts)
         fields = {name: value for name, value in item.items() if name not in ("index", "prompt", "metadata")}
         fields["passages_used"] = used[index]
         answers[index] = Answer(fields, len(part.requests[0].token_ids), completion_tokens(completion))

@@ -181,7 +181,7 @@ def torn(folder: Path) -> str:
     except OSError as error:
         return f"{STATE_FILE}: {error.strerror}"
     except (ValueError, KeyError, TypeError):
-        return f"{STATE_FILE} is not a trainer's state"
+        return f"{STATE_FILE}: not a trainer's state"
     match = _NAME.fullmatch(folder.name)
     if match and int(match[1]) != step:
         return f"{STATE_FILE} says step {step}"
@@ -197,7 +197,7 @@ def _torn_weights(folder: Path) -> str:
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         except (ValueError, KeyError, AttributeError):
-            return f"{index.name} is not an index of weights"
+            return f"{index.name}: not an index of weights"
     for name in names:
         if reason := _torn_safetensors(folder / name):
             return f"{name}: {reason}"

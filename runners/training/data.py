@@ -49,6 +49,8 @@ class Rows:
     """Whether the values come from another library's tables, where a column of integers may have become floats."""
     dropped: dict[str, int] = field(default_factory=dict)
     """Number of rows dropped so far, by reason."""
+    truncated: int = 0
+    """Rows whose prompt was cut."""
 
 
 def load(plan: Plan, ctx: Context, jsonl: JsonlFile | None) -> Rows:
@@ -125,7 +127,7 @@ def _arrow(plan: Plan, ctx: Context, shaped: Callable[[], Iterator[dict[str, Any
             tables.append(_on_disk(Dataset.from_list(cells, features=features), ctx, len(tables)))
         return concatenate_datasets(tables), as_json
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise BadRequest(f"spec.data: a column mixes types: {error}") from None
+        raise BadRequest(f"spec.data: a column mixes types ({type(error).__name__}); give each one type") from None
 
 
 def _on_disk(dataset: Dataset, ctx: Context, number: int) -> Dataset:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from runners.api import BadRequest, Context, MissingDependency, RunnerError
+from runners.data.names import listed
 from runners.training.data import Rows
 from runners.training.plan import Plan
 from runners.training.reward_model import ModelReward
@@ -175,7 +176,7 @@ def _answer_column(given: RewardFunction, where: str, rows: Rows) -> str:
     columns = [name for name in rows.dataset.column_names if name != "prompt"]
     wanted = [given.column] if given.column else [name for name in ANSWER_COLUMNS if name in columns]
     if not wanted or wanted[0] not in columns:
-        there = ", ".join(columns)
+        there = listed(columns)
         hint = "name the column that holds the answer (or set spec.data's response_field)"
         raise BadRequest(f"{where}.column: {given.column or 'missing'}; {hint}; there are: {there}")
     column = str(wanted[0])

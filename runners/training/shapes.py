@@ -11,7 +11,7 @@ from typing import Any
 from runners.api import BadRequest
 from runners.data.names import kind, listed
 from runners.data.paths import PathError
-from runners.data.prompts import check_text
+from runners.data.prompts import check_text, lines_of
 from runners.data.tables import cell
 from runners.training import pairs
 from runners.training.plan import Plan
@@ -84,6 +84,8 @@ def checked(value: Any, column: Column, where: str, plan: Plan) -> Any:
         raise BadRequest(f"{place}: true or false is needed, found {kind(value)}")
     if column.role == "response" and plan.kind.rewarded:
         return value  # rewards compare with the document's own value
+    if column.role != "messages" and (lines := lines_of(value)) is not None:
+        value = lines
     if isinstance(value, dict) and column.role in ("chosen", "rejected", "completion", "response"):
         value = [value]
     if isinstance(value, list) and value:
@@ -156,7 +158,8 @@ def _tools(given: Any, where: str) -> list[Any]:
 def _weight(given: Any, where: str, plan: Plan) -> bool:
     """Whether what has this weight is trained on."""
     if given not in (0, 1):
-        raise BadRequest(f"{where}: weight {given!r:.40}: only 0 (left out of the loss) and 1 are supported")
+        shown = given if isinstance(given, int | float) else kind(given)
+        raise BadRequest(f"{where}: weight {shown}: only 0 (left out of the loss) and 1 are supported")
     if given == 0 and not isinstance(plan.data, TextData):
         raise BadRequest(f"{where}: weight 0: {plan.kind.task_type} has no weights; leave the row or the message out")
     return bool(given)

@@ -74,6 +74,7 @@ class TrlJob:
             _load_the_trained_adapter_too(self.trainer)
         self.eval_size = prepared.size.get("eval", 0)
         self.dataset_size, self.dropped = prepared.size["train"], prepared.dropped["train"]
+        self.truncated = prepared.truncated["train"] + rows["train"].truncated
         if len(self.trainer.get_train_dataloader()) == 0:
             raise BadRequest(
                 f"spec.training.batch_size: the {self.dataset_size} rows do not fill one batch; lower it, or "
@@ -119,7 +120,7 @@ class TrlJob:
 
 def _patience(plan: Plan) -> list[Any]:
     assert isinstance(plan.training, EvaluatedTraining)
-    given = plan.training.patience
+    given = plan.training.patience if plan.evaluates else None
     return [] if given is None else [EarlyStoppingCallback(given.patience, given.threshold)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 from flowmesh.errors import FlowMeshError
 from flowmesh.execution.gpu.monitor import GpuMonitor
@@ -52,9 +53,11 @@ class Launcher:
         if not self._pool.is_ready(environment) and not await self._await_server(run):
             return machine.LaunchFailed("stopped before it was started")
         try:
-            prepared = await asyncio.to_thread(self._prepare, run)
+            prepared = await asyncio.to_thread(self._prepare, run, self._nested(run))
         except OSError as error:
             return machine.LaunchFailed(f"cannot prepare {error.filename or 'its folders'}: {error.strerror}")
+        except FlowMeshError as error:
+            return machine.LaunchFailed(str(error))
         if isinstance(prepared, Shortages):
             self._disk_space.judge(prepared.node)
             if prepared.node and run.task.state is State.LAUNCHING:
@@ -74,9 +77,14 @@ class Launcher:
             return machine.LaunchFailed(str(error))
         return None
 
-    def _prepare(self, run: Run) -> Fork | Shortages:
+    def _nested(self, run: Run) -> list[Path]:
+        """Folders of other tasks inside this task's, which it had before if it is there."""
+        folders = [each.out_dir for each in (run.accepted.target, *run.accepted.children)]
+        return [Path(each) for folder in folders if Path(folder).exists() for each in self._journal.folders_in(folder)]
+
+    def _prepare(self, run: Run, others: list[Path]) -> Fork | Shortages:
         """In a thread: the task's folders and job, if there is disk space for them."""
-        return self._disk_space.shortages(run) or prepare(self._layout, run)
+        return self._disk_space.shortages(run) or prepare(self._layout, run, others)
 
     async def _await_server(self, run: Run) -> bool:
         """Wait for the imports of its environment. False if the task was stopped meanwhile."""

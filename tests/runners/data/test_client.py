@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from runners.api import BadRequest, Context
 from runners.data.addresses import is_allowed, is_local
 from runners.data.download import fetch
 from tests.kit.fake_http import FakeHandler, FakeServer
+from tests.kit.paths import ROOT
 
 MakeContext = Callable[..., Context]
 BODY = b"the file"
@@ -170,3 +172,12 @@ def test_patterns_of_local_hosts() -> None:
     allowed = ("http://127.0.0.1:8000/x", "http://[::1]:9000/", "https://a.internal/")
     assert all(is_allowed(permits, url) for url in allowed)
     assert not any(is_allowed(permits, url) for url in ("http://127.0.0.1:80/", "http://[::1]/", "http://internal/"))
+
+
+def test_no_client_of_a_task_reads_a_netrc() -> None:
+    """Sessions come from `flowmesh.web.session`, or say it themselves: `requests` logs in with ~/.netrc by itself."""
+    calls = re.compile(r"\brequests\.(get|post|put|patch|head|delete|request|Session)\(")
+    texts = {path: path.read_text() for folder in ("flowmesh", "runners") for path in (ROOT / folder).rglob("*.py")}
+    found = [path for path, text in texts.items() if calls.search(text)]
+    assert found
+    assert [path for path in found if "trust_env = False" not in texts[path]] == []
