@@ -111,9 +111,9 @@ class Presence:
     def worker_id(self) -> str:
         return self.identity.worker_id
 
-    def set_status(self, word: str, task_id: str | None = None) -> None:
+    def set_status(self, word: str, task_id: str | None = None, reason: str = "") -> None:
         """Set the desired status. Returns at once; the changes are published in order."""
-        status = Status(word, task_id)
+        status = Status(word, task_id, reason)
         if status == self.status:
             return
         self.status = status
@@ -124,6 +124,13 @@ class Presence:
         """Publish the status once more: the orchestrator writes that field too, and may have written an old one."""
         if not self._changes:
             self._changes.append(self.status)
+            self._changed.set()
+
+    def describe(self, identity: Identity) -> None:
+        """Register with another description, if it is another one. The orchestrator keeps what it has dispatched."""
+        if identity != self.identity:
+            self.identity = identity
+            self._registered = False
             self._changed.set()
 
     def look_soon(self) -> None:

@@ -23,6 +23,8 @@ from flowmesh.messages.wire import (
     worker_key,
 )
 
+DEGRADED_FIELD = "degraded"
+"""In the hash and in STATUS: why the worker takes no tasks; absent while it does."""
 OWNER = "flowmesh_owner"
 """The hash's field with the owner."""
 _RIVAL_FIELDS = (OWNER, "pid", "env_json")
@@ -51,6 +53,8 @@ class Status(msgspec.Struct, frozen=True):
     word: str
     task_id: str | None = None
     """The task that runs (RUNNING), or the last one (IDLE)."""
+    reason: str = ""
+    """Why it takes no tasks (DEGRADED); empty otherwise."""
 
 
 class Rival(msgspec.Struct, frozen=True):
@@ -176,7 +180,7 @@ class WorkerRecord:
             "tags_json": msgspec.json.encode(identity.tags),
             "last_seen": utc_now(),
             "cost_per_hour": str(identity.cost_per_hour),
-            **_task_field(status),
+            **_status_fields(status),
         }
         payload = {"env": identity.env, "hardware": identity.hardware, "cost_per_hour": identity.cost_per_hour}
         if power is not None:
@@ -185,6 +189,8 @@ class WorkerRecord:
             fields[OWNER] = identity.owner
 
         def write(pipeline: redis.client.Pipeline) -> None:
+            if not status.reason:
+                pipeline.hdel(worker_key(identity.worker_id), DEGRADED_FIELD)
             _write(pipeline, identity.worker_id, fields)
             self._set_heartbeat(pipeline, identity.worker_id)
             pipeline.sadd(WORKER_IDS, identity.worker_id)
@@ -196,9 +202,13 @@ class WorkerRecord:
     async def announce(self, worker_id: str, status: Status) -> None:
         """Write the status, and publish STATUS. No transaction: the order (hash, then event) is enough."""
         async with self.client.pipeline(transaction=False) as pipeline:
-            _write(pipeline, worker_id, {"status": status.word, "last_seen": utc_now(), **_task_field(status)})
+            _write(pipeline, worker_id, {"status": status.word, "last_seen": utc_now(), **_status_fields(status)})
+            if not status.reason:
+                pipeline.hdel(worker_key(worker_id), DEGRADED_FIELD)
             name = {"RUNNING": "task_id", "IDLE": "last_task"}.get(status.word)
             payload = {name: status.task_id} if name is not None and status.task_id is not None else {}
+            if status.reason:
+                payload[DEGRADED_FIELD] = status.reason
             _publish(pipeline, "STATUS", worker_id, status=status.word, payload=payload)
             await pipeline.execute()
 
@@ -254,7 +264,8 @@ def _write(pipeline: redis.client.Pipeline, worker_id: str, fields: Mapping[str,
     pipeline.hset(worker_key(worker_id), items=[part for pair in fields.items() for part in pair])
 
 
-def _task_field(status: Status) -> dict[str, str]:
-    if status.task_id is None:
-        return {}
-    return {"extra_task_id" if status.word == "RUNNING" else "extra_last_task": status.task_id}
+def _status_fields(status: Status) -> dict[str, str]:
+    fields = {DEGRADED_FIELD: status.reason} if status.reason else {}
+    if status.task_id is not None:
+        fields["extra_task_id" if status.word == "RUNNING" else "extra_last_task"] = status.task_id
+    return fields

@@ -109,12 +109,15 @@ def _node(settings: Settings) -> Iterator[Finding]:
         return
     held, slots = render.count(len(status.tasks), "task"), render.count(len(workers), "worker")
     yield Finding("node", Level.OK, f"running: pid {status.pid}, {held}, {slots}")
-    for worker in workers:
-        if reason := worker.get("reason"):
-            text = f"{worker.get('worker_id')} accepts no GPU tasks: {reason}"
-            yield Finding("node", Level.BROKEN, text, "remove the cause; the node then accepts tasks again by itself")
+    remedy = "remove the cause; the node then starts tasks again by itself"
+    for fault in status.faults:
+        who = f"{', '.join(fault.workers)} degraded" if fault.workers else fault.name
+        text = f"{who} for {render.seconds(fault.since_s)}: {fault.reason}"
+        yield Finding("node", Level.BROKEN, text, remedy)
+    known = [fault.reason for fault in status.faults]
     for name, warning in status.warnings.items():
-        yield Finding("node", Level.WARN, f"environment {name}: {warning}")
+        if warning not in known:
+            yield Finding("node", Level.WARN, f"environment {name}: {warning}")
 
 
 def _environments(settings: Settings, inventory: Inventory) -> Iterator[Finding]:

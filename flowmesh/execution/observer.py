@@ -20,7 +20,10 @@ class Observer:
         """The slot is free, and no task waits for it."""
 
     def on_slot_changed(self, slot: Slot[Run]) -> None:
-        """The slot was closed or paused (`slot.trouble` says why), or is open again."""
+        """A fault that concerns the slot began, changed or ended; `slot.trouble` says what keeps it from tasks."""
+
+    def on_fault_changed(self) -> None:
+        """A fault of the node began or ended."""
 
     def on_missed(self, slot: Slot[Run]) -> None:
         """A dispatch was dropped without an event: the orchestrator should queue it again."""
@@ -56,6 +59,10 @@ class Observers(Observer):
     def on_slot_changed(self, slot: Slot[Run]) -> None:
         for each in self._observers:
             each.on_slot_changed(slot)
+
+    def on_fault_changed(self) -> None:
+        for each in self._observers:
+            each.on_fault_changed()
 
     def on_missed(self, slot: Slot[Run]) -> None:
         for each in self._observers:

@@ -115,11 +115,11 @@ async def _continue(executor: Executor, run: Run, found: State, alive: set[int],
         case State.DELIVERING if -run.attempt in alive:
             _set_clock(executor, run)
             run.outcome = await read_outcome(executor.layout, run.attempt)
-            executor.begin(executor.deliveries.run(run, adopted=True), run)
+            executor.begin(executor.deliver(run, adopted=True), run)
         case State.DELIVERING:
             _set_clock(executor, run)
             run.outcome = await read_outcome(executor.layout, run.attempt)
-            executor.begin(executor.deliveries.run(run), run)
+            executor.begin(executor.deliver(run), run)
         case State.DONE:
             pass
 

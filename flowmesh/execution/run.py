@@ -48,7 +48,7 @@ class Run:
         self.last_frame_at = time.monotonic()
         """When its last frame arrived, or it started."""
         self.bad_frames = 0
-        self.waiting: asyncio.Task[None] | None = None
+        self.waiting: asyncio.Task[str] | None = None
         """Set while it waits for its environment's fork server to finish its imports."""
         self.started_at: str | None = None
         """When it started, ISO 8601, UTC."""
@@ -56,6 +56,10 @@ class Run:
         """When it started, from `boot_clock.mark`."""
         self.started = 0.0
         """When it started, monotonic; computed from `boot_mark` for an adopted task. 0: it has not started."""
+        self.queued_at = time.monotonic()
+        """When it was accepted, or adopted while it waited."""
+        self.faulted_at = 0.0
+        """When it first met a fault of the node, monotonic. 0: it has not, or it was launched since."""
         self.finished = 0.0
         """When it ended, monotonic. 0: it has not ended."""
         self.exit: Exit | None = None
@@ -89,6 +93,7 @@ class Run:
 
     def start_clock(self) -> None:
         """It starts now."""
+        self.faulted_at = 0.0
         self.started = self.last_frame_at = time.monotonic()  # no frame could come while it was queued
         self.started_at = utc_now()
         self.boot_mark = boot_clock.mark()

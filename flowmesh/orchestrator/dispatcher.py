@@ -88,6 +88,7 @@ class Dispatcher:
             )
         except JournalError as error:
             logger.bind(task=task_id).error("dispatch not taken: {}", error)
+            self._executor.on_journal_error(error)
             if entry is None:
                 self._executor.observers.on_missed(slot)
             return False

@@ -54,7 +54,7 @@ def presence(
         started_at=node.started_at,
         cost_per_hour=settings.node.cost_per_hour * plan.share,
         tags=settings.node.tags,
-        env=_env(node, executor),
+        env=described_env(node, executor),
         owner=node.owner,
         hardware=collect(
             gpus,
@@ -71,7 +71,7 @@ def presence(
         cost_per_hour=identity.cost_per_hour,
         started=node.started,
         cpu_share=plan.threads / sum(each.plan.threads for each in executor.slots.values()),
-        observer=executor.idle_check(slot) if gpus else None,
+        observer=executor.heartbeat_observer(slot),
     )
     return Presence(
         client,
@@ -86,14 +86,15 @@ def presence(
     )
 
 
-def _env(node: NodeDescription, executor: Executor) -> dict[str, Any]:
+def described_env(node: NodeDescription, executor: Executor) -> dict[str, Any]:
+    """`env_json` as it is now: without the task types whose environment does not work."""
     settings = executor.settings
     return {
         "RESULTS_DIR": str(executor.layout.results_dir),
         "TASK_TOPIC": settings.redis.task_topic,
         "HEARTBEAT_INTERVAL_SEC": settings.redis.heartbeat_interval_s,
         "ENABLE_ELASTIC_SCALING": settings.node.elastic_scaling,
-        "task_types": sorted(executor.catalogue.offered),
+        "task_types": executor.offered_types(),
         "isolation": node.isolation,
         "version": installed.version(),
     }

@@ -68,11 +68,25 @@ def run(start: Start) -> int:
         raise failure
     linux.set_name("flowmesh-task")
     limits.apply(request.limits, start.parent)
-    os.chdir(request.cwd)
+    _enter_folder(request)
     os.environ.clear()
     os.environ.update(request.env)
     threads.use(request.threads)
     return int(named(request.target)(start.pipe, Path(request.spool)))
+
+
+def nothing(_pipe: Pipe, _spool: Path) -> int:
+    """The target of a child that only shows that children can be forked."""
+    return 0
+
+
+def _enter_folder(request: Fork) -> None:
+    """Its work folder; its temporary one if the node's start folder was deleted, which is no reason to run nothing."""
+    try:
+        os.chdir(request.cwd)
+    except OSError as error:
+        sys.stderr.write(f"the node's start folder {request.cwd} cannot be entered ({error.strerror}): in TMPDIR\n")
+        os.chdir(request.env.get("TMPDIR", "/"))
 
 
 def report_crash() -> None:

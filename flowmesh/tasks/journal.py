@@ -81,6 +81,8 @@ class Journal:
         self._db = JournalDatabase(path)
         self._sent = 0
         """The outbox up to this sequence number was taken by Redis, even if the deletion could not be written yet."""
+        self._outbox_size = 0
+        """When it was last read."""
 
     def close(self) -> None:
         self._db.close()
@@ -203,15 +205,35 @@ class Journal:
             self._db.write("DELETE FROM outbox WHERE seq <= ?", (seq,))
 
     def outbox_size(self) -> int:
-        return int(self._db.read("SELECT count(*) FROM outbox WHERE seq > ?", (self._sent,))[0][0])
+        """How many messages wait in the outbox; the last known number while the journal cannot be read."""
+        with contextlib.suppress(JournalError):
+            self._outbox_size = int(self._db.read("SELECT count(*) FROM outbox WHERE seq > ?", (self._sent,))[0][0])
+        return self._outbox_size
 
     def fact(self, name: str, default: str) -> str:
         """A value that outlives a restart; `default` is stored where there is none yet."""
         self._db.write("INSERT OR IGNORE INTO facts (name, value) VALUES (?, ?)", (name, default))
         return str(self._db.read("SELECT value FROM facts WHERE name = ?", (name,))[0][0])
 
-    def set_fact(self, name: str, value: str) -> None:
-        self._db.write("INSERT OR REPLACE INTO facts (name, value) VALUES (?, ?)", (name, value))
+    def set_fact(self, name: str, value: str | None) -> None:
+        """Store a value that outlives a restart; None removes it."""
+        if value is None:
+            self._db.write("DELETE FROM facts WHERE name = ?", (name,))
+        else:
+            self._db.write("INSERT OR REPLACE INTO facts (name, value) VALUES (?, ?)", (name, value))
+
+    def find_fact(self, name: str) -> str | None:
+        """A value that `set_fact` or `fact` stored; None if there is none."""
+        rows = self._db.read("SELECT value FROM facts WHERE name = ?", (name,))
+        return str(rows[0][0]) if rows else None
+
+    def probe(self) -> None:
+        """Check that it can be written, by writing. A file that somebody has deleted is made again."""
+        self._db.probe()
+
+    def in_place(self) -> bool:
+        """Whether its file is still where it was opened. May be called in any thread."""
+        return self._db.in_place()
 
     def disown(self, *facts: str) -> int:
         """Forget these facts, all open tasks and all events: they are another node's, of which this is a copy.

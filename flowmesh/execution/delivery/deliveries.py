@@ -90,6 +90,10 @@ class Deliveries:
             if this.succeeded:
                 self._stop(this)
 
+    def resume(self) -> None:
+        """New deliveries send again; those that were suspended stay so."""
+        self._suspended = False
+
     def _stop(self, this: Delivery) -> None:
         if this.attempts is not None:
             this.attempts.stop()
