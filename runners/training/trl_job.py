@@ -29,6 +29,8 @@ class TrlJob:
         self.tracking = tracking.begin(plan, ctx, setup.start)
         config = arguments.build(plan, ctx, layout, device, self.sharding)  # before the model: ZeRO-3 loads by it
         config.run_name = config.run_name or self.tracking.run
+        if "project" not in plan.training.trainer_args:
+            config.project = tracking.PROJECT  # trackio's; the other trackers read their environment variables
         self.start = start = setup.start
         tokenizer = models.load_tokenizer(plan, start)
         rows = evaluating.load(plan, ctx, setup.fetched)
