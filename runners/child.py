@@ -128,6 +128,7 @@ def run(job: Job, ctx: Context) -> Outcome:
         archives=tuple(ctx.archives),
         uploads=tuple(ctx.uploads),
         phases=ctx.phases,
+        rows=ctx.rows,
         warnings=tuple(redact(line) for line in ctx.warnings),
     )
 

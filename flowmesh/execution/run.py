@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ import msgspec
 from flowmesh.execution import boot_clock
 from flowmesh.execution.admission import Accepted
 from flowmesh.messages.job import Exit, Outcome
+from flowmesh.messages.rows import Counts
 from flowmesh.messages.wire import utc_now
 from flowmesh.node.slots import Slot
 from flowmesh.processes.pipe import Pipe, Progress
@@ -62,6 +64,10 @@ class Run:
         """When it ended, monotonic. 0: it has not ended."""
         self.exit: Exit | None = None
         self.outcome: Outcome | None = None
+        self.rows: Counts | None = None
+        """Of a failed task, the rows that stand."""
+        self.rows_url: str | None = None
+        """Where they can be downloaded."""
         self.log_tail: tuple[str, ...] = ()
         """The last lines of a failed task's log."""
         self.resources: dict[str, Any] = {}
@@ -144,11 +150,20 @@ class Run:
             "state": self.task.state.value,
             "phase": self.phase,
             "progress": None if self.progress is None else msgspec.to_builtins(_plain(self.progress)),
+            "rows": self._live_rows(),
             "pid": self.pid if self.task.state not in (State.QUEUED, State.DELIVERING) else None,
             "started_at": self.started_at,
             "out_dir": self.accepted.target.out_dir,
             "waits_for": self.waits_for or None,
         }
+
+    def _live_rows(self) -> dict[str, int] | None:
+        """Of a task that keeps a row log, as its last progress said."""
+        last = self.progress
+        if last is None or "rows" not in last.metrics or not math.isfinite(last.metrics["rows"]):
+            return None
+        total = last.total if last.total is not None and math.isfinite(last.total) else 0.0
+        return {"done": int(last.metrics["rows"]), "total": int(total)}
 
 
 def gpus_of(accepted: Accepted, slot: Slot[Run]) -> tuple[str, ...]:

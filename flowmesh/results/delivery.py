@@ -76,6 +76,8 @@ def deliver(
         seconds=round(time.monotonic() - started, 6),
         urls=tuple(run.sender.urls),
         notes=tuple(dict.fromkeys(run.notes)),
+        rows=run.rows,
+        rows_url=run.rows_url,
         again_in_s=None if postponed is None else postponed.again_in_s,
         origin="" if postponed is None else postponed.origin,
         attempts=0 if postponed is None else postponed.attempts,

@@ -47,7 +47,7 @@ class TaskFolder:
             self._top = None
 
     def write_result(self) -> None:
-        self._write(RESPONSES_FILE, to_json(self.result))
+        self.write(RESPONSES_FILE, to_json(self.result))
 
     def write_manifest(self, known: dict[str, Known]) -> None:
         """Write manifest.json.
@@ -61,7 +61,7 @@ class TaskFolder:
             if self.path in Path(path).parents
         }
         inside |= {name: content for name, (_, content) in self._written.items()}
-        self._write(MANIFEST_FILE, to_json(make_manifest(self.top, self.task_id, self.target.artifacts, inside)))
+        self.write(MANIFEST_FILE, to_json(make_manifest(self.top, self.task_id, self.target.artifacts, inside)))
 
     def find(self, path: str) -> Parts | None:
         """A path below with its links resolved; None if it leads out of the folder, to itself, or nowhere."""
@@ -103,7 +103,8 @@ class TaskFolder:
         except OSError as error:
             return Left(1, shown(path), error.strerror or str(error))
 
-    def _write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file of the node's own."""
         try:
             fd = write_in_task(self.top.fd, name, data)
         except OSError as error:

@@ -68,7 +68,7 @@ class UploadPlan:
             f"{prefix}_uploaded": False,
         }
         uploaded = {f"{prefix}_url": _url(folder, name), f"{prefix}_uploaded": True}
-        return _item(folder, archive, [(folder.result, uploaded)])
+        return item_of(folder, archive, [(folder.result, uploaded)])
 
     def _upload_item(self, folder: TaskFolder, request: UploadRequest, result: dict[str, Any]) -> Item:
         """A file that a runner asked to upload; `result[field]` gets its URL on arrival."""
@@ -82,17 +82,17 @@ class UploadPlan:
         gets = {"uploaded": True, "url": url, "download_url": url}
         if "path" in result[request.field]:  # what a later stage is given, on any node
             gets["path"] = url
-        return _item(folder, parts, [(result[request.field], gets)])
+        return item_of(folder, parts, [(result[request.field], gets)])
 
     def _artifact_item(self, folder: TaskFolder, artifact: str) -> Item | None:
         """One of `spec.output.artifacts`; None where it cannot be delivered (the manifest says why)."""
         relative = artifact.rstrip("/")
         if relative in {RESPONSES_FILE, MANIFEST_FILE}:
-            return _item(folder, (relative,), [], last=True)
+            return item_of(folder, (relative,), [], last=True)
         asked = Path(relative)
         archive = asked.with_name(asked.name + ARCHIVE_SUFFIX) if asked.name else asked
         if self._made(folder, str(archive)) is not None:
-            return _item(folder, self._archive(folder, relative)[0], [])
+            return item_of(folder, self._archive(folder, relative)[0], [])
         try:
             parts = folder.top.real(relative)
             if not parts:
@@ -100,7 +100,7 @@ class UploadPlan:
                 return None
             status = folder.top.status(parts)
             if stat.S_ISDIR(status.st_mode):
-                return _item(folder, self._archive(folder, relative)[0], [])
+                return item_of(folder, self._archive(folder, relative)[0], [])
             if not stat.S_ISREG(status.st_mode):
                 return None
             os.close(folder.open_file(parts))
@@ -109,7 +109,7 @@ class UploadPlan:
         except OSError as error:
             self._notes.append(f"artifact {artifact}: {error.strerror}: it was not delivered")
             return None
-        return _item(folder, parts, [], name=asked.name)
+        return item_of(folder, parts, [], name=asked.name)
 
     def _made(self, folder: TaskFolder, relative: str) -> Made | None:
         """The archive of this attempt, by its path below the folder as it was asked for."""
@@ -136,14 +136,14 @@ class UploadPlan:
         status = folder.status(source)
         if status is None or not stat.S_ISDIR(status.st_mode):
             raise wrong
-        with self._sender.early(_item(folder, archive, [])) as written:
+        with self._sender.early(item_of(folder, archive, [])) as written:
             done = make_archive(folder.top, source, archive[-1], self._settings, written)
             self._state.archive_made(path, done.size, done.sha256)
         self._notes.extend(done.notes)
         return archive, Made(done.size, done.sha256)
 
 
-def _item(
+def item_of(
     folder: TaskFolder,
     parts: Parts,
     fields: list[tuple[dict[str, Any], dict[str, Any]]],

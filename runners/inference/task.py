@@ -15,7 +15,7 @@ from runners.fields import Faults, check_spec
 from runners.inference.options import EngineName, InferenceOptions, Sampling, sampling_of, system_prompt_of
 from runners.models.spec import Adapter, Checkpoint, CheckpointLoad, ModelSource, Section
 
-OWN_FIELDS = ("model", "data", "inference", "postprocess", "checkpoint", "engine", "enforce_cpu")
+OWN_FIELDS = ("model", "data", "inference", "postprocess", "checkpoint", "engine", "enforce_cpu", "resume")
 
 Dtype = Literal["auto", "float16", "bfloat16", "float32", "fp16", "half", "bf16", "fp32", "float"]
 DTYPES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}

@@ -17,6 +17,7 @@ from flowmesh.files.walk import Troubles
 from flowmesh.messages.job import OUTCOME_FILE, Outcome
 from flowmesh.results import delivery
 from flowmesh.results.job import DeliveryJob, DeliveryReport, Failure
+from flowmesh.results.partial import has_rows
 from flowmesh.results.safe_files import read_regular
 from flowmesh.settings.schema import Settings
 from flowmesh.settings.secret_files import has_token
@@ -49,6 +50,8 @@ class Jobs:
             OSError: it cannot be read.
         """
         job = self._job(run)
+        if must_wait and job.failure is not None:  # its event does not wait for a server that is away
+            job = msgspec.structs.replace(job, sends_rows=False)
         if (job.over_http and not must_wait) or not self._is_small(run):
             return job, None, False
         outcome = None
@@ -90,6 +93,8 @@ class Jobs:
             task=accepted.target,
             children=accepted.children,
             failure=failure,
+            sends_rows=failure is not None
+            and any(has_rows(Path(each.out_dir)) for each in (accepted.target, *accepted.children)),
             extra=task_events.used(run, settings.node.cost_per_hour * run.slot.plan.share),
             outcome_file=OUTCOME_FILE,
             archive=settings.archive,
