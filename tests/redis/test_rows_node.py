@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import random
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,6 +75,17 @@ def whole(one_node: Node, peer: Orchestrator) -> dict[str, Any]:
     return dict(one_node.result("undisturbed"))
 
 
+@pytest.fixture
+def results(tmp_path: Path) -> Iterator[ResultsServer]:
+    with ResultsServer(tmp_path) as server:
+        yield server
+
+
+def to(results: ResultsServer) -> dict[str, Any]:
+    """The task's `output`: results and files go to this server."""
+    return {"destination": {"type": "http", "url": f"{results.origin}/api/v1/results"}}
+
+
 def kept(node: Node, task_id: str) -> Kept:
     try:
         with open(node.results_dir / task_id / "rows.jsonl", "rb") as file:
@@ -119,11 +132,13 @@ def check_retry(result: dict[str, Any], end: dict[str, Any], done: int, tokens: 
         assert result["usage"][count] == whole["usage"][count]
 
 
-def retry(node: Node, peer: Orchestrator, task_id: str, kind: str, whole: dict[str, Any]) -> None:
+def retry(  # noqa: PLR0917
+    node: Node, peer: Orchestrator, task_id: str, kind: str, whole: dict[str, Any], resume: dict[str, str] | None = None
+) -> None:
     """Check the interrupted attempt that has ended, and its retry with the same id on the same node."""
     first = peer.wait_end(task_id)
     tokens = check_interrupted(node, first, kind, whole)
-    assert first["payload"]["resume"] == {"path": str(node.results_dir / task_id)}
+    assert first["payload"]["resume"] == (resume or {"path": str(node.results_dir / task_id)})
     before = kept(node, task_id).rows
     peer.task_events.clear()
     check_retry(
@@ -138,8 +153,19 @@ def retry(node: Node, peer: Orchestrator, task_id: str, kind: str, whole: dict[s
     assert after[: len(before)] == before, "what stood is not written again"
 
 
-def test_the_child_is_killed(node: Node, peer: Orchestrator, whole: dict[str, Any]) -> None:
+def test_the_child_is_killed_again_and_again(node: Node, peer: Orchestrator, whole: dict[str, Any]) -> None:
     os.kill(begin(node, peer, "child"), signal.SIGKILL)
+    draw = random.Random(7)
+    for _ in range(4):
+        first = peer.wait_end("child")
+        tokens = check_interrupted(node, first, "crash", whole)
+        peer.task_events.clear()
+        peer.dispatch("w1", SPEC, "child")
+        pid = node.task_pid("child")
+        time.sleep(draw.uniform(0, 0.2))  # while it reads, loads, or computes the next batch
+        os.kill(pid, signal.SIGKILL)
+        again = check_interrupted(node, peer.wait_end("child"), "crash", whole)
+        assert again >= tokens, "rows of earlier attempts are lost"
     retry(node, peer, "child", "crash", whole)
 
 
@@ -160,46 +186,42 @@ def test_it_runs_into_its_time_limit(node: Node, peer: Orchestrator, whole: dict
 def test_the_supervisor_is_killed_and_the_next_one_adopts(
     node: Node, peer: Orchestrator, whole: dict[str, Any]
 ) -> None:
-    pid = begin(node, peer, "adopted")
+    begin(node, peer, "adopted")
     node.kill()
     node.start()
     end = peer.wait_end("adopted")
     assert end["type"] == "TASK_SUCCEEDED", end
     assert end["payload"]["resources"]["rows"] == {
         "done": PROMPTS, "total": PROMPTS, "reused": 0, "reused_tokens": 0,
-    }, pid  # fmt: skip
+    }  # fmt: skip
     assert node.result("adopted")["items"] == whole["items"]
     assert len(kept(node, "adopted").rows) == PROMPTS
 
 
-def test_both_are_killed(node: Node, peer: Orchestrator, whole: dict[str, Any]) -> None:
-    pid = begin(node, peer, "both")
+def test_both_are_killed(node: Node, peer: Orchestrator, whole: dict[str, Any], results: ResultsServer) -> None:
+    pid = begin(node, peer, "both", output=to(results))
     node.kill()
     os.kill(pid, signal.SIGKILL)
     node.start()
-    retry(node, peer, "both", "crash", whole)
+    resume = {"url": f"{results.origin}/api/v1/results/both/files/rows.jsonl.gz"}
+    retry(node, peer, "both", "crash", whole, resume)
 
 
 def test_a_drained_task_goes_on_on_another_node(
-    server: RedisServer, node: Node, peer: Orchestrator, whole: dict[str, Any], tmp_path: Path
+    server: RedisServer, node: Node, peer: Orchestrator, whole: dict[str, Any], results: ResultsServer
 ) -> None:
-    with ResultsServer(tmp_path) as results:
-        output = {"destination": {"type": "http", "url": f"{results.origin}/api/v1/results"}}
-        begin(node, peer, "drained", output=output)
-        node.ask(op="drain", mode="checkpoint")
-        end = peer.wait_end("drained")
-        tokens = check_interrupted(node, end, "drained", whole)
-        assert end["payload"]["retryable"] is True
-        resume = end["payload"]["resume"]
-        assert resume == {"url": f"{results.origin}/api/v1/results/drained/files/rows.jsonl.gz"}
-        other = Node(server, worker_id="w2")
-        try:
-            other.start()
-            spec = SPEC | {"resume": resume}
-            again = peer.run("w2", spec, task_id="goes-on")
-            check_retry(other.result("goes-on"), again, end["payload"]["rows"]["done"], tokens, whole)
-        except BaseException:
-            print(other.text()[-6000:])
-            raise
-        finally:
-            other.close()
+    begin(node, peer, "drained", output=to(results))
+    node.ask(op="drain", mode="checkpoint")
+    end = peer.wait_end("drained")
+    tokens = check_interrupted(node, end, "drained", whole)
+    assert end["payload"]["retryable"] is True
+    other = Node(server, worker_id="w2")
+    try:
+        other.start()
+        again = peer.run("w2", SPEC | {"resume": end["payload"]["resume"]}, task_id="goes-on")
+        check_retry(other.result("goes-on"), again, end["payload"]["rows"]["done"], tokens, whole)
+    except BaseException:
+        print(other.text()[-6000:])
+        raise
+    finally:
+        other.close()
