@@ -36,20 +36,20 @@ def _share() -> float:
         def __init__(self, *args: object, **options: object) -> None:
             nonlocal spent
             began = time.thread_time()
-            super().__init__(*args, **options)  # type: ignore[arg-type]
+            super().__init__(*args, **options)
             spent += time.thread_time() - began
 
-        def take(self, *args: object) -> None:  # type: ignore[override]
+        def take(self, *args: object) -> None:
             nonlocal spent
             began = time.thread_time()
-            super().take(*args)  # type: ignore[arg-type]
+            super().take(*args)
             spent += time.thread_time() - began
 
-        def add(self, *args: object, **options: object):  # type: ignore[no-untyped-def, override]
+        def add(self, *args: object, **options: object):
             nonlocal spent
             began = time.thread_time()
             try:
-                return super().add(*args, **options)  # type: ignore[arg-type]
+                return super().add(*args, **options)
             finally:
                 spent += time.thread_time() - began
 
@@ -60,10 +60,10 @@ def _share() -> float:
             results_dir=folder, cache_dir=folder, tmp_dir=folder, threads=1,
         )  # fmt: skip
         Path(folder, "out", "artifacts").mkdir(parents=True)
-        whole, runner.RowLog = runner.RowLog, Timed  # type: ignore[misc]
+        whole, runner.RowLog = runner.RowLog, Timed
         try:
             began = time.process_time()
             assert runner.InferenceRunner().run(Context(job))["ok"]
             return spent / (time.process_time() - began)
         finally:
-            runner.RowLog = whole  # type: ignore[misc]
+            runner.RowLog = whole
