@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import os
 import secrets
@@ -17,13 +18,14 @@ import msgspec
 from loguru import logger
 
 from flowmesh import installed
+from flowmesh.control.drain import Drain
 from flowmesh.control.operations import Operations
 from flowmesh.control.server import ControlServer
 from flowmesh.control.watchers import Watchers
 from flowmesh.errors import ConfigError, DeviceError, FlowMeshError, LaunchError
 from flowmesh.execution import permits
 from flowmesh.execution.executor import Executor
-from flowmesh.execution.layout import Layout, Owner
+from flowmesh.execution.layout import Layout, Owner, make_parts
 from flowmesh.execution.recovery import recover
 from flowmesh.execution.run import Run
 from flowmesh.messages.gateway import Gateway
@@ -42,14 +44,17 @@ from flowmesh.redaction import Redactor
 from flowmesh.settings.paths import results_dir, state_dir
 from flowmesh.settings.schema import Settings
 from flowmesh.settings.secret_files import has_token
-from flowmesh.startup import environments, old_variables, preflight, successor
+from flowmesh.startup import environments, identity, old_variables, preflight, successor
 from flowmesh.startup.event_loop import end_all, reap_children, start_threads
-from flowmesh.startup.state_dir import hold_state_dir, open_for
+from flowmesh.startup.gpu_watch import GpuWatch
+from flowmesh.startup.state_dir import hold_state_dir, keep_lock
 from flowmesh.startup.trust import SetUp, trust
 from flowmesh.tasks.catalogue import LIGHT
 from flowmesh.tasks.journal import Journal
+from flowmesh.tasks.journal_db import JOURNAL_FILE
 
 FAREWELL_TIMEOUT_S = 5.0
+LOCK_INTERVAL_S = 1.0
 SIGNAL_WAIT_S = 0.01
 """Before an exec: a signal that came before signals were held is handled in this time."""
 FLUSH_TIMEOUT_S = 10.0
@@ -77,7 +82,8 @@ class Supervisor:
         self._environ = environment
         self._stop = asyncio.Event()
         self._upgrade = False
-        self._drain_mode: str | None = None
+        self._next_workers: set[str] = set()
+        """The workers that a new supervisor will have."""
         self._notifier = Notifier(environment)
         self._lock: IO[str] | None = None
         self._reloading: set[asyncio.Task[None]] = set()
@@ -93,37 +99,54 @@ class Supervisor:
         self._lock = hold_state_dir(self.state_dir)
         linux.become_subreaper()
         start_threads()
-        self.journal = Journal(self.state_dir / "journal.sqlite")
+        self.journal = Journal(self.state_dir / JOURNAL_FILE)
         await self._wire()
         self._handle_signals()
+        await self._claim()
         tasks = [asyncio.create_task(work) for work in self._works()]
         try:
             await self.control.start()
-            self._notifier.send(READY="1", STATUS="running")
-            await self._until_stopped(tasks)
-            if self._upgrade:
-                await self._hand_over()
-            await self._drained()
+            while not await self._ended(tasks):
+                pass
+            await self._flushed()  # by the sender that runs: one that is cancelled while it sends would repeat events
         finally:
             await end_all(tasks)
         await self._close()
         return 0
 
+    async def _ended(self, tasks: list[asyncio.Task[Any]]) -> bool:
+        """Wait for a stop and its end; False where it was taken back."""
+        await self._until_stopped(tasks)
+        if self._upgrade:
+            await self._hand_over()
+        return await self.drain.ended()
+
+    async def _claim(self) -> None:
+        """Take the worker ids before a task or a process is touched under them. A stop ends the wait.
+
+        Raises:
+            BusyError: another live node has one.
+        """
+        claim = asyncio.create_task(self.link.registration.claim())
+        stop = asyncio.create_task(self._stop.wait())
+        await asyncio.wait([claim, stop], return_when=asyncio.FIRST_COMPLETED)
+        stop.cancel()
+        if claim.done():
+            claim.result()
+        else:
+            claim.cancel()
+
     async def _wire(self) -> None:
         settings = self.settings
-        self.node_id = node_id = self.journal.fact("node_id", secrets.token_hex(4))
-        self.worker_id = worker_id = settings.node.worker_id or self.journal.fact(
-            "worker_id", f"worker-{secrets.token_hex(6)}"
-        )
+        ids = identity.settle(self.journal, self.state_dir, settings.node.worker_id)
+        self.node_id, self.worker_id = node_id, worker_id = ids.node_id, ids.worker_id
         self.nvml = Nvml()
-        inventory = await self._take_inventory(settings)
-        self.inventory = inventory
-        for problem in inventory.unusable:
-            logger.error("GPU not offered: {}", problem)
+        self.inventory = inventory = await self._take_inventory()
         fitted = self._fit(settings, inventory)
         self.cgroup = fitted.cgroup
         node = NodeDescription(
             node_id=node_id,
+            owner=ids.owner,
             started=time.monotonic(),
             started_at=utc_now(),
             isolation="cgroup" if self.cgroup is not None else "subreaper",
@@ -132,11 +155,27 @@ class Supervisor:
             nvml=self.nvml,
         )
         owner = preflight.owner(settings)
-        if owner is not None:
-            open_for(owner.uid, owner.gid, self.state_dir)
+        make_parts(self.state_dir, owner)
         self.executor = self._make_executor(node, fitted, owner)
+        self.gpu_watch = GpuWatch(
+            self.executor.conditions,
+            fitted,
+            fit=functools.partial(self._fit, settings),
+            restart=self.start_anew,
+            wait_s=settings.tasks.node_fault_wait_s,
+        )
+        self.gpu_watch.begin(inventory)
         self.link = Link(node, self.executor, worker_id)
-        operations = Operations(node, self.executor, self.link, stop=self.stop, start_anew=self.start_anew)
+        limit_s = settings.processes.drain_timeout_s
+        self.drain = Drain(self.executor, self.link.registration, self._notifier, self._stop, limit_s)
+        operations = Operations(
+            node,
+            self.executor,
+            self.link,
+            stop=self.drain.by_operator,
+            resume=self.drain.take_back,
+            start_anew=self.start_anew,
+        )
         watchers = Watchers(self.executor)
         socket = self.state_dir / "run" / "control.sock"
         self.control = ControlServer(socket, operations.handlers(), watchers.subscribe, self._hides)
@@ -158,9 +197,7 @@ class Supervisor:
 
     def _make_executor(self, node: NodeDescription, fitted: preflight.Fitted, owner: Owner | None) -> Executor:
         settings = self.settings
-        for name in sorted({slot.name for slot in settings.slots} - {plan.name for plan in fitted.slots}):
-            logger.error("slot {} is left out: none of its GPUs works", name)
-        slots: dict[str, Slot[Run]] = {plan.worker_id: Slot(plan, lambda run: bool(run.gpus)) for plan in fitted.slots}
+        slots: dict[str, Slot[Run]] = {plan.worker_id: Slot(plan) for plan in fitted.slots}
         base_env = environ.base(self._environ, settings.tasks.pass_env)
         catalogue, environment_table = environments.plan(settings)
         pool = ServerPool(
@@ -207,24 +244,27 @@ class Supervisor:
         key = self.journal.fact("gateway_key", secrets.token_hex(16))
         return Gateway(str(self.state_dir / "gateway" / "socket"), key)
 
-    async def _take_inventory(self, settings: Settings) -> Inventory:
+    async def _take_inventory(self) -> Inventory:
         try:
             return await self.nvml.inventory()
         except DeviceError as error:
-            if any(slot.gpus for slot in settings.slots):
-                raise  # they may be there after a repair or a later start: worth a restart
-            logger.error("the node starts without GPUs: {}", error)
-            return Inventory()
+            return Inventory(unusable=(str(error),))
 
     def _fit(self, settings: Settings, inventory: Inventory) -> preflight.Fitted:
         return preflight.fit(settings, self._environ, inventory, node_id=self.node_id, worker_id=self.worker_id)
 
     def _works(self) -> list[Coroutine[Any, Any, None]]:
-        return [self._begin(), self.link.send_events(), self._feed_watchdog(), *self.executor.works()]
+        works = [self._begin(), self.link.send_events(), self._feed_watchdog(), *self.executor.works()]
+        return [*works, self.control.keep(), self._keep_lock()]
 
     async def _begin(self) -> None:
         """Take over the tasks of an earlier supervisor; then subscribe; then report IDLE."""
+        mode = self.drain.kept
+        self.executor.draining = mode  # no task of the queue starts meanwhile
         await recover(self.executor)
+        if mode is not None:
+            logger.info("the drain that began before the restart continues; `flowmesh drain --cancel` ends it")
+            self.drain.by_operator(mode)
         if len(self.executor.runs):
             self.executor.gateway.need()
         await self.executor.pool.warm(LIGHT)
@@ -232,6 +272,7 @@ class Supervisor:
         gc.collect()
         gc.freeze()  # long-lived objects need no further collection
         self.link.registration.resume()
+        self._notifier.send(READY="1", STATUS="running")
         await asyncio.gather(*self.link.works(), self._compare_torch())
 
     async def _compare_torch(self) -> None:
@@ -249,43 +290,46 @@ class Supervisor:
             for each in wrong:
                 logger.bind(environment=name).error("{}; {}", each.text, each.remedy)
 
-    def stop(self, mode: str) -> None:
-        """Drain in this mode, then end. A later call has an effect only if its mode is harder."""
-        hardness = ("finish", "checkpoint", "now")
-        if self._drain_mode is not None and hardness.index(mode) <= hardness.index(self._drain_mode):
-            return
-        self._drain_mode = mode
-        self._stop.set()
-        logger.bind(mode=mode, tasks=len(self.executor.runs)).info("draining")
-        self._notifier.send(STOPPING="1", STATUS=f"draining ({mode})")
-        self.link.registration.drain()
-        self.executor.drain(mode)
-
-    async def start_anew(self) -> None:
+    async def start_anew(self, fitted: preflight.Fitted | None = None) -> None:
         """Replace this process by the program as it is on disk, with the settings as they are now; tasks run on.
+
+        Args:
+            fitted: what the new one will make of the machine; None: found out here.
 
         Raises:
             FlowMeshError: the new process would not start, or refuse the settings; nothing has changed.
         """
+        self._notifier.reloading("checking the settings and the program on disk")
         try:
-            await self._check_anew()
-            if self._drain_mode is not None:
+            await self._check_anew(fitted)
+            if self.drain.mode is not None:
                 raise LaunchError("the node is draining, and ends when its tasks have ended")
         except FlowMeshError as error:
             logger.error("not restarted, the node keeps its version and settings: {}", error)
+            self._notifier.send(READY="1", STATUS=f"not reloaded: {error}")
             raise
         self._upgrade = True
         self._stop.set()
 
-    async def _check_anew(self) -> None:
+    async def _check_anew(self, fitted: preflight.Fitted | None) -> None:
         settings = await asyncio.to_thread(self._reread)
         if (there := state_dir(settings, self._environ)) != self.state_dir:
             raise ConfigError(
                 f"node.state_dir: {there} is not {self.state_dir}, where this node and its tasks are; "
                 "to move it, drain the node and start it again"
             )
-        await asyncio.to_thread(self._fit, settings, await self._take_inventory(settings))
+        if fitted is None:
+            fitted = await asyncio.to_thread(self._fit, settings, await self._take_inventory())
+        self._next_workers = {plan.worker_id for plan in fitted.slots}
         await asyncio.to_thread(successor.check, self._environ)
+
+    async def _keep_lock(self) -> None:
+        """Until cancelled: hold the lock in a new file when somebody has deleted the old one."""
+        assert self._lock is not None
+        while True:
+            await asyncio.sleep(LOCK_INTERVAL_S)
+            with contextlib.suppress(OSError):  # said by the checks of the state folder
+                self._lock = keep_lock(self.state_dir, self._lock)
 
     async def _until_stopped(self, tasks: list[asyncio.Task[Any]]) -> None:
         stop = asyncio.create_task(self._stop.wait())
@@ -295,36 +339,33 @@ class Supervisor:
             if (error := task.exception()) is not None:
                 raise error
 
-    async def _drained(self) -> None:
-        """Wait until the tasks have ended; after `processes.drain_timeout_s` they are stopped."""
-        limit_s = self.settings.processes.drain_timeout_s
-        try:
-            await asyncio.wait_for(self.executor.idle(), limit_s)
-        except TimeoutError:
-            logger.warning("drain took more than {} s: stopping the running tasks", limit_s)
-            self.stop("now")
-            await self.executor.idle()
-
     async def _hand_over(self) -> None:
         """exec the program as it is on disk now. Returns only if a stop has come meanwhile."""
         successor.hold_signals()
         await asyncio.sleep(SIGNAL_WAIT_S)
-        if self._drain_mode is not None:
+        if self.drain.mode is not None:
+            self._upgrade = False
             successor.take_signals()
             return
         logger.info("handing over to a new supervisor; {} tasks run on", len(self.executor.runs))
+        await self.link.registration.unregister(FAREWELL_TIMEOUT_S, keep=self._next_workers)
         self.executor.pool.leave()
         self.journal.close()
-        now_us = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
-        self._notifier.send(RELOADING="1", MONOTONIC_USEC=str(now_us), STATUS="handing over")
+        self._notifier.reloading("handing over")
         successor.replace(self._environ)
 
-    async def _close(self) -> None:
+    async def _flushed(self) -> bool:
+        """Wait until all events are sent; not for long where that does not work."""
         outbox = self.link.outbox
-        sending = asyncio.create_task(outbox.run())
-        if not await outbox.flushed(FLUSH_TIMEOUT_S / 10 if outbox.trouble else FLUSH_TIMEOUT_S):
-            logger.warning("{} events not sent; they are sent after the next start", self.journal.outbox_size())
-        await end_all([sending])
+        return await outbox.flushed(FLUSH_TIMEOUT_S / 10 if outbox.trouble else FLUSH_TIMEOUT_S)
+
+    async def _close(self) -> None:
+        self._notifier.send(STOPPING="1", STATUS="ending")
+        if self.journal.outbox_size():
+            sending = asyncio.create_task(self.link.outbox.run())
+            if not await self._flushed():
+                logger.warning("{} events not sent; they are sent after the next start", self.journal.outbox_size())
+            await end_all([sending])
         await self.link.registration.unregister(FAREWELL_TIMEOUT_S)
         await self.control.close()
         await self.executor.gateway.stop()
@@ -340,14 +381,11 @@ class Supervisor:
     def _handle_signals(self) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_stop_signal)
+            loop.add_signal_handler(number, self.drain.on_signal)
         for number in (signal.SIGHUP, signal.SIGUSR2):
             loop.add_signal_handler(number, self._on_start_anew_signal)
         loop.add_signal_handler(signal.SIGCHLD, reap_children)
         successor.take_signals()
-
-    def _on_stop_signal(self) -> None:
-        self.stop("finish" if self._drain_mode is None else "now")
 
     def _on_start_anew_signal(self) -> None:
         """SIGHUP for new settings, SIGUSR2 for a new version: both restart the program in place."""

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from flowmesh import installed
 from flowmesh.messages.job import ArchiveRequest, Fault, Job, UploadRequest
+from flowmesh.messages.rows import Counts
 from flowmesh.processes.pipe import Cancel, FrameError, Phase, Pipe, Progress
 from flowmesh.validation.convert import FieldError, convert
 from runners.data.reading import Reach
@@ -208,6 +209,8 @@ class Context(TaskInput):
         super().__init__(job)
         self.phases: dict[str, float] = {}
         """Seconds in each phase that has ended."""
+        self.rows: Counts | None = None
+        """Rows that stand, of a runner that keeps a row log."""
         self._pipe = pipe
         self._cancel: Cancel | None = None
         self._phase: tuple[str, float] | None = None

@@ -9,7 +9,6 @@ import importlib
 import importlib.util
 import logging
 import os
-import shutil
 import signal
 import sys
 import traceback
@@ -19,6 +18,7 @@ from typing import Any
 
 import msgspec
 
+from flowmesh.files.removal import remove_path
 from flowmesh.messages.job import JOB_FILE, OUTCOME_FILE, Fault, Job, Outcome
 from flowmesh.messages.output import unused_in_output
 from flowmesh.messages.text import encode_json
@@ -72,7 +72,7 @@ def main(pipe: Pipe, spool: Path) -> int:
     except OSError as error:
         if error.errno not in _FULL:
             raise
-        shutil.rmtree(job.tmp_dir, ignore_errors=True)  # frees space on the same disk, and is no longer needed
+        remove_path(Path(job.tmp_dir))  # frees space on the same disk, and is no longer needed
         _write(spool / OUTCOME_FILE, data)
     pipe.send(Finished(outcome.ok), drop=True)
     return 0 if outcome.ok else 1
@@ -128,6 +128,7 @@ def run(job: Job, ctx: Context) -> Outcome:
         archives=tuple(ctx.archives),
         uploads=tuple(ctx.uploads),
         phases=ctx.phases,
+        rows=ctx.rows,
         warnings=tuple(redact(line) for line in ctx.warnings),
     )
 

@@ -19,12 +19,19 @@ from loguru import logger
 from flowmesh.backoff import Backoff
 from flowmesh.bus.connection import RedisError, leave_replica, redis
 from flowmesh.bus.connection_health import ConnectionHealth, describe_redis_error
-from flowmesh.bus.worker_record import Identity, Status, WorkerRecord
+from flowmesh.bus.worker_record import Displaced, Identity, Status, WorkerRecord
+from flowmesh.errors import BusyError
 
 __all__ = ["Identity", "Presence", "Status"]
 
 CHECK_INTERVAL_S = 5.0
 """How often the registration is checked. It can disappear: the orchestrator empties its database when it exits."""
+ABSENT_CHECKS = 3
+"""How many checks in a row another node with our id must be missing in before we take the id."""
+RIVAL_BEATS = 1.5
+RIVAL_MARGIN_S = 2.0
+RIVAL_LOOK_S = 0.5
+"""At a start: how long another node's next heartbeat is waited for, in its intervals, and how often we look."""
 LOOKS_S = (0.2, 1.0, 5.0)
 """After a task's end was reported: when to look for an IDLE that the orchestrator wrote in answer, while the next task
 runs already."""
@@ -51,6 +58,7 @@ class Presence:
         farewell: the payload of UNREGISTER.
         on_left_over: called where a registration existed before ours: the previous process ended without unregistering,
             and what was dispatched to it since is lost.
+        on_rival: called with the reason when another live node has this worker id, and with "" when it is ours again.
         elastic: whether the orchestrator may disable the worker.
     """
 
@@ -64,6 +72,7 @@ class Presence:
         power: Callable[[], dict[str, Any] | None],
         farewell: Callable[[], dict[str, Any]],
         on_left_over: Callable[[], None],
+        on_rival: Callable[[str], None] = lambda _reason: None,
         elastic: bool = True,
     ) -> None:
         self.identity = identity
@@ -85,6 +94,7 @@ class Presence:
         self._power = power
         self._farewell = farewell
         self._on_left_over: Callable[[], None] | None = on_left_over
+        self._on_rival = on_rival
         self._elastic = elastic
         self._enabled_times = 0
         self._registered = False
@@ -101,9 +111,9 @@ class Presence:
     def worker_id(self) -> str:
         return self.identity.worker_id
 
-    def set_status(self, word: str, task_id: str | None = None) -> None:
+    def set_status(self, word: str, task_id: str | None = None, reason: str = "") -> None:
         """Set the desired status. Returns at once; the changes are published in order."""
-        status = Status(word, task_id)
+        status = Status(word, task_id, reason)
         if status == self.status:
             return
         self.status = status
@@ -114,6 +124,13 @@ class Presence:
         """Publish the status once more: the orchestrator writes that field too, and may have written an old one."""
         if not self._changes:
             self._changes.append(self.status)
+            self._changed.set()
+
+    def describe(self, identity: Identity) -> None:
+        """Register with another description, if it is another one. The orchestrator keeps what it has dispatched."""
+        if identity != self.identity:
+            self.identity = identity
+            self._registered = False
             self._changed.set()
 
     def look_soon(self) -> None:
@@ -143,6 +160,37 @@ class Presence:
         self._renew = True
         self._changed.set()
 
+    async def claim(self) -> None:
+        """Take the worker id before anything is done under it. Where Redis does not answer, `run` does it later.
+
+        A rival that does not renew its heartbeat key while we look is dead, as after a crash of another node.
+
+        Raises:
+            BusyError: another live node has it.
+        """
+        try:
+            rival = first = await self._record.claim(self.identity)
+            if first is None:
+                return
+            limit_s = RIVAL_BEATS * first.interval_s + RIVAL_MARGIN_S
+            logger.bind(worker=self.worker_id).warning(
+                "another node has registered this worker id; looking for its next heartbeat, {:.0f} s at most", limit_s
+            )
+            end = time.monotonic() + limit_s
+            while rival == first and time.monotonic() < end:
+                await asyncio.sleep(RIVAL_LOOK_S)
+                rival = await self._record.claim(self.identity)
+            if rival == first:
+                rival = await self._record.claim(self.identity, over=first)
+        except (RedisError, OSError, TimeoutError) as error:
+            logger.bind(worker=self.worker_id).warning("worker id not claimed yet: {}", describe_redis_error(error))
+            return
+        if rival is not None:
+            raise BusyError(
+                f"node.worker_id: a live node (pid {rival.pid} on its machine) is registered as {self.worker_id!r} "
+                "already; stop it, or give this one another worker_id (WORKER_ID)"
+            )
+
     async def run(self) -> None:
         """Keep the worker registered until cancelled."""
         await asyncio.gather(self._synchronise(), self._beat())
@@ -151,6 +199,8 @@ class Presence:
         """Unregister. Best effort: if Redis is unreachable, the heartbeat key's TTL ends the registration."""
         try:
             await asyncio.wait_for(self._unregister(), timeout_s)
+        except Displaced:
+            return  # it is the other node's registration
         except (RedisError, OSError, TimeoutError) as error:
             logger.bind(worker=self.worker_id).warning(
                 "not unregistered, the heartbeat key will expire instead: {}", describe_redis_error(error)
@@ -185,11 +235,33 @@ class Presence:
                     with contextlib.suppress(TimeoutError):
                         async with asyncio.timeout(until - now):
                             await self._changed.wait()
+            except Displaced as error:
+                await self._stand_back(error)
             except (RedisError, OSError, TimeoutError) as error:
                 self.up = False
                 self.trouble.failed(error)
                 await leave_replica(self._client, error)
                 await asyncio.sleep(backoff.next_s())
+
+    async def _stand_back(self, displaced: Displaced) -> None:
+        """Wait until the other node is gone for good; meanwhile nothing is written under the id.
+
+        Also after the orchestrator has emptied its database: the node that has the id registers again first.
+        """
+        self.up = self._registered = False
+        logger.bind(worker=self.worker_id).error("{}: this node takes no tasks while it lives", displaced)
+        self._on_rival(str(displaced))
+        absent = 0
+        while absent < ABSENT_CHECKS:
+            await asyncio.sleep(CHECK_INTERVAL_S)
+            try:
+                rival = (await self._record.find(self.identity)).rival
+            except (RedisError, OSError, TimeoutError):
+                absent = 0
+                continue
+            absent = absent + 1 if rival is None else 0
+        logger.bind(worker=self.worker_id).info("the other node is gone: the worker id is this node's again")
+        self._on_rival("")
 
     async def _beat(self) -> None:
         due = time.monotonic() + self._interval_s
@@ -217,6 +289,8 @@ class Presence:
             # IDLE: the orchestrator wrote it late, for an earlier task. RUNNING may be right, for a task that is on its
             # way to us; if the next check finds it again, that task was lost.
             self.restate()
+        if found.rival is not None:
+            raise Displaced(found.rival)
         if not found.registered:
             logger.bind(worker=self.worker_id).warning("registration missing in Redis: registering again")
         return found.registered
@@ -259,6 +333,6 @@ class Presence:
             self._changes.appendleft(status)  # before a change that came while it registered
 
     async def _unregister(self) -> None:
-        await self._record.unregister(self.worker_id, self._farewell())
+        await self._record.unregister(self.identity, self._farewell())
         self._registered = False
         logger.bind(worker=self.worker_id).info("unregistered")

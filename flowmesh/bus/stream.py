@@ -23,6 +23,8 @@ AT_ONCE = 16
 """Entries per read."""
 RETRY_S = 1.0
 """Between two attempts at entries that could not be journalled."""
+LOOK_S = 30.0
+"""Between two looks for entries that were delivered to another process with our id."""
 
 Entry = tuple[bytes, dict[bytes, bytes]]
 
@@ -38,10 +40,17 @@ class Stream:
         client: used by nothing else: the reads block.
         take: called with a message and its entry's id; returns whether the entry can be deleted.
         block_s: how long one read waits; must be shorter than the client's timeout.
+        may_read: asked before each read; while it is false, entries stay in the stream.
     """
 
     def __init__(
-        self, client: redis.Redis, worker_id: str, take: Callable[[bytes, str], bool], *, block_s: float
+        self,
+        client: redis.Redis,
+        worker_id: str,
+        take: Callable[[bytes, str], bool],
+        *,
+        block_s: float,
+        may_read: Callable[[], bool] = lambda: True,
     ) -> None:
         self.up = False
         self._client = client
@@ -49,6 +58,7 @@ class Stream:
         self.trouble = ConnectionHealth("stream not read", "stream is read again", stream=self._key)
         self._consumer = worker_id
         self._take = take
+        self._may_read = may_read
         self._block_ms = max(1, int(block_s * 1000))
         self._pending = False
         """Whether entries were delivered to us and are not acknowledged."""
@@ -70,16 +80,21 @@ class Stream:
         self._pending = True  # perhaps: an earlier process or connection may have left some
         tried = 0.0
         while True:
-            if self._pending and time.monotonic() - tried >= RETRY_S:
+            if not self._may_read():
+                await asyncio.sleep(RETRY_S)
+                continue
+            if time.monotonic() - tried >= (RETRY_S if self._pending else LOOK_S):
                 tried = time.monotonic()
                 await self._read_pending()
             if not self.up:
                 self.up = True
                 backoff.reset()
                 self.trouble.works()
-            block_ms = min(self._block_ms, int(RETRY_S * 1000)) if self._pending else self._block_ms
-            for entry in await self._read(">", block_ms):
-                if not await self._handle(entry):
+            if self._pending:  # what was not taken comes first; more would not be taken either
+                await asyncio.sleep(RETRY_S)
+                continue
+            for entry in await self._read(">", self._block_ms):
+                if self._pending or not await self._handle(entry):
                     self._pending = True
 
     async def _make_group(self) -> None:
@@ -97,6 +112,7 @@ class Stream:
             for entry in entries:
                 if not await self._handle(entry):
                     self._pending = True
+                    return
             after = entries[-1][0].decode()
 
     async def _read(self, after: str, block_ms: int | None) -> list[Entry]:

@@ -5,7 +5,7 @@ Each method is one pipeline. `presence` decides when to call which.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -23,6 +23,15 @@ from flowmesh.messages.wire import (
     worker_key,
 )
 
+DEGRADED_FIELD = "degraded"
+"""In the hash and in STATUS: why the worker takes no tasks; absent while it does."""
+OWNER = "flowmesh_owner"
+"""The hash's field with the owner."""
+_RIVAL_FIELDS = (OWNER, "pid", "env_json")
+_WATCH_TRIES = 10
+_INTERVAL_S = 30.0
+"""Where a registration does not tell its heartbeat interval."""
+
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True):
     """What a worker registers with."""
@@ -34,6 +43,8 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     tags: tuple[str, ...]
     env: dict[str, Any]
     hardware: Any
+    owner: str = ""
+    """Tells nodes of one worker id apart. Empty: nothing is compared."""
 
 
 class Status(msgspec.Struct, frozen=True):
@@ -42,6 +53,27 @@ class Status(msgspec.Struct, frozen=True):
     word: str
     task_id: str | None = None
     """The task that runs (RUNNING), or the last one (IDLE)."""
+    reason: str = ""
+    """Why it takes no tasks (DEGRADED); empty otherwise."""
+
+
+class Rival(msgspec.Struct, frozen=True):
+    """Another node with the same worker id, whose heartbeat key exists."""
+
+    owner: str
+    beat: str
+    """When it last renewed the key, as it wrote it."""
+    pid: str
+    interval_s: float
+    """Between its heartbeats."""
+
+
+class Displaced(Exception):
+    """Another live node has registered this worker id."""
+
+    def __init__(self, rival: Rival) -> None:
+        super().__init__(f"another live node has this worker id (owner {rival.owner}, pid {rival.pid})")
+        self.rival = rival
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -52,6 +84,8 @@ class Found(msgspec.Struct, frozen=True):
     status: str
     disabled: bool
     """Whether the orchestrator's elastic scaling has disabled it."""
+    rival: Rival | None = None
+    """Another live node that has the id."""
 
 
 class WorkerRecord:
@@ -73,23 +107,68 @@ class WorkerRecord:
         return bool(await self.client.hexists(worker_key(worker_id), "pid"))
 
     async def find(self, identity: Identity) -> Found:
-        async with self.client.pipeline(transaction=False) as pipeline:
+        async with self.client.pipeline(transaction=True) as pipeline:
             pipeline.sismember(WORKER_IDS, identity.worker_id)
-            pipeline.hmget(worker_key(identity.worker_id), "pid", "status")
+            pipeline.hmget(worker_key(identity.worker_id), "status", *_RIVAL_FIELDS)
+            pipeline.get(heartbeat_key(identity.worker_id))
             pipeline.sismember(DISABLED, identity.worker_id)
-            member, (pid, status), disabled = await pipeline.execute()
-        registered = bool(member) and pid == str(identity.pid).encode()
-        return Found(registered, (status or b"").decode(errors="replace"), bool(disabled))
+            member, (status, *fields), beat, disabled = await pipeline.execute()
+        owner, pid, _ = fields
+        ours = not identity.owner or owner == identity.owner.encode()
+        registered = bool(member) and ours and pid == str(identity.pid).encode()
+        rival = _rival(identity, fields, beat)
+        return Found(registered, (status or b"").decode(errors="replace"), bool(disabled), rival)
 
     async def enable(self, worker_id: str) -> None:
         """Take the worker out of the set of those that elastic scaling has disabled."""
         await self.client.srem(DISABLED, worker_id)
+
+    async def claim(self, identity: Identity, *, over: Rival | None = None) -> Rival | None:
+        """Take the worker id, unless another live node has it. Atomic: of two nodes that try, one gets it.
+
+        Args:
+            over: a rival that is known to be dead; one that has written since is alive.
+
+        Returns:
+            the node that has it; None: it is ours.
+        """
+
+        def write(pipeline: redis.client.Pipeline) -> None:
+            pipeline.hset(worker_key(identity.worker_id), OWNER, identity.owner)
+            self._set_heartbeat(pipeline, identity.worker_id)
+
+        return await self._guarded(identity, write, over=over)
+
+    async def _guarded(
+        self, identity: Identity, write: Callable[[redis.client.Pipeline], None], *, over: Rival | None = None
+    ) -> Rival | None:
+        """`write`, in one transaction, unless a rival has the id: it is returned, and nothing is written."""
+        key, beat_key = worker_key(identity.worker_id), heartbeat_key(identity.worker_id)
+        async with self.client.pipeline(transaction=True) as pipeline:
+            for _ in range(_WATCH_TRIES):
+                await pipeline.watch(key, beat_key)
+                fields: Any = await pipeline.hmget(key, *_RIVAL_FIELDS)
+                beat: Any = await pipeline.get(beat_key)
+                rival = _rival(identity, fields, beat)
+                if rival is not None and rival != over:
+                    return rival
+                pipeline.multi()  # type: ignore[no-untyped-call]
+                write(pipeline)
+                try:
+                    await pipeline.execute()
+                except redis.WatchError:
+                    continue
+                return None
+        raise TimeoutError("the registration changes all the time")
 
     async def register(self, identity: Identity, status: Status, power: dict[str, Any] | None) -> None:
         """Write the whole record, and publish REGISTER.
 
         Args:
             power: `power_metrics`; None: left out.
+
+        Raises:
+            Displaced: another live node has the id; nothing was written.
         """
         fields: dict[str, str | bytes] = {
             "worker_id": identity.worker_id,
@@ -101,24 +180,35 @@ class WorkerRecord:
             "tags_json": msgspec.json.encode(identity.tags),
             "last_seen": utc_now(),
             "cost_per_hour": str(identity.cost_per_hour),
-            **_task_field(status),
+            **_status_fields(status),
         }
         payload = {"env": identity.env, "hardware": identity.hardware, "cost_per_hour": identity.cost_per_hour}
         if power is not None:
             payload["power_metrics"] = power
-        async with self.client.pipeline(transaction=True) as pipeline:
+        if identity.owner:
+            fields[OWNER] = identity.owner
+
+        def write(pipeline: redis.client.Pipeline) -> None:
+            if not status.reason:
+                pipeline.hdel(worker_key(identity.worker_id), DEGRADED_FIELD)
             _write(pipeline, identity.worker_id, fields)
             self._set_heartbeat(pipeline, identity.worker_id)
             pipeline.sadd(WORKER_IDS, identity.worker_id)
             _publish(pipeline, "REGISTER", identity.worker_id, status=status.word, tags=identity.tags, payload=payload)
-            await pipeline.execute()
+
+        if (rival := await self._guarded(identity, write)) is not None:
+            raise Displaced(rival)
 
     async def announce(self, worker_id: str, status: Status) -> None:
         """Write the status, and publish STATUS. No transaction: the order (hash, then event) is enough."""
         async with self.client.pipeline(transaction=False) as pipeline:
-            _write(pipeline, worker_id, {"status": status.word, "last_seen": utc_now(), **_task_field(status)})
+            _write(pipeline, worker_id, {"status": status.word, "last_seen": utc_now(), **_status_fields(status)})
+            if not status.reason:
+                pipeline.hdel(worker_key(worker_id), DEGRADED_FIELD)
             name = {"RUNNING": "task_id", "IDLE": "last_task"}.get(status.word)
             payload = {name: status.task_id} if name is not None and status.task_id is not None else {}
+            if status.reason:
+                payload[DEGRADED_FIELD] = status.reason
             _publish(pipeline, "STATUS", worker_id, status=status.word, payload=payload)
             await pipeline.execute()
 
@@ -130,16 +220,39 @@ class WorkerRecord:
             _publish(pipeline, "HEARTBEAT", worker_id, metrics=metrics)
             await pipeline.execute()
 
-    async def unregister(self, worker_id: str, payload: dict[str, Any]) -> None:
-        """Delete the record, and publish UNREGISTER."""
-        async with self.client.pipeline(transaction=True) as pipeline:
+    async def unregister(self, identity: Identity, payload: dict[str, Any]) -> None:
+        """Delete the record, and publish UNREGISTER.
+
+        Raises:
+            Displaced: it is another live node's; it stays.
+        """
+        worker_id = identity.worker_id
+
+        def write(pipeline: redis.client.Pipeline) -> None:
             pipeline.srem(WORKER_IDS, worker_id)
             pipeline.delete(worker_key(worker_id), heartbeat_key(worker_id))
             _publish(pipeline, "UNREGISTER", worker_id, payload=payload)
-            await pipeline.execute()
+
+        if (rival := await self._guarded(identity, write)) is not None:
+            raise Displaced(rival)
 
     def _set_heartbeat(self, pipeline: redis.client.Pipeline, worker_id: str) -> None:
         pipeline.set(heartbeat_key(worker_id), utc_now(), ex=self._ttl_s)
+
+
+def _rival(identity: Identity, fields: Sequence[bytes | None], beat: bytes | None) -> Rival | None:
+    owner, pid, env = fields
+    if not identity.owner or not owner or beat is None or owner == identity.owner.encode():
+        return None
+    try:
+        interval_s = float(msgspec.json.decode(env or b"{}")["HEARTBEAT_INTERVAL_SEC"])
+    except (msgspec.DecodeError, KeyError, TypeError, ValueError):
+        interval_s = _INTERVAL_S
+    return Rival(_text(owner), _text(beat), _text(pid or b"?"), interval_s)
+
+
+def _text(value: bytes) -> str:
+    return value.decode(errors="replace")
 
 
 def _publish(pipeline: redis.client.Pipeline, kind: str, worker_id: str, **fields: Any) -> None:
@@ -151,7 +264,8 @@ def _write(pipeline: redis.client.Pipeline, worker_id: str, fields: Mapping[str,
     pipeline.hset(worker_key(worker_id), items=[part for pair in fields.items() for part in pair])
 
 
-def _task_field(status: Status) -> dict[str, str]:
-    if status.task_id is None:
-        return {}
-    return {"extra_task_id" if status.word == "RUNNING" else "extra_last_task": status.task_id}
+def _status_fields(status: Status) -> dict[str, str]:
+    fields = {DEGRADED_FIELD: status.reason} if status.reason else {}
+    if status.task_id is not None:
+        fields["extra_task_id" if status.word == "RUNNING" else "extra_last_task"] = status.task_id
+    return fields

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 
@@ -10,6 +11,7 @@ from flowmesh.settings.load import Loaded, describe
 from flowmesh.settings.paths import results_dir, state_dir
 from flowmesh.startup import environments
 from flowmesh.startup.state_dir import check_sockets
+from flowmesh.tasks.journal_db import JOURNAL_FILE, check_version
 
 
 def report(loaded: Loaded, *, as_json: bool) -> int:
@@ -17,11 +19,14 @@ def report(loaded: Loaded, *, as_json: bool) -> int:
 
     Raises:
         ConfigError: the settings are valid by themselves, but cannot be used on this machine.
+        JournalError: this version cannot use the node's journal.
     """
     catalogue, _ = environments.plan(loaded.settings)
     rows = describe(loaded)
     state = state_dir(loaded.settings, os.environ)
     check_sockets(state, loaded.settings.environments)
+    with contextlib.suppress(PermissionError):  # of another user: only the node itself can check it
+        check_version(state / JOURNAL_FILE)
     folders = {"results": str(results_dir(loaded.settings)), "state": str(state)}
     if as_json:
         settings = {row.key: {"value": row.value, "origin": row.origin} for row in rows}

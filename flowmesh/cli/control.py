@@ -85,6 +85,9 @@ class Control:
     def drain(self, mode: str) -> dict[str, Any]:
         return self._ask({"op": "drain", "mode": mode}, dict[str, Any])
 
+    def undrain(self) -> dict[str, Any]:
+        return self._ask({"op": "undrain"}, dict[str, Any])
+
     def deliver(self, task_id: str) -> Delivered:
         return self._ask({"op": "deliver", "task_id": task_id}, Delivered, timeout_s=None)
 

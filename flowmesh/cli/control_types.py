@@ -13,6 +13,17 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     status: str = ""
     task_id: str | None = None
     gpus: tuple[Any, ...] = ()
+    reason: str | None = None
+    """Why it takes no tasks."""
+
+
+class FaultStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """A fault of the node that holds now."""
+
+    name: str
+    reason: str = ""
+    since_s: float = 0.0
+    workers: tuple[str, ...] = ()
 
 
 class Done(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,6 +60,10 @@ class NodeStatus(msgspec.Struct, frozen=True, kw_only=True):
     tasks: tuple[TaskStatus, ...] = ()
     queued: int = 0
     outbox: int = 0
+    faults: tuple[FaultStatus, ...] = ()
+    nobody_listens: bool = False
+    """Whether the last task event had no receivers."""
+    log_dropped: int = 0
     warnings: dict[str, str] = {}
     """By environment: why its tasks fail, or start slowly."""
     redeliveries: dict[str, str] = {}

@@ -14,7 +14,7 @@ import click
 import msgspec
 
 from flowmesh import installed
-from flowmesh.cli import doctor_gpus, doctor_machine, locate, render
+from flowmesh.cli import doctor_gpus, doctor_machine, locate, redis_limits, render
 from flowmesh.cli.control import Control, NotPermitted
 from flowmesh.cli.findings import Finding, Level, count, show
 from flowmesh.errors import EXIT_FAILURE, EXIT_OK, ConfigError, DeviceError, FlowMeshError, UnavailableError
@@ -109,12 +109,15 @@ def _node(settings: Settings) -> Iterator[Finding]:
         return
     held, slots = render.count(len(status.tasks), "task"), render.count(len(workers), "worker")
     yield Finding("node", Level.OK, f"running: pid {status.pid}, {held}, {slots}")
-    for worker in workers:
-        if reason := worker.get("reason"):
-            text = f"{worker.get('worker_id')} accepts no GPU tasks: {reason}"
-            yield Finding("node", Level.BROKEN, text, "remove the cause; the node then accepts tasks again by itself")
+    remedy = "remove the cause; the node then starts tasks again by itself"
+    for fault in status.faults:
+        who = f"{', '.join(fault.workers)} degraded" if fault.workers else fault.name
+        text = f"{who} for {render.seconds(fault.since_s)}: {fault.reason}"
+        yield Finding("node", Level.BROKEN, text, remedy)
+    known = [fault.reason for fault in status.faults]
     for name, warning in status.warnings.items():
-        yield Finding("node", Level.WARN, f"environment {name}: {warning}")
+        if warning not in known:
+            yield Finding("node", Level.WARN, f"environment {name}: {warning}")
 
 
 def _environments(settings: Settings, inventory: Inventory) -> Iterator[Finding]:
@@ -165,7 +168,20 @@ def _redis(settings: Settings) -> Iterator[Finding]:
     try:
         with locate.connected(locate.address_of(settings.redis)) as client:
             client.ping()
+            limits = redis_limits.read(client)
     except FlowMeshError as error:
         yield Finding("Redis", Level.BROKEN, str(error), "start Redis, or correct REDIS_URL (redis.url)")
         return
     yield Finding("Redis", Level.OK, f"{redact_url(url)} answers ({(time.monotonic() - began) * 1000:.0f} ms)")
+    yield _redis_limits(limits)
+
+
+def _redis_limits(limits: redis_limits.RedisLimits) -> Finding:
+    mib = redis_limits.MIB
+    where = "" if limits.known else " (Redis' defaults: this login may not read the real ones with CONFIG GET)"
+    soft = f", above {limits.soft / mib:.1f} MiB not often" if limits.soft else ""
+    text = f"task documents of up to {limits.largest / mib:.1f} MiB reach nodes{soft}{where}"
+    if limits.largest < redis_limits.RedisLimits().largest:
+        remedy = 'redis-cli CONFIG SET client-output-buffer-limit "pubsub 64mb 32mb 60", and proto-max-bulk-len 512mb'
+        return Finding("Redis", Level.WARN, f"{text}; a larger one cuts off every node", remedy)
+    return Finding("Redis", Level.OK, text)

@@ -13,7 +13,7 @@ from flowmesh.cli.findings import Finding, Level
 from flowmesh.cli.render import gib
 from flowmesh.errors import ConfigError, DeviceError
 from flowmesh.node import slots
-from flowmesh.node.devices import GpuInfo, GpuReading, GpuSample, Inventory, visible_gpus
+from flowmesh.node.devices import GpuInfo, GpuReading, GpuSample, Inventory, choose_gpus
 from flowmesh.node.gpu_holders import name_holders
 from flowmesh.node.hardware import logical_cores
 from flowmesh.node.nvml.binding import LIBRARY
@@ -54,25 +54,25 @@ def gpus(
     else:
         cuda = f", CUDA up to {inventory.cuda_version}" if inventory.cuda_version else ""
         yield Finding("GPUs", Level.OK, f"driver {inventory.driver_version}{cuda}")
-    for problem in inventory.unusable:
+    for problem in inventory.unusable if inventory.driver_version is not None else ():
         yield _unusable(problem)
     for gpu in inventory.gpus:
         yield from _gpu(gpu, readings.get(gpu.uuid), settings, node_runs=node_runs)
     try:
         down = inventory.some_are_down
-        visible = visible_gpus(inventory.gpus, environ.get("CUDA_VISIBLE_DEVICES"), some_are_down=down)
+        visible, missing = choose_gpus(inventory.gpus, environ.get("CUDA_VISIBLE_DEVICES"), some_are_down=down)
         cpus = sorted(os.sched_getaffinity(0))
-        plans = slots.plan(settings, "", visible, cpus, logical_cores(), some_are_down=down)
+        plans = slots.plan(settings, "", visible, cpus, logical_cores(), some_are_down=down, missing=missing)
     except ConfigError as error:
         yield Finding("slots", Level.BROKEN, str(error), "correct that setting")
         return
-    except DeviceError as error:
-        yield Finding("slots", Level.BROKEN, str(error), "repair the GPUs listed above, or name others")
-        return
     left = {gpu.uuid: gpu for gpu in visible}
-    yield from (Finding("slots", Level.OK, _slot(plan, left)) for plan in plans)
-    for name in sorted({slot.name for slot in settings.slots} - {plan.name for plan in plans}):
-        yield Finding("slots", Level.BROKEN, f"{name}: none of its GPUs works", "repair the GPUs listed above")
+    for plan in plans:
+        if plan.missing and inventory.driver_version is not None:
+            what = f"{plan.name}: GPU {', '.join(plan.missing)} is not there; its worker is DEGRADED until it is"
+            yield Finding("slots", Level.BROKEN, what, "repair the GPUs listed above, or name others")
+        else:
+            yield Finding("slots", Level.OK, _slot(plan, left))
 
 
 def _unusable(problem: str) -> Finding:

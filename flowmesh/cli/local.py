@@ -10,7 +10,6 @@ import contextlib
 import glob
 import os
 import secrets
-import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from flowmesh.cli.control import Control
 from flowmesh.cli.embedded import EmbeddedRedis
 from flowmesh.cli.private_folder import RUN_PREFIX, lock_folder, private_dir, sweep_abandoned
 from flowmesh.errors import EXIT_CONFIG, ConfigError, LaunchError, UnavailableError
+from flowmesh.files.removal import remove_path
 from flowmesh.processes import linux, proc_files
 from flowmesh.settings.load import load
 
@@ -156,7 +156,7 @@ class LocalNode:
         if self._redis is not None:
             self._redis.close()
         if self._dir is not None:
-            shutil.rmtree(self._dir, ignore_errors=True)
+            remove_path(self._dir)
         if self._lock >= 0:
             os.close(self._lock)
         self._process, self._redis, self._dir, self._lock = None, None, None, -1

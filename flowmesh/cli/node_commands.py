@@ -56,8 +56,14 @@ def status(config: str | None, state_dir: str | None, as_json: bool) -> int:
     )
     for trouble in found.redis_troubles:
         print(f"\n{trouble}")
+    for fault in found.faults:
+        concerned = "" if len(fault.workers) == len(found.workers) else f" {', '.join(fault.workers)}"
+        word = f"degraded{concerned}" if fault.workers else fault.name
+        print(f"\n{word} (for {render.seconds(fault.since_s)}): {fault.reason}")
+    known = [fault.reason for fault in found.faults]
     for environment, message in found.warnings.items():
-        print(f"\nenvironment {environment}: {message}")
+        if message not in known:
+            print(f"\nenvironment {environment}: {message}")
     if found.tasks:
         print()
         render.table(_TASKS, [_task_row(task) for task in found.tasks])
@@ -109,10 +115,19 @@ def deliver(task_id: str, config: str | None, state_dir: str | None, as_json: bo
     help="What running tasks do: finish, stop after saving a checkpoint, or stop now.",
 )
 @click.option("--wait", is_flag=True, help="Return when the node has no tasks left.")
+@click.option("--cancel", "take_back", is_flag=True, help="Take a drain back: accept tasks again.")
 @locate.node_options
-def drain(mode: str, wait: bool, config: str | None, state_dir: str | None, as_json: bool) -> int:
+def drain(*, mode: str, wait: bool, take_back: bool, config: str | None, state_dir: str | None, as_json: bool) -> int:
     """Run the command; returns the exit code."""
     where = locate.state_dir(state_dir, config)
+    if take_back:
+        with Control(where) as control:
+            answer = control.undrain()
+        if as_json:
+            render.print_json(answer)
+        else:
+            print("drain cancelled")
+        return EXIT_OK
     with Control(where) as control:
         answer = control.drain(mode)
     if not as_json:
@@ -191,6 +206,10 @@ def headline(found: NodeStatus) -> str:
     parts = ["Redis up" if found.redis_up else "Redis DOWN", f"{found.queued} queued"]
     if found.outbox:
         parts.append(render.count(found.outbox, "unsent event"))
+    if found.nobody_listens:
+        parts.append("nobody listens to tasks.events")
+    if found.log_dropped:
+        parts.append(f"{render.count(found.log_dropped, 'line')} of the log dropped")
     if found.draining:
         parts.append(f"draining ({found.draining})")
     second = ", ".join(parts)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
+from flowmesh.files.removal import remove_path
 from flowmesh.processes import linux
 
 RUN_PREFIX = "flowmesh-run-"
@@ -52,5 +52,5 @@ def sweep_abandoned(root: Path | None = None) -> None:
                 lock = lock_folder(folder, create=False)
             except OSError:  # in use, or not a folder of `flowmesh run`
                 continue
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_path(folder)
             os.close(lock)

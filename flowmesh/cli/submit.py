@@ -5,10 +5,12 @@ It only publishes a message. The workers and the orchestrator write the workers'
 
 from __future__ import annotations
 
+import sys
+
 import click
 import msgspec
 
-from flowmesh.cli import deployment, documents, locate, render
+from flowmesh.cli import deployment, documents, locate, redis_limits, render
 from flowmesh.cli.checked_file import refuse_faults
 from flowmesh.cli.deployment import TaskEnd, TaskFailed, Worker
 from flowmesh.cli.documents import Submission
@@ -65,6 +67,8 @@ def submit(
                 print("\n".join(f"{name}: {why}" for name, why in error.reasons.items()), flush=True)
             raise
         message = submission.dispatch(worker.worker_id)
+        if warning := redis_limits.check_size(client, message):
+            print(f"flowmesh: {warning}", file=sys.stderr)
         with deployment.subscribed(client, wire.TASK_EVENTS_CHANNEL, wire.EVENTS_CHANNEL) as events:
             if client.publish(topic, message) == 0:
                 raise UnavailableError(

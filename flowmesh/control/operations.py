@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flowmesh import installed
+from flowmesh.control import drain
 from flowmesh.control.server import ControlError, Handler, text_field
 from flowmesh.errors import FlowMeshError
 from flowmesh.execution import task_events
@@ -22,13 +23,12 @@ from flowmesh.tasks.journal import Record
 from flowmesh.tasks.machine import State
 from flowmesh.validation.convert import nearest
 
-DRAIN_MODES = ("finish", "checkpoint", "now")
-
 
 class Operations:
     """
     Args:
         stop: drains in the given mode, and ends the node.
+        resume: takes a drain back; raises FlowMeshError if there is none.
         start_anew: replaces this supervisor by a new one; raises FlowMeshError if that could not start.
     """
 
@@ -39,12 +39,14 @@ class Operations:
         link: Link,
         *,
         stop: Callable[[str], None],
+        resume: Callable[[], None],
         start_anew: Callable[[], Awaitable[None]],
     ) -> None:
         self._node = node
         self._executor = executor
         self._link = link
         self._stop = stop
+        self._resume = resume
         self._start_anew = start_anew
 
     def handlers(self) -> dict[str, Handler]:
@@ -53,6 +55,7 @@ class Operations:
             "logs": self._logs,
             "cancel": self._cancel,
             "drain": self._drain,
+            "undrain": self._undrain,
             "deliver": self._deliver,
             "recycle": self._recycle,
             "upgrade": self._upgrade,
@@ -70,7 +73,8 @@ class Operations:
             "redis_troubles": self._link.troubles(),
             "draining": executor.draining,
             "isolation": node.isolation,
-            "task_types": sorted(executor.catalogue.offered),
+            "task_types": executor.offered_types(),
+            "faults": executor.conditions.listed(),
             "workers": [
                 {
                     "worker_id": worker_id,
@@ -98,6 +102,8 @@ class Operations:
             "queued": sum(len(slot.queue) for slot in executor.slots.values()),
             "log_dropped": sys.stderr.dropped if isinstance(sys.stderr, LogWriter) else 0,
             "outbox": executor.journal.outbox_size(),
+            "outbox_unheard": self._link.outbox.unheard,
+            "nobody_listens": self._link.outbox.nobody_listens,
             "malformed": executor.counters.malformed,
             "refused": executor.counters.refused,
             "duplicates": executor.counters.duplicates,
@@ -132,9 +138,13 @@ class Operations:
 
     def _drain(self, request: dict[str, Any]) -> dict[str, Any]:
         mode = request.get("mode", "finish")
-        if mode not in DRAIN_MODES:
-            raise ControlError(f"mode: {mode!r} is none; {nearest(str(mode), list(DRAIN_MODES))}")
+        if mode not in drain.MODES:
+            raise ControlError(f"mode: {mode!r} is none; {nearest(str(mode), list(drain.MODES))}")
         self._stop(mode)
+        return {"tasks": len(self._executor.runs)}
+
+    def _undrain(self, _request: dict[str, Any]) -> dict[str, Any]:
+        self._resume()
         return {"tasks": len(self._executor.runs)}
 
     async def _deliver(self, request: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from flowmesh.redaction import Redactor
 from flowmesh.validation.describe import nearest
 
 MAX_LINE = 64 * 1024
+LOOK_S = 1.0
 READ_WITHIN_S = 30.0
 """A client that does not read for this long is cut off: what waits for it takes memory."""
 WATCH_BACKLOG = 1000
@@ -50,12 +51,37 @@ class ControlServer:
         self._subscribe = subscribe
         self._redact = redact
         self._server: asyncio.Server | None = None
+        self._inode = 0
         self._peers: set[asyncio.StreamWriter] = set()
 
     async def start(self) -> None:
         self._path.unlink(missing_ok=True)
         self._server = await asyncio.start_unix_server(self._serve, self._path, limit=MAX_LINE)
         self._path.chmod(0o600)
+        self._inode = self._path.stat().st_ino
+
+    async def keep(self) -> None:
+        """Until cancelled: listen again when somebody has deleted the socket, as cleaners of temporary folders do."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            if self._in_place():
+                continue
+            old, bound = self._server, logger.bind(path=str(self._path))
+            try:
+                self._path.parent.mkdir(mode=0o700, exist_ok=True)
+                await self.start()
+            except OSError as error:
+                bound.debug("the control socket is gone and cannot be made again: {}", error)
+                continue
+            if old is not None:
+                old.close()
+            bound.warning("the control socket was gone: made again")
+
+    def _in_place(self) -> bool:
+        try:
+            return self._path.stat().st_ino == self._inode
+        except OSError:
+            return False
 
     async def close(self) -> None:
         if self._server is not None:

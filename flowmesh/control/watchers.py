@@ -8,6 +8,7 @@ from typing import Any
 from flowmesh.execution.executor import Executor
 from flowmesh.execution.observer import Observer
 from flowmesh.execution.run import Run, progress_event
+from flowmesh.tasks.verdicts import Kind
 
 Put = Callable[[dict[str, Any]], None]
 
@@ -57,6 +58,6 @@ class Watchers(Observer):
         run.watchers |= self._waiting.pop(run.task_id, set())
         run.notify({"event": "state", "state": run.task.state.value})
 
-    def on_refused(self, task_id: str, message: str) -> None:
+    def on_refused(self, task_id: str, message: str, kind: Kind) -> None:
         for put in self._waiting.pop(task_id, set()):
-            put({"event": "end", "ok": False, "verdict": "bad_request", "error": message, "out_dir": None})
+            put({"event": "end", "ok": False, "verdict": kind.value, "error": message, "out_dir": None})

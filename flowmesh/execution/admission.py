@@ -32,6 +32,8 @@ class Accepted(msgspec.Struct, frozen=True, kw_only=True):
     """The targets of merged tasks."""
     timeout_s: float | None
     """None: no time limit."""
+    size_bytes: int
+    """Of the message."""
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -90,6 +92,7 @@ def accept(data: bytes, *, settings: Settings, catalogue: Catalogue, results_dir
             warnings=(warning,) if warning else (),
         ),
         children=children,
+        size_bytes=len(data),
         timeout_s=spec.timeoutSec or settings.tasks.default_timeout_s,
     )
 

@@ -7,6 +7,7 @@ event. The journal is written before an action is taken, so after a crash at any
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from loguru import logger
 
 from flowmesh.execution import task_events
 from flowmesh.execution.background import Background
+from flowmesh.execution.conditions import Conditions
 from flowmesh.execution.counters import Counters
 from flowmesh.execution.delivery.deliveries import Deliveries
 from flowmesh.execution.delivery.delivery_children import DeliveryChildren
@@ -24,22 +26,26 @@ from flowmesh.execution.early_cancels import EarlyCancels
 from flowmesh.execution.gpu.assembly import make_monitor
 from flowmesh.execution.gpu.canary import FIRST_ATTEMPT as FIRST_CANARY
 from flowmesh.execution.gpu.canary import Canaries
-from flowmesh.execution.gpu.idle_check import IdleCheck
+from flowmesh.execution.gpu.idle_check import IdleCheck, Notes
 from flowmesh.execution.housekeeping.cleanup import Cleanup
 from flowmesh.execution.housekeeping.retention import Retention
 from flowmesh.execution.housekeeping.watchdog import Watchdog
 from flowmesh.execution.launch import spool
 from flowmesh.execution.launch.child_pipe import ChildPipes
-from flowmesh.execution.launch.disk_space import DiskSpace
+from flowmesh.execution.launch.environment_conditions import EnvironmentConditions
 from flowmesh.execution.launch.launcher import Launcher
+from flowmesh.execution.launch.node_folders import JOURNAL, NodeFolders
 from flowmesh.execution.launch.task_children import TaskChildren
 from flowmesh.execution.layout import Layout
 from flowmesh.execution.observer import Observers
+from flowmesh.execution.ports import Work
 from flowmesh.execution.run import Run
 from flowmesh.execution.run_table import RunTable
 from flowmesh.execution.timers import Timers
+from flowmesh.execution.unwritten import Unwritten
 from flowmesh.messages.wire import TASK_EVENTS_CHANNEL, utc_now
 from flowmesh.node.devices import GpuInfo
+from flowmesh.node.metrics import HeartbeatObserver
 from flowmesh.node.nvml.client import Nvml
 from flowmesh.node.power import PowerMeter
 from flowmesh.node.slots import Slot
@@ -54,7 +60,6 @@ from flowmesh.tasks.journal import Journal, JournalError
 from flowmesh.tasks.machine import State, step
 from flowmesh.tasks.verdicts import Kind, Stop, Verdict
 
-JOURNAL_RETRY_S = 1.0
 NOT_STARTED = "the node is draining; the task had not started"
 
 
@@ -90,8 +95,16 @@ class Executor:
         self.observers = Observers()
         self.draining: str | None = None
         """The mode of the drain, if the node is draining."""
-        self._loop = asyncio.get_running_loop()
         self.begin = Background(self.apply, self._after_error, self._check_idle).begin
+        self._unwritten = Unwritten()
+        self.conditions = Conditions(
+            slots=slots,
+            observer=self.observers,
+            post=self.apply,
+            pump=self.pump,
+            begin=self.begin,
+            on_over=self._on_fault_over,
+        )
         self._idle = asyncio.Event()
         self._idle.set()
         self._pipes = ChildPipes()
@@ -106,10 +119,15 @@ class Executor:
             power=power,
             gpus=gpus,
             canaries=Canaries(self.helpers, layout, catalogue, settings.gpu.canary),
-            observer=self.observers,
+            conditions=self.conditions,
             post=self.apply,
-            pump=self.pump,
-            begin=self.begin,
+        )
+        wait_s = settings.tasks.node_fault_wait_s
+        self.environments = EnvironmentConditions(
+            pool=pool, helpers=self.helpers, layout=layout, conditions=self.conditions, wait_s=wait_s
+        )
+        self._folders = NodeFolders(
+            settings=settings.results, layout=layout, journal=journal, conditions=self.conditions, wait_s=wait_s
         )
         self.children = TaskChildren(
             runs=self.runs,
@@ -117,25 +135,21 @@ class Executor:
             pipes=self._pipes,
             layout=layout,
             gpus=self.gpus,
+            environments=self.environments,
             timers=self._timers,
             post=self.apply,
             begin=self.begin,
-        )
-        self._disk_space = DiskSpace(
-            settings=settings.results,
-            layout=layout,
-            slots=slots,
-            observer=self.observers,
-            post=self.apply,
-            pump=self.pump,
         )
         self._launcher = Launcher(
             pool=pool,
             owner=self.children,
             journal=journal,
             layout=layout,
-            disk_space=self._disk_space,
+            folders=self._folders,
+            conditions=self.conditions,
+            environments=self.environments,
             gpus=self.gpus,
+            least_bytes=settings.results.min_free_bytes,
         )
         self._cleanup = Cleanup(layout)
         jobs, delivery_children = Jobs(settings, layout), DeliveryChildren(settings.delivery, layout, self.helpers)
@@ -152,15 +166,19 @@ class Executor:
             journal=self.journal,
             in_use=self.runs.folders,
         )
-        works = [watchdog.run(), retention.run(), self.gpus.sample()]
-        return [*works, self._disk_space.watch()] if self.settings.results.min_free_bytes else works
+        return [watchdog.run(), retention.run(), self.gpus.sample(), self._folders.watch()]
 
     def owner_of(self, attempt: int) -> ChildOwner:
         """Who answers for a child that an earlier supervisor forked: its attempt number shows what it is."""
         return self.helpers if attempt < 0 or attempt >= FIRST_CANARY else self.children
 
-    def idle_check(self, slot: Slot[Run]) -> IdleCheck:
-        return IdleCheck(self.gpus, slot, self.begin)
+    def heartbeat_observer(self, slot: Slot[Run]) -> HeartbeatObserver:
+        return IdleCheck(self.gpus, slot, self.begin) if slot.plan.gpus else Notes(slot)
+
+    def offered_types(self) -> list[str]:
+        """The task types that can run now, sorted."""
+        broken = self.environments.broken
+        return sorted(each.name for each in self.catalogue.offered.values() if each.environment not in broken)
 
     def add(self, run: Run) -> None:
         """Answer for this run from now on."""
@@ -170,8 +188,10 @@ class Executor:
 
     def pump(self, slot: Slot[Run]) -> None:
         """Give the slot to the next task that waits for it, if it is free."""
-        while (run := slot.next()) is not None:
+        while self.draining is None and not self._unwritten and (run := slot.next()) is not None:
             self.apply(run, machine.SlotGranted())
+        if slot.current is None and slot.queue:
+            self.observers.on_slot_changed(slot)  # what waits there waits for a fault, and the slot may say so now
 
     def cancel(self, task_id: str, *, reason: str = "cancelled", force: bool = False, checkpoint: bool = False) -> str:
         """Stop a task; if the node does not have it, remember the cancel in case it still comes.
@@ -198,8 +218,18 @@ class Executor:
                 stop = machine.StopRequested(Stop.DRAIN, detail, checkpoint=mode == "checkpoint", force=mode == "now")
                 self.apply(run, stop)
         if mode == "now":
+            if self._unwritten:  # their stop could not be written down; the journal says that they ran
+                for run in self.runs:
+                    self.pool.kill(run.attempt)
             self.deliveries.suspend()
             self.redeliveries.stop("the node ends")
+
+    def resume(self) -> None:
+        """Take tasks again, after a drain."""
+        self.draining = None
+        self.deliveries.resume()
+        for slot in self.slots.values():
+            self.pump(slot)
 
     async def idle(self) -> None:
         """Wait until every task has ended and was delivered; a drain "now" leaves deliveries to the next supervisor."""
@@ -215,6 +245,9 @@ class Executor:
 
     def apply(self, run: Run, event: machine.Event) -> None:
         """One step of a task's life: decide, write down, act."""
+        if self._unwritten:
+            self._unwritten.add(functools.partial(self.apply, run, event))
+            return
         before = run.task
         try:
             task, actions = step(run.task, event)
@@ -233,7 +266,7 @@ class Executor:
                 self.journal.update(run.attempt, run.task)
         except JournalError as error:
             run.task = before
-            self._retry(run, error, self.apply, run, event)
+            self._when_written(error, functools.partial(self.apply, run, event))
             return
         if run.task.state is State.STOPPING and run.waiting is not None:
             run.waiting.cancel()
@@ -242,10 +275,18 @@ class Executor:
         for action in actions:
             self._act(run, action)
 
-    def _retry(self, run: Run, error: JournalError, step: Callable[..., None], *arguments: Any) -> None:
-        """A step that could not be journalled has not happened; it is retried until it can."""
-        logger.bind(task=run.task_id).error("{}; retried in {:g} s", error, JOURNAL_RETRY_S)
-        self._loop.call_later(JOURNAL_RETRY_S, step, *arguments)
+    def _when_written(self, error: JournalError, step: Callable[[], None]) -> None:
+        """A step that could not be journalled has not happened; it is repeated when the journal can be written."""
+        self._unwritten.add(step)
+        self.on_journal_error(error)
+
+    def on_journal_error(self, error: JournalError) -> None:
+        """Something could not be written down: no task is started until the journal can be written again."""
+        self._folders.journal_failed(str(error))
+
+    def _on_fault_over(self, name: str) -> None:
+        if name == JOURNAL:
+            self._unwritten.repeat()
 
     def _act(self, run: Run, action: machine.Action) -> None:
         match action:
@@ -267,12 +308,13 @@ class Executor:
                 self.begin(self.release(run), run)
             case machine.LeaveQueue():
                 run.slot.queue.remove(run)
+                self.observers.on_slot_changed(run.slot)
             case machine.Requeue():
                 self._requeue(run)
             case machine.FreeSlot():
                 self._free_slot(run)
             case machine.Deliver():
-                self.begin(self.deliveries.run(run), run)
+                self.begin(self.deliver(run), run)
             case machine.AbortDelivery():
                 self.deliveries.abort(run)
             case machine.Finish(verdict=verdict):
@@ -303,6 +345,23 @@ class Executor:
         await self.gpus.end(run)
         return machine.Released()
 
+    def deliver(self, run: Run, *, adopted: bool = False) -> Work:
+        """Deliver the run's results; wait while the node's folders cannot be used, and try again what met that.
+
+        Args:
+            adopted: a child that an earlier supervisor started is at it; it is claimed at once.
+        """
+        return self._deliver(run, self.deliveries.run(run, adopted=True) if adopted else None)
+
+    async def _deliver(self, run: Run, work: Work | None) -> machine.Event | None:
+        while True:
+            if work is None:
+                await self._folders.usable(run)
+                work = self.deliveries.run(run)
+            event, work = await work, None
+            if not isinstance(event, machine.Delivered) or not event.error or not await self._folders.failed(run):
+                return event
+
     def _requeue(self, run: Run) -> None:
         run.slot.free(run)
         run.slot.queue.appendleft(run)
@@ -325,7 +384,7 @@ class Executor:
         try:
             self.journal.finish(run.attempt, run.task, now, TASK_EVENTS_CHANNEL, event)
         except JournalError as error:
-            self._retry(run, error, self._finish, run, verdict)
+            self._when_written(error, functools.partial(self._finish, run, verdict))
             return
         self.observers.on_posted()
         self.runs.remove(run)

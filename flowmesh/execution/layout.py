@@ -15,6 +15,8 @@ from flowmesh.messages.job import Permits
 from flowmesh.redaction import Redactor
 from flowmesh.settings.schema import ProcessesSettings
 
+PARTS = ("run", "log", "spool", "tmp", "cache")
+"""The folders inside the state folder."""
 BASELINE_FILE = "gpus.json"
 """In an attempt's spool folder: the baselines of the attempt's GPUs, for a supervisor that adopts the task."""
 OOM_SCORE_ADJ = 500
@@ -104,6 +106,14 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
             return self.base_env
         return {**self.base_env, "HOME": self.owner.home, "USER": self.owner.name, "LOGNAME": self.owner.name}
 
+    def make_parts(self) -> None:
+        """Make the folders inside the state folder that are missing.
+
+        Raises:
+            OSError: one cannot be made, or is no folder.
+        """
+        make_parts(self.state_dir, self.owner)
+
     def give(self, folder: Path | int) -> None:
         """Make a folder the task user's; does nothing if tasks run as the node's user.
 
@@ -112,3 +122,25 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
         """
         if self.owner is not None:
             os.chown(folder, self.owner.uid, self.owner.gid)
+
+
+def make_parts(folder: Path, owner: Owner | None) -> None:
+    """Make what is missing of the state folder's parts. A task user may enter those that its tasks need, and list none.
+
+    Args:
+        owner: the user that tasks run as; None: the node's own user.
+
+    Raises:
+        OSError: one cannot be made, or is no folder.
+    """
+    for name in PARTS:
+        part = folder / name
+        part.mkdir(exist_ok=True, mode=0o700)
+        if owner is None:
+            continue
+        if name in ("spool", "tmp"):
+            part.chmod(0o711)
+        elif name == "cache":
+            os.chown(part, owner.uid, owner.gid)
+    if owner is not None:
+        folder.chmod(0o711)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from flowmesh.execution.run import Run
 from flowmesh.node.slots import Slot
+from flowmesh.tasks.verdicts import Kind
 
 
 class Observer:
@@ -19,7 +20,10 @@ class Observer:
         """The slot is free, and no task waits for it."""
 
     def on_slot_changed(self, slot: Slot[Run]) -> None:
-        """The slot was closed or paused (`slot.trouble` says why), or is open again."""
+        """A fault that concerns the slot began, changed or ended; `slot.trouble` says what keeps it from tasks."""
+
+    def on_fault_changed(self) -> None:
+        """A fault of the node began or ended."""
 
     def on_missed(self, slot: Slot[Run]) -> None:
         """A dispatch was dropped without an event: the orchestrator should queue it again."""
@@ -27,8 +31,8 @@ class Observer:
     def on_accepted(self, run: Run) -> None:
         """A task was accepted and is in the journal."""
 
-    def on_refused(self, task_id: str, message: str) -> None:
-        """A task was refused; `message` is the error of its event."""
+    def on_refused(self, task_id: str, message: str, kind: Kind) -> None:
+        """A task was refused; `message` is the error of its event, `kind` its verdict."""
 
 
 class Observers(Observer):
@@ -56,6 +60,10 @@ class Observers(Observer):
         for each in self._observers:
             each.on_slot_changed(slot)
 
+    def on_fault_changed(self) -> None:
+        for each in self._observers:
+            each.on_fault_changed()
+
     def on_missed(self, slot: Slot[Run]) -> None:
         for each in self._observers:
             each.on_missed(slot)
@@ -64,6 +72,6 @@ class Observers(Observer):
         for each in self._observers:
             each.on_accepted(run)
 
-    def on_refused(self, task_id: str, message: str) -> None:
+    def on_refused(self, task_id: str, message: str, kind: Kind) -> None:
         for each in self._observers:
-            each.on_refused(task_id, message)
+            each.on_refused(task_id, message, kind)

@@ -24,12 +24,13 @@ def of_node(settings: Settings, state_dir: Path, env: Mapping[str, str], owner: 
     home = owner.home if owner is not None else env.get("HOME", "")
     cache = env.get("XDG_CACHE_HOME") or f"{home}/.cache"
     hub = Path(env.get("HF_HOME") or f"{cache}/huggingface").expanduser()
+    given = [str(Path(env[name]).expanduser()) for name in _CACHES if env.get(name)]
     tasks = settings.tasks
     return Permits(
         own_user=owner is not None,
         read_roots=tasks.read_roots,
         hidden=(str(state_dir), *(str(hub / name) for name in _TOKENS)),
-        caches=(str(hub / "hub"), str(hub / "datasets"), *(env[name] for name in _CACHES if env.get(name))),
+        caches=(str(hub / "hub"), str(hub / "datasets"), *given),
         trust_remote_code=tasks.trust_remote_code,
         vllm_arguments=tasks.vllm_arguments,
         trainer_arguments=tasks.trainer_arguments,

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import re
 import time
+from pathlib import Path
 
 from loguru import logger
 
@@ -26,6 +29,7 @@ from flowmesh.tasks.verdicts import Kind, Verdict
 
 ANSWER_TIMEOUT_S = 10.0
 """A fork server that does not answer within this time is killed with its tasks."""
+_ATTEMPT = re.compile(r"[1-9][0-9]{0,17}")
 
 
 async def recover(executor: Executor) -> None:
@@ -111,11 +115,11 @@ async def _continue(executor: Executor, run: Run, found: State, alive: set[int],
         case State.DELIVERING if -run.attempt in alive:
             _set_clock(executor, run)
             run.outcome = await read_outcome(executor.layout, run.attempt)
-            executor.begin(executor.deliveries.run(run, adopted=True), run)
+            executor.begin(executor.deliver(run, adopted=True), run)
         case State.DELIVERING:
             _set_clock(executor, run)
             run.outcome = await read_outcome(executor.layout, run.attempt)
-            executor.begin(executor.deliveries.run(run), run)
+            executor.begin(executor.deliver(run), run)
         case State.DONE:
             pass
 
@@ -150,9 +154,9 @@ def _sweep(layout: Layout, keep: set[int], undelivered: set[int], left: list[Lea
         left: the cgroups to remove.
     """
     for parent, kept in ((layout.state_dir / "spool", keep | undelivered), (layout.state_dir / "tmp", keep)):
-        for folder in parent.glob("[0-9]*"):
-            if int(folder.name) not in kept:
-                remove_tree(folder)
+        for attempt in _attempts(parent):
+            if attempt not in kept:
+                remove_tree(parent / str(attempt))
     end_leaves(left)
 
 
@@ -165,9 +169,17 @@ def _left_over(layout: Layout, living: set[str]) -> list[Leaf]:
 def _undelivered(executor: Executor) -> set[int]:
     """Attempts whose delivery failed: their spool folders are kept for `flowmesh deliver`."""
     found = set()
-    for folder in (executor.layout.state_dir / "spool").glob("[0-9]*"):
-        record = executor.journal.attempt(int(folder.name))
+    for attempt in _attempts(executor.layout.state_dir / "spool"):
+        record = executor.journal.attempt(attempt)
         verdict = None if record is None else record.task.verdict
         if verdict is not None and verdict.kind is Kind.DELIVERY_FAILED:
-            found.add(int(folder.name))
+            found.add(attempt)
     return found
+
+
+def _attempts(parent: Path) -> list[int]:
+    """Numbers that name folders here. A task may have made others: whatever is no attempt's is left alone."""
+    try:
+        return [int(name) for name in os.listdir(parent) if _ATTEMPT.fullmatch(name)]
+    except OSError:
+        return []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ import msgspec
 from flowmesh.execution import boot_clock
 from flowmesh.execution.admission import Accepted
 from flowmesh.messages.job import Exit, Outcome
+from flowmesh.messages.rows import Counts
 from flowmesh.messages.wire import utc_now
 from flowmesh.node.slots import Slot
 from flowmesh.processes.pipe import Pipe, Progress
@@ -46,7 +48,7 @@ class Run:
         self.last_frame_at = time.monotonic()
         """When its last frame arrived, or it started."""
         self.bad_frames = 0
-        self.waiting: asyncio.Task[None] | None = None
+        self.waiting: asyncio.Task[str] | None = None
         """Set while it waits for its environment's fork server to finish its imports."""
         self.started_at: str | None = None
         """When it started, ISO 8601, UTC."""
@@ -54,10 +56,18 @@ class Run:
         """When it started, from `boot_clock.mark`."""
         self.started = 0.0
         """When it started, monotonic; computed from `boot_mark` for an adopted task. 0: it has not started."""
+        self.queued_at = time.monotonic()
+        """When it was accepted, or adopted while it waited."""
+        self.faulted_at = 0.0
+        """When it first met a fault of the node, monotonic. 0: it has not, or it was launched since."""
         self.finished = 0.0
         """When it ended, monotonic. 0: it has not ended."""
         self.exit: Exit | None = None
         self.outcome: Outcome | None = None
+        self.rows: Counts | None = None
+        """Of a failed task, the rows that stand."""
+        self.rows_url: str | None = None
+        """Where they can be downloaded."""
         self.log_tail: tuple[str, ...] = ()
         """The last lines of a failed task's log."""
         self.resources: dict[str, Any] = {}
@@ -83,6 +93,7 @@ class Run:
 
     def start_clock(self) -> None:
         """It starts now."""
+        self.faulted_at = 0.0
         self.started = self.last_frame_at = time.monotonic()  # no frame could come while it was queued
         self.started_at = utc_now()
         self.boot_mark = boot_clock.mark()
@@ -139,11 +150,20 @@ class Run:
             "state": self.task.state.value,
             "phase": self.phase,
             "progress": None if self.progress is None else msgspec.to_builtins(_plain(self.progress)),
+            "rows": self._live_rows(),
             "pid": self.pid if self.task.state not in (State.QUEUED, State.DELIVERING) else None,
             "started_at": self.started_at,
             "out_dir": self.accepted.target.out_dir,
             "waits_for": self.waits_for or None,
         }
+
+    def _live_rows(self) -> dict[str, int] | None:
+        """Of a task that keeps a row log, as its last progress said."""
+        last = self.progress
+        if last is None or "rows" not in last.metrics or not math.isfinite(last.metrics["rows"]):
+            return None
+        total = last.total if last.total is not None and math.isfinite(last.total) else 0.0
+        return {"done": int(last.metrics["rows"]), "total": int(total)}
 
 
 def gpus_of(accepted: Accepted, slot: Slot[Run]) -> tuple[str, ...]:

@@ -65,8 +65,14 @@ def used(run: Run, cost_per_hour: float) -> dict[str, Any]:
     return {
         "cost_usd": round(cost_per_hour / 3600 * run.runtime_s, 9),
         "energy": run.energy,
-        "resources": run.resources,
+        "resources": run.resources | _rows(run),
     }
+
+
+def _rows(run: Run) -> dict[str, Any]:
+    """The rows of a task that keeps a row log, `resources.rows`."""
+    counts = run.rows or (None if run.outcome is None else run.outcome.rows)
+    return {} if counts is None else {"rows": msgspec.to_builtins(counts)}
 
 
 def ended(run: Run, verdict: Verdict, *, finished_at: str, cost_per_hour: float, layout: Layout) -> bytes:
@@ -101,6 +107,10 @@ def ended(run: Run, verdict: Verdict, *, finished_at: str, cost_per_hour: float,
         )
     else:
         payload |= event_fields(verdict)
+        if run.rows is not None:
+            payload["rows"] = {"done": run.rows.done, "total": run.rows.total}
+            if run.rows.done:
+                payload["resume"] = {"url": run.rows_url} if run.rows_url else {"path": run.accepted.target.out_dir}
         if run.log_tail:
             payload["log_tail"] = _last([escaped(redact(line)) for line in run.log_tail[-TAIL_LINES:]])
         event = TaskEvent(

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from flowmesh.messages.gateway import Gateway
+from flowmesh.messages.rows import Counts
 
 JOB_FILE = "job.json"
 OUTCOME_FILE = "outcome.json"
@@ -125,6 +126,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     uploads: tuple[UploadRequest, ...] = ()
     phases: dict[str, float] = {}
     """Seconds in each phase, in order."""
+    rows: Counts | None = None
+    """Of a task that keeps a row log, its merged children included."""
     warnings: tuple[str, ...] = ()
     """As in the result, for the terminal event; also those of a run that failed."""
 

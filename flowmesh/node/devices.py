@@ -6,12 +6,14 @@ Devices are identified by UUID; an index is for people and for the contract's `h
 from __future__ import annotations
 
 import enum
+import re
 from collections.abc import Sequence
 
 import msgspec
 
 from flowmesh.errors import ConfigError
 
+_WHOLE_UUID = re.compile(r"(GPU|MIG)-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 _NO_DEVICES = "NoDevFiles"  # what Slurm sets for a job without GPUs
 
 
@@ -50,7 +52,8 @@ class Inventory(msgspec.Struct, frozen=True, kw_only=True):
     cuda_version: str | None = None
     """The newest CUDA version that the driver supports, such as `12.8`."""
     unusable: tuple[str, ...] = ()
-    """GPUs that the driver counts and that do not answer: one line each, such as `GPU 3: GPU is lost`."""
+    """What does not work: GPUs that the driver counts and that do not answer, such as `GPU 3: GPU is lost`, or the
+    driver itself; one line each."""
 
     @property
     def some_are_down(self) -> bool:
@@ -141,24 +144,42 @@ def visible_gpus(gpus: Sequence[GpuInfo], setting: str | None, *, some_are_down:
     Raises:
         ConfigError: an entry matches no GPU, more than one, or one that is already listed.
     """
+    return choose_gpus(gpus, setting, some_are_down=some_are_down)[0]
+
+
+def choose_gpus(
+    gpus: Sequence[GpuInfo], setting: str | None, *, some_are_down: bool = False
+) -> tuple[tuple[GpuInfo, ...], tuple[str, ...]]:
+    """`visible_gpus`, and the entries that match no GPU now; a whole UUID may be one of a GPU that is not there.
+
+    Raises:
+        ConfigError: as for `visible_gpus`.
+    """
     if setting is None:
-        return tuple(gpus)
+        return tuple(gpus), ()
     if setting.strip() in {"", _NO_DEVICES}:
-        return ()
+        return (), ()
     chosen: list[GpuInfo] = []
+    missing: list[str] = []
     for entry in (part.strip() for part in setting.split(",")):
         if entry.startswith("-") and entry[1:].isdigit():
             break
         try:
             gpu = find_gpu(gpus, entry, "CUDA_VISIBLE_DEVICES")
         except NoSuchGpuError:
-            if some_are_down:
+            if some_are_down or is_whole_uuid(entry):
+                missing.append(entry)
                 continue
             raise
         if gpu in chosen:
             raise ConfigError(f"CUDA_VISIBLE_DEVICES: {entry!r} names {gpu.uuid} a second time; list each GPU once")
         chosen.append(gpu)
-    return tuple(chosen)
+    return tuple(chosen), tuple(missing)
+
+
+def is_whole_uuid(entry: str) -> bool:
+    """Whether this is a GPU's full UUID: it names a GPU also while that is not there."""
+    return _WHOLE_UUID.fullmatch(entry) is not None
 
 
 def find_gpu(gpus: Sequence[GpuInfo], entry: str, where: str) -> GpuInfo:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from flowmesh.errors import ConfigError, DeviceError
-from flowmesh.node.devices import GpuInfo, NoSuchGpuError, find_gpu
+from flowmesh.errors import ConfigError
+from flowmesh.node.devices import GpuInfo, NoSuchGpuError, find_gpu, is_whole_uuid
 from flowmesh.settings.checks import cpu_numbers
 from flowmesh.settings.schema import Settings
 from flowmesh.settings.types import SlotsMode
@@ -30,6 +30,8 @@ class SlotPlan(msgspec.Struct, frozen=True, kw_only=True):
     worker_id: str
     gpus: tuple[str, ...] = ()
     """UUIDs."""
+    missing: tuple[str, ...] = ()
+    """Entries of the settings or of CUDA_VISIBLE_DEVICES that name GPUs which are not there now."""
     cpus: tuple[int, ...] = ()
     """Numbers of the CPUs that its tasks may run on."""
     cores: int = 0
@@ -54,6 +56,7 @@ def plan(
     cores: int,
     *,
     some_are_down: bool = False,
+    missing: tuple[str, ...] = (),
 ) -> tuple[SlotPlan, ...]:
     """The node's slots.
 
@@ -62,11 +65,11 @@ def plan(
         gpus: the GPUs that the node may offer.
         cpus: the numbers of the CPUs that the node may use.
         cores: how many of them it can keep busy at once (a cgroup quota may be less).
-        some_are_down: skip the GPUs that do not work now, and a slot that has none left.
+        some_are_down: GPUs that a slot names and that there are not may come back.
+        missing: entries of CUDA_VISIBLE_DEVICES that name no GPU that is there.
 
     Raises:
         ConfigError: a slot cannot be made as configured; names its key.
-        DeviceError: no slot is left.
     """
     if settings.slots:
         slots = _listed(settings, gpus, cpus, cores, some_are_down=some_are_down)
@@ -77,11 +80,11 @@ def plan(
         ]
     else:
         uuids = tuple(gpu.uuid for gpu in gpus)
-        slots = [SlotPlan(name=ONLY, worker_id="", gpus=uuids, cpus=tuple(cpus), cores=cores)]
+        slots = [SlotPlan(name=ONLY, worker_id="", gpus=uuids, missing=missing, cpus=tuple(cpus), cores=cores)]
     _check_slices(slots, gpus, settings)
     alone = len(settings.slots or slots) == 1
-    total = sum(len(slot.gpus) for slot in slots)
-    weights = [len(slot.gpus) if total else slot.threads for slot in slots]
+    named = [len(slot.gpus) + len(slot.missing) for slot in slots]
+    weights = named if sum(named) else [slot.threads for slot in slots]
     return tuple(
         msgspec.structs.replace(
             slot,
@@ -123,20 +126,20 @@ def _listed(
     slots = []
     for index, slot in enumerate(settings.slots):
         key = f"slots[{index}]"
-        uuids = []
+        uuids: list[str] = []
+        missing: list[str] = []
         for at, entry in enumerate(slot.gpus):
             try:
                 uuid = find_gpu(gpus, str(entry), f"{key}.gpus[{at}]").uuid
             except NoSuchGpuError:
-                if some_are_down:
+                if some_are_down or is_whole_uuid(str(entry)):
+                    missing.append(str(entry))
                     continue
                 raise
             if uuid in taken:
                 raise ConfigError(f"{key}.gpus[{at}]: {entry!r} is {uuid}, which is already in slot {taken[uuid]!r}")
             taken[uuid] = slot.name
             uuids.append(uuid)
-        if slot.gpus and not uuids:
-            continue
         own = rest if slot.cpus is None else cpu_numbers(slot.cpus)
         if absent := [cpu for cpu in own if cpu not in cpus]:
             raise ConfigError(f"{key}.cpus: there is no CPU {absent[0]} for this node; it has: {cpu_list(cpus)}")
@@ -144,10 +147,15 @@ def _listed(
             raise ConfigError(f"{key}.cpus: missing; the other slots have all of this node's CPUs ({cpu_list(cpus)})")
         count = len(own) // sharing if slot.cpus is None else len(own)
         slots.append(
-            SlotPlan(name=slot.name, worker_id="", gpus=tuple(uuids), cpus=own, cores=max(1, min(count, cores)))
+            SlotPlan(
+                name=slot.name,
+                worker_id="",
+                gpus=tuple(uuids),
+                missing=tuple(missing),
+                cpus=own,
+                cores=max(1, min(count, cores)),
+            )
         )
-    if not slots:
-        raise DeviceError("slots: none of the configured GPUs works now; `flowmesh doctor` gives details")
     return slots
 
 
@@ -162,22 +170,27 @@ def cpu_list(cpus: Sequence[int]) -> str:
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
+class SlotFault(msgspec.Struct, frozen=True, kw_only=True):
+    """Why a slot starts some or all tasks not now."""
+
+    reason: str
+    concerns: Callable[[Any], bool] | None = None
+    """Whether a task must wait for it; None: every task."""
+    partial: bool = False
+    """Whether the slot is degraded only while a task waits for it: the other types run."""
+
+
 class Slot(Generic[RunT]):
-    """The queue of one slot: pure bookkeeping, driven by the executor.
+    """The queue of one slot: pure bookkeeping, driven by the executor."""
 
-    Args:
-        needs_open: whether a task must wait while the slot is closed; by default every task.
-    """
-
-    def __init__(self, plan: SlotPlan, needs_open: Callable[[RunT], bool] = lambda _run: True) -> None:
+    def __init__(self, plan: SlotPlan) -> None:
         self.plan = plan
         self._users: list[RunT] = []
         self.queue: deque[RunT] = deque()
-        self.closed = ""
-        """Why the slot starts no task that needs it open; empty: it is open."""
-        self.paused = ""
-        """Why the slot starts no task at all; empty: it is not paused."""
-        self._needs_open = needs_open
+        self.faults: dict[str, SlotFault] = {}
+        """By name: what keeps tasks from being started here. Set by the node's conditions."""
+        self.displaced = ""
+        """Why the slot's worker gets no new tasks, though those that wait may start; empty: it gets them."""
 
     @property
     def current(self) -> RunT | None:
@@ -191,13 +204,19 @@ class Slot(Generic[RunT]):
     @property
     def trouble(self) -> str:
         """Why the slot is degraded; empty: it is not."""
-        return self.paused or self.closed
+        reasons = [fault.reason for fault in self.faults.values() if not fault.partial or self._waits_for(fault)]
+        return "; ".join([self.displaced, *reasons] if self.displaced else reasons)
+
+    def objection(self, run: RunT) -> str:
+        """Why this task must wait even where the slot is free; empty: it need not."""
+        found = (each.reason for each in self.faults.values() if each.concerns is None or each.concerns(run))
+        return next(found, "")
 
     def next(self) -> RunT | None:
         """Give the slot to the next task that may have it; None where the slot is taken or no such task waits."""
-        if self.current is not None or self.paused:
+        if self.current is not None:
             return None
-        run = next((run for run in self.queue if not (self.closed and self._needs_open(run))), None)
+        run = next((run for run in self.queue if not self.objection(run)), None)
         if run is not None:
             self.queue.remove(run)
             self._users.append(run)
@@ -209,3 +228,6 @@ class Slot(Generic[RunT]):
 
     def free(self, run: RunT) -> None:
         self._users.remove(run)
+
+    def _waits_for(self, fault: SlotFault) -> bool:
+        return any(fault.concerns is None or fault.concerns(run) for run in self.queue)

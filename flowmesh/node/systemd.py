@@ -1,9 +1,10 @@
-"""systemd's notification protocol: READY, STATUS, WATCHDOG, STOPPING. Without systemd it does nothing."""
+"""systemd's notification protocol: READY, RELOADING, STATUS, WATCHDOG, STOPPING. Without systemd it does nothing."""
 
 from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Mapping
 
 
@@ -19,6 +20,11 @@ class Notifier:
         for_us = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         self.watchdog_s = int(watchdog_us) / 1e6 if watchdog_us.isdigit() and for_us else None
         """The watchdog must be fed at least this often; None: there is no watchdog."""
+
+    def reloading(self, status: str) -> None:
+        """A reload begins; READY=1 ends it. `systemctl reload` of a unit of Type=notify-reload waits for both."""
+        now_us = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+        self.send(RELOADING="1", MONOTONIC_USEC=str(now_us), STATUS=status)
 
     def send(self, **fields: str) -> None:
         """Send fields such as READY="1" or STATUS="…"."""

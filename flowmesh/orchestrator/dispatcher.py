@@ -23,6 +23,9 @@ from flowmesh.tasks import machine
 from flowmesh.tasks.journal import JournalError
 from flowmesh.tasks.verdicts import Kind, Stop
 
+QUEUED_MAX_BYTES = 1024**3
+"""Of the documents of all tasks that wait: they are in memory."""
+
 
 class _Dispatch(msgspec.Struct, frozen=True, kw_only=True):
     """A message for one of this node's workers."""
@@ -85,12 +88,16 @@ class Dispatcher:
             )
         except JournalError as error:
             logger.bind(task=task_id).error("dispatch not taken: {}", error)
+            self._executor.on_journal_error(error)
             if entry is None:
                 self._executor.observers.on_missed(slot)
             return False
 
     def _dispatch(self, slot: Slot[Run], sent: _Dispatch) -> bool:
         task_id, dispatched_at, entry = sent.task_id, sent.dispatched_at, sent.entry
+        if slot.displaced:
+            logger.bind(task=task_id).warning("dispatch not taken: {}", slot.displaced)
+            return False
         if self._executor.draining is not None:
             if entry is not None:
                 return False
@@ -101,12 +108,10 @@ class Dispatcher:
             self._executor.counters.duplicates += 1
             logger.bind(task=task_id).info("dispatch ignored: the node has this task already")
             return True
-        most = self._executor.settings.tasks.max_queued
-        if len(slot.queue) >= most:
+        if full := self._is_full(slot):
             if entry is not None:
                 return False
-            what = f"{most} tasks wait for worker {slot.plan.worker_id} already (tasks.max_queued)"
-            self._refuse(slot, task_id, dispatched_at, Kind.NODE_FAULT, f"{what}; send it to another worker, or later")
+            self._refuse(slot, task_id, dispatched_at, Kind.NODE_FAULT, f"{full}; send it to another worker, or later")
             return True
         try:
             accepted = self._check(sent.data, sent.fault)
@@ -159,11 +164,21 @@ class Dispatcher:
         last = self._executor.journal.latest(task_id)
         return last is not None and dispatched_at is not None and last.dispatched_at == dispatched_at
 
+    def _is_full(self, slot: Slot[Run]) -> str:
+        """Why no more task may wait for this slot; empty: it may."""
+        most = self._executor.settings.tasks.max_queued
+        if len(slot.queue) >= most:
+            return f"{most} tasks wait for worker {slot.plan.worker_id} already (tasks.max_queued)"
+        waiting = [run for each in self._executor.slots.values() for run in each.queue]
+        if sum(run.accepted.size_bytes for run in waiting) >= QUEUED_MAX_BYTES:
+            return f"the documents of {len(waiting)} waiting tasks take {QUEUED_MAX_BYTES >> 20} MiB already"
+        return ""
+
     def _refuse(self, slot: Slot[Run], task_id: str, dispatched_at: str | None, kind: Kind, message: str) -> None:
         event = task_events.refused(slot.plan.worker_id, task_id, kind, message, dispatched_at)
         self._executor.journal.post(TASK_EVENTS_CHANNEL, event)
         self._executor.counters.refused += 1
         self._executor.counters.add_verdict(kind)
         logger.bind(task=task_id).warning("task refused: {}", message)
-        self._executor.observers.on_refused(task_id, message)
+        self._executor.observers.on_refused(task_id, message, kind)
         self._executor.observers.on_posted()

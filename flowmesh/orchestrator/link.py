@@ -12,7 +12,9 @@ from flowmesh.bus.stream import Stream
 from flowmesh.bus.subscriber import Subscriber
 from flowmesh.execution.executor import Executor
 from flowmesh.execution.observer import Observer
+from flowmesh.execution.run import Run
 from flowmesh.messages.wire import EVENTS_CHANNEL, worker_key
+from flowmesh.node.slots import Slot
 from flowmesh.orchestrator import control_channel
 from flowmesh.orchestrator.dispatcher import Dispatcher
 from flowmesh.orchestrator.registration import Registration
@@ -40,9 +42,14 @@ class Link(Observer):
         client = reach(name=f"flowmesh-{name}-bus", users=users)
         listener = reach(name=f"flowmesh-{name}-sub")
         self._clients = [client, listener]
+        self._slots = executor.slots
         self.registration = Registration(node, executor, client)
         self.outbox = Outbox(
-            client, executor.journal, self.registration.on_events_sent, guard=f"{worker_key(name)}:guard"
+            client,
+            executor.journal,
+            self.registration.on_events_sent,
+            guard=f"{worker_key(name)}:guard",
+            hold_s=redis.hold_events_s,
         )
         dispatcher = Dispatcher(executor)
         self._intake = Subscriber(
@@ -57,10 +64,12 @@ class Link(Observer):
             silence_s=redis.health_check_interval_s,
         )
         self._streams: list[Stream] = []
-        for worker_id in executor.slots if redis.stream else ():
+        for worker_id, slot in executor.slots.items() if redis.stream else ():
             client = reach(name=f"flowmesh-{worker_id}-stream")
             self._clients.append(client)
-            self._streams.append(Stream(client, worker_id, dispatcher.take, block_s=redis.timeout_s / 2))
+            may_read = functools.partial(_has_its_id, slot)
+            stream = Stream(client, worker_id, dispatcher.take, block_s=redis.timeout_s / 2, may_read=may_read)
+            self._streams.append(stream)
         self._waiting = WaitingTasks(executor, self._clients[0], executor.settings.tasks.return_waiting_after_s)
         executor.observers.add(self.registration)
         executor.observers.add(self)
@@ -79,7 +88,8 @@ class Link(Observer):
         troubles = [self._intake.trouble, self.outbox.trouble, *(stream.trouble for stream in self._streams)]
         for presence in self.registration.presences.values():
             troubles += presence.trouble, presence.beats
-        return list(dict.fromkeys(trouble.reason for trouble in troubles if trouble))
+        reasons = [trouble.reason for trouble in troubles if trouble]
+        return list(dict.fromkeys([*reasons, *(slot.displaced for slot in self._slots.values() if slot.displaced)]))
 
     def works(self) -> list[Coroutine[Any, Any, None]]:
         """What runs for as long as the node takes tasks."""
@@ -95,3 +105,7 @@ class Link(Observer):
     async def close(self) -> None:
         for client in self._clients:
             await client.aclose()
+
+
+def _has_its_id(slot: Slot[Run]) -> bool:
+    return not slot.displaced

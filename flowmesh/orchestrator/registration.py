@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Set
 
+import msgspec
 from loguru import logger
 
+from flowmesh.backoff import Backoff
 from flowmesh.bus.connection import redis
 from flowmesh.bus.presence import Presence
 from flowmesh.execution import task_events
@@ -13,34 +17,97 @@ from flowmesh.execution.executor import Executor
 from flowmesh.execution.observer import Observer
 from flowmesh.execution.run import Run
 from flowmesh.node.slots import Slot
-from flowmesh.orchestrator.worker_description import NodeDescription, presence
+from flowmesh.orchestrator.worker_description import NodeDescription, described_env, presence
+
+LONGEST_PAUSE_S = 60.0
+"""Between two announcements of a worker that misses every dispatch."""
+
+
+class Pause:
+    """The growing pause between two announcements of one worker."""
+
+    def __init__(self) -> None:
+        self._backoff = Backoff(1.0, LONGEST_PAUSE_S)
+        self._due = 0.0
+
+    def left_s(self) -> float:
+        """How long it still lasts; 0: it is over."""
+        return max(0.0, self._due - time.monotonic())
+
+    def start(self) -> None:
+        now = time.monotonic()
+        if now - self._due > 2 * LONGEST_PAUSE_S:
+            self._backoff.reset()
+        self._due = now + self._backoff.next_s()
+
+
+CUT_SOON_S = 60.0
+"""A subscription that breaks within this time after an announcement was perhaps cut by what that led to."""
+FIRST_QUIET_S = 5.0
+LONGEST_QUIET_S = 300.0
+"""How long the next announcement waits then: doubled with each cut."""
 
 
 class Registration(Observer):
     def __init__(self, node: NodeDescription, executor: Executor, client: redis.Redis) -> None:
         self.subscribed = asyncio.Event()
         """Set once the tasks channel was subscribed to for the first time."""
+        self._node = node
         self._executor = executor
         self._listening = False
+        self._pauses: dict[str, Pause] = {}
         self._gaps: set[str] = set()
         """Workers that may have missed a dispatch, and were not announced again yet."""
+        self._cuts = 0
+        """How often in a row the subscription broke soon after a worker was announced again."""
+        self._announced_at = 0.0
+        """When that was last, monotonic."""
+        self._quiet_until = 0.0
         self.presences: dict[str, Presence] = {
-            worker_id: presence(node, executor, slot, client, self.on_missed)
+            worker_id: presence(node, executor, slot, client, on_missed=self.on_missed, on_rival=self._on_rival)
             for worker_id, slot in executor.slots.items()
         }
 
+    async def claim(self) -> None:
+        """Take the worker ids. Raises BusyError where another live node has one."""
+        await asyncio.gather(*(each.claim() for each in self.presences.values()))
+
+    def _on_rival(self, slot: Slot[Run], reason: str) -> None:
+        slot.displaced = reason
+        self._executor.observers.on_slot_changed(slot)
+
     def resume(self) -> None:
-        """Report the slots of adopted tasks as RUNNING."""
+        """Report the slots of adopted tasks as RUNNING, unless the node drains."""
         for worker_id, slot in self._executor.slots.items():
-            if slot.current is not None:
+            if slot.current is not None and self._executor.draining is None:
                 self.presences[worker_id].set_status("RUNNING", slot.current.task_id)
 
     def drain(self) -> None:
         for each in self.presences.values():
             each.set_status("DRAINING")
 
-    async def unregister(self, timeout_s: float) -> None:
-        await asyncio.gather(*(each.unregister(timeout_s) for each in self.presences.values()))
+    def take_tasks_again(self) -> None:
+        """After a drain that was taken back: what was dispatched meanwhile was not taken."""
+        for slot in self._executor.slots.values():
+            if slot.current is not None:
+                self.presences[slot.plan.worker_id].set_status("RUNNING", slot.current.task_id)
+            else:
+                self._rest(slot)
+            self.on_missed(slot)
+
+    async def unregister(self, timeout_s: float, *, keep: Set[str] | None = None) -> None:
+        """Unregister the workers.
+
+        Args:
+            keep: the workers that a next supervisor will have; those with tasks are kept, too. None: none.
+        """
+        gone = [
+            presence
+            for worker_id, presence in self.presences.items()
+            if keep is None
+            or (worker_id not in keep and not self._executor.runs.has_any_of(self._executor.slots[worker_id]))
+        ]
+        await asyncio.gather(*(each.unregister(timeout_s) for each in gone))
 
     def on_subscribed(self, gap: bool) -> None:
         """The tasks channel is subscribed to; after a gap, what was dispatched meanwhile must be queued again."""
@@ -54,7 +121,22 @@ class Registration(Observer):
             self._heal(slot)
 
     def on_unsubscribed(self) -> None:
+        """The subscription broke. Where that follows each new announcement, the next one waits.
+
+        A document over the limit of Redis' pub/sub buffers does that: the orchestrator sends it again each time.
+        """
         self._listening = False
+        now = time.monotonic()
+        self._cuts = self._cuts + 1 if self._announced_at and now - self._announced_at < CUT_SOON_S else 0
+        if self._cuts:
+            wait_s = min(LONGEST_QUIET_S, FIRST_QUIET_S * 2 ** (self._cuts - 1))
+            self._quiet_until = now + wait_s
+            logger.bind(cuts=self._cuts).warning(
+                "the connection was cut again soon after this node was announced; announced again in {:.0f} s at the "
+                "earliest. Perhaps a task document is over Redis' limit for subscribers (client-output-buffer-limit "
+                "pubsub; `flowmesh doctor` reads it): send its data as a file or a URL, or raise the limit",
+                wait_s,
+            )
 
     def on_events_sent(self, sent: list[bytes]) -> None:
         """Restate the status of workers that the orchestrator may have set wrong.
@@ -86,15 +168,28 @@ class Registration(Observer):
         worker_id, executor = slot.plan.worker_id, self._executor
         if worker_id not in self._gaps or executor.draining is not None or not self._listening:
             return
-        if not executor.runs.has_any_of(slot) and not executor.journal.outbox_size():
-            self._gaps.discard(worker_id)
-            logger.bind(worker=worker_id).info("announced again: a dispatch may have been missed")
-            self.presences[worker_id].reannounce()
+        if executor.runs.has_any_of(slot) or executor.journal.outbox_size():
+            return
+        pause = self._pauses.setdefault(worker_id, Pause())
+        quiet_s = self._quiet_until - time.monotonic()
+        if (
+            wait_s := max(pause.left_s(), quiet_s)
+        ) > 0:  # a node that cannot take what it is given must not ask for it in a circle
+            asyncio.get_running_loop().call_later(wait_s, self._heal, slot)
+            return
+        pause.start()
+        self._gaps.discard(worker_id)
+        self._announced_at = time.monotonic()
+        logger.bind(worker=worker_id).info("announced again: a dispatch may have been missed")
+        self.presences[worker_id].reannounce()
 
     def _rest(self, slot: Slot[Run], last: str | None = None) -> None:
         """Report a slot without a task, once dispatches can be received."""
         if self._executor.draining is None and self.subscribed.is_set():
-            self.presences[slot.plan.worker_id].set_status("DEGRADED" if slot.trouble else "IDLE", last)
+            if reason := slot.trouble:
+                self.presences[slot.plan.worker_id].set_status("DEGRADED", last, reason)
+            else:
+                self.presences[slot.plan.worker_id].set_status("IDLE", last)
 
     def on_slot_taken(self, slot: Slot[Run], run: Run) -> None:
         if self._executor.draining is None:
@@ -107,6 +202,11 @@ class Registration(Observer):
     def on_slot_changed(self, slot: Slot[Run]) -> None:
         if slot.current is None:
             self._rest(slot)
+
+    def on_fault_changed(self) -> None:
+        """Task types of an environment that does not work are not offered."""
+        for each in self.presences.values():
+            each.describe(msgspec.structs.replace(each.identity, env=described_env(self._node, self._executor)))
 
     def on_missed(self, slot: Slot[Run]) -> None:
         self._gaps.add(slot.plan.worker_id)

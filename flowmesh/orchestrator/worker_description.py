@@ -25,6 +25,8 @@ class NodeDescription(msgspec.Struct, frozen=True, kw_only=True):
     """What the workers of a node have in common."""
 
     node_id: str
+    owner: str
+    """Of the registrations; see startup.identity."""
     started: float
     """Monotonic."""
     started_at: str
@@ -39,7 +41,9 @@ def presence(
     executor: Executor,
     slot: Slot[Run],
     client: redis.Redis,
+    *,
     on_missed: Callable[[Slot[Run]], None],
+    on_rival: Callable[[Slot[Run], str], None],
 ) -> Presence:
     """The registration of one slot's worker."""
     settings, plan = executor.settings, slot.plan
@@ -50,7 +54,8 @@ def presence(
         started_at=node.started_at,
         cost_per_hour=settings.node.cost_per_hour * plan.share,
         tags=settings.node.tags,
-        env=_env(node, executor),
+        env=described_env(node, executor),
+        owner=node.owner,
         hardware=collect(
             gpus,
             driver_version=node.inventory.driver_version,
@@ -66,7 +71,7 @@ def presence(
         cost_per_hour=identity.cost_per_hour,
         started=node.started,
         cpu_share=plan.threads / sum(each.plan.threads for each in executor.slots.values()),
-        observer=executor.idle_check(slot) if gpus else None,
+        observer=executor.heartbeat_observer(slot),
     )
     return Presence(
         client,
@@ -76,18 +81,20 @@ def presence(
         power=reporter.power,
         farewell=reporter.farewell,
         on_left_over=lambda: on_missed(slot),
+        on_rival=lambda reason: on_rival(slot, reason),
         elastic=settings.node.elastic_scaling,
     )
 
 
-def _env(node: NodeDescription, executor: Executor) -> dict[str, Any]:
+def described_env(node: NodeDescription, executor: Executor) -> dict[str, Any]:
+    """`env_json` as it is now: without the task types whose environment does not work."""
     settings = executor.settings
     return {
         "RESULTS_DIR": str(executor.layout.results_dir),
         "TASK_TOPIC": settings.redis.task_topic,
         "HEARTBEAT_INTERVAL_SEC": settings.redis.heartbeat_interval_s,
         "ENABLE_ELASTIC_SCALING": settings.node.elastic_scaling,
-        "task_types": sorted(executor.catalogue.offered),
+        "task_types": executor.offered_types(),
         "isolation": node.isolation,
         "version": installed.version(),
     }

@@ -70,10 +70,15 @@ def prepare(name: str, requested: Collection[str] = CONTROLLERS) -> Path | None:
     if not usable:
         return None
     for folder in (delegated, base) if delegated != own else (base,):
-        for controller in requested:
-            with contextlib.suppress(OSError):  # not delegated, or other processes are in it: the leaves do without
-                (folder / "cgroup.subtree_control").write_text(f"+{controller}")
+        enable(folder, requested)
     return base
+
+
+def enable(folder: Path, requested: Collection[str] = CONTROLLERS) -> None:
+    """Enable these controllers for what is below a cgroup, as far as they are delegated."""
+    for controller in requested:
+        with contextlib.suppress(OSError):  # not delegated, or other processes are in it: the leaves do without
+            (folder / "cgroup.subtree_control").write_text(f"+{controller}")
 
 
 def controllers(base: Path) -> set[str]:
@@ -137,7 +142,12 @@ class Leaf:
             OSError: it cannot be created.
         """
         leaf = cls(base / name)
-        leaf.path.mkdir(exist_ok=True)
+        try:
+            leaf.path.mkdir(exist_ok=True)
+        except FileNotFoundError:  # somebody has removed the node's cgroup
+            base.mkdir(exist_ok=True)
+            enable(base)
+            leaf.path.mkdir(exist_ok=True)
         return leaf
 
     @classmethod

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
+import stat
 import sys
 import traceback
 from pathlib import Path
@@ -11,12 +13,12 @@ from typing import NoReturn
 
 import msgspec
 
+from flowmesh.files.safe_folder import open_folder
 from flowmesh.processes import limits, linux, threads
 from flowmesh.processes.cgroup import Leaf
 from flowmesh.processes.pipe import Pipe
 from flowmesh.processes.preload import named
 from flowmesh.processes.protocol import MAX_MESSAGE, Fork, fork_decoder
-from flowmesh.processes.safe_folder import open_folder
 
 SPARE = "flowmesh-spare"
 """Process name of a child that waits for its task."""
@@ -68,11 +70,25 @@ def run(start: Start) -> int:
         raise failure
     linux.set_name("flowmesh-task")
     limits.apply(request.limits, start.parent)
-    os.chdir(request.cwd)
+    _enter_folder(request)
     os.environ.clear()
     os.environ.update(request.env)
     threads.use(request.threads)
     return int(named(request.target)(start.pipe, Path(request.spool)))
+
+
+def nothing(_pipe: Pipe, _spool: Path) -> int:
+    """The target of a child that only shows that children can be forked."""
+    return 0
+
+
+def _enter_folder(request: Fork) -> None:
+    """Its work folder; its temporary one if the node's start folder was deleted, which is no reason to run nothing."""
+    try:
+        os.chdir(request.cwd)
+    except OSError as error:
+        sys.stderr.write(f"the node's start folder {request.cwd} cannot be entered ({error.strerror}): in TMPDIR\n")
+        os.chdir(request.env.get("TMPDIR", "/"))
 
 
 def report_crash() -> None:
@@ -108,16 +124,38 @@ def _redirect(request: Fork) -> None:
 def _open_log(path: str, requested: limits.Limits) -> int:
     """Open a log, still as the node's user. If the task runs as another user, no link in its path is followed.
 
-    That user owns the log's folder, and could otherwise make the node's user write elsewhere.
+    That user owns the log's folder, and could otherwise make the node's user write elsewhere, also by a hard link or a
+    pipe in the log's place.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
     if requested.uid is None:
         return os.open(path, flags, 0o640)
     folder = open_folder(Path(path).parent)
+    name = Path(path).name
     try:
-        return os.open(Path(path).name, flags, 0o640, dir_fd=folder)
+        opened = _open_regular(name, flags, folder)
+        if opened is None:
+            os.unlink(name, dir_fd=folder)
+            opened = os.open(name, flags | os.O_EXCL, 0o640, dir_fd=folder)
+        return opened
     finally:
         os.close(folder)
+
+
+def _open_regular(name: str, flags: int, folder: int) -> int | None:
+    """Open or make a file; None where its place has a link, a pipe, or another name of somebody's file."""
+    try:
+        opened = os.open(name, flags | os.O_NONBLOCK, 0o640, dir_fd=folder)  # does not wait for a pipe's other end
+    except OSError as error:
+        if error.errno in (errno.ENXIO, errno.ELOOP):
+            return None
+        raise
+    found = os.fstat(opened)
+    if stat.S_ISREG(found.st_mode) and found.st_nlink == 1:
+        os.set_blocking(opened, True)
+        return opened
+    os.close(opened)
+    return None
 
 
 def reseed() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from flowmesh import installed
 
@@ -67,8 +68,11 @@ def base(environ: Mapping[str, str], pass_env: Iterable[str]) -> dict[str, str]:
 
 
 def for_server(base_env: Mapping[str, str]) -> dict[str, str]:
-    """A fork server's whole environment, from `base`."""
-    return {**base_env, **SERVER}
+    """A fork server's whole environment, from `base`. It starts in the root folder: PYTHONPATH is made absolute."""
+    env = {**base_env, **SERVER}
+    if paths := env.get("PYTHONPATH"):
+        env["PYTHONPATH"] = os.pathsep.join(str(Path(path).absolute()) for path in paths.split(os.pathsep) if path)
+    return env
 
 
 def with_package(env: Mapping[str, str]) -> dict[str, str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from loguru import logger
 
-from flowmesh.errors import LaunchError
+from flowmesh.processes.server_client import EnvironmentBroken
 
 BROKEN_FOR_S = 30.0
 """After a failed start, launches in that environment fail at once for this long."""
@@ -20,12 +20,15 @@ class EnvironmentFaults:
         self._unsafe: dict[str, str] = {}
         """By environment: why a process that has imported its libraries must not be forked."""
 
-    def failed(self, environment: str, message: str) -> LaunchError:
-        """Remember a failed start, and log it unless it is the same as the last one."""
-        if self._broken.get(environment, (0.0, ""))[1] != message:
-            logger.bind(environment=environment).error("{}", message)
+    def failed(self, environment: str, message: str) -> EnvironmentBroken:
+        """Remember a failed start."""
         self._broken[environment] = (time.monotonic(), message)
-        return LaunchError(message)
+        return EnvironmentBroken(message)
+
+    def try_again(self, environment: str) -> None:
+        """Start the environment's server at the next request, however short ago the last start failed."""
+        if environment in self._broken:
+            self._broken[environment] = (-BROKEN_FOR_S, self._broken[environment][1])
 
     def started(self, environment: str) -> None:
         self._broken.pop(environment, None)
@@ -33,11 +36,11 @@ class EnvironmentFaults:
     def check(self, environment: str) -> None:
         """
         Raises:
-            LaunchError: the environment's server failed to start a moment ago.
+            EnvironmentBroken: the environment's server failed to start a moment ago.
         """
         since, message = self._broken.get(environment, (0.0, ""))
         if message and time.monotonic() - since < BROKEN_FOR_S:
-            raise LaunchError(message)
+            raise EnvironmentBroken(message)
 
     def mark_unsafe(self, environment: str, reason: str) -> None:
         """Remember, and log once, that the environment's server must do without its imports."""

@@ -14,6 +14,7 @@ import select
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 from typing import NoReturn
 
@@ -43,6 +44,7 @@ from flowmesh.processes.spares import QUIET_S, Spares
 from flowmesh.processes.supervisor_connection import SupervisorConnection
 
 SWEEP_INTERVAL_S = 0.002
+SOCKET_INTERVAL_S = 1.0
 ORPHAN_EXIT = 3
 """Exit status of a fork server that no supervisor adopted in time."""
 
@@ -79,6 +81,8 @@ class ForkServer:
         self._leaves = 0
         self._retiring = False
         self._ready: Ready | None = None
+        self._looked_at = 0.0
+        """When the socket was last looked for, monotonic."""
         self._listener = socket.socket(fileno=options.fd)
         self._listener.setblocking(False)
         os.set_inheritable(options.fd, False)
@@ -126,6 +130,32 @@ class ForkServer:
             self._reaper.close()
             self._remove_socket()
 
+    def _keep_socket(self) -> None:
+        """Listen at our path again if somebody has deleted the socket there: the next supervisor looks for it."""
+        path = Path(self._options.socket)
+        now = time.monotonic()
+        if now - self._looked_at < SOCKET_INTERVAL_S or self._retiring:
+            return
+        self._looked_at = now
+        if path.exists():
+            return
+        fresh = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            fresh.bind(str(path))
+            fresh.listen(4)
+        except OSError:
+            fresh.close()  # tried again
+            return
+        fresh.setblocking(False)
+        if self._supervisor.accept():  # one that has connected to the old socket meanwhile
+            self._introduce()
+        self._poller.unregister(self._listener)
+        self._listener.close()
+        self._listener = fresh
+        self._poller.register(fresh, select.EPOLLIN)
+        self._supervisor.listen_at(fresh)
+
     def _remove_socket(self) -> None:
         Path(self._options.socket).unlink(missing_ok=True)
 
@@ -144,6 +174,7 @@ class ForkServer:
         happened = self._poller.poll(SWEEP_INTERVAL_S if sweeping else QUIET_S if lacking else 1.0)
         if lacking:
             self._spares.look(quiet=not happened and not sweeping)
+        self._keep_socket()
         for fd, events in happened:
             if fd == self._wakeup_read:
                 with contextlib.suppress(BlockingIOError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import os
 import secrets
@@ -21,6 +22,10 @@ from flowmesh.processes import linux, preload
 from flowmesh.processes.forkserver import Options
 from flowmesh.processes.pipe import Pipe
 from flowmesh.processes.protocol import MAX_MESSAGE, Ready, Reply, Request, Unfit, encode, reply_decoder
+
+
+class EnvironmentBroken(LaunchError):
+    """Raised when an environment has no fork server that could fork: a fault of the node, not of the task."""
 
 
 def socket_name(environment: str) -> str:
@@ -96,14 +101,19 @@ class Server:
         """Start a server and connect to it; it sends Ready, or Unfit, when its imports are done.
 
         Raises:
-            LaunchError: the interpreter is not there, or the socket's path is too long.
+            EnvironmentBroken: the interpreter is not there, or the folders cannot be written.
         """
         server = cls(environment.name, folder / socket_name(environment.name), **callbacks)
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener, open(log, "ab") as output:
+        with contextlib.ExitStack() as stack:
             try:
+                for needed in (folder, log.parent):  # somebody may have deleted them
+                    needed.mkdir(mode=0o700, exist_ok=True)
+                output = stack.enter_context(open(log, "ab"))
+                listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
                 listener.bind(str(server.path))
             except OSError as error:
-                raise LaunchError(f"{server.path}: {error}; set node.state_dir to a shorter path") from error
+                at = error.filename or server.path
+                raise EnvironmentBroken(f"environment {environment.name}: {at}: {error.strerror or error}") from error
             listener.listen(4)
             options = Options(
                 socket=str(server.path),
@@ -131,13 +141,14 @@ class Server:
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=output,
+                    cwd="/",  # our own folder may be deleted
                     pass_fds=[listener.fileno()],
                     start_new_session=True,
                 )
             except OSError as error:
                 server.path.unlink()
                 message = f"environment {environment.name}: cannot start {environment.python}: {error.strerror}"
-                raise LaunchError(message) from error
+                raise EnvironmentBroken(message) from error
         process.returncode = 0  # the supervisor's SIGCHLD handler reaps it, not this object
         server.pid = process.pid
         server._connect()
@@ -200,7 +211,7 @@ class Server:
         if len(data) > MAX_MESSAGE:
             raise LaunchError(f"the task's environment variables take {len(data)} bytes; at most {MAX_MESSAGE} fit")
         if self._sock is None:
-            raise LaunchError(f"fork server {self.id} is gone")
+            raise EnvironmentBroken(f"fork server {self.id} is gone")
         self._outgoing.append(data)
         self._flush()
 
@@ -257,7 +268,7 @@ class Server:
         self.path.unlink(missing_ok=True)
         if not self.answered.done():
             self.answered.set_exception(
-                LaunchError(f"environment {self.environment}: its fork server ended while it started")
+                EnvironmentBroken(f"environment {self.environment}: its fork server ended while it started")
             )
             self.answered.exception()  # retrieved, so that asyncio does not warn if nobody awaits it
         self._on_ended(self)

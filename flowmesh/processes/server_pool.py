@@ -134,7 +134,8 @@ class ServerPool:
             before_fork: called with the server's id just before the request is sent: the moment to journal it.
 
         Raises:
-            LaunchError: the environment has no server, and why.
+            EnvironmentBroken: the environment has no server, and why.
+            LaunchError: the request is too large.
         """
         server = await self._server(environment)
         before_fork(server.id)
@@ -153,8 +154,19 @@ class ServerPool:
 
     async def warm(self, environment: str) -> None:
         """Start the environment's server before a task needs it. An error is reported by the first task that does."""
-        with contextlib.suppress(LaunchError):
+        await self.await_server(environment)
+
+    async def await_server(self, environment: str) -> str:
+        """Wait for the environment's server, which is started if there is none; returns why there is none."""
+        try:
             await self._server(environment)
+        except LaunchError as error:
+            return str(error)
+        return ""
+
+    def try_again(self, environment: str) -> None:
+        """Start the environment's server at the next request, however short ago the last start failed."""
+        self._faults.try_again(environment)
 
     def terminate(self, attempt: int) -> None:
         """SIGTERM to the child's process group; does nothing for a child that is gone."""

@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+from flowmesh.files.removal import remove_path
 from flowmesh.processes import linux, proc_files
 
 SHM = Path("/dev/shm")
@@ -51,17 +52,14 @@ def sweep(since: float, uid: int) -> list[str]:
         if _LEFT_BY_LIBRARIES.fullmatch(entry.name):
             try:
                 stat = entry.stat(follow_symlinks=False)
-            except FileNotFoundError:
+            except OSError:
                 continue
             if stat.st_uid == uid and stat.st_ctime >= since:
                 found.append(entry.name)
     if not found:
         return []
     used = _used()
-    removed = [name for name in found if name not in used]
-    for name in removed:
-        (SHM / name).unlink(missing_ok=True)
-    return removed
+    return [name for name in found if name not in used and not remove_path(SHM / name)]
 
 
 def _used() -> set[str]:

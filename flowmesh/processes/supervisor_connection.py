@@ -42,6 +42,10 @@ class SupervisorConnection:
         """Supervisors can be accepted from now on."""
         self._alone_since = time.monotonic()
 
+    def listen_at(self, listener: socket.socket) -> None:
+        """Accept supervisors at another socket from now on."""
+        self._listener = listener
+
     def is_for(self, fd: int) -> bool:
         """Whether an event of the poller is the supervisor's."""
         return self._supervisor is not None and fd == self._supervisor.fileno()

@@ -9,13 +9,14 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import IO
 
 import msgspec
 
 from flowmesh.errors import DeliveryError
-from flowmesh.results.archive_members import members_of
+from flowmesh.files.folder import Folder, Parts
+from flowmesh.files.names import shown
+from flowmesh.files.removal import remove
 from flowmesh.results.compress import compress
 from flowmesh.results.safe_files import PARTIAL
 from flowmesh.results.tar_stream import find_tar, tar_stream
@@ -25,10 +26,9 @@ from flowmesh.settings.schema import ArchiveSettings
 class Archive(msgspec.Struct, frozen=True, kw_only=True):
     """A finished archive. Sizes in bytes."""
 
-    path: str
+    name: str
     size: int
     sha256: str
-    content_bytes: int
     notes: tuple[str, ...] = ()
     """For the delivery report: which program was missing, and what was used instead."""
 
@@ -56,40 +56,43 @@ class _ArchiveFile:
 
 
 def make_archive(
-    folder: Path,
-    target: Path,
+    top: Folder,
+    parts: Parts,
+    name: str,
     settings: ArchiveSettings,
-    written: Callable[[int], None] = lambda _: None,
+    written: Callable[[int, int], None] = lambda _size, _fd: None,
 ) -> Archive:
-    """Archive `folder` as `target`, which appears when it is complete.
+    """Archive a folder as the file `name` beside it, which appears when it is complete.
 
     Args:
-        written: called with the number of compressed bytes so far, from any thread.
+        top: the task's folder.
+        parts: the folder to archive, below it.
+        written: called with the number of compressed bytes so far and the archive's descriptor, from any thread.
 
     Raises:
         DeliveryError: something in the folder cannot be archived, a program failed, or the disk is full.
     """
-    members = members_of(folder)
     tar, tar_note = find_tar(settings.tar_bin)
-    partial = target.with_name(target.name + PARTIAL)
-    with contextlib.suppress(FileNotFoundError):
-        partial.unlink()
-    try:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        with open(os.open(partial, flags, 0o644), "wb", buffering=0) as raw:
-            file = _ArchiveFile(raw, written)
-            with tar_stream(tar, folder, members) as stream:
-                gzip_note = compress(stream, file, settings)
-        partial.replace(target)
-    except OSError as error:
-        raise DeliveryError(f"cannot write {target.name}: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-    return Archive(
-        path=str(target),
-        size=file.size,
-        sha256=file.digest.hexdigest(),
-        content_bytes=sum(member.size for member in members),
-        notes=tuple(note for note in (gzip_note, tar_note) if note),
-    )
+    partial = name + PARTIAL
+    with contextlib.ExitStack() as opened:
+        try:
+            beside = opened.enter_context(top.below(parts[:-1]))
+            folder = opened.enter_context(top.part(parts))
+        except OSError as error:
+            why = error.strerror or str(error)
+            raise DeliveryError(f"{shown('/'.join(parts))} is not a folder: it cannot be archived ({why})") from error
+        remove(beside, partial)
+        try:
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            with open(os.open(partial, flags, 0o644, dir_fd=beside), "r+b", buffering=0) as raw:
+                file = _ArchiveFile(raw, lambda size: written(size, raw.fileno()))
+                with tar_stream(tar, folder, beside) as stream:
+                    gzip_note = compress(stream, file, settings)
+            os.replace(partial, name, src_dir_fd=beside, dst_dir_fd=beside)
+        except OSError as error:
+            raise DeliveryError(f"cannot write {name}: {error.strerror or error}") from error
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(partial, dir_fd=beside)
+    notes = tuple(note for note in (gzip_note, tar_note) if note)
+    return Archive(name=name, size=file.size, sha256=file.digest.hexdigest(), notes=notes)

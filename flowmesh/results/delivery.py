@@ -66,6 +66,8 @@ def deliver(
         status = getattr(failure, "status", None)
         with contextlib.suppress(OSError):  # the disk itself may have failed; the first error is reported
             run.record()
+    finally:
+        run.close()
     return DeliveryReport(
         ok=not error,
         error=error,
@@ -74,6 +76,8 @@ def deliver(
         seconds=round(time.monotonic() - started, 6),
         urls=tuple(run.sender.urls),
         notes=tuple(dict.fromkeys(run.notes)),
+        rows=run.rows,
+        rows_url=run.rows_url,
         again_in_s=None if postponed is None else postponed.again_in_s,
         origin="" if postponed is None else postponed.origin,
         attempts=0 if postponed is None else postponed.attempts,

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
+
+from flowmesh.errors import DeliveryError
 from flowmesh.messages.job import Fault, Outcome
+from flowmesh.messages.output import HttpDestination
+from flowmesh.messages.rows import ROWS_ARCHIVE, Counts, Kept
 from flowmesh.processes.pipe import Frame, Phase
-from flowmesh.results import responses
+from flowmesh.results import partial, responses
 from flowmesh.results.delivery_state import DeliveryState
 from flowmesh.results.job import DeliveryJob, Failure
 from flowmesh.results.sender import Item, Sender
 from flowmesh.results.task_folder import TaskFolder
-from flowmesh.results.upload_plan import ARCHIVE_SUFFIX, UploadPlan
+from flowmesh.results.upload_plan import ARCHIVE_SUFFIX, UploadPlan, item_of
 
 Report = Callable[[Frame], object]
+ROWS_TIMEOUT_S = 60.0
+"""For the rows of a failed task."""
 
 
 class DeliveryRun:
@@ -31,6 +37,14 @@ class DeliveryRun:
     ) -> None:
         self.notes: list[str] = []
         """What was done differently than asked."""
+        self.rows: Counts | None = None
+        """Of a failed task."""
+        self.rows_url: str | None = None
+        if (job.failure or _failure_of(outcome)) is not None:
+            job = msgspec.structs.replace(
+                job, total_timeout_s=min(job.total_timeout_s, ROWS_TIMEOUT_S), ends_to_wait=False
+            )
+        self._kept: dict[str, Kept] = {}
         self._job = job
         self._outcome = outcome
         self._report = report
@@ -44,7 +58,12 @@ class DeliveryRun:
     def run(self) -> None:
         outcome = self._outcome
         if self._failure is not None or outcome is None:
+            self._kept = {folder.task_id: partial.read_rows(folder.top) for folder in self._folders}
+            counts = [kept.counts for kept in self._kept.values() if kept.head is not None]
+            self.rows = partial.total(counts) if counts else None
             self.record()
+            if self._job.sends_rows and not self._job.only_local:
+                self._send_rows()
             return
         self._task.result = responses.with_warnings(
             responses.success(outcome, self._job.extra), self._job.task.warnings
@@ -66,16 +85,43 @@ class DeliveryRun:
         """Write responses.json and manifest.json of every folder, with what is known by now."""
         self._write_results()
         for folder in self._folders:
-            folder.write_manifest(self._state.checksums())
+            folder.write_manifest(self._state.known())
+
+    def close(self) -> None:
+        for folder in self._folders:
+            folder.close()
 
     def _write_results(self) -> None:
         for folder in self._folders:
             if self._failure is not None:
-                folder.result = responses.failure(folder.task_id, self._failure)
+                kept = self._kept.get(folder.task_id)
+                rows = {} if kept is None else partial.fields(kept)
+                folder.result = responses.failure(folder.task_id, self._failure) | rows
             elif folder is not self._task:
                 folder.result = responses.child_success(folder.task_id, self._task.result)
             folder.result = responses.with_warnings(folder.result, folder.target.warnings)
             folder.write_result()
+
+    def _send_rows(self) -> None:
+        """Best effort: the verdict is known, and its event must not wait long for a server that is away."""
+        with contextlib.closing(self.sender):
+            for folder in self._folders:
+                kept = self._kept[folder.task_id]
+                if not kept.current or not isinstance(folder.target.destination, HttpDestination):
+                    continue
+                try:
+                    folder.write(ROWS_ARCHIVE, partial.archive(kept))
+                    item = item_of(folder, (ROWS_ARCHIVE,), [])
+                    self.sender.send_file(item)
+                except (DeliveryError, OSError) as error:
+                    self.notes.append(
+                        f"the rows of {folder.task_id} were not delivered: {' '.join(str(error).split())}"
+                    )
+                    continue
+                if folder is self._task:
+                    self.rows_url = item.url
+        for folder in self._folders:
+            folder.write_manifest(self._state.known())
 
     def _upload(self, items: list[Item]) -> None:
         self.sender.expect(items)
@@ -95,16 +141,10 @@ class DeliveryRun:
         if not names:
             return
         for name in (*names, "checkpoints", "checkpoints" + ARCHIVE_SUFFIX):
-            path = self._task.path / name
-            try:
-                if path.is_symlink() or path.is_file():
-                    path.unlink()
-                elif path.is_dir():
-                    shutil.rmtree(path)
-            except OSError as error:  # a note only: everything has arrived
-                self.notes.append(f"{name} could not be removed after its upload: {error.strerror}")
+            if left := self._task.remove(name):  # a note only: everything has arrived
+                self.notes.append(f"not all of {name} could be removed after its upload: {left}")
         with contextlib.suppress(OSError):
-            self._task.write_manifest({})
+            self._task.write_manifest(self._state.known())
 
 
 def _failure_of(outcome: Outcome | None) -> Failure | None:

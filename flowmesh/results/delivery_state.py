@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 
 from flowmesh.messages.text import encode_json
+from flowmesh.results.manifest import Known
 from flowmesh.results.safe_files import read_note, write_atomic
 
 STATE_FILE = "delivery_state.json"
@@ -28,6 +29,9 @@ class Sent(msgspec.Struct, frozen=True, kw_only=True):
 
     size: int
     mtime_ns: int
+    path: str = ""
+    sha256: str = ""
+    """Of the bytes that were sent; empty in a state that an earlier version wrote."""
 
 
 class Tries(msgspec.Struct, kw_only=True):
@@ -78,9 +82,11 @@ class DeliveryState:
     def archive(self, path: Path) -> Made | None:
         return self._saved.archives.get(str(path))
 
-    def checksums(self) -> dict[str, str]:
-        """SHA-256 of the archives, by path."""
-        return {path: made.sha256 for path, made in self._saved.archives.items()}
+    def known(self) -> dict[str, Known]:
+        """Content of the archives and of what was sent, by path."""
+        known = {path: Known(made.size, made.sha256) for path, made in self._saved.archives.items()}
+        sent = (each for each in self._saved.sent.values() if each.sha256)
+        return known | {each.path: Known(each.size, each.sha256) for each in sent}
 
     def archive_made(self, path: Path, size: int, sha256: str) -> None:
         self._saved.archives[str(path)] = Made(size, sha256)
@@ -90,19 +96,19 @@ class DeliveryState:
         """Whether a file of this key arrived, whatever has become of the file since."""
         return key in self._saved.sent
 
-    def has_arrived(self, key: str, path: Path) -> bool:
-        """Whether the file arrived and has not changed since (it may have been cleaned up)."""
+    def has_arrived(self, key: str, now: os.stat_result | None) -> bool:
+        """Whether the file arrived and has not changed since.
+
+        Args:
+            now: of the file; None: it is missing, as it may have been cleaned up.
+        """
         sent = self._saved.sent.get(key)
-        if sent is None:
-            return False
-        try:
-            now = path.stat()
-        except FileNotFoundError:
-            return True
+        if sent is None or now is None:
+            return sent is not None
         return (sent.size, sent.mtime_ns) == (now.st_size, now.st_mtime_ns)
 
-    def file_arrived(self, key: str, status: os.stat_result) -> None:
-        self._saved.sent[key] = Sent(size=status.st_size, mtime_ns=status.st_mtime_ns)
+    def file_arrived(self, key: str, path: Path, status: os.stat_result, sha256: str) -> None:
+        self._saved.sent[key] = Sent(size=status.st_size, mtime_ns=status.st_mtime_ns, path=str(path), sha256=sha256)
         self._save()
 
     def has_result(self, task_id: str) -> bool:

@@ -82,12 +82,17 @@ class HttpClient:
             UploadError: it was refused for good.
         """
         first = exact_origin(url)
-        same_origin = True  # once a redirect has left the first origin, no credentials are sent any more
+        # Once a redirect has left the first origin, the task's credentials are sent no more; once it has left the
+        # orchestrator's, which has several spellings on this machine, the node's token.
+        same_origin = with_token = True
         for _ in range(MAX_REDIRECTS + 1):
             same_origin = same_origin and exact_origin(url) == first
+            with_token = with_token and not self._why_no_token(url)
             kind = BodyStream if body.size is None else SizedBodyStream
             stream = kind(body, self._throttle, self._deadline, self._progress)
-            response = self._request(method, url, stream, self._headers(url, body, same_origin))
+            response = self._request(
+                method, url, stream, self._headers(url, body, same_origin=same_origin, with_token=with_token)
+            )
             try:
                 status = response.status_code
                 if 200 <= status < 300:
@@ -95,21 +100,21 @@ class HttpClient:
                         raise TryAgain(f"the server answered {status} before it had read the whole body", status)
                     return
                 if status not in {307, 308}:
-                    raise self._refusal(response, url, same_origin=same_origin)
+                    raise self._refusal(response, url, same_origin=same_origin, with_token=with_token)
                 url = _redirect_target(url, response)
             finally:
                 response.close()
         raise UploadError(f"more than {MAX_REDIRECTS} redirects")
 
-    def _headers(self, url: str, body: Body, same_origin: bool) -> dict[str, str]:
+    def _headers(self, url: str, body: Body, *, same_origin: bool, with_token: bool) -> dict[str, str]:
         headers: dict[str, str] = {"User-Agent": f"flowmesh-supervisor/{installed.version()}", "Accept": "*/*"}
         if same_origin:
             custom = {name.lower() for name in self._custom}  # header names ignore case
             headers = {k: v for k, v in headers.items() if k.lower() not in custom} | self._custom
             if "authorization" not in custom and (login := basic_auth(url)) is not None:
                 headers["Authorization"] = login
-            elif self._token and not self._why_no_token(url):
-                headers["Authorization"] = f"Bearer {self._token}"
+        if with_token and self._token:
+            headers["Authorization"] = f"Bearer {self._token}"
         headers["Content-Type"] = body.content_type
         return headers
 
@@ -145,7 +150,7 @@ class HttpClient:
                 raise TryAgain(text, patience=patience) from error
             raise UploadError(text) from error
 
-    def _refusal(self, response: requests.Response, url: str, *, same_origin: bool) -> UploadError:
+    def _refusal(self, response: requests.Response, url: str, *, same_origin: bool, with_token: bool) -> UploadError:
         status = response.status_code
         text = f"the server answered {status} {response.reason or ''}".rstrip()
         if 300 <= status < 400:
@@ -157,15 +162,12 @@ class HttpClient:
         if status in _RETRYABLE or status >= 500:
             return TryAgain(text, status, retry_after_s(response.headers.get("Retry-After")))
         if status in {401, 403}:
-            if not same_origin:
-                return UploadError(f"{text}; a redirect led to another origin, which gets no token", status)
-            if status == 401 and not self._why_no_token(url):
-                sent = (
-                    "it refuses the node's token"
-                    if self._token
-                    else "the node's token is in a file that cannot be read now"
-                )
+            if status == 401 and with_token:
+                unread = "the node's token is in a file that cannot be read now"
+                sent = "it refuses the node's token" if self._token else unread
                 return TryAgain(f"{text}; {sent}", status, patience=_TOKEN_REFUSED)
+            if not same_origin and not with_token:
+                return UploadError(f"{text}; a redirect led to another origin, which gets no token", status)
             hint = refusal_hint(
                 url, self._custom, orchestrator_url=self._orchestrator_url, has_token=self._token_expected
             )

@@ -14,6 +14,7 @@ import msgspec
 from flowmesh.errors import FieldError
 from flowmesh.messages.job import OUTCOME_FILE
 from flowmesh.messages.output import Destination, HttpDestination, LocalDestination, Output, file_url, read_output
+from flowmesh.messages.rows import Counts
 from flowmesh.results.safe_names import check_task_id, placed
 from flowmesh.settings.schema import ArchiveSettings
 
@@ -54,7 +55,9 @@ class DeliveryJob(msgspec.Struct, frozen=True, kw_only=True):
     children: tuple[Target, ...] = ()
     """Merged children, each with its own folder."""
     failure: Failure | None = None
-    """If set, nothing is sent, and the folders get this instead of a result."""
+    """If set, the folders get this instead of a result, and only the rows that stand are sent."""
+    sends_rows: bool = False
+    """Whether a failed task has rows; an http destination gets them."""
     extra: dict[str, Any] = {}
     """What the node adds to the result, such as `resources`. The runner's own fields win."""
     outcome_file: str = OUTCOME_FILE
@@ -81,7 +84,9 @@ class DeliveryJob(msgspec.Struct, frozen=True, kw_only=True):
     def over_http(self) -> bool:
         """Whether this needs the network, and therefore a child process."""
         targets = (self.task, *self.children)
-        return self.failure is None and any(isinstance(t.destination, HttpDestination) for t in targets)
+        return (self.failure is None or self.sends_rows) and any(
+            isinstance(t.destination, HttpDestination) for t in targets
+        )
 
 
 class DeliveryReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -103,6 +108,10 @@ class DeliveryReport(msgspec.Struct, frozen=True, kw_only=True):
     """When the next attempt is due, of a delivery that `ends_to_wait`. `error` is why the last one failed."""
     origin: str = ""
     """Of the request that failed."""
+    rows: Counts | None = None
+    """Of a failed task with a row log, its merged children included."""
+    rows_url: str | None = None
+    """Where the task's rows can be downloaded."""
     attempts: int = 0
     """Failed attempts at that request so far."""
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import math
 import os
 import secrets
-import stat
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import IO, NamedTuple, Protocol
 
 from flowmesh.errors import DeliveryError
-from flowmesh.results.safe_files import read_exactly
+from flowmesh.results.safe_files import open_regular, read_exactly
 
 
 class UploadError(DeliveryError):
@@ -82,35 +81,50 @@ class BytesBody:
 
 
 class FileBody:
-    """A file as multipart/form-data: one part, named `file`.
+    """A file as multipart/form-data: one part, named `file`. Each attempt reads the file that was opened.
 
     Args:
+        fd: an open regular file, which is closed with this.
         name: the file name in the part's header.
-
-    Raises:
-        UploadError: there is no such regular file (a symbolic link does not count).
     """
 
-    def __init__(self, path: Path, name: str) -> None:
+    def __init__(self, fd: int, name: str) -> None:
+        self._file = open(fd, "rb", buffering=0)  # noqa: SIM115 - closed by close()
+        self._name = name
+        self.status = os.fstat(fd)
+        """Of the file when it was opened."""
+        self.sha256 = ""
+        """Of the content that the last whole attempt sent."""
+        self.content_type, self._head, self._tail = _multipart(name)
+        self.size: int | None = len(self._head) + self.status.st_size + len(self._tail)
+
+    @classmethod
+    def at(cls, path: Path, name: str) -> FileBody:
+        """The file at `path`.
+
+        Raises:
+            UploadError: there is no such regular file (a symbolic link does not count).
+        """
         try:
-            status = path.lstat()
+            return cls(open_regular(path), name)
         except OSError as error:
             raise UploadError(f"{name} cannot be read: {error.strerror}") from error
-        if not stat.S_ISREG(status.st_mode):
-            raise UploadError(f"{name} is not a regular file")
-        self._path = path
-        self.content_type, self._head, self._tail = _multipart(name)
-        self._content_bytes = status.st_size
-        self.size: int | None = len(self._head) + status.st_size + len(self._tail)
+
+    def close(self) -> None:
+        self._file.close()
 
     def chunks(self, size: int) -> Iterator[bytes]:
         yield self._head
+        digest = hashlib.sha256()
         try:
-            yield from read_exactly(self._path, self._content_bytes, size)
+            for data in read_exactly(self._file.fileno(), self.status.st_size, size, self._name):
+                digest.update(data)
+                yield data
         except DeliveryError as error:
             raise UploadError(str(error)) from error
         except OSError as error:  # requests would take it for a connection error
-            raise UploadError(f"{self._path.name} cannot be read: {error.strerror}") from error
+            raise UploadError(f"{self._name} cannot be read: {error.strerror}") from error
+        self.sha256 = digest.hexdigest()
         yield self._tail
 
 
@@ -118,24 +132,35 @@ class GrowingBody:
     """Like FileBody, of a file that another thread is still writing.
 
     Args:
-        places: paths that the file may have; the first that exists is read.
         rest_s: how long sending may continue once the file is complete.
     """
 
     size: int | None = None
 
-    def __init__(self, places: tuple[Path, ...], name: str, rest_s: float) -> None:
+    def __init__(self, name: str, rest_s: float) -> None:
         self.content_type, self._head, self._tail = _multipart(name)
-        self._places = places
+        self._file: IO[bytes] | None = None
         self._rest_s = rest_s
         self._written = 0
         self._ended: bool | None = None
         self._until = math.inf
         self._changed = threading.Condition()
+        self.sha256 = ""
 
-    def grew(self, size: int) -> None:
-        """Report the number of bytes written so far."""
+    @property
+    def status(self) -> os.stat_result:
+        assert self._file is not None, "asked for a file that was sent"
+        return os.fstat(self._file.fileno())
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def grew(self, size: int, fd: int) -> None:
+        """Report the number of bytes written so far, to this open file."""
         with self._changed:
+            if self._file is None:
+                self._file = open(os.dup(fd), "rb", buffering=0)  # noqa: SIM115 - closed by close()
             self._written = size
             self._changed.notify_all()
 
@@ -149,11 +174,16 @@ class GrowingBody:
     def chunks(self, size: int) -> Iterator[bytes]:
         yield self._head
         sent = 0
-        with self._open() as file:
-            while sent < self._wait(sent):
-                data = file.read(size)
-                sent += len(data)
-                yield data
+        digest = hashlib.sha256()
+        while sent < self._wait(sent):
+            assert self._file is not None, "something was written"
+            data = os.pread(self._file.fileno(), size, sent)
+            if not data:
+                raise UploadError("the file became shorter while it was sent")
+            sent += len(data)
+            digest.update(data)
+            yield data
+        self.sha256 = digest.hexdigest()
         yield self._tail
 
     def _wait(self, sent: int) -> int:
@@ -165,12 +195,6 @@ class GrowingBody:
             if time.monotonic() > self._until:
                 raise UploadError(f"not sent within {self._rest_s:g} s after it was complete", status=408)
             return self._written
-
-    def _open(self) -> IO[bytes]:
-        for path in self._places:
-            with contextlib.suppress(OSError):
-                return open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb", buffering=0)
-        raise UploadError(f"{self._places[0].name} cannot be read")
 
 
 def _multipart(name: str) -> tuple[str, bytes, bytes]:

@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 import msgspec
 
 from flowmesh.errors import DeliveryError
+from flowmesh.files.removal import remove
+from flowmesh.files.safe_folder import open_folder
 from flowmesh.messages.text import encode_json
-from flowmesh.processes.safe_folder import open_folder
 
 PARTIAL = ".partial"
 _MODE = 0o644
@@ -31,19 +32,51 @@ def write_atomic(path: Path, data: bytes, *, private: bool = False, folder: int 
         private: readable by the node's user only.
         folder: a descriptor of the folder that `path` is relative to.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
-    # O_EXCL and O_NOFOLLOW: a link that a task has left under that name is not written through
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(partial, dir_fd=folder)
+    os.close(_write(path, data, _PRIVATE if private else _MODE, folder))
+
+
+def write_in_task(folder: int, name: str, data: bytes) -> int:
+    """Write a file atomically into a task's folder. Whatever the task has left under that name is removed.
+
+    Args:
+        folder: its descriptor.
+
+    Returns:
+        a descriptor of the file, to read what was written whatever becomes of its name.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     try:
-        with open(os.open(partial, flags, _PRIVATE if private else _MODE, dir_fd=folder), "wb") as file:
-            file.write(data)
+        return _write(Path(name), data, _MODE, folder)
+    except (IsADirectoryError, FileExistsError):
+        for each in (name, _partial(Path(name)).name):
+            remove(folder, each)
+        return _write(Path(name), data, _MODE, folder)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+
+
+def _write(path: Path, data: bytes, mode: int, folder: int | None) -> int:
+    partial = _partial(path)
+    # O_EXCL and O_NOFOLLOW: a link that a task has left under that name is not written through
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+        os.unlink(partial, dir_fd=folder)
+    fd = os.open(partial, flags, mode, dir_fd=folder)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view) :]
         os.replace(partial, path, src_dir_fd=folder, dst_dir_fd=folder)
     except BaseException:
+        os.close(fd)
         with contextlib.suppress(OSError):
             os.unlink(partial, dir_fd=folder)
         raise
+    return fd
 
 
 def write_in(folder: Path, name: str, data: bytes, *, make: bool = False) -> None:
@@ -54,7 +87,7 @@ def write_in(folder: Path, name: str, data: bytes, *, make: bool = False) -> Non
     """
     at = open_folder(folder, make=make)
     try:
-        write_atomic(Path(name), data, folder=at)
+        os.close(write_in_task(at, name, data))
     except OSError as error:
         error.filename = str(folder / name)
         raise
@@ -98,27 +131,32 @@ def read_regular(path: Path, limit_bytes: int) -> bytes:
         OSError: as for `open_regular`, or it is larger than `limit_bytes`.
     """
     with open(open_regular(path), "rb") as file:
-        size = os.fstat(file.fileno()).st_size
+        status = os.fstat(file.fileno())
+        size = status.st_size
+        if status.st_nlink > 1:  # who writes such a file renames it into place
+            raise OSError(errno.EPERM, "it has a second name, perhaps as another user's file", os.fspath(path))
         if size > limit_bytes:
             raise OSError(errno.EFBIG, f"it is larger than {limit_bytes} bytes", os.fspath(path))
         return file.read(size)
 
 
-def read_exactly(path: Path, size: int, chunk_bytes: int) -> Iterator[bytes]:
-    """The first `size` bytes of a file, in chunks. A symbolic link is not followed.
+def read_exactly(fd: int, size: int, chunk_bytes: int, name: str) -> Iterator[bytes]:
+    """The first `size` bytes of an open file, in chunks; its position does not matter and does not change.
+
+    Args:
+        name: for the error.
 
     Raises:
         OSError: it cannot be read.
         DeliveryError: it became shorter since `size` was read.
     """
-    left = size
-    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb", buffering=0) as file:
-        while left:
-            data = file.read(min(chunk_bytes, left))
-            if not data:
-                raise DeliveryError(f"{path.name} became shorter while it was read")
-            left -= len(data)
-            yield data
+    at = 0
+    while at < size:
+        data = os.pread(fd, min(chunk_bytes, size - at), at)
+        if not data:
+            raise DeliveryError(f"{name} became shorter while it was read")
+        at += len(data)
+        yield data
 
 
 def read_note(path: Path, kind: type[T]) -> T | None:
@@ -127,31 +165,6 @@ def read_note(path: Path, kind: type[T]) -> T | None:
         return msgspec.json.decode(read_regular(path, MAX_NOTE_BYTES), type=kind)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
-
-
-def below(folder: Path | str, *, strict: bool = False) -> Iterator[os.DirEntry[str]]:
-    """Everything below a folder except folders; links are not followed.
-
-    Args:
-        strict: raise for a folder that cannot be read, instead of skipping it.
-
-    Raises:
-        OSError: `strict` is set, and a folder cannot be read.
-    """
-    open_ = [os.fspath(folder)]
-    while open_:
-        try:
-            with os.scandir(open_.pop()) as entries:
-                found = list(entries)
-        except OSError:
-            if strict:
-                raise
-            continue
-        for entry in found:
-            if entry.is_dir(follow_symlinks=False):
-                open_.append(entry.path)
-            else:
-                yield entry
 
 
 def to_json(value: Any) -> bytes:

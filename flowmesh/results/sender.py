@@ -12,13 +12,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from flowmesh.files.folder import Parts
 from flowmesh.messages.output import HttpDestination, file_url
 from flowmesh.messages.text import encode_json
 from flowmesh.processes.pipe import Frame, Progress
 from flowmesh.results.delivery_state import DeliveryState
 from flowmesh.results.job import DeliveryJob, Target
 from flowmesh.results.request_bodies import BytesBody, FileBody, GrowingBody, UploadError
-from flowmesh.results.safe_files import PARTIAL
+from flowmesh.results.task_folder import TaskFolder
 from flowmesh.results.throttle import Throttle
 from flowmesh.results.upload import Uploader
 
@@ -31,8 +32,9 @@ accepts without reading is noticed."""
 class Item:
     """A file to be uploaded."""
 
-    target: Target
-    path: Path
+    folder: TaskFolder
+    parts: Parts
+    """Below the task's folder, without links."""
     name: str
     key: str
     """Its key in the delivery state."""
@@ -42,6 +44,29 @@ class Item:
     """What its arrival changes in the result: (mapping, entries that it gets)."""
     last: bool = False
     """Sent after the result is final: responses.json and manifest.json."""
+
+    @property
+    def target(self) -> Target:
+        return self.folder.target
+
+    @property
+    def path(self) -> Path:
+        return self.folder.path.joinpath(*self.parts)
+
+    def status(self) -> os.stat_result | None:
+        """None: it is missing; it may have been cleaned up."""
+        return self.folder.status(self.parts)
+
+    def body(self) -> FileBody:
+        """The file, opened: what is sent is what was checked, in each attempt.
+
+        Raises:
+            UploadError: there is none, or it is not the task's.
+        """
+        try:
+            return FileBody(self.folder.open_file(self.parts), self.name)
+        except OSError as error:
+            raise UploadError(f"{self.name} cannot be read: {error.strerror}") from error
 
 
 class Sender:
@@ -82,39 +107,38 @@ class Sender:
     def expect(self, items: Iterable[Item]) -> None:
         """Set the total of the progress. Results are not in it: their size is not known yet."""
         self._total_bytes = sum(
-            i.path.stat().st_size for i in items if not i.last and not self._state.has_arrived(i.key, i.path)
+            status.st_size
+            for each in items
+            if not each.last and (status := each.status()) and not self._state.has_arrived(each.key, status)
         )
 
     def send_file(self, item: Item) -> None:
         """Upload a file unless it has arrived already, and put its links into the result."""
-        if not self._state.has_arrived(item.key, item.path):
-            before = item.path.stat()
-            body = FileBody(item.path, item.name)
-            uploader = self._uploader(item.target)
-            uploader.send("POST", file_url(self._url(item.target), item.target.task_id), body)
-            self._arrived(item, before, body.size or 0)
+        if not self._state.has_arrived(item.key, item.status()):
+            with contextlib.closing(item.body()) as body:
+                uploader = self._uploader(item.target)
+                uploader.send("POST", file_url(self._url(item.target), item.target.task_id), body)
+                self._arrived(item, body, body.size or 0)
         self.urls.append(item.url)
         for mapping, gets in item.fields:
             mapping.update(gets)
 
     @contextlib.contextmanager
-    def early(self, item: Item) -> Iterator[Callable[[int], None]]:
+    def early(self, item: Item) -> Iterator[Callable[[int, int], None]]:
         """Send an archive while it is written, where it is large and the server accepts a body of unknown length.
 
         If that fails, `send_file` sends it later like any other file.
 
         Yields:
-            A function to call with the number of bytes written so far.
+            A function to call with the number of bytes written so far, and the archive's descriptor.
         """
-        body = GrowingBody(
-            (item.path.with_name(item.path.name + PARTIAL), item.path), item.name, self._job.total_timeout_s
-        )
-        with ThreadPoolExecutor(1, thread_name_prefix="early") as pool:
+        body = GrowingBody(item.name, self._job.total_timeout_s)
+        with contextlib.closing(body), ThreadPoolExecutor(1, thread_name_prefix="early") as pool:
             sending: Future[bool] | None = None
 
-            def written(size: int) -> None:
+            def written(size: int, fd: int) -> None:
                 nonlocal sending
-                body.grew(size)
+                body.grew(size, fd)
                 if sending is None and size >= EARLY_FROM_BYTES:
                     sending = pool.submit(self._send_early, item, body)
 
@@ -124,9 +148,8 @@ class Sender:
                 whole = True
             finally:
                 body.ended(whole=whole)
-        if sending is not None and sending.result():
-            status = item.path.stat()
-            self._arrived(item, status, status.st_size)
+            if sending is not None and sending.result():
+                self._arrived(item, body, body.status.st_size)
 
     def _send_early(self, item: Item, body: GrowingBody) -> bool:
         uploader = self._make_uploader(item.target, math.inf)
@@ -143,9 +166,9 @@ class Sender:
         self.sent_bytes += len(encoded)
         self._state.result_arrived(target.task_id)
 
-    def _arrived(self, item: Item, status: os.stat_result, sent_bytes: int) -> None:
+    def _arrived(self, item: Item, body: FileBody | GrowingBody, sent_bytes: int) -> None:
         self.sent_bytes += sent_bytes
-        self._state.file_arrived(item.key, status)
+        self._state.file_arrived(item.key, item.path, body.status, body.sha256)
 
     def _uploader(self, target: Target) -> Uploader:
         uploader = self._uploaders.get(target.task_id)

@@ -5,16 +5,19 @@ Folders are archived on the way, each once.
 
 from __future__ import annotations
 
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
 from flowmesh.errors import DeliveryError
+from flowmesh.files.folder import Parts
 from flowmesh.messages.job import ArchiveRequest, Outcome, UploadRequest
 from flowmesh.messages.output import HttpDestination, file_url
 from flowmesh.results.archive import make_archive
-from flowmesh.results.delivery_state import DeliveryState
+from flowmesh.results.delivery_state import DeliveryState, Made
 from flowmesh.results.manifest import MANIFEST_FILE, RESPONSES_FILE
-from flowmesh.results.safe_names import is_plain_name, within
+from flowmesh.results.safe_names import is_plain_name
 from flowmesh.results.sender import Item, Sender
 from flowmesh.results.task_folder import TaskFolder
 from flowmesh.settings.schema import ArchiveSettings
@@ -56,79 +59,104 @@ class UploadPlan:
 
     def _archive_item(self, folder: TaskFolder, request: ArchiveRequest) -> Item:
         """The archive that a runner asked for. Its fields enter the result now, `_url` and `_uploaded` on arrival."""
-        archive = self._archive(folder, request.folder)
-        made = self._state.archive(archive)
-        assert made is not None
-        prefix = f"{request.folder}_archive"
+        archive, made = self._archive(folder, request.folder)
+        name, prefix = archive[-1], f"{request.folder}_archive"
         folder.result |= {
-            prefix: archive.name,
-            f"{prefix}_path": str(archive),
+            prefix: name,
+            f"{prefix}_path": str(folder.path.joinpath(*archive)),
             f"{prefix}_bytes": made.size,
             f"{prefix}_uploaded": False,
         }
-        uploaded = {f"{prefix}_url": _url(folder, archive.name), f"{prefix}_uploaded": True}
-        return _item(folder, archive, [(folder.result, uploaded)])
+        uploaded = {f"{prefix}_url": _url(folder, name), f"{prefix}_uploaded": True}
+        return item_of(folder, archive, [(folder.result, uploaded)])
 
     def _upload_item(self, folder: TaskFolder, request: UploadRequest, result: dict[str, Any]) -> Item:
         """A file that a runner asked to upload; `result[field]` gets its URL on arrival."""
-        path = within(folder.path / request.path, folder.path)
-        if path is None or not path.is_file():
+        parts = folder.find(request.path)
+        status = None if parts is None else folder.status(parts)
+        if parts is None or status is None or not stat.S_ISREG(status.st_mode):
             raise DeliveryError(f"cannot upload {request.path}: there is no such file in {folder.path}")
         if not isinstance(result.get(request.field), dict):
             result[request.field] = {}
-        url = _url(folder, path.name)
+        url = _url(folder, parts[-1])
         gets = {"uploaded": True, "url": url, "download_url": url}
         if "path" in result[request.field]:  # what a later stage is given, on any node
             gets["path"] = url
-        return _item(folder, path, [(result[request.field], gets)])
+        return item_of(folder, parts, [(result[request.field], gets)])
 
     def _artifact_item(self, folder: TaskFolder, artifact: str) -> Item | None:
-        """One of `spec.output.artifacts`; None where it does not exist (the manifest lists it as missing)."""
+        """One of `spec.output.artifacts`; None where it cannot be delivered (the manifest says why)."""
         relative = artifact.rstrip("/")
-        asked = folder.path / relative
-        path = within(asked, folder.path)
         if relative in {RESPONSES_FILE, MANIFEST_FILE}:
-            return _item(folder, asked, [], last=True)
-        archive = asked.with_name(asked.name + ARCHIVE_SUFFIX)
-        if path is None or path == folder.path:
-            self._notes.append(f"artifact {artifact} lies outside of the task's folder: it was not delivered")
+            return item_of(folder, (relative,), [], last=True)
+        asked = Path(relative)
+        archive = asked.with_name(asked.name + ARCHIVE_SUFFIX) if asked.name else asked
+        if self._made(folder, str(archive)) is not None:
+            return item_of(folder, self._archive(folder, relative)[0], [])
+        try:
+            parts = folder.top.real(relative)
+            if not parts:
+                self._notes.append(f"artifact {artifact} lies outside of the task's folder: it was not delivered")
+                return None
+            status = folder.top.status(parts)
+            if stat.S_ISDIR(status.st_mode):
+                return item_of(folder, self._archive(folder, relative)[0], [])
+            if not stat.S_ISREG(status.st_mode):
+                return None
+            os.close(folder.open_file(parts))
+        except (FileNotFoundError, NotADirectoryError):
             return None
-        if path.is_dir() or self._state.archive(archive) is not None:
-            return _item(folder, self._archive(folder, relative), [])
-        return _item(folder, path, [], name=asked.name) if path.is_file() else None
+        except OSError as error:
+            self._notes.append(f"artifact {artifact}: {error.strerror}: it was not delivered")
+            return None
+        return item_of(folder, parts, [], name=asked.name)
 
-    def _archive(self, folder: TaskFolder, relative: str) -> Path:
+    def _made(self, folder: TaskFolder, relative: str) -> Made | None:
+        """The archive of this attempt, by its path below the folder as it was asked for."""
+        return self._state.archive(folder.path / relative)
+
+    def _archive(self, folder: TaskFolder, relative: str) -> tuple[Parts, Made]:
         """`<folder>.tar.gz` beside the folder; not made again where this attempt has made it already."""
-        source = folder.path / relative
-        archive = source.with_name(source.name + ARCHIVE_SUFFIX)
-        made = self._state.archive(archive)
-        whole = made is not None and archive.is_file() and archive.stat().st_size == made.size
-        cleaned_up = made is not None and self._state.is_sent(_key(folder, archive.name))
-        if whole or cleaned_up:
-            return archive
-        if within(source, folder.path) in {None, folder.path} or not source.is_dir():
-            raise DeliveryError(f"cannot archive {relative}: there is no such folder in {folder.path}")
-        with self._sender.early(_item(folder, archive, [])) as written:
-            done = make_archive(source, archive, self._settings, written)
-            self._state.archive_made(archive, done.size, done.sha256)
+        above, _, name = relative.rstrip("/").rpartition("/")
+        wrong = DeliveryError(f"cannot archive {relative}: there is no such folder in {folder.path}")
+        if name in {"", ".", ".."} or relative.startswith("/"):
+            raise wrong
+        try:
+            beside = folder.top.real(above)
+        except OSError as error:
+            raise DeliveryError(f"cannot archive {relative}: {error.strerror}") from error
+        if beside is None:
+            raise wrong
+        source, archive = (*beside, name), (*beside, name + ARCHIVE_SUFFIX)
+        path = folder.path.joinpath(*archive)
+        made, status = self._state.archive(path), folder.status(archive)
+        whole = made is not None and status is not None and status.st_size == made.size and stat.S_ISREG(status.st_mode)
+        if made is not None and (whole or self._state.is_sent(_key(folder, archive[-1]))):
+            return archive, made
+        status = folder.status(source)
+        if status is None or not stat.S_ISDIR(status.st_mode):
+            raise wrong
+        with self._sender.early(item_of(folder, archive, [])) as written:
+            done = make_archive(folder.top, source, archive[-1], self._settings, written)
+            self._state.archive_made(path, done.size, done.sha256)
         self._notes.extend(done.notes)
-        return archive
+        return archive, Made(done.size, done.sha256)
 
 
-def _item(
+def item_of(
     folder: TaskFolder,
-    path: Path,
+    parts: Parts,
     fields: list[tuple[dict[str, Any], dict[str, Any]]],
     *,
     name: str = "",
     last: bool = False,
 ) -> Item:
-    name = name or path.name
+    name = name or parts[-1]
     if not is_plain_name(name):
         raise DeliveryError(f"{name!r} cannot be the name of an uploaded file; rename it")
     return Item(
-        target=folder.target,
-        path=path,
+        folder=folder,
+        parts=parts,
         name=name,
         key=_key(folder, name),
         url=_url(folder, name),

@@ -86,6 +86,8 @@ class RedisSettings(Section, frozen=True):
     """Limit for connecting, and for the answer to each command."""
     health_check_interval_s: PositiveSeconds = 15.0
     """An idle connection is checked with PING this often."""
+    hold_events_s: Annotated[float, Meta(ge=0, le=86400)] = 600.0
+    """How long tasks' events wait while nobody listens to them. 0: they do not wait."""
     stream: bool = False
     """Whether each worker also takes tasks from the Redis Stream `tasks:WORKER_ID`."""
 
@@ -126,6 +128,8 @@ class TasksSettings(Section, frozen=True):
     """Names (`*` allowed) that a task's spec.env may set."""
     hang_timeout_s: PositiveSeconds | None = None
     """A task that reports no phase or progress for this long has its stacks dumped and is stopped. None: never."""
+    node_fault_wait_s: PositiveSeconds = 300.0
+    """How long a task waits while the node has a fault that keeps it from being started."""
     return_waiting_after_s: PositiveSeconds = 120.0
     """A task that waits behind a running one for so long goes back, as retryable, once another worker is idle."""
     log_max_bytes: Annotated[int, Meta(ge=65536)] = 64 * 1024 * 1024

@@ -13,7 +13,7 @@ import msgspec
 
 from flowmesh.errors import ConfigError
 from flowmesh.execution.layout import Owner
-from flowmesh.node.devices import GpuInfo, Inventory, visible_gpus
+from flowmesh.node.devices import GpuInfo, Inventory, choose_gpus
 from flowmesh.node.hardware import logical_cores
 from flowmesh.node.slots import SlotPlan
 from flowmesh.node.slots import plan as plan_slots
@@ -76,12 +76,11 @@ def fit(
 
     Raises:
         ConfigError: the settings request something that the machine does not have.
-        DeviceError: none of the requested GPUs works at the moment.
     """
     down = inventory.some_are_down
-    gpus = visible_gpus(inventory.gpus, environ.get("CUDA_VISIBLE_DEVICES"), some_are_down=down)
+    gpus, missing = choose_gpus(inventory.gpus, environ.get("CUDA_VISIBLE_DEVICES"), some_are_down=down)
     cpus = sorted(os.sched_getaffinity(0))
-    slots = plan_slots(settings, worker_id, gpus, cpus, logical_cores(), some_are_down=down)
+    slots = plan_slots(settings, worker_id, gpus, cpus, logical_cores(), some_are_down=down, missing=missing)
     base = cgroup.prepare(node_id) if settings.processes.isolation is not Isolation.SUBREAPER else None
     _check_limits(settings, base)
     return Fitted(gpus=gpus, slots=slots, cgroup=base)

@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import IO
 
 from flowmesh.errors import BusyError, ConfigError
+from flowmesh.execution.layout import make_parts
 from flowmesh.processes import linux
 from flowmesh.processes.server_client import socket_name
 from flowmesh.tasks.catalogue import DEFAULT, DELIVERY, LIGHT
 from flowmesh.tasks.journal import JournalError, ensure_private_dir
-
-PARTS = ("run", "log", "spool", "tmp", "cache")
-"""The folders inside the state folder."""
 
 
 def check_sockets(folder: Path, environments: Iterable[str]) -> None:
@@ -49,13 +47,16 @@ def hold_state_dir(folder: Path) -> IO[str]:
     """
     ensure_private_dir(folder)
     try:
-        for name in PARTS:
-            (folder / name).mkdir(exist_ok=True, mode=0o700)
-        lock = open(folder / "lock", "a+")  # noqa: SIM115 - open as long as the node runs
+        make_parts(folder, None)
+        return _lock(folder)
     except OSError as error:
         raise JournalError(
             f"{error.filename}: {error.strerror}; set node.state_dir to a folder that can be written"
         ) from error
+
+
+def _lock(folder: Path) -> IO[str]:
+    lock = open(folder / "lock", "a+")  # noqa: SIM115 - open as long as the node runs
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -69,6 +70,23 @@ def hold_state_dir(folder: Path) -> IO[str]:
     lock.write(str(os.getpid()))
     lock.flush()
     return lock
+
+
+def keep_lock(folder: Path, lock: IO[str]) -> IO[str]:
+    """The lock on the state folder, taken again in a new file where somebody has deleted the old one.
+
+    Raises:
+        OSError: the file cannot be made.
+        BusyError: another supervisor has the new one.
+    """
+    try:
+        if os.fstat(lock.fileno()).st_ino == (folder / "lock").stat().st_ino:
+            return lock
+    except FileNotFoundError:
+        pass
+    fresh = _lock(folder)
+    lock.close()
+    return fresh
 
 
 def make_results_dir(folder: Path) -> None:
@@ -103,14 +121,3 @@ def make_log_file(path: Path) -> None:
         raise ConfigError(
             f"node.log_file: {path} cannot be opened: {why}; set it to a file that can be written"
         ) from None
-
-
-def open_for(uid: int, gid: int, folder: Path) -> None:
-    """Let the user that tasks run as enter the state folder, but not list it, and own the cache.
-
-    Args:
-        folder: the state folder.
-    """
-    for each in (folder, folder / "spool", folder / "tmp"):
-        each.chmod(0o711)
-    os.chown(folder / "cache", uid, gid)

@@ -81,6 +81,8 @@ class Journal:
         self._db = JournalDatabase(path)
         self._sent = 0
         """The outbox up to this sequence number was taken by Redis, even if the deletion could not be written yet."""
+        self._outbox_size = 0
+        """When it was last read."""
 
     def close(self) -> None:
         self._db.close()
@@ -157,6 +159,17 @@ class Journal:
             for attempt, task_id, out_dir, at, progress in rows
         ]
 
+    def folders_in(self, folder: str) -> list[str]:
+        """Folders of tasks, and of merged children, inside this one."""
+        first, last = f"{folder}/", f"{folder}0"  # "0" comes after "/"
+        return [
+            out_dir
+            for table in ("tasks", "child_folders")
+            for (out_dir,) in self._db.read(
+                f"SELECT out_dir FROM {table} WHERE out_dir > ? AND out_dir < ?", (first, last)
+            )
+        ]
+
     def forget(self, gone: Iterable[int] | None = None) -> None:
         """Delete finished attempts beyond the last KEPT_DONE, except those that must be delivered again.
 
@@ -192,12 +205,47 @@ class Journal:
             self._db.write("DELETE FROM outbox WHERE seq <= ?", (seq,))
 
     def outbox_size(self) -> int:
-        return int(self._db.read("SELECT count(*) FROM outbox WHERE seq > ?", (self._sent,))[0][0])
+        """How many messages wait in the outbox; the last known number while the journal cannot be read."""
+        with contextlib.suppress(JournalError):
+            self._outbox_size = int(self._db.read("SELECT count(*) FROM outbox WHERE seq > ?", (self._sent,))[0][0])
+        return self._outbox_size
 
     def fact(self, name: str, default: str) -> str:
         """A value that outlives a restart; `default` is stored where there is none yet."""
         self._db.write("INSERT OR IGNORE INTO facts (name, value) VALUES (?, ?)", (name, default))
         return str(self._db.read("SELECT value FROM facts WHERE name = ?", (name,))[0][0])
+
+    def set_fact(self, name: str, value: str | None) -> None:
+        """Store a value that outlives a restart; None removes it."""
+        if value is None:
+            self._db.write("DELETE FROM facts WHERE name = ?", (name,))
+        else:
+            self._db.write("INSERT OR REPLACE INTO facts (name, value) VALUES (?, ?)", (name, value))
+
+    def find_fact(self, name: str) -> str | None:
+        """A value that `set_fact` or `fact` stored; None if there is none."""
+        rows = self._db.read("SELECT value FROM facts WHERE name = ?", (name,))
+        return str(rows[0][0]) if rows else None
+
+    def probe(self) -> None:
+        """Check that it can be written, by writing. A file that somebody has deleted is made again."""
+        self._db.probe()
+
+    def in_place(self) -> bool:
+        """Whether its file is still where it was opened. May be called in any thread."""
+        return self._db.in_place()
+
+    def disown(self, *facts: str) -> int:
+        """Forget these facts, all open tasks and all events: they are another node's, of which this is a copy.
+
+        Returns:
+            how many tasks were open.
+        """
+        with self.transaction():
+            for name in facts:
+                self._db.write("DELETE FROM facts WHERE name = ?", (name,))
+            self._db.write("DELETE FROM outbox")
+            return self._db.write("DELETE FROM tasks WHERE state != 'done'").rowcount
 
     def _set(self, attempt: int, task: Task, **columns: object) -> None:
         columns = {"state": task.state, "progress": encode_msgpack(task), **columns}

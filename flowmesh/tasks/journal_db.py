@@ -6,6 +6,7 @@ be missing, as the tasks' processes are then.
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any
 
 from flowmesh.errors import FlowMeshError
 
+JOURNAL_FILE = "journal.sqlite"
 SCHEMA_VERSION = 1
 
 _SCHEMA = """
@@ -44,6 +46,9 @@ CREATE TABLE IF NOT EXISTS outbox (
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
 
+BUSY_START_MS = 5000
+BUSY_MS = 25
+"""How long a statement waits for another program's lock. The event loop waits meanwhile; its caller tries again."""
 RESERVE_PAGES = 1024
 """Free pages (of 4 KiB) kept in the file and its log, so that the end of a task can be written on a full disk too."""
 
@@ -65,12 +70,14 @@ class JournalDatabase:
             self._db = sqlite3.connect(path, isolation_level=None)
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=NORMAL")
-            self._db.execute("PRAGMA busy_timeout=5000")
+            self._db.execute(f"PRAGMA busy_timeout={BUSY_START_MS}")
             self._check(path)
             self._db.executescript(_SCHEMA)
             self._add_columns()
             self._db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
             self._reserve()
+            self._db.execute(f"PRAGMA busy_timeout={BUSY_MS}")
+            self._path, self._identity = path, _identity(path)
         except (sqlite3.Error, OSError) as error:
             raise JournalError(
                 f"{path}: cannot be used as the journal: {error}; repair its disk, or move the file away "
@@ -104,7 +111,7 @@ class JournalDatabase:
         try:
             return self._db.execute(statement, values)
         except sqlite3.Error as error:
-            raise JournalError(f"the journal cannot be written: {error}") from error
+            raise JournalError(f"the journal cannot be written: {_describe(error)}") from error
 
     def read(self, query: str, values: tuple[object, ...] = ()) -> list[tuple[Any, ...]]:
         """All rows of a query.
@@ -115,15 +122,51 @@ class JournalDatabase:
         try:
             return self._db.execute(query, values).fetchall()
         except sqlite3.Error as error:
-            raise JournalError(f"the journal cannot be read: {error}") from error
+            raise JournalError(f"the journal cannot be read: {_describe(error)}") from error
+
+    def probe(self) -> None:
+        """Write something, and make the file again if somebody has deleted it.
+
+        Raises:
+            JournalError: the journal cannot be written.
+        """
+        if not self.in_place():
+            self._make_again()
+        self.write("INSERT OR REPLACE INTO facts (name, value) VALUES ('probe', '')")
+
+    def in_place(self) -> bool:
+        """Whether the file that is open is the one at the journal's path. May be called in any thread."""
+        try:
+            return _identity(self._path) == self._identity
+        except OSError:
+            return False
+
+    def _make_again(self) -> None:
+        """Copy all of it into a new file, and use that."""
+        if self._path.exists():
+            raise JournalError(f"{self._path}: replaced by another file; move that one away, or restart the node")
+        part = self._path.with_suffix(".new")
+        try:
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for each in (part, Path(f"{self._path}-wal"), Path(f"{self._path}-shm")):
+                each.unlink(missing_ok=True)
+            part.touch(mode=0o600)
+            with contextlib.closing(sqlite3.connect(part)) as copy:
+                self._db.backup(copy)
+            part.rename(self._path)
+            fresh = sqlite3.connect(self._path, isolation_level=None)
+            fresh.execute("PRAGMA journal_mode=WAL")
+            fresh.execute("PRAGMA synchronous=NORMAL")
+            fresh.execute(f"PRAGMA busy_timeout={BUSY_MS}")
+            identity = _identity(self._path)
+        except (sqlite3.Error, OSError) as error:
+            raise JournalError(f"{self._path}: deleted, and cannot be made again: {error}") from error
+        self._db.close()
+        self._db, self._identity = fresh, identity
 
     def _check(self, path: Path) -> None:
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
-        if version not in (0, SCHEMA_VERSION):
-            raise JournalError(
-                f"{path}: written by another version (schema {version}, this one has {SCHEMA_VERSION}); "
-                "run that version, or set node.state_dir to another folder"
-            )
+        _check_schema(path, version)
         found = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
         if found != "ok":
             raise JournalError(
@@ -146,3 +189,40 @@ class JournalDatabase:
             self._db.execute("PRAGMA shrink_memory")
         except sqlite3.OperationalError:
             return  # the disk is full now; what an earlier start reserved is still there
+
+
+def check_version(path: Path) -> None:
+    """Check that this version can use the journal at `path`; does nothing if there is none. Changes nothing.
+
+    Raises:
+        JournalError: it was written by another version, or cannot be read.
+        PermissionError: this user may not read it.
+    """
+    try:
+        if not path.exists():
+            return
+        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
+            _check_schema(path, db.execute("PRAGMA user_version").fetchone()[0])
+            db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    except PermissionError:
+        raise
+    except (sqlite3.Error, OSError) as error:
+        raise JournalError(f"{path}: cannot be read: {error}") from error
+
+
+def _check_schema(path: Path, version: int) -> None:
+    if version not in (0, SCHEMA_VERSION):
+        raise JournalError(
+            f"{path}: written by another version (schema {version}, this one has {SCHEMA_VERSION}); "
+            "run that version, or set node.state_dir to another folder"
+        )
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def _describe(error: sqlite3.Error) -> str:
+    locked = getattr(error, "sqlite_errorcode", None) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+    return "another program has locked it" if locked else str(error)

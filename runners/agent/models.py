@@ -23,7 +23,7 @@ from runners.agent.endpoint import Endpoint
 from runners.agent.watch import Watch
 from runners.agent.written import OBSERVATION, begun_call, whole_answer, without_thinking, written_calls
 from runners.api import Context, RunnerError
-from runners.inference.engine import Request
+from runners.inference.engine import Request, collect
 from runners.inference.engine import Watch as GenerationWatch
 
 DEFAULT_LOCAL_TOKENS = 1024
@@ -196,7 +196,7 @@ class LocalModel(AgentModel):
                 "answer; choose one with a longer context, or fewer tools and turns"
             )
         watch = _Listening(self._ctx, self._watch())
-        output = self._engine.generate([Request(prompt)], self._task.sampling, watch)[0].outputs[0]
+        output = collect(self._engine, [Request(prompt, self._task.sampling)], watch)[0].outputs[0]
         reply = Reply(
             content=output.text,
             finish_reason=output.finish_reason,
@@ -213,9 +213,9 @@ class _Listening(GenerationWatch):
         super().__init__(ctx, 1)
         self._run = watch
 
-    def step(self, *, tokens: int = 0, answers: int = 0) -> None:
+    def step(self, *, tokens: int = 0) -> None:
         self._run.check()
-        super().step(tokens=tokens, answers=answers)
+        super().step(tokens=tokens)
 
 
 def plain_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:

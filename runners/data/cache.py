@@ -9,12 +9,14 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 
+from flowmesh.files.beneath import FOLDER
+from flowmesh.files.removal import remove_path
+from flowmesh.files.walk import Troubles, walk
 from runners.api import Context
 
 DOWNLOADS = "downloads"
@@ -118,7 +120,7 @@ class Entry:
         if lock.take(shared=False):
             for each in self.folder.iterdir():
                 if each.name.startswith("file-") and not each.name.startswith(meta.file):
-                    _remove(each)
+                    remove_path(each)
         lock.close()
 
     def use(self, meta: Meta) -> Path:
@@ -193,11 +195,9 @@ def _delete(folder: Path) -> bool:
             locks.append(Lock(folder / name))
             if not locks[-1].take(shared=False):
                 return False
-        shutil.rmtree(folder)
-    except FileNotFoundError:
+        return not remove_path(folder)
+    except OSError:  # it is gone, or a task made something else of it
         return False
-    else:
-        return True
     finally:
         for lock in locks:
             lock.close()
@@ -205,14 +205,14 @@ def _delete(folder: Path) -> bool:
 
 def size_bytes(folder: Path) -> int:
     """Total size of the files below `folder`. Files that vanish during the walk are not counted."""
-    total = 0
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            try:
-                total += (Path(parent) / name).lstat().st_size
-            except FileNotFoundError:
-                continue
-    return total
+    try:
+        top = os.open(folder, FOLDER)
+    except OSError:
+        return 0
+    try:
+        return sum(entry.status.st_size for entry in walk(top, Troubles()) if not entry.is_folder)
+    finally:
+        os.close(top)
 
 
 def read_meta(path: Path) -> Meta | None:
@@ -226,10 +226,3 @@ def write_meta(path: Path, meta: Meta) -> None:
     scratch = path.with_suffix(".new")
     scratch.write_bytes(msgspec.json.encode(meta))
     scratch.rename(path)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

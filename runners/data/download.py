@@ -174,8 +174,14 @@ def _attempt(
     except (client.BadRedirect, requests.exceptions.InvalidURL) as error:
         raise BadRequest(f"{where}: {_shown(url)}: {error}") from error
     except gateway.NotAnswered as error:
+        if certificate_remedy() in str(error):
+            raise RunnerError(f"{where}: {_shown(url)}: {error}") from error
         raise _Interrupted(str(error)) from error
     except requests.RequestException as error:
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):  # the next attempt would find the same certificate
+            raise RunnerError(
+                f"{where}: {_shown(url)}: its certificate is not trusted; {certificate_remedy()}"
+            ) from error
         raise _Interrupted(_reason(error)) from error
 
 

@@ -37,8 +37,9 @@ class Options(Section, frozen=True):
     """The texts around the columns."""
 
     role: str | None = None
-    intro: str | None = None
-    closing: str | None = None
+    intro: str | tuple[str, ...] | None = None
+    """A text, or its lines."""
+    closing: str | tuple[str, ...] | None = None
 
 
 class Template(Section, frozen=True):
@@ -145,12 +146,16 @@ def as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
+def lines_of(text: str | tuple[str, ...] | None) -> str:
+    return text if isinstance(text, str) else "\n".join(text or ())
+
+
 def two_column_briefing(columns: list[tuple[str, str]], options: Options, where: str) -> str:
     """The built-in template: an intro, one bullet a column, a closing."""
     if not columns:
         raise BadRequest(f"{where}.columns: two_column_briefing needs at least one column")
-    intro = options.intro or "Read the findings below."
-    closing = options.closing or "Write a short briefing that brings them together."
+    intro = lines_of(options.intro) or "Read the findings below."
+    closing = lines_of(options.closing) or "Write a short briefing that brings them together."
     lines = [f"You are {options.role}.", intro] if options.role else [intro]
     return "\n".join([*lines, "", *(f"- {label}: {value}" for label, value in columns), "", closing])
 
@@ -163,7 +168,7 @@ def fill(text: str, columns: list[tuple[str, str]], options: Options, where: str
     Raises:
         BadRequest: a word that stands for nothing.
     """
-    values = {name: getattr(options, name) or "" for name in ("role", "intro", "closing")}
+    values = {name: lines_of(getattr(options, name)) for name in ("role", "intro", "closing")}
     for i, (label, value) in enumerate(columns):
         values |= {f"col{i}_label": label, f"col{i}_value": value}
 

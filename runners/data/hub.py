@@ -7,6 +7,7 @@ hub, the folders of `save_to_disk`, and folders of other formats such as images.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import re
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,7 @@ from msgspec import Meta
 from runners.api import BadRequest, Context, MissingDependency, RunnerError
 from runners.data.cache import DATASETS, library_folder
 from runners.data.cards import check_builder, check_folder_card, check_hub_card, check_saved
+from runners.data.config_split import as_split, builder_of
 from runners.data.download import fetch
 from runners.data.local import Table, chosen_split, matching, only_split
 from runners.data.order import Rows, items_of, order_of
@@ -85,7 +87,8 @@ def open_dataset(ctx: Context, data: HubData, where: str, *, called: str | None 
     except RunnerError:
         raise
     except datasets.exceptions.DatasetGenerationError as error:
-        raise BadRequest(f"{where}.url: {data.url!r} cannot be read: {_line(error.__cause__ or error)}") from error
+        kind = type(error.__cause__ or error).__name__  # its text may show content
+        raise BadRequest(f"{where}.url: {data.url!r} cannot be read ({kind}); see the task's log") from error
     except ConnectionError as error:
         raise RunnerError(
             f"{where}.url: the dataset hub cannot be reached, and {data.url!r} is no file or folder of this node"
@@ -112,7 +115,8 @@ def _of_hub(ctx: Context, data: HubData, where: str) -> Any:
         raise BadRequest(f"{field}: {data.url!r} is neither a file or folder of this node, nor a hub id (owner/name)")
     check_hub_card(data.url, data.revision, field)
     cache_dir = str(library_folder(ctx, DATASETS, data.url))
-    builder = datasets.load_dataset_builder(data.url, name=data.name, revision=data.revision, cache_dir=cache_dir)
+    build = functools.partial(datasets.load_dataset_builder, data.url, revision=data.revision, cache_dir=cache_dir)
+    builder, data = builder_of(ctx, build, data, f"{where}.name")
     check_builder(builder, field, data.url, root=f"hf://datasets/{data.url}@")
     builder.download_and_prepare()
     return builder.as_dataset(split=data.split)
@@ -161,14 +165,19 @@ def _local(ctx: Context, data: HubData, where: str, called: str) -> Any:
     check_no_revision(data.revision, field)
     local_folder(ctx, path, data.url, field)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        if data.name is not None:
-            raise BadRequest(f"{where}.name: what save_to_disk wrote has no configurations; leave it out")
         check_saved(path, field, data.url)
-        return _slice_saved(datasets.load_from_disk(str(path)), data, where)
+        saved = datasets.load_from_disk(str(path))
+        if data.name is not None:
+            found = as_split(ctx, data, saved if isinstance(saved, Mapping) else (), f"{where}.name")
+            if found is None:
+                raise BadRequest(f"{where}.name: what save_to_disk wrote has no configurations; leave it out")
+            data = found
+        return _slice_saved(saved, data, where)
     check_folder_card(path, field, data.url)
     # Cached in the attempt's own folder: the library does not notice a file rewritten with the same size and time.
     cache_dir = str(ctx.tmp_dir / "datasets")
-    builder = datasets.load_dataset_builder(str(path), name=data.name, cache_dir=cache_dir)
+    build = functools.partial(datasets.load_dataset_builder, str(path), cache_dir=cache_dir)
+    builder, data = builder_of(ctx, build, data, f"{where}.name")
     check_builder(builder, field, data.url, root=f"{path}/")
     if builder.name not in READ_HERE:
         builder.download_and_prepare()

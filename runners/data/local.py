@@ -8,6 +8,7 @@ from __future__ import annotations
 import glob
 import importlib.util
 import itertools
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -66,7 +67,7 @@ def matching(ctx: Context, pattern: str, where: str) -> list[Path]:
         return []
     refusal: Refused | None = None
     for base in (Path.cwd(), ctx.results_dir):
-        whole = base / Path(pattern).expanduser()
+        whole = base / os.path.expanduser(pattern)  # noqa: PTH111 - Path's raises for an unknown user
         try:
             ctx.reach.find(_before_wildcard(whole))
             found = glob.glob(str(whole), recursive=True)  # noqa: PTH207 - Path.glob takes no absolute ones

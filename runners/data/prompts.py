@@ -45,7 +45,7 @@ class Items(msgspec.Struct, frozen=True):
 
 
 def check_prompt(ctx: Context, value: Any, where: str, *, allow_empty: bool) -> Prompt:
-    """A row's value as a prompt: a string, or chat messages.
+    """A row's value as a prompt: a string, chat messages, or strings that are its lines.
 
     Args:
         allow_empty: for rows of a table: an empty or missing value is an empty prompt, a number its text as written.
@@ -53,8 +53,10 @@ def check_prompt(ctx: Context, value: Any, where: str, *, allow_empty: bool) -> 
     Raises:
         BadRequest: it is neither.
     """
-    if allow_empty and (value is None or (isinstance(value, float) and math.isnan(value))):
-        return ""  # both spell a missing value in a table
+    if allow_empty and (value in (None, [], ()) or (isinstance(value, float) and math.isnan(value))):
+        return ""  # spellings of a missing value in a table
+    if (lines := lines_of(value)) is not None:
+        value = lines
     if isinstance(value, str):
         if not value.strip() and not allow_empty:
             raise BadRequest(f"{where}: is empty; give a prompt or leave the item out")
@@ -77,6 +79,13 @@ def _chat_of_table(turns: list[Any], where: str) -> tuple[Message, ...]:
     except FieldError as error:
         turn, bracket, _ = error.path.removeprefix(where).partition("]")
         raise BadRequest(f"{where}{turn}{bracket}: expected {{role, content}} with two texts and no more") from None
+
+
+def lines_of(value: Any) -> str | None:
+    """The text whose lines are given as a list of strings; None for anything else, an empty list included."""
+    if isinstance(value, list | tuple) and value and all(isinstance(each, str) for each in value):
+        return "\n".join(value)
+    return None
 
 
 def check_text(value: Any, where: str) -> None:

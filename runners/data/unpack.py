@@ -9,25 +9,31 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
+from lzma import LZMAError
 from pathlib import Path, PurePosixPath
 from typing import IO, Literal
 
+from flowmesh.files.names import shown
 from runners.api import BadRequest, Context
+from runners.data.bounded_file import CHUNK_BYTES, BoundedFile, TooMuch, open_tar, tar_format
 
 DEFAULT_MAX_BYTES = 500 * 2**30
 DEFAULT_MAX_FILES = 100_000
-CHUNK_BYTES = 1 << 20
 Format = Literal["tar", "zip"]
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".zip")
-_TAR_MODES: dict[str, Literal["r:", "r:gz", "r:bz2", "r:xz"]] = {
-    "tar": "r:",
-    "tar.gz": "r:gz",
-    "tgz": "r:gz",
-    "tar.bz2": "r:bz2",
-    "tar.xz": "r:xz",
-}
+MAX_NAME_BYTES = 2048
+"""Of a member's name, and of what a link leads to. Longer ones do not fit into a path together with their folder."""
+MAX_DEPTH = 100
+"""Folders in each other."""
+MAX_HEADER_BYTES = CHUNK_BYTES
+"""Of one member of a tar: long names, extended and sparse headers together."""
+MIN_DIRECTORY_BYTES = 1 << 20
+DIRECTORY_BYTES_A_MEMBER = 256
+"""Of a zip's directory: it is in memory as a whole."""
+_ENTRY = b"PK\x01\x02"
 
+_DAMAGED = (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, LZMAError, NotImplementedError)
 _BY_NAMES = frozenset({errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP})
 
 
@@ -52,9 +58,12 @@ def unpack(ctx: Context, archive: Path, into: Path, archive_format: str, where: 
         if archive_format == "zip" or (archive_format == "auto" and zipfile.is_zipfile(archive)):
             _unpack_zip(archive, into, bounds)
         else:
-            mode = "r:*" if archive_format == "auto" else _TAR_MODES[archive_format]
-            _unpack_tar(archive, into, mode, bounds)
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, OSError, NotImplementedError) as error:
+            _unpack_tar(archive, into, tar_format(archive) if archive_format == "auto" else archive_format, bounds)
+    except TooMuch as error:
+        raise bounds.refusal(str(error)) from error
+    except RecursionError as error:
+        raise bounds.refusal("too many headers for one member") from error
+    except (*_DAMAGED, OSError) as error:
         if isinstance(error, OSError) and error.errno in _BY_NAMES:
             raise bounds.refusal(f"its members' names cannot all exist ({error.strerror})") from error
         if isinstance(error, OSError) and error.errno is not None:
@@ -71,7 +80,7 @@ class _Bounds:
         self.ctx = ctx
         self.where = where
         self._max_bytes = int(ctx.job.limits.get("unpack_max_bytes", DEFAULT_MAX_BYTES))
-        self._max_files = int(ctx.job.limits.get("unpack_max_files", DEFAULT_MAX_FILES))
+        self.max_files = int(ctx.job.limits.get("unpack_max_files", DEFAULT_MAX_FILES))
         self._bytes = 0
         self._files = 0
 
@@ -79,11 +88,15 @@ class _Bounds:
         """A member's path below the target; counts it."""
         self.ctx.check_cancelled()
         self._files += 1
-        if self._files > self._max_files:
-            raise self.refusal(f"more than {self._max_files} members")
+        if self._files > self.max_files:
+            raise self.refusal(f"more than {self.max_files} members")
         path = PurePosixPath(name.replace("\\", "/"))
+        if len(os.fsencode(name)) > MAX_NAME_BYTES:
+            raise self.refusal(f"the name of the member {shown(name)!r} is longer than {MAX_NAME_BYTES} bytes")
+        if len(path.parts) > MAX_DEPTH:
+            raise self.refusal(f"the member {shown(name)!r} lies more than {MAX_DEPTH} folders deep")
         if path.is_absolute() or ".." in path.parts or "\0" in name or (path.parts and path.parts[0].endswith(":")):
-            raise self.refusal(f"the member {name!r} would land outside of its folder")
+            raise self.refusal(f"the member {shown(name)!r} would land outside of its folder")
         return path
 
     def grow(self, count: int) -> None:
@@ -103,10 +116,12 @@ class _Bounds:
                 out.write(chunk)
 
 
-def _unpack_tar(archive: Path, into: Path, mode: str, bounds: _Bounds) -> None:
+def _unpack_tar(archive: Path, into: Path, archive_format: str, bounds: _Bounds) -> None:
     links: list[tuple[Path, str]] = []
-    with tarfile.open(archive, mode) as tar:  # type: ignore[call-overload]
-        for member in _members(tar):
+    with BoundedFile(open_tar(archive, archive_format), MAX_HEADER_BYTES, "a header") as file:
+        file.left_bytes = MAX_HEADER_BYTES
+        tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - it has nothing to close
+        for member in _members(tar, file):
             path = into / bounds.member(member.name)
             if member.isdir():
                 path.mkdir(parents=True, exist_ok=True)
@@ -121,7 +136,7 @@ def _unpack_tar(archive: Path, into: Path, mode: str, bounds: _Bounds) -> None:
                     (path, member.linkname if member.issym() else os.path.relpath(base / member.linkname, path.parent))
                 )
             else:
-                raise bounds.refusal(f"the member {member.name!r} is neither a file, a folder nor a link")
+                raise bounds.refusal(f"the member {shown(member.name)!r} is neither a file, a folder nor a link")
     _make_links(into.resolve(), links, bounds)
 
 
@@ -135,7 +150,7 @@ def _make_links(root: Path, links: list[tuple[Path, str]], bounds: _Bounds) -> N
     try:
         for path, target in links:
             if path.is_symlink() or path.exists():
-                raise bounds.refusal(f"the member {path.name!r} comes twice")
+                raise bounds.refusal(f"the member {shown(path.name)!r} comes twice")
             if path.parent.resolve().is_relative_to(root):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.symlink_to(target)
@@ -154,43 +169,66 @@ def _check_landing(bounds: _Bounds, root: Path, path: Path, target: str) -> None
         path.stat()
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise bounds.refusal(f"the link {path.name!r} leads back to itself") from None
+            raise bounds.refusal(f"the link {shown(path.name)!r} leads back to itself") from None
     if not path.resolve().is_relative_to(root):
-        raise bounds.refusal(f"the link {path.name!r} leads out of its folder, to {target!r}")
+        raise bounds.refusal(f"the link {shown(path.name)!r} leads out of its folder, to {shown(target)!r}")
 
 
-def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+def _members(tar: tarfile.TarFile, file: BoundedFile) -> Iterator[tarfile.TarInfo]:
+    """All members; what is read between two of them is headers, and bounded."""
     while (member := tar.next()) is not None:
+        if sum(len(key) + len(value) for key, value in tar.pax_headers.items()) > MAX_HEADER_BYTES:
+            raise TooMuch(f"global headers of more than {MAX_HEADER_BYTES} bytes")
+        file.left_bytes = None
         yield member
         tar.members = []  # type: ignore[attr-defined]  # otherwise all members stay in memory
+        file.left_bytes = MAX_HEADER_BYTES
 
 
 def _check_link(bounds: _Bounds, into: Path, base: Path, member: tarfile.TarInfo) -> None:
+    if len(os.fsencode(member.linkname)) > MAX_NAME_BYTES:
+        raise bounds.refusal(f"the link {shown(member.name)!r} leads to more than {MAX_NAME_BYTES} bytes")
     if not member.linkname:
-        raise bounds.refusal(f"the link {member.name!r} leads nowhere")
+        raise bounds.refusal(f"the link {shown(member.name)!r} leads nowhere")
     target = PurePosixPath(member.linkname)
     landed = Path(base, *target.parts) if not target.is_absolute() else Path(target)
     depth: list[str] = []
     for part in landed.relative_to(into).parts if landed.is_relative_to(into) else [".."]:
         if part == "..":
             if not depth:
-                raise bounds.refusal(f"the link {member.name!r} leads out of its folder, to {member.linkname!r}")
+                where = f"out of its folder, to {shown(member.linkname)!r}"
+                raise bounds.refusal(f"the link {shown(member.name)!r} leads {where}")
             depth.pop()
         else:
             depth.append(part)
 
 
+class _Directory(BoundedFile):
+    """A zip whose directory, which `zipfile` reads at once, is bounded in bytes and members."""
+
+    def __init__(self, archive: Path, most_bytes: int, most_members: int) -> None:
+        super().__init__(archive.open("rb"), most_bytes, "a directory")
+        self._most_members = most_members
+
+    def read(self, size: int = -1) -> bytes:
+        data = super().read(size)
+        if len(data) > CHUNK_BYTES and data.count(_ENTRY) > self._most_members:
+            raise TooMuch(f"more than {self._most_members} members")
+        return data
+
+
 def _unpack_zip(archive: Path, into: Path, bounds: _Bounds) -> None:
-    with zipfile.ZipFile(archive) as pack:
+    most_bytes = max(MIN_DIRECTORY_BYTES, bounds.max_files * DIRECTORY_BYTES_A_MEMBER)
+    with _Directory(archive, most_bytes, bounds.max_files) as file, zipfile.ZipFile(file) as pack:
         for info in pack.infolist():
             path = into / bounds.member(info.filename)
             kind = stat.S_IFMT(info.external_attr >> 16)
             if info.flag_bits & 1:
-                raise bounds.refusal(f"the member {info.filename!r} is encrypted")
+                raise bounds.refusal(f"the member {shown(info.filename)!r} is encrypted")
             if info.is_dir():
                 path.mkdir(parents=True, exist_ok=True)
             elif kind not in (0, stat.S_IFREG):
-                raise bounds.refusal(f"the member {info.filename!r} is neither a file nor a folder")
+                raise bounds.refusal(f"the member {shown(info.filename)!r} is neither a file nor a folder")
             else:
                 with pack.open(info) as source:
                     _create(bounds, source, path, info.filename)
@@ -200,4 +238,4 @@ def _create(bounds: _Bounds, source: IO[bytes], path: Path, name: str) -> None:
     try:
         bounds.copy(source, path)
     except (FileExistsError, NotADirectoryError, IsADirectoryError):
-        raise bounds.refusal(f"the member {name!r} comes twice") from None
+        raise bounds.refusal(f"the member {shown(name)!r} comes twice") from None

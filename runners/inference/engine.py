@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
 import msgspec
@@ -29,8 +30,12 @@ class Request(msgspec.Struct, frozen=True):
     """One prompt."""
 
     token_ids: tuple[int, ...]
+    sampling: Sampling
+    """Requests of one batch may differ in it."""
     adapter: str | None = None
     """Name of the runtime adapter that answers; None: the base model."""
+    ends: tuple[int, ...] = ()
+    """Tokens that end the answer besides the model's: of its adapters."""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
@@ -58,36 +63,59 @@ class Completion(msgspec.Struct, frozen=True):
     outputs: tuple[Output, ...]
 
 
+class Same:
+    """A function of the sampling, computed once where consecutive requests have the same one, as most tasks' do."""
+
+    def __init__(self, function: Callable[[Sampling], Any]) -> None:
+        self._function = function
+        self._last: tuple[Sampling, Any] | None = None
+
+    def __call__(self, sampling: Sampling) -> Any:
+        if self._last is None or (self._last[0] is not sampling and self._last[0] != sampling):
+            self._last = sampling, self._function(sampling)
+        return self._last[1]
+
+
+Finished = Callable[[int, Completion], None]
+"""Called by an engine on its caller's thread when a request has all its answers, with the request's position."""
+
+
 class Watch:
     """Reports progress to the node, and checks for cancellation."""
 
-    def __init__(self, ctx: Context, prompts: int, copies: int = 1) -> None:
+    def __init__(self, ctx: Context, prompts: int, done: int = 0) -> None:
         """
         Args:
-            copies: answers to each prompt; a prompt is done when it has them all.
+            prompts: of the task.
+            done: how many of them are answered already.
         """
         self._ctx = ctx
         self._prompts = prompts
-        self._copies = copies
         self._since = time.monotonic()
-        self.answers = 0
+        self.done = done
+        """Counted by the owner of the prompts, as they are finished."""
         self.tokens = 0
 
-    def step(self, *, tokens: int = 0, answers: int = 0) -> None:
-        """Add what was generated and finished since the last call. Call it every few tokens.
+    def step(self, *, tokens: int = 0) -> None:
+        """Add what was generated since the last call. Engines call it every few tokens, after `finished`.
 
         Raises:
             Cancelled: the node asked the task to stop.
         """
         self.tokens += tokens
-        self.answers += answers
         rate = self.tokens / max(time.monotonic() - self._since, 1e-9)
-        done = self.answers // self._copies
-        self._ctx.progress(done, self._prompts, "prompts", tokens=float(self.tokens), tokens_per_s=round(rate, 1))
+        self._ctx.progress(self.done, self._prompts, "prompts", tokens=float(self.tokens), tokens_per_s=round(rate, 1))
 
-    def rewind(self, *, tokens: int, answers: int) -> None:
-        """Reset the counts to earlier values, because a batch is generated again."""
-        self.tokens, self.answers = tokens, answers
+    def rewind(self, *, tokens: int) -> None:
+        """Reset the tokens to an earlier count, because a batch is generated again."""
+        self.tokens = tokens
+
+
+def collect(engine: Engine, requests: Sequence[Request], watch: Watch) -> list[Completion]:
+    """All answers of an engine, in the requests' order. Errors as in `Engine.generate`."""
+    answers: dict[int, Completion] = {}
+    engine.generate(requests, watch, answers.__setitem__)
+    return [answers[number] for number in range(len(requests))]
 
 
 class Engine(Protocol):
@@ -99,8 +127,11 @@ class Engine(Protocol):
     vocabulary: int | None
     """Tokens that the model has embeddings for, by ids from 0; None: not known."""
 
-    def generate(self, requests: list[Request], sampling: Sampling, watch: Watch) -> list[Completion]:
-        """Answer every request; completions are in the requests' order.
+    def generate(self, requests: Sequence[Request], watch: Watch, finished: Finished) -> None:
+        """Answer every request, and hand out each answer as soon as it is complete, in any order.
+
+        Args:
+            finished: called once for each request. What it raises ends the generation.
 
         Raises:
             GpuOutOfMemory: the device has too little memory even for one request at a time.

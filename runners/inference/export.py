@@ -15,7 +15,7 @@ from runners.api import BadRequest, Context
 from runners.data.paths import PathError, parse, walk
 from runners.models.spec import Section
 
-RESERVED = frozenset({"responses.json", "manifest.json", "logs"})
+RESERVED = frozenset({"responses.json", "manifest.json", "rows.jsonl", "rows.jsonl.gz", "logs"})
 FOLDERS = frozenset({"artifacts", "checkpoints"})
 """The task's own folders; the export may be written into one."""
 DEFAULT_PATH = "export.jsonl"

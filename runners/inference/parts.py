@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +10,17 @@ import msgspec
 
 from runners.api import BadRequest
 from runners.data.prompts import Items, Message, Prompt, to_json, with_system
-from runners.inference.engine import Completion, Engine, Output, Request
+from runners.inference.engine import Completion, Engine, Output, Request, Same
 from runners.inference.export import Export
+from runners.inference.identity import Identity
 from runners.inference.options import Sampling
-from runners.inference.routing import adapter_of
+from runners.inference.routing import adapter_of, ends_of
 from runners.inference.tokens import Texts
 from runners.models.adapters import LocalAdapter
 from runners.models.limits import check_token_ids
 from runners.models.sources import Source
+from runners.rows.keys import key_of
+from runners.rows.log import RowLog
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,11 +30,17 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
     """None: the parent, into which the others were merged."""
     folder: Path
     items: Items
+    samplings: tuple[Sampling, ...]
+    """Of each item."""
     system_prompt: str | None
     chat: bool
     export: Export | None
-    requests: tuple[Request, ...] = ()
-    """Set by `prepare`: one for each item that is not blank."""
+    requests: dict[int, Request] = {}
+    """Set by `prepare`: by item, of those that are to be computed."""
+
+    def one(self, index: int) -> tuple[Any, Prompt]:
+        """An item's prompt as the result shows it, and as it goes to the tokenizer."""
+        return self._asked(self.items.prompts[index])
 
     @property
     def shown(self) -> list[Any]:
@@ -61,19 +70,47 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
         logprobs: dict[str, Any] = {} if sampling.logprobs is None else {"logprobs": []}
         outputs = [{"output": "", "finish_reason": "stop", **logprobs} for _ in range(sampling.n)]
         more = {**logprobs, "outputs": outputs} if sampling.n > 1 else logprobs
-        self.export.check([{**_item(self, i, prompt, "", "stop"), **more} for i, prompt in enumerate(self.shown)])
+        items = [_item(self, i, prompt, Output("", (), "stop", None), "") for i, prompt in enumerate(self.shown)]
+        self.export.check([{**item, **more} for item in items])
 
 
-def prepare(part: Part, texts: Texts, engine: Engine, adapters: Sequence[LocalAdapter]) -> Part:
+def check_not_all_blank(part: Part) -> None:
+    """Raises BadRequest where there is nothing to answer."""
+    blank = part.blank
+    if blank and len(blank) == len(part.items.prompts):
+        raise BadRequest(f"{part.items.wheres[0]}: blank, and so are all other prompts; there is nothing to answer")
+
+
+def row_keys(part: Part, identity: Identity) -> list[str]:
+    """The key of each item's row.
+
+    Raises:
+        BadRequest: an item names no adapter.
+    """
+    shared = Same(lambda sampling: key_of(sampling, identity.model))
+    keys = []
+    for asked, sampling, metadata, where in zip(
+        part.asked, part.samplings, part.items.metadata, part.items.wheres, strict=True
+    ):
+        route = adapter_of(identity.adapters, metadata, where)
+        keys.append(key_of("inference", asked, shared(sampling), route and identity.digests[route]))
+    return keys
+
+
+def prepare(
+    part: Part, texts: Texts, engine: Engine, adapters: Sequence[LocalAdapter], done: Container[int] = ()
+) -> Part:
     """The part with its requests.
+
+    Args:
+        done: items that have their answer already.
 
     Raises:
         BadRequest: a prompt does not fit the model or its chat template, or names no adapter; or all are blank.
     """
+    check_not_all_blank(part)
     blank = part.blank
-    kept = [i for i in range(len(part.items.prompts)) if i not in blank]
-    if blank and not kept:
-        raise BadRequest(f"{part.items.wheres[0]}: blank, and so are all other prompts; there is nothing to answer")
+    kept = [i for i in range(len(part.items.prompts)) if i not in blank and i not in done]
     wheres = [part.items.wheres[i] for i in kept]
     asked = part.asked
     encoded = texts.encode([asked[i] for i in kept], wheres)
@@ -84,49 +121,71 @@ def prepare(part: Part, texts: Texts, engine: Engine, adapters: Sequence[LocalAd
                 f"{where}: the prompt has {len(token_ids)} tokens; the model takes {engine.max_positions} "
                 "with the answer; shorten it"
             )
-    metadata = [part.items.metadata[i] for i in kept]
-    routes = [adapter_of(adapters, each, where) for each, where in zip(metadata, wheres, strict=True)]
-    requests = tuple(Request(ids, route) for ids, route in zip(encoded, routes, strict=True))
+    requests = {}
+    for i, ids, where in zip(kept, encoded, wheres, strict=True):
+        route = adapter_of(adapters, part.items.metadata[i], where)
+        requests[i] = Request(ids, part.samplings[i], route, ends_of(adapters, route))
     return msgspec.structs.replace(part, requests=requests)
 
 
-def answer(
-    part: Part, completions: Sequence[Completion], texts: Texts, source: Source, latency_s: float
-) -> dict[str, Any]:
-    """A part's result (docs/tasks.md).
+def item_of(part: Part, index: int, completion: Completion, texts: Texts) -> dict[str, Any]:
+    """An answered item's entry in the result (docs/tasks.md)."""
+    first = completion.outputs[0]
+    shown, asked = part.one(index)
+    item = _item(part, index, shown, first, _rendered(asked, texts, part.items.wheres[index]))
+    if first.logprobs is not None:
+        item["logprobs"] = _logprobs(first, texts)
+    if len(completion.outputs) > 1:
+        item["outputs"] = [_output(output, texts) for output in completion.outputs]
+    return item
 
-    Args:
-        completions: to each of the part's requests.
-    """
-    items = []
+
+def blank_item(part: Part, index: int) -> dict[str, Any]:
+    """A blank prompt's entry, in the shape of an answered one."""
+    sampling = part.samplings[index]
+    logprobs: dict[str, Any] = {} if sampling.logprobs is None else {"logprobs": []}
+    shown, asked = part.one(index)
+    item = _item(part, index, shown, Output("", (), "blank"), asked if isinstance(asked, str) else "")
+    item["warning"] = "the prompt is blank; it was not sent to the model"
+    if sampling.n > 1:
+        item["outputs"] = [{"output": "", "finish_reason": "blank", **logprobs} for _ in range(sampling.n)]
+    return item | logprobs
+
+
+def placed(part: Part, index: int, item: dict[str, Any]) -> dict[str, Any]:
+    """The entry of an item that was answered earlier: the answer with this document's prompt and metadata."""
+    before = item.get("metadata")
+    rendered = before.get("rendered_prompt") if isinstance(before, dict) else ""
+    own = _item(part, index, part.one(index)[0], Output("", (), "stop"), str(rendered or ""))
+    return own | {name: value for name, value in item.items() if name not in ("index", "prompt", "metadata")}
+
+
+def result_of(part: Part, log: RowLog, source: Source, latency_s: float) -> dict[str, Any]:
+    """A part's result (docs/tasks.md), when all its rows stand."""
     blank = part.blank
-    answered = iter(completions)
-    for index, shown in enumerate(part.shown):
-        completion = _unanswered(completions[0]) if index in blank else next(answered)
-        first = completion.outputs[0]
-        item = _item(part, index, shown, first.text, first.finish_reason)
-        if index in blank:
-            item["warning"] = "the prompt is blank; it was not sent to the model"
-        if first.logprobs is not None:
-            item["logprobs"] = _logprobs(first, texts)
-        if len(completion.outputs) > 1:
-            item["outputs"] = [_output(output, texts) for output in completion.outputs]
-        items.append(item)
-    prompt_tokens = sum(len(request.token_ids) for request in part.requests)
-    completion_tokens = sum(len(output.token_ids) for completion in completions for output in completion.outputs)
+    rows = log.rows.values()
+    prompt_tokens = sum(row.prompt_tokens for row in rows)
+    completion_tokens = sum(row.completion_tokens for row in rows)
+    counts = log.counts
     return {
         "ok": True,
         "model": source.shown,
-        "items": items,
+        "items": log.items(),
         **({"blank_prompts": len(blank)} if blank else {}),
+        **({"rows": msgspec.to_builtins(counts)} if counts.reused else {}),
         "usage": {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
             "total_tokens": prompt_tokens + completion_tokens,
-            "num_requests": len(part.requests),
+            "num_requests": len(part.items.prompts) - len(blank),
             "latency_sec": round(latency_s, 6),
         },
     }
+
+
+def completion_tokens(completion: Completion) -> int:
+    """Of all its answers."""
+    return sum(len(output.token_ids) for output in completion.outputs)
 
 
 def _is_blank(prompt: Prompt) -> bool:
@@ -135,16 +194,22 @@ def _is_blank(prompt: Prompt) -> bool:
     return not any(turn.content.strip() for turn in prompt if turn.role != "system")
 
 
-def _unanswered(like: Completion) -> Completion:
-    """What a blank prompt gets, in the shape of an answer."""
-    logprobs = None if like.outputs[0].logprobs is None else ()
-    return Completion(tuple(Output("", (), "blank", logprobs) for _ in like.outputs))
+def _rendered(prompt: Prompt, texts: Texts, where: str) -> str:
+    """A prompt as the model got it: with its system prompt, and in the chat template."""
+    return prompt if isinstance(prompt, str) else texts.render(prompt, where)
 
 
-def _item(part: Part, index: int, shown: Any, output: str, finish_reason: str) -> dict[str, Any]:
-    item = {"index": index, "prompt": shown, "output": output, "finish_reason": finish_reason}
-    metadata = part.items.metadata[index]
-    return item if metadata is None else {**item, "metadata": metadata}
+def _item(part: Part, index: int, shown: Any, output: Output, rendered: str) -> dict[str, Any]:
+    """A result's item. Its metadata is the row's own, with the prompt as it was given and as it was rendered."""
+    own = part.items.metadata[index] or {}
+    prompts = {"prompt": to_json(part.items.prompts[index]), "rendered_prompt": rendered}
+    return {
+        "index": index,
+        "prompt": shown,
+        "output": output.text,
+        "finish_reason": output.finish_reason,
+        "metadata": {**prompts, **own},
+    }
 
 
 def _output(output: Output, texts: Texts) -> dict[str, Any]:

@@ -13,6 +13,12 @@ BASE = "base"
 FIELD = "adapter"
 
 
+def ends_of(adapters: Sequence[LocalAdapter], name: str | None) -> tuple[int, ...]:
+    """End tokens of the adapters that answer an item: those that are merged, and the runtime adapter `name`."""
+    used = (adapter for adapter in adapters if adapter.apply == "merge" or adapter.name == name)
+    return tuple(sorted({token_id for adapter in used for token_id in adapter.ends}))
+
+
 def adapter_of(adapters: Sequence[LocalAdapter], metadata: dict[str, Any] | None, where: str) -> str | None:
     """The adapter's name for an item, or None for the base model.
 

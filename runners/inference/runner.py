@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from runners.api import BadRequest, Context, Runner, RunnerError
 from runners.data.sources import load_items
-from runners.inference.engine import Completion, Watch
+from runners.inference.engine import Completion, Request, Watch
 from runners.inference.engines import load_engine
 from runners.inference.export import read_export
+from runners.inference.identity import Identity, identity_of
 from runners.inference.merge import check_agreement, failed, folder_of, read_children
-from runners.inference.parts import Part, answer, prepare
+from runners.inference.parts import (
+    Part,
+    blank_item,
+    check_not_all_blank,
+    completion_tokens,
+    item_of,
+    placed,
+    prepare,
+    result_of,
+    row_keys,
+)
 from runners.inference.task import InferenceTask, read_document
 from runners.inference.vllm_args import Work
-from runners.models.adapters import load_adapters
+from runners.models.adapters import LocalAdapter, load_adapters
 from runners.models.checkpoints import load_checkpoint, model_root
 from runners.models.sources import Source, local_folder, resolve_identifier
+from runners.rows.log import RowLog, report_rows
+from runners.rows.resume import read_resume, starts_anew
 
 
 class InferenceRunner(Runner):
@@ -30,6 +44,10 @@ class InferenceRunner(Runner):
         children = read_children(ctx)
         parent = read_part(ctx, task, ctx.spec, "spec", task_id=None, folder=ctx.out_dir)
         parts: dict[str | None, Part] = {None: parent}
+        specs: dict[str | None, tuple[dict[str, Any], str]] = {
+            None: (ctx.spec, "spec"),
+            **{child.task_id: (child.spec, child.where) for child in children},
+        }
         refused: dict[str, dict[str, Any]] = {}
         for child in children:
             try:
@@ -44,40 +62,83 @@ class InferenceRunner(Runner):
         ctx.phase("load")
         source = find_source(ctx, task)
         adapters = load_adapters(ctx, task.model.adapters)
-        work = work_of(parts.values(), task)
-        engine, texts = load_engine(ctx, task, source, adapters, work=work)
-        ctx.log.info(
-            "model loaded model=%s %s", source.shown, " ".join(f"{k}={v}" for k, v in engine.describe().items())
-        )
-        prepared: dict[str | None, Part] = {}
-        for task_id, part in parts.items():
-            try:
-                prepared[task_id] = prepare(part, texts, engine, adapters)
-                if part.blank:
-                    ctx.log.warning("blank prompts skipped task=%s count=%d", task_id or ctx.task_id, len(part.blank))
-            except BadRequest as error:
-                if task_id is None:
-                    raise
-                refused[task_id] = self._refuse(ctx, task_id, error)
-        ctx.phase("generate")
-        requests = [request for part in prepared.values() for request in part.requests]
-        since = time.monotonic()
-        completions = engine.generate(requests, task.sampling, Watch(ctx, len(requests), task.sampling.n))
-        latency_s = time.monotonic() - since
-        ctx.phase("save")
-        results: dict[str | None, dict[str, Any]] = {}
-        for task_id, own_completions in split(prepared, completions).items():
-            part = prepared[task_id]
-            results[task_id] = answer(part, own_completions, texts, source, latency_s)
-            if part.export is not None:
-                items = results[task_id]["items"]
-                results[task_id]["jsonl_export"] = part.export.write(ctx, part.folder, items, task_id)
+        identity = identity_of(ctx, task, source, adapters)
+        with contextlib.ExitStack() as stack:
+            batch: dict[str | None, tuple[Part, RowLog]] = {}
+            for task_id, part in parts.items():
+                spec, where = specs[task_id]
+                try:
+                    batch[task_id] = part, stack.enter_context(open_log(ctx, part, identity, spec, where))
+                except BadRequest as error:
+                    if task_id is None:
+                        raise
+                    refused[task_id] = self._refuse(ctx, task_id, error)
+            logs = [log for _, log in batch.values()]
+            stack.callback(report_rows, ctx, logs)
+            stack.push(lambda kind, *_: export_finished(ctx, batch, ended_early=kind is not None))
+            latency_s = 0.0
+            if any(log.counts.done < log.counts.total for log in logs):
+                latency_s = self._generate(ctx, task, source, adapters, batch, refused)
+            ctx.phase("save")
+            results: dict[str | None, dict[str, Any]] = {}
+            for task_id, (part, log) in batch.items():
+                if task_id in refused:
+                    continue
+                results[task_id] = result_of(part, log, source, latency_s)
+                if part.export is not None:
+                    items = results[task_id]["items"]
+                    results[task_id]["jsonl_export"] = part.export.write(ctx, part.folder, items, task_id)
         result = results.pop(None)
         if children:
             result["children"] = {
                 child.task_id: refused.get(child.task_id) or results[child.task_id] for child in children
             }
         return result
+
+    def _generate(  # noqa: PLR0917
+        self,
+        ctx: Context,
+        task: InferenceTask,
+        source: Source,
+        adapters: Sequence[LocalAdapter],
+        batch: dict[str | None, tuple[Part, RowLog]],
+        refused: dict[str, dict[str, Any]],
+    ) -> float:
+        """Answer the items that have no row; returns the seconds that took."""
+        work = work_of(((part, log.rows) for part, log in batch.values()), task)
+        engine, texts = load_engine(ctx, task, source, adapters, work=work)
+        ctx.log.info(
+            "model loaded model=%s %s", source.shown, " ".join(f"{k}={v}" for k, v in engine.describe().items())
+        )
+        asked: list[tuple[Part, RowLog, int]] = []
+        requests: list[Request] = []
+        for task_id, (part, log) in batch.items():
+            try:
+                prepared = prepare(part, texts, engine, adapters, log.rows)
+            except BadRequest as error:
+                if task_id is None:
+                    raise
+                refused[task_id] = self._refuse(ctx, task_id, error)
+                continue
+            asked += [(part, log, index) for index in prepared.requests]
+            requests += prepared.requests.values()
+        ctx.phase("generate")
+        since = time.monotonic()
+        counts = [log.counts for _, log in batch.values()]
+        watch = Watch(ctx, sum(each.total for each in counts), sum(each.done for each in counts))
+
+        def finished(number: int, completion: Completion) -> None:
+            part, log, index = asked[number]
+            log.add(
+                index,
+                item_of(part, index, completion, texts),
+                prompt_tokens=len(requests[number].token_ids),
+                completion_tokens=completion_tokens(completion),
+            )
+            watch.done += 1
+
+        engine.generate(requests, watch, finished)
+        return time.monotonic() - since
 
     @staticmethod
     def _refuse(ctx: Context, task_id: str, error: RunnerError) -> dict[str, Any]:
@@ -93,21 +154,63 @@ def read_part(
     Raises:
         BadRequest: names the field.
     """
+    items = load_items(ctx, spec, where)
     part = Part(
         task_id=task_id,
         folder=folder,
+        items=items,
+        samplings=(task.sampling,) * len(items.prompts),
         system_prompt=task.system_prompt,
         chat=task.chat,
-        items=load_items(ctx, spec, where),
         export=read_export(ctx, spec, where),
     )
     part.check_export(task.sampling)
     return part
 
 
-def work_of(parts: Iterable[Part], task: InferenceTask) -> Work:
-    """Upper bounds of the work."""
-    asked = [prompt for part in parts for prompt in part.asked]
+def open_log(ctx: Context, part: Part, identity: Identity, spec: dict[str, Any], where: str) -> RowLog:
+    """The part's row log, with the rows that stand already and those of its blank prompts.
+
+    Raises:
+        BadRequest: an item names no adapter, there is nothing to answer, or `resume` names no rows.
+    """
+    check_not_all_blank(part)
+    keys = row_keys(part, identity)
+    others = read_resume(ctx, spec, where)
+    log = RowLog(part.folder, keys, fresh=starts_anew(spec))
+    with contextlib.ExitStack() as stack:
+        stack.callback(log.close)
+        log.take(others, lambda index, row: placed(part, index, row.item))
+        task_id = part.task_id or ctx.task_id
+        if log.bad_lines:
+            ctx.log.warning("rows with a wrong checksum are computed again task=%s count=%d", task_id, log.bad_lines)
+        if log.reused:
+            ctx.log.info("rows that stand already task=%s rows=%d of %d", task_id, log.reused, len(keys))
+        if part.blank:
+            ctx.log.warning("blank prompts skipped task=%s count=%d", task_id, len(part.blank))
+        for index in sorted(part.blank - log.rows.keys()):
+            log.add(index, blank_item(part, index))
+        stack.pop_all()
+    return log
+
+
+def export_finished(ctx: Context, batch: dict[str | None, tuple[Part, RowLog]], *, ended_early: bool) -> None:
+    """Write the exports of a task that ends early, with the items that are finished."""
+    for task_id, (part, log) in batch.items():
+        if ended_early and part.export is not None and log.rows:
+            try:
+                part.export.write(ctx, part.folder, log.items(), task_id)
+            except (BadRequest, OSError) as error:
+                ctx.log.warning("export of the finished items not written task=%s: %s", task_id or ctx.task_id, error)
+
+
+def work_of(parts: Iterable[tuple[Part, Container[int]]], task: InferenceTask) -> Work:
+    """Upper bounds of the work.
+
+    Args:
+        parts: each with the items that are answered already.
+    """
+    asked = [prompt for part, done in parts for index, prompt in enumerate(part.asked) if index not in done]
     texts = (prompt if isinstance(prompt, str) else "".join(turn.content for turn in prompt) for prompt in asked)
     return Work(
         prompts=len(asked),
@@ -138,13 +241,3 @@ def find_source(ctx: Context, task: InferenceTask) -> Source:
 
 def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
-
-
-def split(parts: dict[str | None, Part], completions: list[Completion]) -> dict[str | None, list[Completion]]:
-    """Each part's completions of the shared batch."""
-    answers: dict[str | None, list[Completion]] = {}
-    at = 0
-    for task_id, part in parts.items():
-        answers[task_id] = completions[at : at + len(part.requests)]
-        at += len(part.requests)
-    return answers

@@ -16,8 +16,9 @@ from runners.fields import Faults, check_spec
 from runners.inference.export import read_export
 from runners.inference.options import EngineName, InferenceOptions, Sampling, sampling_of, system_prompt_of
 from runners.models.spec import Adapter, Checkpoint, CheckpointLoad, ModelSource, Section
+from runners.rows.resume import check_resume
 
-OWN_FIELDS = ("model", "data", "inference", "postprocess", "checkpoint", "engine", "enforce_cpu")
+OWN_FIELDS = ("model", "data", "inference", "postprocess", "checkpoint", "engine", "enforce_cpu", "resume")
 
 Dtype = Literal["auto", "float16", "bfloat16", "float32", "fp16", "half", "bf16", "fp32", "float"]
 DTYPES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}
@@ -74,6 +75,7 @@ def read_document(ctx: Context, spec: dict[str, Any], where: str) -> InferenceTa
     task = faults.read(lambda: read_task(ctx, spec, where))
     faults.read(lambda: check_data(ctx, spec, where))
     faults.read(lambda: read_export(ctx, spec, where))
+    faults.read(lambda: check_resume(ctx, spec, where))
     faults.check()
     assert task is not None, "else it was a fault"
     return task

@@ -111,7 +111,12 @@ class Texts:
             self.tokenizer.decode(list(token_ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False)
         )
 
-    def _apply_template(self, messages: tuple[Message, ...], where: str) -> tuple[int, ...]:
+    def render(self, messages: tuple[Message, ...], where: str) -> str:
+        """Messages as the model's chat template writes them, with its special tokens.
+
+        Raises:
+            BadRequest: there is no template, or it refuses them.
+        """
         if getattr(self.tokenizer, "chat_template", None) is None:
             raise BadRequest(
                 f"{where}: the model's tokenizer has no chat template; send plain prompts without spec.inference.chat"
@@ -122,14 +127,19 @@ class Texts:
         if continued and not messages[-1].content.strip():
             raise BadRequest(f"{where}: ends with an empty assistant turn, which cannot be continued; leave it out")
         try:
-            text = self.tokenizer.apply_chat_template(
-                [{"role": m.role, "content": m.content} for m in messages],
-                tokenize=False,
-                add_generation_prompt=not continued,
-                continue_final_message=continued,
+            return str(
+                self.tokenizer.apply_chat_template(
+                    [{"role": m.role, "content": m.content} for m in messages],
+                    tokenize=False,
+                    add_generation_prompt=not continued,
+                    continue_final_message=continued,
+                )
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise BadRequest(f"{where}: the model's chat template does not take these messages: {error}") from error
+
+    def _apply_template(self, messages: tuple[Message, ...], where: str) -> tuple[int, ...]:
+        text = self.render(messages, where)
         return tuple(self.tokenizer(text, add_special_tokens=False, padding=False, truncation=False)["input_ids"])
 
     def _first_token(self, where: str) -> int:

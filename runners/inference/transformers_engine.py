@@ -7,16 +7,17 @@ memory is halved and tried again.
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import msgspec
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from runners.api import BadRequest
 from runners.gpu_memory import is_shortage
-from runners.inference.batches import Batch, plan
-from runners.inference.engine import Completion, FinishReason, GpuOutOfMemory, Output, Request, Watch
+from runners.inference.batches import Batch, Row, plan
+from runners.inference.engine import Completion, Finished, FinishReason, GpuOutOfMemory, Output, Request, Watch
 from runners.inference.options import Sampling
 from runners.inference.sampling import Limits, NotFinite, Picker
 from runners.inference.tokens import Reader, Texts
@@ -55,39 +56,52 @@ class TransformersEngine:
         model = self._model
         return {"engine": self.name, "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
 
-    def generate(self, requests: list[Request], sampling: Sampling, watch: Watch) -> list[Completion]:
-        """See `Engine.generate`. Batches have one adapter and prompts of similar length."""
-        sampling = self._texts.resolved(sampling)
-        answers: list[list[Output | None]] = [[None] * sampling.n for _ in requests]
+    def generate(self, requests: Sequence[Request], watch: Watch, finished: Finished) -> None:
+        """See `Engine.generate`. Batches have one adapter, one sampling (seed and max_tokens aside), and prompts of
+        similar length."""
+        work = _Work(requests, watch, finished)
         try:
-            self._answer(requests, sampling, watch, answers)
+            for numbers in self._groups(requests):
+                self._answer(numbers, work)
         except NotFinite:
             where, shown = (self._source.where, self._source.shown) if self._source else ("model", "the model")
             raise BadRequest(not_finite(where, shown, str(self._model.dtype), first_not_finite(self._model))) from None
-        return [Completion(tuple(each for each in outputs if each is not None)) for outputs in answers]
 
-    def _answer(
-        self, requests: list[Request], sampling: Sampling, watch: Watch, answers: list[list[Output | None]]
-    ) -> None:
-        for adapter in sorted({request.adapter for request in requests}, key=lambda name: name or ""):
-            self._use(adapter)
-            lengths = [(i, len(r.token_ids)) for i, r in enumerate(requests) if r.adapter == adapter]
-            batches = plan(
-                lengths,
-                copies=sampling.n,
-                new_tokens=sampling.max_tokens,
-                max_positions=self.max_positions,
-                batch_tokens=self._batch_tokens,
-                batch_rows=self._batch_rows,
-            )
-            for batch in batches:
-                for row, output in zip(batch, self._run(batch, requests, sampling, watch), strict=True):
-                    answers[row.request][row.copy] = output
+    @staticmethod
+    def _groups(requests: Sequence[Request]) -> list[list[int]]:
+        """The requests that may share a batch; those of one adapter follow each other."""
+        kinds: list[tuple[str, Sampling]] = []
+        groups: list[list[int]] = []
+        for number, request in enumerate(requests):
+            kind = request.adapter or "", msgspec.structs.replace(request.sampling, seed=None, max_tokens=0)
+            at = next((i for i, known in enumerate(kinds) if known == kind), None)
+            if at is None:
+                at = len(kinds)
+                kinds.append(kind)
+                groups.append([])
+            groups[at].append(number)
+        return [groups[at] for at in sorted(range(len(kinds)), key=lambda at: kinds[at][0])]
 
-    def _run(self, batch: Batch, requests: list[Request], sampling: Sampling, watch: Watch) -> list[Output]:
-        tokens, finished = watch.tokens, watch.answers
+    def _answer(self, numbers: list[int], work: _Work) -> None:
+        requests = work.requests
+        first = requests[numbers[0]]
+        self._use(first.adapter)
+        batches = plan(
+            [(number, len(requests[number].token_ids)) for number in numbers],
+            copies=first.sampling.n,
+            new_tokens=max(requests[number].sampling.max_tokens for number in numbers),
+            max_positions=self.max_positions,
+            batch_tokens=self._batch_tokens,
+            batch_rows=self._batch_rows,
+        )
+        for batch in batches:
+            self._run(batch, work)
+
+    def _run(self, batch: Batch, work: _Work) -> None:
+        tokens = work.watch.tokens
         try:
-            return self._generate(batch, requests, sampling, watch)
+            self._generate(batch, work)
+            return
         except RuntimeError as error:
             if not is_shortage(error):
                 raise
@@ -95,32 +109,50 @@ class TransformersEngine:
         # Outside the handler, so that the traceback no longer references the tensors that did not fit.
         gc.collect()
         torch.cuda.empty_cache()
-        watch.rewind(tokens=tokens, answers=finished)
+        left = [row for row in batch if row not in work.answers]
+        work.watch.rewind(tokens=tokens + sum(len(work.answers[row].token_ids) for row in batch if row not in left))
         if len(batch) == 1:
-            length = len(requests[batch[0].request].token_ids)
+            length = len(work.requests[batch[0].request].token_ids)
             raise GpuOutOfMemory(
                 f"the GPU's memory does not hold one prompt of {length} tokens and its answer: "
                 f"{shortage.splitlines()[0]}"
             )
         self._batch_rows = max(len(batch) // 2, 1)
-        half = (len(batch) + 1) // 2
-        return [
-            *self._run(batch[:half], requests, sampling, watch),
-            *self._run(batch[half:], requests, sampling, watch),
-        ]
+        half = (len(left) + 1) // 2
+        for part in (left[:half], left[half:]):
+            if part:
+                self._run(part, work)
 
-    def _generate(self, batch: Batch, requests: list[Request], sampling: Sampling, watch: Watch) -> list[Output]:
-        prompts = [requests[row.request].token_ids for row in batch]
+    def _generate(self, batch: Batch, work: _Work) -> None:
+        requests = [work.requests[row.request] for row in batch]
+        prompts = [request.token_ids for request in requests]
+        samplings = [self._texts.resolved(request.sampling) for request in requests]
+        shared = samplings[0]  # but for seed and max_tokens
         input_ids, mask = self._pad_left(prompts)
         width = input_ids.shape[1]
-        room = [self._room(len(prompt), sampling) for prompt in prompts]
-        seeds = [None if sampling.seed is None else sampling.seed + row.copy for row in batch]
-        stop_ids = frozenset(sampling.stop_token_ids)
-        limits = Limits(self._texts.bad_word_ids(sampling.bad_words), self._ends | stop_ids)
-        picker = Picker(sampling, prompts, seeds, width, limits)
-        readers = [self._texts.reader(prompt, sampling) for prompt in prompts]
-        ends = stop_ids if sampling.ignore_eos else self._ends | stop_ids
-        ending = _Ending(readers, ends, picker, room=room, watch=watch)
+        room = [self._room(len(prompt), each) for prompt, each in zip(prompts, samplings, strict=True)]
+        seeds = [
+            None if each.seed is None else each.seed + row.copy for row, each in zip(batch, samplings, strict=True)
+        ]
+        stop_ids = frozenset(shared.stop_token_ids)
+        model_ends = self._ends.union(requests[0].ends)  # a batch has one adapter
+        limits = Limits(self._texts.bad_word_ids(shared.bad_words), model_ends | stop_ids)
+        picker = Picker(shared, prompts, seeds, width, limits)
+        readers = [self._texts.reader(prompt, shared) for prompt in prompts]
+        ends = stop_ids if shared.ignore_eos else model_ends | stop_ids
+
+        def ended(at: int, tokens: list[int], reason: FinishReason) -> None:
+            work.answered(
+                batch[at],
+                Output(
+                    text=readers[at].text(tokens, reason),
+                    token_ids=tuple(tokens),
+                    finish_reason=reason,
+                    logprobs=tuple(picker.logprobs[at][: len(tokens)]) if shared.logprobs is not None else None,
+                ),
+            )
+
+        ending = _Ending(readers, ends, picker, room=room, watch=work.watch, ended=ended)
         with torch.inference_mode():
             self._model.generate(
                 input_ids=input_ids,
@@ -135,15 +167,6 @@ class TransformersEngine:
                 logits_processor=LogitsProcessorList([picker]),
                 stopping_criteria=StoppingCriteriaList([ending]),
             )
-        return [
-            Output(
-                text=readers[row].text(tokens, reason),
-                token_ids=tuple(tokens),
-                finish_reason=reason,
-                logprobs=tuple(picker.logprobs[row][: len(tokens)]) if sampling.logprobs is not None else None,
-            )
-            for row, (tokens, reason) in enumerate(ending.answers())
-        ]
 
     def _room(self, prompt_tokens: int, sampling: Sampling) -> int:
         if self.max_positions is None:
@@ -177,38 +200,60 @@ class TransformersEngine:
             self._model.set_adapter(adapter)
 
 
+class _Work:
+    """The requests of one call, and the answers to them so far."""
+
+    def __init__(self, requests: Sequence[Request], watch: Watch, finished: Finished) -> None:
+        self.requests = requests
+        self.watch = watch
+        self.answers: dict[Row, Output] = {}
+        self._finished = finished
+
+    def answered(self, row: Row, output: Output) -> None:
+        """Take an answer, and hand the request's answers out if this was its last one."""
+        self.answers[row] = output
+        copies = [Row(row.request, copy) for copy in range(self.requests[row.request].sampling.n)]
+        if all(each in self.answers for each in copies):
+            self._finished(row.request, Completion(tuple(self.answers[each] for each in copies)))
+
+
 class _Ending(StoppingCriteria):
-    """Ends each row at an end token, a stop string or its limit, and keeps its tokens until then."""
+    """Ends each row at an end token, a stop string or its limit, and hands its tokens out then."""
 
     def __init__(
-        self, readers: Sequence[Reader], ends: frozenset[int], picker: Picker, *, room: Sequence[int], watch: Watch
+        self,
+        readers: Sequence[Reader],
+        ends: frozenset[int],
+        picker: Picker,
+        *,
+        room: Sequence[int],
+        watch: Watch,
+        ended: Callable[[int, list[int], FinishReason], None],
     ) -> None:
         self._readers = readers
         self._ends = ends
         self._picker = picker
         self._room = room
         self._watch = watch
+        self._ended = ended
         self._tokens: list[list[int]] = [[] for _ in room]
-        self._reasons: list[FinishReason | None] = [None] * len(room)
+        self._done = [False] * len(room)
 
     def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:  # noqa: ARG002
         newest = input_ids[:, -1].tolist()
         self._picker.check_finite()  # here, where the device was waited for anyway
-        grown = finished = 0
+        grown = 0
         for row, token in enumerate(newest):
-            if self._reasons[row] is not None:
+            if self._done[row]:
                 continue
             self._tokens[row].append(token)
-            self._reasons[row] = self._reason(row)
             grown += 1
-            finished += self._reasons[row] is not None
-        self._watch.step(tokens=grown, answers=finished)
-        done = [reason is not None for reason in self._reasons]
-        return torch.tensor(done, dtype=torch.bool, device=input_ids.device)
-
-    def answers(self) -> list[tuple[list[int], FinishReason]]:
-        """Each row's tokens and why it ended."""
-        return [(tokens, reason or "length") for tokens, reason in zip(self._tokens, self._reasons, strict=True)]
+            reason = self._reason(row)
+            if reason is not None:
+                self._done[row] = True
+                self._ended(row, self._tokens[row], reason)
+        self._watch.step(tokens=grown)
+        return torch.tensor(self._done, dtype=torch.bool, device=input_ids.device)
 
     def _reason(self, row: int) -> FinishReason | None:
         tokens = self._tokens[row]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,7 @@ def check_folder(ctx: Context, options: dict[str, Any]) -> None:
         return
     if not isinstance(folder, str):
         raise BadRequest(f"{where}: expected a path (found {type(folder).__name__})")
-    real = Path(folder).expanduser().resolve()
+    real = Path(os.path.expanduser(folder)).resolve()  # noqa: PTH111 - Path's raises for an unknown user
     own = (ctx.out_dir, ctx.tmp_dir, *map(Path, ctx.job.permits.caches))
     if not any(real.is_relative_to(each.resolve()) for each in own):
         raise BadRequest(

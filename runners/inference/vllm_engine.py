@@ -10,9 +10,11 @@ import secrets
 from collections.abc import Iterable, Sequence
 from typing import Any, get_args
 
+import msgspec
+
 from runners.api import BadRequest, Context, RunnerError
 from runners.data.cache import COMPILED, library_folder
-from runners.inference.engine import Completion, FinishReason, Output, Request, TokenLogprob, Watch
+from runners.inference.engine import Completion, Finished, FinishReason, Output, Request, Same, TokenLogprob, Watch
 from runners.inference.lora import check_fit
 from runners.inference.options import Sampling
 from runners.inference.task import InferenceTask
@@ -63,18 +65,13 @@ class VllmEngine:
             "max_model_len": config.model_config.max_model_len,
         }
 
-    def generate(self, requests: list[Request], sampling: Sampling, watch: Watch) -> list[Completion]:
+    def generate(self, requests: Sequence[Request], watch: Watch, finished: Finished) -> None:
         """See `Engine.generate`."""
-        sampling = self._texts.resolved(sampling)
-        params = sampling_params(sampling, special=self._texts.names_special(sampling.stop))
-        completions: dict[int, Completion] = {}
         with self._processes.watched():
             for rows in self._rounds(requests):
-                answers = self._answer([requests[row] for row in rows], params, sampling, watch)
-                completions |= zip(rows, answers, strict=True)
-        return [completions[row] for row in range(len(requests))]
+                self._answer({row: requests[row] for row in rows}, watch, finished)
 
-    def _rounds(self, requests: list[Request]) -> list[list[int]]:
+    def _rounds(self, requests: Sequence[Request]) -> list[list[int]]:
         """Rows that may run together: all, except on the CPU. There, vLLM 0.32 answers a row without an adapter by
         another row's adapter; rows with different adapters are correct."""
         plain = [row for row, request in enumerate(requests) if request.adapter is None]
@@ -83,25 +80,34 @@ class VllmEngine:
             return [adapted, plain]
         return [list(range(len(requests)))]
 
-    def _answer(self, requests: list[Request], params: Any, sampling: Sampling, watch: Watch) -> list[Completion]:
-        prompts = [{"prompt_token_ids": list(request.token_ids)} for request in requests]
-        loras = [self._adapters[request.adapter] if request.adapter else None for request in requests]
+    def _answer(self, requests: dict[int, Request], watch: Watch, finished: Finished) -> None:
+        """
+        Args:
+            requests: by their number, which `finished` gets.
+        """
+        prompts = [{"prompt_token_ids": list(request.token_ids)} for request in requests.values()]
+        loras = [self._adapters[each.adapter] if each.adapter else None for each in requests.values()]
+        resolved = Same(self._texts.resolved)
+        params = Same(lambda each: sampling_params(each, special=self._texts.names_special(each.stop)))
+        samplings = {number: resolved(request.sampling) for number, request in requests.items()}
         try:
-            ids = self._llm.enqueue(prompts, params, lora_request=loras, use_tqdm=False)
+            own = [params(_with_ends(samplings[number], each.ends)) for number, each in requests.items()]
+            ids = self._llm.enqueue(prompts, own, lora_request=loras, use_tqdm=False)
         except Exception as error:  # each of its grammar libraries raises its own types
-            if sampling.json_schema is None:
+            if all(each.json_schema is None for each in samplings.values()):
                 raise
             raise BadRequest(f"spec.inference.json_schema: vLLM refuses it: {first_line(error)}") from error
-        finished = dict(self._finished(watch))
         # Ids increase in the order of the requests; vLLM may append a random suffix.
-        ordered = sorted(finished, key=lambda each: int(each.partition("-")[0]))
-        if len(ordered) != len(ids):
-            raise RunnerError(f"vLLM answered {len(ordered)} of {len(ids)} prompts; see the log")
-        return [
-            self._completion(finished[each], request, sampling) for each, request in zip(ordered, requests, strict=True)
-        ]
+        numbers = dict(zip(sorted(_serial(each) for each in ids), requests, strict=True))
+        for request_id, output in self._outputs(watch):
+            number = numbers.pop(_serial(request_id), None)
+            if number is not None:
+                finished(number, self._completion(output, requests[number], samplings[number]))
+        if numbers:
+            raise RunnerError(f"vLLM answered {len(requests) - len(numbers)} of {len(requests)} prompts; see the log")
 
-    def _finished(self, watch: Watch) -> Iterable[tuple[str, Any]]:
+    def _outputs(self, watch: Watch) -> Iterable[tuple[str, Any]]:
+        """Each request's id and answers, when the last of them is complete."""
         engine, logs = self._llm.llm_engine, Logs()
         while engine.has_unfinished_requests():
             try:
@@ -112,11 +118,8 @@ class VllmEngine:
                 dtype = str(self._llm.model_config.dtype)
                 nan = not_finite(self._source.where, self._source.shown, dtype, None)
                 raise step_failure(error, logs, nan) from error
-            watch.step(
-                tokens=sum(len(answer.token_ids) for output in done for answer in output.outputs),
-                answers=sum(len(output.outputs) for output in done),
-            )
             yield from ((output.request_id, output) for output in done)
+            watch.step(tokens=sum(len(answer.token_ids) for output in done for answer in output.outputs))
 
     def _completion(self, output: Any, request: Request, sampling: Sampling) -> Completion:
         answers = sorted(output.outputs, key=lambda answer: answer.index)
@@ -197,6 +200,13 @@ def start(path: str, revision: str | None, source: Source, arguments: dict[str, 
         raise start_failure(error, source, logs) from error
 
 
+def _with_ends(sampling: Sampling, ends: tuple[int, ...]) -> Sampling:
+    """The same with an adapter's end tokens, which vLLM does not know."""
+    if sampling.ignore_eos:
+        return sampling
+    return msgspec.structs.replace(sampling, stop_token_ids=(*sampling.stop_token_ids, *ends))
+
+
 def sampling_params(sampling: Sampling, *, special: bool = False) -> Any:
     """Our Sampling as vLLM's.
 
@@ -252,6 +262,10 @@ def set_environment(ctx: Context, *, alone: bool, eager: bool) -> None:
         torch.compiler.set_stance("force_eager")
     if not ctx.gpus:
         torch.set_num_threads(max(ctx.threads, 1))
+
+
+def _serial(request_id: str) -> int:
+    return int(request_id.partition("-")[0])
 
 
 def _add_adapters(llm: Any, adapters: Sequence[LocalAdapter]) -> dict[str, Any]:

@@ -12,11 +12,13 @@ import msgspec
 
 from runners.api import BadRequest, Context
 from runners.models import builtin
-from runners.models.files import downloaded, find_root, opened, task_folder
-from runners.models.sources import local_folder, local_path
+from runners.models.files import downloaded, existing, find_root, opened, result_url, task_folder
+from runners.models.sources import local_folder
 from runners.models.spec import Adapter
 
 CONFIG = "adapter_config.json"
+DEFAULT_FILE = "final_lora.tar.gz"
+"""An adapter's archive among a training task's delivered files."""
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
 """Values of `init_lora_weights` with which PEFT changes the base model's weights as it loads the adapter."""
@@ -30,6 +32,8 @@ class LocalAdapter(msgspec.Struct, frozen=True, kw_only=True):
     rank: int
     apply: Literal["runtime", "merge"]
     where: str
+    ends: tuple[int, ...] = ()
+    """Tokens that end its answers besides the base model's: of its generation_config.json."""
 
 
 def load_adapters(
@@ -57,14 +61,14 @@ def load_adapter(ctx: Context, adapter: Adapter, index: int, where: str) -> Loca
         BadRequest: it is missing, is not a LoRA, or cannot be scaled.
         RunnerError: its server is unreachable.
     """
-    given = [name for name in ("path", "url", "task_id") if getattr(adapter, name) is not None]
-    if len(given) != 1:
-        raise BadRequest(f"{where}: give exactly one of `path`, `url` and `taskId`")
+    if (adapter.path or "").startswith(("http://", "https://")):
+        adapter = msgspec.structs.replace(adapter, path=None, url=adapter.url or adapter.path)
+    if all(place is None for place in (adapter.path, adapter.url, adapter.task_id)):
+        raise BadRequest(f"{where}: needs a `path`, a `url` or a `taskId`")
     for each, value in (("headers", adapter.headers), ("timeoutSec", adapter.timeout_s)):
         if value is not None and adapter.url is None:
             raise BadRequest(f"{where}.{each}: goes with `url`, which is not there")
-    field = f"{where}.{'taskId' if given[0] == 'task_id' else given[0]}"
-    folder = _folder(ctx, adapter, field)
+    folder, field = _find(ctx, adapter, where)
     local_folder(ctx, folder, folder.name, field)
     config = _config(folder, field)
     scale = 1.0 if adapter.scale is None else adapter.scale
@@ -81,7 +85,14 @@ def load_adapter(ctx: Context, adapter: Adapter, index: int, where: str) -> Loca
     if not name or "." in name:
         raise BadRequest(f"{where}.name: {name!r} cannot be an adapter's name; leave out dots")
     ranks = [config.get("r") or 1, *(config.get("rank_pattern") or {}).values()]
-    return LocalAdapter(name=name, folder=folder, rank=max(ranks), apply=adapter.apply or "runtime", where=where)
+    return LocalAdapter(
+        name=name,
+        folder=folder,
+        rank=max(ranks),
+        apply=adapter.apply or "runtime",
+        where=where,
+        ends=_ends(folder, field),
+    )
 
 
 def scaled_copy(folder: Path, config: dict[str, Any], scale: float, target: Path) -> Path:
@@ -120,27 +131,49 @@ def beyond_product(config: dict[str, Any]) -> list[str]:
     return more
 
 
-def _folder(ctx: Context, adapter: Adapter, field: str) -> Path:
+def _find(ctx: Context, adapter: Adapter, where: str) -> tuple[Path, str]:
+    """The adapter's folder, and the field that named it: a path that exists, else a task's folder of this node, else
+    a download.
+    """
     archive_format = adapter.archive_format or "auto"
-    if adapter.url is not None:
-        unpacked = downloaded(
-            ctx, adapter.url, archive_format, field, headers=adapter.headers, timeout_s=adapter.timeout_s
-        )
-        return find_root(unpacked, CONFIG, "adapter", field)
-    if adapter.task_id is not None:
-        folder = task_folder(ctx, adapter.task_id, field)
-        if folder is None:
-            raise BadRequest(f"{field}: this node has no results of task {adapter.task_id!r}")
-        for each in (folder / "final_lora", folder / "final_model", folder):
+    path, url, task_id = adapter.path, adapter.url, adapter.task_id
+    tried = []
+    if path is not None:
+        field = f"{where}.path"
+        if path.startswith(builtin.PREFIX):
+            return builtin.resolve(path, ctx.cache_dir, field), field
+        there = existing(ctx, path, field, others=url is not None or task_id is not None)
+        if there is not None:
+            return find_root(opened(ctx, there, archive_format, field), CONFIG, "adapter", field), field
+        tried.append(f"{field}: there is no {path!r} on this node")
+    if task_id is not None:
+        field = f"{where}.taskId"
+        folder = task_folder(ctx, task_id, field)
+        for each in () if folder is None else (folder / "final_lora", folder / "final_model", folder):
             if (each / CONFIG).is_file():
-                return each
-        raise BadRequest(f"{field}: the results of task {adapter.task_id!r} hold no adapter ({CONFIG})")
-    if (adapter.path or "").startswith(builtin.PREFIX):
-        return builtin.resolve(adapter.path or "", ctx.cache_dir, field)
-    path = local_path(ctx, adapter.path or "", field)
-    if not path.exists():
-        raise BadRequest(f"{field}: there is no {adapter.path!r} on this node")
-    return find_root(opened(ctx, path, archive_format, field), CONFIG, "adapter", field)
+                return each, field
+        found = "this node has no" if folder is None else f"no adapter ({CONFIG}) in the"
+        tried.append(f"{field}: {found} results of task {task_id!r}")
+    field = f"{where}.url" if url is not None else f"{where}.taskId"
+    if url is None and task_id is not None and folder is None:
+        url = result_url(ctx, task_id, DEFAULT_FILE)
+    if url is None:
+        raise BadRequest("; ".join(tried))
+    headers, timeout_s = adapter.headers, adapter.timeout_s
+    unpacked = downloaded(ctx, url, archive_format, field, headers=headers, timeout_s=timeout_s)
+    return find_root(unpacked, CONFIG, "adapter", field), field
+
+
+def _ends(folder: Path, field: str) -> tuple[int, ...]:
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return ()
+    try:
+        given = json.loads(file.read_text()).get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise BadRequest(f"{field}: its {file.name} is no JSON object ({error})") from None
+    ids = given if isinstance(given, list) else [] if given is None else [given]
+    return tuple(each for each in ids if isinstance(each, int))
 
 
 def _config(folder: Path, field: str) -> dict[str, Any]:

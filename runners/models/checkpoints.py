@@ -9,8 +9,7 @@ from urllib.parse import quote, unquote, urlsplit
 import msgspec
 
 from runners.api import BadRequest, Context
-from runners.models.files import downloaded, find_root, opened, safe_name, task_folder
-from runners.models.sources import local_path
+from runners.models.files import downloaded, existing, find_root, opened, result_url, safe_name, task_folder
 from runners.models.spec import CheckpointLoad
 
 DEFAULT_FILE = "final_model.tar.gz"
@@ -42,7 +41,8 @@ def load_checkpoint(ctx: Context, load: CheckpointLoad, where: str = "spec.check
     _check_belongings(load, path=path, url=url, task_id=task_id, where=where)
     if path is None and url is None and task_id is None:
         raise BadRequest(f"{where}: needs a `path`, a `url` or a `taskId`")
-    if path is not None and (there := local_path(ctx, path, f"{where}.path")).exists():
+    others = task_id is not None or (url is not None and load.type != "local")
+    if path is not None and (there := existing(ctx, path, f"{where}.path", others=others)) is not None:
         folder = opened(ctx, there, archive_format, f"{where}.path")
         return _below(folder, load, path, f"{where}.path", where)
     id_field = f"{where}.{'taskId' if load.taskId else 'task_id'}"
@@ -141,15 +141,12 @@ def _of_task(ctx: Context, load: CheckpointLoad, task_id: str, archive_format: s
 
 def _task_url(ctx: Context, load: CheckpointLoad, task_id: str, where: str) -> str | None:
     """URL of another task's file at the orchestrator (docs/contract.md, 2)."""
-    name = quote(safe_name(load.filename or DEFAULT_FILE, f"{where}.filename"))
+    name = safe_name(load.filename or DEFAULT_FILE, f"{where}.filename")
     if load.base_url is not None:
         base = load.base_url.rstrip("/")
         root = base if base.endswith("/results") else f"{base}/api/v1/results"
-        return f"{root}/{task_id}/files/{name}"
-    own = f"/{ctx.task_id}/files/"
-    if ctx.job.file_url is not None and own in ctx.job.file_url:
-        return ctx.job.file_url.replace(own, f"/{task_id}/files/").replace("{name}", name)
-    return None
+        return f"{root}/{task_id}/files/{quote(name)}"
+    return result_url(ctx, task_id, name)
 
 
 def _below(folder: Path, load: CheckpointLoad, shown: str, field: str, where: str) -> Loaded:

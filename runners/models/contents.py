@@ -31,6 +31,8 @@ def check_names(folder: Path, where: str, ctx: Context) -> None:
     _check_inside([*files, *texts(tokenizer.get("fast_tokenizer_files"))], "tokenizer_config.json", where)
     modules = read_json(folder / MODULES, list)
     _check_inside([each.get("path") for each in modules if isinstance(each, dict)], MODULES, where)
+    router = read_json(folder / "router_config.json")
+    _check_inside(texts(router.get("structure")), "router_config.json", where)
     _check_adapter(read_json(folder / "adapter_config.json"), where)
 
 

@@ -6,12 +6,13 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from runners.api import BadRequest, Context
 from runners.data.download import fetch
 from runners.data.reading import Refused
 from runners.data.unpack import is_archive, unpack
+from runners.models.sources import local_path
 
 SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 DEPTH = 4
@@ -22,12 +23,42 @@ def task_folder(ctx: Context, task_id: str, where: str) -> Path | None:
     """The results of another task of this node, or None.
 
     Raises:
-        BadRequest: `task_id` is invalid.
+        BadRequest: `task_id` is invalid, or a link that leads outside lies there.
     """
     if not SAFE_ID.fullmatch(task_id):
         raise BadRequest(f"{where}: invalid task id {task_id!r}")
-    folder = ctx.results_dir / task_id
-    return folder if folder.is_dir() else None
+    try:
+        folder = ctx.reach.find(ctx.results_dir / task_id)
+    except Refused as error:
+        raise BadRequest(f"{where}: the folder of task {task_id!r} {error}") from None
+    return folder if folder is not None and folder.is_dir() else None
+
+
+def existing(ctx: Context, text: str, where: str, *, others: bool) -> Path | None:
+    """A document's path if something is there, else None.
+
+    Args:
+        others: the document names other places, too. Then a path that it may not read is passed over, with a warning.
+
+    Raises:
+        BadRequest: it leads outside of what documents may read, and there is no other place.
+    """
+    try:
+        path = local_path(ctx, text, where)
+    except BadRequest as error:
+        if not others:
+            raise
+        ctx.log.warning("%s", error)
+        return None
+    return path if path.exists() else None
+
+
+def result_url(ctx: Context, task_id: str, name: str) -> str | None:
+    """URL of another task's file where this task's own files go; None without HTTP delivery."""
+    own = f"/{ctx.task_id}/files/"
+    if ctx.job.file_url is None or own not in ctx.job.file_url:
+        return None
+    return ctx.job.file_url.replace(own, f"/{task_id}/files/").replace("{name}", quote(name))
 
 
 def safe_name(name: str, where: str) -> str:

@@ -44,10 +44,7 @@ def local_path(ctx: Context, text: str, where: str) -> Path:
     Raises:
         BadRequest: it leads outside of what documents may read.
     """
-    try:
-        path = Path(text).expanduser()
-    except RuntimeError:  # ~ of a user that there is not
-        path = Path(text)
+    path = Path(os.path.expanduser(text))  # noqa: PTH111 - Path's raises for an unknown user
     if not path.is_absolute() and not os.path.exists(path):  # noqa: PTH110 - Path.exists raises where it may not look
         below_results = ctx.results_dir / path
         if os.path.exists(below_results):  # noqa: PTH110

@@ -10,9 +10,9 @@ import msgspec
 
 from runners.api import BadRequest, Context
 from runners.data.prompts import Items
-from runners.inference.engine import Watch
+from runners.inference.engine import Watch, collect
 from runners.inference.engines import load_engine
-from runners.inference.parts import Part, answer, prepare
+from runners.inference.parts import Part, completion_tokens, item_of, prepare
 from runners.inference.runner import find_source, work_of
 from runners.inference.tokens import Texts
 from runners.models.adapters import load_adapters
@@ -62,7 +62,7 @@ def generate(ctx: Context, generation: Generation, questions: Sequence[Question]
     adapters = load_adapters(ctx, task.model.adapters)
     prompts = [_prompt(generation, question, len(question.hits)) for question in questions]
     whole = [_part(ctx, generation, *pair) for pair in zip(questions, prompts, strict=True)]
-    engine, texts = load_engine(ctx, task, source, adapters, work=work_of(whole, task))
+    engine, texts = load_engine(ctx, task, source, adapters, work=work_of(((part, ()) for part in whole), task))
     ctx.log.info("model loaded model=%s %s", source.shown, " ".join(f"{k}={v}" for k, v in engine.describe().items()))
     room = None if engine.max_positions is None else engine.max_positions - task.sampling.max_tokens
     used: dict[int, int] = {}
@@ -77,16 +77,15 @@ def generate(ctx: Context, generation: Generation, questions: Sequence[Question]
                 raise
             answers[index] = error
     ctx.phase("generate")
-    requests = [request for part in parts.values() for request in part.requests]
+    requests = [part.requests[0] for part in parts.values()]
     since = time.monotonic()
-    completions = engine.generate(requests, task.sampling, Watch(ctx, len(requests), task.sampling.n))
+    completions = collect(engine, requests, Watch(ctx, len(requests)))
     latency_s = time.monotonic() - since
     for (index, part), completion in zip(parts.items(), completions, strict=True):
-        made = answer(part, [completion], texts, source, latency_s)
-        item, usage = made["items"][0], made["usage"]
+        item = item_of(part, 0, completion, texts)
         fields = {name: value for name, value in item.items() if name not in ("index", "prompt", "metadata")}
         fields["passages_used"] = used[index]
-        answers[index] = Answer(fields, usage["prompt_tokens"], usage["completion_tokens"])
+        answers[index] = Answer(fields, len(part.requests[0].token_ids), completion_tokens(completion))
     return Answers(source.shown, tuple(answers[index] for index in range(len(questions))), latency_s)
 
 
@@ -103,6 +102,7 @@ def _part(ctx: Context, generation: Generation, question: Question, prompt: str)
         folder=ctx.out_dir,
         items=Items((prompt,), (None,), (question.where,)),
         system_prompt=question.system_prompt,
+        samplings=(generation.inference.sampling,),
         chat=generation.inference.chat,
         export=None,
     )

@@ -231,6 +231,7 @@ def result_of(setup: Setup, job: TrainingJob, seconds: float) -> dict[str, Any]:
         "model_name": job.start.weights.shown,
         "dataset_size": job.dataset_size,
         "dropped_rows": job.dropped,
+        "truncated_rows": job.truncated,
         "output_dir": str(ctx.out_dir),
         "checkpoints_dir": str(checkpoints_dir(ctx)),
         "resume_from_path": str(job.start.resume) if job.start.resume is not None else None,

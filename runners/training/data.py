@@ -49,6 +49,8 @@ class Rows:
     """Whether the values come from another library's tables, where a column of integers may have become floats."""
     dropped: dict[str, int] = field(default_factory=dict)
     """Number of rows dropped so far, by reason."""
+    truncated: int = 0
+    """Rows whose prompt was cut."""
 
 
 def load(plan: Plan, ctx: Context, jsonl: JsonlFile | None) -> Rows:

@@ -44,14 +44,14 @@ class PpoJob:
             raise BadRequest("spec.model.transformers.device_map: ppo lays no model over several GPUs; leave it out")
         self._plan, self._ctx, self._place, self._meter = plan, ctx, place, setup.meter
         self._args = check(ctx, plan.training.trainer_args, PpoArgs, "spec.training.trainer_args")
-        self._sizes = sizes(plan)
+        self._sizes = sizes(plan, ctx.log.warning)
         self.start = start = setup.start
         self._tokenizer = models.load_tokenizer(plan, start)
         rows = data.load(plan, ctx, setup.fetched.jsonl)
         prompts.check_chat(rows, self._tokenizer, start)
         length = completion_length(plan)
         rows = prompts.fit(rows, self._tokenizer, plan.training.max_seq_length - length, ctx)
-        self._rows, self.dropped = rows.dataset, rows.dropped
+        self._rows, self.dropped, self.truncated = rows.dataset, rows.dropped, rows.truncated
         self.dataset_size = len(self._rows)
         found = rewards.load(plan, ctx, device.name, rows)
         self._tracking = tracking.begin(plan, ctx, start)
@@ -210,6 +210,7 @@ class PpoJob:
             shutil.rmtree(folder, ignore_errors=True)
             self._policy.policy.save_pretrained(folder)
             self._tokenizer.save_pretrained(folder)
+            saving.save_generation(self._policy.policy, folder, self._plan)
             saving.publish(folder, self._ctx.out_dir / self._plan.folder)
         self._accelerator.wait_for_everyone()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from runners.api import BadRequest
@@ -27,9 +28,15 @@ class Sizes:
         return self.update // self.step
 
 
-def sizes(plan: Plan) -> Sizes:
+def sizes(plan: Plan, warn: Callable[[str], None] = lambda _text: None) -> Sizes:
     """The task's batch_size, mini_batch_size, num_mini_batches, per_device_train_batch_size and
     gradient_accumulation_steps as one set of sizes.
+
+    `mini_batch_size` is for one optimizer step. Where the accumulation does not divide it, it is for one forward pass,
+    as in TRL's earlier trainer, and the step takes as many of them as the accumulation says and an update holds.
+
+    Args:
+        warn: gets what was read so.
 
     Raises:
         BadRequest: they contradict each other.
@@ -41,6 +48,15 @@ def sizes(plan: Plan) -> Sizes:
     accumulate = training.gradient_accumulation_steps
     forward = training.per_device_train_batch_size
     step = training.mini_batch_size
+    if step is not None and accumulate > 1 and (forward == step if forward is not None else step % accumulate):
+        forward = step
+        steps, accumulate = accumulate, _fitting(step, accumulate, training.batch_size)
+        step = forward * accumulate
+        fitted = "" if steps == accumulate else f", lowered to {accumulate} to fit batch_size {training.batch_size}"
+        warn(
+            f"{where}.mini_batch_size: read as {forward} completions of one pass, with gradient_accumulation_steps "
+            f"{steps}{fitted}: {step} for an optimizer step"
+        )
     if step is None and forward is not None and training.batch_size is None:
         step = forward * accumulate
     update = training.batch_size
@@ -57,6 +73,9 @@ def sizes(plan: Plan) -> Sizes:
             f"{where}.num_mini_batches: {parts}, but batch_size {update} / mini_batch_size {step} is {update // step}"
         )
     if forward is None:
+        if accumulate > step:
+            warn(f"{where}.gradient_accumulation_steps: {accumulate}, lowered to the {step} completions of a step")
+            accumulate = step
         if step % accumulate:
             raise BadRequest(
                 f"{where}.gradient_accumulation_steps: {accumulate} does not divide mini_batch_size {step}"
@@ -70,6 +89,13 @@ def sizes(plan: Plan) -> Sizes:
             f"per_device_train_batch_size {forward} is {step // forward}"
         )
     return Sizes(update=update, step=step, forward=forward)
+
+
+def _fitting(forward: int, accumulate: int, update: int | None) -> int:
+    """The most passes, up to `accumulate`, whose completions divide those of an update; 1 where none do."""
+    if update is None:
+        return accumulate
+    return next((each for each in range(accumulate, 1, -1) if update % (forward * each) == 0), 1)
 
 
 def updates(plan: Plan, rows: int, per_update: int) -> int:

@@ -63,7 +63,8 @@ def fit(rows: Rows, tokenizer: Any, room: int, ctx: Context) -> Rows:
     if cut:
         ctx.log.warning("prompts cut at their start room_tokens=%d cut=%d of=%d", room, cut, len(dataset))
     rest = dataset.remove_columns("prompt")
-    return dataclasses.replace(rows, dataset=_beside(found, rest) if rest.column_names else found)
+    fitting = _beside(found, rest) if rest.column_names else found
+    return dataclasses.replace(rows, dataset=fitting, truncated=cut)
 
 
 def check_bounds(rows: Rows, tokenizer: Any, bounds: Bounds, length: int) -> None:

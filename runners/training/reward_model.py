@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from runners.api import BadRequest, Context
@@ -23,7 +24,14 @@ class ModelReward:
 
     weight = 1.0
 
-    def __init__(self, given: RewardModel, model: Any, tokenizer: Any, device: Any) -> None:
+    def __init__(
+        self,
+        given: RewardModel,
+        model: Any,
+        tokenizer: Any,
+        device: Any,
+        warn: Callable[[str], None] = lambda _text: None,
+    ) -> None:
         self.name = given.identifier
         self._given = given
         self._model = model.to(device).eval().requires_grad_(False)
@@ -31,7 +39,7 @@ class ModelReward:
         self._device = device
         self._room = min(given.max_length, limits.positions(model) or given.max_length)
         labels = {str(name).lower(): int(index) for index, name in model.config.id2label.items()}
-        self._positive, self._negative = _labels(given, labels, model.config.num_labels)
+        self._positive, self._negative = labels_of(given, labels, model.config.num_labels, warn)
 
     @classmethod
     def load(cls, given: RewardModel, ctx: Context, device: Any) -> ModelReward:
@@ -56,7 +64,7 @@ class ModelReward:
             tokenizer.pad_token = tokenizer.eos_token
         if model.config.pad_token_id is None:
             model.config.pad_token_id = tokenizer.pad_token_id
-        return cls(given, model, tokenizer, device)
+        return cls(given, model, tokenizer, device, ctx.log.warning)
 
     def check(self, rows: Rows) -> None:
         """Raises BadRequest where this model's chat template refuses a prompt; names the row."""
@@ -99,8 +107,21 @@ class ModelReward:
         return first + found[len(found) - self._room + len(first) :]  # keeps the completion
 
 
-def _labels(given: RewardModel, labels: dict[str, int], count: int) -> tuple[int, int | None]:
-    """Indices of the positive and the negative output."""
+def labels_of(
+    given: RewardModel, labels: dict[str, int], count: int, warn: Callable[[str], None]
+) -> tuple[int, int | None]:
+    """Indices of the positive and the negative output.
+
+    Of two labels that the task does not name, the positive one is told by its name (`NAMES`), else it is the second
+    one, as in sentiment classifiers.
+
+    Args:
+        labels: index by name, in lower case.
+        warn: gets which label was taken.
+
+    Raises:
+        BadRequest: the model does not have a label that the task names, or there is no telling.
+    """
 
     def find(name: str | None, field: str, default: tuple[str, ...]) -> int | None:
         wanted = (name.lower(),) if name else default
@@ -111,20 +132,21 @@ def _labels(given: RewardModel, labels: dict[str, int], count: int) -> tuple[int
             raise BadRequest(f"spec.reward_model.{field}: no label {name!r}; the model has: {', '.join(labels)}")
         return None
 
-    if given.type == "classification":
-        if count == 1:
-            if given.positive_label or given.negative_label:
-                raise BadRequest(
-                    "spec.reward_model.positive_label: the model has one output and no labels; leave it out"
-                )
-            return 0, None
-        positive = find(given.positive_label, "positive_label", ())
-        if positive is None:
-            raise BadRequest(f"spec.reward_model.positive_label: missing; the model has: {', '.join(labels)}")
-        return positive, find(given.negative_label, "negative_label", ())
-    positive = find(given.positive_label, "positive_label", NAMES["positive"])
-    negative = find(given.negative_label, "negative_label", NAMES["negative"])
-    if positive is None or negative is None:
+    if given.type == "classification" and count == 1:
+        if given.positive_label or given.negative_label:
+            raise BadRequest("spec.reward_model.positive_label: the model has one output and no labels; leave it out")
+        return 0, None
+    sentiment = given.type == "sentiment"
+    positive = find(given.positive_label, "positive_label", NAMES["positive"] if sentiment or count == 2 else ())
+    negative = find(given.negative_label, "negative_label", NAMES["negative"] if sentiment else ())
+    if count == 2 and positive is None:
+        positive = 1 if negative is None else 1 - negative
+    if count == 2 and negative is None and sentiment and positive is not None:
+        negative = 1 - positive
+    if positive is None or (sentiment and negative is None):
         field = "positive_label" if positive is None else "negative_label"
         raise BadRequest(f"spec.reward_model.{field}: missing; the model has: {', '.join(labels)}")
+    name = next((label for label, index in labels.items() if index == positive), str(positive))
+    if given.positive_label is None and not (sentiment and name in NAMES["positive"]):
+        warn(f"spec.reward_model.positive_label: not given; {name!r} is taken, of: {', '.join(labels)}")
     return positive, negative

@@ -33,7 +33,15 @@ def save_trainer(trainer: Any, plan: Plan, ctx: Context) -> None:
     trainer.save_model(str(folder))
     accelerator.wait_for_everyone()
     if trainer.args.should_save:
+        save_generation(accelerator.unwrap_model(trainer.model), folder, plan)
         publish(folder, ctx.out_dir / plan.folder)
+
+
+def save_generation(model: Any, folder: Path, plan: Plan) -> None:
+    """Save what ends an answer beside an adapter: its base model's files may not know the chat template's end."""
+    config = getattr(model, "generation_config", None)
+    if plan.lora is not None and config is not None and plan.kind.head == "causal":
+        config.save_pretrained(folder)
 
 
 def publish(folder: Path, target: Path) -> None:

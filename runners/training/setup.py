@@ -37,6 +37,8 @@ class TrainingJob(Protocol):
     """Rows to train on, without dropped ones."""
     dropped: dict[str, int]
     """Number of dropped rows by reason."""
+    truncated: int
+    """Rows of `dataset_size` that were cut to max_seq_length."""
     eval_size: int
     """Rows to evaluate on."""
     samples_a_step: int

@@ -11,7 +11,7 @@ from typing import Any
 from runners.api import BadRequest
 from runners.data.names import kind, listed
 from runners.data.paths import PathError
-from runners.data.prompts import check_text
+from runners.data.prompts import check_text, lines_of
 from runners.data.tables import cell
 from runners.training import pairs
 from runners.training.plan import Plan
@@ -84,6 +84,8 @@ def checked(value: Any, column: Column, where: str, plan: Plan) -> Any:
         raise BadRequest(f"{place}: true or false is needed, found {kind(value)}")
     if column.role == "response" and plan.kind.rewarded:
         return value  # rewards compare with the document's own value
+    if column.role != "messages" and (lines := lines_of(value)) is not None:
+        value = lines
     if isinstance(value, dict) and column.role in ("chosen", "rejected", "completion", "response"):
         value = [value]
     if isinstance(value, list) and value:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,3 +127,14 @@ def _set_environment(tracking: Tracking, folder: Path) -> None:
     if tracking.mlflow_id is not None:
         os.environ["MLFLOW_RUN_ID"] = tracking.mlflow_id
     os.environ.update({name: os.environ.get(name, value) for name, value in defaults.items()})
+    _move_trackio(Path(os.environ["TRACKIO_DIR"]))
+
+
+def _move_trackio(folder: Path) -> None:
+    """Set trackio's folder where it was imported before, in the fork server: it reads TRACKIO_DIR at its import."""
+    places = {"TRACKIO_DIR": folder, "MEDIA_DIR": folder / "media", "ARTIFACTS_DIR": folder / "artifacts"}
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "trackio":
+            for constant, place in places.items():
+                if isinstance(vars(module).get(constant), Path):
+                    setattr(module, constant, place)

@@ -29,6 +29,8 @@ class TrlJob:
         self.tracking = tracking.begin(plan, ctx, setup.start)
         config = arguments.build(plan, ctx, layout, device, self.sharding)  # before the model: ZeRO-3 loads by it
         config.run_name = config.run_name or self.tracking.run
+        if "project" not in plan.training.trainer_args:
+            config.project = tracking.PROJECT  # trackio's; the other trackers read their environment variables
         self.start = start = setup.start
         tokenizer = models.load_tokenizer(plan, start)
         rows = evaluating.load(plan, ctx, setup.fetched)
@@ -74,6 +76,7 @@ class TrlJob:
             _load_the_trained_adapter_too(self.trainer)
         self.eval_size = prepared.size.get("eval", 0)
         self.dataset_size, self.dropped = prepared.size["train"], prepared.dropped["train"]
+        self.truncated = prepared.truncated["train"] + rows["train"].truncated
         if len(self.trainer.get_train_dataloader()) == 0:
             raise BadRequest(
                 f"spec.training.batch_size: the {self.dataset_size} rows do not fill one batch; lower it, or "
@@ -119,7 +122,7 @@ class TrlJob:
 
 def _patience(plan: Plan) -> list[Any]:
     assert isinstance(plan.training, EvaluatedTraining)
-    given = plan.training.patience
+    given = plan.training.patience if plan.evaluates else None
     return [] if given is None else [EarlyStoppingCallback(given.patience, given.threshold)]
 
 

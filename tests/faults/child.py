@@ -119,6 +119,23 @@ def _(rig: Rig, rng: random.Random) -> None:
     rig.do("tmp")
 
 
+def _leave(what: str) -> Callable[[Rig, random.Random], None]:
+    def act(rig: Rig, rng: random.Random) -> None:
+        then = rng.choice(["return", "die"])
+        verdict = "crash" if then == "die" else "ok"
+        rig.do("leave", verdict, leaves=what, then=then)
+        rig.some_tasks(rng)
+
+    return act
+
+
+fault("child: leaves a folder 1,500 levels deep")(_leave("deep"))
+fault("child: leaves folders without rights")(_leave("closed"))
+fault("child: leaves links, a pipe and a socket")(_leave("links"))
+fault("child: leaves odd names")(_leave("names"))
+fault("child: swaps its folders for links")(_leave("swapped"))
+
+
 @fault("child: leaves shared memory, killed")
 def _(rig: Rig, rng: random.Random) -> None:
     task_id = rig.do("shm", "crash", then="die")

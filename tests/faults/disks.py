@@ -20,8 +20,8 @@ def _(rig: Rig, rng: random.Random) -> None:
 def _(rig: Rig, rng: random.Random) -> None:
     filler = rig.node.results_dir / "filler"
     _fill(filler)
-    task_id = rig.dispatch({"taskType": "echo"}, "node_fault", "delivery_failed", "crash", "ok")
-    rig.peer.wait_end(task_id)
+    rig.dispatch({"taskType": "echo"}, "delivery_failed", "crash", "ok")
+    rig.pause(rng, 1.0)
     filler.unlink()
 
 

@@ -11,6 +11,7 @@ from tests.faults import delivery  # noqa: F401
 from tests.faults import ranks  # noqa: F401
 from tests.faults import clock  # noqa: F401
 from tests.faults import disks  # noqa: F401
+from tests.faults import node  # noqa: F401
 from tests.faults import redis  # noqa: F401
 from tests.faults import dispatch  # noqa: F401
 

@@ -11,6 +11,7 @@ import random
 import shutil
 import sqlite3
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,13 @@ pass_env = {json.dumps(PASS_ENV)}
 isolation = "{{isolation}}"
 adoption_timeout_s = 20
 
+[environments.other]
+python = "{{python}}"
+
+[task_types.other]
+runner = "runners.echo:EchoRunner"
+environment = "other"
+
 [task_types.misbehave]
 runner = "tests.kit.runners_for_tests:MisbehavingRunner"
 environment = "light"
@@ -113,7 +121,11 @@ class Rig:
                 mount.mkdir(mode=0o700)
                 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m,mode=700", "tmpfs", str(mount)], check=True)
                 stack.callback(self._unmount, mount)
-            config, env = CONFIG.format(isolation=self.isolation), {"HEARTBEAT_INTERVAL_SEC": str(BEAT_S)}
+            python = home / "python"
+            python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+            python.chmod(0o755)
+            config = CONFIG.format(isolation=self.isolation, python=python)
+            env = {"HEARTBEAT_INTERVAL_SEC": str(BEAT_S)}
             if compiler() is not None:
                 self.clock = Clock(home / "clock")
                 env |= self.clock.env

@@ -296,6 +296,33 @@ class MisbehavingRunner(Runner):
         Path(path, "left").write_text("x" * 1000)
         return {"tmp": path}
 
+    def do_leave(self, ctx: Context) -> None:
+        """Leaves what is hard to remove, count and hash, in its TMPDIR and its artifacts."""
+        from tests.kit.hostile import make_deep, make_socket
+
+        for top in (ctx.tmp_dir, ctx.artifacts_dir):
+            match ctx.spec["leaves"]:
+                case "deep":
+                    make_deep(top, 1500, "folder")
+                case "closed":
+                    (top / "closed" / "inner").mkdir(parents=True)
+                    (top / "closed" / "inner" / "file").touch()
+                    (top / "closed" / "inner").chmod(0)
+                    (top / "closed").chmod(0o555)
+                case "links":
+                    (top / "link").symlink_to("/etc")
+                    (top / "loop").symlink_to("loop")
+                    os.mkfifo(top / "pipe")
+                    make_socket(top, "socket")
+                case "names":
+                    for name in (b"-rf", b"new\nline", b"\xff\xfe", b"x" * 255, b"\x1b[31m"):
+                        os.mkdir(os.path.join(os.fsencode(top), name))  # noqa: PTH102, PTH118
+                case "swapped":
+                    top.rmdir()
+                    top.symlink_to("/etc")
+        if ctx.spec.get("then") == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+
     def do_lock_folder(self, ctx: Context) -> None:
         """Lets nobody into its folder, until a file says so where it can be seen: in its TMPDIR."""
         ctx.out_dir.chmod(0)

@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 import redis
 
+from flowmesh.files.removal import remove_path
 from tests.kit.paths import PERMITS, ROOT
 
 DEADLINE_S = 60.0
@@ -359,7 +360,7 @@ class Node:
         for pid in with_mark(str(self.home)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        shutil.rmtree(self.home, ignore_errors=True)
+        remove_path(self.home)  # at any depth
 
     def result(self, task_id: str) -> Any:
         return json.loads((self.results_dir / task_id / "responses.json").read_text())

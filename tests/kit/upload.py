@@ -33,7 +33,7 @@ def uploader(url: str, *, within_s: float = 20.0, rate: int | None = None, **opt
 
 def send_file(sender: Uploader, url: str, path: Path, name: str = "weights.bin") -> None:
     try:
-        sender.send("POST", file_url(url, "t-1"), FileBody(path, name))
+        sender.send("POST", file_url(url, "t-1"), FileBody.at(path, name))
     finally:
         sender.close()
 

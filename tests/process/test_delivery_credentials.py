@@ -133,3 +133,15 @@ def test_no_error_shows_a_secret(artifact: Path) -> None:
             assert secret not in str(caught.value)
         assert caught.value.__cause__ is None
         assert f"127.0.0.1:{server.port}/r/t-1/files" in str(caught.value)
+
+
+def test_a_redirect_to_another_spelling_of_the_orchestrator_keeps_the_token_only(artifact: Path) -> None:
+    with Server() as orchestrator:
+        alias = orchestrator.url.replace("127.0.0.1", "localhost")
+        options: dict[str, Any] = {"token": "n0de-token", "orchestrator_url": orchestrator.url}
+        orchestrator.plan = [Answer(307, headers={"Location": f"{alias}/r"})]
+        own = {"headers": {"X-Api-Key": "k3y-secret"}}
+        send_file(uploader(orchestrator.url, fields=own, **options), orchestrator.url, artifact)
+        assert headers_of(orchestrator)["host"].startswith("localhost:")
+        assert headers_of(orchestrator)["authorization"] == "Bearer n0de-token"
+        assert "x-api-key" not in headers_of(orchestrator)

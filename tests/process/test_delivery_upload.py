@@ -31,7 +31,7 @@ def test_a_file_arrives_as_the_contract_says(artifact: Path) -> None:
     assert received.file_name == "weights.bin"
     assert_whole(received, artifact)
     assert told == sorted(told)
-    assert told[-1] == int(received.headers["content-length"]) == FileBody(artifact, "weights.bin").size
+    assert told[-1] == int(received.headers["content-length"]) == FileBody.at(artifact, "weights.bin").size
 
 
 @pytest.mark.parametrize("name", ["a b.txt", 'quo"te', "ünï.bin", "semi;colon"])
@@ -160,13 +160,13 @@ def test_a_link_or_a_folder_is_no_body(tmp_path: Path, artifact: Path) -> None:
     (tmp_path / "link").symlink_to(artifact)
     for path in (tmp_path / "link", tmp_path, tmp_path / "absent"):
         with pytest.raises(UploadError):
-            FileBody(path, "x")
+            FileBody.at(path, "x")
 
 
 def test_a_file_that_shrinks_is_final(artifact: Path) -> None:
     with Server() as server:
         sender = uploader(server.url)
-        body = FileBody(artifact, "weights.bin")
+        body = FileBody.at(artifact, "weights.bin")
         os.truncate(artifact, 1000)
         with pytest.raises(UploadError, match="became shorter"):
             sender.send("POST", server.url, body)
@@ -194,7 +194,7 @@ def test_200_megabytes_in_constant_memory(tmp_path: Path) -> None:
         "from flowmesh.results.upload import Uploader\n"
         "url, path = sys.argv[1], Path(sys.argv[2])\n"
         "sender = Uploader(HttpDestination(url=url), deadline=time.monotonic() + 100, throttle=Throttle(None))\n"
-        "sender.send('POST', url, FileBody(path, path.name))\n"
+        "sender.send('POST', url, FileBody.at(path, path.name))\n"
         "print(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1])\n"
     )
 

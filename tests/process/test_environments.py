@@ -52,6 +52,7 @@ environment = "other"
 """
 
 
+SHORT_WAIT = "[tasks]\nnode_fault_wait_s = 0.2\n"
 BODY = "import os\nVALUE = 1\nPID = os.getpid()\n"
 
 
@@ -185,12 +186,13 @@ def test_an_import_error_is_told_once_with_its_cause_and_others_go_on(
     orchestrator: Orchestrator, make_node, tmp_path: Path
 ) -> None:
     python = make_environment(tmp_path / "venv", "broken", "raise RuntimeError('libfoo.so.3 is missing')")
-    node: Node = make_node(config=config(python, "broken"))
+    node: Node = make_node(config=config(python, "broken") + SHORT_WAIT)
     for _ in range(3):
         end = orchestrator.run("w1", {"taskType": "probe"})
         assert end["payload"]["error_kind"] == "node_fault"
         assert end["payload"]["retryable"] is True
-        assert end["error"] == "environment other: cannot import broken: RuntimeError: libfoo.so.3 is missing"
+        why = "environment other: cannot import broken: RuntimeError: libfoo.so.3 is missing"
+        assert end["error"] == f"not started: {why}"
     assert len([line for line in node.text().splitlines() if " ERROR " in line]) == 1
     assert "libfoo.so.3" in node.ask(op="status")["warnings"]["other"]
     assert orchestrator.run("w1", {"taskType": "echo"})["type"] == "TASK_SUCCEEDED"
@@ -201,7 +203,7 @@ def test_a_server_that_dies_while_it_imports_is_told_with_its_last_line(
 ) -> None:
     body = "import os, sys\nprint('no licence found', file=sys.stderr, flush=True)\nos._exit(9)\n"
     python = make_environment(tmp_path / "venv", "dies", body)
-    make_node(config=config(python, "dies"))
+    make_node(config=config(python, "dies") + SHORT_WAIT)
     end = orchestrator.run("w1", {"taskType": "probe"})
     assert end["payload"]["error_kind"] == "node_fault"
     assert "no licence found" in end["error"]

@@ -97,9 +97,9 @@ def test_one_gpu_that_is_down_leaves_the_slots_of_the_others(tmp_path: Path) -> 
     assert code == 1
     (mig,) = [each for each in findings if each["text"].startswith("GPU 0: MIG mode is on")]
     assert mig["remedy"].startswith("sudo nvidia-smi mig -i 0 -cgi ")
-    (good, left_out) = of(findings, "slots")
+    (missing, good) = of(findings, "slots")
     assert (good[0], good[1].split(",")[0]) == ("ok", "b: GPU 1")
-    assert left_out == ("broken", "a: none of its GPUs works")
+    assert missing == ("broken", "a: GPU 0 is not there; its worker is DEGRADED until it is")
 
 
 def test_what_is_broken_ends_it_with_1_and_names_the_mending(tmp_path: Path) -> None:
@@ -166,7 +166,8 @@ def test_a_running_node_tells_why_a_slot_is_closed(
     code, findings = doctor(environ(tmp_path, node.server.url, script), "--config", str(file))
     assert code == 1
     assert any(
-        level == "broken" and text.startswith("w1 accepts no GPU tasks: GPU-") for level, text in of(findings, "node")
+        level == "broken" and text.startswith("w1 degraded for ") and ": GPU-" in text
+        for level, text in of(findings, "node")
     )
 
 

@@ -64,18 +64,52 @@ def test_a_visible_device_that_there_is_not_ends_the_node_with_the_reason(gpu_no
 
 
 def test_a_gpu_that_is_down_leaves_the_node_the_others(orchestrator: Orchestrator, gpu_node: MakeGpuNode) -> None:
-    lost = f"{TWO_GPUS}\nfail handle {A} 15\n"
-    node = gpu_node(script=lost, env={"CUDA_VISIBLE_DEVICES": "0,1"})
+    """And is registered when it is back, while a task runs on."""
+    node = gpu_node(script=f"{TWO_GPUS}\nfail handle {A} 15\n")
     assert [gpu["uuid"] for gpu in node.hardware()["gpu"]["gpus"]] == [B]
-    assert "GPU not offered: GPU 0: GPU is lost" in node.text()
-    node.stop(signal.SIGTERM)
-    node = gpu_node(
-        script=lost,
-        config="[[slots]]\nname = 'a'\ngpus = [0]\n[[slots]]\nname = 'b'\ngpus = [1]\n",
-        worker="w1-b",
-    )
-    assert orchestrator.redis.smembers("workers:ids") == {b"w1-b"}
-    assert "slot a is left out: none of its GPUs works" in node.text()
+    (fault,) = node.ask(op="status")["faults"]
+    assert (fault["workers"], fault["reason"]) == ([], "GPU 0: GPU is lost")
+    task_id, pid = held(orchestrator, node)
+    node.stub.remove(f"fail handle {A}")
+    until(lambda: len(node.hardware()["gpu"]["gpus"]) == 2, "both are registered")
+    assert node.task_pid(task_id) == pid
+    node.let_go(task_id)
+    assert orchestrator.wait_end(task_id)["type"] == "TASK_SUCCEEDED"
+    assert node.ask(op="status")["faults"] == []
+
+
+@pytest.mark.parametrize("how", ["CUDA_VISIBLE_DEVICES", "slots"])
+def test_a_worker_whose_gpus_are_named_and_not_there_is_degraded_until_they_are(
+    orchestrator: Orchestrator, gpu_node: MakeGpuNode, how: str
+) -> None:
+    lost = f"{TWO_GPUS}\nfail handle {A} 15\n"
+    if how == "slots":
+        slots = "[[slots]]\nname = 'a'\ngpus = [0]\n[[slots]]\nname = 'b'\ngpus = [1]\n"
+        node = gpu_node(script=lost, config=slots, worker="w1-b")
+        worker = "w1-a"
+    else:
+        node = gpu_node(script=lost, env={"CUDA_VISIBLE_DEVICES": "0,1"}, wait=None)
+        worker = "w1"
+    node.wait_word("DEGRADED", worker)
+    assert "name GPU 0, which is not there; GPU 0: GPU is lost" in node.reason(worker)
+    waits = orchestrator.dispatch(worker, {"taskType": "look"})
+    assert orchestrator.run(worker, {"taskType": "echo"})["type"] == "TASK_SUCCEEDED"
+    assert orchestrator.of_task(waits) == []
+    node.stub.remove(f"fail handle {A}")
+    end = orchestrator.wait_end(waits)
+    assert A in node.result(end["task_id"])["gpus"]
+    node.wait_word("IDLE", worker)
+
+
+def test_a_driver_that_is_loaded_after_the_start(orchestrator: Orchestrator, gpu_node: MakeGpuNode) -> None:
+    node = gpu_node(script=f"init 9\n{TWO_GPUS}", config="[node]\nslots = 'per-gpu'\n")
+    assert node.hardware()["gpu"] == {"driver_version": None, "cuda_version": None, "gpus": []}
+    assert "the NVIDIA driver is installed and does not work" in node.ask(op="status")["faults"][0]["reason"]
+    node.stub.remove("init")
+    for worker, uuid in (("w1-gpu0", A), ("w1-gpu1", B)):
+        node.wait_word("IDLE", worker)
+        assert [gpu["uuid"] for gpu in node.hardware(worker)["gpu"]["gpus"]] == [uuid]
+    assert orchestrator.redis.smembers("workers:ids") == {b"w1-gpu0", b"w1-gpu1"}, "w1 is no worker any more"
 
 
 def test_a_reload_that_names_a_gpu_that_there_is_not_leaves_the_node_as_it_is(

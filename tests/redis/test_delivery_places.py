@@ -52,6 +52,7 @@ def test_a_delivery_that_waits_for_its_next_attempt_gives_its_place_back(orchest
         code, out, _ = said(flowmesh(node, "status"))
         assert code == 0
         assert f"delivery of {waiting}: waits for attempt 2 in" in out
+        until(lambda: "delivery attempt 1 failed" in node.text(), "the log says so")
         log = [line for line in node.text().splitlines() if "delivery attempt 1 failed" in line]
         assert len(log) == 1
         assert "WARNING" in log[0]
@@ -79,11 +80,12 @@ def test_time_and_attempts_add_up_over_the_attempts(orchestrator: Orchestrator, 
         task = refused(orchestrator, server, status=500)
         error = orchestrator.ends(task)[0]["error"]
         attempts = int(error.rpartition(" attempts")[0].rpartition(" ")[2])
-        assert attempts == len([path for _, path in server.requests if path.endswith("/files")])
+        sent = len([path for _, path in server.requests if path.endswith("/files")])
+        assert attempts - sent in (0, 1), "the last one may have found no time left"
         assert attempts > 1
-        before = len(server.requests)
         assert said(flowmesh(node, "deliver", task))[0] == 1
-        assert len(server.requests) > before + 1, "a delivery on request has its time again"
+        again = lambda: node.text().count("delivery attempt 1 failed") == 2  # noqa: E731
+        until(again, "a delivery on request begins with its whole time, and its first attempt")
 
 
 def test_a_token_that_changes_reaches_the_next_attempt(orchestrator: Orchestrator, make_node, tmp_path: Path) -> None:
@@ -100,10 +102,10 @@ def test_a_token_that_changes_reaches_the_next_attempt(orchestrator: Orchestrato
         task = orchestrator.dispatch("w1", small_to(server))
         until(lambda: "refuses the node's token" in waits(node).get(task, ""), "the status says so")
         assert orchestrator.ends(task) == []
-        assert "refuses the node's token" in node.text()
+        until(lambda: "refuses the node's token" in node.text(), "the log says so")
         token.unlink()
         until(lambda: "in a file that cannot be read now" in waits(node).get(task, ""), "the status says so")
-        assert node.text().count("deliveries have no token") == 1
+        until(lambda: node.text().count("deliveries have no token") == 1, "the log says so, once")
         token.write_text("new-token")
         server.plan = []
         assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"

@@ -216,3 +216,13 @@ def test_certificates_hold_for_downloads_with_and_without_the_token(
         node = make_node(config=CONFIG, env={**env, "SSL_CERT_FILE": str(tmp_path / "ca.pem"), **OTHER_CAS})
         found = download(orchestrator, node, urls)
         assert found == {"token": {"text": "token"}, "plain": {"text": "plain"}}
+        del node.env["SSL_CERT_FILE"]
+        node.stop()
+        node.env |= {"SSL_CERT_FILE": "/dev/null"}
+        node.start()
+        before = files.seen + plain.seen
+        found = download(orchestrator, node, urls)
+        for name in ("token", "plain"):
+            assert "its certificate is not trusted" in found[name]["error"]
+            assert "set SSL_CERT_FILE" in found[name]["error"]
+        assert files.seen + plain.seen == before

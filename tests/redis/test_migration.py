@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from tests.kit.http_server import Server
+from tests.kit.paths import ROOT
 from tests.kit.support import Node, Orchestrator, until
 from tests.redis.test_deliveries import flowmesh, said
 
@@ -25,7 +29,7 @@ def test_a_result_that_may_not_go_where_it_is_sent_is_in_results_dir(orchestrato
     assert WARNED.format(task) in warning
     assert f"the result is in {node.results_dir / task}" in warning
     assert node.result(task)["warnings"] == [warning]
-    assert warning in node.text()
+    until(lambda: warning in node.text(), "the log says so")
     failed = orchestrator.run("w1", {**echo_to(ELSEWHERE), "delaySec": -1})
     assert failed["type"] == "TASK_FAILED"
     assert WARNED.format(failed["task_id"]) in failed["payload"]["warnings"][0]
@@ -50,9 +54,7 @@ def test_a_setting_refuses_it(orchestrator: Orchestrator, make_node) -> None:
     assert not (node.results_dir / end["task_id"]).exists()
 
 
-def test_warnings_travel_with_an_http_delivery_and_to_people(
-    orchestrator: Orchestrator, node: Node, tmp_path, capfd
-) -> None:
+def test_warnings_travel_with_an_http_delivery_and_to_people(orchestrator: Orchestrator, node: Node, tmp_path) -> None:
     with Server() as server:
         child = {"task_id": "child", "spec": echo_to(ELSEWHERE)}
         spec = echo_to({"type": "http", "url": f"{server.url}/r"})
@@ -63,27 +65,27 @@ def test_warnings_travel_with_an_http_delivery_and_to_people(
         "apiVersion: flowmesh/v1\nkind: Task\nmetadata: {name: x}\nspec:\n  taskType: echo\n"
         "  output: {destination: {type: local, path: /elsewhere}}\n"
     )
-    import subprocess
-    import sys
-
-    from tests.kit.paths import ROOT
-
     command = [sys.executable, "-m", "flowmesh.cli.main", "submit", str(document), "--wait"]
     done = subprocess.run(
         [*command, "--redis", node.server.url], capture_output=True, text=True, cwd=ROOT, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
     assert "warning: spec.output.destination.path: '/elsewhere/" in done.stdout
+    command = [sys.executable, "-m", "flowmesh.cli.main", "run", str(document), "--results-dir", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("warning: spec.output.destination.path: '/elsewhere/") == 1
 
 
 def test_old_variables_are_honoured_or_warned_of(orchestrator: Orchestrator, make_node) -> None:
     env = {"WORKER_EXECUTOR_MASK": "7", "RESULTS_UPLOAD_URL": "http://user:s3cret@old/", "WORKER_LOG_TO_STDOUT": "1"}
     node = make_node(env=env)
     for name in ("WORKER_EXECUTOR_MASK", "RESULTS_UPLOAD_URL"):
-        assert f"{name} is set and not used" in node.text()
+        until(lambda name=name: f"{name} is set and not used" in node.text(), "the log says so")
     assert "s3cret" not in node.text()
     assert "WORKER_LOG_TO_STDOUT is" not in node.text()
     end = orchestrator.run("w1", {"taskType": "echo"})
+    until(lambda: "task succeeded" in node.text(), "the log is written")
     (line,) = [line for line in node.text().splitlines() if "task accepted" in line]
     assert f"task={end['task_id']}" in line
     assert "node_run=1" in line

@@ -280,7 +280,7 @@ def test_a_second_supervisor_on_the_same_folder_says_who_has_it(node: Node, make
 def test_settings_are_reloaded_under_a_running_task(orchestrator: Orchestrator, make_node) -> None:
     node = make_node(config=CONFIG)
     pid = node.pid
-    task = orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 2})
+    task = orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 6})
     orchestrator.wait_started(task)
     child = node.task_pid(task)
     (node.home / "node.toml").write_text("[redis]\ntimeout_s = 'never'\n")

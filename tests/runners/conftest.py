@@ -47,7 +47,10 @@ def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def make_context(tmp_path: Path, shared_cache: Path) -> Callable[..., Context]:
-    """`make_context(spec, pipe=None, children=[…], task_type=…, **job fields)`: a Context as the child makes it."""
+    """`make_context(spec, pipe=None, children=[…], task_type=…, **job fields)`: a Context as the child makes it.
+
+    `anew=False`: the task goes on from the rows of an earlier one with its id.
+    """
 
     def make(
         spec: dict[str, Any],
@@ -56,11 +59,14 @@ def make_context(tmp_path: Path, shared_cache: Path) -> Callable[..., Context]:
         children: list[dict[str, Any]] | None = None,
         task_id: str = "task-1",
         task_type: str = "inference",
+        anew: bool = True,
         **fields: Any,
     ) -> Context:
         out_dir, tmp_dir = tmp_path / "results" / task_id, tmp_path / "tmp" / task_id
         out_dir.mkdir(parents=True, exist_ok=True)
         tmp_dir.mkdir(parents=True, exist_ok=True)
+        if anew:
+            (out_dir / "rows.jsonl").unlink(missing_ok=True)
         task: dict[str, Any] = {"spec": spec}
         if children is not None:
             task["merge_children"] = children

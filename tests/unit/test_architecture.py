@@ -27,7 +27,7 @@ FLOORS = (
     {"processes"},
     {"settings"},
     {"messages", "web"},
-    {"validation"},
+    {"validation", "files"},
     {"redaction", "errors", "backoff", "installed", "__init__"},
 )
 """From the top down, by the first part of a module's name below `flowmesh`. A module imports from lower floors and from
@@ -37,6 +37,7 @@ EXECUTION_FLOORS = ({"recovery"}, {"executor"}, {"launch"}, {"gpu", "delivery"},
 """The same below `flowmesh/execution`; its other modules are the lowest floor."""
 
 RUNNERS_MAY_IMPORT = (
+    "flowmesh.files",
     "flowmesh.messages",
     "flowmesh.processes.pipe",
     "flowmesh.validation",

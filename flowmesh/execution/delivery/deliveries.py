@@ -90,6 +90,10 @@ class Deliveries:
             if this.succeeded:
                 self._stop(this)
 
+    def resume(self) -> None:
+        """New deliveries send again; those that were suspended stay so."""
+        self._suspended = False
+
     def _stop(self, this: Delivery) -> None:
         if this.attempts is not None:
             this.attempts.stop()
@@ -107,6 +111,7 @@ class Deliveries:
                     child = None
                 match sent:
                     case DeliveryReport():
+                        run.rows, run.rows_url = sent.rows, sent.rows_url
                         return machine.Delivered("" if sent.ok else sent.error)
                     case None:
                         return self._stopped(this)

@@ -12,10 +12,13 @@ from flowmesh.execution import task_events
 from flowmesh.execution.housekeeping import task_logs
 from flowmesh.execution.layout import Layout
 from flowmesh.execution.run import Run
+from flowmesh.files.folder import Folder
+from flowmesh.files.walk import Troubles
 from flowmesh.messages.job import OUTCOME_FILE, Outcome
 from flowmesh.results import delivery
 from flowmesh.results.job import DeliveryJob, DeliveryReport, Failure
-from flowmesh.results.safe_files import below, read_regular
+from flowmesh.results.partial import has_rows
+from flowmesh.results.safe_files import read_regular
 from flowmesh.settings.schema import Settings
 from flowmesh.settings.secret_files import has_token
 
@@ -47,6 +50,8 @@ class Jobs:
             OSError: it cannot be read.
         """
         job = self._job(run)
+        if must_wait and job.failure is not None:  # its event does not wait for a server that is away
+            job = msgspec.structs.replace(job, sends_rows=False)
         if (job.over_http and not must_wait) or not self._is_small(run):
             return job, None, False
         outcome = None
@@ -88,6 +93,8 @@ class Jobs:
             task=accepted.target,
             children=accepted.children,
             failure=failure,
+            sends_rows=failure is not None
+            and any(has_rows(Path(each.out_dir)) for each in (accepted.target, *accepted.children)),
             extra=task_events.used(run, settings.node.cost_per_hour * run.slot.plan.share),
             outcome_file=OUTCOME_FILE,
             archive=settings.archive,
@@ -120,9 +127,12 @@ class Jobs:
             total = (self._layout.spool(run.attempt) / OUTCOME_FILE).lstat().st_size
         except OSError:
             total = 0
-        for count, entry in enumerate(below(run.accepted.target.out_dir), 1):
-            with contextlib.suppress(OSError):
-                total += entry.stat(follow_symlinks=False).st_size
-            if total > INLINE_BYTES or count > INLINE_FILES:
-                return False
+        try:
+            with Folder.open(Path(run.accepted.target.out_dir)) as folder:
+                for count, entry in enumerate(folder.entries(Troubles()), 1):
+                    total += 0 if entry.is_folder else entry.status.st_size
+                    if total > INLINE_BYTES or count > INLINE_FILES:
+                        return False
+        except OSError:  # it was never made, or was replaced; the delivery finds out
+            pass
         return total <= INLINE_BYTES

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from flowmesh.execution.conditions import Conditions
 from flowmesh.execution.gpu.canary import Canaries
 from flowmesh.execution.gpu.monitor import GpuMonitor
 from flowmesh.execution.gpu.quarantine import Quarantine
 from flowmesh.execution.layout import Layout
-from flowmesh.execution.observer import Observer
-from flowmesh.execution.ports import Begin, PostEvent, Pump
+from flowmesh.execution.ports import PostEvent
 from flowmesh.execution.run import Run
 from flowmesh.execution.run_table import RunTable
 from flowmesh.node.devices import GpuInfo
@@ -30,10 +30,8 @@ def make_monitor(
     power: PowerMeter,
     gpus: Sequence[GpuInfo],
     canaries: Canaries,
-    observer: Observer,
+    conditions: Conditions,
     post: PostEvent,
-    pump: Pump,
-    begin: Begin,
 ) -> GpuMonitor:
     """
     Args:
@@ -46,10 +44,7 @@ def make_monitor(
         nvml=nvml,
         health=health,
         canaries=canaries,
-        observer=observer,
-        post=post,
-        pump=pump,
-        begin=begin,
+        conditions=conditions,
     )
     return GpuMonitor(
         settings=settings,

@@ -28,10 +28,25 @@ class IdleCheck(HeartbeatObserver):
         self._check()
 
     def _check(self) -> None:
-        if self._slot.current is None and not self._slot.closed:
+        if self._slot.current is None and not self._slot.trouble:
             self._begin(self._gpus.check_idle(self._slot))
 
     def notes(self) -> dict[str, Any]:
         throttled = self._gpus.health.throttled(self._slot.plan.gpus)
         notes: dict[str, Any] = {"gpu_throttled": {uuid: list(why) for uuid, why in throttled.items()}}
-        return (notes if throttled else {}) | ({"degraded": self._slot.closed} if self._slot.closed else {})
+        return (notes if throttled else {}) | degraded(self._slot)
+
+
+class Notes(HeartbeatObserver):
+    """For a slot without GPUs."""
+
+    def __init__(self, slot: Slot[Run]) -> None:
+        self._slot = slot
+
+    def notes(self) -> dict[str, Any]:
+        return degraded(self._slot)
+
+
+def degraded(slot: Slot[Run]) -> dict[str, Any]:
+    """The note of a heartbeat that says why a slot starts no tasks; empty if it does."""
+    return {"degraded": slot.trouble} if slot.trouble else {}

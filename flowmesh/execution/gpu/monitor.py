@@ -75,17 +75,17 @@ class GpuMonitor:
         self._silent = False
         """Whether the last sample got no answer."""
 
-    async def begin(self, run: Run) -> str:
+    async def begin(self, run: Run) -> machine.Event | None:
         """Take the baseline of the task's GPUs.
 
         Returns:
-            why the task must not start; empty if it may.
+            the next event of a task that must not start; None if it may.
         """
         if not run.gpus:
             if self._power.cpu_unavailable is None:
                 self._power.observe()
                 self._meters[run.attempt] = TaskMeter((), self._power.totals())
-            return ""
+            return None
         proof = self._proof(run)
         try:
             await self._take_events()
@@ -94,14 +94,18 @@ class GpuMonitor:
         except DeviceError as error:
             reason = str(error)
         if reason:
-            self._quarantine.close(run.slot, reason)
-            return f"the task was not started: {reason}"
+            return self._quarantine.met(run, reason)
         self.health.cleared(run.gpus)
         self._power.observe(readings)
         file = self._layout.spool(run.attempt) / BASELINE_FILE
         await asyncio.to_thread(write_atomic, file, msgspec.json.encode(proof.baselines), private=True)
         self._add(run, proof, whole=True)
-        return ""
+        return None
+
+    def cancel(self, run: Run) -> None:
+        """The task was not forked after all: it has used nothing."""
+        self._tasks.pop(run.attempt, None)
+        self._meters.pop(run.attempt, None)
 
     def resume(self, run: Run) -> TaskGpus | None:
         """Take over a task that an earlier supervisor started; None if it has no GPUs, or had not begun to use them."""

@@ -1,22 +1,18 @@
-"""Closed slots: which GPUs must not be used, why, and the probes that open their slot again without an operator.
+"""Quarantined GPUs: which must not be used, why, and the probe that ends it without an operator.
 
-A closed slot's worker is DEGRADED. Tasks that need its GPUs wait as long as a release may take, then go back for
-another worker.
+Each slot's GPUs are one fault of the node's conditions, which concerns the tasks that need them.
 """
 
 from __future__ import annotations
 
-import asyncio
 import os
-import time
 from collections.abc import Mapping, Sequence
 
 from loguru import logger
 
 from flowmesh.errors import DeviceError
+from flowmesh.execution.conditions import Conditions, Fault
 from flowmesh.execution.gpu.canary import Canaries
-from flowmesh.execution.observer import Observer
-from flowmesh.execution.ports import Begin, PostEvent, Pump
 from flowmesh.execution.run import Run
 from flowmesh.execution.run_table import RunTable
 from flowmesh.node.devices import GpuLost, GpuReading, GpuSample
@@ -30,7 +26,6 @@ from flowmesh.processes.tree import is_same_or_below
 from flowmesh.settings.schema import GpuSettings
 from flowmesh.tasks import machine
 from flowmesh.tasks.machine import State
-from flowmesh.tasks.verdicts import Stop
 
 FIRST_PAUSE_S = 1.0
 _ON_ITS_GPUS = (State.RUNNING, State.STOPPING, State.RELEASING)
@@ -46,20 +41,16 @@ class Quarantine:
         nvml: Nvml,
         health: GpuHealth,
         canaries: Canaries,
-        observer: Observer,
-        post: PostEvent,
-        pump: Pump,
-        begin: Begin,
+        conditions: Conditions,
     ) -> None:
         self._settings = settings
         self._runs = runs
         self._nvml = nvml
         self._health = health
         self._canaries = canaries
-        self._observer = observer
-        self._post = post
-        self._pump = pump
-        self._begin = begin
+        self._conditions = conditions
+        self._faults: dict[str, Fault] = {}
+        """By worker id."""
         self._floors: dict[str, int] = {}
         """Bytes: the least that each GPU had in use while no task of this node was on it."""
 
@@ -106,41 +97,25 @@ class Quarantine:
 
     def close(self, slot: Slot[Run], reason: str) -> None:
         """Start no GPU task in this slot from now on, and probe until one may be started again."""
-        if slot.closed == reason:
-            return
-        bound = logger.bind(worker=slot.plan.worker_id)
-        already, slot.closed = bool(slot.closed), reason
-        if already:
-            bound.info("slot stays closed: {}", reason)
-            return
-        bound.error("slot closed: {}", reason)
-        self._observer.on_slot_changed(slot)
-        self._begin(self._probe(slot))
+        self._conditions.report(self._fault(slot), reason)
 
-    def _open(self, slot: Slot[Run], closed_s: float) -> None:
-        slot.closed = ""
-        logger.bind(worker=slot.plan.worker_id, closed_s=round(closed_s, 1)).info("slot open again: its GPUs are free")
-        self._observer.on_slot_changed(slot)
-        self._pump(slot)
+    def met(self, run: Run, reason: str) -> machine.Event:
+        """Likewise; returns the next event of the task that could not be started."""
+        return self._conditions.met(run, self._fault(run.slot), reason)
 
-    async def _probe(self, slot: Slot[Run]) -> None:
-        closed_at = time.monotonic()
-        pause_s = min(FIRST_PAUSE_S, self._settings.probe_interval_s)
-        while True:
-            await asyncio.sleep(pause_s)
-            try:
-                reason = await self._examine(slot)
-            except Exception as error:  # noqa: BLE001 - without its probe a slot would stay closed for ever
-                logger.opt(exception=error).error("unhandled error in a GPU probe")
-                reason = f"its probe failed: {type(error).__name__}: {error}"
-            closed_s = time.monotonic() - closed_at
-            if not reason:
-                self._open(slot, closed_s)
-                return
-            self.close(slot, reason)
-            if closed_s > self._settings.release_timeout_s:
-                self._hand_back(slot)
-            pause_s = min(pause_s * 2, self._settings.probe_interval_s)
+    def _fault(self, slot: Slot[Run]) -> Fault:
+        worker_id = slot.plan.worker_id
+        if (fault := self._faults.get(worker_id)) is None:
+            fault = self._faults[worker_id] = Fault(
+                name=f"GPUs of {worker_id}",
+                probe=lambda: self._examine(slot),
+                wait_s=self._settings.release_timeout_s,
+                worker_ids=(worker_id,),
+                concerns=lambda run: bool(run.gpus),
+                first_s=FIRST_PAUSE_S,
+                longest_s=self._settings.probe_interval_s,
+            )
+        return fault
 
     async def _examine(self, slot: Slot[Run]) -> str:
         """One probe; returns what is still wrong."""
@@ -173,11 +148,6 @@ class Quarantine:
         self._health.readmit(uuids)
         logger.bind(worker=slot.plan.worker_id).info("GPUs usable again after {}: the canary passed", fault)
         return ""
-
-    def _hand_back(self, slot: Slot[Run]) -> None:
-        for run in [run for run in slot.queue if run.gpus]:
-            detail = f"not started: the worker's GPUs cannot be used now ({slot.closed})"
-            self._post(run, machine.StopRequested(Stop.NODE_FAULT, detail))
 
 
 def _unclaimed_bytes(baseline: Baseline) -> int:

@@ -15,6 +15,9 @@ from flowmesh.messages.job import JOB_FILE, OUTCOME_FILE
 from flowmesh.processes import shm
 from flowmesh.tasks.catalogue import LIGHT
 
+_MOST_LOGGED = 10
+"""Names of shared memory in one line."""
+
 
 class Cleanup:
     """An empty folder is removed on the loop, anything else in a thread."""
@@ -31,8 +34,11 @@ class Cleanup:
     def _remove_tmp(self, run: Run, shared: bool) -> None:
         remove_tree(self._layout.tmp(run.attempt))
         if shared:
-            for name in shm.sweep(_started_by_any_clock(run) - 1.0, self._layout.task_uid):
-                logger.bind(task=run.task_id, name=name).info("removed shared memory that the task left")
+            removed = shm.sweep(_started_by_any_clock(run) - 1.0, self._layout.task_uid)
+            if removed:
+                logger.bind(task=run.task_id, names=removed[:_MOST_LOGGED], count=len(removed)).info(
+                    "removed shared memory that the task left"
+                )
 
     async def remove_spool(self, attempt: int) -> None:
         spool = self._layout.spool(attempt)

@@ -1,14 +1,16 @@
-"""Removes folders that tasks wrote to."""
+"""Removes folders of the node's that tasks wrote to. No failure of it ends anything: what is left is logged once."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 from loguru import logger
+
+from flowmesh.files.names import shown
+from flowmesh.files.removal import Left, remove_path
 
 
 def removed_empty(path: Path, but: Iterable[str] = ()) -> bool:
@@ -29,15 +31,13 @@ def removed_empty(path: Path, but: Iterable[str] = ()) -> bool:
     return True
 
 
-def remove_tree(path: Path) -> None:
-    """Remove a folder of the node's with everything in it. What cannot be removed is logged, and stays."""
+def remove_tree(path: Path) -> Left:
+    """Remove a folder of the node's with everything in it. Blocks.
 
-    def tell(_function: object, name: str, _info: object) -> None:
-        if not os.path.lexists(name):
-            return
-        logger.bind(path=name).warning("could not be removed")
-
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, onerror=tell)
-    else:  # rmtree would open a pipe, and block
-        path.unlink(missing_ok=True)
+    Returns:
+        what cannot be removed and stays; it is logged in one line.
+    """
+    left = remove_path(path)
+    if left:
+        logger.bind(path=shown(str(path))).warning("not all of a folder could be removed: {}", left)
+    return left

@@ -18,7 +18,11 @@ from loguru import logger
 
 from flowmesh.errors import FlowMeshError
 from flowmesh.execution.boot_clock import SteadyClock
-from flowmesh.execution.housekeeping.removal import remove_tree
+from flowmesh.files.folder import Folder
+from flowmesh.files.names import shown
+from flowmesh.files.removal import Left, remove
+from flowmesh.files.safe_folder import open_folder
+from flowmesh.files.walk import Troubles
 from flowmesh.settings.schema import ResultsSettings
 from flowmesh.tasks.journal import Finished, Journal
 from flowmesh.tasks.verdicts import Kind
@@ -53,6 +57,8 @@ class Retention:
         self._in_use = in_use
         self._sizes: dict[tuple[str, str], int] = {}
         """By folder and time of its end: the size of finished results does not change."""
+        self._stuck: set[Path] = set()
+        """What could not be removed whole, so that it is reported once and not each round."""
         self._clock = SteadyClock()
 
     async def run(self) -> None:
@@ -69,15 +75,19 @@ class Retention:
             await asyncio.sleep(INTERVAL_S)
 
     async def sweep(self) -> list[Kept]:
-        """One round; returns what was removed, oldest first."""
-        settings, results_dir = self._settings, self._results_dir
+        """One round; returns what was removed as a whole, oldest first."""
+        settings = self._settings
+        results_dir = await asyncio.to_thread(self._results_dir.resolve)  # as the tasks' folders are
         finished = self._journal.finished()
         kept = await asyncio.to_thread(self._look, finished, self._in_use(), results_dir)
         removed = []
         for each in choose(kept, settings.keep_days, settings.keep_bytes, self._clock.now()):
             if _touches(each.folder, self._in_use()):  # a new attempt at it was accepted meanwhile
                 continue
-            await asyncio.to_thread(remove_tree, _set_aside(each.folder, results_dir))
+            aside = _set_aside(each.folder, results_dir)
+            if left := await asyncio.to_thread(remove_at, aside):
+                self._report(aside, left)
+                continue
             facts = {"path": str(each.folder), "bytes": each.size_bytes, "finished_at": each.finished_at.isoformat()}
             logger.bind(task=each.task_id, **facts).info("old results removed")
             removed.append(each)
@@ -87,21 +97,23 @@ class Retention:
 
     def _look(self, finished: list[Finished], in_use: set[Path], results_dir: Path) -> list[Kept]:
         """In a thread: the folders that are there and may go. Of several attempts at a task the last one counts."""
-        results_dir = results_dir.resolve()  # as the tasks' folders are
-        for left in results_dir.glob(f"{_ASIDE}*"):  # by a node that was killed while it removed it
-            remove_tree(left)
+        for aside in _set_aside_before(results_dir):
+            if left := remove_at(aside):
+                self._report(aside, left)
         last = {out_dir: each for each in finished for out_dir in (each.out_dir, *each.child_dirs)}
         kinds = {out_dir: each.task.verdict.kind for out_dir, each in last.items() if each.task.verdict is not None}
         protected = in_use | {Path(out_dir) for out_dir, kind in kinds.items() if kind is Kind.DELIVERY_FAILED}
         found, sizes = [], {}
         for out_dir, each in last.items():
             folder = Path(out_dir)
-            if results_dir not in folder.parents or folder.is_symlink() or not folder.is_dir():
-                continue
-            if _touches(folder, protected):
+            if results_dir not in folder.parents or _touches(folder, protected):
                 continue
             key = (out_dir, each.finished_at)
-            sizes[key] = self._sizes[key] if key in self._sizes else _size_bytes(folder)
+            try:
+                with Folder.open(folder) as top:
+                    sizes[key] = self._sizes[key] if key in self._sizes else size_bytes(top)
+            except OSError:  # it is gone, or a link
+                continue
             finished_at = datetime.datetime.fromisoformat(each.finished_at)
             kept = Kept(
                 attempt=each.attempt,
@@ -113,6 +125,11 @@ class Retention:
             found.append(kept)
         self._sizes = sizes
         return found
+
+    def _report(self, folder: Path, left: Left) -> None:
+        if folder not in self._stuck:
+            self._stuck.add(folder)
+            logger.bind(path=shown(str(folder))).warning("old results could not all be removed: {}", left)
 
 
 def choose(kept: list[Kept], keep_days: float | None, keep_bytes: int | None, now: datetime.datetime) -> list[Kept]:
@@ -130,13 +147,39 @@ def choose(kept: list[Kept], keep_days: float | None, keep_bytes: int | None, no
 
 
 def _set_aside(folder: Path, results_dir: Path) -> Path:
-    """Rename it, on the loop: a new attempt at the task that is accepted from now on has its own, whole folder."""
+    """Rename it, on the loop: a new attempt at the task that is accepted from now on has its own, whole folder.
+
+    By descriptors: the folders above may be another task's, which could put links there.
+    """
     aside = results_dir / f"{_ASIDE}{secrets.token_hex(8)}"
     try:
-        folder.rename(aside)
-    except OSError:  # it is a mount point
+        with Folder.open(folder.parent) as source, Folder.open(results_dir) as target:
+            os.rename(folder.name, aside.name, src_dir_fd=source.fd, dst_dir_fd=target.fd)
+    except OSError:  # it is a mount point, or on another disk than RESULTS_DIR
         return folder
     return aside
+
+
+def _set_aside_before(results_dir: Path) -> list[Path]:
+    """By a node that was killed while it removed them, and what could not be removed."""
+    try:
+        return [results_dir / name for name in sorted(os.listdir(results_dir)) if name.startswith(_ASIDE)]
+    except OSError:
+        return []
+
+
+def remove_at(path: Path) -> Left:
+    """Remove a folder of a task, unless a link leads to it. Blocks."""
+    try:
+        parent = open_folder(path.parent)
+    except FileNotFoundError:
+        return Left()
+    except OSError as error:
+        return Left(1, shown(str(path)), error.strerror or str(error))
+    try:
+        return remove(parent, path.name)
+    finally:
+        os.close(parent)
 
 
 def _touches(folder: Path, others: set[Path]) -> bool:
@@ -144,13 +187,6 @@ def _touches(folder: Path, others: set[Path]) -> bool:
     return any(folder == each or folder in each.parents or each in folder.parents for each in others)
 
 
-def _size_bytes(folder: Path) -> int:
-    """The disk space that a folder takes."""
-    total = 0
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            try:
-                total += Path(parent, name).lstat().st_blocks * 512
-            except OSError:
-                continue
-    return total
+def size_bytes(folder: Folder) -> int:
+    """The disk space that a task's folder takes, as far as it can be looked at."""
+    return sum(each.status.st_blocks * 512 for each in folder.entries(Troubles()))

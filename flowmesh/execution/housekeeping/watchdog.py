@@ -42,6 +42,7 @@ class Watchdog:
         self._begin = begin
         self._suspects: set[Run] = set()
         self._reported: set[Path] = set()
+        """Folders of logs that could not all be bounded: once a task."""
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -58,8 +59,8 @@ class Watchdog:
     async def _bound_logs(self, running: list[Run]) -> None:
         folders = [Path(run.accepted.target.out_dir, "logs") for run in running]
         troubles = await asyncio.to_thread(bound_logs, folders, self._settings.log_max_bytes)
-        log_troubles({path: error for path, error in troubles.items() if path not in self._reported})
-        self._reported = set(troubles)
+        log_troubles({logs: each for logs, each in troubles.items() if logs not in self._reported})
+        self._reported = self._reported.intersection(folders) | set(troubles)
 
     def _find_hung(self, running: list[Run], timeout_s: float) -> None:
         for run in running:

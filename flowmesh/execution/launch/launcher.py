@@ -1,27 +1,41 @@
-"""From a granted slot to a fork request: imports, disk space, folders, GPUs."""
+"""From a granted slot to a fork request: imports, folders, GPUs. A fault of the node puts the task back."""
 
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
-from flowmesh.errors import FlowMeshError
+import msgspec
+
+from flowmesh.errors import FlowMeshError, LaunchError
+from flowmesh.execution.conditions import Conditions
 from flowmesh.execution.gpu.monitor import GpuMonitor
-from flowmesh.execution.launch.disk_space import DiskSpace, Shortages
+from flowmesh.execution.launch.environment_conditions import EnvironmentConditions
+from flowmesh.execution.launch.node_folders import JOURNAL, NodeFolders, own_shortage
 from flowmesh.execution.launch.preparation import prepare
 from flowmesh.execution.layout import Layout
 from flowmesh.execution.run import Run
 from flowmesh.processes.child_owner import ChildOwner
 from flowmesh.processes.protocol import Fork
+from flowmesh.processes.server_client import EnvironmentBroken
 from flowmesh.processes.server_pool import ServerPool
 from flowmesh.tasks import machine
-from flowmesh.tasks.journal import Journal
+from flowmesh.tasks.journal import Journal, JournalError
 from flowmesh.tasks.machine import State
+
+
+class Unprepared(msgspec.Struct, frozen=True):
+    """Why a task cannot be launched: faults of the node by name, else what concerns this task only."""
+
+    faults: dict[str, str] = {}
+    own: str = ""
 
 
 class Launcher:
     """
     Args:
         owner: answers for the children of tasks.
+        least_bytes: free space that a task's own folder needs.
     """
 
     def __init__(
@@ -31,38 +45,49 @@ class Launcher:
         owner: ChildOwner,
         journal: Journal,
         layout: Layout,
-        disk_space: DiskSpace,
+        folders: NodeFolders,
+        conditions: Conditions,
+        environments: EnvironmentConditions,
         gpus: GpuMonitor,
+        least_bytes: int,
     ) -> None:
         self._pool = pool
         self._owner = owner
         self._journal = journal
         self._layout = layout
-        self._disk_space = disk_space
+        self._folders = folders
+        self._conditions = conditions
+        self._environments = environments
         self._gpus = gpus
-        self._loop = asyncio.get_running_loop()
+        self._least_bytes = least_bytes
 
     async def start(self, run: Run) -> machine.Event | None:
         """Have the run's child forked.
 
         Returns:
-            why there will be no child; None once it was asked for: its fork server's answer goes to the owner.
+            why there will be no child, or not now; None once it was asked for: its fork server's answer goes to the
+            owner.
         """
         environment = run.accepted.type.environment
-        if not self._pool.is_ready(environment) and not await self._await_server(run):
-            return machine.LaunchFailed("stopped before it was started")
+        if not self._pool.is_ready(environment):
+            problem = await self._await_server(run)
+            if run.task.state is not State.LAUNCHING:
+                return machine.LaunchFailed("stopped before it was started")
+            if problem:
+                return self._environments.met(run, problem)
         try:
-            prepared = await asyncio.to_thread(self._prepare, run)
-        except OSError as error:
-            return machine.LaunchFailed(f"cannot prepare {error.filename or 'its folders'}: {error.strerror}")
-        if isinstance(prepared, Shortages):
-            self._disk_space.judge(prepared.node)
-            if prepared.node and run.task.state is State.LAUNCHING:
-                return machine.NeverForked()
-            return machine.LaunchFailed(f"not started: {prepared.node or prepared.own}")
-        self._disk_space.judge("")
-        if refusal := await self._gpus.begin(run):
-            return machine.LaunchFailed(refusal)
+            others = self._nested(run)
+        except JournalError as error:
+            return self._conditions.met(run, self._folders.faults[JOURNAL], str(error))
+        prepared = await asyncio.to_thread(self._prepare, run, others)
+        if isinstance(prepared, Unprepared):
+            if not prepared.faults:
+                return machine.LaunchFailed(prepared.own)
+            self._folders.report(prepared.faults)
+            name, reason = next(iter(prepared.faults.items()))
+            return self._conditions.met(run, self._folders.faults[name], reason)
+        if (event := await self._gpus.begin(run)) is not None:
+            return event
         try:
             await self._pool.launch(
                 environment,
@@ -70,19 +95,42 @@ class Launcher:
                 self._owner,
                 lambda server: self._journal.launching(run.attempt, run.task, server),
             )
-        except FlowMeshError as error:
+        except JournalError as error:
+            self._gpus.cancel(run)
+            return self._conditions.met(run, self._folders.faults[JOURNAL], str(error))
+        except EnvironmentBroken as error:
+            self._gpus.cancel(run)
+            return self._environments.met(run, str(error))
+        except LaunchError as error:
             return machine.LaunchFailed(str(error))
         return None
 
-    def _prepare(self, run: Run) -> Fork | Shortages:
-        """In a thread: the task's folders and job, if there is disk space for them."""
-        return self._disk_space.shortages(run) or prepare(self._layout, run)
+    def _nested(self, run: Run) -> list[Path]:
+        """Folders of other tasks inside this task's, which it had before if it is there."""
+        folders = [each.out_dir for each in (run.accepted.target, *run.accepted.children)]
+        return [Path(each) for folder in folders if Path(folder).exists() for each in self._journal.folders_in(folder)]
 
-    async def _await_server(self, run: Run) -> bool:
-        """Wait for the imports of its environment. False if the task was stopped meanwhile."""
-        if run.task.state is State.LAUNCHING:
-            run.enter("import libraries")
-            run.waiting = self._loop.create_task(self._pool.warm(run.accepted.type.environment))
-            await asyncio.wait([run.waiting])
-            run.waiting = None
-        return run.task.state is State.LAUNCHING
+    def _prepare(self, run: Run, others: list[Path]) -> Fork | Unprepared:
+        """In a thread: the task's folders and job, if the node's folders and the task's own can take them."""
+        if troubles := self._folders.look():
+            return Unprepared(troubles)
+        if own := own_shortage(Path(run.accepted.target.out_dir), self._least_bytes):
+            return Unprepared(own=f"not started: {own}")
+        try:
+            return prepare(self._layout, run, others)
+        except FlowMeshError as error:
+            return Unprepared(own=str(error))
+        except OSError as error:
+            if troubles := self._folders.look(write=True):
+                return Unprepared(troubles)
+            return Unprepared(own=f"cannot prepare {error.filename or 'its folders'}: {error.strerror}")
+
+    async def _await_server(self, run: Run) -> str:
+        """Wait for the imports of its environment, or until the task is stopped; returns why there is no server."""
+        if run.task.state is not State.LAUNCHING:
+            return ""
+        run.enter("import libraries")
+        waiting = run.waiting = asyncio.create_task(self._pool.await_server(run.accepted.type.environment))
+        await asyncio.wait([waiting])
+        run.waiting = None
+        return "" if waiting.cancelled() else waiting.result()

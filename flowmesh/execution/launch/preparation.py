@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 from flowmesh.execution.housekeeping.removal import remove_tree
+from flowmesh.execution.launch.outputs import empty_outputs
 from flowmesh.execution.launch.spool import PRIVATE
 from flowmesh.execution.layout import OOM_SCORE_ADJ, Layout
 from flowmesh.execution.run import Run
+from flowmesh.files.beneath import FOLDER
+from flowmesh.files.safe_folder import open_folder
 from flowmesh.messages.job import JOB_FILE, Job
 from flowmesh.messages.text import encode_json
 from flowmesh.processes import environ, shm
 from flowmesh.processes.limits import Limits
 from flowmesh.processes.protocol import Fork
-from flowmesh.processes.safe_folder import FOLDER, open_folder
 from flowmesh.results.job import file_url_template
 from flowmesh.tasks.catalogue import LIGHT
 
 TASK_ENTRY = "runners.child:main"
 
 
-def prepare(layout: Layout, run: Run) -> Fork:
+def prepare(layout: Layout, run: Run, others: Iterable[Path] = ()) -> Fork:
     """Make the attempt's folders and write its job. Blocks.
+
+    Args:
+        others: folders of other tasks inside the task's folder, which stay when its outputs are removed.
 
     Returns:
         the request for its fork server.
@@ -41,7 +46,10 @@ def prepare(layout: Layout, run: Run) -> Fork:
             remove_tree(folder)
             folder.mkdir(mode=PRIVATE)
     logs = out_dir / "logs"
-    _prepare_out_dir(layout, out_dir)
+    others = [*others, *(each.resolve() for each in (layout.results_dir, layout.state_dir, layout.work_dir))]
+    _prepare_out_dir(layout, out_dir, others)
+    for child in children:
+        _empty_child(Path(child.out_dir), others)
     gpus = run.gpus
     threads = run.slot.plan.threads
     job = Job(
@@ -102,16 +110,26 @@ def prepare(layout: Layout, run: Run) -> Fork:
     )
 
 
-def _prepare_out_dir(layout: Layout, out_dir: Path) -> None:
+def _empty_child(out_dir: Path, others: Iterable[Path]) -> None:
+    """Of a merged child; its folder is made when it has a result."""
+    try:
+        folder = open_folder(out_dir)
+    except FileNotFoundError:
+        return
+    try:
+        empty_outputs(folder, out_dir, others)
+    finally:
+        os.close(folder)
+
+
+def _prepare_out_dir(layout: Layout, out_dir: Path, others: Iterable[Path]) -> None:
     """By descriptors: the parent folders may belong to another task, which can put links there at any time."""
     held: list[int] = []
     try:
         held.append(whole := open_folder(out_dir, make=True))
-        held.append(logs := _open_part(whole, out_dir / "logs"))
+        empty_outputs(whole, out_dir, others)
+        held.append(_open_part(whole, out_dir / "logs"))
         held.append(_open_part(whole, out_dir / "artifacts"))
-        for folder, name in ((whole, "responses.json"), (logs, "stdout.log"), (logs, "stderr.log")):
-            with contextlib.suppress(FileNotFoundError):  # left by an earlier attempt
-                os.unlink(name, dir_fd=folder)
         for folder in held:
             layout.give(folder)
     finally:

@@ -16,6 +16,8 @@ from loguru import logger
 from flowmesh.errors import ProtocolError
 from flowmesh.execution.housekeeping.removal import remove_tree
 from flowmesh.execution.layout import BASELINE_FILE, Layout
+from flowmesh.files.folder import Folder
+from flowmesh.files.removal import empty
 from flowmesh.messages.job import (
     JOB_FILE,
     MAX_OUTCOME_BYTES,
@@ -123,8 +125,11 @@ def _taken_back(spool: Path) -> bool:
 
 def _remove_strays(spool: Path) -> None:
     try:
-        for path in list(spool.iterdir()):
-            if path.name not in _OF_A_RUN:
-                remove_tree(path)
+        with Folder.open(spool.resolve()) as folder:
+            left = empty(folder.fd, _OF_A_RUN.__contains__)
     except OSError as error:
         logger.bind(path=str(spool)).warning("files that a task left in its spool folder stay there: {}", error)
+        return
+    if left:
+        bound = logger.bind(path=str(spool), count=len(left))
+        bound.warning("files that a task left in its spool folder stay there: {}", next(iter(left.values())))

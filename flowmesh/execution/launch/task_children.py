@@ -6,6 +6,7 @@ from loguru import logger
 
 from flowmesh.execution.gpu.monitor import GpuMonitor
 from flowmesh.execution.launch.child_pipe import ChildPipes
+from flowmesh.execution.launch.environment_conditions import EnvironmentConditions
 from flowmesh.execution.launch.spool import read_outcome
 from flowmesh.execution.layout import Layout
 from flowmesh.execution.ports import Begin, PostEvent
@@ -37,6 +38,7 @@ class TaskChildren:
         pipes: ChildPipes,
         layout: Layout,
         gpus: GpuMonitor,
+        environments: EnvironmentConditions,
         timers: Timers,
         post: PostEvent,
         begin: Begin,
@@ -46,6 +48,7 @@ class TaskChildren:
         self._pipes = pipes
         self._layout = layout
         self._gpus = gpus
+        self._environments = environments
         self._timers = timers
         self._post = post
         self._begin = begin
@@ -76,7 +79,8 @@ class TaskChildren:
 
     def on_fork_failed(self, attempt: int, message: str) -> None:
         if run := self._runs.get(attempt):
-            self._post(run, machine.LaunchFailed(message))
+            self._gpus.cancel(run)
+            self._post(run, self._environments.met(run, message))
 
     def on_gone(self, attempt: int, exit_: Exit) -> None:
         run = self._runs.get(attempt)

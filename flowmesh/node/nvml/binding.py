@@ -12,7 +12,16 @@ T = TypeVar("T")
 
 
 class NoDriverError(Exception):
-    """Raised when this machine has no NVIDIA driver (or no library of it): a node without GPUs."""
+    """Raised when this machine has no NVIDIA driver (or no library of it): a node without GPUs.
+
+    Args:
+        installed: whether the library is there, so that the driver may be loaded later.
+    """
+
+    def __init__(self, message: str, *, installed: bool = False) -> None:
+        super().__init__(message)
+        self.unusable = (f"the NVIDIA driver is installed and does not work: {message}",) if installed else ()
+        """For `Inventory.unusable`."""
 
 
 class Binding:

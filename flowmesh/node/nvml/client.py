@@ -66,10 +66,10 @@ class Nvml:
         """
         try:
             found = await self._call("init", Session.inventory, self._init_deadline_s)
-        except NoDriverError:
+        except NoDriverError as error:
             self._absent = True
             await self.close()
-            return Inventory()
+            return Inventory(unusable=error.unusable)
         self._absent = False
         return found
 

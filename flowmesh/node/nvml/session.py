@@ -182,7 +182,7 @@ class Session:
             nvml.nvmlInit()
         except nvml.NVMLError as error:
             if error.value in binding.no_driver:
-                raise NoDriverError(str(error)) from error
+                raise NoDriverError(str(error), installed=True) from error
             raise DeviceError(
                 f"NVML cannot be initialised: {error}; where `nvidia-smi` reports the same, reboot (the driver was "
                 "updated under its running kernel module), else restart this node"

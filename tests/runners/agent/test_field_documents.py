@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import pytest
 pytest.importorskip("smolagents", reason="needs the extra 'agent'")
 import yaml
 
-from flowmesh.results.manifest import write_manifest
+from flowmesh.results.job import Target
+from flowmesh.results.task_folder import TaskFolder
 from runners.agent.config_files import known_names
 from runners.agent.runner import AgentRunner
 from runners.api import BadRequest, RunnerError
@@ -120,12 +122,16 @@ def test_a_batch_writes_a_file_for_each_item_and_a_summary(agents, make_context)
     assert summary == {"total": 3, "total_tasks": 3, "completed": 2, "failed": 1, "failed_items": [1]}
     assert ran.result["metadata"]["batch_summary"] == summary
     (folder / "leads-out").symlink_to("/etc/passwd")
-    entries = {entry.path: entry for entry in write_manifest(folder, "t", [*declared, "leads-out"]).entries}
-    assert {entries[path].status for path in declared[:-1]} == {"present"}
-    assert (entries["report.md"].status, entries["report.md"].reason) == (
-        "missing", "the task wrote no such file or folder",
-    )  # fmt: skip
-    assert "leads nowhere or out" in str(entries["leads-out"].reason)
+    target = Target(task_id="t", out_dir=str(folder), artifacts=(*declared, "leads-out"))
+    with contextlib.closing(TaskFolder(target)) as task:
+        task.write_manifest({})
+    manifest = json.loads((folder / "manifest.json").read_text())
+    entries = {entry["path"]: entry for entry in manifest["entries"]}
+    assert {entries[path]["status"] for path in declared[:-1]} == {"present"}
+    assert entries["report.md"]["status"] == "missing"
+    assert entries["report.md"]["reason"] == "the task wrote no such file or folder"
+    assert entries["leads-out"]["status"] == "missing"
+    assert entries["leads-out"]["reason"]
 
 
 def test_a_batch_that_fails_leaves_what_it_had(agents, make_context) -> None:

@@ -279,3 +279,8 @@ def test_names_of_columns_are_shown() -> None:
     assert listed(["text", "Question Text", "meta.id", "answer_2", "_id", "root:x:0", "0123abcd"]) == (
         "text, Question Text, meta.id, answer_2, _id, 2 with unusual names"
     )
+
+
+def test_the_home_of_nobody_is_no_crash(narrow: MakeContext) -> None:
+    for path in ("~no-such-user/x.csv", "~no-such-user/*.csv", "a\0b.csv"):
+        assert "spec.data.path" in data_error(narrow, type="csv", path=path)

@@ -26,6 +26,7 @@ from tests.kit.tiny_models import write_tiny_lora
 NO_SERVER = "http://127.0.0.1:9/x"
 LISTED = {"type": "list", "items": ["a", "b"]}
 ADAPTED = {"model.adapters": [{"path": "LORA"}]}
+NOT_HERE = {"model.adapters": [{"path": "/no/such"}]}
 EXPORTED = {"postprocess.jsonl_export": {"fields": {"a": {"from": "metadata", "key": "x", "default": 1}}},
             "data.metadata": [{"x": None}, {"x": 2}]}  # fmt: skip
 ROWS_FILE = {"data": {"type": "jsonl", "path": "ROWS"}}
@@ -86,8 +87,8 @@ ROWS: list[tuple[str, Any, Any, dict[str, Any]]] = [
     ("model.adapters.0.name", "mine", 3, ADAPTED),
     ("model.adapters.0.id", 7, 0, ADAPTED),
     ("model.adapters.0.path", "/no/such", 1, ADAPTED),
-    ("model.adapters.0.url", NO_SERVER, 1, ADAPTED),
-    ("model.adapters.0.taskId", "x", 1, ADAPTED),
+    ("model.adapters.0.url", NO_SERVER, 1, NOT_HERE),
+    ("model.adapters.0.taskId", "x", 1, NOT_HERE),
     ("model.adapters.0.headers", {"a": "b"}, {"a": 1}, ADAPTED),
     ("model.adapters.0.timeoutSec", 3, 0, ADAPTED),
     ("model.adapters.0.archive_format", "zip", "rar", {"model.adapters": [{"path": "TAR"}]}),

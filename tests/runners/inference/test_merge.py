@@ -95,7 +95,7 @@ def export(make_context: Any, model: Any, wanted: dict[str, Any], metadata: list
     path = context.out_dir / result["jsonl_export"]["relative_path"]
     assert result["jsonl_export"]["path"] == str(path)
     assert result["jsonl_export"]["record_count"] == 2
-    assert [each.name for each in path.parent.iterdir()] == [path.name]
+    assert {each.name for each in path.parent.iterdir()} - {"rows.jsonl"} == {path.name}
     return [json.loads(line) for line in path.read_text().removesuffix("\n").split("\n")]
 
 
@@ -130,7 +130,7 @@ def test_export_fields(tiny_llama, make_context) -> None:
         {"topic": "t1", "deep": "t1", "why": "length", "number": 1, "source": "made by a test",
          "version": {"major": 1}, "chain": "why", "three": 3, "none": None},
     ]  # fmt: skip
-    assert records[1]["all"] == metadata[1]
+    assert records[1]["all"].items() >= metadata[1].items()
 
 
 def test_what_answers_have_by_request_may_be_required(tiny_llama, make_context) -> None:

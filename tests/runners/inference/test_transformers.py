@@ -16,7 +16,7 @@ from flowmesh.messages.job import Fault
 from flowmesh.processes.pipe import Cancel, Pipe, Progress
 from runners.api import BadRequest, Cancelled
 from runners.inference import loader
-from runners.inference.engine import GpuOutOfMemory, Request, Watch
+from runners.inference.engine import GpuOutOfMemory, Request, Watch, collect
 from runners.inference.runner import InferenceRunner
 from runners.inference.task import InferenceOptions, sampling_of
 from runners.inference.tokens import Texts
@@ -73,8 +73,7 @@ def test_result_carries_metadata_and_reasons(tiny_llama, make_context) -> None:
     result = InferenceRunner().run(make_context(spec))
     assert result["ok"] is True
     assert result["model"] == str(tiny_llama)
-    assert [item.get("metadata") for item in result["items"]] == [{"id": 7}, None]
-    assert "metadata" not in result["items"][1]
+    assert [item["metadata"].get("id") for item in result["items"]] == [7, None]
     assert {item["finish_reason"] for item in result["items"]} == {"length"}
     json.dumps(result, allow_nan=False)
 
@@ -188,11 +187,13 @@ def test_small_batches_give_the_same_answers(tiny_llama, make_context) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     texts = Texts(AutoTokenizer.from_pretrained(tiny_llama))
     sampling = sampling_of(InferenceOptions(temperature=0, max_tokens=6))
-    requests = [Request(tuple(texts.tokenizer(prompt)["input_ids"])) for prompt in mixed_prompts(9, longest=12)]
+    requests = [
+        Request(tuple(texts.tokenizer(prompt)["input_ids"]), sampling) for prompt in mixed_prompts(9, longest=12)
+    ]
     answers = []
     for tokens, rows in ((10**6, 64), (10**6, 1), (10**6, 3), (30, 64)):
         engine = TransformersEngine(model, texts, batch_tokens=tokens, batch_rows=rows)
-        answers.append(engine.generate(requests, sampling, Watch(make_context({}), len(requests))))
+        answers.append(collect(engine, requests, Watch(make_context({}), len(requests))))
     assert all(each == answers[0] for each in answers)
 
 
@@ -210,16 +211,18 @@ def test_a_batch_too_large_for_the_gpu_is_halved(tiny_llama, make_context) -> No
     model = Narrow.from_pretrained(tiny_llama)
     texts = Texts(AutoTokenizer.from_pretrained(tiny_llama))
     sampling = sampling_of(InferenceOptions(temperature=0, max_tokens=4))
-    requests = [Request(tuple(texts.tokenizer(prompt)["input_ids"])) for prompt in mixed_prompts(10, longest=9)]
+    requests = [
+        Request(tuple(texts.tokenizer(prompt)["input_ids"]), sampling) for prompt in mixed_prompts(10, longest=9)
+    ]
     engine = TransformersEngine(model, texts, batch_tokens=10**6, batch_rows=64)
     watch = Watch(make_context({}), len(requests))
-    answers = engine.generate(requests, sampling, watch)
-    assert (watch.answers, watch.tokens) == (10, 40)
+    answers = collect(engine, requests, watch)
+    assert watch.tokens == 40
     Narrow.rows = 64
-    assert answers == engine.generate(requests, sampling, Watch(make_context({}), len(requests)))
+    assert answers == collect(engine, requests, Watch(make_context({}), len(requests)))
     Narrow.rows = 0
     with pytest.raises(GpuOutOfMemory, match=r"does not hold one prompt of \d+ tokens.*Tried to allocate 2\.00 GiB"):
-        engine.generate(requests, sampling, Watch(make_context({}), len(requests)))
+        collect(engine, requests, Watch(make_context({}), len(requests)))
     assert GpuOutOfMemory.fault is Fault.GPU_OOM
 
 

@@ -135,7 +135,7 @@ def test_adapters_from_tasks_urls_and_archives(tiny_llama, loras, make_context, 
 @pytest.mark.parametrize(
     ("adapter", "message"),
     [
-        ({}, r"adapters\[0\]: give exactly one of `path`, `url` and `taskId`"),
+        ({}, r"adapters\[0\]: needs a `path`, a `url` or a `taskId`"),
         ({"path": "/no/such"}, r"adapters\[0\]\.path: there is no '/no/such' on this node"),
         ({"taskId": "nobody"}, r"adapters\[0\]\.taskId: this node has no results of task 'nobody'"),
         ({"taskId": "../x"}, r"adapters\[0\]\.taskId: invalid task id '\.\./x'"),

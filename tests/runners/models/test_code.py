@@ -160,3 +160,14 @@ def test_an_adapters_configuration_imports_nothing(
     (tmp_path / "lora" / "adapter_model.safetensors").write_bytes(b"")
     with pytest.raises(BadRequest, match="adapter_config"):
         load_adapter(trusting(make_context), Adapter(path=str(tmp_path / "lora")), 0, "spec.model.adapters[0]")
+
+
+def test_a_tasks_folder_that_is_a_link_outside_is_refused(make_context: MakeContext, tmp_path: Path) -> None:
+    ctx = make_context({}, permits=msgspec.structs.replace(PERMITS, read_roots=()))
+    (tmp_path / "secret" / "names").mkdir(parents=True)
+    (tmp_path / "secret" / "names" / "adapter_config.json").write_text("{}")
+    (tmp_path / "results" / "task-2").symlink_to(tmp_path / "secret")
+    with pytest.raises(BadRequest, match=r"tasks\.read_roots") as caught:
+        load_adapter(ctx, Adapter(task_id="task-2"), 0, "spec.model.adapters[0]")
+    assert "names more" in str(caught.value)
+    assert "'names" not in str(caught.value)

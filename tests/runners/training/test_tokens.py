@@ -112,6 +112,20 @@ def test_the_saved_model_stops_where_a_turn_ends(chatml: Path, tmp_path: Path) -
     ]
 
 
+@pytest.mark.parametrize("task_type", ["lora_sft", "ppo"])
+def test_a_saved_adapter_says_where_a_turn_ends(chatml: Path, tmp_path: Path, task_type: str) -> None:
+    spec: dict[str, Any] = {
+        "model": {"source": {"identifier": str(chatml)}},
+        "data": {"messages": [CHAT] * 2} if task_type == "lora_sft" else {"prompts": ["a", "b"]},
+        "training": {"max_steps": 1, "batch_size": 2, "max_seq_length": 64, "save_strategy": "no"},
+        "lora": {"r": 4},
+        **({} if task_type == "lora_sft" else {"reward": "length", "generation": {"max_new_tokens": 2}}),
+    }
+    folder = train(tmp_path, task_type, spec)["final_lora_path"]
+    end = AutoTokenizer.from_pretrained(chatml).convert_tokens_to_ids("<|im_end|>")
+    assert end in GenerationConfig.from_pretrained(folder).eos_token_id
+
+
 def test_where_a_turn_ends_with_the_end_token_nothing_is_added(tiny_llama: Path, chatml: Path) -> None:
     plain, other = AutoTokenizer.from_pretrained(tiny_llama), AutoTokenizer.from_pretrained(chatml)
     assert templates.end_tokens(plain) == [plain.eos_token_id]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +84,17 @@ def test_a_resumed_run_keeps_its_id(tmp_path: Path, task_type: str) -> None:
     second = train(tmp_path, task_type, more, task_id="second")
     ids.append(Path(second["checkpoints_dir"]) / "tracking.json")
     assert [json.loads(each.read_text())["run"] for each in ids] == ["first", "first"]
+
+
+@pytest.mark.parametrize("task_type", ["sft", "ppo"])
+def test_trackio_writes_into_the_artifacts_and_continues_its_run(tmp_path: Path, task_type: str) -> None:
+    pytest.importorskip("trackio", reason="needs the extra 'trackio'")
+    limits = {"limits": {"trackers": ["trackio"]}}
+    folder = Path(train(tmp_path, task_type, spec(task_type, report_to="trackio"), **limits)["output_dir"])
+    more = spec(task_type, report_to="trackio", max_steps=4)
+    assert train(tmp_path, task_type, more, **limits)["metrics"]["first_step"] == 2
+    (file,) = (path for path in (folder / "artifacts" / "trackio").glob("flowmesh*.db"))
+    with contextlib.closing(sqlite3.connect(file)) as database:
+        rows = database.execute("select run_name, step, metrics from metrics").fetchall()
+    assert {name for name, *_ in rows} == {"task-1"}
+    assert sum("loss" in str(metrics) for *_, metrics in rows) >= 4

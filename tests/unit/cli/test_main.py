@@ -19,7 +19,7 @@ SURFACE = {
     "logs": "TASK_ID --config --follow --help --json --raw --results-dir --state-dir --stderr --stdout -f -n",
     "cancel": "TASK_ID --config --force --help --json --state-dir",
     "deliver": "TASK_ID --config --help --json --state-dir",
-    "drain": "--config --help --json --mode --state-dir --wait",
+    "drain": "--cancel --config --help --json --mode --state-dir --wait",
     "init": "--dry-run --help --prefix --supervisord --systemd --user",
     "examples": "--copy --help --json NAME",
     "doctor": "--config --help --json",

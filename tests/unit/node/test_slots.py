@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowmesh.errors import ConfigError, DeviceError
+from flowmesh.errors import ConfigError
 from flowmesh.node.devices import GpuInfo, MigSlice
-from flowmesh.node.slots import Slot, SlotPlan, cpu_list, plan
+from flowmesh.node.slots import Slot, SlotFault, SlotPlan, cpu_list, plan
 from flowmesh.settings.checks import cpu_numbers
 from flowmesh.settings.load import describe, load
 from flowmesh.settings.schema import Settings
@@ -86,12 +86,15 @@ def test_two_slices_in_one_slot_are_refused_for_cuda_would_show_one(tmp_path: Pa
 
 def test_a_gpu_that_is_down_leaves_the_other_slots_and_their_names(tmp_path: Path) -> None:
     text = "[[slots]]\nname = 'a'\ngpus = [0, 7]\n[[slots]]\nname = 'b'\ngpus = [8]\n"
-    (slot,) = cut(tmp_path, text, some_are_down=True)
-    assert (slot.worker_id, slot.gpus, slot.share) == ("node-a", (GPUS[0].uuid,), 1.0)
+    first, second = cut(tmp_path, text, some_are_down=True)
+    assert (first.worker_id, first.gpus, first.missing) == ("node-a", (GPUS[0].uuid,), ("7",))
+    assert (second.worker_id, second.gpus, second.missing) == ("node-b", (), ("8",))
+    assert (first.share, second.share) == (pytest.approx(2 / 3), pytest.approx(1 / 3)), "of what the settings name"
     with pytest.raises(ConfigError, match=r"slots\[0\].gpus\[1\]: '7' matches no GPU"):
         cut(tmp_path, text)
-    with pytest.raises(DeviceError, match="none of the configured GPUs works"):
-        cut(tmp_path, text, (), some_are_down=True)
+    gone = "GPU-12345678-1234-1234-1234-123456789abc"
+    (only,) = cut(tmp_path, f"[[slots]]\nname = 'a'\ngpus = ['{gone}']\n")
+    assert only.missing == (gone,), "a whole UUID is no slip of the pen"
 
 
 def test_a_list_of_slots(tmp_path: Path) -> None:
@@ -190,14 +193,15 @@ def test_a_list_of_cpus_and_back(cpus: set[int]) -> None:
 
 
 def test_a_closed_slot_still_takes_what_needs_none_of_its_gpus() -> None:
-    slot: Slot[str] = Slot(SlotPlan(name="a", worker_id="w"), lambda run: run.startswith("gpu"))
+    slot: Slot[str] = Slot(SlotPlan(name="a", worker_id="w"))
     slot.queue.extend(["gpu-1", "echo", "gpu-2"])
-    slot.closed = "why"
+    slot.faults["GPUs"] = SlotFault(reason="why", concerns=lambda run: run.startswith("gpu"))
+    assert slot.trouble == "why"
     assert slot.next() == "echo"
     assert slot.next() is None
     slot.free("echo")
     assert slot.next() is None
-    slot.closed = ""
+    del slot.faults["GPUs"]
     assert slot.next() == "gpu-1"
     assert list(slot.queue) == ["gpu-2"]
 

@@ -1,13 +1,25 @@
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from flowmesh.results.manifest import write_manifest
+from flowmesh.results.job import Target
+from flowmesh.results.manifest import Known
+from flowmesh.results.task_folder import TaskFolder
+
+
+def write_manifest(
+    folder: Path, task_id: str, artifacts: Iterable[str] = (), known: dict[str, Known] | None = None
+) -> None:
+    target = Target(task_id=task_id, out_dir=str(folder), artifacts=tuple(artifacts))
+    with contextlib.closing(TaskFolder(target)) as task:
+        task.write_manifest(known or {})
 
 
 def written(folder: Path) -> dict[str, Any]:
@@ -114,5 +126,5 @@ def test_a_nested_artifact_and_a_name_that_is_no_utf8(tmp_path: Path) -> None:
 
 def test_a_known_checksum_is_taken_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "final_model.tar.gz").write_bytes(b"x")
-    write_manifest(tmp_path, "t-1", known_sha256={"final_model.tar.gz": "00ff"})
+    write_manifest(tmp_path, "t-1", known={str(tmp_path / "final_model.tar.gz"): Known(7, "00ff")})
     assert written(tmp_path)["by_name"]["final_model.tar.gz"]["sha256"] == "00ff"

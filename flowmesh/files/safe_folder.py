@@ -11,8 +11,7 @@ import errno
 import os
 from pathlib import Path
 
-FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-"""Flags for `os.open` that open a folder, but no link to one."""
+from flowmesh.files.beneath import FOLDER
 
 
 def open_folder(path: Path, *, make: bool = False) -> int:
@@ -44,13 +43,26 @@ def open_folder(path: Path, *, make: bool = False) -> int:
 
 
 def _make_folder(path: Path) -> int:
-    parent = open_folder(path.parent, make=True)
-    try:
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(path.name, dir_fd=parent)
-        return os.open(path.name, FOLDER, dir_fd=parent)
-    except OSError as error:
-        error.filename = str(path)
-        raise
-    finally:
-        os.close(parent)
+    missing: list[str] = []
+    at = path
+    while True:
+        missing.append(at.name)
+        at = at.parent
+        try:
+            folder = open_folder(at)
+            break
+        except FileNotFoundError:
+            if at == at.parent:
+                raise
+    for name in reversed(missing):
+        parent = folder
+        try:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(name, dir_fd=parent)
+            folder = os.open(name, FOLDER, dir_fd=parent)
+        except OSError as error:
+            error.filename = str(path)
+            raise
+        finally:
+            os.close(parent)
+    return folder

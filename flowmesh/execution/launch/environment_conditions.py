@@ -1,0 +1,100 @@
+"""Environments that do not work as faults of the node: their task types are not offered until they do."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Set
+
+from flowmesh.errors import LaunchError
+from flowmesh.execution.conditions import Conditions, Fault
+from flowmesh.execution.layout import OOM_SCORE_ADJ, Layout
+from flowmesh.execution.run import Run
+from flowmesh.messages.job import Exit
+from flowmesh.processes import environ
+from flowmesh.processes.helper import Helpers
+from flowmesh.processes.limits import Limits
+from flowmesh.processes.protocol import Fork
+from flowmesh.processes.server_pool import ServerPool
+from flowmesh.tasks import machine
+from flowmesh.tasks.verdicts import describe_exit
+
+LONGEST_PAUSE_S = 60.0
+"""Between two probes: each starts an interpreter and imports the environment's libraries."""
+FORK_TIMEOUT_S = 60.0
+PROBE_ENTRY = "flowmesh.processes.child_main:nothing"
+FIRST_ATTEMPT = 1 << 41
+"""Probes have attempt numbers too; above those of canaries."""
+
+
+class EnvironmentConditions:
+    """
+    Args:
+        wait_s: how long tasks wait for their environment.
+    """
+
+    def __init__(
+        self, *, pool: ServerPool, helpers: Helpers, layout: Layout, conditions: Conditions, wait_s: float
+    ) -> None:
+        self._pool = pool
+        self._helpers = helpers
+        self._layout = layout
+        self._conditions = conditions
+        self._wait_s = wait_s
+        self._faults: dict[str, Fault] = {}
+        self._attempts = itertools.count(FIRST_ATTEMPT + int(time.time()))
+
+    def met(self, run: Run, reason: str) -> machine.Event:
+        """A task found that its environment does not work; returns the task's next event."""
+        return self._conditions.met(run, self._fault(run.accepted.type.environment), reason)
+
+    @property
+    def broken(self) -> Set[str]:
+        """The environments that do not work now."""
+        return {name for name, fault in self._faults.items() if self._conditions.holds(fault.name)}
+
+    def _fault(self, environment: str) -> Fault:
+        if (fault := self._faults.get(environment)) is None:
+            fault = self._faults[environment] = Fault(
+                name=f"environment {environment}",
+                probe=lambda: self._probe(environment),
+                wait_s=self._wait_s,
+                concerns=lambda run: run.accepted.type.environment == environment,
+                partial=True,
+                longest_s=LONGEST_PAUSE_S,
+            )
+        return fault
+
+    async def _probe(self, environment: str) -> str:
+        """Have a child forked that does nothing: imports, fork, cgroup and limits are those of a task."""
+        self._pool.try_again(environment)
+        if problem := await self._pool.await_server(environment):
+            return problem
+        try:
+            child = self._helpers.run(environment, self._fork())
+            exit_: Exit = await asyncio.wait_for(child, FORK_TIMEOUT_S)
+        except TimeoutError:
+            return f"environment {environment}: a child that does nothing did not end in {FORK_TIMEOUT_S:.0f} s"
+        except LaunchError as error:
+            return f"environment {environment}: {error}"
+        if exit_.code == 0:
+            return ""
+        log = self._layout.log_dir / "probe.log"
+        return f"environment {environment}: a child that does nothing ended with {describe_exit(exit_)}; see {log}"
+
+    def _fork(self) -> Fork:
+        layout, attempt = self._layout, next(self._attempts)
+        log = str(layout.log_dir / "probe.log")
+        return Fork(
+            attempt=attempt,
+            target=PROBE_ENTRY,
+            spool=str(layout.log_dir),
+            cwd=str(layout.work_dir),
+            stdout=log,
+            stderr=log,
+            env=environ.for_task(
+                layout.task_env, task_env={}, tmp_dir="/tmp", threads=1, gpus=(), mark=layout.mark_of(attempt)
+            ),
+            limits=Limits(oom_score_adj=OOM_SCORE_ADJ),
+        )
