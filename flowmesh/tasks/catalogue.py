@@ -23,6 +23,8 @@ DEFAULT = "default"
 """The environment of all other types where the settings name none: the node's own interpreter."""
 ENTRY_POINTS = "flowmesh.runners"
 """The entry point group in which other packages register task types."""
+AGENT_CHECK = "runners.checks:agent_config"
+"""`(path, content) -> Checked`: checks a file of the agents folder."""
 PROBE_TIMEOUT_S = 60.0
 
 
@@ -32,6 +34,9 @@ class TaskType(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     runner: str
     """`module:Class`."""
+    check: str = ""
+    """`module:function` that checks a document of this type without running it: `(task, task_type) -> Checked`. Its
+    module is light. Empty: there is none."""
     environment: str = DEFAULT
     requires: tuple[str, ...] = ()
     """Top-level modules without which the type cannot run."""
@@ -55,10 +60,17 @@ _TRAINING = {
 }
 
 BUILTIN = (
-    TaskType(name="echo", runner="runners.echo:EchoRunner", environment=LIGHT, preload=("runners.echo",)),
+    TaskType(
+        name="echo",
+        runner="runners.echo:EchoRunner",
+        check="runners.checks:echo",
+        environment=LIGHT,
+        preload=("runners.echo",),
+    ),
     TaskType(
         name="inference",
         runner="runners.inference.runner:InferenceRunner",
+        check="runners.checks:inference",
         requires=("torch", "transformers"),
         extra="inference",
         preload=("runners.inference.preload:TRANSFORMERS",),
@@ -68,6 +80,7 @@ BUILTIN = (
         TaskType(
             name=name,
             runner=f"runners.training.runner:{prefix}Runner",
+            check="runners.checks:training",
             requires=("torch", "transformers", "accelerate", "peft", "datasets", "trl"),
             extra="training",
             preload=("runners.training.preload:TRAINING",),
@@ -77,6 +90,7 @@ BUILTIN = (
     TaskType(
         name="rag",
         runner="runners.rag.runner:RagRunner",
+        check="runners.checks:rag",
         requires=("torch", "transformers", "sentence_transformers", "faiss"),
         extra="rag",
         preload=("runners.rag.preload:RAG",),
@@ -84,6 +98,7 @@ BUILTIN = (
     TaskType(
         name="agent",
         runner="runners.agent.runner:AgentRunner",
+        check="runners.checks:agent",
         requires=("smolagents", "openai"),
         extra="agent",
         preload=("runners.agent.preload:AGENT",),
