@@ -7,48 +7,36 @@ import contextlib
 import functools
 import gc
 import os
-import secrets
 import signal
 import time
 from collections.abc import Callable, Coroutine, Mapping
-from pathlib import Path
 from typing import IO, Any
 
-import msgspec
 from loguru import logger
 
-from flowmesh import installed
 from flowmesh.control.drain import Drain
 from flowmesh.control.operations import Operations
 from flowmesh.control.server import ControlServer
 from flowmesh.control.watchers import Watchers
 from flowmesh.errors import ConfigError, DeviceError, FlowMeshError, LaunchError
-from flowmesh.execution import permits
-from flowmesh.execution.executor import Executor
-from flowmesh.execution.layout import Layout, Owner, make_parts
+from flowmesh.execution.layout import make_parts
 from flowmesh.execution.recovery import recover
-from flowmesh.execution.run import Run
-from flowmesh.messages.gateway import Gateway
 from flowmesh.messages.wire import utc_now
-from flowmesh.node import cuda_build
 from flowmesh.node.devices import Inventory
 from flowmesh.node.nvml.client import Nvml
 from flowmesh.node.power import PowerMeter
-from flowmesh.node.slots import Slot
 from flowmesh.node.systemd import Notifier
 from flowmesh.orchestrator.link import Link
 from flowmesh.orchestrator.worker_description import NodeDescription
-from flowmesh.processes import environ, linux
-from flowmesh.processes.server_pool import ServerPool
+from flowmesh.processes import linux
 from flowmesh.redaction import Redactor
 from flowmesh.settings.paths import results_dir, state_dir
 from flowmesh.settings.schema import Settings
-from flowmesh.settings.secret_files import has_token
-from flowmesh.startup import environments, identity, old_variables, preflight, successor
+from flowmesh.startup import first_lines, identity, preflight, successor
+from flowmesh.startup.assembly import make_executor
 from flowmesh.startup.event_loop import end_all, reap_children, start_threads
 from flowmesh.startup.gpu_watch import GpuWatch
 from flowmesh.startup.state_dir import hold_state_dir, keep_lock
-from flowmesh.startup.trust import SetUp, trust
 from flowmesh.tasks.catalogue import LIGHT
 from flowmesh.tasks.journal import Journal
 from flowmesh.tasks.journal_db import JOURNAL_FILE
@@ -156,7 +144,18 @@ class Supervisor:
         )
         owner = preflight.owner(settings)
         make_parts(self.state_dir, owner)
-        self.executor = self._make_executor(node, fitted, owner)
+        self.executor = make_executor(
+            settings,
+            fitted,
+            owner,
+            self.journal,
+            self.state_dir,
+            node_id=node_id,
+            nvml=self.nvml,
+            power=node.power,
+            environment=self._environ,
+            secrets=self._hides,
+        )
         self.gpu_watch = GpuWatch(
             self.executor.conditions,
             fitted,
@@ -180,69 +179,7 @@ class Supervisor:
         socket = self.state_dir / "run" / "control.sock"
         self.control = ControlServer(socket, operations.handlers(), watchers.subscribe, self._hides)
         catalogue = self.executor.catalogue
-        logger.bind(isolation=node.isolation, types=",".join(sorted(catalogue.offered))).info(
-            "node started: worker {} (FlowMesh {})", worker_id, installed.version()
-        )
-        if problem := installed.problem():
-            logger.error("{}", problem)
-        separation = trust(settings)
-        if separation.set_up is SetUp.ROOT:
-            logger.warning("{}; {}", separation.text, separation.remedy)
-        else:
-            logger.bind(trust=separation.set_up.value).info("{}", separation.text)
-        for line in old_variables.warnings(self._environ):
-            logger.warning("{}", line)
-        for name, why in sorted(catalogue.missing.items()):
-            logger.bind(type=name).info("task type not offered: {}", why)
-
-    def _make_executor(self, node: NodeDescription, fitted: preflight.Fitted, owner: Owner | None) -> Executor:
-        settings = self.settings
-        slots: dict[str, Slot[Run]] = {plan.worker_id: Slot(plan) for plan in fitted.slots}
-        base_env = environ.base(self._environ, settings.tasks.pass_env)
-        catalogue, environment_table = environments.plan(settings)
-        pool = ServerPool(
-            environment_table,
-            folder=self.state_dir / "run",
-            log_folder=self.state_dir / "log",
-            env=environ.for_server(base_env) | {"CUDA_VISIBLE_DEVICES": ",".join(gpu.uuid for gpu in fitted.gpus)},
-            adoption_timeout_s=settings.processes.adoption_timeout_s,
-            cgroup=self.cgroup,
-            mark=node.node_id,
-        )
-        layout = Layout(
-            state_dir=self.state_dir,
-            results_dir=self.results_dir,
-            work_dir=Path.cwd(),
-            mark=node.node_id,
-            base_env=base_env,
-            cgroup=self.cgroup,
-            processes=settings.processes,
-            limits=msgspec.to_builtins(settings.runners),
-            permits=permits.of_node(settings, self.state_dir, base_env, owner),
-            owner=owner,
-            secrets=self._hides,
-            gateway=self._gateway(),
-            umask=int(settings.results.umask, 8),
-        )
-        return Executor(
-            settings=settings,
-            catalogue=catalogue,
-            journal=self.journal,
-            slots=slots,
-            layout=layout,
-            pool=pool,
-            nvml=self.nvml,
-            power=node.power,
-            gpus=fitted.gpus,
-        )
-
-    def _gateway(self) -> Gateway | None:
-        """Where tasks find the gateway. The key outlives a restart: running tasks have it."""
-        delivery = self.settings.delivery
-        if delivery.orchestrator_url is None or not has_token(delivery):
-            return None
-        key = self.journal.fact("gateway_key", secrets.token_hex(16))
-        return Gateway(str(self.state_dir / "gateway" / "socket"), key)
+        first_lines.log(settings, self._environ, catalogue, worker=worker_id, how=node.isolation)
 
     async def _take_inventory(self) -> Inventory:
         try:
@@ -273,22 +210,7 @@ class Supervisor:
         gc.freeze()  # long-lived objects need no further collection
         self.link.registration.resume()
         self._notifier.send(READY="1", STATUS="running")
-        await asyncio.gather(*self.link.works(), self._compare_torch())
-
-    async def _compare_torch(self) -> None:
-        """Log where an environment's torch does not fit driver and GPUs: its canary would fail without a reason."""
-        catalogue, table = self.executor.catalogue, self.executor.pool.environments
-        names = {offered.environment for offered in catalogue.offered.values() if "torch" in offered.requires}
-        for name in sorted(names) if self.inventory.gpus else ():
-            python = table[name].python
-            found = await asyncio.to_thread(cuda_build.ask, python)
-            wrong = (
-                [found]
-                if isinstance(found, cuda_build.Mismatch)
-                else cuda_build.mismatches(found, self.inventory, python)
-            )
-            for each in wrong:
-                logger.bind(environment=name).error("{}; {}", each.text, each.remedy)
+        await asyncio.gather(*self.link.works(), first_lines.compare_torch(self.executor, self.inventory))
 
     async def start_anew(self, fitted: preflight.Fitted | None = None) -> None:
         """Replace this process by the program as it is on disk, with the settings as they are now; tasks run on.

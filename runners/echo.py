@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from runners.api import BadRequest, Context, Runner
-from runners.fields import COMMON, near
+from runners.fields import COMMON, Faults, near
 
 TICK_S = 0.1
 KNOWN = (*COMMON, "delaySec")
@@ -14,12 +14,7 @@ KNOWN = (*COMMON, "delaySec")
 
 class EchoRunner(Runner):
     def run(self, ctx: Context) -> dict[str, Any]:
-        for name in ctx.spec:
-            if name not in KNOWN and (meant := near(str(name), KNOWN)):
-                raise BadRequest(f"spec.{name}: unknown field; did you mean {meant!r}?")
-        delay_s = ctx.spec.get("delaySec", 0)
-        if isinstance(delay_s, bool) or not isinstance(delay_s, int | float) or not 0 <= delay_s <= 86400:
-            raise BadRequest(f"spec.delaySec: expected a number of seconds from 0 to 86400, found {delay_s!r}")
+        delay_s = read_delay(ctx.spec)
         if delay_s:
             ctx.phase("wait")
             waited = 0.0
@@ -29,3 +24,29 @@ class EchoRunner(Runner):
                 waited += tick
                 ctx.progress(round(waited, 3), delay_s, "s")
         return {"ok": True, "echo": ctx.spec}
+
+
+def read_delay(spec: dict[str, Any]) -> float:
+    """Check the document; returns its delay in seconds.
+
+    Raises:
+        BadRequest: naming all fields that are wrong.
+    """
+    faults = Faults()
+    for name in spec:
+        faults.read(lambda name=name: _check_name(str(name)))  # type: ignore[misc]
+    delay_s = faults.read(lambda: _delay(spec.get("delaySec", 0)))
+    faults.check()
+    assert delay_s is not None, "else it was a fault"
+    return delay_s
+
+
+def _check_name(name: str) -> None:
+    if name not in KNOWN and (meant := near(name, KNOWN)):
+        raise BadRequest(f"spec.{name}: unknown field; did you mean {meant!r}?")
+
+
+def _delay(delay_s: Any) -> float:
+    if isinstance(delay_s, bool) or not isinstance(delay_s, int | float) or not 0 <= delay_s <= 86400:
+        raise BadRequest(f"spec.delaySec: expected a number of seconds from 0 to 86400, found {delay_s!r}")
+    return delay_s

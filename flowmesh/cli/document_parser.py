@@ -11,13 +11,22 @@ from typing import Any
 import yaml
 
 from flowmesh.errors import FieldError, FlowMeshError
+from flowmesh.validation.convert import joined
 
 MAX_DEPTH = 64
 MAX_VALUES = 2_000_000
 
 
 class DocumentError(FlowMeshError):
-    """A file is not a task document."""
+    """A file is not a task document.
+
+    Args:
+        line: where it shows, counted from 1; None: nowhere in particular.
+    """
+
+    def __init__(self, message: str, line: int | None = None) -> None:
+        super().__init__(message)
+        self.line = line
 
 
 def parse(text: str, name: str, *, as_json: bool) -> Any:
@@ -28,10 +37,25 @@ def parse(text: str, name: str, *, as_json: bool) -> Any:
 
     Raises:
         DocumentError: the text is neither YAML nor JSON.
-        FieldError: it contains a value that JSON cannot represent.
+        FieldError: it contains values that JSON cannot represent; names all of them.
     """
-    data = _parse_json(text, name) if as_json else _parse_yaml(text, name)
-    return _Plain(name).plain(data, "", 0)
+    data, faults = parse_all(text, name, as_json=as_json)
+    if faults:
+        texts = tuple(f"{name}: {fault}" for _, fault in faults)
+        raise FieldError(joined(texts), faults[0][0], texts)
+    return data
+
+
+def parse_all(text: str, name: str, *, as_json: bool) -> tuple[Any, list[tuple[str, str]]]:
+    """As `parse`, but returns the data with null for each value that JSON cannot represent, and its path and fault.
+
+    Raises:
+        DocumentError: the text is neither YAML nor JSON.
+        FieldError: it is nested too deep or has too many values.
+    """
+    plain = _Plain(name)
+    data = plain.plain(_parse_json(text, name) if as_json else _parse_yaml(text, name), "", 0)
+    return data, plain.faults
 
 
 def _parse_json(text: str, name: str) -> Any:
@@ -45,7 +69,8 @@ def _parse_json(text: str, name: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
-        raise DocumentError(f"{name}: line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
+        at = f"line {error.lineno}, column {error.colno}"
+        raise DocumentError(f"{name}: {at}: not JSON: {error.msg}", error.lineno) from None
     except RecursionError:
         raise DocumentError(f"{name}: nested deeper than {MAX_DEPTH} levels") from None
 
@@ -59,7 +84,8 @@ def _parse_yaml(text: str, name: str) -> Any:
         what = error.problem or error.context or "cannot be parsed"
         if isinstance(error, yaml.composer.ComposerError) and "single document" in (error.context or ""):
             what = "a second document begins here; put each task into a file of its own"
-        raise DocumentError(f"{name}: {at}{_one_line(what)}") from None
+        line = mark.line + 1 if mark is not None else None
+        raise DocumentError(f"{name}: {at}{_one_line(what)}", line) from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: `!!int x` and its like
         raise DocumentError(f"{name}: not YAML: {_one_line(str(error))}") from None
     except RecursionError:
@@ -92,10 +118,17 @@ _Loader.add_implicit_resolver(
 )
 
 
+def yaml_nodes(text: str) -> yaml.Node | None:
+    """The nodes of a YAML text that could be parsed, each with its line; None of an empty one."""
+    node: yaml.Node | None = yaml.compose(text, _Loader)
+    return node
+
+
 class _Plain:
-    """Converts YAML data to JSON data; a value that JSON cannot represent is an error with its path."""
+    """Converts YAML data to JSON data; a value that JSON cannot represent is a fault with its path."""
 
     def __init__(self, name: str) -> None:
+        self.faults: list[tuple[str, str]] = []
         self._name = name
         self._values = 0
 
@@ -110,7 +143,8 @@ class _Plain:
             case float():
                 if math.isfinite(value):
                     return value
-                raise FieldError(f"{self._name}: {path}: {value} is not a JSON number; write a finite one", path)
+                self.faults.append((path, f"{path}: {value} is not a JSON number; write a finite one"))
+                return None
             case dict():
                 return {
                     self._key(key, path): self.plain(item, f"{path}.{key}" if path else str(key), depth + 1)
@@ -119,7 +153,8 @@ class _Plain:
             case list():
                 return [self.plain(item, f"{path}[{index}]", depth + 1) for index, item in enumerate(value)]
             case _:
-                raise FieldError(f"{self._name}: {path}: {kind(value)} is not allowed in a task; use text", path)
+                self.faults.append((path, f"{path}: {kind(value)} is not allowed in a task; use text"))
+                return None
 
     def _key(self, key: Any, path: str) -> str:
         if isinstance(key, str):
@@ -127,7 +162,8 @@ class _Plain:
         if isinstance(key, int) and not isinstance(key, bool):
             return str(key)
         where = f"{path}: " if path else ""
-        raise FieldError(f"{self._name}: {where}the key {key!r} is {kind(key)}; put it in quotes", path)
+        self.faults.append((path, f"{where}the key {key!r} is {kind(key)}; put it in quotes"))
+        return str(key)
 
 
 def kind(value: Any) -> str:

@@ -25,6 +25,8 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
     """The file, as the user named it."""
     task_id: str
     document: dict[str, Any]
+    text: str = ""
+    """The file's content."""
 
     @property
     def task_type(self) -> str | None:
@@ -62,7 +64,7 @@ def load(source: str, task_id: str | None = None) -> Submission:
         FieldError: it is not a mapping with a `spec`, or contains a value that JSON cannot represent.
     """
     name = "<stdin>" if source == "-" else source
-    text = _read(source, name)
+    text = read(source)
     document = parse(text, name, as_json=source.endswith(".json"))
     if not isinstance(document, dict):
         raise FieldError(f"{name}: expected a mapping with a field `spec`, found {kind(document)}", "")
@@ -74,10 +76,16 @@ def load(source: str, task_id: str | None = None) -> Submission:
             f"--task-id: invalid task id {task_id!r}; allowed are up to 200 letters, digits and . _ : @ = + -",
             "task_id",
         )
-    return Submission(source=name, task_id=task_id or f"task-{secrets.token_hex(8)}", document=document)
+    return Submission(source=name, task_id=task_id or f"task-{secrets.token_hex(8)}", document=document, text=text)
 
 
-def _read(source: str, name: str) -> str:
+def read(source: str) -> str:
+    """The text of a file ("-": standard input).
+
+    Raises:
+        DocumentError: it cannot be read.
+    """
+    name = "<stdin>" if source == "-" else source
     try:
         data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
     except OSError as error:

@@ -11,6 +11,9 @@ from flowmesh.cli import render
 from flowmesh.errors import EXIT_OK, ConfigError
 from flowmesh.validation.describe import nearest
 
+MODELINE = "# yaml-language-server: $schema="
+"""Begins the line that tells editors which schema a document has."""
+
 
 @click.command(help="List the example tasks, or print one: `flowmesh examples echo > echo.yaml`.")
 @click.argument("name", required=False)
@@ -27,7 +30,7 @@ def examples(name: str | None, folder: str | None, as_json: bool) -> int:
     if name is not None:
         if name not in files:
             raise ConfigError(f"no example {name!r}; {nearest(name, list(files))}")
-        print(files[name].read_text(), end="")
+        print(_text(files[name]), end="")
         return EXIT_OK
     described = {name: _first_comment(path) for name, path in files.items()}
     if as_json:
@@ -50,18 +53,23 @@ def _copy(source: Path, folder: Path) -> int:
                 print(f"kept  {to}")
             else:
                 to.parent.mkdir(parents=True, exist_ok=True)
-                to.write_bytes(path.read_bytes())
+                to.write_bytes(_text(path).encode() if path.suffix == ".yaml" else path.read_bytes())
                 print(f"made  {to}")
         except OSError as error:
             raise ConfigError(f"{to}: cannot be written: {error.strerror}") from None
     return EXIT_OK
 
 
+def _text(path: Path) -> str:
+    """An example whose line for editors names the installed schema, as it is read from another folder."""
+    return path.read_text().replace(f"{MODELINE}../", f"{MODELINE}{installed.conf()}/")
+
+
 def _first_comment(path: Path) -> str:
     """The first sentence of the comment that a file begins with."""
     lines = []
     for line in path.read_text().splitlines():
-        if not line.startswith("#"):
+        if not line.startswith("#") or line.startswith(MODELINE):
             break
         lines.append(line.lstrip("# "))
     return " ".join(lines).partition(". ")[0].rstrip(".:")

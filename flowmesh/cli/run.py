@@ -12,6 +12,7 @@ import click
 import msgspec
 
 from flowmesh.cli import documents, locate, render
+from flowmesh.cli.checked_file import refuse_faults
 from flowmesh.cli.deployment import TaskFailed
 from flowmesh.cli.documents import Submission
 from flowmesh.cli.follow import Follow, Outcome
@@ -20,6 +21,7 @@ from flowmesh.cli.signals import Interrupted, Signals
 from flowmesh.cli.summary import summary
 from flowmesh.cli.view import progress_stream, view_for
 from flowmesh.errors import EXIT_OK, FlowMeshError
+from flowmesh.tasks.catalogue import known_types
 
 _NODES_OWN = ("node_fault", "supervisor_lost")
 """Verdicts for which the task is not at fault; the node's log is printed for them."""
@@ -62,6 +64,7 @@ def run(
     if task_id is not None and len(files) > 1:
         raise click.UsageError("--task-id: allowed for a single file only; leave it out, or run the files one by one")
     submissions = [documents.load(file, task_id) for file in files]
+    refuse_faults(submissions, known_types(locate.settings(config)))
     folders = [Path.cwd() if file == "-" else Path(file).absolute().parent for file in files]
     roots = tuple(dict.fromkeys(str(folder.resolve()) for folder in (*folders, *map(Path, read_roots))))
     options = LocalOptions(config=config, results_dir=results_dir, read_roots=roots)

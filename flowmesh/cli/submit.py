@@ -11,11 +11,13 @@ import click
 import msgspec
 
 from flowmesh.cli import deployment, documents, locate, redis_limits, render
+from flowmesh.cli.checked_file import refuse_faults
 from flowmesh.cli.deployment import TaskEnd, TaskFailed, Worker
 from flowmesh.cli.documents import Submission
 from flowmesh.cli.wait import Wait
 from flowmesh.errors import EXIT_OK, BusyError, ConfigError, UnavailableError
 from flowmesh.messages import wire
+from flowmesh.tasks.catalogue import known_types
 
 
 @click.command(
@@ -27,6 +29,7 @@ from flowmesh.messages import wire
 @locate.config_option
 @click.option("--worker", "worker_id", metavar="ID", help="Send it to this worker only.")
 @click.option("--task-id", metavar="ID", help="The task's id; else a new one.")
+@click.option("--no-check", is_flag=True, help="Send it unchecked: the worker has another version or runner.")
 @click.option("--wait", is_flag=True, help="Wait until the task has ended; exit with 0 only if it succeeded.")
 @click.option(
     "--timeout",
@@ -42,6 +45,7 @@ def submit(
     config: str | None,
     worker_id: str | None,
     task_id: str | None,
+    no_check: bool,
     wait: bool,
     timeout: float | None,
     as_json: bool,
@@ -50,6 +54,8 @@ def submit(
     if timeout is not None and not wait:
         raise click.UsageError("--timeout needs --wait")
     submission = documents.load(file, task_id)
+    if not no_check:
+        refuse_faults([submission], known_types(locate.settings(config)))
     url, topic = locate.deployment_of(redis_url, config)
     with locate.connected(url) as client:
         try:

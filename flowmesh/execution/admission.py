@@ -9,15 +9,13 @@ import msgspec
 
 from flowmesh.errors import FieldError
 from flowmesh.messages.output import HttpDestination, Output, read_output
-from flowmesh.messages.wire import NodeSpec, TaskMessage, decode_object
+from flowmesh.messages.wire import MAX_TIMEOUT_S, NodeSpec, TaskMessage, decode_object
 from flowmesh.processes import environ
 from flowmesh.results.job import Target, children_of
 from flowmesh.results.safe_names import check_task_id, placed
 from flowmesh.settings.schema import Settings
 from flowmesh.tasks.catalogue import Catalogue, TaskType
 from flowmesh.validation.convert import convert
-
-MAX_TIMEOUT_S = 366 * 86400.0
 
 
 class Accepted(msgspec.Struct, frozen=True, kw_only=True):

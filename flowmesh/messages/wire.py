@@ -26,6 +26,9 @@ WORKER_IDS = "workers:ids"
 MAX_MESSAGE_BYTES = 32 * 1024 * 1024
 """A larger dispatch is refused. Data of that size belongs in a file or behind a URL."""
 
+MAX_TIMEOUT_S = 366 * 86400.0
+"""The longest `spec.timeoutSec`."""
+
 TASK_ID = re.compile(r"[A-Za-z0-9_=@+][A-Za-z0-9._:@=+-]{0,199}", re.ASCII)
 """Valid task ids: a task id names a folder on disk and is part of URLs."""
 

@@ -26,10 +26,11 @@ class Fault(NamedTuple):
 
 def first_fault(settings: Settings) -> Fault | None:
     """The first setting that cannot be used, or None."""
-    return next(_faults(settings), None)
+    return next(all_faults(settings), None)
 
 
-def _faults(settings: Settings) -> Iterator[Fault]:
+def all_faults(settings: Settings) -> Iterator[Fault]:
+    """The settings that cannot be used."""
     if settings.redis.url is not None and (what := redis_fault(settings.redis.url)):
         yield Fault(("redis", "url"), what)
     if settings.redis.task_topic in RESERVED_TOPICS:

@@ -14,7 +14,7 @@ import msgspec
 
 from flowmesh.errors import ConfigError, FieldError
 from flowmesh.redaction import Redactor, in_address
-from flowmesh.settings.checks import first_fault
+from flowmesh.settings.checks import all_faults, first_fault
 from flowmesh.settings.schema import Section, Settings
 from flowmesh.settings.sources import DEFAULT, Layers, Sections, read_toml
 from flowmesh.validation.convert import convert
@@ -60,12 +60,7 @@ def load(path: Path | None, environ: Mapping[str, str], overrides: Mapping[str, 
         layers.add_file(read_toml(path), str(path))
     layers.add_environ(environ)
     layers.add_flags(overrides or {})
-    node = layers.values.get("node", {})
-    if isinstance(level := node.get("log_level"), str):
-        node["log_level"] = level.upper()
-    redis = layers.values.get("redis", {})
-    if isinstance(url := redis.get("url"), str):
-        redis["url"] = _with_lower_scheme(url)
+    _normalise(layers.values)
     try:
         settings = convert(layers.values, Settings, where="")
     except FieldError as error:
@@ -74,6 +69,29 @@ def load(path: Path | None, environ: Mapping[str, str], overrides: Mapping[str, 
         key = dotted("", fault.path)
         raise ConfigError(f"{layers.origin_of(key)}: {key}: {fault.what}")
     return Loaded(settings, layers.origins)
+
+
+def faults_of(document: dict[str, Any]) -> tuple[str, ...]:
+    """All that is wrong with a node's file by itself, each as `section.key: …`; without variables and flags.
+
+    Args:
+        document: its content; is changed.
+    """
+    _normalise(document)
+    try:
+        settings = convert(document, Settings, where="")
+    except FieldError as error:
+        return error.faults
+    return tuple(f"{dotted('', fault.path)}: {fault.what}" for fault in all_faults(settings))
+
+
+def _normalise(values: dict[str, Any]) -> None:
+    """Bring the case of those values into one form that the settings take in any."""
+    node, redis = values.get("node"), values.get("redis")
+    if isinstance(node, dict) and isinstance(level := node.get("log_level"), str):
+        node["log_level"] = level.upper()
+    if isinstance(redis, dict) and isinstance(url := redis.get("url"), str):
+        redis["url"] = _with_lower_scheme(url)
 
 
 def _with_lower_scheme(url: str) -> str:

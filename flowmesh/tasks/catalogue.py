@@ -23,6 +23,10 @@ DEFAULT = "default"
 """The environment of all other types where the settings name none: the node's own interpreter."""
 ENTRY_POINTS = "flowmesh.runners"
 """The entry point group in which other packages register task types."""
+AGENT_CHECK = "runners.checks:agent_config"
+"""`(path, content) -> Checked`: checks a file of the agents folder."""
+AGENT_TYPE = "runners.schemas:agent_config"
+"""`() -> type` of a configuration of agents."""
 PROBE_TIMEOUT_S = 60.0
 
 
@@ -32,6 +36,12 @@ class TaskType(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     runner: str
     """`module:Class`."""
+    check: str = ""
+    """`module:function` that checks a document of this type without running it: `(task, task_type) -> Checked`. Its
+    module is light. Empty: there is none."""
+    sections: str = ""
+    """`module:function` that names the sections of such a document: `(task_type) -> {field: type}`, where a mapping of
+    types is chosen by the section's field `type`. For the JSON Schema."""
     environment: str = DEFAULT
     requires: tuple[str, ...] = ()
     """Top-level modules without which the type cannot run."""
@@ -55,10 +65,19 @@ _TRAINING = {
 }
 
 BUILTIN = (
-    TaskType(name="echo", runner="runners.echo:EchoRunner", environment=LIGHT, preload=("runners.echo",)),
+    TaskType(
+        name="echo",
+        runner="runners.echo:EchoRunner",
+        check="runners.checks:echo",
+        sections="runners.schemas:echo",
+        environment=LIGHT,
+        preload=("runners.echo",),
+    ),
     TaskType(
         name="inference",
         runner="runners.inference.runner:InferenceRunner",
+        check="runners.checks:inference",
+        sections="runners.schemas:inference",
         requires=("torch", "transformers"),
         extra="inference",
         preload=("runners.inference.preload:TRANSFORMERS",),
@@ -68,6 +87,8 @@ BUILTIN = (
         TaskType(
             name=name,
             runner=f"runners.training.runner:{prefix}Runner",
+            check="runners.checks:training",
+            sections="runners.schemas:training",
             requires=("torch", "transformers", "accelerate", "peft", "datasets", "trl"),
             extra="training",
             preload=("runners.training.preload:TRAINING",),
@@ -77,6 +98,8 @@ BUILTIN = (
     TaskType(
         name="rag",
         runner="runners.rag.runner:RagRunner",
+        check="runners.checks:rag",
+        sections="runners.schemas:rag",
         requires=("torch", "transformers", "sentence_transformers", "faiss"),
         extra="rag",
         preload=("runners.rag.preload:RAG",),
@@ -84,6 +107,8 @@ BUILTIN = (
     TaskType(
         name="agent",
         runner="runners.agent.runner:AgentRunner",
+        check="runners.checks:agent",
+        sections="runners.schemas:agent",
         requires=("smolagents", "openai"),
         extra="agent",
         preload=("runners.agent.preload:AGENT",),

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from flowmesh import installed
-from flowmesh.validation.convert import nearest
+from flowmesh.validation.convert import FieldError, convert, nearest
 from runners.agent.config import AgentConfig, SearchProvider
 from runners.agent.secrets import from_env
 from runners.api import BadRequest, Context
+from runners.fields import Faults
+
+T = TypeVar("T")
 
 FOLDER = Path("conf") / "agents"
 PROVIDERS_FILE = "search_providers.yaml"
@@ -43,6 +46,53 @@ def load_config(ctx: Context, name: str, where: str) -> AgentConfig:
     config = ctx.check(_filled(data, name), AgentConfig, name)
     _check(config, name)
     return config
+
+
+def check_file(path: Path, data: dict[str, Any]) -> None:
+    """Check a configuration, or the file of search providers, without the environment's variables.
+
+    Args:
+        path: its file, to find the configurations that it extends.
+        data: its content.
+
+    Raises:
+        BadRequest: naming all fields that are wrong, as paths in the file.
+    """
+    faults = Faults()
+    if path.name == PROVIDERS_FILE:
+        for name, provider in data.items():
+            faults.read(lambda name=name, provider=provider: _convert(provider, SearchProvider, str(name)))  # type: ignore[misc]
+    else:
+        _check_config_file(path, data, faults)
+    faults.check()
+
+
+def _check_config_file(path: Path, data: dict[str, Any], faults: Faults) -> None:
+    base = data.get("extends")
+    whole: dict[str, Any] | None = {key: value for key, value in data.items() if key != "extends"}
+    if base is not None:
+        whole = faults.read(lambda: _merged(_below(path, base), whole or {}))
+    config = faults.read(lambda: _convert(_merged({}, whole or {}), AgentConfig, ""))
+    if config is not None and whole is not None:
+        faults.read(lambda: _check(config, ""))
+
+
+def _below(path: Path, base: Any) -> dict[str, Any]:
+    """What a file extends, whose name counts from the agents folder: the nearest folder above that has it."""
+    if not isinstance(base, str):
+        raise BadRequest("extends: expected the name of a configuration")
+    for folder in path.absolute().parents[:MAX_EXTENDS]:
+        if any((folder / f"{base}{suffix}").is_file() for suffix in ("", *SUFFIXES)):
+            own = path.absolute().relative_to(folder).with_suffix("").as_posix()
+            return _read(folder, base, "extends", (own,))
+    raise BadRequest(f"extends: unknown agent configuration {base!r:.200}; it counts from the agents folder")
+
+
+def _convert(value: Any, into: type[T], where: str) -> T:
+    try:
+        return convert(value, into, where=where)
+    except FieldError as error:
+        raise BadRequest(str(error), error.faults) from None
 
 
 def load_provider(ctx: Context, name: str, where: str) -> SearchProvider:
@@ -157,17 +207,18 @@ def _variable(match: re.Match[str], where: str) -> str:
 
 
 def _check(config: AgentConfig, name: str) -> None:
+    at = f"{name}." if name else ""
     model = config.model
     if model.type == "local" and model.identifier is None:
-        raise BadRequest(f"{name}.model.identifier: missing; a local model needs a hub id or a folder")
+        raise BadRequest(f"{at}model.identifier: missing; a local model needs a hub id or a folder")
     if model.type == "openai" and (model.base_url is None) == (model.serve is None):
-        raise BadRequest(f"{name}.model.base_url: give either the endpoint's address, or `serve` to start one")
+        raise BadRequest(f"{at}model.base_url: give either the endpoint's address, or `serve` to start one")
     if config.type != "simple" and not config.workers:
-        raise BadRequest(f"{name}.workers: missing; type {config.type!r} needs at least one")
+        raise BadRequest(f"{at}workers: missing; type {config.type!r} needs at least one")
     if config.type == "simple" and config.workers:
-        raise BadRequest(f"{name}.workers: only orchestra and workforce have workers")
+        raise BadRequest(f"{at}workers: only orchestra and workforce have workers")
     for server, each in config.mcp_servers.items():
-        where = f"{name}.mcp_servers.{server}"
+        where = f"{at}mcp_servers.{server}"
         needed = "command" if each.transport == "stdio" else "url"
         if getattr(each, needed) is None:
             raise BadRequest(f"{where}.{needed}: missing; {each.transport} needs it")
@@ -175,4 +226,4 @@ def _check(config: AgentConfig, name: str) -> None:
         for server in member.mcp_servers or ():
             if server not in config.mcp_servers:
                 hint = nearest(server, list(config.mcp_servers)) if config.mcp_servers else "there are none"
-                raise BadRequest(f"{name}.workers.{worker}.mcp_servers: no server {server!r}; {hint}")
+                raise BadRequest(f"{at}workers.{worker}.mcp_servers: no server {server!r}; {hint}")

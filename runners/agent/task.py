@@ -52,18 +52,8 @@ def read_agent(ctx: Context) -> AgentTask:
         BadRequest: naming all fields that are wrong.
         RunnerError: a data source cannot be reached.
     """
-    spec = ctx.spec
-    faults = Faults()
-    faults.read(lambda: check_spec(ctx, spec, "spec", OWN_FIELDS, {"agent": AgentSection}))
-    section = faults.read(lambda: ctx.section("agent", AgentSection)) or AgentSection()
-    config = faults.read(lambda: _config_name(spec, section))
-    faults.read(lambda: _check_not_merged(ctx))
-    if isinstance(spec.get("data"), dict) and spec["data"].get("type") != "static":
-        faults.read(lambda: check_data(ctx, spec))
-    faults.check()
-    assert config is not None, "else it was a fault"
-    name, where = config
-    tasks, metadata, batch = _tasks(ctx, spec)
+    section, (name, where) = check_agent(ctx)
+    tasks, metadata, batch = _tasks(ctx, ctx.spec)
     return AgentTask(
         config_name=name,
         config_where=where,
@@ -73,6 +63,35 @@ def read_agent(ctx: Context) -> AgentTask:
         metadata=metadata,
         batch=batch,
     )
+
+
+def check_agent(ctx: Context) -> tuple[AgentSection, tuple[str, str]]:
+    """Check the document without loading its data; returns `spec.agent`, and the configuration's name and field.
+
+    Raises:
+        BadRequest: naming all fields that are wrong.
+    """
+    spec = ctx.spec
+    faults = Faults()
+    faults.read(lambda: check_spec(ctx, spec, "spec", OWN_FIELDS, {"agent": AgentSection}))
+    section = faults.read(lambda: ctx.section("agent", AgentSection)) or AgentSection()
+    config = faults.read(lambda: _config_name(spec, section))
+    faults.read(lambda: _check_not_merged(ctx))
+    if isinstance(spec.get("data"), dict) and spec["data"].get("type") != "static":
+        faults.read(lambda: check_data(ctx, spec))
+    faults.read(lambda: _check_source(ctx, spec))
+    faults.check()
+    assert config is not None, "else it was a fault"
+    return section, config
+
+
+def _check_source(ctx: Context, spec: dict[str, Any]) -> None:
+    """Check that there is one source of tasks; a single task is checked whole."""
+    data = spec.get("data")
+    if data is None or spec.get("task") is not None or (isinstance(data, dict) and data.get("type") == "static"):
+        _tasks(ctx, spec)
+    elif not isinstance(data, dict):
+        check_data(ctx, spec)
 
 
 def _check_not_merged(ctx: Context) -> None:

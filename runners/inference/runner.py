@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from runners.api import BadRequest, Context, Runner, RunnerError
-from runners.data.sources import check_data, load_items
-from runners.fields import Faults
+from runners.data.sources import load_items
 from runners.inference.engine import Completion, Request, Watch
 from runners.inference.engines import load_engine
 from runners.inference.export import read_export
@@ -27,13 +26,13 @@ from runners.inference.parts import (
     result_of,
     row_keys,
 )
-from runners.inference.task import InferenceTask, read_task
+from runners.inference.task import InferenceTask, read_document
 from runners.inference.vllm_args import Work
 from runners.models.adapters import LocalAdapter, load_adapters
 from runners.models.checkpoints import load_checkpoint, model_root
 from runners.models.sources import Source, local_folder, resolve_identifier
 from runners.rows.log import RowLog, report_rows
-from runners.rows.resume import check_resume, read_resume, starts_anew
+from runners.rows.resume import read_resume, starts_anew
 
 
 class InferenceRunner(Runner):
@@ -145,22 +144,6 @@ class InferenceRunner(Runner):
     def _refuse(ctx: Context, task_id: str, error: RunnerError) -> dict[str, Any]:
         ctx.log.error("child refused child=%s error=%s", task_id, error)
         return failed(error)
-
-
-def read_document(ctx: Context, spec: dict[str, Any], where: str) -> InferenceTask:
-    """The checked sections of `spec`; `data` and `postprocess` are checked, too.
-
-    Raises:
-        BadRequest: names all fields that are wrong.
-    """
-    faults = Faults()
-    task = faults.read(lambda: read_task(ctx, spec, where))
-    faults.read(lambda: check_data(ctx, spec, where))
-    faults.read(lambda: read_export(ctx, spec, where))
-    faults.read(lambda: check_resume(ctx, spec, where))
-    faults.check()
-    assert task is not None, "else it was a fault"
-    return task
 
 
 def read_part(

@@ -11,9 +11,12 @@ import msgspec
 
 from flowmesh.validation.convert import nearest
 from runners.api import BadRequest, Context
+from runners.data.sources import check_data
 from runners.fields import Faults, check_spec
+from runners.inference.export import read_export
 from runners.inference.options import EngineName, InferenceOptions, Sampling, sampling_of, system_prompt_of
 from runners.models.spec import Adapter, Checkpoint, CheckpointLoad, ModelSource, Section
+from runners.rows.resume import check_resume
 
 OWN_FIELDS = ("model", "data", "inference", "postprocess", "checkpoint", "engine", "enforce_cpu", "resume")
 
@@ -60,6 +63,22 @@ class InferenceTask(msgspec.Struct, frozen=True, kw_only=True):
     enforce_cpu: bool
     transformers: TransformersOptions
     vllm: dict[str, Any]
+
+
+def read_document(ctx: Context, spec: dict[str, Any], where: str) -> InferenceTask:
+    """The checked sections of `spec`; `data` and `postprocess` are checked, too.
+
+    Raises:
+        BadRequest: names all fields that are wrong.
+    """
+    faults = Faults()
+    task = faults.read(lambda: read_task(ctx, spec, where))
+    faults.read(lambda: check_data(ctx, spec, where))
+    faults.read(lambda: read_export(ctx, spec, where))
+    faults.read(lambda: check_resume(ctx, spec, where))
+    faults.check()
+    assert task is not None, "else it was a fault"
+    return task
 
 
 def read_task(ctx: Context, spec: dict[str, Any], where: str = "spec") -> InferenceTask:

@@ -12,7 +12,7 @@ from runners.api import BadRequest, Context, MissingDependency, Runner, RunnerEr
 from runners.data.sources import load_items
 from runners.inference.merge import read_children
 from runners.rag.merge import check_agreement, failed
-from runners.rag.task import RagTask, read_rag
+from runners.rag.task import RagTask, check_query, read_rag
 
 
 class Queries(msgspec.Struct, frozen=True):
@@ -169,21 +169,10 @@ def read_queries(ctx: Context, task: RagTask, spec: dict[str, Any], where: str) 
     Raises:
         BadRequest: naming the field.
     """
-    query, data = spec.get("query"), spec.get("data")
-    if query is not None and data is not None:
-        raise BadRequest(f"{where}.query: {where}.data is there, too; give one of them")
-    if query is not None:
-        if spec.get("shard") is not None:
-            raise BadRequest(f"{where}.shard: only the rows of {where}.data can be sharded; leave it out")
-        if not isinstance(query, str) or not query.strip():
-            raise BadRequest(f"{where}.query: expected a text (found {type(query).__name__} {query!r:.60})")
+    if not check_query(spec, where, builds_index=task.builds_index):
+        return Queries((), (), (), None)
+    if (query := spec.get("query")) is not None:
         return Queries((query,), (None,), (f"{where}.query",), task.system_prompt)
-    if data is None:
-        if task.faiss is not None and task.faiss.save and task.generation is None:
-            return Queries((), (), (), None)
-        raise BadRequest(
-            f"{where}.query: missing; give a query or {where}.data (or faiss.save, to only build an index)"
-        )
     items = load_items(ctx, spec, where)
     for prompt, place in zip(items.prompts, items.wheres, strict=True):
         if not isinstance(prompt, str):

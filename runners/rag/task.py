@@ -149,9 +149,17 @@ class RagTask(msgspec.Struct, frozen=True, kw_only=True):
     generation: Generation | None
     system_prompt: str | None = None
 
+    @property
+    def builds_index(self) -> bool:
+        """Whether the task may be without a query, as it saves an index."""
+        return self.faiss is not None and bool(self.faiss.save) and self.generation is None
 
-def read_rag(ctx: Context, spec: dict[str, Any], where: str = "spec") -> RagTask:
+
+def read_rag(ctx: Context, spec: dict[str, Any], where: str = "spec", *, with_key: bool = True) -> RagTask:
     """The sections of `spec`, checked.
+
+    Args:
+        with_key: take the key of `qdrant.api_key_env` from the environment; False: only check the fields.
 
     Raises:
         BadRequest: naming all fields that are wrong.
@@ -172,7 +180,7 @@ def read_rag(ctx: Context, spec: dict[str, Any], where: str = "spec") -> RagTask
         faults.read(lambda: _check_faiss(faiss, f"{where}.faiss"))
     if qdrant is not None:
         without_key: Qdrant = qdrant
-        qdrant = faults.read(lambda: _with_key(without_key, f"{where}.qdrant"))
+        qdrant = faults.read(lambda: _with_key(without_key, f"{where}.qdrant", take=with_key))
     options = section("generate", Generate) if generates else None
     embedding, search = section("embedding", Embedding), section("search", Search)
     if isinstance(spec.get("data"), dict) and spec.get("query") is None:
@@ -190,6 +198,30 @@ def read_rag(ctx: Context, spec: dict[str, Any], where: str = "spec") -> RagTask
         generation=generation,
         system_prompt=system_prompt,
     )
+
+
+def check_query(spec: dict[str, Any], where: str, *, builds_index: bool) -> bool:
+    """Check that the task has one source of queries; returns whether it has any.
+
+    Args:
+        builds_index: the task may be without, as it only builds an index.
+
+    Raises:
+        BadRequest: naming the field.
+    """
+    query, data = spec.get("query"), spec.get("data")
+    if query is not None and data is not None:
+        raise BadRequest(f"{where}.query: {where}.data is there, too; give one of them")
+    if query is not None:
+        if spec.get("shard") is not None:
+            raise BadRequest(f"{where}.shard: only the rows of {where}.data can be sharded; leave it out")
+        if not isinstance(query, str) or not query.strip():
+            raise BadRequest(f"{where}.query: expected a text (found {type(query).__name__} {query!r:.60})")
+    elif data is None and not builds_index:
+        raise BadRequest(
+            f"{where}.query: missing; give a query or {where}.data (or faiss.save, to only build an index)"
+        )
+    return query is not None or data is not None
 
 
 def _check_one_index(given: list[str], where: str) -> None:
@@ -222,7 +254,7 @@ def _check_faiss(faiss: Faiss, where: str) -> None:
         )
 
 
-def _with_key(qdrant: Qdrant, where: str) -> Qdrant:
+def _with_key(qdrant: Qdrant, where: str, *, take: bool) -> Qdrant:
     """The section with its key in `api_key`, also if the document gives `api_key_env`."""
     if (qdrant.url is None) == (qdrant.path is None):
         raise BadRequest(f"{where}: give either `url` (a server) or `path` (a local folder)")
@@ -230,6 +262,8 @@ def _with_key(qdrant: Qdrant, where: str) -> Qdrant:
         return qdrant
     if qdrant.api_key is not None:
         raise BadRequest(f"{where}.api_key_env: {where}.api_key is there, too; give one of them")
+    if not take:
+        return qdrant
     key = os.environ.get(qdrant.api_key_env)
     if not key:
         raise BadRequest(

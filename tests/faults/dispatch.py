@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import random
 
-from tests.faults.rig import Rig
-from tests.faults.table import fault
+from tests.faults.rig import END_S, Lost, Rig
+from tests.faults.table import fault, until
 
 
 @fault("dispatch: each message twice")
@@ -47,6 +47,36 @@ def _(rig: Rig, rng: random.Random) -> None:
         )
         rig.peer.redis.publish("flowmesh.control", junk)
     rig.some_task(rng)
+
+
+UNREADABLE = {
+    "nan": json.dumps({"x": float("nan")}),
+    "infinity": json.dumps({"x": [float("-inf")]}),
+    "half": json.dumps({"x": "\ud800"}),
+    "deep": '{"x": ' + "[" * 5000 + "]" * 5000 + "}",
+    "bytes": '{"x": "\udcff"}',
+}
+"""Specs that no decoder accepts, as they are sent."""
+
+
+@fault("dispatch: unreadable ones between good ones")
+def _(rig: Rig, rng: random.Random) -> None:
+    refused = []
+    for name in rng.sample(sorted(UNREADABLE), len(UNREADABLE)):
+        rig.some_task(rng)
+        task_id = f"{name}-{rng.getrandbits(48):x}"
+        message = {"task_id": task_id, "assigned_worker": rig.node.worker_id, "task": {"spec": "SPEC"}}
+        text = json.dumps(message).replace('"SPEC"', UNREADABLE[name])
+        rig.peer.redis.publish("tasks", text.encode(errors="surrogateescape"))
+        refused.append(task_id)
+        rig.pause(rng, 0.2)
+    rig.some_task(rng)
+    for task_id in [*refused, *rig.tasks]:
+        until(lambda task_id=task_id: rig.peer.ends(task_id), f"the end of {task_id}", END_S)
+    for task_id in refused:
+        kinds = [event["payload"].get("error_kind") for event in rig.peer.of_task(task_id)]
+        if kinds != ["bad_request"]:
+            raise Lost(f"{task_id} was answered with {kinds}")
 
 
 @fault("dispatch: thirty at once, a third cancelled", weight=3)

@@ -9,8 +9,11 @@ import sqlite3
 import subprocess
 from pathlib import Path
 
-from tests.faults.rig import Rig
+from flowmesh.errors import EXIT_TRY_AGAIN
+from flowmesh.files.removal import remove_path
+from tests.faults.rig import CONFIG, Lost, Rig
 from tests.faults.table import fault, until
+from tests.kit.support import Node, with_mark
 
 
 @fault("node: results folder replaced by a file, put back")
@@ -29,14 +32,14 @@ def _(rig: Rig, rng: random.Random) -> None:
 
 @fault("node: results folder deleted while no task runs")
 def _(rig: Rig, rng: random.Random) -> None:
-    shutil.rmtree(rig.node.results_dir)
+    assert not remove_path(rig.node.results_dir)
     rig.some_tasks(rng)
 
 
 @fault("node: spool, tmp or log deleted while no task runs")
 def _(rig: Rig, rng: random.Random) -> None:
     for name in rng.sample(["spool", "tmp", "log"], rng.randint(1, 3)):
-        shutil.rmtree(rig.node.state_dir / name)
+        assert not remove_path(rig.node.state_dir / name)
     rig._undelivered.clear()
     rig.some_tasks(rng)
 
@@ -119,6 +122,34 @@ def _(rig: Rig, rng: random.Random) -> None:
     rig.some_tasks(rng)
     rig.pause(rng, 1.0)
     aside.rename(python)
+
+
+@fault("node: a second one starts with the same worker id", weight=2)
+def _(rig: Rig, rng: random.Random) -> None:
+    key = f"worker:{rig.node.worker_id}"
+    before = rig.peer.redis.hmget(key, "pid", "flowmesh_owner")
+    rig.some_tasks(rng)
+    rig.pause(rng)
+    config = CONFIG.format(isolation=rig.isolation, python=rig.node.home / "python")
+    with contextlib.closing(Node(rig.server, worker_id=rig.node.worker_id, config=config)) as second:
+        second.start(wait=False)
+        assert second.process is not None
+        # Tasks come all the while: the second node must not take them, too.
+        while second.process.poll() is None and len(rig.tasks) < 60:
+            rig.some_task(rng)
+            rig.listen(rng, 0.8)
+        try:
+            status = second.process.wait(15)
+        except subprocess.TimeoutExpired:
+            raise Lost("the second node still runs") from None
+        if status != EXIT_TRY_AGAIN or "a live node" not in second.text():
+            raise Lost(f"the second node ended with {status}: {second.text()[-200:]}")
+        if left := with_mark(str(second.home)):
+            raise Lost(f"the second node left {left}")
+    rig.peer.hear()
+    kinds = {event["type"] for event in rig.peer.worker_events}
+    if kinds & {"REGISTER", "UNREGISTER"} or rig.peer.redis.hmget(key, "pid", "flowmesh_owner") != before:
+        raise Lost(f"the second node touched the registration: {kinds}")
 
 
 @fault("disk: the results' disk is read-only before tasks come", disk="results")

@@ -114,7 +114,8 @@ def test_the_cheapest_that_fits(flowmesh, client, tasks):
 
 def test_says_for_each_worker_why_not(flowmesh, client, tasks, tmp_path):
     (tmp_path / "big.yaml").write_text(
-        "spec: {taskType: inference, resources: {hardware: {cpu: '4', memory: 4Gi, gpu: {type: H100, memory: 40Gi}}}}"
+        "spec: {taskType: inference, model: {source: {identifier: a}}, data: {type: list, items: [a]}, "
+        "resources: {hardware: {cpu: '4', memory: 4Gi, gpu: {type: H100, memory: 40Gi}}}}"
     )
     register(client, "busy", status="RUNNING", extra_task_id="t0", hardware=gpus(80))
     register(client, "cpu-only")

@@ -13,6 +13,7 @@ import torch
 
 from runners.api import BadRequest, MissingDependency
 from runners.inference import loader, runner
+from runners.inference import task as inference_task
 from runners.inference.runner import InferenceRunner
 from tests.kit.inference_specs import change, spec_of
 
@@ -139,7 +140,7 @@ def test_quantization_without_its_library(tiny_llama, make_context, field: str) 
 def test_short_dtypes_and_attention(tiny_llama, make_context) -> None:
     spec = change(spec_of(tiny_llama, ["a"]), "model.transformers", {"dtype": "bf16", "attn_implementation": "eager"})
     context = make_context(spec)
-    task = runner.read_task(context, spec)
+    task = inference_task.read_task(context, spec)
     source = runner.resolve_identifier(context, str(tiny_llama), None, "x")
     model, _ = loader.load_model(context, task, source)
     assert model.dtype == torch.bfloat16
@@ -168,7 +169,7 @@ def test_options_of_the_other_engine_are_told_or_shared(tiny_llama, make_context
         "vllm": {"dtype": "half", "max_model_len": 9, "trust_remote_code": True},
     }
     context = make_context(spec)
-    task = runner.read_task(context, spec)
+    task = inference_task.read_task(context, spec)
     assert (task.transformers.dtype, task.transformers.trust_remote_code) == ("half", True)
     with caplog.at_level("INFO"):
         InferenceRunner().run(context)

@@ -16,7 +16,8 @@ from runners.data import download, files, graph, hub, lists, shard
 from runners.inference import export, options, task
 from runners.inference.engines import choose
 from runners.inference.loader import load_arguments
-from runners.inference.runner import find_source, read_part, read_task
+from runners.inference.runner import find_source, read_part
+from runners.inference.task import read_task
 from runners.models import spec as model_spec
 from runners.models.adapters import load_adapters
 from tests.kit.inference_specs import change

@@ -12,7 +12,9 @@ from flowmesh.installed import version
 
 SURFACE = {
     "run": "FILES --config --help --json --keep-going --read-root --results-dir --task-id --timeout -k",
-    "submit": "FILE --config --help --json --redis --task-id --timeout --wait --worker",
+    "submit": "FILE --config --help --json --no-check --redis --task-id --timeout --wait --worker",
+    "validate": "FILES --config --help --json --kind",
+    "schema": "KIND --help",
     "workers": "--config --help --json --redis --watch",
     "status": "--config --help --json --state-dir",
     "logs": "TASK_ID --config --follow --help --json --raw --results-dir --state-dir --stderr --stdout -f -n",

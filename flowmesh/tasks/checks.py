@@ -1,0 +1,81 @@
+"""Checks task documents before they are sent or run, with the checks of the node and of the task type's runner."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from flowmesh.errors import FieldError
+from flowmesh.messages.output import read_output, unused_in_output
+from flowmesh.messages.wire import MAX_TIMEOUT_S, Document, MergedChild, NodeSpec
+from flowmesh.tasks.catalogue import AGENT_CHECK, TaskType
+from flowmesh.validation.checked import Checked
+from flowmesh.validation.convert import convert, nearest
+
+_SOME_ORCHESTRATOR = "http://orchestrator.invalid"
+"""Stands for the node's setting, which fills in a destination without a URL."""
+
+
+def check_task(document: dict[str, Any], types: Mapping[str, TaskType]) -> tuple[Checked, str]:
+    """Check a task document as far as its fields and their types go; nothing it names is opened.
+
+    Args:
+        types: the known task types; of any other one only the common fields are checked.
+
+    Returns:
+        What was found, and why the type's own fields were not checked; empty if they were.
+    """
+    faults = list(_node_faults(document))
+    spec = document.get("spec")
+    name = spec.get("taskType") if isinstance(spec, dict) else None
+    if not isinstance(spec, dict) or not isinstance(name, str):
+        return Checked(faults=tuple(faults)), ""
+    kind = types.get(name)
+    if kind is None:
+        hint = nearest(name, list(types))
+        tail = f"; {hint}" if "did you mean" in hint else ""
+        return Checked(
+            faults=tuple(faults)
+        ), f"spec.taskType: {name!r} is not known here, its fields are not checked{tail}"
+    if not kind.check:
+        what = f"spec.taskType: {name!r} is another package's ({kind.runner}), its fields are not checked"
+        return Checked(faults=tuple(faults)), what
+    own = _load(kind.check)(document, name)
+    faults += [fault for fault in own.faults if fault not in faults]
+    unused = (*own.unused, *unused_in_output(spec.get("output")))
+    return Checked(faults=tuple(faults), unused=tuple(dict.fromkeys(unused))), ""
+
+
+def check_agent_file(path: str, data: dict[str, Any]) -> Checked:
+    """Check a file of the agents folder: a configuration, or the search providers."""
+    return _load(AGENT_CHECK)(path, data)
+
+
+def _load(name: str) -> Callable[..., Checked]:
+    module, _, function = name.partition(":")
+    loaded: Callable[..., Checked] = getattr(importlib.import_module(module), function)
+    return loaded
+
+
+def _node_faults(document: dict[str, Any]) -> Iterator[str]:
+    """What the node refuses for every type, whatever its settings are."""
+    try:
+        spec = convert(document, Document, where="").spec
+    except FieldError as error:
+        yield from error.faults
+        return
+    try:
+        timeout_s = convert(spec, NodeSpec, where="spec").timeoutSec
+        if timeout_s is not None and timeout_s > MAX_TIMEOUT_S:
+            yield f"spec.timeoutSec: at most {MAX_TIMEOUT_S:.0f} seconds (found {timeout_s})"
+    except FieldError as error:
+        yield from error.faults
+    try:
+        read_output(spec.get("output"), orchestrator_url=_SOME_ORCHESTRATOR)
+    except FieldError as error:
+        yield from error.faults
+    try:
+        convert(document.get("merge_children") or [], list[MergedChild], where="merge_children")
+    except FieldError as error:
+        yield from error.faults

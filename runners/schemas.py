@@ -1,0 +1,96 @@
+"""The sections of each task type's document as types, for its JSON Schema. Loaded by name, as `checks` is."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from msgspec import Meta
+
+from runners.data.shard import Shard
+from runners.models.spec import Checkpoint
+
+
+def echo(task_type: str) -> dict[str, Any]:  # noqa: ARG001 - one signature for all
+    return {"delaySec": Annotated[float, Meta(ge=0, le=86400)]}
+
+
+def inference(task_type: str) -> dict[str, Any]:  # noqa: ARG001
+    from runners.data.sources import SECTIONS
+    from runners.inference.export import Postprocess
+    from runners.inference.options import InferenceOptions
+    from runners.rows.resume import Resume
+
+    return {
+        **_model(),
+        "data": SECTIONS,
+        "inference": InferenceOptions,
+        "postprocess": Postprocess,
+        "resume": bool | Resume,
+        "shard": Shard,
+    }
+
+
+def _model() -> dict[str, Any]:
+    from runners.inference.options import EngineName
+    from runners.inference.task import Model
+
+    return {"model": Model, "checkpoint": Checkpoint, "engine": EngineName, "enforce_cpu": bool}
+
+
+def training(task_type: str) -> dict[str, Any]:
+    from runners.training import settings
+    from runners.training.kinds import KINDS
+
+    kind = KINDS[task_type]
+    sections: dict[str, Any] = {
+        "model": settings.Model,
+        "data": kind.data,
+        "training": kind.training,
+        "checkpoint": Checkpoint,
+        "shard": Shard,
+    }
+    if kind.lora != "never":
+        sections["lora"] = settings.Lora
+    if kind.rewarded:
+        function = settings.RewardFunction
+        sections["generation"] = settings.Generation
+        sections["reward_model"] = settings.RewardModel
+        sections["reward"] = str | function | list[str | function]  # type: ignore[valid-type]
+    return sections
+
+
+def rag(task_type: str) -> dict[str, Any]:  # noqa: ARG001
+    from runners.data.sources import SECTIONS
+    from runners.rag.task import Embedding, Faiss, Generate, Qdrant, Search
+
+    return {
+        **_model(),
+        "query": str,
+        "data": SECTIONS,
+        "search": Search,
+        "embedding": Embedding,
+        "faiss": Faiss,
+        "qdrant": Qdrant,
+        "generate": Generate,
+        "shard": Shard,
+    }
+
+
+def agent(task_type: str) -> dict[str, Any]:  # noqa: ARG001
+    from runners.agent.task import AgentSection, StaticData
+    from runners.data.sources import SECTIONS
+
+    return {
+        "task": str,
+        "data": {**SECTIONS, "static": StaticData},
+        "configName": str,
+        "agent": AgentSection,
+        "shard": Shard,
+    }
+
+
+def agent_config() -> Any:
+    """The type of a configuration in the agents folder."""
+    from runners.agent.config import AgentConfig
+
+    return AgentConfig
