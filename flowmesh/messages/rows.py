@@ -7,8 +7,9 @@ items the task has. A line whose checksum is wrong counts as missing.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import IO, Any
 
 import msgspec
@@ -41,6 +42,8 @@ class Head(msgspec.Struct, frozen=True, kw_only=True):
     """Items of the task."""
     field: str = "items"
     """The list in the result that holds the items."""
+    document: str = ""
+    """From `document_key`; empty: not known."""
 
 
 class Counts(msgspec.Struct, frozen=True):
@@ -90,6 +93,16 @@ def _plain(value: Any) -> Any:
 
 
 _encoder = msgspec.json.Encoder(enc_hook=_plain)
+
+
+_SAME_ITEMS = frozenset({"resume", "output", "timeoutSec", "resources", "engine", "enforce_cpu"})
+
+
+def document_key(spec: Mapping[str, Any]) -> str:
+    """Digest of what a document asks to compute, not of how, for how long, and for whom."""
+    asked = {name: value for name, value in spec.items() if name not in _SAME_ITEMS}
+    encoded = msgspec.json.encode(asked, order="deterministic", enc_hook=str)
+    return hashlib.blake2b(encoded, digest_size=16).hexdigest()
 
 
 def line(row: Row | Head) -> bytes:

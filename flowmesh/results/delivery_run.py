@@ -59,6 +59,9 @@ class DeliveryRun:
         outcome = self._outcome
         if self._failure is not None or outcome is None:
             self._kept = {folder.task_id: partial.read_rows(folder.top) for folder in self._folders}
+            head = self._kept[self._task.task_id].head
+            if head is not None and head.document and self._job.document not in ("", head.document):
+                self._kept[self._task.task_id] = Kept()
             counts = [kept.counts for kept in self._kept.values() if kept.head is not None]
             self.rows = partial.total(counts) if counts else None
             self.record()

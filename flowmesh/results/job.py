@@ -56,6 +56,8 @@ class DeliveryJob(msgspec.Struct, frozen=True, kw_only=True):
     """Merged children, each with its own folder."""
     failure: Failure | None = None
     """If set, the folders get this instead of a result, and only the rows that stand are sent."""
+    document: str = ""
+    """From `document_key`, where `sends_rows`: rows of another document under the same id are not shown."""
     sends_rows: bool = False
     """Whether a failed task has rows; an http destination gets them."""
     extra: dict[str, Any] = {}

@@ -8,6 +8,7 @@ from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from flowmesh.messages.rows import document_key
 from runners.api import BadRequest, Context, Runner, RunnerError
 from runners.data.sources import load_items
 from runners.inference.engine import Completion, Request, Watch
@@ -177,7 +178,8 @@ def open_log(ctx: Context, part: Part, identity: Identity, spec: dict[str, Any],
     check_not_all_blank(part)
     keys = row_keys(part, identity)
     others = read_resume(ctx, spec, where)
-    log = RowLog(part.folder, keys, fresh=starts_anew(spec))
+    document = document_key(spec) if part.task_id is None else ""
+    log = RowLog(part.folder, keys, fresh=starts_anew(spec), document=document)
     with contextlib.ExitStack() as stack:
         stack.callback(log.close)
         log.take(others, lambda index, row: placed(part, index, row.item))

@@ -24,13 +24,16 @@ class RowLog:
         OSError: the file cannot be written.
     """
 
-    def __init__(self, folder: Path, keys: Sequence[str], *, field: str = "items", fresh: bool = False) -> None:
+    def __init__(
+        self, folder: Path, keys: Sequence[str], *, field: str = "items", fresh: bool = False, document: str = ""
+    ) -> None:
         """
         Args:
             folder: the task's.
             keys: of the task's items, in order; empty: the item is computed by every attempt.
             field: the list in the result that holds the items.
             fresh: drop the rows of earlier attempts.
+            document: from `document_key`: a failed attempt at another document shows no rows of this one.
 
         Raises:
             RunnerError: another process writes the file.
@@ -52,6 +55,7 @@ class RowLog:
         self._keys = keys
         self._occurrences = occurrences(keys)
         self._field = field
+        self._document = document
         self._kept = Kept() if fresh else self._read()
         self._at = 0
         self.rows: dict[int, Row] = {}
@@ -141,7 +145,7 @@ class RowLog:
 
     def _begin(self, taken: dict[int, Row], stale: list[Row]) -> None:
         """Continue the file where it holds exactly these rows, else write it anew."""
-        kept, head = self._kept, Head(total=len(self._keys), field=self._field)
+        kept, head = self._kept, Head(total=len(self._keys), field=self._field, document=self._document)
         if kept.head == head and not kept.bad_lines and len(kept.rows) == len(taken) and kept.current == taken:
             os.ftruncate(self._fd, kept.whole_bytes)
             self._at = kept.whole_bytes

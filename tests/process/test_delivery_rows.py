@@ -41,6 +41,15 @@ def test_a_failed_result_has_the_finished_items(logged: Path) -> None:
     assert result["usage"]["total_tokens"] == 10
 
 
+@pytest.mark.parametrize(("document", "shown"), [("a", True), ("b", False), ("", True)])
+def test_rows_of_another_document_are_not_shown(document: str, shown: bool, logged: Path) -> None:
+    (logged / "rows.jsonl").write_bytes(line(Head(total=4, document="a")) + b"".join(map(line, ROWS)))
+    report = deliver(delivery(target(logged), failure=VERDICT, sends_rows=True, document=document), None)
+    assert report.ok
+    assert (report.rows is not None, "items" in said(logged)) == (shown, shown)
+    assert (logged / "rows.jsonl").exists()
+
+
 def test_rows_go_where_the_result_would_have_gone(logged: Path) -> None:
     child = logged.parent / "c-1"
     child.mkdir()

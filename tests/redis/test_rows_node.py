@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from flowmesh.messages.rows import Kept, read
-from tests.kit.inference_specs import mixed_prompts, spec_of
+from tests.kit.inference_specs import change, mixed_prompts, spec_of
 from tests.kit.promises import wait_state
 from tests.kit.results_server import ResultsServer
 from tests.kit.support import Node, Orchestrator, RedisServer, until
@@ -173,6 +173,15 @@ def test_it_is_cancelled(node: Node, peer: Orchestrator, whole: dict[str, Any]) 
     begin(node, peer, "cancel")
     node.ask(op="cancel", task_id="cancel")
     retry(node, peer, "cancel", "cancelled", whole)
+    peer.task_events.clear()
+    early = peer.run("w1", SPEC | {"resume": {"taskId": "nobody"}}, task_id="cancel")
+    assert (early["payload"]["error_kind"], early["payload"]["rows"]["done"]) == ("bad_request", PROMPTS)
+    assert node.result("cancel")["items"] == whole["items"]
+    peer.task_events.clear()
+    other = peer.run("w1", change(SPEC, "inference.max_tokens", "many"), task_id="cancel")
+    assert other["payload"]["error_kind"] == "bad_request"
+    assert "rows" not in other["payload"], "of another document"
+    assert "items" not in node.result("cancel")
 
 
 def test_it_runs_into_its_time_limit(node: Node, peer: Orchestrator, whole: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from flowmesh.execution.run import Run
 from flowmesh.files.folder import Folder
 from flowmesh.files.walk import Troubles
 from flowmesh.messages.job import OUTCOME_FILE, Outcome
+from flowmesh.messages.rows import document_key
 from flowmesh.results import delivery
 from flowmesh.results.job import DeliveryJob, DeliveryReport, Failure
 from flowmesh.results.partial import has_rows
@@ -87,14 +88,17 @@ class Jobs:
                 log_tail=run.log_tail,
                 warnings=() if run.outcome is None else run.outcome.warnings,
             )
+        sends_rows = failure is not None and any(
+            has_rows(Path(each.out_dir)) for each in (accepted.target, *accepted.children)
+        )
         return DeliveryJob(
             attempt=run.attempt,
             worker_id=run.worker_id,
             task=accepted.target,
             children=accepted.children,
             failure=failure,
-            sends_rows=failure is not None
-            and any(has_rows(Path(each.out_dir)) for each in (accepted.target, *accepted.children)),
+            sends_rows=sends_rows,
+            document=document_key(accepted.task["spec"]) if sends_rows else "",
             extra=task_events.used(run, settings.node.cost_per_hour * run.slot.plan.share),
             outcome_file=OUTCOME_FILE,
             archive=settings.archive,
