@@ -82,7 +82,7 @@ def _below(path: Path, base: Any) -> dict[str, Any]:
     if not isinstance(base, str):
         raise BadRequest("extends: expected the name of a configuration")
     for folder in path.absolute().parents[:MAX_EXTENDS]:
-        if any((folder / base).with_suffix(suffix).is_file() for suffix in SUFFIXES):
+        if any((folder / f"{base}{suffix}").is_file() for suffix in ("", *SUFFIXES)):
             own = path.absolute().relative_to(folder).with_suffix("").as_posix()
             return _read(folder, base, "extends", (own,))
     raise BadRequest(f"extends: unknown agent configuration {base!r:.200}; it counts from the agents folder")

@@ -27,6 +27,8 @@ def read_children(ctx: Context) -> list[Child]:
     Raises:
         BadRequest: one has no unique id, so that its result would have no folder.
     """
+    if not isinstance(ctx.merge_children, list):
+        raise BadRequest(f"merge_children: expected a list, found {type(ctx.merge_children).__name__}")
     children: list[Child] = []
     for i, entry in enumerate(ctx.merge_children):
         where = f"merge_children[{i}]"

@@ -120,6 +120,8 @@ def _training(ctx: Context, kind: Kind) -> settings.Training:
             faults.read(lambda each=each: getattr(training, each))  # type: ignore[misc]  # raises on contradicting aliases
     if isinstance(training, settings.ShardedTraining) and training.deepspeed and training.fsdp:
         faults.read(lambda: _refuse("spec.training.fsdp: given besides deepspeed; give one"))
+    if isinstance(training, settings.PpoTraining):
+        faults.read(lambda: check(ctx, training.trainer_args, settings.PpoArgs, "spec.training.trainer_args"))
     faults.check()
     return training
 
@@ -236,9 +238,10 @@ def _lora(ctx: Context, kind: Kind) -> settings.Lora | None:
         if lora.task_type not in (None, wanted):
             raise BadRequest(f"spec.lora.task_type: {kind.task_type} trains a {wanted} model, not {lora.task_type}")
         return lora
-    options = (spec.get("model") or {}).get("transformers") or {}
+    model = spec.get("model")
+    options = model.get("transformers") if isinstance(model, dict) else None
     for name in ("load_in_8bit", "load_in_4bit"):
-        if options.get(name):
+        if isinstance(options, dict) and options.get(name):
             raise BadRequest(f"spec.model.transformers.{name}: a quantised model can only be trained with spec.lora")
     return None
 

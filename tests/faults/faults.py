@@ -6,6 +6,7 @@ from __future__ import annotations
 from tests.faults import supervisor  # noqa: F401
 from tests.faults import server  # noqa: F401
 from tests.faults import child  # noqa: F401
+from tests.faults import rows  # noqa: F401
 from tests.faults import pipe  # noqa: F401
 from tests.faults import delivery  # noqa: F401
 from tests.faults import ranks  # noqa: F401

@@ -137,6 +137,8 @@ def _inject(rig: Rig, fault: Fault, seed: int) -> str:
         rig.settle()
     except WRONG as error:
         return _line(error)
+    except Exception as error:  # noqa: BLE001 - the row itself is wrong: no run may count as good with it
+        return f"the row itself failed: {_line(error)}"
     return ""
 
 

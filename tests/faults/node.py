@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 from flowmesh.errors import EXIT_TRY_AGAIN
+from flowmesh.files.removal import remove_path
 from tests.faults.rig import CONFIG, Lost, Rig
 from tests.faults.table import fault, until
 from tests.kit.support import Node, with_mark
@@ -31,14 +32,14 @@ def _(rig: Rig, rng: random.Random) -> None:
 
 @fault("node: results folder deleted while no task runs")
 def _(rig: Rig, rng: random.Random) -> None:
-    shutil.rmtree(rig.node.results_dir)
+    assert not remove_path(rig.node.results_dir)
     rig.some_tasks(rng)
 
 
 @fault("node: spool, tmp or log deleted while no task runs")
 def _(rig: Rig, rng: random.Random) -> None:
     for name in rng.sample(["spool", "tmp", "log"], rng.randint(1, 3)):
-        shutil.rmtree(rig.node.state_dir / name)
+        assert not remove_path(rig.node.state_dir / name)
     rig._undelivered.clear()
     rig.some_tasks(rng)
 

@@ -74,6 +74,10 @@ environment = "other"
 [task_types.misbehave]
 runner = "tests.kit.runners_for_tests:MisbehavingRunner"
 environment = "light"
+
+[task_types.rows]
+runner = "tests.kit.row_runners:RowsRunner"
+environment = "light"
 """
 
 

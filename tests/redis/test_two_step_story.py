@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import email.parser
-import email.policy
 import importlib.util
-import json
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.kit.fake_http import FakeHandler, FakeServer
+from tests.kit.results_server import ResultsServer
 from tests.kit.support import Node, Orchestrator
 
 pytestmark = [
@@ -21,42 +18,6 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs the training extra"),
 ]
 ADAPTER_ROWS = [f"the {colour} box holds {number} nails" for colour in ("red", "blue") for number in ("two", "nine")]
-
-
-class ResultsServer(FakeServer):
-    """The orchestrator's HTTP side, from docs/contract.md §2: takes results and files, and gives files back."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(_Handler)
-        self.folder = folder
-        self.results: dict[str, dict] = {}
-
-
-class _Handler(FakeHandler):
-    server: ResultsServer
-
-    def do_POST(self) -> None:
-        body = self.body()
-        parts = self.path.strip("/").split("/")
-        assert parts[:3] == ["api", "v1", "results"]
-        if parts[3:] == []:
-            message = json.loads(body)
-            self.server.results[message["task_id"]] = message["result"]
-        else:
-            assert parts[4:] == ["files"]
-            head = f"Content-Type: {self.headers['Content-Type']}\r\n\r\n".encode()
-            form = email.parser.BytesParser(policy=email.policy.HTTP).parsebytes(head + body)
-            (part,) = form.iter_parts()
-            assert part.get_param("name", header="content-disposition") == "file"
-            target = self.server.folder / parts[3]
-            target.mkdir(exist_ok=True)
-            (target / Path(part.get_filename() or "").name).write_bytes(part.get_payload(decode=True))
-        self.answer(200, b"{}")
-
-    def do_GET(self) -> None:
-        _, _, _, task_id, _, name = self.path.strip("/").split("/")
-        path = self.server.folder / task_id / name
-        self.answer(*((200, path.read_bytes()) if path.is_file() else (404, b"no such file")))
 
 
 @pytest.fixture
