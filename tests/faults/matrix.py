@@ -26,7 +26,7 @@ from tests.kit.clock_shim import compiler
 
 QUICK, LONG = 30, 500
 EX_UNAVAILABLE = 69
-WRONG = (Lost, AssertionError, OSError, redis.RedisError)
+WRONG = (Lost, AssertionError, OSError, subprocess.SubprocessError, redis.RedisError)
 
 
 @dataclass

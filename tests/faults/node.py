@@ -170,10 +170,12 @@ def _(rig: Rig, rng: random.Random) -> None:
     with contextlib.suppress(OSError):
         for number in range(2000):
             (fillers / str(number)).touch()
+        raise Lost("the disk still has inodes")
     rig.some_tasks(rng)
     rig.pause(rng, 1.0)
     shutil.rmtree(fillers)
-    subprocess.run(["mount", "-o", "remount,nr_inodes=0", mount], check=False)
+    # Not to 0, no limit: the kernel would not set one again.
+    subprocess.run(["mount", "-o", "remount,nr_inodes=100000", mount], check=True)
 
 
 @fault("disk: the results' disk is unmounted and mounted again", disk="results")
@@ -184,5 +186,8 @@ def _(rig: Rig, rng: random.Random) -> None:
     subprocess.run(["umount", "-l", str(mount)], check=True)
     rig.some_tasks(rng)
     rig.pause(rng, 1.0)
+    below = [path.name for path in mount.iterdir()]
     subprocess.run(["mount", "--bind", str(aside), str(mount)], check=True)
     subprocess.run(["umount", "-l", str(aside)], check=True)
+    if below:
+        raise Lost(f"results lie where the disk was not mounted: {below}")
