@@ -101,8 +101,13 @@ _SAME_ITEMS = frozenset({"resume", "output", "timeoutSec", "resources", "engine"
 def document_key(spec: Mapping[str, Any]) -> str:
     """Digest of what a document asks to compute, not of how, for how long, and for whom."""
     asked = {name: value for name, value in spec.items() if name not in _SAME_ITEMS}
-    encoded = msgspec.json.encode(asked, order="deterministic", enc_hook=str)
-    return hashlib.blake2b(encoded, digest_size=16).hexdigest()
+    return digest(asked)
+
+
+def digest(value: Any) -> str:
+    """Of a value that msgspec can encode. The order of a mapping's keys does not matter; 1 and "1" are one key."""
+    plain = msgspec.to_builtins(value, str_keys=True, enc_hook=str)
+    return hashlib.blake2b(msgspec.json.encode(plain, order="deterministic"), digest_size=16).hexdigest()
 
 
 def line(row: Row | Head) -> bytes:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
+from flowmesh.messages.rows import digest
 
 WHOLE_BYTES = 64 * 1024**2
 """Files up to this size are hashed whole; of larger ones, blocks all over the file."""
@@ -20,7 +20,7 @@ _UNUSED = (".md", ".gitattributes", ".gitignore", ".lock")
 
 def key_of(*parts: Any) -> str:
     """The digest of some values, which msgspec can encode; the order of a mapping's keys does not matter."""
-    return hashlib.blake2b(msgspec.json.encode(parts, order="deterministic", enc_hook=str), digest_size=16).hexdigest()
+    return digest(parts)
 
 
 def folder_digest(folder: Path) -> str:

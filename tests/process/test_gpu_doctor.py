@@ -65,7 +65,7 @@ def test_a_machine_where_nothing_is_broken(redis_server: RedisServer, tmp_path: 
         ("ok", f"GPU 0 NVIDIA H100 ({A}): 0.5G of 80G in use, 0 °C"),
         ("ok", f"GPU 1 NVIDIA H100 ({B}): 0.5G of 80G in use, 0 °C"),
     ]
-    ((level, text),) = of(findings, "Redis")
+    (level, text), *_limits = of(findings, "Redis")
     assert level == "ok"
     assert text.startswith(f"{redis_server.url} answers (")
     assert of(findings, "node") == [("note", "not running")]
@@ -194,7 +194,7 @@ def test_on_a_terminal_of_80_columns_no_line_is_longer(tmp_path: Path) -> None:
         plain = plain.replace(f"\x1b[{code}m", "")
     assert "\x1b" not in plain
     assert max(map(len, plain.splitlines())) <= 80
-    assert "  broken Redis at unix://" in plain
+    assert "  broken Redis at" in plain
     assert plain.splitlines()[-1].startswith("1 broken, ")
 
 

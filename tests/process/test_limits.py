@@ -106,9 +106,9 @@ def test_a_folder_that_its_task_locks_ends_no_watch(orchestrator: Orchestrator, 
     start_without_rights_to_all_files(node)
     task = orchestrator.dispatch("w1", {"taskType": "misbehave", "do": "lock_folder"}, task_id="locked")
     orchestrator.wait_started(task)
-    until(lambda: "could not be bounded or folded: Permission denied" in node.text(), "the watchdog has tried")
+    until(lambda: "could not all be bounded or folded: .: Permission denied" in node.text(), "the watchdog has tried")
     time.sleep(watchdog.INTERVAL_S * 1.5)  # nothing shows its next round, which logs nothing
-    assert node.text().count("could not be bounded or folded") == 1, "it is logged once"
+    assert node.text().count("could not all be bounded or folded") == 1, "it is logged once"
     node.kill()
     node.start()  # with all rights again, to end the task
     (tmp,) = (node.state_dir / "tmp").iterdir()
@@ -352,9 +352,7 @@ def processes_group() -> Path | None:
 
 @needs_root
 @pytest.mark.skipif(processes_group() is None, reason="needs cgroups of version 1 with a pids controller")
-def test_a_node_that_can_start_no_process_and_no_thread_says_so_for_each_task(
-    orchestrator: Orchestrator, make_node
-) -> None:
+def test_tasks_wait_while_the_node_can_start_no_process_and_no_thread(orchestrator: Orchestrator, make_node) -> None:
     """As while a fork bomb uses up all processes."""
     parent = processes_group()
     assert parent is not None
@@ -369,12 +367,14 @@ def test_a_node_that_can_start_no_process_and_no_thread_says_so_for_each_task(
             assert orchestrator.run("w1", {"taskType": "echo"})["type"] == "TASK_SUCCEEDED", (
                 "it was forked before the limit"
             )
-        for _ in range(3):
-            end = orchestrator.run("w1", {"taskType": "echo"})
-            assert (end["payload"]["error_kind"], end["payload"]["retryable"]) == ("node_fault", True)
-            assert end["error"] == "fork: Resource temporarily unavailable"
+        waiting = [orchestrator.dispatch("w1", {"taskType": "echo"}) for _ in range(3)]
+        node.wait_status("DEGRADED")
+        reason = orchestrator.redis.hget("worker:w1", "degraded")
+        assert b"fork: Resource temporarily unavailable" in (reason or b"")
+        assert not any(orchestrator.ends(task) for task in waiting), "they wait: no task fails because of its node"
         (group / "pids.max").write_text("max")
-        assert orchestrator.run("w1", {"taskType": "echo"})["type"] == "TASK_SUCCEEDED"
+        for task in waiting:
+            assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"
         assert node.stop() == 0
     finally:
         until(lambda: (group / "cgroup.procs").read_text() == "", "the cgroup is empty")

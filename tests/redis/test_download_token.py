@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections.abc import Iterator
@@ -96,13 +97,23 @@ def download(orchestrator: Orchestrator, node: Node, urls: dict[str, Any], **mor
     return dict(result["found"])
 
 
+def open_files(pid: int) -> list[str]:
+    """What a process has open, as far as it does not close it meanwhile."""
+    found = []
+    with contextlib.suppress(OSError):
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):
+                found.append(str(Path(f"/proc/{pid}/fd/{name}").readlink()))
+    return found
+
+
 def gateways(node: Node) -> list[int]:
     """Pids of the node's gateway."""
     servers = [each["pid"] for each in node.ask(op="status")["servers"] if each["environment"] == "delivery"]
     found = []
     for server in servers:
         for pid in Path(f"/proc/{server}/task/{server}/children").read_text().split():
-            if any(str(link.readlink()).endswith("gateway.log") for link in Path(f"/proc/{pid}/fd").iterdir()):
+            if any(name.endswith("gateway.log") for name in open_files(pid)):
                 found.append(int(pid))
     return found
 

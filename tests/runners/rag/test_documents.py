@@ -221,8 +221,8 @@ def test_ids_keep_their_type(make_context) -> None:
     ("metadata", "said"),
     [
         ([{"id": 7}, {"id": "7"}], "its id '7' is also that of spec.faiss.documents.items[0]"),
-        ([{"id": 1.5}], "the id in its metadata must be a string or an integer (found 1.5)"),
-        ([{"id": True}], "the id in its metadata must be a string or an integer (found True)"),
+        ([{"id": 1.5}], "the id in its metadata must be a string or an integer (found a number)"),
+        ([{"id": True}], "the id in its metadata must be a string or an integer (found true or false)"),
         ([{"id": ["a"]}], "the id in its metadata must be a string or an integer"),
     ],
 )

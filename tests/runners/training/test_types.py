@@ -54,6 +54,7 @@ def test_sft_learns_and_says_everything(tmp_path: Path) -> None:
         "model_name": "builtin:tiny-llama",
         "dataset_size": 64,
         "dropped_rows": {},
+        "truncated_rows": 0,
         "output_dir": str(out),
         "checkpoints_dir": str(out / "checkpoints"),
         "resume_from_path": None,
