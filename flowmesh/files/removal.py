@@ -44,13 +44,18 @@ class Left(msgspec.Struct, frozen=True):
         return f"{self.count} entries are left, such as {self.path}: {self.reason}"
 
 
-def remove_path(path: Path) -> Left:
-    """Remove what is at `path`, a file or a folder with all in it. Nobody else may write to the folder that holds it.
+def _open_plain(folder: Path) -> int:
+    return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
-    Raises nothing: an OSError is in the report.
+
+def remove_path(path: Path, open_parent: Callable[[Path], int] = _open_plain) -> Left:
+    """Remove what is at `path`, a file or a folder with all in it. Raises nothing: an OSError is in the report.
+
+    Args:
+        open_parent: opens the folder that holds it. The default is for folders that nobody else may write to.
     """
     try:
-        parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        parent = open_parent(path.parent)
     except FileNotFoundError:
         return Left()
     except OSError as error:

@@ -23,7 +23,7 @@ from flowmesh.validation.schemas import (
     bare,
     choose,
     fits,
-    inner_types,
+    holds,
     is_mapping,
     item_type,
     members,
@@ -100,16 +100,7 @@ def _schema(into: Any) -> inspect.Type:
 def _schema_with_floats(into: Any) -> inspect.Type | None:
     """The type's description where it contains a float anywhere; None saves the walk over the data."""
     schema = inspect.type_info(into)
-    seen: set[int] = set()
-    todo: list[Any] = [schema]
-    while todo:
-        inner = todo.pop()
-        if isinstance(inner, inspect.FloatType):
-            return schema
-        if id(inner) not in seen:
-            seen.add(id(inner))
-            todo += inner_types(inner)
-    return None
+    return schema if holds(schema, inspect.FloatType) else None
 
 
 def _not_finite(value: Any, declared: inspect.Type, path: Path, strict: bool) -> Iterator[Fault]:

@@ -124,3 +124,17 @@ def _python_type(schema: inspect.Type) -> Any:
         return None
     limits = {name: limit for name in _LIMITS if (limit := getattr(schema, name, None)) is not None}
     return Annotated[base, msgspec.Meta(**limits)] if limits else base
+
+
+def holds(schema: inspect.Type, kind: type[inspect.Type]) -> bool:
+    """Whether a type of this kind is anywhere in a schema."""
+    seen: set[int] = set()
+    todo: list[inspect.Type] = [schema]
+    while todo:
+        inner = todo.pop()
+        if isinstance(inner, kind):
+            return True
+        if id(inner) not in seen:
+            seen.add(id(inner))
+            todo += inner_types(inner)
+    return False

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from msgspec import inspect
 
-from flowmesh.validation.schemas import LISTS, bare, choose, inner_types, is_mapping, item_type
+from flowmesh.validation.schemas import LISTS, bare, choose, holds, is_mapping, item_type
 
 ANY = object()
 
@@ -198,16 +198,7 @@ def _without(value: Mapping[Any, Any], schema: inspect.StructType, where: str, f
 
 def _has_structs(schema: inspect.Type) -> bool:
     """Whether a struct is anywhere in a type; else its data are not walked."""
-    seen: set[int] = set()
-    todo: list[Any] = [schema]
-    while todo:
-        inner = todo.pop()
-        if isinstance(inner, inspect.StructType):
-            return True
-        if id(inner) not in seen:
-            seen.add(id(inner))
-            todo += inner_types(inner)
-    return False
+    return holds(schema, inspect.StructType)
 
 
 def _is_one(value: Any, allowed: Any) -> bool:

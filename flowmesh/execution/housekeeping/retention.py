@@ -20,7 +20,7 @@ from flowmesh.errors import FlowMeshError
 from flowmesh.execution.boot_clock import SteadyClock
 from flowmesh.files.folder import Folder
 from flowmesh.files.names import shown
-from flowmesh.files.removal import Left, remove
+from flowmesh.files.removal import Left, remove_path
 from flowmesh.files.safe_folder import open_folder
 from flowmesh.files.walk import Troubles
 from flowmesh.settings.schema import ResultsSettings
@@ -170,16 +170,7 @@ def _set_aside_before(results_dir: Path) -> list[Path]:
 
 def remove_at(path: Path) -> Left:
     """Remove a folder of a task, unless a link leads to it. Blocks."""
-    try:
-        parent = open_folder(path.parent)
-    except FileNotFoundError:
-        return Left()
-    except OSError as error:
-        return Left(1, shown(str(path)), error.strerror or str(error))
-    try:
-        return remove(parent, path.name)
-    finally:
-        os.close(parent)
+    return remove_path(path, open_folder)
 
 
 def _touches(folder: Path, others: set[Path]) -> bool:
