@@ -64,6 +64,8 @@ def in_child(work: Callable[[], object], *, mounts: bool = False, user: str = ""
     reader, writer = os.pipe()
     if (pid := os.fork()) == 0:
         failure = b""
+        writer = os.dup2(writer, 3)
+        os.closerange(4, os.sysconf("SC_OPEN_MAX"))  # the test's process may have many open: few must do here
         try:
             if mounts:
                 linux.unshare_mounts()

@@ -212,7 +212,7 @@ for _ in range(240):
     pairs.append((a, b))""",
     "pipes": """
 pipes = []
-for _ in range(7): os.fork() or pipes.clear()
+for _ in range(4): os.fork() or pipes.clear()
 for _ in range(220):
     r, w = os.pipe()
     try: fcntl.fcntl(w, 1031, 1 << 20)
