@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 pytest.importorskip("smolagents", reason="needs the extra 'agent'")
@@ -243,18 +245,27 @@ def test_the_timeout_ends_a_tool_that_works(calls, agents, make_context) -> None
     assert len(server.requests) == 1
 
 
+def sleepers() -> list[psutil.Process]:
+    """Commands of this test that run."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.name() == "sleep":
+                found.append(process)
+    return found
+
+
 @pytest.mark.parametrize("where", ["endpoint", "shell", "two shells"])
 def test_a_cancel_is_heard_while_waiting(where, pipes, agents, make_context) -> None:
     near, far = pipes
-    wait = ("shell", {"command": "touch begun; sleep 600"})
+    wait = ("shell", {"command": "sleep 600"})
     step = {"endpoint": Hang(), "shell": Say(calls=(wait,)), "two shells": Say(calls=(wait, wait))}[where]
     with Server(step).running() as server:
         ctx = agent_context(make_context, agents, server.url, config={"tools": {"shell": True}}, pipe=far)
 
         def cancel() -> None:
             server.asked.wait(60)
-            begun = ctx.out_dir / "workspace" / "begun"
-            while where != "endpoint" and not begun.exists():
+            while where != "endpoint" and not sleepers():  # what it writes is in its folder when it has ended
                 time.sleep(0.02)
             near.send(Cancel("enough"))
 
