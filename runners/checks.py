@@ -26,17 +26,9 @@ def echo(task: dict[str, Any], task_type: str) -> Checked:
 
 
 def inference(task: dict[str, Any], task_type: str) -> Checked:
-    from runners.inference.merge import read_children
     from runners.inference.task import read_document
 
-    def check(ctx: Context) -> None:
-        faults = Faults()
-        faults.read(lambda: read_document(ctx, ctx.spec, "spec"))
-        for child in faults.read(lambda: read_children(ctx)) or ():
-            faults.read(lambda child=child: read_document(ctx, child.spec, child.where))  # type: ignore[misc]
-        faults.check()
-
-    return _checked(task, task_type, check)
+    return _checked(task, task_type, lambda ctx: _with_children(ctx, read_document))
 
 
 def training(task: dict[str, Any], task_type: str) -> Checked:
@@ -46,7 +38,6 @@ def training(task: dict[str, Any], task_type: str) -> Checked:
 
 
 def rag(task: dict[str, Any], task_type: str) -> Checked:
-    from runners.inference.merge import read_children
     from runners.rag.task import check_query, read_rag
 
     def read(ctx: Context, spec: dict[str, Any], where: str) -> None:
@@ -56,14 +47,7 @@ def rag(task: dict[str, Any], task_type: str) -> Checked:
         faults.read(lambda: check_query(spec, where, builds_index=builds_index))
         faults.check()
 
-    def check(ctx: Context) -> None:
-        faults = Faults()
-        faults.read(lambda: read(ctx, ctx.spec, "spec"))
-        for child in faults.read(lambda: read_children(ctx)) or ():
-            faults.read(lambda child=child: read(ctx, child.spec, child.where))  # type: ignore[misc]
-        faults.check()
-
-    return _checked(task, task_type, check)
+    return _checked(task, task_type, lambda ctx: _with_children(ctx, read))
 
 
 def agent(task: dict[str, Any], task_type: str) -> Checked:
@@ -86,6 +70,17 @@ def agent_config(path: str, data: dict[str, Any]) -> Checked:
     except BadRequest as error:
         return Checked(faults=error.faults)
     return Checked()
+
+
+def _with_children(ctx: Context, read: Callable[[Context, dict[str, Any], str], object]) -> None:
+    """Read a task's own spec and those of the tasks that were merged into it; all faults in one error."""
+    from runners.inference.merge import read_children
+
+    faults = Faults()
+    faults.read(lambda: read(ctx, ctx.spec, "spec"))
+    for child in faults.read(lambda: read_children(ctx)) or ():
+        faults.read(lambda child=child: read(ctx, child.spec, child.where))  # type: ignore[misc]
+    faults.check()
 
 
 def _checked(task: dict[str, Any], task_type: str, check: Callable[[Context], object]) -> Checked:
