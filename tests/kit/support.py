@@ -185,6 +185,10 @@ class Orchestrator:
         self.redis.publish(self.topic, json.dumps(message))
         return task_id
 
+    def is_heard(self) -> bool:
+        """Whether a node receives what is dispatched; a worker says IDLE after that, but registers before it."""
+        return any(count for _, count in self.redis.pubsub_numsub(self.topic))
+
     def hear(self, timeout_s: float = 0.0) -> None:
         """Take in what has been said."""
         while (message := self._pubsub.get_message(timeout=timeout_s)) is not None:

@@ -368,6 +368,7 @@ def test_p5_tasks_of_slots_that_are_one_now(orchestrator: Orchestrator, make_nod
     (node.home / "node.toml").write_text(CONFIG)
     node.start(wait=False)
     orchestrator.wait_worker_event("REGISTER", status="RUNNING", worker_id="w1")
+    until(orchestrator.is_heard, "the node subscribes, which follows its registration")
     later = orchestrator.dispatch("w1", {"taskType": "echo"})
     for task_id in ids:
         wait_state(node, later, "queued")
