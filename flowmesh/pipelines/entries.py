@@ -10,6 +10,7 @@ from flowmesh.errors import FieldError
 from flowmesh.pipelines.fields import ALIASES, OWN, Graph, StageFields
 from flowmesh.validation.convert import convert
 from flowmesh.validation.describe import Path, dotted, found
+from flowmesh.validation.unused import BLOCKS, is_unused
 
 _IN_SPEC = OWN - {"name"}
 _INHERITED = ("parallel", "merge")
@@ -98,6 +99,8 @@ def _entry(value: Any, where: str, outer: dict[str, Any]) -> Entry:
     value = _renamed(value, where)
     inline = value.get("spec") is None
     own: Any = {key: item for key, item in value.items() if key not in OWN} if inline else value["spec"]
+    for_others = () if inline else (key for key in value if key not in BLOCKS and is_unused("", key, value[key]))
+    value = {key: item for key, item in value.items() if key not in {*for_others} - OWN}
     fields = {key: item for key, item in value.items() if not inline or key in OWN} | ({} if inline else {"spec": {}})
     if not isinstance(own, dict):
         raise FieldError(f"{where}.spec: expected a mapping, found {found(own)}", where)

@@ -11,13 +11,13 @@ MAX_STAGES = 1000
 """Of a pipeline, `foreach` expanded."""
 MAX_SHARDS = 256
 MAX_WHEN_CHARS = 1000
-STAGE_NAME = r"^[A-Za-z0-9_](?:[A-Za-z0-9._ -]{0,62}[A-Za-z0-9_-])?$"
+STAGE_NAME = r"^[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9_])?$"
 
 StageName = Annotated[
     str,
     Meta(
         pattern=STAGE_NAME,
-        description="a name of up to 64 letters, digits, spaces and . _ - that begins with a letter, digit or _",
+        description="a name of up to 64 letters, digits and . _ - that begins and ends with a letter, digit or _",
     ),
 ]
 NoStages = Annotated[list[Any], Meta(min_length=1)]

@@ -23,6 +23,7 @@ FLOORS = (
     {"control"},
     {"orchestrator", "startup"},
     {"execution"},
+    {"pipelines"},
     {"results", "tasks", "bus", "node"},
     {"processes"},
     {"settings"},
