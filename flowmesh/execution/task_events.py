@@ -93,6 +93,8 @@ def ended(run: Run, verdict: Verdict, *, finished_at: str, cost_per_hour: float,
     }
     if run.accepted.message.dispatched_at is not None:
         payload["dispatched_at"] = run.accepted.message.dispatched_at
+    if run.outcome is not None and run.outcome.command is not None:
+        payload["command"] = msgspec.to_builtins(run.outcome.command)
     redact = redactor(run, layout)
     if warnings := _bounded([redact(line) for line in warnings_of(run)]):
         payload["warnings"] = warnings

@@ -12,7 +12,7 @@ import msgspec
 
 from flowmesh import installed
 from flowmesh.errors import FieldError, NotOfferedError
-from flowmesh.settings.schema import Settings
+from flowmesh.settings.schema import Settings, TasksSettings
 from flowmesh.validation.convert import nearest
 
 LIGHT = "light"
@@ -47,6 +47,8 @@ class TaskType(msgspec.Struct, frozen=True, kw_only=True):
     """Top-level modules without which the type cannot run."""
     extra: str = ""
     """The extra of flowmesh-supervisor that installs them."""
+    allowed_by: str = ""
+    """A setting of [tasks] that lists what such tasks may do; while it is empty the type is off. Empty: always on."""
     preload: tuple[str, ...] = ()
     """What the environment's fork server imports before it forks; see processes.preload.load."""
     preload_with: dict[str, str] = {}
@@ -72,6 +74,23 @@ BUILTIN = (
         sections="runners.schemas:echo",
         environment=LIGHT,
         preload=("runners.echo",),
+    ),
+    TaskType(
+        name="command",
+        runner="runners.command.runner:CommandRunner",
+        check="runners.checks:command",
+        sections="runners.schemas:command",
+        environment=LIGHT,
+        allowed_by="allow_command",
+        preload=("runners.command.runner",),
+    ),
+    TaskType(
+        name="python",
+        runner="runners.command.runner:PythonRunner",
+        check="runners.checks:python",
+        sections="runners.schemas:command",
+        allowed_by="allow_command",
+        preload=("runners.command.runner",),
     ),
     TaskType(
         name="inference",
@@ -159,12 +178,16 @@ def known_types(settings: Settings) -> dict[str, TaskType]:
     return types
 
 
-def catalogue(types: Mapping[str, TaskType], interpreters: Mapping[str, str | None]) -> Catalogue:
+def catalogue(
+    types: Mapping[str, TaskType], interpreters: Mapping[str, str | None], allowed: TasksSettings | None = None
+) -> Catalogue:
     """Which types can be offered: those whose required modules are all found by their environment's interpreter.
 
     Args:
         interpreters: the Python of each environment; None for the node's own.
+        allowed: what the operator allows; None: the defaults.
     """
+    allowed = TasksSettings() if allowed is None else allowed
     offered: dict[str, TaskType] = {}
     missing: dict[str, str] = {}
     for environment, python in interpreters.items():
@@ -173,7 +196,9 @@ def catalogue(types: Mapping[str, TaskType], interpreters: Mapping[str, str | No
         absent, problem = _absent(modules, python)
         for kind in members:
             lacking = [name for name in kind.requires if name in absent]
-            if problem:
+            if kind.allowed_by and not getattr(allowed, kind.allowed_by):
+                missing[kind.name] = f"it is off; the node's setting tasks.{kind.allowed_by} turns it on"
+            elif problem:
                 missing[kind.name] = f"environment {environment}: {problem}"
             elif lacking:
                 missing[kind.name] = f"{', '.join(lacking)} not installed: {_remedy(kind, python)}"
