@@ -43,6 +43,8 @@ class TaskType(msgspec.Struct, frozen=True, kw_only=True):
     """`module:function` that names the sections of such a document: `(task_type) -> {field: type}`, where a mapping of
     types is chosen by the section's field `type`. For the JSON Schema."""
     environment: str = DEFAULT
+    heavy: bool = False
+    """Whether its tasks may use GPUs and much of /dev/shm although their environment is `light`."""
     requires: tuple[str, ...] = ()
     """Top-level modules without which the type cannot run."""
     extra: str = ""
@@ -53,6 +55,11 @@ class TaskType(msgspec.Struct, frozen=True, kw_only=True):
     """What the environment's fork server imports before it forks; see processes.preload.load."""
     preload_with: dict[str, str] = {}
     """More of it, by the optional module that makes it useful."""
+
+    @property
+    def is_light(self) -> bool:
+        """Whether its tasks get no GPU, and no /dev/shm of their own."""
+        return self.environment == LIGHT and not self.heavy
 
 
 _TRAINING = {
@@ -81,6 +88,7 @@ BUILTIN = (
         check="runners.checks:command",
         sections="runners.schemas:command",
         environment=LIGHT,
+        heavy=True,
         allowed_by="allow_command",
         preload=("runners.command.runner",),
     ),
@@ -141,6 +149,8 @@ class Catalogue(msgspec.Struct, frozen=True, kw_only=True):
     offered: dict[str, TaskType]
     missing: dict[str, str]
     """By type, the reason, with the remedy."""
+    off: frozenset[str] = frozenset()
+    """Those of them that the operator has not turned on: not worth a line at each start."""
 
     def find(self, name: str) -> TaskType:
         """The type of that name.
@@ -190,13 +200,14 @@ def catalogue(
     allowed = TasksSettings() if allowed is None else allowed
     offered: dict[str, TaskType] = {}
     missing: dict[str, str] = {}
+    off = frozenset(kind.name for kind in types.values() if kind.allowed_by and not getattr(allowed, kind.allowed_by))
     for environment, python in interpreters.items():
         members = [kind for kind in types.values() if kind.environment == environment]
         modules = {name for kind in members for name in (*kind.requires, *kind.preload_with)}
         absent, problem = _absent(modules, python)
         for kind in members:
             lacking = [name for name in kind.requires if name in absent]
-            if kind.allowed_by and not getattr(allowed, kind.allowed_by):
+            if kind.name in off:
                 missing[kind.name] = f"it is off; the node's setting tasks.{kind.allowed_by} turns it on"
             elif problem:
                 missing[kind.name] = f"environment {environment}: {problem}"
@@ -205,7 +216,7 @@ def catalogue(
             else:
                 more = tuple(entry for name, entry in kind.preload_with.items() if name not in absent)
                 offered[kind.name] = msgspec.structs.replace(kind, preload=kind.preload + more)
-    return Catalogue(offered=offered, missing=missing)
+    return Catalogue(offered=offered, missing=missing, off=off)
 
 
 def _remedy(kind: TaskType, python: str | None) -> str:

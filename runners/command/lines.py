@@ -18,7 +18,7 @@ _OWN = ("done", "total", "unit", "phase")
 
 
 class Lines:
-    """The node's end of the pipe. Whatever is written to it, the program is never kept waiting.
+    """Both ends of the pipe. What is written to it is read at once, so the program hardly ever waits.
 
     Args:
         fifo: made by the caller.
@@ -27,6 +27,8 @@ class Lines:
     def __init__(self, fifo: Path) -> None:
         # Also open for writing: else it is at its end whenever the last process that reports closes it.
         self.fd = os.open(fifo, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        self.writer = os.open(fifo, os.O_WRONLY | os.O_CLOEXEC)
+        """For the program. One of its own, since programs do not expect a descriptor that does not block."""
         self._rest = b""
         self._too_long = False
         self.bad = 0
@@ -37,6 +39,7 @@ class Lines:
 
     def close(self) -> None:
         os.close(self.fd)
+        os.close(self.writer)
 
     def read(self, ctx: Context) -> None:
         """Take in what has been written.

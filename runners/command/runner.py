@@ -14,13 +14,13 @@ from typing import Any
 import msgspec
 
 from flowmesh.messages import attach
-from flowmesh.messages.job import Fault
+from flowmesh.messages.job import CommandExit, Fault
 from runners.api import BadRequest, Cancelled, Context, Runner, RunnerError
 from runners.command import outputs, start, workspace
 from runners.command.lines import Lines
 from runners.command.process import Failed, Program, tail
 from runners.command.script import Script, become, not_alike, parse
-from runners.command.start import Place
+from runners.command.start import NoProgram, Place
 from runners.command.task import CommandSpec, PythonSpec, check_allowed, read_command, read_python
 from runners.command.task import Program as ProgramSpec
 from runners.command.workspace import Workspace
@@ -74,7 +74,9 @@ def _run(ctx: Context, spec: CommandSpec | PythonSpec, begin: Callable[[Call], i
         ctx.phase("run")
         try:
             Program(ctx, begin(call), lines, connection, own_logs).until_end()
-        except (RunnerError, Cancelled):
+        except (RunnerError, Cancelled) as error:
+            if isinstance(error, NoProgram):
+                ctx.command = CommandExit(code=error.status)
             with contextlib.suppress(OSError):
                 outputs.collect(ctx, call.place.folder, spec.outputs, strict=False)
             raise

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 
@@ -19,8 +20,16 @@ from runners.command.lines import Lines
 
 LAUNCHER = "runners.training.rendezvous"
 """torchrun that listens on its endpoint's address only."""
-NO_PROGRAM = 127
-"""Exit status of a shell that finds no such program."""
+NO_PROGRAM, NOT_EXECUTABLE = 127, 126
+"""Exit statuses of a shell that finds no such program, or may not run it."""
+
+
+class NoProgram(BadRequest):
+    """A program cannot be started. `status` is what a shell's exit status would be."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class Place(msgspec.Struct, frozen=True):
@@ -35,49 +44,56 @@ class Place(msgspec.Struct, frozen=True):
     """None: this process's."""
 
     def whole_env(self) -> dict[str, str]:
-        return {**self.env, DESCRIPTOR: str(self.lines.fd)}
+        return {**self.env, DESCRIPTOR: str(self.lines.writer)}
 
 
 def spawn(argv: Sequence[str], place: Place) -> int:
     """Start a program in a session of its own; returns its pid.
 
     Raises:
-        BadRequest: there is no such program, or it cannot be run.
+        NoProgram: there is none of that name, or it cannot be run.
     """
-    parent, env = os.getpid(), place.whole_env()
-    stdin, stdout, stderr = place.stdio or (subprocess.DEVNULL, None, None)
-    program = shutil.which(argv[0], path=env.get("PATH")) if "/" not in argv[0] else argv[0]
-    if program is None:
-        raise BadRequest(f"spec.command: there is no program {argv[0]!r} in PATH; give its path, or install it")
+    env = place.whole_env()
+    program = _found(argv[0], place.folder, env.get("PATH", os.defpath))
 
-    def enter() -> None:
-        linux.die_with_parent(signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(NO_PROGRAM)
+    def become() -> NoReturn:
+        os.chdir(place.folder)
+        if place.umask is not None:
+            os.umask(place.umask)
+        if place.stdio is None:
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):  # ignored by Python
+            signal.signal(number, signal.SIG_DFL)
+        try:
+            os.execve(program, list(argv), env)
+        except OSError as error:
+            os.write(2, f"{program}: cannot be run: {error.strerror}\n".encode(errors="replace"))
+            os._exit(NOT_EXECUTABLE)
 
-    try:
-        return subprocess.Popen(
-            list(argv),
-            executable=program,
-            cwd=place.folder,
-            env=env,
-            stdin=stdin,
-            stdout=stdout,
-            stderr=stderr,
-            pass_fds=(place.lines.fd,),
-            start_new_session=True,
-            umask=-1 if place.umask is None else place.umask,
-            preexec_fn=enter,  # noqa: PLW1509 - this process has one thread
-        ).pid
-    except OSError as error:
-        raise BadRequest(f"spec.command: {argv[0]!r} cannot be run: {error.strerror}") from None
+    return fork(become, place)
 
 
-def fork(become: Callable[[], None], place: Place) -> int:
+def _found(name: str, folder: Path, path: str) -> str:
+    if "/" not in name:
+        if (program := shutil.which(name, path=path)) is None:
+            message = f"spec.command: there is no program {name!r} in PATH; give its path, or install it"
+            raise NoProgram(message, NO_PROGRAM)
+        return program
+    file = folder / name
+    if not file.is_file():
+        raise NoProgram(f"spec.command: there is no file {name!r} to run", NO_PROGRAM)
+    if not os.access(file, os.X_OK):
+        raise NoProgram(
+            f"spec.command: {name!r} may not be executed: chmod +x, or name its interpreter", NOT_EXECUTABLE
+        )
+    return str(file)
+
+
+def fork(become: Callable[[], NoReturn], place: Place) -> int:
     """Fork this process, with its libraries, in a session of its own; returns the pid.
 
     Args:
-        become: what the fork does; it does not return.
+        become: what the fork does.
     """
     parent = os.getpid()
     sys.stdout.flush()
@@ -88,10 +104,12 @@ def fork(become: Callable[[], None], place: Place) -> int:
         os.setsid()
         linux.die_with_parent(signal.SIGKILL)
         if os.getppid() == parent:
-            os.set_inheritable(place.lines.fd, True)
+            os.set_inheritable(place.lines.writer, True)
             for target, source in enumerate(place.stdio or ()):
                 os.dup2(source, target, inheritable=True)
             become()
+    except BaseException:  # noqa: BLE001 - nothing may return into the task's process
+        traceback.print_exc()
     finally:
         os._exit(NO_PROGRAM)
 

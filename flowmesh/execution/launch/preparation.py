@@ -20,7 +20,6 @@ from flowmesh.processes import environ, shm
 from flowmesh.processes.limits import Limits
 from flowmesh.processes.protocol import Fork
 from flowmesh.results.job import file_url_template
-from flowmesh.tasks.catalogue import LIGHT
 
 TASK_ENTRY = "runners.child:main"
 
@@ -103,7 +102,7 @@ def prepare(layout: Layout, run: Run, others: Iterable[Path] = ()) -> Fork:
             gid=None if layout.owner is None else layout.owner.gid,
             groups=() if layout.owner is None else layout.owner.groups,
             private_shm=processes.private_shm
-            and accepted.type.environment != LIGHT
+            and not accepted.type.is_light
             and not shm.would_hide(layout.state_dir, layout.work_dir, out_dir, *(each.out_dir for each in children)),
         ),
         threads=threads,
