@@ -15,7 +15,7 @@ from typing import Any
 import click
 import msgspec
 
-from flowmesh.cli import locate, render
+from flowmesh.cli import locate, render, running_node
 from flowmesh.cli.documents import Submission
 from flowmesh.cli.follow import Follow, Outcome
 from flowmesh.cli.local import LocalNode, LocalOptions
@@ -43,7 +43,8 @@ _EXITS = {
     context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False},
     help=(
         "Run one command on this machine as a task, in this terminal: with GPUs of its own, in its own group of "
-        "processes, and proof that nothing of it is left. Ends with the command's exit status."
+        "processes, and proof that nothing of it is left. Ends with the command's exit status. Runs on the node of "
+        "this machine, else on a temporary one."
     ),
 )
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- COMMAND...")
@@ -60,6 +61,7 @@ _EXITS = {
 @click.option("--output", "outputs", multiple=True, metavar="GLOB", help="Files to keep in the results; repeatable.")
 @locate.config_option
 @click.option("--results-dir", type=click.Path(file_okay=False), metavar="DIR", help="Keep logs and outputs there.")
+@click.option("--embedded", is_flag=True, help="Use a temporary node, also where a node runs on this machine.")
 @click.option("--report", type=click.Path(dir_okay=False), metavar="FILE", help="Write the outcome there, as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but what the command prints, and errors.")
 def execute(
@@ -72,6 +74,7 @@ def execute(
     outputs: tuple[str, ...],
     config: str | None,
     results_dir: str | None,
+    embedded: bool,
     report: str | None,
     quiet: bool,
 ) -> int:
@@ -95,19 +98,29 @@ def execute(
         if timeout is not None:
             spec["timeoutSec"] = timeout
         submission = Submission(source="flowmesh exec", task_id=f"exec-{secrets.token_hex(8)}", document={"spec": spec})
-        outcome = _run(submission, options, terminal)
+        outcome = _run(submission, options, terminal, embedded=embedded or memory is not None, quiet=quiet)
     if report is not None:
         Path(report).write_bytes(msgspec.json.format(msgspec.json.encode(outcome)) + b"\n")
     return _ended(outcome, quiet=quiet)
 
 
-def _run(submission: Submission, options: LocalOptions, terminal: Terminal) -> Outcome:
+def _run(submission: Submission, options: LocalOptions, terminal: Terminal, *, embedded: bool, quiet: bool) -> Outcome:
+    """Run it on the node of this machine if there is one, else on a temporary node."""
     happened: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    with _Passing(happened, terminal).handled() as signals, LocalNode(options, lambda: signals.count > 1) as node:
-        worker = node.wait_idle(signals.check)
-        return Follow(
-            node, submission, worker, view=SilentView(), happened=happened, signals=signals, timeout_s=None
-        ).run()
+    running = None if embedded else running_node.find(options.config, submission.task_type)
+    with _Passing(happened, terminal).handled() as signals:
+        if running is not None:
+
+            def waits(worker_id: str, count: int) -> None:
+                if count and not quiet:
+                    _say(f"waiting for {worker_id}: {render.count(count, 'task')} before this one")
+
+            return running.run(submission, happened=happened, signals=signals, waits=waits)
+        with LocalNode(options, lambda: signals.count > 1) as node:
+            worker = node.wait_idle(signals.check)
+            return Follow(
+                node, submission, worker, view=SilentView(), happened=happened, signals=signals, timeout_s=None
+            ).run()
 
 
 class _Passing(Signals):

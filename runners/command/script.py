@@ -120,14 +120,15 @@ def _run(script: Script, main: types.ModuleType) -> None:
 
 
 def _execute(script: Script, main: types.ModuleType) -> None:
-    name = script.file or "<string>"
+    name = "<string>" if script.file is None else os.path.join(os.getcwd(), script.file)  # noqa: PTH109,PTH118
     if script.file is not None:
         main.__dict__.update(__file__=name, __cached__=None, __spec__=None)
         main.__dict__["__loader__"] = importlib.machinery.SourceFileLoader("__main__", name)
         try:
             source: bytes | str = Path(name).read_bytes()
         except OSError as error:
-            sys.stderr.write(f"{sys.executable}: can't open file {str(Path(name).absolute())!r}: {error}\n")
+            why = f"[Errno {error.errno}] {error.strerror}"
+            sys.stderr.write(f"{sys.executable}: can't open file {name!r}: {why}\n")
             raise SystemExit(USAGE) from None
     else:
         source = script.code or ""
