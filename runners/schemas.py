@@ -62,6 +62,7 @@ def training(task_type: str) -> dict[str, Any]:
 def rag(task_type: str) -> dict[str, Any]:  # noqa: ARG001
     from runners.data.sources import SECTIONS
     from runners.rag.task import Embedding, Faiss, Generate, Qdrant, Search
+    from runners.rows.resume import Resume
 
     return {
         **_model(),
@@ -72,6 +73,7 @@ def rag(task_type: str) -> dict[str, Any]:  # noqa: ARG001
         "faiss": Faiss,
         "qdrant": Qdrant,
         "generate": Generate,
+        "resume": bool | Resume,
         "shard": Shard,
     }
 

@@ -62,6 +62,8 @@ class RowLog:
         """The finished rows, by item."""
         self.reused = 0
         self.reused_tokens = 0
+        self.unfit = 0
+        """Rows of another task that no item of this one has the key of."""
 
     @property
     def bad_lines(self) -> int:
@@ -72,20 +74,27 @@ class RowLog:
     def counts(self) -> Counts:
         return Counts(done=len(self.rows), total=len(self._keys), reused=self.reused, reused_tokens=self.reused_tokens)
 
-    def take(self, others: Iterable[Row], place: Callable[[int, Row], dict[str, Any]]) -> None:
+    def take(
+        self,
+        others: Iterable[Row],
+        place: Callable[[int, Row], dict[str, Any]],
+        stands: Callable[[Row], bool] = lambda _: True,
+    ) -> None:
         """Take over rows of earlier attempts, and then `others` of another task, by their keys; then write on.
 
         Args:
             place: a row's entry in this task's result, for an item.
+            stands: whether a row may be taken over, as far as its key does not say it.
         """
         by_key: dict[tuple[str, int], Row] = {}
+        others = list(others)
         for each in (*others, *self._kept.rows):  # the last one counts: this task's own
             if each.key:
                 by_key[each.key, each.occurrence] = each
         taken: dict[int, Row] = {}
         for index, (key, occurrence) in enumerate(zip(self._keys, self._occurrences, strict=True)):
             row = by_key.pop((key, occurrence), None) if key else None
-            if row is not None:
+            if row is not None and stands(row):
                 taken[index] = self._row(index, place(index, row), row.prompt_tokens, row.completion_tokens)
         own = {(row.key, row.occurrence) for row in self._kept.rows}
         stale = [
@@ -95,6 +104,10 @@ class RowLog:
         ]  # fmt: skip
         self._begin(taken, stale)
         self.rows = taken
+        wanted = set(zip(self._keys, self._occurrences, strict=True))
+        self.unfit = sum(
+            bool(each.key) and each.index is not None and (each.key, each.occurrence) not in wanted for each in others
+        )
         self.reused = len(taken)
         self.reused_tokens = sum(row.prompt_tokens + row.completion_tokens for row in taken.values())
 
