@@ -81,12 +81,14 @@ def rag(task_type: str) -> dict[str, Any]:  # noqa: ARG001
 def agent(task_type: str) -> dict[str, Any]:  # noqa: ARG001
     from runners.agent.task import AgentSection, StaticData
     from runners.data.sources import SECTIONS
+    from runners.rows.resume import Resume
 
     return {
         "task": str,
         "data": {**SECTIONS, "static": StaticData},
         "configName": str,
         "agent": AgentSection,
+        "resume": bool | Resume,
         "shard": Shard,
     }
 

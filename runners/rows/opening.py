@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from flowmesh.messages.rows import Row, document_key
+from flowmesh.redaction import Redactor, in_document
 from runners.api import Context
 from runners.rows.log import RowLog
 from runners.rows.resume import read_resume, starts_anew
@@ -26,7 +28,7 @@ def open_rows(  # noqa: PLR0917
     *,
     task_id: str,
     field: str = "items",
-    stands: Callable[[Row], bool] = lambda _: True,
+    stands: Callable[[int, Row], bool] = lambda *_: True,
 ) -> RowLog:
     """The row log in `folder`, with the rows of earlier attempts and of `resume`.
 
@@ -34,14 +36,16 @@ def open_rows(  # noqa: PLR0917
         keys: of the task's items, in order; see `RowLog`.
         field: the list in the result that holds the items.
         task_id: the task's, or the merged child's.
-        stands: whether a row may be taken over, as far as its key does not say it.
+        stands: see `RowLog.take`.
 
     Raises:
         BadRequest: `resume` names no rows.
         RunnerError: another process writes the log, or the server of `resume` is unreachable.
     """
     others = read_resume(ctx, spec, where)
-    log = RowLog(folder, keys, field=field, fresh=starts_anew(spec), document=document_key(spec))
+    secrets = list(in_document(ctx.job.task, os.environ))
+    redact = Redactor(secrets, exact=True).deep if secrets else _as_it_is  # as the result's
+    log = RowLog(folder, keys, field=field, fresh=starts_anew(spec), document=document_key(spec), redact=redact)
     with contextlib.ExitStack() as stack:
         stack.callback(log.close)
         log.take(others, place, stands)
@@ -52,7 +56,13 @@ def open_rows(  # noqa: PLR0917
                 "rows of %s.resume are not of this document's items, model or options, and not taken task=%s rows=%d "
                 "of %d", where, task_id, log.unfit, len(others),
             )  # fmt: skip
+        if log.gone:
+            ctx.log.warning("rows whose files are not here are computed again task=%s rows=%d", task_id, log.gone)
         if log.reused:
             ctx.log.info("rows that stand already task=%s rows=%d of %d", task_id, log.reused, len(keys))
         stack.pop_all()
     return log
+
+
+def _as_it_is(item: dict[str, Any]) -> dict[str, Any]:
+    return item
