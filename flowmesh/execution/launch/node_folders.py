@@ -130,7 +130,7 @@ class NodeFolders:
 
 def own_shortage(out_dir: Path, least_bytes: int) -> str:
     """Too little space for one task's own folder; empty if it has enough. Called in a thread."""
-    return shortage({"spec.output.destination.path": out_dir}, least_bytes)
+    return shortage({"spec.output.destination.path": out_dir}, least_bytes, of_a_task=True)
 
 
 def _computed(run: Run) -> bool:
