@@ -53,6 +53,8 @@ class TaskType(msgspec.Struct, frozen=True, kw_only=True):
     """A setting of [tasks] that lists what such tasks may do; while it is empty the type is off. Empty: always on."""
     preload: tuple[str, ...] = ()
     """What the environment's fork server imports before it forks; see processes.preload.load."""
+    continues_from: tuple[str, ...] = ()
+    """What a new attempt finds in the task's folder, besides checkpoints and rows; its runner removes what is stale."""
     preload_with: dict[str, str] = {}
     """More of it, by the optional module that makes it useful."""
 
@@ -139,6 +141,7 @@ BUILTIN = (
         requires=("smolagents", "openai"),
         extra="agent",
         preload=("runners.agent.preload:AGENT",),
+        continues_from=("workspace",),
     ),
 )
 
