@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from flowmesh.cli.document_parser import parse
+from tests.kit.paths import ROOT
 from tests.kit.promises import CONFIG, ISOLATIONS, leaves, responses, wait_state
 from tests.kit.support import Node, Orchestrator, RedisServer, alive, running, until
 
@@ -213,6 +215,13 @@ def test_python_code_a_function_and_a_file(node: Node, peer: Orchestrator) -> No
     assert "runners/command" not in "".join(wrong["log_tail"])
     nothing = failure(peer.run("w1", {"taskType": "python", "code": "result = object()"}))
     assert "cannot be written as JSON" in nothing["error"]
+
+
+@pytest.mark.parametrize("name", ["command", "python"])
+def test_the_examples_run_as_they_are(node: Node, peer: Orchestrator, name: str) -> None:
+    spec = parse((ROOT / f"conf/tasks/{name}.yaml").read_text(), name, as_json=False)["spec"]
+    said = result(node, peer.run("w1", spec))
+    assert said["result"] == {"command": {"slope": 2.036}, "python": {"mean": 3.75, "stdev": 1.041}}[name]
 
 
 def test_nothing_is_left(node: Node) -> None:
