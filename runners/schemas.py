@@ -62,6 +62,7 @@ def training(task_type: str) -> dict[str, Any]:
 def rag(task_type: str) -> dict[str, Any]:  # noqa: ARG001
     from runners.data.sources import SECTIONS
     from runners.rag.task import Embedding, Faiss, Generate, Qdrant, Search
+    from runners.rows.resume import Resume
 
     return {
         **_model(),
@@ -72,6 +73,7 @@ def rag(task_type: str) -> dict[str, Any]:  # noqa: ARG001
         "faiss": Faiss,
         "qdrant": Qdrant,
         "generate": Generate,
+        "resume": bool | Resume,
         "shard": Shard,
     }
 
@@ -79,12 +81,14 @@ def rag(task_type: str) -> dict[str, Any]:  # noqa: ARG001
 def agent(task_type: str) -> dict[str, Any]:  # noqa: ARG001
     from runners.agent.task import AgentSection, StaticData
     from runners.data.sources import SECTIONS
+    from runners.rows.resume import Resume
 
     return {
         "task": str,
         "data": {**SECTIONS, "static": StaticData},
         "configName": str,
         "agent": AgentSection,
+        "resume": bool | Resume,
         "shard": Shard,
     }
 

@@ -49,6 +49,8 @@ class TaskType(msgspec.Struct, frozen=True, kw_only=True):
     """The extra of flowmesh-supervisor that installs them."""
     preload: tuple[str, ...] = ()
     """What the environment's fork server imports before it forks; see processes.preload.load."""
+    continues_from: tuple[str, ...] = ()
+    """What a new attempt finds in the task's folder, besides checkpoints and rows; its runner removes what is stale."""
     preload_with: dict[str, str] = {}
     """More of it, by the optional module that makes it useful."""
 
@@ -112,6 +114,7 @@ BUILTIN = (
         requires=("smolagents", "openai"),
         extra="agent",
         preload=("runners.agent.preload:AGENT",),
+        continues_from=("workspace",),
     ),
 )
 

@@ -25,7 +25,9 @@ FLOORS = (
     {"execution"},
     {"results", "tasks", "bus", "node"},
     {"processes"},
+    {"client"},
     {"settings"},
+    {"queue"},
     {"messages", "web"},
     {"validation", "files"},
     {"redaction", "errors", "backoff", "installed", "__init__"},
@@ -37,6 +39,9 @@ EXECUTION_FLOORS = ({"recovery"}, {"executor"}, {"launch"}, {"gpu", "delivery"},
 """The same below `flowmesh/execution`; its other modules are the lowest floor."""
 
 RUNNERS_MAY_IMPORT = (
+    "flowmesh.client",
+    "flowmesh.errors",
+    "flowmesh.queue",
     "flowmesh.files",
     "flowmesh.messages",
     "flowmesh.processes.pipe",
@@ -164,7 +169,8 @@ def test_runners_use_only_what_is_shared() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["flowmesh.supervisor", "flowmesh.cli.main", "flowmesh.processes.forkserver", "runners.api"]
+    "module",
+    ["flowmesh.supervisor", "flowmesh.cli.main", "flowmesh.processes.forkserver", "flowmesh.client", "runners.api"],
 )
 def test_nothing_heavy_is_imported(module: str) -> None:
     program = f"import {module}, sys; print(*sorted({{n.split('.')[0] for n in sys.modules}}))"

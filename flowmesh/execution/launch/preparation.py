@@ -47,7 +47,7 @@ def prepare(layout: Layout, run: Run, others: Iterable[Path] = ()) -> Fork:
             folder.mkdir(mode=PRIVATE)
     logs = out_dir / "logs"
     others = [*others, *(each.resolve() for each in (layout.results_dir, layout.state_dir, layout.work_dir))]
-    _prepare_out_dir(layout, out_dir, others)
+    _prepare_out_dir(layout, out_dir, others, accepted.type.continues_from)
     for child in children:
         _empty_child(Path(child.out_dir), others)
     gpus = run.gpus
@@ -133,12 +133,12 @@ def _empty_child(out_dir: Path, others: Iterable[Path]) -> None:
         os.close(folder)
 
 
-def _prepare_out_dir(layout: Layout, out_dir: Path, others: Iterable[Path]) -> None:
+def _prepare_out_dir(layout: Layout, out_dir: Path, others: Iterable[Path], stays: Iterable[str]) -> None:
     """By descriptors: the parent folders may belong to another task, which can put links there at any time."""
     held: list[int] = []
     try:
         held.append(whole := open_folder(out_dir, make=True))
-        empty_outputs(whole, out_dir, others)
+        empty_outputs(whole, out_dir, others, stays)
         held.append(_open_part(whole, out_dir / "logs"))
         held.append(_open_part(whole, out_dir / "artifacts"))
         for folder in held:
