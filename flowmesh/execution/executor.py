@@ -136,6 +136,7 @@ class Executor:
             layout=layout,
             gpus=self.gpus,
             environments=self.environments,
+            folders=self._folders,
             timers=self._timers,
             post=self.apply,
             begin=self.begin,

@@ -59,6 +59,8 @@ class Run:
         """When it was accepted, or adopted while it waited."""
         self.faulted_at = 0.0
         """When it first met a fault of the node, monotonic. 0: it has not, or it was launched since."""
+        self.unready = 0
+        """How often its process could not be set up for a reason that concerns this task only."""
         self.finished = 0.0
         """When it ended, monotonic. 0: it has not ended."""
         self.exit: Exit | None = None

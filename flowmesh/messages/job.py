@@ -15,6 +15,8 @@ import msgspec
 from flowmesh.messages.gateway import Gateway
 from flowmesh.messages.rows import Counts
 
+EXIT_SETUP = 70
+"""Of a task's process: it could not be set up, or its entry raised. An error of the node (EX_SOFTWARE)."""
 JOB_FILE = "job.json"
 OUTCOME_FILE = "outcome.json"
 MAX_OUTCOME_BYTES = 4 * 1024**3
