@@ -185,7 +185,7 @@ class LocalNode:
         return found
 
     def _start(self) -> None:
-        sweep_abandoned()
+        sweep_abandoned(RUN_PREFIX)
         linux.become_subreaper()
         self._others = set(proc_files.children(os.getpid()))
         self._dir = private_dir(RUN_PREFIX)

@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 from types import TracebackType
 
-from flowmesh.cli.private_folder import private_dir
+from flowmesh.cli.private_folder import lock_folder, private_dir, sweep_abandoned
 from flowmesh.files.removal import remove_path
 from flowmesh.messages import attach
 from flowmesh.messages.attach import Caller
@@ -32,7 +32,9 @@ class Terminal:
         env = {name: value for name, value in os.environ.items() if name not in NOT_PASSED}
         self._caller = Caller(argv=argv, cwd=str(Path.cwd()), env=env, umask=mask)
         self._peer: socket.socket | None = None
+        sweep_abandoned(PREFIX)
         self._folder = private_dir(PREFIX)
+        self._lock = lock_folder(self._folder)
         self.path = self._folder / "terminal.sock"
         self._listener = socket.socket(socket.AF_UNIX)
         self._thread = threading.Thread(target=self._serve, daemon=True)
@@ -50,6 +52,7 @@ class Terminal:
         if self._peer is not None:
             self._peer.close()
         remove_path(self._folder)
+        os.close(self._lock)
 
     @property
     def attached(self) -> bool:

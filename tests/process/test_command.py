@@ -217,6 +217,18 @@ def test_python_code_a_function_and_a_file(node: Node, peer: Orchestrator) -> No
     assert "cannot be written as JSON" in nothing["error"]
 
 
+def test_a_group_of_ranks(node: Node, peer: Orchestrator) -> None:
+    """torchrun starts one program for each rank, on the loopback interface; the first failure ends the group."""
+    pytest.importorskip("torch")
+    if "auto" not in node.args[0]:
+        pytest.skip("the same in each isolation, and torchrun imports torch")
+    text = "echo $RANK of $WORLD_SIZE $MASTER_ADDR; sleep 0.3; [ $RANK = 1 ] || sleep 300; exit 7"
+    event = peer.run("w1", {"taskType": "command", "command": ["sh", "-c", text], "nproc_per_node": 2})
+    assert failure(event)["error_kind"] == "error"
+    lines = (node.results_dir / event["task_id"] / "logs/stdout.log").read_text().splitlines()
+    assert sorted(lines) == ["0 of 2 127.0.0.1", "1 of 2 127.0.0.1"]
+
+
 @pytest.mark.parametrize("name", ["command", "python"])
 def test_the_examples_run_as_they_are(node: Node, peer: Orchestrator, name: str) -> None:
     spec = parse((ROOT / f"conf/tasks/{name}.yaml").read_text(), name, as_json=False)["spec"]

@@ -91,7 +91,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def environment(node: Node) -> dict[str, str]:
     env = {name: value for name, value in os.environ.items() if name not in ("STATE_DIRECTORY", "REDIS_URL")}
-    return env | {"PYTHONPATH": str(ROOT), "XDG_STATE_HOME": str(node.home)}
+    (node.home / "t").mkdir(exist_ok=True)
+    return env | {"PYTHONPATH": str(ROOT), "TMPDIR": str(node.home / "t")}
 
 
 def call(node: Node, project: Path, command: list[str], stdin: str) -> tuple[int, str, str]:
@@ -225,6 +226,8 @@ def test_when_exec_is_killed_its_program_ends(node: Node, project: Path) -> None
     process.kill()
     process.communicate()
     until(lambda: not alive(pid), "the program is gone", 10.0)
+    assert call(node, project, [*under(node), "true"], "")[0] == 0
+    assert list((node.home / "t").iterdir()) == [], "the next one removes the folder of the killed one"
 
 
 def test_a_second_command_waits_for_the_slot(node: Node, project: Path) -> None:
