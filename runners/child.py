@@ -96,7 +96,7 @@ def run(job: Job, ctx: Context) -> Outcome:
         fault, message = Fault.CANCELLED, error.reason
     except RunnerError as error:
         fault, message = error.fault, str(error)
-        detail = "" if error.fault in NO_TRACEBACK else traceback.format_exc()
+        detail = "" if error.says_all or error.fault in NO_TRACEBACK else traceback.format_exc()
     except ModuleNotFoundError as error:
         fault, message, detail = _missing(error), _one_line(error), traceback.format_exc()
         if fault is Fault.MISSING_DEPENDENCY:
@@ -130,6 +130,7 @@ def run(job: Job, ctx: Context) -> Outcome:
         uploads=tuple(ctx.uploads),
         phases=ctx.phases,
         rows=ctx.rows,
+        command=ctx.command,
         warnings=tuple(redact(line) for line in ctx.warnings),
     )
 

@@ -17,7 +17,6 @@ from flowmesh.messages.rows import Counts
 from flowmesh.messages.wire import utc_now
 from flowmesh.node.slots import Slot
 from flowmesh.processes.pipe import Pipe, Progress
-from flowmesh.tasks.catalogue import LIGHT
 from flowmesh.tasks.machine import State, Task
 
 
@@ -170,7 +169,7 @@ class Run:
 
 def gpus_of(accepted: Accepted, slot: Slot[Run]) -> tuple[str, ...]:
     """UUIDs of the GPUs that a task gets: its slot's, at most `gpu.count` of them; none for a light task."""
-    if accepted.type.environment == LIGHT:
+    if accepted.type.is_light:
         return ()
     hardware = accepted.spec.resources.hardware if accepted.spec.resources else None
     return slot.plan.gpus_for(hardware.gpu.count if hardware and hardware.gpu else None)

@@ -20,7 +20,6 @@ from flowmesh.processes import environ, shm
 from flowmesh.processes.limits import Limits
 from flowmesh.processes.protocol import Fork
 from flowmesh.results.job import file_url_template
-from flowmesh.tasks.catalogue import LIGHT
 
 TASK_ENTRY = "runners.child:main"
 
@@ -76,7 +75,7 @@ def prepare(layout: Layout, run: Run, others: Iterable[Path] = ()) -> Fork:
     # Last: from now on another task of that user could put a link where we write.
     for given in (spool / JOB_FILE, spool, tmp):
         layout.give(given)
-    private_shm = accepted.type.environment != LIGHT and not shm.would_hide(
+    private_shm = not accepted.type.is_light and not shm.would_hide(
         layout.state_dir, layout.work_dir, out_dir, *(each.out_dir for each in children)
     )
     return Fork(
