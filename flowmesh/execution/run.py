@@ -14,9 +14,11 @@ from flowmesh.execution import boot_clock
 from flowmesh.execution.admission import Accepted
 from flowmesh.messages.job import Exit, Outcome
 from flowmesh.messages.rows import Counts
+from flowmesh.messages.steps import Steps
 from flowmesh.messages.wire import utc_now
 from flowmesh.node.slots import Slot
 from flowmesh.processes.pipe import Pipe, Progress
+from flowmesh.results.job import PartRows
 from flowmesh.tasks.catalogue import LIGHT
 from flowmesh.tasks.machine import State, Task
 
@@ -66,8 +68,10 @@ class Run:
         self.outcome: Outcome | None = None
         self.rows: Counts | None = None
         """Of a failed task, the rows that stand."""
-        self.rows_url: str | None = None
-        """Where they can be downloaded."""
+        self.parts: dict[str, PartRows] = {}
+        """The same of it and of each merged child, by id."""
+        self.steps: Steps | None = None
+        """Of a failed training run."""
         self.log_tail: tuple[str, ...] = ()
         """The last lines of a failed task's log."""
         self.resources: dict[str, Any] = {}

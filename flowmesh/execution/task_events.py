@@ -9,9 +9,11 @@ import msgspec
 
 from flowmesh.execution.layout import Layout
 from flowmesh.execution.run import Run
+from flowmesh.messages.rows import Counts
 from flowmesh.messages.text import escaped
 from flowmesh.messages.wire import TaskEvent, encode, utc_now
 from flowmesh.redaction import Redactor, in_document
+from flowmesh.results.partial import steps_shown
 from flowmesh.tasks.verdicts import Kind, Verdict, event_fields
 
 TAIL_LINES = 20
@@ -108,9 +110,9 @@ def ended(run: Run, verdict: Verdict, *, finished_at: str, cost_per_hour: float,
     else:
         payload |= event_fields(verdict)
         if run.rows is not None:
-            payload["rows"] = {"done": run.rows.done, "total": run.rows.total}
-            if run.rows.done:
-                payload["resume"] = {"url": run.rows_url} if run.rows_url else {"path": run.accepted.target.out_dir}
+            payload |= _finished(run, run.rows)
+        if run.steps is not None:
+            payload["steps"] = steps_shown(run.steps)
         if run.log_tail:
             payload["log_tail"] = _last([escaped(redact(line)) for line in run.log_tail[-TAIL_LINES:]])
         event = TaskEvent(
@@ -123,6 +125,19 @@ def ended(run: Run, verdict: Verdict, *, finished_at: str, cost_per_hour: float,
             payload=payload,
         )
     return encode(event)
+
+
+def _finished(run: Run, rows: Counts) -> dict[str, Any]:
+    """`rows` and `resume` of a failed task; each merged child with rows has its own."""
+    found: dict[str, Any] = {"rows": {"done": rows.done, "total": rows.total}}
+    for task_id, part in run.parts.items():
+        resume = {} if part.resume is None else {"resume": part.resume}
+        if task_id == run.task_id:
+            found |= resume
+        else:
+            children = found["rows"].setdefault("children", {})
+            children[task_id] = {"done": part.done, "total": part.total, **resume}
+    return found
 
 
 def warnings_of(run: Run) -> list[str]:
