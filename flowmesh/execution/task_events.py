@@ -58,6 +58,11 @@ def failed_at(event: bytes) -> str | None:
     return _decoder.decode(event).worker_id if event.startswith(b'{"type":"TASK_FAILED"') else None
 
 
+def payload_of(event: bytes) -> dict[str, Any]:
+    """The payload of an encoded event, as `payload`."""
+    return {"payload": _decoder.decode(event).payload}
+
+
 def used(run: Run, cost_per_hour: float) -> dict[str, Any]:
     """What a task has used, for its event and its result. An energy that was not measured is null.
 
@@ -95,6 +100,8 @@ def ended(run: Run, verdict: Verdict, *, finished_at: str, cost_per_hour: float,
     }
     if run.accepted.message.dispatched_at is not None:
         payload["dispatched_at"] = run.accepted.message.dispatched_at
+    if run.outcome is not None and run.outcome.command is not None:
+        payload["command"] = msgspec.to_builtins(run.outcome.command)
     redact = redactor(run, layout)
     if warnings := _bounded([redact(line) for line in warnings_of(run)]):
         payload["warnings"] = warnings
