@@ -13,12 +13,10 @@ import msgspec
 from flowmesh.execution import boot_clock
 from flowmesh.execution.admission import Accepted
 from flowmesh.messages.job import Exit, Outcome
-from flowmesh.messages.rows import Counts
-from flowmesh.messages.steps import Steps
 from flowmesh.messages.wire import utc_now
 from flowmesh.node.slots import Slot
 from flowmesh.processes.pipe import Pipe, Progress
-from flowmesh.results.job import PartRows
+from flowmesh.results.job import DeliveryReport
 from flowmesh.tasks.machine import State, Task
 
 
@@ -67,12 +65,8 @@ class Run:
         """When it ended, monotonic. 0: it has not ended."""
         self.exit: Exit | None = None
         self.outcome: Outcome | None = None
-        self.rows: Counts | None = None
-        """Of a failed task, the rows that stand."""
-        self.parts: dict[str, PartRows] = {}
-        """The same of it and of each merged child, by id."""
-        self.steps: Steps | None = None
-        """Of a failed training run."""
+        self.delivered: DeliveryReport | None = None
+        """What its delivery found; of a failed task also what it had finished."""
         self.log_tail: tuple[str, ...] = ()
         """The last lines of a failed task's log."""
         self.resources: dict[str, Any] = {}

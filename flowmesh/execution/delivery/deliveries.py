@@ -111,7 +111,7 @@ class Deliveries:
                     child = None
                 match sent:
                     case DeliveryReport():
-                        run.rows, run.parts, run.steps = sent.rows, sent.parts, sent.steps
+                        run.delivered = sent
                         return machine.Delivered("" if sent.ok else sent.error)
                     case None:
                         return self._stopped(this)
