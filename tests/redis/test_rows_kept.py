@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from flowmesh.messages.rows import Kept, read
-from tests.kit.promises import wait_state
+from runners.training.step_notes import StepNotes
 from tests.kit.results_server import ResultsServer
 from tests.kit.support import Node, Orchestrator, until
 
@@ -27,8 +27,9 @@ local_hosts = ["*"]
 runner = "tests.kit.row_runners:RowsRunner"
 environment = "light"
 """
-COUNT = 40
-SPEC: dict[str, Any] = {"taskType": "rows", "count": COUNT, "row_s": 0.05}
+COUNT, QUICK = 12, 5
+SPEC: dict[str, Any] = {"taskType": "rows", "count": COUNT, "quick": QUICK, "row_s": 300}
+"""Has its first rows at once, and no other before the test ends it."""
 FAST = SPEC | {"row_s": 0}
 
 
@@ -60,8 +61,6 @@ def end_early(node: Node, orchestrator: Orchestrator, how: str, task_id: str, pi
             os.kill(pid, signal.SIGKILL)
         case "cancelled":
             node.ask(op="cancel", task_id=task_id)
-        case "timeout":
-            wait_state(node, task_id, "stopping")
         case "both":
             node.kill()
             os.kill(pid, signal.SIGKILL)
@@ -76,51 +75,61 @@ def test_rows_are_an_artifact_whatever_ended_the_task(
     """The next task knows them by the event alone, and its node's token fetches them."""
     to = {"destination": {"type": "http", "url": f"{results.origin}/api/v1/results"}}
     for how in ("crash", "cancelled", "timeout", "both", "drained"):
-        timeout = {"timeoutSec": 0.6} if how == "timeout" else {}
+        timeout = {"timeoutSec": 2} if how == "timeout" else {}
         orchestrator.dispatch("w1", SPEC | {"output": to} | timeout, how)
         pid = node.task_pid(how)
-        until(lambda how=how: kept(node.results_dir / how).rows, f"{how} has rows")
+        until(lambda how=how: len(kept(node.results_dir / how).rows) == QUICK, f"{how} has rows")
         end_early(node, orchestrator, how, how, pid)
         end = orchestrator.wait_end(how)
         payload = end["payload"]
         assert payload["error_kind"] == ("crash" if how == "both" else how), end
-        done = len(kept(node.results_dir / how).current)
-        assert 0 < done < COUNT
-        assert payload["rows"] == {"done": done, "total": COUNT}
+        assert payload["rows"] == {"done": QUICK, "total": COUNT}
         assert payload["resume"] == {"url": f"{results.origin}/api/v1/results/{how}/files/rows.jsonl.gz"}
         assert payload["retryable"] is (how in ("crash", "both", "drained"))
         if how == "drained":
             break
         again = orchestrator.run("w1", FAST | {"resume": payload["resume"]}, task_id=f"{how}-goes-on")
         assert again["type"] == "TASK_SUCCEEDED", again
-        assert node.result(f"{how}-goes-on")["reused"] == done
+        assert node.result(f"{how}-goes-on")["reused"] == QUICK
         assert [item["index"] for item in node.result(f"{how}-goes-on")["items"]] == list(range(COUNT))
 
 
+def test_a_failed_training_run_says_its_steps(node: Node, orchestrator: Orchestrator) -> None:
+    orchestrator.dispatch("w1", SPEC, "trains")
+    pid = node.task_pid("trains")
+    folder = node.results_dir / "trains" / "checkpoints"
+    folder.mkdir()
+    notes = StepNotes(folder)
+    notes.begin(4, 20)
+    notes.advance(7)
+    os.kill(pid, signal.SIGKILL)
+    payload = orchestrator.wait_end("trains")["payload"]
+    assert payload["steps"] == {"done": 7, "total": 20, "checkpointed": 4} == node.result("trains")["steps"]
+
+
 def test_merged_children_have_rows_of_their_own(node: Node, orchestrator: Orchestrator) -> None:
-    children = [{"task_id": f"c{n}", "spec": SPEC | {"count": count}} for n, count in ((1, 3), (2, COUNT), (3, 5))]
+    children = [{"task_id": f"c{n}", "spec": SPEC | {"count": count}} for n, count in ((1, 3), (2, COUNT), (3, 9))]
     orchestrator.dispatch("w1", SPEC | {"count": 2}, "parent", merged_children=children)
     pid = node.task_pid("parent")
-    until(lambda: kept(node.results_dir / "c2").rows, "the second child has rows")
+    until(lambda: len(kept(node.results_dir / "c2").rows) == QUICK, "the second child has rows")
     os.kill(pid, signal.SIGKILL)
     payload = orchestrator.wait_end("parent")["payload"]
-    done = len(kept(node.results_dir / "c2").current)
     assert payload["rows"] == {
-        "done": 2 + 3 + done,
-        "total": 2 + 3 + COUNT + 5,
+        "done": 2 + 3 + QUICK,
+        "total": 2 + 3 + COUNT + 9,
         "children": {
             "c1": {"done": 3, "total": 3, "resume": {"path": str(node.results_dir / "c1")}},
-            "c2": {"done": done, "total": COUNT, "resume": {"path": str(node.results_dir / "c2")}},
-            "c3": {"done": 0, "total": 5},
+            "c2": {"done": QUICK, "total": COUNT, "resume": {"path": str(node.results_dir / "c2")}},
+            "c3": {"done": 0, "total": 9},
         },
     }
     assert payload["resume"] == {"path": str(node.results_dir / "parent")}
-    assert node.result("c2")["rows"] == {"done": done, "total": COUNT}
-    for child, reused in (("c1", 3), ("c2", done), ("c3", 0)):
+    assert node.result("c2")["rows"] == {"done": QUICK, "total": COUNT}
+    for child, reused in (("c1", 3), ("c2", QUICK), ("c3", 0)):
         spec = next(each["spec"] for each in children if each["task_id"] == child)
         assert orchestrator.run("w1", spec | {"row_s": 0}, task_id=child)["type"] == "TASK_SUCCEEDED"
         assert node.result(child)["reused"] == reused, child
     orchestrator.task_events.clear()
     fast = [each | {"spec": each["spec"] | {"row_s": 0}} for each in children]
     end = orchestrator.run("w1", FAST | {"count": 2}, task_id="parent", merged_children=fast)
-    assert end["payload"]["resources"]["rows"]["reused"] == 2 + 3 + COUNT + 5
+    assert end["payload"]["resources"]["rows"]["reused"] == 2 + 3 + COUNT + 9
