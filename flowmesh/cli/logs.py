@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import functools
 import sys
 import time
 from collections.abc import Callable
@@ -13,72 +13,13 @@ import click
 from flowmesh.cli import locate, render
 from flowmesh.cli.control import Control, Refused
 from flowmesh.cli.control_types import LogsPlace
+from flowmesh.cli.log_files import LogFiles, Tail
 from flowmesh.errors import EXIT_OK, FlowMeshError, UnavailableError
 from flowmesh.messages import wire
 from flowmesh.messages.text import escaped
 from flowmesh.redaction import Redactor
 
 POLL_S = 0.25
-_CHUNK = 1 << 20
-_BLOCK = 64 * 1024
-
-
-class Tail:
-    """Reads one log file as it grows, in whole lines of bytes.
-
-    Args:
-        label: its name in the output.
-        last_lines: start with the last lines of the file; None: from its beginning.
-    """
-
-    def __init__(self, path: Path, label: str, last_lines: int | None) -> None:
-        self.path = path
-        self.label = label
-        self._position = 0 if last_lines is None else start_of_last(path, last_lines)
-        self._inode: int | None = None
-        self._rest = b""
-
-    def lines(self, *, at_end: bool) -> list[bytes]:
-        """The next whole lines; none at the end of the file. With `at_end` also a last line without a line break."""
-        try:
-            with self.path.open("rb") as file:
-                found = os.fstat(file.fileno())
-                if (self._inode is not None and found.st_ino != self._inode) or found.st_size < self._position:
-                    self._position, self._rest = 0, b""  # it was rotated or truncated
-                self._inode = found.st_ino
-                file.seek(self._position)
-                while data := file.read(_CHUNK):
-                    self._position += len(data)
-                    *lines, self._rest = (self._rest + data).split(b"\n")
-                    if lines:
-                        return lines
-        except FileNotFoundError:
-            return []
-        rest = self._rest
-        if not at_end or not rest:
-            return []
-        self._rest = b""
-        return [rest]
-
-
-def start_of_last(path: Path, count: int) -> int:
-    """The offset of the last `count` lines of a file, in bytes. Reads the file from its end."""
-    if count == 0:
-        return path.stat().st_size
-    with path.open("rb") as file:
-        end = position = file.seek(0, os.SEEK_END)
-        wanted = count
-        while position > 0:
-            step = min(_BLOCK, position)
-            position -= step
-            file.seek(position)
-            block = file.read(step)
-            at = len(block) - 1 if position + step == end and block.endswith(b"\n") else len(block)
-            while (at := block.rfind(b"\n", 0, at)) >= 0:
-                wanted -= 1
-                if wanted == 0:
-                    return position + at + 1
-        return 0
 
 
 @click.command(help="Print the logs of a running or finished task on this node.")
@@ -118,7 +59,9 @@ def logs(
     place = where.find()
     if as_json:
         shown = {"out_dir": place.out_dir, "logs_dir": place.logs_dir, "running": place.running}
-        render.print_json({**shown, "files": [str(path) for path, _ in _files(place, only)]})
+        render.print_json(
+            {**shown, "files": [f"{place.logs_dir}/{name}" for name in LogFiles(Path(place.logs_dir)).names(only)]}
+        )
         return EXIT_OK
     _print(where, place, only, last_lines, follow=follow, raw=raw)
     return EXIT_OK
@@ -130,7 +73,7 @@ class _Where:
     def __init__(self, task_id: str, config: str | None, state_dir: str | None, results_dir: str | None) -> None:
         self._task_id = task_id
         self._state_dir = locate.state_dir(state_dir, config)
-        self._folder = locate.results_dir(results_dir, config) / task_id
+        self._folder = locate.results_dir(results_dir, config).resolve() / task_id
         self._ask = results_dir is None
 
     def find(self) -> LogsPlace:
@@ -152,19 +95,6 @@ class _Where:
         return LogsPlace(out_dir=str(self._folder), logs_dir=str(self._folder / "logs"), running=not ended)
 
 
-def _files(place: LogsPlace, only: str | None) -> list[tuple[Path, str]]:
-    """The log files of a task with their labels: `stdout`, `stderr`, and for ranks `0/stdout`."""
-    root = Path(place.logs_dir)
-    names = ("stdout.log", "stderr.log") if only is None else (f"{only}.log",)
-    found = [path for name in names for path in (*root.glob(name), *root.glob(f"*/{name}")) if path.is_file()]
-    return [(path, str(path.relative_to(root).with_suffix(""))) for path in sorted(found, key=_order)]
-
-
-def _order(path: Path) -> tuple[int, str, bool]:
-    rank = path.parent.name
-    return (int(rank) if rank.isdigit() else -1, rank, path.name == "stderr.log")
-
-
 def harmless(line: bytes, redact: Callable[[str], str]) -> bytes:
     """A line as a terminal may have it: without secrets and control characters; each carriage return begins a line."""
     text = redact(line.removesuffix(b"\r").decode("utf-8", "backslashreplace"))
@@ -174,17 +104,19 @@ def harmless(line: bytes, redact: Callable[[str], str]) -> bytes:
 def _print(
     where: _Where, place: LogsPlace, only: str | None, last_lines: int | None, *, follow: bool, raw: bool
 ) -> None:
-    tails: dict[Path, Tail] = {}
+    tails: dict[str, Tail] = {}
     redact = Redactor((bytes.fromhex(each).decode(errors="replace") for each in place.secrets), prose=True)
     out = sys.stdout.buffer
     first = True
     while True:
         running = follow and place.running  # taken before the files are read, so that the last lines are not missed
-        for path, label in _files(place, only):
-            if path not in tails:
-                tails[path] = Tail(path, label, last_lines if first else None)
+        logs = LogFiles(Path(place.logs_dir))
+        for name in logs.names(only):
+            if name not in tails:
+                label = name.removesuffix(".log")
+                tails[name] = Tail(functools.partial(logs.open, name), label, last_lines if first else None)
         first = False
-        written = [tail for tail in tails.values() if tail.path.exists() and tail.path.stat().st_size]
+        written = [tail for tail in tails.values() if not tail.is_empty]
         size = max((len(tail.label) for tail in written), default=0)
         more = False
         for tail in tails.values():

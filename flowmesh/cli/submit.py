@@ -12,11 +12,11 @@ import msgspec
 
 from flowmesh.cli import deployment, documents, locate, redis_limits, render
 from flowmesh.cli.checked_file import refuse_faults
-from flowmesh.cli.deployment import TaskEnd, TaskFailed, Worker
-from flowmesh.cli.documents import Submission
+from flowmesh.cli.deployment import TaskEnd, TaskFailed
 from flowmesh.cli.wait import Wait
-from flowmesh.errors import EXIT_OK, BusyError, ConfigError, UnavailableError
+from flowmesh.errors import EXIT_OK, UnavailableError
 from flowmesh.messages import wire
+from flowmesh.queue.workers import NoWorkerFits, choose
 from flowmesh.tasks.catalogue import known_types
 
 
@@ -59,7 +59,7 @@ def submit(
     url, topic = locate.deployment_of(redis_url, config)
     with locate.connected(url) as client:
         try:
-            worker = choose(deployment.read_workers(client), submission, worker_id)
+            worker = choose(deployment.read_workers(client), submission.document, worker_id)
         except NoWorkerFits as error:
             if as_json:
                 render.print_json({"workers": error.reasons})
@@ -84,46 +84,6 @@ def submit(
                 return EXIT_OK
             end = Wait(client, events, submission.task_id, worker.worker_id, timeout, quiet=as_json).end()
     return _report(end, as_json=as_json)
-
-
-def choose(workers: list[Worker], submission: Submission, worker_id: str | None) -> Worker:
-    """Choose the worker for a task: the one named, else the cheapest that fits.
-
-    Raises:
-        ConfigError: no worker of that name is registered.
-        NoWorkerFits: no worker can run it now; has the reason for each.
-        BusyError: no worker is registered at all.
-    """
-    if worker_id is not None:
-        known = ", ".join(worker.worker_id for worker in workers) or "none"
-        workers = [worker for worker in workers if worker.worker_id == worker_id]
-        if not workers:
-            raise ConfigError(f"--worker: {worker_id!r} is not registered; registered: {known}")
-    if not workers:
-        raise BusyError("no worker is registered in this Redis: start a node, or check --redis")
-    required = deployment.requirements_of(submission.document)
-    reasons = {worker.worker_id: deployment.why_not(worker, required, submission.task_type) for worker in workers}
-    fitting = [worker for worker in workers if not reasons[worker.worker_id]]
-    if not fitting:
-        raise NoWorkerFits({name: "; ".join(why) for name, why in reasons.items()})
-    return min(fitting, key=_preference)
-
-
-def _preference(worker: Worker) -> tuple[float, int, str]:
-    """The cheapest worker first; of equal ones that with the fewest GPUs, to leave larger ones free."""
-    cost = worker.cost_per_hour if worker.cost_per_hour is not None else float("inf")
-    return cost, len(worker.gpus), worker.worker_id
-
-
-class NoWorkerFits(BusyError):
-    """No registered worker can run the task now."""
-
-    def __init__(self, reasons: dict[str, str]) -> None:
-        count = len(reasons)
-        super().__init__(
-            f"none of the {count} workers can run this task now" if count > 1 else "the worker cannot run this task now"
-        )
-        self.reasons = reasons
 
 
 def _report(end: TaskEnd, *, as_json: bool) -> int:

@@ -19,6 +19,7 @@ from flowmesh.execution.layout import PARTS, Layout
 from flowmesh.execution.run import Run
 from flowmesh.node.folder_check import CheckedFolder
 from flowmesh.settings.schema import ResultsSettings
+from flowmesh.tasks import machine
 from flowmesh.tasks.journal import Journal, JournalError
 
 INTERVAL_S = 1.0
@@ -75,6 +76,15 @@ class NodeFolders:
         for name, reason in troubles.items():
             self._conditions.report(self.faults[name], reason)
 
+    async def met(self, run: Run) -> machine.Event | None:
+        """The next event of a task that could not be launched, if that is for these folders; None if they work."""
+        troubles = await asyncio.to_thread(self.look, write=True)
+        if not troubles:
+            return None
+        self.report(troubles)
+        name, reason = next(iter(troubles.items()))
+        return self._conditions.met(run, self.faults[name], reason)
+
     async def usable(self, run: Run) -> bool:
         """Wait while a folder that a computed result needs cannot be used; False if that takes too long."""
         deadline = time.monotonic() + self._wait_s
@@ -130,7 +140,7 @@ class NodeFolders:
 
 def own_shortage(out_dir: Path, least_bytes: int) -> str:
     """Too little space for one task's own folder; empty if it has enough. Called in a thread."""
-    return shortage({"spec.output.destination.path": out_dir}, least_bytes)
+    return shortage({"spec.output.destination.path": out_dir}, least_bytes, of_a_task=True)
 
 
 def _computed(run: Run) -> bool:
