@@ -17,10 +17,12 @@ from flowmesh.cli.deployment import TaskFailed
 from flowmesh.cli.documents import Submission
 from flowmesh.cli.follow import Follow, Outcome
 from flowmesh.cli.local import LocalNode, LocalOptions
+from flowmesh.cli.pipelines.run import PipelineRun
 from flowmesh.cli.signals import Interrupted, Signals
 from flowmesh.cli.summary import summary
 from flowmesh.cli.view import progress_stream, view_for
 from flowmesh.errors import EXIT_OK, FlowMeshError
+from flowmesh.pipelines.document import is_pipeline
 from flowmesh.tasks.catalogue import known_types
 
 _NODES_OWN = ("node_fault", "supervisor_lost")
@@ -100,13 +102,26 @@ def run_all(
                 for submission in submissions:
                     if latest is not None:
                         view.note(f"flowmesh: {latest}")
-                    outcome = Follow(
-                        node, submission, worker, view=view, happened=happened, signals=signals, timeout_s=timeout_s
-                    ).run()
-                    view.stop()
-                    if outcome.verdict in _NODES_OWN:
-                        node.show_log()  # it is removed with the node
-                    latest = _report(outcome, as_json=as_json)
+                    if is_pipeline(submission.document):
+                        view.stop()
+                        latest = PipelineRun(
+                            submission,
+                            node.state_dir,
+                            locate.results_dir(options.results_dir, options.config),
+                            happened=happened,
+                            signals=signals,
+                            stream=progress_stream(as_json=as_json),
+                            timeout_s=timeout_s,
+                            check=lambda: node.raise_if_gone("while the pipeline ran"),
+                        ).run(as_json=as_json)
+                    else:
+                        outcome = Follow(
+                            node, submission, worker, view=view, happened=happened, signals=signals, timeout_s=timeout_s
+                        ).run()
+                        view.stop()
+                        if outcome.verdict in _NODES_OWN:
+                            node.show_log()  # it is removed with the node
+                        latest = _report(outcome, as_json=as_json)
                     failure = latest or failure
                     if signals.count:
                         raise Interrupted(signals.last, str(failure or f"interrupted after {submission.task_id}"))

@@ -182,9 +182,9 @@ def _with_each(entry: Entry, each: dict[str, Any] | None, faults: list[str]) -> 
 
     try:
         # `$${` stays as it is: the stage's references are resolved later.
-        replaced: dict[str, Any] = references.replace(entry.spec, resolve, keep_escapes=True)
+        replaced: dict[str, Any] = references.replace(entry.spec, resolve, place=entry.place, keep_escapes=True)
     except FieldError as error:
-        faults.append(f"{entry.where}: {error}")
+        faults.append(str(error))
         return entry.spec
     return replaced
 

@@ -28,6 +28,7 @@ class Driver:
     Args:
         pipeline_id: its tasks are `<pipeline_id>.<stage>`.
         changed: called with a stage whenever it has changed.
+        tick: called after each wait for an event; may call `stop`.
     """
 
     def __init__(
@@ -36,7 +37,9 @@ class Driver:
         pipeline_id: str,
         port: Port,
         store: Store,
+        *,
         changed: Callable[[StageRun], None] = lambda run: None,  # noqa: ARG005
+        tick: Callable[[], None] = lambda: None,
     ) -> None:
         self.pipeline = pipeline
         self.pipeline_id = pipeline_id
@@ -44,6 +47,7 @@ class Driver:
         self._port = port
         self._store = store
         self._changed = changed
+        self._tick = tick
         self._before = store.load()
         self._pending: list[Part] = []
         self._running: dict[str, list[Part]] = {}
@@ -63,6 +67,10 @@ class Driver:
             event = self._port.next()
             if event is not None:
                 self._apply(event)
+            self._tick()
+        for run in self.runs.values():
+            if not run.state.ended:
+                self._end(run, State.CANCELLED)
         result = summary(self.pipeline_id, self.runs)
         self._store.finish(result)
         return result

@@ -93,28 +93,41 @@ def stage_of_column(column: Mapping[str, Any], names: Collection[str]) -> str | 
     return found.stage if found is not None else None
 
 
-def replace(value: Any, resolve: Callable[[str], Any], path: Path = (), *, keep_escapes: bool = False) -> Any:
+def replace(
+    value: Any,
+    resolve: Callable[[str], Any],
+    path: Path = (),
+    *,
+    place: Callable[[Path], str] = lambda path: dotted("spec", path),
+    keep_escapes: bool = False,
+) -> Any:
     """A copy of `value` with each reference replaced.
 
     A text that is one reference becomes its value, whatever that is. Inside a text it becomes text: strings as they
     are, anything else as JSON.
 
     Args:
-        resolve: the value of an expression; raises NotAReference for one that is none.
+        resolve: the value of an expression; raises NotAReference for one that is none, and PathError for one that has
+            no value.
+        place: the path in the document, for errors.
         keep_escapes: leave `$${` as it is, for another pass.
 
     Raises:
-        FieldError: from `resolve`, with the path of the text.
+        FieldError: a reference has no value.
     """
+
+    def inner(item: Any, step: str | int) -> Any:
+        return replace(item, resolve, (*path, step), place=place, keep_escapes=keep_escapes)
+
     if isinstance(value, str):
         try:
             return _replaced(value, resolve, keep_escapes)
         except PathError as error:
-            raise FieldError(f"{dotted('spec', path)}: {error}", dotted("spec", path)) from None
+            raise FieldError(f"{place(path)}: {error}", place(path)) from None
     if isinstance(value, dict):
-        return {key: replace(item, resolve, (*path, key), keep_escapes=keep_escapes) for key, item in value.items()}
+        return {key: inner(item, key) for key, item in value.items()}
     if isinstance(value, list) and not is_columns(path):
-        return [replace(item, resolve, (*path, index), keep_escapes=keep_escapes) for index, item in enumerate(value)]
+        return [inner(item, index) for index, item in enumerate(value)]
     return value
 
 

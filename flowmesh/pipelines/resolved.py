@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flowmesh.errors import FieldError
 from flowmesh.pipelines import references
 from flowmesh.pipelines.document import Stage
 
@@ -27,10 +26,7 @@ def resolve(stage: Stage, results: Mapping[str, Any], names: tuple[str, ...]) ->
             raise references.NotAReference
         return references.value_at(found, results)
 
-    try:
-        spec: dict[str, Any] = references.replace(stage.spec, value)
-    except FieldError as error:
-        raise FieldError(f"stage {stage.name!r}: {error}", error.path) from None
+    spec: dict[str, Any] = references.replace(stage.spec, value, place=stage.entry.place)
     upstream = _upstream(spec, results)
     if upstream:
         spec["_upstreamResults"] = {**(spec.get("_upstreamResults") or {}), **upstream}
