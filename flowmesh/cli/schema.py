@@ -1,4 +1,4 @@
-"""`flowmesh schema`: prints the JSON Schema of task documents, pipelines, configurations of agents, or the node's file."""
+"""`flowmesh schema`: prints the JSON Schema of tasks, pipelines, configurations of agents, or the node's file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAKERS = {
 
 
 @click.command(
-    help="Print the JSON Schema of task documents, of pipelines, of configurations of agents, or of the node's file."
+    help="Print the JSON Schema of tasks, of pipelines, of configurations of agents, or of the node's file."
 )
 @click.argument("kind", type=click.Choice(list(MAKERS)))
 def schema(*, kind: Literal["task", "pipeline", "agent", "node"]) -> int:

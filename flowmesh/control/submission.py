@@ -86,7 +86,8 @@ class Submissions(Observer):
         reasons, fitting = [], []
         for worker_id, slot in self._executor.slots.items():
             try:
-                lacks = match(self._link.registration.presences[worker_id].identity.hardware, place or {})
+                hardware = msgspec.to_builtins(self._link.registration.presences[worker_id].identity.hardware)
+                lacks = match(hardware, place or {})
             except FieldError as error:
                 raise ControlError(str(error)) from None
             reasons += [f"{worker_id}: {each}" for each in (*lacks, *([slot.trouble] if slot.trouble else []))]
