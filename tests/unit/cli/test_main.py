@@ -18,6 +18,7 @@ SURFACE = {
     "workers": "--config --help --json --redis --watch",
     "status": "--config --help --json --state-dir",
     "logs": "TASK_ID --config --follow --help --json --raw --results-dir --state-dir --stderr --stdout -f -n",
+    "metrics": "--config --help --state-dir",
     "exec": (
         "COMMAND --config --embedded --gpus --help --memory --output --preload --quiet --report --results-dir "
         "--timeout -q"
