@@ -278,13 +278,13 @@ class Supervisor:
 
     async def _flushed(self) -> bool:
         """Wait until all events are sent; not for long where that does not work."""
-        outbox = self.link.outbox
-        return await outbox.flushed(FLUSH_TIMEOUT_S / 10 if outbox.trouble else FLUSH_TIMEOUT_S)
+        trouble = self.link.outbox.trouble or self.link.queue.sender.trouble
+        return await self.link.flushed(FLUSH_TIMEOUT_S / 10 if trouble else FLUSH_TIMEOUT_S)
 
     async def _close(self) -> None:
         self._notifier.send(STOPPING="1", STATUS="ending")
         if self.journal.outbox_size():
-            sending = asyncio.create_task(self.link.outbox.run())
+            sending = asyncio.create_task(self.link.send_last_events())
             if not await self._flushed():
                 logger.warning("{} events not sent; they are sent after the next start", self.journal.outbox_size())
             await end_all([sending])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -13,10 +12,10 @@ import click
 from flowmesh.cli import locate, render
 from flowmesh.cli.control import Control, Refused
 from flowmesh.cli.control_types import LogsPlace
-from flowmesh.cli.log_files import LogFiles, Tail
 from flowmesh.errors import EXIT_OK, FlowMeshError, UnavailableError
+from flowmesh.files.log_files import LogFiles, Tail
 from flowmesh.messages import wire
-from flowmesh.messages.text import escaped
+from flowmesh.messages.text import harmless
 from flowmesh.redaction import Redactor
 
 POLL_S = 0.25
@@ -93,12 +92,6 @@ class _Where:
             raise FlowMeshError(f"task {self._task_id} not found: {self._folder} does not exist; node: {answer}")
         ended = (self._folder / "manifest.json").exists()
         return LogsPlace(out_dir=str(self._folder), logs_dir=str(self._folder / "logs"), running=not ended)
-
-
-def harmless(line: bytes, redact: Callable[[str], str]) -> bytes:
-    """A line as a terminal may have it: without secrets and control characters; each carriage return begins a line."""
-    text = redact(line.removesuffix(b"\r").decode("utf-8", "backslashreplace"))
-    return "\n".join(escaped(part) for part in text.split("\r")).encode()
 
 
 def _print(

@@ -43,7 +43,7 @@ from flowmesh.execution.run import Run
 from flowmesh.execution.run_table import RunTable
 from flowmesh.execution.timers import Timers
 from flowmesh.execution.unwritten import Unwritten
-from flowmesh.messages.wire import TASK_EVENTS_CHANNEL, utc_now
+from flowmesh.messages.wire import utc_now
 from flowmesh.node.devices import GpuInfo
 from flowmesh.node.metrics import HeartbeatObserver
 from flowmesh.node.nvml.client import Nvml
@@ -53,6 +53,7 @@ from flowmesh.processes.child_owner import ChildOwner
 from flowmesh.processes.helper import Helpers
 from flowmesh.processes.pipe import Cancel
 from flowmesh.processes.server_pool import ServerPool
+from flowmesh.queue import reports
 from flowmesh.settings.schema import Settings
 from flowmesh.tasks import machine
 from flowmesh.tasks.catalogue import Catalogue
@@ -260,7 +261,7 @@ class Executor:
                 run.start_clock()
                 with self.journal.transaction():
                     self.journal.started(run.attempt, run.task, run.started_at or utc_now(), run.boot_mark)
-                    self.journal.post(TASK_EVENTS_CHANNEL, task_events.started(run))
+                    self.journal.post(*reports.outgoing(task_events.started(run), run.recorded))
                 self.observers.on_posted()
             elif not isinstance(event, machine.Delivered):
                 self.journal.update(run.attempt, run.task)
@@ -381,8 +382,12 @@ class Executor:
         now = utc_now()
         cost = self.settings.node.cost_per_hour * run.slot.plan.share
         event = task_events.ended(run, verdict, finished_at=now, cost_per_hour=cost, layout=self.layout)
+        stays = run.task.stop_detail.startswith(reports.PREEMPTED)
+        out_dir = run.accepted.target.out_dir
         try:
-            self.journal.finish(run.attempt, run.task, now, TASK_EVENTS_CHANNEL, event)
+            self.journal.finish(
+                run.attempt, run.task, now, *reports.outgoing(event, run.recorded, out_dir=out_dir, stays=stays)
+            )
         except JournalError as error:
             self._when_written(error, functools.partial(self._finish, run, verdict))
             return

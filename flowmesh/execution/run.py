@@ -14,7 +14,7 @@ from flowmesh.execution import boot_clock
 from flowmesh.execution.admission import Accepted
 from flowmesh.messages.job import Exit, Outcome
 from flowmesh.messages.rows import Counts
-from flowmesh.messages.wire import utc_now
+from flowmesh.messages.wire import Recorded, utc_now
 from flowmesh.node.slots import Slot
 from flowmesh.processes.pipe import Pipe, Progress
 from flowmesh.tasks.catalogue import LIGHT
@@ -81,6 +81,11 @@ class Run:
     @property
     def task_id(self) -> str:
         return self.accepted.message.task_id
+
+    @property
+    def recorded(self) -> Recorded | None:
+        """Which attempt of a task with a record in Redis it is; None: the task has no record."""
+        return self.accepted.message.record
 
     @property
     def worker_id(self) -> str:

@@ -92,6 +92,19 @@ class RedisSettings(Section, frozen=True):
     """Whether each worker also takes tasks from the Redis Stream `tasks:WORKER_ID`."""
 
 
+class QueueSettings(Section, frozen=True):
+    """[queue]"""
+
+    enabled: bool = True
+    """Whether idle slots take tasks from the deployment's queue."""
+    result_ttl_s: Annotated[int, Meta(ge=0, le=366 * 86400)] = 86400
+    """How long results of queued and submitted tasks lie in Redis. 0: they are not put there."""
+    take_over_after_s: PositiveSeconds = 60.0
+    """How long a worker's heartbeat key must have been gone before its tasks go back to the queue."""
+    preempt: bool = True
+    """Whether a queued training task of low priority makes room for one of high priority."""
+
+
 class ResultsSettings(Section, frozen=True):
     """[results]"""
 
@@ -268,6 +281,7 @@ class Settings(Section, frozen=True):
 
     node: NodeSettings = NodeSettings()
     redis: RedisSettings = RedisSettings()
+    queue: QueueSettings = QueueSettings()
     results: ResultsSettings = ResultsSettings()
     tasks: TasksSettings = TasksSettings()
     delivery: DeliverySettings = DeliverySettings()
