@@ -25,7 +25,7 @@ from flowmesh.execution.run import Run
 from flowmesh.messages.wire import Recorded, utc_now
 from flowmesh.node.slots import Slot
 from flowmesh.orchestrator.dispatcher import Dispatcher
-from flowmesh.orchestrator.record_sender import RecordSender
+from flowmesh.orchestrator.record_sender import RecordSender, stop_stale
 from flowmesh.orchestrator.registration import Registration
 from flowmesh.queue import names, scripts
 from flowmesh.queue.classes import RequirementClass, parse
@@ -142,7 +142,7 @@ class Claims(Observer):
         """
         async with self._lock:
             if self._doubt:
-                await self._return_unknown()
+                await self._compare()
                 self._doubt = False
             left = used = False
             if idle := self.idle_slots():
@@ -198,21 +198,29 @@ class Claims(Observer):
         await run_script(self._client, scripts.JOURNALLED, task_id, attempt)
         return False
 
-    async def _return_unknown(self) -> None:
-        """Give back what Redis says that we have, and we have not: an answer was lost, or the node died before."""
+    async def _compare(self) -> None:
+        """Bring this node and Redis into agreement after a restart or an outage.
+
+        What Redis says that we hold, and we do not, goes back: an answer was lost, or the node died before it wrote it
+        down. What we run, and another attempt was begun of, is stopped.
+        """
+        runs = [run for run in self._executor.runs if run.recorded is not None and run.recorded.priority]
         async with self._client.pipeline(transaction=False) as pipeline:
             for worker_id in self._executor.slots:
                 pipeline.hgetall(names.held_key(worker_id))
+            for run in runs:
+                pipeline.hmget(names.record_key(run.task_id), "attempt", "state")
             answers = await pipeline.execute()
         pending = self._sender.pending()
-        for worker_id, held in zip(self._executor.slots, answers, strict=True):
+        for worker_id, held in zip(self._executor.slots, answers, strict=False):
             for raw_id, raw_attempt in held.items():
                 task_id, attempt = raw_id.decode(), int(raw_attempt)
-                run = self._executor.runs.of_task(task_id)
-                ours = run is not None and run.recorded is not None and run.recorded.attempt == attempt
-                if not ours and (task_id, attempt) not in pending:
+                if not _is_attempt(self._executor.runs.of_task(task_id), attempt) and (task_id, attempt) not in pending:
                     logger.bind(task=task_id, attempt=attempt).warning("claim given back: this node does not have it")
                     await run_script(self._client, scripts.RELEASE, task_id, attempt, worker_id, utc_now(), "")
+        for run, (attempt, state) in zip(runs, answers[len(self._executor.slots) :], strict=True):
+            if attempt is not None and (not _is_attempt(run, int(attempt)) or state in (b"queued", b"done")):
+                stop_stale(self._executor, run)
 
     async def _read_classes(self) -> None:
         members: Any = await self._client.zrange(names.CLASSES, 0, -1)
@@ -267,6 +275,10 @@ class Claims(Observer):
 
     async def _take(self, lists: list[str]) -> Any:
         return await self._blocked.blpop(lists, timeout=int(random.uniform(*POLL_S)))
+
+
+def _is_attempt(run: Run | None, attempt: int) -> bool:
+    return run is not None and run.recorded is not None and run.recorded.attempt == attempt
 
 
 def _dispatch(worker_id: str, task_id: str, attempt: int, priority: str, document: bytes) -> bytes:

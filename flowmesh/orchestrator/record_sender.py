@@ -17,6 +17,7 @@ from flowmesh.bus.connection import RedisError, leave_replica, redis
 from flowmesh.bus.connection_health import ConnectionHealth
 from flowmesh.bus.scripts import is_forbidden, run_script
 from flowmesh.execution.executor import Executor
+from flowmesh.execution.run import Run
 from flowmesh.messages.wire import TASK_EVENTS_CHANNEL, WORKER_IDS
 from flowmesh.orchestrator.stored_result import stored_result
 from flowmesh.queue import names, scripts
@@ -137,8 +138,7 @@ class RecordSender:
         bound.warning("report dropped: another node has taken this task over, or it has ended")
         run = self._executor.runs.of_task(report.task_id)
         if run is not None and run.recorded is not None and run.recorded.attempt == report.attempt:
-            stop = machine.StopRequested(Stop.CANCEL, "another node has taken this task over", force=True)
-            self._executor.apply(run, stop)
+            stop_stale(self._executor, run)
 
     async def _fits_elsewhere(self, task_id: str) -> bool:
         member: Any = await self._client.hget(names.record_key(task_id), "class_json")
@@ -151,6 +151,12 @@ class RecordSender:
                 pipeline.execute_command(*command)
             answers = await pipeline.execute()
         return fits_elsewhere(workers_of(ids, answers), wanted, self._executor.slots)
+
+
+def stop_stale(executor: Executor, run: Run) -> None:
+    """Stop an attempt that is not the current one any more: its report would be dropped."""
+    logger.bind(task=run.task_id).warning("stopped: another node has taken this task over, or it has ended")
+    executor.apply(run, machine.StopRequested(Stop.CANCEL, "another node has taken this task over", force=True))
 
 
 def _read(payload: bytes) -> Report | None:
