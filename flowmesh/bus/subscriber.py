@@ -40,9 +40,9 @@ class Subscriber:
     ) -> None:
         self.up = False
         """Whether the subscription is confirmed and unbroken."""
-        suffix = f" to the {what}" if what else ""
+        suffix = f" to {what}" if what else ""
         self.trouble = ConnectionHealth(f"not subscribed{suffix}", f"subscription{suffix} works again")
-        self._suffix = suffix
+        self._what = what
         self._client = client
         self._handlers = {channel.encode(): handler for channel, handler in handlers.items()}
         self._on_subscribed = on_subscribed
@@ -94,5 +94,8 @@ class Subscriber:
         self._subscribed_before = True
         self.up = True
         self.trouble.works()
-        logger.info("subscribed{}{}", self._suffix, " again; messages may have been missed" if gap else "")
+        if self._what:
+            logger.info("listening on {}", self._what)
+        else:
+            logger.info("subscribed{}", " again; messages may have been missed" if gap else "")
         self._on_subscribed(gap)

@@ -69,7 +69,7 @@ class QueueLink(Observer):
             self._on_subscribed,
             lambda: None,
             silence_s=settings.redis.health_check_interval_s,
-            what="queue's channel",
+            what=names.CHANNEL,
         )
         self._clients.append(listener)
         if not self._enabled:
