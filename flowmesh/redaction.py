@@ -118,10 +118,16 @@ class Redactor:
         match value:
             case str():
                 return self(value)
-            case dict():
-                return {self(str(key)): self.deep(item) for key, item in value.items()}
+            case dict():  # no comprehensions: each would take a second frame of the recursion limit for a level
+                hidden = {}
+                for key, item in value.items():
+                    hidden[self(str(key))] = self.deep(item)
+                return hidden
             case list() | tuple():
-                return [self.deep(item) for item in value]
+                items = []
+                for item in value:
+                    items.append(self.deep(item))
+                return items
         return value
 
 

@@ -17,6 +17,7 @@ from loguru import logger
 from flowmesh.control.drain import Drain
 from flowmesh.control.operations import Operations
 from flowmesh.control.server import ControlServer
+from flowmesh.control.submission import Submissions
 from flowmesh.control.watchers import Watchers
 from flowmesh.errors import ConfigError, DeviceError, FlowMeshError, LaunchError
 from flowmesh.execution.layout import make_parts
@@ -177,7 +178,8 @@ class Supervisor:
         )
         watchers = Watchers(self.executor)
         socket = self.state_dir / "run" / "control.sock"
-        self.control = ControlServer(socket, operations.handlers(), watchers.subscribe, self._hides)
+        taken = {"submit": Submissions(self.executor, self.link).take}
+        self.control = ControlServer(socket, operations.handlers(), watchers.subscribe, self._hides, bulk=taken)
         catalogue = self.executor.catalogue
         first_lines.log(settings, self._environ, catalogue, worker=worker_id, how=node.isolation)
 

@@ -26,4 +26,5 @@ def is_forbidden(error: BaseException) -> bool:
     """Whether this login may never do it, or this server does not have it."""
     if isinstance(error, NoPermissionError):
         return True
-    return isinstance(error, ResponseError) and str(error).lower().startswith(("unknown command", "noperm"))
+    text = str(error).lower()
+    return isinstance(error, ResponseError) and ("unknown command" in text or "can't run this command" in text)

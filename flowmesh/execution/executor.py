@@ -137,6 +137,7 @@ class Executor:
             layout=layout,
             gpus=self.gpus,
             environments=self.environments,
+            folders=self._folders,
             timers=self._timers,
             post=self.apply,
             begin=self.begin,
@@ -394,12 +395,12 @@ class Executor:
         self.observers.on_posted()
         self.runs.remove(run)
         self.counters.add_verdict(verdict.kind)
-        self._report_end(run, verdict)
+        self._report_end(run, verdict, event)
         if verdict.kind is not Kind.DELIVERY_FAILED:  # its spool folder is kept for `flowmesh deliver`
             self.begin(self._cleanup.remove_spool(run.attempt))
         self._check_idle()
 
-    def _report_end(self, run: Run, verdict: Verdict) -> None:
+    def _report_end(self, run: Run, verdict: Verdict, event: bytes) -> None:
         facts = {"verdict": verdict.kind.value, "runtime_s": round(run.runtime_s, 3), "evidence": verdict.evidence}
         bound = logger.bind(task=run.task_id, **facts)
         if verdict.ok:
@@ -407,4 +408,5 @@ class Executor:
         else:
             bound.warning("task failed: {}", verdict.message)
         end = {"ok": verdict.ok, "verdict": verdict.kind.value, "error": verdict.message}
-        run.notify({"event": "end", **end, "out_dir": run.accepted.target.out_dir})
+        if run.watchers:
+            run.notify({"event": "end", **end, "out_dir": run.accepted.target.out_dir, **task_events.payload_of(event)})

@@ -13,11 +13,10 @@ import msgspec
 from flowmesh.execution import boot_clock
 from flowmesh.execution.admission import Accepted
 from flowmesh.messages.job import Exit, Outcome
-from flowmesh.messages.rows import Counts
 from flowmesh.messages.wire import Recorded, utc_now
 from flowmesh.node.slots import Slot
 from flowmesh.processes.pipe import Pipe, Progress
-from flowmesh.tasks.catalogue import LIGHT
+from flowmesh.results.job import DeliveryReport
 from flowmesh.tasks.machine import State, Task
 
 
@@ -60,14 +59,14 @@ class Run:
         """When it was accepted, or adopted while it waited."""
         self.faulted_at = 0.0
         """When it first met a fault of the node, monotonic. 0: it has not, or it was launched since."""
+        self.unready = 0
+        """How often its process could not be set up for a reason that concerns this task only."""
         self.finished = 0.0
         """When it ended, monotonic. 0: it has not ended."""
         self.exit: Exit | None = None
         self.outcome: Outcome | None = None
-        self.rows: Counts | None = None
-        """Of a failed task, the rows that stand."""
-        self.rows_url: str | None = None
-        """Where they can be downloaded."""
+        self.delivered: DeliveryReport | None = None
+        """What its delivery found; of a failed task also what it had finished."""
         self.log_tail: tuple[str, ...] = ()
         """The last lines of a failed task's log."""
         self.resources: dict[str, Any] = {}
@@ -173,7 +172,7 @@ class Run:
 
 def gpus_of(accepted: Accepted, slot: Slot[Run]) -> tuple[str, ...]:
     """UUIDs of the GPUs that a task gets: its slot's, at most `gpu.count` of them; none for a light task."""
-    if accepted.type.environment == LIGHT:
+    if accepted.type.is_light:
         return ()
     hardware = accepted.spec.resources.hardware if accepted.spec.resources else None
     return slot.plan.gpus_for(hardware.gpu.count if hardware and hardware.gpu else None)

@@ -125,8 +125,8 @@ class Claims(Observer):
         if not self.refused:
             self.refused = describe_redis_error(error)
             logger.warning(
-                "no tasks are taken from the queue: {}; allow this login ~flowmesh:*, &flowmesh.queue and +@scripting, "
-                "or set queue.enabled to false",
+                "no tasks are taken from the queue: {}; allow this login ~flowmesh:*, &flowmesh.queue, +@scripting and "
+                "+time, or set queue.enabled to false",
                 self.refused,
             )
         return FORBIDDEN_S

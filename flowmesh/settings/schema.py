@@ -157,6 +157,8 @@ class TasksSettings(Section, frozen=True):
     """Engine arguments of vLLM (`*` allowed) that documents may set although they load code or open files."""
     trainer_arguments: tuple[VariableName, ...] = ()
     """Arguments of trainers (`*` allowed) that documents may set although they load code or send data out."""
+    allow_command: tuple[Word, ...] = ()
+    """Programs (`*` allowed) that tasks of the types `command` and `python` may run. Empty: the types are off."""
     local_hosts: tuple[Word, ...] = ()
     """HOST or HOST:PORT (`*` allowed) that downloads may reach on loopback and link-local addresses."""
 

@@ -20,6 +20,7 @@ MODULES = (
     "echo",
     "fleet",
     "rest",
+    "exec",
     "isolation",
     "gpus",
     "inference",

@@ -32,7 +32,7 @@ RIGHTS = (
     "~worker:* ~workers:* ~tasks:* &tasks &tasks.events &workers.events &flowmesh.control "
     "+@read +@write +@pubsub +@stream +@connection +@transaction -@dangerous"
 )
-QUEUE_RIGHTS = "~flowmesh:* &flowmesh.queue +@scripting"
+QUEUE_RIGHTS = "~flowmesh:* &flowmesh.queue +@scripting +time"
 
 
 def free_port() -> int:

@@ -9,15 +9,16 @@ from collections.abc import Set
 
 from flowmesh.errors import LaunchError
 from flowmesh.execution.conditions import Conditions, Fault
-from flowmesh.execution.layout import OOM_SCORE_ADJ, Layout
+from flowmesh.execution.launch.preparation import task_limits
+from flowmesh.execution.layout import Layout
 from flowmesh.execution.run import Run
 from flowmesh.messages.job import Exit
 from flowmesh.processes import environ
 from flowmesh.processes.helper import Helpers
-from flowmesh.processes.limits import Limits
 from flowmesh.processes.protocol import Fork
 from flowmesh.processes.server_pool import ServerPool
 from flowmesh.tasks import machine
+from flowmesh.tasks.catalogue import LIGHT
 from flowmesh.tasks.verdicts import describe_exit
 
 LONGEST_PAUSE_S = 60.0
@@ -72,7 +73,7 @@ class EnvironmentConditions:
         if problem := await self._pool.await_server(environment):
             return problem
         try:
-            child = self._helpers.run(environment, self._fork())
+            child = self._helpers.run(environment, self._fork(environment))
             exit_: Exit = await asyncio.wait_for(child, FORK_TIMEOUT_S)
         except TimeoutError:
             return f"environment {environment}: a child that does nothing did not end in {FORK_TIMEOUT_S:.0f} s"
@@ -83,18 +84,18 @@ class EnvironmentConditions:
         log = self._layout.log_dir / "probe.log"
         return f"environment {environment}: a child that does nothing ended with {describe_exit(exit_)}; see {log}"
 
-    def _fork(self) -> Fork:
+    def _fork(self, environment: str) -> Fork:
         layout, attempt = self._layout, next(self._attempts)
         log = str(layout.log_dir / "probe.log")
         return Fork(
             attempt=attempt,
             target=PROBE_ENTRY,
-            spool=str(layout.log_dir),
+            spool="/",
             cwd=str(layout.work_dir),
             stdout=log,
             stderr=log,
             env=environ.for_task(
                 layout.task_env, task_env={}, tmp_dir="/tmp", threads=1, gpus=(), mark=layout.mark_of(attempt)
             ),
-            limits=Limits(oom_score_adj=OOM_SCORE_ADJ),
+            limits=task_limits(layout, private_shm=environment != LIGHT),
         )

@@ -19,6 +19,7 @@ from flowmesh.execution.layout import PARTS, Layout
 from flowmesh.execution.run import Run
 from flowmesh.node.folder_check import CheckedFolder
 from flowmesh.settings.schema import ResultsSettings
+from flowmesh.tasks import machine
 from flowmesh.tasks.journal import Journal, JournalError
 
 INTERVAL_S = 1.0
@@ -74,6 +75,15 @@ class NodeFolders:
         """Close the slots for these reasons; their probes open them."""
         for name, reason in troubles.items():
             self._conditions.report(self.faults[name], reason)
+
+    async def met(self, run: Run) -> machine.Event | None:
+        """The next event of a task that could not be launched, if that is for these folders; None if they work."""
+        troubles = await asyncio.to_thread(self.look, write=True)
+        if not troubles:
+            return None
+        self.report(troubles)
+        name, reason = next(iter(troubles.items()))
+        return self._conditions.met(run, self.faults[name], reason)
 
     async def usable(self, run: Run) -> bool:
         """Wait while a folder that a computed result needs cannot be used; False if that takes too long."""
