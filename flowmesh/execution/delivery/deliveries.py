@@ -112,6 +112,7 @@ class Deliveries:
                 match sent:
                     case DeliveryReport():
                         run.rows, run.rows_url = sent.rows, sent.rows_url
+                        run.timeline.delivered = sent
                         return machine.Delivered("" if sent.ok else sent.error)
                     case None:
                         return self._stopped(this)
