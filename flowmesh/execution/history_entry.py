@@ -63,7 +63,7 @@ def of_run(
         out_dir=run.accepted.target.out_dir,
     )
     document, whole, hidden = _document(run.accepted.task, run.accepted.size_bytes, redact)
-    delivered = run.timeline.delivered
+    delivered = run.delivered
     detail = Detail(
         document=document,
         whole=whole,

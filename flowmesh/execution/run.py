@@ -14,7 +14,6 @@ import msgspec
 from flowmesh.execution import boot_clock
 from flowmesh.execution.admission import Accepted
 from flowmesh.messages.job import Exit, Outcome
-from flowmesh.messages.rows import Counts
 from flowmesh.messages.wire import utc_now
 from flowmesh.node.slots import Slot
 from flowmesh.processes.pipe import Pipe, Progress
@@ -29,7 +28,6 @@ class Timeline:
         now = time.time()
         self.marks: dict[str, float] = {"received": now, State.QUEUED.value: now}
         """When it was received, and when it entered each state, in seconds since 1970."""
-        self.delivered: DeliveryReport | None = None
 
     @property
     def received_at(self) -> str:
@@ -91,10 +89,8 @@ class Run:
         """When it ended, monotonic. 0: it has not ended."""
         self.exit: Exit | None = None
         self.outcome: Outcome | None = None
-        self.rows: Counts | None = None
-        """Of a failed task, the rows that stand."""
-        self.rows_url: str | None = None
-        """Where they can be downloaded."""
+        self.delivered: DeliveryReport | None = None
+        """What its delivery found; of a failed task also what it had finished."""
         self.log_tail: tuple[str, ...] = ()
         """The last lines of a failed task's log."""
         self.timeline = Timeline()
