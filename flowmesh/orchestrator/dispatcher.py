@@ -6,7 +6,7 @@ import msgspec
 from loguru import logger
 
 from flowmesh.errors import FieldError, NotOfferedError
-from flowmesh.execution import task_events
+from flowmesh.execution import history_entry, task_events
 from flowmesh.execution.admission import Accepted, accept
 from flowmesh.execution.executor import Executor
 from flowmesh.execution.run import Run
@@ -23,7 +23,7 @@ from flowmesh.node.slots import Slot
 from flowmesh.queue import reports
 from flowmesh.tasks import machine
 from flowmesh.tasks.journal import JournalError
-from flowmesh.tasks.verdicts import Kind, Stop
+from flowmesh.tasks.verdicts import Kind, Stop, Verdict
 
 QUEUED_MAX_BYTES = 1024**3
 """Of the documents of all tasks that wait: they are in memory."""
@@ -212,9 +212,11 @@ class Dispatcher:
         return ""
 
     def _refuse(self, slot: Slot[Run], sent: _Dispatch, kind: Kind, message: str) -> None:
-        task_id = sent.task_id
-        event = task_events.refused(slot.plan.worker_id, task_id, kind, message, sent.dispatched_at)
-        self._executor.journal.post(*reports.outgoing(event, sent.recorded))
+        task_id, worker_id, executor = sent.task_id, slot.plan.worker_id, self._executor
+        event = task_events.refused(worker_id, task_id, kind, message, sent.dispatched_at)
+        verdict = Verdict(kind=kind, message=message)
+        kept = history_entry.of_refusal(worker_id, task_id, verdict, sent.data, executor.layout.secrets)
+        executor.journal.refuse(*reports.outgoing(event, sent.recorded), kept)
         self._executor.counters.refused += 1
         self._executor.counters.add_verdict(kind)
         logger.bind(task=task_id).warning("task refused: {}", message)
