@@ -55,7 +55,7 @@ from flowmesh.processes.pipe import Cancel
 from flowmesh.processes.server_pool import ServerPool
 from flowmesh.settings.schema import Settings
 from flowmesh.tasks import machine
-from flowmesh.tasks.catalogue import Catalogue
+from flowmesh.tasks.catalogue import DELIVERY, Catalogue
 from flowmesh.tasks.journal import Journal, JournalError
 from flowmesh.tasks.machine import State, step
 from flowmesh.tasks.verdicts import Kind, Stop, Verdict
@@ -154,8 +154,9 @@ class Executor:
         )
         self._cleanup = Cleanup(layout)
         jobs, delivery_children = Jobs(settings, layout), DeliveryChildren(settings.delivery, layout, self.helpers)
-        self.deliveries = Deliveries(delivery_children, jobs, layout, self._cleanup)
-        self.gateway = GatewayProcess(settings.delivery, layout, self.helpers)
+        self.deliveries = Deliveries(delivery_children, jobs, layout, self._cleanup, self.environments)
+        no_gateway = functools.partial(self.environments.report, DELIVERY)
+        self.gateway = GatewayProcess(settings.delivery, layout, self.helpers, no_gateway)
         self.redeliveries = Redeliveries(delivery_children, jobs, layout, journal, self._check_idle)
 
     def works(self) -> list[Coroutine[Any, Any, None]]:
