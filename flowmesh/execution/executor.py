@@ -170,6 +170,10 @@ class Executor:
         )
         return [watchdog.run(), retention.run(), self.gpus.sample(), self._folders.watch()]
 
+    async def look_first(self) -> None:
+        """Before tasks of an earlier supervisor are taken over: whether the node's folders are where they were."""
+        await self._folders.look_first()
+
     def owner_of(self, attempt: int) -> ChildOwner:
         """Who answers for a child that an earlier supervisor forked: its attempt number shows what it is."""
         return self.helpers if attempt < 0 or attempt >= FIRST_CANARY else self.children
