@@ -32,7 +32,7 @@ def test_p3_a_full_disk_costs_no_node_and_no_task_its_end(fault: Fault) -> None:
 def test_a_state_folder_that_cannot_be_used_is_one_line(
     redis_server: RedisServer, make_node: Callable[..., Node], journal_only: bool
 ) -> None:
-    node = make_node(start=False)
+    node = make_node(start=False, config="[results]\nmin_free_bytes = 0\n")
     node.state_dir.mkdir(mode=0o700)
     if not journal_only:
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m,mode=700", "tmpfs", str(node.state_dir)], check=True)
