@@ -110,6 +110,8 @@ def _run(submission: Submission, options: LocalOptions, terminal: Terminal, *, e
     running = None if embedded else running_node.find(options.config, submission.task_type)
     with _Passing(happened, terminal).handled() as signals:
         if running is not None:
+            if running.task_user is not None:
+                terminal.open_to(running.task_user)
 
             def waits(worker_id: str, count: int) -> None:
                 if count and not quiet:
@@ -180,9 +182,12 @@ def _used(outcome: Outcome, command: dict[str, Any]) -> str:
         parts.append(f"peak {peak / 2**20:.0f} MiB")
     if swept := resources.get("processes_swept"):
         parts.append(f"{swept} {'process' if swept == 1 else 'processes'} left behind and killed")
+    if isinstance(released := resources.get("gpu_release_ms"), int | float):
+        parts.append(f"GPUs free after {released:.0f} ms")
     energy = outcome.event.get("energy") or {}
-    if isinstance(joules := energy.get("joules"), int | float):
-        parts.append(f"{joules:.0f} J")
+    measured = [each for name in ("gpu_joules", "cpu_joules") if isinstance(each := energy.get(name), int | float)]
+    if measured:
+        parts.append(f"{sum(measured):.0f} J")
     return ", ".join(parts)
 
 

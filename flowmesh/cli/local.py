@@ -180,12 +180,14 @@ class LocalNode:
             found["tasks.trust_remote_code"] = "*"
         if not tasks.local_hosts:
             found["tasks.local_hosts"] = "*"
+        if not tasks.allow_env:
+            found["tasks.allow_env"] = "*"
         if not tasks.allow_command:
             found["tasks.allow_command"] = "*"
         return found
 
     def _start(self) -> None:
-        sweep_abandoned()
+        sweep_abandoned(RUN_PREFIX)
         linux.become_subreaper()
         self._others = set(proc_files.children(os.getpid()))
         self._dir = private_dir(RUN_PREFIX)

@@ -13,7 +13,7 @@ from typing import Any
 
 from loguru import logger
 
-from flowmesh.execution import task_events
+from flowmesh.execution import history_entry, task_events
 from flowmesh.execution.background import Background
 from flowmesh.execution.conditions import Conditions
 from flowmesh.execution.counters import Counters
@@ -28,6 +28,7 @@ from flowmesh.execution.gpu.canary import FIRST_ATTEMPT as FIRST_CANARY
 from flowmesh.execution.gpu.canary import Canaries
 from flowmesh.execution.gpu.idle_check import IdleCheck, Notes
 from flowmesh.execution.housekeeping.cleanup import Cleanup
+from flowmesh.execution.housekeeping.old_history import keep_pruned
 from flowmesh.execution.housekeeping.retention import Retention
 from flowmesh.execution.housekeeping.watchdog import Watchdog
 from flowmesh.execution.launch import spool
@@ -89,6 +90,7 @@ class Executor:
         self.slots = slots
         self.layout = layout
         self.pool = pool
+        self._gpu_names = {gpu.uuid: gpu.name for gpu in gpus}
         self.runs = RunTable()
         self.counters = Counters()
         self.early_cancels = EarlyCancels()
@@ -168,7 +170,8 @@ class Executor:
             journal=self.journal,
             in_use=self.runs.folders,
         )
-        return [watchdog.run(), retention.run(), self.gpus.sample(), self._folders.watch()]
+        pruning = keep_pruned(self.settings.node, self.journal)
+        return [watchdog.run(), retention.run(), pruning, self.gpus.sample(), self._folders.watch()]
 
     async def look_first(self) -> None:
         """Before tasks of an earlier supervisor are taken over: whether the node's folders are where they were."""
@@ -261,15 +264,18 @@ class Executor:
             logger.bind(task=run.task_id).error("event ignored: {}", error)
             return
         run.task = task
+        if task.state is not before.state:
+            run.timeline.enter(task.state)
         try:
             if machine.AnnounceStarted() in actions:
                 run.start_clock()
                 with self.journal.transaction():
-                    self.journal.started(run.attempt, run.task, run.started_at or utc_now(), run.boot_mark)
+                    started_at = run.started_at or utc_now()
+                    self.journal.started(run.attempt, run.task, started_at, run.boot_mark, run.timeline.marks)
                     self.journal.post(TASK_EVENTS_CHANNEL, task_events.started(run))
                 self.observers.on_posted()
             elif not isinstance(event, machine.Delivered):
-                self.journal.update(run.attempt, run.task)
+                self.journal.update(run.attempt, run.task, run.timeline.marks)
         except JournalError as error:
             run.task = before
             self._when_written(error, functools.partial(self.apply, run, event))
@@ -386,9 +392,13 @@ class Executor:
     def _finish(self, run: Run, verdict: Verdict) -> None:
         now = utc_now()
         cost = self.settings.node.cost_per_hour * run.slot.plan.share
-        event = task_events.ended(run, verdict, finished_at=now, cost_per_hour=cost, layout=self.layout)
+        redact = task_events.redactor(run, self.layout)
+        event = task_events.ended(run, verdict, finished_at=now, cost_per_hour=cost, redact=redact)
+        kept = history_entry.of_run(
+            run, verdict, finished_at=now, cost_per_hour=cost, redact=redact, gpus=self._gpu_names
+        )
         try:
-            self.journal.finish(run.attempt, run.task, now, TASK_EVENTS_CHANNEL, event)
+            self.journal.finish(run.attempt, run.task, now, TASK_EVENTS_CHANNEL, event, kept=kept)
         except JournalError as error:
             self._when_written(error, functools.partial(self._finish, run, verdict))
             return

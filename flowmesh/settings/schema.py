@@ -65,6 +65,12 @@ class NodeSettings(Section, frozen=True):
     """The node's log as JSON lines, rotated. None: stderr only."""
     state_dir: FilePath | None = None
     """Journal, sockets, spool. None: see `settings_paths.state_dir()`."""
+    history_days: Annotated[float, Meta(gt=0, le=36500)] = 90.0
+    """How long the journal keeps what became of a task, and its document with secrets hidden."""
+    history_max: Annotated[int, Meta(ge=0, le=10_000_000)] = 10_000
+    """How many tasks it keeps there at most."""
+    history_bytes: Annotated[int, Meta(ge=2**20, le=2**40)] = 256 * 1024**2
+    """How large the journal may become before the oldest are deleted. One takes about 1 KiB; at most 130 KiB."""
     elastic_scaling: bool = True
     """ENABLE_ELASTIC_SCALING"""
     slots: SlotsMode = SlotsMode.ALL

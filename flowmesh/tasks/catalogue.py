@@ -42,6 +42,10 @@ class TaskType(msgspec.Struct, frozen=True, kw_only=True):
     sections: str = ""
     """`module:function` that names the sections of such a document: `(task_type) -> {field: type}`, where a mapping of
     types is chosen by the section's field `type`. For the JSON Schema."""
+    exporter: str = ""
+    """`module:function` that makes the export which a document asks for, of the finished items of a failed task:
+    `(postprocess, items) -> (path below the task's folder, content, fields of the result's jsonl_export)`. Its module
+    is light. Empty: the type has none."""
     environment: str = DEFAULT
     heavy: bool = False
     """Whether its tasks may use GPUs and much of /dev/shm although their environment is `light`."""
@@ -107,6 +111,7 @@ BUILTIN = (
         runner="runners.inference.runner:InferenceRunner",
         check="runners.checks:inference",
         sections="runners.schemas:inference",
+        exporter="runners.inference.export:of_finished",
         requires=("torch", "transformers"),
         extra="inference",
         preload=("runners.inference.preload:TRANSFORMERS",),

@@ -91,7 +91,8 @@ class Program:
         if ended.signal is not None:
             raise Failed(f"the program was killed by {ended.signal}{self._last_words()}", Fault.CRASH)
         if code != 0:
-            raise Failed(f"the program ended with exit status {code}{self._last_words()}", Fault.ERROR)
+            words = self._last_words()
+            raise Failed(f"the program ended with exit status {code}{words}", _fault(words))
 
     def _of_node(self) -> list[int]:
         return [] if self._ctx.pipe is None else [self._ctx.pipe.fileno()]
@@ -137,6 +138,13 @@ class Program:
         """The last line of its errors, after a colon."""
         lines = [line.strip() for line in tail(self._logs, "stderr").splitlines() if line.strip()]
         return f": {lines[-1][:LAST_LINE_CHARS]}" if lines else ""
+
+
+def _fault(words: str) -> Fault:
+    """What the last line of a program's errors says about its end."""
+    if "OutOfMemoryError" in words or "CUDA out of memory" in words:
+        return Fault.GPU_OOM
+    return Fault.HOST_OOM if "MemoryError" in words.partition(" ")[2].partition(":")[0] else Fault.ERROR
 
 
 def tail(logs: Path | None, name: str) -> str:

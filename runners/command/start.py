@@ -132,7 +132,8 @@ def torchrun(ctx: Context, ranks: int, argv: Sequence[str], *, python: bool) -> 
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--rdzv-id", ctx.task_id),
         *("--local-addr", "127.0.0.1", "--max-restarts", "0", "--monitor-interval", "0.2"),
         *([] if python else ["--no-python"]),
-        *argv,
+        argv[0],
+        *(each.replace("$", "$$") for each in argv[1:]),  # torchrun replaces names after a $
     ]
 
 

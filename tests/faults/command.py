@@ -48,6 +48,16 @@ fault("command: its program is killed")(_hit(signal.SIGKILL, *KILLED))
 fault("command: its program has a segmentation fault")(_hit(signal.SIGSEGV, *KILLED))
 
 
+@fault("command: a rank of its torchrun group is killed", weight=1)
+def _(rig: Rig, rng: random.Random) -> None:
+    text = "echo $$ > $RANK.pid; mv $RANK.pid $RANK.started; sleep 300"
+    spec = {"taskType": "command", "command": ["sh", "-c", text], "nproc_per_node": 2}
+    task_id = rig.dispatch(spec, "error")
+    notes = [Path(rig.node.results_dir, task_id, f"work/{rank}.started") for rank in (0, 1)]
+    until(lambda: all(note.exists() for note in notes), "both ranks run", 30.0)
+    rig.hit(int(rng.choice(notes).read_text()), signal.SIGKILL)
+
+
 @fault("command: its runner is killed")
 def _(rig: Rig, rng: random.Random) -> None:
     task_id, _ = _run(rig, LOOP.format(seconds=1.0), *KILLED)

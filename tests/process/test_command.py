@@ -108,6 +108,8 @@ print(open("data/text.txt").read(), file=sys.stderr)
     [
         ("echo wrong >&2; exit 3", ("error", 3, None), "the program ended with exit status 3: wrong"),
         ("kill -SEGV $$", ("crash", None, "SIGSEGV"), "the program was killed by SIGSEGV"),
+        ("echo 'MemoryError: no room' >&2; exit 1", ("host_oom", 1, None), "MemoryError: no room"),
+        ("echo 'torch.OutOfMemoryError: CUDA out' >&2; exit 1", ("gpu_oom", 1, None), "torch.OutOfMemoryError"),
         ("false; echo not reached", ("error", 1, None), "the program ended with exit status 1"),
         ("echo '{' > $FLOWMESH_RESULT", ("error", 0, None), "FLOWMESH_RESULT names is not JSON"),
     ],
@@ -215,6 +217,18 @@ def test_python_code_a_function_and_a_file(node: Node, peer: Orchestrator) -> No
     assert "runners/command" not in "".join(wrong["log_tail"])
     nothing = failure(peer.run("w1", {"taskType": "python", "code": "result = object()"}))
     assert "cannot be written as JSON" in nothing["error"]
+
+
+def test_a_group_of_ranks(node: Node, peer: Orchestrator) -> None:
+    """torchrun starts one program for each rank, on the loopback interface; the first failure ends the group."""
+    pytest.importorskip("torch")
+    if "auto" not in node.args[0]:
+        pytest.skip("the same in each isolation, and torchrun imports torch")
+    text = "echo $RANK of $WORLD_SIZE $MASTER_ADDR; [ $$ -gt 1 ]; sleep 0.3; [ $RANK = 1 ] || sleep 300; exit 7"
+    event = peer.run("w1", {"taskType": "command", "command": ["sh", "-c", text], "nproc_per_node": 2})
+    assert failure(event)["error_kind"] == "error"
+    lines = (node.results_dir / event["task_id"] / "logs/stdout.log").read_text().splitlines()
+    assert sorted(lines) == ["0 of 2 127.0.0.1", "1 of 2 127.0.0.1"]
 
 
 @pytest.mark.parametrize("name", ["command", "python"])

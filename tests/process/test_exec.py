@@ -91,7 +91,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def environment(node: Node) -> dict[str, str]:
     env = {name: value for name, value in os.environ.items() if name not in ("STATE_DIRECTORY", "REDIS_URL")}
-    return env | {"PYTHONPATH": str(ROOT), "XDG_STATE_HOME": str(node.home)}
+    (node.home / "t").mkdir(exist_ok=True)
+    return env | {"PYTHONPATH": str(ROOT), "TMPDIR": str(node.home / "t")}
 
 
 def call(node: Node, project: Path, command: list[str], stdin: str) -> tuple[int, str, str]:
@@ -225,6 +226,8 @@ def test_when_exec_is_killed_its_program_ends(node: Node, project: Path) -> None
     process.kill()
     process.communicate()
     until(lambda: not alive(pid), "the program is gone", 10.0)
+    assert call(node, project, [*under(node), "true"], "")[0] == 0
+    assert list((node.home / "t").iterdir()) == [], "the next one removes the folder of the killed one"
 
 
 def test_a_second_command_waits_for_the_slot(node: Node, project: Path) -> None:
@@ -249,3 +252,22 @@ def test_a_second_command_waits_for_the_slot(node: Node, project: Path) -> None:
     out, err = second.communicate(timeout=30)
     assert (out, second.returncode) == ("second\n", 0)
     assert "exit status 0 in" in err
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can run tasks as another user")
+def test_where_tasks_run_as_another_user(redis_server: RedisServer, project: Path) -> None:
+    """The terminal is given to that user and nobody else; a folder that the user may not enter is named."""
+    settings = 'task_user = "nobody"\n'
+    config = CONFIG.replace("[processes]\n", "[processes]\n" + settings)
+    node = Node(redis_server, "--set=tasks.allow_command=*", config=config)
+    node.home.chmod(0o711)
+    (node.home / "exec.toml").write_text(f'[node]\nstate_dir = "{node.state_dir}"\n[processes]\n{settings}')
+    with running(node):
+        begin = [*FLOWMESH, "--config", str(node.home / "exec.toml"), "--"]
+        found = call(node, Path("/"), [*begin, "sh", "-c", "id -un; echo $HOME; cat; exit 4"], "typed\n")
+        assert found[:2] == (4, "nobody\n/nonexistent\ntyped\n"), found
+        closed = node.home / "closed"
+        closed.mkdir(mode=0o700)
+        code, _, errors = call(node, closed, [*begin, "true"], "")
+        assert code == 1
+        assert f"may not enter {closed}" in errors

@@ -145,7 +145,7 @@ class Deliveries:
                 child = None
                 match sent:
                     case DeliveryReport():
-                        run.rows, run.rows_url = sent.rows, sent.rows_url
+                        run.delivered = sent
                         return machine.Delivered("" if sent.ok else sent.error)
                     case None:
                         return self._stopped(this)
