@@ -57,7 +57,7 @@ from flowmesh.processes.server_pool import ServerPool
 from flowmesh.queue import reports
 from flowmesh.settings.schema import Settings
 from flowmesh.tasks import machine
-from flowmesh.tasks.catalogue import Catalogue
+from flowmesh.tasks.catalogue import DELIVERY, Catalogue
 from flowmesh.tasks.journal import Journal, JournalError
 from flowmesh.tasks.machine import State, step
 from flowmesh.tasks.verdicts import Kind, Stop, Verdict
@@ -157,8 +157,9 @@ class Executor:
         )
         self._cleanup = Cleanup(layout)
         jobs, delivery_children = Jobs(settings, layout), DeliveryChildren(settings.delivery, layout, self.helpers)
-        self.deliveries = Deliveries(delivery_children, jobs, layout, self._cleanup)
-        self.gateway = GatewayProcess(settings.delivery, layout, self.helpers)
+        self.deliveries = Deliveries(delivery_children, jobs, layout, self._cleanup, self.environments)
+        no_gateway = functools.partial(self.environments.report, DELIVERY)
+        self.gateway = GatewayProcess(settings.delivery, layout, self.helpers, no_gateway)
         self.redeliveries = Redeliveries(delivery_children, jobs, layout, journal, self._check_idle)
 
     def works(self) -> list[Coroutine[Any, Any, None]]:
@@ -172,6 +173,10 @@ class Executor:
         )
         pruning = keep_pruned(self.settings.node, self.journal)
         return [watchdog.run(), retention.run(), pruning, self.gpus.sample(), self._folders.watch()]
+
+    async def look_first(self) -> None:
+        """Before tasks of an earlier supervisor are taken over: whether the node's folders are where they were."""
+        await self._folders.look_first()
 
     def owner_of(self, attempt: int) -> ChildOwner:
         """Who answers for a child that an earlier supervisor forked: its attempt number shows what it is."""
