@@ -22,7 +22,6 @@ SURFACE = {
     "schema": "KIND --help",
     "workers": "--config --help --json --redis --watch",
     "status": "--config --help --json --state-dir",
-    "logs": "TASK_ID --config --follow --help --json --raw --results-dir --state-dir --stderr --stdout -f -n",
     "metrics": "--config --help --state-dir",
     "logs": "TASK_ID --config --follow --help --json --raw --redis --results-dir --state-dir --stderr --stdout -f -n",
     "exec": (
