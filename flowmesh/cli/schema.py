@@ -19,9 +19,7 @@ MAKERS = {
 }
 
 
-@click.command(
-    help="Print the JSON Schema of tasks, of pipelines, of configurations of agents, or of the node's file."
-)
+@click.command(help="Print the JSON Schema of tasks, of pipelines, of configurations of agents, or of the node's file.")
 @click.argument("kind", type=click.Choice(list(MAKERS)))
 def schema(*, kind: Literal["task", "pipeline", "agent", "node"]) -> int:
     """Run the command; returns the exit code."""

@@ -1,5 +1,6 @@
 """`flowmesh run` of pipelines on one temporary node: every example as it is, going on, and Ctrl-C."""
 
+import contextlib
 import json
 import os
 import pty
@@ -17,6 +18,7 @@ from tests.kit.support import short_dir
 
 pytestmark = pytest.mark.redis
 EXAMPLES = sorted((ROOT / "conf/tasks/pipelines").glob("*.yaml"))
+ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 PIPELINE = """
 metadata: {name: demo}
 spec:
@@ -41,7 +43,7 @@ def place():
 def start(place, *arguments, **options):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(place / "tmp"), "XDG_STATE_HOME": str(place / "xdg")}
     return subprocess.Popen(
-        [sys.executable, "-m", "flowmesh.cli.main", "run", "--embedded", "--results-dir", str(place / "r"), *arguments],
+        [sys.executable, "-m", "flowmesh.cli.main", "run", "--results-dir", str(place / "r"), *arguments],
         cwd=place,
         env={**env, **options.pop("env", {})},
         **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options},
@@ -52,7 +54,9 @@ def start(place, *arguments, **options):
 def test_every_example_runs_as_it_is(place):
     process = start(place, "--keep-going", "--json", *map(str, EXAMPLES))
     out, err = process.communicate(timeout=580)
-    results = {each["source"].rpartition("/")[2].removesuffix(".yaml"): each for each in map(json.loads, out.splitlines())}
+    results = {
+        each["source"].rpartition("/")[2].removesuffix(".yaml"): each for each in map(json.loads, out.splitlines())
+    }
     assert process.returncode == 0, (err, [each["stages"] for each in results.values() if not each["ok"]])
     assert set(results) == {path.stem for path in EXAMPLES}
 
@@ -81,27 +85,40 @@ def test_ctrl_c_ends_all_of_it_and_the_next_run_goes_on(place):
     (place / "p.yaml").write_text(PIPELINE)
     near, far = pty.openpty()
     os.set_blocking(near, False)
-    process = start(place, "--task-id", "demo", "p.yaml", stderr=far, env={"TERM": "xterm", "COLUMNS": "80"})
-    seen = b""
+    process = start(place, "--task-id", "demo", "p.yaml", stdout=far, env={"TERM": "xterm", "COLUMNS": "80"})
+    os.close(far)
+    seen = ""
+
+    def read():
+        with contextlib.suppress(OSError):
+            return ESCAPE.sub("", os.read(near, 65536).decode(errors="replace"))
+        return ""
+
     deadline = time.monotonic() + 60
-    while not re.search(rb"that-runs\s+\S*running", seen) or b"two" not in seen:
+    while not re.search(r"long-name-of-a-stage-that-runs +running", seen):
         assert time.monotonic() < deadline, seen
         time.sleep(0.05)
-        try:
-            seen += os.read(near, 65536)
-        except BlockingIOError:
-            continue
+        seen += read()
+    assert re.search(r"two +failed", seen)
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
-    lines = out.splitlines()
-    assert [line.split()[:2] for line in lines[:4]] == [
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, (seen, err)
+    out = ""
+    while more := read():
+        out += more
+    lines = out.replace("\r", "").splitlines()
+    assert all(len(line) <= 80 for line in lines[-5:-1])
+    assert [line.split()[:2] for line in lines[-5:-1]] == [
         ["one", "succeeded"],
         ["two", "failed"],
         ["long-name-of-a-stage-that-runs", "cancelled"],
         ["last", "cancelled"],
     ]
-    assert "spec.graph.nodes[1].spec.number: ${one.result.resources.swept}: one.result.resources has no 'swept'" in out
+    assert "flowmesh run --task-id demo p.yaml" in err
+    error = json.loads((place / "r/demo/responses.json").read_text())["stages"]["two"]["error"]
+    assert error.startswith(
+        "spec.graph.nodes[1].spec.number: ${one.result.resources.swept}: one.result.resources has no 'swept'"
+    )
     text = PIPELINE.replace("delaySec: 600", "delaySec: 0").replace("resources.swept", "resources.processes_swept")
     (place / "p.yaml").write_text(text)
     process = start(place, "--task-id", "demo", "--json", "p.yaml")

@@ -106,6 +106,7 @@ class PipelineRun:
                 Console(highlight=False).print(drawn(order, driver.runs, render.width(sys.stdout) - 1))
             else:
                 print("\n".join(lines(rows(order, driver.runs), render.width(sys.stdout))))
+            _print_failures(driver.runs)
             print(f"results: {self._folder}")
         return self._error(driver.runs)
 
@@ -143,3 +144,13 @@ class PipelineRun:
         others = f" (and {render.count(len(failed) - 1, 'other stage')})" if len(failed) > 1 else ""
         error = TaskFailed.of(f"stage {failed[0].name}", failed[0].verdict, failed[0].error)
         return TaskFailed(f"{self._submission.task_id}: {error}{others}; {again}")
+
+
+def _print_failures(runs: dict[str, StageRun]) -> None:
+    """What the tree has no room for: the errors of all but the first failed stage, which ends the command, and logs."""
+    failed = [run for run in runs.values() if run.state is State.FAILED]
+    for number, run in enumerate(failed):
+        if number:
+            print(render.printable(f"{run.name}: {run.error}"))
+        if run.out_dir is not None and (logs := Path(run.out_dir, "logs")).is_dir():
+            print(f"logs of {run.name}: {logs}")
