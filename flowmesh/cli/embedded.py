@@ -23,6 +23,7 @@ from flowmesh import installed
 from flowmesh.cli.bound_process import start_bound
 from flowmesh.cli.private_folder import private_dir
 from flowmesh.errors import LaunchError, UnavailableError
+from flowmesh.files.removal import remove_path
 from flowmesh.processes import linux
 
 START_TIMEOUT_S = 15.0
@@ -138,7 +139,7 @@ class EmbeddedRedis:
         self._process = None
         if self._dir is not None:
             if self._given is None:
-                shutil.rmtree(self._dir, ignore_errors=True)
+                remove_path(self._dir)
             else:
                 for name in ("redis.sock", "redis.log"):
                     (self._dir / name).unlink(missing_ok=True)

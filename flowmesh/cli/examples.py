@@ -44,7 +44,7 @@ def examples(name: str | None, folder: str | None, as_json: bool) -> int:
 
 def _copy(source: Path, folder: Path) -> int:
     """Copy every file that is not there yet."""
-    for path in sorted(source.rglob("*")):
+    for path in sorted(source.rglob("*")):  # of this package
         to = folder / path.relative_to(source)
         try:
             if path.is_dir():

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import functools
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -13,75 +12,19 @@ import click
 from flowmesh.cli import locate, render
 from flowmesh.cli.control import Control, Refused
 from flowmesh.cli.control_types import LogsPlace
+from flowmesh.cli.fleet import client_of
 from flowmesh.errors import EXIT_OK, FlowMeshError, UnavailableError
+from flowmesh.files.log_files import LogFiles, Tail
 from flowmesh.messages import wire
-from flowmesh.messages.text import escaped
+from flowmesh.messages.text import harmless
 from flowmesh.redaction import Redactor
 
 POLL_S = 0.25
-_CHUNK = 1 << 20
-_BLOCK = 64 * 1024
 
 
-class Tail:
-    """Reads one log file as it grows, in whole lines of bytes.
-
-    Args:
-        label: its name in the output.
-        last_lines: start with the last lines of the file; None: from its beginning.
-    """
-
-    def __init__(self, path: Path, label: str, last_lines: int | None) -> None:
-        self.path = path
-        self.label = label
-        self._position = 0 if last_lines is None else start_of_last(path, last_lines)
-        self._inode: int | None = None
-        self._rest = b""
-
-    def lines(self, *, at_end: bool) -> list[bytes]:
-        """The next whole lines; none at the end of the file. With `at_end` also a last line without a line break."""
-        try:
-            with self.path.open("rb") as file:
-                found = os.fstat(file.fileno())
-                if (self._inode is not None and found.st_ino != self._inode) or found.st_size < self._position:
-                    self._position, self._rest = 0, b""  # it was rotated or truncated
-                self._inode = found.st_ino
-                file.seek(self._position)
-                while data := file.read(_CHUNK):
-                    self._position += len(data)
-                    *lines, self._rest = (self._rest + data).split(b"\n")
-                    if lines:
-                        return lines
-        except FileNotFoundError:
-            return []
-        rest = self._rest
-        if not at_end or not rest:
-            return []
-        self._rest = b""
-        return [rest]
-
-
-def start_of_last(path: Path, count: int) -> int:
-    """The offset of the last `count` lines of a file, in bytes. Reads the file from its end."""
-    if count == 0:
-        return path.stat().st_size
-    with path.open("rb") as file:
-        end = position = file.seek(0, os.SEEK_END)
-        wanted = count
-        while position > 0:
-            step = min(_BLOCK, position)
-            position -= step
-            file.seek(position)
-            block = file.read(step)
-            at = len(block) - 1 if position + step == end and block.endswith(b"\n") else len(block)
-            while (at := block.rfind(b"\n", 0, at)) >= 0:
-                wanted -= 1
-                if wanted == 0:
-                    return position + at + 1
-        return 0
-
-
-@click.command(help="Print the logs of a running or finished task on this node.")
+@click.command(
+    help="Print the logs of a running or finished task: of this machine's node, else, through Redis, of any."
+)
 @click.argument("task_id", metavar="TASK")
 @click.option("-f", "--follow", is_flag=True, help="Print new lines until the task ends.")
 @click.option("-n", "last_lines", type=click.IntRange(min=0), metavar="LINES", help="Start with the last lines.")
@@ -90,6 +33,7 @@ def start_of_last(path: Path, count: int) -> int:
 @click.option(
     "--raw", is_flag=True, help="Print the bytes as they are; else secrets are hidden and control characters escaped."
 )
+@locate.redis_option
 @locate.config_option
 @locate.state_dir_option
 @click.option(
@@ -106,6 +50,7 @@ def logs(
     last_lines: int | None,
     only: str | None,
     raw: bool,
+    redis_url: str | None,
     config: str | None,
     state_dir: str | None,
     results_dir: str | None,
@@ -115,12 +60,40 @@ def logs(
     if wire.usable_task_id(task_id) is None:
         raise click.UsageError(f"TASK: invalid task id {task_id!r}")
     where = _Where(task_id, config, state_dir, results_dir)
-    place = where.find()
+    try:
+        if redis_url is not None:
+            raise FlowMeshError("asked through Redis")
+        place = where.find()
+    except FlowMeshError as error:
+        if results_dir is not None or not _may_ask_others(redis_url, config):
+            raise
+        if raw or only or last_lines is not None or as_json:
+            raise FlowMeshError(
+                f"{error}; of another node's task, -n, --stdout, --stderr, --raw and --json are not available"
+            ) from None
+        return _through_redis(task_id, redis_url, config, follow=follow)
     if as_json:
         shown = {"out_dir": place.out_dir, "logs_dir": place.logs_dir, "running": place.running}
-        render.print_json({**shown, "files": [str(path) for path, _ in _files(place, only)]})
+        render.print_json(
+            {**shown, "files": [f"{place.logs_dir}/{name}" for name in LogFiles(Path(place.logs_dir)).names(only)]}
+        )
         return EXIT_OK
     _print(where, place, only, last_lines, follow=follow, raw=raw)
+    return EXIT_OK
+
+
+def _may_ask_others(redis_url: str | None, config: str | None) -> bool:
+    try:
+        locate.deployment_of(redis_url, config)
+    except FlowMeshError:
+        return False
+    return True
+
+
+def _through_redis(task_id: str, redis_url: str | None, config: str | None, *, follow: bool) -> int:
+    with client_of(redis_url, config) as client:
+        for line in client.logs(task_id, follow=follow):
+            print(line, flush=True)
     return EXIT_OK
 
 
@@ -130,7 +103,7 @@ class _Where:
     def __init__(self, task_id: str, config: str | None, state_dir: str | None, results_dir: str | None) -> None:
         self._task_id = task_id
         self._state_dir = locate.state_dir(state_dir, config)
-        self._folder = locate.results_dir(results_dir, config) / task_id
+        self._folder = locate.results_dir(results_dir, config).resolve() / task_id
         self._ask = results_dir is None
 
     def find(self) -> LogsPlace:
@@ -152,39 +125,22 @@ class _Where:
         return LogsPlace(out_dir=str(self._folder), logs_dir=str(self._folder / "logs"), running=not ended)
 
 
-def _files(place: LogsPlace, only: str | None) -> list[tuple[Path, str]]:
-    """The log files of a task with their labels: `stdout`, `stderr`, and for ranks `0/stdout`."""
-    root = Path(place.logs_dir)
-    names = ("stdout.log", "stderr.log") if only is None else (f"{only}.log",)
-    found = [path for name in names for path in (*root.glob(name), *root.glob(f"*/{name}")) if path.is_file()]
-    return [(path, str(path.relative_to(root).with_suffix(""))) for path in sorted(found, key=_order)]
-
-
-def _order(path: Path) -> tuple[int, str, bool]:
-    rank = path.parent.name
-    return (int(rank) if rank.isdigit() else -1, rank, path.name == "stderr.log")
-
-
-def harmless(line: bytes, redact: Callable[[str], str]) -> bytes:
-    """A line as a terminal may have it: without secrets and control characters; each carriage return begins a line."""
-    text = redact(line.removesuffix(b"\r").decode("utf-8", "backslashreplace"))
-    return "\n".join(escaped(part) for part in text.split("\r")).encode()
-
-
 def _print(
     where: _Where, place: LogsPlace, only: str | None, last_lines: int | None, *, follow: bool, raw: bool
 ) -> None:
-    tails: dict[Path, Tail] = {}
+    tails: dict[str, Tail] = {}
     redact = Redactor((bytes.fromhex(each).decode(errors="replace") for each in place.secrets), prose=True)
     out = sys.stdout.buffer
     first = True
     while True:
         running = follow and place.running  # taken before the files are read, so that the last lines are not missed
-        for path, label in _files(place, only):
-            if path not in tails:
-                tails[path] = Tail(path, label, last_lines if first else None)
+        logs = LogFiles(Path(place.logs_dir))
+        for name in logs.names(only):
+            if name not in tails:
+                label = name.removesuffix(".log")
+                tails[name] = Tail(functools.partial(logs.open, name), label, last_lines if first else None)
         first = False
-        written = [tail for tail in tails.values() if tail.path.exists() and tail.path.stat().st_size]
+        written = [tail for tail in tails.values() if not tail.is_empty]
         size = max((len(tail.label) for tail in written), default=0)
         more = False
         for tail in tails.values():

@@ -87,6 +87,8 @@ def open_with_rights(folder: int, name: str, rights: int) -> int:
     try:
         fd = open_beneath(folder, name, FOLDER)
     except PermissionError:
+        if not rights:
+            raise
         _give_rights_unopened(folder, name, rights)
         fd = open_beneath(folder, name, FOLDER)
     give_rights(fd, rights)

@@ -66,6 +66,16 @@ def remove_path(path: Path, open_parent: Callable[[Path], int] = _open_plain) ->
         os.close(parent)
 
 
+def clear(path: Path) -> None:
+    """Remove what is at `path`, a file or a folder with all in it, so that something can be made there.
+
+    Raises:
+        OSError: not all of it could be removed; names the first part that is left.
+    """
+    if left := remove_path(path):
+        raise OSError(errno.EBUSY, f"cannot be removed: {left}", shown(str(path)))
+
+
 def remove(parent: int, name: str) -> Left:
     """Remove the entry `name` of a folder, with all in it. Links are removed, not followed; mounts are left alone.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from flowmesh.files.descent import Descent
 from flowmesh.files.names import shown
@@ -74,7 +74,14 @@ class Troubles:
             raise self.first
 
 
-def walk(top: int, troubles: Troubles, *, ordered: bool = False) -> Iterator[Entry]:
+def walk(
+    top: int,
+    troubles: Troubles,
+    *,
+    ordered: bool = False,
+    rights: int = RIGHTS,
+    passed_over: Callable[[str], bool] = lambda _: False,
+) -> Iterator[Entry]:
     """Everything below a folder, folders before what they hold.
 
     Args:
@@ -82,13 +89,15 @@ def walk(top: int, troubles: Troubles, *, ordered: bool = False) -> Iterator[Ent
         troubles: gets what cannot be looked at.
         ordered: by name, so that two folders of the same content give the same order; this keeps the names of each
             folder on the way in memory.
+        rights: the owner's that folders of ours get; 0: nothing is changed.
+        passed_over: whether folders of this name are not entered.
     """
-    with Descent(top, RIGHTS) as way:
+    with Descent(top, rights) as way:
         pending = [_look(way, troubles, ordered)]
         while pending:
             for entry, enter in pending[-1]:
                 yield entry
-                if enter:
+                if enter and not passed_over(entry.name):
                     try:
                         way.down(entry.name)
                     except OSError as error:

@@ -121,7 +121,7 @@ def _files(folder: Path) -> dict[str, Path]:
     """
     found: dict[str, Path] = {}
     seen: set[tuple[int, int]] = set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    for parent, folders, names in os.walk(folder, followlinks=True):  # the operator's folder, which no task writes
         about = Path(parent).stat()
         if (about.st_dev, about.st_ino) in seen or len(seen) >= MAX_FOLDERS:
             folders.clear()

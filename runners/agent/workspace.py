@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO
 
+from flowmesh.files.folder import Folder
+from flowmesh.files.removal import remove_path
+from flowmesh.files.walk import Troubles, walk
 from runners.agent.usage import DEEPEST, SET_ID, change_mode
 
 MAX_READ_BYTES = 16 * 2**20
@@ -68,12 +70,10 @@ class Workspace:
     def listing(self) -> list[str]:
         """Files below the folder with their sizes, except those in hidden folders; links are not followed."""
         lines: list[str] = []
-        for parent, folders, names in os.walk(self.folder):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            for name in sorted(names):
-                full = Path(parent, name)
-                with contextlib.suppress(OSError):
-                    lines.append(f"{full.relative_to(self.folder)} ({full.lstat().st_size} bytes)")
+        with Folder.open(self.folder) as top:
+            for entry in walk(top.fd, Troubles(), ordered=True, passed_over=lambda name: name.startswith(".")):
+                if not entry.is_folder:
+                    lines.append(f"{entry.path} ({entry.status.st_size} bytes)")
                 if len(lines) >= MAX_LISTED:
                     return [*lines, "… and more"]
         return lines
@@ -153,10 +153,7 @@ def _make_plain(file: Path) -> None:
 
 def remove(path: Path) -> None:
     """Remove a file, or a folder with its content, however deep. Nothing happens where there is none."""
-    if path.is_dir() and not path.is_symlink():
-        subprocess.run(["rm", "-rf", "--", path], check=False, stderr=subprocess.DEVNULL)  # it does not recurse
-    else:
-        path.unlink(missing_ok=True)
+    remove_path(path)
 
 
 def _stays(link: Path, root: Path) -> bool:

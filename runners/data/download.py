@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from flowmesh.files.removal import clear, remove_path
 from flowmesh.messages.output import OF_CONNECTION, OF_PROXIES
 from flowmesh.web.session import certificate_remedy
 from runners.api import BadRequest, Context, RunnerError
@@ -50,12 +51,12 @@ class Fetched(msgspec.Struct, frozen=True):
         with self.entry:
             if not target.is_dir():
                 scratch = self.path.with_name(f"{self.path.name}.{name}.new")
-                _clear(scratch)
+                clear(scratch)
                 scratch.mkdir()
                 try:
                     make(scratch)
                 except BaseException:
-                    _clear(scratch)
+                    remove_path(scratch)
                     raise
                 scratch.rename(target)
         evict(self.entry.ctx)
@@ -294,9 +295,3 @@ def _shown(url: str) -> str:
     host = parts.hostname or ""
     port = f":{parts.port}" if parts.port else ""
     return f"{parts.scheme}://{host}{port}{parts.path}" if parts.scheme else url.split("?", maxsplit=1)[0]
-
-
-def _clear(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)

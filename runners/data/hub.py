@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from msgspec import Meta
 
 from runners.api import BadRequest, Context, MissingDependency, RunnerError
+from runners.data import patterns
 from runners.data.cache import DATASETS, library_folder
 from runners.data.cards import check_builder, check_folder_card, check_hub_card, check_saved
 from runners.data.config_split import as_split, builder_of
@@ -249,7 +250,8 @@ def _log_unread(ctx: Context, folder: Path, splits: Mapping[str, list[File]], da
 
 
 def _table_files(folder: Path) -> Iterator[Path]:
-    return (each for each in sorted(folder.rglob("*")) if format_of(each.name) in FORMATS.values() and each.is_file())
+    named = sorted(patterns.found(folder / "**" / "*"))
+    return (each for each in named if format_of(each.name) in FORMATS.values() and each.is_file())
 
 
 def _slice_saved(saved: Any, data: HubData, where: str) -> Any:

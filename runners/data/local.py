@@ -5,7 +5,6 @@ Nothing is cached: a rewritten file gives its new rows even if its size and time
 
 from __future__ import annotations
 
-import glob
 import importlib.util
 import itertools
 import os
@@ -16,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from runners.api import BadRequest, Context, MissingDependency
+from runners.data import patterns
 from runners.data.readers import File, Row, count, read
 from runners.data.reading import Refused
 from runners.data.tables import Columns
@@ -70,8 +70,8 @@ def matching(ctx: Context, pattern: str, where: str) -> list[Path]:
         whole = base / os.path.expanduser(pattern)  # noqa: PTH111 - Path's raises for an unknown user
         try:
             ctx.reach.find(_before_wildcard(whole))
-            found = glob.glob(str(whole), recursive=True)  # noqa: PTH207 - Path.glob takes no absolute ones
-            files = sorted(path for path in map(Path, found) if ctx.reach.find(path) is not None and path.is_file())
+            found = (path for path in patterns.found(whole) if ctx.reach.find(path) is not None)
+            files = sorted(path for path in found if path.is_file())
         except Refused as error:
             refusal = refusal or error
             continue

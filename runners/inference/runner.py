@@ -8,7 +8,6 @@ from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from flowmesh.messages.rows import document_key
 from runners.api import BadRequest, Context, Runner, RunnerError
 from runners.data.sources import load_items
 from runners.inference.engine import Completion, Request, Watch
@@ -33,7 +32,7 @@ from runners.models.adapters import LocalAdapter, load_adapters
 from runners.models.checkpoints import load_checkpoint, model_root
 from runners.models.sources import Source, local_folder, resolve_identifier
 from runners.rows.log import RowLog, report_rows
-from runners.rows.resume import read_resume, starts_anew
+from runners.rows.opening import open_rows
 
 
 class InferenceRunner(Runner):
@@ -177,17 +176,12 @@ def open_log(ctx: Context, part: Part, identity: Identity, spec: dict[str, Any],
     """
     check_not_all_blank(part)
     keys = row_keys(part, identity)
-    others = read_resume(ctx, spec, where)
-    document = document_key(spec) if part.task_id is None else ""
-    log = RowLog(part.folder, keys, fresh=starts_anew(spec), document=document)
+    task_id = part.task_id or ctx.task_id
+    log = open_rows(
+        ctx, spec, where, part.folder, keys, lambda index, row: placed(part, index, row.item), task_id=task_id
+    )
     with contextlib.ExitStack() as stack:
         stack.callback(log.close)
-        log.take(others, lambda index, row: placed(part, index, row.item))
-        task_id = part.task_id or ctx.task_id
-        if log.bad_lines:
-            ctx.log.warning("rows with a wrong checksum are computed again task=%s count=%d", task_id, log.bad_lines)
-        if log.reused:
-            ctx.log.info("rows that stand already task=%s rows=%d of %d", task_id, log.reused, len(keys))
         if part.blank:
             ctx.log.warning("blank prompts skipped task=%s count=%d", task_id, len(part.blank))
         for index in sorted(part.blank - log.rows.keys()):

@@ -6,12 +6,12 @@ Generated on first use, always with the same weights. The answers are meaningles
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from flowmesh.files.removal import remove_path
 from runners.api import BadRequest
 
 PREFIX = "builtin:"
@@ -62,7 +62,7 @@ def resolve(identifier: str, cache_dir: Path, where: str = "spec.model.source.id
         if not target.is_dir():  # another task was faster, with identical content
             raise
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        remove_path(scratch)
     return target
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from flowmesh.files.walk import Troubles, walk
 from flowmesh.validation.convert import nearest
 from runners.api import BadRequest, Context
 from runners.data.documents import BinaryFile, UnreadableDocument, document_text
@@ -195,34 +197,48 @@ def _of_path(ctx: Context, path: Path, shown: str, where: str) -> Documents:
 def _walk(ctx: Context, folder: Path) -> Iterator[Document | Skipped]:
     """Every file below `folder`: its text, or the reason why it is skipped."""
 
-    def unlisted(error: OSError) -> None:
-        refused.append(Skipped(_below(Path(error.filename), folder) + "/", f"cannot be listed: {error.strerror}"))
-
-    refused: list[Skipped] = []
-    for parent, folders, files in os.walk(folder, onerror=unlisted):
-        for name in sorted(folders):
-            path = Path(parent) / name
-            if name.startswith("."):
-                yield Skipped(_below(path, folder) + "/", "hidden", minor=True)
-            elif path.is_symlink():
-                yield Skipped(_below(path, folder) + "/", "a link to a folder, which is not followed")
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
+    unlisted = _Unlisted()
+    try:
+        top = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise BadRequest(f"spec.faiss.path: {str(folder)!r} cannot be listed: {error.strerror}") from None
+    try:
+        for entry in walk(top, unlisted, ordered=True, rights=0, passed_over=lambda name: name.startswith(".")):
             ctx.check_cancelled()
-            path = Path(parent) / name
-            shown = _below(path, folder)
-            if name.startswith("."):
+            shown = entry.path
+            if entry.is_folder:
+                if entry.name.startswith("."):
+                    yield Skipped(f"{shown}/", "hidden", minor=True)
+            elif entry.name.startswith("."):
                 yield Skipped(shown, "hidden", minor=True)
-                continue
-            try:
-                yield Document(shown, _text_of_file(ctx, path, shown), {"path": shown})
-            except UnreadableDocument as error:
-                yield Skipped(shown, str(error), minor=isinstance(error, BinaryFile))
-    yield from refused
+            else:
+                yield _one_file(ctx, folder / shown, shown, linked=stat.S_ISLNK(entry.status.st_mode))
+    finally:
+        os.close(top)
+    yield from unlisted.skipped
 
 
-def _below(path: Path, folder: Path) -> str:
-    return path.relative_to(folder).as_posix()
+class _Unlisted(Troubles):
+    """Folders that could not be entered or listed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.skipped: list[Skipped] = []
+
+    def add(self, error: OSError, names: list[str]) -> None:
+        super().add(error, names)
+        mounted = error.errno == errno.EXDEV
+        why = "something is mounted there: name it itself" if mounted else f"cannot be listed: {error.strerror}"
+        self.skipped.append(Skipped("/".join(names) + "/", why))
+
+
+def _one_file(ctx: Context, path: Path, shown: str, *, linked: bool) -> Document | Skipped:
+    if linked and os.path.isdir(path):  # noqa: PTH112 - Path's raises where the path is too long
+        return Skipped(f"{shown}/", "a link to a folder, which is not followed")
+    try:
+        return Document(shown, _text_of_file(ctx, path, shown), {"path": shown})
+    except UnreadableDocument as error:
+        return Skipped(shown, str(error), minor=isinstance(error, BinaryFile))
 
 
 def _text_of_file(ctx: Context, path: Path, name: str) -> str:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import faiss
 import msgspec
 
+from flowmesh.files.removal import clear
 from runners.api import BadRequest, Context
 from runners.models.files import SAFE_ID, downloaded, find_root, opened, task_folder
 from runners.models.sources import local_folder, local_path
@@ -72,6 +72,13 @@ class Passages:
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise BadRequest(f"{self._where}: {PASSAGES} line {row + 1} is not a passage: {error}") from None
 
+    @property
+    def digest(self) -> str:
+        found = hashlib.blake2b(digest_size=16)
+        for line in self._lines:
+            found.update(line + b"\n")
+        return found.hexdigest()
+
     def write(self, path: Path) -> None:
         with path.open("wb") as file:
             file.writelines(line + b"\n" for line in self._lines)
@@ -81,14 +88,14 @@ def save(ctx: Context, built: Loaded) -> Path:
     """Write the index into the task's folder and ask for its upload."""
     target = ctx.out_dir / FOLDER
     scratch = ctx.out_dir / f".{FOLDER}.partial"
-    shutil.rmtree(scratch, ignore_errors=True)
+    clear(scratch)
     scratch.mkdir(parents=True)
     faiss.write_index(built.index.on_cpu(), os.fspath(scratch / VECTORS))
     built.passages.write(scratch / PASSAGES)
     sums = {name: _checksum(ctx, scratch / name) for name in (VECTORS, PASSAGES)}
     about = msgspec.structs.replace(built.about, sha256=sums)
     (scratch / ABOUT).write_bytes(msgspec.json.format(msgspec.json.encode(about)))
-    shutil.rmtree(target, ignore_errors=True)
+    clear(target)
     scratch.rename(target)
     ctx.archive(FOLDER)
     return target

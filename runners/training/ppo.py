@@ -6,7 +6,6 @@ TRL has removed its own. This is the loop; `ppo_math` has the formulas, and the 
 from __future__ import annotations
 
 import os
-import shutil
 from typing import Any
 
 from accelerate import Accelerator
@@ -15,6 +14,7 @@ from torch.optim import AdamW
 from transformers import get_scheduler, set_seed
 from trl.trainer.utils import disable_dropout_in_model
 
+from flowmesh.files.removal import clear
 from runners.api import BadRequest
 from runners.models.sources import Source
 from runners.training import data, models, ppo_checkpoint, prompts, rewards, saving, tracking
@@ -161,8 +161,9 @@ class PpoJob:
             self._note(step, numbers)
             self._meter.advance(step)
             stopped = self._meter.must_stop()
-            if self._saves_at(step) or (stopped is not None and stopped.checkpoint):
+            if self._saves_at(step) or self._meter.save_due or (stopped is not None and stopped.checkpoint):
                 self._save_checkpoint(step, history)
+                self._meter.saved(step)
             if stopped is not None:
                 break
         if self._tracking.names:
@@ -211,7 +212,7 @@ class PpoJob:
         """Save the policy without the value head."""
         folder = saving.scratch(self._plan, self._ctx)
         if self._place.leads:
-            shutil.rmtree(folder, ignore_errors=True)
+            clear(folder)
             self._policy.policy.save_pretrained(folder)
             self._tokenizer.save_pretrained(folder)
             saving.save_generation(self._policy.policy, folder, self._plan)

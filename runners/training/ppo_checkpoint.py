@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from flowmesh.files.removal import clear, remove_path
 from runners.api import RunnerError
 from runners.training.checkpoints import STATE_FILE, steps
 from runners.training.ranks import Place
@@ -32,7 +33,7 @@ def save(
     target = folder / f"checkpoint-{state['global_step']}"
     partial = folder / f".{target.name}.partial"
     if place.leads:
-        shutil.rmtree(partial, ignore_errors=True)
+        clear(partial)
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
     if place.on_first_node:
@@ -48,12 +49,12 @@ def save(
         (partial / STATE_FILE).write_text(json.dumps(state))
     accelerator.wait_for_everyone()
     if place.leads:
-        if target.exists():
-            shutil.rmtree(target)
+        clear(target)
         partial.rename(target)
         if keep is not None:
             for _, old in sorted(steps(folder), reverse=True)[keep:]:
-                shutil.rmtree(old)
+                if left := remove_path(old):
+                    logging.getLogger(__name__).warning("an old checkpoint was not removed: %s", left)
     accelerator.wait_for_everyone()
 
 

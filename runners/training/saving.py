@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
+from flowmesh.files.removal import clear
 from runners.api import Context
 from runners.training.plan import Plan
 
@@ -28,7 +28,7 @@ def save_trainer(trainer: Any, plan: Plan, ctx: Context) -> None:
     if getattr(accelerator.state, "fsdp_plugin", None) is not None:
         accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")  # else each rank writes its own part
     if trainer.args.should_save:
-        shutil.rmtree(folder, ignore_errors=True)
+        clear(folder)
     accelerator.wait_for_everyone()
     trainer.save_model(str(folder))
     accelerator.wait_for_everyone()
@@ -48,7 +48,6 @@ def publish(folder: Path, target: Path) -> None:
     """Rename a finished folder to `target`, replacing one of an earlier attempt."""
     for name in NOT_PART:
         (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / REFERENCE, ignore_errors=True)
-    if target.exists():
-        shutil.rmtree(target)
+    clear(folder / REFERENCE)
+    clear(target)
     folder.rename(target)
