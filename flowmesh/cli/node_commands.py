@@ -36,6 +36,16 @@ _TASKS = (
 )
 
 
+@click.command(help="Print the metrics of the node on this machine, in Prometheus' text format.")
+@locate.config_option
+@locate.state_dir_option
+def metrics(config: str | None, state_dir: str | None) -> int:
+    """Run the command; returns the exit code."""
+    with Control(locate.state_dir(state_dir, config)) as control:
+        sys.stdout.write(control.metrics())
+    return EXIT_OK
+
+
 @click.command(help="Show the node on this machine: its workers, its tasks, and whether Redis answers.")
 @locate.node_options
 def status(config: str | None, state_dir: str | None, as_json: bool) -> int:

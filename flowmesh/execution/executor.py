@@ -408,6 +408,7 @@ class Executor:
         self.observers.on_posted()
         self.runs.remove(run)
         self.counters.add_verdict(verdict.kind)
+        self.observers.on_ended(run, verdict)
         self._report_end(run, verdict, event)
         if verdict.kind is not Kind.DELIVERY_FAILED:  # its spool folder is kept for `flowmesh deliver`
             self.begin(self._cleanup.remove_spool(run.attempt))

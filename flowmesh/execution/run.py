@@ -81,6 +81,8 @@ class Run:
         """When it started, monotonic; computed from `boot_mark` for an adopted task. 0: it has not started."""
         self.queued_at = time.monotonic()
         """When it was accepted, or adopted while it waited."""
+        self.fork_asked = 0.0
+        """When its fork server was asked for its process, monotonic. 0: it was not, or by an earlier supervisor."""
         self.faulted_at = 0.0
         """When it first met a fault of the node, monotonic. 0: it has not, or it was launched since."""
         self.unready = 0

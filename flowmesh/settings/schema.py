@@ -248,6 +248,17 @@ class SlotSettings(Section, frozen=True):
     """CPUs that its tasks are confined to. None: those that no slot names, shared by all slots without `cpus`."""
 
 
+class MetricsSettings(Section, frozen=True):
+    """[metrics]"""
+
+    textfile: FilePath | None = None
+    """File that gets the metrics, for node_exporter's textfile collector. None: none."""
+    interval_s: Annotated[float, Meta(ge=1, le=3600)] = 15.0
+    """Interval between two writes."""
+    job_mapping_dir: FilePath | None = None
+    """Folder with a file for each GPU that names its task, for dcgm-exporter. None: none."""
+
+
 class RunnersSettings(Section, frozen=True):
     """[runners]: limits and permissions of the built-in task types"""
 
@@ -297,6 +308,7 @@ class Settings(Section, frozen=True):
     processes: ProcessesSettings = ProcessesSettings()
     gpu: GpuSettings = GpuSettings()
     slots: tuple[SlotSettings, ...] = ()
+    metrics: MetricsSettings = MetricsSettings()
     runners: RunnersSettings = RunnersSettings()
     environments: dict[Name, EnvironmentSettings] = {}
     task_types: dict[Name, TaskTypeSettings] = {}
