@@ -84,7 +84,7 @@ def run(
 def run_all(
     submissions: Sequence[Submission],
     options: LocalOptions,
-    choice: Choice,
+    choice: Choice = Choice(None, ""),  # noqa: B008 - frozen
     *,
     timeout_s: float | None = None,
     keep_going: bool = False,
@@ -93,7 +93,7 @@ def run_all(
     """Run the tasks one after another on one node, and print the outcome of each.
 
     Args:
-        choice: the node that runs here, if they run on it.
+        choice: the node that runs here, if they run on it; by default a temporary one.
         timeout_s: limit for each task; None: no limit.
         keep_going: run the remaining tasks after a failure.
 
