@@ -14,7 +14,7 @@ from flowmesh.errors import FlowMeshError
 from flowmesh.pipelines.conditions import ConditionError
 from flowmesh.pipelines.document import Pipeline, holds
 from flowmesh.pipelines.keys import key_of
-from flowmesh.pipelines.merging import together
+from flowmesh.pipelines.merging import merge_key, together
 from flowmesh.pipelines.parts import Part, Record
 from flowmesh.pipelines.ports import Ended, Event, Port, Seen, Started, Task
 from flowmesh.pipelines.progress import StageRun, State, results_of, summary
@@ -92,28 +92,29 @@ class Driver:
 
     def _advance(self) -> None:
         """Decide on the stages that wait for nothing any more, and start tasks as far as there is room."""
-        moved = not self._stopped
-        while moved:
-            moved = False
-            for run in self.runs.values():
-                if run.state is State.WAITING and self._decide(run):
-                    moved = True
-        while self._pending and not self._stopped:
+        refused = True
+        while refused and not self._stopped:
+            while any([self._decide(run) for run in self.runs.values() if run.state is State.WAITING]):
+                pass
+            refused = self._start()
+
+    def _start(self) -> bool:
+        """Start tasks as far as there is room; True where one cannot run at all, which may end other stages."""
+        while self._pending and len(self._running) < self._port.slots():
             first = self._pending[0]
             parts = [first, *together(first, self._pending[1:])]
             try:
                 if not self._port.submit(self._task(parts)):
-                    break
+                    return False
             except FlowMeshError as error:
                 self._pending = [part for part in self._pending if part.stage != first.stage]
                 self._end(self.runs[first.stage], State.FAILED, str(error), "bad_request")
-                self._advance()
-                return
+                return True
             self._pending = [part for part in self._pending if part not in parts]
             self._running[first.task_id] = parts
             for part in parts:
-                run = self.runs[part.stage]
-                run.merged_into = first.stage if part is not first else None
+                self.runs[part.stage].merged_into = first.stage if part is not first else None
+        return False
 
     def _decide(self, run: StageRun) -> bool:
         """Whether a stage that waited does so no more."""
@@ -150,7 +151,8 @@ class Driver:
 
     def _part(self, run: StageRun, index: int, spec: dict[str, Any], total: int) -> Part:
         task_id = f"{self.pipeline_id}.{run.name}" + (f".s{index}" if total > 1 else "")
-        return Part(stage=run.name, task_id=task_id, spec=spec, index=index, alone=total > 1 or not run.stage.merges)
+        key = merge_key(spec) if total == 1 and run.stage.merges else None
+        return Part(stage=run.name, task_id=task_id, spec=spec, index=index, merge_key=key)
 
     def _can_reuse(self, before: Record, key: str) -> bool:
         gone = before.out_dir is not None and not Path(before.out_dir).is_dir()
@@ -189,7 +191,7 @@ class Driver:
         if children and not event.ok and not self._stopped:
             # One of them may have made all fail: each runs again by itself.
             for part in parts:
-                part.alone = True
+                part.merge_key = None
                 self.runs[part.stage].state = State.READY
                 self.runs[part.stage].merged_into = None
             self._pending = [*parts, *self._pending]

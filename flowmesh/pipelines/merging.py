@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any
 
@@ -25,11 +26,11 @@ def merge_key(spec: dict[str, Any]) -> str | None:
     shared = {name: value for name, value in spec.items() if name not in _OWN}
     if isinstance(inference := shared.get("inference"), dict):
         shared["inference"] = {name: value for name, value in inference.items() if name not in _OWN_OF_INFERENCE}
-    return json.dumps(shared, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(json.dumps(shared, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def together(first: Part, others: list[Part]) -> list[Part]:
     """Those of `others` that run in one task with `first`."""
-    if first.alone or (key := merge_key(first.spec)) is None:
+    if first.merge_key is None:
         return []
-    return [part for part in others if not part.alone and merge_key(part.spec) == key][:MAX_CHILDREN]
+    return [part for part in others if part.merge_key == first.merge_key][:MAX_CHILDREN]

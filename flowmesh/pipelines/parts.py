@@ -16,8 +16,8 @@ class Part(msgspec.Struct, kw_only=True):
     """With all references replaced."""
     index: int = 0
     """Of its shard."""
-    alone: bool = False
-    """Whether it must not be merged."""
+    merge_key: str | None = None
+    """Equal for parts that may run as one task; None: it runs by itself."""
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):

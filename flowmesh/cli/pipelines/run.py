@@ -87,6 +87,11 @@ class PipelineRun:
             self._view.begin(pipeline, driver.runs)
             try:
                 result = driver.run()
+            except Interrupted:
+                raise
+            except BaseException:
+                driver.stop()  # as far as the node still answers
+                raise
             finally:
                 self._view.end()
                 while not self._happened.empty():
