@@ -94,7 +94,7 @@ class Driver:
         """Decide on the stages that wait for nothing any more, and start tasks as far as there is room."""
         refused = True
         while refused and not self._stopped:
-            while any([self._decide(run) for run in self.runs.values() if run.state is State.WAITING]):
+            while sum(self._decide(run) for run in self.runs.values() if run.state is State.WAITING):
                 pass
             refused = self._start()
 
