@@ -33,6 +33,8 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs the inference extra"),
 ]
 PROMPTS = int(os.environ.get("FLOWMESH_ROWS_PROMPTS", "96"))
+END_S = 60.0 * max(1.0, PROMPTS / 96)
+"""Until a task ends."""
 TABLE = os.environ.get("FLOWMESH_ROWS_TABLE", "")
 SPEC: dict[str, Any] = {
     "taskType": "inference",
@@ -97,7 +99,7 @@ def node(one_node: Node, request: pytest.FixtureRequest) -> Iterator[Node]:
 @pytest.fixture(scope="module")
 def whole(one_node: Node, peer: Orchestrator) -> dict[str, Any]:
     """The result of an undisturbed run."""
-    end = peer.run("w1", SPEC, task_id="undisturbed")
+    end = peer.run("w1", SPEC, END_S, task_id="undisturbed")
     assert end["type"] == "TASK_SUCCEEDED", end
     assert end["payload"]["resources"]["rows"] == {
         "done": PROMPTS, "total": PROMPTS, "reused": 0, "reused_tokens": 0,
@@ -186,13 +188,13 @@ def retry(  # noqa: PLR0917
     resume: dict[str, str] | None = None, attempts: int = 2,
 ) -> None:  # fmt: skip
     """Check the interrupted attempt that has ended, and its retry with the same id on the same node."""
-    first = peer.wait_end(task_id)
+    first = peer.wait_end(task_id, END_S)
     tokens = check_interrupted(node, first, kind, whole)
     assert first["payload"]["resume"] == (resume or {"path": str(node.results_dir / task_id)})
     before = kept(node, task_id).rows
     peer.task_events.clear()
     check_retry(
-        end=peer.run("w1", SPEC, task_id=task_id),
+        end=peer.run("w1", SPEC, END_S, task_id=task_id),
         result=node.result(task_id),
         done=len(before),
         tokens=tokens,
@@ -209,14 +211,14 @@ def test_the_child_is_killed_again_and_again(node: Node, peer: Orchestrator, who
     os.kill(begin(node, peer, "child"), signal.SIGKILL)
     draw = random.Random(7)
     for _ in range(4):
-        first = peer.wait_end("child")
+        first = peer.wait_end("child", END_S)
         tokens = check_interrupted(node, first, "crash", whole)
         peer.task_events.clear()
         peer.dispatch("w1", SPEC, "child")
         pid = node.task_pid("child")
         time.sleep(draw.uniform(0, 0.2))  # while it reads, loads, or computes the next batch
         os.kill(pid, signal.SIGKILL)
-        again = check_interrupted(node, peer.wait_end("child"), "crash", whole)
+        again = check_interrupted(node, peer.wait_end("child", END_S), "crash", whole)
         assert again >= tokens, "rows of earlier attempts are lost"
     retry(node, peer, "child", "crash", whole, attempts=6)
 
@@ -250,7 +252,7 @@ def test_the_supervisor_is_killed_and_the_next_one_adopts(
     begin(node, peer, "adopted")
     node.kill()
     node.start()
-    end = peer.wait_end("adopted")
+    end = peer.wait_end("adopted", END_S)
     assert end["type"] == "TASK_SUCCEEDED", end
     assert end["payload"]["resources"]["rows"] == {
         "done": PROMPTS, "total": PROMPTS, "reused": 0, "reused_tokens": 0,
@@ -325,13 +327,13 @@ def test_a_drained_task_goes_on_on_another_node(
 ) -> None:
     begin(node, peer, "drained", output=to(results))
     node.ask(op="drain", mode="checkpoint")
-    end = peer.wait_end("drained")
+    end = peer.wait_end("drained", END_S)
     tokens = check_interrupted(node, end, "drained", whole)
     assert end["payload"]["retryable"] is True
     other = Node(server, worker_id="w2")
     try:
         other.start()
-        again = peer.run("w2", SPEC | {"resume": end["payload"]["resume"]}, task_id="goes-on")
+        again = peer.run("w2", SPEC | {"resume": end["payload"]["resume"]}, END_S, task_id="goes-on")
         check_retry(other.result("goes-on"), again, end["payload"]["rows"]["done"], tokens, whole, "drained")
     except BaseException:
         print(other.text()[-6000:])
