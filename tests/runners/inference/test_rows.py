@@ -72,16 +72,6 @@ def test_a_cancelled_task_goes_on(whole, make_context, monkeypatch) -> None:
     assert after.rows[: first.rows.done] == before.rows, "what stood was written again"
 
 
-def test_a_cancelled_task_exports_what_is_finished(whole, make_context, monkeypatch) -> None:
-    context = make_context(whole["spec"] | {"postprocess": {"jsonl_export": {"path": "out.jsonl"}}})
-    cancel_at(context, 7, monkeypatch)
-    with pytest.raises(Cancelled):
-        InferenceRunner().run(context)
-    assert context.rows is not None
-    lines = (context.out_dir / "out.jsonl").read_text().splitlines()
-    assert len(lines) == context.rows.done
-
-
 def test_a_whole_log_needs_no_model(whole, make_context, monkeypatch) -> None:
     first = make_context(whole["spec"])
     InferenceRunner().run(first)
