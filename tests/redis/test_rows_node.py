@@ -127,10 +127,14 @@ def kept(node: Node, task_id: str) -> Kept:
 
 
 def begin(node: Node, peer: Orchestrator, task_id: str, **fields: Any) -> int:
-    """Dispatch the task, and wait until some rows stand and others are being computed; returns its pid."""
+    """Dispatch the task, and wait until some rows stand and others are being computed; returns its pid.
+
+    At a large size, how many stand is drawn by the task's id; a small one could be over by then.
+    """
+    stand = random.Random(task_id).randint(1, PROMPTS * 3 // 4) if PROMPTS > 200 else 1
     peer.dispatch("w1", SPEC | fields, task_id)
     pid = node.task_pid(task_id)
-    until(lambda: kept(node, task_id).rows, f"{task_id} has rows")
+    until(lambda: len(kept(node, task_id).rows) >= stand, f"{task_id} has rows", END_S)
     return pid
 
 
@@ -239,7 +243,7 @@ def test_it_is_cancelled(node: Node, peer: Orchestrator, whole: dict[str, Any]) 
 
 
 def test_it_runs_into_its_time_limit(node: Node, peer: Orchestrator, whole: dict[str, Any]) -> None:
-    pid = begin(node, peer, "timeout", timeoutSec=10)
+    pid = begin(node, peer, "timeout", timeoutSec=10 if PROMPTS < 200 else 55)
     os.kill(pid, signal.SIGSTOP)  # else a fast machine is done in time
     wait_state(node, "timeout", "stopping")
     os.kill(pid, signal.SIGCONT)
