@@ -33,6 +33,11 @@ MAX_MESSAGE_CHARS = 2000
 MAX_DETAIL_CHARS = 64 * 1024
 NO_TRACEBACK = (Fault.BAD_REQUEST, Fault.MISSING_DEPENDENCY)
 """The message says all of it."""
+LIBRARIES = (
+    "torch", "transformers", "vllm", "trl", "peft", "accelerate", "datasets", "tokenizers", "numpy",
+    "sentence_transformers", "faiss", "smolagents", "openai",
+)  # fmt: skip
+"""Whose versions the node keeps with a task: a result may depend on them."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 OUTCOME_WAIT_S = 300.0
 """How long a finished task waits for a place for its outcome. A stop ends that wait with the process."""
@@ -132,7 +137,14 @@ def run(job: Job, ctx: Context) -> Outcome:
         rows=ctx.rows,
         command=ctx.command,
         warnings=tuple(redact(line) for line in ctx.warnings),
+        versions=_versions(),
     )
+
+
+def _versions() -> dict[str, str]:
+    """Of what was imported, as the modules themselves say."""
+    loaded = ((name, getattr(sys.modules.get(name), "__version__", None)) for name in LIBRARIES)
+    return {name: str(version)[:80] for name, version in loaded if version is not None}
 
 
 def _flush_logs(last: str = "") -> None:

@@ -110,6 +110,8 @@ def _run(submission: Submission, options: LocalOptions, terminal: Terminal, *, e
     running = None if embedded else running_node.find(options.config, submission.task_type)
     with _Passing(happened, terminal).handled() as signals:
         if running is not None:
+            if running.task_user is not None:
+                terminal.open_to(running.task_user)
 
             def waits(worker_id: str, count: int) -> None:
                 if count and not quiet:

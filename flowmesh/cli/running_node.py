@@ -29,7 +29,8 @@ def find(config: str | None, task_type: str | None) -> RunningNode | None:
         task_type: None: any node.
     """
     try:
-        folder = paths.state_dir(locate.settings(config), os.environ)
+        settings = locate.settings(config)
+        folder = paths.state_dir(settings, os.environ)
         with Control(folder) as control:
             status = control.status_json()
     except (NotPermitted, UnavailableError, ConfigError):
@@ -37,17 +38,19 @@ def find(config: str | None, task_type: str | None) -> RunningNode | None:
     offered = status.get("task_types")
     if status.get("draining") or (task_type is not None and isinstance(offered, list) and task_type not in offered):
         return None
-    return RunningNode(folder)
+    return RunningNode(folder, settings.processes.task_user)
 
 
 class RunningNode:
     """
     Args:
         state_dir: the node's.
+        task_user: the user that its tasks run as; None: its own.
     """
 
-    def __init__(self, state_dir: Path) -> None:
+    def __init__(self, state_dir: Path, task_user: str | None) -> None:
         self.state_dir = state_dir
+        self.task_user = task_user
 
     def run(
         self,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pwd
 import socket
 import threading
 from pathlib import Path
 from types import TracebackType
 
 from flowmesh.cli.private_folder import lock_folder, private_dir, sweep_abandoned
+from flowmesh.errors import ConfigError
 from flowmesh.files.removal import remove_path
 from flowmesh.messages import attach
 from flowmesh.messages.attach import Caller
@@ -53,6 +55,19 @@ class Terminal:
             self._peer.close()
         remove_path(self._folder)
         os.close(self._lock)
+
+    def open_to(self, user: str) -> None:
+        """Let this user's processes connect, which otherwise only those of this one may; needs root.
+
+        Raises:
+            ConfigError: there is no such user, or this one is not root.
+        """
+        try:
+            uid = pwd.getpwnam(user).pw_uid
+            for path in (self.path, self._folder):
+                os.chown(path, uid, -1)
+        except (KeyError, PermissionError):
+            raise ConfigError(f"tasks run as {user}, who cannot be given this terminal: run this as root") from None
 
     @property
     def attached(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 import math
 import time
 from collections.abc import Callable
@@ -13,11 +14,34 @@ import msgspec
 from flowmesh.execution import boot_clock
 from flowmesh.execution.admission import Accepted
 from flowmesh.messages.job import Exit, Outcome
-from flowmesh.messages.wire import utc_now
+from flowmesh.messages.wire import Recorded, utc_now
 from flowmesh.node.slots import Slot
 from flowmesh.processes.pipe import Pipe, Progress
 from flowmesh.results.job import DeliveryReport
 from flowmesh.tasks.machine import State, Task
+
+
+class Timeline:
+    """When what happened to a run, for the history."""
+
+    def __init__(self) -> None:
+        now = time.time()
+        self.marks: dict[str, float] = {"received": now, State.QUEUED.value: now}
+        """When it was received, and when it entered each state, in seconds since 1970."""
+
+    @property
+    def received_at(self) -> str:
+        """ISO 8601, UTC."""
+        return datetime.datetime.fromtimestamp(self.marks["received"], datetime.UTC).isoformat()
+
+    def enter(self, state: State) -> None:
+        """It enters a state now."""
+        self.marks[state.value] = time.time()
+
+    def resume(self, marks: dict[str, float], received_at: str) -> None:
+        """Take over what an earlier supervisor recorded; one of an older version records no marks."""
+        received = datetime.datetime.fromisoformat(received_at).timestamp()
+        self.marks = {"received": received, State.QUEUED.value: received, **marks}
 
 
 class Run:
@@ -57,6 +81,8 @@ class Run:
         """When it started, monotonic; computed from `boot_mark` for an adopted task. 0: it has not started."""
         self.queued_at = time.monotonic()
         """When it was accepted, or adopted while it waited."""
+        self.fork_asked = 0.0
+        """When its fork server was asked for its process, monotonic. 0: it was not, or by an earlier supervisor."""
         self.faulted_at = 0.0
         """When it first met a fault of the node, monotonic. 0: it has not, or it was launched since."""
         self.unready = 0
@@ -69,6 +95,7 @@ class Run:
         """What its delivery found; of a failed task also what it had finished."""
         self.log_tail: tuple[str, ...] = ()
         """The last lines of a failed task's log."""
+        self.timeline = Timeline()
         self.resources: dict[str, Any] = {}
         self.energy: dict[str, Any] | None = None
         self.gpus = gpus_of(accepted, slot)
@@ -80,6 +107,11 @@ class Run:
     @property
     def task_id(self) -> str:
         return self.accepted.message.task_id
+
+    @property
+    def recorded(self) -> Recorded | None:
+        """Which attempt of a task with a record in Redis it is; None: the task has no record."""
+        return self.accepted.message.record
 
     @property
     def worker_id(self) -> str:

@@ -83,13 +83,13 @@ def _rows(run: Run) -> dict[str, Any]:
     return {} if counts is None else {"rows": msgspec.to_builtins(counts)}
 
 
-def ended(run: Run, verdict: Verdict, *, finished_at: str, cost_per_hour: float, layout: Layout) -> bytes:
+def ended(run: Run, verdict: Verdict, *, finished_at: str, cost_per_hour: float, redact: Redactor) -> bytes:
     """The terminal event, encoded: TASK_SUCCEEDED or TASK_FAILED.
 
     Args:
         finished_at: ISO 8601, UTC.
         cost_per_hour: of the task's slot, in US dollars.
-        layout: has the secrets that are hidden in the event.
+        redact: hides the secrets of the node and of the task.
     """
     payload: dict[str, Any] = {
         "taskType": run.accepted.type.name,
@@ -103,7 +103,6 @@ def ended(run: Run, verdict: Verdict, *, finished_at: str, cost_per_hour: float,
         payload["dispatched_at"] = run.accepted.message.dispatched_at
     if run.outcome is not None and run.outcome.command is not None:
         payload["command"] = msgspec.to_builtins(run.outcome.command)
-    redact = redactor(run, layout)
     if warnings := _bounded([redact(line) for line in warnings_of(run)]):
         payload["warnings"] = warnings
     if verdict.ok:

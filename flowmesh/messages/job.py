@@ -156,6 +156,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """Of a task that runs a program, once the program has ended."""
     warnings: tuple[str, ...] = ()
     """As in the result, for the terminal event; also those of a run that failed."""
+    versions: dict[str, str] = {}
+    """Of the libraries that the process had imported, for the history."""
 
 
 class Exit(msgspec.Struct, frozen=True, kw_only=True):

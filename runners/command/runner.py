@@ -31,6 +31,8 @@ MAIN = "main.py"
 """The file of inline code, in the task's TMPDIR."""
 _FROM_NODE = ("TMPDIR", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "FLOWMESH_")
 """How the names of variables begin that are the node's, whatever the caller's environment has."""
+_OF_USER = ("HOME", "USER", "LOGNAME")
+"""The same, where tasks run as a user of their own."""
 
 
 class Call(msgspec.Struct, frozen=True):
@@ -67,7 +69,12 @@ def _run(ctx: Context, spec: CommandSpec | PythonSpec, begin: Callable[[Call], i
         call, connection, logs = Call(space, Place(space.folder, space.env, lines)), None, ctx.out_dir / "logs"
         if attached is not None:
             caller = attached.caller
-            ours = {name: value for name, value in space.env.items() if name.startswith(_FROM_NODE)}
+            node_has = (*_FROM_NODE, *_OF_USER) if ctx.job.permits.own_user else _FROM_NODE
+            ours = {name: value for name, value in space.env.items() if name.startswith(node_has)}
+            if not os.access(caller.cwd, os.X_OK):
+                raise BadRequest(
+                    f"spec.attach: the user that tasks run as may not enter {caller.cwd}; start it elsewhere"
+                )
             place = Place(Path(caller.cwd), {**caller.env, **ours}, lines, attached.stdio, caller.umask)
             call, connection = Call(space, place, caller.argv), attached.connection
         own_logs = None if attached is not None else logs

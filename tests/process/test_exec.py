@@ -252,3 +252,22 @@ def test_a_second_command_waits_for_the_slot(node: Node, project: Path) -> None:
     out, err = second.communicate(timeout=30)
     assert (out, second.returncode) == ("second\n", 0)
     assert "exit status 0 in" in err
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can run tasks as another user")
+def test_where_tasks_run_as_another_user(redis_server: RedisServer, project: Path) -> None:
+    """The terminal is given to that user and nobody else; a folder that the user may not enter is named."""
+    settings = 'task_user = "nobody"\n'
+    config = CONFIG.replace("[processes]\n", "[processes]\n" + settings)
+    node = Node(redis_server, "--set=tasks.allow_command=*", config=config)
+    node.home.chmod(0o711)
+    (node.home / "exec.toml").write_text(f'[node]\nstate_dir = "{node.state_dir}"\n[processes]\n{settings}')
+    with running(node):
+        begin = [*FLOWMESH, "--config", str(node.home / "exec.toml"), "--"]
+        found = call(node, Path("/"), [*begin, "sh", "-c", "id -un; echo $HOME; cat; exit 4"], "typed\n")
+        assert found[:2] == (4, "nobody\n/nonexistent\ntyped\n"), found
+        closed = node.home / "closed"
+        closed.mkdir(mode=0o700)
+        code, _, errors = call(node, closed, [*begin, "true"], "")
+        assert code == 1
+        assert f"may not enter {closed}" in errors
