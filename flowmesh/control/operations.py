@@ -101,6 +101,7 @@ class Operations:
                 }
                 for server in executor.pool.servers
             ],
+            "queue": self._link.queue.summary(),
             "warnings": executor.pool.warnings(),
             "redeliveries": executor.redeliveries.waits(),
             "queued": sum(len(slot.queue) for slot in executor.slots.values()),

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import random
+import time
 from typing import Any
 
 import msgspec
@@ -25,6 +26,7 @@ from flowmesh.execution.run import Run
 from flowmesh.messages.wire import Recorded, utc_now
 from flowmesh.node.slots import Slot
 from flowmesh.orchestrator.dispatcher import Dispatcher
+from flowmesh.orchestrator.elsewhere import fits_elsewhere
 from flowmesh.orchestrator.record_sender import RecordSender, stop_stale
 from flowmesh.orchestrator.registration import Registration
 from flowmesh.queue import names, scripts
@@ -34,6 +36,8 @@ POLL_S = (4.0, 8.0)
 """Bounds of the pause, drawn each time, after which an idle node looks without having been woken."""
 FORBIDDEN_S = 300.0
 """Between two tries of a login that may not use the queue."""
+ALLOW_S = 5.0
+"""Between two checks whether tasks that failed here still fit another node."""
 SOON_S = 1.0
 """About when to look again after an entry that another node should take, or before the worker is registered."""
 
@@ -76,6 +80,7 @@ class Claims(Observer):
         self._looked = asyncio.Event()
         """A look has ended: perhaps a slot is idle now."""
         self._classes: dict[str, RequirementClass] = {}
+        self._allowed_at = float("-inf")
         self._turn = random.randrange(1 << 16)
 
     def on_slot_free(self, slot: Slot[Run], last: Run) -> None:  # noqa: ARG002 - the observer's signature
@@ -183,6 +188,8 @@ class Claims(Observer):
         answer = await run_script(self._client, scripts.CLAIM, worker_id, self._node_id, utc_now(), woken, *keys)
         what = answer[0].decode()
         left = what == "none" and bool(answer[1])
+        if left:
+            await self._allow(answer[1])
         if left or what == "unregistered":
             asyncio.get_running_loop().call_later(random.uniform(0.5, 1.5) * SOON_S, self._free.set)
         if what != "task":
@@ -197,6 +204,15 @@ class Claims(Observer):
         self.claimed += 1
         await run_script(self._client, scripts.JOURNALLED, task_id, attempt)
         return False
+
+    async def _allow(self, task_ids: list[bytes]) -> None:
+        """Tasks that failed here were left to other nodes: take back what fits none of them any more."""
+        if time.monotonic() - self._allowed_at < ALLOW_S:
+            return
+        self._allowed_at = time.monotonic()
+        for raw_id in task_ids:
+            if not await fits_elsewhere(self._client, raw_id.decode(), self._executor.slots):
+                await run_script(self._client, scripts.ALLOW, raw_id, self._node_id)
 
     async def _compare(self) -> None:
         """Bring this node and Redis into agreement after a restart or an outage.

@@ -99,6 +99,12 @@ class QueueLink(Observer):
         parts = [self.sender.trouble, *([] if self.claims is None else [self.claims.trouble])]
         return [part.reason for part in parts if part]
 
+    def summary(self) -> dict[str, Any]:
+        """For `flowmesh status`: how many tasks were taken since the start, and why none are; null: some are."""
+        if self.claims is None:
+            return {"claimed": 0, "off": "queue.enabled is false"}
+        return {"claimed": self.claims.claimed, "off": self.claims.refused or None}
+
     async def close(self) -> None:
         self._feeds.close()
         await asyncio.gather(*(client.aclose() for client in self._clients))

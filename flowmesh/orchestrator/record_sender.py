@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
 
 import msgspec
 from loguru import logger
@@ -18,17 +17,16 @@ from flowmesh.bus.connection_health import ConnectionHealth
 from flowmesh.bus.scripts import is_forbidden, run_script
 from flowmesh.execution.executor import Executor
 from flowmesh.execution.run import Run
-from flowmesh.messages.wire import TASK_EVENTS_CHANNEL, WORKER_IDS
+from flowmesh.messages.wire import TASK_EVENTS_CHANNEL
+from flowmesh.orchestrator.elsewhere import fits_elsewhere
 from flowmesh.orchestrator.stored_result import stored_result
-from flowmesh.queue import names, scripts
-from flowmesh.queue.classes import parse
+from flowmesh.queue import scripts
 from flowmesh.queue.reports import Report, decode
-from flowmesh.queue.workers import fits_elsewhere, ids_of, reads, workers_of
 from flowmesh.tasks import machine
 from flowmesh.tasks.verdicts import Stop
 
-AVOID_MS = 120_000
-"""How long a task that failed here is kept from this node, if it fits another one."""
+AVOID_MS = 86_400_000
+"""How long a task that failed here is kept from this node at most; while it fits another one."""
 STAY_MS = 60_000
 """How long a task that made room here is kept for this node, which has its checkpoints."""
 
@@ -116,7 +114,12 @@ class RecordSender:
         else:
             ok = event.type == "TASK_SUCCEEDED"
             retryable = payload.get("retryable") is True
-            avoid = report.queued and retryable and not report.stays and await self._fits_elsewhere(report.task_id)
+            avoid = (
+                report.queued
+                and retryable
+                and not report.stays
+                and await fits_elsewhere(self._client, report.task_id, self._executor.slots)
+            )
             ttl_s = self._executor.settings.queue.result_ttl_s
             result = await asyncio.to_thread(stored_result, report.out_dir) if ttl_s and report.out_dir else b""
             answer = await run_script(
@@ -139,18 +142,6 @@ class RecordSender:
         run = self._executor.runs.of_task(report.task_id)
         if run is not None and run.recorded is not None and run.recorded.attempt == report.attempt:
             stop_stale(self._executor, run)
-
-    async def _fits_elsewhere(self, task_id: str) -> bool:
-        member: Any = await self._client.hget(names.record_key(task_id), "class_json")
-        wanted = parse(member.decode(errors="replace")) if member else None
-        if wanted is None:
-            return False
-        ids = ids_of(await self._client.smembers(WORKER_IDS))
-        async with self._client.pipeline(transaction=False) as pipeline:
-            for command in reads(ids):
-                pipeline.execute_command(*command)
-            answers = await pipeline.execute()
-        return fits_elsewhere(workers_of(ids, answers), wanted, self._executor.slots)
 
 
 def stop_stale(executor: Executor, run: Run) -> None:

@@ -64,7 +64,7 @@ def _storm(server: RedisServer, nodes: list[Node], rng: random.Random) -> None:
             time.sleep(rng.uniform(0.1, 1.0))
             _hit(server, nodes, peer, rng)
         for node in nodes:
-            until(lambda node=node: not node.ask(op="status")["outbox"], "every event is sent", 60.0)
+            until(lambda node=node: _has_sent_all(node), "every event is sent", 60.0)
         states = {task.task_id: task for task in client.tasks(all=True)}
         wrong = [task_id for task_id in ids if task_id not in states or not states[task_id].ok]
     peer.hear()
@@ -78,6 +78,13 @@ def _storm(server: RedisServer, nodes: list[Node], rng: random.Random) -> None:
     peer.close()
     if wrong or twice or left:
         raise Lost(f"not succeeded: {wrong[:5]}; ended twice: {twice[:5]}; left in Redis: {left[:5]}")
+
+
+def _has_sent_all(node: Node) -> bool:
+    try:
+        return not node.ask(op="status")["outbox"]
+    except OSError:  # it was killed a moment ago, and is not up yet
+        return False
 
 
 def _hit(server: RedisServer, nodes: list[Node], peer: Orchestrator, rng: random.Random) -> None:

@@ -9,11 +9,13 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
 
+from flowmesh.cli.main import cli, guarded
 from flowmesh.client import Client, TaskState
 from tests.kit.support import Node, Orchestrator, RedisServer, until
 
@@ -170,9 +172,12 @@ def test_a_crash_is_tried_on_the_other_node(fleet: Fleet) -> None:
 def test_a_draining_node_takes_nothing_and_a_direct_dispatch_runs_beside_the_queue(fleet: Fleet) -> None:
     fleet.peer.dispatch("w1", do("wait_for", file="go")["spec"], "blocks")
     fleet.peer.wait_started("blocks")
+    crashes = fleet.client.queue(do("kill_self"), retries=1).task_id
+    until(lambda: fleet.client.attempts(crashes), "it crashed on w2, and waits for w1")
     fleet.nodes[0].ask(op="drain", mode="finish")
     ids = [fleet.client.queue({"spec": {"taskType": "echo"}}).task_id for _ in range(6)]
     assert {fleet.client.wait(task, 30).worker_id for task in ids} == {"w2"}
+    assert fleet.client.wait(crashes, 30).worker_id == "w2", "it fits no other node any more"
     fleet.nodes[0].ask(op="undrain")
     ids = [fleet.client.queue({"spec": {"taskType": "echo", "delaySec": 0.1}}).task_id for _ in range(3)]
     (fleet.nodes[0].results_dir / "blocks" / "go").touch()
@@ -227,3 +232,48 @@ def test_a_low_training_task_makes_room_with_a_checkpoint(fleet: Fleet) -> None:
     for task in low:
         fleet.client.cancel(task, force=True)
         assert fleet.client.wait(task, 30).verdict == "cancelled"
+
+
+def test_the_command_line_from_a_machine_without_a_node(
+    fleet: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, message in (("a", "first"), ("b", "second")):
+        (tmp_path / f"{name}.yaml").write_text(f"spec: {{taskType: echo, message: {message}, delaySec: 0.2}}\n")
+    monkeypatch.setenv("REDIS_URL", fleet.server.url)
+    monkeypatch.chdir(tmp_path)
+
+    def flowmesh(*words: str) -> tuple[int, str, str]:
+        code = guarded(lambda: cli.main(args=words, prog_name="flowmesh", standalone_mode=False))
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    def as_json(*words: str) -> Any:
+        code, out, err = flowmesh(*words, "--json")
+        assert (code, err) == (0, ""), (out, err)
+        return json.loads(out)
+
+    ids = [each["task_id"] for each in as_json("submit", "--queue", "a.yaml", "b.yaml", "--priority", "low")["tasks"]]
+    assert {task["task_id"] for task in as_json("ps")["tasks"]} == set(ids)
+    code, out, _ = flowmesh("wait", *ids)
+    assert (code, out.count("succeeded in")) == (0, 2)
+    assert as_json("result", ids[1])["echo"]["message"] == "second"
+    listed = {task["task_id"]: task for task in as_json("ps", "--all")["tasks"]}
+    assert [(listed[each]["state"], listed[each]["priority"], listed[each]["verdict"]) for each in ids] == [
+        ("done", "low", "ok")
+    ] * 2
+    assert as_json("queue") == {"waiting": []}
+    assert flowmesh("logs", ids[0], "--redis", fleet.server.url) == (0, "", "")
+    assert "has ended already" in flowmesh("cancel", ids[0])[2]
+
+    (tmp_path / "big.yaml").write_text("spec: {taskType: echo, resources: {hardware: {gpu: {count: 64}}}}\n")
+    code, _, err = flowmesh("submit", "--queue", "big.yaml")
+    assert (code, "no registered worker could ever run" in err) == (1, True)
+    big = as_json("submit", "--queue", "--anyway", "big.yaml")["task_id"]
+    assert [each["requires"]["gpus"] for each in as_json("queue")["waiting"]] == [64]
+    assert flowmesh("cancel", big) == (0, f"cancelled {big}, which waited\n", "")
+    code, _, err = flowmesh("wait", big)
+    assert (code, "failed (cancelled)" in err) == (1, True)
+
+    direct = as_json("submit", "a.yaml", "--wait")["task_id"]
+    assert as_json("result", direct)["echo"]["message"] == "first"
+    assert flowmesh("wait", "never-heard-of")[0] == 1
