@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "schema": ("flowmesh.cli.schema:schema", "Print a JSON Schema of task, agent or node files."),
     "workers": ("flowmesh.cli.workers:workers", "List the workers of a deployment."),
     "status": ("flowmesh.cli.node_commands:status", "Show the node on this machine: workers, tasks, Redis."),
+    "top": ("flowmesh.cli.top.command:top", "Watch the node, or with --redis a deployment: GPUs, tasks, queue."),
     "logs": ("flowmesh.cli.logs:logs", "Print the logs of a task on this node."),
     "cancel": ("flowmesh.cli.node_commands:cancel", "Cancel a task on this node."),
     "deliver": ("flowmesh.cli.node_commands:deliver", "Retry the delivery of a task's results."),

@@ -14,7 +14,7 @@ from typing import NoReturn
 import msgspec
 
 from flowmesh.files.safe_folder import open_folder
-from flowmesh.processes import limits, linux, threads
+from flowmesh.processes import limits, linux, threads, title
 from flowmesh.processes.cgroup import Leaf
 from flowmesh.processes.pipe import Pipe
 from flowmesh.processes.preload import named
@@ -69,6 +69,8 @@ def run(start: Start) -> int:
     if failure is not None:
         raise failure
     linux.set_name("flowmesh-task")
+    if request.task_id:
+        title.show_task(request.task_id)
     limits.apply(request.limits, start.parent)
     _enter_folder(request)
     os.environ.clear()

@@ -107,6 +107,7 @@ def prepare(layout: Layout, run: Run, others: Iterable[Path] = ()) -> Fork:
             and not shm.would_hide(layout.state_dir, layout.work_dir, out_dir, *(each.out_dir for each in children)),
         ),
         threads=threads,
+        task_id=run.task_id,
     )
 
 
