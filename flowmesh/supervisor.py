@@ -17,8 +17,9 @@ from loguru import logger
 from flowmesh.control.drain import Drain
 from flowmesh.control.operations import Operations
 from flowmesh.control.server import ControlServer
+from flowmesh.control.submission import Submissions
 from flowmesh.control.watchers import Watchers
-from flowmesh.errors import ConfigError, DeviceError, FlowMeshError, LaunchError
+from flowmesh.errors import BusyError, ConfigError, DeviceError, FlowMeshError, LaunchError
 from flowmesh.execution.layout import make_parts
 from flowmesh.execution.recovery import recover
 from flowmesh.messages.wire import utc_now
@@ -38,7 +39,7 @@ from flowmesh.startup.event_loop import end_all, reap_children, start_threads
 from flowmesh.startup.gpu_watch import GpuWatch
 from flowmesh.startup.state_dir import hold_state_dir, keep_lock
 from flowmesh.tasks.catalogue import LIGHT
-from flowmesh.tasks.journal import Journal
+from flowmesh.tasks.journal import Journal, JournalError
 from flowmesh.tasks.journal_db import JOURNAL_FILE
 
 FAREWELL_TIMEOUT_S = 5.0
@@ -88,7 +89,10 @@ class Supervisor:
         linux.become_subreaper()
         start_threads()
         self.journal = Journal(self.state_dir / JOURNAL_FILE)
-        await self._wire()
+        try:
+            await self._wire()
+        except JournalError as error:
+            raise BusyError(f"node.state_dir: {self.state_dir}: {error}; free or repair its disk") from error
         self._handle_signals()
         await self._claim()
         tasks = [asyncio.create_task(work) for work in self._works()]
@@ -177,7 +181,8 @@ class Supervisor:
         )
         watchers = Watchers(self.executor)
         socket = self.state_dir / "run" / "control.sock"
-        self.control = ControlServer(socket, operations.handlers(), watchers.subscribe, self._hides)
+        taken = {"submit": Submissions(self.executor, self.link).take}
+        self.control = ControlServer(socket, operations.handlers(), watchers.subscribe, self._hides, bulk=taken)
         catalogue = self.executor.catalogue
         first_lines.log(settings, self._environ, catalogue, worker=worker_id, how=node.isolation)
 
@@ -198,6 +203,7 @@ class Supervisor:
         """Take over the tasks of an earlier supervisor; then subscribe; then report IDLE."""
         mode = self.drain.kept
         self.executor.draining = mode  # no task of the queue starts meanwhile
+        await self.executor.look_first()
         await recover(self.executor)
         if mode is not None:
             logger.info("the drain that began before the restart continues; `flowmesh drain --cancel` ends it")

@@ -14,6 +14,14 @@ def echo(task_type: str) -> dict[str, Any]:  # noqa: ARG001 - one signature for 
     return {"delaySec": Annotated[float, Meta(ge=0, le=86400)]}
 
 
+def command(task_type: str) -> dict[str, Any]:
+    from typing import get_type_hints
+
+    from runners.command.task import CommandSpec, PythonSpec
+
+    return get_type_hints(CommandSpec if task_type == "command" else PythonSpec, include_extras=True)
+
+
 def inference(task_type: str) -> dict[str, Any]:  # noqa: ARG001
     from runners.data.sources import SECTIONS
     from runners.inference.export import Postprocess

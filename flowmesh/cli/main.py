@@ -14,6 +14,7 @@ from flowmesh.cli.version import version_option
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("flowmesh.cli.run:run", "Run task files on this machine; needs no Redis and no node."),
+    "exec": ("flowmesh.cli.exec:execute", "Run one command on this machine as a task, in this terminal."),
     "submit": ("flowmesh.cli.submit:submit", "Send a task file to an idle worker of a deployment."),
     "validate": ("flowmesh.cli.validate:validate", "Check task files and settings; each error with its line."),
     "schema": ("flowmesh.cli.schema:schema", "Print a JSON Schema of task, agent or node files."),

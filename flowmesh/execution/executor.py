@@ -13,7 +13,7 @@ from typing import Any
 
 from loguru import logger
 
-from flowmesh.execution import task_events
+from flowmesh.execution import history_entry, task_events
 from flowmesh.execution.background import Background
 from flowmesh.execution.conditions import Conditions
 from flowmesh.execution.counters import Counters
@@ -29,6 +29,7 @@ from flowmesh.execution.gpu.canary import Canaries
 from flowmesh.execution.gpu.idle_check import IdleCheck, Notes
 from flowmesh.execution.gpu.live_notes import LiveNotes
 from flowmesh.execution.housekeeping.cleanup import Cleanup
+from flowmesh.execution.housekeeping.old_history import keep_pruned
 from flowmesh.execution.housekeeping.retention import Retention
 from flowmesh.execution.housekeeping.watchdog import Watchdog
 from flowmesh.execution.launch import spool
@@ -57,7 +58,7 @@ from flowmesh.processes.pipe import Cancel
 from flowmesh.processes.server_pool import ServerPool
 from flowmesh.settings.schema import Settings
 from flowmesh.tasks import machine
-from flowmesh.tasks.catalogue import Catalogue
+from flowmesh.tasks.catalogue import DELIVERY, Catalogue
 from flowmesh.tasks.journal import Journal, JournalError
 from flowmesh.tasks.machine import State, step
 from flowmesh.tasks.verdicts import Kind, Stop, Verdict
@@ -91,6 +92,7 @@ class Executor:
         self.slots = slots
         self.layout = layout
         self.pool = pool
+        self._gpu_names = {gpu.uuid: gpu.name for gpu in gpus}
         self.runs = RunTable()
         self.counters = Counters()
         self.recent = RecentEnds(layout)
@@ -139,6 +141,7 @@ class Executor:
             layout=layout,
             gpus=self.gpus,
             environments=self.environments,
+            folders=self._folders,
             timers=self._timers,
             post=self.apply,
             begin=self.begin,
@@ -156,8 +159,9 @@ class Executor:
         )
         self._cleanup = Cleanup(layout)
         jobs, delivery_children = Jobs(settings, layout), DeliveryChildren(settings.delivery, layout, self.helpers)
-        self.deliveries = Deliveries(delivery_children, jobs, layout, self._cleanup)
-        self.gateway = GatewayProcess(settings.delivery, layout, self.helpers)
+        self.deliveries = Deliveries(delivery_children, jobs, layout, self._cleanup, self.environments)
+        no_gateway = functools.partial(self.environments.report, DELIVERY)
+        self.gateway = GatewayProcess(settings.delivery, layout, self.helpers, no_gateway)
         self.redeliveries = Redeliveries(delivery_children, jobs, layout, journal, self._check_idle)
 
     def works(self) -> list[Coroutine[Any, Any, None]]:
@@ -169,7 +173,12 @@ class Executor:
             journal=self.journal,
             in_use=self.runs.folders,
         )
-        return [watchdog.run(), retention.run(), self.gpus.sample(), self._folders.watch()]
+        pruning = keep_pruned(self.settings.node, self.journal)
+        return [watchdog.run(), retention.run(), pruning, self.gpus.sample(), self._folders.watch()]
+
+    async def look_first(self) -> None:
+        """Before tasks of an earlier supervisor are taken over: whether the node's folders are where they were."""
+        await self._folders.look_first()
 
     def owner_of(self, attempt: int) -> ChildOwner:
         """Who answers for a child that an earlier supervisor forked: its attempt number shows what it is."""
@@ -266,15 +275,18 @@ class Executor:
             logger.bind(task=run.task_id).error("event ignored: {}", error)
             return
         run.task = task
+        if task.state is not before.state:
+            run.timeline.enter(task.state)
         try:
             if machine.AnnounceStarted() in actions:
                 run.start_clock()
                 with self.journal.transaction():
-                    self.journal.started(run.attempt, run.task, run.started_at or utc_now(), run.boot_mark)
+                    started_at = run.started_at or utc_now()
+                    self.journal.started(run.attempt, run.task, started_at, run.boot_mark, run.timeline.marks)
                     self.journal.post(TASK_EVENTS_CHANNEL, task_events.started(run))
                 self.observers.on_posted()
             elif not isinstance(event, machine.Delivered):
-                self.journal.update(run.attempt, run.task)
+                self.journal.update(run.attempt, run.task, run.timeline.marks)
         except JournalError as error:
             run.task = before
             self._when_written(error, functools.partial(self.apply, run, event))
@@ -391,22 +403,30 @@ class Executor:
     def _finish(self, run: Run, verdict: Verdict) -> None:
         now = utc_now()
         cost = self.settings.node.cost_per_hour * run.slot.plan.share
-        event = task_events.ended(run, verdict, finished_at=now, cost_per_hour=cost, layout=self.layout)
+        redact = task_events.redactor(run, self.layout)
+        event = task_events.ended(run, verdict, finished_at=now, cost_per_hour=cost, redact=redact)
+        kept = history_entry.of_run(
+            run, verdict, finished_at=now, cost_per_hour=cost, redact=redact, gpus=self._gpu_names
+        )
         try:
-            self.journal.finish(run.attempt, run.task, now, TASK_EVENTS_CHANNEL, event)
+            self.journal.finish(run.attempt, run.task, now, TASK_EVENTS_CHANNEL, event, kept=kept)
         except JournalError as error:
             self._when_written(error, functools.partial(self._finish, run, verdict))
             return
         self.observers.on_posted()
         self.runs.remove(run)
         self.counters.add_verdict(verdict.kind)
+<<<<<<< HEAD
         self.recent.add(run, verdict, finished_at=now, cost_per_hour=cost)
         self._report_end(run, verdict)
+=======
+        self._report_end(run, verdict, event)
+>>>>>>> main
         if verdict.kind is not Kind.DELIVERY_FAILED:  # its spool folder is kept for `flowmesh deliver`
             self.begin(self._cleanup.remove_spool(run.attempt))
         self._check_idle()
 
-    def _report_end(self, run: Run, verdict: Verdict) -> None:
+    def _report_end(self, run: Run, verdict: Verdict, event: bytes) -> None:
         facts = {"verdict": verdict.kind.value, "runtime_s": round(run.runtime_s, 3), "evidence": verdict.evidence}
         bound = logger.bind(task=run.task_id, **facts)
         if verdict.ok:
@@ -414,4 +434,5 @@ class Executor:
         else:
             bound.warning("task failed: {}", verdict.message)
         end = {"ok": verdict.ok, "verdict": verdict.kind.value, "error": verdict.message}
-        run.notify({"event": "end", **end, "out_dir": run.accepted.target.out_dir})
+        if run.watchers:
+            run.notify({"event": "end", **end, "out_dir": run.accepted.target.out_dir, **task_events.payload_of(event)})

@@ -82,6 +82,7 @@ def _restore(executor: Executor, record: Record) -> Run | None:
     run = Run(record.attempt, accepted, slot)
     run.task = record.task
     run.started_at, run.boot_mark = record.started_at, record.boot_mark or ""
+    run.timeline.resume(record.marks, record.accepted_at)
     return run
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 import math
 import time
 from collections.abc import Callable
@@ -14,16 +15,38 @@ from flowmesh.execution import boot_clock
 from flowmesh.execution.admission import Accepted
 from flowmesh.execution.trend import Trend
 from flowmesh.messages.job import Exit, Outcome
-from flowmesh.messages.rows import Counts
 from flowmesh.messages.wire import utc_now
 from flowmesh.node.slots import Slot
 from flowmesh.processes.pipe import Pipe, Progress
-from flowmesh.tasks.catalogue import LIGHT
+from flowmesh.results.job import DeliveryReport
 from flowmesh.tasks.machine import State, Task
 
 MOST_METRICS = 8
 MOST_UNIT_CHARS = 32
 """Of a bounded snapshot's progress, which the task wrote."""
+
+
+class Timeline:
+    """When what happened to a run, for the history."""
+
+    def __init__(self) -> None:
+        now = time.time()
+        self.marks: dict[str, float] = {"received": now, State.QUEUED.value: now}
+        """When it was received, and when it entered each state, in seconds since 1970."""
+
+    @property
+    def received_at(self) -> str:
+        """ISO 8601, UTC."""
+        return datetime.datetime.fromtimestamp(self.marks["received"], datetime.UTC).isoformat()
+
+    def enter(self, state: State) -> None:
+        """It enters a state now."""
+        self.marks[state.value] = time.time()
+
+    def resume(self, marks: dict[str, float], received_at: str) -> None:
+        """Take over what an earlier supervisor recorded; one of an older version records no marks."""
+        received = datetime.datetime.fromisoformat(received_at).timestamp()
+        self.marks = {"received": received, State.QUEUED.value: received, **marks}
 
 
 class Run:
@@ -66,16 +89,17 @@ class Run:
         """When it was accepted, or adopted while it waited."""
         self.faulted_at = 0.0
         """When it first met a fault of the node, monotonic. 0: it has not, or it was launched since."""
+        self.unready = 0
+        """How often its process could not be set up for a reason that concerns this task only."""
         self.finished = 0.0
         """When it ended, monotonic. 0: it has not ended."""
         self.exit: Exit | None = None
         self.outcome: Outcome | None = None
-        self.rows: Counts | None = None
-        """Of a failed task, the rows that stand."""
-        self.rows_url: str | None = None
-        """Where they can be downloaded."""
+        self.delivered: DeliveryReport | None = None
+        """What its delivery found; of a failed task also what it had finished."""
         self.log_tail: tuple[str, ...] = ()
         """The last lines of a failed task's log."""
+        self.timeline = Timeline()
         self.resources: dict[str, Any] = {}
         self.energy: dict[str, Any] | None = None
         self.gpus = gpus_of(accepted, slot)
@@ -187,7 +211,7 @@ class Run:
 
 def gpus_of(accepted: Accepted, slot: Slot[Run]) -> tuple[str, ...]:
     """UUIDs of the GPUs that a task gets: its slot's, at most `gpu.count` of them; none for a light task."""
-    if accepted.type.environment == LIGHT:
+    if accepted.type.is_light:
         return ()
     hardware = accepted.spec.resources.hardware if accepted.spec.resources else None
     return slot.plan.gpus_for(hardware.gpu.count if hardware and hardware.gpu else None)

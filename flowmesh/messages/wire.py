@@ -125,7 +125,9 @@ class NodeSpec(msgspec.Struct, frozen=True, kw_only=True):
     env: dict[str, str] = {}
 
 
-TOO_DEEP = "the message is nested too deep; keep documents below 500 levels, and put deeper data into a file"
+MOST_LEVELS = 500
+"""What every part of the node and of its children can take; decoders alone would take about twice that."""
+TOO_DEEP = f"the message is nested too deep; keep documents below {MOST_LEVELS} levels, and put deeper data into a file"
 
 _address_decoder = msgspec.json.Decoder(Address)
 _message_decoder = msgspec.json.Decoder(dict[str, Any])
@@ -162,11 +164,29 @@ def decode_object(data: bytes) -> dict[str, Any]:
         FieldError: the message is not a JSON object, or is nested too deep.
     """
     try:
-        return _message_decoder.decode(data)
+        decoded = _message_decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise FieldError(f"the message is not a JSON object: {damaged.cause(data, str(error))}", "") from None
     except RecursionError:
         raise FieldError(TOO_DEEP, "") from None
+    if data.count(b"[") + data.count(b"{") > MOST_LEVELS and _is_deeper(decoded, MOST_LEVELS):
+        raise FieldError(TOO_DEEP, "")
+    return decoded
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Whether JSON data has more than `levels` levels; `value` itself is the first."""
+    level = [value]
+    for _ in range(levels):
+        level = [
+            inner
+            for each in level
+            for inner in (each.values() if isinstance(each, dict) else each)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def usable_task_id(value: Any) -> str | None:

@@ -6,7 +6,7 @@ import msgspec
 from loguru import logger
 
 from flowmesh.errors import FieldError, NotOfferedError
-from flowmesh.execution import task_events
+from flowmesh.execution import history_entry, task_events
 from flowmesh.execution.admission import Accepted, accept
 from flowmesh.execution.executor import Executor
 from flowmesh.execution.run import Run
@@ -21,7 +21,7 @@ from flowmesh.messages.wire import (
 from flowmesh.node.slots import Slot
 from flowmesh.tasks import machine
 from flowmesh.tasks.journal import JournalError
-from flowmesh.tasks.verdicts import Kind, Stop
+from flowmesh.tasks.verdicts import Kind, Stop, Verdict
 
 QUEUED_MAX_BYTES = 1024**3
 """Of the documents of all tasks that wait: they are in memory."""
@@ -111,13 +111,13 @@ class Dispatcher:
         if full := self._is_full(slot):
             if entry is not None:
                 return False
-            self._refuse(slot, task_id, dispatched_at, Kind.NODE_FAULT, f"{full}; send it to another worker, or later")
+            self._refuse(slot, sent, Kind.NODE_FAULT, f"{full}; send it to another worker, or later")
             return True
         try:
             accepted = self._check(sent.data, sent.fault)
         except FieldError as error:
             kind = Kind.MISSING_DEPENDENCY if isinstance(error, NotOfferedError) else Kind.BAD_REQUEST
-            self._refuse(slot, task_id, dispatched_at, kind, str(error))
+            self._refuse(slot, sent, kind, str(error))
             return True
         attempt = self._executor.journal.accept(
             task_id=task_id,
@@ -174,9 +174,12 @@ class Dispatcher:
             return f"the documents of {len(waiting)} waiting tasks take {QUEUED_MAX_BYTES >> 20} MiB already"
         return ""
 
-    def _refuse(self, slot: Slot[Run], task_id: str, dispatched_at: str | None, kind: Kind, message: str) -> None:
-        event = task_events.refused(slot.plan.worker_id, task_id, kind, message, dispatched_at)
-        self._executor.journal.post(TASK_EVENTS_CHANNEL, event)
+    def _refuse(self, slot: Slot[Run], sent: _Dispatch, kind: Kind, message: str) -> None:
+        task_id, worker_id, executor = sent.task_id, slot.plan.worker_id, self._executor
+        event = task_events.refused(worker_id, task_id, kind, message, sent.dispatched_at)
+        verdict = Verdict(kind=kind, message=message)
+        kept = history_entry.of_refusal(worker_id, task_id, verdict, sent.data, executor.layout.secrets)
+        executor.journal.refuse(TASK_EVENTS_CHANNEL, event, kept)
         self._executor.counters.refused += 1
         self._executor.counters.add_verdict(kind)
         logger.bind(task=task_id).warning("task refused: {}", message)

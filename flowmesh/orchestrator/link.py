@@ -51,7 +51,7 @@ class Link(Observer):
             guard=f"{worker_key(name)}:guard",
             hold_s=redis.hold_events_s,
         )
-        dispatcher = Dispatcher(executor)
+        self.dispatcher = dispatcher = Dispatcher(executor)
         self._intake = Subscriber(
             listener,
             {

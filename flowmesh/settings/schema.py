@@ -65,6 +65,12 @@ class NodeSettings(Section, frozen=True):
     """The node's log as JSON lines, rotated. None: stderr only."""
     state_dir: FilePath | None = None
     """Journal, sockets, spool. None: see `settings_paths.state_dir()`."""
+    history_days: Annotated[float, Meta(gt=0, le=36500)] = 90.0
+    """How long the journal keeps what became of a task, and its document with secrets hidden."""
+    history_max: Annotated[int, Meta(ge=0, le=10_000_000)] = 10_000
+    """How many tasks it keeps there at most."""
+    history_bytes: Annotated[int, Meta(ge=2**20, le=2**40)] = 256 * 1024**2
+    """How large the journal may become before the oldest are deleted. One takes about 1 KiB; at most 130 KiB."""
     elastic_scaling: bool = True
     """ENABLE_ELASTIC_SCALING"""
     slots: SlotsMode = SlotsMode.ALL
@@ -144,6 +150,8 @@ class TasksSettings(Section, frozen=True):
     """Engine arguments of vLLM (`*` allowed) that documents may set although they load code or open files."""
     trainer_arguments: tuple[VariableName, ...] = ()
     """Arguments of trainers (`*` allowed) that documents may set although they load code or send data out."""
+    allow_command: tuple[Word, ...] = ()
+    """Programs (`*` allowed) that tasks of the types `command` and `python` may run. Empty: the types are off."""
     local_hosts: tuple[Word, ...] = ()
     """HOST or HOST:PORT (`*` allowed) that downloads may reach on loopback and link-local addresses."""
 

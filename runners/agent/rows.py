@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
+from flowmesh.files.folder import Folder
+from flowmesh.files.walk import Troubles, walk
 from runners.agent.config import AgentConfig, McpServer, Model, SandboxBounds
 from runners.agent.workspace import remove
 from runners.rows.keys import key_of
@@ -60,13 +61,17 @@ def files_digest(folder: Path) -> str:
     Raises:
         OSError: there are more than MAX_FILES, or a folder cannot be read.
     """
-    found = []
-    for parent, _, names in os.walk(folder, onerror=_raise):
-        for name in names:
-            path = Path(parent, name)
-            found.append(f"{path.relative_to(folder)}\0{path.lstat().st_size}\n")
-        if len(found) > MAX_FILES:
-            raise OSError(f"{folder} has more than {MAX_FILES} files")
+    found, troubles = [], Troubles()
+    try:
+        with Folder.open(folder.resolve()) as top:
+            for entry in walk(top.fd, troubles):
+                if not entry.is_folder:
+                    found.append(f"{entry.path}\0{entry.status.st_size}\n")
+                if len(found) > MAX_FILES:
+                    raise OSError(f"{folder} has more than {MAX_FILES} files")
+    except FileNotFoundError:
+        return ""
+    troubles.check()
     if not found:
         return ""
     return hashlib.blake2b("".join(sorted(found)).encode(errors="surrogateescape"), digest_size=16).hexdigest()
@@ -92,8 +97,3 @@ def clear(folder: Path, keep: frozenset[str]) -> None:
     for entry in list(os.scandir(folder)):
         if entry.name not in keep:
             remove(Path(entry.path))
-
-
-def _raise(error: OSError) -> Any:
-    if not isinstance(error, FileNotFoundError):
-        raise error

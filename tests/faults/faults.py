@@ -10,6 +10,7 @@ from tests.faults import rows  # noqa: F401
 from tests.faults import pipe  # noqa: F401
 from tests.faults import delivery  # noqa: F401
 from tests.faults import ranks  # noqa: F401
+from tests.faults import command  # noqa: F401
 from tests.faults import clock  # noqa: F401
 from tests.faults import disks  # noqa: F401
 from tests.faults import node  # noqa: F401

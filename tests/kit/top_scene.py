@@ -31,6 +31,7 @@ SHOWN: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("index-handbook", "rag", {"phase": "embed", "total": 900, "done": 450, "unit": "documents"}),
     ("triage-tickets-with-a-long-name-that-says-all-0007", "agent", {"phase": "act", "done": 12, "unit": "steps"}),
 )  # fmt: skip
+HOSTILE = "no rows [bold]left[/bold] in \x1b[31mdata\x1b[0m of shard 3"
 UTILIZATION = (97, 94, 88, 61, 12, 0, 0, 0)
 
 
@@ -80,12 +81,12 @@ class Scene:
         """An end of each kind; then what runs, waits and is delivered.
 
         Args:
-            degraded: the last GPU has a foreign process.
+            degraded: the last GPU has a foreign process, and an error has codes for a terminal.
         """
         last = self.workers[-1]
         for task_id, more, kind in (
             ("summaries-0311", {}, "inference"),
-            ("rag-evil", {"fail": "no rows [bold]left[/bold] in \x1b[31mdata\x1b[0m of shard 3"}, "rag"),
+            ("index-shard-3", {"fail": HOSTILE if degraded else "no rows left in the data of shard 3"}, "rag"),
         ):
             self.end(self.start(last, task_id, kind, more))
             self.peer.wait_end(task_id)
@@ -123,7 +124,7 @@ def scene(count: int = 8, config: str = "") -> Iterator[Scene]:
         yield Scene(server, node, peer, http, count)
 
 
-def draw(target: Path, columns: int = 118, rows: int = 40) -> None:
+def draw(target: Path, columns: int = 118, rows: int = 48) -> None:
     """The view of a busy node as an SVG, without the web fonts that rich names in it."""
     from rich._export_format import CONSOLE_SVG_FORMAT
     from rich.console import Console

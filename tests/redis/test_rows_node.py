@@ -1,8 +1,12 @@
-"""Rows through a whole node: whatever ends an inference task, its retry computes only what is missing."""
+"""Rows through a whole node: whatever ends an inference task, its retry computes only what is missing.
+
+`FLOWMESH_ROWS_PROMPTS=500` runs it with so many prompts, and `FLOWMESH_ROWS_TABLE=FILE` writes what was computed.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import random
 import signal
@@ -25,13 +29,18 @@ pytestmark = [
     pytest.mark.timeout(400),
     pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs the inference extra"),
 ]
-PROMPTS = 96
+PROMPTS = int(os.environ.get("FLOWMESH_ROWS_PROMPTS", "96"))
+TABLE = os.environ.get("FLOWMESH_ROWS_TABLE", "")
 SPEC: dict[str, Any] = {
     "taskType": "inference",
     "enforce_cpu": True,
     **spec_of("builtin:tiny-llama", mixed_prompts(PROMPTS, 8), max_tokens=24, ignore_eos=True),
+    "postprocess": {"jsonl_export": {"path": "answers.jsonl", "fields": {"at": "item.index", "answer": "output"}}},
 }
-"""Three batches on the CPU: rows come in three bursts."""
+"""Batches of 32 on the CPU: rows come in bursts."""
+SHOWN: dict[str, tuple[int, int, int, int]] = {}
+"""By what ended the first attempt: attempts, rows that stood before the last one, tokens that all attempts computed and
+wrote, and tokens of one undisturbed pass."""
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +64,18 @@ def one_node(server: RedisServer) -> Iterator[Node]:
         yield node.start()
     finally:
         node.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def table() -> Iterator[None]:
+    yield
+    if TABLE:
+        lines = [
+            f"| {how} | {attempts} | {rows} of {PROMPTS} | {computed} | {computed / one:.4f} |"
+            for how, (attempts, rows, computed, one) in SHOWN.items()
+        ]
+        head = ["| ended by | attempts | rows before the last one | tokens computed and kept | of one pass |"]
+        Path(TABLE).write_text("\n".join([*head, "| --- | --- | --- | --- | --- |", *lines]) + "\n", encoding="utf-8")
 
 
 @pytest.fixture
@@ -117,13 +138,32 @@ def check_interrupted(node: Node, end: dict[str, Any], kind: str, whole: dict[st
     assert (result["ok"], result["partial"], result["rows"]) == (False, True, payload["rows"])
     answers = {item["index"]: item for item in whole["items"]}
     assert result["items"] == [answers[index] for index in sorted(rows.current)]
+    exported = [json.loads(each) for each in (node.results_dir / task_id / "answers.jsonl").read_text().splitlines()]
+    assert exported == [{"at": index, "answer": answers[index]["output"]} for index in sorted(rows.current)]
+    assert result["jsonl_export"]["record_count"] == done
     tokens = sum(row.prompt_tokens + row.completion_tokens for row in rows.current.values())
     assert result["usage"]["total_tokens"] == tokens
     return tokens
 
 
-def check_retry(result: dict[str, Any], end: dict[str, Any], done: int, tokens: int, whole: dict[str, Any]) -> None:
-    """The attempt that goes on took over all that stood, and ends with what an undisturbed one has."""
+def check_retry(  # noqa: PLR0917
+    result: dict[str, Any],
+    end: dict[str, Any],
+    done: int,
+    tokens: int,
+    whole: dict[str, Any],
+    how: str,
+    attempts: int = 2,
+) -> None:
+    """The attempt that goes on took over all that stood, and ends with what an undisturbed one has.
+
+    Args:
+        tokens: of the rows that stood, each computed once, by an attempt before it.
+    """
+    one = whole["usage"]["total_tokens"]
+    computed = tokens + result["usage"]["total_tokens"] - result["rows"]["reused_tokens"]
+    SHOWN[how] = attempts, done, computed, one
+    assert computed <= 1.02 * one
     assert end["type"] == "TASK_SUCCEEDED", end
     assert result["items"] == whole["items"]
     assert result["rows"] == {"done": PROMPTS, "total": PROMPTS, "reused": done, "reused_tokens": tokens}
@@ -133,8 +173,9 @@ def check_retry(result: dict[str, Any], end: dict[str, Any], done: int, tokens: 
 
 
 def retry(  # noqa: PLR0917
-    node: Node, peer: Orchestrator, task_id: str, kind: str, whole: dict[str, Any], resume: dict[str, str] | None = None
-) -> None:
+    node: Node, peer: Orchestrator, task_id: str, kind: str, whole: dict[str, Any],
+    resume: dict[str, str] | None = None, attempts: int = 2,
+) -> None:  # fmt: skip
     """Check the interrupted attempt that has ended, and its retry with the same id on the same node."""
     first = peer.wait_end(task_id)
     tokens = check_interrupted(node, first, kind, whole)
@@ -147,6 +188,8 @@ def retry(  # noqa: PLR0917
         done=len(before),
         tokens=tokens,
         whole=whole,
+        how=task_id,
+        attempts=attempts,
     )
     after = kept(node, task_id).rows
     assert len(after) == PROMPTS
@@ -166,7 +209,7 @@ def test_the_child_is_killed_again_and_again(node: Node, peer: Orchestrator, who
         os.kill(pid, signal.SIGKILL)
         again = check_interrupted(node, peer.wait_end("child"), "crash", whole)
         assert again >= tokens, "rows of earlier attempts are lost"
-    retry(node, peer, "child", "crash", whole)
+    retry(node, peer, "child", "crash", whole, attempts=6)
 
 
 def test_it_is_cancelled(node: Node, peer: Orchestrator, whole: dict[str, Any]) -> None:
@@ -228,7 +271,7 @@ def test_a_drained_task_goes_on_on_another_node(
     try:
         other.start()
         again = peer.run("w2", SPEC | {"resume": end["payload"]["resume"]}, task_id="goes-on")
-        check_retry(other.result("goes-on"), again, end["payload"]["rows"]["done"], tokens, whole)
+        check_retry(other.result("goes-on"), again, end["payload"]["rows"]["done"], tokens, whole, "drained")
     except BaseException:
         print(other.text()[-6000:])
         raise

@@ -30,7 +30,7 @@ FLOORS = (
     {"queue"},
     {"messages", "web"},
     {"validation", "files"},
-    {"redaction", "errors", "backoff", "installed", "__init__"},
+    {"redaction", "errors", "backoff", "installed", "progress", "__init__"},
 )
 """From the top down, by the first part of a module's name below `flowmesh`. A module imports from lower floors and from
 its own folder, not from a neighbour on its floor."""
@@ -44,7 +44,11 @@ RUNNERS_MAY_IMPORT = (
     "flowmesh.queue",
     "flowmesh.files",
     "flowmesh.messages",
+    "flowmesh.processes.environ",
+    "flowmesh.processes.linux",
     "flowmesh.processes.pipe",
+    "flowmesh.processes.threads",
+    "flowmesh.progress",
     "flowmesh.validation",
     "flowmesh.redaction",
     "flowmesh.installed",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 
 import click
@@ -18,6 +19,8 @@ from flowmesh.cli.top.painter import Painter
 from flowmesh.cli.top.terminal import Terminal
 from flowmesh.errors import EXIT_OK
 
+PLAIN_COLUMNS = 400
+"""Where output is no terminal: nothing is cut but long errors."""
 EVERY_S = 1.0
 FLEET_EVERY_S = 2.0
 
@@ -76,7 +79,7 @@ def top(
 def _print(source: Source, sort: Sort, *, asked: bool) -> int:
     """Print one picture, as long as it is."""
     picture = frame.ordered(source.fetch(), sort)
-    width = render.width(sys.stdout)
+    width = shutil.get_terminal_size((PLAIN_COLUMNS, 24)).columns if sys.stdout.isatty() else PLAIN_COLUMNS
     Painter(sys.stdout).print([*frame.header(picture, width), *frame.body(picture, width, None)])
     if not asked and sys.stdout.isatty():
         print(

@@ -69,14 +69,19 @@ class Section(NamedTuple):
     focus: int | None = None
     """The line of the selected task, which is shown in any case."""
 
+    @property
+    def whole(self) -> int:
+        """Lines that it takes in full."""
+        return len(self.lines) + (self.unlisted > 0)
+
 
 def body(picture: Picture, width: int, height: int | None, selected: str | None = None) -> list[Text]:
     """The sections in at most `height` lines; None: all lines of all of them."""
     width = max(SMALLEST, width)
     found = _sections(picture, width, selected, short=False)
-    if height is not None and sum(1 + len(each.lines) for each in found) > height:
+    if height is not None and sum(1 + each.whole for each in found) > height:
         found = _sections(picture, width, selected, short=True)
-    rooms = [len(each.lines) for each in found] if height is None else _rooms(found, height)
+    rooms = [each.whole for each in found] if height is None else _rooms(found, height)
     spare = 0 if height is None else height - sum(1 + room for room in rooms if room)
     blank = height is None or spare >= sum(room > 0 for room in rooms) - 1
     lines: list[Text] = []
@@ -93,13 +98,13 @@ def _rooms(found: Sequence[Section], height: int) -> list[int]:
     rooms = [0] * len(found)
     left = height
     for number in _by_importance(found):
-        least = min(len(found[number].lines), found[number].least)
+        least = min(found[number].whole, found[number].least)
         if least + 1 <= left:
             rooms[number] = least
             left -= least + 1
     for number in _by_importance(found):
         if rooms[number]:
-            more = min(len(found[number].lines) - rooms[number], left)
+            more = min(found[number].whole - rooms[number], left)
             rooms[number] += more
             left -= more
     return rooms
@@ -131,9 +136,9 @@ def _by_importance(found: Sequence[Section]) -> list[int]:
 def _cut(section: Section, room: int) -> list[Text]:
     """The headers and as many lines as fit, the last of which says how many are left out."""
     lines, top = section.lines, int(section.header)
-    hidden = len(lines) - room + section.unlisted
-    if hidden <= 0 or not section.noun:
-        return lines[:room]
+    if room >= section.whole or not section.noun:
+        more = [Text(f"   and {section.unlisted} more", style="bright_black")] if section.unlisted else []
+        return [*lines, *more][:room]
     if room <= top + 1:
         return [*lines[:top], lines[section.focus or top]][:room]
     shown = room - top - 1
@@ -177,7 +182,7 @@ def _sections(picture: Picture, width: int, selected: str | None, *, short: bool
         head, focus = sections.title("Deliveries", str(len(picture.deliveries))), _focus(picture.deliveries, selected)
         found.append(Section(head, lines, 3, "delivery", focus=focus))
     if picture.recent:
-        found.append(Section(sections.title("Last verdicts"), sections.ends(picture.recent, width), 3, "task"))
+        found.append(Section(sections.title("Last verdicts"), sections.ends(picture.recent, width), 2, "task"))
     if picture.servers:
         lines = sections.servers(picture.servers, width)
         found.append(Section(sections.title("Fork servers"), lines, len(lines), header=False))

@@ -18,6 +18,10 @@ SURFACE = {
     "workers": "--config --help --json --redis --watch",
     "status": "--config --help --json --state-dir",
     "logs": "TASK_ID --config --follow --help --json --raw --results-dir --state-dir --stderr --stdout -f -n",
+    "exec": (
+        "COMMAND --config --embedded --gpus --help --memory --output --preload --quiet --report --results-dir "
+        "--timeout -q"
+    ),
     "cancel": "TASK_ID --config --force --help --json --state-dir",
     "deliver": "TASK_ID --config --help --json --state-dir",
     "drain": "--cancel --config --help --json --mode --state-dir --wait",
