@@ -416,12 +416,8 @@ class Executor:
         self.observers.on_posted()
         self.runs.remove(run)
         self.counters.add_verdict(verdict.kind)
-<<<<<<< HEAD
         self.recent.add(run, verdict, finished_at=now, cost_per_hour=cost)
-        self._report_end(run, verdict)
-=======
         self._report_end(run, verdict, event)
->>>>>>> main
         if verdict.kind is not Kind.DELIVERY_FAILED:  # its spool folder is kept for `flowmesh deliver`
             self.begin(self._cleanup.remove_spool(run.attempt))
         self._check_idle()

@@ -15,12 +15,8 @@ from typing import NoReturn
 import msgspec
 
 from flowmesh.files.safe_folder import open_folder
-<<<<<<< HEAD
-from flowmesh.processes import limits, linux, threads, title
-=======
 from flowmesh.messages.job import EXIT_SETUP
-from flowmesh.processes import limits, linux, threads
->>>>>>> main
+from flowmesh.processes import limits, linux, threads, title
 from flowmesh.processes.cgroup import Leaf
 from flowmesh.processes.pipe import Pipe
 from flowmesh.processes.preload import named
@@ -88,13 +84,9 @@ def run(start: Start) -> int:
 def _set_up(request: Fork, parent: int) -> Callable[[Pipe, Path], int]:
     """Limits, folder and environment of the task; returns what it calls."""
     linux.set_name("flowmesh-task")
-<<<<<<< HEAD
     if request.task_id:
         title.show_task(request.task_id)
-    limits.apply(request.limits, start.parent)
-=======
     limits.apply(request.limits, parent)
->>>>>>> main
     _enter_folder(request)
     os.environ.clear()
     os.environ.update(request.env)
