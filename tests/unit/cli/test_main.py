@@ -17,6 +17,7 @@ SURFACE = {
     "schema": "KIND --help",
     "workers": "--config --help --json --redis --watch",
     "status": "--config --help --json --state-dir",
+    "top": "--config --fleet --help --interval --json --once --redis --sort --state-dir",
     "logs": "TASK_ID --config --follow --help --json --raw --results-dir --state-dir --stderr --stdout -f -n",
     "exec": (
         "COMMAND --config --embedded --gpus --help --memory --output --preload --quiet --report --results-dir "
