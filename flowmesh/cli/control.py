@@ -80,6 +80,10 @@ class Control:
         """
         return self._ask({"op": "status"} | ({} if limit is None else {"limit": limit}), dict[str, Any])
 
+    def metrics(self) -> str:
+        """The node's metrics, in Prometheus' text format."""
+        return str(self._ask({"op": "metrics"}, dict[str, Any]).get("text", ""))
+
     def logs(self, task_id: str) -> LogsPlace:
         return self._ask({"op": "logs", "task_id": task_id}, LogsPlace)
 

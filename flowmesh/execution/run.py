@@ -15,7 +15,7 @@ from flowmesh.execution import boot_clock
 from flowmesh.execution.admission import Accepted
 from flowmesh.execution.trend import Trend
 from flowmesh.messages.job import Exit, Outcome
-from flowmesh.messages.wire import utc_now
+from flowmesh.messages.wire import Recorded, utc_now
 from flowmesh.node.slots import Slot
 from flowmesh.processes.pipe import Pipe, Progress
 from flowmesh.results.job import DeliveryReport
@@ -67,8 +67,6 @@ class Run:
         self.cgroup: str | None = None
         """The folder of its cgroup, if it has one."""
         self.phase = ""
-        self.queued = time.monotonic()
-        """When it came, or this supervisor found it, monotonic."""
         self.waits_for = ""
         """What its delivery waits for; empty: it does not wait."""
         self.progress: Progress | None = None
@@ -86,7 +84,9 @@ class Run:
         self.started = 0.0
         """When it started, monotonic; computed from `boot_mark` for an adopted task. 0: it has not started."""
         self.queued_at = time.monotonic()
-        """When it was accepted, or adopted while it waited."""
+        """When it was accepted, or this supervisor found it, monotonic."""
+        self.fork_asked = 0.0
+        """When its fork server was asked for its process, monotonic. 0: it was not, or by an earlier supervisor."""
         self.faulted_at = 0.0
         """When it first met a fault of the node, monotonic. 0: it has not, or it was launched since."""
         self.unready = 0
@@ -111,6 +111,11 @@ class Run:
     @property
     def task_id(self) -> str:
         return self.accepted.message.task_id
+
+    @property
+    def recorded(self) -> Recorded | None:
+        """Which attempt of a task with a record in Redis it is; None: the task has no record."""
+        return self.accepted.message.record
 
     @property
     def worker_id(self) -> str:

@@ -9,10 +9,10 @@ from pathlib import Path
 from rich.text import Text
 
 from flowmesh.cli.control_types import LogsPlace
-from flowmesh.cli.log_files import LogFiles, Tail
-from flowmesh.cli.logs import harmless
 from flowmesh.cli.top import cells
 from flowmesh.errors import FlowMeshError
+from flowmesh.files.log_files import LogFiles, Tail
+from flowmesh.messages.text import harmless
 from flowmesh.redaction import Redactor
 
 KEPT_LINES = 2000
