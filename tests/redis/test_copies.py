@@ -83,8 +83,8 @@ def test_one_of_two_copies_stands_back_while_the_other_lives(
         original = Copy(redis_server)
         original.resume()
         await become(lambda: original.presence.up and redis.hexists("worker:w1", "flowmesh_token"))
-        copies = [Copy(redis_server, original) for _ in range(2)]
         await original.end()
+        copies = [Copy(redis_server, original) for _ in range(2)]
         for each in copies:
             each.resume()
         await become(lambda: any(each.said for each in copies))
