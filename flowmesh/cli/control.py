@@ -76,6 +76,10 @@ class Control:
         """The status as the node sent it, with fields that this client does not know."""
         return self._ask({"op": "status"}, dict[str, Any])
 
+    def metrics(self) -> str:
+        """The node's metrics, in Prometheus' text format."""
+        return str(self._ask({"op": "metrics"}, dict[str, Any]).get("text", ""))
+
     def logs(self, task_id: str) -> LogsPlace:
         return self._ask({"op": "logs", "task_id": task_id}, LogsPlace)
 

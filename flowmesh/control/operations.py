@@ -29,6 +29,7 @@ class Operations:
     Args:
         stop: drains in the given mode, and ends the node.
         resume: takes a drain back; raises FlowMeshError if there is none.
+        metrics: gives the node's metrics as text.
         start_anew: replaces this supervisor by a new one; raises FlowMeshError if that could not start.
     """
 
@@ -41,7 +42,9 @@ class Operations:
         stop: Callable[[str], None],
         resume: Callable[[], None],
         start_anew: Callable[[], Awaitable[None]],
+        metrics: Callable[[], str],
     ) -> None:
+        self._metrics = metrics
         self._node = node
         self._executor = executor
         self._link = link
@@ -52,6 +55,7 @@ class Operations:
     def handlers(self) -> dict[str, Handler]:
         return {
             "status": self._status,
+            "metrics": lambda _: {"text": self._metrics()},
             "logs": self._logs,
             "cancel": self._cancel,
             "drain": self._drain,
@@ -97,6 +101,7 @@ class Operations:
                 }
                 for server in executor.pool.servers
             ],
+            "queue": self._link.queue.summary(),
             "warnings": executor.pool.warnings(),
             "redeliveries": executor.redeliveries.waits(),
             "queued": sum(len(slot.queue) for slot in executor.slots.values()),

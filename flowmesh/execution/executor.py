@@ -44,7 +44,7 @@ from flowmesh.execution.run import Run
 from flowmesh.execution.run_table import RunTable
 from flowmesh.execution.timers import Timers
 from flowmesh.execution.unwritten import Unwritten
-from flowmesh.messages.wire import TASK_EVENTS_CHANNEL, utc_now
+from flowmesh.messages.wire import utc_now
 from flowmesh.node.devices import GpuInfo
 from flowmesh.node.metrics import HeartbeatObserver
 from flowmesh.node.nvml.client import Nvml
@@ -54,6 +54,7 @@ from flowmesh.processes.child_owner import ChildOwner
 from flowmesh.processes.helper import Helpers
 from flowmesh.processes.pipe import Cancel
 from flowmesh.processes.server_pool import ServerPool
+from flowmesh.queue import reports
 from flowmesh.settings.schema import Settings
 from flowmesh.tasks import machine
 from flowmesh.tasks.catalogue import DELIVERY, Catalogue
@@ -272,7 +273,7 @@ class Executor:
                 with self.journal.transaction():
                     started_at = run.started_at or utc_now()
                     self.journal.started(run.attempt, run.task, started_at, run.boot_mark, run.timeline.marks)
-                    self.journal.post(TASK_EVENTS_CHANNEL, task_events.started(run))
+                    self.journal.post(*reports.outgoing(task_events.started(run), run.recorded))
                 self.observers.on_posted()
             elif not isinstance(event, machine.Delivered):
                 self.journal.update(run.attempt, run.task, run.timeline.marks)
@@ -397,14 +398,17 @@ class Executor:
         kept = history_entry.of_run(
             run, verdict, finished_at=now, cost_per_hour=cost, redact=redact, gpus=self._gpu_names
         )
+        stays = run.task.stop_detail.startswith(reports.PREEMPTED)
+        outgoing = reports.outgoing(event, run.recorded, out_dir=run.accepted.target.out_dir, stays=stays)
         try:
-            self.journal.finish(run.attempt, run.task, now, TASK_EVENTS_CHANNEL, event, kept=kept)
+            self.journal.finish(run.attempt, run.task, now, *outgoing, kept=kept)
         except JournalError as error:
             self._when_written(error, functools.partial(self._finish, run, verdict))
             return
         self.observers.on_posted()
         self.runs.remove(run)
         self.counters.add_verdict(verdict.kind)
+        self.observers.on_ended(run, verdict)
         self._report_end(run, verdict, event)
         if verdict.kind is not Kind.DELIVERY_FAILED:  # its spool folder is kept for `flowmesh deliver`
             self.begin(self._cleanup.remove_spool(run.attempt))

@@ -14,7 +14,7 @@ import msgspec
 from flowmesh.execution import boot_clock
 from flowmesh.execution.admission import Accepted
 from flowmesh.messages.job import Exit, Outcome
-from flowmesh.messages.wire import utc_now
+from flowmesh.messages.wire import Recorded, utc_now
 from flowmesh.node.slots import Slot
 from flowmesh.processes.pipe import Pipe, Progress
 from flowmesh.results.job import DeliveryReport
@@ -81,6 +81,8 @@ class Run:
         """When it started, monotonic; computed from `boot_mark` for an adopted task. 0: it has not started."""
         self.queued_at = time.monotonic()
         """When it was accepted, or adopted while it waited."""
+        self.fork_asked = 0.0
+        """When its fork server was asked for its process, monotonic. 0: it was not, or by an earlier supervisor."""
         self.faulted_at = 0.0
         """When it first met a fault of the node, monotonic. 0: it has not, or it was launched since."""
         self.unready = 0
@@ -105,6 +107,11 @@ class Run:
     @property
     def task_id(self) -> str:
         return self.accepted.message.task_id
+
+    @property
+    def recorded(self) -> Recorded | None:
+        """Which attempt of a task with a record in Redis it is; None: the task has no record."""
+        return self.accepted.message.record
 
     @property
     def worker_id(self) -> str:

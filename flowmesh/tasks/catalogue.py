@@ -254,3 +254,8 @@ def _absent(modules: Iterable[str], python: str | None) -> tuple[set[str], str]:
     if own := found & {"flowmesh", "msgspec"}:
         return set(), f"{python} lacks {', '.join(sorted(own))}: {installed.install_command(python=python)}"
     return found, ""
+
+
+def saves_checkpoints(task_type: str) -> bool:
+    """Whether tasks of this type can be stopped with a checkpoint, and go on from it."""
+    return task_type in _TRAINING
