@@ -117,6 +117,7 @@ class Client:
 
         Raises:
             UnknownTask: no record of it, and no worker runs it.
+            WorkerGone: it was submitted directly, and its worker has no heartbeat.
             BusyError: it has not ended in time.
 
             end = client.wait(task.task_id, timeout_s=600)

@@ -78,6 +78,10 @@ class UnknownTask(FlowMeshError):
     """No record of a task, and no worker that runs it."""
 
 
+class WorkerGone(UnknownTask):
+    """The worker that a task was sent to directly has no heartbeat: its outcome is unknown until its node is back."""
+
+
 class NoResult(FlowMeshError):
     """There is no result of a task in Redis."""
 
@@ -188,12 +192,21 @@ def end(task_id: str) -> Request[End | None]:
 
     Raises:
         UnknownTask: no record of it, and no worker has it.
+        WorkerGone: it was sent to a worker that is gone; what was queued is taken over instead.
     """
     checked(task_id)
     (answer,) = yield [("HMGET", names.record_key(task_id), *END_FIELDS)]
     fields = some_of(END_FIELDS, answer)
     if fields.get("state"):
-        return end_in(fields)
+        found = end_in(fields)
+        if found is None and not fields.get("priority"):
+            worker_id = fields.get("worker_id", "")
+            (ttl,) = yield [("TTL", wire.heartbeat_key(worker_id))]
+            if int(ttl) <= 0:
+                raise WorkerGone(
+                    f"{worker_id} is gone (no heartbeat): the outcome of {task_id} is unknown until its node is back"
+                )
+        return found
     if not any(task_id == worker.task_id for worker in (yield from workers())):
         raise UnknownTask(
             f"{task_id}: no record of this task in Redis, and no worker runs it; records stay for a day after the end"

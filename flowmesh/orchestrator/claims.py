@@ -36,7 +36,7 @@ POLL_S = (4.0, 8.0)
 """Bounds of the pause, drawn each time, after which an idle node looks without having been woken."""
 FORBIDDEN_S = 300.0
 """Between two tries of a login that may not use the queue."""
-ALLOW_S = 5.0
+ALLOW_S = 2.0
 """Between two checks whether tasks that failed here still fit another node."""
 SOON_S = 1.0
 """About when to look again after an entry that another node should take, or before the worker is registered."""

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import msgspec
 from loguru import logger
+from redis.exceptions import ResponseError
 
 from flowmesh.backoff import Backoff
 from flowmesh.bus.connection import RedisError, leave_replica, redis
@@ -27,6 +28,8 @@ from flowmesh.tasks.verdicts import Stop
 
 AVOID_MS = 86_400_000
 """How long a task that failed here is kept from this node at most; while it fits another one."""
+MOST_REFUSED = 5
+"""How often Redis may refuse a report with an error of its own, as of a key of another type, before it is given up."""
 STAY_MS = 60_000
 """How long a task that made room here is kept for this node, which has its checkpoints."""
 
@@ -64,7 +67,7 @@ class RecordSender:
 
     async def run(self) -> None:
         """Send until cancelled."""
-        backoff = Backoff()
+        backoff, refused = Backoff(), 0
         self.wake()
         while True:
             batch = self._journal.reports()
@@ -79,15 +82,18 @@ class RecordSender:
                 if report is not None:
                     await self._send(report)
             except (RedisError, OSError, TimeoutError) as error:
-                if not is_forbidden(error):
+                refused = refused + 1 if type(error) is ResponseError else 0
+                if not is_forbidden(error) and refused < MOST_REFUSED:
                     self.trouble.failed(error, waiting=self._journal.outbox_size())
                     await leave_replica(self._client, error)
                     await asyncio.sleep(backoff.next_s())
                     continue
                 logger.bind(task=report and report.task_id).error(
-                    "this login may not run the queue's scripts: an event is published without its record: {}", error
+                    "Redis refuses a report: its event is published without the task's record: {}", error
                 )
-                await self._publish(report)
+                if not await self._published(report):
+                    continue
+            refused = 0
             self.trouble.works()
             backoff.reset()
             self._journal.reported(seq)
@@ -100,10 +106,17 @@ class RecordSender:
             return False
         return True
 
-    async def _publish(self, report: Report | None) -> None:
-        if report is not None:
+    async def _published(self, report: Report | None) -> bool:
+        """Publish an event as it is; whether Redis took it."""
+        if report is None:
+            return True
+        try:
             await self._client.publish(TASK_EVENTS_CHANNEL, report.event)
-            self._on_sent([report.event])
+        except (RedisError, OSError, TimeoutError) as error:
+            self.trouble.failed(error)
+            return False
+        self._on_sent([report.event])
+        return True
 
     async def _send(self, report: Report) -> None:
         event = report.decoded

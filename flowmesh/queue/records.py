@@ -19,8 +19,8 @@ FIELDS = (
     "started_at", "ended_at", "ok", "verdict", "error",
 )  # fmt: skip
 """Of a record: what a TaskState is made of. A record also has the whole document while its task waits."""
-END_FIELDS = ("state", "attempt", "end")
-"""Of a record: what an End is made of."""
+END_FIELDS = ("state", "attempt", "end", "priority", "worker_id")
+"""Of a record: what an End is made of, and who has a task that has not ended."""
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):

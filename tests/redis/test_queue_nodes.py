@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
+import itertools
 import json
 import random
 import signal
@@ -179,20 +181,25 @@ def test_a_draining_node_takes_nothing_and_a_direct_dispatch_runs_beside_the_que
     assert {fleet.client.wait(task, 30).worker_id for task in ids} == {"w2"}
     assert fleet.client.wait(crashes, 30).worker_id == "w2", "it fits no other node any more"
     fleet.nodes[0].ask(op="undrain")
-    ids = [fleet.client.queue({"spec": {"taskType": "echo", "delaySec": 0.1}}).task_id for _ in range(3)]
     (fleet.nodes[0].results_dir / "blocks" / "go").touch()
-    direct = [fleet.peer.dispatch("w1", {"taskType": "echo"}) for _ in range(5)]
+    ids, direct = [], []
+    for _ in range(10):
+        ids.append(fleet.client.queue({"spec": {"taskType": "echo", "delaySec": 0.03}}).task_id)
+        direct.append(fleet.peer.dispatch("w1", {"taskType": "echo", "delaySec": 0.03}))
     for task in ids:
         assert fleet.client.wait(task, 30).ok
     assert {fleet.peer.wait_end(task)["type"] for task in direct} == {"TASK_SUCCEEDED"}
-    running: set[str] = set()
-    for event in fleet.peer.task_events:  # of w1, in the order in which they were told
-        if event["worker_id"] == "w1" and event["task_id"] in {*ids, *direct, "blocks"}:
-            if event["type"] == "TASK_STARTED":
-                running.add(event["task_id"])
-                assert len(running) <= 2  # its slot is free while a result is delivered
-            else:
-                running.discard(event["task_id"])
+    ends = [fleet.peer.wait_end(task) for task in (*ids, *direct)]
+    assert {each["worker_id"] for each in ends[:10]} >= {"w2"}
+    for worker_id in ("w1", "w2"):
+        spans = sorted(_span(each) for each in ends if each["worker_id"] == worker_id)
+        assert all(later[0] > earlier[1] - 0.01 for earlier, later in itertools.pairwise(spans)), spans
+
+
+def _span(end: dict[str, Any]) -> tuple[float, float]:
+    """When a task ran, in seconds."""
+    began = datetime.datetime.fromisoformat(end["payload"]["started_at"]).timestamp()
+    return began, began + end["payload"]["runtime_sec"]
 
 
 def test_cancelled_from_anywhere(fleet: Fleet) -> None:
@@ -201,6 +208,13 @@ def test_cancelled_from_anywhere(fleet: Fleet) -> None:
     assert fleet.client.cancel(task, "not needed") == "running"
     end = fleet.client.wait(task, 30)
     assert (end.verdict, end.error) == ("cancelled", "not needed")
+
+
+def test_a_record_that_redis_refuses_holds_nothing_up(fleet: Fleet) -> None:
+    fleet.server.client().set("flowmesh:task:odd", "not a hash")
+    fleet.peer.dispatch("w1", {"taskType": "echo"}, "odd", record={"attempt": 1})
+    assert fleet.peer.wait_end("odd")["type"] == "TASK_SUCCEEDED"
+    fleet.server.client().delete("flowmesh:task:odd")
 
 
 def test_logs_and_result_from_anywhere(fleet: Fleet) -> None:
