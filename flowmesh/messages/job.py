@@ -34,6 +34,8 @@ class Permits(msgspec.Struct, frozen=True, kw_only=True):
     """Sources (`*` allowed) whose own code may run: hub ids, and absolute folders."""
     vllm_arguments: tuple[str, ...] = ()
     """Engine arguments of vLLM beyond the harmless ones (`*` allowed)."""
+    reasoning_parsers: tuple[str, ...] = ()
+    """Reasoning parsers of vLLM (`*` allowed) that documents may name."""
     trainer_arguments: tuple[str, ...] = ()
     """Arguments of trainers beyond the harmless ones (`*` allowed)."""
     local_hosts: tuple[str, ...] = ()

@@ -161,8 +161,8 @@ class LocalModel(AgentModel):
             RunnerError: the model hub cannot be reached.
         """
         from runners.inference.engines import load_engine
-        from runners.inference.runner import find_source
         from runners.inference.task import read_task
+        from runners.inference.task_model import find_source
         from runners.inference.vllm_args import Work
 
         super().__init__(wanted.identifier or "")

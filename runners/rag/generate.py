@@ -11,9 +11,10 @@ import msgspec
 from runners.api import BadRequest, Context
 from runners.data.prompts import Items
 from runners.inference.engine import Watch, collect
-from runners.inference.engines import load_engine
+from runners.inference.engines import load_engine, reasoning_of
 from runners.inference.parts import Part, completion_tokens, item_of, prepare
-from runners.inference.runner import find_source, work_of
+from runners.inference.runner import work_of
+from runners.inference.task_model import find_source
 from runners.inference.tokens import Texts
 from runners.models.adapters import load_adapters
 from runners.rag.search import Hit
@@ -76,13 +77,14 @@ def generate(ctx: Context, generation: Generation, questions: Sequence[Question]
             if not question.merged:
                 raise
             answers[index] = error
+    split = reasoning_of(ctx, task, engine, texts, WHERE)
     ctx.phase("generate")
     requests = [part.requests[0] for part in parts.values()]
     since = time.monotonic()
     completions = collect(engine, requests, Watch(ctx, len(requests)))
     latency_s = time.monotonic() - since
     for (index, part), completion in zip(parts.items(), completions, strict=True):
-        item = item_of(part, 0, completion, texts)
+        item = item_of(part, 0, completion, texts, split)
         fields = {name: value for name, value in item.items() if name not in ("index", "prompt", "metadata")}
         fields["passages_used"] = used[index]
         answers[index] = Answer(fields, len(part.requests[0].token_ids), completion_tokens(completion))
