@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import msgspec
 
@@ -31,8 +31,18 @@ class Split(msgspec.Struct, frozen=True):
     """Of the reasoning, where the parser can count them."""
 
 
-Splitter = Callable[[Sequence[int], Output], Split]
-"""Gets a prompt's tokens and an answer to it."""
+class Splitter(Protocol):
+    """Takes the reasoning out of answers."""
+
+    def __call__(
+        self, prompt: Sequence[int], output: Output, template_arguments: Mapping[str, Any] | None = None
+    ) -> Split:
+        """
+        Args:
+            prompt: its tokens.
+            template_arguments: what the request gave to the chat template: some of vLLM's parsers depend on it.
+        """
+        ...
 
 
 def check_parser(name: str | None, engine: str, where: str) -> None:
@@ -78,7 +88,12 @@ class Think:
         self._texts = texts
         self._special = texts.names_special((OPENING, CLOSING))
 
-    def __call__(self, prompt: Sequence[int], output: Output) -> Split:
+    def __call__(
+        self,
+        prompt: Sequence[int],
+        output: Output,
+        template_arguments: Mapping[str, Any] | None = None,  # noqa: ARG002 - for vLLM's
+    ) -> Split:
         opened = self._texts.decode_after((), prompt[-16:], special=True).rstrip().endswith(OPENING)
         whole = self._whole(prompt, output)
         before, closing, after = whole.partition(CLOSING)
@@ -134,8 +149,10 @@ class VllmParser:
         message: Any = {"role": "user", "content": ""}
         self._request = self._parser.adjust_request(ChatCompletionRequest(messages=[message], model=""))
 
-    def __call__(self, prompt: Sequence[int], output: Output) -> Split:
-        parser = self._class(self._texts.tokenizer)
+    def __call__(
+        self, prompt: Sequence[int], output: Output, template_arguments: Mapping[str, Any] | None = None
+    ) -> Split:
+        parser = self._class(self._texts.tokenizer, chat_template_kwargs=dict(template_arguments or {}))
         text = output.text
         if self._request.skip_special_tokens is False:
             ids = output.token_ids

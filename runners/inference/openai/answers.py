@@ -9,13 +9,15 @@ from __future__ import annotations
 import itertools
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import msgspec
 
 from runners.inference.engine import Completion, Output, TokenLogprob
 from runners.inference.openai.lines import LineFault
 from runners.inference.options import Sampling
-from runners.inference.reasoning import Split
+from runners.inference.reasoning import Splitter
 from runners.inference.tokens import Texts
 
 LEAST_LOGPROB = -9999.0
@@ -30,8 +32,9 @@ def served(custom_id: str, body: dict[str, Any]) -> dict[str, Any]:
 
 def refused(fault: LineFault, where: str) -> dict[str, Any]:
     """The line of a request that cannot be served."""
-    response = {"status_code": 400, "request_id": f"flowmesh-batch-{uuid.uuid4().hex}", "body": None}
-    error = {"message": f"{where}: {fault.message}", "type": "BadRequestError", "param": fault.param, "code": 400}
+    response = {"status_code": fault.status, "request_id": f"flowmesh-batch-{uuid.uuid4().hex}", "body": None}
+    kind = "NotFoundError" if fault.status == 404 else "BadRequestError"
+    error = {"message": f"{where}: {fault.message}", "type": kind, "param": fault.param, "code": fault.status}
     line = {"id": f"flowmesh-{uuid.uuid4().hex}", "custom_id": fault.custom_id, "response": response}
     return {**line, "error": {"error": error}}
 
@@ -49,7 +52,7 @@ class Answers:
         self,
         texts: Texts,
         ends: frozenset[int],
-        split: Callable[[Sequence[int], Output], Split] | None,
+        split: Splitter | None,
         fingerprint: str,
     ) -> None:
         self._texts = texts
@@ -63,18 +66,22 @@ class Answers:
         prompt: tuple[int, ...],
         sampling: Sampling,
         completion: Completion,
+        template_arguments: Mapping[str, Any],
         *,
         with_reasoning: bool = True,
     ) -> dict[str, Any]:
         """The body of a chat's answer.
 
         Args:
+            template_arguments: what the request gave to the chat template; some reasoning parsers depend on it.
             with_reasoning: False: it is taken out and not shown, and neither are logprobs, which would show it.
         """
         choices, thought = [], 0
         for index, output in enumerate(completion.outputs):
-            found = None if self._split is None else self._split(prompt, output)
-            content: str | None = output.text
+            stop_reason = self._stop_reason(output, sampling)
+            content: str | None = _whole_characters(output.text, stop_reason)
+            given = msgspec.structs.replace(output, text=content)
+            found = None if self._split is None else self._split(prompt, given, template_arguments)
             reasoning = None
             hidden = found is not None and not with_reasoning
             if found is not None:
@@ -89,7 +96,7 @@ class Answers:
                 },
                 "logprobs": None if hidden else self._chat_logprobs(output, sampling.logprobs),
                 "finish_reason": output.finish_reason,
-                "stop_reason": self._stop_reason(output, sampling),
+                "stop_reason": stop_reason,
                 "token_ids": None,
                 "routed_experts": None,
             })  # fmt: skip
@@ -106,19 +113,20 @@ class Answers:
     ) -> dict[str, Any]:
         """The body of the answer to one or several prompts, each with as many choices as `n`."""
         outputs = [output for completion in completions for output in completion.outputs]
+        reasons = [self._stop_reason(output, sampling) for output in outputs]
         choices = [
             {
                 "index": index,
-                "text": output.text,
+                "text": _whole_characters(output.text, reason),
                 "logprobs": self._logprobs(output, sampling.logprobs),
                 "finish_reason": output.finish_reason,
-                "stop_reason": self._stop_reason(output, sampling),
+                "stop_reason": reason,
                 "token_ids": None,
                 "prompt_logprobs": None,
                 "prompt_token_ids": None,
                 "routed_experts": None,
             }
-            for index, output in enumerate(outputs)
+            for index, (output, reason) in enumerate(zip(outputs, reasons, strict=True))
         ]
         body = self._body("cmpl", "text_completion", model, choices, prompts, completions)
         return {**body, "kv_transfer_params": None, "ec_transfer_params": None, "metrics": None}
@@ -193,6 +201,11 @@ class Answers:
     def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
         token = self._texts.token(token_id)
         return {"token": token, "logprob": _shown(logprob), "bytes": list(token.encode("utf-8", errors="replace"))}
+
+
+def _whole_characters(text: str, stop_reason: int | str | None) -> str:
+    """A text without the bytes of a character that the answer's end cuts, as vLLM gives it."""
+    return text if isinstance(stop_reason, str) else text.rstrip("\ufffd")
 
 
 def _shown(logprob: float) -> float:

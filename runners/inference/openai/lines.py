@@ -17,13 +17,17 @@ class LineFault(Exception):
     Args:
         custom_id: of the line; None: it has none that can be read.
         param: the field that is wrong, without `body`; None: the line as a whole.
+        status: of HTTP, as a server would answer it.
     """
 
-    def __init__(self, message: str, *, custom_id: str | None = None, param: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, custom_id: str | None = None, param: str | None = None, status: int = 400
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.custom_id = custom_id
         self.param = param
+        self.status = status
 
 
 class Line(msgspec.Struct, frozen=True, kw_only=True):

@@ -42,7 +42,7 @@ class Prompts:
                 tokenize=False,
                 add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
                 continue_final_message=bool(body.continue_final_message),
-                **self._template_arguments(body),
+                **template_arguments(body),
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             shown = " ".join(str(error).split())
@@ -75,18 +75,6 @@ class Prompts:
                 raise LineFault(f"{where}: the tokenizer makes no token of it", param="prompt")
             found.append(ids)
         return found
-
-    @staticmethod
-    def _template_arguments(body: ChatBody) -> dict[str, Any]:
-        given = dict(body.chat_template_kwargs or {})
-        for name in ("tokenize", "add_generation_prompt", "continue_final_message", "chat_template", "conversation",
-                     "return_dict", "return_tensors", "tools", "documents", "tokenizer_kwargs"):  # fmt: skip
-            if name in given:
-                raise LineFault(f"body.chat_template_kwargs.{name}: not the template's", param="chat_template_kwargs")
-        if body.reasoning_effort is not None:
-            given.setdefault("reasoning_effort", body.reasoning_effort)
-            given.setdefault("enable_thinking", body.reasoning_effort != "none")
-        return given
 
     def _message(self, message: dict[str, Any], where: str) -> dict[str, Any]:
         """A message as templates take it: its parts joined, unless the template reads parts by itself."""
@@ -128,6 +116,23 @@ class Prompts:
                 shown = ""
             self._takes_parts = all(each in shown for each in _PARTS) and "type" not in shown
         return self._takes_parts
+
+
+def template_arguments(body: ChatBody) -> dict[str, Any]:
+    """What a request gives to the chat template, besides the messages.
+
+    Raises:
+        LineFault: it names what is not the template's.
+    """
+    given = dict(body.chat_template_kwargs or {})
+    for name in ("tokenize", "add_generation_prompt", "continue_final_message", "chat_template", "conversation",
+                 "return_dict", "return_tensors", "tools", "documents", "tokenizer_kwargs"):  # fmt: skip
+        if name in given:
+            raise LineFault(f"body.chat_template_kwargs.{name}: not the template's", param="chat_template_kwargs")
+    if body.reasoning_effort is not None:
+        given.setdefault("reasoning_effort", body.reasoning_effort)
+        given.setdefault("enable_thinking", body.reasoning_effort != "none")
+    return given
 
 
 def _is_id(value: Any) -> bool:

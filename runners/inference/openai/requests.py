@@ -81,6 +81,7 @@ class Reader:
                 f"body.model: {model!r} is not the task's model ({known}); correct it, or add it to "
                 "spec.data.served_model_name",
                 param="model",
+                status=404,
             )
         asked = sampling(body, self._defaults)
         content = {

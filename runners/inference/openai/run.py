@@ -26,7 +26,7 @@ from runners.inference.openai.file_lines import Lines
 from runners.inference.openai.lines import LineFault
 from runners.inference.openai.model_defaults import ends_of_model, model_defaults
 from runners.inference.openai.outputs import ERRORS, OUTPUT, first_errors, write_lines, write_outputs
-from runners.inference.openai.prompts import Prompts
+from runners.inference.openai.prompts import Prompts, template_arguments
 from runners.inference.openai.requests import Asked, Reader, requests_of
 from runners.inference.parts import completion_tokens
 from runners.inference.task import InferenceTask
@@ -246,7 +246,10 @@ class _Batch:
         prompts = [each.token_ids for each in requests]
         if isinstance(asked.body, ChatBody):
             shows = asked.body.include_reasoning is not False
-            body = self._answers.chat(asked.model, prompts[0], asked.sampling, completions[0], with_reasoning=shows)
+            body = self._answers.chat(
+                asked.model, prompts[0], asked.sampling, completions[0], template_arguments(asked.body),
+                with_reasoning=shows,
+            )  # fmt: skip
         else:
             body = self._answers.completion(asked.model, prompts, asked.sampling, completions)
         _add(
