@@ -11,8 +11,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from flowmesh.errors import FieldError
-from flowmesh.validation.convert import convert
+from flowmesh.validation.convert import FieldError, convert
 from runners.api import BadRequest
 from runners.inference.openai.lines import LineFault
 from runners.inference.options import InferenceOptions, Penalty, Sampling, TokenId, sampling_of
