@@ -118,11 +118,55 @@ class Redactor:
         match value:
             case str():
                 return self(value)
-            case dict():
-                return {self(str(key)): self.deep(item) for key, item in value.items()}
+            case dict():  # no comprehensions: each would take a second frame of the recursion limit for a level
+                hidden = {}
+                for key, item in value.items():
+                    hidden[self(str(key))] = self.deep(item)
+                return hidden
             case list() | tuple():
-                return [self.deep(item) for item in value]
+                items = []
+                for item in value:
+                    items.append(self.deep(item))
+                return items
         return value
+
+
+def document_without_secrets(document: dict[str, Any], redact: Redactor) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """A copy of a task document for people: without secrets, also short ones in fields that are named for them.
+
+    Args:
+        redact: knows the node's secrets and the document's.
+
+    Returns:
+        The copy, and the dotted paths of the fields that hold `[hidden]` in place of a secret.
+    """
+    hidden: list[str] = []
+
+    def copied(value: Any, path: str, name: str, inside: str) -> Any:
+        match value:
+            case str():
+                shown = HIDDEN if value and _is_secret_field(inside, name, value) else redact(value)
+                if shown != value:
+                    hidden.append(path)
+                return shown
+            case dict():
+                inside = "headers" if name.lower().endswith("headers") else "env" if name == "env" else ""
+                dotted = f"{path}." if path else ""
+                return {redact(key): copied(item, f"{dotted}{redact(key)}", key, inside) for key, item in value.items()}
+            case list() | tuple():
+                return [copied(item, f"{path}[{index}]", name, inside) for index, item in enumerate(value)]
+        return value
+
+    return copied(document, "", "", ""), tuple(hidden)
+
+
+def _is_secret_field(inside: str, name: str, value: str) -> bool:
+    """Whether the field `name` of a document holds a secret, whatever its value is; `inside` is what it lies in."""
+    if inside == "headers":
+        return _is_secret_header(name, value)
+    if inside == "env":
+        return is_secret_name(name)
+    return _SECRET_FIELD.fullmatch(name) is not None and _NO_SECRET_FIELD.fullmatch(name) is None
 
 
 def in_request(url: str, headers: Mapping[str, str]) -> list[str | None]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from flowmesh import installed
-from flowmesh.messages.job import ArchiveRequest, Fault, Job, UploadRequest
+from flowmesh.messages.job import ArchiveRequest, CommandExit, Fault, Job, UploadRequest
 from flowmesh.messages.rows import Counts
 from flowmesh.processes.pipe import Cancel, FrameError, Phase, Pipe, Progress
 from flowmesh.validation.convert import FieldError, convert
@@ -31,6 +31,8 @@ class RunnerError(Exception):
     """A run failed, and the task's author cannot fix it. The message is the task's one-line error."""
 
     fault = Fault.ERROR
+    says_all = False
+    """Whether the message is all there is to say, so that a traceback of ours would only hide it."""
 
 
 class BadRequest(RunnerError):
@@ -211,6 +213,8 @@ class Context(TaskInput):
         """Seconds in each phase that has ended."""
         self.rows: Counts | None = None
         """Rows that stand, of a runner that keeps a row log."""
+        self.command: CommandExit | None = None
+        """How the task's program ended, of a runner that runs one."""
         self._pipe = pipe
         self._cancel: Cancel | None = None
         self._phase: tuple[str, float] | None = None

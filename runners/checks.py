@@ -25,6 +25,18 @@ def echo(task: dict[str, Any], task_type: str) -> Checked:
     return _checked(task, task_type, lambda ctx: read_delay(ctx.spec))
 
 
+def command(task: dict[str, Any], task_type: str) -> Checked:
+    from runners.command.task import read_command
+
+    return _checked(task, task_type, read_command)
+
+
+def python(task: dict[str, Any], task_type: str) -> Checked:
+    from runners.command.task import read_python
+
+    return _checked(task, task_type, read_python)
+
+
 def inference(task: dict[str, Any], task_type: str) -> Checked:
     from runners.inference.task import read_document
 

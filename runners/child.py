@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import traceback
 from pathlib import Path
 from types import FrameType
@@ -22,7 +23,7 @@ from flowmesh.files.removal import remove_path
 from flowmesh.messages.job import JOB_FILE, OUTCOME_FILE, Fault, Job, Outcome
 from flowmesh.messages.output import unused_in_output
 from flowmesh.messages.text import encode_json
-from flowmesh.processes.pipe import VERSION, Finished, Hello, Pipe
+from flowmesh.processes.pipe import VERSION, Finished, Hello, Phase, Pipe
 from flowmesh.redaction import Redactor, in_document
 from runners.api import Cancelled, Context, MissingDependency, Runner, RunnerError
 from runners.gpu_memory import is_shortage
@@ -32,7 +33,15 @@ MAX_MESSAGE_CHARS = 2000
 MAX_DETAIL_CHARS = 64 * 1024
 NO_TRACEBACK = (Fault.BAD_REQUEST, Fault.MISSING_DEPENDENCY)
 """The message says all of it."""
+LIBRARIES = (
+    "torch", "transformers", "vllm", "trl", "peft", "accelerate", "datasets", "tokenizers", "numpy",
+    "sentence_transformers", "faiss", "smolagents", "openai",
+)  # fmt: skip
+"""Whose versions the node keeps with a task: a result may depend on them."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+OUTCOME_WAIT_S = 300.0
+"""How long a finished task waits for a place for its outcome. A stop ends that wait with the process."""
+OUTCOME_PAUSE_S = 0.5
 
 # Created once in the fork server: building one takes longer than a small task.
 _job_decoder = msgspec.json.Decoder(Job)
@@ -67,13 +76,7 @@ def main(pipe: Pipe, spool: Path) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the outcome is decided; the process exits on its own
     _flush_logs()
     outcome, data = _encode(outcome)
-    try:
-        _write(spool / OUTCOME_FILE, data)
-    except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        remove_path(Path(job.tmp_dir))  # frees space on the same disk, and is no longer needed
-        _write(spool / OUTCOME_FILE, data)
+    _write_at_last(spool, data, job, pipe)
     pipe.send(Finished(outcome.ok), drop=True)
     return 0 if outcome.ok else 1
 
@@ -98,7 +101,7 @@ def run(job: Job, ctx: Context) -> Outcome:
         fault, message = Fault.CANCELLED, error.reason
     except RunnerError as error:
         fault, message = error.fault, str(error)
-        detail = "" if error.fault in NO_TRACEBACK else traceback.format_exc()
+        detail = "" if error.says_all or error.fault in NO_TRACEBACK else traceback.format_exc()
     except ModuleNotFoundError as error:
         fault, message, detail = _missing(error), _one_line(error), traceback.format_exc()
         if fault is Fault.MISSING_DEPENDENCY:
@@ -116,7 +119,10 @@ def run(job: Job, ctx: Context) -> Outcome:
     # Here, before anything of it is written: from here it reaches events, responses.json, the journal and logs.
     secrets = list(in_document(job.task, os.environ))
     if secrets and result is not None:
-        result = Redactor(secrets, exact=True).deep(result)
+        try:
+            result = Redactor(secrets, exact=True).deep(result)
+        except RecursionError:
+            fault, message, result = Fault.ERROR, "the result is nested too deep to hide the task's secrets in it", None
     redact = Redactor(secrets, prose=True)
     return Outcome(
         attempt=job.attempt,
@@ -129,8 +135,16 @@ def run(job: Job, ctx: Context) -> Outcome:
         uploads=tuple(ctx.uploads),
         phases=ctx.phases,
         rows=ctx.rows,
+        command=ctx.command,
         warnings=tuple(redact(line) for line in ctx.warnings),
+        versions=_versions(),
     )
+
+
+def _versions() -> dict[str, str]:
+    """Of what was imported, as the modules themselves say."""
+    loaded = ((name, getattr(sys.modules.get(name), "__version__", None)) for name in LIBRARIES)
+    return {name: str(version)[:80] for name, version in loaded if version is not None}
 
 
 def _flush_logs(last: str = "") -> None:
@@ -212,6 +226,27 @@ def _encode(outcome: Outcome) -> tuple[Outcome, bytes]:
         message = f"the result cannot be written as JSON: {_one_line(error)}"
         failed = msgspec.structs.replace(outcome, ok=False, result=None, fault=Fault.ERROR, message=message)
         return failed, encode_json(failed)
+
+
+def _write_at_last(spool: Path, data: bytes, job: Job, pipe: Pipe) -> None:
+    """Write the outcome. What was computed is not lost while the node's disk is full, read-only or gone for a while.
+
+    Raises:
+        OSError: it could not be written within OUTCOME_WAIT_S.
+    """
+    end = time.monotonic() + OUTCOME_WAIT_S
+    while True:
+        try:
+            with contextlib.suppress(OSError):  # a cleaner may have deleted it
+                spool.mkdir(mode=0o700, exist_ok=True)
+            return _write(spool / OUTCOME_FILE, data)
+        except OSError as error:
+            if error.errno in _FULL:
+                remove_path(Path(job.tmp_dir))  # on the same disk, and no longer needed
+            if time.monotonic() > end:
+                raise
+            pipe.send(Phase(f"the outcome cannot be written: {error.strerror}"), drop=True)
+            time.sleep(OUTCOME_PAUSE_S)
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -14,6 +14,14 @@ def echo(task_type: str) -> dict[str, Any]:  # noqa: ARG001 - one signature for 
     return {"delaySec": Annotated[float, Meta(ge=0, le=86400)]}
 
 
+def command(task_type: str) -> dict[str, Any]:
+    from typing import get_type_hints
+
+    from runners.command.task import CommandSpec, PythonSpec
+
+    return get_type_hints(CommandSpec if task_type == "command" else PythonSpec, include_extras=True)
+
+
 def inference(task_type: str) -> dict[str, Any]:  # noqa: ARG001
     from runners.inference.export import Postprocess
     from runners.inference.options import InferenceOptions
@@ -62,6 +70,7 @@ def training(task_type: str) -> dict[str, Any]:
 def rag(task_type: str) -> dict[str, Any]:  # noqa: ARG001
     from runners.data.sources import SECTIONS
     from runners.rag.task import Embedding, Faiss, Generate, Qdrant, Search
+    from runners.rows.resume import Resume
 
     return {
         **_model(),
@@ -72,6 +81,7 @@ def rag(task_type: str) -> dict[str, Any]:  # noqa: ARG001
         "faiss": Faiss,
         "qdrant": Qdrant,
         "generate": Generate,
+        "resume": bool | Resume,
         "shard": Shard,
     }
 
@@ -79,12 +89,14 @@ def rag(task_type: str) -> dict[str, Any]:  # noqa: ARG001
 def agent(task_type: str) -> dict[str, Any]:  # noqa: ARG001
     from runners.agent.task import AgentSection, StaticData
     from runners.data.sources import SECTIONS
+    from runners.rows.resume import Resume
 
     return {
         "task": str,
         "data": {**SECTIONS, "static": StaticData},
         "configName": str,
         "agent": AgentSection,
+        "resume": bool | Resume,
         "shard": Shard,
     }
 

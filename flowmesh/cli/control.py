@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from flowmesh.cli.control_types import Delivered, Ended, LogsPlace, NodeStatus, Seen
+from flowmesh.cli.control_types import Delivered, Ended, LogsPlace, NodeStatus, Seen, Taken
 from flowmesh.errors import FlowMeshError, ProtocolError, UnavailableError
 
 TIMEOUT_S = 10.0
@@ -72,15 +72,33 @@ class Control:
     def status(self) -> NodeStatus:
         return self._ask({"op": "status"}, NodeStatus)
 
-    def status_json(self) -> dict[str, Any]:
-        """The status as the node sent it, with fields that this client does not know."""
-        return self._ask({"op": "status"}, dict[str, Any])
+    def status_json(self, limit: int | None = None) -> dict[str, Any]:
+        """The status as the node sent it, with fields that this client does not know.
+
+        Args:
+            limit: list at most so many waiting tasks and deliveries; a node of an older version lists all.
+        """
+        return self._ask({"op": "status"} | ({} if limit is None else {"limit": limit}), dict[str, Any])
+
+    def metrics(self) -> str:
+        """The node's metrics, in Prometheus' text format."""
+        return str(self._ask({"op": "metrics"}, dict[str, Any]).get("text", ""))
 
     def logs(self, task_id: str) -> LogsPlace:
         return self._ask({"op": "logs", "task_id": task_id}, LogsPlace)
 
     def cancel(self, task_id: str, *, force: bool = False) -> dict[str, Any]:
         return self._ask({"op": "cancel", "task_id": task_id, "force": force}, dict[str, Any])
+
+    def submit(self, task_id: str, document: dict[str, Any]) -> Taken:
+        """Hand a task to the node.
+
+        Raises:
+            Refused: it fits none of its workers, or the node takes no task now.
+        """
+        body = msgspec.json.encode(document)
+        self._send({"op": "submit", "task_id": task_id, "bytes": len(body)}, body)
+        return self._answer("submit", Taken)
 
     def drain(self, mode: str) -> dict[str, Any]:
         return self._ask({"op": "drain", "mode": mode}, dict[str, Any])
@@ -123,17 +141,20 @@ class Control:
 
     def _ask(self, request: dict[str, Any], answer: type[T], timeout_s: float | None = TIMEOUT_S) -> T:
         self._send(request)
+        return self._answer(request["op"], answer, timeout_s)
+
+    def _answer(self, op: str, answer: type[T], timeout_s: float | None = TIMEOUT_S) -> T:
         if timeout_s is None:
             self._sock.settimeout(None)
         line = self._line(None if timeout_s is None else time.monotonic() + timeout_s)
         message = _decode(line, dict[str, Any])
         if message.get("ok") is not True:
-            raise Refused(str(message.get("error") or f"the node refused {request['op']!r}, without a reason"))
+            raise Refused(str(message.get("error") or f"the node refused {op!r}, without a reason"))
         return _decode(line, answer)
 
-    def _send(self, request: dict[str, Any]) -> None:
+    def _send(self, request: dict[str, Any], body: bytes = b"") -> None:
         try:
-            self._sock.sendall(msgspec.json.encode(request) + b"\n")
+            self._sock.sendall(msgspec.json.encode(request) + b"\n" + body)
         except OSError as error:
             raise self._lost(error) from None
 

@@ -70,6 +70,14 @@ class NodeStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Of `flowmesh deliver`, by task id: what each waits for; empty: it is being sent."""
 
 
+class Taken(msgspec.Struct, frozen=True, kw_only=True):
+    """Of a task that the node took."""
+
+    worker_id: str
+    waits: int = 0
+    """How many tasks come before it."""
+
+
 class LogsPlace(msgspec.Struct, frozen=True, kw_only=True):
     out_dir: str
     logs_dir: str
@@ -106,6 +114,8 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag="e
     verdict: str | None = None
     error: str | None = None
     out_dir: str | None = None
+    payload: dict[str, Any] = {}
+    """Of the terminal event; empty for a task that had ended before."""
 
 
 Seen = StateSeen | PhaseSeen | ProgressSeen | Ended

@@ -1,9 +1,8 @@
-"""Reads a deployment's state from Redis: its workers, and the terminal events of tasks. Never writes."""
+"""Reads a deployment's state from Redis: its workers, and the terminal events of tasks; records a dispatch."""
 
 from __future__ import annotations
 
 import contextlib
-import datetime
 import json
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -11,13 +10,17 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from flowmesh.cli import locate
-from flowmesh.errors import FieldError, FlowMeshError
+from flowmesh.cli.documents import Submission
+from flowmesh.errors import FlowMeshError
 from flowmesh.messages import wire
-from flowmesh.messages.matching import gpus_of, match
-from flowmesh.validation.describe import found
+from flowmesh.queue import names, scripts, workers
+from flowmesh.queue.classes import owner_of
+from flowmesh.queue.workers import Worker, requirements_of, why_not
 
 if TYPE_CHECKING:
     import redis
+
+__all__ = ["TaskEnd", "TaskFailed", "Worker", "requirements_of", "why_not"]
 
 TERMINAL = ("TASK_SUCCEEDED", "TASK_FAILED")
 
@@ -32,32 +35,6 @@ class TaskFailed(FlowMeshError):
         return cls(f"{task_id} failed{kind}: {error or 'no reason given'}")
 
 
-class Worker(msgspec.Struct, frozen=True, kw_only=True):
-    """A registered worker. Fields that its record lacks, or that cannot be parsed, are None or empty."""
-
-    worker_id: str
-    status: str
-    task_id: str | None
-    last_task: str | None
-    hardware: dict[str, Any] | None
-    task_types: tuple[str, ...] | None
-    """None: not reported; it may accept any."""
-    tags: tuple[str, ...]
-    cost_per_hour: float | None
-    started_at: str | None
-    last_seen_s: float | None
-    """Seconds since its last heartbeat."""
-    alive: bool
-    """Its heartbeat key exists and has a TTL."""
-    disabled: bool
-    """Disabled by the orchestrator's elastic scaling."""
-
-    @property
-    def gpus(self) -> list[Mapping[str, Any]]:
-        """The GPUs in `hardware`."""
-        return gpus_of(self.hardware or {})
-
-
 class TaskEnd(msgspec.Struct, frozen=True, kw_only=True):
     """A terminal event of `tasks.events`."""
 
@@ -70,72 +47,46 @@ class TaskEnd(msgspec.Struct, frozen=True, kw_only=True):
 
 def read_workers(client: redis.Redis) -> list[Worker]:
     """All registered workers, sorted by id."""
-    ids = sorted(_text(worker_id) for worker_id in client.smembers(wire.WORKER_IDS))
+    ids = workers.ids_of(client.smembers(wire.WORKER_IDS))
     pipe = client.pipeline(transaction=False)
-    pipe.smembers(wire.DISABLED)
-    for worker_id in ids:
-        pipe.hgetall(wire.worker_key(worker_id))
-        pipe.get(wire.heartbeat_key(worker_id))
-        pipe.ttl(wire.heartbeat_key(worker_id))
-    disabled, *answers = pipe.execute()
-    disabled = {_text(worker_id) for worker_id in disabled}
-    now = datetime.datetime.now(datetime.UTC)
-    workers = []
-    for index, worker_id in enumerate(ids):
-        record, beat, ttl = answers[3 * index : 3 * index + 3]
-        fields = {_text(name): _text(value) for name, value in record.items()}
-        off = worker_id in disabled
-        workers.append(_worker(worker_id, fields, beat=_text(beat or b""), ttl=ttl, disabled=off, now=now))
-    return workers
+    for command in workers.reads(ids):
+        pipe.execute_command(*command)  # type: ignore[no-untyped-call]
+    return workers.workers_of(ids, pipe.execute())
+
+
+def record(client: redis.Redis, submission: Submission, worker_id: str) -> int | None:
+    """Record in Redis that a task is dispatched, for `flowmesh ps` and `result`.
+
+    Returns:
+        the number of the attempt; None where this login may not write records.
+
+    Raises:
+        FlowMeshError: a task of this id has not ended.
+    """
+    import redis
+
+    document = submission.document
+    name = (document.get("metadata") or {}).get("name") if isinstance(document.get("metadata"), dict) else None
+    arguments = (
+        submission.task_id, wire.utc_now(), worker_id, submission.task_type or "", owner_of(document), str(name or ""),
+    )  # fmt: skip
+    try:
+        attempt = int(client.eval(scripts.DISPATCHED.text, 0, *arguments))
+    except redis.ResponseError:
+        return None
+    if not attempt:
+        raise FlowMeshError(f"{submission.task_id}: a task of this id has not ended; choose another --task-id")
+    return attempt
+
+
+def forget(client: redis.Redis, task_id: str) -> None:
+    """Remove the record of a task that nobody received."""
+    client.delete(names.record_key(task_id))
+    client.zrem(names.OPEN, task_id)
 
 
 def is_alive(client: redis.Redis, worker_id: str) -> bool:
     return bool(client.ttl(wire.heartbeat_key(worker_id)) > 0)
-
-
-def why_not(worker: Worker, requirements: Mapping[str, Any], task_type: str | None) -> list[str]:
-    """The reasons why a worker cannot run a task now; empty if it can.
-
-    Args:
-        requirements: the task's `spec.resources.hardware`.
-
-    Raises:
-        FieldError: a requirement cannot be parsed.
-    """
-    if not worker.alive:
-        return ["stale: no heartbeat" + (f" for {worker.last_seen_s:.0f} s" if worker.last_seen_s is not None else "")]
-    reasons = []
-    if worker.status != "IDLE":
-        task = f" ({worker.task_id})" if worker.task_id else ""
-        reasons.append(f"is {worker.status or 'in an unknown state'}{task}")
-    if worker.disabled:
-        reasons.append("disabled by the orchestrator's elastic scaling")
-    if task_type is not None and worker.task_types is not None and task_type not in worker.task_types:
-        offered = ", ".join(worker.task_types) or "nothing"
-        reasons.append(f"does not offer {task_type} (offers {offered})")
-    if worker.hardware is None and requirements:
-        reasons.append("reports no valid hardware description")
-    else:
-        reasons += match(worker.hardware or {}, requirements)
-    return reasons
-
-
-def requirements_of(document: Mapping[str, Any]) -> dict[str, Any]:
-    """A document's `spec.resources.hardware`.
-
-    Raises:
-        FieldError: it is not a mapping.
-    """
-    place: Any = document.get("spec")
-    path = "spec"
-    for name in ("resources", "hardware"):
-        place, path = place.get(name), f"{path}.{name}"
-        if place is None:
-            return {}
-        if not isinstance(place, dict):
-            raise FieldError(f"{path}: expected a mapping, found {found(place)}", path)
-    hardware: dict[str, Any] = place
-    return hardware
 
 
 @contextlib.contextmanager
@@ -172,46 +123,3 @@ def terminal_event(event: Mapping[str, Any], task_id: str) -> TaskEnd | None:
         error=str(event.get("error") or ""),
         payload=payload if isinstance(payload, dict) else {},
     )
-
-
-def _worker(
-    worker_id: str, fields: dict[str, str], *, beat: str, ttl: int, disabled: bool, now: datetime.datetime
-) -> Worker:
-    env, tags, hardware = (_json(fields.get(name)) for name in ("env_json", "tags_json", "hardware_json"))
-    types = env.get("task_types") if isinstance(env, dict) else None
-    seen = _moment(beat) or _moment(fields.get("last_seen", ""))
-    status = fields.get("status", "")
-    cost = fields.get("cost_per_hour", "")
-    return Worker(
-        worker_id=worker_id,
-        status=status,
-        task_id=(fields.get("extra_task_id") or None) if status not in ("IDLE", "STARTING") else None,
-        last_task=fields.get("extra_last_task") or None,
-        hardware=hardware if isinstance(hardware, dict) else None,
-        task_types=tuple(map(str, types)) if isinstance(types, list | dict) else None,
-        tags=tuple(map(str, tags)) if isinstance(tags, list) else (),
-        cost_per_hour=float(cost) if cost.replace(".", "", 1).isdigit() else None,
-        started_at=fields.get("started_at") or None,
-        last_seen_s=max(0.0, (now - seen).total_seconds()) if seen is not None else None,
-        alive=ttl > 0,
-        disabled=disabled,
-    )
-
-
-def _moment(text: str) -> datetime.datetime | None:
-    try:
-        moment = datetime.datetime.fromisoformat(text)
-    except ValueError:
-        return None
-    return moment if moment.tzinfo is not None else moment.replace(tzinfo=datetime.UTC)
-
-
-def _json(text: str | None) -> Any:
-    try:
-        return json.loads(text or "null")
-    except (ValueError, RecursionError):
-        return None
-
-
-def _text(value: Any) -> str:
-    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)

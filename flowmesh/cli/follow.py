@@ -208,11 +208,16 @@ class Follow:
             out_dir=out_dir,
             runtime_sec=float(runtime) if isinstance(runtime, int | float) else None,
             event=payload,
-            result=_result(out_dir) if ok else None,
+            result=result_of(out_dir) if ok else None,
         )
 
 
-def _result(out_dir: str | None) -> Any:
+def result_of(out_dir: str | None) -> Any:
+    """The result in a task's folder; None if there is none.
+
+    Raises:
+        TaskFailed: it cannot be read.
+    """
     if out_dir is None:
         return None
     try:

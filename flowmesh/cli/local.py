@@ -47,6 +47,10 @@ class LocalOptions(msgspec.Struct, frozen=True, kw_only=True):
     results_dir: str | None = None
     read_roots: tuple[str, ...] = ()
     """Absolute folders whose files the documents may name, besides those of the settings."""
+    keeps_results: bool = True
+    """False: without `results_dir`, results are removed with the node."""
+    settings: dict[str, str] = {}
+    """Other settings, which win over those of the file."""
     program: tuple[str, ...] = SUPERVISOR
     """The node's command, before its options."""
 
@@ -176,10 +180,14 @@ class LocalNode:
             found["tasks.trust_remote_code"] = "*"
         if not tasks.local_hosts:
             found["tasks.local_hosts"] = "*"
+        if not tasks.allow_env:
+            found["tasks.allow_env"] = "*"
+        if not tasks.allow_command:
+            found["tasks.allow_command"] = "*"
         return found
 
     def _start(self) -> None:
-        sweep_abandoned()
+        sweep_abandoned(RUN_PREFIX)
         linux.become_subreaper()
         self._others = set(proc_files.children(os.getpid()))
         self._dir = private_dir(RUN_PREFIX)
@@ -209,6 +217,10 @@ class LocalNode:
         settings |= self.permits()
         if self._options.results_dir is not None:
             settings["results.dir"] = str(Path(self._options.results_dir).absolute())
+        elif not self._options.keeps_results:
+            assert self._dir is not None
+            settings["results.dir"] = str(self._dir / "results")
+        settings |= self._options.settings
         config = [] if self._options.config is None else ["--config", self._options.config]
         return [*self._options.program, *config, *(f"--set={name}={value}" for name, value in settings.items())]
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from flowmesh.errors import ConfigError, UnavailableError
-from flowmesh.messages.sentinel import is_sentinel, sentinel_address
 from flowmesh.redaction import redact_url
 from flowmesh.settings import addresses, load, paths
 from flowmesh.settings.schema import RedisSettings, Settings
@@ -99,18 +98,10 @@ def connected(url: str) -> Iterator[redis.Redis]:
         UnavailableError: Redis does not answer, or stops answering inside the `with` block; names the address.
     """
     import redis
-    from redis.backoff import ExponentialWithJitterBackoff
-    from redis.retry import Retry
 
-    options: dict[str, Any] = {
-        "socket_timeout": TIMEOUT_S,
-        "retry": Retry(ExponentialWithJitterBackoff(cap=0.5, base=0.05), 2),
-        "health_check_interval": 15,
-    }
-    try:
-        client = _master(url, options) if is_sentinel(url) else redis.Redis.from_url(url, **options)
-    except (ValueError, redis.RedisError) as error:
-        raise ConfigError(f"the Redis URL {redact_url(url)!r} cannot be used: {error}") from None
+    from flowmesh.client.connection import open_client
+
+    client = open_client(url, timeout_s=TIMEOUT_S)
     try:
         with client:
             client.ping()
@@ -121,18 +112,6 @@ def connected(url: str) -> Iterator[redis.Redis]:
         ) from None
     except redis.RedisError as error:
         raise UnavailableError(f"Redis at {redact_url(url)} does not answer: {_short(error)}") from None
-
-
-def _master(url: str, options: dict[str, Any]) -> redis.Redis:
-    """A client of the master that the sentinels report."""
-    from redis.sentinel import Sentinel
-
-    address = sentinel_address(url)
-    login = {"username": address.username, "password": address.password}
-    sentinel: Any = Sentinel  # redis-py leaves these two without types
-    found = sentinel(address.hosts, sentinel_kwargs={"socket_timeout": TIMEOUT_S})
-    client: redis.Redis = found.master_for(address.service, db=address.db, **login, **options)
-    return client
 
 
 def _short(error: Exception) -> str:

@@ -38,19 +38,20 @@ def lock_folder(folder: Path, *, create: bool = True) -> int:
     return descriptor
 
 
-def sweep_abandoned(root: Path | None = None) -> None:
-    """Remove the folders of runs that were killed: those of this user that nobody holds locked.
+def sweep_abandoned(prefix: str, root: Path | None = None) -> None:
+    """Remove the folders of commands that were killed: those of this user that nobody holds locked.
 
     Args:
+        prefix: of their names, as for `private_dir`.
         root: where to look; None: the temporary folders.
     """
     for where in {root} if root is not None else {Path(tempfile.gettempdir()), Path("/tmp")}:
-        for folder in where.glob(f"{RUN_PREFIX}*"):
+        for folder in where.glob(f"{prefix}*"):
             try:
                 if folder.is_symlink() or folder.lstat().st_uid != os.geteuid():
                     continue
                 lock = lock_folder(folder, create=False)
-            except OSError:  # in use, or not a folder of `flowmesh run`
+            except OSError:  # in use, or not such a folder
                 continue
             remove_path(folder)
             os.close(lock)

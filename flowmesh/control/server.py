@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from flowmesh.redaction import Redactor
 from flowmesh.validation.describe import nearest
 
 MAX_LINE = 64 * 1024
+MAX_BULK = 32 * 1024 * 1024
 LOOK_S = 1.0
 READ_WITHIN_S = 30.0
 """A client that does not read for this long is cut off: what waits for it takes memory."""
@@ -28,6 +29,7 @@ WATCH_BACKLOG = 1000
 
 Answer = dict[str, Any]
 Handler = Callable[[dict[str, Any]], Answer | Awaitable[Answer]]
+BulkHandler = Callable[[dict[str, Any], bytes], Answer]
 Subscribe = Callable[[str, Callable[[Answer], None]], Callable[[], None]]
 
 
@@ -43,11 +45,21 @@ class ControlServer:
         handlers: by `op`; each gets the request and returns the fields to send beside `"ok": true`.
         subscribe: (task id, callback) → unsubscribe; for `watch`.
         redact: hides secrets in what is sent.
+        bulk: as `handlers`, for requests with a field `bytes` that are followed by so many bytes.
     """
 
-    def __init__(self, path: Path, handlers: dict[str, Handler], subscribe: Subscribe, redact: Redactor) -> None:
+    def __init__(
+        self,
+        path: Path,
+        handlers: dict[str, Handler],
+        subscribe: Subscribe,
+        redact: Redactor,
+        *,
+        bulk: Mapping[str, BulkHandler],
+    ) -> None:
         self._path = path
         self._handlers = handlers
+        self._bulk = bulk
         self._subscribe = subscribe
         self._redact = redact
         self._server: asyncio.Server | None = None
@@ -95,7 +107,7 @@ class ControlServer:
         try:
             while line := await reader.readline():
                 await self._answer(line, reader, writer)
-        except (ConnectionError, ValueError) as error:  # a line over MAX_LINE is a ValueError
+        except (ConnectionError, EOFError, ValueError) as error:  # a line over MAX_LINE is a ValueError
             logger.bind(error=str(error)).debug("control connection closed")
         finally:
             self._peers.discard(writer)
@@ -110,9 +122,13 @@ class ControlServer:
             if op == "watch":
                 await self._watch(text_field(request, "task_id"), reader, writer)
                 return
+            if isinstance(op, str) and (taker := self._bulk.get(op)) is not None:
+                body = await reader.readexactly(_size(request))
+                await self._send(writer, {"ok": True, **taker(request, body)})
+                return
             handler = self._handlers.get(op) if isinstance(op, str) else None
             if handler is None:
-                known = [*self._handlers, "watch"]
+                known = [*self._handlers, *self._bulk, "watch"]
                 raise ControlError(f"op: unknown operation {op!r}; {nearest(str(op), known)}")
             answer = handler(request)
             if not isinstance(answer, dict):
@@ -167,3 +183,15 @@ def text_field(request: dict[str, Any], name: str) -> str:
     if not isinstance(value, str) or not value:
         raise ControlError(f"{name}: expected text that is not empty, found {value!r}")
     return value
+
+
+def _size(request: dict[str, Any]) -> int:
+    """How many bytes follow a request.
+
+    Raises:
+        ValueError: so many are not taken; the connection cannot go on.
+    """
+    size = request.get("bytes")
+    if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= MAX_BULK:
+        raise ValueError(f"bytes: expected a number up to {MAX_BULK}, found {size!r:.80}")
+    return size

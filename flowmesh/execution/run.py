@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 import math
 import time
 from collections.abc import Callable
@@ -12,13 +13,40 @@ import msgspec
 
 from flowmesh.execution import boot_clock
 from flowmesh.execution.admission import Accepted
+from flowmesh.execution.trend import Trend
 from flowmesh.messages.job import Exit, Outcome
-from flowmesh.messages.rows import Counts
-from flowmesh.messages.wire import utc_now
+from flowmesh.messages.wire import Recorded, utc_now
 from flowmesh.node.slots import Slot
 from flowmesh.processes.pipe import Pipe, Progress
-from flowmesh.tasks.catalogue import LIGHT
+from flowmesh.results.job import DeliveryReport
 from flowmesh.tasks.machine import State, Task
+
+MOST_METRICS = 8
+MOST_UNIT_CHARS = 32
+"""Of a bounded snapshot's progress, which the task wrote."""
+
+
+class Timeline:
+    """When what happened to a run, for the history."""
+
+    def __init__(self) -> None:
+        now = time.time()
+        self.marks: dict[str, float] = {"received": now, State.QUEUED.value: now}
+        """When it was received, and when it entered each state, in seconds since 1970."""
+
+    @property
+    def received_at(self) -> str:
+        """ISO 8601, UTC."""
+        return datetime.datetime.fromtimestamp(self.marks["received"], datetime.UTC).isoformat()
+
+    def enter(self, state: State) -> None:
+        """It enters a state now."""
+        self.marks[state.value] = time.time()
+
+    def resume(self, marks: dict[str, float], received_at: str) -> None:
+        """Take over what an earlier supervisor recorded; one of an older version records no marks."""
+        received = datetime.datetime.fromisoformat(received_at).timestamp()
+        self.marks = {"received": received, State.QUEUED.value: received, **marks}
 
 
 class Run:
@@ -39,12 +67,11 @@ class Run:
         self.cgroup: str | None = None
         """The folder of its cgroup, if it has one."""
         self.phase = ""
-        self.queued = time.monotonic()
-        """When it came, or this supervisor found it, monotonic."""
         self.waits_for = ""
         """What its delivery waits for; empty: it does not wait."""
         self.progress: Progress | None = None
         """The last progress that it reported."""
+        self.trend = Trend()
         self.last_frame_at = time.monotonic()
         """When its last frame arrived, or it started."""
         self.bad_frames = 0
@@ -57,19 +84,22 @@ class Run:
         self.started = 0.0
         """When it started, monotonic; computed from `boot_mark` for an adopted task. 0: it has not started."""
         self.queued_at = time.monotonic()
-        """When it was accepted, or adopted while it waited."""
+        """When it was accepted, or this supervisor found it, monotonic."""
+        self.fork_asked = 0.0
+        """When its fork server was asked for its process, monotonic. 0: it was not, or by an earlier supervisor."""
         self.faulted_at = 0.0
         """When it first met a fault of the node, monotonic. 0: it has not, or it was launched since."""
+        self.unready = 0
+        """How often its process could not be set up for a reason that concerns this task only."""
         self.finished = 0.0
         """When it ended, monotonic. 0: it has not ended."""
         self.exit: Exit | None = None
         self.outcome: Outcome | None = None
-        self.rows: Counts | None = None
-        """Of a failed task, the rows that stand."""
-        self.rows_url: str | None = None
-        """Where they can be downloaded."""
+        self.delivered: DeliveryReport | None = None
+        """What its delivery found; of a failed task also what it had finished."""
         self.log_tail: tuple[str, ...] = ()
         """The last lines of a failed task's log."""
+        self.timeline = Timeline()
         self.resources: dict[str, Any] = {}
         self.energy: dict[str, Any] | None = None
         self.gpus = gpus_of(accepted, slot)
@@ -81,6 +111,11 @@ class Run:
     @property
     def task_id(self) -> str:
         return self.accepted.message.task_id
+
+    @property
+    def recorded(self) -> Recorded | None:
+        """Which attempt of a task with a record in Redis it is; None: the task has no record."""
+        return self.accepted.message.record
 
     @property
     def worker_id(self) -> str:
@@ -140,8 +175,18 @@ class Run:
             "gone_ms": self.exit.gone_ms,
         }
 
-    def snapshot(self) -> dict[str, Any]:
-        """The task's entry in `flowmesh status`."""
+    def snapshot(self, *, bounded: bool = False) -> dict[str, Any]:
+        """The task's entry in `flowmesh status`.
+
+        Args:
+            bounded: cut what the task may have made long in its progress.
+        """
+        progress = None if self.progress is None else msgspec.to_builtins(_plain(self.progress))
+        if progress is not None and bounded:
+            progress["unit"] = progress["unit"][:MOST_UNIT_CHARS]
+            progress["metrics"] = {
+                name[:MOST_UNIT_CHARS]: value for name, value in list(progress["metrics"].items())[:MOST_METRICS]
+            }
         return {
             "task_id": self.task_id,
             "task_type": self.accepted.type.name,
@@ -149,12 +194,15 @@ class Run:
             "attempt": self.attempt,
             "state": self.task.state.value,
             "phase": self.phase,
-            "progress": None if self.progress is None else msgspec.to_builtins(_plain(self.progress)),
+            "progress": progress,
             "rows": self._live_rows(),
             "pid": self.pid if self.task.state not in (State.QUEUED, State.DELIVERING) else None,
             "started_at": self.started_at,
             "out_dir": self.accepted.target.out_dir,
             "waits_for": self.waits_for or None,
+            "elapsed_s": round(self.runtime_s, 3) if self.started else None,
+            "queued_s": round(time.monotonic() - self.queued_at, 3) if self.task.state is State.QUEUED else None,
+            "gpus": list(self.gpus),
         }
 
     def _live_rows(self) -> dict[str, int] | None:
@@ -168,7 +216,7 @@ class Run:
 
 def gpus_of(accepted: Accepted, slot: Slot[Run]) -> tuple[str, ...]:
     """UUIDs of the GPUs that a task gets: its slot's, at most `gpu.count` of them; none for a light task."""
-    if accepted.type.environment == LIGHT:
+    if accepted.type.is_light:
         return ()
     hardware = accepted.spec.resources.hardware if accepted.spec.resources else None
     return slot.plan.gpus_for(hardware.gpu.count if hardware and hardware.gpu else None)

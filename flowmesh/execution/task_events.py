@@ -12,6 +12,8 @@ from flowmesh.execution.run import Run
 from flowmesh.messages.text import escaped
 from flowmesh.messages.wire import TaskEvent, encode, utc_now
 from flowmesh.redaction import Redactor, in_document
+from flowmesh.results.job import DeliveryReport
+from flowmesh.results.partial import steps_shown
 from flowmesh.tasks.verdicts import Kind, Verdict, event_fields
 
 TAIL_LINES = 20
@@ -56,6 +58,11 @@ def failed_at(event: bytes) -> str | None:
     return _decoder.decode(event).worker_id if event.startswith(b'{"type":"TASK_FAILED"') else None
 
 
+def payload_of(event: bytes) -> dict[str, Any]:
+    """The payload of an encoded event, as `payload`."""
+    return {"payload": _decoder.decode(event).payload}
+
+
 def used(run: Run, cost_per_hour: float) -> dict[str, Any]:
     """What a task has used, for its event and its result. An energy that was not measured is null.
 
@@ -71,17 +78,18 @@ def used(run: Run, cost_per_hour: float) -> dict[str, Any]:
 
 def _rows(run: Run) -> dict[str, Any]:
     """The rows of a task that keeps a row log, `resources.rows`."""
-    counts = run.rows or (None if run.outcome is None else run.outcome.rows)
+    counts = run.delivered.rows if run.delivered is not None else None
+    counts = counts or (None if run.outcome is None else run.outcome.rows)
     return {} if counts is None else {"rows": msgspec.to_builtins(counts)}
 
 
-def ended(run: Run, verdict: Verdict, *, finished_at: str, cost_per_hour: float, layout: Layout) -> bytes:
+def ended(run: Run, verdict: Verdict, *, finished_at: str, cost_per_hour: float, redact: Redactor) -> bytes:
     """The terminal event, encoded: TASK_SUCCEEDED or TASK_FAILED.
 
     Args:
         finished_at: ISO 8601, UTC.
         cost_per_hour: of the task's slot, in US dollars.
-        layout: has the secrets that are hidden in the event.
+        redact: hides the secrets of the node and of the task.
     """
     payload: dict[str, Any] = {
         "taskType": run.accepted.type.name,
@@ -93,7 +101,8 @@ def ended(run: Run, verdict: Verdict, *, finished_at: str, cost_per_hour: float,
     }
     if run.accepted.message.dispatched_at is not None:
         payload["dispatched_at"] = run.accepted.message.dispatched_at
-    redact = redactor(run, layout)
+    if run.outcome is not None and run.outcome.command is not None:
+        payload["command"] = msgspec.to_builtins(run.outcome.command)
     if warnings := _bounded([redact(line) for line in warnings_of(run)]):
         payload["warnings"] = warnings
     if verdict.ok:
@@ -107,10 +116,8 @@ def ended(run: Run, verdict: Verdict, *, finished_at: str, cost_per_hour: float,
         )
     else:
         payload |= event_fields(verdict)
-        if run.rows is not None:
-            payload["rows"] = {"done": run.rows.done, "total": run.rows.total}
-            if run.rows.done:
-                payload["resume"] = {"url": run.rows_url} if run.rows_url else {"path": run.accepted.target.out_dir}
+        if run.delivered is not None:
+            payload |= _finished(run.task_id, run.delivered)
         if run.log_tail:
             payload["log_tail"] = _last([escaped(redact(line)) for line in run.log_tail[-TAIL_LINES:]])
         event = TaskEvent(
@@ -123,6 +130,22 @@ def ended(run: Run, verdict: Verdict, *, finished_at: str, cost_per_hour: float,
             payload=payload,
         )
     return encode(event)
+
+
+def _finished(task_id: str, report: DeliveryReport) -> dict[str, Any]:
+    """`rows`, `resume` and `steps` of a failed task; each merged child with rows has its own."""
+    found: dict[str, Any] = {} if report.steps is None else {"steps": steps_shown(report.steps)}
+    if report.rows is None:
+        return found
+    found["rows"] = {"done": report.rows.done, "total": report.rows.total}
+    for each, part in report.parts.items():
+        resume = {} if part.resume is None else {"resume": part.resume}
+        if each == task_id:
+            found |= resume
+        else:
+            children = found["rows"].setdefault("children", {})
+            children[each] = {"done": part.done, "total": part.total, **resume}
+    return found
 
 
 def warnings_of(run: Run) -> list[str]:

@@ -7,6 +7,7 @@ before the child is forked; the child writes `outcome.json` (atomically) before 
 from __future__ import annotations
 
 import enum
+import signal
 from typing import Any
 
 import msgspec
@@ -14,6 +15,8 @@ import msgspec
 from flowmesh.messages.gateway import Gateway
 from flowmesh.messages.rows import Counts
 
+EXIT_SETUP = 70
+"""Of a task's process: it could not be set up, or its entry raised. An error of the node (EX_SOFTWARE)."""
 JOB_FILE = "job.json"
 OUTCOME_FILE = "outcome.json"
 MAX_OUTCOME_BYTES = 4 * 1024**3
@@ -36,6 +39,8 @@ class Permits(msgspec.Struct, frozen=True, kw_only=True):
     """Engine arguments of vLLM beyond the harmless ones (`*` allowed)."""
     reasoning_parsers: tuple[str, ...] = ()
     """Reasoning parsers of vLLM (`*` allowed) that documents may name."""
+    commands: tuple[str, ...] = ()
+    """Patterns (`*` allowed) of the programs that tasks may run."""
     trainer_arguments: tuple[str, ...] = ()
     """Arguments of trainers beyond the harmless ones (`*` allowed)."""
     local_hosts: tuple[str, ...] = ()
@@ -95,6 +100,25 @@ class Fault(enum.StrEnum):
     CANCELLED = "cancelled"
 
 
+class CommandExit(msgspec.Struct, frozen=True, kw_only=True):
+    """How the program of a `command` or `python` task ended."""
+
+    code: int | None = None
+    """Its exit status; None: it was killed."""
+    signal: str | None = None
+    """The signal that killed it, such as SIGKILL; None: it exited."""
+
+    @classmethod
+    def of(cls, status: int) -> CommandExit:
+        """Of an exit status, or minus a signal's number."""
+        if status >= 0:
+            return cls(code=status)
+        try:
+            return cls(signal=signal.Signals(-status).name)
+        except ValueError:
+            return cls(signal=f"signal {-status}")
+
+
 class ArchiveRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A top-level folder of the task's folder that the delivery archives and uploads; its fields enter the result."""
 
@@ -130,8 +154,12 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds in each phase, in order."""
     rows: Counts | None = None
     """Of a task that keeps a row log, its merged children included."""
+    command: CommandExit | None = None
+    """Of a task that runs a program, once the program has ended."""
     warnings: tuple[str, ...] = ()
     """As in the result, for the terminal event; also those of a run that failed."""
+    versions: dict[str, str] = {}
+    """Of the libraries that the process had imported, for the history."""
 
 
 class Exit(msgspec.Struct, frozen=True, kw_only=True):

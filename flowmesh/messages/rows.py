@@ -33,6 +33,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     completion_tokens: int = 0
     item: dict[str, Any] = {}
     """Its entry in the result."""
+    files: str = ""
+    """Digest of the files that the item has beside the log, where it counts only with them."""
 
 
 class Head(msgspec.Struct, frozen=True, kw_only=True):

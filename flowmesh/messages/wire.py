@@ -23,6 +23,9 @@ DISABLED = "workers:elastic_disabled"
 """The set of the ids of workers that the orchestrator does not schedule on."""
 WORKER_IDS = "workers:ids"
 
+RECORDS_LANE = "flowmesh:records"
+"""The outbox's channel for events of tasks that have a record in Redis: a script publishes them; see queue.reports."""
+
 MAX_MESSAGE_BYTES = 32 * 1024 * 1024
 """A larger dispatch is refused. Data of that size belongs in a file or behind a URL."""
 
@@ -59,6 +62,7 @@ class Address(msgspec.Struct, frozen=True):
     assigned_worker: Any = None
     task_id: Any = None
     dispatched_at: Any = None
+    record: Any = None
 
 
 class MergedChild(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,6 +82,14 @@ class Document(msgspec.Struct, frozen=True, kw_only=True):
     metadata: dict[str, Any] | None = None
 
 
+class Recorded(msgspec.Struct, frozen=True, kw_only=True):
+    """Which attempt of a task with a record in Redis a dispatch is."""
+
+    attempt: Annotated[int, Meta(ge=1)]
+    priority: str = ""
+    """Of a queued task; empty: it was dispatched directly."""
+
+
 class TaskMessage(msgspec.Struct, frozen=True, kw_only=True):
     """A dispatch on the `tasks` channel."""
 
@@ -90,6 +102,7 @@ class TaskMessage(msgspec.Struct, frozen=True, kw_only=True):
     merged_children: list[MergedChild] | None = None
     shard_index: int | None = None
     shard_total: int | None = None
+    record: Recorded | None = None
 
 
 class HardwareGpu(msgspec.Struct, frozen=True):
@@ -112,6 +125,8 @@ class Resources(msgspec.Struct, frozen=True):
     """`spec.resources`."""
 
     hardware: HardwareWanted | None = None
+    tags: tuple[str, ...] = ()
+    """Tags that a worker must have."""
 
 
 class NodeSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -125,7 +140,9 @@ class NodeSpec(msgspec.Struct, frozen=True, kw_only=True):
     env: dict[str, str] = {}
 
 
-TOO_DEEP = "the message is nested too deep; keep documents below 500 levels, and put deeper data into a file"
+MOST_LEVELS = 500
+"""What every part of the node and of its children can take; decoders alone would take about twice that."""
+TOO_DEEP = f"the message is nested too deep; keep documents below {MOST_LEVELS} levels, and put deeper data into a file"
 
 _address_decoder = msgspec.json.Decoder(Address)
 _message_decoder = msgspec.json.Decoder(dict[str, Any])
@@ -147,6 +164,14 @@ def address(data: bytes) -> Address:
         raise FieldError(TOO_DEEP, "") from None
 
 
+def recorded_in(value: Any) -> Recorded | None:
+    """The `record` of an address; None where there is none that can be read."""
+    try:
+        return msgspec.convert(value, Recorded)
+    except msgspec.ValidationError:
+        return None
+
+
 def salvaged_address(data: bytes) -> Address:
     """Which worker a message is for that `address` refused; fields that cannot be found are None.
 
@@ -162,11 +187,29 @@ def decode_object(data: bytes) -> dict[str, Any]:
         FieldError: the message is not a JSON object, or is nested too deep.
     """
     try:
-        return _message_decoder.decode(data)
+        decoded = _message_decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise FieldError(f"the message is not a JSON object: {damaged.cause(data, str(error))}", "") from None
     except RecursionError:
         raise FieldError(TOO_DEEP, "") from None
+    if data.count(b"[") + data.count(b"{") > MOST_LEVELS and _is_deeper(decoded, MOST_LEVELS):
+        raise FieldError(TOO_DEEP, "")
+    return decoded
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Whether JSON data has more than `levels` levels; `value` itself is the first."""
+    level = [value]
+    for _ in range(levels):
+        level = [
+            inner
+            for each in level
+            for inner in (each.values() if isinstance(each, dict) else each)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def usable_task_id(value: Any) -> str | None:

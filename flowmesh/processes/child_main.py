@@ -8,30 +8,31 @@ import socket
 import stat
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 import msgspec
 
 from flowmesh.files.safe_folder import open_folder
-from flowmesh.processes import limits, linux, threads
+from flowmesh.messages.job import EXIT_SETUP
+from flowmesh.processes import limits, linux, threads, title
 from flowmesh.processes.cgroup import Leaf
 from flowmesh.processes.pipe import Pipe
 from flowmesh.processes.preload import named
-from flowmesh.processes.protocol import MAX_MESSAGE, Fork, fork_decoder
+from flowmesh.processes.protocol import MAX_MESSAGE, Fork, Unready, encode, fork_decoder
 
 SPARE = "flowmesh-spare"
 """Process name of a child that waits for its task."""
-
-EXIT_SETUP = 70
-"""The child could not be set up, or its entry raised: an error of the node, not of the task (EX_SOFTWARE)."""
 
 
 class Start(msgspec.Struct, frozen=True):
     """What a child gets from its fork server."""
 
     orders: socket.socket
-    """Receives one datagram, the child's Fork request. Closed without one if there is no task for it."""
+    """Receives one datagram, the child's Fork request. Closed without one if there is no task for it.
+
+    The child answers with an Unready, or closes it when it is set up."""
     pipe: Pipe
     """The child's end."""
     leaf: Leaf | None
@@ -61,20 +62,44 @@ def run(start: Start) -> int:
     except Exception as error:  # noqa: BLE001 - raised below, once the child has its task's log
         failure = error
     order = start.orders.recv(MAX_MESSAGE)
-    start.orders.close()
     if not order:
         return 0
-    request = fork_decoder.decode(order)
-    _redirect(request)
-    if failure is not None:
-        raise failure
+    own = False
+    try:
+        request = fork_decoder.decode(order)
+        own = failure is None
+        _redirect(request)
+        own = False
+        if failure is not None:
+            raise failure
+        target = _set_up(request, start.parent)
+    except Exception as error:
+        unready = Unready(message=_reason(error), own=own)
+        start.orders.send(encode(unready), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        raise
+    start.orders.close()
+    return int(target(start.pipe, Path(request.spool)))
+
+
+def _set_up(request: Fork, parent: int) -> Callable[[Pipe, Path], int]:
+    """Limits, folder and environment of the task; returns what it calls."""
     linux.set_name("flowmesh-task")
-    limits.apply(request.limits, start.parent)
+    if request.task_id:
+        title.show_task(request.task_id)
+    limits.apply(request.limits, parent)
     _enter_folder(request)
     os.environ.clear()
     os.environ.update(request.env)
     threads.use(request.threads)
-    return int(named(request.target)(start.pipe, Path(request.spool)))
+    with os.scandir(request.spool):  # raises if it is gone
+        pass
+    target: Callable[[Pipe, Path], int] = named(request.target)
+    return target
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())[:500] or type(error).__name__
+    return f"its process could not be set up: {text}"
 
 
 def nothing(_pipe: Pipe, _spool: Path) -> int:

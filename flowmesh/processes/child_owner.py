@@ -15,8 +15,8 @@ class ChildOwner(Protocol):
     def on_forked(self, forked: Forked, pipe: Pipe) -> None:
         """The child exists; the owner gets the node's end of its pipe. Also called for adopted children."""
 
-    def on_fork_failed(self, attempt: int, message: str) -> None:
-        """There will be no child; the fork server says why."""
+    def on_fork_failed(self, attempt: int, message: str, own: bool, /) -> None:
+        """There will be no child; the fork server says why. Own: the reason lies in the request."""
 
     def on_gone(self, attempt: int, exit_: Exit) -> None:
         """The child and its whole tree have ended. To be answered with `forget` once that is in the journal."""

@@ -8,11 +8,13 @@ import signal
 import socket
 import time
 
+import msgspec
+
 from flowmesh.messages.job import Exit
 from flowmesh.processes import cgroup
 from flowmesh.processes.cgroup import Leaf
 from flowmesh.processes.pipe import Pipe
-from flowmesh.processes.protocol import Fork
+from flowmesh.processes.protocol import MAX_MESSAGE, Fork, Unready, unready_decoder
 
 _LEAF_S = 1.0
 
@@ -46,8 +48,7 @@ class Spare:
                 with contextlib.suppress(OSError):  # it does without
                     self.leaf.delegate(limits.uid, -1 if limits.gid is None else limits.gid)
         self._orders.send(data, socket.MSG_NOSIGNAL)
-        self._orders.close()
-        return Entry(request.attempt, self.pid, self.pipe, self.leaf)
+        return Entry(request.attempt, self.pid, self.pipe, self.leaf, self._orders)
 
     def close(self) -> None:
         """Close its descriptors, in another forked child."""
@@ -71,7 +72,11 @@ class Spare:
 class Entry:
     """One child with a task, until Forget."""
 
-    def __init__(self, attempt: int, pid: int, pipe: Pipe, leaf: Leaf | None) -> None:
+    def __init__(self, attempt: int, pid: int, pipe: Pipe, leaf: Leaf | None, orders: socket.socket) -> None:
+        self.orders: socket.socket | None = orders
+        """Where it says whether it could be set up; None: that is known."""
+        self.unready: Unready | None = None
+        """Why it could not."""
         self.attempt = attempt
         self.pid = pid
         self.pipe = pipe
@@ -92,3 +97,20 @@ class Entry:
     @property
     def running(self) -> bool:
         return self.ended_at is None
+
+    def read_orders(self) -> None:
+        """Note what it says of its set-up. One that died in it says nothing, and ends like any other."""
+        assert self.orders is not None
+        with contextlib.suppress(OSError, msgspec.DecodeError):
+            if said := self.orders.recv(MAX_MESSAGE, socket.MSG_DONTWAIT):
+                self.unready = unready_decoder.decode(said)
+
+    def close_orders(self) -> None:
+        if self.orders is not None:
+            self.orders.close()
+            self.orders = None
+
+    def close(self) -> None:
+        """Close its descriptors."""
+        self.pipe.close()
+        self.close_orders()

@@ -20,6 +20,7 @@ from typing import NoReturn
 
 import msgspec
 
+from flowmesh.messages.job import EXIT_SETUP
 from flowmesh.processes import child_main, linux, preload, tree
 from flowmesh.processes.cgroup import Leaf
 from flowmesh.processes.child_record import Entry, Spare
@@ -45,6 +46,8 @@ from flowmesh.processes.supervisor_connection import SupervisorConnection
 
 SWEEP_INTERVAL_S = 0.002
 SOCKET_INTERVAL_S = 1.0
+SET_UP_S = 2.0
+"""A child that has not said within this time whether it could be set up counts as forked."""
 ORPHAN_EXIT = 3
 """Exit status of a fork server that no supervisor adopted in time."""
 
@@ -78,6 +81,8 @@ class ForkServer:
         self._options = options
         self._spares = Spares(self._fork)
         self._reaper = Reaper(self._spares, self._send_gone)
+        self._in_set_up: dict[int, Entry] = {}
+        """The children that have not said yet whether they could be set up, by descriptor."""
         self._leaves = 0
         self._retiring = False
         self._ready: Ready | None = None
@@ -179,6 +184,8 @@ class ForkServer:
             if fd == self._wakeup_read:
                 with contextlib.suppress(BlockingIOError):
                     os.read(self._wakeup_read, 4096)
+            elif (entry := self._in_set_up.get(fd)) is not None:
+                self._was_set_up(entry)
             elif fd == self._listener.fileno():
                 if self._supervisor.accept():
                     self._introduce()
@@ -187,6 +194,7 @@ class ForkServer:
                     self._supervisor.flush()
                 if events & ~select.EPOLLOUT and self._supervisor.is_for(fd) and (got := self._supervisor.receive()):
                     self._handle(*got)
+        self._announce_late()
         self._reaper.reap()
         self._reaper.sweep()
 
@@ -195,8 +203,9 @@ class ForkServer:
         assert self._ready is not None, "nobody is accepted before the imports are done"
         ready = msgspec.structs.replace(self._ready, attempts=self._reaper.attempts, retiring=self._retiring)
         self._supervisor.send(ready)
-        for entry in self._reaper:
-            self._send_forked(entry)
+        for entry in list(self._reaper):
+            if entry.unready is None:
+                self._announce(entry)
             if entry.gone:
                 self._send_gone(entry)
 
@@ -216,12 +225,39 @@ class ForkServer:
                 self._retiring = True
                 self._spares.drop()
 
-    def _send_forked(self, entry: Entry) -> None:
+    def _was_set_up(self, entry: Entry) -> None:
+        """A child has said whether it could be set up. One that could not is reported when nothing is left of it."""
+        entry.read_orders()
+        if entry.unready is None:
+            self._announce(entry)
+        else:
+            self._end_set_up(entry)
+
+    def _announce_late(self) -> None:
+        now = time.monotonic()
+        for entry in [each for each in self._in_set_up.values() if now - each.forked_at > SET_UP_S]:
+            self._announce(entry)
+
+    def _end_set_up(self, entry: Entry) -> None:
+        if entry.orders is not None:
+            del self._in_set_up[entry.orders.fileno()]
+            self._poller.unregister(entry.orders)
+            entry.close_orders()
+
+    def _announce(self, entry: Entry) -> None:
+        self._end_set_up(entry)
         folder = None if entry.leaf is None else str(entry.leaf.path)
         self._supervisor.send(Forked(attempt=entry.attempt, pid=entry.pid, cgroup=folder), entry.pipe.fileno())
 
     def _send_gone(self, entry: Entry) -> None:
         assert entry.exit is not None
+        if entry.orders is not None:  # it died in its set-up
+            self._was_set_up(entry)
+        if entry.unready is not None:
+            unready = entry.unready
+            self._supervisor.send(ForkFailed(attempt=entry.attempt, message=unready.message, own=unready.own))
+            self._reaper.forget(entry.attempt)
+            return
         self._supervisor.send(Gone(attempt=entry.attempt, exit=entry.exit))
 
     def _start(self, request: Fork, data: bytes) -> None:
@@ -241,7 +277,9 @@ class ForkServer:
             self._supervisor.send(ForkFailed(attempt=attempt, message=f"fork: {error.strerror}{at}"))
             return
         self._reaper.add(entry)
-        self._send_forked(entry)
+        assert entry.orders is not None
+        self._in_set_up[entry.orders.fileno()] = entry
+        self._poller.register(entry.orders, select.EPOLLIN)
         entry.note_kills()
 
     def _fork(self) -> Spare:
@@ -281,7 +319,7 @@ class ForkServer:
 
     def _become_child(self, start: child_main.Start) -> NoReturn:
         """In the child: close everything of the server's, do the child's work, and exit."""
-        status = child_main.EXIT_SETUP
+        status = EXIT_SETUP
         try:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -291,7 +329,7 @@ class ForkServer:
             os.close(self._wakeup_read)
             os.close(self._wakeup_write)
             for entry in self._reaper:
-                entry.pipe.close()
+                entry.close()
             self._spares.close()
             status = child_main.run(start)
         except BaseException:  # noqa: BLE001 - the process boundary: reported in its log and by its exit status

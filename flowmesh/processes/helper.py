@@ -128,7 +128,7 @@ class Helpers:
         if helper.claimed:
             self._listen(helper)
 
-    def on_fork_failed(self, attempt: int, message: str) -> None:
+    def on_fork_failed(self, attempt: int, message: str, _own: bool) -> None:
         self._end(attempt, LaunchError(message))
 
     def on_gone(self, attempt: int, exit_: Exit) -> None:

@@ -27,6 +27,8 @@ class Fork(msgspec.Struct, frozen=True, kw_only=True, tag="fork"):
     limits: Limits
     threads: int = 1
     """How many threads the math libraries may use; in the fork server it is one."""
+    task_id: str = ""
+    """For the child's command line."""
 
 
 class Terminate(msgspec.Struct, frozen=True, tag="terminate"):
@@ -96,10 +98,12 @@ class Forked(msgspec.Struct, frozen=True, kw_only=True, tag="forked"):
 
 
 class ForkFailed(msgspec.Struct, frozen=True, kw_only=True, tag="fork_failed"):
-    """There is no child for this attempt; `message` is the reason."""
+    """There is no child for this attempt: it was not forked, or ended before anything of its task ran."""
 
     attempt: int
     message: str
+    own: bool = False
+    """Whether the reason lies in the request, so that other children are not concerned."""
 
 
 class Gone(msgspec.Struct, frozen=True, kw_only=True, tag="gone"):
@@ -111,7 +115,19 @@ class Gone(msgspec.Struct, frozen=True, kw_only=True, tag="gone"):
 
 Reply = Ready | Unfit | Forked | ForkFailed | Gone
 
+
+class Unready(msgspec.Struct, frozen=True, kw_only=True, tag="unready"):
+    """A child could not be set up. Sent by the child to its fork server, over the socket that it got its request from.
+
+    It closes that socket without a message when it is ready.
+    """
+
+    message: str
+    own: bool = False
+
+
 request_decoder: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
 fork_decoder: msgspec.msgpack.Decoder[Fork] = msgspec.msgpack.Decoder(Fork)
 reply_decoder: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
+unready_decoder: msgspec.msgpack.Decoder[Unready] = msgspec.msgpack.Decoder(Unready)
 encode = encode_msgpack

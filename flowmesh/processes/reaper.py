@@ -62,7 +62,7 @@ class Reaper:
     def forget(self, attempt: int) -> None:
         """Drop a child that is gone and reported."""
         if (entry := self._entries.get(attempt)) and entry.gone:
-            entry.pipe.close()
+            entry.close()
             del self._entries[attempt]
 
     def kill(self, entry: Entry) -> None:

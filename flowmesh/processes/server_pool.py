@@ -308,10 +308,10 @@ class ServerPool:
                 child = self._child(reply.attempt, server)
                 child.pid = reply.pid
                 child.owner.on_forked(reply, pipe)
-            case ForkFailed(attempt=attempt, message=message):
+            case ForkFailed(attempt=attempt, message=message, own=own):
                 child = self._child(attempt, server)
                 del self._children[attempt]
-                child.owner.on_fork_failed(attempt, message)
+                child.owner.on_fork_failed(attempt, message, own)
             case Gone(attempt=attempt, exit=exit_):
                 self._child(attempt, server).owner.on_gone(attempt, exit_)
             case Unfit():

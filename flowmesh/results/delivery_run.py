@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from flowmesh.errors import DeliveryError
+from flowmesh.files.folder import Parts
 from flowmesh.messages.job import Fault, Outcome
 from flowmesh.messages.output import HttpDestination
 from flowmesh.messages.rows import ROWS_ARCHIVE, Counts, Kept
+from flowmesh.messages.steps import Steps
 from flowmesh.processes.pipe import Frame, Phase
 from flowmesh.results import partial, responses
 from flowmesh.results.delivery_state import DeliveryState
-from flowmesh.results.job import DeliveryJob, Failure
+from flowmesh.results.job import DeliveryJob, Failure, PartRows
 from flowmesh.results.sender import Item, Sender
 from flowmesh.results.task_folder import TaskFolder
 from flowmesh.results.upload_plan import ARCHIVE_SUFFIX, UploadPlan, item_of
@@ -39,12 +42,17 @@ class DeliveryRun:
         """What was done differently than asked."""
         self.rows: Counts | None = None
         """Of a failed task."""
-        self.rows_url: str | None = None
+        self.parts: dict[str, PartRows] = {}
+        """The same of it and of each merged child."""
+        self.steps: Steps | None = None
+        """Of a failed training run."""
         if (job.failure or _failure_of(outcome)) is not None:
             job = msgspec.structs.replace(
                 job, total_timeout_s=min(job.total_timeout_s, ROWS_TIMEOUT_S), ends_to_wait=False
             )
         self._kept: dict[str, Kept] = {}
+        self._exports: dict[str, dict[str, Any]] = {}
+        """What their results say of the exports of finished items."""
         self._job = job
         self._outcome = outcome
         self._report = report
@@ -59,14 +67,24 @@ class DeliveryRun:
         outcome = self._outcome
         if self._failure is not None or outcome is None:
             self._kept = {folder.task_id: partial.read_rows(folder.top) for folder in self._folders}
-            head = self._kept[self._task.task_id].head
-            if head is not None and head.document and self._job.document not in ("", head.document):
-                self._kept[self._task.task_id] = Kept()
+            documents = {self._task.task_id: self._job.document, **self._job.child_documents}
+            for task_id, kept in self._kept.items():
+                document = "" if kept.head is None else kept.head.document
+                if document and documents.get(task_id, "") not in ("", document):
+                    self._kept[task_id] = Kept()
             counts = [kept.counts for kept in self._kept.values() if kept.head is not None]
             self.rows = partial.total(counts) if counts else None
+            self.steps = partial.read_steps(self._task.top)
+            exported = self._export()
             self.record()
+            urls: dict[str, str] = {}
             if self._job.sends_rows and not self._job.only_local:
-                self._send_rows()
+                urls = self._send_rows(exported)
+            self.parts = {
+                folder.task_id: partial.part_of(self._kept[folder.task_id], folder, urls.get(folder.task_id))
+                for folder in self._folders
+                if self._kept[folder.task_id].head is not None
+            }
             return
         self._task.result = responses.with_warnings(
             responses.success(outcome, self._job.extra), self._job.task.warnings
@@ -99,14 +117,41 @@ class DeliveryRun:
             if self._failure is not None:
                 kept = self._kept.get(folder.task_id)
                 rows = {} if kept is None else partial.fields(kept)
+                rows |= self._exports.get(folder.task_id, {})
+                if folder is self._task and self.steps is not None:
+                    rows["steps"] = partial.steps_shown(self.steps)
                 folder.result = responses.failure(folder.task_id, self._failure) | rows
             elif folder is not self._task:
                 folder.result = responses.child_success(folder.task_id, self._task.result)
             folder.result = responses.with_warnings(folder.result, folder.target.warnings)
             folder.write_result()
 
-    def _send_rows(self) -> None:
-        """Best effort: the verdict is known, and its event must not wait long for a server that is away."""
+    def _export(self) -> dict[str, Parts]:
+        """Write the exports of the finished items; returns their paths by task."""
+        written: dict[str, Parts] = {}
+        for folder in self._folders:
+            wanted, kept = self._job.exports.get(folder.task_id), self._kept[folder.task_id]
+            if not self._job.exporter or wanted is None or not kept.current:
+                continue
+            try:
+                export = partial.export(self._job.exporter, wanted, kept)
+                partial.write_below(folder.top, export.parts, export.data)
+            except Exception as error:  # noqa: BLE001 - loaded by name, on what a task wrote
+                why = " ".join(str(error).split())
+                self.notes.append(f"the finished items of {folder.task_id} were not exported: {why}")
+                continue
+            written[folder.task_id] = export.parts
+            path = str(folder.path.joinpath(*export.parts))
+            self._exports[folder.task_id] = {"jsonl_export": {"path": path, "worker_path": path, **export.shown}}
+        return written
+
+    def _send_rows(self, exported: dict[str, Parts]) -> dict[str, str]:
+        """Best effort: the verdict is known, and its event must not wait long for a server that is away.
+
+        Returns:
+            where each task's rows can be downloaded.
+        """
+        urls: dict[str, str] = {}
         with contextlib.closing(self.sender):
             for folder in self._folders:
                 kept = self._kept[folder.task_id]
@@ -116,15 +161,16 @@ class DeliveryRun:
                     folder.write(ROWS_ARCHIVE, partial.archive(kept))
                     item = item_of(folder, (ROWS_ARCHIVE,), [])
                     self.sender.send_file(item)
+                    urls[folder.task_id] = item.url
+                    if parts := exported.get(folder.task_id):
+                        self.sender.send_file(item_of(folder, parts, []))
                 except (DeliveryError, OSError) as error:
                     self.notes.append(
                         f"the rows of {folder.task_id} were not delivered: {' '.join(str(error).split())}"
                     )
-                    continue
-                if folder is self._task:
-                    self.rows_url = item.url
         for folder in self._folders:
             folder.write_manifest(self._state.known())
+        return urls
 
     def _upload(self, items: list[Item]) -> None:
         self.sender.expect(items)

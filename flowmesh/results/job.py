@@ -15,6 +15,7 @@ from flowmesh.errors import FieldError
 from flowmesh.messages.job import OUTCOME_FILE
 from flowmesh.messages.output import Destination, HttpDestination, LocalDestination, Output, file_url, read_output
 from flowmesh.messages.rows import Counts
+from flowmesh.messages.steps import Steps
 from flowmesh.results.safe_names import check_task_id, placed
 from flowmesh.settings.schema import ArchiveSettings
 
@@ -58,6 +59,12 @@ class DeliveryJob(msgspec.Struct, frozen=True, kw_only=True):
     """If set, the folders get this instead of a result, and only the rows that stand are sent."""
     document: str = ""
     """From `document_key`, where `sends_rows`: rows of another document under the same id are not shown."""
+    child_documents: dict[str, str] = {}
+    """The same of the merged children, by id."""
+    exporter: str = ""
+    """`module:function` that makes the export of a failed task's finished items; see `TaskType.exporter`."""
+    exports: dict[str, dict[str, Any]] = {}
+    """`spec.postprocess` of the task and of its merged children, by id, where `exporter` is set."""
     sends_rows: bool = False
     """Whether a failed task has rows; an http destination gets them."""
     extra: dict[str, Any] = {}
@@ -91,6 +98,24 @@ class DeliveryJob(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
+class PartRows(msgspec.Struct, frozen=True, kw_only=True):
+    """The rows of a failed task, or of a child that was merged into it."""
+
+    done: int
+    total: int
+    url: str | None = None
+    """Where they can be downloaded."""
+    out_dir: str
+    """The folder that has them."""
+
+    @property
+    def resume(self) -> dict[str, str] | None:
+        """The value of `spec.resume` with which another task goes on; None: there is nothing to go on from."""
+        if not self.done:
+            return None
+        return {"path": self.out_dir} if self.url is None else {"url": self.url}
+
+
 class DeliveryReport(msgspec.Struct, frozen=True, kw_only=True):
     """How a delivery ended."""
 
@@ -112,8 +137,10 @@ class DeliveryReport(msgspec.Struct, frozen=True, kw_only=True):
     """Of the request that failed."""
     rows: Counts | None = None
     """Of a failed task with a row log, its merged children included."""
-    rows_url: str | None = None
-    """Where the task's rows can be downloaded."""
+    parts: dict[str, PartRows] = {}
+    """The same of each of them, by id."""
+    steps: Steps | None = None
+    """Of a failed training run."""
     attempts: int = 0
     """Failed attempts at that request so far."""
 

@@ -1,13 +1,36 @@
-"""What a failed task had finished: the rows that its row log holds, in its result and as a file to go on from."""
+"""What a failed task had finished: its rows, in its result, as a file to go on from and as its export; its steps."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import io
-from pathlib import Path
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from flowmesh.files.folder import Folder
+import msgspec
+
+from flowmesh.files.folder import Folder, Parts
+from flowmesh.messages import steps
 from flowmesh.messages.rows import ROWS_FILE, Counts, Kept, compress, line, read
+from flowmesh.messages.steps import Steps
+from flowmesh.results.job import PartRows
+from flowmesh.results.safe_files import write_in_task
+from flowmesh.results.task_folder import TaskFolder
+
+_FIELDS = frozenset({"items", "queries"})
+
+
+class Export(msgspec.Struct, frozen=True):
+    """An export of finished items, not yet written."""
+
+    parts: Parts
+    """Its path below the task's folder."""
+    data: bytes
+    shown: dict[str, Any]
+    """`jsonl_export` of the result, without its path."""
 
 
 def has_rows(path: Path) -> bool:
@@ -39,9 +62,71 @@ def fields(kept: Kept) -> dict[str, Any]:
     return {
         "partial": True,
         "rows": shown(kept.counts),
-        kept.head.field if kept.head else "items": [rows[index].item for index in sorted(rows)],
+        _field(kept): [rows[index].item for index in sorted(rows)],
         "usage": {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion},
     }
+
+
+def _field(kept: Kept) -> str:
+    """The list in the result that holds the items. A task wrote it: no other field of the result may be named."""
+    given = "items" if kept.head is None else kept.head.field
+    return given if given in _FIELDS else "items"
+
+
+def read_steps(folder: Folder) -> Steps | None:
+    """How far a training run got; None where there is no such file in the task's folder."""
+    try:
+        with open(folder.open_file((steps.FOLDER, steps.STEPS_FILE)), "rb") as file:
+            return steps.read(file)
+    except OSError:
+        return None
+
+
+def steps_shown(found: Steps) -> dict[str, int]:
+    """As events and results of failed tasks have them."""
+    return {"done": found.done, "total": found.total, "checkpointed": found.checkpointed}
+
+
+def part_of(kept: Kept, folder: TaskFolder, url: str | None) -> PartRows:
+    """
+    Args:
+        url: where its rows were uploaded.
+    """
+    counts = kept.counts
+    return PartRows(done=counts.done, total=counts.total, url=url, out_dir=str(folder.path))
+
+
+def export(exporter: str, wanted: dict[str, Any], kept: Kept) -> Export:
+    """The export of the finished items.
+
+    Args:
+        exporter: `module:function`; see `TaskType.exporter`.
+        wanted: `spec.postprocess`.
+
+    Raises:
+        Exception: what the exporter raises, where an item lacks what the export needs.
+    """
+    module, _, name = exporter.partition(":")
+    function: Exporter = getattr(importlib.import_module(module), name)
+    rows = kept.current
+    path, data, said = function(wanted, [rows[index].item for index in sorted(rows)])
+    return Export(PurePosixPath(path).parts, data, said)
+
+
+Exporter = Callable[[dict[str, Any], Sequence[dict[str, Any]]], tuple[str, bytes, dict[str, Any]]]
+
+
+def write_below(top: Folder, parts: Parts, data: bytes) -> None:
+    """Write a file in a task's folder, and make the folders above it.
+
+    Raises:
+        OSError: one of them is a link, a file or a mount.
+    """
+    for depth in range(1, len(parts)):
+        with top.below(parts[: depth - 1]) as above, contextlib.suppress(FileExistsError):
+            os.mkdir(parts[depth - 1], 0o750, dir_fd=above)
+    with top.below(parts[:-1]) as folder:
+        os.close(write_in_task(folder, parts[-1], data))
 
 
 def shown(counts: Counts) -> dict[str, int]:

@@ -65,6 +65,12 @@ class NodeSettings(Section, frozen=True):
     """The node's log as JSON lines, rotated. None: stderr only."""
     state_dir: FilePath | None = None
     """Journal, sockets, spool. None: see `settings_paths.state_dir()`."""
+    history_days: Annotated[float, Meta(gt=0, le=36500)] = 90.0
+    """How long the journal keeps what became of a task, and its document with secrets hidden."""
+    history_max: Annotated[int, Meta(ge=0, le=10_000_000)] = 10_000
+    """How many tasks it keeps there at most."""
+    history_bytes: Annotated[int, Meta(ge=2**20, le=2**40)] = 256 * 1024**2
+    """How large the journal may become before the oldest are deleted. One takes about 1 KiB; at most 130 KiB."""
     elastic_scaling: bool = True
     """ENABLE_ELASTIC_SCALING"""
     slots: SlotsMode = SlotsMode.ALL
@@ -90,6 +96,19 @@ class RedisSettings(Section, frozen=True):
     """How long tasks' events wait while nobody listens to them. 0: they do not wait."""
     stream: bool = False
     """Whether each worker also takes tasks from the Redis Stream `tasks:WORKER_ID`."""
+
+
+class QueueSettings(Section, frozen=True):
+    """[queue]"""
+
+    enabled: bool = True
+    """Whether idle slots take tasks from the deployment's queue."""
+    result_ttl_s: Annotated[int, Meta(ge=0, le=366 * 86400)] = 86400
+    """How long results of queued and submitted tasks lie in Redis. 0: they are not put there."""
+    take_over_after_s: PositiveSeconds = 60.0
+    """How long a worker's heartbeat key must have been gone before its tasks go back to the queue."""
+    preempt: bool = True
+    """Whether a queued training task of low priority makes room for one of high priority."""
 
 
 class ResultsSettings(Section, frozen=True):
@@ -146,6 +165,8 @@ class TasksSettings(Section, frozen=True):
     """Reasoning parsers of vLLM (`*` allowed) that documents may name."""
     trainer_arguments: tuple[VariableName, ...] = ()
     """Arguments of trainers (`*` allowed) that documents may set although they load code or send data out."""
+    allow_command: tuple[Word, ...] = ()
+    """Programs (`*` allowed) that tasks of the types `command` and `python` may run. Empty: the types are off."""
     local_hosts: tuple[Word, ...] = ()
     """HOST or HOST:PORT (`*` allowed) that downloads may reach on loopback and link-local addresses."""
 
@@ -229,6 +250,17 @@ class SlotSettings(Section, frozen=True):
     """CPUs that its tasks are confined to. None: those that no slot names, shared by all slots without `cpus`."""
 
 
+class MetricsSettings(Section, frozen=True):
+    """[metrics]"""
+
+    textfile: FilePath | None = None
+    """File that gets the metrics, for node_exporter's textfile collector. None: none."""
+    interval_s: Annotated[float, Meta(ge=1, le=3600)] = 15.0
+    """Interval between two writes."""
+    job_mapping_dir: FilePath | None = None
+    """Folder with a file for each GPU that names its task, for dcgm-exporter. None: none."""
+
+
 class RunnersSettings(Section, frozen=True):
     """[runners]: limits and permissions of the built-in task types"""
 
@@ -270,6 +302,7 @@ class Settings(Section, frozen=True):
 
     node: NodeSettings = NodeSettings()
     redis: RedisSettings = RedisSettings()
+    queue: QueueSettings = QueueSettings()
     results: ResultsSettings = ResultsSettings()
     tasks: TasksSettings = TasksSettings()
     delivery: DeliverySettings = DeliverySettings()
@@ -277,6 +310,7 @@ class Settings(Section, frozen=True):
     processes: ProcessesSettings = ProcessesSettings()
     gpu: GpuSettings = GpuSettings()
     slots: tuple[SlotSettings, ...] = ()
+    metrics: MetricsSettings = MetricsSettings()
     runners: RunnersSettings = RunnersSettings()
     environments: dict[Name, EnvironmentSettings] = {}
     task_types: dict[Name, TaskTypeSettings] = {}

@@ -48,7 +48,7 @@ def plan(settings: Settings) -> tuple[Catalogue, dict[str, Environment]]:
     types = task_types(settings)
     interpreters: dict[str, str | None] = {LIGHT: None, DEFAULT: None}
     interpreters |= {name: each.python for name, each in settings.environments.items()}
-    found = catalogue(types, interpreters)
+    found = catalogue(types, interpreters, settings.tasks)
     environments = {}
     for name, python in interpreters.items():
         preload = list(ALWAYS)

@@ -37,6 +37,8 @@ def log(settings: Settings, environment: Mapping[str, str], catalogue: Catalogue
     for line in old_variables.warnings(environment):
         logger.warning("{}", line)
     for name, why in sorted(catalogue.missing.items()):
+        if name in catalogue.off:
+            continue
         logger.bind(type=name).info("task type not offered: {}", why)
 
 

@@ -11,7 +11,6 @@ from flowmesh.node.devices import Inventory
 from flowmesh.node.nvml.look import look_again
 from flowmesh.node.slots import SlotPlan
 from flowmesh.startup.preflight import Fitted
-from flowmesh.tasks.catalogue import LIGHT
 
 FIRST_PAUSE_S = 2.0
 LONGEST_PAUSE_S = 60.0
@@ -44,7 +43,7 @@ class GpuWatch:
             probe=self._probe,
             wait_s=wait_s,
             worker_ids=tuple(plan.worker_id for plan in fitted.slots if plan.missing),
-            concerns=lambda run: run.accepted.type.environment != LIGHT,
+            concerns=lambda run: not run.accepted.type.is_light,
             first_s=FIRST_PAUSE_S,
             longest_s=LONGEST_PAUSE_S,
         )

@@ -12,7 +12,7 @@ import msgspec
 
 from flowmesh import installed
 from flowmesh.errors import FieldError, NotOfferedError
-from flowmesh.settings.schema import Settings
+from flowmesh.settings.schema import Settings, TasksSettings
 from flowmesh.validation.convert import nearest
 
 LIGHT = "light"
@@ -42,15 +42,30 @@ class TaskType(msgspec.Struct, frozen=True, kw_only=True):
     sections: str = ""
     """`module:function` that names the sections of such a document: `(task_type) -> {field: type}`, where a mapping of
     types is chosen by the section's field `type`. For the JSON Schema."""
+    exporter: str = ""
+    """`module:function` that makes the export which a document asks for, of the finished items of a failed task:
+    `(postprocess, items) -> (path below the task's folder, content, fields of the result's jsonl_export)`. Its module
+    is light. Empty: the type has none."""
     environment: str = DEFAULT
+    heavy: bool = False
+    """Whether its tasks may use GPUs and much of /dev/shm although their environment is `light`."""
     requires: tuple[str, ...] = ()
     """Top-level modules without which the type cannot run."""
     extra: str = ""
     """The extra of flowmesh-supervisor that installs them."""
+    allowed_by: str = ""
+    """A setting of [tasks] that lists what such tasks may do; while it is empty the type is off. Empty: always on."""
     preload: tuple[str, ...] = ()
     """What the environment's fork server imports before it forks; see processes.preload.load."""
+    continues_from: tuple[str, ...] = ()
+    """What a new attempt finds in the task's folder, besides checkpoints and rows; its runner removes what is stale."""
     preload_with: dict[str, str] = {}
     """More of it, by the optional module that makes it useful."""
+
+    @property
+    def is_light(self) -> bool:
+        """Whether its tasks get no GPU, and no /dev/shm of their own."""
+        return self.environment == LIGHT and not self.heavy
 
 
 _TRAINING = {
@@ -74,10 +89,29 @@ BUILTIN = (
         preload=("runners.echo",),
     ),
     TaskType(
+        name="command",
+        runner="runners.command.runner:CommandRunner",
+        check="runners.checks:command",
+        sections="runners.schemas:command",
+        environment=LIGHT,
+        heavy=True,
+        allowed_by="allow_command",
+        preload=("runners.command.runner",),
+    ),
+    TaskType(
+        name="python",
+        runner="runners.command.runner:PythonRunner",
+        check="runners.checks:python",
+        sections="runners.schemas:command",
+        allowed_by="allow_command",
+        preload=("runners.command.runner",),
+    ),
+    TaskType(
         name="inference",
         runner="runners.inference.runner:InferenceRunner",
         check="runners.checks:inference",
         sections="runners.schemas:inference",
+        exporter="runners.inference.export:of_finished",
         requires=("torch", "transformers"),
         extra="inference",
         preload=("runners.inference.preload:TRANSFORMERS",),
@@ -112,6 +146,7 @@ BUILTIN = (
         requires=("smolagents", "openai"),
         extra="agent",
         preload=("runners.agent.preload:AGENT",),
+        continues_from=("workspace",),
     ),
 )
 
@@ -122,6 +157,8 @@ class Catalogue(msgspec.Struct, frozen=True, kw_only=True):
     offered: dict[str, TaskType]
     missing: dict[str, str]
     """By type, the reason, with the remedy."""
+    off: frozenset[str] = frozenset()
+    """Those of them that the operator has not turned on: not worth a line at each start."""
 
     def find(self, name: str) -> TaskType:
         """The type of that name.
@@ -159,28 +196,35 @@ def known_types(settings: Settings) -> dict[str, TaskType]:
     return types
 
 
-def catalogue(types: Mapping[str, TaskType], interpreters: Mapping[str, str | None]) -> Catalogue:
+def catalogue(
+    types: Mapping[str, TaskType], interpreters: Mapping[str, str | None], allowed: TasksSettings | None = None
+) -> Catalogue:
     """Which types can be offered: those whose required modules are all found by their environment's interpreter.
 
     Args:
         interpreters: the Python of each environment; None for the node's own.
+        allowed: what the operator allows; None: the defaults.
     """
+    allowed = TasksSettings() if allowed is None else allowed
     offered: dict[str, TaskType] = {}
     missing: dict[str, str] = {}
+    off = frozenset(kind.name for kind in types.values() if kind.allowed_by and not getattr(allowed, kind.allowed_by))
     for environment, python in interpreters.items():
         members = [kind for kind in types.values() if kind.environment == environment]
         modules = {name for kind in members for name in (*kind.requires, *kind.preload_with)}
         absent, problem = _absent(modules, python)
         for kind in members:
             lacking = [name for name in kind.requires if name in absent]
-            if problem:
+            if kind.name in off:
+                missing[kind.name] = f"it is off; the node's setting tasks.{kind.allowed_by} turns it on"
+            elif problem:
                 missing[kind.name] = f"environment {environment}: {problem}"
             elif lacking:
                 missing[kind.name] = f"{', '.join(lacking)} not installed: {_remedy(kind, python)}"
             else:
                 more = tuple(entry for name, entry in kind.preload_with.items() if name not in absent)
                 offered[kind.name] = msgspec.structs.replace(kind, preload=kind.preload + more)
-    return Catalogue(offered=offered, missing=missing)
+    return Catalogue(offered=offered, missing=missing, off=off)
 
 
 def _remedy(kind: TaskType, python: str | None) -> str:
@@ -210,3 +254,8 @@ def _absent(modules: Iterable[str], python: str | None) -> tuple[set[str], str]:
     if own := found & {"flowmesh", "msgspec"}:
         return set(), f"{python} lacks {', '.join(sorted(own))}: {installed.install_command(python=python)}"
     return found, ""
+
+
+def saves_checkpoints(task_type: str) -> bool:
+    """Whether tasks of this type can be stopped with a checkpoint, and go on from it."""
+    return task_type in _TRAINING

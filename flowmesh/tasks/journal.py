@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from flowmesh.messages.text import encode_msgpack
+from flowmesh.messages.wire import RECORDS_LANE
+from flowmesh.tasks import history_table
+from flowmesh.tasks.history_table import Kept
 from flowmesh.tasks.journal_db import JournalDatabase, JournalError
 from flowmesh.tasks.machine import State, Task
 from flowmesh.tasks.verdicts import Kind
 
-__all__ = ["Finished", "Journal", "JournalError", "Record", "ensure_private_dir"]
+__all__ = ["Finished", "Journal", "JournalError", "Kept", "Record", "ensure_private_dir"]
 
 KEPT_DONE = 10_000
 """Finished attempts that are kept, for `flowmesh logs` and to distinguish a duplicate from a retry. Older ones stay too
@@ -44,6 +47,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """The fork server that has, or had, its process."""
     boot_mark: str | None
     """When it started, in seconds since the machine booted, with the boot's id; see execution.boot_clock."""
+    marks: dict[str, float] = {}
+    """When it entered each state, in seconds since 1970."""
 
 
 class Finished(msgspec.Struct, frozen=True):
@@ -64,9 +69,10 @@ class Finished(msgspec.Struct, frozen=True):
 
 
 _task_decoder = msgspec.msgpack.Decoder(Task)
+_marks_decoder = msgspec.msgpack.Decoder(dict[str, float])
 _COLUMNS = (
     "attempt, task_id, worker_id, dispatched_at, accepted_at, started_at, finished_at,"
-    " message, progress, out_dir, server, boot_mark"
+    " message, progress, out_dir, server, boot_mark, marks"
 )
 
 
@@ -81,6 +87,8 @@ class Journal:
         self._db = JournalDatabase(path)
         self._sent = 0
         """The outbox up to this sequence number was taken by Redis, even if the deletion could not be written yet."""
+        self._reported = 0
+        """The same for reports."""
         self._outbox_size = 0
         """When it was last read."""
 
@@ -119,21 +127,63 @@ class Journal:
                 self._db.write("INSERT INTO child_folders VALUES (?, ?)", (cursor.lastrowid, child_dir))
         return cursor.lastrowid
 
-    def update(self, attempt: int, task: Task) -> None:
-        self._set(attempt, task)
+    def update(self, attempt: int, task: Task, marks: Mapping[str, float] | None = None) -> None:
+        """Record the task's state.
+
+        Args:
+            marks: when it entered each state; None: as it was recorded before.
+        """
+        if marks is None:
+            self._set(attempt, task)
+        else:
+            self._set(attempt, task, marks=encode_msgpack(marks))
 
     def launching(self, attempt: int, task: Task, server: str) -> None:
         """Record which fork server is about to get the task: a restarted supervisor looks for it there."""
         self._set(attempt, task, server=server)
 
-    def started(self, attempt: int, task: Task, at: str, boot_mark: str) -> None:
-        self._set(attempt, task, started_at=at, boot_mark=boot_mark)
+    def started(
+        self, attempt: int, task: Task, at: str, boot_mark: str, marks: Mapping[str, float] | None = None
+    ) -> None:
+        self._set(attempt, task, started_at=at, boot_mark=boot_mark, marks=encode_msgpack(marks or {}))
 
-    def finish(self, attempt: int, task: Task, at: str, channel: str, event: bytes) -> None:
-        """Record the task's end together with its event, in one transaction."""
+    def finish(
+        self, attempt: int, task: Task, at: str, channel: str, event: bytes, *, kept: Kept | None = None
+    ) -> None:
+        """Record the task's end together with its event and its history, in one transaction.
+
+        Args:
+            kept: its history, which is left out where there is no room for it.
+        """
+        try:
+            self._end(attempt, task, at, (channel, event), kept)
+        except JournalError:
+            if kept is None:
+                raise
+            self._end(attempt, task, at, (channel, event), None)
+
+    def refuse(self, channel: str, event: bytes, kept: Kept | None = None) -> None:
+        """Record the event of a task that was never accepted, and its history."""
+        with self.transaction():
+            self.post(channel, event)
+            if kept is not None:
+                history_table.add(self._db, None, kept)
+
+    def _end(self, attempt: int, task: Task, at: str, event: tuple[str, bytes], kept: Kept | None) -> None:
         with self.transaction():
             self._set(attempt, task, state=State.DONE, finished_at=at, message=b"")
-            self.post(channel, event)
+            self.post(*event)
+            if kept is not None:
+                history_table.add(self._db, attempt, kept)
+
+    def prune_history(self, *, before: str, keep: int, most_bytes: int) -> int:
+        """Delete some of the history; see `history_table.prune`."""
+        with self.transaction():
+            return history_table.prune(self._db, before=before, keep=keep, most_bytes=most_bytes)
+
+    def keep_reserve(self) -> None:
+        """Reserve disk space again for the ends of tasks, where much of it has been used."""
+        self._db.keep_reserve()
 
     def open_tasks(self) -> list[Record]:
         """Every accepted task without an end, oldest first."""
@@ -193,21 +243,39 @@ class Journal:
         self._db.write("INSERT INTO outbox (channel, payload) VALUES (?, ?)", (channel, payload))
 
     def outgoing(self, limit: int = 100) -> list[tuple[int, str, bytes]]:
-        """The oldest messages of the outbox: (sequence number, channel, payload)."""
+        """The oldest messages of the outbox, without reports: (sequence number, channel, payload)."""
         return self._db.read(
-            "SELECT seq, channel, payload FROM outbox WHERE seq > ? ORDER BY seq LIMIT ?", (self._sent, limit)
+            "SELECT seq, channel, payload FROM outbox WHERE seq > ? AND channel != ? ORDER BY seq LIMIT ?",
+            (self._sent, RECORDS_LANE, limit),
         )
 
     def sent(self, seq: int) -> None:
         """Redis has taken all messages up to `seq`."""
         self._sent = seq
         with contextlib.suppress(JournalError):  # deleted with the next ones, then
-            self._db.write("DELETE FROM outbox WHERE seq <= ?", (seq,))
+            self._db.write("DELETE FROM outbox WHERE seq <= ? AND channel != ?", (seq, RECORDS_LANE))
+
+    def reports(self, limit: int = 100) -> list[tuple[int, bytes]]:
+        """The oldest reports of the outbox: (sequence number, payload)."""
+        return self._db.read(
+            "SELECT seq, payload FROM outbox WHERE seq > ? AND channel = ? ORDER BY seq LIMIT ?",
+            (self._reported, RECORDS_LANE, limit),
+        )
+
+    def reported(self, seq: int) -> None:
+        """Redis has taken all reports up to `seq`."""
+        self._reported = seq
+        with contextlib.suppress(JournalError):  # deleted with the next ones, then
+            self._db.write("DELETE FROM outbox WHERE seq <= ? AND channel = ?", (seq, RECORDS_LANE))
 
     def outbox_size(self) -> int:
         """How many messages wait in the outbox; the last known number while the journal cannot be read."""
         with contextlib.suppress(JournalError):
-            self._outbox_size = int(self._db.read("SELECT count(*) FROM outbox WHERE seq > ?", (self._sent,))[0][0])
+            rows = self._db.read(
+                "SELECT count(*) FROM outbox WHERE seq > iif(channel = ?, ?, ?)",
+                (RECORDS_LANE, self._reported, self._sent),
+            )
+            self._outbox_size = int(rows[0][0])
         return self._outbox_size
 
     def fact(self, name: str, default: str) -> str:
@@ -259,6 +327,8 @@ class Journal:
 def _record(row: tuple[Any, ...]) -> Record:
     values = dict(zip(_COLUMNS.split(", "), row, strict=True))
     values["task"] = _task_decoder.decode(values.pop("progress"))
+    marks = values.pop("marks")
+    values["marks"] = _marks_decoder.decode(marks) if marks else {}
     return msgspec.convert(values, Record)
 
 

@@ -7,13 +7,14 @@ be missing, as the tasks' processes are then.
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flowmesh.errors import FlowMeshError
+from flowmesh.errors import EXIT_TRY_AGAIN, FlowMeshError
 
 JOURNAL_FILE = "journal.sqlite"
 SCHEMA_VERSION = 1
@@ -32,7 +33,8 @@ CREATE TABLE IF NOT EXISTS tasks (
     progress BLOB NOT NULL,
     out_dir TEXT NOT NULL,
     server TEXT,
-    boot_mark TEXT
+    boot_mark TEXT,
+    marks BLOB
 );
 CREATE INDEX IF NOT EXISTS tasks_open ON tasks (state) WHERE state != 'done';
 CREATE INDEX IF NOT EXISTS tasks_by_id ON tasks (task_id);
@@ -43,6 +45,16 @@ CREATE TABLE IF NOT EXISTS outbox (
     channel TEXT NOT NULL,
     payload BLOB NOT NULL
 );
+CREATE TABLE IF NOT EXISTS history (
+    id INTEGER PRIMARY KEY,
+    attempt INTEGER,
+    task_id TEXT NOT NULL,
+    finished_at TEXT NOT NULL,
+    entry BLOB NOT NULL,
+    detail BLOB NOT NULL
+);
+CREATE INDEX IF NOT EXISTS history_by_task ON history (task_id);
+CREATE INDEX IF NOT EXISTS history_by_attempt ON history (attempt);
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
 
@@ -52,9 +64,18 @@ BUSY_MS = 25
 RESERVE_PAGES = 1024
 """Free pages (of 4 KiB) kept in the file and its log, so that the end of a task can be written on a full disk too."""
 
+ROOM_BYTES = 32 * 1024**2
+"""With less free space on its disk the journal keeps no history."""
+
 
 class JournalError(FlowMeshError):
     """Raised when the journal cannot be used. Without it the node could lose tasks, so it does not run."""
+
+
+class JournalDiskError(JournalError):
+    """Raised at a start where that may pass: its disk is read-only, full or broken now."""
+
+    exit_code = EXIT_TRY_AGAIN
 
 
 class JournalDatabase:
@@ -79,7 +100,8 @@ class JournalDatabase:
             self._db.execute(f"PRAGMA busy_timeout={BUSY_MS}")
             self._path, self._identity = path, _identity(path)
         except (sqlite3.Error, OSError) as error:
-            raise JournalError(
+            passes = isinstance(error, OSError | sqlite3.OperationalError)
+            raise (JournalDiskError if passes else JournalError)(
                 f"{path}: cannot be used as the journal: {error}; repair its disk, or move the file away "
                 "(its record of tasks is then lost)"
             ) from error
@@ -177,8 +199,29 @@ class JournalDatabase:
     def _add_columns(self) -> None:
         """Add columns that are newer than the schema's version. Older nodes ignore them, and can use the file again."""
         present = {row[1] for row in self._db.execute("PRAGMA table_info(tasks)")}
-        if "boot_mark" not in present:
-            self._db.execute("ALTER TABLE tasks ADD COLUMN boot_mark TEXT")
+        for name, kind in (("boot_mark", "TEXT"), ("marks", "BLOB")):
+            if name not in present:
+                self._db.execute(f"ALTER TABLE tasks ADD COLUMN {name} {kind}")
+
+    def keep_reserve(self) -> None:
+        """Reserve space again where half of what was reserved has been used since. May be called at any time."""
+        if self.read("PRAGMA freelist_count")[0][0] < RESERVE_PAGES // 2:
+            self._reserve()
+
+    def used_bytes(self) -> int:
+        """What is in use of the file, without the reserve."""
+        pages, free, size = (
+            self.read(f"PRAGMA {name}")[0][0] for name in ("page_count", "freelist_count", "page_size")
+        )
+        return int((pages - free) * size)
+
+    def has_room(self) -> bool:
+        """Whether the disk has room for more than the reserve, which is kept for the ends of tasks."""
+        try:
+            found = os.statvfs(self._path.parent)
+        except OSError:
+            return False
+        return found.f_bavail * found.f_frsize > ROOM_BYTES
 
     def _reserve(self) -> None:
         """Grow the file and its log: pages that are free inside of them need no disk space when they are used."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from flowmesh.messages.job import Exit, Fault, Outcome
+from flowmesh.messages.job import EXIT_SETUP, Exit, Fault, Outcome
 
 
 class Kind(enum.StrEnum):
@@ -135,6 +135,9 @@ def judge(
         return Verdict(kind=kind, message=outcome.message, exit=exit_, evidence=evidence)
     if outcome is not None:
         message = f"the task reported success and then failed: {describe_exit(exit_)}"
+    elif exit_.code == EXIT_SETUP:
+        message = f"the task's process failed outside of the task (exit status {exit_.code}); see the task's log"
+        return Verdict(kind=Kind.NODE_FAULT, message=message, exit=exit_, evidence=evidence)
     elif exit_.signal is not None:
         message = f"the task's process was killed by {signal_name(exit_.signal)}"
     else:

@@ -51,6 +51,8 @@ class AgentModel(Model):
 
     def __init__(self, name: str) -> None:
         super().__init__(flatten_messages_as_text=True, model_id=name)
+        self.weights = ""
+        """Digest of a local model's."""
         self.requests = 0
         self.prompt_tokens = 0
         self.completion_tokens = 0
@@ -161,6 +163,7 @@ class LocalModel(AgentModel):
             RunnerError: the model hub cannot be reached.
         """
         from runners.inference.engines import load_engine
+        from runners.inference.identity import weights_digest
         from runners.inference.task import read_task
         from runners.inference.task_model import find_source
         from runners.inference.vllm_args import Work
@@ -175,7 +178,9 @@ class LocalModel(AgentModel):
         self._ctx = ctx
         self._task = read_task(ctx, spec, "model")
         work = Work(prompts=100, prompt_bytes=400_000, new_tokens=self._task.sampling.max_tokens, copies=1)
-        self._engine, self._texts = load_engine(ctx, self._task, find_source(ctx, self._task), [], work=work)
+        source = find_source(ctx, self._task)
+        self.weights = weights_digest(source, source.path)
+        self._engine, self._texts = load_engine(ctx, self._task, source, [], work=work)
 
     def generate(
         self, messages: Sequence[Any], *_: Any, tools_to_call_from: Sequence[Any] | None = None, **__: Any

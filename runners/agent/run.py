@@ -20,6 +20,7 @@ from runners.agent.event_loop import EventLoop
 from runners.agent.journal import Journal
 from runners.agent.mcp_bridge import McpBridge
 from runners.agent.models import AgentModel, EndpointModel, LocalModel, NoAnswer
+from runners.agent.rows import config_digest, item_folder
 from runners.agent.sandbox import Sandbox
 from runners.agent.solo import Bench, Member, Outcome, work
 from runners.agent.task import AgentTask
@@ -29,9 +30,8 @@ from runners.agent.watch import OutOfTime, Watch
 from runners.agent.web import check_provider
 from runners.agent.workspace import Workspace
 from runners.api import BadRequest, Context, RunnerError
+from runners.rows.keys import key_of
 
-WORKSPACE = "workspace"
-"""In the task's folder; each item of a data source has its own below it."""
 LONE = "agent"
 
 
@@ -99,6 +99,17 @@ class Session:
     def model_name(self) -> str:
         return "" if self._model is None else str(self._model.model_id)
 
+    def row_keys(self) -> list[str]:
+        """The key of each item's row; `open` has been called."""
+        model = self._model
+        assert model is not None, "open has been called"
+        same = key_of(config_digest(self._config, self._max_turns), model.model_id, model.weights)
+        return [key_of("agent", text, same) for text in self._task.tasks]
+
+    def tokens(self) -> tuple[int, int]:
+        """Of the prompts and the answers so far."""
+        return (0, 0) if self._model is None else (self._model.prompt_tokens, self._model.completion_tokens)
+
     def run_item(self, index: int, text: str) -> dict[str, Any]:
         """Run one item; its entry of the result. Its failure does not affect other items.
 
@@ -106,7 +117,7 @@ class Session:
             Cancelled: the node asked the task to stop.
         """
         since = time.monotonic()
-        folder = self._ctx.out_dir / WORKSPACE / (f"{index:04d}" if self._task.batch else "")
+        folder = item_folder(self._ctx.out_dir, index, batch=self._task.batch)
         workspace = Workspace(folder)
         watch = Watch(self._ctx, self._timeout_s)
         self.journal.note(index, LONE, "task", task=text)

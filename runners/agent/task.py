@@ -11,8 +11,9 @@ from runners.api import BadRequest, Context
 from runners.data.sources import check_data, load_items
 from runners.fields import Faults, check_spec
 from runners.models.spec import Section
+from runners.rows.resume import check_resume
 
-OWN_FIELDS = ("task", "data", "configName", "agent")
+OWN_FIELDS = ("task", "data", "configName", "agent", "resume")
 DEFAULT_CONFIG = "default"
 
 
@@ -80,6 +81,7 @@ def check_agent(ctx: Context) -> tuple[AgentSection, tuple[str, str]]:
     if isinstance(spec.get("data"), dict) and spec["data"].get("type") != "static":
         faults.read(lambda: check_data(ctx, spec))
     faults.read(lambda: _check_source(ctx, spec))
+    faults.read(lambda: check_resume(ctx, spec))
     faults.check()
     assert config is not None, "else it was a fault"
     return section, config

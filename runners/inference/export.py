@@ -5,13 +5,14 @@ Missing values are found before the model runs, so that a task does not fail her
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import msgspec
 
-from runners.api import BadRequest, Context
+from flowmesh.messages.job import Job
+from runners.api import BadRequest, Context, TaskInput
 from runners.data.paths import PathError, parse, walk
 from runners.models.spec import Section
 
@@ -58,7 +59,7 @@ class Postprocess(Section, frozen=True):
 class Export:
     """A checked export, which can only fail on the disk."""
 
-    def __init__(self, ctx: Context, wanted: JsonlExport, where: str) -> None:
+    def __init__(self, ctx: TaskInput, wanted: JsonlExport, where: str) -> None:
         self._where = where
         self.relative_path = _check_path(wanted.path or DEFAULT_PATH, f"{where}.path")
         fields = wanted.fields or dict(DEFAULT_FIELDS)
@@ -79,18 +80,18 @@ class Export:
         target = folder / self.relative_path
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = target.with_name(f".{target.name}.partial")
-        with scratch.open("wb") as lines:
-            for item in items:
-                lines.write(msgspec.json.encode(self._record(item)) + b"\n")  # what is not finite becomes null
+        scratch.write_bytes(self.lines(items))
         scratch.rename(target)
         ctx.upload(self.relative_path, "jsonl_export", child)
-        return {
-            "path": str(target),
-            "worker_path": str(target),
-            "relative_path": self.relative_path,
-            "record_count": len(items),
-            "fields": list(self._getters),
-        }
+        return {"path": str(target), "worker_path": str(target), **self.shown(len(items))}
+
+    def lines(self, items: Iterable[Mapping[str, Any]]) -> bytes:
+        """The file's content. Raises BadRequest as `check` does."""
+        return b"".join(msgspec.json.encode(self._record(item)) + b"\n" for item in items)  # not finite: null
+
+    def shown(self, count: int) -> dict[str, Any]:
+        """`jsonl_export` of the result, without the path on the node."""
+        return {"relative_path": self.relative_path, "record_count": count, "fields": list(self._getters)}
 
     def _record(self, item: Mapping[str, Any]) -> dict[str, Any]:
         record = {}
@@ -107,7 +108,23 @@ class Export:
         return record
 
 
-def read_export(ctx: Context, spec: dict[str, Any], where: str = "spec") -> Export | None:
+def of_finished(postprocess: dict[str, Any], items: Sequence[dict[str, Any]]) -> tuple[str, bytes, dict[str, Any]]:
+    """The export of the finished items of a task that failed: its path, its content, and what the result says of it.
+
+    Raises:
+        BadRequest: the section is wrong, or an item lacks a required field.
+    """
+    ctx = TaskInput(Job(
+        attempt=0, task_id="", task_type="inference", runner="", task={}, out_dir="", results_dir="", cache_dir="",
+        tmp_dir="",
+    ))  # fmt: skip
+    export = read_export(ctx, {"postprocess": postprocess})
+    if export is None:
+        raise BadRequest("spec.postprocess: asks for no export")
+    return export.relative_path, export.lines(items), export.shown(len(items))
+
+
+def read_export(ctx: TaskInput, spec: dict[str, Any], where: str = "spec") -> Export | None:
     """The task's export, or None.
 
     Raises:
@@ -128,7 +145,7 @@ def _check_path(path: str, where: str) -> str:
     return str(PurePosixPath(path))
 
 
-def _getter(ctx: Context, field: Any, where: str) -> Getter:
+def _getter(ctx: TaskInput, field: Any, where: str) -> Getter:
     if isinstance(field, dict):
         return _written_out(ctx, ctx.check(field, Field, where), where)
     if not isinstance(field, str):
@@ -141,7 +158,7 @@ def _getter(ctx: Context, field: Any, where: str) -> Getter:
     return lambda _item: field
 
 
-def _written_out(ctx: Context, field: Field, where: str) -> Getter:
+def _written_out(ctx: TaskInput, field: Field, where: str) -> Getter:
     if field.source == "literal":
         if field.key is not None:
             raise BadRequest(f"{where}.key: a literal has a `value` and no key")

@@ -33,19 +33,28 @@ def identity_of(ctx: Context, task: InferenceTask, source: Source, adapters: Seq
     """
     digests = {each.name: folder_digest(each.folder) for each in adapters}
     merged = [digests[each.name] for each in adapters if each.apply == "merge"]
-    tokenizer = None if source.tokenizer is None else _weights(source, source.tokenizer)
-    model = key_of(_weights(source, source.path), tokenizer, merged, _precision(task))
+    tokenizer = None if source.tokenizer is None else weights_digest(source, source.tokenizer)
+    model = key_of(weights_digest(source, source.path), tokenizer, merged, _precision(task))
     ctx.log.debug("identity of the model: %s", model)
     return Identity(model, adapters, {each.name: digests[each.name] for each in adapters if each.apply == "runtime"})
 
 
-def _weights(source: Source, path: str) -> str:
+def weights_digest(source: Source, path: str, name: str = "config.json") -> str:
+    """Digest of a model's folder, or the commit of a hub's model.
+
+    Args:
+        path: the folder, or the id on the hub.
+        name: a file that the hub's model has.
+
+    Raises:
+        BadRequest, RunnerError: as for `sources.loading`.
+    """
     if Path(path).is_dir():
         return folder_digest(Path(path))
     with loading(source):
         from transformers.utils import cached_file
 
-        found = cached_file(path, "config.json", revision=source.revision)
+        found = cached_file(path, name, revision=source.revision)
     return f"{path}@{source.revision}" if found is None else folder_digest(Path(found).parent)
 
 

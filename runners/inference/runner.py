@@ -8,7 +8,6 @@ from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from flowmesh.messages.rows import document_key
 from runners.api import BadRequest, Context, Runner, RunnerError
 from runners.data.sources import load_items
 from runners.inference.engine import Completion, Request, Watch
@@ -34,7 +33,7 @@ from runners.inference.vllm_args import Work
 from runners.models.adapters import LocalAdapter, load_adapters
 from runners.models.sources import Source
 from runners.rows.log import RowLog, report_rows
-from runners.rows.resume import read_resume, starts_anew
+from runners.rows.opening import open_rows
 
 
 class InferenceRunner(Runner):
@@ -79,7 +78,6 @@ class InferenceRunner(Runner):
                     refused[task_id] = self._refuse(ctx, task_id, error)
             logs = [log for _, log in batch.values()]
             stack.callback(report_rows, ctx, logs)
-            stack.push(lambda kind, *_: export_finished(ctx, batch, ended_early=kind is not None))
             latency_s = 0.0
             if any(log.counts.done < log.counts.total for log in logs):
                 latency_s = self._generate(ctx, task, source, adapters, batch, refused)
@@ -182,33 +180,18 @@ def open_log(ctx: Context, part: Part, identity: Identity, spec: dict[str, Any],
     """
     check_not_all_blank(part)
     keys = row_keys(part, identity)
-    others = read_resume(ctx, spec, where)
-    document = document_key(spec) if part.task_id is None else ""
-    log = RowLog(part.folder, keys, fresh=starts_anew(spec), document=document)
+    task_id = part.task_id or ctx.task_id
+    log = open_rows(
+        ctx, spec, where, part.folder, keys, lambda index, row: placed(part, index, row.item), task_id=task_id
+    )
     with contextlib.ExitStack() as stack:
         stack.callback(log.close)
-        log.take(others, lambda index, row: placed(part, index, row.item))
-        task_id = part.task_id or ctx.task_id
-        if log.bad_lines:
-            ctx.log.warning("rows with a wrong checksum are computed again task=%s count=%d", task_id, log.bad_lines)
-        if log.reused:
-            ctx.log.info("rows that stand already task=%s rows=%d of %d", task_id, log.reused, len(keys))
         if part.blank:
             ctx.log.warning("blank prompts skipped task=%s count=%d", task_id, len(part.blank))
         for index in sorted(part.blank - log.rows.keys()):
             log.add(index, blank_item(part, index))
         stack.pop_all()
     return log
-
-
-def export_finished(ctx: Context, batch: dict[str | None, tuple[Part, RowLog]], *, ended_early: bool) -> None:
-    """Write the exports of a task that ends early, with the items that are finished."""
-    for task_id, (part, log) in batch.items():
-        if ended_early and part.export is not None and log.rows:
-            try:
-                part.export.write(ctx, part.folder, log.items(), task_id)
-            except (BadRequest, OSError) as error:
-                ctx.log.warning("export of the finished items not written task=%s: %s", task_id or ctx.task_id, error)
 
 
 def work_of(parts: Iterable[tuple[Part, Container[int]]], task: InferenceTask) -> Work:

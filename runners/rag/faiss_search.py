@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from runners.rag.embedder import Embedder, load_embedder
 from runners.rag.faiss_index import build, check_dimension
 from runners.rag.search import Hit
 from runners.rag.task import Faiss, RagTask
+from runners.rows.keys import folder_digest, key_of
 
 WHERE = "spec.faiss"
 SAME_SPACE = 0.5
@@ -28,8 +30,20 @@ class FaissSearcher:
 
     name = "faiss"
 
-    def __init__(self, loaded: store.Loaded, wanted: Faiss, skipped: Sequence[Skipped] = (), cut: int = 0) -> None:
+    def __init__(
+        self,
+        loaded: store.Loaded,
+        wanted: Faiss,
+        skipped: Sequence[Skipped] = (),
+        cut: int = 0,
+        files: dict[str, str] | str | None = None,
+    ) -> None:
+        """
+        Args:
+            files: digest of the files of an index that was not built here.
+        """
         self._loaded = loaded
+        self._files = files
         self._wanted = wanted
         self._skipped = skipped
         self._cut = cut
@@ -56,6 +70,13 @@ class FaissSearcher:
         if self._cut:
             said["passages_cut"] = self._cut
         return said if self._loaded.folder is None else {**said, "index_path": str(self._loaded.folder)}
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """See `search.Searcher`."""
+        about = msgspec.structs.replace(self._loaded.about, embedding_model="", sha256=None)
+        effort = self._wanted.nprobe, self._wanted.ef_search
+        return key_of(about, self._loaded.passages.digest, self._files, *effort)
 
     def notes(self) -> dict[str, Any]:
         """See `search.Searcher`: the documents that are not in the index."""
@@ -103,7 +124,9 @@ def _open(ctx: Context, task: RagTask, wanted: Faiss, loaded: store.Loaded) -> t
     if embedder.name != own:
         _check_same_space(ctx, loaded, embedder)
     ctx.log.info("index loaded folder=%s count=%d type=%s", loaded.folder, loaded.index.count, recipe.index_type)
-    return FaissSearcher(loaded, wanted), embedder
+    assert loaded.folder is not None, "it was read from there"
+    files = loaded.about.sha256 or folder_digest(loaded.folder)
+    return FaissSearcher(loaded, wanted, files=files), embedder
 
 
 def _check_same_space(ctx: Context, loaded: store.Loaded, embedder: Embedder) -> None:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
 
 from runners.api import BadRequest, Context
 from runners.data.prompts import Items
-from runners.inference.engine import Watch, collect
+from runners.inference.engine import Completion, Watch
 from runners.inference.engines import load_engine, reasoning_of
+from runners.inference.identity import Identity, identity_of
 from runners.inference.parts import Part, completion_tokens, item_of, prepare
+from runners.inference.routing import adapter_of
 from runners.inference.runner import work_of
 from runners.inference.task_model import find_source
 from runners.inference.tokens import Texts
-from runners.models.adapters import load_adapters
+from runners.models.adapters import LocalAdapter, load_adapters
+from runners.models.sources import Source
 from runners.rag.search import Hit
 from runners.rag.task import PLACEHOLDERS, Generation
+from runners.rows.keys import key_of
 
 WHERE = "spec.generate"
 
@@ -42,53 +46,87 @@ class Answer(msgspec.Struct, frozen=True):
     completion_tokens: int
 
 
-class Answers(msgspec.Struct, frozen=True):
-    model: str
-    answers: tuple[Answer | BadRequest, ...]
-    """The answer to each question; for merged questions possibly the error instead."""
-    latency_s: float
+class Answerer(msgspec.Struct, frozen=True):
+    """What answers a task's questions; nothing of it is loaded yet."""
+
+    generation: Generation
+    source: Source
+    adapters: Sequence[LocalAdapter]
+    identity: Identity
+
+    @property
+    def digest(self) -> str:
+        """Identity of everything that determines an answer but the question, its passages and its system prompt."""
+        task = self.generation.inference
+        route = adapter_of(self.identity.adapters, None, WHERE)
+        adapter = None if route is None else self.identity.digests[route]
+        parsers = [each for each in (task.reasoning_parser, task.vllm.get("reasoning_parser")) if each is not None]
+        return key_of(self.generation.template, task.sampling, task.chat, self.identity.model, adapter, *parsers)
 
 
-def generate(ctx: Context, generation: Generation, questions: Sequence[Question]) -> Answers:
-    """An answer to each question, all in one batch of the engine.
+def find_answerer(ctx: Context, generation: Generation) -> Answerer:
+    """
+    Raises:
+        BadRequest: the model or an adapter cannot be had.
+        RunnerError: see the inference runner.
+    """
+    task = generation.inference
+    source = find_source(ctx, task)
+    adapters = load_adapters(ctx, task.model.adapters)
+    return Answerer(generation, source, adapters, identity_of(ctx, task, source, adapters))
+
+
+def generate(  # noqa: PLR0917
+    ctx: Context,
+    answerer: Answerer,
+    questions: Sequence[Question],
+    watch: Watch,
+    finished: Callable[[int, Answer], None],
+    refused: Callable[[int, BadRequest], None],
+) -> float:
+    """Answer the questions in one batch of the engine; returns the seconds that took.
+
+    Args:
+        finished: called with a question's position as soon as it is answered, in any order.
+        refused: called for merged questions that do not fit the model.
 
     Raises:
-        BadRequest: the model cannot be had, or a question of the task's own does not fit it even without a passage.
+        BadRequest: a question of the task's own does not fit the model even without a passage.
         RunnerError: see the inference runner.
         Cancelled: the node asked the task to stop.
     """
     ctx.phase("load model")
+    generation, source, adapters = answerer.generation, answerer.source, answerer.adapters
     task = generation.inference
-    source = find_source(ctx, task)
-    adapters = load_adapters(ctx, task.model.adapters)
     prompts = [_prompt(generation, question, len(question.hits)) for question in questions]
     whole = [_part(ctx, generation, *pair) for pair in zip(questions, prompts, strict=True)]
     engine, texts = load_engine(ctx, task, source, adapters, work=work_of(((part, ()) for part in whole), task))
     ctx.log.info("model loaded model=%s %s", source.shown, " ".join(f"{k}={v}" for k, v in engine.describe().items()))
     room = None if engine.max_positions is None else engine.max_positions - task.sampling.max_tokens
-    used: dict[int, int] = {}
-    parts: dict[int, Part] = {}
-    answers: dict[int, Answer | BadRequest] = {}
+    asked: list[tuple[int, int, Part]] = []
     for index, question in enumerate(questions):
         try:
-            used[index], prompt = _fitting(ctx, generation, question, texts, room)
-            parts[index] = prepare(_part(ctx, generation, question, prompt), texts, engine, adapters)
+            used, prompt = _fitting(ctx, generation, question, texts, room)
+            asked.append((index, used, prepare(_part(ctx, generation, question, prompt), texts, engine, adapters)))
         except BadRequest as error:
             if not question.merged:
                 raise
-            answers[index] = error
+            refused(index, error)
+
     split = reasoning_of(ctx, task, engine, texts, WHERE)
-    ctx.phase("generate")
-    requests = [part.requests[0] for part in parts.values()]
-    since = time.monotonic()
-    completions = collect(engine, requests, Watch(ctx, len(requests)))
-    latency_s = time.monotonic() - since
-    for (index, part), completion in zip(parts.items(), completions, strict=True):
+
+    def answered(number: int, completion: Completion) -> None:
+        index, used, part = asked[number]
         item = item_of(part, 0, completion, texts, split)
         fields = {name: value for name, value in item.items() if name not in ("index", "prompt", "metadata")}
-        fields["passages_used"] = used[index]
-        answers[index] = Answer(fields, len(part.requests[0].token_ids), completion_tokens(completion))
-    return Answers(source.shown, tuple(answers[index] for index in range(len(questions))), latency_s)
+        fields["passages_used"] = used
+        finished(index, Answer(fields, len(part.requests[0].token_ids), completion_tokens(completion)))
+        watch.done += 1
+
+    ctx.phase("generate")
+    since = time.monotonic()
+    engine.generate([part.requests[0] for _, _, part in asked], watch, answered)
+    return time.monotonic() - since
 
 
 def _prompt(generation: Generation, question: Question, passages: int) -> str:

@@ -82,6 +82,11 @@ class QdrantSearcher:
         said = {"url" if self._wanted.url else "path": self._place, "collection": self._wanted.collection}
         return said | self._about
 
+    @property
+    def digest(self) -> str:
+        """See `search.Searcher`: others may write to the collection."""
+        return ""
+
     def notes(self) -> dict[str, Any]:
         """See `search.Searcher`."""
         return {}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
-import numpy as np
 
 from runners.api import Context
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class Hit(msgspec.Struct, frozen=True):
@@ -43,6 +45,11 @@ class Searcher(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """Its description in the result, including `count`, the number of passages."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """Identity of the passages and of how they are searched; empty: they may change from one search to the next."""
         ...
 
     def notes(self) -> dict[str, Any]:

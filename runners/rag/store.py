@@ -72,6 +72,13 @@ class Passages:
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise BadRequest(f"{self._where}: {PASSAGES} line {row + 1} is not a passage: {error}") from None
 
+    @property
+    def digest(self) -> str:
+        found = hashlib.blake2b(digest_size=16)
+        for line in self._lines:
+            found.update(line + b"\n")
+        return found.hexdigest()
+
     def write(self, path: Path) -> None:
         with path.open("wb") as file:
             file.writelines(line + b"\n" for line in self._lines)

@@ -18,10 +18,11 @@ from runners.fields import Faults, check_spec
 from runners.inference.options import InferenceOptions, sampling_of, system_prompt_of
 from runners.inference.task import InferenceTask, read_task
 from runners.models.spec import ArchiveFormat, Headers, Section
+from runners.rows.resume import check_resume
 
 OWN_FIELDS = (
     "query", "data", "search", "embedding", "qdrant", "faiss", "generate", "model", "checkpoint", "engine",
-    "enforce_cpu",
+    "enforce_cpu", "resume",
 )  # fmt: skip
 MODEL_FIELDS = ("model", "checkpoint", "engine", "enforce_cpu")
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
@@ -185,6 +186,7 @@ def read_rag(ctx: Context, spec: dict[str, Any], where: str = "spec", *, with_ke
     embedding, search = section("embedding", Embedding), section("search", Search)
     if isinstance(spec.get("data"), dict) and spec.get("query") is None:
         faults.read(lambda: check_data(ctx, spec, where))
+    faults.read(lambda: check_resume(ctx, spec, where))
     generation = system_prompt = None
     if options is not None:
         generation = faults.read(lambda: _generation(ctx, spec, options, where))

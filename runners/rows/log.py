@@ -25,8 +25,9 @@ class RowLog:
     """
 
     def __init__(
-        self, folder: Path, keys: Sequence[str], *, field: str = "items", fresh: bool = False, document: str = ""
-    ) -> None:
+        self, folder: Path, keys: Sequence[str], *, field: str = "items", fresh: bool = False, document: str = "",
+        redact: Callable[[dict[str, Any]], dict[str, Any]] = lambda item: item,
+    ) -> None:  # fmt: skip
         """
         Args:
             folder: the task's.
@@ -34,6 +35,7 @@ class RowLog:
             field: the list in the result that holds the items.
             fresh: drop the rows of earlier attempts.
             document: from `document_key`: a failed attempt at another document shows no rows of this one.
+            redact: hides the task's secrets in an item.
 
         Raises:
             RunnerError: another process writes the file.
@@ -56,12 +58,17 @@ class RowLog:
         self._occurrences = occurrences(keys)
         self._field = field
         self._document = document
+        self._redact = redact
         self._kept = Kept() if fresh else self._read()
         self._at = 0
         self.rows: dict[int, Row] = {}
         """The finished rows, by item."""
         self.reused = 0
         self.reused_tokens = 0
+        self.gone = 0
+        """Rows that would fit, and do not stand any more."""
+        self.unfit = 0
+        """Rows of another task that no item of this one has the key of."""
 
     @property
     def bad_lines(self) -> int:
@@ -72,41 +79,57 @@ class RowLog:
     def counts(self) -> Counts:
         return Counts(done=len(self.rows), total=len(self._keys), reused=self.reused, reused_tokens=self.reused_tokens)
 
-    def take(self, others: Iterable[Row], place: Callable[[int, Row], dict[str, Any]]) -> None:
+    def take(
+        self,
+        others: Iterable[Row],
+        place: Callable[[int, Row], dict[str, Any]],
+        stands: Callable[[int, Row], bool] = lambda *_: True,
+    ) -> None:
         """Take over rows of earlier attempts, and then `others` of another task, by their keys; then write on.
 
         Args:
             place: a row's entry in this task's result, for an item.
+            stands: whether a row may be taken over for an item, as far as its key does not say it.
         """
         by_key: dict[tuple[str, int], Row] = {}
+        others = list(others)
         for each in (*others, *self._kept.rows):  # the last one counts: this task's own
             if each.key:
                 by_key[each.key, each.occurrence] = each
         taken: dict[int, Row] = {}
         for index, (key, occurrence) in enumerate(zip(self._keys, self._occurrences, strict=True)):
             row = by_key.pop((key, occurrence), None) if key else None
-            if row is not None:
-                taken[index] = self._row(index, place(index, row), row.prompt_tokens, row.completion_tokens)
+            if row is not None and not stands(index, row):
+                self.gone += 1
+            elif row is not None:
+                taken[index] = self._row(
+                    index, place(index, row), row.prompt_tokens, row.completion_tokens, files=row.files
+                )
         own = {(row.key, row.occurrence) for row in self._kept.rows}
         stale = [
             Row(key=row.key, occurrence=row.occurrence, prompt_tokens=row.prompt_tokens,
-                completion_tokens=row.completion_tokens, item=row.item)
+                completion_tokens=row.completion_tokens, item=row.item, files=row.files)
             for at, row in by_key.items() if at in own
         ]  # fmt: skip
         self._begin(taken, stale)
         self.rows = taken
+        wanted = set(zip(self._keys, self._occurrences, strict=True))
+        self.unfit = sum(
+            bool(each.key) and each.index is not None and (each.key, each.occurrence) not in wanted for each in others
+        )
         self.reused = len(taken)
         self.reused_tokens = sum(row.prompt_tokens + row.completion_tokens for row in taken.values())
 
     def add(self, index: int, item: Mapping[str, Any], *, prompt_tokens: int = 0, completion_tokens: int = 0,
-            again: bool = False) -> Row:  # fmt: skip
+            again: bool = False, files: str = "") -> Row:  # fmt: skip
         """Write a finished item.
 
         Args:
             item: its entry in the result, in JSON types.
             again: a retry computes it again, because it failed.
+            files: see `Row.files`.
         """
-        row = self._row(index, dict(item), prompt_tokens, completion_tokens, again=again)
+        row = self._row(index, dict(item), prompt_tokens, completion_tokens, again=again, files=files)
         self._append(line(row))
         self.rows[index] = row
         return row
@@ -127,15 +150,17 @@ class RowLog:
             self._fd = -1
 
     def _row(
-        self, index: int, item: dict[str, Any], prompt_tokens: int, completion_tokens: int, *, again: bool = False
-    ) -> Row:
+        self, index: int, item: dict[str, Any], prompt_tokens: int, completion_tokens: int, *, again: bool = False,
+        files: str = "",
+    ) -> Row:  # fmt: skip
         return Row(
             key="" if again else self._keys[index],
             occurrence=self._occurrences[index],
             index=index,
             prompt_tokens=prompt_tokens,
             completion_tokens=completion_tokens,
-            item=item,
+            item=self._redact(item),
+            files=files,
         )
 
     def _read(self) -> Kept:

@@ -51,7 +51,12 @@ class MeterCallback(TrainerCallback):
             if args.eval_strategy != "no":  # and the evaluation of the last weights
                 control.should_evaluate = True
                 control.should_save = control.should_save or args.load_best_model_at_end
-        return self._stop(control)
+        stopped = self._stop(control)
+        control.should_save = control.should_save or self._meter.save_due
+        return stopped
+
+    def on_save(self, _args: Any, state: TrainerState, _control: TrainerControl, **_: Any) -> None:
+        self._meter.saved(state.global_step)
 
     def _stop(self, control: TrainerControl) -> TrainerControl:
         if stopped := self._meter.must_stop():

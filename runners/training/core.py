@@ -29,6 +29,7 @@ from runners.training.plan import Plan, read
 from runners.training.progress import Meter
 from runners.training.ranks import Place, Report
 from runners.training.setup import Setup, TrainingJob
+from runners.training.step_notes import StepNotes
 
 LIBRARIES = ("torch", "transformers", "accelerate", "peft", "datasets", "trl")
 
@@ -141,10 +142,16 @@ def set_up(
     start = models.merged_start(plan, start, ctx, write=place.leads_node)
     if place.world > 1:
         ranks.join(place, device, store, _timeout_s(plan))
-    meter = Meter(ctx, ranks.agreement(place), scaled=plan.training.fp16)
+    checkpoints_dir(ctx).mkdir(parents=True, exist_ok=True)
+    meter = Meter(
+        ctx,
+        ranks.agreement(place),
+        scaled=plan.training.fp16,
+        saves_every_s=plan.training.save_on_time_s,
+        notes=StepNotes(checkpoints_dir(ctx)) if place.leads_node else None,
+    )
     if layout.nodes > 1:
         start = _agreed(start, ctx, meter)
-    checkpoints_dir(ctx).mkdir(parents=True, exist_ok=True)
     return Setup(
         plan=plan, ctx=ctx, fetched=fetched, layout=layout, place=place, device=device, meter=meter, start=start
     )
@@ -241,6 +248,8 @@ def result_of(setup: Setup, job: TrainingJob, seconds: float) -> dict[str, Any]:
         result |= {"eval_loss": kept.get("eval_loss"), "eval_dataset_size": job.eval_size}
     if plan.training.save_model and setup.place.leads:
         result[f"{plan.folder}_path"] = str(ctx.out_dir / plan.folder)
+    if (lost := setup.meter.lost_steps) is not None:
+        result["lost_steps"] = lost
     result["metrics"] = {
         **setup.meter.summary(samples_a_step=job.samples_a_step),
         **job.describe(),

@@ -129,6 +129,10 @@ class PpoJob:
         Raises:
             RunnerError: a reward failed, the checkpoint does not fit, or the loss is no number any more.
         """
+        with self._tracking.ended():
+            self._train()
+
+    def _train(self) -> None:
         step, history = self._resume()
         if self._tracking.names:
             self._accelerator.init_trackers(
@@ -157,8 +161,9 @@ class PpoJob:
             self._note(step, numbers)
             self._meter.advance(step)
             stopped = self._meter.must_stop()
-            if self._saves_at(step) or (stopped is not None and stopped.checkpoint):
+            if self._saves_at(step) or self._meter.save_due or (stopped is not None and stopped.checkpoint):
                 self._save_checkpoint(step, history)
+                self._meter.saved(step)
             if stopped is not None:
                 break
         if self._tracking.names:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from flowmesh.processes.pipe import Cancel
 from runners.api import Cancelled, Context, RunnerError
+from runners.training.step_notes import StepNotes
 
 MAX_HISTORY = 1000
 """Most points of the loss in a result. Longer runs keep every second, fourth … point."""
@@ -26,16 +27,34 @@ def alone(value: int) -> int:
     return value
 
 
+_SAVE, _STOP, _SAVE_AND_STOP = 1, 2, 3
+"""What the ranks agree on at the end of a step; the highest one wins."""
+
+
 class Meter:
     """Counts a run's steps and tokens, reports them, and checks for a cancel."""
 
-    def __init__(self, ctx: Context, agree: Agreement = alone, *, scaled: bool = False) -> None:
+    def __init__(
+        self,
+        ctx: Context,
+        agree: Agreement = alone,
+        *,
+        scaled: bool = False,
+        saves_every_s: float | None = None,
+        notes: StepNotes | None = None,
+    ) -> None:
         """
         Args:
             scaled: the loss is scaled (fp16): a gradient that overflows is a step left out, and no divergence.
+            saves_every_s: `training.save_on_time_s`.
+            notes: gets each step, on one rank of each node.
         """
         self._checked = ("loss", "train_loss") if scaled else ("loss", "grad_norm", "train_loss")
         self.stopped: Cancelled | None = None
+        self.save_due = False
+        """Whether every rank writes a checkpoint at the end of this step, because the last one is too old."""
+        self._saves_every_s = saves_every_s
+        self._notes = notes
         self.history: list[dict[str, float]] = []
         self.last: dict[str, float] = {}
         self.evaluations: list[dict[str, float]] = []
@@ -48,25 +67,46 @@ class Meter:
         self._tokens_after_s = 0.0
         self._ctx = ctx
         self._agree = agree
-        self._began = time.monotonic()
+        self._began = self._saved = time.monotonic()
 
     def begin(self, step: int, total: int, tokens: float = 0.0) -> None:
         """Start counting; `step` steps were done by an earlier attempt."""
         self.first_step = self.step = step
         self.total = total
         self._tokens_before = tokens
-        self._began = time.monotonic()
+        self._began = self._saved = time.monotonic()
+        if self._notes is not None:
+            self._notes.begin(step, total)
         self._report({})
 
     def must_stop(self) -> Cancelled | None:
-        """The cancel, seen by every rank at the same step. With several ranks, a collective."""
+        """The cancel, seen by every rank at the same step; decides about `save_due`, too. With several ranks, a
+        collective."""
         if self.stopped is None:
             request = self._ctx.cancelled
-            level = self._agree(0 if request is None else 2 if request.checkpoint else 1)
-            if level:
+            level = self._agree(
+                (_SAVE if self._is_old() else 0) if request is None else _SAVE_AND_STOP if request.checkpoint else _STOP
+            )
+            self.save_due = self.save_due or level == _SAVE
+            if level > _SAVE:
                 reason = request.reason if isinstance(request, Cancel) else "cancelled"
-                self.stopped = Cancelled(reason, checkpoint=level == 2)
+                self.stopped = Cancelled(reason, checkpoint=level == _SAVE_AND_STOP)
         return self.stopped
+
+    def saved(self, step: int) -> None:
+        """A whole checkpoint of `step` is on disk."""
+        self._saved = time.monotonic()
+        self.save_due = False
+        if self._notes is not None:
+            self._notes.saved(step)
+
+    @property
+    def lost_steps(self) -> int | None:
+        """Steps that earlier attempts did in vain; None: there was none, or it is noted on another rank."""
+        return None if self._notes is None else self._notes.lost
+
+    def _is_old(self) -> bool:
+        return self._saves_every_s is not None and time.monotonic() - self._saved >= self._saves_every_s
 
     def furthest(self, step: int) -> int:
         """The largest `step` of all ranks. A collective."""
@@ -76,6 +116,8 @@ class Meter:
         """Report that `step` is done."""
         self.step = step
         self.seconds = time.monotonic() - self._began
+        if self._notes is not None:
+            self._notes.advance(step)
         self._report(self._rates())
 
     def log(self, step: int, numbers: dict[str, Any]) -> None:

@@ -43,6 +43,8 @@ class Training(Section, frozen=True):
     save_steps: Count | None = None
     save_freq: Count | None = None
     """Alias of save_steps."""
+    save_on_time_s: Positive | None = None
+    """Also write a checkpoint at the first step that ends so many seconds after the last one."""
     save_strategy: Literal["steps", "epoch", "no"] = "steps"
     save_model: bool = True
     bf16: bool | None = None

@@ -15,7 +15,21 @@ from rich.table import Table
 
 from tests.bench.measure import Row
 
-MODULES = ("floor", "echo", "rest", "isolation", "gpus", "inference", "rows", "vllm", "training", "rag", "delivery")
+MODULES = (
+    "floor",
+    "echo",
+    "fleet",
+    "rest",
+    "exec",
+    "isolation",
+    "gpus",
+    "inference",
+    "rows",
+    "vllm",
+    "training",
+    "rag",
+    "delivery",
+)
 OUTPUT = Path("docs/benchmarks.md")
 
 

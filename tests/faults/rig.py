@@ -59,6 +59,7 @@ term_grace_s = 0.3
 log_max_bytes = 1048576
 hang_timeout_s = {HANG_S}
 pass_env = {json.dumps(PASS_ENV)}
+allow_command = ["*"]
 
 [processes]
 isolation = "{{isolation}}"

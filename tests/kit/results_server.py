@@ -17,6 +17,8 @@ class ResultsServer(FakeServer):
         super().__init__(_Handler)
         self.folder = folder
         self.results: dict[str, dict] = {}
+        self.token: str | None = None
+        """The Authorization header without which nothing is taken and nothing given."""
 
 
 class _Handler(FakeHandler):
@@ -24,6 +26,8 @@ class _Handler(FakeHandler):
 
     def do_POST(self) -> None:
         body = self.body()
+        if not self._is_known():
+            return
         parts = self.path.strip("/").split("/")
         assert parts[:3] == ["api", "v1", "results"]
         if parts[3:] == []:
@@ -40,7 +44,16 @@ class _Handler(FakeHandler):
             (target / Path(part.get_filename() or "").name).write_bytes(part.get_payload(decode=True))
         self.answer(200, b"{}")
 
+    def _is_known(self) -> bool:
+        wanted = self.server.token
+        if wanted is None or self.headers.get("Authorization") == wanted:
+            return True
+        self.answer(401, b"no")
+        return False
+
     def do_GET(self) -> None:
+        if not self._is_known():
+            return
         _, _, _, task_id, _, name = self.path.strip("/").split("/")
         path = self.server.folder / task_id / name
         self.answer(*((200, path.read_bytes()) if path.is_file() else (404, b"no such file")))

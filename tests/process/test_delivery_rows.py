@@ -62,7 +62,9 @@ def test_rows_go_where_the_result_would_have_gone(logged: Path) -> None:
     assert report.rows is not None
     assert (report.rows.done, report.rows.total) == (3, 5)
     assert set(received) == {"/r/t-1/files", "/r/c-1/files"}
-    assert report.rows_url == f"{server.url}/r/t-1/files/rows.jsonl.gz"
+    assert report.parts["t-1"].resume == {"url": f"{server.url}/r/t-1/files/rows.jsonl.gz"}
+    assert report.parts["c-1"].resume == {"url": f"{server.url}/r/c-1/files/rows.jsonl.gz"}
+    assert (report.parts["c-1"].done, report.parts["c-1"].total) == (1, 1)
     kept = read(io.BytesIO(gzip.decompress((logged / "rows.jsonl.gz").read_bytes())))
     assert list(kept.rows) == ROWS
     assert said(child)["partial"] is True
@@ -72,7 +74,7 @@ def test_rows_that_cannot_be_sent_change_no_verdict(logged: Path) -> None:
     with Server(*[Answer(403)] * 5) as server:
         report = deliver(delivery(target(logged, http(server.url)), failure=VERDICT, sends_rows=True), None)
     assert report.ok
-    assert report.rows_url is None
+    assert report.parts["t-1"].resume == {"path": str(logged)}
     assert "were not delivered" in report.notes[0]
     assert said(logged)["partial"] is True
 

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import yaml
 
-from flowmesh.cli.private_folder import sweep_abandoned
+from flowmesh.cli.private_folder import RUN_PREFIX, sweep_abandoned
 from flowmesh.processes import linux
 from tests.kit.paths import ROOT
 from tests.kit.support import short_dir
@@ -256,7 +256,7 @@ def test_a_folder_in_use_is_not_swept(place):
     process = start(place, write(place, wait=True))
     until(lambda: list(place.glob("results_workers/*/waiting")), "the task is waiting")
     [folder] = (place / "tmp").iterdir()
-    sweep_abandoned(place / "tmp")
+    sweep_abandoned(RUN_PREFIX, place / "tmp")
     assert folder.is_dir()
     process.terminate()
     process.communicate(timeout=30)
@@ -269,5 +269,5 @@ def test_only_our_own_folders_are_swept(tmp_path):
     (tmp_path / "flowmesh-run-old" / "lock").touch()
     (tmp_path / "flowmesh-run-link").symlink_to(tmp_path / "other")
     (tmp_path / "other" / "lock").touch()
-    sweep_abandoned(tmp_path)
+    sweep_abandoned(RUN_PREFIX, tmp_path)
     assert {each.name for each in tmp_path.iterdir()} == {"flowmesh-run-nolock", "flowmesh-run-link", "other"}

@@ -18,6 +18,7 @@ import pytest
 import flowmesh.messages.output
 import runners.agent.config
 import runners.agent.task
+import runners.command.task
 import runners.data.files
 import runners.data.graph
 import runners.data.hub
@@ -238,6 +239,7 @@ SECTIONS = {
     "training": [runners.training.settings, runners.training.sources],
     "rag": [runners.rag.task],
     "agent": [runners.agent.task, runners.agent.config],
+    "command": [runners.command.task],
     "output": [flowmesh.messages.output],
 }
 READS = {

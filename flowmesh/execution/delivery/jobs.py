@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -53,7 +54,7 @@ class Jobs:
         job = self._job(run)
         if must_wait and job.failure is not None:  # its event does not wait for a server that is away
             job = msgspec.structs.replace(job, sends_rows=False)
-        if (job.over_http and not must_wait) or not self._is_small(run):
+        if (job.over_http and not must_wait) or job.exporter or not self._is_small(run):
             return job, None, False
         outcome = None
         if job.failure is None:
@@ -91,6 +92,8 @@ class Jobs:
         sends_rows = failure is not None and any(
             has_rows(Path(each.out_dir)) for each in (accepted.target, *accepted.children)
         )
+        children = {each.task_id: each.spec for each in accepted.message.merged_children or []}
+        exports = _exports({run.task_id: accepted.task["spec"], **children}) if sends_rows else {}
         return DeliveryJob(
             attempt=run.attempt,
             worker_id=run.worker_id,
@@ -99,6 +102,9 @@ class Jobs:
             failure=failure,
             sends_rows=sends_rows,
             document=document_key(accepted.task["spec"]) if sends_rows else "",
+            child_documents={each: document_key(spec) for each, spec in children.items()} if sends_rows else {},
+            exporter=accepted.type.exporter if exports else "",
+            exports=exports,
             extra=task_events.used(run, settings.node.cost_per_hour * run.slot.plan.share),
             outcome_file=OUTCOME_FILE,
             archive=settings.archive,
@@ -140,3 +146,9 @@ class Jobs:
         except OSError:  # it was never made, or was replaced; the delivery finds out
             pass
         return total <= INLINE_BYTES
+
+
+def _exports(specs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """`spec.postprocess` of the tasks that ask for an export."""
+    asked = {task_id: spec.get("postprocess") for task_id, spec in specs.items()}
+    return {each: given for each, given in asked.items() if isinstance(given, dict) and given.get("jsonl_export")}

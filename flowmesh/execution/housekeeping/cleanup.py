@@ -13,7 +13,6 @@ from flowmesh.execution.layout import Layout
 from flowmesh.execution.run import Run
 from flowmesh.messages.job import JOB_FILE, OUTCOME_FILE
 from flowmesh.processes import shm
-from flowmesh.tasks.catalogue import LIGHT
 
 _MOST_LOGGED = 10
 """Names of shared memory in one line."""
@@ -27,7 +26,7 @@ class Cleanup:
 
     async def remove_tmp(self, run: Run) -> None:
         """Remove its TMPDIR, and its files in /dev/shm unless it was a light task that succeeded."""
-        shared = run.accepted.type.environment != LIGHT or run.task.verdict is None or not run.task.verdict.ok
+        shared = not run.accepted.type.is_light or run.task.verdict is None or not run.task.verdict.ok
         if not removed_empty(self._layout.tmp(run.attempt)) or shared:
             await asyncio.to_thread(self._remove_tmp, run, shared)
 

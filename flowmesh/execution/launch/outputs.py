@@ -19,7 +19,7 @@ _OF_A_TASK = frozenset({"logs", "manifest.json", "responses.json"})
 _ASIDE = ".left-"
 
 
-def empty_outputs(folder: int, path: Path, others: Iterable[Path]) -> None:
+def empty_outputs(folder: int, path: Path, others: Iterable[Path], stays: Iterable[str] = ()) -> None:
     """Remove what an earlier attempt left in its folder, except what it continues from.
 
     What cannot be removed is renamed, so that it is not taken for an output of this attempt.
@@ -28,13 +28,14 @@ def empty_outputs(folder: int, path: Path, others: Iterable[Path]) -> None:
         folder: a descriptor of the folder.
         path: the folder, for messages.
         others: folders that stay, such as other tasks' inside this one.
+        stays: further names that the task's type continues from.
 
     Raises:
         OSError: something can be neither removed nor renamed.
     """
     if _OF_A_TASK.isdisjoint(os.listdir(folder)):
         return
-    kept = KEPT | {each.relative_to(path).parts[0] for each in others if path in each.parents}
+    kept = KEPT | set(stays) | {each.relative_to(path).parts[0] for each in others if path in each.parents}
     left = empty(folder, kept.__contains__)
     for name, remains in left.items():
         if not name.startswith(_ASIDE):

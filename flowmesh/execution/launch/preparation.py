@@ -20,7 +20,6 @@ from flowmesh.processes import environ, shm
 from flowmesh.processes.limits import Limits
 from flowmesh.processes.protocol import Fork
 from flowmesh.results.job import file_url_template
-from flowmesh.tasks.catalogue import LIGHT
 
 TASK_ENTRY = "runners.child:main"
 
@@ -47,7 +46,7 @@ def prepare(layout: Layout, run: Run, others: Iterable[Path] = ()) -> Fork:
             folder.mkdir(mode=PRIVATE)
     logs = out_dir / "logs"
     others = [*others, *(each.resolve() for each in (layout.results_dir, layout.state_dir, layout.work_dir))]
-    _prepare_out_dir(layout, out_dir, others)
+    _prepare_out_dir(layout, out_dir, others, accepted.type.continues_from)
     for child in children:
         _empty_child(Path(child.out_dir), others)
     gpus = run.gpus
@@ -76,7 +75,9 @@ def prepare(layout: Layout, run: Run, others: Iterable[Path] = ()) -> Fork:
     # Last: from now on another task of that user could put a link where we write.
     for given in (spool / JOB_FILE, spool, tmp):
         layout.give(given)
-    processes = layout.processes
+    private_shm = not accepted.type.is_light and not shm.would_hide(
+        layout.state_dir, layout.work_dir, out_dir, *(each.out_dir for each in children)
+    )
     return Fork(
         attempt=run.attempt,
         target=TASK_ENTRY,
@@ -92,21 +93,31 @@ def prepare(layout: Layout, run: Run, others: Iterable[Path] = ()) -> Fork:
             gpus=gpus,
             mark=layout.mark_of(run.attempt),
         ),
-        limits=Limits(
-            memory_max_bytes=processes.task_memory_max_bytes,
-            pids_max=processes.task_pids_max,
-            cpus=run.slot.plan.cpus or None,
-            oom_score_adj=OOM_SCORE_ADJ,
-            nice=processes.task_nice,
-            umask=layout.umask,
-            uid=None if layout.owner is None else layout.owner.uid,
-            gid=None if layout.owner is None else layout.owner.gid,
-            groups=() if layout.owner is None else layout.owner.groups,
-            private_shm=processes.private_shm
-            and accepted.type.environment != LIGHT
-            and not shm.would_hide(layout.state_dir, layout.work_dir, out_dir, *(each.out_dir for each in children)),
-        ),
+        limits=task_limits(layout, cpus=run.slot.plan.cpus, private_shm=private_shm),
         threads=threads,
+        task_id=run.task_id,
+    )
+
+
+def task_limits(layout: Layout, *, cpus: tuple[int, ...] = (), private_shm: bool) -> Limits:
+    """What the node's settings give each task.
+
+    Args:
+        cpus: empty: any.
+        private_shm: whether it may have a /dev/shm of its own, where the settings give one.
+    """
+    processes, owner = layout.processes, layout.owner
+    return Limits(
+        memory_max_bytes=processes.task_memory_max_bytes,
+        pids_max=processes.task_pids_max,
+        cpus=cpus or None,
+        oom_score_adj=OOM_SCORE_ADJ,
+        nice=processes.task_nice,
+        umask=layout.umask,
+        uid=None if owner is None else owner.uid,
+        gid=None if owner is None else owner.gid,
+        groups=() if owner is None else owner.groups,
+        private_shm=processes.private_shm and private_shm,
     )
 
 
@@ -122,12 +133,12 @@ def _empty_child(out_dir: Path, others: Iterable[Path]) -> None:
         os.close(folder)
 
 
-def _prepare_out_dir(layout: Layout, out_dir: Path, others: Iterable[Path]) -> None:
+def _prepare_out_dir(layout: Layout, out_dir: Path, others: Iterable[Path], stays: Iterable[str]) -> None:
     """By descriptors: the parent folders may belong to another task, which can put links there at any time."""
     held: list[int] = []
     try:
         held.append(whole := open_folder(out_dir, make=True))
-        empty_outputs(whole, out_dir, others)
+        empty_outputs(whole, out_dir, others, stays)
         held.append(_open_part(whole, out_dir / "logs"))
         held.append(_open_part(whole, out_dir / "artifacts"))
         for folder in held:

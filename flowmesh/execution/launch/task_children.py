@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from loguru import logger
 
 from flowmesh.execution.gpu.monitor import GpuMonitor
 from flowmesh.execution.launch.child_pipe import ChildPipes
 from flowmesh.execution.launch.environment_conditions import EnvironmentConditions
+from flowmesh.execution.launch.node_folders import NodeFolders
 from flowmesh.execution.launch.spool import read_outcome
 from flowmesh.execution.layout import Layout
 from flowmesh.execution.ports import Begin, PostEvent
 from flowmesh.execution.run import Run
 from flowmesh.execution.run_table import RunTable
 from flowmesh.execution.timers import Timers
-from flowmesh.messages.job import Exit
+from flowmesh.messages.job import EXIT_SETUP, Exit
 from flowmesh.processes.pipe import Pipe
 from flowmesh.processes.protocol import Forked
 from flowmesh.processes.server_pool import ServerPool
@@ -23,6 +26,9 @@ from flowmesh.tasks.verdicts import Kind
 
 GONE_FOLLOWS_S = 0.5
 """An adopted task may have ended in time while no supervisor looked: its Gone comes right after its Forked."""
+
+MOST_UNREADY = 3
+"""A task whose process could not be set up so often, for a reason of its own, ends."""
 
 _ALIVE = (State.LAUNCHING, State.RUNNING, State.STOPPING)
 
@@ -39,6 +45,7 @@ class TaskChildren:
         layout: Layout,
         gpus: GpuMonitor,
         environments: EnvironmentConditions,
+        folders: NodeFolders,
         timers: Timers,
         post: PostEvent,
         begin: Begin,
@@ -49,6 +56,7 @@ class TaskChildren:
         self._layout = layout
         self._gpus = gpus
         self._environments = environments
+        self._folders = folders
         self._timers = timers
         self._post = post
         self._begin = begin
@@ -77,10 +85,21 @@ class TaskChildren:
         logger.bind(task=run.task_id, pid=run.pid).info("task adopted")
         self._gpus.resume(run)
 
-    def on_fork_failed(self, attempt: int, message: str) -> None:
+    def on_fork_failed(self, attempt: int, message: str, own: bool) -> None:
         if run := self._runs.get(attempt):
             self._gpus.cancel(run)
-            self._post(run, self._environments.met(run, message))
+            self._begin(self._not_forked(run, message, own), run)
+
+    async def _not_forked(self, run: Run, message: str, own: bool) -> machine.Event:
+        """The fault that kept its process from being set up: of the node's folders, of this task, else of all."""
+        if (event := await self._folders.met(run)) is not None:
+            return event
+        if own:  # its folders are made again; not for ever, as another task may remove them each time
+            run.unready += 1
+            if run.unready < MOST_UNREADY:
+                return machine.NeverForked()
+            return machine.LaunchFailed(f"not started: {message}")
+        return self._environments.met(run, f"environment {run.accepted.type.environment}: {message}")
 
     def on_gone(self, attempt: int, exit_: Exit) -> None:
         run = self._runs.get(attempt)
@@ -97,6 +116,8 @@ class TaskChildren:
         self._pipes.read(run)
         run.exit = exit_
         run.outcome = await read_outcome(self._layout, run.attempt)
+        if run.outcome is None and exit_.code == EXIT_SETUP:
+            self._folders.report(await asyncio.to_thread(self._folders.look, write=True))
         fault = await self._gpus.fault_of(run, exit_, run.outcome) if run.gpus else ""
         return machine.ChildGone(exit_, run.outcome, fault)
 

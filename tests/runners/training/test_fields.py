@@ -109,6 +109,7 @@ LENGTHS = {"max_length": 77}, {"max_completion_length": 38}
 ELSEWHERE = {
     "fp16",  # below
     "save_model",  # test_training_types
+    "save_on_time_s",  # test_steps
     "resume_from_path",  # test_training_resume
     *("allow_multi_gpu", "nproc_per_node", "visible_devices", "primary_gpu"),  # test_training_plan
     *("nnodes", "node_rank", "rdzv_endpoint", "rdzv_id"),  # test_training_groups, and below

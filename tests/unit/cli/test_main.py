@@ -15,13 +15,24 @@ SURFACE = {
         "FILES --config --engine --help --json --keep-going --model --read-root --results-dir --served-model-name "
         "--task-id --timeout -k"
     ),
-    "submit": "FILE --config --help --json --no-check --redis --task-id --timeout --wait --worker",
+    "submit": "FILES --anyway --config --help --json --no-check --priority --queue --redis --retries --task-id "
+    "--timeout --wait --worker",
+    "ps": "--all --config --help --json --redis",
+    "wait": "TASK_IDS --config --help --json --redis --timeout",
+    "result": "TASK_ID --config --help --json --redis",
+    "queue": "--config --help --json --redis",
     "validate": "FILES --config --help --json --kind",
     "schema": "KIND --help",
     "workers": "--config --help --json --redis --watch",
     "status": "--config --help --json --state-dir",
-    "logs": "TASK_ID --config --follow --help --json --raw --results-dir --state-dir --stderr --stdout -f -n",
-    "cancel": "TASK_ID --config --force --help --json --state-dir",
+    "top": "--config --fleet --help --interval --json --once --redis --sort --state-dir",
+    "metrics": "--config --help --state-dir",
+    "logs": "TASK_ID --config --follow --help --json --raw --redis --results-dir --state-dir --stderr --stdout -f -n",
+    "exec": (
+        "COMMAND --config --embedded --gpus --help --memory --output --preload --quiet --report --results-dir "
+        "--timeout -q"
+    ),
+    "cancel": "TASK_ID --config --force --help --json --reason --redis --state-dir",
     "deliver": "TASK_ID --config --help --json --state-dir",
     "drain": "--cancel --config --help --json --mode --state-dir --wait",
     "init": "--dry-run --help --prefix --supervisord --systemd --user",

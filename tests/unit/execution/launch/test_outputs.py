@@ -10,13 +10,14 @@ import pytest
 
 from flowmesh.execution.launch.outputs import empty_outputs
 from flowmesh.files.safe_folder import open_folder
+from flowmesh.tasks.catalogue import BUILTIN
 from tests.kit.hostile import bind, cannot_mount, in_child, make_deep
 
 
-def start_again(folder: Path, others: Iterable[Path] = ()) -> None:
+def start_again(folder: Path, others: Iterable[Path] = (), stays: Iterable[str] = ()) -> None:
     fd = open_folder(folder)
     try:
-        empty_outputs(fd, folder, others)
+        empty_outputs(fd, folder, others, stays)
     finally:
         os.close(fd)
 
@@ -35,6 +36,14 @@ def test_only_what_an_attempt_continues_from_stays(tmp_path: Path) -> None:
     start_again(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "rows.jsonl"]
     assert (tmp_path / "checkpoints" / "checkpoint-1" / "x").read_text() == "earlier"
+
+
+def test_an_agents_workspace_stays(tmp_path: Path) -> None:
+    an_attempt(tmp_path)
+    (tmp_path / "workspace").mkdir()
+    agent = next(kind for kind in BUILTIN if kind.name == "agent")
+    start_again(tmp_path, stays=agent.continues_from)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "rows.jsonl", "workspace"]
 
 
 def test_a_folder_that_no_task_had_stays_as_it_is(tmp_path: Path) -> None:

@@ -1,0 +1,32 @@
+"""The client of a deployment: submit and queue tasks, wait for them, read results and logs. Needs Redis and no node.
+
+from flowmesh.client import Client
+
+with Client("redis://10.0.0.1") as client:
+    task = client.queue({"spec": {"taskType": "echo", "message": "hello"}})
+    end = client.wait(task.task_id)
+    print(end.verdict, client.result(task.task_id))
+"""
+
+from flowmesh.client.async_client import AsyncClient
+from flowmesh.client.client import Client
+from flowmesh.client.requests import NoResult, Task, TaskExists, UnknownTask, WorkerGone
+from flowmesh.queue.records import Attempt, End, Event, TaskState
+from flowmesh.queue.workers import NeverFits, NoWorkerFits, Worker
+
+__all__ = [
+    "AsyncClient",
+    "Attempt",
+    "Client",
+    "End",
+    "Event",
+    "NeverFits",
+    "NoResult",
+    "NoWorkerFits",
+    "Task",
+    "TaskExists",
+    "TaskState",
+    "UnknownTask",
+    "Worker",
+    "WorkerGone",
+]

@@ -1,0 +1,250 @@
+"""The client for asyncio: the same requests as `Client`, with awaits."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Mapping
+from types import TracebackType
+from typing import Any, TypeVar
+
+from flowmesh.client import connection, requests
+from flowmesh.client.log_lines import ANSWER_S, LogReader
+from flowmesh.client.requests import (
+    LOST_S,
+    OUTAGE_POLL_S,
+    POLL_S,
+    Command,
+    Request,
+    Task,
+    first_event,
+    script_call,
+    shown_end,
+)
+from flowmesh.errors import FlowMeshError, UnavailableError
+from flowmesh.messages.wire import TASK_EVENTS_CHANNEL
+from flowmesh.queue import names
+from flowmesh.queue.records import Attempt, End, Event, TaskState, end_of, event_of
+from flowmesh.queue.scripts import Script
+from flowmesh.queue.workers import Worker
+
+T = TypeVar("T")
+
+
+class AsyncClient:
+    """`Client` for asyncio: the same methods, arguments and errors, awaited. An asynchronous context manager.
+
+    async with AsyncClient("redis://10.0.0.1") as client:
+        task = await client.queue({"spec": {"taskType": "echo"}})
+        end = await client.wait(task.task_id)
+    """
+
+    def __init__(self, url: str | None = None, *, topic: str = "tasks") -> None:
+        self._url = connection.address(url)
+        self._topic = topic
+        self._redis = connection.open_async_client(self._url)
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._redis.aclose()
+
+    async def submit(
+        self, document: Mapping[str, Any], *, worker: str | None = None, task_id: str | None = None
+    ) -> Task:
+        """As `Client.submit`.
+
+        task = await client.submit({"spec": {"taskType": "echo"}})
+        """
+        return await self._do(requests.submit(document, worker=worker, task_id=task_id, topic=self._topic))
+
+    async def queue(
+        self,
+        document: Mapping[str, Any],
+        *,
+        priority: str = "normal",
+        retries: int = 2,
+        task_id: str | None = None,
+        anyway: bool = False,
+    ) -> Task:
+        """As `Client.queue`.
+
+        task = await client.queue({"spec": {"taskType": "echo"}}, priority="low")
+        """
+        return await self._do(
+            requests.queue(document, priority=priority, retries=retries, task_id=task_id, anyway=anyway)
+        )
+
+    async def wait(self, task_id: str, timeout_s: float | None = None) -> End:
+        """As `Client.wait`.
+
+        ends = await asyncio.gather(*(client.wait(task.task_id) for task in tasks))
+        """
+        requests.checked(task_id)
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        async for event in self._heard(task_id, deadline):
+            if isinstance(event, End):
+                return event
+            if event.terminal:
+                with contextlib.suppress(FlowMeshError):  # the record knows of earlier attempts
+                    return (await self._do(requests.end(task_id))) or end_of(event)
+                return end_of(event)
+        assert timeout_s is not None, "without a limit only an end ends it"
+        raise requests.late(task_id, timeout_s)
+
+    async def events(self, task_id: str, follow: bool = True) -> AsyncIterator[Event]:
+        """As `Client.events`.
+
+        async for event in client.events(task.task_id):
+            print(event.type)
+        """
+        if (first := first_event(await self.state(task_id))) is not None:
+            yield first
+        if not follow:
+            if (end := await self._do(requests.end(task_id))) is not None:
+                yield shown_end(end)
+            return
+        async for event in self._heard(task_id, None):
+            yield shown_end(event) if isinstance(event, End) else event
+            if isinstance(event, End) or event.terminal:
+                return
+
+    async def result(self, task_id: str) -> dict[str, Any]:
+        """As `Client.result`.
+
+        items = (await client.result(task.task_id))["items"]
+        """
+        return await self._do(requests.result(task_id))
+
+    async def logs(self, task_id: str, follow: bool = False) -> AsyncIterator[str]:
+        """As `Client.logs`.
+
+        async for line in client.logs(task.task_id, follow=True):
+            print(line)
+        """
+        requests.checked(task_id)
+        reader, began = LogReader(), time.monotonic()
+        asked = float("-inf")
+        while not reader.ended:
+            if time.monotonic() - asked > requests.FOLLOW_S / 3:
+                asked = time.monotonic()
+                await self._do(requests.follow(task_id, reader.token, keep=follow))
+            for line in reader.take(await self._run([reader.command()])):
+                yield line
+            if not reader.answered and time.monotonic() - began > ANSWER_S:
+                raise requests.no_answer(task_id, ANSWER_S)
+
+    async def cancel(self, task_id: str, reason: str = "cancelled", *, force: bool = False) -> str:
+        """As `Client.cancel`.
+
+        await client.cancel(task.task_id)
+        """
+        return await self._do(requests.cancel(task_id, reason=reason, force=force))
+
+    async def workers(self) -> list[Worker]:
+        """As `Client.workers`.
+
+        workers = await client.workers()
+        """
+        return await self._do(requests.workers())
+
+    async def tasks(self, all: bool = False) -> list[TaskState]:
+        """As `Client.tasks`.
+
+        running = [task for task in await client.tasks() if task.state == "running"]
+        """
+        return await self._do(requests.tasks(every=all))
+
+    async def state(self, task_id: str) -> TaskState | None:
+        """As `Client.state`.
+
+        state = await client.state(task.task_id)
+        """
+        return await self._do(requests.state(task_id))
+
+    async def attempts(self, task_id: str) -> list[Attempt]:
+        """As `Client.attempts`.
+
+        attempts = await client.attempts(task.task_id)
+        """
+        return await self._do(requests.attempts(task_id))
+
+    async def waiting(self) -> list[dict[str, Any]]:
+        """As `Client.waiting`.
+
+        waiting = await client.waiting()
+        """
+        return await self._do(requests.waiting())
+
+    async def _heard(self, task_id: str, deadline: float | None) -> AsyncIterator[Event | End]:
+        """Events of a task as they come; its recorded End where an event may have been missed. Ends at the deadline."""
+        import redis
+
+        looked = known = float("-inf")
+        subscribed = False
+        async with self._redis.pubsub() as events:
+            while deadline is None or time.monotonic() < deadline:
+                try:
+                    if not subscribed:
+                        await events.subscribe(TASK_EVENTS_CHANNEL, names.CHANNEL)
+                        subscribed = True
+                        await events.get_message(timeout=connection.TIMEOUT_S)
+                    if time.monotonic() - looked >= POLL_S:
+                        looked = time.monotonic()
+                        end = await self._do(requests.end(task_id))
+                        known = time.monotonic()
+                        if end is not None:
+                            yield end
+                            return
+                    left = POLL_S if deadline is None else min(POLL_S, deadline - time.monotonic())
+                    message = await events.get_message(timeout=max(0.01, left))
+                except requests.UnknownTask:
+                    if time.monotonic() - known > LOST_S:
+                        raise
+                    continue
+                except (redis.ConnectionError, redis.TimeoutError, UnavailableError):
+                    await asyncio.sleep(OUTAGE_POLL_S)
+                    continue
+                if message is not None and message["type"] == "message":
+                    event = event_of(message["data"])
+                    if event is not None and event.task_id == task_id and event.type != "LOGS":
+                        yield event
+
+    async def _do(self, request: Request[T]) -> T:
+        try:
+            commands = next(request)
+            while True:
+                commands = request.send(await self._run(commands))
+        except StopIteration as done:
+            value: T = done.value
+            return value
+
+    async def _run(self, commands: list[Command]) -> list[Any]:
+        import redis
+
+        try:
+            if isinstance(commands[0][0], Script):
+                return [await self._script(*each) for each in commands]
+            if len(commands) == 1:
+                return [await self._redis.execute_command(*commands[0])]  # type: ignore[no-untyped-call]
+            pipe = self._redis.pipeline(transaction=False)
+            for command in commands:
+                pipe.execute_command(*command)
+            return list(await pipe.execute())
+        except redis.RedisError as error:
+            raise connection.unavailable(self._url, error) from None
+
+    async def _script(self, script: Script, *arguments: Any) -> Any:
+        import redis
+
+        try:
+            return await self._redis.execute_command(*script_call(script, arguments, whole=False))  # type: ignore[no-untyped-call]
+        except redis.exceptions.NoScriptError:
+            return await self._redis.execute_command(*script_call(script, arguments, whole=True))  # type: ignore[no-untyped-call]

@@ -1,0 +1,308 @@
+"""The blocking client."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from flowmesh.client import connection, requests
+from flowmesh.client.log_lines import ANSWER_S, LogReader
+from flowmesh.client.requests import (
+    LOST_S,
+    OUTAGE_POLL_S,
+    POLL_S,
+    Command,
+    Request,
+    Task,
+    first_event,
+    script_call,
+    shown_end,
+)
+from flowmesh.errors import FlowMeshError, UnavailableError
+from flowmesh.messages.wire import TASK_EVENTS_CHANNEL
+from flowmesh.queue import names
+from flowmesh.queue.records import Attempt, End, Event, TaskState, end_of, event_of
+from flowmesh.queue.scripts import Script
+from flowmesh.queue.workers import Worker
+
+if TYPE_CHECKING:
+    import redis
+
+T = TypeVar("T")
+
+
+class Client:
+    """A deployment's client. A context manager; may be used by several threads.
+
+    Args:
+        url: redis://, rediss://, unix:// or redis+sentinel:// address; None: `REDIS_URL`.
+        topic: the channel of direct dispatches (`redis.task_topic`).
+
+    Raises:
+        ConfigError: there is no address, or it cannot be used.
+
+    Every method raises UnavailableError where Redis does not answer.
+
+        with Client("redis://10.0.0.1") as client:
+            print([worker.worker_id for worker in client.workers()])
+    """
+
+    def __init__(self, url: str | None = None, *, topic: str = "tasks") -> None:
+        self._url = connection.address(url)
+        self._topic = topic
+        self._redis = connection.open_client(self._url)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._redis.close()
+
+    def submit(self, document: Mapping[str, Any], *, worker: str | None = None, task_id: str | None = None) -> Task:
+        """Send a task to the cheapest idle worker that fits it.
+
+        Args:
+            document: with a `spec`.
+            worker: only this one.
+            task_id: None: a new one.
+
+        Raises:
+            NoWorkerFits: no worker can run it now; has the reason for each. `queue` waits for one.
+            TaskExists: a task of this id has not ended.
+            FieldError: the document cannot be used.
+
+            task = client.submit({"spec": {"taskType": "echo"}})
+            print("runs on", task.worker_id)
+        """
+        return self._do(requests.submit(document, worker=worker, task_id=task_id, topic=self._topic))
+
+    def queue(
+        self,
+        document: Mapping[str, Any],
+        *,
+        priority: str = "normal",
+        retries: int = 2,
+        task_id: str | None = None,
+        anyway: bool = False,
+    ) -> Task:
+        """Queue a task: it waits until a worker that fits it is idle.
+
+        Args:
+            document: with a `spec`; `metadata.owner` is whom the queue is fair between.
+            priority: `high`, `normal` or `low`.
+            retries: how many more attempts a retryable failure gets, on another node where one fits.
+            task_id: None: a new one. One that has ended may be queued again.
+            anyway: queue it even if no registered worker could ever run it.
+
+        Raises:
+            NeverFits: no registered worker could ever run it; has the reason for each.
+            TaskExists: a task of this id has not ended.
+            FieldError: the document cannot be used.
+
+            task = client.queue({"spec": {"taskType": "echo"}}, priority="high")
+        """
+        return self._do(requests.queue(document, priority=priority, retries=retries, task_id=task_id, anyway=anyway))
+
+    def wait(self, task_id: str, timeout_s: float | None = None) -> End:
+        """Wait for a task's end, through outages of Redis.
+
+        Args:
+            timeout_s: None: as long as it takes. The task continues after it.
+
+        Raises:
+            UnknownTask: no record of it, and no worker runs it.
+            WorkerGone: it was submitted directly, and its worker has no heartbeat.
+            BusyError: it has not ended in time.
+
+            end = client.wait(task.task_id, timeout_s=600)
+            if not end.ok:
+                print(end.verdict, end.error)
+        """
+        requests.checked(task_id)
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        for event in self._heard(task_id, deadline):
+            if isinstance(event, End):
+                return event
+            if event.terminal:
+                with contextlib.suppress(FlowMeshError):  # the record knows of earlier attempts
+                    return (self._do(requests.end(task_id))) or end_of(event)
+                return end_of(event)
+        assert timeout_s is not None, "without a limit only an end ends it"
+        raise requests.late(task_id, timeout_s)
+
+    def events(self, task_id: str, follow: bool = True) -> Iterator[Event]:
+        """A task's events: first what its record says, then, with `follow`, what happens, up to its end.
+
+        Raises:
+            UnknownTask: no record of it, and no worker runs it.
+
+            for event in client.events(task.task_id):
+                print(event.ts, event.type, event.error)
+        """
+        if (first := first_event(self.state(task_id))) is not None:
+            yield first
+        if not follow:
+            if (end := self._do(requests.end(task_id))) is not None:
+                yield shown_end(end)
+            return
+        for event in self._heard(task_id, None):
+            yield shown_end(event) if isinstance(event, End) else event
+            if isinstance(event, End) or event.terminal:
+                return
+
+    def result(self, task_id: str) -> dict[str, Any]:
+        """A task's result: `responses.json`, or of one above 1 MiB a summary with `truncated: true`.
+
+        Raises:
+            NoResult: there is none in Redis; says where it is.
+
+            print(client.result(task.task_id)["items"])
+        """
+        return self._do(requests.result(task_id))
+
+    def logs(self, task_id: str, follow: bool = False) -> Iterator[str]:
+        """The lines of a task's logs, sent by its node: secrets hidden, control characters escaped.
+
+        Args:
+            follow: until the task ends; False: those that there are now.
+
+        Raises:
+            UnavailableError: no node answered.
+
+            for line in client.logs(task.task_id, follow=True):
+                print(line)
+        """
+        requests.checked(task_id)
+        reader, began = LogReader(), time.monotonic()
+        asked = float("-inf")
+        while not reader.ended:
+            if time.monotonic() - asked > requests.FOLLOW_S / 3:
+                asked = time.monotonic()
+                self._do(requests.follow(task_id, reader.token, keep=follow))
+            yield from reader.take(self._run([reader.command()]))
+            if not reader.answered and time.monotonic() - began > ANSWER_S:
+                raise requests.no_answer(task_id, ANSWER_S)
+
+    def cancel(self, task_id: str, reason: str = "cancelled", *, force: bool = False) -> str:
+        """Cancel a task, wherever it is.
+
+        Args:
+            reason: the error of its event.
+            force: kill it at once, without time to clean up.
+
+        Returns:
+            its state before: `queued` (it has ended now), `claimed`, `running` or `dispatched` (its node was told),
+            `done`, or `unknown` (all nodes were told).
+
+            client.cancel(task.task_id, reason="not needed any more")
+        """
+        return self._do(requests.cancel(task_id, reason=reason, force=force))
+
+    def workers(self) -> list[Worker]:
+        """The registered workers, sorted by id.
+
+        idle = [worker for worker in client.workers() if worker.status == "IDLE"]
+        """
+        return self._do(requests.workers())
+
+    def tasks(self, all: bool = False) -> list[TaskState]:
+        """The tasks that wait or run; with `all` also those that ended within a day, 1000 at most.
+
+        for task in client.tasks():
+            print(task.task_id, task.state, task.worker_id)
+        """
+        return self._do(requests.tasks(every=all))
+
+    def state(self, task_id: str) -> TaskState | None:
+        """A task's record; None where there is none.
+
+        state = client.state(task.task_id)
+        """
+        return self._do(requests.state(task_id))
+
+    def attempts(self, task_id: str) -> list[Attempt]:
+        """What is known of a task's attempts that have ended, in order.
+
+        print([(attempt.worker_id, attempt.error_kind) for attempt in client.attempts(task.task_id)])
+        """
+        return self._do(requests.attempts(task_id))
+
+    def waiting(self) -> list[dict[str, Any]]:
+        """How many tasks wait, by what they ask for and by priority.
+
+        print(client.waiting())
+        """
+        return self._do(requests.waiting())
+
+    def _heard(self, task_id: str, deadline: float | None) -> Iterator[Event | End]:
+        """Events of a task as they come; its recorded End where an event may have been missed. Ends at the deadline."""
+        import redis
+
+        looked = known = float("-inf")
+        with self._redis.pubsub() as events:  # type: ignore[no-untyped-call]
+            subscribed = False
+            while deadline is None or time.monotonic() < deadline:
+                try:
+                    if not subscribed:
+                        events.subscribe(TASK_EVENTS_CHANNEL, names.CHANNEL)
+                        subscribed = True
+                        events.get_message(timeout=connection.TIMEOUT_S)  # confirmed: nothing is missed from here
+                    if time.monotonic() - looked >= POLL_S:
+                        looked = time.monotonic()
+                        end = self._do(requests.end(task_id))
+                        known = time.monotonic()
+                        if end is not None:
+                            yield end
+                            return
+                    left = POLL_S if deadline is None else min(POLL_S, deadline - time.monotonic())
+                    message = events.get_message(timeout=max(0.01, left))
+                except requests.UnknownTask:
+                    if time.monotonic() - known > LOST_S:
+                        raise
+                    continue
+                except (redis.ConnectionError, redis.TimeoutError, UnavailableError):
+                    time.sleep(OUTAGE_POLL_S)
+                    continue
+                if message is None or message["type"] != "message":
+                    continue
+                event = event_of(message["data"])
+                if event is not None and event.task_id == task_id and event.type != "LOGS":
+                    yield event
+
+    def _do(self, request: Request[T]) -> T:
+        try:
+            commands = next(request)
+            while True:
+                commands = request.send(self._run(commands))
+        except StopIteration as done:
+            value: T = done.value
+            return value
+
+    def _run(self, commands: list[Command]) -> list[Any]:
+        import redis
+
+        try:
+            if isinstance(commands[0][0], Script):
+                return [self._script(*each) for each in commands]
+            if len(commands) == 1:
+                return [self._redis.execute_command(*commands[0])]  # type: ignore[no-untyped-call]
+            pipe: redis.client.Pipeline = self._redis.pipeline(transaction=False)
+            for command in commands:
+                pipe.execute_command(*command)  # type: ignore[no-untyped-call]
+            return list(pipe.execute())
+        except redis.RedisError as error:
+            raise connection.unavailable(self._url, error) from None
+
+    def _script(self, script: Script, *arguments: Any) -> Any:
+        import redis
+
+        try:
+            return self._redis.execute_command(*script_call(script, arguments, whole=False))  # type: ignore[no-untyped-call]
+        except redis.exceptions.NoScriptError:
+            return self._redis.execute_command(*script_call(script, arguments, whole=True))  # type: ignore[no-untyped-call]

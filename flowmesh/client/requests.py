@@ -1,0 +1,359 @@
+"""What clients ask of Redis, without any I/O: each request yields commands and is sent their answers.
+
+`Client` and `AsyncClient` run the same requests, one with blocking calls and one with awaits.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Generator, Mapping
+from typing import Any, TypeVar
+
+import msgspec
+
+from flowmesh.errors import BusyError, FieldError, FlowMeshError, UnavailableError
+from flowmesh.messages import wire
+from flowmesh.queue import names, scripts
+from flowmesh.queue.classes import class_of, owner_of, parse
+from flowmesh.queue.names import Priority
+from flowmesh.queue.records import (
+    END_FIELDS,
+    FIELDS,
+    Attempt,
+    End,
+    Event,
+    TaskState,
+    attempts_of,
+    end_in,
+    fields_of,
+    some_of,
+    state_of,
+    text,
+)
+from flowmesh.queue.scripts import Script
+from flowmesh.queue.workers import (
+    Worker,
+    choose,
+    ids_of,
+    reads,
+    refuse_unless_possible,
+    type_of,
+    workers_of,
+)
+
+T = TypeVar("T")
+Command = tuple[Any, ...]
+"""A command's words; or a Script and its arguments."""
+Request = Generator[list[Command], list[Any], T]
+"""Yields commands that are sent together; is sent their answers."""
+
+MAX_RETRIES = 100
+FOLLOW_S = 30
+"""How long a node writes logs after a follower was last there."""
+POLL_S = 2.0
+"""Between two looks at a record while its events are awaited: an event may have been missed."""
+OUTAGE_POLL_S = 0.5
+LOST_S = 30.0
+"""How long a task that was known may have no record and no worker: after a restart of Redis, nodes register again."""
+ALL_SHOWN = 1000
+"""Ended tasks that are listed at most."""
+
+
+class Task(msgspec.Struct, frozen=True, kw_only=True):
+    """A task that was submitted or queued."""
+
+    task_id: str
+    worker_id: str | None = None
+    """The worker that it was sent to; None: it is queued."""
+    warning: str = ""
+    """What the submitter should know; empty: nothing."""
+
+
+class TaskExists(FlowMeshError):
+    """A task of this id has not ended."""
+
+
+class UnknownTask(FlowMeshError):
+    """No record of a task, and no worker that runs it."""
+
+
+class WorkerGone(UnknownTask):
+    """The worker that a task was sent to directly has no heartbeat: its outcome is unknown until its node is back."""
+
+
+class NoResult(FlowMeshError):
+    """There is no result of a task in Redis."""
+
+
+def queue(
+    document: Mapping[str, Any],
+    *,
+    priority: str = "normal",
+    retries: int = 2,
+    task_id: str | None = None,
+    anyway: bool = False,
+) -> Request[Task]:
+    shaped(document)
+    if priority not in list(Priority):
+        raise FieldError(f"priority: {priority!r} is none; use high, normal or low", "priority")
+    if not isinstance(retries, int) or not 0 <= retries <= MAX_RETRIES:
+        raise FieldError(f"retries: expected a number from 0 to {MAX_RETRIES}, found {retries!r}", "retries")
+    wanted = class_of(document)
+    if not anyway:
+        refuse_unless_possible((yield from workers()), wanted)
+    task_id = _id(task_id)
+    arguments = (
+        task_id, wire.utc_now(), wanted.member, wanted.key, priority, owner_of(document), retries, _encoded(document),
+        type_of(document) or "", _name(document),
+    )  # fmt: skip
+    (answer,) = yield [(scripts.QUEUE, *arguments)]
+    if text(answer) == "exists":
+        raise TaskExists(f"{task_id}: a task of this id has not ended; choose another one, or wait for it")
+    return Task(task_id=task_id)
+
+
+def submit(
+    document: Mapping[str, Any],
+    *,
+    worker: str | None = None,
+    task_id: str | None = None,
+    topic: str = "tasks",
+    check_size: bool = True,
+) -> Request[Task]:
+    shaped(document)
+    chosen = choose((yield from workers()), document, worker)
+    task_id, at = _id(task_id), wire.utc_now()
+    name, kind, owner = _name(document), type_of(document), owner_of(document)
+    (attempt,) = yield [(scripts.DISPATCHED, task_id, at, chosen.worker_id, kind or "", owner, name)]
+    if not int(attempt):
+        raise TaskExists(f"{task_id}: a task of this id has not ended; choose another one, or wait for it")
+    message = {
+        "task_id": task_id,
+        "task": document,
+        "task_type": kind,
+        "assigned_worker": chosen.worker_id,
+        "dispatched_at": at,
+        "parent_task_id": None,
+        "record": {"attempt": int(attempt)},
+    }
+    data = _encoded(message) if check_size else json.dumps(message, ensure_ascii=False).encode()
+    (heard,) = yield [("PUBLISH", topic, data)]
+    if not int(heard):
+        yield [("DEL", names.record_key(task_id)), ("ZREM", names.OPEN, task_id)]
+        raise UnavailableError(
+            f"no subscriber on the channel {topic!r}: check that the node of {chosen.worker_id} is connected, "
+            "and that its redis.task_topic is the same"
+        )
+    return Task(task_id=task_id, worker_id=chosen.worker_id)
+
+
+def workers() -> Request[list[Worker]]:
+    (members,) = yield [("SMEMBERS", wire.WORKER_IDS)]
+    ids = ids_of(members)
+    return workers_of(ids, (yield list(reads(ids))))
+
+
+def tasks(*, every: bool = False) -> Request[list[TaskState]]:
+    """Recorded tasks that have not ended, oldest first, then what workers run without a record; then ended ones."""
+    listed = [("ZRANGE", names.OPEN, 0, -1), *([("ZREVRANGE", names.DONE, 0, ALL_SHOWN - 1)] if every else [])]
+    answers = yield listed
+    ids = [text(each) for answer in (answers[0], *(reversed(list(each)) for each in answers[1:])) for each in answer]
+    found, lost = [], []
+    for task_id, answer in zip(ids, (yield from _records(ids)), strict=True):
+        state = state_of(task_id, some_of(FIELDS, answer))
+        if state is not None:
+            found.append(state)
+        else:
+            lost.append(task_id)
+    if lost:
+        yield [("ZREM", key, *lost) for key in (names.OPEN, names.DONE)]
+    known = set(ids)
+    for worker in (yield from workers()):
+        if worker.task_id and worker.status == "RUNNING" and worker.alive and worker.task_id not in known:
+            found.append(TaskState(task_id=worker.task_id, state="running", worker_id=worker.worker_id))
+    return found
+
+
+def _records(ids: list[str]) -> Request[list[Any]]:
+    if not ids:
+        return []
+    return (yield [("HMGET", names.record_key(task_id), *FIELDS) for task_id in ids])
+
+
+def state(task_id: str) -> Request[TaskState | None]:
+    checked(task_id)
+    (answer,) = yield [("HMGET", names.record_key(task_id), *FIELDS)]
+    return state_of(task_id, some_of(FIELDS, answer))
+
+
+def end(task_id: str) -> Request[End | None]:
+    """The task's end; None: it has not ended.
+
+    Raises:
+        UnknownTask: no record of it, and no worker has it.
+        WorkerGone: it was sent to a worker that is gone; what was queued is taken over instead.
+    """
+    checked(task_id)
+    (answer,) = yield [("HMGET", names.record_key(task_id), *END_FIELDS)]
+    fields = some_of(END_FIELDS, answer)
+    if fields.get("state"):
+        found = end_in(fields)
+        if found is None and not fields.get("priority"):
+            worker_id = fields.get("worker_id", "")
+            (ttl,) = yield [("TTL", wire.heartbeat_key(worker_id))]
+            if int(ttl) <= 0:
+                raise WorkerGone(
+                    f"{worker_id} is gone (no heartbeat): the outcome of {task_id} is unknown until its node is back"
+                )
+        return found
+    if not any(task_id == worker.task_id for worker in (yield from workers())):
+        raise UnknownTask(
+            f"{task_id}: no record of this task in Redis, and no worker runs it; records stay for a day after the end"
+        )
+    return None
+
+
+def attempts(task_id: str) -> Request[list[Attempt]]:
+    checked(task_id)
+    (answer,) = yield [("LRANGE", names.attempts_key(task_id), 0, -1)]
+    return attempts_of(answer)
+
+
+def result(task_id: str) -> Request[dict[str, Any]]:
+    checked(task_id)
+    found, record = yield [("GET", names.result_key(task_id)), ("HMGET", names.record_key(task_id), *FIELDS)]
+    if found is not None:
+        content: dict[str, Any] = json.loads(found)
+        return content
+    task = state_of(task_id, some_of(FIELDS, record))
+    if task is None:
+        raise NoResult(
+            f"{task_id}: no record of this task in Redis; of tasks that were not submitted by `flowmesh` or its "
+            "client, and of those older than a day, the result is in RESULTS_DIR on their node"
+        )
+    if not task.ended:
+        raise NoResult(f"{task_id}: it has not ended yet ({task.state})")
+    why = f" ({task.verdict}: {task.error})" if not task.ok else ""
+    raise NoResult(f"{task_id}: it ended on {task.worker_id or 'no worker'}{why}, and its result is not kept in Redis")
+
+
+def cancel(task_id: str, *, reason: str = "cancelled", force: bool = False) -> Request[str]:
+    checked(task_id)
+    (answer,) = yield [(scripts.CANCEL, task_id, wire.utc_now(), reason[:200] or "cancelled")]
+    was = text(answer)
+    if was in ("queued", "done"):
+        return was
+    message = {"type": "CANCEL", "task_id": task_id, "force": force, "reason": reason}
+    yield [("PUBLISH", names.CONTROL_CHANNEL, json.dumps(message, ensure_ascii=False))]
+    return was
+
+
+def follow(task_id: str, token: str, *, keep: bool) -> Request[None]:
+    """Ask the node that has the task to write its log lines.
+
+    Args:
+        token: names the stream that they are written to.
+        keep: until the task ends, for as long as this is repeated; False: those that there are now.
+    """
+    message = {"type": "LOGS", "task_id": task_id, "to": token, "follow": keep}
+    yield [
+        ("SET", names.follow_key(token), "1", "EX", FOLLOW_S),
+        ("PUBLISH", names.CHANNEL, json.dumps(message)),
+    ]
+
+
+def waiting() -> Request[list[dict[str, Any]]]:
+    """The requirement classes with entries that wait: what each asks for, and how many of each priority."""
+    members, answer = yield [("ZRANGE", names.CLASSES, 0, -1), ("HGETALL", names.WAITING)]
+    counts = fields_of(answer)
+    found = []
+    for member in members:
+        wanted = parse(text(member))
+        if wanted is None:
+            continue
+        numbers = {each.value: int(counts.get(f"{wanted.key}:{each.value}", 0)) for each in Priority}
+        if any(numbers.values()):
+            found.append({"requires": msgspec.to_builtins(wanted), "waiting": numbers})
+    return found
+
+
+def script_call(script: Script, arguments: tuple[Any, ...], *, whole: bool) -> Command:
+    """The command that runs a script: by its name, or with its text where Redis does not know it yet."""
+    return ("EVAL", script.text, 0, *arguments) if whole else ("EVALSHA", script.sha, 0, *arguments)
+
+
+def checked(task_id: str) -> str:
+    """`task_id`.
+
+    Raises:
+        FieldError: it is no valid id.
+    """
+    if wire.usable_task_id(task_id) is None:
+        raise FieldError(
+            f"invalid task id {task_id!r}; allowed are up to 200 letters, digits and . _ : @ = + -", "task_id"
+        )
+    return task_id
+
+
+def shaped(document: Mapping[str, Any]) -> None:
+    """Check a document's outer shape; the node checks the rest.
+
+    Raises:
+        FieldError: it is not a mapping with a `spec`.
+    """
+    if not isinstance(document, Mapping):
+        raise FieldError(f"the document: expected a mapping, found {type(document).__name__}", "")
+    if not isinstance(document.get("spec"), Mapping):
+        raise FieldError("spec: missing, or not a mapping; put the task's fields below it", "spec")
+
+
+def first_event(state: TaskState | None) -> Event | None:
+    """What a record says has happened so far; None: there is none, or the task has ended."""
+    if state is None or state.ended:
+        return None
+    kind = "TASK_STARTED" if state.state == "running" else "QUEUED"
+    return Event(type=kind, task_id=state.task_id, worker_id=state.worker_id, ts=state.started_at or state.queued_at)
+
+
+def shown_end(end: End) -> Event:
+    """The event of an end that a record has."""
+    at = str(end.payload.get("finished_at") or "")
+    return Event(
+        type=end.kind, task_id=end.task_id, worker_id=end.worker_id, ts=at, error=end.error, payload=end.payload
+    )
+
+
+def late(task_id: str, timeout_s: float) -> BusyError:
+    return BusyError(f"{task_id} has not ended after {timeout_s:g} s; it continues")
+
+
+def no_answer(task_id: str, seconds: float) -> UnavailableError:
+    return UnavailableError(
+        f"{task_id}: no node sent its logs within {seconds:g} s; it waits in the queue, its node does not run, is "
+        "older, or has removed its folder"
+    )
+
+
+def _id(task_id: str | None) -> str:
+    return checked(task_id) if task_id is not None else f"task-{secrets.token_hex(8)}"
+
+
+def _name(document: Mapping[str, Any]) -> str:
+    metadata = document.get("metadata")
+    name = metadata.get("name") if isinstance(metadata, Mapping) else None
+    return str(name)[:200] if isinstance(name, str | int) else ""
+
+
+def _encoded(document: Mapping[str, Any]) -> bytes:
+    try:
+        data = json.dumps(document, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise FieldError(f"the document cannot be written as JSON: {error}", "") from None
+    if len(data) > wire.MAX_MESSAGE_BYTES:
+        raise FieldError(
+            f"the task is {len(data)} bytes as a message, and a node accepts at most {wire.MAX_MESSAGE_BYTES}: "
+            "put the data into a file or behind a URL",
+            "",
+        )
+    return data

@@ -1,0 +1,419 @@
+"""The queue's steps as Redis scripts: each is atomic, so a task is in one place at any time, and ends once.
+
+A task's record (a hash) has its state and the number of its attempt. An attempt's report counts only while the record
+has that number: that is the fence against a node that comes back with a task which another one has taken over.
+
+    queued ----- CLAIM ------> claimed ----- REPORT started ----> running
+      ^                          |                                  |
+      '--- RELEASE, REPORT (retryable, drained), TAKE_BACK --------'
+    queued | claimed | running ----- REPORT end, CANCEL, TAKE_BACK ----> done: the one event on tasks.events
+
+Costs: a claim reads the numbers of waiting entries once, and one stream; nothing depends on how many tasks wait or on
+how many workers there are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import msgspec
+
+_PRELUDE = """
+local P = 'flowmesh:'
+local WAITING = P .. 'queue:waiting'
+local function now_ms()
+  local t = redis.call('TIME')
+  return t[1] * 1000 + math.floor(t[2] / 1000)
+end
+local function record(id) return P .. 'task:' .. id end
+local function base(ck, priority) return P .. 'queue:c:' .. ck .. ':' .. priority end
+local function get(id, ...) return redis.call('HMGET', record(id), ...) end
+local function count(ck, priority, by)
+  if redis.call('HINCRBY', WAITING, ck .. ':' .. priority, by) <= 0 then
+    redis.call('HDEL', WAITING, ck .. ':' .. priority)
+    redis.call('DEL', base(ck, priority) .. ':ring')
+  end
+end
+local function waiting(ck)
+  local n = 0
+  for _, v in ipairs(redis.call('HMGET', WAITING, ck .. ':high', ck .. ':normal', ck .. ':low')) do
+    n = n + (tonumber(v) or 0)
+  end
+  return n
+end
+local function wake(ck)
+  local key = P .. 'queue:c:' .. ck .. ':wake'
+  if redis.call('LLEN', key) == 0 then redis.call('LPUSH', key, '1') end
+end
+local function add(id, front)
+  local f = get(id, 'class', 'priority', 'owner')
+  local ck, priority, owner = f[1], f[2], f[3]
+  local b = base(ck, priority)
+  local key = front and (b .. ':front') or (b .. ':o:' .. owner)
+  if redis.call('EXISTS', key) == 0 then redis.call('XGROUP', 'CREATE', key, 'flowmesh', '0', 'MKSTREAM') end
+  local entry = redis.call('XADD', key, '*', 'task', id)
+  if not front then
+    if not redis.call('ZSCORE', b .. ':ring', owner) then
+      redis.call('ZADD', b .. ':ring', redis.call('INCR', P .. 'queue:turn'), owner)
+    end
+  end
+  redis.call('HSET', record(id), 'state', 'queued', 'stream', key, 'entry', entry)
+  count(ck, priority, 1)
+  redis.call('ZADD', P .. 'queue:classes', now_ms(), redis.call('HGET', record(id), 'class_json'))
+  wake(ck)
+end
+local function drop_entry(key, entry)
+  if not key or not entry or redis.call('EXISTS', key) == 0 then return end
+  redis.call('XACK', key, 'flowmesh', entry)
+  redis.call('XDEL', key, entry)
+  if redis.call('XLEN', key) == 0 then redis.call('DEL', key) end
+end
+local function forget_entry(id)
+  local f = get(id, 'stream', 'entry')
+  drop_entry(f[1], f[2])
+  redis.call('HDEL', record(id), 'stream', 'entry')
+end
+local function let_go(worker, id, attempt)
+  local key = P .. 'queue:held:' .. worker
+  if redis.call('HGET', key, id) == tostring(attempt) then redis.call('HDEL', key, id) end
+  if redis.call('EXISTS', key) == 0 then redis.call('SREM', P .. 'queue:holders', worker) end
+end
+local function evidence(id, text)
+  local key = P .. 'attempts:' .. id
+  redis.call('RPUSH', key, text)
+  redis.call('LTRIM', key, -50, -1)
+end
+local function finish(id, ttl, at, event, ok, verdict, error)
+  local now = now_ms()
+  forget_entry(id)
+  redis.call('HSET', record(id), 'state', 'done', 'ended_at', at, 'ok', ok, 'verdict', verdict, 'error', error,
+    'end', event)
+  redis.call('HDEL', record(id), 'message', 'class_json')
+  redis.call('ZREM', P .. 'tasks:open', id)
+  redis.call('ZADD', P .. 'tasks:done', now, id)
+  redis.call('ZREMRANGEBYSCORE', P .. 'tasks:done', '-inf', now - 86400000)
+  redis.call('EXPIRE', record(id), ttl)
+  if redis.call('EXISTS', P .. 'attempts:' .. id) == 1 then redis.call('EXPIRE', P .. 'attempts:' .. id, ttl) end
+  redis.call('PUBLISH', 'tasks.events', event)
+end
+local function failed_event(id, worker, at, kind, error)
+  local f = get(id, 'type', 'started_at')
+  return cjson.encode({type = 'TASK_FAILED', ts = at, worker_id = worker, task_id = id, status = 'FAILED',
+    error = error, payload = {taskType = f[1] or cjson.null, runtime_sec = 0, started_at = f[2] or cjson.null,
+    finished_at = at, error_kind = kind, retryable = kind ~= 'cancelled', exit = cjson.null}})
+end
+"""
+
+RECORD_TTL_S = 86_400
+"""How long the record of a task that has ended stays."""
+
+
+class Script(msgspec.Struct, frozen=True):
+    """A script and its name in Redis' cache."""
+
+    text: str
+    sha: str
+
+    @classmethod
+    def of(cls, body: str) -> Script:
+        text = _PRELUDE + body
+        return cls(text, hashlib.sha1(text.encode()).hexdigest())
+
+
+QUEUE = Script.of("""
+-- id, at, class member, class key, priority, owner, retries, document, type, name
+local id, at, member, ck = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local state = redis.call('HGET', record(id), 'state')
+if state and state ~= 'done' then return 'exists' end
+local attempt = redis.call('HGET', record(id), 'attempt') or '0'
+redis.call('DEL', record(id), P .. 'attempts:' .. id, P .. 'result:' .. id)
+redis.call('ZREM', P .. 'tasks:done', id)
+redis.call('HSET', record(id), 'queued_at', at, 'class', ck, 'class_json', member, 'priority', ARGV[5],
+  'owner', ARGV[6], 'retries', ARGV[7], 'message', ARGV[8], 'type', ARGV[9], 'name', ARGV[10],
+  'attempt', attempt, 'failures', '0')
+local known = redis.call('ZSCORE', P .. 'queue:classes', member)
+add(id, false)
+redis.call('ZADD', P .. 'tasks:open', now_ms(), id)
+if not known then redis.call('PUBLISH', 'flowmesh.queue', '{"type":"CLASS"}') end
+if ARGV[5] == 'high' then redis.call('PUBLISH', 'flowmesh.queue', '{"type":"URGENT"}') end
+return 'queued'
+""")
+"""Add a task. Returns `queued`, or `exists`: a task of this id has not ended."""
+
+DISPATCHED = Script.of("""
+-- id, at, worker, document's type, owner, name
+local id = ARGV[1]
+local state = redis.call('HGET', record(id), 'state')
+if state and state ~= 'done' then return 0 end
+local attempt = (tonumber(redis.call('HGET', record(id), 'attempt')) or 0) + 1
+redis.call('DEL', record(id), P .. 'attempts:' .. id, P .. 'result:' .. id)
+redis.call('ZREM', P .. 'tasks:done', id)
+redis.call('HSET', record(id), 'state', 'dispatched', 'queued_at', ARGV[2], 'worker_id', ARGV[3], 'type', ARGV[4],
+  'owner', ARGV[5], 'name', ARGV[6], 'attempt', attempt, 'failures', '0', 'retries', '0')
+redis.call('EXPIRE', record(id), 7 * 86400)
+redis.call('ZADD', P .. 'tasks:open', now_ms(), id)
+return attempt
+""")
+"""Record a task that is about to be dispatched to a worker. Returns its attempt; 0: a task of this id has not ended."""
+
+CLAIM = Script.of("""
+-- worker, node, at, class that woke us or '', class keys in the order of preference
+local worker, node, at, woken = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+if redis.call('EXISTS', 'worker:' .. worker .. ':hb') == 0 then return {'unregistered'} end
+if redis.call('SISMEMBER', 'workers:elastic_disabled', worker) == 1 then
+  if woken ~= '' and waiting(woken) > 0 then wake(woken) end
+  return {'disabled'}
+end
+local fields = {}
+local priorities = {'high', 'normal', 'low'}
+for _, priority in ipairs(priorities) do
+  for i = 5, #ARGV do fields[#fields + 1] = ARGV[i] .. ':' .. priority end
+end
+if #fields == 0 then return {'none', {}} end
+local counts = redis.call('HMGET', WAITING, unpack(fields))
+local skipped, now = {}, now_ms()
+local function take(key, entry, id, ck, priority)
+  local f = get(id, 'state', 'entry', 'attempt', 'avoid', 'avoid_until', 'stay', 'stay_until', 'message', 'failures')
+  if f[1] ~= 'queued' or f[2] ~= entry then
+    drop_entry(key, entry)
+    return nil
+  end
+  local avoided = f[4] == node and (tonumber(f[5]) or 0) > now
+  local reserved = f[6] and f[6] ~= node and (tonumber(f[7]) or 0) > now
+  if avoided or reserved then
+    drop_entry(key, entry)
+    count(ck, priority, -1)
+    add(id, true)
+    skipped[#skipped + 1] = id
+    return nil
+  end
+  local attempt = tonumber(f[3]) + 1
+  count(ck, priority, -1)
+  redis.call('HSET', record(id), 'state', 'claimed', 'attempt', attempt, 'worker_id', worker, 'node_id', node,
+    'claimed_at', at)
+  redis.call('HDEL', record(id), 'avoid', 'avoid_until', 'stay', 'stay_until')
+  redis.call('HSET', P .. 'queue:held:' .. worker, id, attempt)
+  redis.call('SADD', P .. 'queue:holders', worker)
+  if priority == 'high' and redis.call('EXISTS', P .. 'queue:preempt:' .. ck) == 1 then
+    redis.call('DECR', P .. 'queue:preempt:' .. ck)
+  end
+  if waiting(ck) > 0 then wake(ck) else redis.call('DEL', P .. 'queue:c:' .. ck .. ':wake') end
+  if woken ~= '' and woken ~= ck and waiting(woken) > 0 then wake(woken) end
+  return {'task', id, attempt, priority, f[8], ck}
+end
+local function next_of(key)
+  if redis.call('EXISTS', key) == 0 then return nil end
+  local r = redis.call('XREADGROUP', 'GROUP', 'flowmesh', worker, 'COUNT', 1, 'STREAMS', key, '>')
+  if not r then return nil end
+  local e = r[1][2][1]
+  return e[1], e[2][2]
+end
+for index, n in ipairs(counts) do
+  if n then
+    local ck = ARGV[5 + (index - 1) % (#ARGV - 4)]
+    local priority = priorities[1 + math.floor((index - 1) / (#ARGV - 4))]
+    local b = base(ck, priority)
+    local front = b .. ':front'
+    for _ = 1, math.min(8, redis.call('XLEN', front)) do
+      local entry, id = next_of(front)
+      if not entry then break end
+      local got = take(front, entry, id, ck, priority)
+      if got then return got end
+    end
+    while true do
+      local owner = redis.call('ZRANGE', b .. ':ring', 0, 0)[1]
+      if not owner then break end
+      local key = b .. ':o:' .. owner
+      local entry, id = next_of(key)
+      if entry then
+        redis.call('ZADD', b .. ':ring', redis.call('INCR', P .. 'queue:turn'), owner)
+        local got = take(key, entry, id, ck, priority)
+        if got then return got end
+      else
+        redis.call('ZREM', b .. ':ring', owner)
+        if redis.call('EXISTS', key) == 1 and redis.call('XLEN', key) == 0 then redis.call('DEL', key) end
+      end
+    end
+  end
+end
+for i = 5, #ARGV do
+  if waiting(ARGV[i]) == 0 then
+    redis.call('DEL', P .. 'queue:c:' .. ARGV[i] .. ':wake')
+  elseif ARGV[i] == woken then
+    wake(woken)
+  end
+end
+return {'none', skipped}
+""")
+"""Take the next entry of the given classes: by priority; what came back first; in turn between owners; by age.
+
+Returns `[task, id, attempt, priority, document, class]`; `[none, tasks that another node should have]`;
+`[unregistered]`; `[disabled]`. The entry stays pending in its stream until JOURNALLED.
+"""
+
+ALLOW = Script.of("""
+-- id, node
+if redis.call('HGET', record(ARGV[1]), 'avoid') ~= ARGV[2] then return 0 end
+redis.call('HDEL', record(ARGV[1]), 'avoid', 'avoid_until')
+return 1
+""")
+"""Let a node take a task again that failed there: it fits no other one any more."""
+
+JOURNALLED = Script.of("""
+-- id, attempt
+local f = get(ARGV[1], 'attempt', 'state')
+if f[1] ~= ARGV[2] or (f[2] ~= 'claimed' and f[2] ~= 'running') then return 0 end
+forget_entry(ARGV[1])
+return 1
+""")
+"""Acknowledge a claim: its task is in a node's journal. Returns 0 if the attempt is not the current one any more."""
+
+RELEASE = Script.of("""
+-- id, attempt, worker, at, evidence
+local id, attempt, worker = ARGV[1], ARGV[2], ARGV[3]
+let_go(worker, id, attempt)
+local f = get(id, 'attempt', 'state', 'cancel')
+if f[1] ~= attempt or (f[2] ~= 'claimed' and f[2] ~= 'running') then return 0 end
+forget_entry(id)
+if ARGV[5] ~= '' then evidence(id, ARGV[5]) end
+if f[3] then
+  finish(id, 86400, ARGV[4], failed_event(id, worker, ARGV[4], 'cancelled', f[3]), '0', 'cancelled', f[3])
+  return 1
+end
+add(id, true)
+return 1
+""")
+"""Give a claim back, to the front of its class: it did not run here. Not counted as a failure."""
+
+REPORT = Script.of("""
+-- id, attempt, worker, node, started|end, event, at; of an end: ok, verdict, retryable, error, evidence, result, ttl of
+-- the result, milliseconds to avoid this node, milliseconds to keep it for this node
+local id, attempt, worker, node, what, event, at = unpack(ARGV, 1, 7)
+local f = get(id, 'state', 'attempt', 'retries', 'failures', 'cancel', 'reported', 'class')
+local state = f[1]
+if state and (f[2] ~= attempt or (state ~= 'claimed' and state ~= 'running' and state ~= 'dispatched')) then
+  if what == 'end' then
+    let_go(worker, id, attempt)
+    if f[6] ~= attempt then evidence(id, ARGV[12]) end
+    if state == 'done' then redis.call('EXPIRE', P .. 'attempts:' .. id, 86400) end
+  end
+  return f[6] == attempt and 'again' or 'stale'
+end
+if what == 'started' then
+  if state then
+    redis.call('HSET', record(id), 'state', 'running', 'started_at', at, 'worker_id', worker, 'node_id', node)
+  end
+  redis.call('PUBLISH', 'tasks.events', event)
+  return 'published'
+end
+let_go(worker, id, attempt)
+redis.call('HSET', record(id), 'reported', attempt, 'attempt', attempt, 'worker_id', worker)
+evidence(id, ARGV[12])
+local ok, verdict, retryable = ARGV[8], ARGV[9], ARGV[10]
+if ok ~= '1' and f[7] and not f[5] then
+  local failures = tonumber(f[4]) or 0
+  local counted = verdict ~= 'drained'
+  if not counted or (retryable == '1' and failures < (tonumber(f[3]) or 0)) then
+    forget_entry(id)
+    if counted then redis.call('HSET', record(id), 'failures', failures + 1) end
+    local now = now_ms()
+    if ARGV[15] ~= '0' then redis.call('HSET', record(id), 'avoid', node, 'avoid_until', now + ARGV[15]) end
+    if ARGV[16] ~= '0' then redis.call('HSET', record(id), 'stay', node, 'stay_until', now + ARGV[16]) end
+    redis.call('HDEL', record(id), 'started_at', 'claimed_at')
+    add(id, true)
+    redis.call('PUBLISH', 'flowmesh.queue', cjson.encode({type = 'ATTEMPT_FAILED', ts = at, task_id = id,
+      worker_id = worker, attempt = tonumber(attempt), error_kind = verdict, error = ARGV[11]}))
+    return 'requeued'
+  end
+end
+if ARGV[13] ~= '' and ARGV[14] ~= '0' then
+  redis.call('SET', P .. 'result:' .. id, ARGV[13], 'EX', ARGV[14])
+end
+finish(id, 86400, at, event, ok, verdict, ARGV[11])
+return 'published'
+""")
+"""Report an attempt's start or end.
+
+Returns `published` (the event went out), `requeued` (another attempt follows), `stale` (another attempt has the task,
+or it has ended: nothing was published), or `again` (this report came before).
+"""
+
+TAKE_BACK = Script.of("""
+-- worker, how long it must have been gone in milliseconds, at
+local worker, at = ARGV[1], ARGV[3]
+local held = P .. 'queue:held:' .. worker
+if redis.call('EXISTS', 'worker:' .. worker .. ':hb') == 1 then
+  redis.call('HDEL', P .. 'queue:gone', worker)
+  return 0
+end
+local since = tonumber(redis.call('HGET', P .. 'queue:gone', worker))
+if not since then
+  redis.call('HSET', P .. 'queue:gone', worker, now_ms())
+  if tonumber(ARGV[2]) > 0 then return 0 end
+elseif now_ms() - since < tonumber(ARGV[2]) then
+  return 0
+end
+local all, n = redis.call('HGETALL', held), 0
+for i = 1, math.min(#all, 200), 2 do
+  local id, attempt = all[i], all[i + 1]
+  redis.call('HDEL', held, id)
+  local f = get(id, 'state', 'attempt', 'retries', 'failures', 'cancel')
+  if f[2] == attempt and (f[1] == 'claimed' or f[1] == 'running') then
+    local error = 'the node of worker ' .. worker .. ' is gone: its heartbeat ended'
+    evidence(id, cjson.encode({attempt = tonumber(attempt), worker_id = worker, ended_at = at,
+      error_kind = 'supervisor_lost', error = error}))
+    local failures = tonumber(f[4]) or 0
+    forget_entry(id)
+    if f[5] then
+      finish(id, 86400, at, failed_event(id, worker, at, 'cancelled', f[5]), '0', 'cancelled', f[5])
+    elseif failures >= (tonumber(f[3]) or 0) then
+      finish(id, 86400, at, failed_event(id, worker, at, 'supervisor_lost', error), '0', 'supervisor_lost', error)
+    else
+      redis.call('HSET', record(id), 'failures', failures + 1)
+      redis.call('HDEL', record(id), 'started_at', 'claimed_at')
+      add(id, true)
+    end
+    n = n + 1
+  end
+end
+if redis.call('EXISTS', held) == 0 then
+  redis.call('SREM', P .. 'queue:holders', worker)
+  redis.call('HDEL', P .. 'queue:gone', worker)
+end
+return n
+""")
+"""Return what a worker without heartbeat holds to the queue, counted as a failure. Returns how many tasks came back."""
+
+CANCEL = Script.of("""
+-- id, at, reason
+local id, at, reason = ARGV[1], ARGV[2], ARGV[3]
+local f = get(id, 'state', 'class', 'priority')
+if not f[1] then return 'unknown' end
+if f[1] == 'done' then return 'done' end
+if f[1] ~= 'queued' then
+  redis.call('HSET', record(id), 'cancel', reason)
+  return f[1]
+end
+count(f[2], f[3], -1)
+finish(id, 86400, at, failed_event(id, 'queue', at, 'cancelled', reason), '0', 'cancelled', reason)
+return 'queued'
+""")
+"""Cancel a task: one that waits ends here; for any other, no attempt follows. Returns the state that it was in."""
+
+PREEMPT = Script.of("""
+-- class key
+local urgent = tonumber(redis.call('HGET', WAITING, ARGV[1] .. ':high')) or 0
+local key = P .. 'queue:preempt:' .. ARGV[1]
+if urgent <= (tonumber(redis.call('GET', key)) or 0) then return 0 end
+redis.call('INCR', key)
+redis.call('EXPIRE', key, 60)
+return 1
+""")
+"""Ask to stop one low task for an urgent entry of a class. Returns 1 for as many as urgent entries wait."""
+
+WAKE = Script.of("""
+-- class key
+if waiting(ARGV[1]) > 0 then wake(ARGV[1]) end
+return 1
+""")
+"""Give back a token that no slot could use."""

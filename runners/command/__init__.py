@@ -1,0 +1,1 @@
+"""Task types `command` and `python`: any program, with the guarantees of all other tasks."""
