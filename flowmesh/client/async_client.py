@@ -43,6 +43,7 @@ class AsyncClient:
     def __init__(self, url: str | None = None, *, topic: str = "tasks") -> None:
         self._url = connection.address(url)
         self._topic = topic
+        self._possible: dict[str, float] = {}
         self._redis = connection.open_async_client(self._url)
 
     async def __aenter__(self) -> AsyncClient:
@@ -79,7 +80,14 @@ class AsyncClient:
         task = await client.queue({"spec": {"taskType": "echo"}}, priority="low")
         """
         return await self._do(
-            requests.queue(document, priority=priority, retries=retries, task_id=task_id, anyway=anyway)
+            requests.queue(
+                document,
+                priority=priority,
+                retries=retries,
+                task_id=task_id,
+                anyway=anyway,
+                possible=self._possible,
+            )
         )
 
     async def wait(self, task_id: str, timeout_s: float | None = None) -> End:

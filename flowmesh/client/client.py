@@ -53,6 +53,7 @@ class Client:
     def __init__(self, url: str | None = None, *, topic: str = "tasks") -> None:
         self._url = connection.address(url)
         self._topic = topic
+        self._possible: dict[str, float] = {}
         self._redis = connection.open_client(self._url)
 
     def __enter__(self) -> Client:
@@ -107,7 +108,16 @@ class Client:
 
             task = client.queue({"spec": {"taskType": "echo"}}, priority="high")
         """
-        return self._do(requests.queue(document, priority=priority, retries=retries, task_id=task_id, anyway=anyway))
+        return self._do(
+            requests.queue(
+                document,
+                priority=priority,
+                retries=retries,
+                task_id=task_id,
+                anyway=anyway,
+                possible=self._possible,
+            )
+        )
 
     def wait(self, task_id: str, timeout_s: float | None = None) -> End:
         """Wait for a task's end, through outages of Redis.

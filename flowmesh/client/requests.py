@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import time
 from collections.abc import Generator, Mapping
 from typing import Any, TypeVar
 
@@ -54,6 +55,8 @@ FOLLOW_S = 30
 POLL_S = 2.0
 """Between two looks at a record while its events are awaited: an event may have been missed."""
 OUTAGE_POLL_S = 0.5
+POSSIBLE_S = 10.0
+"""How long a worker that fits a class is believed to be there: many tasks of a class are queued with one look."""
 LOST_S = 30.0
 """How long a task that was known may have no record and no worker: after a restart of Redis, nodes register again."""
 ALL_SHOWN = 1000
@@ -93,15 +96,21 @@ def queue(
     retries: int = 2,
     task_id: str | None = None,
     anyway: bool = False,
+    possible: dict[str, float],
 ) -> Request[Task]:
+    """
+    Args:
+        possible: the classes that a worker was found for, and when (monotonic); kept between requests.
+    """
     shaped(document)
     if priority not in list(Priority):
         raise FieldError(f"priority: {priority!r} is none; use high, normal or low", "priority")
     if not isinstance(retries, int) or not 0 <= retries <= MAX_RETRIES:
         raise FieldError(f"retries: expected a number from 0 to {MAX_RETRIES}, found {retries!r}", "retries")
     wanted = class_of(document)
-    if not anyway:
+    if not anyway and time.monotonic() - possible.get(wanted.key, float("-inf")) > POSSIBLE_S:
         refuse_unless_possible((yield from workers()), wanted)
+        possible[wanted.key] = time.monotonic()
     task_id = _id(task_id)
     arguments = (
         task_id, wire.utc_now(), wanted.member, wanted.key, priority, owner_of(document), retries, _encoded(document),
