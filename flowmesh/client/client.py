@@ -21,11 +21,12 @@ from flowmesh.client.requests import (
     script_call,
     shown_end,
 )
+from flowmesh.client.shapes import checked
 from flowmesh.errors import FlowMeshError, UnavailableError
 from flowmesh.messages.wire import TASK_EVENTS_CHANNEL
 from flowmesh.queue import names
+from flowmesh.queue.lua import Script
 from flowmesh.queue.records import Attempt, End, Event, TaskState, end_of, event_of
-from flowmesh.queue.scripts import Script
 from flowmesh.queue.workers import Worker
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ class Client:
             if not end.ok:
                 print(end.verdict, end.error)
         """
-        requests.checked(task_id)
+        checked(task_id)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         for event in self._heard(task_id, deadline):
             if isinstance(event, End):
@@ -188,7 +189,7 @@ class Client:
             for line in client.logs(task.task_id, follow=True):
                 print(line)
         """
-        requests.checked(task_id)
+        checked(task_id)
         reader, began = LogReader(), time.monotonic()
         asked = float("-inf")
         while not reader.ended:
