@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "result": ("flowmesh.cli.fleet:result", "Print the result of a queued or submitted task."),
     "queue": ("flowmesh.cli.fleet:queue", "Show how many tasks wait in the queue."),
     "status": ("flowmesh.cli.node_commands:status", "Show the node on this machine: workers, tasks, Redis."),
+    "top": ("flowmesh.cli.top.command:top", "Watch the node, or with --redis a deployment: GPUs, tasks, queue."),
     "metrics": ("flowmesh.cli.node_commands:metrics", "Print the node's metrics for Prometheus."),
     "logs": ("flowmesh.cli.logs:logs", "Print the logs of a task, on this node or any other."),
     "cancel": ("flowmesh.cli.cancel:cancel", "Cancel a task, on this node or any other."),

@@ -22,6 +22,7 @@ SURFACE = {
     "schema": "KIND --help",
     "workers": "--config --help --json --redis --watch",
     "status": "--config --help --json --state-dir",
+    "top": "--config --fleet --help --interval --json --once --redis --sort --state-dir",
     "metrics": "--config --help --state-dir",
     "logs": "TASK_ID --config --follow --help --json --raw --redis --results-dir --state-dir --stderr --stdout -f -n",
     "exec": (
