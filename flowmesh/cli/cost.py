@@ -123,7 +123,7 @@ def _row(each: Sum) -> list[str]:
         str(each.tasks),
         str(each.failed),
         f"{each.gpu_hours:.2f}",
-        f"{each.kwh:.3f} kWh" if known else "",
+        f"{each.kwh:.3g} kWh" if known else "",
         f"${each.slot_usd:.2f}",
         "" if each.energy_usd is None else f"${each.energy_usd:.2f}",
         f"${each.total_usd:.2f}",

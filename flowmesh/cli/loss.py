@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import io
 import json
 import math
 import os
@@ -21,6 +22,8 @@ from flowmesh.messages import wire
 MOST_BYTES = 256 << 20
 """Of a result; a longer one is not read."""
 _LINES = 14
+BLANK = "\u2800"
+"""The braille character without dots."""
 _DEPTH = 4
 _WIDTH, _HEIGHT, _LEFT, _TOP, _RIGHT, _BOTTOM = 900, 420, 70, 40, 20, 40
 """Of a picture, and its margins, in pixels."""
@@ -49,6 +52,8 @@ def loss(
     if as_json:
         render.print_json({"task_id": task_id, "so_far": so_far, "points": points})
     elif svg is None and png is None:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # the terminal may lack the characters of the chart
         print("\n".join(drawn(task_id, points, render.width(sys.stdout), so_far=so_far)))
     return EXIT_OK
 
@@ -68,7 +73,7 @@ def drawn(task_id: str, points: Points, width: int, *, so_far: bool = False) -> 
         else (f"{first}{axis:^{len(lines[0]) - len(first) - len(last)}}{last}")
     )
     head = f"loss of {task_id}{' so far' if so_far else ''}: {points[0][1]:.4g} to {points[-1][1]:.4g}"
-    body = [f"{label:>{size}} ┤{line}" for label, line in zip(labels, lines, strict=True)]
+    body = [f"{label:>{size}} ┤{line.rstrip(BLANK)}" for label, line in zip(labels, lines, strict=True)]
     return [render.shorten(head, width), *body, " " * (size + 2) + foot]
 
 
