@@ -1,6 +1,7 @@
 """`flowmesh run` of pipelines on one temporary node: every example as it is, going on, and Ctrl-C."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import pty
@@ -14,6 +15,7 @@ import time
 import pytest
 
 from tests.kit.paths import ROOT
+from tests.kit.results_server import ResultsServer
 from tests.kit.support import short_dir
 
 pytestmark = pytest.mark.redis
@@ -28,6 +30,7 @@ spec:
       - {name: one, spec: {text: "hello ${HOME}"}}
       - {name: two, dependsOn: one, spec: {got: "${one.result.echo.text}", number: "${one.result.resources.swept}"}}
       - {name: long-name-of-a-stage-that-runs, dependsOn: one, spec: {delaySec: 600}}
+      - {name: beside, dependsOn: one, spec: {delaySec: 600}}
       - {name: last, dependsOn: long-name-of-a-stage-that-runs}
 """
 
@@ -50,15 +53,26 @@ def start(place, *arguments, **options):
     )
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs the training extra")
 @pytest.mark.timeout(600)
 def test_every_example_runs_as_it_is(place):
-    process = start(place, "--keep-going", "--json", *map(str, EXAMPLES))
-    out, err = process.communicate(timeout=580)
+    """And one as between machines: the model of the first stage comes by its URL."""
+    text = (ROOT / "conf/tasks/pipelines/sft-inference.yaml").read_text()
+    (place / "files").mkdir()
+    with ResultsServer(place / "files") as server:
+        load = 'load: {type: local, path: "${train.result.final_model_path}"}'
+        by_url = text.replace(load, 'load: {type: http, url: "${train.result.final_model_archive_url}"}')
+        output = f"  output: {{destination: {{type: http, url: '{server.origin}/api/v1/results'}}}}\n"
+        by_url = by_url.replace("  stages:\n", f"{output}  stages:\n")
+        (place / "by-url.yaml").write_text(by_url)
+        process = start(place, "--keep-going", "--json", *map(str, EXAMPLES), "by-url.yaml")
+        out, err = process.communicate(timeout=580)
     results = {
         each["source"].rpartition("/")[2].removesuffix(".yaml"): each for each in map(json.loads, out.splitlines())
     }
     assert process.returncode == 0, (err, [each["stages"] for each in results.values() if not each["ok"]])
-    assert set(results) == {path.stem for path in EXAMPLES}
+    assert set(results) == {path.stem for path in EXAMPLES} | {"by-url"}
 
     def result(pipeline, stage):
         return results[pipeline]["stages"][stage]["result"]
@@ -77,15 +91,21 @@ def test_every_example_runs_as_it_is(place):
     assert [row["index"] for row in rows] == list(range(7))
     assert result("sharded", "count")["echo"]["last"] == rows[6]["output"]
     assert result("datasets", "compare")["echo"]["warm"] == result("datasets", "ask.1")["items"][0]["output"]
+    assert result("by-url", "train")["final_model_archive_url"].startswith(server.origin)
+    assert result("by-url", "ask")["items"][0]["output"] == result("sft-inference", "ask")["items"][0]["output"]
+    assert len(server.results) == 2
     for pipeline, stage in (("sft-inference", "ask"), ("lora-inference", "answer")):
         assert len(result(pipeline, stage)["items"]) == 1
 
 
 def test_ctrl_c_ends_all_of_it_and_the_next_run_goes_on(place):
     (place / "p.yaml").write_text(PIPELINE)
+    (place / "two.toml").write_text('[[slots]]\nname = "a"\n[[slots]]\nname = "b"\n')
     near, far = pty.openpty()
     os.set_blocking(near, False)
-    process = start(place, "--task-id", "demo", "p.yaml", stdout=far, env={"TERM": "xterm", "COLUMNS": "80"})
+    process = start(
+        place, "--config", "two.toml", "--task-id", "demo", "p.yaml", stdout=far, env={"TERM": "xterm", "COLUMNS": "80"}
+    )
     os.close(far)
     seen = ""
 
@@ -95,7 +115,7 @@ def test_ctrl_c_ends_all_of_it_and_the_next_run_goes_on(place):
         return ""
 
     deadline = time.monotonic() + 60
-    while not re.search(r"long-name-of-a-stage-that-runs +running", seen):
+    while not re.search(r"long-name-of-a-stage-that-runs +running[^\n]+\n *last[^\n]+\n *beside +running", seen):
         assert time.monotonic() < deadline, seen
         time.sleep(0.05)
         seen += read()
@@ -107,12 +127,13 @@ def test_ctrl_c_ends_all_of_it_and_the_next_run_goes_on(place):
     while more := read():
         out += more
     lines = out.replace("\r", "").splitlines()
-    assert all(len(line) <= 80 for line in lines[-5:-1])
-    assert [line.split()[:2] for line in lines[-5:-1]] == [
+    assert all(len(line) <= 80 for line in lines[-6:-1])
+    assert [line.split()[:2] for line in lines[-6:-1]] == [
         ["one", "succeeded"],
         ["two", "failed"],
         ["long-name-of-a-stage-that-runs", "cancelled"],
         ["last", "cancelled"],
+        ["beside", "cancelled"],
     ]
     assert "flowmesh run --task-id demo p.yaml" in err
     error = json.loads((place / "r/demo/responses.json").read_text())["stages"]["two"]["error"]
@@ -129,6 +150,7 @@ def test_ctrl_c_ends_all_of_it_and_the_next_run_goes_on(place):
         "one": "reused",
         "two": "succeeded",
         "long-name-of-a-stage-that-runs": "succeeded",
+        "beside": "succeeded",
         "last": "succeeded",
     }
     assert stages["two"]["result"]["echo"]["got"] == "hello ${HOME}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import shutil
 from typing import TYPE_CHECKING, Protocol, TextIO
 
 from flowmesh.cli.pipelines.rows import lines, rows, tree_order
@@ -128,7 +128,7 @@ class LiveTree:
         self._live.stop()
 
     def _drawn(self) -> Text:
-        height = os.get_terminal_size(self._stream.fileno()).lines if self._stream.isatty() else 24
+        height = shutil.get_terminal_size().lines
         return drawn(self._order, self._runs, width(self._stream) - 1, most=max(3, height - 3))
 
 
