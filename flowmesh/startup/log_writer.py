@@ -21,6 +21,12 @@ MOST_BYTES = 4 * 1024**2
 
 
 RETRY_S = 0.05
+_writers: list[LogWriter] = []
+
+
+def dropped() -> int:
+    """Lines that the logs of this process have lost so far."""
+    return sum(each.dropped for each in _writers)
 
 
 class LogWriter(io.TextIOBase):
@@ -32,6 +38,7 @@ class LogWriter(io.TextIOBase):
     """
 
     def __init__(self, fd: int, most_bytes: int = MOST_BYTES) -> None:
+        _writers.append(self)
         self.dropped = 0
         """Writes that were dropped since the start: lines of the log."""
         self._fd = fd
