@@ -20,6 +20,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "schema": ("flowmesh.cli.schema:schema", "Print a JSON Schema of task, agent or node files."),
     "workers": ("flowmesh.cli.workers:workers", "List the workers of a deployment."),
     "status": ("flowmesh.cli.node_commands:status", "Show the node on this machine: workers, tasks, Redis."),
+    "history": ("flowmesh.cli.history:history", "List the tasks that ended on this node, with sums."),
+    "show": ("flowmesh.cli.show:show", "Show everything about one task of this node."),
     "logs": ("flowmesh.cli.logs:logs", "Print the logs of a task on this node."),
     "cancel": ("flowmesh.cli.node_commands:cancel", "Cancel a task on this node."),
     "deliver": ("flowmesh.cli.node_commands:deliver", "Retry the delivery of a task's results."),
