@@ -41,10 +41,15 @@ def check_task(document: dict[str, Any], types: Mapping[str, TaskType]) -> tuple
     if not kind.check:
         what = f"spec.taskType: {name!r} is another package's ({kind.runner}), its fields are not checked"
         return Checked(faults=tuple(faults)), what
-    own = _load(kind.check)(document, name)
+    own = check_own_fields(document, kind)
     faults += [fault for fault in own.faults if fault not in faults]
     unused = (*own.unused, *unused_in_output(spec.get("output")))
     return Checked(faults=tuple(faults), unused=tuple(dict.fromkeys(unused))), ""
+
+
+def check_own_fields(document: dict[str, Any], kind: TaskType) -> Checked:
+    """Check the fields of a task's own type, which has a check; the node's own fields are taken as checked."""
+    return _load(kind.check)(document, kind.name)
 
 
 def check_agent_file(path: str, data: dict[str, Any]) -> Checked:
