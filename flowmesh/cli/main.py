@@ -22,7 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "status": ("flowmesh.cli.node_commands:status", "Show the node on this machine: workers, tasks, Redis."),
     "history": ("flowmesh.cli.history:history", "List the tasks that ended on this node, with sums."),
     "show": ("flowmesh.cli.show:show", "Show everything about one task of this node."),
-    "replay": ("flowmesh.cli.replay:replay", "Run a task of the history again, and say where it differs."),
+    "replay": ("flowmesh.cli.replay:replay", "Run a task of the history again, and compare."),
     "logs": ("flowmesh.cli.logs:logs", "Print the logs of a task on this node."),
     "cancel": ("flowmesh.cli.node_commands:cancel", "Cancel a task on this node."),
     "deliver": ("flowmesh.cli.node_commands:deliver", "Retry the delivery of a task's results."),

@@ -36,7 +36,7 @@ _STEP = re.compile(r"([^.\[\]]+)|\[(\d+)\]")
 
 
 @click.command(
-    help="Run a task of this node's history again, on a temporary node with the same settings, and say where the two "
+    help="Run a task of this node's history again, on a temporary node with the same settings, and print where the two "
     "runs differ. Nothing is sent anywhere: the result stays in a folder of its own."
 )
 @click.argument("task_id", metavar="TASK")

@@ -18,7 +18,7 @@ from flowmesh.results.job import Target, children_of
 from flowmesh.results.safe_names import check_task_id, placed
 from flowmesh.settings.schema import Settings
 from flowmesh.tasks.catalogue import Catalogue, TaskType
-from flowmesh.tasks.checks import check_own_fields, check_task
+from flowmesh.tasks.checks import check_own_fields, check_task, is_current
 from flowmesh.validation.checked import Checked
 from flowmesh.validation.convert import convert, joined
 
@@ -112,7 +112,7 @@ def check_fields(accepted: Accepted, settings: Settings, secrets: Redactor) -> N
 
     Never refuses what the child would take. Left to the child: long documents, which would hold up the loop; merged
     tasks, of which it may refuse one and run the others; types of other packages; environments with another
-    interpreter, whose runners may be of another version.
+    interpreter, and the time after an installation: their runners may be of another version.
 
     Args:
         secrets: the node's.
@@ -145,7 +145,7 @@ def with_all_faults(error: FieldError, data: bytes, settings: Settings, types: M
 
 def _has_check(kind: TaskType, settings: Settings) -> bool:
     environment = settings.environments.get(kind.environment)
-    return bool(kind.check) and (environment is None or environment.python is None)
+    return bool(kind.check) and (environment is None or environment.python is None) and is_current(kind)
 
 
 def _faults(check: Callable[[], Checked]) -> tuple[str, ...]:

@@ -17,6 +17,9 @@ SURFACE = {
     "schema": "KIND --help",
     "workers": "--config --help --json --redis --watch",
     "status": "--config --help --json --state-dir",
+    "history": "--config --help --json --limit --owner --since --state-dir --sum --type --verdict",
+    "show": "TASK_ID --config --help --json --state-dir",
+    "replay": "TASK_ID --config --help --json --results-dir --secret --state-dir --until",
     "logs": "TASK_ID --config --follow --help --json --raw --results-dir --state-dir --stderr --stdout -f -n",
     "exec": (
         "COMMAND --config --embedded --gpus --help --memory --output --preload --quiet --report --results-dir "
