@@ -73,7 +73,10 @@ class Sums(msgspec.Struct, kw_only=True):
 @click.option("--since", metavar="AGE|TIME", help="Only later ones: 30min, 12h, 2d, or 2026-11-28[T10:00].")
 @click.option("--type", "task_type", metavar="TYPE", help="Only this task type.")
 @click.option(
-    "--verdict", type=click.Choice([*map(str, Kind), "failed"]), help="Only this verdict; failed: all but ok."
+    "--verdict",
+    type=click.Choice([*map(str, Kind), "failed"]),
+    metavar="KIND",
+    help="Only this verdict, such as ok, crash or gpu_oom; failed: all but ok.",
 )
 @click.option("--owner", metavar="NAME", help="Only this owner's, as the document's metadata names one.")
 @click.option(
