@@ -19,10 +19,12 @@ from flowmesh.control.operations import Operations
 from flowmesh.control.server import ControlServer
 from flowmesh.control.submission import Submissions
 from flowmesh.control.watchers import Watchers
-from flowmesh.errors import ConfigError, DeviceError, FlowMeshError, LaunchError
+from flowmesh.errors import BusyError, ConfigError, DeviceError, FlowMeshError, LaunchError
 from flowmesh.execution.layout import make_parts
 from flowmesh.execution.recovery import recover
 from flowmesh.messages.wire import utc_now
+from flowmesh.metrics.files import MetricsFiles
+from flowmesh.metrics.node_metrics import NodeMetrics
 from flowmesh.node.devices import Inventory
 from flowmesh.node.nvml.client import Nvml
 from flowmesh.node.power import PowerMeter
@@ -39,7 +41,7 @@ from flowmesh.startup.event_loop import end_all, reap_children, start_threads
 from flowmesh.startup.gpu_watch import GpuWatch
 from flowmesh.startup.state_dir import hold_state_dir, keep_lock
 from flowmesh.tasks.catalogue import LIGHT
-from flowmesh.tasks.journal import Journal
+from flowmesh.tasks.journal import Journal, JournalError
 from flowmesh.tasks.journal_db import JOURNAL_FILE
 
 FAREWELL_TIMEOUT_S = 5.0
@@ -89,7 +91,10 @@ class Supervisor:
         linux.become_subreaper()
         start_threads()
         self.journal = Journal(self.state_dir / JOURNAL_FILE)
-        await self._wire()
+        try:
+            await self._wire()
+        except JournalError as error:
+            raise BusyError(f"node.state_dir: {self.state_dir}: {error}; free or repair its disk") from error
         self._handle_signals()
         await self._claim()
         tasks = [asyncio.create_task(work) for work in self._works()]
@@ -168,6 +173,9 @@ class Supervisor:
         self.link = Link(node, self.executor, worker_id)
         limit_s = settings.processes.drain_timeout_s
         self.drain = Drain(self.executor, self.link.registration, self._notifier, self._stop, limit_s)
+        metrics = NodeMetrics(node, self.executor, self.link)
+        indices = {gpu.uuid: gpu.index for gpu in inventory.gpus}
+        self.metrics_files = MetricsFiles(self.executor, settings.metrics, metrics.text, indices)
         operations = Operations(
             node,
             self.executor,
@@ -175,6 +183,7 @@ class Supervisor:
             stop=self.drain.by_operator,
             resume=self.drain.take_back,
             start_anew=self.start_anew,
+            metrics=metrics.text,
         )
         watchers = Watchers(self.executor)
         socket = self.state_dir / "run" / "control.sock"
@@ -194,12 +203,13 @@ class Supervisor:
 
     def _works(self) -> list[Coroutine[Any, Any, None]]:
         works = [self._begin(), self.link.send_events(), self._feed_watchdog(), *self.executor.works()]
-        return [*works, self.control.keep(), self._keep_lock()]
+        return [*works, self.control.keep(), self._keep_lock(), *self.metrics_files.works()]
 
     async def _begin(self) -> None:
         """Take over the tasks of an earlier supervisor; then subscribe; then report IDLE."""
         mode = self.drain.kept
         self.executor.draining = mode  # no task of the queue starts meanwhile
+        await self.executor.look_first()
         await recover(self.executor)
         if mode is not None:
             logger.info("the drain that began before the restart continues; `flowmesh drain --cancel` ends it")
@@ -280,13 +290,13 @@ class Supervisor:
 
     async def _flushed(self) -> bool:
         """Wait until all events are sent; not for long where that does not work."""
-        outbox = self.link.outbox
-        return await outbox.flushed(FLUSH_TIMEOUT_S / 10 if outbox.trouble else FLUSH_TIMEOUT_S)
+        trouble = self.link.outbox.trouble or self.link.queue.sender.trouble
+        return await self.link.flushed(FLUSH_TIMEOUT_S / 10 if trouble else FLUSH_TIMEOUT_S)
 
     async def _close(self) -> None:
         self._notifier.send(STOPPING="1", STATUS="ending")
         if self.journal.outbox_size():
-            sending = asyncio.create_task(self.link.outbox.run())
+            sending = asyncio.create_task(self.link.send_last_events())
             if not await self._flushed():
                 logger.warning("{} events not sent; they are sent after the next start", self.journal.outbox_size())
             await end_all([sending])

@@ -19,11 +19,14 @@ find_python() {
 
 # ensure_venv FOLDER STAMP INSTALL: makes the virtual environment FOLDER and calls the function INSTALL with its pip
 # command, unless that was done before with the same STAMP, Python, pyproject.toml and constraints. The versions are those
-# of constraints/ (see scripts/lock), where that has a file for this Python.
+# of constraints/ (see scripts/lock): of this Python's file, else of the Python that they were tested with.
 ensure_venv() {
-    local folder=$1 install=$3 python want tested with=()
+    local folder=$1 install=$3 python version kind want tested with=()
     python=$(find_python)
-    tested=$root/constraints/py$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')${folder#.venv}.txt
+    version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+    kind=${folder#.venv}
+    tested=$root/constraints/py$version${kind%-"$version"}.txt
+    [ -f "$tested" ] || tested=$root/constraints/py3.11${kind%-"$version"}.txt
     want=$(printf '%s\n' "$2" "$("$python" -V)" |
         cat - "$root/pyproject.toml" "$root"/constraints/*.txt "$root/scripts/_lib.sh" | sha256sum)
     if [ "$(cat "$folder/.installed" 2>/dev/null)" = "$want" ]; then

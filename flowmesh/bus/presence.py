@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -19,7 +20,7 @@ from loguru import logger
 from flowmesh.backoff import Backoff
 from flowmesh.bus.connection import RedisError, leave_replica, redis
 from flowmesh.bus.connection_health import ConnectionHealth, describe_redis_error
-from flowmesh.bus.worker_record import Displaced, Identity, Status, WorkerRecord
+from flowmesh.bus.worker_record import Copied, Displaced, Found, Identity, Status, WorkerRecord
 from flowmesh.errors import BusyError
 
 __all__ = ["Identity", "Presence", "Status"]
@@ -59,6 +60,7 @@ class Presence:
         on_left_over: called where a registration existed before ours: the previous process ended without unregistering,
             and what was dispatched to it since is lost.
         on_rival: called with the reason when another live node has this worker id, and with "" when it is ours again.
+        on_copied: gives another owner, where the other node is a copy of this process.
         elastic: whether the orchestrator may disable the worker.
     """
 
@@ -73,6 +75,7 @@ class Presence:
         farewell: Callable[[], dict[str, Any]],
         on_left_over: Callable[[], None],
         on_rival: Callable[[str], None] = lambda _reason: None,
+        on_copied: Callable[[], str] = lambda: secrets.token_hex(8),
         elastic: bool = True,
     ) -> None:
         self.identity = identity
@@ -95,6 +98,9 @@ class Presence:
         self._farewell = farewell
         self._on_left_over: Callable[[], None] | None = on_left_over
         self._on_rival = on_rival
+        self._on_copied = on_copied
+        self._suspects = False
+        """Whether another node may have registered the id a moment ago."""
         self._elastic = elastic
         self._enabled_times = 0
         self._registered = False
@@ -144,14 +150,24 @@ class Presence:
         self._changed.set()
 
     def on_event(self, event: bytes) -> None:
-        """A message on the channel of workers' events: where another process reports this worker idle, look at once."""
-        if self.status.word == "IDLE" or b"STATUS" not in event or self._needle not in event:
+        """A message on the channel of workers' events.
+
+        Where another process reports this worker idle, look at once; where it may have registered it, check at once.
+        """
+        if self._needle not in event or not (b"REGISTER" in event or b"STATUS" in event):
+            return
+        if self.status.word == "IDLE" and b"REGISTER" not in event:
             return
         try:
             heard = _event_decoder.decode(event)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return
-        if heard.worker_id == self.worker_id and heard.type == "STATUS" and heard.status == "IDLE":
+        if heard.worker_id != self.worker_id:
+            return
+        if heard.type == "REGISTER" and self.up:
+            self._suspects = True
+            self._changed.set()
+        elif heard.type == "STATUS" and heard.status == "IDLE" and self.status.word != "IDLE":
             self._looks.insert(0, time.monotonic())
             self._changed.set()
 
@@ -227,6 +243,9 @@ class Presence:
                 if now >= check_at:
                     check_at = now + CHECK_INTERVAL_S
                     self._registered = await self._check()
+                elif self._suspects:
+                    self._suspects = False
+                    await self._find()
                 elif self._looks and now >= self._looks[0]:
                     self._looks = [look for look in self._looks if look > now]
                     await self._look()
@@ -249,6 +268,8 @@ class Presence:
         Also after the orchestrator has emptied its database: the node that has the id registers again first.
         """
         self.up = self._registered = False
+        if isinstance(displaced, Copied):
+            self.identity = msgspec.structs.replace(self.identity, owner=self._on_copied())
         logger.bind(worker=self.worker_id).error("{}: this node takes no tasks while it lives", displaced)
         self._on_rival(str(displaced))
         absent = 0
@@ -281,7 +302,7 @@ class Presence:
 
     async def _check(self) -> bool:
         """Whether the registration still exists. A status that is not ours is corrected."""
-        found = await self._record.find(self.identity)
+        found = await self._find()
         if found.disabled and not self._elastic:
             await self._enable()
         differed, self._differed = self._differed, found.registered and found.status != self.status.word
@@ -289,11 +310,17 @@ class Presence:
             # IDLE: the orchestrator wrote it late, for an earlier task. RUNNING may be right, for a task that is on its
             # way to us; if the next check finds it again, that task was lost.
             self.restate()
-        if found.rival is not None:
-            raise Displaced(found.rival)
         if not found.registered:
             logger.bind(worker=self.worker_id).warning("registration missing in Redis: registering again")
         return found.registered
+
+    async def _find(self) -> Found:
+        """What Redis has of the worker. Raises Displaced where that is another node's, or a copy's of this one."""
+        await self._record.renew(self.identity)
+        found = await self._record.find(self.identity)
+        if found.rival is not None:
+            raise Displaced(found.rival)
+        return found
 
     async def _enable(self) -> None:
         """Undo what `node.elastic_scaling = false` does not allow."""

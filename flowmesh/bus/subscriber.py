@@ -25,6 +25,7 @@ class Subscriber:
         on_subscribed: called each time the subscription is confirmed; with True if there was a gap before.
         on_unsubscribed: called when the subscription breaks.
         silence_s: after this time without a message the connection is checked with a PING.
+        what: for the log, where it is not the tasks' channel.
     """
 
     def __init__(
@@ -35,10 +36,13 @@ class Subscriber:
         on_unsubscribed: Callable[[], None],
         *,
         silence_s: float,
+        what: str = "",
     ) -> None:
         self.up = False
         """Whether the subscription is confirmed and unbroken."""
-        self.trouble = ConnectionHealth("not subscribed", "subscription works again")
+        suffix = f" to {what}" if what else ""
+        self.trouble = ConnectionHealth(f"not subscribed{suffix}", f"subscription{suffix} works again")
+        self._what = what
         self._client = client
         self._handlers = {channel.encode(): handler for channel, handler in handlers.items()}
         self._on_subscribed = on_subscribed
@@ -90,5 +94,8 @@ class Subscriber:
         self._subscribed_before = True
         self.up = True
         self.trouble.works()
-        logger.info("subscribed{}", " again; messages may have been missed" if gap else "")
+        if self._what:
+            logger.info("listening on {}", self._what)
+        else:
+            logger.info("subscribed{}", " again; messages may have been missed" if gap else "")
         self._on_subscribed(gap)

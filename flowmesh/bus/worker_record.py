@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from flowmesh.bus.connection import redis
+from flowmesh.bus.ownership import Ownership
 from flowmesh.messages.wire import (
     DISABLED,
     EVENTS_CHANNEL,
@@ -25,9 +26,13 @@ from flowmesh.messages.wire import (
 
 DEGRADED_FIELD = "degraded"
 """In the hash and in STATUS: why the worker takes no tasks; absent while it does."""
+METRICS_FIELD = "metrics_json"
+"""In the hash: what the last heartbeat carried, for who was not there when it was published."""
 OWNER = "flowmesh_owner"
 """The hash's field with the owner."""
-_RIVAL_FIELDS = (OWNER, "pid", "env_json")
+TOKEN = "flowmesh_token"
+"""The hash's field with the last token of that owner's process."""
+_RIVAL_FIELDS = (OWNER, "pid", "env_json", TOKEN)
 _WATCH_TRIES = 10
 _INTERVAL_S = 30.0
 """Where a registration does not tell its heartbeat interval."""
@@ -76,6 +81,13 @@ class Displaced(Exception):
         self.rival = rival
 
 
+class Copied(Displaced):
+    """A copy of this very process, as of a machine that was resumed twice, has registered this worker id."""
+
+    def __str__(self) -> str:
+        return "a copy of this node, as of a machine's snapshot, runs beside it and has its worker id"
+
+
 class Found(msgspec.Struct, frozen=True):
     """What Redis has of the worker."""
 
@@ -100,6 +112,7 @@ class WorkerRecord:
 
     def __init__(self, client: redis.Redis, *, interval_s: float) -> None:
         self.client = client
+        self.ownership = Ownership()
         self._ttl_s = heartbeat_ttl_s(interval_s)
 
     async def is_left_over(self, worker_id: str) -> bool:
@@ -113,7 +126,7 @@ class WorkerRecord:
             pipeline.get(heartbeat_key(identity.worker_id))
             pipeline.sismember(DISABLED, identity.worker_id)
             member, (status, *fields), beat, disabled = await pipeline.execute()
-        owner, pid, _ = fields
+        owner, pid, *_ = fields
         ours = not identity.owner or owner == identity.owner.encode()
         registered = bool(member) and ours and pid == str(identity.pid).encode()
         rival = _rival(identity, fields, beat)
@@ -135,6 +148,8 @@ class WorkerRecord:
 
         def write(pipeline: redis.client.Pipeline) -> None:
             pipeline.hset(worker_key(identity.worker_id), OWNER, identity.owner)
+            if identity.owner:
+                pipeline.hset(worker_key(identity.worker_id), TOKEN, self.ownership.draw())
             self._set_heartbeat(pipeline, identity.worker_id)
 
         return await self._guarded(identity, write, over=over)
@@ -152,12 +167,15 @@ class WorkerRecord:
                 rival = _rival(identity, fields, beat)
                 if rival is not None and rival != over:
                     return rival
+                if rival is None:
+                    self._check_token(identity, fields, beat)
                 pipeline.multi()  # type: ignore[no-untyped-call]
                 write(pipeline)
                 try:
                     await pipeline.execute()
                 except redis.WatchError:
                     continue
+                self.ownership.began = True
                 return None
         raise TimeoutError("the registration changes all the time")
 
@@ -192,12 +210,43 @@ class WorkerRecord:
             if not status.reason:
                 pipeline.hdel(worker_key(identity.worker_id), DEGRADED_FIELD)
             _write(pipeline, identity.worker_id, fields)
+            if identity.owner:
+                pipeline.hset(worker_key(identity.worker_id), TOKEN, self.ownership.draw())
             self._set_heartbeat(pipeline, identity.worker_id)
             pipeline.sadd(WORKER_IDS, identity.worker_id)
             _publish(pipeline, "REGISTER", identity.worker_id, status=status.word, tags=identity.tags, payload=payload)
 
         if (rival := await self._guarded(identity, write)) is not None:
             raise Displaced(rival)
+
+    async def renew(self, identity: Identity) -> None:
+        """Replace the token by the next one; does nothing where the registration is gone or another owner's.
+
+        Raises:
+            Copied: the token is none of ours.
+        """
+        key = worker_key(identity.worker_id)
+        async with self.client.pipeline(transaction=True) as pipeline:
+            for _ in range(_WATCH_TRIES if identity.owner else 0):
+                await pipeline.watch(key)
+                fields: Any = await pipeline.hmget(key, *_RIVAL_FIELDS)
+                if fields[0] != identity.owner.encode():
+                    return
+                self._check_token(identity, fields, b"")
+                pipeline.multi()  # type: ignore[no-untyped-call]
+                pipeline.hset(key, TOKEN, self.ownership.draw())
+                try:
+                    await pipeline.execute()
+                except redis.WatchError:
+                    continue
+                return
+
+    def _check_token(self, identity: Identity, fields: Sequence[bytes | None], beat: bytes | None) -> None:
+        """Raises Copied where a living registration of our owner has a token that is none of ours."""
+        owner, pid, env, token = fields
+        if beat is None or not identity.owner or owner != identity.owner.encode() or self.ownership.is_ours(token):
+            return
+        raise Copied(Rival(_text(owner), _text(beat), _text(pid or b"?"), _interval_s(env)))
 
     async def announce(self, worker_id: str, status: Status) -> None:
         """Write the status, and publish STATUS. No transaction: the order (hash, then event) is enough."""
@@ -216,7 +265,7 @@ class WorkerRecord:
         """Renew the heartbeat key, and publish HEARTBEAT."""
         async with self.client.pipeline(transaction=False) as pipeline:
             self._set_heartbeat(pipeline, worker_id)
-            pipeline.hset(worker_key(worker_id), "last_seen", utc_now())
+            _write(pipeline, worker_id, {"last_seen": utc_now(), METRICS_FIELD: encode(metrics)})
             _publish(pipeline, "HEARTBEAT", worker_id, metrics=metrics)
             await pipeline.execute()
 
@@ -241,14 +290,17 @@ class WorkerRecord:
 
 
 def _rival(identity: Identity, fields: Sequence[bytes | None], beat: bytes | None) -> Rival | None:
-    owner, pid, env = fields
+    owner, pid, env, _ = fields
     if not identity.owner or not owner or beat is None or owner == identity.owner.encode():
         return None
+    return Rival(_text(owner), _text(beat), _text(pid or b"?"), _interval_s(env))
+
+
+def _interval_s(env: bytes | None) -> float:
     try:
-        interval_s = float(msgspec.json.decode(env or b"{}")["HEARTBEAT_INTERVAL_SEC"])
+        return float(msgspec.json.decode(env or b"{}")["HEARTBEAT_INTERVAL_SEC"])
     except (msgspec.DecodeError, KeyError, TypeError, ValueError):
-        interval_s = _INTERVAL_S
-    return Rival(_text(owner), _text(beat), _text(pid or b"?"), interval_s)
+        return _INTERVAL_S
 
 
 def _text(value: bytes) -> str:

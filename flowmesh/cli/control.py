@@ -72,9 +72,17 @@ class Control:
     def status(self) -> NodeStatus:
         return self._ask({"op": "status"}, NodeStatus)
 
-    def status_json(self) -> dict[str, Any]:
-        """The status as the node sent it, with fields that this client does not know."""
-        return self._ask({"op": "status"}, dict[str, Any])
+    def status_json(self, limit: int | None = None) -> dict[str, Any]:
+        """The status as the node sent it, with fields that this client does not know.
+
+        Args:
+            limit: list at most so many waiting tasks and deliveries; a node of an older version lists all.
+        """
+        return self._ask({"op": "status"} | ({} if limit is None else {"limit": limit}), dict[str, Any])
+
+    def metrics(self) -> str:
+        """The node's metrics, in Prometheus' text format."""
+        return str(self._ask({"op": "metrics"}, dict[str, Any]).get("text", ""))
 
     def logs(self, task_id: str) -> LogsPlace:
         return self._ask({"op": "logs", "task_id": task_id}, LogsPlace)

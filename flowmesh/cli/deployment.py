@@ -1,4 +1,4 @@
-"""Reads a deployment's state from Redis: its workers, and the terminal events of tasks. Never writes."""
+"""Reads a deployment's state from Redis: its workers, and the terminal events of tasks; records a dispatch."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from flowmesh.cli import locate
+from flowmesh.cli.documents import Submission
 from flowmesh.errors import FlowMeshError
 from flowmesh.messages import wire
-from flowmesh.queue import workers
+from flowmesh.queue import names, scripts, workers
+from flowmesh.queue.classes import owner_of
 from flowmesh.queue.workers import Worker, requirements_of, why_not
 
 if TYPE_CHECKING:
@@ -50,6 +52,37 @@ def read_workers(client: redis.Redis) -> list[Worker]:
     for command in workers.reads(ids):
         pipe.execute_command(*command)  # type: ignore[no-untyped-call]
     return workers.workers_of(ids, pipe.execute())
+
+
+def record(client: redis.Redis, submission: Submission, worker_id: str) -> int | None:
+    """Record in Redis that a task is dispatched, for `flowmesh ps` and `result`.
+
+    Returns:
+        the number of the attempt; None where this login may not write records.
+
+    Raises:
+        FlowMeshError: a task of this id has not ended.
+    """
+    import redis
+
+    document = submission.document
+    name = (document.get("metadata") or {}).get("name") if isinstance(document.get("metadata"), dict) else None
+    arguments = (
+        submission.task_id, wire.utc_now(), worker_id, submission.task_type or "", owner_of(document), str(name or ""),
+    )  # fmt: skip
+    try:
+        attempt = int(client.eval(scripts.DISPATCHED.text, 0, *arguments))
+    except redis.ResponseError:
+        return None
+    if not attempt:
+        raise FlowMeshError(f"{submission.task_id}: a task of this id has not ended; choose another --task-id")
+    return attempt
+
+
+def forget(client: redis.Redis, task_id: str) -> None:
+    """Remove the record of a task that nobody received."""
+    client.delete(names.record_key(task_id))
+    client.zrem(names.OPEN, task_id)
 
 
 def is_alive(client: redis.Redis, worker_id: str) -> bool:

@@ -33,13 +33,16 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
         found = self.document["spec"].get("taskType")
         return found if isinstance(found, str) else None
 
-    def dispatch(self, worker_id: str) -> bytes:
+    def dispatch(self, worker_id: str, attempt: int | None = None) -> bytes:
         """The message that dispatches this task to a worker.
+
+        Args:
+            attempt: its number in the task's record; None: the task has none.
 
         Raises:
             DocumentError: it is larger than nodes accept.
         """
-        message = {
+        message: dict[str, Any] = {
             "task_id": self.task_id,
             "task": self.document,
             "task_type": self.task_type,
@@ -47,6 +50,8 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
             "dispatched_at": wire.utc_now(),
             "parent_task_id": None,
         }
+        if attempt is not None:
+            message["record"] = {"attempt": attempt}
         data = json.dumps(message, ensure_ascii=False).encode()
         if len(data) > wire.MAX_MESSAGE_BYTES:
             raise DocumentError(

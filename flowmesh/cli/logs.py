@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -13,16 +12,19 @@ import click
 from flowmesh.cli import locate, render
 from flowmesh.cli.control import Control, Refused
 from flowmesh.cli.control_types import LogsPlace
-from flowmesh.cli.log_files import LogFiles, Tail
+from flowmesh.cli.fleet import client_of
 from flowmesh.errors import EXIT_OK, FlowMeshError, UnavailableError
+from flowmesh.files.log_files import LogFiles, Tail
 from flowmesh.messages import wire
-from flowmesh.messages.text import escaped
+from flowmesh.messages.text import harmless
 from flowmesh.redaction import Redactor
 
 POLL_S = 0.25
 
 
-@click.command(help="Print the logs of a running or finished task on this node.")
+@click.command(
+    help="Print the logs of a running or finished task: of this machine's node, else, through Redis, of any."
+)
 @click.argument("task_id", metavar="TASK")
 @click.option("-f", "--follow", is_flag=True, help="Print new lines until the task ends.")
 @click.option("-n", "last_lines", type=click.IntRange(min=0), metavar="LINES", help="Start with the last lines.")
@@ -31,6 +33,7 @@ POLL_S = 0.25
 @click.option(
     "--raw", is_flag=True, help="Print the bytes as they are; else secrets are hidden and control characters escaped."
 )
+@locate.redis_option
 @locate.config_option
 @locate.state_dir_option
 @click.option(
@@ -47,6 +50,7 @@ def logs(
     last_lines: int | None,
     only: str | None,
     raw: bool,
+    redis_url: str | None,
     config: str | None,
     state_dir: str | None,
     results_dir: str | None,
@@ -56,7 +60,18 @@ def logs(
     if wire.usable_task_id(task_id) is None:
         raise click.UsageError(f"TASK: invalid task id {task_id!r}")
     where = _Where(task_id, config, state_dir, results_dir)
-    place = where.find()
+    try:
+        if redis_url is not None:
+            raise FlowMeshError("asked through Redis")
+        place = where.find()
+    except FlowMeshError as error:
+        if results_dir is not None or not _may_ask_others(redis_url, config):
+            raise
+        if raw or only or last_lines is not None or as_json:
+            raise FlowMeshError(
+                f"{error}; of another node's task, -n, --stdout, --stderr, --raw and --json are not available"
+            ) from None
+        return _through_redis(task_id, redis_url, config, follow=follow)
     if as_json:
         shown = {"out_dir": place.out_dir, "logs_dir": place.logs_dir, "running": place.running}
         render.print_json(
@@ -64,6 +79,21 @@ def logs(
         )
         return EXIT_OK
     _print(where, place, only, last_lines, follow=follow, raw=raw)
+    return EXIT_OK
+
+
+def _may_ask_others(redis_url: str | None, config: str | None) -> bool:
+    try:
+        locate.deployment_of(redis_url, config)
+    except FlowMeshError:
+        return False
+    return True
+
+
+def _through_redis(task_id: str, redis_url: str | None, config: str | None, *, follow: bool) -> int:
+    with client_of(redis_url, config) as client:
+        for line in client.logs(task_id, follow=follow):
+            print(line, flush=True)
     return EXIT_OK
 
 
@@ -93,12 +123,6 @@ class _Where:
             raise FlowMeshError(f"task {self._task_id} not found: {self._folder} does not exist; node: {answer}")
         ended = (self._folder / "manifest.json").exists()
         return LogsPlace(out_dir=str(self._folder), logs_dir=str(self._folder / "logs"), running=not ended)
-
-
-def harmless(line: bytes, redact: Callable[[str], str]) -> bytes:
-    """A line as a terminal may have it: without secrets and control characters; each carriage return begins a line."""
-    text = redact(line.removesuffix(b"\r").decode("utf-8", "backslashreplace"))
-    return "\n".join(escaped(part) for part in text.split("\r")).encode()
 
 
 def _print(

@@ -1,4 +1,4 @@
-"""`flowmesh status`, `cancel`, `deliver`, `drain`, `recycle`, `upgrade`: operate the node on this machine."""
+"""`flowmesh status`, `deliver`, `drain`, `recycle`, `upgrade`: operate the node on this machine."""
 
 from __future__ import annotations
 
@@ -34,6 +34,16 @@ _TASKS = (
     Column("PROGRESS", least=8),
     Column("TIME", drop=2),
 )
+
+
+@click.command(help="Print the metrics of the node on this machine, in Prometheus' text format.")
+@locate.config_option
+@locate.state_dir_option
+def metrics(config: str | None, state_dir: str | None) -> int:
+    """Run the command; returns the exit code."""
+    with Control(locate.state_dir(state_dir, config)) as control:
+        sys.stdout.write(control.metrics())
+    return EXIT_OK
 
 
 @click.command(help="Show the node on this machine: its workers, its tasks, and whether Redis answers.")
@@ -72,21 +82,6 @@ def status(config: str | None, state_dir: str | None, as_json: bool) -> int:
         print()
     for task_id, what in waits.items():
         print(f"delivery of {task_id}: " + (f"waits for {render.printable(what)}" if what else "being sent"))
-    return EXIT_OK
-
-
-@click.command(help="Cancel a running or queued task on this node: ask it to stop, then SIGTERM, then SIGKILL.")
-@click.argument("task_id", metavar="TASK")
-@click.option("--force", is_flag=True, help="Kill it at once, without grace time.")
-@locate.node_options
-def cancel(task_id: str, force: bool, config: str | None, state_dir: str | None, as_json: bool) -> int:
-    """Run the command; returns the exit code."""
-    with Control(locate.state_dir(state_dir, config)) as control:
-        answer = control.cancel(task_id, force=force)
-    if as_json:
-        render.print_json(answer)
-    else:
-        print(f"{'killing' if force else 'cancelling'} {task_id}")
     return EXIT_OK
 
 

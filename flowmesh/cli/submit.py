@@ -1,11 +1,12 @@
-"""`flowmesh submit`: sends one task file to an idle worker of a deployment, and with `--wait` waits for its outcome.
+"""`flowmesh submit`: sends one task file to an idle worker of a deployment, or queues files for whoever is idle.
 
-It only publishes a message. The workers and the orchestrator write the workers' state in Redis.
+With `--wait` it waits for their outcome.
 """
 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import click
 import msgspec
@@ -13,6 +14,8 @@ import msgspec
 from flowmesh.cli import deployment, documents, locate, redis_limits, render
 from flowmesh.cli.checked_file import refuse_faults
 from flowmesh.cli.deployment import TaskEnd, TaskFailed
+from flowmesh.cli.documents import Submission
+from flowmesh.cli.fleet import wait_for
 from flowmesh.cli.wait import Wait
 from flowmesh.errors import EXIT_OK, UnavailableError
 from flowmesh.messages import wire
@@ -22,11 +25,22 @@ from flowmesh.tasks.catalogue import known_types
 
 @click.command(
     help="Send a task file to the cheapest idle worker of a deployment that fits it. "
-    "If none fits, print the reason for each worker."
+    "If none fits, print the reason for each worker. With --queue, any number of files wait for a worker instead."
 )
-@click.argument("file", metavar="FILE.yaml")
+@click.argument("files", metavar="FILE.yaml...", nargs=-1, required=True)
 @locate.redis_option
 @locate.config_option
+@click.option("--queue", "queued", is_flag=True, help="Queue the tasks: each runs when a worker that fits it is idle.")
+@click.option(
+    "--priority", type=click.Choice(["high", "normal", "low"]), help="With --queue: before or after other tasks."
+)
+@click.option(
+    "--retries",
+    type=click.IntRange(min=0, max=100),
+    metavar="N",
+    help="With --queue: attempts after a failure that another node may not have; default 2.",
+)
+@click.option("--anyway", is_flag=True, help="With --queue: even if no registered worker could ever run it.")
 @click.option("--worker", "worker_id", metavar="ID", help="Send it to this worker only.")
 @click.option("--task-id", metavar="ID", help="The task's id; else a new one.")
 @click.option("--no-check", is_flag=True, help="Send it unchecked: the worker has another version or runner.")
@@ -40,9 +54,13 @@ from flowmesh.tasks.catalogue import known_types
 @locate.json_option
 def submit(
     *,
-    file: str,
+    files: tuple[str, ...],
     redis_url: str | None,
     config: str | None,
+    queued: bool,
+    priority: str | None,
+    retries: int | None,
+    anyway: bool,
     worker_id: str | None,
     task_id: str | None,
     no_check: bool,
@@ -53,10 +71,58 @@ def submit(
     """Run the command; returns the exit code."""
     if timeout is not None and not wait:
         raise click.UsageError("--timeout needs --wait")
-    submission = documents.load(file, task_id)
+    if not queued and (priority or retries is not None or anyway):
+        raise click.UsageError("--priority, --retries and --anyway need --queue")
+    if queued and worker_id is not None:
+        raise click.UsageError("--worker and --queue exclude each other: the queue goes to whoever is idle")
+    if len(files) > 1 and not queued:
+        raise click.UsageError("several files need --queue: each waits there for an idle worker")
+    if len(files) > 1 and task_id is not None:
+        raise click.UsageError("--task-id needs a single file")
+    submissions = [documents.load(file, task_id) for file in files]
     if not no_check:
-        refuse_faults([submission], known_types(locate.settings(config)))
+        refuse_faults(submissions, known_types(locate.settings(config)))
     url, topic = locate.deployment_of(redis_url, config)
+    if queued:
+        how = {"priority": priority or "normal", "retries": 2 if retries is None else retries, "anyway": anyway}
+        return _queue(url, submissions, how, wait=wait, timeout_s=timeout, as_json=as_json)
+    return _send(url, topic, submissions[0], worker_id, wait=wait, timeout_s=timeout, as_json=as_json)
+
+
+def _queue(
+    url: str,
+    submissions: list[Submission],
+    how: dict[str, Any],
+    *,
+    wait: bool,
+    timeout_s: float | None,
+    as_json: bool,
+) -> int:
+    from flowmesh.client import Client
+
+    with Client(url) as client:
+        for each in submissions:
+            client.queue(each.document, task_id=each.task_id, **how)
+            if not as_json:
+                print(f"{each.task_id}  {each.task_type or 'no task type'}  queued", flush=True)
+        if wait:
+            return wait_for(client, tuple(each.task_id for each in submissions), timeout_s, as_json=as_json)
+    if as_json:
+        ids = [{"task_id": each.task_id, "file": each.source} for each in submissions]
+        render.print_json(ids[0] if len(ids) == 1 else {"tasks": ids})
+    return EXIT_OK
+
+
+def _send(
+    url: str,
+    topic: str,
+    submission: Submission,
+    worker_id: str | None,
+    *,
+    wait: bool,
+    timeout_s: float | None,
+    as_json: bool,
+) -> int:
     with locate.connected(url) as client:
         try:
             worker = choose(deployment.read_workers(client), submission.document, worker_id)
@@ -66,11 +132,12 @@ def submit(
             else:
                 print("\n".join(f"{name}: {why}" for name, why in error.reasons.items()), flush=True)
             raise
-        message = submission.dispatch(worker.worker_id)
+        message = submission.dispatch(worker.worker_id, deployment.record(client, submission, worker.worker_id))
         if warning := redis_limits.check_size(client, message):
             print(f"flowmesh: {warning}", file=sys.stderr)
         with deployment.subscribed(client, wire.TASK_EVENTS_CHANNEL, wire.EVENTS_CHANNEL) as events:
             if client.publish(topic, message) == 0:
+                deployment.forget(client, submission.task_id)
                 raise UnavailableError(
                     f"no subscriber on the channel {topic!r}: check that the node of {worker.worker_id} is connected, "
                     "and that its redis.task_topic is the same"
@@ -82,7 +149,7 @@ def submit(
                 if as_json:
                     render.print_json({"task_id": submission.task_id, "worker_id": worker.worker_id})
                 return EXIT_OK
-            end = Wait(client, events, submission.task_id, worker.worker_id, timeout, quiet=as_json).end()
+            end = Wait(client, events, submission.task_id, worker.worker_id, timeout_s, quiet=as_json).end()
     return _report(end, as_json=as_json)
 
 

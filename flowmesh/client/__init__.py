@@ -10,7 +10,7 @@ with Client("redis://10.0.0.1") as client:
 
 from flowmesh.client.async_client import AsyncClient
 from flowmesh.client.client import Client
-from flowmesh.client.requests import NoResult, Task, TaskExists, UnknownTask
+from flowmesh.client.requests import NoResult, Task, TaskExists, UnknownTask, WorkerGone
 from flowmesh.queue.records import Attempt, End, Event, TaskState
 from flowmesh.queue.workers import NeverFits, NoWorkerFits, Worker
 
@@ -28,4 +28,5 @@ __all__ = [
     "TaskState",
     "UnknownTask",
     "Worker",
+    "WorkerGone",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Mapping
 from types import TracebackType
@@ -21,7 +22,7 @@ from flowmesh.client.requests import (
     script_call,
     shown_end,
 )
-from flowmesh.errors import UnavailableError
+from flowmesh.errors import FlowMeshError, UnavailableError
 from flowmesh.messages.wire import TASK_EVENTS_CHANNEL
 from flowmesh.queue import names
 from flowmesh.queue.records import Attempt, End, Event, TaskState, end_of, event_of
@@ -92,6 +93,8 @@ class AsyncClient:
             if isinstance(event, End):
                 return event
             if event.terminal:
+                with contextlib.suppress(FlowMeshError):  # the record knows of earlier attempts
+                    return (await self._do(requests.end(task_id))) or end_of(event)
                 return end_of(event)
         assert timeout_s is not None, "without a limit only an end ends it"
         raise requests.late(task_id, timeout_s)
@@ -235,7 +238,7 @@ class AsyncClient:
             for command in commands:
                 pipe.execute_command(*command)
             return list(await pipe.execute())
-        except (redis.ConnectionError, redis.TimeoutError) as error:
+        except redis.RedisError as error:
             raise connection.unavailable(self._url, error) from None
 
     async def _script(self, script: Script, *arguments: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator, Mapping
 from types import TracebackType
@@ -20,7 +21,7 @@ from flowmesh.client.requests import (
     script_call,
     shown_end,
 )
-from flowmesh.errors import UnavailableError
+from flowmesh.errors import FlowMeshError, UnavailableError
 from flowmesh.messages.wire import TASK_EVENTS_CHANNEL
 from flowmesh.queue import names
 from flowmesh.queue.records import Attempt, End, Event, TaskState, end_of, event_of
@@ -116,6 +117,7 @@ class Client:
 
         Raises:
             UnknownTask: no record of it, and no worker runs it.
+            WorkerGone: it was submitted directly, and its worker has no heartbeat.
             BusyError: it has not ended in time.
 
             end = client.wait(task.task_id, timeout_s=600)
@@ -128,6 +130,8 @@ class Client:
             if isinstance(event, End):
                 return event
             if event.terminal:
+                with contextlib.suppress(FlowMeshError):  # the record knows of earlier attempts
+                    return (self._do(requests.end(task_id))) or end_of(event)
                 return end_of(event)
         assert timeout_s is not None, "without a limit only an end ends it"
         raise requests.late(task_id, timeout_s)
@@ -292,7 +296,7 @@ class Client:
             for command in commands:
                 pipe.execute_command(*command)  # type: ignore[no-untyped-call]
             return list(pipe.execute())
-        except (redis.ConnectionError, redis.TimeoutError) as error:
+        except redis.RedisError as error:
             raise connection.unavailable(self._url, error) from None
 
     def _script(self, script: Script, *arguments: Any) -> Any:

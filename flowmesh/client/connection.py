@@ -86,7 +86,7 @@ def _master(sentinel: Any, url: str, options: dict[str, Any]) -> Any:
 
 
 def unavailable(url: str, error: Exception) -> UnavailableError:
-    """The error of a Redis that does not answer, or refuses the login."""
+    """The error of a Redis that does not answer, or refuses the login or a command."""
     import redis
 
     text = " ".join(str(error).split()) or type(error).__name__
@@ -94,4 +94,6 @@ def unavailable(url: str, error: Exception) -> UnavailableError:
         return UnavailableError(
             f"Redis at {redact_url(url)} refused the login: {text}; check user name and password in the address"
         )
+    if isinstance(error, redis.ResponseError):
+        return UnavailableError(f"Redis at {redact_url(url)} refused a command: {text[:300]}")
     return UnavailableError(f"Redis at {redact_url(url)} does not answer: {text}")

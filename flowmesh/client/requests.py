@@ -18,6 +18,8 @@ from flowmesh.queue import names, scripts
 from flowmesh.queue.classes import class_of, owner_of, parse
 from flowmesh.queue.names import Priority
 from flowmesh.queue.records import (
+    END_FIELDS,
+    FIELDS,
     Attempt,
     End,
     Event,
@@ -25,6 +27,7 @@ from flowmesh.queue.records import (
     attempts_of,
     end_in,
     fields_of,
+    some_of,
     state_of,
     text,
 )
@@ -73,6 +76,10 @@ class TaskExists(FlowMeshError):
 
 class UnknownTask(FlowMeshError):
     """No record of a task, and no worker that runs it."""
+
+
+class WorkerGone(UnknownTask):
+    """The worker that a task was sent to directly has no heartbeat: its outcome is unknown until its node is back."""
 
 
 class NoResult(FlowMeshError):
@@ -154,7 +161,7 @@ def tasks(*, every: bool = False) -> Request[list[TaskState]]:
     ids = [text(each) for answer in (answers[0], *(reversed(list(each)) for each in answers[1:])) for each in answer]
     found, lost = [], []
     for task_id, answer in zip(ids, (yield from _records(ids)), strict=True):
-        state = state_of(task_id, fields_of(answer))
+        state = state_of(task_id, some_of(FIELDS, answer))
         if state is not None:
             found.append(state)
         else:
@@ -171,13 +178,13 @@ def tasks(*, every: bool = False) -> Request[list[TaskState]]:
 def _records(ids: list[str]) -> Request[list[Any]]:
     if not ids:
         return []
-    return (yield [("HGETALL", names.record_key(task_id)) for task_id in ids])
+    return (yield [("HMGET", names.record_key(task_id), *FIELDS) for task_id in ids])
 
 
 def state(task_id: str) -> Request[TaskState | None]:
     checked(task_id)
-    (answer,) = yield [("HGETALL", names.record_key(task_id))]
-    return state_of(task_id, fields_of(answer))
+    (answer,) = yield [("HMGET", names.record_key(task_id), *FIELDS)]
+    return state_of(task_id, some_of(FIELDS, answer))
 
 
 def end(task_id: str) -> Request[End | None]:
@@ -185,12 +192,21 @@ def end(task_id: str) -> Request[End | None]:
 
     Raises:
         UnknownTask: no record of it, and no worker has it.
+        WorkerGone: it was sent to a worker that is gone; what was queued is taken over instead.
     """
     checked(task_id)
-    (answer,) = yield [("HGETALL", names.record_key(task_id))]
-    fields = fields_of(answer)
+    (answer,) = yield [("HMGET", names.record_key(task_id), *END_FIELDS)]
+    fields = some_of(END_FIELDS, answer)
     if fields.get("state"):
-        return end_in(fields)
+        found = end_in(fields)
+        if found is None and not fields.get("priority"):
+            worker_id = fields.get("worker_id", "")
+            (ttl,) = yield [("TTL", wire.heartbeat_key(worker_id))]
+            if int(ttl) <= 0:
+                raise WorkerGone(
+                    f"{worker_id} is gone (no heartbeat): the outcome of {task_id} is unknown until its node is back"
+                )
+        return found
     if not any(task_id == worker.task_id for worker in (yield from workers())):
         raise UnknownTask(
             f"{task_id}: no record of this task in Redis, and no worker runs it; records stay for a day after the end"
@@ -206,11 +222,11 @@ def attempts(task_id: str) -> Request[list[Attempt]]:
 
 def result(task_id: str) -> Request[dict[str, Any]]:
     checked(task_id)
-    found, record = yield [("GET", names.result_key(task_id)), ("HGETALL", names.record_key(task_id))]
+    found, record = yield [("GET", names.result_key(task_id)), ("HMGET", names.record_key(task_id), *FIELDS)]
     if found is not None:
         content: dict[str, Any] = json.loads(found)
         return content
-    task = state_of(task_id, fields_of(record))
+    task = state_of(task_id, some_of(FIELDS, record))
     if task is None:
         raise NoResult(
             f"{task_id}: no record of this task in Redis; of tasks that were not submitted by `flowmesh` or its "

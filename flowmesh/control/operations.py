@@ -9,8 +9,10 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from flowmesh import installed
-from flowmesh.control import drain
+from flowmesh.control import drain, overview
 from flowmesh.control.server import ControlError, Handler, text_field
 from flowmesh.errors import FlowMeshError
 from flowmesh.execution import task_events
@@ -29,6 +31,7 @@ class Operations:
     Args:
         stop: drains in the given mode, and ends the node.
         resume: takes a drain back; raises FlowMeshError if there is none.
+        metrics: gives the node's metrics as text.
         start_anew: replaces this supervisor by a new one; raises FlowMeshError if that could not start.
     """
 
@@ -41,7 +44,9 @@ class Operations:
         stop: Callable[[str], None],
         resume: Callable[[], None],
         start_anew: Callable[[], Awaitable[None]],
+        metrics: Callable[[], str],
     ) -> None:
+        self._metrics = metrics
         self._node = node
         self._executor = executor
         self._link = link
@@ -52,6 +57,7 @@ class Operations:
     def handlers(self) -> dict[str, Handler]:
         return {
             "status": self._status,
+            "metrics": lambda _: {"text": self._metrics()},
             "logs": self._logs,
             "cancel": self._cancel,
             "drain": self._drain,
@@ -61,14 +67,19 @@ class Operations:
             "upgrade": self._upgrade,
         }
 
-    def _status(self, _request: dict[str, Any]) -> dict[str, Any]:
+    def _status(self, request: dict[str, Any]) -> dict[str, Any]:
+        limit = request.get("limit")
+        if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 0):
+            raise ControlError(f"limit: expected a whole number from 0, found {limit!r}")
         node, executor, presences = self._node, self._executor, self._link.registration.presences
         late = sorted(each for presence in presences.values() for each in presence.late_s)
+        tasks, left_out = overview.tasks(executor, limit)
         return {
             "pid": os.getpid(),
             "version": installed.version(),
             "node_id": node.node_id,
             "uptime_s": round(time.monotonic() - node.started, 3),
+            "power": msgspec.to_builtins(node.power.power(node.inventory.gpus)),
             "redis_up": self._link.up,
             "redis_troubles": self._link.troubles(),
             "draining": executor.draining,
@@ -83,10 +94,14 @@ class Operations:
                     "task_id": slot.current.task_id if slot.current is not None else None,
                     "gpus": list(slot.plan.gpus),
                     "reason": slot.trouble or None,
+                    "cost_per_hour": round(executor.settings.node.cost_per_hour * slot.plan.share, 9),
                 }
                 for worker_id, slot in executor.slots.items()
             ],
-            "tasks": [run.snapshot() for run in executor.runs],
+            "tasks": tasks,
+            "tasks_left_out": left_out,
+            "gpus": executor.gpus.last.listed(),
+            "recent": executor.recent.listed(),
             "servers": [
                 {
                     "environment": server.environment,
@@ -97,6 +112,7 @@ class Operations:
                 }
                 for server in executor.pool.servers
             ],
+            "queue": self._link.queue.summary(),
             "warnings": executor.pool.warnings(),
             "redeliveries": executor.redeliveries.waits(),
             "queued": sum(len(slot.queue) for slot in executor.slots.values()),

@@ -27,6 +27,7 @@ from flowmesh.execution.gpu.assembly import make_monitor
 from flowmesh.execution.gpu.canary import FIRST_ATTEMPT as FIRST_CANARY
 from flowmesh.execution.gpu.canary import Canaries
 from flowmesh.execution.gpu.idle_check import IdleCheck, Notes
+from flowmesh.execution.gpu.live_notes import LiveNotes
 from flowmesh.execution.housekeeping.cleanup import Cleanup
 from flowmesh.execution.housekeeping.old_history import keep_pruned
 from flowmesh.execution.housekeeping.retention import Retention
@@ -40,11 +41,12 @@ from flowmesh.execution.launch.task_children import TaskChildren
 from flowmesh.execution.layout import Layout
 from flowmesh.execution.observer import Observers
 from flowmesh.execution.ports import Work
+from flowmesh.execution.recent_ends import RecentEnds
 from flowmesh.execution.run import Run
 from flowmesh.execution.run_table import RunTable
 from flowmesh.execution.timers import Timers
 from flowmesh.execution.unwritten import Unwritten
-from flowmesh.messages.wire import TASK_EVENTS_CHANNEL, utc_now
+from flowmesh.messages.wire import utc_now
 from flowmesh.node.devices import GpuInfo
 from flowmesh.node.metrics import HeartbeatObserver
 from flowmesh.node.nvml.client import Nvml
@@ -54,9 +56,10 @@ from flowmesh.processes.child_owner import ChildOwner
 from flowmesh.processes.helper import Helpers
 from flowmesh.processes.pipe import Cancel
 from flowmesh.processes.server_pool import ServerPool
+from flowmesh.queue import reports
 from flowmesh.settings.schema import Settings
 from flowmesh.tasks import machine
-from flowmesh.tasks.catalogue import Catalogue
+from flowmesh.tasks.catalogue import DELIVERY, Catalogue
 from flowmesh.tasks.journal import Journal, JournalError
 from flowmesh.tasks.machine import State, step
 from flowmesh.tasks.verdicts import Kind, Stop, Verdict
@@ -93,6 +96,7 @@ class Executor:
         self._gpu_names = {gpu.uuid: gpu.name for gpu in gpus}
         self.runs = RunTable()
         self.counters = Counters()
+        self.recent = RecentEnds(layout)
         self.early_cancels = EarlyCancels()
         self.observers = Observers()
         self.draining: str | None = None
@@ -156,8 +160,9 @@ class Executor:
         )
         self._cleanup = Cleanup(layout)
         jobs, delivery_children = Jobs(settings, layout), DeliveryChildren(settings.delivery, layout, self.helpers)
-        self.deliveries = Deliveries(delivery_children, jobs, layout, self._cleanup)
-        self.gateway = GatewayProcess(settings.delivery, layout, self.helpers)
+        self.deliveries = Deliveries(delivery_children, jobs, layout, self._cleanup, self.environments)
+        no_gateway = functools.partial(self.environments.report, DELIVERY)
+        self.gateway = GatewayProcess(settings.delivery, layout, self.helpers, no_gateway)
         self.redeliveries = Redeliveries(delivery_children, jobs, layout, journal, self._check_idle)
 
     def works(self) -> list[Coroutine[Any, Any, None]]:
@@ -172,12 +177,24 @@ class Executor:
         pruning = keep_pruned(self.settings.node, self.journal)
         return [watchdog.run(), retention.run(), pruning, self.gpus.sample(), self._folders.watch()]
 
+    async def look_first(self) -> None:
+        """Before tasks of an earlier supervisor are taken over: whether the node's folders are where they were."""
+        await self._folders.look_first()
+
     def owner_of(self, attempt: int) -> ChildOwner:
         """Who answers for a child that an earlier supervisor forked: its attempt number shows what it is."""
         return self.helpers if attempt < 0 or attempt >= FIRST_CANARY else self.children
 
     def heartbeat_observer(self, slot: Slot[Run]) -> HeartbeatObserver:
-        return IdleCheck(self.gpus, slot, self.begin) if slot.plan.gpus else Notes(slot)
+        live = LiveNotes(
+            slot,
+            self.gpus,
+            runs=self.runs,
+            recent=self.recent,
+            layout=self.layout,
+            cost_per_hour=self.settings.node.cost_per_hour * slot.plan.share,
+        )
+        return IdleCheck(self.gpus, slot, self.begin, live) if slot.plan.gpus else Notes(slot, live)
 
     def offered_types(self) -> list[str]:
         """The task types that can run now, sorted."""
@@ -267,7 +284,7 @@ class Executor:
                 with self.journal.transaction():
                     started_at = run.started_at or utc_now()
                     self.journal.started(run.attempt, run.task, started_at, run.boot_mark, run.timeline.marks)
-                    self.journal.post(TASK_EVENTS_CHANNEL, task_events.started(run))
+                    self.journal.post(*reports.outgoing(task_events.started(run), run.recorded))
                 self.observers.on_posted()
             elif not isinstance(event, machine.Delivered):
                 self.journal.update(run.attempt, run.task, run.timeline.marks)
@@ -392,14 +409,18 @@ class Executor:
         kept = history_entry.of_run(
             run, verdict, finished_at=now, cost_per_hour=cost, redact=redact, gpus=self._gpu_names
         )
+        stays = run.task.stop_detail.startswith(reports.PREEMPTED)
+        outgoing = reports.outgoing(event, run.recorded, out_dir=run.accepted.target.out_dir, stays=stays)
         try:
-            self.journal.finish(run.attempt, run.task, now, TASK_EVENTS_CHANNEL, event, kept=kept)
+            self.journal.finish(run.attempt, run.task, now, *outgoing, kept=kept)
         except JournalError as error:
             self._when_written(error, functools.partial(self._finish, run, verdict))
             return
         self.observers.on_posted()
         self.runs.remove(run)
         self.counters.add_verdict(verdict.kind)
+        self.recent.add(run, verdict, finished_at=now, cost_per_hour=cost)
+        self.observers.on_ended(run, verdict)
         self._report_end(run, verdict, event)
         if verdict.kind is not Kind.DELIVERY_FAILED:  # its spool folder is kept for `flowmesh deliver`
             self.begin(self._cleanup.remove_spool(run.attempt))

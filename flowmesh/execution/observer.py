@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flowmesh.execution.run import Run
 from flowmesh.node.slots import Slot
-from flowmesh.tasks.verdicts import Kind
+from flowmesh.tasks.verdicts import Kind, Verdict
 
 
 class Observer:
@@ -27,6 +27,9 @@ class Observer:
 
     def on_missed(self, slot: Slot[Run]) -> None:
         """A dispatch was dropped without an event: the orchestrator should queue it again."""
+
+    def on_ended(self, run: Run, verdict: Verdict) -> None:
+        """A task's terminal event is in the journal."""
 
     def on_accepted(self, run: Run) -> None:
         """A task was accepted and is in the journal."""
@@ -67,6 +70,10 @@ class Observers(Observer):
     def on_missed(self, slot: Slot[Run]) -> None:
         for each in self._observers:
             each.on_missed(slot)
+
+    def on_ended(self, run: Run, verdict: Verdict) -> None:
+        for each in self._observers:
+            each.on_ended(run, verdict)
 
     def on_accepted(self, run: Run) -> None:
         for each in self._observers:

@@ -19,9 +19,10 @@ from flowmesh.execution.launch.spool import read_outcome
 from flowmesh.execution.layout import Layout
 from flowmesh.execution.run import Run
 from flowmesh.messages.job import OUTCOME_FILE
-from flowmesh.messages.wire import TASK_EVENTS_CHANNEL, utc_now
+from flowmesh.messages.wire import address, recorded_in, utc_now
 from flowmesh.processes.cgroup import Leaf
 from flowmesh.processes.remains import end_leaves, end_remains
+from flowmesh.queue import reports
 from flowmesh.tasks import machine
 from flowmesh.tasks.journal import Record
 from flowmesh.tasks.machine import State
@@ -75,7 +76,8 @@ def _restore(executor: Executor, record: Record) -> Run | None:
         verdict = Verdict(kind=Kind.DELIVERY_FAILED if computed else Kind.NODE_FAULT, message=message)
         event = task_events.lost(record.worker_id, record.task_id, verdict, record.dispatched_at)
         task = machine.Task(state=State.DONE, verdict=verdict)
-        executor.journal.finish(record.attempt, task, utc_now(), TASK_EVENTS_CHANNEL, event)
+        outgoing = reports.outgoing(event, recorded_in(address(record.message).record))
+        executor.journal.finish(record.attempt, task, utc_now(), *outgoing)
         logger.bind(task=record.task_id).error("{}", message)
         return None
     slot = executor.slots.get(record.worker_id) or next(iter(executor.slots.values()))

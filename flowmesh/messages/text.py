@@ -81,3 +81,9 @@ def _whole(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_whole(each) for each in value]
     return value
+
+
+def harmless(line: bytes, redact: Callable[[str], str]) -> bytes:
+    """A line as a terminal may have it: without secrets and control characters; each carriage return begins a line."""
+    text = redact(line.removesuffix(b"\r").decode("utf-8", "backslashreplace"))
+    return "\n".join(escaped(part) for part in text.split("\r")).encode()

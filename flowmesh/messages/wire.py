@@ -23,6 +23,9 @@ DISABLED = "workers:elastic_disabled"
 """The set of the ids of workers that the orchestrator does not schedule on."""
 WORKER_IDS = "workers:ids"
 
+RECORDS_LANE = "flowmesh:records"
+"""The outbox's channel for events of tasks that have a record in Redis: a script publishes them; see queue.reports."""
+
 MAX_MESSAGE_BYTES = 32 * 1024 * 1024
 """A larger dispatch is refused. Data of that size belongs in a file or behind a URL."""
 
@@ -59,6 +62,7 @@ class Address(msgspec.Struct, frozen=True):
     assigned_worker: Any = None
     task_id: Any = None
     dispatched_at: Any = None
+    record: Any = None
 
 
 class MergedChild(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,6 +82,14 @@ class Document(msgspec.Struct, frozen=True, kw_only=True):
     metadata: dict[str, Any] | None = None
 
 
+class Recorded(msgspec.Struct, frozen=True, kw_only=True):
+    """Which attempt of a task with a record in Redis a dispatch is."""
+
+    attempt: Annotated[int, Meta(ge=1)]
+    priority: str = ""
+    """Of a queued task; empty: it was dispatched directly."""
+
+
 class TaskMessage(msgspec.Struct, frozen=True, kw_only=True):
     """A dispatch on the `tasks` channel."""
 
@@ -90,6 +102,7 @@ class TaskMessage(msgspec.Struct, frozen=True, kw_only=True):
     merged_children: list[MergedChild] | None = None
     shard_index: int | None = None
     shard_total: int | None = None
+    record: Recorded | None = None
 
 
 class HardwareGpu(msgspec.Struct, frozen=True):
@@ -112,6 +125,8 @@ class Resources(msgspec.Struct, frozen=True):
     """`spec.resources`."""
 
     hardware: HardwareWanted | None = None
+    tags: tuple[str, ...] = ()
+    """Tags that a worker must have."""
 
 
 class NodeSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -147,6 +162,14 @@ def address(data: bytes) -> Address:
         raise FieldError(f"the message is not JSON: {damaged.cause(data, str(error))}", "") from None
     except RecursionError:
         raise FieldError(TOO_DEEP, "") from None
+
+
+def recorded_in(value: Any) -> Recorded | None:
+    """The `record` of an address; None where there is none that can be read."""
+    try:
+        return msgspec.convert(value, Recorded)
+    except msgspec.ValidationError:
+        return None
 
 
 def salvaged_address(data: bytes) -> Address:

@@ -16,6 +16,8 @@ from loguru import logger
 LEAST_INODES = 16
 """A task makes about ten files and folders before it runs."""
 MOUNTS = Path("/proc/self/mountinfo")
+ACCEPT_FILE = ".flowmesh-accept"
+"""Made in the folder by an operator who says that it may be used although another file system was mounted there."""
 
 
 class CheckedFolder:
@@ -23,13 +25,19 @@ class CheckedFolder:
     Args:
         key: the setting that names it, for the messages.
         path: absolute. It exists.
+        mount: the mount point of the file system that it was on before; None: the one that it is on now.
     """
 
-    def __init__(self, key: str, path: Path) -> None:
+    def __init__(self, key: str, path: Path, mount: Path | None = None) -> None:
         self.key = key
         self.path = path
-        self._identity = _identity(path)
-        self._mount = mount_of(path)
+        self._identity = _identity(path) if mount is None else None
+        self._mount = mount or mount_of(path)
+
+    @property
+    def mount(self) -> Path:
+        """The mount point of the file system that it has to be on."""
+        return self._mount
 
     def trouble(self, *, write: bool = False) -> str:
         """Why the folder cannot be used; empty: it can. A missing one is made, unless its file system is not mounted.
@@ -48,13 +56,13 @@ class CheckedFolder:
         except FileNotFoundError:
             if self._is_unmounted():
                 return self._unmounted()
-            self.path.mkdir(parents=True)
+            Path(os.path.realpath(self.path)).mkdir(parents=True)  # it may be a link to a folder that is gone
             logger.bind(path=str(self.path)).warning("{} was gone: made again", self.key)
             status = self.path.stat()
         if not stat.S_ISDIR(status.st_mode):
             return self._says("is not a folder any more; move away what is there")
         if (status.st_dev, status.st_ino) != self._identity:
-            if self._is_unmounted():
+            if self._is_unmounted() and not self._is_accepted():
                 return self._unmounted()
             self._identity, self._mount = (status.st_dev, status.st_ino), mount_of(self.path)
         found = os.statvfs(self.path)
@@ -84,8 +92,20 @@ class CheckedFolder:
         now = mount_of(self.path)
         return now != self._mount and now in self._mount.parents
 
+    def _is_accepted(self) -> bool:
+        """Whether an operator has said that the folder may be used where it is now."""
+        try:
+            (self.path / ACCEPT_FILE).unlink()
+        except OSError:
+            return False
+        logger.bind(path=str(self.path)).warning("{} is used without the file system at {}", self.key, self._mount)
+        return True
+
     def _unmounted(self) -> str:
-        return self._says(f"was on the file system mounted at {self._mount}, which is not mounted; mount it again")
+        return self._says(
+            f"was on the file system mounted at {self._mount}, which is not mounted; mount it again, or make the file "
+            f"{ACCEPT_FILE} in the folder to use it as it is"
+        )
 
     def _says(self, what: str) -> str:
         return f"{self.path} ({self.key}) {what}"

@@ -12,13 +12,15 @@ from flowmesh.execution.executor import Executor
 from flowmesh.execution.run import Run
 from flowmesh.messages.wire import (
     MAX_MESSAGE_BYTES,
-    TASK_EVENTS_CHANNEL,
+    Recorded,
     address,
+    recorded_in,
     salvaged_address,
     usable_task_id,
     utc_now,
 )
 from flowmesh.node.slots import Slot
+from flowmesh.queue import reports
 from flowmesh.tasks import machine
 from flowmesh.tasks.journal import JournalError
 from flowmesh.tasks.verdicts import Kind, Stop, Verdict
@@ -37,6 +39,8 @@ class _Dispatch(msgspec.Struct, frozen=True, kw_only=True):
     """The id of its stream entry."""
     fault: str
     """What makes the message unreadable; empty where it can be read."""
+    recorded: Recorded | None = None
+    """Which attempt it is, of a task with a record in Redis."""
 
 
 class Dispatcher:
@@ -84,13 +88,42 @@ class Dispatcher:
         try:
             return self._dispatch(
                 slot,
-                _Dispatch(task_id=task_id, dispatched_at=dispatched_at, data=data, entry=entry, fault=fault),
+                _Dispatch(
+                    task_id=task_id,
+                    dispatched_at=dispatched_at,
+                    data=data,
+                    entry=entry,
+                    fault=fault,
+                    recorded=recorded_in(to.record),
+                ),
             )
         except JournalError as error:
             logger.bind(task=task_id).error("dispatch not taken: {}", error)
             self._executor.on_journal_error(error)
             if entry is None:
                 self._executor.observers.on_missed(slot)
+            return False
+
+    def claimed(self, slot: Slot[Run], task_id: str, recorded: Recorded, data: bytes) -> bool:
+        """Take a task of the queue that this slot has claimed.
+
+        Args:
+            data: the dispatch, made from the task's record.
+
+        Returns:
+            False if nothing of it is in the journal, so that it must go back to the queue: a dispatch came first, or
+            the node takes no more tasks.
+        """
+        if slot.displaced or self._executor.draining is not None or not slot.idle:
+            return False
+        if self._executor.runs.of_task(task_id) is not None:
+            return False  # an earlier attempt is not gone yet
+        sent = _Dispatch(task_id=task_id, dispatched_at=utc_now(), data=data, entry=None, fault="", recorded=recorded)
+        try:
+            return self._accept(slot, sent, sent.dispatched_at)
+        except JournalError as error:
+            logger.bind(task=task_id).error("claim not taken: {}", error)
+            self._executor.on_journal_error(error)
             return False
 
     def _dispatch(self, slot: Slot[Run], sent: _Dispatch) -> bool:
@@ -113,6 +146,10 @@ class Dispatcher:
                 return False
             self._refuse(slot, sent, Kind.NODE_FAULT, f"{full}; send it to another worker, or later")
             return True
+        return self._accept(slot, sent, known_by)
+
+    def _accept(self, slot: Slot[Run], sent: _Dispatch, known_by: str | None) -> bool:
+        task_id = sent.task_id
         try:
             accepted = self._check(sent.data, sent.fault)
             if self._executor.journal.latest(task_id) is None:  # a retry's child also answers for earlier rows
@@ -179,7 +216,7 @@ class Dispatcher:
         event = task_events.refused(worker_id, task_id, kind, message, sent.dispatched_at)
         verdict = Verdict(kind=kind, message=message)
         kept = history_entry.of_refusal(worker_id, task_id, verdict, sent.data, executor.layout.secrets)
-        executor.journal.refuse(TASK_EVENTS_CHANNEL, event, kept)
+        executor.journal.refuse(*reports.outgoing(event, sent.recorded), kept)
         self._executor.counters.refused += 1
         self._executor.counters.add_verdict(kind)
         logger.bind(task=task_id).warning("task refused: {}", message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 from collections.abc import Coroutine
 from typing import Any
@@ -17,6 +18,7 @@ from flowmesh.messages.wire import EVENTS_CHANNEL, worker_key
 from flowmesh.node.slots import Slot
 from flowmesh.orchestrator import control_channel
 from flowmesh.orchestrator.dispatcher import Dispatcher
+from flowmesh.orchestrator.queue_link import QueueLink
 from flowmesh.orchestrator.registration import Registration
 from flowmesh.orchestrator.waiting_tasks import WaitingTasks
 from flowmesh.orchestrator.worker_description import NodeDescription
@@ -73,6 +75,7 @@ class Link(Observer):
         self._waiting = WaitingTasks(executor, self._clients[0], executor.settings.tasks.return_waiting_after_s)
         executor.observers.add(self.registration)
         executor.observers.add(self)
+        self.queue = QueueLink(executor, dispatcher, self.registration, reach, name=name, node_id=node.node_id)
 
     def on_posted(self) -> None:
         self.outbox.wake()
@@ -88,21 +91,31 @@ class Link(Observer):
         troubles = [self._intake.trouble, self.outbox.trouble, *(stream.trouble for stream in self._streams)]
         for presence in self.registration.presences.values():
             troubles += presence.trouble, presence.beats
-        reasons = [trouble.reason for trouble in troubles if trouble]
+        reasons = [trouble.reason for trouble in troubles if trouble] + self.queue.troubles()
         return list(dict.fromkeys([*reasons, *(slot.displaced for slot in self._slots.values() if slot.displaced)]))
 
     def works(self) -> list[Coroutine[Any, Any, None]]:
         """What runs for as long as the node takes tasks."""
         presences = [presence.run() for presence in self.registration.presences.values()]
         streams = [stream.run() for stream in self._streams]
-        return [self._intake.run(), *presences, self._waiting.run(), *streams]
+        return [self._intake.run(), *presences, self._waiting.run(), *streams, *self.queue.works()]
 
     async def send_events(self) -> None:
         """Send the outbox until cancelled; not before dispatches can be received, which an event may cause."""
         await self.registration.subscribed.wait()
-        await self.outbox.run()
+        await self.send_last_events()
+
+    async def send_last_events(self) -> None:
+        """Send the outbox until cancelled, whether dispatches can be received or not."""
+        await asyncio.gather(self.outbox.run(), self.queue.sender.run())
+
+    async def flushed(self, timeout_s: float) -> bool:
+        """Wait until all events are sent; False where they are not within `timeout_s`, or nobody listens."""
+        waits = self.outbox.flushed(timeout_s), self.queue.sender.flushed(timeout_s)
+        return all(await asyncio.gather(*waits))
 
     async def close(self) -> None:
+        await self.queue.close()
         for client in self._clients:
             await client.aclose()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import secrets
 import time
 from collections.abc import Set
 
@@ -18,6 +20,7 @@ from flowmesh.execution.observer import Observer
 from flowmesh.execution.run import Run
 from flowmesh.node.slots import Slot
 from flowmesh.orchestrator.worker_description import NodeDescription, described_env, presence
+from flowmesh.tasks.journal import JournalError
 
 LONGEST_PAUSE_S = 60.0
 """Between two announcements of a worker that misses every dispatch."""
@@ -55,6 +58,7 @@ class Registration(Observer):
         self._node = node
         self._executor = executor
         self._listening = False
+        self._new_owner = ""
         self._pauses: dict[str, Pause] = {}
         self._gaps: set[str] = set()
         """Workers that may have missed a dispatch, and were not announced again yet."""
@@ -64,7 +68,15 @@ class Registration(Observer):
         """When that was last, monotonic."""
         self._quiet_until = 0.0
         self.presences: dict[str, Presence] = {
-            worker_id: presence(node, executor, slot, client, on_missed=self.on_missed, on_rival=self._on_rival)
+            worker_id: presence(
+                node,
+                executor,
+                slot,
+                client,
+                on_missed=self.on_missed,
+                on_rival=self._on_rival,
+                on_copied=self._on_copied,
+            )
             for worker_id, slot in executor.slots.items()
         }
 
@@ -75,6 +87,15 @@ class Registration(Observer):
     def _on_rival(self, slot: Slot[Run], reason: str) -> None:
         slot.displaced = reason
         self._executor.observers.on_slot_changed(slot)
+
+    def _on_copied(self) -> str:
+        """Another owner for a node that is the copy of another one; kept, so that its next start is refused."""
+        if not self._new_owner:
+            token = secrets.token_hex(8)
+            with contextlib.suppress(JournalError):
+                self._executor.journal.set_fact("owner", token)
+            self._new_owner = f"{token}:{self._node.owner.partition(':')[2]}"
+        return self._new_owner
 
     def resume(self) -> None:
         """Report the slots of adopted tasks as RUNNING, unless the node drains."""

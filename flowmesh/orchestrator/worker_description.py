@@ -44,6 +44,7 @@ def presence(
     *,
     on_missed: Callable[[Slot[Run]], None],
     on_rival: Callable[[Slot[Run], str], None],
+    on_copied: Callable[[], str],
 ) -> Presence:
     """The registration of one slot's worker."""
     settings, plan = executor.settings, slot.plan
@@ -82,6 +83,7 @@ def presence(
         farewell=reporter.farewell,
         on_left_over=lambda: on_missed(slot),
         on_rival=lambda reason: on_rival(slot, reason),
+        on_copied=on_copied,
         elastic=settings.node.elastic_scaling,
     )
 

@@ -14,6 +14,15 @@ from flowmesh.messages.wire import usable_task_id
 TERMINAL = ("TASK_SUCCEEDED", "TASK_FAILED")
 
 
+FIELDS = (
+    "state", "type", "name", "owner", "priority", "worker_id", "attempt", "failures", "retries", "queued_at",
+    "started_at", "ended_at", "ok", "verdict", "error",
+)  # fmt: skip
+"""Of a record: what a TaskState is made of. A record also has the whole document while its task waits."""
+END_FIELDS = ("state", "attempt", "end", "priority", "worker_id")
+"""Of a record: what an End is made of, and who has a task that has not ended."""
+
+
 class Event(msgspec.Struct, frozen=True, kw_only=True):
     """Something that happened to a task: a message on `tasks.events`, or an attempt that failed and is tried again."""
 
@@ -105,11 +114,13 @@ def text(value: Any) -> str:
 
 
 def fields_of(answer: Any) -> dict[str, str]:
-    """The answer to HGETALL, whatever form the client library gives it."""
-    if isinstance(answer, Mapping):
-        return {text(name): text(value) for name, value in answer.items()}
-    parts = list(answer or ())
-    return {text(name): text(value) for name, value in zip(parts[::2], parts[1::2], strict=True)}
+    """The answer to HGETALL."""
+    return {text(name): text(value) for name, value in (answer or {}).items()}
+
+
+def some_of(names: Sequence[str], answer: Any) -> dict[str, str]:
+    """The answer to HMGET of these names, without what is not there."""
+    return {name: text(value) for name, value in zip(names, answer, strict=True) if value is not None}
 
 
 def state_of(task_id: str, fields: Mapping[str, str]) -> TaskState | None:

@@ -169,9 +169,9 @@ local priorities = {'high', 'normal', 'low'}
 for _, priority in ipairs(priorities) do
   for i = 5, #ARGV do fields[#fields + 1] = ARGV[i] .. ':' .. priority end
 end
-if #fields == 0 then return {'none', 0} end
+if #fields == 0 then return {'none', {}} end
 local counts = redis.call('HMGET', WAITING, unpack(fields))
-local skipped, now = 0, now_ms()
+local skipped, now = {}, now_ms()
 local function take(key, entry, id, ck, priority)
   local f = get(id, 'state', 'entry', 'attempt', 'avoid', 'avoid_until', 'stay', 'stay_until', 'message', 'failures')
   if f[1] ~= 'queued' or f[2] ~= entry then
@@ -184,7 +184,7 @@ local function take(key, entry, id, ck, priority)
     drop_entry(key, entry)
     count(ck, priority, -1)
     add(id, true)
-    skipped = skipped + 1
+    skipped[#skipped + 1] = id
     return nil
   end
   local attempt = tonumber(f[3]) + 1
@@ -247,9 +247,17 @@ return {'none', skipped}
 """)
 """Take the next entry of the given classes: by priority; what came back first; in turn between owners; by age.
 
-Returns `[task, id, attempt, priority, document, class]`; `[none, entries that another node should have]`;
+Returns `[task, id, attempt, priority, document, class]`; `[none, tasks that another node should have]`;
 `[unregistered]`; `[disabled]`. The entry stays pending in its stream until JOURNALLED.
 """
+
+ALLOW = Script.of("""
+-- id, node
+if redis.call('HGET', record(ARGV[1]), 'avoid') ~= ARGV[2] then return 0 end
+redis.call('HDEL', record(ARGV[1]), 'avoid', 'avoid_until')
+return 1
+""")
+"""Let a node take a task again that failed there: it fits no other one any more."""
 
 JOURNALLED = Script.of("""
 -- id, attempt

@@ -20,6 +20,8 @@ from flowmesh.results.job import PartRows
 from flowmesh.results.safe_files import write_in_task
 from flowmesh.results.task_folder import TaskFolder
 
+_FIELDS = frozenset({"items", "queries"})
+
 
 class Export(msgspec.Struct, frozen=True):
     """An export of finished items, not yet written."""
@@ -60,9 +62,15 @@ def fields(kept: Kept) -> dict[str, Any]:
     return {
         "partial": True,
         "rows": shown(kept.counts),
-        kept.head.field if kept.head else "items": [rows[index].item for index in sorted(rows)],
+        _field(kept): [rows[index].item for index in sorted(rows)],
         "usage": {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion},
     }
+
+
+def _field(kept: Kept) -> str:
+    """The list in the result that holds the items. A task wrote it: no other field of the result may be named."""
+    given = "items" if kept.head is None else kept.head.field
+    return given if given in _FIELDS else "items"
 
 
 def read_steps(folder: Folder) -> Steps | None:

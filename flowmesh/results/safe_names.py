@@ -101,7 +101,11 @@ def task_folder(results_dir: Path, allowed_roots: Iterable[str | Path], task_id:
         folder = folder / task_id
     real = _real(folder)
     for root in (results_dir, *map(Path, allowed_roots)):
-        base = root.resolve()
+        base = _real(root)
+        if base is None and root == results_dir and folder.is_relative_to(root):
+            return folder  # a fault of the node: its task waits until it is over
+        if base is None:
+            continue
         if real is not None and real != base and real.is_relative_to(base):
             return real
     raise OutsideError(

@@ -98,6 +98,19 @@ class RedisSettings(Section, frozen=True):
     """Whether each worker also takes tasks from the Redis Stream `tasks:WORKER_ID`."""
 
 
+class QueueSettings(Section, frozen=True):
+    """[queue]"""
+
+    enabled: bool = True
+    """Whether idle slots take tasks from the deployment's queue."""
+    result_ttl_s: Annotated[int, Meta(ge=0, le=366 * 86400)] = 86400
+    """How long results of queued and submitted tasks lie in Redis. 0: they are not put there."""
+    take_over_after_s: PositiveSeconds = 60.0
+    """How long a worker's heartbeat key must have been gone before its tasks go back to the queue."""
+    preempt: bool = True
+    """Whether a queued training task of low priority makes room for one of high priority."""
+
+
 class ResultsSettings(Section, frozen=True):
     """[results]"""
 
@@ -235,6 +248,17 @@ class SlotSettings(Section, frozen=True):
     """CPUs that its tasks are confined to. None: those that no slot names, shared by all slots without `cpus`."""
 
 
+class MetricsSettings(Section, frozen=True):
+    """[metrics]"""
+
+    textfile: FilePath | None = None
+    """File that gets the metrics, for node_exporter's textfile collector. None: none."""
+    interval_s: Annotated[float, Meta(ge=1, le=3600)] = 15.0
+    """Interval between two writes."""
+    job_mapping_dir: FilePath | None = None
+    """Folder with a file for each GPU that names its task, for dcgm-exporter. None: none."""
+
+
 class RunnersSettings(Section, frozen=True):
     """[runners]: limits and permissions of the built-in task types"""
 
@@ -276,6 +300,7 @@ class Settings(Section, frozen=True):
 
     node: NodeSettings = NodeSettings()
     redis: RedisSettings = RedisSettings()
+    queue: QueueSettings = QueueSettings()
     results: ResultsSettings = ResultsSettings()
     tasks: TasksSettings = TasksSettings()
     delivery: DeliverySettings = DeliverySettings()
@@ -283,6 +308,7 @@ class Settings(Section, frozen=True):
     processes: ProcessesSettings = ProcessesSettings()
     gpu: GpuSettings = GpuSettings()
     slots: tuple[SlotSettings, ...] = ()
+    metrics: MetricsSettings = MetricsSettings()
     runners: RunnersSettings = RunnersSettings()
     environments: dict[Name, EnvironmentSettings] = {}
     task_types: dict[Name, TaskTypeSettings] = {}

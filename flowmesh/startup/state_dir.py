@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterable
@@ -13,7 +14,22 @@ from flowmesh.execution.layout import make_parts
 from flowmesh.processes import linux
 from flowmesh.processes.server_client import socket_name
 from flowmesh.tasks.catalogue import DEFAULT, DELIVERY, LIGHT
-from flowmesh.tasks.journal import JournalError, ensure_private_dir
+from flowmesh.tasks.journal import ensure_private_dir
+
+_OF_A_DISK = frozenset(
+    {
+        errno.EROFS,
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EIO,
+        errno.ESTALE,
+        errno.ENOTCONN,
+        errno.ETIMEDOUT,
+        errno.EHOSTDOWN,
+        errno.ENODEV,
+        errno.ENXIO,
+    }
+)
 
 
 def check_sockets(folder: Path, environments: Iterable[str]) -> None:
@@ -42,17 +58,15 @@ def hold_state_dir(folder: Path) -> IO[str]:
         the lock file; the lock is held until it is closed.
 
     Raises:
-        BusyError: another supervisor has the lock.
-        JournalError: the folder cannot be created or written to.
+        ConfigError, JournalError: the folder cannot be created or written to.
+        BusyError: its disk is read-only, full or broken now; or another supervisor has the lock.
     """
     ensure_private_dir(folder)
     try:
         make_parts(folder, None)
         return _lock(folder)
     except OSError as error:
-        raise JournalError(
-            f"{error.filename}: {error.strerror}; set node.state_dir to a folder that can be written"
-        ) from error
+        raise _unusable("node.state_dir", Path(error.filename or folder), error) from error
 
 
 def _lock(folder: Path) -> IO[str]:
@@ -94,16 +108,28 @@ def make_results_dir(folder: Path) -> None:
 
     Raises:
         ConfigError: it cannot be created or written to.
+        BusyError: its disk is read-only, full or broken now.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        Path(os.path.realpath(folder)).mkdir(parents=True, exist_ok=True)  # a link may lead to a folder that is gone
+        if os.statvfs(folder).f_flag & os.ST_RDONLY:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
     except OSError as error:
-        why = f"{folder} cannot be made: {error.strerror}"
-        raise ConfigError(f"results.dir: {why}; set it to a folder that can be written") from error
+        raise _unusable("results.dir", folder, error) from error
     if not os.access(folder, os.W_OK):
         raise ConfigError(
             f"results.dir: {folder} cannot be written by this user; give it the right, or set another folder"
         )
+
+
+def _unusable(
+    key: str, path: Path, error: OSError, verb: str = "used", what: str = "folder"
+) -> ConfigError | BusyError:
+    """A fault of the disk may pass: the service manager is to start the node again. Any other is the setting's."""
+    why = (error.strerror or str(error)).lower()
+    if error.errno in _OF_A_DISK:
+        return BusyError(f"{key}: {path} cannot be {verb} now: {why}; repair or free its disk, or set another {what}")
+    return ConfigError(f"{key}: {path} cannot be {verb}: {why}; set it to a {what} that can be written")
 
 
 def make_log_file(path: Path) -> None:
@@ -117,7 +143,4 @@ def make_log_file(path: Path) -> None:
         with path.open("a"):
             pass
     except OSError as error:
-        why = (error.strerror or str(error)).lower()
-        raise ConfigError(
-            f"node.log_file: {path} cannot be opened: {why}; set it to a file that can be written"
-        ) from None
+        raise _unusable("node.log_file", path, error, "opened", "file") from None

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from flowmesh.messages.text import encode_msgpack
+from flowmesh.messages.wire import RECORDS_LANE
 from flowmesh.tasks import history_table
 from flowmesh.tasks.history_table import Kept
 from flowmesh.tasks.journal_db import JournalDatabase, JournalError
@@ -86,6 +87,8 @@ class Journal:
         self._db = JournalDatabase(path)
         self._sent = 0
         """The outbox up to this sequence number was taken by Redis, even if the deletion could not be written yet."""
+        self._reported = 0
+        """The same for reports."""
         self._outbox_size = 0
         """When it was last read."""
 
@@ -240,21 +243,39 @@ class Journal:
         self._db.write("INSERT INTO outbox (channel, payload) VALUES (?, ?)", (channel, payload))
 
     def outgoing(self, limit: int = 100) -> list[tuple[int, str, bytes]]:
-        """The oldest messages of the outbox: (sequence number, channel, payload)."""
+        """The oldest messages of the outbox, without reports: (sequence number, channel, payload)."""
         return self._db.read(
-            "SELECT seq, channel, payload FROM outbox WHERE seq > ? ORDER BY seq LIMIT ?", (self._sent, limit)
+            "SELECT seq, channel, payload FROM outbox WHERE seq > ? AND channel != ? ORDER BY seq LIMIT ?",
+            (self._sent, RECORDS_LANE, limit),
         )
 
     def sent(self, seq: int) -> None:
         """Redis has taken all messages up to `seq`."""
         self._sent = seq
         with contextlib.suppress(JournalError):  # deleted with the next ones, then
-            self._db.write("DELETE FROM outbox WHERE seq <= ?", (seq,))
+            self._db.write("DELETE FROM outbox WHERE seq <= ? AND channel != ?", (seq, RECORDS_LANE))
+
+    def reports(self, limit: int = 100) -> list[tuple[int, bytes]]:
+        """The oldest reports of the outbox: (sequence number, payload)."""
+        return self._db.read(
+            "SELECT seq, payload FROM outbox WHERE seq > ? AND channel = ? ORDER BY seq LIMIT ?",
+            (self._reported, RECORDS_LANE, limit),
+        )
+
+    def reported(self, seq: int) -> None:
+        """Redis has taken all reports up to `seq`."""
+        self._reported = seq
+        with contextlib.suppress(JournalError):  # deleted with the next ones, then
+            self._db.write("DELETE FROM outbox WHERE seq <= ? AND channel = ?", (seq, RECORDS_LANE))
 
     def outbox_size(self) -> int:
         """How many messages wait in the outbox; the last known number while the journal cannot be read."""
         with contextlib.suppress(JournalError):
-            self._outbox_size = int(self._db.read("SELECT count(*) FROM outbox WHERE seq > ?", (self._sent,))[0][0])
+            rows = self._db.read(
+                "SELECT count(*) FROM outbox WHERE seq > iif(channel = ?, ?, ?)",
+                (RECORDS_LANE, self._reported, self._sent),
+            )
+            self._outbox_size = int(rows[0][0])
         return self._outbox_size
 
     def fact(self, name: str, default: str) -> str:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flowmesh.errors import FlowMeshError
+from flowmesh.errors import EXIT_TRY_AGAIN, FlowMeshError
 
 JOURNAL_FILE = "journal.sqlite"
 SCHEMA_VERSION = 1
@@ -72,6 +72,12 @@ class JournalError(FlowMeshError):
     """Raised when the journal cannot be used. Without it the node could lose tasks, so it does not run."""
 
 
+class JournalDiskError(JournalError):
+    """Raised at a start where that may pass: its disk is read-only, full or broken now."""
+
+    exit_code = EXIT_TRY_AGAIN
+
+
 class JournalDatabase:
     """The database at `path`, made where there is none. Used from one thread.
 
@@ -94,7 +100,8 @@ class JournalDatabase:
             self._db.execute(f"PRAGMA busy_timeout={BUSY_MS}")
             self._path, self._identity = path, _identity(path)
         except (sqlite3.Error, OSError) as error:
-            raise JournalError(
+            passes = isinstance(error, OSError | sqlite3.OperationalError)
+            raise (JournalDiskError if passes else JournalError)(
                 f"{path}: cannot be used as the journal: {error}; repair its disk, or move the file away "
                 "(its record of tasks is then lost)"
             ) from error

@@ -29,6 +29,8 @@ class Journal:
         self._file: IO[str] = (ctx.out_dir / FILE).open("w", encoding="utf-8")
         self._kept: list[dict[str, Any]] = []
         self._left_out = 0
+        self.rows = 0
+        """Items of the task that are finished; for its progress."""
         self.counts: Counter[str] = Counter()
         """Entries by event; steps of the whole task."""
 
@@ -53,7 +55,7 @@ class Journal:
             steps = self.counts["model"] + self.counts["tool_result"]
         self._ctx.log.info("%s item=%d agent=%s %s", event, item, agent, _shown(clean))
         if threading.current_thread() is threading.main_thread():
-            self._ctx.progress(steps, None, "steps", item=float(item))
+            self._ctx.progress(steps, None, "steps", item=float(item), rows=float(self.rows))
 
     def entries(self) -> list[dict[str, Any]]:
         """For the result."""

@@ -58,6 +58,7 @@ class AgentRunner(Runner):
             for index in sorted(log.rows):
                 _write_output(ctx.out_dir, index, log, task)
             for index, text in enumerate(task.tasks):
+                session.journal.rows = len(log.rows)
                 ctx.progress(len(log.rows), len(task.tasks), "items")
                 if index not in log.rows:
                     self._run_item(ctx, task, session, log, index, text)

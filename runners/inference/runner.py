@@ -75,7 +75,6 @@ class InferenceRunner(Runner):
                     refused[task_id] = self._refuse(ctx, task_id, error)
             logs = [log for _, log in batch.values()]
             stack.callback(report_rows, ctx, logs)
-            stack.push(lambda kind, *_: export_finished(ctx, batch, ended_early=kind is not None))
             latency_s = 0.0
             if any(log.counts.done < log.counts.total for log in logs):
                 latency_s = self._generate(ctx, task, source, adapters, batch, refused)
@@ -188,16 +187,6 @@ def open_log(ctx: Context, part: Part, identity: Identity, spec: dict[str, Any],
             log.add(index, blank_item(part, index))
         stack.pop_all()
     return log
-
-
-def export_finished(ctx: Context, batch: dict[str | None, tuple[Part, RowLog]], *, ended_early: bool) -> None:
-    """Write the exports of a task that ends early, with the items that are finished."""
-    for task_id, (part, log) in batch.items():
-        if ended_early and part.export is not None and log.rows:
-            try:
-                part.export.write(ctx, part.folder, log.items(), task_id)
-            except (BadRequest, OSError) as error:
-                ctx.log.warning("export of the finished items not written task=%s: %s", task_id or ctx.task_id, error)
 
 
 def work_of(parts: Iterable[tuple[Part, Container[int]]], task: InferenceTask) -> Work:

@@ -21,8 +21,9 @@ from runners.inference.task import InferenceTask
 from runners.inference.tokens import Reader, Texts, load_tokenizer
 from runners.inference.vllm_args import WHERE, Work, engine_arguments
 from runners.inference.vllm_failures import Logs, explain, first_line, start_failure, step_failure
+from runners.inference.vllm_finite import CLASS, FiniteLogits
 from runners.inference.vllm_processes import EngineProcesses, cuda_started
-from runners.inference.vllm_weights import check_weights, merged
+from runners.inference.vllm_weights import check_weights, merged, overridden
 from runners.models.adapters import LocalAdapter, check_product
 from runners.models.code import may_run_code
 from runners.models.sources import Source, loading
@@ -159,6 +160,7 @@ def load(
             source.path, revision=source.revision, trust_remote_code=trust, cache_dir=cache_dir
         )
         texts = Texts(load_tokenizer(source, trust, config, cache_dir))
+    config = overridden(config, task.vllm.get("hf_overrides"))
     check_weights(ctx, task, source, config)
     runtime = [adapter for adapter in adapters if adapter.apply == "runtime"]
     for adapter in runtime:
@@ -175,9 +177,14 @@ def load(
     # request has the task's full seed.
     seed = task.sampling.seed if task.sampling.seed is not None else secrets.randbits(31)
     arguments["seed"] = seed % 2**32
+    checks_logits = arguments.setdefault("worker_extension_cls", CLASS) == CLASS
     set_environment(ctx, alone=alone, eager=bool(arguments["enforce_eager"]))
     llm = start(path, None if path != source.path else source.revision, source, arguments, asked=list(task.vllm))
     _alive.append(llm)
+    if checks_logits:
+        llm.collective_rpc(FiniteLogits.flowmesh_check_logits.__name__)
+    else:
+        ctx.log.warning("%s.worker_extension_cls: logits are checked for NaN only, not for infinity", WHERE)
     engine = VllmEngine(llm, texts, _add_adapters(llm, runtime), EngineProcesses(), source)
     return engine, texts
 

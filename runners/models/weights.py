@@ -6,19 +6,24 @@ is an error that names the first of them. Only `head="fresh"` accepts a missing 
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
 from runners.api import BadRequest
+from runners.models import quantized
 from runners.models.sources import Source, loading
 
 Head = Literal["whole", "fresh", "none"]
 """What of the model's head the checkpoint must hold: `whole`: all of it. `fresh`: none of it, because training starts a
 new one. `none`: the loaded class has no head, and one in the checkpoint is dropped (embedding models)."""
+
+Quantized = Literal["no", "checked", "unchecked"]
+"""Whether a checkpoint is quantized, and whether its names could be checked without the libraries that read it."""
 
 WRAPPERS = {
     "_orig_mod.": "torch.compile",
@@ -63,26 +68,79 @@ def load_model(loader: Any, source: Source, *, head: Head = "whole", **arguments
             f"{source.where}: {source.shown!r} holds a model and an adapter; move the adapter to a separate "
             "folder, and name it as an adapter"
         )
-    with loading(source):
-        model, info = loader.from_pretrained(
-            source.path,
-            revision=source.revision,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below, with both shapes
-            **arguments,
-        )
+    check_quantized(loader, source, head=head, **arguments)
+    model, info = _loaded(loader, source, **arguments)
     check_keys(model, info, source, head=head)
     if getattr(loader, "__name__", "") == "AutoModelForCausalLM":
         check_generates(model.config, source)
     return model
 
 
-def check_checkpoint(loader: Any, source: Source, *, head: Head = "whole", **arguments: Any) -> None:
+def check_checkpoint(loader: Any, source: Source, *, head: Head = "whole", **arguments: Any) -> Quantized:
     """The checks of `load_model` without reading the weights, for a library that loads the model by itself.
 
     The model is made without memory (device `meta`). Arguments and errors as for `load_model`.
     """
-    load_model(loader, source, head=head, device_map={"": "meta"}, dtype="auto", **arguments)
+    found = check_quantized(loader, source, head=head, **arguments)
+    if found == "no":
+        load_model(loader, source, head=head, device_map={"": "meta"}, dtype="auto", **arguments)
+    return found
+
+
+def check_quantized(loader: Any, source: Source, *, head: Head = "whole", **arguments: Any) -> Quantized:
+    """The checks of `load_model` for a checkpoint that is quantized, without reading it.
+
+    Args:
+        arguments: of `from_pretrained`; with a `config` it is not read again.
+
+    Raises:
+        BadRequest: as `load_model`.
+    """
+    from transformers import AutoConfig
+
+    shared = ("trust_remote_code", "cache_dir", "use_safetensors", "subfolder")
+    named = {name: arguments[name] for name in shared if name in arguments}
+    config = arguments.get("config")
+    if config is None:
+        of_config = {name: value for name, value in named.items() if name != "use_safetensors"}
+        with loading(source):
+            config = AutoConfig.from_pretrained(source.path, revision=source.revision, **of_config)
+    method = quantized.method_of(config)
+    if method is None:
+        return "no"
+    if method not in quantized.PACKED:
+        return "unchecked"
+    plain = {"config": quantized.plain(config), "device_map": {"": "meta"}, "dtype": "auto"}
+    with _quiet():  # the names are reported below
+        model, info = _loaded(loader, source, **named, **plain)
+    if quantized.merges(model):
+        return "unchecked"
+    check_keys(model, quantized.unpacked(model, info, config), source, head=head)
+    return "checked"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _loaded(loader: Any, source: Source, **arguments: Any) -> tuple[Any, dict[str, Any]]:
+    with loading(source):
+        model, info = loader.from_pretrained(
+            source.path,
+            revision=source.revision,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported by `check_keys`, with both shapes
+            **arguments,
+        )
+    return model, info
 
 
 def check_loaded(model: Any, source: Source, *, head: Head = "none", subfolder: str = "") -> None:

@@ -15,6 +15,8 @@ _PEER = re.compile(
     re.IGNORECASE,
 )
 
+TRACKERS = frozenset(("wandb", "mlflow", "trackio"))
+"""Libraries whose errors are about their server: no login, not reachable."""
 SMALLER = "lower spec.training.batch_size or max_seq_length, or use gradient_checkpointing"
 
 
@@ -34,6 +36,8 @@ def explain(error: BaseException, where: str) -> RunnerError | None:
         return OutOfMemory(f"out of GPU memory while it {where}: {SMALLER} ({text:.300})", Fault.GPU_OOM)
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError | OSError) and _HOST.search(text)):
         return OutOfMemory(f"out of host memory while it {where}: {SMALLER} ({text or name:.300})", Fault.HOST_OOM)
+    if (tracker := type(error).__module__.partition(".")[0]) in TRACKERS:
+        return RunnerError(f"spec.training.report_to: {tracker}: {text or name:.400}")
     return None
 
 

@@ -129,6 +129,10 @@ class PpoJob:
         Raises:
             RunnerError: a reward failed, the checkpoint does not fit, or the loss is no number any more.
         """
+        with self._tracking.ended():
+            self._train()
+
+    def _train(self) -> None:
         step, history = self._resume()
         if self._tracking.names:
             self._accelerator.init_trackers(

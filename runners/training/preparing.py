@@ -75,7 +75,7 @@ class Prepared:
         """
         self._drop(name, PROMPT_TOO_LONG, dropped)
         if "prompt_ids" in found.column_names:
-            self._check_bounds(name, found, args.max_length)
+            self._check_written(name, found, args.max_length)
         self.report(name)
 
     def report(self, name: str) -> None:
@@ -99,14 +99,20 @@ class Prepared:
                 self.size[name],
             )
 
-    def _check_bounds(self, name: str, dataset: Any, max_length: int | None) -> None:
-        """Check rows of dpo and kto after TRL has tokenized them."""
+    def _check_written(self, name: str, dataset: Any, max_length: int | None) -> None:
+        """Check rows of dpo and kto after TRL has tokenized them, and count those that its collator will cut."""
         sides = [each for each in ("chosen_ids", "rejected_ids", "completion_ids") if each in dataset.column_names]
         same = len(dataset) == len(self._rows[name].dataset)
+        cut = 0
         for i, row in enumerate(dataset.select_columns(["prompt_ids", *sides])):
-            for side in sides:
-                ids = [*row["prompt_ids"], *row[side]][:max_length]
-                self._bounds.check(ids, lambda i=i: self._rows[name].where(i) if same else "spec.data: a row")  # type: ignore[misc]
+            whole = [[*row["prompt_ids"], *row[side]] for side in sides]
+            cut += max_length is not None and max(map(len, whole)) > max_length
+            for ids in whole:
+                self._bounds.check(
+                    ids[:max_length],
+                    lambda i=i: self._rows[name].where(i) if same else "spec.data: a row",  # type: ignore[misc]
+                )
+        self.truncated[name] = cut
 
     def _drop(self, name: str, reason: str, count: int) -> None:
         if count:

@@ -159,7 +159,9 @@ def _weight(given: Any, where: str, plan: Plan) -> bool:
     """Whether what has this weight is trained on."""
     if given not in (0, 1):
         shown = given if isinstance(given, int | float) else kind(given)
-        raise BadRequest(f"{where}: weight {shown}: only 0 (left out of the loss) and 1 are supported")
+        raise BadRequest(
+            f"{where}: weight {shown}: only 0 (left out of the loss) and 1 are supported; repeat the row instead"
+        )
     if given == 0 and not isinstance(plan.data, TextData):
         raise BadRequest(f"{where}: weight 0: {plan.kind.task_type} has no weights; leave the row or the message out")
     return bool(given)

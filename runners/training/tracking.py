@@ -5,10 +5,12 @@ TensorBoard writes to the task's artifacts. The others send to a server, and nee
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ LOCAL = "tensorboard"
 RUN_FILE = "tracking.json"
 """File beside the checkpoints with the run's name and ids."""
 PROJECT = "flowmesh"
+_MLFLOW_SERVER = "MLFLOW_TRACKING_URI"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +60,33 @@ class Tracking:
             found["mlflow_id"] = self.mlflow_id if active is None else active.info.run_id
         self.file.write_text(json.dumps(found))
 
+    @contextlib.contextmanager
+    def ended(self) -> Iterator[None]:
+        """End this process's runs with the training inside: a tracker that sends in the background has sent all then.
+
+        A task's process ends without the libraries' exit handlers, and W&B would lose what it has not sent yet.
+        """
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(Exception):  # the training's own error is the task's
+                self._end(failed=True)
+            raise
+        self._end(failed=False)
+
+    def _end(self, *, failed: bool) -> None:
+        """Only the rank that reports has runs."""
+        if "wandb" in self.names:
+            import wandb  # type: ignore[import-not-found,unused-ignore]
+
+            if wandb.run is not None:
+                wandb.finish(exit_code=int(failed))
+        if "mlflow" in self.names:
+            import mlflow
+
+            if mlflow.active_run() is not None:
+                mlflow.end_run(status="FAILED" if failed else "FINISHED")
+
 
 class NoteCallback(TrainerCallback):
     """Writes the run's ids after Transformers' callbacks have started it."""
@@ -86,6 +116,10 @@ def begin(plan: Plan, ctx: Context, start: Start) -> Tracking:
             )
         if importlib.util.find_spec(name) is None:
             raise MissingDependency(name, "spec.training.report_to")
+    if "mlflow" in names and _MLFLOW_SERVER not in os.environ:  # a database in the artifacts
+        for library in ("sqlalchemy", "alembic"):
+            if importlib.util.find_spec(library) is None:
+                raise MissingDependency(library, "spec.training.report_to: mlflow", extra="mlflow")
     known = _known(start)
     tracking = Tracking(
         names=names,
@@ -120,10 +154,11 @@ def _set_environment(tracking: Tracking, folder: Path) -> None:
         "WANDB_PROJECT": PROJECT,
         "WANDB_SILENT": "true",
         "MLFLOW_EXPERIMENT_NAME": PROJECT,
+        "MLFLOW_DISABLE_TELEMETRY": "true",
         "TRACKIO_DIR": str(folder / "trackio"),
     }
-    if "MLFLOW_TRACKING_URI" not in os.environ:
-        defaults["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
+    if _MLFLOW_SERVER not in os.environ:
+        defaults[_MLFLOW_SERVER] = f"sqlite:///{folder / 'mlflow.db'}"
     if tracking.mlflow_id is not None:
         os.environ["MLFLOW_RUN_ID"] = tracking.mlflow_id
     os.environ.update({name: os.environ.get(name, value) for name, value in defaults.items()})

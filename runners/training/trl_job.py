@@ -91,14 +91,16 @@ class TrlJob:
             RunnerError: the checkpoint does not fit, or the loss is NaN or infinite.
         """
         resume = str(self.start.resume) if self.start.resume is not None else None
-        try:
-            self.trainer.train(resume_from_checkpoint=resume)
-        except NothingLeft:
-            self._ctx.log.info("%s is of the last step: nothing is left to train", self.start.resume)
-        except (ValueError, KeyError, RuntimeError) as error:
-            if resume is not None and self._meter.total == 0:  # before the first step
-                raise RunnerError(f"cannot resume from {resume}: {' '.join(str(error).split()):.500}") from error
-            raise
+        with self.tracking.ended():
+            try:
+                self.trainer.train(resume_from_checkpoint=resume)
+            except NothingLeft:
+                self._ctx.log.info("%s is of the last step: nothing is left to train", self.start.resume)
+            except (ValueError, KeyError, RuntimeError) as error:
+                if resume is not None and self._meter.total == 0:  # before the first step
+                    said = " ".join(str(error).split())
+                    raise RunnerError(f"cannot resume from {resume}: {said:.500}") from error
+                raise
 
     @property
     def best_step(self) -> int | None:

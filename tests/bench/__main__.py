@@ -18,6 +18,7 @@ from tests.bench.measure import Row
 MODULES = (
     "floor",
     "echo",
+    "fleet",
     "rest",
     "exec",
     "isolation",

@@ -40,13 +40,15 @@ class Outcome:
     seconds: float = 0.0
 
 
-def plan(count: int, seed: int, only: str, skipped: dict[str, str]) -> list[tuple[Fault, int]]:
+def plan(count: int, seed: int, only: str, skipped: dict[str, str], *, long: bool) -> list[tuple[Fault, int]]:
     """The faults to inject, each with its own seed: every fault once in random order, then faults drawn by weight."""
     rng = random.Random(seed)
     no_disks = _cannot_mount()
     no_clock = "" if compiler() else "setting the node's clock needs a C compiler"
     for each in FAULTS:
-        if why := (no_disks if each.disk else "") or (no_clock if each.sets_clock else ""):
+        too_long = each.long and not long and not only
+        short = "it takes minutes: with --long, or --only" if too_long else ""
+        if why := (no_disks if each.disk else "") or (no_clock if each.sets_clock else "") or short:
             skipped[each.name] = why
     able = [each for each in FAULTS if only in each.name and each.name not in skipped]
     chosen = rng.sample(able, len(able))[:count]
@@ -202,7 +204,7 @@ def main(argv: list[str]) -> int:
         return EX_UNAVAILABLE
     count = arguments.injections or (LONG if arguments.long else QUICK)
     outcome = Outcome()
-    injections = plan(count, arguments.seed, arguments.only, outcome.skipped)
+    injections = plan(count, arguments.seed, arguments.only, outcome.skipped, long=arguments.long)
     print(f"{len(injections)} injections, seed {arguments.seed}", flush=True)
     run(injections, arguments, outcome)
     print(as_text(outcome))

@@ -81,3 +81,31 @@ def _(rig: Rig, rng: random.Random) -> None:
     rig.tasks[task_id].add("cancelled")
     rig.node.ask(op="cancel", task_id=task_id)
     _check_retry(rig, task_id)
+
+
+@fault("rows: time limit, then a retry")
+def _(rig: Rig, rng: random.Random) -> None:
+    task_id = rig.dispatch(_spec() | {"timeoutSec": rng.uniform(0.05, 0.6)}, "timeout", "ok")
+    _check_retry(rig, task_id)
+
+
+@fault("rows: SIGKILL among merged children, each then by itself")
+def _(rig: Rig, rng: random.Random) -> None:
+    spec = _spec() | {"count": COUNT // 3}
+    children = [{"task_id": f"{rng.randrange(1 << 60):x}-{number}", "spec": spec} for number in range(2)]
+    task_id = rig.dispatch(spec, *KILLED, merged_children=children)
+    pid = rig.child(task_id)
+    rig.pause(rng, 0.6)
+    rig.hit(pid, signal.SIGKILL)
+    rig.check()
+    (end, *_) = rig.peer.ends(task_id)
+    told = end["payload"].get("rows", {}).get("children", {})
+    for child in children:
+        stood = _kept(rig, child["task_id"])
+        done = len(stood.current)
+        if end["type"] == "TASK_FAILED" and stood.head is not None and told[child["task_id"]]["done"] != done:
+            raise Lost(f"the event says {told} of the children, and {done} rows of {child['task_id']} are on disk")
+        rig.dispatch(spec, task_id=child["task_id"])
+        rig.check()
+        if (reused := rig.node.result(child["task_id"])["reused"]) != done:
+            raise Lost(f"{done} rows of a merged child stood, and its retry took over {reused}")

@@ -21,16 +21,18 @@ class Fault:
     weight: int = 4
     """How often it is drawn, relative to the others."""
     sets_clock: bool = False
+    long: bool = False
+    """Whether it takes minutes: only in a long run, or where it is named."""
 
 
 FAULTS: list[Fault] = []
 
 
 def fault(
-    name: str, *, disk: str | None = None, weight: int = 4, sets_clock: bool = False
+    name: str, *, disk: str | None = None, weight: int = 4, sets_clock: bool = False, long: bool = False
 ) -> Callable[[Callable[[Rig, random.Random], None]], None]:
     def add(act: Callable[[Rig, random.Random], None]) -> None:
-        FAULTS.append(Fault(name, act, disk, weight, sets_clock))
+        FAULTS.append(Fault(name, act, disk, weight, sets_clock, long))
 
     return add
 

@@ -98,7 +98,9 @@ def test_agents_have_their_configurations(place: Place) -> None:
 
 def test_the_other_name_of_the_command(place: Place) -> None:
     assert place.shell("flowmesh-node --version") == place.shell("flowmesh --version")
-    assert re.fullmatch(r"flowmesh \d+\.\d+\S*\n", place.shell("flowmesh --version"))
+    version = place.wheel.name.split("-")[1]  # by the tags of the repository that it was built from
+    assert re.match(r"\d+\.\d+", version)
+    assert place.shell("flowmesh --version") == f"flowmesh {version}\n"
 
 
 def test_the_base_install_is_light(place: Place) -> None:

@@ -70,3 +70,54 @@ def write(model_class: Any, folder: Path, config: Any = None, tokenizer: Any = N
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def packed(method: str) -> Change:
+    """The weights of the layers' matrices under the names of a quantization; only compressed-tensors' are numbers."""
+    import torch
+
+    small = torch.zeros(1)
+    beside: dict[str, dict[str, Any]] = {
+        "gptq": {"qweight": small, "qzeros": small, "scales": small, "g_idx": small},
+        "awq": {"qweight": small, "qzeros": small, "scales": small},
+        "fp8": {"weight": None, "weight_scale_inv": small},
+        "bitsandbytes": {"weight": small.byte(), "weight.absmax": small, "weight.quant_state.bitsandbytes__nf4": small},
+    }
+
+    def change(weights: dict[str, Any]) -> dict[str, Any]:
+        found = {}
+        for name, weight in weights.items():
+            place = name.removesuffix(".weight")
+            if ".layers." not in name or not place.endswith("_proj"):
+                found[name] = weight
+            elif method == "compressed-tensors":
+                scale = weight.abs().amax(1, keepdim=True) / 127
+                found |= {name: torch.round(weight / scale).to(torch.int8), f"{name}_scale": scale}
+            else:
+                tensors = {each: weight if value is None else value for each, value in beside[method].items()}
+                found |= {f"{place}.{each}": value.clone() for each, value in tensors.items()}
+        return found
+
+    return change
+
+
+INT8 = {
+    "quant_method": "compressed-tensors",
+    "format": "int-quantized",
+    "quantization_status": "compressed",
+    "ignore": ["lm_head"],
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False},
+            "input_activations": {
+                "num_bits": 8,
+                "type": "int",
+                "symmetric": True,
+                "strategy": "token",
+                "dynamic": True,
+            },
+        }
+    },
+}
+"""`quantization_config` of `packed("compressed-tensors")`: 8-bit integers with a scale for each row."""

@@ -110,9 +110,14 @@ def with_mark(mark: str) -> list[int]:
 
 
 class RedisServer:
-    """A real redis-server on a unix socket. Can be stopped and started again, or paused, in mid-test."""
+    """A real redis-server on a unix socket. Can be stopped and started again, or paused, in mid-test.
 
-    def __init__(self) -> None:
+    Args:
+        keep: with an append-only file, so that it has its data again after a restart.
+    """
+
+    def __init__(self, *, keep: bool = False) -> None:
+        self.keep = keep
         self.binary = shutil.which("redis-server") or shutil.which("valkey-server")
         if self.binary is None:
             if os.environ.get("CI"):
@@ -126,7 +131,8 @@ class RedisServer:
 
     def start(self) -> None:
         assert self.binary is not None
-        command = [self.binary, "--port", "0", "--unixsocket", str(self.path), "--save", "", "--appendonly", "no"]
+        command = [self.binary, "--port", "0", "--unixsocket", str(self.path), "--save", ""]
+        command += ["--appendonly", "yes" if self.keep else "no"]
         with open(self.folder / "redis.log", "ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder, start_new_session=True)
         until(self._answers, "redis-server answers")

@@ -96,6 +96,15 @@ def test_children_have_rows_exports_and_documents_of_their_own(out: Path) -> Non
     assert "items" not in said(children[1]), "of another document"
 
 
+@pytest.mark.parametrize(("field", "shown"), [("queries", "queries"), ("ok", "items"), ("error_kind", "items")])
+def test_a_log_names_no_other_field_of_the_result(field: str, shown: str, out: Path) -> None:
+    item = {"index": 0}
+    (out / "rows.jsonl").write_bytes(line(Head(total=1, field=field)) + line(Row(key="k", index=0, item=item)))
+    assert deliver(delivery(target(out), failure=VERDICT), None).ok
+    result = said(out)
+    assert (result["ok"], result["error_kind"], result[shown]) == (False, "crash", [item])
+
+
 @pytest.mark.parametrize(
     ("content", "steps"),
     [('{"done": 7, "total": 9, "checkpointed": 4, "lost": 3}', {"done": 7, "total": 9, "checkpointed": 4}),

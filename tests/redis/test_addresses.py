@@ -14,6 +14,7 @@ import pytest
 import redis
 
 from flowmesh.bus.connection import connect
+from flowmesh.client import Client
 from flowmesh.messages.sentinel import SentinelAddress, sentinel_address
 from flowmesh.redaction import redact_url
 from flowmesh.settings.load import load
@@ -31,6 +32,7 @@ RIGHTS = (
     "~worker:* ~workers:* ~tasks:* &tasks &tasks.events &workers.events &flowmesh.control "
     "+@read +@write +@pubsub +@stream +@connection +@transaction -@dangerous"
 )
+QUEUE_RIGHTS = "~flowmesh:* &flowmesh.queue +@scripting +time"
 
 
 def free_port() -> int:
@@ -172,15 +174,29 @@ def _knows(asked: redis.Redis) -> bool:
 @pytest.mark.redis
 def test_a_user_with_no_more_rights_than_a_node_needs(redis_server: RedisServer, orchestrator: Orchestrator) -> None:
     client = orchestrator.redis
-    client.execute_command("ACL", "SETUSER", "node", "on", ">p@ss/w:rd", *RIGHTS.split())
+    client.execute_command("ACL", "SETUSER", "node", "on", ">p@ss/w:rd", *RIGHTS.split(), *QUEUE_RIGHTS.split())
     redis_server.url = f"unix://node:p%40ss%2Fw%3Ard@{redis_server.path}"
     with running(Node(redis_server, config="[redis]\nstream = true\n")) as node:
         names = {each["name"]: each["user"] for each in client.client_list()}
         assert {names[f"flowmesh-w1-{part}"] for part in ("bus", "sub", "stream")} == {"node"}
+        with Client(f"unix://{redis_server.path}") as flowmesh:
+            assert flowmesh.wait(flowmesh.queue({"spec": {"taskType": "echo"}}).task_id, 30).ok
         works(node, orchestrator)
         assert client.execute_command("ACL", "LOG") == []
         assert "p@ss" not in node.text()
         assert "p%40ss" not in node.text()
+
+
+@pytest.mark.redis
+def test_a_user_without_rights_to_the_queue_loses_nothing_else(
+    redis_server: RedisServer, orchestrator: Orchestrator
+) -> None:
+    orchestrator.redis.execute_command("ACL", "SETUSER", "node", "on", ">word", *RIGHTS.split())
+    redis_server.url = f"unix://node:word@{redis_server.path}"
+    with running(Node(redis_server)) as node:
+        until(lambda: "no tasks are taken from the queue" in node.text(), "the log says so")
+        assert node.ask(op="status")["redis_up"] is True
+        works(node, orchestrator)
 
 
 @pytest.mark.redis
@@ -249,6 +265,7 @@ def test_tls_with_a_certificate_that_nobody_vouches_for() -> None:
             with server.client() as client:
                 assert client.keys("*") == []
         finally:
+            node.kill()  # a drain would wait for Redis
             node.close()
 
 

@@ -85,7 +85,7 @@ def gpus(*sizes, name="NVIDIA H100"):
     return {**HARDWARE, "gpu": {"driver_version": "1", "cuda_version": "13", "gpus": found}}
 
 
-def test_dispatches_to_the_idle_worker_and_writes_nothing(flowmesh, client, tasks):
+def test_dispatches_to_the_idle_worker_and_writes_a_record_only(flowmesh, client, tasks):
     register(client, "busy", status="RUNNING", extra_task_id="t0")
     register(client, "free", types=["echo", "inference"])
     before = {key: client.dump(key) for key in client.keys("*")}
@@ -98,7 +98,11 @@ def test_dispatches_to_the_idle_worker_and_writes_nothing(flowmesh, client, task
     assert message["parent_task_id"] is None
     assert message["dispatched_at"].endswith("+00:00")
     assert message["task"]["spec"]["taskType"] == "echo"
-    assert {key: client.dump(key) for key in client.keys("*")} == before
+    after = {key: client.dump(key) for key in client.keys("*")}
+    own = {f"flowmesh:task:{message['task_id']}", "flowmesh:tasks:open"}
+    assert {key: value for key, value in after.items() if key not in own} == before
+    assert own <= after.keys()
+    assert message["record"] == {"attempt": 1}
 
 
 def test_the_cheapest_that_fits(flowmesh, client, tasks):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import redis
 
-from flowmesh.client import AsyncClient, Client, NeverFits, NoResult, TaskExists, UnknownTask
+from flowmesh.client import AsyncClient, Client, NeverFits, NoResult, TaskExists, UnknownTask, WorkerGone
 from flowmesh.queue import names, scripts
 from flowmesh.queue.classes import class_of
 from flowmesh.queue.scripts import Script
@@ -229,6 +229,15 @@ def test_the_client_says_what_is_wrong(raw: redis.Redis, client: Client) -> None
         client.wait("never-heard-of", 1)
     with pytest.raises(NoResult, match="not ended yet"):
         client.result("t")
+    with raw.pubsub() as tasks:
+        tasks.subscribe("tasks")
+        tasks.get_message(timeout=5)
+        sent = client.submit(ECHO)
+    raw.delete(f"worker:{sent.worker_id}:hb")
+    with pytest.raises(WorkerGone, match=str(sent.worker_id)):
+        client.wait(sent.task_id, 1)
+    client.cancel(sent.task_id)
+    raw.zrem(names.OPEN, sent.task_id)
     assert [each.task_id for each in client.tasks()][1:] == ["t"]
     assert [each["waiting"]["normal"] for each in client.waiting()] == [1, 1]
 

@@ -21,6 +21,7 @@ FLOORS = (
     {"cli"},
     {"supervisor"},
     {"control"},
+    {"metrics"},
     {"orchestrator", "startup"},
     {"execution"},
     {"results", "tasks", "bus", "node"},

@@ -6,12 +6,14 @@ The slot was free before the first byte. `run` returns the event that ends the t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+import time
+from collections.abc import Awaitable, Callable
+from typing import Protocol
 
 from loguru import logger
 
-from flowmesh.errors import FlowMeshError
-from flowmesh.execution.delivery.attempts import Attempts
+from flowmesh.errors import FlowMeshError, LaunchError
+from flowmesh.execution.delivery.attempts import Attempts, Ended
 from flowmesh.execution.delivery.delivery_children import DeliveryChildren
 from flowmesh.execution.delivery.jobs import Jobs
 from flowmesh.execution.housekeeping.cleanup import Cleanup
@@ -22,9 +24,22 @@ from flowmesh.messages.job import Exit
 from flowmesh.processes.pipe import Frame, Phase, Progress
 from flowmesh.results.job import DeliveryReport
 from flowmesh.tasks import machine
+from flowmesh.tasks.catalogue import DELIVERY
 
 MAX_TRIES = 3
 """A delivery whose child died this often without a report has failed."""
+
+
+class DeliveryEnvironment(Protocol):
+    """The node's conditions, as far as deliveries need them: see `EnvironmentConditions`."""
+
+    @property
+    def wait_s(self) -> float: ...
+
+    def report(self, environment: str, reason: str) -> None: ...
+
+    async def works(self, environment: str, stopped: Callable[[], bool], until: float) -> bool: ...
+
 
 _CANCELLED = machine.Delivered("cancelled while delivering")
 
@@ -36,6 +51,8 @@ class Delivery:
         self.run = run
         self.aborted = False
         self.attempts: Attempts | None = None
+        self.until = 0.0
+        """How long it may wait for its environment, monotonic; 0: it has not had to."""
 
     @property
     def succeeded(self) -> bool:
@@ -44,13 +61,26 @@ class Delivery:
 
 
 class Deliveries:
-    def __init__(self, children: DeliveryChildren, jobs: Jobs, layout: Layout, cleanup: Cleanup) -> None:
+    """
+    Args:
+        environment: where it is reported, and awaited, that delivery children cannot be started.
+    """
+
+    def __init__(
+        self,
+        children: DeliveryChildren,
+        jobs: Jobs,
+        layout: Layout,
+        cleanup: Cleanup,
+        environment: DeliveryEnvironment,
+    ) -> None:
         self.left: set[int] = set()
         """Attempts whose sending was left to the next supervisor, because this one has to end."""
         self._children = children
         self._jobs = jobs
         self._layout = layout
         self._cleanup = cleanup
+        self._environment = environment
         self._suspended = False
         self._deliveries: dict[int, Delivery] = {}
 
@@ -100,15 +130,19 @@ class Deliveries:
 
     async def _run(self, this: Delivery, attempts: Attempts, child: Awaitable[Exit] | None) -> machine.Event | None:
         run = this.run
-        why: str = ""
+        why, tries = "", 0
         try:
-            for _ in range(MAX_TRIES):
-                if child is None:
-                    sent = await self._write_and_send(this, attempts)
-                else:
-                    await self._cleanup.remove_tmp(run)
-                    sent = await attempts.attend(child)
+            while tries < MAX_TRIES:
+                tries += 1
+                try:
+                    sent = await self._once(this, attempts, child)
+                except LaunchError as error:
                     child = None
+                    if not await self._can_start(this, str(error)):
+                        return self._stopped(this) if self._is_stopped(this) else _not_started(error)
+                    tries -= 1
+                    continue
+                child = None
                 match sent:
                     case DeliveryReport():
                         run.delivered = sent
@@ -119,9 +153,26 @@ class Deliveries:
                         logger.bind(task=run.task_id).warning("delivery starts again: {}", why)
             return machine.Delivered(f"the delivery failed {MAX_TRIES} times: {why}")
         except (FlowMeshError, OSError) as error:
-            return machine.Delivered(f"the delivery could not be started: {error}")
+            return _not_started(error)
         finally:
             del self._deliveries[run.attempt]
+
+    async def _once(self, this: Delivery, attempts: Attempts, child: Awaitable[Exit] | None) -> Ended:
+        if child is None:
+            return await self._write_and_send(this, attempts)
+        await self._cleanup.remove_tmp(this.run)
+        return await attempts.attend(child)
+
+    async def _can_start(self, this: Delivery, reason: str) -> bool:
+        """Report that delivery children cannot be started; wait until they can, if there is a computed result."""
+        self._environment.report(DELIVERY, reason)
+        if not this.succeeded:
+            return False
+        this.until = this.until or time.monotonic() + self._environment.wait_s
+        this.run.wait_for(reason)
+        works = await self._environment.works(DELIVERY, lambda: self._is_stopped(this), this.until)
+        this.run.wait_for("")
+        return works
 
     async def _write_and_send(self, this: Delivery, attempts: Attempts) -> DeliveryReport | str | None:
         """Its report; why to try again; None: it was stopped."""
@@ -146,6 +197,10 @@ class Deliveries:
             return _CANCELLED
         self.left.add(this.run.attempt)
         return None
+
+
+def _not_started(error: Exception) -> machine.Event:
+    return machine.Delivered(f"the delivery could not be started: {error}")
 
 
 def _report(run: Run, frame: Frame) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -14,7 +15,7 @@ from flowmesh.backoff import Backoff
 from flowmesh.errors import ConfigError, LaunchError
 from flowmesh.execution.layout import Layout
 from flowmesh.processes import environ
-from flowmesh.processes.helper import Helpers
+from flowmesh.processes.helper import HelperLost, Helpers
 from flowmesh.processes.limits import Limits
 from flowmesh.processes.pipe import Credentials
 from flowmesh.processes.protocol import Fork
@@ -33,7 +34,15 @@ STEADY_S = 60.0
 
 
 class GatewayProcess:
-    def __init__(self, settings: DeliverySettings, layout: Layout, helpers: Helpers) -> None:
+    """
+    Args:
+        on_broken: told why no gateway can be started.
+    """
+
+    def __init__(
+        self, settings: DeliverySettings, layout: Layout, helpers: Helpers, on_broken: Callable[[str], None]
+    ) -> None:
+        self._on_broken = on_broken
         self._settings = settings
         self._layout = layout
         self._helpers = helpers
@@ -64,6 +73,8 @@ class GatewayProcess:
                 why = describe_exit(exit_)
             except (LaunchError, ConfigError, OSError) as error:
                 why = str(error)
+                if isinstance(error, LaunchError) and not isinstance(error, HelperLost):
+                    self._on_broken(why)
             if time.monotonic() - began > STEADY_S:
                 backoff.reset()
             wait_s = backoff.next_s()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Set
+from collections.abc import Callable, Set
 
 from flowmesh.errors import LaunchError
 from flowmesh.execution.conditions import Conditions, Fault
@@ -15,15 +15,18 @@ from flowmesh.execution.run import Run
 from flowmesh.messages.job import Exit
 from flowmesh.processes import environ
 from flowmesh.processes.helper import Helpers
+from flowmesh.processes.limits import Limits
 from flowmesh.processes.protocol import Fork
 from flowmesh.processes.server_pool import ServerPool
 from flowmesh.tasks import machine
-from flowmesh.tasks.catalogue import LIGHT
+from flowmesh.tasks.catalogue import DELIVERY, LIGHT
 from flowmesh.tasks.verdicts import describe_exit
 
 LONGEST_PAUSE_S = 60.0
 """Between two probes: each starts an interpreter and imports the environment's libraries."""
 FORK_TIMEOUT_S = 60.0
+LOOK_S = 0.2
+"""How often a delivery that waits for its environment looks."""
 PROBE_ENTRY = "flowmesh.processes.child_main:nothing"
 FIRST_ATTEMPT = 1 << 41
 """Probes have attempt numbers too; above those of canaries."""
@@ -50,6 +53,22 @@ class EnvironmentConditions:
         """A task found that its environment does not work; returns the task's next event."""
         return self._conditions.met(run, self._fault(run.accepted.type.environment), reason)
 
+    def report(self, environment: str, reason: str) -> None:
+        """Something else than a task found that an environment does not work."""
+        self._conditions.report(self._fault(environment), reason)
+
+    async def works(self, environment: str, stopped: Callable[[], bool], until: float) -> bool:
+        """Wait until the environment works again; False if `stopped` says so, or it does not by `until` (monotonic)."""
+        name = self._fault(environment).name
+        while self._conditions.holds(name) and not stopped() and time.monotonic() < until:
+            await asyncio.sleep(LOOK_S)
+        return not self._conditions.holds(name) and not stopped()
+
+    @property
+    def wait_s(self) -> float:
+        """How long what needs an environment waits for it."""
+        return self._wait_s
+
     @property
     def broken(self) -> Set[str]:
         """The environments that do not work now."""
@@ -61,8 +80,9 @@ class EnvironmentConditions:
                 name=f"environment {environment}",
                 probe=lambda: self._probe(environment),
                 wait_s=self._wait_s,
-                concerns=lambda run: run.accepted.type.environment == environment,
-                partial=True,
+                # without deliveries, no result of any task would reach anybody
+                concerns=None if environment == DELIVERY else lambda run: run.accepted.type.environment == environment,
+                partial=environment != DELIVERY,
                 longest_s=LONGEST_PAUSE_S,
             )
         return fault
@@ -97,5 +117,5 @@ class EnvironmentConditions:
             env=environ.for_task(
                 layout.task_env, task_env={}, tmp_dir="/tmp", threads=1, gpus=(), mark=layout.mark_of(attempt)
             ),
-            limits=task_limits(layout, private_shm=environment != LIGHT),
+            limits=Limits() if environment == DELIVERY else task_limits(layout, private_shm=environment != LIGHT),
         )

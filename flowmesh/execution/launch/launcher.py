@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 
 import msgspec
@@ -89,6 +90,7 @@ class Launcher:
         if (event := await self._gpus.begin(run)) is not None:
             return event
         try:
+            run.fork_asked = time.monotonic()
             await self._pool.launch(
                 environment,
                 prepared,

@@ -7,10 +7,12 @@ made again (the parts of the state folder, the journal's file) is made again.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import msgspec
 from loguru import logger
 
 from flowmesh.execution.conditions import Conditions, Fault
@@ -23,6 +25,7 @@ from flowmesh.tasks import machine
 from flowmesh.tasks.journal import Journal, JournalError
 
 INTERVAL_S = 1.0
+_MOUNT_FACT = "results_mount"
 RESULTS, STATE, SPACE, JOURNAL = "results.dir", "node.state_dir", "disk space", "journal"
 
 
@@ -40,7 +43,9 @@ class NodeFolders:
         self._journal = journal
         self._conditions = conditions
         self._wait_s = wait_s
-        self._results = CheckedFolder(RESULTS, layout.results_dir)
+        self._kept: tuple[str, str] | None = None
+        """What the journal has of the mount of RESULTS_DIR."""
+        self._results = CheckedFolder(RESULTS, layout.results_dir, self._kept_mount())
         self._state = CheckedFolder(STATE, layout.state_dir)
         self.faults: Mapping[str, Fault] = {
             RESULTS: Fault(name=RESULTS, probe=lambda: self._in_thread(RESULTS), wait_s=wait_s),
@@ -57,10 +62,31 @@ class NodeFolders:
     async def watch(self) -> None:
         """Look every INTERVAL_S, until cancelled."""
         while True:
+            self._keep_mount()
             await asyncio.sleep(INTERVAL_S)
             self.report(await asyncio.to_thread(self.look))
             if not self._journal.in_place():
                 self.journal_failed("its file is gone or was replaced")
+
+    def _kept_mount(self) -> Path | None:
+        """Where the file system of RESULTS_DIR was mounted when an earlier supervisor looked last."""
+        kept = self._journal.find_fact(_MOUNT_FACT)
+        try:
+            folder, mount = msgspec.json.decode(kept or b"", type=tuple[str, str])
+        except msgspec.DecodeError:
+            return None
+        return Path(mount) if folder == str(self._layout.results_dir) else None
+
+    def _keep_mount(self) -> None:
+        now = (str(self._layout.results_dir), str(self._results.mount))
+        if now != self._kept:
+            with contextlib.suppress(JournalError):  # tried again
+                self._journal.set_fact(_MOUNT_FACT, msgspec.json.encode(now).decode())
+                self._kept = now
+
+    async def look_first(self) -> None:
+        """To be awaited before anything is written there: RESULTS_DIR may have been unmounted meanwhile."""
+        self.report(await asyncio.to_thread(self.look))
 
     def look(self, *, write: bool = False) -> dict[str, str]:
         """What is wrong now, by fault. Called in a thread.
@@ -128,7 +154,9 @@ class NodeFolders:
         return next((reason for part in parts if (reason := part.trouble(write=True))), "")
 
     async def _in_thread(self, name: str) -> str:
-        return await asyncio.to_thread(self._trouble, name, True)
+        trouble = await asyncio.to_thread(self._trouble, name, True)
+        self._keep_mount()
+        return trouble
 
     async def _probe_journal(self) -> str:
         try:

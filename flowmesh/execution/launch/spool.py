@@ -9,6 +9,7 @@ import asyncio
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from loguru import logger
@@ -22,10 +23,7 @@ from flowmesh.messages.job import (
     JOB_FILE,
     MAX_OUTCOME_BYTES,
     OUTCOME_FILE,
-    ArchiveRequest,
-    Fault,
     Outcome,
-    UploadRequest,
 )
 from flowmesh.results.safe_files import read_regular
 
@@ -36,20 +34,17 @@ _OF_A_RUN = frozenset({JOB_FILE, OUTCOME_FILE, BASELINE_FILE})
 """What may be there before the results are delivered."""
 
 
-class _Head(msgspec.Struct, frozen=True, kw_only=True):
-    """An Outcome without its result, which may be large and which the supervisor does not need."""
-
-    attempt: int
-    ok: bool
-    fault: Fault | None = None
-    message: str = ""
-    detail: str = ""
-    archives: tuple[ArchiveRequest, ...] = ()
-    uploads: tuple[UploadRequest, ...] = ()
-    phases: dict[str, float] = {}
-    warnings: tuple[str, ...] = ()
+def _without_result() -> list[Any]:
+    default: Any = msgspec.field  # its overloads do not know that one of the two is NODEFAULT
+    return [
+        (each.name, each.type, default(default=each.default, default_factory=each.default_factory))
+        for each in msgspec.structs.fields(Outcome)
+        if each.name != "result"
+    ]
 
 
+_Head = msgspec.defstruct("_Head", _without_result(), frozen=True, kw_only=True)
+"""An Outcome without its result, which may be large and which the supervisor does not need."""
 _head_decoder = msgspec.json.Decoder(_Head)
 _outcome_decoder = msgspec.json.Decoder(Outcome)
 
@@ -90,7 +85,7 @@ def decode_outcome(path: Path, limit_bytes: int = MAX_OUTCOME_BYTES) -> Outcome 
         return None
     except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"the child's {OUTCOME_FILE} cannot be read: {error}") from error
-    return Outcome(**{field: getattr(head, field) for field in head.__struct_fields__})
+    return Outcome(**msgspec.structs.asdict(head))
 
 
 async def take_back(layout: Layout, attempt: int) -> None:

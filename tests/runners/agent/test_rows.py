@@ -51,12 +51,25 @@ def cancelled(make_context, agents: Path, done: int, monkeypatch, **fields: Any)
     return ctx
 
 
+def _noting(told: list[float], report: Any) -> Any:
+    def progress(self: Context, *given: Any, **metrics: float) -> None:
+        told.extend([metrics["rows"]] if "rows" in metrics else [])
+        report(self, *given, **metrics)
+
+    return progress
+
+
 def outputs(result: dict[str, Any]) -> list[tuple[int, str, int]]:
     return [(item["index"], item["output"], item["metadata"]["n"]) for item in result["items"]]
 
 
 def test_a_cancelled_task_goes_on(make_context, agents, monkeypatch) -> None:
-    first = cancelled(make_context, agents, 2, monkeypatch)
+    told: list[float] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Context, "progress", _noting(told, Context.progress))
+        first = cancelled(make_context, agents, 2, monkeypatch)
+    assert told == sorted(told)
+    assert set(told) == {0, 1}, "progress says how many items are finished"
     assert first.rows is not None
     assert (first.rows.done, first.rows.total) == (2, 3)
     (first.out_dir / "workspace" / "0002").mkdir()

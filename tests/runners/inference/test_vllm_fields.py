@@ -12,7 +12,7 @@ import pytest
 
 from runners.api import BadRequest
 from tests.kit.inference_specs import outputs
-from tests.kit.odd_models import renamed, scaled, small_config, variant, write
+from tests.kit.odd_models import INT8, packed, renamed, scaled, small_config, variant, without, write
 from tests.runners.inference.test_vllm import both, forked, on_vllm, without_time  # noqa: F401 - a fixture is among them
 
 pytestmark = [
@@ -101,16 +101,42 @@ def test_weights_and_numbers_are_refused(forked, tiny_llama, make_context, tmp_p
     variant(tiny_llama, tmp_path / "compiled", renamed("_orig_mod."))
     variant(tiny_llama, tmp_path / "nan", scaled("layers.1.mlp.down", float("nan")))
     variant(tiny_llama, tmp_path / "large", lambda w: scaled("layers.0.mlp.down", 3e3)(scaled("0.mlp.up", 3e2)(w)))
+    variant(tiny_llama, tmp_path / "tied", tie_word_embeddings=True)
+    variant(tiny_llama, tmp_path / "infinite", scaled("lm_head", 2e38))  # infinity in the logits, and no NaN
     write(LlamaForSequenceClassification, tmp_path / "reward", small_config(rows, num_labels=1))
+    variant(
+        tiny_llama,
+        tmp_path / "int8",
+        lambda w: without("layers.1.self_attn.q_proj")(packed("compressed-tensors")(w)),
+        quantization_config=INT8,
+    )
     for name, dtype, message in (
+        ("int8", "float32", r"1 missing, first 'model\.layers\.1\.self_attn\.q_proj\.weight'"),
+        ("tied", "float32", r"an output layer 'lm_head\.weight' that differs from the embeddings"),
         ("compiled", "float32", r"21 missing, first 'lm_head\.weight'.*torch\.compile"),
         ("reward", "float32", r"1 unexpected, first 'score\.weight'"),
         ("nan", "float32", r"no finite numbers in float32"),
         ("large", "float16", r"overflow float16.*try dtype bfloat16 or float32"),
+        ("infinite", "float32", r"no finite numbers in float32: its numbers overflow"),
     ):
         spec = on_vllm(tmp_path / name, PROMPTS)
         spec["model"]["vllm"]["dtype"] = dtype
         with pytest.raises(BadRequest, match=rf"^spec\.model\.source\.identifier: .*{message}"):
+            forked(make_context(spec))
+
+
+def test_options_that_change_which_weights_are_loaded(forked, tiny_llama, make_context) -> None:
+    for option, message in (
+        ({"load_format": "dummy"}, r"^spec\.model\.vllm\.load_format: 'dummy' fills the model with random weights"),
+        ({"hf_overrides": {"num_hidden_layers": 3}}, r"9 missing, first 'model\.layers\.2"),
+        ({"hf_overrides": {"num_hidden_layers": 1}, "load_format": "safetensors"}, r"9 unexpected"),
+        ({"quantization": "fp8", "hf_overrides": {"num_hidden_layers": 3}}, r"9 missing"),
+        ({"model_impl": "vllm", "hf_overrides": {"num_hidden_layers": 3}}, r"9 missing"),
+        ({"load_format": "pt"}, r"cannot be loaded: .*pytorch_model"),
+    ):
+        spec = on_vllm(tiny_llama, PROMPTS)
+        spec["model"]["vllm"] |= option
+        with pytest.raises(BadRequest, match=message):
             forked(make_context(spec))
 
 

@@ -135,18 +135,36 @@ def test_a_cancelled_search_goes_on(make_context, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "changes"),
-    [(searching(), {"search.top_k": 1, "faiss.documents.items": ["a", "b", "c"], "faiss.metric": "l2",
-                    "embedding": {"query_prompt": "query: "}}),
-     (answering(), {"generate.max_tokens": 3, "generate.template": "{context} {query}"})],
+    ("path", "value"),
+    [("search.top_k", 1), ("faiss.documents.items", ["a", "b", "c"]), ("faiss.metric", "l2"),
+     ("embedding", {"query_prompt": "query: "})],
 )  # fmt: skip
-def test_another_document_has_other_rows(spec, changes, make_context) -> None:
-    spec = spec | {"data": {"type": "list", "items": ["a"]}}
+def test_another_search_has_other_rows(path, value, make_context) -> None:
+    spec = searching() | {"data": {"type": "list", "items": ["a"]}}
     context = make_context(spec, task_type="rag")
     RagRunner().run(context)
-    for count, (path, value) in enumerate(changes.items(), 2):
-        assert "rows" not in rag(make_context, change(spec, path, value), anew=False), path
-        assert len(kept(context).rows) == count, "old rows are lost"
+    assert "rows" not in rag(make_context, change(spec, path, value), anew=False)
+    assert len(kept(context).rows) == 2, "old rows are lost"
+
+
+def test_another_way_of_answering_has_other_rows(make_context) -> None:
+    from runners.rag.generate import find_answerer
+    from runners.rag.task import read_rag
+
+    def digest(spec: dict[str, Any]) -> str:
+        context = make_context(spec, task_type="rag")
+        generation = read_rag(context, spec).generation
+        assert generation is not None
+        return find_answerer(context, generation).digest
+
+    changes = {
+        "generate.max_tokens": 3, "generate.template": "{context} {query}", "generate.chat": True,
+        "model.transformers.dtype": "bfloat16",
+    }  # fmt: skip
+    found = {digest(answering()), *(digest(change(answering(), *each)) for each in changes.items())}
+    assert len(found) == len(changes) + 1
+    same = {"engine": "transformers", "generate.enforce_cpu": True, "search.top_k": 4}
+    assert {digest(change(answering(), *each)) for each in same.items()} == {digest(answering())}
 
 
 def test_rows_of_another_task(make_context) -> None:

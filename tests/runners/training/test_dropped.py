@@ -51,6 +51,23 @@ def test_rows_that_are_too_long(tmp_path: Path, task_type: str) -> None:
     assert message.endswith(f"it is {FITS}: raise it")
 
 
+CUT: dict[str, tuple[str, list[Any]]] = {
+    "sft": ("prompts", [LONG, "a slot"]),
+    "dpo": ("preferences", [{"prompt": "the node", "chosen": LONG, "rejected": " a log"}, DATA["dpo"][1]]),
+    "kto": ("examples", [{"prompt": "the node", "completion": LONG, "label": True}, DATA["kto"][1]]),
+    "grpo": ("prompts", [LONG, "a slot"]),
+}
+
+
+@pytest.mark.parametrize("task_type", list(CUT))
+def test_rows_that_are_cut(tmp_path: Path, task_type: str) -> None:
+    name, (long, short) = CUT[task_type]
+    online = {"reward": "length", "generation": {"max_new_tokens": 4}} if task_type == "grpo" else {}
+    training = {**TRAINING, **({"num_generations": 2} if online else {})}
+    result = train(tmp_path, task_type, {"data": {name: [long, short, short]}, "training": training, **online})
+    assert (result["dataset_size"], result["dropped_rows"], result["truncated_rows"]) == (3, {}, 1)
+
+
 def test_sft_rows_without_a_token_to_predict(tmp_path: Path) -> None:
     spec = {"data": {"prompts": ["", "a slot", "a log"]}, "training": TRAINING}
     result = train(tmp_path, "sft", spec, task_id="some")

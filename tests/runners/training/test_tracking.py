@@ -12,7 +12,9 @@ import pytest
 
 pytest.importorskip("trl", reason="needs the extra 'training'")
 
-from tests.kit.training_tasks import PAIRS, SUMS, refused, train
+from tests.kit import training_tasks
+from tests.kit.training_tasks import PAIRS, SUMS, refused, run, train
+from tests.kit.training_zygote import Zygote
 
 TRAINING = {"max_steps": 2, "batch_size": 4, "max_seq_length": 64, "logging_steps": 1, "save_steps": 1}
 ROWS: dict[str, dict[str, Any]] = {
@@ -98,3 +100,43 @@ def test_trackio_writes_into_the_artifacts_and_continues_its_run(tmp_path: Path,
         rows = database.execute("select run_name, step, metrics from metrics").fetchall()
     assert {name for name, *_ in rows} == {"task-1"}
     assert sum("loss" in str(metrics) for *_, metrics in rows) >= 4
+
+
+@pytest.mark.parametrize("task_type", ["sft", "ppo"])
+def test_mlflow_writes_into_the_artifacts_and_continues_its_run(tmp_path: Path, task_type: str) -> None:
+    pytest.importorskip("mlflow", reason="needs the extra 'mlflow'")
+    limits = {"limits": {"trackers": ["mlflow"]}}
+    folder = Path(train(tmp_path, task_type, spec(task_type, report_to="mlflow"), **limits)["output_dir"])
+    more = spec(task_type, report_to="mlflow", max_steps=3)
+    result = train(tmp_path, task_type, more, **limits)
+    assert result["metrics"]["first_step"] == 2
+    with contextlib.closing(sqlite3.connect(folder / "artifacts" / "mlflow.db")) as database:
+        (run,) = database.execute("select run_uuid, name, status from runs").fetchall()
+        steps = database.execute("select step from metrics where key = 'loss' order by step").fetchall()
+    known = json.loads((Path(result["checkpoints_dir"]) / "tracking.json").read_text())
+    assert run == (known["mlflow_id"], "task-1", "FINISHED")
+    assert [step for (step,) in steps] == [1, 2, 3]
+
+
+def test_a_run_that_fails_ends_as_failed(tmp_path: Path) -> None:
+    pytest.importorskip("mlflow", reason="needs the extra 'mlflow'")
+    fails = spec("sft", report_to="mlflow", learning_rate=1e30, max_steps=20)
+    outcome = run(tmp_path, "sft", fails, limits={"trackers": ["mlflow"]})
+    assert not outcome.ok
+    with contextlib.closing(sqlite3.connect(tmp_path / "results/task-1/artifacts/mlflow.db")) as database:
+        assert database.execute("select status from runs").fetchall() == [("FAILED",)]
+
+
+def test_wandb_has_written_everything_when_the_task_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb", reason="needs the extra 'wandb'")
+    limits = {"limits": {"trackers": ["wandb"]}}
+    assert (
+        "spec.training.report_to: wandb: No API key"
+        in run(tmp_path, "sft", spec("sft", report_to="wandb"), task_id="refused", **limits).message
+    )
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with contextlib.closing(Zygote(tmp_path / "zygote.log", training_tasks.hub())) as own:
+        monkeypatch.setattr(training_tasks, "zygote", lambda: own)
+        result = train(tmp_path, "sft", spec("sft", report_to="wandb"), **limits)
+    (file,) = Path(result["output_dir"]).glob("artifacts/wandb/offline-run-*-task-1/run-task-1.wandb")
+    assert b"train/loss" in file.read_bytes()

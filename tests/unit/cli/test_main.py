@@ -12,7 +12,12 @@ from flowmesh.installed import version
 
 SURFACE = {
     "run": "FILES --config --help --json --keep-going --read-root --results-dir --task-id --timeout -k",
-    "submit": "FILE --config --help --json --no-check --redis --task-id --timeout --wait --worker",
+    "submit": "FILES --anyway --config --help --json --no-check --priority --queue --redis --retries --task-id "
+    "--timeout --wait --worker",
+    "ps": "--all --config --help --json --redis",
+    "wait": "TASK_IDS --config --help --json --redis --timeout",
+    "result": "TASK_ID --config --help --json --redis",
+    "queue": "--config --help --json --redis",
     "validate": "FILES --config --help --json --kind",
     "schema": "KIND --help",
     "workers": "--config --help --json --redis --watch",
@@ -20,12 +25,14 @@ SURFACE = {
     "history": "--config --help --json --limit --owner --since --state-dir --sum --type --verdict",
     "show": "TASK_ID --config --help --json --state-dir",
     "replay": "TASK_ID --config --help --json --results-dir --secret --state-dir --until",
-    "logs": "TASK_ID --config --follow --help --json --raw --results-dir --state-dir --stderr --stdout -f -n",
+    "top": "--config --fleet --help --interval --json --once --redis --sort --state-dir",
+    "metrics": "--config --help --state-dir",
+    "logs": "TASK_ID --config --follow --help --json --raw --redis --results-dir --state-dir --stderr --stdout -f -n",
     "exec": (
         "COMMAND --config --embedded --gpus --help --memory --output --preload --quiet --report --results-dir "
         "--timeout -q"
     ),
-    "cancel": "TASK_ID --config --force --help --json --state-dir",
+    "cancel": "TASK_ID --config --force --help --json --reason --redis --state-dir",
     "deliver": "TASK_ID --config --help --json --state-dir",
     "drain": "--cancel --config --help --json --mode --state-dir --wait",
     "init": "--dry-run --help --prefix --supervisord --systemd --user",

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from flowmesh.cli.logs import harmless
 from flowmesh.errors import FieldError
-from flowmesh.messages.text import encode_json, encode_msgpack, escaped, whole
+from flowmesh.messages.text import encode_json, encode_msgpack, escaped, harmless, whole
 from flowmesh.messages.wire import address, salvaged_address
 
 OURS = {"task_id": "t-1", "assigned_worker": "w1", "dispatched_at": "now"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -73,7 +74,19 @@ def deliveries(layout: Layout, places: int = 1) -> Deliveries:
     )
     delivery = msgspec.structs.replace(settings.delivery, concurrency=places)
     children = DeliveryChildren(delivery, layout, Helpers(pool))
-    return Deliveries(children, Jobs(settings, layout), layout, Cleanup(layout))
+    return Deliveries(children, Jobs(settings, layout), layout, Cleanup(layout), Never())
+
+
+class Never:
+    """No child of these tests is started."""
+
+    wait_s = 0.0
+
+    def report(self, environment: str, reason: str) -> None:
+        raise AssertionError(f"{environment}: {reason}")
+
+    async def works(self, environment: str, stopped: Callable[[], bool], until: float) -> bool:
+        raise AssertionError(environment)
 
 
 def test_a_cancel_before_the_first_step_of_a_delivery(layout: Layout) -> None:

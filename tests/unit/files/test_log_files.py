@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from flowmesh.cli.log_files import LogFiles, Tail, start_of_last
 from flowmesh.errors import FlowMeshError
+from flowmesh.files.log_files import LogFiles, Tail, start_of_last
 
 
 @pytest.fixture

@@ -1,0 +1,189 @@
+"""`flowmesh ps`, `wait`, `result` and `queue`: a deployment's tasks, from any machine that reaches its Redis."""
+
+from __future__ import annotations
+
+import datetime
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+import msgspec
+
+from flowmesh.cli import locate, render
+from flowmesh.cli.deployment import TaskFailed
+from flowmesh.cli.render import Column
+from flowmesh.cli.summary import summary
+from flowmesh.errors import EXIT_FAILURE, EXIT_OK, BusyError
+
+if TYPE_CHECKING:
+    from flowmesh.client import Client, End, TaskState
+
+_TASKS = (
+    Column("TASK", least=12),
+    Column("STATE"),
+    Column("TYPE", drop=2),
+    Column("OWNER", least=6, drop=4),
+    Column("PRIORITY", drop=5),
+    Column("WORKER", least=8),
+    Column("TRIES", drop=3),
+    Column("AGE", drop=1),
+)
+_WAITING = (Column("REQUIRES", least=20), Column("HIGH"), Column("NORMAL"), Column("LOW"))
+
+
+def client_of(redis_url: str | None, config: str | None) -> Client:
+    """A client of the deployment that the options, the environment or the node's file name."""
+    from flowmesh.client import Client
+
+    url, topic = locate.deployment_of(redis_url, config)
+    return Client(url, topic=topic)
+
+
+@click.command(help="List the tasks of a deployment that wait or run.")
+@locate.redis_option
+@locate.config_option
+@click.option("--all", "every", is_flag=True, help="Also those that ended within a day.")
+@locate.json_option
+def ps(redis_url: str | None, config: str | None, every: bool, as_json: bool) -> int:
+    """Run the command; returns the exit code."""
+    with client_of(redis_url, config) as client:
+        found = client.tasks(all=every)
+    if as_json:
+        render.print_json({"tasks": [msgspec.to_builtins(task) for task in found]})
+    elif found:
+        render.table(_TASKS, [_row(task) for task in found])
+    else:
+        print("no task waits or runs")
+    return EXIT_OK
+
+
+def _row(task: TaskState) -> list[str]:
+    state = task.state if not task.ended else "succeeded" if task.ok else f"failed ({task.verdict})"
+    tries = "" if not task.priority else f"{task.failures + (not task.ended and task.state != 'queued')}"
+    return [
+        task.task_id,
+        state,
+        task.task_type,
+        task.owner,
+        task.priority,
+        task.worker_id,
+        f"{tries} of {task.retries + 1}" if tries and not task.ended else str(task.attempt or ""),
+        _age(task.ended_at or task.started_at or task.queued_at),
+    ]
+
+
+def _age(moment: str) -> str:
+    try:
+        at = datetime.datetime.fromisoformat(moment)
+        return render.seconds(max(0.0, (datetime.datetime.now(datetime.UTC) - at).total_seconds()))
+    except (ValueError, TypeError):
+        return ""
+
+
+@click.command(help="Wait until tasks have ended; exit with 0 only if all of them succeeded.")
+@click.argument("task_ids", metavar="TASK...", nargs=-1, required=True)
+@locate.redis_option
+@locate.config_option
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="Wait no longer than this for all of them together. The tasks themselves continue.",
+)
+@locate.json_option
+def wait(
+    task_ids: tuple[str, ...], redis_url: str | None, config: str | None, timeout: float | None, as_json: bool
+) -> int:
+    """Run the command; returns the exit code."""
+    with client_of(redis_url, config) as client:
+        return wait_for(client, task_ids, timeout, as_json=as_json)
+
+
+def wait_for(client: Client, task_ids: tuple[str, ...], timeout_s: float | None, *, as_json: bool) -> int:
+    """Wait for tasks and print how each ended; returns EXIT_OK if all succeeded.
+
+    Raises:
+        TaskFailed: the only task failed.
+        BusyError: a task has not ended in time.
+    """
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    ends: list[End] = []
+    for task_id in task_ids:
+        left = None if deadline is None else max(0.01, deadline - time.monotonic())
+        try:
+            end = client.wait(task_id, left)
+        except BusyError:
+            raise BusyError(f"{task_id} has not ended after {timeout_s:g} s; it continues") from None
+        ends.append(end)
+        if not as_json:
+            _print_end(end, alone=len(task_ids) == 1)
+    if as_json:
+        shown = [_json(end) for end in ends]
+        render.print_json(shown[0] if len(shown) == 1 else {"tasks": shown})
+    if len(ends) == 1 and not ends[0].ok:
+        raise TaskFailed.of(ends[0].task_id, ends[0].verdict, ends[0].error)
+    return EXIT_OK if all(end.ok for end in ends) else EXIT_FAILURE
+
+
+def _json(end: End) -> dict[str, Any]:
+    return {"task_id": end.task_id, "ok": end.ok, **msgspec.to_builtins(end)}
+
+
+def _print_end(end: End, *, alone: bool) -> None:
+    if end.ok:
+        print(f"{end.task_id} {render.succeeded(end.runtime_s)} on {end.worker_id}", flush=True)
+    elif not alone:
+        print(f"{end.task_id} failed ({end.verdict}): {render.printable(end.error)}", flush=True)
+    render.warnings(list(end.warnings))
+
+
+@click.command(help="Print the result of a task that was queued or submitted, as long as it lies in Redis.")
+@click.argument("task_id", metavar="TASK")
+@locate.redis_option
+@locate.config_option
+@locate.json_option
+def result(task_id: str, redis_url: str | None, config: str | None, as_json: bool) -> int:
+    """Run the command; returns the exit code."""
+    with client_of(redis_url, config) as client:
+        found = client.result(task_id)
+    if as_json:
+        render.print_json(found)
+    else:
+        print("\n".join(summary(found, render.width(sys.stdout))))
+    return EXIT_OK
+
+
+@click.command(help="Show how many tasks wait in the queue, by what they require.")
+@locate.redis_option
+@locate.config_option
+@locate.json_option
+def queue(redis_url: str | None, config: str | None, as_json: bool) -> int:
+    """Run the command; returns the exit code."""
+    with client_of(redis_url, config) as client:
+        found = client.waiting()
+    if as_json:
+        render.print_json({"waiting": found})
+    elif found:
+        render.table(_WAITING, [[_needs(each["requires"]), *_counts(each["waiting"])] for each in found])
+    else:
+        print("no task waits in the queue")
+    return EXIT_OK
+
+
+def _needs(requires: dict[str, Any]) -> str:
+    parts = [str(requires.get("task_type") or "any type")]
+    if gpus := requires.get("gpus"):
+        parts.append(f"{gpus}x {requires.get('gpu_type') or 'GPU'}")
+    if memory := requires.get("gpu_memory"):
+        parts.append(f"{render.gib(memory)} of GPU memory")
+    if cpu := requires.get("cpu"):
+        parts.append(f"{cpu:g} cores")
+    if memory := requires.get("memory"):
+        parts.append(f"{render.gib(memory)} of memory")
+    parts += requires.get("tags", ())
+    return ", ".join(parts)
+
+
+def _counts(waiting: dict[str, int]) -> list[str]:
+    return [str(waiting.get(name, 0)) for name in ("high", "normal", "low")]
