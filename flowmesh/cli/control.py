@@ -72,13 +72,14 @@ class Control:
     def status(self) -> NodeStatus:
         return self._ask({"op": "status"}, NodeStatus)
 
-    def status_json(self, limit: int | None = None) -> dict[str, Any]:
+    def status_json(self, limit: int | None = None, timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
         """The status as the node sent it, with fields that this client does not know.
 
         Args:
             limit: list at most so many waiting tasks and deliveries; a node of an older version lists all.
         """
-        return self._ask({"op": "status"} | ({} if limit is None else {"limit": limit}), dict[str, Any])
+        request = {"op": "status"} | ({} if limit is None else {"limit": limit})
+        return self._ask(request, dict[str, Any], timeout_s)
 
     def metrics(self) -> str:
         """The node's metrics, in Prometheus' text format."""

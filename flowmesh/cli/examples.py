@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from flowmesh import installed
-from flowmesh.cli import render
+from flowmesh.cli import completing, render
 from flowmesh.errors import EXIT_OK, ConfigError
 from flowmesh.validation.describe import nearest
 
@@ -16,7 +16,7 @@ MODELINE = "# yaml-language-server: $schema="
 
 
 @click.command(help="List the example tasks, or print one: `flowmesh examples echo > echo.yaml`.")
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=completing.examples)
 @click.option(
     "--copy", "folder", type=click.Path(file_okay=False), metavar="DIR", help="Copy all of them, with their data."
 )

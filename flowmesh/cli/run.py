@@ -12,6 +12,7 @@ import click
 import msgspec
 
 from flowmesh.cli import documents, locate, render
+from flowmesh.cli.batch_file import is_batch_file, submission_of
 from flowmesh.cli.checked_file import refuse_faults
 from flowmesh.cli.deployment import TaskFailed
 from flowmesh.cli.documents import Submission
@@ -28,9 +29,19 @@ _NODES_OWN = ("node_fault", "supervisor_lost")
 
 
 @click.command(
-    help="Run task files on this machine, one after another, on a temporary node. Needs no Redis and no orchestrator."
+    help="Run task files on this machine, one after another, on a temporary node. Needs no Redis and no orchestrator. "
+    "A .jsonl file is a batch of requests as for OpenAI's Batch API, and needs --model."
 )
-@click.argument("files", nargs=-1, required=True, metavar="FILE.yaml...")
+@click.argument("files", nargs=-1, required=True, metavar="FILE.yaml|FILE.jsonl...")
+@click.option("--model", metavar="MODEL", help="Of batch files: a hub id or a local folder.")
+@click.option("--engine", type=click.Choice(["auto", "vllm", "transformers"]), help="Of batch files; default: auto.")
+@click.option(
+    "--served-model-name",
+    "served",
+    multiple=True,
+    metavar="NAME",
+    help="A name that the lines of batch files give the model, besides MODEL; may be repeated.",
+)
 @locate.config_option
 @click.option(
     "--results-dir", type=click.Path(file_okay=False), metavar="DIR", help="Folder for results; else from --config."
@@ -52,6 +63,9 @@ _NODES_OWN = ("node_fault", "supervisor_lost")
 def run(
     *,
     files: tuple[str, ...],
+    model: str | None,
+    engine: str | None,
+    served: tuple[str, ...],
     config: str | None,
     results_dir: str | None,
     read_roots: tuple[str, ...],
@@ -63,9 +77,21 @@ def run(
     """Run the command; returns the exit code."""
     if task_id is not None and len(files) > 1:
         raise click.UsageError("--task-id: allowed for a single file only; leave it out, or run the files one by one")
-    submissions = [documents.load(file, task_id) for file in files]
+    batches = [file for file in files if is_batch_file(file)]
+    if batches and model is None:
+        raise click.UsageError(f"--model: missing; {batches[0]} is a batch file, which needs the model that answers it")
+    if not batches and (model or engine or served):
+        raise click.UsageError("--model, --engine, --served-model-name: for batch files (.jsonl); a task names its own")
+    submissions = [
+        submission_of(file, model, engine=engine, served=served, task_id=task_id)
+        if model is not None and is_batch_file(file)
+        else documents.load(file, task_id)
+        for file in files
+    ]
     refuse_faults(submissions, known_types(locate.settings(config)))
     folders = [Path.cwd() if file == "-" else Path(file).absolute().parent for file in files]
+    if model is not None and Path(model).is_dir():
+        folders.append(Path(model))
     roots = tuple(dict.fromkeys(str(folder.resolve()) for folder in (*folders, *map(Path, read_roots))))
     options = LocalOptions(config=config, results_dir=results_dir, read_roots=roots)
     return run_all(submissions, options, timeout_s=timeout, keep_going=keep_going, as_json=as_json)

@@ -11,7 +11,7 @@ from typing import Any
 import click
 import msgspec
 
-from flowmesh.cli import deployment, documents, locate, redis_limits, render
+from flowmesh.cli import completing, deployment, documents, locate, redis_limits, render
 from flowmesh.cli.checked_file import refuse_faults
 from flowmesh.cli.deployment import TaskEnd, TaskFailed
 from flowmesh.cli.documents import Submission
@@ -41,7 +41,9 @@ from flowmesh.tasks.catalogue import known_types
     help="With --queue: attempts after a failure that another node may not have; default 2.",
 )
 @click.option("--anyway", is_flag=True, help="With --queue: even if no registered worker could ever run it.")
-@click.option("--worker", "worker_id", metavar="ID", help="Send it to this worker only.")
+@click.option(
+    "--worker", "worker_id", metavar="ID", help="Send it to this worker only.", shell_complete=completing.worker_ids
+)
 @click.option("--task-id", metavar="ID", help="The task's id; else a new one.")
 @click.option("--no-check", is_flag=True, help="Send it unchecked: the worker has another version or runner.")
 @click.option("--wait", is_flag=True, help="Wait until the task has ended; exit with 0 only if it succeeded.")

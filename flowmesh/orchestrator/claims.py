@@ -29,11 +29,12 @@ from flowmesh.orchestrator.dispatcher import Dispatcher
 from flowmesh.orchestrator.elsewhere import fits_elsewhere
 from flowmesh.orchestrator.record_sender import RecordSender, stop_stale
 from flowmesh.orchestrator.registration import Registration
+from flowmesh.orchestrator.wake_ups import POLL_S, WakeUps
 from flowmesh.queue import names, scripts
 from flowmesh.queue.classes import RequirementClass, parse
+from flowmesh.tasks.journal import JournalError
 
-POLL_S = (4.0, 8.0)
-"""Bounds of the pause, drawn each time, after which an idle node looks without having been woken."""
+_ERRORS = (RedisError, OSError, TimeoutError, JournalError)
 FORBIDDEN_S = 300.0
 """Between two tries of a login that may not use the queue."""
 ALLOW_S = 2.0
@@ -69,7 +70,7 @@ class Claims(Observer):
         self._registration = registration
         self._sender = sender
         self._client = client
-        self._blocked = blocked
+        self._wake_ups = WakeUps(blocked)
         self._node_id = node_id
         self._lock = asyncio.Lock()
         self._doubt = True
@@ -100,26 +101,25 @@ class Claims(Observer):
         """Claim until cancelled."""
         backoff = Backoff()
         await self._registration.subscribed.wait()
-        waits = asyncio.create_task(self._wait_for_tokens())
-        try:
-            while True:
-                self._free.clear()
-                try:
-                    await self.look()
-                except (RedisError, OSError, TimeoutError) as error:
-                    pause_s = self._failed(error, backoff)
-                    await leave_replica(self._client, error)
-                    await asyncio.sleep(pause_s)
-                    continue
-                self._looked.set()
-                self.trouble.works()
-                self.refused = ""
-                backoff.reset()
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(random.uniform(*POLL_S)):
-                        await self._free.wait()
-        finally:
-            waits.cancel()
+        await asyncio.gather(self._look_again_and_again(backoff), self._wait_for_tokens())
+
+    async def _look_again_and_again(self, backoff: Backoff) -> None:
+        while True:
+            self._free.clear()
+            try:
+                await self.look()
+            except _ERRORS as error:
+                pause_s = self._failed(error, backoff)
+                await leave_replica(self._client, error)
+                await asyncio.sleep(pause_s)
+                continue
+            self._looked.set()
+            self.trouble.works()
+            self.refused = ""
+            backoff.reset()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(random.uniform(*POLL_S)):
+                    await self._free.wait()
 
     def _failed(self, error: BaseException, backoff: Backoff) -> float:
         """Note a failure; returns how long to wait."""
@@ -153,7 +153,7 @@ class Claims(Observer):
             if idle := self.idle_slots():
                 await self._read_classes()
             for slot in idle:
-                if keys := self._fitting(slot):
+                if slot.idle and (keys := self._fitting(slot)):
                     used = used or woken in keys
                     left |= await self._claim(slot, keys, woken if woken in keys else "")
             if woken and not used:
@@ -260,37 +260,15 @@ class Claims(Observer):
                 await self._looked.wait()
                 continue
             try:
-                if (woken := await self._token(keys)) is not None:
+                if (woken := await self._wake_ups.token(keys, self._renewed)) is not None:
                     left = await self.look(woken)
                     backoff.reset()
                     if left:
                         await asyncio.sleep(SOON_S)
-            except (RedisError, OSError, TimeoutError) as error:
+            except _ERRORS as error:
                 pause_s = self._failed(error, backoff)
-                await leave_replica(self._blocked, error)
+                await leave_replica(self._wake_ups.client, error)
                 await asyncio.sleep(pause_s)
-
-    async def _token(self, keys: list[str]) -> str | None:
-        """The class whose token was taken; None: none came, or other classes are to be waited for."""
-        lists = {names.wake_key(key): key for key in keys}
-        taking = asyncio.create_task(self._take(list(lists)))
-        renewed = asyncio.create_task(self._renewed.wait())
-        try:
-            await asyncio.wait([taking, renewed], return_when=asyncio.FIRST_COMPLETED)
-            if taking.done():
-                answer = taking.result()
-                return None if answer is None else lists[answer[0].decode()]
-            return None
-        finally:
-            renewed.cancel()
-            if not taking.done():
-                taking.cancel()
-                with contextlib.suppress(asyncio.CancelledError, RedisError, OSError, TimeoutError):
-                    await taking
-                await self._blocked.connection_pool.disconnect()
-
-    async def _take(self, lists: list[str]) -> Any:
-        return await self._blocked.blpop(lists, timeout=int(random.uniform(*POLL_S)))
 
 
 def _is_attempt(run: Run | None, attempt: int) -> bool:

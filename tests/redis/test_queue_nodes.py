@@ -18,7 +18,7 @@ import pytest
 import redis
 
 from flowmesh.cli.main import cli, guarded
-from flowmesh.client import Client, TaskState
+from flowmesh.client import Client, NeverFits, TaskState
 from tests.kit.support import Node, Orchestrator, RedisServer, until
 
 pytestmark = pytest.mark.redis
@@ -200,6 +200,17 @@ def _span(end: dict[str, Any]) -> tuple[float, float]:
     """When a task ran, in seconds."""
     began = datetime.datetime.fromisoformat(end["payload"]["started_at"]).timestamp()
     return began, began + end["payload"]["runtime_sec"]
+
+
+def test_a_disabled_worker_takes_nothing(fleet: Fleet) -> None:
+    raw = fleet.server.client()
+    raw.sadd("workers:elastic_disabled", "w1")
+    tags = [{"spec": {"taskType": "echo", "resources": {"tags": each}}} for each in ([], ["fast"])]
+    with pytest.raises(NeverFits, match="lacks the tag 'fast'"):
+        fleet.client.queue(tags[1])
+    ids = [fleet.client.queue(tags[0]).task_id for _ in range(5)]
+    assert {fleet.client.wait(task, 30).worker_id for task in ids} == {"w2"}
+    raw.srem("workers:elastic_disabled", "w1")
 
 
 def test_cancelled_from_anywhere(fleet: Fleet) -> None:

@@ -14,7 +14,7 @@ import redis
 from flowmesh.client import AsyncClient, Client, NeverFits, NoResult, TaskExists, UnknownTask, WorkerGone
 from flowmesh.queue import names, scripts
 from flowmesh.queue.classes import class_of
-from flowmesh.queue.scripts import Script
+from flowmesh.queue.lua import Script
 from tests.kit.fake_node import register
 from tests.kit.support import RedisServer
 
