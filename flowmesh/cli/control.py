@@ -91,14 +91,17 @@ class Control:
     def cancel(self, task_id: str, *, force: bool = False) -> dict[str, Any]:
         return self._ask({"op": "cancel", "task_id": task_id, "force": force}, dict[str, Any])
 
-    def submit(self, task_id: str, document: dict[str, Any]) -> Taken:
+    def submit(self, task_id: str, document: dict[str, Any], *, watch: bool = False) -> Taken:
         """Hand a task to the node.
+
+        Args:
+            watch: `watched` has its events next, unless it was refused.
 
         Raises:
             Refused: it fits none of its workers, or the node takes no task now.
         """
         body = msgspec.json.encode(document)
-        self._send({"op": "submit", "task_id": task_id, "bytes": len(body)}, body)
+        self._send({"op": "submit", "task_id": task_id, "bytes": len(body), "watch": watch}, body)
         return self._answer("submit", Taken)
 
     def drain(self, mode: str) -> dict[str, Any]:
@@ -124,10 +127,11 @@ class Control:
             UnavailableError: the node closed the connection before.
         """
         self._send({"op": "watch", "task_id": task_id})
-        self._sock.settimeout(None)  # a task may report nothing for hours
-        return self._watched()
+        return self.watched()
 
-    def _watched(self) -> Iterator[Seen]:
+    def watched(self) -> Iterator[Seen]:
+        """See `watch` and `submit`."""
+        self._sock.settimeout(None)  # a task may report nothing for hours
         while True:
             line = self._line()
             message = _decode(line, dict[str, Any])

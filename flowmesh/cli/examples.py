@@ -24,7 +24,8 @@ MODELINE = "# yaml-language-server: $schema="
 def examples(name: str | None, folder: str | None, as_json: bool) -> int:
     """Run the command; returns the exit code."""
     source = installed.conf() / "tasks"
-    files = {path.stem: path for path in sorted(source.glob("*.yaml"))}
+    paths = [*sorted(source.glob("*.yaml")), *sorted((source / "pipelines").glob("*.yaml"))]
+    files = {path.relative_to(source).with_suffix("").as_posix(): path for path in paths}
     if folder is not None:
         return _copy(source, Path(folder))
     if name is not None:

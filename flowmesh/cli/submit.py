@@ -17,8 +17,9 @@ from flowmesh.cli.deployment import TaskEnd, TaskFailed
 from flowmesh.cli.documents import Submission
 from flowmesh.cli.fleet import wait_for
 from flowmesh.cli.wait import Wait
-from flowmesh.errors import EXIT_OK, UnavailableError
+from flowmesh.errors import EXIT_OK, FieldError, UnavailableError
 from flowmesh.messages import wire
+from flowmesh.pipelines.document import is_pipeline
 from flowmesh.queue.workers import NoWorkerFits, choose
 from flowmesh.tasks.catalogue import known_types
 
@@ -82,6 +83,7 @@ def submit(
     if len(files) > 1 and task_id is not None:
         raise click.UsageError("--task-id needs a single file")
     submissions = [documents.load(file, task_id) for file in files]
+    _refuse_pipelines(submissions)
     if not no_check:
         refuse_faults(submissions, known_types(locate.settings(config)))
     url, topic = locate.deployment_of(redis_url, config)
@@ -89,6 +91,16 @@ def submit(
         how = {"priority": priority or "normal", "retries": 2 if retries is None else retries, "anyway": anyway}
         return _queue(url, submissions, how, wait=wait, timeout_s=timeout, as_json=as_json)
     return _send(url, topic, submissions[0], worker_id, wait=wait, timeout_s=timeout, as_json=as_json)
+
+
+def _refuse_pipelines(submissions: list[Submission]) -> None:
+    """Raises FieldError for a pipeline: a worker would run its outer spec as one task."""
+    for each in submissions:
+        if is_pipeline(each.document):
+            name = "spec.stages" if each.document["spec"].get("stages") is not None else "spec.graph"
+            raise FieldError(
+                f"{each.source}: {name}: a pipeline cannot be submitted; `flowmesh run` runs it on this machine", name
+            )
 
 
 def _queue(

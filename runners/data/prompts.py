@@ -10,8 +10,8 @@ from typing import Any
 import msgspec
 
 from flowmesh.validation.convert import FieldError, convert
+from flowmesh.validation.names import kind
 from runners.api import BadRequest, Context
-from runners.data.names import kind
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

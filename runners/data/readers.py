@@ -16,9 +16,9 @@ from typing import Any
 
 import msgspec
 
+from flowmesh.validation.names import is_name
 from runners.api import BadRequest, MissingDependency
 from runners.data import json_text
-from runners.data.names import is_name
 from runners.data.prompts import check_text
 from runners.data.reading import Reach, Refused
 from runners.data.tables import Columns

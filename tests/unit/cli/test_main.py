@@ -12,8 +12,8 @@ from flowmesh.installed import version
 
 SURFACE = {
     "run": (
-        "FILES --config --engine --help --json --keep-going --model --read-root --results-dir --served-model-name "
-        "--task-id --timeout -k"
+        "FILES --config --embedded --engine --help --json --keep-going --model --read-root --results-dir "
+        "--served-model-name --task-id --timeout -k"
     ),
     "submit": "FILES --anyway --config --help --json --no-check --priority --queue --redis --retries --task-id "
     "--timeout --wait --worker",
