@@ -85,6 +85,12 @@ class Operations:
             "draining": executor.draining,
             "isolation": node.isolation,
             "task_types": executor.offered_types(),
+            "results_dir": str(executor.layout.results_dir),
+            "permits": {
+                "read_roots": list(executor.settings.tasks.read_roots),
+                "trust_remote_code": bool(executor.settings.tasks.trust_remote_code),
+                "local_hosts": bool(executor.settings.tasks.local_hosts),
+            },
             "faults": executor.conditions.listed(),
             "workers": [
                 {
