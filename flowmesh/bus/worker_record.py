@@ -26,6 +26,8 @@ from flowmesh.messages.wire import (
 
 DEGRADED_FIELD = "degraded"
 """In the hash and in STATUS: why the worker takes no tasks; absent while it does."""
+METRICS_FIELD = "metrics_json"
+"""In the hash: what the last heartbeat carried, for who was not there when it was published."""
 OWNER = "flowmesh_owner"
 """The hash's field with the owner."""
 TOKEN = "flowmesh_token"
@@ -263,7 +265,7 @@ class WorkerRecord:
         """Renew the heartbeat key, and publish HEARTBEAT."""
         async with self.client.pipeline(transaction=False) as pipeline:
             self._set_heartbeat(pipeline, worker_id)
-            pipeline.hset(worker_key(worker_id), "last_seen", utc_now())
+            _write(pipeline, worker_id, {"last_seen": utc_now(), METRICS_FIELD: encode(metrics)})
             _publish(pipeline, "HEARTBEAT", worker_id, metrics=metrics)
             await pipeline.execute()
 

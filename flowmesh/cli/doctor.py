@@ -24,7 +24,7 @@ from flowmesh.redaction import redact_url
 from flowmesh.settings import load, paths
 from flowmesh.settings.schema import Settings
 from flowmesh.startup import environments
-from flowmesh.tasks.catalogue import DELIVERY
+from flowmesh.tasks.catalogue import DELIVERY, OFF
 
 
 @click.command(
@@ -142,6 +142,8 @@ def _environments(settings: Settings, inventory: Inventory) -> Iterator[Finding]
         listed = ", ".join(sorted(names))
         if command:
             yield Finding("environments", Level.NOTE, f"not offered: {listed} ({lacking} not installed)", command)
+        elif why.startswith(OFF):
+            yield Finding("environments", Level.NOTE, f"not offered: {listed} (off)", why.removeprefix(OFF))
         else:
             remedy = "repair that interpreter, or set environments.NAME.python to another one"
             yield Finding("environments", Level.BROKEN, f"not offered: {listed} ({why})", remedy)

@@ -8,8 +8,10 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from flowmesh import installed
-from flowmesh.control import drain
+from flowmesh.control import drain, overview
 from flowmesh.control.server import ControlError, Handler, text_field
 from flowmesh.errors import FlowMeshError
 from flowmesh.execution import task_events
@@ -64,19 +66,30 @@ class Operations:
             "upgrade": self._upgrade,
         }
 
-    def _status(self, _request: dict[str, Any]) -> dict[str, Any]:
+    def _status(self, request: dict[str, Any]) -> dict[str, Any]:
+        limit = request.get("limit")
+        if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 0):
+            raise ControlError(f"limit: expected a whole number from 0, found {limit!r}")
         node, executor, presences = self._node, self._executor, self._link.registration.presences
         late = sorted(each for presence in presences.values() for each in presence.late_s)
+        tasks, left_out = overview.tasks(executor, limit)
         return {
             "pid": os.getpid(),
             "version": installed.version(),
             "node_id": node.node_id,
             "uptime_s": round(time.monotonic() - node.started, 3),
+            "power": msgspec.to_builtins(node.power.power(node.inventory.gpus)),
             "redis_up": self._link.up,
             "redis_troubles": self._link.troubles(),
             "draining": executor.draining,
             "isolation": node.isolation,
             "task_types": executor.offered_types(),
+            "results_dir": str(executor.layout.results_dir),
+            "permits": {
+                "read_roots": list(executor.settings.tasks.read_roots),
+                "trust_remote_code": bool(executor.settings.tasks.trust_remote_code),
+                "local_hosts": bool(executor.settings.tasks.local_hosts),
+            },
             "faults": executor.conditions.listed(),
             "workers": [
                 {
@@ -86,10 +99,14 @@ class Operations:
                     "task_id": slot.current.task_id if slot.current is not None else None,
                     "gpus": list(slot.plan.gpus),
                     "reason": slot.trouble or None,
+                    "cost_per_hour": round(executor.settings.node.cost_per_hour * slot.plan.share, 9),
                 }
                 for worker_id, slot in executor.slots.items()
             ],
-            "tasks": [run.snapshot() for run in executor.runs],
+            "tasks": tasks,
+            "tasks_left_out": left_out,
+            "gpus": executor.gpus.last.listed(),
+            "recent": executor.recent.listed(),
             "servers": [
                 {
                     "environment": server.environment,

@@ -27,6 +27,7 @@ from flowmesh.execution.gpu.assembly import make_monitor
 from flowmesh.execution.gpu.canary import FIRST_ATTEMPT as FIRST_CANARY
 from flowmesh.execution.gpu.canary import Canaries
 from flowmesh.execution.gpu.idle_check import IdleCheck, Notes
+from flowmesh.execution.gpu.live_notes import LiveNotes
 from flowmesh.execution.housekeeping.cleanup import Cleanup
 from flowmesh.execution.housekeeping.old_history import keep_pruned
 from flowmesh.execution.housekeeping.retention import Retention
@@ -40,6 +41,7 @@ from flowmesh.execution.launch.task_children import TaskChildren
 from flowmesh.execution.layout import Layout
 from flowmesh.execution.observer import Observers
 from flowmesh.execution.ports import Work
+from flowmesh.execution.recent_ends import RecentEnds
 from flowmesh.execution.run import Run
 from flowmesh.execution.run_table import RunTable
 from flowmesh.execution.timers import Timers
@@ -94,6 +96,7 @@ class Executor:
         self._gpu_names = {gpu.uuid: gpu.name for gpu in gpus}
         self.runs = RunTable()
         self.counters = Counters()
+        self.recent = RecentEnds(layout)
         self.early_cancels = EarlyCancels()
         self.observers = Observers()
         self.draining: str | None = None
@@ -183,7 +186,15 @@ class Executor:
         return self.helpers if attempt < 0 or attempt >= FIRST_CANARY else self.children
 
     def heartbeat_observer(self, slot: Slot[Run]) -> HeartbeatObserver:
-        return IdleCheck(self.gpus, slot, self.begin) if slot.plan.gpus else Notes(slot)
+        live = LiveNotes(
+            slot,
+            self.gpus,
+            runs=self.runs,
+            recent=self.recent,
+            layout=self.layout,
+            cost_per_hour=self.settings.node.cost_per_hour * slot.plan.share,
+        )
+        return IdleCheck(self.gpus, slot, self.begin, live) if slot.plan.gpus else Notes(slot, live)
 
     def offered_types(self) -> list[str]:
         """The task types that can run now, sorted."""
@@ -408,6 +419,7 @@ class Executor:
         self.observers.on_posted()
         self.runs.remove(run)
         self.counters.add_verdict(verdict.kind)
+        self.recent.add(run, verdict, finished_at=now, cost_per_hour=cost)
         self.observers.on_ended(run, verdict)
         self._report_end(run, verdict, event)
         if verdict.kind is not Kind.DELIVERY_FAILED:  # its spool folder is kept for `flowmesh deliver`

@@ -13,12 +13,17 @@ import msgspec
 
 from flowmesh.execution import boot_clock
 from flowmesh.execution.admission import Accepted
+from flowmesh.execution.trend import Trend
 from flowmesh.messages.job import Exit, Outcome
 from flowmesh.messages.wire import Recorded, utc_now
 from flowmesh.node.slots import Slot
 from flowmesh.processes.pipe import Pipe, Progress
 from flowmesh.results.job import DeliveryReport
 from flowmesh.tasks.machine import State, Task
+
+MOST_METRICS = 8
+MOST_UNIT_CHARS = 32
+"""Of a bounded snapshot's progress, which the task wrote."""
 
 
 class Timeline:
@@ -62,12 +67,11 @@ class Run:
         self.cgroup: str | None = None
         """The folder of its cgroup, if it has one."""
         self.phase = ""
-        self.queued = time.monotonic()
-        """When it came, or this supervisor found it, monotonic."""
         self.waits_for = ""
         """What its delivery waits for; empty: it does not wait."""
         self.progress: Progress | None = None
         """The last progress that it reported."""
+        self.trend = Trend()
         self.last_frame_at = time.monotonic()
         """When its last frame arrived, or it started."""
         self.bad_frames = 0
@@ -80,7 +84,7 @@ class Run:
         self.started = 0.0
         """When it started, monotonic; computed from `boot_mark` for an adopted task. 0: it has not started."""
         self.queued_at = time.monotonic()
-        """When it was accepted, or adopted while it waited."""
+        """When it was accepted, or this supervisor found it, monotonic."""
         self.fork_asked = 0.0
         """When its fork server was asked for its process, monotonic. 0: it was not, or by an earlier supervisor."""
         self.faulted_at = 0.0
@@ -171,8 +175,18 @@ class Run:
             "gone_ms": self.exit.gone_ms,
         }
 
-    def snapshot(self) -> dict[str, Any]:
-        """The task's entry in `flowmesh status`."""
+    def snapshot(self, *, bounded: bool = False) -> dict[str, Any]:
+        """The task's entry in `flowmesh status`.
+
+        Args:
+            bounded: cut what the task may have made long in its progress.
+        """
+        progress = None if self.progress is None else msgspec.to_builtins(_plain(self.progress))
+        if progress is not None and bounded:
+            progress["unit"] = progress["unit"][:MOST_UNIT_CHARS]
+            progress["metrics"] = {
+                name[:MOST_UNIT_CHARS]: value for name, value in list(progress["metrics"].items())[:MOST_METRICS]
+            }
         return {
             "task_id": self.task_id,
             "task_type": self.accepted.type.name,
@@ -180,12 +194,15 @@ class Run:
             "attempt": self.attempt,
             "state": self.task.state.value,
             "phase": self.phase,
-            "progress": None if self.progress is None else msgspec.to_builtins(_plain(self.progress)),
+            "progress": progress,
             "rows": self._live_rows(),
             "pid": self.pid if self.task.state not in (State.QUEUED, State.DELIVERING) else None,
             "started_at": self.started_at,
             "out_dir": self.accepted.target.out_dir,
             "waits_for": self.waits_for or None,
+            "elapsed_s": round(self.runtime_s, 3) if self.started else None,
+            "queued_s": round(time.monotonic() - self.queued_at, 3) if self.task.state is State.QUEUED else None,
+            "gpus": list(self.gpus),
         }
 
     def _live_rows(self) -> dict[str, int] | None:

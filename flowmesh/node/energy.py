@@ -133,7 +133,7 @@ class TaskMeter:
             runtime_s: how long the task had its slot.
             cost_per_hour: the slot's price in USD.
         """
-        gpu_j = self._gpu_joules(end)
+        gpu_j = self.gpu_joules_so_far(end.board_j)
         cpu_j = self._cpu_joules(end, processes.cpu_seconds)
         known = [joules for joules in (gpu_j, cpu_j) if joules is not None]
         return TaskUsage(
@@ -154,13 +154,17 @@ class TaskMeter:
             ),
         )
 
-    def _gpu_joules(self, end: Totals) -> float | None:
-        """None without GPUs, for slices of a shared board, and where a board's energy is unknown."""
+    def gpu_joules_so_far(self, board_j: Mapping[str, float]) -> float | None:
+        """None without GPUs, for slices of a shared board, and where a board's energy is unknown.
+
+        Args:
+            board_j: the node's joules by board, now.
+        """
         if not self._gpus or any(gpu.mig is not None for gpu in self._gpus):
             return None
-        if not all(gpu.board in end.board_j for gpu in self._gpus):
+        if not all(gpu.board in board_j for gpu in self._gpus):
             return None
-        return sum(end.board_j[gpu.board] - self._start.board_j.get(gpu.board, 0.0) for gpu in self._gpus)
+        return sum(board_j[gpu.board] - self._start.board_j.get(gpu.board, 0.0) for gpu in self._gpus)
 
     def _cpu_joules(self, end: Totals, cpu_seconds: float | None) -> float | None:
         if end.cpu_j is None or self._start.cpu_j is None or cpu_seconds is None:

@@ -199,13 +199,17 @@ class PowerMeter:
             samples=SampleCounts(cpu=self._cpu.samples, gpu=max((channel.samples for channel in channels), default=0)),
         )
 
+    def board_joules(self) -> dict[str, float]:
+        """By board UUID, as of the last `observe`; a board without readings is left out."""
+        return {board: channel.joules for board, channel in self._boards.items() if channel.samples}
+
     def totals(self) -> Totals:
         """The sums so far, as of the last `observe`."""
         return Totals(
             at_s=self._cpu_at_s,
             cpu_j=self._cpu.joules if self._rapl.unavailable is None else None,
             cpu_busy_s=self._cpu_busy_s(),
-            board_j={board: channel.joules for board, channel in self._boards.items() if channel.samples},
+            board_j=self.board_joules(),
         )
 
     def _observe_board(self, sample: GpuSample, now_s: float) -> None:

@@ -66,7 +66,7 @@ class WaitingTasks:
             for slot in self._executor.slots.values()
             if slot.current is not None
             for run in slot.queue
-            if time.monotonic() - run.queued > self._after_s and run.task_id not in self._returned
+            if time.monotonic() - run.queued_at > self._after_s and run.task_id not in self._returned
         ]
 
     async def _idle_workers(self) -> list[dict[str, Any]]:
@@ -96,7 +96,7 @@ class WaitingTasks:
                 seen[run.attempt] = worker  # perhaps a task is on its way to that worker: look once more
                 continue
             self._returned.append(run.task_id)
-            waited_s = time.monotonic() - run.queued
+            waited_s = time.monotonic() - run.queued_at
             why = (
                 f"not started: it waited {waited_s:.0f} s behind {run.slot.current.task_id}, and {worker} could run it"
             )

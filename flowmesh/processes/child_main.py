@@ -16,7 +16,7 @@ import msgspec
 
 from flowmesh.files.safe_folder import open_folder
 from flowmesh.messages.job import EXIT_SETUP
-from flowmesh.processes import limits, linux, threads
+from flowmesh.processes import limits, linux, threads, title
 from flowmesh.processes.cgroup import Leaf
 from flowmesh.processes.pipe import Pipe
 from flowmesh.processes.preload import named
@@ -84,6 +84,8 @@ def run(start: Start) -> int:
 def _set_up(request: Fork, parent: int) -> Callable[[Pipe, Path], int]:
     """Limits, folder and environment of the task; returns what it calls."""
     linux.set_name("flowmesh-task")
+    if request.task_id:
+        title.show_task(request.task_id)
     limits.apply(request.limits, parent)
     _enter_folder(request)
     os.environ.clear()

@@ -27,6 +27,8 @@ class Fork(msgspec.Struct, frozen=True, kw_only=True, tag="fork"):
     limits: Limits
     threads: int = 1
     """How many threads the math libraries may use; in the fork server it is one."""
+    task_id: str = ""
+    """For the child's command line."""
 
 
 class Terminate(msgspec.Struct, frozen=True, tag="terminate"):

@@ -27,6 +27,8 @@ AGENT_CHECK = "runners.checks:agent_config"
 """`(path, content) -> Checked`: checks a file of the agents folder."""
 AGENT_TYPE = "runners.schemas:agent_config"
 """`() -> type` of a configuration of agents."""
+OFF = "it is off; "
+"""Beginning of the reason why a type is not offered that the operator has not allowed."""
 PROBE_TIMEOUT_S = 60.0
 
 
@@ -216,7 +218,7 @@ def catalogue(
         for kind in members:
             lacking = [name for name in kind.requires if name in absent]
             if kind.name in off:
-                missing[kind.name] = f"it is off; the node's setting tasks.{kind.allowed_by} turns it on"
+                missing[kind.name] = f"{OFF}the node's setting tasks.{kind.allowed_by} turns it on"
             elif problem:
                 missing[kind.name] = f"environment {environment}: {problem}"
             elif lacking:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import os
+import re
 import shutil
-from collections.abc import Iterator, Sequence
+import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from flowmesh.files.walk import Troubles
 from runners.api import Context, RunnerError
 
 MOST_LISTED = 1000
+_WILD = re.compile(r"\*|\?|\[[!^]?\]?[^\]/]*\]|[^*?\[]+|\[")
 
 
 class Missing(RunnerError):
@@ -36,39 +38,61 @@ def collect(ctx: Context, folder: Path, patterns: Sequence[str], *, strict: bool
         Missing: with `strict`.
         OSError: a file cannot be read or written.
     """
-    found: dict[str, Path] = {}
-    for i, pattern in enumerate(patterns):
-        matched = sorted(glob.glob(pattern, root_dir=folder, recursive=True, include_hidden=True))  # noqa: PTH207
-        if strict and not matched:
-            raise Missing(f"spec.outputs[{i}]: the program succeeded, and nothing matches {pattern!r} in {folder}")
-        for name in matched:
-            found |= _files(folder, name)
+    if not patterns:
+        return []
+    wanted = [re.compile(expression(pattern), re.DOTALL) for pattern in patterns]
+    unmatched = set(range(len(patterns)))
+    found: list[str] = []
+    troubles = Troubles()
+    with Folder(os.open(folder, os.O_RDONLY | os.O_DIRECTORY), folder) as opened:
+        for entry in opened.entries(troubles, ordered=True):
+            path = entry.path
+            matching = {i for i, each in enumerate(wanted) if each.fullmatch(path)}
+            unmatched -= matching
+            if matching and (entry.is_file or (stat.S_ISLNK(entry.status.st_mode) and (folder / path).is_file())):
+                found.append(path)
+    if strict and unmatched:
+        first = min(unmatched)
+        message = f"spec.outputs[{first}]: the program succeeded, and nothing matches {patterns[first]!r} in {folder}"
+        raise Missing(message)
     listed: list[dict[str, Any]] = []
-    for name, path in found.items():
-        target = ctx.artifacts_dir / name
-        _bring(path, target)
+    for path in found:
+        target = ctx.artifacts_dir / path
+        _bring(folder / path, target)
         if len(listed) < MOST_LISTED:
-            listed.append({"path": name, "bytes": target.stat().st_size})
+            listed.append({"path": path, "bytes": target.stat().st_size})
     if len(found) > MOST_LISTED:
         ctx.log.warning("outputs: %d files; the result lists the first %d", len(found), MOST_LISTED)
+    if troubles:
+        ctx.log.warning("outputs: not all of %s can be looked at: %s", folder, troubles)
     return listed
 
 
-def _files(folder: Path, name: str) -> dict[str, Path]:
-    """A file by itself, or all regular files of a folder."""
-    path = folder / name
-    if path.is_file():
-        return {name: path}
-    return {f"{name.rstrip('/')}/{inside}": path / inside for inside in _below(path)}
+def expression(pattern: str) -> str:
+    """A pattern as a regular expression for paths; of a folder that matches, it matches all that is below.
+
+    `*` and `?` stay within a name, `**` is any number of folders.
+    """
+    parts = [part for part in pattern.split("/") if part not in ("", ".")]
+    made = ""
+    for number, part in enumerate(parts):
+        last = number == len(parts) - 1
+        if part == "**":
+            made += ".+" if last else "(?:[^/]+/)*"
+        else:
+            made += "".join(map(_piece, _WILD.findall(part))) + ("" if last else "/")
+    return f"{made}(?:/.*)?"
 
 
-def _below(path: Path) -> Iterator[str]:
-    if path.is_symlink() or not path.is_dir():
-        return
-    troubles = Troubles()
-    with Folder(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW), path) as folder:
-        yield from [entry.path for entry in folder.entries(troubles, ordered=True) if entry.is_file]
-    troubles.check()
+def _piece(text: str) -> str:
+    if text == "*":
+        return "[^/]*"
+    if text == "?":
+        return "[^/]"
+    if text.startswith("[") and len(text) > 1:
+        inner = text[1:-1].replace("\\", r"\\").replace("[", r"\[")
+        return f"(?!/)[{'^' + inner[1:] if inner.startswith('!') else inner}]"
+    return re.escape(text)
 
 
 def _bring(path: Path, target: Path) -> None:

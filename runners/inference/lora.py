@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from runners.api import BadRequest, Context, MissingDependency
-from runners.models.adapters import LocalAdapter
+from runners.models.adapters import LocalAdapter, weight_names
+from runners.models.tied import untie
 
 
 def apply_adapters(model: Any, adapters: Sequence[LocalAdapter]) -> Any:
@@ -23,7 +24,7 @@ def apply_adapters(model: Any, adapters: Sequence[LocalAdapter]) -> Any:
         raise MissingDependency("peft")
     for adapter in adapters:
         if adapter.apply == "merge":
-            _untie(model, adapter)
+            untie(model, weight_names(adapter.folder))
             model = attach(model, adapter, "default").merge_and_unload()
     for adapter in adapters:
         if adapter.apply == "runtime":
@@ -83,25 +84,6 @@ def check_fit(ctx: Context, adapter: LocalAdapter, config: Any, *, trust_remote_
     attach(model, adapter, adapter.name, low_memory=True)
 
 
-def _untie(model: Any, adapter: LocalAdapter) -> None:
-    """Give the output layer its own weights where an adapter changes it or the embeddings that it is tied to.
-
-    What is merged into one of two tied layers would otherwise change the other, too.
-    """
-    import torch
-
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is None or embeddings is None or head.weight is not embeddings.weight:
-        return
-    tied = [f".{name}." for name, module in model.named_modules() if module is head or module is embeddings]
-    if not any(layer in name for name in _names(adapter) for layer in tied):
-        return
-    head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-    for config in (model.config, model.config.get_text_config()):
-        config.tie_word_embeddings = False
-    model.all_tied_weights_keys = {}
-
-
 def _missing_biases(wrapped: Any, adapter: LocalAdapter, name: str) -> list[str]:
     """Biases that the adapter's configuration says were trained, and that its file lacks; PEFT does not report them."""
     if getattr(wrapped.peft_config[name], "bias", "none") == "none":
@@ -109,20 +91,7 @@ def _missing_biases(wrapped: Any, adapter: LocalAdapter, name: str) -> list[str]
     from peft import get_peft_model_state_dict
 
     saved = get_peft_model_state_dict(wrapped, adapter_name=name, save_embedding_layers=False)
-    return sorted({key for key in saved if key.endswith(".bias")} - set(_names(adapter)))
-
-
-def _names(adapter: LocalAdapter) -> list[str]:
-    """Names of an adapter's weights."""
-    file = adapter.folder / "adapter_model.safetensors"
-    if file.is_file():
-        from safetensors import safe_open
-
-        with safe_open(file, "pt") as weights:
-            return list(weights.keys())
-    import torch
-
-    return list(torch.load(adapter.folder / "adapter_model.bin", map_location="meta", weights_only=True))
+    return sorted({key for key in saved if key.endswith(".bias")} - set(weight_names(adapter.folder)))
 
 
 def _fitted(adapter: LocalAdapter, load: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:

@@ -16,6 +16,7 @@ from runners.inference.vllm_args import WHERE
 from runners.models.adapters import LocalAdapter
 from runners.models.quantized import method_of
 from runners.models.sources import Source
+from runners.models.tied import other_head
 from runners.models.weights import check_checkpoint, load_model
 
 SAME_FILES = frozenset(
@@ -54,7 +55,14 @@ def check_weights(ctx: Context, task: InferenceTask, source: Source, config: Any
     given: dict[str, Any] = {"config": config, "cache_dir": task.vllm.get("download_dir")}
     if load_format in PICKLED:
         given["use_safetensors"] = False  # where both are there, vLLM would read the other
-    if check_checkpoint(AutoModelForCausalLM, source, **given) == "unchecked":
+    found = check_checkpoint(AutoModelForCausalLM, source, **given)
+    if source.is_local and (head := other_head(Path(source.path), config)):
+        raise BadRequest(
+            f"{source.where}: {source.shown!r} holds an output layer {head!r} that differs from the embeddings, and "
+            "its config.json ties them, so vLLM would leave it out; set tie_word_embeddings to false in config.json, "
+            "or spec.engine to 'transformers'"
+        )
+    if found == "unchecked":
         _unchecked(ctx, source, f"the names of its quantization {method_of(config)!r} are not known")
 
 

@@ -110,6 +110,19 @@ def scaled_copy(folder: Path, config: dict[str, Any], scale: float, target: Path
     return target
 
 
+def weight_names(folder: Path) -> list[str]:
+    """Names of the weights in an adapter's file, which is not read."""
+    file = folder / WEIGHTS[0]
+    if file.is_file():
+        from safetensors import safe_open
+
+        with safe_open(file, "pt") as weights:
+            return list(weights.keys())
+    import torch
+
+    return list(torch.load(folder / WEIGHTS[1], map_location="meta", weights_only=True))
+
+
 def check_product(adapter: LocalAdapter, engine: str) -> None:
     """Raises BadRequest for an adapter that is more than a product A × B, for an engine that applies only these."""
     if more := beyond_product(_config(adapter.folder, adapter.where)):

@@ -7,7 +7,9 @@ from typing import Any
 
 from runners.api import BadRequest, Context, MissingDependency
 from runners.models import weights
+from runners.models.adapters import weight_names
 from runners.models.sources import Source, loading
+from runners.models.tied import untie
 from runners.training import templates
 from runners.training.checkpoints import Start
 from runners.training.devices import Device
@@ -181,6 +183,8 @@ def _with_adapter(plan: Plan, start: Start, model: Any) -> Any:
 
     assert start.adapter is not None
     where = Source(path=str(start.adapter), revision=None, shown=start.adapter.name, where="spec.checkpoint.load")
+    if plan.lora is None:
+        untie(model, weight_names(start.adapter))
     with loading(where):
         found = PeftModel.from_pretrained(model, str(start.adapter), is_trainable=plan.lora is not None)
     _check_names(found, start.adapter)
@@ -190,16 +194,13 @@ def _with_adapter(plan: Plan, start: Start, model: Any) -> Any:
 def _check_names(model: Any, folder: Path) -> None:
     """Raises BadRequest where an adapter's file does not hold the weights of its configuration. PEFT only warns."""
     from peft import get_peft_model_state_dict
-    from safetensors import safe_open
 
-    file = folder / "adapter_model.safetensors"
-    if not file.is_file():
-        return
-    with safe_open(file, "pt") as opened:
-        there = set(opened.keys())
+    there = set(weight_names(folder))
     wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    for what, names in (("lacks", wanted - there), ("holds unknown weights, such as", there - wanted)):
-        if names := {name for name in names if "embed_tokens" not in name and "lm_head" not in name}:
+    # PEFT saves resized embeddings beside an adapter, and loads them into the base model.
+    unknown = {name for name in there - wanted if not name.endswith(("embed_tokens.weight", "lm_head.weight"))}
+    for what, names in (("lacks", wanted - there), ("holds unknown weights, such as", unknown)):
+        if names:
             raise BadRequest(
                 f"spec.checkpoint.load: the adapter does not fit the model: its file {what} {min(names)!r} "
                 f"({len(names)} weights); give an adapter of this base model, saved by PEFT"

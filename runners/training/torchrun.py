@@ -45,7 +45,7 @@ def run(plan: Plan, layout: Layout, ctx: Context, fetched: Inputs) -> list[Repor
     parent = os.getpid()
     with _listening(folder) as listener:
         agent = subprocess.Popen(
-            command(plan, layout, folder),
+            command(plan, layout, folder, ctx.job.task_id),
             env={**os.environ, **_environment(plan)},
             preexec_fn=lambda: ranks.die_with_parent(parent),  # noqa: PLW1509 - this process has one thread
         )
@@ -62,8 +62,12 @@ def run(plan: Plan, layout: Layout, ctx: Context, fetched: Inputs) -> list[Repor
     return groups.verdict(ctx, folder, endings)
 
 
-def command(plan: Plan, layout: Layout, folder: Path) -> list[str]:
-    """torchrun's command line, the same on each node but for its rank."""
+def command(plan: Plan, layout: Layout, folder: Path, task_id: str = "") -> list[str]:
+    """torchrun's command line, the same on each node but for its rank.
+
+    Args:
+        task_id: shown in the command lines of the launcher and the ranks.
+    """
     training = plan.training
     local = ["--local-addr", "127.0.0.1"] if _is_local(plan) else []
     rank = [] if training.node_rank is None else ["--node-rank", str(training.node_rank)]
@@ -72,7 +76,7 @@ def command(plan: Plan, layout: Layout, folder: Path) -> list[str]:
         *("--nnodes", str(layout.nodes), "--nproc-per-node", str(layout.ranks)),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", str(training.rdzv_endpoint), "--rdzv-id", training.rdzv_id),
         *("--max-restarts", "0", "--monitor-interval", "0.2", *local, *rank),
-        *("-m", RANK_MODULE, str(folder)),
+        *("-m", RANK_MODULE, str(folder), *filter(None, [task_id])),
     ]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flowmesh.errors import DeviceError
+from flowmesh.execution.gpu.live_notes import LiveNotes
 from flowmesh.execution.gpu.monitor import GpuMonitor
 from flowmesh.execution.ports import Begin
 from flowmesh.execution.run import Run
@@ -15,10 +16,11 @@ from flowmesh.node.slots import Slot
 
 
 class IdleCheck(HeartbeatObserver):
-    def __init__(self, gpus: GpuMonitor, slot: Slot[Run], begin: Begin) -> None:
+    def __init__(self, gpus: GpuMonitor, slot: Slot[Run], begin: Begin, live: LiveNotes) -> None:
         self._gpus = gpus
         self._slot = slot
         self._begin = begin
+        self._live = live
 
     def on_readings(self, readings: Mapping[str, GpuReading]) -> None:
         self._gpus.observe(readings)
@@ -34,17 +36,18 @@ class IdleCheck(HeartbeatObserver):
     def notes(self) -> dict[str, Any]:
         throttled = self._gpus.health.throttled(self._slot.plan.gpus)
         notes: dict[str, Any] = {"gpu_throttled": {uuid: list(why) for uuid, why in throttled.items()}}
-        return (notes if throttled else {}) | degraded(self._slot)
+        return (notes if throttled else {}) | degraded(self._slot) | self._live()
 
 
 class Notes(HeartbeatObserver):
     """For a slot without GPUs."""
 
-    def __init__(self, slot: Slot[Run]) -> None:
+    def __init__(self, slot: Slot[Run], live: LiveNotes) -> None:
         self._slot = slot
+        self._live = live
 
     def notes(self) -> dict[str, Any]:
-        return degraded(self._slot)
+        return degraded(self._slot) | self._live()
 
 
 def degraded(slot: Slot[Run]) -> dict[str, Any]:

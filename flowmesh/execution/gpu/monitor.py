@@ -15,6 +15,7 @@ from loguru import logger
 
 from flowmesh.errors import DeviceError
 from flowmesh.execution.gpu import process_usage
+from flowmesh.execution.gpu.last_readings import LastReadings
 from flowmesh.execution.gpu.quarantine import Quarantine
 from flowmesh.execution.gpu.task_gpus import TaskGpus
 from flowmesh.execution.layout import BASELINE_FILE, Layout
@@ -66,6 +67,7 @@ class GpuMonitor:
         self._nvml = nvml
         self._power = power
         self._gpus = {gpu.uuid: gpu for gpu in gpus}
+        self.last = LastReadings(gpus)
         self._post = post
         self._tasks: dict[int, TaskGpus] = {}
         """By attempt: the running tasks that have GPUs."""
@@ -97,6 +99,7 @@ class GpuMonitor:
             return self._quarantine.met(run, reason)
         self.health.cleared(run.gpus)
         self._power.observe(readings)
+        self.last.take(readings)
         file = self._layout.spool(run.attempt) / BASELINE_FILE
         await asyncio.to_thread(write_atomic, file, msgspec.json.encode(proof.baselines), private=True)
         self._add(run, proof, whole=True)
@@ -186,6 +189,22 @@ class GpuMonitor:
                     if slot.current is None and set(slot.plan.gpus) & set(finding.uuids):
                         self._quarantine.close(slot, finding.message)  # a slot with a task is closed when that ends
 
+    def spent(self, run: Run, cost_per_hour: float) -> dict[str, float | None]:
+        """What a task has cost so far, and its GPUs have used as of the last sample; null: not known.
+
+        Args:
+            cost_per_hour: of its slot, in US dollars.
+        """
+        task, joules = self._tasks.get(run.attempt), None
+        if task is not None and task.whole:
+            joules = task.meter.gpu_joules_so_far(self._power.board_joules())
+        elif task is None and run.energy is not None:
+            joules = run.energy["gpu_joules"]  # it has ended, and is delivered
+        return {
+            "cost_usd": round(cost_per_hour / 3600 * run.runtime_s, 9),
+            "gpu_joules": None if joules is None else round(joules, 3),
+        }
+
     async def fault_of(self, run: Run, exit_: Exit, outcome: Outcome | None) -> str:
         """The faults that the driver reported of a failed task's GPUs; empty if there were none."""
         task = self._tasks.get(run.attempt)
@@ -215,7 +234,8 @@ class GpuMonitor:
         pids = task.pids if run.pid is None else {*task.pids, run.pid}  # a short task may end before any sample
         report = await task.proof.wait_released(pids, self._settings.release_timeout_s)
         try:
-            self._power.observe(await self._nvml.sample(run.gpus))
+            self._power.observe(readings := await self._nvml.sample(run.gpus))
+            self.last.take(readings)
         except DeviceError as error:
             logger.debug("no energy reading at the end of a task: {}", error)
         del self._tasks[run.attempt]
@@ -264,6 +284,7 @@ class GpuMonitor:
 
     def observe(self, readings: Mapping[str, GpuReading]) -> None:
         """Use a sample that was taken for another purpose (a heartbeat) for the running tasks too."""
+        self.last.take(readings)
         for task in self._tasks.values():
             task.observe(readings)
         self._judge(self.health.observe(readings))

@@ -51,6 +51,7 @@ class ChildPipes:
                         run.enter(name)
                     case Progress():
                         run.progress = frame
+                        run.trend.add(frame.metrics)
                         run.notify(progress_event(frame))
                     case Hello() | _:
                         pass

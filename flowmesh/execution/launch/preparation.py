@@ -95,6 +95,7 @@ def prepare(layout: Layout, run: Run, others: Iterable[Path] = ()) -> Fork:
         ),
         limits=task_limits(layout, cpus=run.slot.plan.cpus, private_shm=private_shm),
         threads=threads,
+        task_id=run.task_id,
     )
 
 

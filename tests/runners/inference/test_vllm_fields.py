@@ -101,6 +101,7 @@ def test_weights_and_numbers_are_refused(forked, tiny_llama, make_context, tmp_p
     variant(tiny_llama, tmp_path / "compiled", renamed("_orig_mod."))
     variant(tiny_llama, tmp_path / "nan", scaled("layers.1.mlp.down", float("nan")))
     variant(tiny_llama, tmp_path / "large", lambda w: scaled("layers.0.mlp.down", 3e3)(scaled("0.mlp.up", 3e2)(w)))
+    variant(tiny_llama, tmp_path / "tied", tie_word_embeddings=True)
     variant(tiny_llama, tmp_path / "infinite", scaled("lm_head", 2e38))  # infinity in the logits, and no NaN
     write(LlamaForSequenceClassification, tmp_path / "reward", small_config(rows, num_labels=1))
     variant(
@@ -111,6 +112,7 @@ def test_weights_and_numbers_are_refused(forked, tiny_llama, make_context, tmp_p
     )
     for name, dtype, message in (
         ("int8", "float32", r"1 missing, first 'model\.layers\.1\.self_attn\.q_proj\.weight'"),
+        ("tied", "float32", r"an output layer 'lm_head\.weight' that differs from the embeddings"),
         ("compiled", "float32", r"21 missing, first 'lm_head\.weight'.*torch\.compile"),
         ("reward", "float32", r"1 unexpected, first 'score\.weight'"),
         ("nan", "float32", r"no finite numbers in float32"),

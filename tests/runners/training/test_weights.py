@@ -13,6 +13,7 @@ pytest.importorskip("trl", reason="needs the extra 'training'")
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from tests.kit.odd_models import small_config, write
 from tests.kit.tiny_models import write_tiny_lora
 from tests.kit.training_tasks import PAIRS, SUMS, refused, train
 
@@ -80,3 +81,51 @@ def test_an_adapter_that_does_not_fit(tiny_llama: Path, tmp_path: Path, task_typ
     load = {"checkpoint": {"load": {"type": "local", "path": str(folder)}}}
     message = refused(tmp_path, task_type, spec(tiny_llama, task_type, **load))
     assert "spec.checkpoint.load: the adapter does not fit the model: its file lacks 'base_model.model.model" in message
+
+
+@pytest.mark.parametrize("task_type", ["sft", "lora_sft"])
+def test_adapters_in_a_pickle_and_of_the_head(tiny_llama: Path, tmp_path: Path, task_type: str) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    write_tiny_lora(tiny_llama, tmp_path / "pickled")
+    weights = half(load_file(tmp_path / "pickled" / "adapter_model.safetensors"))
+    torch.save(weights, tmp_path / "pickled" / "adapter_model.bin")
+    (tmp_path / "pickled" / "adapter_model.safetensors").unlink()
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    get_peft_model(base, LoraConfig(target_modules=["q_proj", "lm_head"])).save_pretrained(tmp_path / "head")
+    no_head = variant(
+        tmp_path / "head",
+        tmp_path / "no-head",
+        lambda w: {name: each for name, each in w.items() if "lm_head" not in name},
+        "adapter_model.safetensors",
+    )
+    for folder, lacks in (
+        (tmp_path / "pickled", "base_model.model.model.layers.1"),
+        (no_head, "base_model.model.lm_head.lora_A"),
+    ):
+        load = {"checkpoint": {"load": {"type": "local", "path": str(folder)}}}
+        message = refused(tmp_path, task_type, spec(tiny_llama, task_type, **load))
+        assert f"the adapter does not fit the model: its file lacks '{lacks}" in message
+
+
+def test_a_head_that_is_tied_is_merged_alone(tmp_path: Path) -> None:
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+    def tied() -> Any:
+        return AutoModelForCausalLM.from_pretrained(base)
+
+    base = write(LlamaForCausalLM, tmp_path / "tied", small_config(512, tie_word_embeddings=True))
+    adapted = get_peft_model(tied(), LoraConfig(target_modules=["lm_head"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "lora", save_embedding_layers=False)
+    load = {"checkpoint": {"load": {"type": "local", "path": str(tmp_path / "lora")}}}
+    found = spec(base, "sft", **load)
+    found["training"] = {**TRAINING, "save_model": True, "learning_rate": 1e-12}
+    folder = train(tmp_path, "sft", found)["final_model_path"]
+    ids = torch.arange(4, 12)[None]
+    with torch.no_grad():
+        wanted = PeftModel.from_pretrained(tied(), tmp_path / "lora")(ids).logits
+        assert torch.allclose(AutoModelForCausalLM.from_pretrained(folder)(ids).logits, wanted, atol=1e-4)

@@ -1,0 +1,1 @@
+"""`flowmesh top`."""
