@@ -23,14 +23,14 @@ def command(task_type: str) -> dict[str, Any]:
 
 
 def inference(task_type: str) -> dict[str, Any]:  # noqa: ARG001
-    from runners.data.sources import SECTIONS
     from runners.inference.export import Postprocess
     from runners.inference.options import InferenceOptions
+    from runners.inference.task import SOURCES
     from runners.rows.resume import Resume
 
     return {
         **_model(),
-        "data": SECTIONS,
+        "data": SOURCES,
         "inference": InferenceOptions,
         "postprocess": Postprocess,
         "resume": bool | Resume,

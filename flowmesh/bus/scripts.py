@@ -7,7 +7,7 @@ from typing import Any
 from redis.exceptions import NoPermissionError, NoScriptError, ResponseError
 
 from flowmesh.bus.connection import redis
-from flowmesh.queue.scripts import Script
+from flowmesh.queue.lua import Script
 
 
 async def run_script(client: redis.Redis, script: Script, *arguments: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from flowmesh.cli import locate, render
+from flowmesh.cli import completing, locate, render
 from flowmesh.cli.control import Control
 from flowmesh.cli.fleet import client_of
 from flowmesh.errors import EXIT_OK, ConfigError, FlowMeshError, UnavailableError
@@ -14,7 +14,7 @@ from flowmesh.errors import EXIT_OK, ConfigError, FlowMeshError, UnavailableErro
     help="Cancel a running or waiting task: ask it to stop, then SIGTERM, then SIGKILL. "
     "On this machine's node, else on the deployment's node that has it."
 )
-@click.argument("task_id", metavar="TASK")
+@click.argument("task_id", metavar="TASK", shell_complete=completing.task_ids)
 @click.option("--force", is_flag=True, help="Kill it at once, without grace time.")
 @click.option("--reason", default="cancelled by a user", metavar="TEXT", help="For the error of its event.")
 @locate.redis_option

@@ -14,11 +14,13 @@ from flowmesh.cli.document_parser import kind as kind_of_value
 from flowmesh.cli.documents import Submission, read
 from flowmesh.cli.positions import Positions
 from flowmesh.errors import FieldError
+from flowmesh.pipelines.checks import check_pipeline
+from flowmesh.pipelines.document import is_pipeline
 from flowmesh.tasks.catalogue import TaskType
 from flowmesh.tasks.checks import check_agent_file, check_task
 from flowmesh.validation.convert import joined
 
-FileKind = Literal["task", "agent", "node"]
+FileKind = Literal["task", "pipeline", "agent", "node"]
 AGENT_FIELDS = frozenset(
     ("extends", "type", "model", "instructions", "max_turns", "tools", "mcp_servers", "sandbox", "planner", "workers",
      "reporter")
@@ -90,6 +92,11 @@ def check_submission(
         form: yaml or json.
         faults: what its parser found.
     """
+    if is_pipeline(submission.document):
+        checked, notes = check_pipeline(submission.document, types)
+        errors = (*faults, *checked.faults)
+        warnings = [*(f"{path}: not used" for path in checked.unused), *notes]
+        return _checked_file(submission.source, "pipeline", submission.text, form, errors=errors, warnings=warnings)
     checked, note = check_task(submission.document, types)
     warnings = [f"{path}: not used" for path in checked.unused] + ([note] if note else [])
     errors = (*faults, *checked.faults)

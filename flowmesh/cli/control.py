@@ -72,13 +72,14 @@ class Control:
     def status(self) -> NodeStatus:
         return self._ask({"op": "status"}, NodeStatus)
 
-    def status_json(self, limit: int | None = None) -> dict[str, Any]:
+    def status_json(self, limit: int | None = None, timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
         """The status as the node sent it, with fields that this client does not know.
 
         Args:
             limit: list at most so many waiting tasks and deliveries; a node of an older version lists all.
         """
-        return self._ask({"op": "status"} | ({} if limit is None else {"limit": limit}), dict[str, Any])
+        request = {"op": "status"} | ({} if limit is None else {"limit": limit})
+        return self._ask(request, dict[str, Any], timeout_s)
 
     def metrics(self) -> str:
         """The node's metrics, in Prometheus' text format."""
@@ -90,14 +91,17 @@ class Control:
     def cancel(self, task_id: str, *, force: bool = False) -> dict[str, Any]:
         return self._ask({"op": "cancel", "task_id": task_id, "force": force}, dict[str, Any])
 
-    def submit(self, task_id: str, document: dict[str, Any]) -> Taken:
+    def submit(self, task_id: str, document: dict[str, Any], *, watch: bool = False) -> Taken:
         """Hand a task to the node.
+
+        Args:
+            watch: `watched` has its events next, unless it was refused.
 
         Raises:
             Refused: it fits none of its workers, or the node takes no task now.
         """
         body = msgspec.json.encode(document)
-        self._send({"op": "submit", "task_id": task_id, "bytes": len(body)}, body)
+        self._send({"op": "submit", "task_id": task_id, "bytes": len(body), "watch": watch}, body)
         return self._answer("submit", Taken)
 
     def drain(self, mode: str) -> dict[str, Any]:
@@ -123,10 +127,11 @@ class Control:
             UnavailableError: the node closed the connection before.
         """
         self._send({"op": "watch", "task_id": task_id})
-        self._sock.settimeout(None)  # a task may report nothing for hours
-        return self._watched()
+        return self.watched()
 
-    def _watched(self) -> Iterator[Seen]:
+    def watched(self) -> Iterator[Seen]:
+        """See `watch` and `submit`."""
+        self._sock.settimeout(None)  # a task may report nothing for hours
         while True:
             line = self._line()
             message = _decode(line, dict[str, Any])

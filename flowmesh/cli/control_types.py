@@ -76,6 +76,10 @@ class Taken(msgspec.Struct, frozen=True, kw_only=True):
     worker_id: str
     waits: int = 0
     """How many tasks come before it."""
+    refused: str | None = None
+    """Why it ended at once: its document cannot run."""
+    verdict: str | None = None
+    """Of one that was refused."""
 
 
 class LogsPlace(msgspec.Struct, frozen=True, kw_only=True):

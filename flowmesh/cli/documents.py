@@ -69,6 +69,10 @@ def load(source: str, task_id: str | None = None) -> Submission:
         FieldError: it is not a mapping with a `spec`, or contains a value that JSON cannot represent.
     """
     name = "<stdin>" if source == "-" else source
+    if source.endswith(".jsonl"):
+        raise DocumentError(
+            f"{name}: a task document is YAML or JSON; `flowmesh run {name} --model MODEL` runs a batch file"
+        )
     text = read(source)
     document = parse(text, name, as_json=source.endswith(".json"))
     if not isinstance(document, dict):
@@ -76,12 +80,17 @@ def load(source: str, task_id: str | None = None) -> Submission:
     if not isinstance(document.get("spec"), dict):
         found = f"expected a mapping, found {kind(document['spec'])}" if "spec" in document else "missing"
         raise FieldError(f"{name}: spec: {found}; put the task's fields below it", "spec")
+    check_task_id(task_id)
+    return Submission(source=name, task_id=task_id or f"task-{secrets.token_hex(8)}", document=document, text=text)
+
+
+def check_task_id(task_id: str | None) -> None:
+    """Raises FieldError for an id that nodes do not accept."""
     if task_id is not None and wire.usable_task_id(task_id) is None:
         raise FieldError(
             f"--task-id: invalid task id {task_id!r}; allowed are up to 200 letters, digits and . _ : @ = + -",
             "task_id",
         )
-    return Submission(source=name, task_id=task_id or f"task-{secrets.token_hex(8)}", document=document, text=text)
 
 
 def read(source: str) -> str:

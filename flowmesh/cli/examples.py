@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from flowmesh import installed
-from flowmesh.cli import render
+from flowmesh.cli import completing, render
 from flowmesh.errors import EXIT_OK, ConfigError
 from flowmesh.validation.describe import nearest
 
@@ -16,7 +16,7 @@ MODELINE = "# yaml-language-server: $schema="
 
 
 @click.command(help="List the example tasks, or print one: `flowmesh examples echo > echo.yaml`.")
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=completing.examples)
 @click.option(
     "--copy", "folder", type=click.Path(file_okay=False), metavar="DIR", help="Copy all of them, with their data."
 )
@@ -24,7 +24,8 @@ MODELINE = "# yaml-language-server: $schema="
 def examples(name: str | None, folder: str | None, as_json: bool) -> int:
     """Run the command; returns the exit code."""
     source = installed.conf() / "tasks"
-    files = {path.stem: path for path in sorted(source.glob("*.yaml"))}
+    paths = [*sorted(source.glob("*.yaml")), *sorted((source / "pipelines").glob("*.yaml"))]
+    files = {path.relative_to(source).with_suffix("").as_posix(): path for path in paths}
     if folder is not None:
         return _copy(source, Path(folder))
     if name is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from flowmesh.cli import locate, render
+from flowmesh.cli import completing, locate, render
 from flowmesh.cli.control import Control, Refused
 from flowmesh.cli.control_types import LogsPlace
 from flowmesh.cli.fleet import client_of
@@ -25,7 +25,7 @@ POLL_S = 0.25
 @click.command(
     help="Print the logs of a running or finished task: of this machine's node, else, through Redis, of any."
 )
-@click.argument("task_id", metavar="TASK")
+@click.argument("task_id", metavar="TASK", shell_complete=completing.task_ids)
 @click.option("-f", "--follow", is_flag=True, help="Print new lines until the task ends.")
 @click.option("-n", "last_lines", type=click.IntRange(min=0), metavar="LINES", help="Start with the last lines.")
 @click.option("--stdout", "only", flag_value="stdout", help="Print standard output only.")

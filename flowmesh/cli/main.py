@@ -6,11 +6,15 @@ import importlib
 import sys
 from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import click
 
 from flowmesh.cli.guard import guarded, piped
 from flowmesh.cli.version import version_option
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("flowmesh.cli.run:run", "Run task files on this machine; needs no Redis and no node."),
@@ -24,7 +28,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "result": ("flowmesh.cli.fleet:result", "Print the result of a queued or submitted task."),
     "queue": ("flowmesh.cli.fleet:queue", "Show how many tasks wait in the queue."),
     "status": ("flowmesh.cli.node_commands:status", "Show the node on this machine: workers, tasks, Redis."),
-    "top": ("flowmesh.cli.top.command:top", "Watch the node, or with --redis a deployment: GPUs, tasks, queue."),
+    "history": ("flowmesh.cli.history:history", "List the tasks that ended on this node, with sums."),
+    "show": ("flowmesh.cli.show:show", "Show everything about one task of this node."),
+    "replay": ("flowmesh.cli.replay:replay", "Run a task of the history again, and compare."),
+    "top": ("flowmesh.cli.top.command:top", "Watch GPUs, tasks and queue of this node or of a deployment."),
     "metrics": ("flowmesh.cli.node_commands:metrics", "Print the node's metrics for Prometheus."),
     "logs": ("flowmesh.cli.logs:logs", "Print the logs of a task, on this node or any other."),
     "cancel": ("flowmesh.cli.cancel:cancel", "Cancel a task, on this node or any other."),
@@ -32,8 +39,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "drain": ("flowmesh.cli.node_commands:drain", "Stop accepting tasks, and exit when running ones finish."),
     "recycle": ("flowmesh.cli.node_commands:recycle", "Replace fork servers, to import changed packages."),
     "init": ("flowmesh.cli.init:init", "Set up a node on this machine: files, user, folders."),
+    "cost": ("flowmesh.cli.cost:cost", "Show what the tasks of this node have cost."),
+    "loss": ("flowmesh.cli.loss:loss", "Show the loss of a training task, as a chart."),
+    "completion": ("flowmesh.cli.completion:completion", "Print the script for a shell's completion."),
     "examples": ("flowmesh.cli.examples:examples", "List the example tasks, or print one of them."),
-    "doctor": ("flowmesh.cli.doctor:doctor", "Check this machine and its settings; print a fix for each problem."),
+    "doctor": ("flowmesh.cli.doctor:doctor", "Check this machine and its settings; print fixes."),
     "upgrade": ("flowmesh.cli.node_commands:upgrade", "Restart the node's program; running tasks continue."),
 }
 """Name → (`module:attribute` of its click command, one line for `flowmesh --help`)."""
@@ -51,6 +61,15 @@ class LazyGroup(click.Group):
         module, _, attribute = COMMANDS[cmd_name][0].partition(":")
         command: click.Command = getattr(importlib.import_module(module), attribute)
         return command
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Without importing the commands, as click would for their help."""
+        from click.shell_completion import CompletionItem
+
+        commands = [
+            CompletionItem(name, help=line) for name, (_, line) in COMMANDS.items() if name.startswith(incomplete)
+        ]
+        return commands + click.Command.shell_complete(self, ctx, incomplete)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         with formatter.section("Commands"):

@@ -9,7 +9,7 @@ import time
 import click
 import msgspec
 
-from flowmesh.cli import locate, render
+from flowmesh.cli import completing, locate, render
 from flowmesh.cli.control import Control
 from flowmesh.cli.control_types import NodeStatus, TaskStatus
 from flowmesh.cli.render import Column
@@ -86,7 +86,7 @@ def status(config: str | None, state_dir: str | None, as_json: bool) -> int:
 
 
 @click.command(help="Retry the delivery of a task's results after it failed. Returns once they have arrived.")
-@click.argument("task_id", metavar="TASK")
+@click.argument("task_id", metavar="TASK", shell_complete=completing.task_ids)
 @locate.node_options
 def deliver(task_id: str, config: str | None, state_dir: str | None, as_json: bool) -> int:
     """Run the command; returns the exit code."""
@@ -152,7 +152,7 @@ def drain(*, mode: str, wait: bool, take_back: bool, config: str | None, state_d
     help="Replace the fork servers of ENVIRONMENT (default: all), which import their packages again. "
     "Running tasks finish in the old ones."
 )
-@click.argument("environment", required=False)
+@click.argument("environment", required=False, shell_complete=completing.environments)
 @locate.node_options
 def recycle(environment: str | None, config: str | None, state_dir: str | None, as_json: bool) -> int:
     """Run the command; returns the exit code."""

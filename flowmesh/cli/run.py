@@ -1,26 +1,33 @@
-"""`flowmesh run`: runs task files on this machine, with a temporary Redis and node."""
+"""`flowmesh run`: runs task files on this machine: on the node that runs here, else with a temporary Redis and node."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import queue
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import click
 import msgspec
 
 from flowmesh.cli import documents, locate, render
+from flowmesh.cli.batch_file import is_batch_file, submission_of
 from flowmesh.cli.checked_file import refuse_faults
-from flowmesh.cli.deployment import TaskFailed
+from flowmesh.cli.deployment import TaskFailed, Worker
 from flowmesh.cli.documents import Submission
 from flowmesh.cli.follow import Follow, Outcome
+from flowmesh.cli.hand_over import Choice, absolute, choose
 from flowmesh.cli.local import LocalNode, LocalOptions
+from flowmesh.cli.pipelines.run import PipelineRun
+from flowmesh.cli.running_node import RunningNode
 from flowmesh.cli.signals import Interrupted, Signals
 from flowmesh.cli.summary import summary
-from flowmesh.cli.view import progress_stream, view_for
+from flowmesh.cli.view import View, progress_stream, view_for
 from flowmesh.errors import EXIT_OK, FlowMeshError
+from flowmesh.pipelines.document import is_pipeline
 from flowmesh.tasks.catalogue import known_types
 
 _NODES_OWN = ("node_fault", "supervisor_lost")
@@ -28,9 +35,20 @@ _NODES_OWN = ("node_fault", "supervisor_lost")
 
 
 @click.command(
-    help="Run task files on this machine, one after another, on a temporary node. Needs no Redis and no orchestrator."
+    help="Run task files and pipelines on this machine, one after another: on the node that runs here, else on a "
+    "temporary one. Needs no Redis and no orchestrator. "
+    "A .jsonl file is a batch of requests as for OpenAI's Batch API, and needs --model."
 )
-@click.argument("files", nargs=-1, required=True, metavar="FILE.yaml...")
+@click.argument("files", nargs=-1, required=True, metavar="FILE.yaml|FILE.jsonl...")
+@click.option("--model", metavar="MODEL", help="Of batch files: a hub id or a local folder.")
+@click.option("--engine", type=click.Choice(["auto", "vllm", "transformers"]), help="Of batch files; default: auto.")
+@click.option(
+    "--served-model-name",
+    "served",
+    multiple=True,
+    metavar="NAME",
+    help="A name that the lines of batch files give the model, besides MODEL; may be repeated.",
+)
 @locate.config_option
 @click.option(
     "--results-dir", type=click.Path(file_okay=False), metavar="DIR", help="Folder for results; else from --config."
@@ -47,33 +65,52 @@ _NODES_OWN = ("node_fault", "supervisor_lost")
     "--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="Cancel a task after this time."
 )
 @click.option("--task-id", metavar="ID", help="The task's id, for a single file; else a new one.")
+@click.option("--embedded", is_flag=True, help="Use a temporary node, also where a node runs on this machine.")
 @click.option("-k", "--keep-going", is_flag=True, help="Run the remaining files after one has failed.")
 @locate.json_option
 def run(
     *,
     files: tuple[str, ...],
+    model: str | None,
+    engine: str | None,
+    served: tuple[str, ...],
     config: str | None,
     results_dir: str | None,
     read_roots: tuple[str, ...],
     timeout: float | None,
     task_id: str | None,
+    embedded: bool,
     keep_going: bool,
     as_json: bool,
 ) -> int:
     """Run the command; returns the exit code."""
     if task_id is not None and len(files) > 1:
         raise click.UsageError("--task-id: allowed for a single file only; leave it out, or run the files one by one")
-    submissions = [documents.load(file, task_id) for file in files]
+    batches = [file for file in files if is_batch_file(file)]
+    if batches and model is None:
+        raise click.UsageError(f"--model: missing; {batches[0]} is a batch file, which needs the model that answers it")
+    if not batches and (model or engine or served):
+        raise click.UsageError("--model, --engine, --served-model-name: for batch files (.jsonl); a task names its own")
+    submissions = [
+        submission_of(file, model, engine=engine, served=served, task_id=task_id)
+        if model is not None and is_batch_file(file)
+        else documents.load(file, task_id)
+        for file in files
+    ]
     refuse_faults(submissions, known_types(locate.settings(config)))
     folders = [Path.cwd() if file == "-" else Path(file).absolute().parent for file in files]
+    if model is not None and Path(model).is_dir():
+        folders.append(Path(model))
     roots = tuple(dict.fromkeys(str(folder.resolve()) for folder in (*folders, *map(Path, read_roots))))
     options = LocalOptions(config=config, results_dir=results_dir, read_roots=roots)
-    return run_all(submissions, options, timeout_s=timeout, keep_going=keep_going, as_json=as_json)
+    choice = Choice(None, "") if embedded else choose(options, submissions)
+    return run_all(submissions, options, choice, timeout_s=timeout, keep_going=keep_going, as_json=as_json)
 
 
 def run_all(
     submissions: Sequence[Submission],
     options: LocalOptions,
+    choice: Choice = Choice(None, ""),  # noqa: B008 - frozen
     *,
     timeout_s: float | None = None,
     keep_going: bool = False,
@@ -82,6 +119,7 @@ def run_all(
     """Run the tasks one after another on one node, and print the outcome of each.
 
     Args:
+        choice: the node that runs here, if they run on it; by default a temporary one.
         timeout_s: limit for each task; None: no limit.
         keep_going: run the remaining tasks after a failure.
 
@@ -89,24 +127,26 @@ def run_all(
         FlowMeshError: the last failure.
     """
     happened: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    view = view_for(progress_stream(as_json=as_json))
+    stream = progress_stream(as_json=as_json)
+    view = view_for(stream)
     failure: FlowMeshError | None = None
     with Signals(happened).handled() as signals:
+        run = _Run(view, stream, happened, signals, timeout_s, as_json=as_json)
         try:
-            view.step("starting the node")
-            with LocalNode(options, lambda: signals.count > 1) as node:
-                worker = node.wait_idle(signals.check)
+            if choice.why:
+                view.note(choice.why)
+            with contextlib.ExitStack() as stack:
+                if choice.node is not None and choice.results_dir is not None:
+                    each = functools.partial(run.on_running, choice.node, choice.results_dir)
+                else:
+                    view.step("starting the node")
+                    node = stack.enter_context(LocalNode(options, lambda: signals.count > 1))
+                    each = functools.partial(run.on_local, node, node.wait_idle(signals.check), options)
                 latest: FlowMeshError | None = None
                 for submission in submissions:
                     if latest is not None:
                         view.note(f"flowmesh: {latest}")
-                    outcome = Follow(
-                        node, submission, worker, view=view, happened=happened, signals=signals, timeout_s=timeout_s
-                    ).run()
-                    view.stop()
-                    if outcome.verdict in _NODES_OWN:
-                        node.show_log()  # it is removed with the node
-                    latest = _report(outcome, as_json=as_json)
+                    latest = each(submission)
                     failure = latest or failure
                     if signals.count:
                         raise Interrupted(signals.last, str(failure or f"interrupted after {submission.task_id}"))
@@ -117,6 +157,86 @@ def run_all(
     if failure is not None:
         raise failure
     return EXIT_OK
+
+
+class _Run:
+    """What the documents of one command have in common. Its methods return the error of one that failed."""
+
+    def __init__(
+        self,
+        view: View,
+        stream: TextIO | None,
+        happened: queue.SimpleQueue[Any],
+        signals: Signals,
+        timeout_s: float | None,
+        *,
+        as_json: bool,
+    ) -> None:
+        self._view = view
+        self._stream = stream
+        self._happened = happened
+        self._signals = signals
+        self._timeout_s = timeout_s
+        self._as_json = as_json
+
+    def on_local(
+        self, node: LocalNode, worker: Worker, options: LocalOptions, submission: Submission
+    ) -> FlowMeshError | None:
+        """On the temporary node."""
+        if is_pipeline(submission.document):
+            results_dir = locate.results_dir(options.results_dir, options.config)
+            check = functools.partial(node.raise_if_gone, "while the pipeline ran")
+            return self._pipeline(submission, node.state_dir, results_dir, check)
+        outcome = Follow(
+            node,
+            submission,
+            worker,
+            view=self._view,
+            happened=self._happened,
+            signals=self._signals,
+            timeout_s=self._timeout_s,
+        ).run()
+        self._view.stop()
+        if outcome.verdict in _NODES_OWN:
+            node.show_log()  # it is removed with the node
+        return _report(outcome, as_json=self._as_json)
+
+    def on_running(self, node: RunningNode, results_dir: Path, submission: Submission) -> FlowMeshError | None:
+        """On the node that runs here."""
+        submission = msgspec.structs.replace(submission, document=absolute(submission.document))
+        if is_pipeline(submission.document):
+            return self._pipeline(submission, node.state_dir, results_dir, lambda: None)
+
+        def waits(worker_id: str, count: int) -> None:
+            if count:
+                self._view.note(f"waiting for {worker_id}: {render.count(count, 'task')} before this one")
+
+        self._view.note(f"{submission.task_id}  {submission.task_type or 'no task type'}  {submission.source}")
+        outcome = node.run(
+            submission,
+            happened=self._happened,
+            signals=self._signals,
+            seen=self._view.seen,
+            waits=waits,
+            timeout_s=self._timeout_s,
+        )
+        self._view.stop()
+        return _report(outcome, as_json=self._as_json)
+
+    def _pipeline(
+        self, submission: Submission, state_dir: Path, results_dir: Path, check: Callable[[], None]
+    ) -> FlowMeshError | None:
+        self._view.stop()
+        return PipelineRun(
+            submission,
+            state_dir,
+            results_dir,
+            happened=self._happened,
+            signals=self._signals,
+            stream=self._stream,
+            timeout_s=self._timeout_s,
+            check=check,
+        ).run(as_json=self._as_json)
 
 
 def _report(outcome: Outcome, *, as_json: bool) -> FlowMeshError | None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import queue
-import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from flowmesh.cli.control import Control, NotPermitted
 from flowmesh.cli.control_types import Ended, Seen
 from flowmesh.cli.documents import Submission
 from flowmesh.cli.follow import Outcome, result_of
+from flowmesh.cli.node_watch import NodeWatch
 from flowmesh.cli.signals import Interrupted, Signals
 from flowmesh.errors import ConfigError, FlowMeshError, UnavailableError
 from flowmesh.settings import paths
@@ -60,6 +61,7 @@ class RunningNode:
         signals: Signals,
         seen: Callable[[Seen], None] = lambda _: None,
         waits: Callable[[str, int], None] = lambda *_: None,
+        timeout_s: float | None = None,
     ) -> Outcome:
         """Hand a task to the node, and follow it to its end.
 
@@ -67,35 +69,32 @@ class RunningNode:
 
         Args:
             waits: called with the worker, and how many tasks come first.
+            timeout_s: cancel it after this time.
 
         Raises:
             Refused: the node does not take it.
             UnavailableError: the node is gone.
             Interrupted: the user gave up waiting; the node goes on.
         """
-        task_id = submission.task_id
-        with Control(self.state_dir) as watch:
-            events = watch.watch(task_id)
-            with Control(self.state_dir) as control:
-                taken = control.submit(task_id, submission.document)
-            waits(taken.worker_id, taken.waits)
-            watcher = threading.Thread(target=_watch, args=(events, happened), daemon=True)
-            watcher.start()
-            try:
-                return self._follow(submission, taken.worker_id, happened, signals, seen)
-            finally:
-                watch.interrupt()
-                watcher.join()
+        watch = NodeWatch(self.state_dir, submission.task_id, submission.document, happened.put)
+        waits(watch.taken.worker_id, watch.taken.waits)
+        try:
+            return self._follow(watch, submission, happened, signals, seen, timeout_s)
+        finally:
+            watch.close()
 
-    def _follow(
+    def _follow(  # noqa: PLR0917
         self,
+        watch: NodeWatch,
         submission: Submission,
-        worker_id: str,
         happened: queue.SimpleQueue[Any],
         signals: Signals,
         seen: Callable[[Seen], None],
+        timeout_s: float | None,
     ) -> Outcome:
         pressed = 0
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        timed_out = ""
         while True:
             try:
                 event = happened.get(timeout=_TICK_S)
@@ -103,36 +102,24 @@ class RunningNode:
                 event = None
             match event:
                 case Ended():
-                    return _outcome(submission, worker_id, event)
+                    return _outcome(submission, watch.taken.worker_id, event, timed_out)
                 case FlowMeshError():
-                    raise event
+                    raise UnavailableError(f"{event}; {submission.task_id} continues when the node is back")
                 case None:
                     pass
                 case _:
                     seen(event)
+            if deadline is not None and time.monotonic() > deadline and not timed_out:
+                timed_out = f"timeout after {timeout_s:g} s"
+                watch.cancel(force=False)
             if signals.count > pressed:
                 pressed = signals.count
                 if pressed > 2:
                     raise Interrupted(signals.last, f"gave up waiting; {submission.task_id} is still on the node")
-                self._cancel(submission.task_id, force=pressed > 1)
-
-    def _cancel(self, task_id: str, *, force: bool) -> None:
-        try:
-            with Control(self.state_dir) as control:
-                control.cancel(task_id, force=force)
-        except FlowMeshError:
-            return  # it has ended meanwhile, or the watch tells that the node is gone
+                watch.cancel(force=pressed > 1)
 
 
-def _watch(events: Iterator[Seen], happened: queue.SimpleQueue[Any]) -> None:
-    try:
-        for event in events:
-            happened.put(event)
-    except FlowMeshError as error:
-        happened.put(error)
-
-
-def _outcome(submission: Submission, worker_id: str, ended: Ended) -> Outcome:
+def _outcome(submission: Submission, worker_id: str, ended: Ended, timed_out: str) -> Outcome:
     runtime = ended.payload.get("runtime_sec")
     return Outcome(
         task_id=submission.task_id,
@@ -141,7 +128,7 @@ def _outcome(submission: Submission, worker_id: str, ended: Ended) -> Outcome:
         worker_id=worker_id,
         ok=ended.ok,
         verdict=ended.verdict,
-        error=None if ended.ok else ended.error or "no reason given",
+        error=None if ended.ok else ": ".join(filter(None, (timed_out, ended.error))) or "no reason given",
         out_dir=ended.out_dir,
         runtime_sec=float(runtime) if isinstance(runtime, int | float) else None,
         event=ended.payload,

@@ -1,4 +1,4 @@
-"""`flowmesh schema`: prints the JSON Schema of task documents, configurations of agents, or the node's file."""
+"""`flowmesh schema`: prints the JSON Schema of tasks, pipelines, configurations of agents, or the node's file."""
 
 from __future__ import annotations
 
@@ -8,14 +8,20 @@ from typing import Literal
 import click
 
 from flowmesh.errors import EXIT_OK
+from flowmesh.pipelines.schema import pipeline_schema
 from flowmesh.tasks import schemas
 
-MAKERS = {"task": schemas.task_schema, "agent": schemas.agent_schema, "node": schemas.node_schema}
+MAKERS = {
+    "task": schemas.task_schema,
+    "pipeline": pipeline_schema,
+    "agent": schemas.agent_schema,
+    "node": schemas.node_schema,
+}
 
 
-@click.command(help="Print the JSON Schema of task documents, of configurations of agents, or of the node's file.")
+@click.command(help="Print the JSON Schema of tasks, of pipelines, of configurations of agents, or of the node's file.")
 @click.argument("kind", type=click.Choice(list(MAKERS)))
-def schema(*, kind: Literal["task", "agent", "node"]) -> int:
+def schema(*, kind: Literal["task", "pipeline", "agent", "node"]) -> int:
     """Run the command; returns the exit code."""
     print(text_of(kind), end="")
     return EXIT_OK

@@ -11,14 +11,15 @@ from typing import Any
 import click
 import msgspec
 
-from flowmesh.cli import deployment, documents, locate, redis_limits, render
+from flowmesh.cli import completing, deployment, documents, locate, redis_limits, render
 from flowmesh.cli.checked_file import refuse_faults
 from flowmesh.cli.deployment import TaskEnd, TaskFailed
 from flowmesh.cli.documents import Submission
 from flowmesh.cli.fleet import wait_for
 from flowmesh.cli.wait import Wait
-from flowmesh.errors import EXIT_OK, UnavailableError
+from flowmesh.errors import EXIT_OK, FieldError, UnavailableError
 from flowmesh.messages import wire
+from flowmesh.pipelines.document import is_pipeline
 from flowmesh.queue.workers import NoWorkerFits, choose
 from flowmesh.tasks.catalogue import known_types
 
@@ -41,7 +42,9 @@ from flowmesh.tasks.catalogue import known_types
     help="With --queue: attempts after a failure that another node may not have; default 2.",
 )
 @click.option("--anyway", is_flag=True, help="With --queue: even if no registered worker could ever run it.")
-@click.option("--worker", "worker_id", metavar="ID", help="Send it to this worker only.")
+@click.option(
+    "--worker", "worker_id", metavar="ID", help="Send it to this worker only.", shell_complete=completing.worker_ids
+)
 @click.option("--task-id", metavar="ID", help="The task's id; else a new one.")
 @click.option("--no-check", is_flag=True, help="Send it unchecked: the worker has another version or runner.")
 @click.option("--wait", is_flag=True, help="Wait until the task has ended; exit with 0 only if it succeeded.")
@@ -80,6 +83,7 @@ def submit(
     if len(files) > 1 and task_id is not None:
         raise click.UsageError("--task-id needs a single file")
     submissions = [documents.load(file, task_id) for file in files]
+    _refuse_pipelines(submissions)
     if not no_check:
         refuse_faults(submissions, known_types(locate.settings(config)))
     url, topic = locate.deployment_of(redis_url, config)
@@ -87,6 +91,16 @@ def submit(
         how = {"priority": priority or "normal", "retries": 2 if retries is None else retries, "anyway": anyway}
         return _queue(url, submissions, how, wait=wait, timeout_s=timeout, as_json=as_json)
     return _send(url, topic, submissions[0], worker_id, wait=wait, timeout_s=timeout, as_json=as_json)
+
+
+def _refuse_pipelines(submissions: list[Submission]) -> None:
+    """Raises FieldError for a pipeline: a worker would run its outer spec as one task."""
+    for each in submissions:
+        if is_pipeline(each.document):
+            name = "spec.stages" if each.document["spec"].get("stages") is not None else "spec.graph"
+            raise FieldError(
+                f"{each.source}: {name}: a pipeline cannot be submitted; `flowmesh run` runs it on this machine", name
+            )
 
 
 def _queue(

@@ -12,7 +12,7 @@ _LABEL = 10
 
 
 def summary(result: dict[str, Any], width: int) -> list[str]:
-    """The lines of `result`, none longer than `width`."""
+    """The lines of `result`, none longer than `width`, except for the paths of a batch file's answers."""
     items, queries = result.get("items"), result.get("queries")
     if isinstance(items, list) and all(isinstance(item, dict) for item in items):
         lines = _headline(result, len(items)) + _items(items, width)
@@ -22,11 +22,25 @@ def summary(result: dict[str, Any], width: int) -> list[str]:
         export = result.get("jsonl_export")
         if isinstance(export, dict) and "path" in export:
             lines.append(f"exported {export.get('record_count', '?')} records to {export['path']}")
+    elif isinstance(result.get("request_counts"), dict):
+        return _batch(result, width)
     elif isinstance(queries, list) and all(isinstance(query, dict) for query in queries):
         lines = _queries(queries, width)
     else:
         lines = _fields(result, width)
     return [line if len(line) <= width else f"{line[: width - 1]}…" for line in lines]
+
+
+def _batch(result: dict[str, Any], width: int) -> list[str]:
+    """The lines for a batch file."""
+    counts = result["request_counts"]
+    parts = [f"{counts.get('completed', '?')} of {count(counts.get('total', 0), 'request')} answered"]
+    lines = [", ".join([*parts, *_headline(result, 0)[0].split(", ")[1:]])]
+    for field, label in (("output_file", "output"), ("error_file", "errors")):
+        if isinstance(file := result.get(field), dict) and "path" in file:
+            lines.append(f"{label}: {file['path']} ({count(file.get('record_count', 0), 'line')})")
+    errors = result.get("first_errors")
+    return lines + [f"  {shorten(error, max(20, width - 2))}" for error in (errors if isinstance(errors, list) else [])]
 
 
 def _headline(result: dict[str, Any], number: int) -> list[str]:

@@ -16,12 +16,14 @@ from flowmesh.tasks.catalogue import known_types
 
 
 @click.command(
-    help="Check task documents, configurations of agents and node settings without running anything. "
+    help="Check task documents and pipelines, configurations of agents and node settings without running anything. "
     "Exits with 0, or with 78 where a file has errors."
 )
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
 @click.option(
-    "--kind", type=click.Choice(["task", "agent", "node"]), help="What the files are; else as their content shows."
+    "--kind",
+    type=click.Choice(["task", "pipeline", "agent", "node"]),
+    help="What the files are; else as their content shows.",
 )
 @locate.config_option
 @locate.json_option
@@ -49,5 +51,10 @@ def _print(checked: CheckedFile) -> None:
     for warning in checked.warnings:
         print(f"{checked.file}:{warning.line}: warning: {escaped(warning.message)}")
     if checked.ok:
-        what = {"task": f"task of type {checked.task_type}", "agent": "agents", "node": "node settings"}
-        print(f"{checked.file}: valid ({what[checked.kind or 'task']})")
+        what = {
+            "task": f"task of type {checked.task_type}",
+            "pipeline": "pipeline",
+            "agent": "agents",
+            "node": "node settings",
+        }
+        print(f"{checked.file}: valid ({what.get(checked.kind or 'task', checked.kind)})")

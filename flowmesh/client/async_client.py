@@ -22,11 +22,12 @@ from flowmesh.client.requests import (
     script_call,
     shown_end,
 )
+from flowmesh.client.shapes import checked
 from flowmesh.errors import FlowMeshError, UnavailableError
 from flowmesh.messages.wire import TASK_EVENTS_CHANNEL
 from flowmesh.queue import names
+from flowmesh.queue.lua import Script
 from flowmesh.queue.records import Attempt, End, Event, TaskState, end_of, event_of
-from flowmesh.queue.scripts import Script
 from flowmesh.queue.workers import Worker
 
 T = TypeVar("T")
@@ -43,6 +44,7 @@ class AsyncClient:
     def __init__(self, url: str | None = None, *, topic: str = "tasks") -> None:
         self._url = connection.address(url)
         self._topic = topic
+        self._possible: dict[str, float] = {}
         self._redis = connection.open_async_client(self._url)
 
     async def __aenter__(self) -> AsyncClient:
@@ -79,7 +81,14 @@ class AsyncClient:
         task = await client.queue({"spec": {"taskType": "echo"}}, priority="low")
         """
         return await self._do(
-            requests.queue(document, priority=priority, retries=retries, task_id=task_id, anyway=anyway)
+            requests.queue(
+                document,
+                priority=priority,
+                retries=retries,
+                task_id=task_id,
+                anyway=anyway,
+                possible=self._possible,
+            )
         )
 
     async def wait(self, task_id: str, timeout_s: float | None = None) -> End:
@@ -87,7 +96,7 @@ class AsyncClient:
 
         ends = await asyncio.gather(*(client.wait(task.task_id) for task in tasks))
         """
-        requests.checked(task_id)
+        checked(task_id)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         async for event in self._heard(task_id, deadline):
             if isinstance(event, End):
@@ -129,7 +138,7 @@ class AsyncClient:
         async for line in client.logs(task.task_id, follow=True):
             print(line)
         """
-        requests.checked(task_id)
+        checked(task_id)
         reader, began = LogReader(), time.monotonic()
         asked = float("-inf")
         while not reader.ended:

@@ -21,11 +21,12 @@ from flowmesh.client.requests import (
     script_call,
     shown_end,
 )
+from flowmesh.client.shapes import checked
 from flowmesh.errors import FlowMeshError, UnavailableError
 from flowmesh.messages.wire import TASK_EVENTS_CHANNEL
 from flowmesh.queue import names
+from flowmesh.queue.lua import Script
 from flowmesh.queue.records import Attempt, End, Event, TaskState, end_of, event_of
-from flowmesh.queue.scripts import Script
 from flowmesh.queue.workers import Worker
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class Client:
     def __init__(self, url: str | None = None, *, topic: str = "tasks") -> None:
         self._url = connection.address(url)
         self._topic = topic
+        self._possible: dict[str, float] = {}
         self._redis = connection.open_client(self._url)
 
     def __enter__(self) -> Client:
@@ -107,7 +109,16 @@ class Client:
 
             task = client.queue({"spec": {"taskType": "echo"}}, priority="high")
         """
-        return self._do(requests.queue(document, priority=priority, retries=retries, task_id=task_id, anyway=anyway))
+        return self._do(
+            requests.queue(
+                document,
+                priority=priority,
+                retries=retries,
+                task_id=task_id,
+                anyway=anyway,
+                possible=self._possible,
+            )
+        )
 
     def wait(self, task_id: str, timeout_s: float | None = None) -> End:
         """Wait for a task's end, through outages of Redis.
@@ -124,7 +135,7 @@ class Client:
             if not end.ok:
                 print(end.verdict, end.error)
         """
-        requests.checked(task_id)
+        checked(task_id)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         for event in self._heard(task_id, deadline):
             if isinstance(event, End):
@@ -178,7 +189,7 @@ class Client:
             for line in client.logs(task.task_id, follow=True):
                 print(line)
         """
-        requests.checked(task_id)
+        checked(task_id)
         reader, began = LogReader(), time.monotonic()
         asked = float("-inf")
         while not reader.ended:

@@ -6,16 +6,18 @@
 from __future__ import annotations
 
 import json
-import secrets
+import time
 from collections.abc import Generator, Mapping
 from typing import Any, TypeVar
 
 import msgspec
 
+from flowmesh.client.shapes import checked, encoded, id_or_new, name_of, shaped
 from flowmesh.errors import BusyError, FieldError, FlowMeshError, UnavailableError
 from flowmesh.messages import wire
 from flowmesh.queue import names, scripts
 from flowmesh.queue.classes import class_of, owner_of, parse
+from flowmesh.queue.lua import Script
 from flowmesh.queue.names import Priority
 from flowmesh.queue.records import (
     END_FIELDS,
@@ -31,7 +33,6 @@ from flowmesh.queue.records import (
     state_of,
     text,
 )
-from flowmesh.queue.scripts import Script
 from flowmesh.queue.workers import (
     Worker,
     choose,
@@ -54,6 +55,8 @@ FOLLOW_S = 30
 POLL_S = 2.0
 """Between two looks at a record while its events are awaited: an event may have been missed."""
 OUTAGE_POLL_S = 0.5
+POSSIBLE_S = 10.0
+"""How long a worker that fits a class is believed to be there: many tasks of a class are queued with one look."""
 LOST_S = 30.0
 """How long a task that was known may have no record and no worker: after a restart of Redis, nodes register again."""
 ALL_SHOWN = 1000
@@ -93,19 +96,25 @@ def queue(
     retries: int = 2,
     task_id: str | None = None,
     anyway: bool = False,
+    possible: dict[str, float],
 ) -> Request[Task]:
+    """
+    Args:
+        possible: the classes that a worker was found for, and when (monotonic); kept between requests.
+    """
     shaped(document)
     if priority not in list(Priority):
         raise FieldError(f"priority: {priority!r} is none; use high, normal or low", "priority")
     if not isinstance(retries, int) or not 0 <= retries <= MAX_RETRIES:
         raise FieldError(f"retries: expected a number from 0 to {MAX_RETRIES}, found {retries!r}", "retries")
     wanted = class_of(document)
-    if not anyway:
+    if not anyway and time.monotonic() - possible.get(wanted.key, float("-inf")) > POSSIBLE_S:
         refuse_unless_possible((yield from workers()), wanted)
-    task_id = _id(task_id)
+        possible[wanted.key] = time.monotonic()
+    task_id = id_or_new(task_id)
     arguments = (
-        task_id, wire.utc_now(), wanted.member, wanted.key, priority, owner_of(document), retries, _encoded(document),
-        type_of(document) or "", _name(document),
+        task_id, wire.utc_now(), wanted.member, wanted.key, priority, owner_of(document), retries, encoded(document),
+        type_of(document) or "", name_of(document),
     )  # fmt: skip
     (answer,) = yield [(scripts.QUEUE, *arguments)]
     if text(answer) == "exists":
@@ -123,8 +132,8 @@ def submit(
 ) -> Request[Task]:
     shaped(document)
     chosen = choose((yield from workers()), document, worker)
-    task_id, at = _id(task_id), wire.utc_now()
-    name, kind, owner = _name(document), type_of(document), owner_of(document)
+    task_id, at = id_or_new(task_id), wire.utc_now()
+    name, kind, owner = name_of(document), type_of(document), owner_of(document)
     (attempt,) = yield [(scripts.DISPATCHED, task_id, at, chosen.worker_id, kind or "", owner, name)]
     if not int(attempt):
         raise TaskExists(f"{task_id}: a task of this id has not ended; choose another one, or wait for it")
@@ -137,7 +146,7 @@ def submit(
         "parent_task_id": None,
         "record": {"attempt": int(attempt)},
     }
-    data = _encoded(message) if check_size else json.dumps(message, ensure_ascii=False).encode()
+    data = encoded(message) if check_size else json.dumps(message, ensure_ascii=False).encode()
     (heard,) = yield [("PUBLISH", topic, data)]
     if not int(heard):
         yield [("DEL", names.record_key(task_id)), ("ZREM", names.OPEN, task_id)]
@@ -283,31 +292,6 @@ def script_call(script: Script, arguments: tuple[Any, ...], *, whole: bool) -> C
     return ("EVAL", script.text, 0, *arguments) if whole else ("EVALSHA", script.sha, 0, *arguments)
 
 
-def checked(task_id: str) -> str:
-    """`task_id`.
-
-    Raises:
-        FieldError: it is no valid id.
-    """
-    if wire.usable_task_id(task_id) is None:
-        raise FieldError(
-            f"invalid task id {task_id!r}; allowed are up to 200 letters, digits and . _ : @ = + -", "task_id"
-        )
-    return task_id
-
-
-def shaped(document: Mapping[str, Any]) -> None:
-    """Check a document's outer shape; the node checks the rest.
-
-    Raises:
-        FieldError: it is not a mapping with a `spec`.
-    """
-    if not isinstance(document, Mapping):
-        raise FieldError(f"the document: expected a mapping, found {type(document).__name__}", "")
-    if not isinstance(document.get("spec"), Mapping):
-        raise FieldError("spec: missing, or not a mapping; put the task's fields below it", "spec")
-
-
 def first_event(state: TaskState | None) -> Event | None:
     """What a record says has happened so far; None: there is none, or the task has ended."""
     if state is None or state.ended:
@@ -333,27 +317,3 @@ def no_answer(task_id: str, seconds: float) -> UnavailableError:
         f"{task_id}: no node sent its logs within {seconds:g} s; it waits in the queue, its node does not run, is "
         "older, or has removed its folder"
     )
-
-
-def _id(task_id: str | None) -> str:
-    return checked(task_id) if task_id is not None else f"task-{secrets.token_hex(8)}"
-
-
-def _name(document: Mapping[str, Any]) -> str:
-    metadata = document.get("metadata")
-    name = metadata.get("name") if isinstance(metadata, Mapping) else None
-    return str(name)[:200] if isinstance(name, str | int) else ""
-
-
-def _encoded(document: Mapping[str, Any]) -> bytes:
-    try:
-        data = json.dumps(document, ensure_ascii=False, allow_nan=False).encode()
-    except (TypeError, ValueError, RecursionError) as error:
-        raise FieldError(f"the document cannot be written as JSON: {error}", "") from None
-    if len(data) > wire.MAX_MESSAGE_BYTES:
-        raise FieldError(
-            f"the task is {len(data)} bytes as a message, and a node accepts at most {wire.MAX_MESSAGE_BYTES}: "
-            "put the data into a file or behind a URL",
-            "",
-        )
-    return data

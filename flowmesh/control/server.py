@@ -124,7 +124,11 @@ class ControlServer:
                 return
             if isinstance(op, str) and (taker := self._bulk.get(op)) is not None:
                 body = await reader.readexactly(_size(request))
-                await self._send(writer, {"ok": True, **taker(request, body)})
+                reply = {"ok": True, **taker(request, body)}
+                if request.get("watch") is True and "refused" not in reply:
+                    await self._watch(text_field(request, "task_id"), reader, writer, reply)
+                else:
+                    await self._send(writer, reply)
                 return
             handler = self._handlers.get(op) if isinstance(op, str) else None
             if handler is None:
@@ -140,8 +144,18 @@ class ControlServer:
             reply = {"ok": False, "error": str(error)}
         await self._send(writer, reply)
 
-    async def _watch(self, task_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Send a task's events until it ends or the client disconnects."""
+    async def _watch(
+        self,
+        task_id: str,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        first: Answer | None = None,
+    ) -> None:
+        """Send a task's events until it ends or the client disconnects.
+
+        Args:
+            first: is sent before them.
+        """
         events: asyncio.Queue[Answer | None] = asyncio.Queue()
 
         def put(event: Answer) -> None:
@@ -152,6 +166,8 @@ class ControlServer:
         gone = asyncio.create_task(reader.read(1))
         gone.add_done_callback(lambda _: events.put_nowait(None))
         try:
+            if first is not None:
+                await self._send(writer, first)
             while (event := await events.get()) is not None:
                 await self._send(writer, event)
                 if event["event"] == "end":

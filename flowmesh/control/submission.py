@@ -9,18 +9,27 @@ import msgspec
 from flowmesh.control.server import ControlError, text_field
 from flowmesh.errors import FieldError
 from flowmesh.execution.executor import Executor
+from flowmesh.execution.observer import Observer
 from flowmesh.execution.run import Run
 from flowmesh.messages.matching import match
 from flowmesh.messages.text import encode_json
 from flowmesh.messages.wire import usable_task_id, utc_now
 from flowmesh.node.slots import Slot
 from flowmesh.orchestrator.link import Link
+from flowmesh.tasks.verdicts import Kind
 
 
-class Submissions:
+class Submissions(Observer):
     def __init__(self, executor: Executor, link: Link) -> None:
         self._executor = executor
         self._link = link
+        self._refused: dict[str, tuple[str, Kind]] = {}
+        """By id, while it is taken: why the node refused it, with an event."""
+        executor.observers.add(self)
+
+    def on_refused(self, task_id: str, message: str, kind: Kind) -> None:
+        if task_id in self._refused:
+            self._refused[task_id] = (message, kind)
 
     def take(self, request: dict[str, Any], body: bytes) -> dict[str, Any]:
         """Queue a task for the worker that suits it best.
@@ -30,7 +39,8 @@ class Submissions:
             body: the document, JSON.
 
         Returns:
-            `worker_id`, and `waits`: how many tasks come before it.
+            `worker_id`, and `waits`: how many tasks come before it. Of a task that ended at once, because its document
+            cannot run, also `refused`, the reason, and `verdict`.
 
         Raises:
             ControlError: it fits no worker of this node, or the node takes no task now.
@@ -57,9 +67,16 @@ class Submissions:
             "dispatched_at": utc_now(),
             "parent_task_id": None,
         }
-        if not self._link.dispatcher.take(encode_json(message)):
-            raise ControlError("the node cannot take the task now; its status says why")
-        return {"worker_id": slot.plan.worker_id, "waits": waits}
+        if isinstance(children := document.pop("merge_children", None), list) and children:
+            message["merged_children"] = children
+        self._refused[task_id] = ("", Kind.ERROR)
+        try:
+            if not self._link.dispatcher.take(encode_json(message)):
+                raise ControlError("the node cannot take the task now; its status says why")
+        finally:
+            refused, kind = self._refused.pop(task_id)
+        answer = {"worker_id": slot.plan.worker_id, "waits": waits}
+        return answer if not refused else {**answer, "refused": refused, "verdict": kind.value}
 
     def _fitting(self, document: dict[str, Any]) -> Slot[Run]:
         """An open slot that has what the document asks for, with as few tasks before it as possible."""
@@ -69,7 +86,8 @@ class Submissions:
         reasons, fitting = [], []
         for worker_id, slot in self._executor.slots.items():
             try:
-                lacks = match(self._link.registration.presences[worker_id].identity.hardware, place or {})
+                hardware = msgspec.to_builtins(self._link.registration.presences[worker_id].identity.hardware)
+                lacks = match(hardware, place or {})
             except FieldError as error:
                 raise ControlError(str(error)) from None
             reasons += [f"{worker_id}: {each}" for each in (*lacks, *([slot.trouble] if slot.trouble else []))]

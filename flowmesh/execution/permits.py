@@ -33,6 +33,7 @@ def of_node(settings: Settings, state_dir: Path, env: Mapping[str, str], owner: 
         caches=(str(hub / "hub"), str(hub / "datasets"), *given),
         trust_remote_code=tasks.trust_remote_code,
         vllm_arguments=tasks.vllm_arguments,
+        reasoning_parsers=tasks.reasoning_parsers,
         commands=tasks.allow_command,
         trainer_arguments=tasks.trainer_arguments,
         local_hosts=tasks.local_hosts,

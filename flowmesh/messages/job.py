@@ -37,6 +37,8 @@ class Permits(msgspec.Struct, frozen=True, kw_only=True):
     """Sources (`*` allowed) whose own code may run: hub ids, and absolute folders."""
     vllm_arguments: tuple[str, ...] = ()
     """Engine arguments of vLLM beyond the harmless ones (`*` allowed)."""
+    reasoning_parsers: tuple[str, ...] = ()
+    """Reasoning parsers of vLLM (`*` allowed) that documents may name."""
     commands: tuple[str, ...] = ()
     """Patterns (`*` allowed) of the programs that tasks may run."""
     trainer_arguments: tuple[str, ...] = ()

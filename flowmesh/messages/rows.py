@@ -137,6 +137,15 @@ def read(file: IO[bytes]) -> Kept:
     return Kept(rows=tuple(rows), head=head, whole_bytes=whole, bad_lines=bad)
 
 
+def scan(file: IO[bytes]) -> Iterator[tuple[Row | Head, int, int]]:
+    """Each whole line's content, where it begins in the file, and how long it is. One at a time is in memory."""
+    start = 0
+    for data, length in _lines(file):
+        if data is not None and data.endswith(b"\n") and (found := _decoded(data)) is not None:
+            yield found, start, length
+        start += length
+
+
 def compress(lines: Iterable[bytes], target: IO[bytes]) -> None:
     """Write ROWS_ARCHIVE. Its bytes depend on the lines only."""
     with gzip.GzipFile(filename="", mode="wb", fileobj=target, mtime=0) as archive:

@@ -15,13 +15,14 @@ from flowmesh.bus.connection import redis
 from flowmesh.bus.subscriber import Subscriber
 from flowmesh.execution.executor import Executor
 from flowmesh.execution.observer import Observer
-from flowmesh.orchestrator.claims import POLL_S, Claims
+from flowmesh.orchestrator.claims import Claims
 from flowmesh.orchestrator.dispatcher import Dispatcher
 from flowmesh.orchestrator.log_feed import LogFeeds, LogRequest
 from flowmesh.orchestrator.preemption import Preemption
 from flowmesh.orchestrator.record_sender import RecordSender
 from flowmesh.orchestrator.registration import Registration
 from flowmesh.orchestrator.take_over import TakeOver
+from flowmesh.orchestrator.wake_ups import POLL_S
 from flowmesh.queue import names
 
 Reach = Callable[..., redis.Redis]

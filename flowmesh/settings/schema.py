@@ -161,6 +161,8 @@ class TasksSettings(Section, frozen=True):
     """Hub ids and absolute folders (`*` allowed) of models whose own code may run."""
     vllm_arguments: tuple[VariableName, ...] = ()
     """Engine arguments of vLLM (`*` allowed) that documents may set although they load code or open files."""
+    reasoning_parsers: tuple[VariableName, ...] = ("*",)
+    """Reasoning parsers of vLLM (`*` allowed) that documents may name."""
     trainer_arguments: tuple[VariableName, ...] = ()
     """Arguments of trainers (`*` allowed) that documents may set although they load code or send data out."""
     allow_command: tuple[Word, ...] = ()

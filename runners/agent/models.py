@@ -164,8 +164,8 @@ class LocalModel(AgentModel):
         """
         from runners.inference.engines import load_engine
         from runners.inference.identity import weights_digest
-        from runners.inference.runner import find_source
         from runners.inference.task import read_task
+        from runners.inference.task_model import find_source
         from runners.inference.vllm_args import Work
 
         super().__init__(wanted.identifier or "")

@@ -17,12 +17,12 @@ from urllib.parse import urlencode, urljoin, urlsplit
 import msgspec
 
 from flowmesh.redaction import Redactor
+from flowmesh.validation.json_paths import PathError, parse, walk
 from flowmesh.web.session import make_session, options_for
 from runners.agent import tls
 from runners.agent.config import Fetch, SearchProvider
 from runners.agent.secrets import from_env
 from runners.api import BadRequest
-from runners.data.paths import PathError, parse, walk
 
 MAX_REDIRECTS = 5
 USER_AGENT = "flowmesh-agent/1.0"

@@ -90,7 +90,7 @@ def _piece(text: str) -> str:
     if text == "?":
         return "[^/]"
     if text.startswith("[") and len(text) > 1:
-        inner = text[1:-1].replace("\\", r"\\")
+        inner = text[1:-1].replace("\\", r"\\").replace("[", r"\[")
         return f"(?!/)[{'^' + inner[1:] if inner.startswith('!') else inner}]"
     return re.escape(text)
 

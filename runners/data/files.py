@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 from urllib.parse import urlsplit
 
 from msgspec import Meta
@@ -16,6 +16,21 @@ from runners.data.prompts import Items
 from runners.data.readers import File, format_of
 from runners.data.shard import Shard
 from runners.models.sources import local_path
+
+
+class Located(Protocol):
+    """What names the files of a source."""
+
+    @property
+    def type(self) -> str: ...
+    @property
+    def path(self) -> str | None: ...
+    @property
+    def url(self) -> str | None: ...
+    @property
+    def headers(self) -> dict[str, str] | None: ...
+    @property
+    def timeout_s(self) -> float | None: ...
 
 
 class FileData(Rows, frozen=True, kw_only=True, rename={"timeout_s": "timeoutSec"}):
@@ -31,12 +46,18 @@ class FileData(Rows, frozen=True, kw_only=True, rename={"timeout_s": "timeoutSec
 def load_file(ctx: Context, section: dict[str, Any], shard: Shard | None, spec: dict[str, Any], where: str) -> Items:  # noqa: ARG001
     """See `sources.load_items`."""
     data = ctx.check(section, FileData, where)
+    return items_of(ctx, Table([Part(tuple(files_of(ctx, data, where)))]), data, shard, where)
+
+
+def files_of(ctx: Context, data: Located, where: str) -> list[File]:
+    """The files that `path` or `url` names, downloaded where it is a URL.
+
+    Raises:
+        BadRequest: naming the field.
+        RunnerError: the server cannot be reached.
+    """
     if (data.path is None) == (data.url is None):
         raise BadRequest(f"{where}: give either `path` or `url`")
-    return items_of(ctx, Table([Part(tuple(_files(ctx, data, where)))]), data, shard, where)
-
-
-def _files(ctx: Context, data: FileData, where: str) -> list[File]:
     by_url = data.path is not None and data.path.startswith(("http://", "https://"))  # a stage's jsonl_export.path
     url = data.path if by_url else data.url
     if url is not None:

@@ -9,8 +9,8 @@ from typing import Any
 import msgspec
 
 from flowmesh.validation.convert import nearest
+from flowmesh.validation.json_paths import PathError, parse, walk
 from runners.api import BadRequest, Context
-from runners.data.paths import PathError, parse, walk
 from runners.data.prompts import Items
 from runners.data.shard import Shard
 

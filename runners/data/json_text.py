@@ -6,7 +6,7 @@ import decimal
 import json
 from typing import Any
 
-from runners.data.names import is_name
+from flowmesh.validation.names import is_name
 
 
 class Spelled(float):

@@ -10,15 +10,25 @@ from typing import Any
 import msgspec
 
 from flowmesh.validation.convert import FieldError, convert
+from flowmesh.validation.names import kind
 from runners.api import BadRequest, Context
-from runners.data.names import kind
 
 
-class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """One turn of a chat."""
 
     role: str
     content: str
+    reasoning: str | None = None
+    """Of an assistant's turn: what it thought. The model's template decides whether the model sees it again."""
+    reasoning_content: str | None = None
+    """The same, by its older name."""
+
+    def shown(self) -> dict[str, str]:
+        """In JSON types, and as chat templates take it; the reasoning under both names."""
+        thought = self.reasoning if self.reasoning is not None else self.reasoning_content
+        names = () if thought is None else ("reasoning", "reasoning_content")
+        return {"role": self.role, "content": self.content, **dict.fromkeys(names, thought or "")}
 
 
 Prompt = str | tuple[Message, ...]
@@ -121,4 +131,4 @@ def with_system(prompt: Prompt, system: str | None, *, last: bool = False) -> Pr
 
 def to_json(prompt: Prompt) -> Any:
     """A prompt in JSON types, for the result."""
-    return prompt if isinstance(prompt, str) else [{"role": m.role, "content": m.content} for m in prompt]
+    return prompt if isinstance(prompt, str) else [message.shown() for message in prompt]

@@ -16,9 +16,9 @@ from typing import Any
 
 import msgspec
 
+from flowmesh.validation.names import is_name
 from runners.api import BadRequest, MissingDependency
 from runners.data import json_text
-from runners.data.names import is_name
 from runners.data.prompts import check_text
 from runners.data.reading import Reach, Refused
 from runners.data.tables import Columns
@@ -70,20 +70,20 @@ def read(file: File, columns: Columns | None = None) -> Iterator[Row]:
         BadRequest: naming the line, or the missing column and those there are.
         MissingDependency: Parquet needs pyarrow.
     """
-    with _judged(file) as judged:
-        yield from _READERS[file.format](judged, columns)
+    with judged(file) as opened:
+        yield from _READERS[file.format](opened, columns)
 
 
 def count(file: File) -> int:
     """The number of rows in `file`. Parquet files are not read beyond their footer. Errors as for `read`."""
     if file.format != "parquet":
         return sum(1 for _ in read(file))
-    with _judged(file) as judged, _parquet(judged) as table:
+    with judged(file) as opened, _parquet(opened) as table:
         return int(table.metadata.num_rows)
 
 
 @contextlib.contextmanager
-def _judged(file: File) -> Iterator[File]:
+def judged(file: File) -> Iterator[File]:
     """The file by a name that nothing can be put under meanwhile.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from flowmesh.validation.convert import nearest
@@ -35,8 +36,13 @@ SECTIONS: dict[str, type[Any]] = {
 """The fields of each source."""
 
 
-def check_data(ctx: Context, spec: dict[str, Any], where: str = "spec") -> str:
+def check_data(
+    ctx: Context, spec: dict[str, Any], where: str = "spec", *, sources: Mapping[str, type[Any]] = SECTIONS
+) -> str:
     """Check the fields of `spec.data` and `spec.shard`, without reading a row; returns the source's type.
+
+    Args:
+        sources: those that the task type has, by their type.
 
     Raises:
         BadRequest: naming all fields that are wrong.
@@ -45,14 +51,14 @@ def check_data(ctx: Context, spec: dict[str, Any], where: str = "spec") -> str:
     here = f"{where}.data"
     if not isinstance(section, dict):
         found = "missing" if section is None else f"expected a mapping (found {type(section).__name__})"
-        raise BadRequest(f"{here}: {found}; give it a `type`: {', '.join(sorted(LOADERS))}")
+        raise BadRequest(f"{here}: {found}; give it a `type`: {', '.join(sorted(sources))}")
     kind = section.get("type")
     if not isinstance(kind, str):
-        raise BadRequest(f"{here}.type: missing; one of {', '.join(sorted(LOADERS))}")
-    if kind not in LOADERS:
-        raise BadRequest(f"{here}.type: unknown source {kind!r}; {nearest(kind, list(LOADERS))}")
+        raise BadRequest(f"{here}.type: missing; one of {', '.join(sorted(sources))}")
+    if kind not in sources:
+        raise BadRequest(f"{here}.type: unknown source {kind!r}; {nearest(kind, list(sources))}")
     faults = Faults()
-    faults.read(lambda: ctx.check(section, SECTIONS[kind], here))
+    faults.read(lambda: ctx.check(section, sources[kind], here))
     faults.read(lambda: _shard(ctx, spec, where))
     faults.check()
     return kind

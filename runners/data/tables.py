@@ -9,10 +9,10 @@ import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from flowmesh.validation.json_paths import PathError, parse, walk
+from flowmesh.validation.names import listed
 from runners.api import BadRequest, Context
 from runners.data.json_text import Spelled
-from runners.data.names import listed
-from runners.data.paths import PathError, parse, walk
 from runners.data.prompts import Items, Prompt, check_prompt
 
 

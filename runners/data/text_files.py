@@ -30,6 +30,8 @@ _MARKS = (  # the longer ones first: that of UTF-16 begins that of UTF-32
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 HEAD_BYTES = 8
+MAX_LINE_BYTES = 64 << 20
+"""Of a line that `raw_lines` gives out."""
 
 
 def lines(file: Path, where: str) -> Iterator[str]:
@@ -58,6 +60,29 @@ def lines(file: Path, where: str) -> Iterator[str]:
         raise BadRequest(f"{where}: not {name} text ({_wrong_byte(file, where, encoding)}); save it as UTF-8") from None
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise BadRequest(f"{where}: its compressed data are damaged ({error})") from None
+
+
+def raw_lines(file: Path, where: str) -> Iterator[bytes | None]:
+    """The lines of `file` without their ends (LF or CRLF), for a format in which a damaged line is that line's error.
+
+    None stands for a line of more than MAX_LINE_BYTES, so that no file needs more memory than that.
+
+    Raises:
+        BadRequest: it is UTF-16 or UTF-32, or its compressed data are damaged.
+    """
+    try:
+        with _unpacked(file, where) as raw:
+            if encoding_of(raw.peek(HEAD_BYTES)[:HEAD_BYTES]) != "utf-8-sig":
+                raise BadRequest(f"{where}: not UTF-8 text, by its byte order mark; save it as UTF-8")
+            mark = codecs.BOM_UTF8
+            while data := raw.readline(MAX_LINE_BYTES + 1):
+                rest, too_long = data, len(data) > MAX_LINE_BYTES and not data.endswith(b"\n")
+                while too_long and rest and not rest.endswith(b"\n"):
+                    rest = raw.readline(MAX_LINE_BYTES + 1)
+                yield None if too_long else data.removeprefix(mark).rstrip(b"\r\n")
+                mark = b""
+    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        raise BadRequest(f"{where}: cannot be read, or its compressed data are damaged ({error})") from None
 
 
 def encoding_of(head: bytes) -> str:

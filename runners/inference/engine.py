@@ -140,6 +140,10 @@ class Engine(Protocol):
         """
         ...
 
+    def check(self, sampling: Sampling, where: str) -> None:
+        """Raises BadRequest for sampling that this engine cannot honour; `where` is its place, for the error."""
+        ...
+
     def describe(self) -> dict[str, Any]:
         """Device, dtype and the like, for the log."""
         ...

@@ -11,6 +11,8 @@ import msgspec
 
 from runners.api import BadRequest, Context, MissingDependency
 from runners.inference.engine import Engine
+from runners.inference.options import Sampling
+from runners.inference.reasoning import Splitter, splitter_of
 from runners.inference.task import SHARED, InferenceTask, TransformersOptions
 from runners.inference.tokens import Texts
 from runners.inference.vllm_args import Work
@@ -65,28 +67,49 @@ def load_engine(
         from runners.inference import loader
 
         engine, texts = loader.load(ctx, task, source, adapters)
-    _check_ids(ctx, task, source, engine, texts)
+    if engine.vocabulary is not None and len(texts.tokenizer) > engine.vocabulary:
+        ctx.log.warning(
+            "tokenizer larger than the embeddings model=%s tokens=%d rows=%d; a prompt with one of the tokens that the "
+            "model does not have is refused", source.shown, len(texts.tokenizer), engine.vocabulary,
+        )  # fmt: skip
+    check_ids(task.sampling, engine, texts, "spec.inference")
     return engine, texts
 
 
-def _check_ids(ctx: Context, task: InferenceTask, source: Source, engine: Engine, texts: Texts) -> None:
-    """Raises BadRequest where the task names token ids that the model does not have."""
+def parser_of(ctx: Context, task: InferenceTask) -> str | None:
+    """The name of the task's reasoning parser, or None: the document's, else on vLLM the engine argument's.
+
+    Raises:
+        MissingDependency: the requested engine is not installed.
+    """
+    own = task.vllm.get("reasoning_parser") if task.reasoning_parser is None else None
+    return task.reasoning_parser or (str(own) if own and choose(ctx, task) == "vllm" else None)
+
+
+def reasoning_of(
+    ctx: Context, task: InferenceTask, engine: Engine, texts: Texts, section: str = "spec.inference"
+) -> Splitter | None:
+    """What takes the reasoning out of answers; None where the task does not ask for it.
+
+    Raises:
+        BadRequest: the engine or the operator does not have the parser, or it does not fit the model's tokenizer.
+    """
+    where = f"{section}.reasoning_parser" if task.reasoning_parser else "spec.model.vllm.reasoning_parser"
+    return splitter_of(ctx, parser_of(ctx, task), engine.name, texts, where)
+
+
+def check_ids(sampling: Sampling, engine: Engine, texts: Texts, where: str) -> None:
+    """Raises BadRequest where the sampling names token ids that the model does not have."""
     rows = engine.vocabulary
     if rows is None:
         return
-    if len(texts.tokenizer) > rows:
-        ctx.log.warning(
-            "tokenizer larger than the embeddings model=%s tokens=%d rows=%d; a prompt with one of the tokens that the "
-            "model does not have is refused", source.shown, len(texts.tokenizer), rows,
-        )  # fmt: skip
-    sampling = task.sampling
     for field, ids in (
         ("stop_token_ids", sampling.stop_token_ids),
         ("logit_bias", sampling.logit_bias),
-        ("bad_words", itertools.chain(*texts.bad_word_ids(sampling.bad_words))),
+        ("bad_words", itertools.chain(*texts.bad_word_ids(sampling.bad_words, where))),
     ):
         if beyond := [token_id for token_id in ids if token_id >= rows]:
-            raise BadRequest(f"spec.inference.{field}: the model has no token {beyond[0]}; its ids end at {rows - 1}")
+            raise BadRequest(f"{where}.{field}: the model has no token {beyond[0]}; its ids end at {rows - 1}")
 
 
 def _note_unused(ctx: Context, task: InferenceTask, chosen: str) -> None:

@@ -12,8 +12,8 @@ from typing import Any, Literal
 import msgspec
 
 from flowmesh.messages.job import Job
+from flowmesh.validation.json_paths import PathError, parse, walk
 from runners.api import BadRequest, Context, TaskInput
-from runners.data.paths import PathError, parse, walk
 from runners.models.spec import Section
 
 RESERVED = frozenset({"responses.json", "manifest.json", "rows.jsonl", "rows.jsonl.gz", "logs"})

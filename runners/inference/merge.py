@@ -56,6 +56,7 @@ def check_agreement(parent: InferenceTask, child: InferenceTask, where: str) -> 
         ("engine", "engine"),
         ("enforce_cpu", "enforce_cpu"),
         ("inference", "sampling"),
+        ("inference.reasoning_parser", "reasoning_parser"),
     ):
         mine, theirs = getattr(child, field), getattr(parent, field)
         if mine == theirs:

@@ -40,6 +40,8 @@ class InferenceOptions(Section, frozen=True, rename={"system_prompt_alias": "sys
     n: Annotated[int, Meta(ge=1, le=1024)] | None = None
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     chat: bool | None = None
+    reasoning_parser: Annotated[str, Meta(min_length=1)] | None = None
+    """`think`, or one of vLLM's reasoning parsers."""
     json_schema: dict[str, Any] | str | None = None
     engine: EngineName | None = None
     enforce_cpu: bool | None = None

@@ -14,6 +14,7 @@ from runners.inference.engine import Completion, Engine, Output, Request, Same
 from runners.inference.export import Export
 from runners.inference.identity import Identity
 from runners.inference.options import Sampling
+from runners.inference.reasoning import Splitter
 from runners.inference.routing import adapter_of, ends_of
 from runners.inference.tokens import Texts
 from runners.models.adapters import LocalAdapter
@@ -34,6 +35,8 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
     """Of each item."""
     system_prompt: str | None
     chat: bool
+    parser: str | None = None
+    """Of reasoning, which stands apart from the answers then."""
     export: Export | None
     requests: dict[int, Request] = {}
     """Set by `prepare`: by item, of those that are to be computed."""
@@ -93,7 +96,8 @@ def row_keys(part: Part, identity: Identity) -> list[str]:
         part.asked, part.samplings, part.items.metadata, part.items.wheres, strict=True
     ):
         route = adapter_of(identity.adapters, metadata, where)
-        keys.append(key_of("inference", asked, shared(sampling), route and identity.digests[route]))
+        more = [] if part.parser is None else [part.parser]
+        keys.append(key_of("inference", asked, shared(sampling), route and identity.digests[route], *more))
     return keys
 
 
@@ -128,15 +132,24 @@ def prepare(
     return msgspec.structs.replace(part, requests=requests)
 
 
-def item_of(part: Part, index: int, completion: Completion, texts: Texts) -> dict[str, Any]:
-    """An answered item's entry in the result (docs/tasks.md)."""
+def item_of(
+    part: Part, index: int, completion: Completion, texts: Texts, split: Splitter | None = None
+) -> dict[str, Any]:
+    """An answered item's entry in the result (docs/tasks.md).
+
+    Args:
+        split: takes the reasoning out of the answers.
+    """
     first = completion.outputs[0]
     shown, asked = part.one(index)
     item = _item(part, index, shown, first, _rendered(asked, texts, part.items.wheres[index]))
+    item |= _thought(part.requests[index], first, split)
     if first.logprobs is not None:
         item["logprobs"] = _logprobs(first, texts)
     if len(completion.outputs) > 1:
-        item["outputs"] = [_output(output, texts) for output in completion.outputs]
+        item["outputs"] = [
+            _output(output, texts) | _thought(part.requests[index], output, split) for output in completion.outputs
+        ]
     return item
 
 
@@ -207,9 +220,18 @@ def _item(part: Part, index: int, shown: Any, output: Output, rendered: str) -> 
         "index": index,
         "prompt": shown,
         "output": output.text,
+        **({} if part.parser is None else {"reasoning": None}),
         "finish_reason": output.finish_reason,
         "metadata": {**prompts, **own},
     }
+
+
+def _thought(request: Request, output: Output, split: Splitter | None) -> dict[str, Any]:
+    """The fields of an answer with its reasoning taken out; none where the task does not ask for it."""
+    if split is None:
+        return {}
+    found = split(request.token_ids, output)
+    return {"output": found.text, "reasoning": found.reasoning}
 
 
 def _output(output: Output, texts: Texts) -> dict[str, Any]:

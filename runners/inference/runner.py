@@ -11,10 +11,11 @@ from typing import Any
 from runners.api import BadRequest, Context, Runner, RunnerError
 from runners.data.sources import load_items
 from runners.inference.engine import Completion, Request, Watch
-from runners.inference.engines import load_engine
+from runners.inference.engines import load_engine, parser_of, reasoning_of
 from runners.inference.export import read_export
 from runners.inference.identity import Identity, identity_of
 from runners.inference.merge import check_agreement, failed, folder_of, read_children
+from runners.inference.openai.run import is_batch, run_batch
 from runners.inference.parts import (
     Part,
     blank_item,
@@ -27,10 +28,10 @@ from runners.inference.parts import (
     row_keys,
 )
 from runners.inference.task import InferenceTask, read_document
+from runners.inference.task_model import find_source
 from runners.inference.vllm_args import Work
 from runners.models.adapters import LocalAdapter, load_adapters
-from runners.models.checkpoints import load_checkpoint, model_root
-from runners.models.sources import Source, local_folder, resolve_identifier
+from runners.models.sources import Source
 from runners.rows.log import RowLog, report_rows
 from runners.rows.opening import open_rows
 
@@ -42,6 +43,8 @@ class InferenceRunner(Runner):
         ctx.phase("prepare")
         task = read_document(ctx, ctx.spec, "spec")
         children = read_children(ctx)
+        if is_batch(ctx.spec):
+            return run_batch(ctx, task)
         parent = read_part(ctx, task, ctx.spec, "spec", task_id=None, folder=ctx.out_dir)
         parts: dict[str | None, Part] = {None: parent}
         specs: dict[str | None, tuple[dict[str, Any], str]] = {
@@ -109,6 +112,7 @@ class InferenceRunner(Runner):
         ctx.log.info(
             "model loaded model=%s %s", source.shown, " ".join(f"{k}={v}" for k, v in engine.describe().items())
         )
+        split = reasoning_of(ctx, task, engine, texts)
         asked: list[tuple[Part, RowLog, int]] = []
         requests: list[Request] = []
         for task_id, (part, log) in batch.items():
@@ -119,7 +123,7 @@ class InferenceRunner(Runner):
                     raise
                 refused[task_id] = self._refuse(ctx, task_id, error)
                 continue
-            asked += [(part, log, index) for index in prepared.requests]
+            asked += [(prepared, log, index) for index in prepared.requests]
             requests += prepared.requests.values()
         ctx.phase("generate")
         since = time.monotonic()
@@ -130,7 +134,7 @@ class InferenceRunner(Runner):
             part, log, index = asked[number]
             log.add(
                 index,
-                item_of(part, index, completion, texts),
+                item_of(part, index, completion, texts, split),
                 prompt_tokens=len(requests[number].token_ids),
                 completion_tokens=completion_tokens(completion),
             )
@@ -161,6 +165,7 @@ def read_part(
         samplings=(task.sampling,) * len(items.prompts),
         system_prompt=task.system_prompt,
         chat=task.chat,
+        parser=parser_of(ctx, task),
         export=read_export(ctx, spec, where),
     )
     part.check_export(task.sampling)
@@ -203,26 +208,3 @@ def work_of(parts: Iterable[tuple[Part, Container[int]]], task: InferenceTask) -
         new_tokens=task.sampling.max_tokens,
         copies=task.sampling.n,
     )
-
-
-def find_source(ctx: Context, task: InferenceTask) -> Source:
-    """The task's weights: its checkpoint, else `model.source`.
-
-    Raises:
-        BadRequest: not found.
-        RunnerError: their server is unreachable.
-    """
-    given = task.model.source
-    if task.checkpoint is None:
-        where = "spec.model.source.identifier"
-        return resolve_identifier(ctx, given.identifier or "", given.revision, where)
-    loaded = load_checkpoint(ctx, task.checkpoint)
-    folder = local_folder(ctx, model_root(loaded.folder, loaded.where), loaded.shown, loaded.where)
-    tokenizer = None
-    if given.identifier is not None and not has_tokenizer(folder):
-        tokenizer = resolve_identifier(ctx, given.identifier, given.revision, "spec.model.source.identifier").path
-    return Source(path=str(folder), revision=None, shown=loaded.shown, where=loaded.where, tokenizer=tokenizer)
-
-
-def has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))

@@ -11,10 +11,12 @@ import msgspec
 
 from flowmesh.validation.convert import nearest
 from runners.api import BadRequest, Context
-from runners.data.sources import check_data
+from runners.data.openai_batch import TYPE, OpenAIBatch
+from runners.data.sources import SECTIONS, check_data
 from runners.fields import Faults, check_spec
 from runners.inference.export import read_export
 from runners.inference.options import EngineName, InferenceOptions, Sampling, sampling_of, system_prompt_of
+from runners.inference.reasoning import check_parser
 from runners.models.spec import Adapter, Checkpoint, CheckpointLoad, ModelSource, Section
 from runners.rows.resume import check_resume
 
@@ -24,6 +26,12 @@ Dtype = Literal["auto", "float16", "bfloat16", "float32", "fp16", "half", "bf16"
 DTYPES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}
 SHARED = ("dtype", "trust_remote_code")
 """Options of both engines: each takes them from the other's section if its own does not set them."""
+
+
+SOURCES: dict[str, type[Any]] = {**SECTIONS, TYPE: OpenAIBatch}
+"""The data sources, by type."""
+ONE_FOR_ALL = frozenset({"n", "logprobs", "json_schema", "system_prompt", "systemPrompt", "chat"})
+"""Fields of `spec.inference` that have no place where each line is a request of its own."""
 
 
 class TransformersOptions(Section, frozen=True):
@@ -59,6 +67,7 @@ class InferenceTask(msgspec.Struct, frozen=True, kw_only=True):
     sampling: Sampling
     system_prompt: str | None
     chat: bool
+    reasoning_parser: str | None = None
     engine: EngineName
     enforce_cpu: bool
     transformers: TransformersOptions
@@ -73,12 +82,34 @@ def read_document(ctx: Context, spec: dict[str, Any], where: str) -> InferenceTa
     """
     faults = Faults()
     task = faults.read(lambda: read_task(ctx, spec, where))
-    faults.read(lambda: check_data(ctx, spec, where))
+    faults.read(lambda: check_data(ctx, spec, where, sources=SOURCES))
     faults.read(lambda: read_export(ctx, spec, where))
+    faults.read(lambda: _check_batch(ctx, spec, where))
     faults.read(lambda: check_resume(ctx, spec, where))
     faults.check()
     assert task is not None, "else it was a fault"
     return task
+
+
+def _check_batch(ctx: Context, spec: dict[str, Any], where: str) -> None:
+    """Raises BadRequest for what does not go with a batch file, whose lines say it."""
+    data = spec.get("data")
+    if not isinstance(data, dict) or data.get("type") != TYPE:
+        return
+    faults = Faults()
+
+    def refuse(path: str, remedy: str) -> None:
+        raise BadRequest(f"{path}: does not go with data.type {TYPE}; {remedy}")
+
+    options = spec.get("inference")
+    for name, value in (options if isinstance(options, dict) else {}).items():
+        if value is not None and name in ONE_FOR_ALL:
+            faults.read(lambda name=name: refuse(f"{where}.inference.{name}", "each line says it"))  # type: ignore[misc]
+    if spec.get("postprocess"):
+        faults.read(lambda: refuse(f"{where}.postprocess", "the answers are in output.jsonl"))
+    if ctx.merge_children or where != "spec":
+        faults.read(lambda: refuse("merge_children", "send it by itself"))
+    faults.check()
 
 
 def read_task(ctx: Context, spec: dict[str, Any], where: str = "spec") -> InferenceTask:
@@ -100,6 +131,9 @@ def read_task(ctx: Context, spec: dict[str, Any], where: str = "spec") -> Infere
     system_prompt = faults.read(lambda: system_prompt_of(options, f"{where}.inference"))
     transformers = faults.read(lambda: _transformers_options(model, where))
     vllm = faults.read(lambda: _vllm_options(model, where))
+    if choice is not None:
+        chosen = "transformers" if choice.enforce_cpu else choice.engine or "auto"
+        faults.read(lambda: check_parser(options.reasoning_parser, chosen, f"{where}.inference.reasoning_parser"))
     faults.check()
     if not (checkpoint and choice and sampling and transformers) or vllm is None:
         raise AssertionError("a part that is missing was a fault")
@@ -109,6 +143,7 @@ def read_task(ctx: Context, spec: dict[str, Any], where: str = "spec") -> Infere
         sampling=sampling,
         system_prompt=system_prompt,
         chat=bool(options.chat),
+        reasoning_parser=options.reasoning_parser,
         engine=choice.engine or "auto",
         enforce_cpu=bool(choice.enforce_cpu),
         transformers=transformers,

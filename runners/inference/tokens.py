@@ -77,11 +77,16 @@ class Texts:
         end = tuple(prompt_ids[-LEAD_TOKENS:])
         return end if self._decode(end, special=False) else tuple(prompt_ids)
 
+    @property
+    def special(self) -> Sequence[str]:
+        """The special tokens, as text."""
+        return tuple(self._special)
+
     def names_special(self, stop: Sequence[str]) -> bool:
         """Whether a stop string has a special token in it, so that it is looked for in the text with these."""
         return any(token in each for each in stop for token in self._special)
 
-    def bad_word_ids(self, words: Sequence[str]) -> list[list[int]]:
+    def bad_word_ids(self, words: Sequence[str], where: str = "spec.inference") -> list[list[int]]:
         """Token sequences of forbidden words, at the beginning of a text and within it, as vLLM takes them.
 
         Raises:
@@ -93,7 +98,7 @@ class Texts:
                 self.tokenizer(prefix + word.lstrip(), add_special_tokens=False)["input_ids"] for prefix in ("", " ")
             )
             if not plain:
-                raise BadRequest(f"spec.inference.bad_words: the tokenizer makes no token of {word!r}; leave it out")
+                raise BadRequest(f"{where}.bad_words: the tokenizer makes no token of {word!r}; leave it out")
             found.append(plain)
             if spaced and spaced[0] != plain[0] and len(spaced) == len(plain):
                 found.append(spaced)
@@ -129,7 +134,7 @@ class Texts:
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    [{"role": m.role, "content": m.content} for m in messages],
+                    [message.shown() for message in messages],
                     tokenize=False,
                     add_generation_prompt=not continued,
                     continue_final_message=continued,

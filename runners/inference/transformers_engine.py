@@ -52,6 +52,11 @@ class TransformersEngine:
         # Otherwise the sampling defaults of the model's authors would apply to every request.
         model.generation_config = GenerationConfig(pad_token_id=self._pad)
 
+    def check(self, sampling: Sampling, where: str) -> None:
+        """See `Engine.check`."""
+        if sampling.json_schema is not None:
+            raise BadRequest(f"{where}.json_schema: only vLLM can keep answers to a schema; set spec.engine to 'vllm'")
+
     def describe(self) -> dict[str, Any]:
         model = self._model
         return {"engine": self.name, "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}

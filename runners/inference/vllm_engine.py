@@ -55,6 +55,19 @@ class VllmEngine:
         self.max_positions: int | None = llm.model_config.max_model_len
         self.vocabulary: int | None = llm.model_config.get_vocab_size()
 
+    def check(self, sampling: Sampling, where: str) -> None:
+        """See `Engine.check`."""
+        config = self._llm.llm_engine.vllm_config
+        resolved = self._texts.resolved(sampling)
+        try:
+            params = sampling_params(resolved, special=self._texts.names_special(resolved.stop))
+            params.verify(
+                config.model_config, config.speculative_config, config.structured_outputs_config, self._texts.tokenizer
+            )
+        except Exception as error:  # each of its grammar libraries raises its own types
+            field = ".json_schema" if sampling.json_schema is not None else ""
+            raise BadRequest(f"{where}{field}: vLLM refuses it: {first_line(error)}") from error
+
     def describe(self) -> dict[str, Any]:
         config = self._llm.llm_engine.vllm_config
         return {

@@ -13,9 +13,9 @@ import msgspec
 
 from flowmesh.files.walk import Troubles, walk
 from flowmesh.validation.convert import nearest
+from flowmesh.validation.names import kind
 from runners.api import BadRequest, Context
 from runners.data.documents import BinaryFile, UnreadableDocument, document_text
-from runners.data.names import kind
 from runners.data.prompts import Items, check_text
 from runners.data.reading import Refused
 from runners.data.sources import LOADERS

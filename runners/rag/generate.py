@@ -11,11 +11,12 @@ import msgspec
 from runners.api import BadRequest, Context
 from runners.data.prompts import Items
 from runners.inference.engine import Completion, Watch
-from runners.inference.engines import load_engine
+from runners.inference.engines import load_engine, reasoning_of
 from runners.inference.identity import Identity, identity_of
 from runners.inference.parts import Part, completion_tokens, item_of, prepare
 from runners.inference.routing import adapter_of
-from runners.inference.runner import find_source, work_of
+from runners.inference.runner import work_of
+from runners.inference.task_model import find_source
 from runners.inference.tokens import Texts
 from runners.models.adapters import LocalAdapter, load_adapters
 from runners.models.sources import Source
@@ -59,7 +60,8 @@ class Answerer(msgspec.Struct, frozen=True):
         task = self.generation.inference
         route = adapter_of(self.identity.adapters, None, WHERE)
         adapter = None if route is None else self.identity.digests[route]
-        return key_of(self.generation.template, task.sampling, task.chat, self.identity.model, adapter)
+        parsers = [each for each in (task.reasoning_parser, task.vllm.get("reasoning_parser")) if each is not None]
+        return key_of(self.generation.template, task.sampling, task.chat, self.identity.model, adapter, *parsers)
 
 
 def find_answerer(ctx: Context, generation: Generation) -> Answerer:
@@ -111,9 +113,11 @@ def generate(  # noqa: PLR0917
                 raise
             refused(index, error)
 
+    split = reasoning_of(ctx, task, engine, texts, WHERE)
+
     def answered(number: int, completion: Completion) -> None:
         index, used, part = asked[number]
-        item = item_of(part, 0, completion, texts)
+        item = item_of(part, 0, completion, texts, split)
         fields = {name: value for name, value in item.items() if name not in ("index", "prompt", "metadata")}
         fields["passages_used"] = used
         finished(index, Answer(fields, len(part.requests[0].token_ids), completion_tokens(completion)))

@@ -291,6 +291,7 @@ def _generation(ctx: Context, spec: dict[str, Any], options: Generate, where: st
         read_task(ctx, wanted, where),
         sampling=sampling_of(options, f"{where}.generate"),
         chat=bool(options.chat),
+        reasoning_parser=options.reasoning_parser,
         system_prompt=None,
     )
     return Generation(template=template, inference=task)

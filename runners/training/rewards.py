@@ -13,8 +13,8 @@ import re
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from flowmesh.validation.names import listed
 from runners.api import BadRequest, Context, MissingDependency, RunnerError
-from runners.data.names import listed
 from runners.training.data import Rows
 from runners.training.plan import Plan
 from runners.training.reward_model import ModelReward

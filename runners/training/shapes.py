@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from flowmesh.validation.json_paths import PathError
+from flowmesh.validation.names import kind, listed
 from runners.api import BadRequest
-from runners.data.names import kind, listed
-from runners.data.paths import PathError
 from runners.data.prompts import check_text, lines_of
 from runners.data.tables import cell
 from runners.training import pairs

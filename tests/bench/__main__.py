@@ -20,6 +20,7 @@ MODULES = (
     "echo",
     "fleet",
     "rest",
+    "top",
     "exec",
     "isolation",
     "gpus",

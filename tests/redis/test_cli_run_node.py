@@ -89,6 +89,20 @@ def test_two_files_on_one_node_as_json(place):
     assert list((place / "tmp").iterdir()) == []
 
 
+def test_a_batch_file(place):
+    pytest.importorskip("transformers", reason="needs the extra 'inference'")
+    file = shutil.copy(ROOT / "conf/tasks/data/batch.jsonl", place)
+    code, out, err = run(place, file, "--model", "builtin:tiny-llama", "--engine", "transformers", "--task-id", "batch")
+    assert code == 0, err
+    output = place / "results/batch/artifacts/output.jsonl"
+    assert f"\noutput: {output} (3 lines)\n" in out
+    assert [json.loads(line)["custom_id"] for line in output.read_text().splitlines()] == [
+        "brief",
+        "drawn",
+        "continued",
+    ]
+
+
 def test_ctrl_c(place):
     process = start(place, str(place / "slow.yaml"))
     until(lambda: "wait" in process.stdout.readline(), "the task is waiting")

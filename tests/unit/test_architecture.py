@@ -24,6 +24,7 @@ FLOORS = (
     {"metrics"},
     {"orchestrator", "startup"},
     {"execution"},
+    {"pipelines"},
     {"results", "tasks", "bus", "node"},
     {"processes"},
     {"client"},

@@ -23,6 +23,7 @@ import runners.data.files
 import runners.data.graph
 import runners.data.hub
 import runners.data.lists
+import runners.data.openai_batch
 import runners.data.shard
 import runners.inference.export
 import runners.inference.options
@@ -233,7 +234,7 @@ def test_the_state_diagram_is_the_machine() -> None:
 
 SECTIONS = {
     "common": [runners.data.shard],
-    "data": [runners.data.lists, runners.data.files, runners.data.hub, runners.data.graph],
+    "data": [runners.data.lists, runners.data.files, runners.data.hub, runners.data.graph, runners.data.openai_batch],
     "inference": [runners.inference.options, runners.inference.task, runners.inference.export, runners.models.spec],
     "training": [runners.training.settings, runners.training.sources],
     "rag": [runners.rag.task],

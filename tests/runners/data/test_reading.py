@@ -14,8 +14,8 @@ import msgspec
 import pytest
 
 from flowmesh.messages.job import Job, Permits
+from flowmesh.validation.names import listed
 from runners.api import BadRequest, Context
-from runners.data.names import listed
 from runners.data.reading import Reach, Refused
 from runners.data.sources import load_items
 from tests.kit.paths import ROOT

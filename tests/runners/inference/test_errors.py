@@ -12,9 +12,10 @@ pytest.importorskip("transformers", reason="needs the extra 'inference'")
 import torch
 
 from runners.api import BadRequest, MissingDependency
-from runners.inference import loader, runner
+from runners.inference import loader
 from runners.inference import task as inference_task
 from runners.inference.runner import InferenceRunner
+from runners.models.sources import resolve_identifier
 from tests.kit.inference_specs import change, spec_of
 
 
@@ -141,7 +142,7 @@ def test_short_dtypes_and_attention(tiny_llama, make_context) -> None:
     spec = change(spec_of(tiny_llama, ["a"]), "model.transformers", {"dtype": "bf16", "attn_implementation": "eager"})
     context = make_context(spec)
     task = inference_task.read_task(context, spec)
-    source = runner.resolve_identifier(context, str(tiny_llama), None, "x")
+    source = resolve_identifier(context, str(tiny_llama), None, "x")
     model, _ = loader.load_model(context, task, source)
     assert model.dtype == torch.bfloat16
     assert model.config._attn_implementation == "eager"

@@ -11,7 +11,10 @@ from flowmesh.errors import BusyError, ConfigError, FieldError, FlowMeshError, U
 from flowmesh.installed import version
 
 SURFACE = {
-    "run": "FILES --config --help --json --keep-going --read-root --results-dir --task-id --timeout -k",
+    "run": (
+        "FILES --config --embedded --engine --help --json --keep-going --model --read-root --results-dir "
+        "--served-model-name --task-id --timeout -k"
+    ),
     "submit": "FILES --anyway --config --help --json --no-check --priority --queue --redis --retries --task-id "
     "--timeout --wait --worker",
     "ps": "--all --config --help --json --redis",
@@ -22,6 +25,9 @@ SURFACE = {
     "schema": "KIND --help",
     "workers": "--config --help --json --redis --watch",
     "status": "--config --help --json --state-dir",
+    "history": "--config --help --json --limit --owner --since --state-dir --sum --type --verdict",
+    "show": "TASK_ID --config --help --json --state-dir",
+    "replay": "TASK_ID --config --help --json --results-dir --secret --state-dir --until",
     "top": "--config --fleet --help --interval --json --once --redis --sort --state-dir",
     "metrics": "--config --help --state-dir",
     "logs": "TASK_ID --config --follow --help --json --raw --redis --results-dir --state-dir --stderr --stdout -f -n",
@@ -33,6 +39,9 @@ SURFACE = {
     "deliver": "TASK_ID --config --help --json --state-dir",
     "drain": "--cancel --config --help --json --mode --state-dir --wait",
     "init": "--dry-run --help --prefix --supervisord --systemd --user",
+    "cost": "--by --config --help --json --kwh-price --since --state-dir",
+    "loss": "TASK_ID --config --help --json --png --state-dir --svg",
+    "completion": "SHELL --help",
     "examples": "--copy --help --json NAME",
     "doctor": "--config --help --json",
     "recycle": "ENVIRONMENT --config --help --json --state-dir",

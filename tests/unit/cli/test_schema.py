@@ -13,8 +13,9 @@ from flowmesh.cli.main import main
 from flowmesh.tasks.catalogue import BUILTIN
 from tests.kit.paths import ROOT
 
-KINDS = ("task", "agent", "node")
+KINDS = ("task", "pipeline", "agent", "node")
 EXAMPLES = sorted((ROOT / "conf/tasks").glob("*.yaml"))
+PIPELINES = sorted((ROOT / "conf/tasks/pipelines").glob("*.yaml"))
 AGENTS = sorted(
     path
     for path in (ROOT / "conf/agents").rglob("*.yaml")
@@ -46,6 +47,11 @@ def test_examples_fit_and_name_their_schema(validators):
         document = parse(path.read_text(), path.name, as_json=False)
         assert [error.message for error in validators["task"].iter_errors(document)] == [], path
         assert "# yaml-language-server: $schema=../schema/task.json" in path.read_text().splitlines(), path
+    assert PIPELINES
+    for path in PIPELINES:
+        document = parse(path.read_text(), path.name, as_json=False)
+        assert [error.message for error in validators["pipeline"].iter_errors(document)] == [], path
+        assert "# yaml-language-server: $schema=../../schema/pipeline.json" in path.read_text().splitlines(), path
     for path in AGENTS:
         document = parse(path.read_text(), path.name, as_json=False)
         assert [error.message for error in validators["agent"].iter_errors(document)] == [], path

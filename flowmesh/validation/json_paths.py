@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from runners.data.names import listed
+from flowmesh.validation.names import listed
 
 _STEP = re.compile(r"""\.?(?P<name>[^.\[\]"']+)|\[(?P<index>-?\d+)\]|\[(?P<quote>["'])(?P<key>.*?)(?P=quote)\]""")
 _SHOWN = 12
@@ -50,10 +50,11 @@ def walk(value: Any, steps: list[str | int], start: str) -> Any:
             if step not in value:
                 raise PathError(f"{here} has no {step!r}; it has {_some(sorted(map(str, value)))}")
             value, here = value[step], f"{here}.{step}"
-        elif isinstance(value, list) and isinstance(step, int):
-            if not -len(value) <= step < len(value):
-                raise PathError(f"{here} has {len(value)} entries and none at [{step}]")
-            value, here = value[step], f"{here}[{step}]"
+        elif isinstance(value, list) and (isinstance(step, int) or step.isdecimal()):
+            index = int(step)  # `items.0.output` is `items[0].output`
+            if not -len(value) <= index < len(value):
+                raise PathError(f"{here} has {len(value)} entries and none at [{index}]")
+            value, here = value[index], f"{here}[{index}]"
         else:
             kind = "a list; give a number in brackets" if isinstance(value, list) else f"a {type(value).__name__}"
             raise PathError(f"{here} is {kind}, so there is no {step!r} in it")

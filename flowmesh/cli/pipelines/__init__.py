@@ -1,0 +1,1 @@
+"""`flowmesh run` of a document with several stages."""

@@ -1,0 +1,249 @@
+"""Runs a pipeline: each stage when those it depends on have ended, side by side as far as there are slots.
+
+One thread calls it. A stage's failure ends what depends on it and nothing else.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flowmesh.errors import FlowMeshError
+from flowmesh.pipelines.conditions import ConditionError
+from flowmesh.pipelines.document import Pipeline, holds
+from flowmesh.pipelines.keys import key_of
+from flowmesh.pipelines.merging import merge_key, together
+from flowmesh.pipelines.parts import Part, Record
+from flowmesh.pipelines.ports import Ended, Event, Port, Seen, Started, Task
+from flowmesh.pipelines.progress import StageRun, State, results_of, summary
+from flowmesh.pipelines.resolved import resolve
+from flowmesh.pipelines.shards import LISTS, merged, shards_of
+from flowmesh.pipelines.store import Store
+
+
+class Driver:
+    """
+    Args:
+        pipeline_id: its tasks are `<pipeline_id>.<stage>`.
+        changed: called with a stage whenever it has changed.
+        tick: called after each wait for an event; may call `stop`.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        pipeline_id: str,
+        port: Port,
+        store: Store,
+        *,
+        changed: Callable[[StageRun], None] = lambda run: None,  # noqa: ARG005
+        tick: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.pipeline = pipeline
+        self.pipeline_id = pipeline_id
+        self.runs = {stage.name: StageRun(stage=stage) for stage in pipeline.stages}
+        self._port = port
+        self._store = store
+        self._changed = changed
+        self._tick = tick
+        self._before = store.load()
+        self._pending: list[Part] = []
+        self._running: dict[str, list[Part]] = {}
+        """By id of a task: the parts that it runs; the first one is its own."""
+        self._stopped = False
+
+    def run(self) -> dict[str, Any]:
+        """Run all stages; returns the pipeline's result.
+
+        Raises:
+            FlowMeshError: the place where tasks run is gone, or the store cannot be written.
+        """
+        while True:
+            self._advance()
+            if not self._running and not self._pending:
+                break
+            event = self._port.next()
+            if event is not None:
+                self._apply(event)
+            self._tick()
+        for run in self.runs.values():
+            if not run.state.ended:
+                self._end(run, State.CANCELLED)
+        result = summary(self.pipeline_id, self.runs)
+        self._store.finish(result)
+        return result
+
+    def stop(self, *, force: bool = False) -> None:
+        """Start nothing more, and cancel what runs. `run` returns when that has ended."""
+        if not self._stopped:
+            self._stopped = True
+            for run in self.runs.values():
+                if not run.state.ended and run.state is not State.RUNNING:
+                    self._end(run, State.CANCELLED)
+            running = {part.stage for parts in self._running.values() for part in parts}
+            self._pending = []
+            for run in self.runs.values():
+                if run.state is State.RUNNING and run.name not in running:
+                    self._end(run, State.CANCELLED)
+        for task_id in self._running:
+            self._port.cancel(task_id, force=force)
+
+    def _advance(self) -> None:
+        """Decide on the stages that wait for nothing any more, and start tasks as far as there is room."""
+        refused = True
+        while refused and not self._stopped:
+            while sum(self._decide(run) for run in self.runs.values() if run.state is State.WAITING):
+                pass
+            refused = self._start()
+
+    def _start(self) -> bool:
+        """Start tasks as far as there is room; True where one cannot run at all, which may end other stages."""
+        while self._pending and len(self._running) < self._port.slots():
+            first = self._pending[0]
+            parts = [first, *together(first, self._pending[1:])]
+            try:
+                if not self._port.submit(self._task(parts)):
+                    return False
+            except FlowMeshError as error:
+                self._pending = [part for part in self._pending if part.stage != first.stage]
+                self._end(self.runs[first.stage], State.FAILED, str(error), "bad_request")
+                return True
+            self._pending = [part for part in self._pending if part not in parts]
+            self._running[first.task_id] = parts
+            for part in parts:
+                self.runs[part.stage].merged_into = first.stage if part is not first else None
+        return False
+
+    def _decide(self, run: StageRun) -> bool:
+        """Whether a stage that waited does so no more."""
+        stage = run.stage
+        others = [self.runs[name] for name in stage.depends_on]
+        if not all(other.state.ended for other in others):
+            return False
+        if bad := [other.name for other in others if not other.state.lets_others_run]:
+            self._end(run, State.BLOCKED, f"depends on {', '.join(bad)}")
+            return True
+        results = results_of(self.pipeline, self.runs, stage)
+        try:
+            if not holds(stage, results, self.pipeline.names):
+                self._end(run, State.SKIPPED)
+                return True
+            spec = resolve(stage, results, self.pipeline.names)
+        except (FlowMeshError, ConditionError) as error:
+            self._end(run, State.FAILED, str(error), "bad_request")
+            return True
+        run.key = key_of(spec, {other.name: other.run for other in others if other.run})
+        before = self._before.get(stage.name)
+        if before is not None and self._can_reuse(before, run.key):
+            run.parts = [Part(stage=stage.name, task_id=task_id, spec={}) for task_id in before.task_ids]
+            run.result, run.out_dir, run.run = before.result, before.out_dir, before.run
+            self._end(run, State.REUSED)
+            return True
+        run.run = secrets.token_hex(8)
+        run.state = State.READY
+        specs = [spec] if stage.parallel is None else shards_of(spec, stage.parallel, self._port.slots())
+        run.parts = [self._part(run, index, spec, len(specs)) for index, spec in enumerate(specs)]
+        self._pending += run.parts
+        self._changed(run)
+        return True
+
+    def _part(self, run: StageRun, index: int, spec: dict[str, Any], total: int) -> Part:
+        task_id = f"{self.pipeline_id}.{run.name}" + (f".s{index}" if total > 1 else "")
+        key = merge_key(spec) if total == 1 and run.stage.merges else None
+        return Part(stage=run.name, task_id=task_id, spec=spec, index=index, merge_key=key)
+
+    def _can_reuse(self, before: Record, key: str) -> bool:
+        gone = before.out_dir is not None and not Path(before.out_dir).is_dir()
+        return before.ok and before.key == key and not gone
+
+    def _task(self, parts: list[Part]) -> Task:
+        first, *children = parts
+        head = self.pipeline.head
+        metadata = {**(head.get("metadata") or {}), "name": first.stage}
+        document: dict[str, Any] = {**head, "metadata": metadata, "spec": first.spec}
+        if children:
+            document["merge_children"] = [{"task_id": child.task_id, "spec": child.spec} for child in children]
+        return Task(task_id=first.task_id, document=document)
+
+    def _apply(self, event: Event) -> None:
+        parts = self._running.get(event.task_id)
+        if parts is None:
+            return
+        match event:
+            case Started():
+                for part in parts:
+                    self.runs[part.stage].begin()
+                    self._changed(self.runs[part.stage])
+            case Seen(text=text, fraction=fraction):
+                for part in parts:
+                    run = self.runs[part.stage]
+                    run.begin()
+                    run.seen, run.fraction = text, fraction
+                    self._changed(run)
+            case Ended():
+                del self._running[event.task_id]
+                self._ended(parts, event)
+
+    def _ended(self, parts: list[Part], event: Ended) -> None:
+        first, *children = parts
+        if children and not event.ok and not self._stopped:
+            # One of them may have made all fail: each runs again by itself.
+            for part in parts:
+                part.merge_key = None
+                self.runs[part.stage].state = State.READY
+                self.runs[part.stage].merged_into = None
+            self._pending = [*parts, *self._pending]
+            return
+        result = dict(event.result) if event.result is not None else None
+        results = result.pop("children", None) if result is not None and children else None
+        self._part_ended(first, _with_result(event, first.task_id, result, event.out_dir))
+        for child in children:
+            own = results.get(child.task_id) if isinstance(results, dict) else None
+            folder = str(Path(event.out_dir).parent / child.task_id) if event.out_dir is not None else None
+            self._part_ended(child, _child_end(event, child.task_id, own, folder))
+
+    def _part_ended(self, part: Part, end: Ended) -> None:
+        run = self.runs[part.stage]
+        run.ends = {**run.ends, part.task_id: end}
+        if not end.ok and not run.state.ended:
+            self._pending = [other for other in self._pending if other.stage != part.stage]
+            for task_id, parts in self._running.items():
+                if parts[0].stage == part.stage:
+                    self._port.cancel(task_id, force=False)
+            run.out_dir = end.out_dir
+            state = State.CANCELLED if self._stopped and end.verdict == "cancelled" else State.FAILED
+            self._end(run, state, end.error, end.verdict)
+        elif not run.state.ended and len(run.ends) == len(run.parts):
+            ends = [run.ends[each.task_id] for each in run.parts]
+            run.out_dir = ends[0].out_dir
+            results = [each.result or {} for each in ends]
+            parallel = run.stage.parallel
+            task_type = str(part.spec.get("taskType"))
+            if len(results) > 1 and parallel is not None and task_type in LISTS:
+                run.result = merged(task_type, results, contiguous=parallel.contiguous is not False)
+            else:
+                run.result = results[0]
+            self._end(run, State.SUCCEEDED)
+
+    def _end(self, run: StageRun, state: State, error: str | None = None, verdict: str | None = None) -> None:
+        run.end(state, error, verdict)
+        if state in (State.SUCCEEDED, State.FAILED) and run.key:
+            self._store.save(run.as_record())
+        self._changed(run)
+
+
+def _with_result(event: Ended, task_id: str, result: dict[str, Any] | None, out_dir: str | None) -> Ended:
+    return Ended(task_id=task_id, ok=event.ok, verdict=event.verdict, error=event.error, out_dir=out_dir, result=result)
+
+
+def _child_end(event: Ended, task_id: str, own: Any, folder: str | None) -> Ended:
+    """The end of a merged child, by its part of its parent's result."""
+    if not event.ok:
+        return _with_result(event, task_id, None, folder)
+    if not isinstance(own, dict) or own.get("ok") is False:
+        why = str(own.get("error")) if isinstance(own, dict) else "the task that it was merged into has no result of it"
+        return Ended(task_id=task_id, ok=False, verdict="error", error=why, out_dir=folder)
+    kept = {"ok": True, **({"model": event.result["model"]} if event.result and "model" in event.result else {})}
+    return _with_result(event, task_id, {**kept, **own}, folder)

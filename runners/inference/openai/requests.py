@@ -1,0 +1,145 @@
+"""A line of a batch file as requests to the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from runners.api import BadRequest
+from runners.inference.engine import Engine, Request
+from runners.inference.engines import check_ids
+from runners.inference.openai.bodies import UNBOUNDED, Body, ChatBody, CompletionBody, Defaults, read_body, sampling
+from runners.inference.openai.lines import Line, LineFault
+from runners.inference.openai.prompts import Prompts
+from runners.inference.options import Sampling
+from runners.inference.routing import ends_of
+from runners.inference.tokens import Texts
+from runners.models.adapters import LocalAdapter
+from runners.models.limits import check_token_ids
+from runners.rows.keys import key_of
+
+UNKNOWN_ROOM = 512
+"""`max_tokens` of a chat that gives none, for a model whose number of positions is not known."""
+
+
+class Asked(msgspec.Struct, frozen=True, kw_only=True):
+    """A line that can be served as far as is known without the model."""
+
+    line: Line
+    body: Body
+    sampling: Sampling
+    adapter: str | None
+    model: str
+    """Its name in the answer."""
+    key: str
+
+    @property
+    def prompt_bytes(self) -> int:
+        """About as many as its prompts have."""
+        body = self.body
+        given = body.messages if isinstance(body, ChatBody) else body.prompt if isinstance(body, CompletionBody) else ""
+        return len(msgspec.json.encode(given))
+
+
+class Reader:
+    """Reads lines as requests.
+
+    Args:
+        names: of the task's model; the first one is in the answers.
+        adapters: those that lines may name as their model, by name, with their digests.
+        identity: of the model, for the keys of rows.
+        parser: of reasoning.
+    """
+
+    def __init__(
+        self, names: Sequence[str], adapters: dict[str, str], defaults: Defaults, identity: str, parser: str | None
+    ) -> None:
+        self._names = names
+        self._adapters = adapters
+        self._defaults = defaults
+        self._identity = identity
+        self._parser = parser
+
+    def read(self, line: Line) -> Asked:
+        """Raises LineFault for a line that cannot be served."""
+        if line.url == "/v1/embeddings":
+            raise LineFault(
+                "url: this task's model generates text, and one engine cannot embed as well; put these lines into a "
+                "file of their own, for a server or task with an embedding model",
+                param="url",
+            )
+        chat = line.url == "/v1/chat/completions"
+        body: Body = read_body(line.body, ChatBody if chat else CompletionBody)
+        model, adapter = body.model or self._names[0], None
+        if model in self._adapters:
+            adapter = model
+        elif model not in self._names:
+            known = ", ".join(map(repr, (*self._names, *self._adapters)))
+            raise LineFault(
+                f"body.model: {model!r} is not the task's model ({known}); correct it, or add it to "
+                "spec.data.served_model_name",
+                param="model",
+                status=404,
+            )
+        asked = sampling(body, self._defaults)
+        content = {
+            name: value
+            for name, value in msgspec.structs.asdict(body).items()
+            if name in PROMPT_FIELDS and value is not None
+        }
+        key = key_of(
+            "openai_batch", line.url, content, asked, self._identity, self._parser, adapter and self._adapters[adapter]
+        )
+        return Asked(line=line, body=body, sampling=asked, adapter=adapter, model=adapter or self._names[0], key=key)
+
+
+PROMPT_FIELDS = frozenset({
+    "messages", "prompt", "add_generation_prompt", "continue_final_message", "chat_template_kwargs", "reasoning_effort",
+    "include_reasoning", "add_special_tokens",
+})  # fmt: skip
+"""Fields that determine an answer beside its sampling."""
+
+
+def requests_of(
+    asked: Asked, prompts: Prompts, engine: Engine, texts: Texts, adapters: Sequence[LocalAdapter]
+) -> list[Request]:
+    """The requests of one line: one for each of its prompts.
+
+    Raises:
+        LineFault: a prompt does not fit the model or its chat template, or the engine cannot honour its sampling.
+    """
+    body, wanted = asked.body, asked.sampling
+    if isinstance(body, ChatBody):
+        field, encoded = "body.messages", [prompts.chat(body)]
+    else:
+        assert isinstance(body, CompletionBody)
+        field, encoded = "body.prompt", prompts.completions(body)
+    try:
+        check_ids(wanted, engine, texts, "body")
+        engine.check(wanted, "body")
+        for token_ids in encoded:
+            check_token_ids(token_ids, engine.vocabulary, texts.tokenizer, field)
+    except BadRequest as error:
+        message = str(error).replace("body.json_schema", "body.response_format")
+        raise LineFault(message, param=message.removeprefix("body.").partition(":")[0]) from None
+    found = []
+    for token_ids in encoded:
+        room = UNKNOWN_ROOM if engine.max_positions is None else engine.max_positions - len(token_ids)
+        if room < 1:
+            raise LineFault(
+                f"{field}: the prompt has {len(token_ids)} tokens; the model takes {engine.max_positions} with the "
+                "answer; shorten it",
+                param=field.removeprefix("body."),
+            )
+        most = wanted.max_tokens
+        if most == UNBOUNDED or engine.max_positions is not None:
+            most = min(most, room)
+        if wanted.min_tokens > most:
+            raise LineFault(
+                f"body.min_tokens: {wanted.min_tokens}, but there is room for {most} tokens", param="min_tokens"
+            )
+        own: Any = msgspec.structs.replace(wanted, max_tokens=most)
+        found.append(Request(token_ids, own, asked.adapter, ends_of(adapters, asked.adapter)))
+    return found
