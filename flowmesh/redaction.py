@@ -105,8 +105,11 @@ class Redactor:
             text = self._pattern.sub(HIDDEN, text)
         if self._exact:
             return text
-        text = _USERINFO.sub(rf"\1{HIDDEN}@", _SURROGATES.sub("\ufffd", text))
-        text = _URL.sub(self._address, text)
+        if not text.isascii():
+            text = _SURROGATES.sub("\ufffd", text)
+        if "://" in text:  # both patterns need it, and cost most of the time
+            text = _USERINFO.sub(rf"\1{HIDDEN}@", text)
+            text = _URL.sub(self._address, text)
         return (_CREDENTIAL_IN_PROSE if self._prose else _CREDENTIAL).sub(rf"\1{HIDDEN}", text)
 
     def _address(self, match: re.Match[str]) -> str:

@@ -14,7 +14,7 @@ from flowmesh.messages.text import escaped
 from flowmesh.redaction import Redactor
 from flowmesh.settings.paths import log_file
 from flowmesh.settings.schema import Settings
-from flowmesh.startup.log_writer import LogWriter
+from flowmesh.startup.log_writer import FileWriter, LogWriter
 from flowmesh.startup.old_variables import logs_to_stdout
 
 if TYPE_CHECKING:
@@ -49,22 +49,16 @@ def configure(settings: Settings, redact: Redactor) -> None:
         _escape(record)
 
     logger.remove()
-    logger.configure(patcher=outgoing)
-    level = str(settings.node.log_level)
-    logger.add(write, level=level, format=_line, diagnose=False, colorize=colours)
     path = log_file(settings)
     if path is not None:
         literal = str(path).replace("{", "{{").replace("}", "}}")  # loguru would expand {time} in the path
-        logger.add(
-            literal,
-            level=level,
-            serialize=True,
-            diagnose=False,
-            rotation=ROTATION,
-            retention=KEPT,
-            watch=True,  # opened again where logrotate has moved it away
-            errors="backslashreplace",
-        )
+        file = FileWriter(literal, rotation=ROTATION, kept=KEPT)
+        atexit.register(file.drain, LAST_LINES_S)
+    logger.configure(patcher=outgoing)
+    level = str(settings.node.log_level)
+    logger.add(write, level=level, format=_line, diagnose=False, colorize=colours)
+    if path is not None:
+        logger.add(file.write, level=level, serialize=True, diagnose=False)
 
 
 def _escape(record: Record) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -20,7 +19,7 @@ from flowmesh.execution.executor import Executor
 from flowmesh.execution.run import Run
 from flowmesh.orchestrator.link import Link
 from flowmesh.orchestrator.worker_description import NodeDescription
-from flowmesh.startup.log_writer import LogWriter
+from flowmesh.startup import log_writer
 from flowmesh.tasks.journal import Record
 from flowmesh.tasks.machine import State
 from flowmesh.validation.convert import nearest
@@ -122,7 +121,7 @@ class Operations:
             "warnings": executor.pool.warnings(),
             "redeliveries": executor.redeliveries.waits(),
             "queued": sum(len(slot.queue) for slot in executor.slots.values()),
-            "log_dropped": sys.stderr.dropped if isinstance(sys.stderr, LogWriter) else 0,
+            "log_dropped": log_writer.dropped(),
             "outbox": executor.journal.outbox_size(),
             "outbox_unheard": self._link.outbox.unheard,
             "nobody_listens": self._link.outbox.nobody_listens,

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from loguru import logger
 
-from flowmesh.errors import FieldError
+from flowmesh.errors import FieldError, NotOfferedError
 from flowmesh.messages.output import HttpDestination, Output, read_output
 from flowmesh.messages.wire import MAX_TIMEOUT_S, NodeSpec, TaskMessage, decode_object
 from flowmesh.processes import environ
+from flowmesh.redaction import Redactor, in_document
 from flowmesh.results.job import Target, children_of
 from flowmesh.results.safe_names import check_task_id, placed
 from flowmesh.settings.schema import Settings
 from flowmesh.tasks.catalogue import Catalogue, TaskType
-from flowmesh.validation.convert import convert
+from flowmesh.tasks.checks import check_own_fields, check_task, is_current
+from flowmesh.validation.checked import Checked
+from flowmesh.validation.convert import convert, joined
+
+CHECKED_BYTES = 64 * 1024
+"""Longer messages are left to the child: their check would hold up the loop for milliseconds."""
+MAX_MESSAGE_CHARS = 2000
+"""As in a child's outcome."""
 
 
 class Accepted(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,6 +105,61 @@ def accept(data: bytes, *, settings: Settings, catalogue: Catalogue, results_dir
         size_bytes=len(data),
         timeout_s=spec.timeoutSec or settings.tasks.default_timeout_s,
     )
+
+
+def check_fields(accepted: Accepted, settings: Settings, secrets: Redactor) -> None:
+    """Check the fields that the task's runner reads, as its child would: a typo then costs no process.
+
+    Never refuses what the child would take. Left to the child: long documents, which would hold up the loop; merged
+    tasks, of which it may refuse one and run the others; types of other packages; environments with another
+    interpreter, and the time after an installation: their runners may be of another version.
+
+    Args:
+        secrets: the node's.
+
+    Raises:
+        FieldError: with all that is wrong, in the words of the child.
+    """
+    if accepted.size_bytes > CHECKED_BYTES or accepted.children or not _has_check(accepted.type, settings):
+        return
+    faults = _faults(lambda: check_own_fields(accepted.task, accepted.type))
+    if faults:
+        raise _refusal(faults, accepted.task, secrets)
+
+
+def with_all_faults(error: FieldError, data: bytes, settings: Settings, types: Mapping[str, TaskType]) -> FieldError:
+    """An error of `accept`, with what else is wrong with the document.
+
+    Args:
+        types: those that the node offers.
+    """
+    if len(data) > CHECKED_BYTES or isinstance(error, NotOfferedError):
+        return error
+    here = {name: kind for name, kind in types.items() if _has_check(kind, settings)}
+    found = error.faults
+    others = _faults(lambda: check_task(decode_object(data)["task"], here)[0])
+    own = {fault.partition(":")[0] for fault in found}
+    more = [fault for fault in others if fault.partition(":")[0] not in own]
+    return FieldError(joined([*found, *more]), error.path, (*found, *more)) if more else error
+
+
+def _has_check(kind: TaskType, settings: Settings) -> bool:
+    environment = settings.environments.get(kind.environment)
+    return bool(kind.check) and (environment is None or environment.python is None) and is_current(kind)
+
+
+def _faults(check: Callable[[], Checked]) -> tuple[str, ...]:
+    """What a check finds; nothing where it fails, as the child then finds the cause."""
+    try:
+        return check().faults
+    except Exception as error:  # noqa: BLE001 - a check must refuse nothing because it has a fault itself
+        logger.debug("document not checked before its start: {}: {}", type(error).__name__, error)
+        return ()
+
+
+def _refusal(faults: tuple[str, ...], task: dict[str, Any], secrets: Redactor) -> FieldError:
+    redact = Redactor([*secrets.known, *in_document(task, {})], prose=True)
+    return FieldError(redact(joined(list(faults)))[:MAX_MESSAGE_CHARS], "", tuple(map(redact, faults)))
 
 
 def _document(raw: dict[str, Any], message: TaskMessage) -> dict[str, Any]:

@@ -54,7 +54,8 @@ async def recover(executor: Executor) -> None:
         executor.pump(slot)
     executor.helpers.kill_unclaimed()
     keep = {run.attempt for run in runs} | {abs(attempt) for attempt in alive}
-    await asyncio.to_thread(_sweep, executor.layout, keep, _undelivered(executor) - keep, left)
+    await asyncio.to_thread(end_leaves, left)
+    executor.begin(_remove(_left_folders(executor.layout, keep, _undelivered(executor))))  # it may be much
     if runs:
         logger.bind(tasks=len(runs), alive=len(alive)).info("tasks of the previous supervisor adopted")
 
@@ -148,19 +149,20 @@ def _set_clock(executor: Executor, run: Run) -> None:
         run.finished = max(run.started, now - max(0.0, time.time() - left_at))
 
 
-def _sweep(layout: Layout, keep: set[int], undelivered: set[int], left: list[Leaf]) -> None:
-    """Remove folders and cgroups of attempts that have ended. Called in a thread, which may not use the journal.
+def _left_folders(layout: Layout, keep: set[int], undelivered: set[int]) -> list[Path]:
+    """Folders of attempts that have ended. Listed before new attempts have any; numbers are not used again.
 
     Args:
         keep: attempts whose folders stay.
         undelivered: attempts whose spool folders stay, too.
-        left: the cgroups to remove.
     """
-    for parent, kept in ((layout.state_dir / "spool", keep | undelivered), (layout.state_dir / "tmp", keep)):
-        for attempt in _attempts(parent):
-            if attempt not in kept:
-                remove_tree(parent / str(attempt))
-    end_leaves(left)
+    parts = ((layout.state_dir / "spool", keep | undelivered), (layout.state_dir / "tmp", keep))
+    return [parent / str(attempt) for parent, kept in parts for attempt in _attempts(parent) if attempt not in kept]
+
+
+async def _remove(folders: list[Path]) -> None:
+    for folder in folders:
+        await asyncio.to_thread(remove_tree, folder)
 
 
 def _left_over(layout: Layout, living: set[str]) -> list[Leaf]:

@@ -11,7 +11,7 @@ import contextlib
 import json
 import random
 import time
-from typing import Any
+from collections.abc import Mapping
 
 import msgspec
 from loguru import logger
@@ -32,8 +32,12 @@ from flowmesh.orchestrator.registration import Registration
 from flowmesh.orchestrator.wake_ups import POLL_S, WakeUps
 from flowmesh.queue import names, scripts
 from flowmesh.queue.classes import RequirementClass, parse
+from flowmesh.queue.names import Priority
 from flowmesh.tasks.journal import JournalError
 
+MOST_CLASSES = 500
+"""Classes that one claim asks for, and that one read waits for."""
+_RANKS = {priority.value: rank for rank, priority in enumerate(Priority)}
 _ERRORS = (RedisError, OSError, TimeoutError, JournalError)
 FORBIDDEN_S = 300.0
 """Between two tries of a login that may not use the queue."""
@@ -143,17 +147,19 @@ class Claims(Observer):
             woken: the class whose token was taken.
 
         Returns:
-            whether an entry was left for another node.
+            whether an entry was left for another node, or this worker may take none now.
         """
         async with self._lock:
             if self._doubt:
                 await self._compare()
                 self._doubt = False
             left = used = False
-            if idle := self.idle_slots():
-                await self._read_classes()
+            idle = self.idle_slots()
+            waiting = await self._read_classes() if idle else {}
+            if woken:
+                waiting.setdefault(woken, 0)
             for slot in idle:
-                if slot.idle and (keys := self._fitting(slot)):
+                if slot.idle and (keys := self._fitting(slot, waiting)):
                     used = used or woken in keys
                     left |= await self._claim(slot, keys, woken if woken in keys else "")
             if woken and not used:
@@ -177,23 +183,29 @@ class Claims(Observer):
         hardware = msgspec.to_builtins(identity.hardware)
         return not wanted.why_not(hardware, self._executor.offered_types(), identity.tags)
 
-    def _fitting(self, slot: Slot[Run]) -> list[str]:
-        keys = [key for key, wanted in self._classes.items() if self.fits(slot, wanted)]
+    def _fitting(self, slot: Slot[Run], among: Mapping[str, int]) -> list[str]:
+        """The keys of the classes that a slot fits, MOST_CLASSES at most.
+
+        Args:
+            among: of these; with the rank of the most urgent entry that waits. Those of one rank come in turn.
+        """
+        keys = [key for key in among if key in self._classes and self.fits(slot, self._classes[key])]
         self._turn += 1
         at = self._turn % len(keys) if keys else 0
-        return keys[at:] + keys[:at]  # classes in turn: none starves behind another one
+        return sorted(keys[at:] + keys[:at], key=among.__getitem__)[:MOST_CLASSES]
 
     async def _claim(self, slot: Slot[Run], keys: list[str], woken: str) -> bool:
+        """Take a task; returns whether one may be there that is not for this worker now."""
         worker_id = slot.plan.worker_id
         answer = await run_script(self._client, scripts.CLAIM, worker_id, self._node_id, utc_now(), woken, *keys)
         what = answer[0].decode()
-        left = what == "none" and bool(answer[1])
-        if left:
-            await self._allow(answer[1])
-        if left or what == "unregistered":
-            asyncio.get_running_loop().call_later(random.uniform(0.5, 1.5) * SOON_S, self._free.set)
         if what != "task":
-            return left
+            left = what == "none" and bool(answer[1])
+            if left:
+                await self._allow(answer[1])
+            if left or what == "unregistered":
+                asyncio.get_running_loop().call_later(random.uniform(0.5, 1.5) * SOON_S, self._free.set)
+            return left or what != "none"
         task_id, attempt, priority = answer[1].decode(), int(answer[2]), answer[3].decode()
         message = _dispatch(worker_id, task_id, attempt, priority, answer[4])
         recorded = Recorded(attempt=attempt, priority=priority)
@@ -238,8 +250,12 @@ class Claims(Observer):
             if attempt is not None and (not _is_attempt(run, int(attempt)) or state in (b"queued", b"done")):
                 stop_stale(self._executor, run)
 
-    async def _read_classes(self) -> None:
-        members: Any = await self._client.zrange(names.CLASSES, 0, -1)
+    async def _read_classes(self) -> dict[str, int]:
+        """Read the classes in use; returns those with entries, and the rank of the most urgent one (0: high)."""
+        async with self._client.pipeline(transaction=False) as pipeline:
+            pipeline.zrevrange(names.CLASSES, 0, -1)
+            pipeline.hkeys(names.WAITING)
+            members, fields = await pipeline.execute()
         found = {}
         for member in members:
             wanted = parse(member.decode(errors="replace"))
@@ -248,13 +264,19 @@ class Claims(Observer):
         if found.keys() != self._classes.keys():
             self._classes = found
             self._renewed.set()
+        ranks: dict[str, int] = {}
+        for field in fields:
+            key, _, priority = field.decode(errors="replace").partition(":")
+            ranks[key] = min(_RANKS.get(priority, len(_RANKS)), ranks.get(key, len(_RANKS)))
+        return ranks
 
     async def _wait_for_tokens(self) -> None:
         """Block on the wake-up lists while a slot is idle; a token leads to a look."""
         backoff = Backoff()
         while True:
             self._renewed.clear()
-            keys = sorted({key for slot in self.idle_slots() for key in self._fitting(slot)})
+            every = dict.fromkeys(self._classes, 0)
+            keys = sorted({key for slot in self.idle_slots() for key in self._fitting(slot, every)})
             if not keys or self.trouble or self.refused:
                 self._looked.clear()
                 await self._looked.wait()

@@ -7,7 +7,7 @@ from loguru import logger
 
 from flowmesh.errors import FieldError, NotOfferedError
 from flowmesh.execution import history_entry, task_events
-from flowmesh.execution.admission import Accepted, accept
+from flowmesh.execution.admission import Accepted, accept, check_fields, with_all_faults
 from flowmesh.execution.executor import Executor
 from flowmesh.execution.run import Run
 from flowmesh.messages.wire import (
@@ -152,6 +152,8 @@ class Dispatcher:
         task_id = sent.task_id
         try:
             accepted = self._check(sent.data, sent.fault)
+            if self._executor.journal.latest(task_id) is None:  # a retry's child also answers for earlier rows
+                check_fields(accepted, self._executor.settings, self._executor.layout.secrets)
         except FieldError as error:
             kind = Kind.MISSING_DEPENDENCY if isinstance(error, NotOfferedError) else Kind.BAD_REQUEST
             self._refuse(slot, sent, kind, str(error))
@@ -182,13 +184,11 @@ class Dispatcher:
             raise FieldError(f"the message has {len(data)} bytes; at most {MAX_MESSAGE_BYTES} are taken", "task")
         if fault:
             raise FieldError(fault, "")
+        settings, catalogue = self._executor.settings, self._executor.catalogue
         try:
-            return accept(
-                data,
-                settings=self._executor.settings,
-                catalogue=self._executor.catalogue,
-                results_dir=self._executor.layout.results_dir,
-            )
+            return accept(data, settings=settings, catalogue=catalogue, results_dir=self._executor.layout.results_dir)
+        except FieldError as error:
+            raise with_all_faults(error, data, settings, catalogue.offered) from error
         except (ArithmeticError, RecursionError, TypeError, ValueError, OSError) as error:
             # Whatever a document makes a check do, its task is answered, and the node goes on.
             logger.opt(exception=error).error("unhandled error in the check of a document")

@@ -77,7 +77,7 @@ class RequirementClass(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
 
 @functools.lru_cache(maxsize=4096)
 def _key(member: str) -> str:
-    return hashlib.sha256(member.encode()).hexdigest()[:16]
+    return hashlib.sha1(member.encode(), usedforsecurity=False).hexdigest()[:16]  # as the scripts compute it
 
 
 @functools.lru_cache(maxsize=4096)

@@ -25,8 +25,6 @@ DONE = f"{PREFIX}tasks:done"
 
 GONE = f"{PREFIX}queue:gone"
 """Hash: a holder without heartbeat → since when, in milliseconds."""
-PRUNE_MS = 86_400_000
-"""How long a class without entries, and an ended task, stay listed."""
 
 
 class Priority(enum.StrEnum):

@@ -30,7 +30,17 @@ redis.call('HSET', record(id), 'queued_at', at, 'class', ck, 'class_json', membe
 local known = redis.call('ZSCORE', P .. 'queue:classes', member)
 add(id, false)
 redis.call('ZADD', P .. 'tasks:open', now_ms(), id)
-if not known then redis.call('PUBLISH', 'flowmesh.queue', '{"type":"CLASS"}') end
+if not known then
+  redis.call('PUBLISH', 'flowmesh.queue', '{"type":"CLASS"}')
+  local old = now_ms() - 86400000
+  for _, each in ipairs(redis.call('ZRANGEBYSCORE', P .. 'queue:classes', '-inf', old, 'LIMIT', 0, 100)) do
+    local key = string.sub(redis.sha1hex(each), 1, 16)
+    if waiting(key) == 0 then
+      redis.call('ZREM', P .. 'queue:classes', each)
+      redis.call('DEL', P .. 'queue:c:' .. key .. ':wake')
+    end
+  end
+end
 if ARGV[5] == 'high' then redis.call('PUBLISH', 'flowmesh.queue', '{"type":"URGENT"}') end
 return 'queued'
 """)
@@ -55,11 +65,12 @@ return attempt
 CLAIM = Script.of("""
 -- worker, node, at, class that woke us or '', class keys in the order of preference
 local worker, node, at, woken = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-if redis.call('EXISTS', 'worker:' .. worker .. ':hb') == 0 then return {'unregistered'} end
-if redis.call('SISMEMBER', 'workers:elastic_disabled', worker) == 1 then
+local function refused(why)
   if woken ~= '' and waiting(woken) > 0 then wake(woken) end
-  return {'disabled'}
+  return {why}
 end
+if redis.call('EXISTS', 'worker:' .. worker .. ':hb') == 0 then return refused('unregistered') end
+if redis.call('SISMEMBER', 'workers:elastic_disabled', worker) == 1 then return refused('disabled') end
 local fields = {}
 local priorities = {'high', 'normal', 'low'}
 for _, priority in ipairs(priorities) do

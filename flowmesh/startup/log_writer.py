@@ -1,4 +1,4 @@
-"""Standard error for a process that must not wait for whoever reads it: a thread writes, and the event loop never does.
+"""Logs of a process that must not wait for whoever reads or stores them: a thread writes, the event loop never does.
 
 A pipe that nobody reads, a stopped terminal or a hung journal would otherwise stop heartbeats and signals with it.
 O_NONBLOCK is no way out: it belongs to the open file, which other processes share.
@@ -6,6 +6,7 @@ O_NONBLOCK is no way out: it belongs to the open file, which other processes sha
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 import signal
@@ -13,11 +14,19 @@ import threading
 import time
 from collections import deque
 
+from loguru import logger
+
 MOST_BYTES = 4 * 1024**2
 """What waits for a slow reader. Beyond that, new text is dropped and counted."""
 
 
 RETRY_S = 0.05
+_writers: list[LogWriter] = []
+
+
+def dropped() -> int:
+    """Lines that the logs of this process have lost so far."""
+    return sum(each.dropped for each in _writers)
 
 
 class LogWriter(io.TextIOBase):
@@ -29,6 +38,7 @@ class LogWriter(io.TextIOBase):
     """
 
     def __init__(self, fd: int, most_bytes: int = MOST_BYTES) -> None:
+        _writers.append(self)
         self.dropped = 0
         """Writes that were dropped since the start: lines of the log."""
         self._fd = fd
@@ -45,6 +55,10 @@ class LogWriter(io.TextIOBase):
     @property
     def encoding(self) -> str:  # type: ignore[override]
         return "utf-8"
+
+    def _put(self, data: bytes) -> bool:
+        """Write it, in the thread; False where it is lost."""
+        return self._write(data)
 
     def fileno(self) -> int:
         return self._fd
@@ -79,7 +93,7 @@ class LogWriter(io.TextIOBase):
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting)
                 data = self._waiting[0]
-            lost = not self._write(data)
+            lost = not self._put(data)
             with self._changed:
                 self._waiting.popleft()
                 self._bytes -= len(data)
@@ -102,3 +116,34 @@ class LogWriter(io.TextIOBase):
             except OSError:
                 return False
         return True
+
+
+class FileWriter(LogWriter):
+    """A log file, opened and written by the thread: its disk may be slow, full or gone. Made before handlers are added.
+
+    Args:
+        path: as loguru takes it, which rotates it.
+        rotation, kept: at which size, and how many old files stay.
+    """
+
+    def __init__(self, path: str, *, rotation: str, kept: int) -> None:
+        self._file = copy.deepcopy(logger)  # loguru's way to another logger; it has no handlers yet
+        self._file.configure(patcher=_nothing)
+        self._file.add(
+            path,
+            format="{message}",
+            rotation=rotation,
+            retention=kept,
+            watch=True,  # opened again where logrotate has moved it away
+            delay=True,
+            errors="backslashreplace",
+        )
+        super().__init__(-1)
+
+    def _put(self, data: bytes) -> bool:
+        self._file.opt(raw=True).info(data.decode())
+        return True
+
+
+def _nothing(_: object) -> None:
+    """The lines are as they should be."""

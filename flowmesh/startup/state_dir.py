@@ -140,7 +140,7 @@ def make_log_file(path: Path) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a"):
-            pass
+        # a pipe without a reader, or a device that does not answer, must not keep the start waiting
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC, 0o666))
     except OSError as error:
         raise _unusable("node.log_file", path, error, "opened", "file") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -41,10 +42,32 @@ def check_task(document: dict[str, Any], types: Mapping[str, TaskType]) -> tuple
     if not kind.check:
         what = f"spec.taskType: {name!r} is another package's ({kind.runner}), its fields are not checked"
         return Checked(faults=tuple(faults)), what
-    own = _load(kind.check)(document, name)
+    own = check_own_fields(document, kind)
     faults += [fault for fault in own.faults if fault not in faults]
     unused = (*own.unused, *unused_in_output(spec.get("output")))
     return Checked(faults=tuple(faults), unused=tuple(dict.fromkeys(unused))), ""
+
+
+def check_own_fields(document: dict[str, Any], kind: TaskType) -> Checked:
+    """Check the fields of a task's own type, which has a check; the node's own fields are taken as checked."""
+    return _load(kind.check)(document, kind.name)
+
+
+_loaded: dict[str, tuple[int, int]] = {}
+"""By module: which file it was when it was first asked for."""
+
+
+def is_current(kind: TaskType) -> bool:
+    """Whether a type's check is that of the program on disk, which new fork servers import. After an installation it is
+    not, until the node's program is restarted."""
+    name = kind.check.partition(":")[0]
+    file = importlib.import_module(name).__file__
+    try:
+        status = os.stat(file or "")  # noqa: PTH116
+    except OSError:
+        return False
+    found = status.st_mtime_ns, status.st_ino
+    return _loaded.setdefault(name, found) == found
 
 
 def check_agent_file(path: str, data: dict[str, Any]) -> Checked:

@@ -68,3 +68,16 @@ def _(rig: Rig, rng: random.Random) -> None:
         rig.hit(rig.server_pid("delivery"), signal.SIGKILL)
     rig.node.kill()
     rig.start_node()
+
+
+@fault("delivery: its environment is broken and mended")
+def _(rig: Rig, rng: random.Random) -> None:
+    deliver(rig)
+    rig.hit(rig.server_pid("delivery"), signal.SIGKILL)
+    log = rig.node.state_dir / "log" / "delivery.log"
+    log.unlink(missing_ok=True)
+    log.mkdir()
+    for _ in range(rng.randint(1, 3)):
+        deliver(rig)
+    rig.pause(rng, 1.0)
+    log.rmdir()

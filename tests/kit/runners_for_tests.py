@@ -115,6 +115,13 @@ class MisbehavingRunner(Runner):
                 (ctx.out_dir / "checkpoints" / "last").write_text("saved")
             raise
 
+    def do_alone(self, ctx: Context) -> None:
+        """Fails where another task that does this runs beside it in the same node's only slot."""
+        mark = ctx.out_dir.parent / "somebody-runs"
+        os.close(os.open(mark, os.O_CREAT | os.O_EXCL))
+        ctx.sleep(0.03)
+        mark.unlink()
+
     def do_busy(self, ctx: Context) -> None:
         end = time.monotonic() + ctx.spec.get("seconds", 2)
         while time.monotonic() < end:

@@ -201,8 +201,8 @@ def test_on_a_terminal_of_80_columns_no_line_is_longer(tmp_path: Path) -> None:
 def test_a_torch_for_a_newer_driver_is_broken_and_said_at_the_start(
     redis_server: RedisServer, gpu_node: MakeGpuNode, tmp_path: Path
 ) -> None:
-    pytest.importorskip("transformers", reason="without it no task type needs torch")
     """By an interpreter whose torch says to be built for CUDA 13, on drivers 535 and 580, and on a Pascal card."""
+    pytest.importorskip("transformers", reason="without it no task type needs torch")
     package = tmp_path / "lib" / "torch"
     package.mkdir(parents=True)
     (package / "version.py").write_text("__version__ = '2.13.0'\ncuda = '13.0'\n")

@@ -30,7 +30,7 @@ def test_a_result_that_may_not_go_where_it_is_sent_is_in_results_dir(orchestrato
     assert f"the result is in {node.results_dir / task}" in warning
     assert node.result(task)["warnings"] == [warning]
     until(lambda: warning in node.text(), "the log says so")
-    failed = orchestrator.run("w1", {**echo_to(ELSEWHERE), "delaySec": -1})
+    failed = orchestrator.run("w1", {**echo_to(ELSEWHERE), "delaySec": -1, "long": "x" * 70_000})
     assert failed["type"] == "TASK_FAILED"
     assert WARNED.format(failed["task_id"]) in failed["payload"]["warnings"][0]
     assert node.result(failed["task_id"])["warnings"] == failed["payload"]["warnings"]

@@ -66,3 +66,18 @@ def test_the_log_file_is_followed_over_a_rotation(orchestrator: Orchestrator, ma
     until(lambda: "after-truncate" in log.read_text(), "the truncated file gets the lines")
     assert all(json.loads(line) for line in log.read_text().splitlines())
     assert "\0" not in log.read_text()
+
+
+def test_the_log_of_deliveries_is_bounded(make_node: Any) -> None:
+    node: Node = make_node(start=False)
+    log = node.state_dir / "log" / "delivery.log"
+    log.parent.mkdir(parents=True)
+    node.state_dir.chmod(0o700)
+    with log.open("wb") as file:
+        file.truncate(17 * 1024**2)
+        file.seek(0, os.SEEK_END)
+        file.write(b"the last line\n")
+    node.start()
+    until(lambda: log.read_bytes()[:11] == b"[flowmesh: ", "it is cut")
+    until(lambda: log.read_bytes().endswith(b"the last line\n"), "its last part stays")
+    assert log.stat().st_size < 8 * 1024**2

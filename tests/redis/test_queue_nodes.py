@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
-import itertools
 import json
 import random
 import signal
@@ -184,22 +182,12 @@ def test_a_draining_node_takes_nothing_and_a_direct_dispatch_runs_beside_the_que
     (fleet.nodes[0].results_dir / "blocks" / "go").touch()
     ids, direct = [], []
     for _ in range(10):
-        ids.append(fleet.client.queue({"spec": {"taskType": "echo", "delaySec": 0.03}}).task_id)
-        direct.append(fleet.peer.dispatch("w1", {"taskType": "echo", "delaySec": 0.03}))
-    for task in ids:
-        assert fleet.client.wait(task, 30).ok
-    assert {fleet.peer.wait_end(task)["type"] for task in direct} == {"TASK_SUCCEEDED"}
-    ends = [fleet.peer.wait_end(task) for task in (*ids, *direct)]
-    assert {each["worker_id"] for each in ends[:10]} >= {"w2"}
-    for worker_id in ("w1", "w2"):
-        spans = sorted(_span(each) for each in ends if each["worker_id"] == worker_id)
-        assert all(later[0] > earlier[1] - 0.01 for earlier, later in itertools.pairwise(spans)), spans
-
-
-def _span(end: dict[str, Any]) -> tuple[float, float]:
-    """When a task ran, in seconds."""
-    began = datetime.datetime.fromisoformat(end["payload"]["started_at"]).timestamp()
-    return began, began + end["payload"]["runtime_sec"]
+        ids.append(fleet.client.queue(do("alone")).task_id)
+        direct.append(fleet.peer.dispatch("w1", do("alone")["spec"]))
+    ends = [fleet.client.wait(task, 30) for task in ids]
+    assert [(end.verdict, end.error) for end in ends] == [("ok", "")] * 10
+    assert {end.worker_id for end in ends} >= {"w2"}
+    assert [fleet.peer.wait_end(task)["type"] for task in direct] == ["TASK_SUCCEEDED"] * 10
 
 
 def test_a_disabled_worker_takes_nothing(fleet: Fleet) -> None:

@@ -207,6 +207,32 @@ def test_one_token_wakes_one_after_another(raw: redis.Redis, client: Client) -> 
         assert raw.llen(key) == left
 
 
+def test_a_worker_that_may_not_claim_passes_the_token_on(raw: redis.Redis, client: Client) -> None:
+    client.queue(ECHO)
+    key = names.wake_key(CLASS)
+    for forbid, allow in (
+        (lambda: raw.delete("worker:w1:hb"), lambda: register(raw, "w1", types=["echo"])),
+        (lambda: raw.sadd("workers:elastic_disabled", "w1"), lambda: raw.srem("workers:elastic_disabled", "w1")),
+    ):
+        forbid()
+        raw.delete(key)
+        assert run(raw, scripts.CLAIM, "w1", "w1", "now", CLASS, CLASS)[0] in (b"unregistered", b"disabled")
+        assert raw.llen(key) == 1
+        allow()
+
+
+def test_classes_without_entries_leave_after_a_day(raw: redis.Redis, client: Client) -> None:
+    tagged = [{"spec": {"taskType": "echo", "resources": {"tags": [tag]}}} for tag in "abc"]
+    for document in tagged[:2]:
+        client.queue(document, task_id=f"t-{class_of(document).key}", anyway=True)
+    client.cancel(f"t-{class_of(tagged[0]).key}")
+    for member in raw.zrange(names.CLASSES, 0, -1):
+        raw.zincrby(names.CLASSES, -2 * 86_400_000, member)
+    client.queue(tagged[2], anyway=True)
+    left = {member.decode() for member in raw.zrange(names.CLASSES, 0, -1)}
+    assert left == {class_of(document).member for document in tagged[1:]}, "one that waits stays"
+
+
 def test_preemption_is_asked_for_once_for_each_urgent_entry(raw: redis.Redis, client: Client) -> None:
     assert run(raw, scripts.PREEMPT, CLASS) == 0
     client.queue(ECHO, priority="high")

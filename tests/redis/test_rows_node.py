@@ -33,7 +33,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs the inference extra"),
 ]
 PROMPTS = int(os.environ.get("FLOWMESH_ROWS_PROMPTS", "96"))
-END_S = 60.0 * max(1.0, PROMPTS / 96)
+END_S = 150.0 * max(1.0, PROMPTS / 96)
 """Until a task ends."""
 TABLE = os.environ.get("FLOWMESH_ROWS_TABLE", "")
 SPEC: dict[str, Any] = {

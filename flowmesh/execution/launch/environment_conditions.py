@@ -24,6 +24,8 @@ from flowmesh.tasks.verdicts import describe_exit
 
 LONGEST_PAUSE_S = 60.0
 """Between two probes: each starts an interpreter and imports the environment's libraries."""
+LONGEST_LIGHT_S = 10.0
+"""The same for environments without heavy libraries."""
 FORK_TIMEOUT_S = 60.0
 LOOK_S = 0.2
 """How often a delivery that waits for its environment looks."""
@@ -83,7 +85,7 @@ class EnvironmentConditions:
                 # without deliveries, no result of any task would reach anybody
                 concerns=None if environment == DELIVERY else lambda run: run.accepted.type.environment == environment,
                 partial=environment != DELIVERY,
-                longest_s=LONGEST_PAUSE_S,
+                longest_s=LONGEST_LIGHT_S if environment in (LIGHT, DELIVERY) else LONGEST_PAUSE_S,
             )
         return fault
 

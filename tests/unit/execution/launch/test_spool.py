@@ -24,6 +24,7 @@ WHOLE = Outcome(
     rows=Counts(done=1, total=2),
     command=CommandExit(code=1),
     warnings=("w",),
+    versions={"torch": "2"},
 )
 
 

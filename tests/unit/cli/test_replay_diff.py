@@ -1,0 +1,50 @@
+"""Where two runs differ: outputs by item, numbers within a tolerance, and nothing that no two runs share."""
+
+from __future__ import annotations
+
+import pytest
+
+from flowmesh.cli.replay import document_of
+from flowmesh.cli.replay_diff import differences, items_of, lines
+from flowmesh.errors import FieldError
+from flowmesh.tasks.history import Detail, Entry, Found
+
+
+def found(**detail: object) -> Found:
+    entry = Entry(task_id="t", verdict="ok", finished_at="2026", wall_s=1.0, tokens=5)
+    return Found(entry=entry, detail=Detail(**detail))  # type: ignore[arg-type]
+
+
+def test_outputs_are_compared_by_item_and_numbers_within_a_tolerance() -> None:
+    before = {"items": [{"output": "a"}, {"output": "b"}], "usage": {"latency_sec": 1}, "metrics": {"loss": 2.0}}
+    now = {"items": [{"output": "a"}, {"output": "c"}, {"output": "d"}], "usage": {"latency_sec": 9}}
+    now["metrics"] = {"loss": 2.0001}
+    got = list(differences(before, now))
+    assert [each.field for each in got] == ["items[1].output", "items[2]"]
+    assert items_of(got) == ["items[1]", "items[2]"]
+    assert next(iter(differences({"loss": 2.0}, {"loss": 2.1}))).field == "loss"
+    assert list(differences({"ok": True}, {"ok": 1.0})) == []
+
+
+def test_what_is_printed() -> None:
+    before = found(versions={"torch": "2.1"}, phases={"load": 1.0}, gpus={"GPU-1": "H100"})
+    now = found(versions={"torch": "2.2"}, phases={"load": 2.0})
+    text = "\n".join(lines(before, now, ({"x": 1}, {"x": 2}), until=None))
+    for part in ("ok, as before", "x: 1 -> 2", "torch: 2.1 -> 2.2", "H100 -> none", "load", "2.0 s"):
+        assert part in text
+    assert "not compared" in "\n".join(lines(before, now, (None, {}), until=None))
+    assert "stopped   after load" in "\n".join(lines(before, now, ({}, {}), until="load"))
+
+
+def test_hidden_secrets_must_be_given_and_go_where_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = {"urls": [{"a": "[hidden]"}], "output": {"destination": {"headers": {"x": "[hidden]"}}}}
+    task = found(document={"spec": spec}, hidden=("spec.urls[0].a", "spec.output.destination.headers.x"))
+    with pytest.raises(FieldError, match=r"--secret spec.urls\[0\].a=VARIABLE"):
+        document_of(task, {})
+    monkeypatch.setenv("OPENS", "sesame")
+    document = document_of(task, {"spec.urls[0].a": "OPENS"})
+    assert document["spec"] == {"urls": [{"a": "sesame"}], "output": {}}, "and it is delivered nowhere"
+    with pytest.raises(FieldError, match="no secret is hidden"):
+        document_of(task, {"spec.none": "OPENS", "spec.urls[0].a": "OPENS"})
+    with pytest.raises(FieldError, match="not kept whole"):
+        document_of(found(document={}, whole=False), {})
