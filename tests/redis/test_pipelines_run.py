@@ -135,7 +135,7 @@ def test_ctrl_c_ends_all_of_it_and_the_next_run_goes_on(place):
         ["last", "cancelled"],
         ["beside", "cancelled"],
     ]
-    assert "flowmesh run --task-id demo p.yaml" in err
+    assert "run it again with --task-id demo to go on" in err
     error = json.loads((place / "r/demo/responses.json").read_text())["stages"]["two"]["error"]
     assert error.startswith(
         "spec.graph.nodes[1].spec.number: ${one.result.resources.swept}: one.result.resources has no 'swept'"

@@ -16,7 +16,7 @@ from flowmesh.cli.pipelines.node_port import NodePort
 from flowmesh.cli.pipelines.rows import lines, rows, tree_order
 from flowmesh.cli.pipelines.tree import drawn, tree_for
 from flowmesh.cli.signals import Interrupted, Signals
-from flowmesh.errors import FlowMeshError
+from flowmesh.errors import FlowMeshError, UnavailableError
 from flowmesh.messages.wire import usable_task_id
 from flowmesh.pipelines.document import read
 from flowmesh.pipelines.driver import Driver
@@ -60,6 +60,7 @@ class PipelineRun:
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
         self._timed_out = False
         self._pressed = 0
+        self._again = f"run it again with --task-id {submission.task_id} to go on"
 
     def run(self, *, as_json: bool) -> FlowMeshError | None:
         """Run it and print the outcome; returns the error of a pipeline that failed.
@@ -89,6 +90,8 @@ class PipelineRun:
                 result = driver.run()
             except Interrupted:
                 raise
+            except UnavailableError as error:
+                raise UnavailableError(f"{error}; {self._again}") from None
             except BaseException:
                 driver.stop()  # as far as the node still answers
                 raise
@@ -138,7 +141,7 @@ class PipelineRun:
             raise Interrupted(self._signals.last, f"gave up waiting for {self._submission.task_id}")
 
     def _error(self, runs: dict[str, StageRun]) -> FlowMeshError | None:
-        again = f"to go on: flowmesh run --task-id {self._submission.task_id} {self._submission.source}"
+        again = self._again
         if self._pressed:
             return Interrupted(self._signals.last, f"{self._submission.task_id} was interrupted; {again}")
         failed = [run for run in runs.values() if run.state is State.FAILED]
