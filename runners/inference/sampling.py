@@ -158,6 +158,37 @@ class Picker(LogitsProcessor):
             self.logprobs[row].append(TokenLogprob(token, logprob, top))
 
 
+class Pickers(LogitsProcessor):
+    """Pickers for the rows of a batch whose requests have different sampling."""
+
+    def __init__(self, parts: Sequence[tuple[Sequence[int], Picker]]) -> None:
+        """
+        Args:
+            parts: rows, and the picker made for them. Each row is in one part.
+        """
+        self._parts = parts
+        self._places = {row: (picker, place) for rows, picker in parts for place, row in enumerate(rows)}
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if len(self._parts) == 1:
+            return self._parts[0][1](input_ids, scores)
+        picked = torch.empty_like(scores)
+        for rows, picker in self._parts:
+            at = torch.tensor(rows, device=scores.device)
+            picked[at] = picker(input_ids[at], scores[at])
+        return picked
+
+    def check_finite(self) -> None:
+        """Raises NotFinite where a score of the last steps was not finite. Waits for the device."""
+        for _, picker in self._parts:
+            picker.check_finite()
+
+    def logprobs(self, row: int) -> list[TokenLogprob]:
+        """Of a row's tokens so far, where its request asks for them."""
+        picker, place = self._places[row]
+        return picker.logprobs[place]
+
+
 def keep_top(scores: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
     """Mask all but the `top_k` best scores (0: all), and of these all but the fewest that sum up to `top_p`.
 

@@ -16,10 +16,10 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 
 from runners.api import BadRequest
 from runners.gpu_memory import is_shortage
-from runners.inference.batches import Batch, Row, plan
-from runners.inference.engine import Completion, Finished, FinishReason, GpuOutOfMemory, Output, Request, Watch
+from runners.inference.batches import Batch, Need, Row, plan
+from runners.inference.engine import Completion, Finished, FinishReason, GpuOutOfMemory, Output, Request, Same, Watch
 from runners.inference.options import Sampling
-from runners.inference.sampling import Limits, NotFinite, Picker
+from runners.inference.sampling import Limits, NotFinite, Picker, Pickers
 from runners.inference.tokens import Reader, Texts
 from runners.models.limits import embedding_rows, positions
 from runners.models.sources import Source
@@ -62,8 +62,8 @@ class TransformersEngine:
         return {"engine": self.name, "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
 
     def generate(self, requests: Sequence[Request], watch: Watch, finished: Finished) -> None:
-        """See `Engine.generate`. Batches have one adapter, one sampling (seed and max_tokens aside), and prompts of
-        similar length."""
+        """See `Engine.generate`. Batches have one adapter, and prompts and answers of similar length; each request has
+        sampling of its own."""
         work = _Work(requests, watch, finished)
         try:
             for numbers in self._groups(requests):
@@ -74,30 +74,26 @@ class TransformersEngine:
 
     @staticmethod
     def _groups(requests: Sequence[Request]) -> list[list[int]]:
-        """The requests that may share a batch; those of one adapter follow each other."""
-        kinds: list[tuple[str, Sampling]] = []
-        groups: list[list[int]] = []
+        """The requests that may share a batch: those of one adapter."""
+        groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
-            kind = request.adapter or "", msgspec.structs.replace(request.sampling, seed=None, max_tokens=0)
-            at = next((i for i, known in enumerate(kinds) if known == kind), None)
-            if at is None:
-                at = len(kinds)
-                kinds.append(kind)
-                groups.append([])
-            groups[at].append(number)
-        return [groups[at] for at in sorted(range(len(kinds)), key=lambda at: kinds[at][0])]
+            groups.setdefault(request.adapter or "", []).append(number)
+        return [groups[adapter] for adapter in sorted(groups)]
 
     def _answer(self, numbers: list[int], work: _Work) -> None:
         requests = work.requests
-        first = requests[numbers[0]]
-        self._use(first.adapter)
+        self._use(requests[numbers[0]].adapter)
+        needs = [
+            Need(
+                number,
+                len(requests[number].token_ids),
+                requests[number].sampling.max_tokens,
+                requests[number].sampling.n,
+            )
+            for number in numbers
+        ]
         batches = plan(
-            [(number, len(requests[number].token_ids)) for number in numbers],
-            copies=first.sampling.n,
-            new_tokens=max(requests[number].sampling.max_tokens for number in numbers),
-            max_positions=self.max_positions,
-            batch_tokens=self._batch_tokens,
-            batch_rows=self._batch_rows,
+            needs, max_positions=self.max_positions, batch_tokens=self._batch_tokens, batch_rows=self._batch_rows
         )
         for batch in batches:
             self._run(batch, work)
@@ -131,33 +127,31 @@ class TransformersEngine:
     def _generate(self, batch: Batch, work: _Work) -> None:
         requests = [work.requests[row.request] for row in batch]
         prompts = [request.token_ids for request in requests]
-        samplings = [self._texts.resolved(request.sampling) for request in requests]
-        shared = samplings[0]  # but for seed and max_tokens
-        input_ids, mask = self._pad_left(prompts)
-        width = input_ids.shape[1]
+        resolved = Same(self._texts.resolved)
+        samplings = [resolved(request.sampling) for request in requests]
+        width = max(map(len, prompts))
         room = [self._room(len(prompt), each) for prompt, each in zip(prompts, samplings, strict=True)]
-        seeds = [
-            None if each.seed is None else each.seed + row.copy for row, each in zip(batch, samplings, strict=True)
-        ]
-        stop_ids = frozenset(shared.stop_token_ids)
         model_ends = self._ends.union(requests[0].ends)  # a batch has one adapter
-        limits = Limits(self._texts.bad_word_ids(shared.bad_words), model_ends | stop_ids)
-        picker = Picker(shared, prompts, seeds, width, limits)
-        readers = [self._texts.reader(prompt, shared) for prompt in prompts]
-        ends = stop_ids if shared.ignore_eos else model_ends | stop_ids
+        picker = Pickers(
+            [(rows, self._picker(batch, prompts, samplings, rows, width, model_ends)) for rows in _kinds(samplings)]
+        )
+        readers = [self._texts.reader(prompt, each) for prompt, each in zip(prompts, samplings, strict=True)]
+        ends = [frozenset(each.stop_token_ids) | (frozenset() if each.ignore_eos else model_ends) for each in samplings]
 
         def ended(at: int, tokens: list[int], reason: FinishReason) -> None:
+            with_logprobs = samplings[at].logprobs is not None
             work.answered(
                 batch[at],
                 Output(
                     text=readers[at].text(tokens, reason),
                     token_ids=tuple(tokens),
                     finish_reason=reason,
-                    logprobs=tuple(picker.logprobs[at][: len(tokens)]) if shared.logprobs is not None else None,
+                    logprobs=tuple(picker.logprobs(at)[: len(tokens)]) if with_logprobs else None,
                 ),
             )
 
         ending = _Ending(readers, ends, picker, room=room, watch=work.watch, ended=ended)
+        input_ids, mask = self._pad_left(prompts)
         with torch.inference_mode():
             self._model.generate(
                 input_ids=input_ids,
@@ -172,6 +166,22 @@ class TransformersEngine:
                 logits_processor=LogitsProcessorList([picker]),
                 stopping_criteria=StoppingCriteriaList([ending]),
             )
+
+    def _picker(  # noqa: PLR0917
+        self,
+        batch: Batch,
+        prompts: Sequence[Sequence[int]],
+        samplings: Sequence[Sampling],
+        rows: Sequence[int],
+        width: int,
+        model_ends: frozenset[int],
+    ) -> Picker:
+        """The picker of some rows, whose sampling differs in seed and max_tokens at most."""
+        shared = samplings[rows[0]]
+        seeds = [samplings[row].seed for row in rows]
+        own = [None if seed is None else seed + batch[row].copy for row, seed in zip(rows, seeds, strict=True)]
+        limits = Limits(self._texts.bad_word_ids(shared.bad_words), model_ends.union(shared.stop_token_ids))
+        return Picker(shared, [prompts[row] for row in rows], own, width, limits)
 
     def _room(self, prompt_tokens: int, sampling: Sampling) -> int:
         if self.max_positions is None:
@@ -205,6 +215,20 @@ class TransformersEngine:
             self._model.set_adapter(adapter)
 
 
+def _kinds(samplings: Sequence[Sampling]) -> list[list[int]]:
+    """The rows whose sampling is the same, seed and max_tokens aside."""
+    alike = Same(lambda each: msgspec.structs.replace(each, seed=None, max_tokens=0))
+    kinds: list[tuple[Sampling, list[int]]] = []
+    for row, sampling in enumerate(samplings):
+        kind = alike(sampling)
+        rows = next((rows for known, rows in kinds if known is kind or known == kind), None)
+        if rows is None:
+            rows = []
+            kinds.append((kind, rows))
+        rows.append(row)
+    return [rows for _, rows in kinds]
+
+
 class _Work:
     """The requests of one call, and the answers to them so far."""
 
@@ -228,8 +252,8 @@ class _Ending(StoppingCriteria):
     def __init__(
         self,
         readers: Sequence[Reader],
-        ends: frozenset[int],
-        picker: Picker,
+        ends: Sequence[frozenset[int]],
+        picker: Pickers,
         *,
         room: Sequence[int],
         watch: Watch,
@@ -262,6 +286,6 @@ class _Ending(StoppingCriteria):
 
     def _reason(self, row: int) -> FinishReason | None:
         tokens = self._tokens[row]
-        if tokens[-1] in self._ends or self._readers[row].stops(tokens):
+        if tokens[-1] in self._ends[row] or self._readers[row].stops(tokens):
             return "stop"
         return "length" if len(tokens) >= self._room[row] else None

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from runners.api import BadRequest, RunnerError
 from runners.inference import engines
-from runners.inference.batches import cache_bytes_per_token, plan
+from runners.inference.batches import Need, cache_bytes_per_token, plan
 from runners.inference.task import read_task
 from runners.inference.vllm_args import (
     CONTEXT_BYTES,
@@ -43,9 +43,7 @@ GIB = 2**30
 )
 def test_batches_hold_every_row_once_and_fit(*, lengths, copies, new_tokens, batch_tokens, batch_rows, max_positions):
     batches = plan(
-        list(enumerate(lengths)),
-        copies=copies,
-        new_tokens=new_tokens,
+        [Need(request, length, new_tokens, copies) for request, length in enumerate(lengths)],
         max_positions=max_positions,
         batch_tokens=batch_tokens,
         batch_rows=batch_rows,

@@ -150,3 +150,33 @@ def test_a_shard_has_its_lines(run) -> None:
     result, answers, _ = run(*lines, shard={"index": 1, "total": 2, "contiguous": False})
     assert [line["custom_id"] for line in answers] == ["1", "3"]
     assert result["request_counts"]["total"] == 2
+
+
+def test_lines_of_different_sampling_share_batches(run, monkeypatch) -> None:
+    """And no line's answer depends on those beside it."""
+    kinds = [
+        {}, {"temperature": 0.7, "seed": 3}, {"stop": ["the"]}, {"frequency_penalty": 1.0}, {"logit_bias": {"200": 3}},
+        {"logprobs": True, "top_logprobs": 2}, {"bad_words": ["returns"], "min_tokens": 3}, {"ignore_eos": True},
+        {"temperature": 1.2, "top_k": 5, "seed": 9, "n": 2},
+    ]  # fmt: skip
+    lines = [
+        chat(f"{number}", f"{'a task ' * (number % 5)}ends", max_tokens=4 + number % 4, **kinds[number % len(kinds)])
+        for number in range(45)
+    ]
+    rows: list[int] = []
+    generate = TransformersEngine._generate
+    monkeypatch.setattr(
+        TransformersEngine, "_generate",
+        lambda self, requests, work: rows.append(len(requests)) or generate(self, requests, work),
+    )  # fmt: skip
+    _, answers, _ = run(*lines)
+    assert (sum(rows), len(rows)) == (50, 3), "answers of up to 4, and of up to 8 tokens; 32 rows a batch"
+    monkeypatch.setattr("runners.inference.loader.CPU_ROWS", 1)
+    _, alone, _ = run(*lines[: len(kinds)])
+    beside = [without_ids(line) for line in answers[: len(kinds)]]
+    assert [texts_of(line) for line in beside] == [texts_of(without_ids(line)) for line in alone]
+
+
+def texts_of(line: dict[str, Any]) -> list[Any]:
+    choices = line["response"]["body"]["choices"]
+    return [(choice["message"]["content"], choice["finish_reason"], choice["stop_reason"]) for choice in choices]
