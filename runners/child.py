@@ -39,6 +39,8 @@ LIBRARIES = (
 )  # fmt: skip
 """Whose versions the node keeps with a task: a result may depend on them."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_OF_THE_DISK = (*_FULL, errno.EROFS, errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.ENOTCONN, errno.ESTALE, errno.EACCES)
+"""What may be mended while an outcome waits to be written."""
 OUTCOME_WAIT_S = 300.0
 """How long a finished task waits for a place for its outcome. A stop ends that wait with the process."""
 OUTCOME_PAUSE_S = 0.5
@@ -235,6 +237,7 @@ def _write_at_last(spool: Path, data: bytes, job: Job, pipe: Pipe) -> None:
         OSError: it could not be written within OUTCOME_WAIT_S.
     """
     end = time.monotonic() + OUTCOME_WAIT_S
+    closed = False
     while True:
         try:
             with contextlib.suppress(OSError):  # a cleaner may have deleted it
@@ -243,10 +246,20 @@ def _write_at_last(spool: Path, data: bytes, job: Job, pipe: Pipe) -> None:
         except OSError as error:
             if error.errno in _FULL:
                 remove_path(Path(job.tmp_dir))  # on the same disk, and no longer needed
-            if time.monotonic() > end:
+            if error.errno == errno.EMFILE and not closed:
+                _close_all_but(pipe.fileno())  # the task had opened all that it may; nothing of it is needed any more
+                closed = True
+                continue
+            if error.errno not in _OF_THE_DISK or time.monotonic() > end:
                 raise
             pipe.send(Phase(f"the outcome cannot be written: {error.strerror}"), drop=True)
             time.sleep(OUTCOME_PAUSE_S)
+
+
+def _close_all_but(kept: int) -> None:
+    """Close this process's descriptors above 2, except one."""
+    os.closerange(3, kept)
+    os.closerange(kept + 1, os.sysconf("SC_OPEN_MAX"))
 
 
 def _write(path: Path, data: bytes) -> None:
