@@ -177,7 +177,7 @@ def slots(picture: Picture, width: int) -> list[Text]:
     for slot in picture.slots:
         item = Text.assemble(cells.cell(slot.name or slot.worker_id), " ", cells.status(slot.status))
         if len(picture.slots) == 1:
-            item.append_text(cells.cell(f"  {slot.worker_id}", "bright_black"))
+            item.append("  ").append_text(cells.cell(slot.worker_id, "bright_black"))
             if slot.gpus:
                 item.append(f"  {render.count(slot.gpus, 'GPU')}", style="bright_black")
         items.append(item)
