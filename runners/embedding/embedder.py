@@ -65,8 +65,15 @@ class Embedder:
         """What sentence-transformers' `encode` puts before each text unless it is told otherwise."""
         self.as_chat = "message" in (getattr(model[0], "modality_config", None) or {})
         """Whether a text is embedded as a chat's message: so it is for models with a chat template."""
-        self.modules = tuple(type(each).__name__ for each in model)
-        self.pooling: str | None = next((each.pooling_mode for each in model if hasattr(each, "pooling_mode")), None)
+        self.made_up = False
+        """Whether the model's files do not say how its vectors are made, so that sentence-transformers assumed it."""
+        self.normalizes = any(type(each).__name__ == "Normalize" for each in model)
+        self.pooling: str | None = next(
+            (str(each.pooling_mode) for each in model if hasattr(each, "pooling_mode")), None
+        )
+        config = getattr(body_of(model), "config", None)
+        self.matryoshka: tuple[int, ...] | None = tuple(getattr(config, "matryoshka_dimensions", None) or ()) or None
+        """Dimensions that vectors may be cut to, as the model's configuration has them; None: it does not say."""
         self._prompts = {
             "query": own.get("query", "") if options.query_prompt is None else options.query_prompt,
             "document": own.get("document", own.get("passage", ""))
@@ -169,6 +176,13 @@ class Embedder:
             raise EmbeddingOutOfMemory(f"one text does not fit the GPU's memory beside the model: {shortage}")
         half = len(inputs) // 2
         return np.concatenate([self.encode(inputs[:half], prompt), self.encode(inputs[half:], prompt)])
+
+    def describe(self) -> dict[str, Any]:
+        """For a task's result."""
+        return {
+            "model": self.name, "dimension": self.dimension, "device": self.device, "pooling": self.pooling,
+            "normalized": self.normalizes, "max_tokens": self.max_tokens,
+        }  # fmt: skip
 
     @property
     def takes_ids(self) -> bool:

