@@ -87,6 +87,8 @@ def joules(value: float | None) -> str:
 def dollars(value: float | None) -> str:
     if value is None:
         return UNKNOWN
+    if 0 < value < 0.0001:
+        return "<$0.0001"
     return f"${value:.4f}" if value < 0.01 else f"${value:.2f}"
 
 
@@ -177,7 +179,7 @@ def slots(picture: Picture, width: int) -> list[Text]:
     for slot in picture.slots:
         item = Text.assemble(cells.cell(slot.name or slot.worker_id), " ", cells.status(slot.status))
         if len(picture.slots) == 1:
-            item.append_text(cells.cell(f"  {slot.worker_id}", "bright_black"))
+            item.append("  ").append_text(cells.cell(slot.worker_id, "bright_black"))
             if slot.gpus:
                 item.append(f"  {render.count(slot.gpus, 'GPU')}", style="bright_black")
         items.append(item)
