@@ -7,17 +7,17 @@ from click.shell_completion import get_completion_class
 
 from flowmesh.errors import EXIT_OK
 
-PROGRAM, VARIABLE = "flowmesh", "_FLOWMESH_COMPLETE"
+PROGRAMS, VARIABLE = ("flowmesh", "flowmesh-node"), "_FLOWMESH_COMPLETE"
 HOW = {
     "bash": 'add to ~/.bashrc:  eval "$(flowmesh completion bash)"',
     "zsh": 'add to ~/.zshrc, after compinit:  eval "$(flowmesh completion zsh)"',
-    "fish": "run once:  flowmesh completion fish > ~/.config/fish/completions/flowmesh.fish",
+    "fish": "run once:  flowmesh completion fish > ~/.config/fish/conf.d/flowmesh.fish",
 }
 
 
 @click.command(
     help="Print the script with which SHELL completes commands, options, and ids of tasks and workers. Its first line "
-    "says how to install it."
+    "is how to install it."
 )
 @click.argument("shell", type=click.Choice(list(HOW)))
 def completion(shell: str) -> int:
@@ -27,5 +27,6 @@ def completion(shell: str) -> int:
     made = get_completion_class(shell)
     assert made is not None, "click knows these shells"
     print(f"# {HOW[shell]}")
-    print(made(cli, {}, PROGRAM, VARIABLE).source())
+    for program in PROGRAMS:
+        print(made(cli, {}, program, VARIABLE).source())
     return EXIT_OK

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -11,13 +9,12 @@ import click
 import msgspec
 
 from flowmesh.cli import locate, render
+from flowmesh.cli.history import dollars, journal_of, since_option, since_time, table
 from flowmesh.cli.render import Column
 from flowmesh.errors import EXIT_OK
 from flowmesh.tasks import history
-from flowmesh.tasks.journal_db import JOURNAL_FILE
 
 JOULES_PER_KWH = 3.6e6
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _COLUMNS = (
     Column("OF", least=16),
     Column("TASKS"),
@@ -54,18 +51,18 @@ class Sum(msgspec.Struct, kw_only=True):
 @click.command(
     help="Show what the tasks of this node have cost: their slots' cost per hour, and with a price their energy."
 )
+@since_option
 @click.option(
-    "--since", metavar="WHEN", help="Only tasks that ended since: 90m, 24h, 7d, or a date such as 2026-11-01."
+    "--by", type=click.Choice(["owner", "type", "task"]), default="type", show_default=True, help="What to sum by."
 )
-@click.option("--by", type=click.Choice(["owner", "type", "task"]), default="type", show_default=True)
 @click.option("--kwh-price", type=click.FloatRange(min=0), metavar="USD", help="Also the price of their energy.")
 @locate.node_options
 def cost(
     *, since: str | None, by: str, kwh_price: float | None, config: str | None, state_dir: str | None, as_json: bool
 ) -> int:
     """Run the command; returns the exit code."""
-    journal = locate.state_dir(state_dir, config) / JOURNAL_FILE
-    sums = summed(used(journal, None if since is None else moment(since)), by, kwh_price)
+    journal = journal_of(state_dir, config)
+    sums = summed(used(journal, None if since is None else since_time(since)), by, kwh_price)
     whole = Sum(of="all")
     for each in sums:
         _add(whole, each)
@@ -76,7 +73,7 @@ def cost(
     if not sums:
         print("no task has ended on this node" + (f" since {since}" if since else ""))
         return EXIT_OK
-    render.table(_COLUMNS, [_row(each) for each in (*sums, whole)])
+    table(_COLUMNS, [_row(each) for each in (*sums, whole)])
     if whole.without_energy:
         print(f"\nenergy of {render.count(whole.without_energy, 'task')} not known, and not counted")
     return EXIT_OK
@@ -122,28 +119,9 @@ def _row(each: Sum) -> list[str]:
         each.of,
         str(each.tasks),
         str(each.failed),
-        f"{each.gpu_hours:.2f}",
+        f"{each.gpu_hours:.2f}" if each.gpu_hours else "",
         f"{each.kwh:.3g} kWh" if known else "",
-        f"${each.slot_usd:.2f}",
-        "" if each.energy_usd is None else f"${each.energy_usd:.2f}",
-        f"${each.total_usd:.2f}",
+        dollars(each.slot_usd),
+        dollars(each.energy_usd),
+        dollars(each.total_usd),
     ]
-
-
-def moment(text: str) -> str:
-    """A time in ISO 8601, UTC, of `90m`, `7d` (ago) or a date.
-
-    Raises:
-        click.BadParameter: it is neither.
-    """
-    if (ago := re.fullmatch(r"(\d+)([smhdw])", text)) is not None:
-        then = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=int(ago[1]) * _UNITS[ago[2]])
-    else:
-        try:
-            then = datetime.datetime.fromisoformat(text)
-        except ValueError:
-            raise click.BadParameter(
-                f"{text!r} is no time: give 90m, 24h, 7d, or a date", param_hint="--since"
-            ) from None
-        then = then.astimezone(datetime.UTC)
-    return then.isoformat()

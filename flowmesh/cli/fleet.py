@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from flowmesh.cli import locate, render
+from flowmesh.cli import completing, locate, render
 from flowmesh.cli.deployment import TaskFailed
 from flowmesh.cli.render import Column
 from flowmesh.cli.summary import summary
@@ -82,7 +82,7 @@ def _age(moment: str) -> str:
 
 
 @click.command(help="Wait until tasks have ended; exit with 0 only if all of them succeeded.")
-@click.argument("task_ids", metavar="TASK...", nargs=-1, required=True)
+@click.argument("task_ids", metavar="TASK...", nargs=-1, required=True, shell_complete=completing.deployment_ids)
 @locate.redis_option
 @locate.config_option
 @click.option(
@@ -139,7 +139,7 @@ def _print_end(end: End, *, alone: bool) -> None:
 
 
 @click.command(help="Print the result of a task that was queued or submitted, as long as it lies in Redis.")
-@click.argument("task_id", metavar="TASK")
+@click.argument("task_id", metavar="TASK", shell_complete=completing.deployment_ids)
 @locate.redis_option
 @locate.config_option
 @locate.json_option

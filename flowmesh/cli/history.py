@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 import msgspec
 
-from flowmesh.cli import locate, render
+from flowmesh.cli import completing, locate, render
 from flowmesh.cli.render import Column
 from flowmesh.errors import EXIT_OK, FieldError
 from flowmesh.tasks import history as kept
@@ -69,9 +69,14 @@ class Sums(msgspec.Struct, kw_only=True):
         self.cost_usd += entry.cost_usd or 0.0
 
 
+since_option = click.option(
+    "--since", metavar="AGE|TIME", help="Only later ones: 30min, 12h, 2d, or 2026-11-28[T10:00]."
+)
+
+
 @click.command(help="List the tasks that ended on this node, the last one at the bottom. Works while the node is down.")
-@click.option("--since", metavar="AGE|TIME", help="Only later ones: 30min, 12h, 2d, or 2026-11-28[T10:00].")
-@click.option("--type", "task_type", metavar="TYPE", help="Only this task type.")
+@since_option
+@click.option("--type", "task_type", metavar="TYPE", help="Only this task type.", shell_complete=completing.types)
 @click.option(
     "--verdict",
     type=click.Choice([*map(str, Kind), "failed"]),
@@ -115,9 +120,9 @@ def history(
         print(f"no task in {journal}" + (" matches" if any((since, task_type, verdict, owner)) else " has ended"))
     elif by_group:
         ordered = sorted(sums.items(), key=lambda item: (-item[1].cost_usd, item[0]))
-        _table(_SUMS, [_sum_row(*group, part) for group, part in ordered])
+        table(_SUMS, [_sum_row(*group, part) for group, part in ordered])
     else:
-        _table(_COLUMNS, [_row(entry) for entry in reversed(listed)])
+        table(_COLUMNS, [_row(entry) for entry in reversed(listed)])
     if listed:
         print(f"\n{_total(total)}")
     if bound is not None and limit is None and len(listed) == bound:
@@ -201,7 +206,7 @@ def number(count: int | None) -> str:
     return str(count)
 
 
-def _table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
+def table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
     """On a terminal without the columns that are empty: on most nodes some always are."""
     fitted = render.is_terminal(sys.stdout)
     shown = [index for index in range(len(columns)) if not fitted or any(row[index] for row in rows)]

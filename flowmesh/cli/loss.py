@@ -8,6 +8,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,12 @@ def loss(
     points, so_far = _points(task_id, config, state_dir)
     if not points:
         raise FlowMeshError(f"{task_id}: no loss is known: is it a training task that has logged one?")
-    if svg is not None:
-        Path(svg).write_text(as_svg(task_id, points))
-    if png is not None:
-        _write_png(Path(png), task_id, points)
+    for option, name, write in (("--svg", svg, _write_svg), ("--png", png, _write_png)):
+        if name is not None:
+            try:
+                write(Path(name), task_id, points)
+            except OSError as error:
+                raise FlowMeshError(f"{option}: {name} cannot be written: {error.strerror or error}") from None
     if as_json:
         render.print_json({"task_id": task_id, "so_far": so_far, "points": points})
     elif svg is None and png is None:
@@ -117,6 +120,10 @@ def _ticks(points: Points) -> list[tuple[int, int, str, str]]:
     ]
 
 
+def _write_svg(file: Path, task_id: str, points: Points) -> None:
+    file.write_text(as_svg(task_id, points))
+
+
 def _write_png(file: Path, task_id: str, points: Points) -> None:
     try:
         from PIL import Image, ImageDraw
@@ -145,7 +152,32 @@ def _points(task_id: str, config: str | None, state_dir: str | None) -> tuple[Po
             out_dir = Path(control.logs(task_id).out_dir)
     except (Refused, UnavailableError):  # the results folder may have it all the same
         pass
-    return history_of(_result(out_dir)), False
+    return logged(out_dir), False
+
+
+def logged(out_dir: Path) -> Points:
+    """The loss by step in the result of a task that has ended.
+
+    Raises:
+        FlowMeshError: the result cannot be read.
+    """
+    return history_of(_result(out_dir))
+
+
+def in_a_line(values: Sequence[float], width: int) -> str:
+    """The first and the last loss, and the course between them as a sparkline; empty without a value.
+
+    Args:
+        width: of the sparkline at most, in characters.
+    """
+    if not values:
+        return ""
+    line = chart.spark(values, width)
+    try:
+        line.encode(sys.stdout.encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        line = line.translate(chart.ASCII)
+    return f"{values[0]:.4g} {line} {values[-1]:.4g}"
 
 
 def _result(out_dir: Path) -> Any:
@@ -159,6 +191,8 @@ def _result(out_dir: Path) -> Any:
         if len(data) > MOST_BYTES:
             raise FlowMeshError(f"{out_dir}/responses.json: over {MOST_BYTES >> 20} MiB")
         return json.loads(data)
+    except FileNotFoundError:
+        raise FlowMeshError(f"{out_dir}/responses.json does not exist: the task has no result on this node") from None
     except (OSError, ValueError, RecursionError) as error:
         raise FlowMeshError(f"{out_dir}/responses.json cannot be read: {error}") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import queue
@@ -14,22 +15,23 @@ from typing import Any
 import click
 import msgspec
 
-from flowmesh.cli import locate, render, replay_diff
+from flowmesh.cli import completing, locate, render, replay_diff
 from flowmesh.cli.control_types import PhaseSeen, Seen
 from flowmesh.cli.documents import Submission
 from flowmesh.cli.follow import Follow
 from flowmesh.cli.history import journal_of
 from flowmesh.cli.local import LocalNode, LocalOptions
 from flowmesh.cli.replay_diff import differences
-from flowmesh.cli.show import find
+from flowmesh.cli.show import find, fitted
 from flowmesh.cli.signals import Signals
 from flowmesh.cli.view import View, progress_stream, view_for
-from flowmesh.errors import EXIT_OK, FieldError
+from flowmesh.errors import EXIT_OK, FieldError, FlowMeshError
 from flowmesh.messages.text import escaped
 from flowmesh.results.manifest import RESPONSES_FILE
 from flowmesh.results.safe_files import read_regular
 from flowmesh.tasks.history import Found, Reader
 from flowmesh.tasks.journal_db import JOURNAL_FILE
+from flowmesh.tasks.verdicts import Kind
 
 MAX_RESULT_BYTES = 256 * 1024**2
 _STEP = re.compile(r"([^.\[\]]+)|\[(\d+)\]")
@@ -39,8 +41,8 @@ _STEP = re.compile(r"([^.\[\]]+)|\[(\d+)\]")
     help="Run a task of this node's history again, on a temporary node with the same settings, and print where the two "
     "runs differ. Nothing is sent anywhere: the result stays in a folder of its own."
 )
-@click.argument("task_id", metavar="TASK")
-@click.option("--until", metavar="PHASE", help="Stop after this phase, such as import or load.")
+@click.argument("task_id", metavar="TASK", shell_complete=completing.kept_ids)
+@click.option("--until", metavar="PHASE", help="Stop after this phase, such as load; `flowmesh show TASK` lists them.")
 @click.option(
     "--secret",
     "given",
@@ -66,15 +68,20 @@ def replay(
     attempts = find(journal_of(state_dir, config), task_id)
     before = next((each for each in attempts if each.detail.document is not None), attempts[0])
     document = document_of(before, dict(_pair(each) for each in given))
-    if until is not None and before.detail.phases and until not in before.detail.phases:
-        raise FieldError(f"--until: it had no phase {until!r}; it had {', '.join(before.detail.phases)}", "until")
+    until = _until(until, before)
     name = f"replay-{before.entry.task_id[:150]}-{secrets.token_hex(3)}"
     folder = Path(results_dir or "replays").absolute()
     roots = () if config is not None else (str(Path.cwd()),)
     options = LocalOptions(config=config, results_dir=str(folder), read_roots=roots)
     submission = Submission(source=f"replay of {before.entry.task_id}", task_id=name, document=document)
-    now = _run(submission, options, until=until, as_json=as_json)
-    results = (_result(before.entry.out_dir), _result(now.entry.out_dir))
+    now, stopped = _run(submission, options, until=until, as_json=as_json)
+    if until is not None and not (stopped and now.entry.verdict == Kind.CANCELLED):
+        print(f"note: it ended before it could be stopped after {until}", file=sys.stderr)
+        until = None
+    names = {now.entry.out_dir: before.entry.out_dir, name: before.entry.task_id}
+    results = (_result(before), replay_diff.renamed(_result(now), names))
+    entry = msgspec.structs.replace(now.entry, message=replay_diff.renamed(now.entry.message, names))
+    now = msgspec.structs.replace(now, entry=entry)
     if as_json:
         found = [] if None in results or until is not None else list(differences(*results))
         render.print_json(
@@ -97,8 +104,9 @@ def replay(
         )
         return EXIT_OK
     for line in replay_diff.lines(before, now, results, until=until):
-        print(escaped(line))
-    print(f"result    {escaped(now.entry.out_dir)}")
+        print("\n".join(fitted(line)))
+    if now.entry.out_dir:
+        print(f"result    {escaped(now.entry.out_dir)}")
     return EXIT_OK
 
 
@@ -161,7 +169,7 @@ class _StopsAfter:
 
     def __init__(self, view: View, phase: str | None, node: LocalNode, task_id: str) -> None:
         self._view, self._phase, self._node, self._task_id = view, phase, node, task_id
-        self._entered = False
+        self._entered = self.asked = False
         self.step, self.note, self.stop = view.step, view.note, view.stop
 
     def seen(self, event: Seen) -> None:
@@ -169,13 +177,14 @@ class _StopsAfter:
         if self._phase is None or not isinstance(event, PhaseSeen):
             return
         if self._entered and event.phase != self._phase:
-            self._phase = None
-            with self._node.control() as control:
+            self._phase, self.asked = None, True
+            with contextlib.suppress(FlowMeshError), self._node.control() as control:  # it may just have ended
                 control.cancel(self._task_id, force=False)
         self._entered = self._entered or event.phase == self._phase
 
 
-def _run(submission: Submission, options: LocalOptions, *, until: str | None, as_json: bool) -> Found:
+def _run(submission: Submission, options: LocalOptions, *, until: str | None, as_json: bool) -> tuple[Found, bool]:
+    """Its record, and whether it was asked to stop after `until`."""
     happened: queue.SimpleQueue[Any] = queue.SimpleQueue()
     view = view_for(progress_stream(as_json=as_json))
     with Signals(happened).handled() as signals:
@@ -188,13 +197,37 @@ def _run(submission: Submission, options: LocalOptions, *, until: str | None, as
                     node, submission, worker, view=stopping, happened=happened, signals=signals, timeout_s=None
                 ).run()
                 with Reader(node.state_dir / JOURNAL_FILE) as reader:
-                    return reader.attempts(submission.task_id)[0]
+                    return reader.attempts(submission.task_id)[0], stopping.asked
         finally:
             view.stop()
 
 
-def _result(out_dir: str) -> Any:
+def _until(phase: str | None, before: Found) -> str | None:
+    """The phase to stop after; None: it runs to its end.
+
+    Raises:
+        FieldError: the task had no such phase.
+    """
+    if phase is None:
+        return None
+    phases = list(before.detail.phases)
+    if not phases:
+        raise FieldError(f"--until: {before.entry.task_id} entered no phase; leave --until out", "until")
+    if phase not in phases:
+        raise FieldError(
+            f"--until: {before.entry.task_id} had no phase {phase!r}; it had: {', '.join(phases)}", "until"
+        )
+    if phase == phases[-1] and before.entry.ok:
+        print(f"note: {phase} is its last phase: it runs to its end", file=sys.stderr)
+        return None
+    return phase
+
+
+def _result(found: Found) -> Any:
     """The content of responses.json in a task's folder; None where there is none."""
+    out_dir = found.entry.out_dir
+    if not out_dir:
+        return None
     try:
         return msgspec.json.decode(read_regular(Path(out_dir, RESPONSES_FILE), MAX_RESULT_BYTES))
     except (OSError, msgspec.DecodeError, RecursionError) as error:

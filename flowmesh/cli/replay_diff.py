@@ -15,8 +15,8 @@ from flowmesh.tasks.history import Found
 TOLERANCE = 1e-3
 """Relative, of numbers such as losses: kernels add in another order each time."""
 _NOT_COMPARED = re.compile(
-    r"(?i)(^|[._])(\w*_s|\w*sec|\w*seconds|latency\w*|runtime\w*|\w*time|\w*per_second|\w*_path|path|\w*dir|energy\w*"
-    r"|\w*url|created\w*|\w*_at|resources|phases|cost\w*|command|versions|\w*_rss\w*|\w*memory\w*)$"
+    r"(?i)(^|[._])(\w*_s|\w*sec|\w*seconds|latency\w*|runtime\w*|\w*time|\w*per_second|\w*_path|export\.path|\w*dir|energy\w*"
+    r"|\w*joules|peak_\w*|log_tail|\w*url|created\w*|\w*_at|resources|phases|cost\w*|command|versions|\w*_rss\w*|\w*memory\w*)$"
 )
 """Fields that no two runs have alike."""
 _SHOWN = 60
@@ -48,6 +48,23 @@ def differences(before: Any, now: Any, field: str = "") -> Iterator[Difference]:
         yield Difference(field=field, before=before, now=now)
 
 
+def renamed(value: Any, names: Mapping[str, str]) -> Any:
+    """A result in which texts have other names: of the second run's task and folder those of the first.
+
+    Args:
+        names: what to replace, in this order, and by what.
+    """
+    if isinstance(value, str):
+        for old, new in names.items():
+            value = value.replace(old, new) if old else value
+        return value
+    if isinstance(value, list):
+        return [renamed(each, names) for each in value]
+    if isinstance(value, dict):
+        return {name: renamed(each, names) for name, each in value.items()}
+    return value
+
+
 def _alike(before: Any, now: Any) -> bool:
     numbers = [each for each in (before, now) if isinstance(each, int | float) and not isinstance(each, bool)]
     if len(numbers) == 2:
@@ -72,7 +89,7 @@ def timings(before: Found, now: Found) -> list[tuple[str, float | None, float | 
     """Seconds of the whole run and of each phase: (name, before, now)."""
     phases = dict.fromkeys([*before.detail.phases, *now.detail.phases])
     rows = [(name, before.detail.phases.get(name), now.detail.phases.get(name)) for name in phases]
-    return [("run", before.entry.wall_s, now.entry.wall_s), *rows]
+    return [("in all", before.entry.wall_s, now.entry.wall_s), *rows]
 
 
 def lines(before: Found, now: Found, results: tuple[Any, Any], *, until: str | None) -> Iterator[str]:
@@ -95,7 +112,11 @@ def lines(before: Found, now: Found, results: tuple[Any, Any], *, until: str | N
             yield f"tokens    {old.tokens} -> {new.tokens}"
     else:
         yield f"stopped   after {until}; outputs are not compared"
-    changed = in_mapping(before.detail.versions, now.detail.versions) if before.detail.versions else []
+    changed = (
+        in_mapping(before.detail.versions, now.detail.versions)
+        if before.detail.versions and now.detail.versions
+        else []
+    )
     yield from (f"version   {each}" for each in changed)
     names = [", ".join(sorted(each.detail.gpus.values())) or "none" for each in (before, now)]
     if names[0] != names[1]:
@@ -107,12 +128,16 @@ def lines(before: Found, now: Found, results: tuple[Any, Any], *, until: str | N
 
 def _outputs(results: tuple[Any, Any]) -> Iterator[str]:
     if results[0] is None or results[1] is None:
-        which = "before" if results[0] is None else "now"
-        yield f"outputs   not compared: the result of {which} is missing"
+        missing = [run for run, result in zip(("first", "second"), results, strict=True) if result is None]
+        which = "neither run has a result" if len(missing) == 2 else f"the {missing[0]} run has no result"
+        yield f"outputs   not compared: {which}"
         return
     found = list(differences(*results))
     if not found:
-        yield "outputs   the same"
+        yield "outputs   no difference"
+        return
+    if len(found) == 1:
+        yield f"outputs   1 value differs: {found[0]}"
         return
     items = items_of(found)
     what = f"{len(items)} items differ" if len(items) > 1 else f"{len(found)} values differ"

@@ -14,7 +14,7 @@ from typing import Any
 import click
 import msgspec
 
-from flowmesh.cli import locate, render
+from flowmesh.cli import completing, locate, loss, render
 from flowmesh.cli.control import Control
 from flowmesh.cli.history import dollars, energy, journal_of, number, short_time, whole
 from flowmesh.errors import EXIT_OK, FieldError, FlowMeshError
@@ -23,6 +23,7 @@ from flowmesh.messages.wire import decode_object
 from flowmesh.redaction import Redactor, document_without_secrets, in_document
 from flowmesh.results.manifest import MANIFEST_FILE, Manifest
 from flowmesh.results.safe_files import read_note
+from flowmesh.tasks.catalogue import saves_checkpoints
 from flowmesh.tasks.history import Detail, Entry, Found, Reader
 
 _WHAT_TO_DO = {
@@ -51,10 +52,12 @@ _LABELS = {
     "done": "delivered",
 }
 _FILES = 20
+_SPARK = 40
+"""Characters."""
 
 
 @click.command(help="Show everything about one task of this node: timeline, evidence, resources, files, document.")
-@click.argument("task_id", metavar="TASK")
+@click.argument("task_id", metavar="TASK", shell_complete=completing.kept_ids)
 @locate.node_options
 def show(task_id: str, config: str | None, state_dir: str | None, as_json: bool) -> int:
     """Run the command; returns the exit code."""
@@ -70,12 +73,13 @@ def show(task_id: str, config: str | None, state_dir: str | None, as_json: bool)
                 "detail": {field: getattr(latest.detail, field) for field in latest.detail.__struct_fields__},
                 "timeline": [{"at": at, "event": name} for name, at in moments(latest.detail)],
                 "files": None if manifest is None else msgspec.to_builtins(manifest.entries),
+                "loss": _loss(latest, live),
                 "earlier": [whole(each.entry) for each in earlier],
             }
         )
         return EXIT_OK
     for line in lines(latest, live, manifest, earlier):
-        print("\n".join(_fitted(line)))
+        print("\n".join(fitted(line)))
     return EXIT_OK
 
 
@@ -110,6 +114,8 @@ def lines(found: Found, live: dict[str, Any] | None, manifest: Manifest | None, 
     entry, detail = found.entry, found.detail
     yield from _head(entry, detail)
     yield from _timeline(detail, live)
+    if values := _loss(found, live):
+        yield from ("", f"loss: {loss.in_a_line(values, _SPARK)}", f"  `flowmesh loss {entry.task_id}` draws it")
     yield from _resources(entry, detail)
     yield from _files(entry, detail, manifest)
     for name, texts in (("warnings", detail.warnings), ("end of the log", detail.log_tail)):
@@ -181,6 +187,17 @@ def _resources(entry: Entry, detail: Detail) -> Iterator[str]:
     if any(text for _, text in rows):
         yield from ("", "resources:")
         yield from (f"  {name:<12} {text}" for name, text in rows if text)
+
+
+def _loss(found: Found, live: dict[str, Any] | None) -> list[float]:
+    """The losses that a training task logged, or so far; empty for others."""
+    if live is not None:
+        return [value for value in (live.get("trend") or {}).get("loss") or [] if isinstance(value, int | float)]
+    if not found.entry.out_dir or not saves_checkpoints(found.entry.type):
+        return []
+    with contextlib.suppress(FlowMeshError):  # its folder is gone, or it failed before it had a result
+        return [value for _, value in loss.logged(Path(found.entry.out_dir))]
+    return []
 
 
 def _files(entry: Entry, detail: Detail, manifest: Manifest | None) -> Iterator[str]:
@@ -256,7 +273,7 @@ def _bytes(size: Any) -> str:
     return f"{size} B"
 
 
-def _fitted(line: str) -> list[str]:
+def fitted(line: str) -> list[str]:
     """A line as the terminal gets it: escaped, and folded below its first word."""
     text = escaped(line)
     indent = len(text) - len(text.lstrip())

@@ -10,13 +10,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
 from flowmesh.cli import history as command
+from flowmesh.cli.main import cli
+from flowmesh.client import Client
 from flowmesh.errors import FieldError
 from flowmesh.tasks.catalogue import BUILTIN
 from flowmesh.tasks.checks import check_task
-from tests.kit.support import Node, Orchestrator
+from tests.kit.support import Node, Orchestrator, RedisServer
 
 pytestmark = pytest.mark.redis
 
@@ -35,6 +38,15 @@ def flowmesh(*args: str, **env: str) -> tuple[int, str, str]:
         [sys.executable, "-m", "flowmesh.cli.main", *args], capture_output=True, text=True, env=environment, check=False
     )
     return done.returncode, done.stdout, done.stderr
+
+
+def completed(name: str, incomplete: str, **params: str) -> list[str]:
+    found = cli.get_command(click.Context(cli), name)
+    assert found is not None
+    ctx = click.Context(found)
+    ctx.params = dict(params)
+    argument = next(each for each in found.params if isinstance(each, click.Argument))
+    return [each.value for each in argument.shell_complete(ctx, incomplete)]
 
 
 def dispatch(peer: Orchestrator, task_id: str, spec: dict[str, Any], **metadata: str) -> dict[str, Any]:
@@ -102,6 +114,8 @@ def test_history_show_and_replay_of_one_node(orchestrator: Orchestrator, make_no
     assert (kept["task"]["owner"], kept["detail"]["evidence"]) == ("bo", "exit status 1")
     assert "responses.json" in [each["path"] for each in kept["files"]]
 
+    for name, part in (("show", "task-"), ("replay", "task-")):
+        assert completed(name, part, state_dir=str(node.state_dir)) == ["task-a", "task-b1", "task-run"]
     code, _, err = flowmesh("replay", "bad-key", *at)
     assert code != 0
     assert "--secret spec.api_key=VARIABLE" in err
@@ -112,6 +126,33 @@ def test_history_show_and_replay_of_one_node(orchestrator: Orchestrator, make_no
     assert "hush" not in (node.state_dir / "journal.sqlite").read_bytes().decode(errors="replace")
 
 
+def test_replay_says_where_runs_differ_and_stops_after_a_phase(
+    orchestrator: Orchestrator, make_node, redis_server: RedisServer, tmp_path: Path
+) -> None:
+    node: Node = make_node("--set", "tasks.allow_command=*")
+    at = ("--state-dir", str(node.state_dir), "--results-dir", str(tmp_path / "replays"))
+    script = f"echo $$; test ! -e {tmp_path}/slow || sleep 60"
+    spec = {"taskType": "command", "command": ["sh", "-c", script], "files": {"a.txt": "a"}}
+    assert dispatch(orchestrator, "task-c", spec)["status"] == "DONE"
+    dispatch(orchestrator, "task-t", {"taskType": "sft", "training": {"learning_rat": 1}})
+    with Client(redis_server.url) as client:
+        assert client.wait(client.queue({"spec": {"taskType": "echo"}}, task_id="queued-1").task_id, 30).ok
+    for name in ("wait", "result"):
+        assert completed(name, "q", redis_url=redis_server.url) == ["queued-1"]
+    assert node.stop() == 0
+
+    again = flowmesh("replay", "task-c", *at)[1]
+    assert "verdict   ok, as before" in again
+    assert "outputs   1 value differs: stdout: " in again
+    assert flowmesh("replay", "task-t", *at, "--until", "load")[2].endswith(
+        "task-t entered no phase; leave --until out\n"
+    )
+    assert "it had: fetch, run\n" in flowmesh("replay", "task-c", *at, "--until", "lode")[2]
+    (tmp_path / "slow").touch()
+    stopped = json.loads(flowmesh("replay", "task-c", *at, "--until", "fetch", "--json")[1])
+    assert (stopped["until"], stopped["compared"], stopped["verdict"]) == ("fetch", False, ["ok", "cancelled"])
+
+
 def test_since_takes_ages_and_times() -> None:
     import datetime
 
@@ -119,5 +160,6 @@ def test_since_takes_ages_and_times() -> None:
     assert command.since_time("2d", now) == "2026-11-26T12:00:00+00:00"
     assert command.since_time("1.5h", now) == "2026-11-28T10:30:00+00:00"
     assert re.match(r"2026-11-2[67]T", command.since_time("2026-11-27", now))
+    assert command.since_time("2026-11-01T00:00:00+01:00") == "2026-10-31T23:00:00+00:00"
     with pytest.raises(FieldError, match="--since"):
         command.since_time("soon", now)

@@ -87,6 +87,8 @@ def joules(value: float | None) -> str:
 def dollars(value: float | None) -> str:
     if value is None:
         return UNKNOWN
+    if 0 < value < 0.0001:
+        return "<$0.0001"
     return f"${value:.4f}" if value < 0.01 else f"${value:.2f}"
 
 

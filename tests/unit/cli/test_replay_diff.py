@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from flowmesh.cli.replay import document_of
-from flowmesh.cli.replay_diff import differences, items_of, lines
+from flowmesh.cli.replay_diff import differences, items_of, lines, renamed
 from flowmesh.errors import FieldError
 from flowmesh.tasks.history import Detail, Entry, Found
 
@@ -24,6 +24,24 @@ def test_outputs_are_compared_by_item_and_numbers_within_a_tolerance() -> None:
     assert items_of(got) == ["items[1]", "items[2]"]
     assert next(iter(differences({"loss": 2.0}, {"loss": 2.1}))).field == "loss"
     assert list(differences({"ok": True}, {"ok": 1.0})) == []
+
+
+def test_two_runs_of_a_failed_task_and_of_a_training_do_not_differ() -> None:
+    def result(task_id: str, stamp: str, peak: int) -> dict[str, object]:
+        return {
+            "task_id": task_id,
+            "error": f"{task_id}: no",
+            "log_tail": [f"{stamp} ERROR no"],
+            "output": f"/r/{task_id}/x",
+            "metrics": {"peak_host_bytes": peak, "joules": peak, "loss_history": [{"step": 1, "loss": 2.5}]},
+        }
+
+    before, now = result("t", "10:00", 1), renamed(result("replay-t-1", "11:00", 2), {"replay-t-1": "t"})
+    assert list(differences(before, now)) == []
+    assert "outputs   no difference" in list(lines(found(), found(), (before, now), until=None))
+    paths = [{"outputs": [{"path": path}]} for path in ("model/a", "model/b")]
+    assert [each.field for each in differences(*paths)] == ["outputs[0].path"]
+    assert "the second run has no result" in "\n".join(lines(found(), found(), ({}, None), until=None))
 
 
 def test_what_is_printed() -> None:

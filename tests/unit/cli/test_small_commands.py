@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -14,13 +15,13 @@ import click
 import pytest
 from rich.cells import cell_len
 
-from flowmesh.cli import chart, completing
-from flowmesh.cli.cost import moment, summed
+from flowmesh.cli import chart, completing, show
+from flowmesh.cli.cost import summed
 from flowmesh.cli.loss import as_svg, drawn, history_of
 from flowmesh.cli.main import cli, main
 from flowmesh.cli.top import frame
 from flowmesh.cli.top.picture import Gpu, Host, Picture, Slot, Task
-from flowmesh.tasks.history import Entry
+from flowmesh.tasks.history import Detail, Entry, Found
 from tests.kit.paths import ROOT
 
 
@@ -55,10 +56,11 @@ def test_no_line_is_too_long_and_the_selected_task_is_shown(width: int, height: 
 
 def test_a_node_without_gpus_shows_cpu_and_memory() -> None:
     host = Host(cpu_percent=50, cpus=4, memory_used_bytes=2**30, memory_total_bytes=2**32)
-    picture = Picture(of="node", about=("node",), slots=(Slot(worker_id="w", status="IDLE"),), host=host)
+    picture = Picture(of="node", about=("node",), slots=(Slot(worker_id="w", name="main", status="IDLE"),), host=host)
     text = "\n".join(line.plain for line in frame.body(picture, 80, 23))
     assert "CPU █████░░░░░ 50% of 4 cores" in text
     assert "1.0G of 4.0G" in text
+    assert "main IDLE  w" in text
     assert "GPUs" not in text
 
 
@@ -74,9 +76,6 @@ def test_costs_are_summed_and_the_dearest_come_first() -> None:
     assert echo.total_usd == 0.0
     assert [each.of for each in summed(entries, "owner", None)] == ["ann", "bob", "(none)"]
     assert summed(entries, "task", None)[0].energy_usd is None
-    with pytest.raises(click.BadParameter, match="is no time"):
-        moment("yesterday")
-    assert moment("2026-11-01T00:00:00+01:00") == "2026-10-31T23:00:00+00:00"
 
 
 def test_a_loss_is_drawn_in_the_terminal_and_as_svg() -> None:
@@ -95,6 +94,18 @@ def test_a_loss_is_drawn_in_the_terminal_and_as_svg() -> None:
     assert history_of({"loss_history": "no list"}) == []
 
 
+def test_show_has_a_trainings_loss_in_a_line(tmp_path: Path) -> None:
+    history = [{"step": step, "loss": 4 / step} for step in (1, 2, 4)]
+    (tmp_path / "responses.json").write_text(json.dumps({"metrics": {"loss_history": history}}))
+
+    def shown(task_type: str) -> str:
+        entry = Entry(task_id="t", type=task_type, verdict="ok", finished_at="2026", out_dir=str(tmp_path))
+        return "\n".join(show.lines(Found(entry=entry, detail=Detail()), None, None, []))
+
+    assert "loss: 4 █▃▁ 1\n" in shown("sft")
+    assert "loss:" not in shown("echo")
+
+
 def test_a_finished_tasks_loss_is_read_from_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "results" / "t1"
     folder.mkdir(parents=True)
@@ -104,6 +115,14 @@ def test_a_finished_tasks_loss_is_read_from_its_folder(tmp_path: Path, capsys: p
         main(["loss", "t1", "--config", str(tmp_path / "node.toml"), "--json"])
     assert ended.value.code == 0
     assert json.loads(capsys.readouterr().out) == {"task_id": "t1", "so_far": False, "points": [[1.0, 0.5]]}
+    at = ("--config", str(tmp_path / "node.toml"))
+    for arguments in (("t1", "--png", "/nowhere/t1.png"), ("t1", "--svg", "/nowhere/t1.svg"), ("t2",)):
+        with pytest.raises(SystemExit) as ended:
+            main(["loss", *arguments, *at])
+        assert ended.value.code == 1
+    errors = capsys.readouterr().err
+    assert "--png: /nowhere/t1.png cannot be written: No such file or directory\n" in errors
+    assert "t2/responses.json does not exist: the task has no result" in errors
     (folder / "responses.json").unlink()
     (folder / "responses.json").symlink_to("/etc/passwd")
     with pytest.raises(SystemExit) as ended:
@@ -120,6 +139,8 @@ def test_the_completion_script_says_how_to_install_it(shell: str, capsys: pytest
     assert out.startswith("# ")
     assert f"flowmesh completion {shell}" in out.splitlines()[0]
     assert f"{shell}_complete" in out
+    assert "_flowmesh_completion" in out
+    assert re.search(r"(compdef|-F|--command) ?\w* flowmesh-node\b", out), "the command's second name"
 
 
 def test_commands_are_completed_without_importing_them() -> None:
