@@ -157,7 +157,7 @@ def as_text(outcome: Outcome) -> str:
     lines = [f"{'fault':<60} {'injections':>12} {'violations':>12}"]
     lines += [f"{name:<60} {count:>12} {bad:>12}" for name, count, bad in rows(outcome)]
     lines.append(f"{'all':<60} {outcome.done.total():>12} {len(outcome.violations):>12}")
-    lines += [f"left out: {name} ({why})" for name, why in outcome.skipped.items()]
+    lines += [f"left out: {name}\n  ({why})" for name, why in outcome.skipped.items()]
     return "\n".join(lines)
 
 
