@@ -69,7 +69,8 @@ def training(task_type: str) -> dict[str, Any]:
 
 def rag(task_type: str) -> dict[str, Any]:  # noqa: ARG001
     from runners.data.sources import SECTIONS
-    from runners.rag.task import Embedding, Faiss, Generate, Qdrant, Search
+    from runners.embedding.options import Embedding
+    from runners.rag.task import Faiss, Generate, Qdrant, Search
     from runners.rows.resume import Resume
 
     return {

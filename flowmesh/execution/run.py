@@ -57,6 +57,9 @@ class Run:
         slot: the slot that it runs in, or is queued for.
     """
 
+    finished_frame = False
+    """Whether its child said that its outcome is in the spool folder."""
+
     def __init__(self, attempt: int, accepted: Accepted, slot: Slot[Run]) -> None:
         self.attempt = attempt
         self.accepted = accepted

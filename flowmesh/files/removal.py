@@ -7,9 +7,8 @@ import errno
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-
-import msgspec
 
 from flowmesh.files.descent import Descent, Moved, give_rights
 from flowmesh.files.names import shown
@@ -26,7 +25,8 @@ _MOST_NEW = 20
 """Of the entries that were checked. Somebody still creates files then, perhaps faster than we can remove them."""
 
 
-class Left(msgspec.Struct, frozen=True):
+@dataclass(frozen=True)
+class Left:
     """What could not be removed; false if all is gone."""
 
     count: int = 0

@@ -34,6 +34,11 @@ class Entry:
         return "/".join((*self._way, self.name))
 
     @property
+    def depth(self) -> int:
+        """Number of folders between the top and it; 0: directly in the top."""
+        return len(self._way)
+
+    @property
     def is_folder(self) -> bool:
         return stat.S_ISDIR(self.status.st_mode)
 

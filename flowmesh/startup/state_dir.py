@@ -127,6 +127,9 @@ def _unusable(
 ) -> ConfigError | BusyError:
     """A fault of the disk may pass: the service manager is to start the node again. Any other is the setting's."""
     why = (error.strerror or str(error)).lower()
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        at = path if error.filename is None else Path(error.filename)
+        why = "it is not a folder" if at == path else f"{at} is not a folder"
     if error.errno in _OF_A_DISK:
         return BusyError(f"{key}: {path} cannot be {verb} now: {why}; repair or free its disk, or set another {what}")
     return ConfigError(f"{key}: {path} cannot be {verb}: {why}; set it to a {what} that can be written")

@@ -177,8 +177,14 @@ def step(task: Task, event: Event) -> tuple[Task, list[Action]]:
         case NeverForked() if task.state is State.LAUNCHING:
             return _to(task, state=State.QUEUED), [Requeue()]
         case ChildGone() if task.state in (State.LAUNCHING, State.RUNNING, State.STOPPING):
-            stop, detail, fault = task.stop, task.stop_detail, event.gpu_fault
-            verdict = judge(event.exit, event.outcome, stop, stop_detail=detail, gpu_fault=fault)
+            verdict = judge(
+                event.exit,
+                event.outcome,
+                task.stop,
+                stop_detail=task.stop_detail,
+                gpu_fault=event.gpu_fault,
+                finished_frame=event.finished_frame,
+            )
             return _to(task, state=State.RELEASING, verdict=verdict), [Release()]
         case ChildLost() if task.state in (State.LAUNCHING, State.RUNNING, State.STOPPING):
             return _to(task, state=State.RELEASING, verdict=_lost(task, event)), [Release()]

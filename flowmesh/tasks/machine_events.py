@@ -50,6 +50,8 @@ class ChildGone(msgspec.Struct, frozen=True):
     outcome: Outcome | None
     gpu_fault: str = ""
     """What the driver reported about the task's GPUs while it ran."""
+    finished_frame: bool = False
+    """Whether the child said that its outcome is in the spool folder."""
 
 
 class ChildLost(msgspec.Struct, frozen=True):

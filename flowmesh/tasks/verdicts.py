@@ -100,7 +100,13 @@ def stopped(stop: Stop, detail: str, *, exit_: Exit | None = None, evidence: str
 
 
 def judge(
-    exit_: Exit, outcome: Outcome | None, stop: Stop | None, *, stop_detail: str = "", gpu_fault: str = ""
+    exit_: Exit,
+    outcome: Outcome | None,
+    stop: Stop | None,
+    *,
+    stop_detail: str = "",
+    gpu_fault: str = "",
+    finished_frame: bool = False,
 ) -> Verdict:
     """The verdict on a child that is gone, from evidence only. Pure.
 
@@ -112,6 +118,8 @@ def judge(
         stop: why the node stopped it; None where it did not.
         gpu_fault: what the driver reported about the task's GPUs while it ran. It explains a crash or a plain error,
             but not a fault that the runner has named itself.
+        finished_frame: the child said that its outcome is in the spool folder. Where there is none then, it was lost
+            there, which is no fault of the task.
     """
     evidence = describe_exit(exit_)
     if exit_.oom_kills:
@@ -123,6 +131,9 @@ def judge(
     if exit_.oom_kills:
         message = "the kernel killed the task: out of host memory"
         return Verdict(kind=Kind.HOST_OOM, message=message, exit=exit_, evidence=evidence)
+    if outcome is None and finished_frame:
+        message = "the task had ended, and its outcome is gone from the node's spool folder, or cannot be read"
+        return Verdict(kind=Kind.NODE_FAULT, message=message, exit=exit_, evidence=evidence)
     reported = None if outcome is None or outcome.ok else outcome.fault or Fault.ERROR
     if gpu_fault and reported in (None, Fault.ERROR, Fault.CRASH):
         message = f"GPU fault: {gpu_fault}" + (f" ({outcome.message})" if outcome is not None and reported else "")

@@ -163,10 +163,10 @@ class LocalModel(AgentModel):
             RunnerError: the model hub cannot be reached.
         """
         from runners.inference.engines import load_engine
-        from runners.inference.identity import weights_digest
         from runners.inference.task import read_task
         from runners.inference.task_model import find_source
         from runners.inference.vllm_args import Work
+        from runners.models.digest import weights_digest
 
         super().__init__(wanted.identifier or "")
         options = {name: getattr(wanted, name) for name in ("temperature", "top_p", "seed")}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import logging
 from pathlib import Path
 
 import msgspec
 
 from flowmesh.files.folder import Folder
+from flowmesh.files.removal import empty
 from flowmesh.files.walk import Troubles, walk
 from runners.agent.config import AgentConfig, McpServer, Model, SandboxBounds
 from runners.agent.workspace import remove
@@ -94,6 +95,7 @@ def clear(folder: Path, keep: frozenset[str]) -> None:
     if not folder.is_dir() or folder.is_symlink():
         remove(folder)
         return
-    for entry in list(os.scandir(folder)):
-        if entry.name not in keep:
-            remove(Path(entry.path))
+    with Folder.open(folder.resolve()) as opened:
+        left = empty(opened.fd, keep.__contains__)
+    for each in list(left.values())[:1]:
+        logging.getLogger(__name__).warning("files of an earlier run are left in %s: %s", folder, each)

@@ -7,10 +7,15 @@ most that it can be.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from flowmesh.files.beneath import FOLDER, open_beneath
+from flowmesh.files.descent import give_rights
+from flowmesh.files.walk import Troubles, walk
 
 DEEPEST = 100
 """Nesting of folders that a command may create. Deeper ones could not be measured and packed."""
@@ -24,7 +29,8 @@ SOCKET_BYTES = 2 * 208 * 1024
 GROWN_SOCKET_BYTES = 10 * 2**20
 """The same on the machine's network, where TCP's buffers grow to about this size with what is in them."""
 SET_ID = stat.S_ISUID | stat.S_ISGID
-_BY_PATH = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+_LOOKS = 5
+"""From the start again, where folders are moved while they are counted."""
 
 
 def descendants(pid: int) -> Iterator[int]:
@@ -92,48 +98,74 @@ def over_disk(folder: Path, limit_bytes: int, held: int = 0) -> str:
     Args:
         held: bytes that count, too.
     """
-    total = held
-    todo = [(os.fspath(folder), 0)]
-    while todo:
-        path, depth = todo.pop()
-        if depth > DEEPEST:
-            return f"it nested more than {DEEPEST} folders"
+    for _ in range(_LOOKS):
+        troubles = _Uncounted()
         try:
-            entries = _entries(path)
+            top = open_own(folder)
         except FileNotFoundError:
-            continue
+            return ""
         except OSError:
             return "it made a folder that cannot be read"
-        for entry in entries:
+        try:
+            if over := _over(top, limit_bytes, held, troubles):
+                return over
+        finally:
+            os.close(top)
+        if troubles.first is None:
+            return ""
+        if troubles.first.errno != errno.ESTALE:
+            return f"it made a folder that cannot be read: {troubles}"
+    return "it moved its folders all the time, so they could not be counted"
+
+
+class _Uncounted(Troubles):
+    """What is mounted there is not the command's: it can mount nothing that others see."""
+
+    def add(self, error: OSError, names: list[str]) -> None:
+        if error.errno != errno.EXDEV:
+            super().add(error, names)
+
+
+def _over(top: int, limit_bytes: int, held: int, troubles: Troubles) -> str:
+    total = held
+    for entry in walk(top, troubles):
+        total += max(entry.status.st_blocks * 512, ENTRY_BYTES)
+        if total > limit_bytes:
+            return f"it filled its folder with more than {limit_bytes} bytes"
+        if entry.is_folder and entry.depth >= DEEPEST:
+            return f"it nested more than {DEEPEST} folders"
+        if entry.status.st_mode & SET_ID:
             with contextlib.suppress(OSError):
-                about = entry.stat(follow_symlinks=False)
-                total += max(about.st_blocks * 512, ENTRY_BYTES)
-                if about.st_mode & SET_ID and not stat.S_ISLNK(about.st_mode):
-                    change_mode(entry.path, about.st_mode & 0o1777)
-            if entry.is_dir(follow_symlinks=False):
-                todo.append((entry.path, depth + 1))
-            if total > limit_bytes:
-                return f"it filled its folder with more than {limit_bytes} bytes"
+                change_mode(entry.folder, entry.name, entry.status.st_mode & 0o1777)
     return ""
 
 
-def _entries(path: str) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(path) as entries:
-            return list(entries)
-    except PermissionError:
-        change_mode(path, 0o755)
-        with os.scandir(path) as entries:
-            return list(entries)
-
-
-def change_mode(path: str, mode: int) -> None:
-    """chmod that follows no link in the last component.
+def open_own(folder: Path) -> int:
+    """A descriptor of a folder of ours, from which a command may have taken our rights: it gets them back.
 
     Raises:
         OSError: it is gone, or a link, or another user's.
     """
-    fd = os.open(path, _BY_PATH)
+    try:
+        fd = os.open(folder, FOLDER)
+    except PermissionError:
+        handle = os.open(folder, FOLDER | os.O_PATH)
+        try:
+            os.chmod(f"/proc/self/fd/{handle}", 0o755)  # noqa: PTH101 - a descriptor of O_PATH has no fchmod
+        finally:
+            os.close(handle)
+        fd = os.open(folder, FOLDER)
+    give_rights(fd, 0o755)
+    return fd
+
+
+def change_mode(folder: int, name: str, mode: int) -> None:
+    """chmod of an entry of an open folder, which follows no link.
+
+    Raises:
+        OSError: it is gone, or a link, or another user's.
+    """
+    fd = open_beneath(folder, name, os.O_PATH)
     try:
         if not stat.S_ISLNK(os.fstat(fd).st_mode):
             os.chmod(f"/proc/self/fd/{fd}", mode)  # noqa: PTH101 - a descriptor of O_PATH has no fchmod

@@ -7,16 +7,18 @@ also while a command changes the folder.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO
 
+from flowmesh.files import removal
+from flowmesh.files.beneath import open_beneath
 from flowmesh.files.folder import Folder
-from flowmesh.files.removal import remove_path
-from flowmesh.files.walk import Troubles, walk
-from runners.agent.usage import DEEPEST, SET_ID, change_mode
+from flowmesh.files.walk import Entry, Troubles, walk
+from runners.agent.usage import DEEPEST, open_own
 
 MAX_READ_BYTES = 16 * 2**20
 MAX_LISTED = 500
@@ -85,21 +87,18 @@ class Workspace:
         Returns:
             What was removed, except the scratch.
         """
-        remove(self.folder / ".tmp")
         dropped: list[str] = []
-        todo = [(self.folder, 0)]
-        while todo:
-            folder, depth = todo.pop()
-            change_mode(os.fspath(folder), 0o755)  # a command may have removed our access to it
-            for entry in sorted(os.scandir(folder), key=lambda each: each.name):
-                full = Path(entry.path)
-                if entry.is_dir(follow_symlinks=False) and depth < DEEPEST:
-                    todo.append((full, depth + 1))
-                elif entry.is_file(follow_symlinks=False):
-                    _make_plain(full)
-                elif not (entry.is_symlink() and _stays(full, self.folder)):
-                    remove(full)
-                    dropped.append(str(full.relative_to(self.folder)))
+        with Folder(open_own(self.folder), self.folder) as top:
+            left = [removal.remove(top.fd, ".tmp")]
+            troubles = Troubles()
+            for entry in walk(top.fd, troubles, ordered=True, rights=0o755):
+                if entry.is_file or (entry.is_folder and entry.depth < DEEPEST):
+                    _make_plain(entry)
+                elif entry.is_folder or not _stays(entry, top):
+                    left.append(removal.remove(entry.folder, entry.name))
+                    dropped.append(entry.path)
+        if remains := [str(each) for each in (*left, troubles) if each]:
+            logging.getLogger(__name__).warning("%s cannot be tidied: %s", self.folder, "; ".join(remains[:3]))
         with contextlib.suppress(OSError):
             self.folder.rmdir()  # only where it is empty
         return dropped
@@ -142,24 +141,36 @@ def _regular(fd: int, mode: str, path: str) -> IO[bytes]:
     return os.fdopen(fd, mode)
 
 
-def _make_plain(file: Path) -> None:
+def _make_plain(entry: Entry) -> None:
     """Readable for its owner, without set-id bits and without capabilities."""
-    mode = file.lstat().st_mode
-    if mode & SET_ID or not mode & stat.S_IRUSR:
-        change_mode(os.fspath(file), mode & 0o777 | stat.S_IRUSR)
-    with contextlib.suppress(OSError):  # it has none, or the file system knows none
-        os.removexattr(file, "security.capability", follow_symlinks=False)
+    try:
+        handle = open_beneath(entry.folder, entry.name, os.O_PATH)
+    except OSError:  # gone, or something is mounted there
+        return
+    try:
+        mode = os.fstat(handle).st_mode
+        if stat.S_ISLNK(mode):
+            return
+        path = f"/proc/self/fd/{handle}"  # leads to what is open, not to a name
+        wanted = mode & 0o777 | (0o755 if stat.S_ISDIR(mode) else stat.S_IRUSR)
+        if mode & 0o7777 != wanted:
+            os.chmod(path, wanted)  # noqa: PTH101 - a descriptor of O_PATH has no fchmod
+        with contextlib.suppress(OSError):  # it has none, or the file system knows none
+            os.removexattr(path, "security.capability")
+    finally:
+        os.close(handle)
 
 
 def remove(path: Path) -> None:
     """Remove a file, or a folder with its content, however deep. Nothing happens where there is none."""
-    remove_path(path)
+    removal.remove_path(path)
 
 
-def _stays(link: Path, root: Path) -> bool:
+def _stays(entry: Entry, top: Folder) -> bool:
+    """Whether it is a relative link to something in the folder."""
     try:
-        return not link.readlink().is_absolute() and link.resolve().is_relative_to(root)
-    except (OSError, RuntimeError):
+        return not os.readlink(entry.name, dir_fd=entry.folder).startswith("/") and top.real(entry.path) is not None
+    except OSError:  # no link, or a loop of them
         return False
 
 

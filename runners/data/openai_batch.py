@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -15,6 +15,7 @@ from runners.data.readers import File, judged
 from runners.data.text_files import raw_lines
 
 TYPE = "openai_batch"
+Endpoint = Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
 ENVELOPE = ("custom_id", "method", "url", "body")
 
 
@@ -30,6 +31,9 @@ class OpenAIBatch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     timeout_s: Annotated[float, Meta(gt=0)] | None = None
     served_model_name: str | tuple[str, ...] | None = None
     """Names that lines may give the task's model, besides its own; the first one is in the answers."""
+    endpoint: Endpoint | None = None
+    """Which lines are answered where a file has both kinds: embeddings, or chats and completions. Default: the kind of
+    the first line."""
 
 
 class BatchFile:

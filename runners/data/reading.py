@@ -99,6 +99,9 @@ class Reach(msgspec.Struct, frozen=True):
     def check_folder(self, folder: Path, stopped: object = None) -> None:
         """Judge everything that a library can reach by names inside `folder`: links lead where they may.
 
+        Not `files.walk`: it follows links and crosses mounts on purpose, as a library would, and judges where each
+        leads. It changes nothing; the kernel's bound on a path's length bounds its depth.
+
         Args:
             stopped: called for each folder, to raise if the task is asked to stop.
 

@@ -53,7 +53,7 @@ def load_engine(
         RunnerError: the model hub is unreachable.
     """
     chosen = choose(ctx, task)
-    _note_unused(ctx, task, chosen)
+    note_unused(ctx, task, chosen)
     engine: Engine
     if chosen == "vllm":
         from runners.inference import vllm_engine
@@ -112,7 +112,7 @@ def check_ids(sampling: Sampling, engine: Engine, texts: Texts, where: str) -> N
             raise BadRequest(f"{where}.{field}: the model has no token {beyond[0]}; its ids end at {rows - 1}")
 
 
-def _note_unused(ctx: Context, task: InferenceTask, chosen: str) -> None:
+def note_unused(ctx: Context, task: InferenceTask, chosen: str) -> None:
     """Note the other engine's options, which have no effect: a document may have options for both."""
     other: dict[str, Any] = task.model.vllm or {}
     if chosen == "vllm":

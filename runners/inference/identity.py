@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -11,7 +10,8 @@ import msgspec
 from runners.api import Context
 from runners.inference.task import InferenceTask
 from runners.models.adapters import LocalAdapter
-from runners.models.sources import Source, loading
+from runners.models.digest import weights_digest
+from runners.models.sources import Source
 from runners.rows.keys import folder_digest, key_of
 
 
@@ -37,25 +37,6 @@ def identity_of(ctx: Context, task: InferenceTask, source: Source, adapters: Seq
     model = key_of(weights_digest(source, source.path), tokenizer, merged, _precision(task))
     ctx.log.debug("identity of the model: %s", model)
     return Identity(model, adapters, {each.name: digests[each.name] for each in adapters if each.apply == "runtime"})
-
-
-def weights_digest(source: Source, path: str, name: str = "config.json") -> str:
-    """Digest of a model's folder, or the commit of a hub's model.
-
-    Args:
-        path: the folder, or the id on the hub.
-        name: a file that the hub's model has.
-
-    Raises:
-        BadRequest, RunnerError: as for `sources.loading`.
-    """
-    if Path(path).is_dir():
-        return folder_digest(Path(path))
-    with loading(source):
-        from transformers.utils import cached_file
-
-        found = cached_file(path, name, revision=source.revision)
-    return f"{path}@{source.revision}" if found is None else folder_digest(Path(found).parent)
 
 
 def _precision(task: InferenceTask) -> list[Any]:

@@ -10,11 +10,12 @@ import msgspec
 import numpy as np
 
 from runners.api import BadRequest, Context
+from runners.embedding.embedder import Embedder
+from runners.embedding.load import load_embedder
 from runners.models.sources import local_path
 from runners.rag import store
 from runners.rag.chunks import window
 from runners.rag.documents import Passage, Skipped, cut_documents, read_documents, to_json
-from runners.rag.embedder import Embedder, load_embedder
 from runners.rag.faiss_index import build, check_dimension
 from runners.rag.search import Hit
 from runners.rag.task import Faiss, RagTask

@@ -27,7 +27,7 @@ RAG: tuple[str, ...] = (
     "transformers.safetensors_conversion",
     "sentence_transformers",
     "runners.rag.runner",
-    "runners.rag.embedder",
+    "runners.embedding.load",
     "runners.rag.faiss_search",
     "runners.rag.generate",
     "runners.inference.warm",

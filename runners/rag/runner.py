@@ -95,7 +95,7 @@ class RagRunner(Runner):
             from runners.rag.faiss_search import open_faiss
 
             return open_faiss(ctx, task)
-        from runners.rag.embedder import load_embedder
+        from runners.embedding.load import load_embedder
         from runners.rag.qdrant_search import open_qdrant
 
         assert task.qdrant is not None, "one of the two is given"

@@ -14,6 +14,7 @@ from msgspec import Meta
 
 from runners.api import BadRequest, Context
 from runners.data.sources import check_data
+from runners.embedding.options import Embedding
 from runners.fields import Faults, check_spec
 from runners.inference.options import InferenceOptions, sampling_of, system_prompt_of
 from runners.inference.task import InferenceTask, read_task
@@ -25,7 +26,6 @@ OWN_FIELDS = (
     "enforce_cpu", "resume",
 )  # fmt: skip
 MODEL_FIELDS = ("model", "checkpoint", "engine", "enforce_cpu")
-DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 DEFAULT_TOP_K = 5
 DEFAULT_TEMPLATE = (
     "Answer the question from the passages below. Say so where they do not hold the answer.\n\n"
@@ -41,21 +41,6 @@ class Search(Section, frozen=True):
     """spec.search"""
 
     top_k: Annotated[int, Meta(ge=1, le=10_000)] | None = None
-
-
-class Embedding(Section, frozen=True):
-    """spec.embedding"""
-
-    model: Annotated[str, Meta(min_length=1)] | None = None
-    """A hub id or a local folder that sentence-transformers can load."""
-    revision: str | None = None
-    device: Literal["auto", "cpu", "cuda"] | None = None
-    batch_tokens: Annotated[int, Meta(ge=16)] | None = None
-    """Tokens, including padding, in one batch."""
-    query_prompt: str | None = None
-    """Prefix of each query; default: that of the model's files."""
-    document_prompt: str | None = None
-    trust_remote_code: bool | None = None
 
 
 class Chunk(Section, frozen=True):

@@ -43,7 +43,7 @@ def _(rig: Rig, rng: random.Random) -> None:
 
 def _without(rig: Rig, rng: random.Random, part: str) -> None:
     """Delete a folder of a task that is prepared and not forked yet."""
-    kinds = ("ok", "crash") if part == "spool" else ("ok",)  # its outcome may have been in there already
+    kinds = ("ok", "node_fault") if part == "spool" else ("ok",)  # its outcome may have been in there already
     task_id = rig.dispatch({"taskType": "echo"}, *kinds)
     server = rig.server_pid()
     rig.hit(server, signal.SIGSTOP)

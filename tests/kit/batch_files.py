@@ -20,6 +20,11 @@ def completion(custom_id: str, prompt: Any = "a task starts", **body: Any) -> Li
     return _line(custom_id, "/v1/completions", {"prompt": prompt, "temperature": 0, "max_tokens": 8, **body})
 
 
+def embedding(custom_id: str, given: Any = "a task starts", **body: Any) -> Line:
+    """A request for the vectors of a text, of token ids, or of several."""
+    return _line(custom_id, "/v1/embeddings", {"input": given, **body})
+
+
 def _line(custom_id: str, url: str, body: dict[str, Any]) -> Line:
     kept = {name: value for name, value in body.items() if value is not None}
     return {"custom_id": custom_id, "method": "POST", "url": url, "body": kept}

@@ -11,24 +11,33 @@ from typing import Any
 
 from tests.kit.support import Node, Orchestrator, alive, until
 
-CONFIG = """
+MISBEHAVE = """
+[task_types.misbehave]
+runner = "tests.kit.runners_for_tests:MisbehavingRunner"
+environment = "light"
+"""
+CONFIG = f"""
 [tasks]
 cancel_grace_s = 0.5
 term_grace_s = 0.5
 
 [processes]
 adoption_timeout_s = 20
-
-[task_types.misbehave]
-runner = "tests.kit.runners_for_tests:MisbehavingRunner"
-environment = "light"
-"""
+{MISBEHAVE}"""
 ISOLATIONS = ("auto", "subreaper")
 
 
 def misbehave(do: str, **fields: Any) -> dict[str, Any]:
     """The spec of a task that does `do` (see MisbehavingRunner)."""
     return {"taskType": "misbehave", "do": do, **fields}
+
+
+WAITING = misbehave("wait_for", file="go on")
+"""Runs until `let_go`, however slow the machine is."""
+
+
+def let_go(node: Node, task_id: str) -> None:
+    (node.results_dir / task_id / WAITING["file"]).touch()
 
 
 def mark_of(node: Node) -> str:

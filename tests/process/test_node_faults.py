@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kit.support import Node, Orchestrator, RedisServer, short_dir, spares, until
+from tests.kit.support import Node, Orchestrator, RedisServer, alive, short_dir, spares, until
 from tests.process.test_environments import BODY, config, make_environment
 
 pytestmark = pytest.mark.redis
@@ -429,3 +429,20 @@ def test_a_state_disk_that_turns_read_only_degrades_and_a_forced_stop_ends(
     finally:
         subprocess.run(["umount", "-l", str(mount)], check=False, capture_output=True)
         shutil.rmtree(home, ignore_errors=True)
+
+
+def test_a_lost_outcome_is_the_nodes_fault(orchestrator: Orchestrator, node: Node) -> None:
+    """Deleted between the task's end and the look at it: the task had said that it was there."""
+    task = orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 0.5})
+    orchestrator.wait_started(task)
+    pid = node.task_pid(task)
+    os.kill(node.process.pid, signal.SIGSTOP)
+    outcomes = node.state_dir / "spool"
+    until(lambda: list(outcomes.glob("*/outcome.json")), "the task has ended")
+    until(lambda: not alive(pid), "its process has ended")
+    for each in outcomes.glob("*/outcome.json"):
+        each.unlink()
+    os.kill(node.process.pid, signal.SIGCONT)
+    end = orchestrator.wait_end(task)
+    assert (end["payload"]["error_kind"], end["payload"]["retryable"]) == ("node_fault", True)
+    node.wait_status("IDLE")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.kit.promises import MISBEHAVE, WAITING, let_go
 from tests.kit.support import ROOT, Node, Orchestrator, until
 
 pytestmark = pytest.mark.redis
@@ -31,8 +32,8 @@ def test_p5_another_version_adopts_fork_servers_and_tasks(
     old, new = install(tmp_path / "old", "0.0.1"), install(tmp_path / "new", "0.0.2")
     code = tmp_path / "code"
     code.symlink_to(old)
-    node: Node = make_node(code=code)
-    task = orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 4})
+    node: Node = make_node(code=code, config=MISBEHAVE, env={"PYTHONPATH": f"{code}:{ROOT}"})
+    task = orchestrator.dispatch("w1", WAITING)
     orchestrator.wait_started(task)
     pid, servers = node.task_pid(task), node.servers()
     code.unlink()
@@ -45,6 +46,7 @@ def test_p5_another_version_adopts_fork_servers_and_tasks(
     assert node.task_pid(task) == pid
     assert set(servers) < set(node.servers()), "adopted for its task, beside the one for the next tasks"
     following = orchestrator.dispatch("w1", {"taskType": "echo"})
+    let_go(node, task)
     assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"
     assert orchestrator.wait_end(following)["type"] == "TASK_SUCCEEDED"
     until(lambda: set(node.servers()).isdisjoint(servers), "the old fork server ends with its last task")
@@ -56,8 +58,8 @@ def test_a_version_that_does_not_start_is_not_started(orchestrator: Orchestrator
     (new / "flowmesh" / "supervisor.py").write_text("import no_such_library\n")
     code = tmp_path / "code"
     code.symlink_to(old)
-    node: Node = make_node(code=code)
-    task = orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 2})
+    node: Node = make_node(code=code, config=MISBEHAVE, env={"PYTHONPATH": f"{code}:{ROOT}"})
+    task = orchestrator.dispatch("w1", WAITING)
     orchestrator.wait_started(task)
     code.unlink()
     code.symlink_to(new)
@@ -65,6 +67,7 @@ def test_a_version_that_does_not_start_is_not_started(orchestrator: Orchestrator
     until(lambda: "the program on disk does not start: ModuleNotFoundError" in node.text(), "it says why")
     assert "no_such_library" in node.text()
     assert node.ask(op="status")["version"] == "0.0.1"
+    let_go(node, task)
     assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"
     code.unlink()
     code.symlink_to(old)
@@ -74,12 +77,13 @@ def test_a_version_that_does_not_start_is_not_started(orchestrator: Orchestrator
 def test_without_its_start_folder_a_node_runs_on(orchestrator: Orchestrator, make_node, tmp_path: Path) -> None:
     here = tmp_path / "here"
     here.mkdir()
-    node: Node = make_node(cwd=here)
-    task = orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 1})
+    node: Node = make_node(cwd=here, config=MISBEHAVE)
+    task = orchestrator.dispatch("w1", WAITING)
     orchestrator.wait_started(task)
     here.rmdir()
     os.kill(node.pid, signal.SIGHUP)
     until(lambda: "the folder that the node was started in is gone" in node.text(), "it says why")
+    let_go(node, task)
     assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"
     assert node.stop() == 0
 
@@ -89,14 +93,16 @@ def test_signals_during_the_exchange_wait_for_the_new_one(
     orchestrator: Orchestrator, make_node, following: signal.Signals
 ) -> None:
     """Each comes a little later than the one before, so that some meet the moment between exec and new handlers."""
-    node: Node = make_node()
-    task = orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 6})
+    node: Node = make_node(config=MISBEHAVE)
+    task = orchestrator.dispatch("w1", WAITING)
     orchestrator.wait_started(task)
     os.kill(node.pid, signal.SIGUSR2)
     until(lambda: "handing over" in node.text(), "the exchange begins")
     for _ in range(1 if following is signal.SIGTERM else 8):
         os.kill(node.pid, following)
         time.sleep(0.04)  # the moment under test is as long as an interpreter takes to start
+    until(lambda: "task adopted" in node.text(), "a new supervisor has it")
+    let_go(node, task)
     assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"
     if following is not signal.SIGTERM:
         until(lambda: node.ask(op="status")["pid"] == node.pid, "the last new supervisor answers")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.kit.promises import MISBEHAVE, WAITING, let_go
 from tests.kit.support import ROOT, Node, Orchestrator, RedisServer, until
 
 pytestmark = pytest.mark.redis
@@ -21,10 +22,16 @@ REFUSED: dict[str, tuple[dict[str, str], str]] = {
     "no Redis": ({"redis": ""}, "redis.url: missing; set REDIS_URL"),
     "not TOML": ({"more": "[redis"}, "HOME/node.toml: line "),
     "no runner": ({"more": "[task_types.mine]"}, NO_RUNNER),
-    "results are a file": ({"results": "dir = 'HOME/file'"}, "results.dir: HOME/file cannot be made: "),
+    "results are a file": (
+        {"results": "dir = 'HOME/file'"},
+        "results.dir: HOME/file cannot be used: it is not a folder; set it to a folder",
+    ),
     "no such user": ({"more": "[processes]\ntask_user = 'nobody-here'"}, "processes.task_user: there is no user"),
     "no such CPU": ({"more": "[[slots]]\nname = 'a'\ncpus = '99999'"}, "slots[0].cpus: there is no CPU 99999"),
-    "log in a file": ({"node": "log_file = 'HOME/file/x'"}, "node.log_file: HOME/file/x cannot be opened: "),
+    "log in a file": (
+        {"node": "log_file = 'HOME/file/x'"},
+        "node.log_file: HOME/file/x cannot be opened: HOME/file is not a folder",
+    ),
     "log is a folder": ({"node": "log_file = 'HOME'"}, "node.log_file: HOME cannot be opened: is a directory"),
     "no room for sockets": ({"more": f"[environments.{'x' * 100}]"}, "node.state_dir: HOME/s has "),
 }
@@ -39,7 +46,7 @@ class FileNode(Node):
     def write(self, *, node: str = "", redis: str | None = None, results: str | None = None, more: str = "") -> None:
         lines = ["[node]", "worker_id = 'w1'", node if "state_dir" in node else f"{node}\nstate_dir = 'HOME/s'"]
         lines += ["[redis]", f"url = '{self.server.url}'" if redis is None else redis]
-        lines += ["[results]", "dir = 'HOME/results'" if results is None else results, more]
+        lines += ["[results]", "dir = 'HOME/results'" if results is None else results, MISBEHAVE, more]
         (self.home / "node.toml").write_text(self.at_home("\n".join(lines)))
 
     def at_home(self, text: str) -> str:
@@ -62,8 +69,9 @@ def file_node(redis_server: RedisServer) -> Iterator[FileNode]:
         node.close()
 
 
-def running_task(orchestrator: Orchestrator, node: Node, seconds: float = 2) -> tuple[str, int]:
-    task = orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": seconds})
+def running_task(orchestrator: Orchestrator, node: Node) -> tuple[str, int]:
+    """A task that runs until it is let go, and its process."""
+    task = orchestrator.dispatch("w1", WAITING)
     orchestrator.wait_started(task)
     return task, node.task_pid(task)
 
@@ -83,6 +91,7 @@ def test_what_a_start_refuses_is_told_and_the_node_runs_on(
     assert [line[: len(said)] for line in node.told()] == [said, said]
     assert node.text().count("ERROR") == 2, "one error line for each signal"
     assert node.task_pid(task) == child
+    let_go(node, task)
     assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"
     assert node.text().count("node started") == 1
     assert node.stop() == 0
@@ -99,6 +108,7 @@ def test_the_nodes_own_folder_does_not_move_under_its_tasks(orchestrator: Orches
     until(file_node.told, "the error is logged", 20)
     assert file_node.told()[0].startswith(file_node.at_home("node.state_dir: HOME/other is not HOME/s, where"))
     assert file_node.task_pid(task) == child
+    let_go(file_node, task)
     assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"
 
 
@@ -111,12 +121,13 @@ def test_the_command_says_why_it_starts_nothing_anew(orchestrator: Orchestrator,
     assert (done.returncode, line.endswith(f"the node keeps its version and settings: {NO_RUNNER}")) == (1, True), line
     assert file_node.told() == [NO_RUNNER]
     assert file_node.task_pid(task) == child
+    let_go(file_node, task)
     assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"
 
 
 def test_what_a_start_takes_is_taken(orchestrator: Orchestrator, file_node: FileNode) -> None:
     """With all that is checked changed to something else that is right: folders are made, and braces are letters."""
-    task, child = running_task(orchestrator, file_node, seconds=5)
+    task, child = running_task(orchestrator, file_node)
     more = "[processes]\nisolation = 'subreaper'\n[environments.mine]\n[task_types.mine]\nrunner = 'a:B'\n"
     node = "tags = ['new']\nlog_file = 'HOME/logs/{node}.jsonl'"
     file_node.write(node=node, results="dir = 'HOME/new/results'", more=more)
@@ -124,6 +135,7 @@ def test_what_a_start_takes_is_taken(orchestrator: Orchestrator, file_node: File
     until(lambda: orchestrator.redis.hget("worker:w1", "tags_json") == b'["new"]', "the new tags are registered")
     assert file_node.told() == []
     assert file_node.task_pid(task) == child
+    let_go(file_node, task)
     assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"
     assert Path(file_node.home, "new", "results").is_dir()
     assert "node started" in Path(file_node.home, "logs", "{node}.jsonl").read_text()
@@ -134,6 +146,8 @@ def test_a_drain_is_not_lost_to_a_reload(orchestrator: Orchestrator, file_node: 
     file_node.process.send_signal(signal.SIGTERM)
     until(lambda: file_node.ask(op="status")["draining"], "the node is draining")
     file_node.process.send_signal(signal.SIGHUP)
+    until(file_node.told, "the error is logged")
+    let_go(file_node, task)
     assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"
     assert file_node.process.wait(30) == 0
     assert file_node.told() == ["the node is draining, and ends when its tasks have ended"]

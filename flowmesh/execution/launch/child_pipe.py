@@ -8,7 +8,7 @@ import time
 from loguru import logger
 
 from flowmesh.execution.run import Run, progress_event
-from flowmesh.processes.pipe import Cancel, FrameError, Hello, Phase, Pipe, Progress
+from flowmesh.processes.pipe import Cancel, Finished, FrameError, Hello, Phase, Pipe, Progress
 
 FRAMES_A_TURN = 512
 """More than a pipe holds; a child that writes as fast as the node reads must not block the loop."""
@@ -53,6 +53,8 @@ class ChildPipes:
                         run.progress = frame
                         run.trend.add(frame.metrics)
                         run.notify(progress_event(frame))
+                    case Finished():
+                        run.finished_frame = True
                     case Hello() | _:
                         pass
         except EOFError:

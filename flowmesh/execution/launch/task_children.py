@@ -116,10 +116,10 @@ class TaskChildren:
         self._pipes.read(run)
         run.exit = exit_
         run.outcome = await read_outcome(self._layout, run.attempt)
-        if run.outcome is None and exit_.code == EXIT_SETUP:
+        if run.outcome is None and (exit_.code == EXIT_SETUP or run.finished_frame):
             self._folders.report(await asyncio.to_thread(self._folders.look, write=True))
         fault = await self._gpus.fault_of(run, exit_, run.outcome) if run.gpus else ""
-        return machine.ChildGone(exit_, run.outcome, fault)
+        return machine.ChildGone(exit_, run.outcome, fault, run.finished_frame)
 
     async def lost(self, run: Run, message: str, kind: Kind) -> machine.Event | None:
         """The child is gone and its exit status is unknown; an outcome that it left still counts."""

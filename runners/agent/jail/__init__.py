@@ -1,1 +1,1 @@
-"""Confines the code that agents run: a separate script that uses only the standard library."""
+"""Confines the code that agents run: a separate script that uses only the standard library and `flowmesh.files`."""

@@ -1,17 +1,23 @@
 """A work folder in memory: copied in before the command, and what changed copied back after it.
 
-Everything is opened relative to its folder, and no link is followed. What is copied back has neither set-id bits nor a
-mode that hides it from its owner; what is no file, folder or link, and folders nested too deep, stay behind.
+Everything is opened relative to its folder; no link is followed, and no mount point crossed. What is copied back has
+neither set-id bits nor a mode that hides it from its owner; what is no file, folder or link, and folders nested too
+deep, stay behind.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
+
+from flowmesh.files.beneath import open_beneath
+from flowmesh.files.descent import open_with_rights
+from flowmesh.files.removal import remove
 
 DEEPEST = 100
 """Nesting of folders that is kept. Deeper ones could not be packed and delivered."""
@@ -48,7 +54,7 @@ def usage(folder: int, depth: int = 0) -> tuple[int, int]:
             total += max(entry.stat(follow_symlinks=False).st_blocks * 512, ENTRY_BYTES)
             count += 1
             if entry.is_dir(follow_symlinks=False) and depth < DEEPEST:
-                with _opened(entry.name, folder) as inner:
+                with _folder(entry.name, folder) as inner:
                     below, more = usage(inner, depth + 1)
                 total, count = total + below, count + more
     return total, count
@@ -62,8 +68,7 @@ def copy_in(source: int, target: int, depth: int = 0) -> Tree:
         tree[name] = None
         about = entry.stat(follow_symlinks=False)
         if stat.S_ISDIR(about.st_mode) and depth < DEEPEST:
-            os.mkdir(name, 0o700, dir_fd=target)
-            with _opened(name, source) as there, _opened(name, target) as here:
+            with _not_mounted(), _folder(name, source) as there, _folder(name, target, make=True) as here:
                 tree[name] = copy_in(there, here, depth + 1)
                 os.fchmod(here, about.st_mode & 0o777)
                 os.utime(here, ns=(about.st_atime_ns, about.st_mtime_ns))
@@ -71,7 +76,7 @@ def copy_in(source: int, target: int, depth: int = 0) -> Tree:
             tree[name] = os.readlink(name, dir_fd=source)
             os.symlink(tree[name], name, dir_fd=target)
         elif stat.S_ISREG(about.st_mode):
-            with contextlib.suppress(PermissionError):
+            with contextlib.suppress(PermissionError), _not_mounted():
                 _copy_file(name, source, name, target)
                 tree[name] = _state(name, target)
     return tree
@@ -84,10 +89,10 @@ def scratch(folder: int) -> Iterator[int]:
     _remove(name, folder)
     os.mkdir(name, 0o700, dir_fd=folder)
     try:
-        with _opened(name, folder) as opened:
+        with _folder(name, folder) as opened:
             yield opened
     finally:
-        _remove(name, folder)
+        remove(folder, name)
 
 
 class Back:
@@ -123,18 +128,28 @@ class Back:
             elif stat.S_ISREG(about.st_mode):
                 if not _unchanged(name, source, about, before):
                     self._file(name, source, target)
-            elif len(self.left) < _MOST_NAMED:
-                self.left.append((prefix + name)[:_NAMED_CHARS])
+            else:
+                self._leave(prefix + name)
         for name in gone:
-            if known[name] is not None:
-                _remove(name, target)
+            if known[name] is not None and remove(target, name):
+                self._leave(prefix + name)
+
+    def _leave(self, path: str) -> None:
+        if len(self.left) < _MOST_NAMED:
+            self.left.append(path[:_NAMED_CHARS])
 
     def _folder(self, name: str, source: int, target: int, before: Any, prefix: str) -> None:
         if not isinstance(before, dict) and not _is_folder(name, target):
             _remove(name, target)
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(name, 0o700, dir_fd=target)
-        with _opened(name, source) as here, _opened(name, target) as there:
+        with contextlib.ExitStack() as opened:
+            here = opened.enter_context(_folder(name, source))
+            try:
+                there = opened.enter_context(_folder(name, target, make=True))
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
+                self._leave(prefix)
+                return
             self.copy(here, there, before if isinstance(before, dict) else {}, prefix)
             os.fchmod(there, os.fstat(here).st_mode & 0o777 | 0o700)
 
@@ -153,7 +168,7 @@ def _unchanged(name: str, folder: int, about: os.stat_result, before: Any) -> bo
 
 
 def _state(name: str, folder: int) -> File:
-    with _opened(name, folder, _READ) as fd:
+    with _opened(name, folder) as fd:
         crc = 0
         for offset, data in _pieces(fd):
             crc = zlib.crc32(data, zlib.crc32(offset.to_bytes(8, "little"), crc))
@@ -164,7 +179,7 @@ def _state(name: str, folder: int) -> File:
 def _copy_file(name: str, source: int, to: str, target: int) -> None:
     """Copy a regular file with its mode, but no set-id bits, and its times; holes stay holes."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    with _opened(name, source, _READ) as fd:
+    with _opened(name, source) as fd:
         about = os.fstat(fd)
         out = os.open(to, flags, 0o600, dir_fd=target)
         try:
@@ -199,12 +214,35 @@ def _entries(folder: int) -> list[os.DirEntry[str]]:
 
 
 @contextlib.contextmanager
-def _opened(name: str, parent: int, flags: int = _FOLDER) -> Iterator[int]:
-    fd = os.open(name, flags, dir_fd=parent)
+def _opened(name: str, parent: int) -> Iterator[int]:
+    fd = open_beneath(parent, name, _READ)
     try:
         yield fd
     finally:
         os.close(fd)
+
+
+@contextlib.contextmanager
+def _folder(name: str, parent: int, *, make: bool = False) -> Iterator[int]:
+    """A folder in an opened one, with the rights that we need in it if it is ours."""
+    if make:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(name, 0o700, dir_fd=parent)
+    fd = open_with_rights(parent, name, 0o700)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _not_mounted() -> Iterator[None]:
+    """Leaves out what is a mount point."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
 
 
 def _is_folder(name: str, parent: int) -> bool:
@@ -215,12 +253,10 @@ def _is_folder(name: str, parent: int) -> bool:
 
 
 def _remove(name: str, parent: int) -> None:
-    """Remove a file, link, or folder with its content. Nothing happens where there is none."""
-    if not _is_folder(name, parent):
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name, dir_fd=parent)
-        return
-    with _opened(name, parent) as folder:
-        for entry in _entries(folder):
-            _remove(entry.name, folder)
-    os.rmdir(name, dir_fd=parent)
+    """Remove a file, link, or folder with its content, however deep. Nothing happens where there is none.
+
+    Raises:
+        OSError: not all of it could be removed.
+    """
+    if left := remove(parent, name):
+        raise OSError(errno.EBUSY, f"cannot be removed: {left}")

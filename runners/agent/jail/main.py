@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.append(str(Path(__file__).resolve().parents[3]))  # for flowmesh.files
 import kernel  # type: ignore[import-not-found,unused-ignore]
 import namespaces  # type: ignore[import-not-found,unused-ignore]
 from plan import Plan, PlanRefused, parse  # type: ignore[import-not-found,unused-ignore]

@@ -33,7 +33,7 @@ def served(custom_id: str, body: dict[str, Any]) -> dict[str, Any]:
 def refused(fault: LineFault, where: str) -> dict[str, Any]:
     """The line of a request that cannot be served."""
     response = {"status_code": fault.status, "request_id": f"flowmesh-batch-{uuid.uuid4().hex}", "body": None}
-    kind = "NotFoundError" if fault.status == 404 else "BadRequestError"
+    kind = {404: "NotFoundError", 500: "InternalServerError"}.get(fault.status, "BadRequestError")
     error = {"message": f"{where}: {fault.message}", "type": kind, "param": fault.param, "code": fault.status}
     line = {"id": f"flowmesh-{uuid.uuid4().hex}", "custom_id": fault.custom_id, "response": response}
     return {**line, "error": {"error": error}}

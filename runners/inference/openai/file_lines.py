@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator
+from typing import Generic, Protocol, TypeVar
 
 from runners.api import BadRequest, Context
 from runners.data.openai_batch import BatchFile
 from runners.data.shard import Shard
-from runners.inference.openai.bodies import UNBOUNDED
-from runners.inference.openai.lines import LineFault, read_line
-from runners.inference.openai.requests import Asked, Reader
+from runners.inference.openai.lines import Line, LineFault, read_line
 from runners.inference.vllm_args import Work
 
-UNKNOWN_TOKENS = 512
-"""What an answer without a limit is taken to have, where the work is estimated."""
+
+class Readable(Protocol):
+    """A line that can be served as far as is known without the model."""
+
+    @property
+    def key(self) -> str:
+        """Of its row."""
+
+    @property
+    def work(self) -> tuple[int, int, int]:
+        """Upper bounds: bytes of its prompts, tokens of an answer, answers."""
 
 
-class Lines:
+A = TypeVar("A", bound=Readable)
+A_co = TypeVar("A_co", bound=Readable, covariant=True)
+
+
+class LineReader(Protocol[A_co]):
+    """Reads lines for one kind of model."""
+
+    def read(self, line: Line) -> A_co:
+        """Raises LineFault for a line that cannot be served."""
+
+
+class Lines(Generic[A]):
     """The lines of a batch file that are this task's, read once for their keys and errors, and again for their prompts.
 
     Attributes:
@@ -26,7 +45,7 @@ class Lines:
         work: an upper bound of the others.
     """
 
-    def __init__(self, ctx: Context, file: BatchFile, reader: Reader) -> None:
+    def __init__(self, ctx: Context, file: BatchFile, reader: LineReader[A]) -> None:
         self._file = file
         self._reader = reader
         self.keys: list[str] = []
@@ -49,8 +68,7 @@ class Lines:
                 seen[custom_id] = number
                 asked = reader.read(line)
                 key = asked.key
-                most = UNKNOWN_TOKENS if asked.sampling.max_tokens == UNBOUNDED else asked.sampling.max_tokens
-                self.work[number] = asked.prompt_bytes, most, asked.sampling.n
+                self.work[number] = asked.work
             except LineFault as fault:
                 fault.custom_id = fault.custom_id or custom_id
                 custom_id = fault.custom_id
@@ -64,7 +82,7 @@ class Lines:
         self.faults = {at: self.faults[number] for at, number in enumerate(self._mine) if number in self.faults}
         self.work = {at: self.work[number] for at, number in enumerate(self._mine) if number in self.work}
 
-    def asked(self, done: Container[int]) -> Iterator[tuple[int, str, Asked]]:
+    def asked(self, done: Container[int]) -> Iterator[tuple[int, str, A]]:
         """Each line that can be served and is not `done`: its position, its name in errors, and what it asks for.
 
         Raises:
@@ -76,6 +94,7 @@ class Lines:
             index = self._mine.index(number)
             if index in done or index in self.faults:
                 continue
+            asked: A | None
             try:
                 asked = self._reader.read(read_line(data))
             except LineFault:

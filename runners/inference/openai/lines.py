@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import msgspec
 
-from runners.data.openai_batch import ENVELOPE
+from runners.data.openai_batch import ENVELOPE, Endpoint
 
-Url = Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
+EMBEDDINGS = "/v1/embeddings"
 
 
 class LineFault(Exception):
@@ -34,7 +34,7 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
     """One request."""
 
     custom_id: str
-    url: Url
+    url: Endpoint
     body: dict[str, Any]
 
 
@@ -60,10 +60,10 @@ def read_line(data: bytes | None) -> Line:
         raise LineFault("custom_id: expected a text, by which its answer is found", param="custom_id")
     for name, wrong in (
         ("method", None if value.get("method") == "POST" else "expected 'POST'"),
-        ("url", None if value.get("url") in get_args(Url) else f"expected one of {', '.join(get_args(Url))}"),
+        ("url", None if value.get("url") in get_args(Endpoint) else f"expected one of {', '.join(get_args(Endpoint))}"),
         ("body", None if isinstance(value.get("body"), dict) else "expected an object with the request's fields"),
     ):
         if wrong is not None:
             found = "" if name == "body" else f" (found {value.get(name)!r:.80})"
             raise LineFault(f"{name}: {wrong}{found}", custom_id=custom_id, param=name)
-    return Line(custom_id=custom_id, url=cast("Url", value["url"]), body=value["body"])
+    return Line(custom_id=custom_id, url=cast("Endpoint", value["url"]), body=value["body"])

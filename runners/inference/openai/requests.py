@@ -11,7 +11,7 @@ from runners.api import BadRequest
 from runners.inference.engine import Engine, Request
 from runners.inference.engines import check_ids
 from runners.inference.openai.bodies import UNBOUNDED, Body, ChatBody, CompletionBody, Defaults, read_body, sampling
-from runners.inference.openai.lines import Line, LineFault
+from runners.inference.openai.lines import EMBEDDINGS, Line, LineFault
 from runners.inference.openai.prompts import Prompts
 from runners.inference.options import Sampling
 from runners.inference.routing import ends_of
@@ -20,6 +20,8 @@ from runners.models.adapters import LocalAdapter
 from runners.models.limits import check_token_ids
 from runners.rows.keys import key_of
 
+UNKNOWN_TOKENS = 512
+"""What an answer without a limit is taken to have, where the work is estimated."""
 UNKNOWN_ROOM = 512
 """`max_tokens` of a chat that gives none, for a model whose number of positions is not known."""
 
@@ -36,11 +38,11 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     key: str
 
     @property
-    def prompt_bytes(self) -> int:
-        """About as many as its prompts have."""
-        body = self.body
+    def work(self) -> tuple[int, int, int]:
+        """See `Readable`. The bytes of the prompts are about right."""
+        body, most = self.body, self.sampling.max_tokens
         given = body.messages if isinstance(body, ChatBody) else body.prompt if isinstance(body, CompletionBody) else ""
-        return len(msgspec.json.encode(given))
+        return len(msgspec.json.encode(given)), UNKNOWN_TOKENS if most == UNBOUNDED else most, self.sampling.n
 
 
 class Reader:
@@ -64,25 +66,16 @@ class Reader:
 
     def read(self, line: Line) -> Asked:
         """Raises LineFault for a line that cannot be served."""
-        if line.url == "/v1/embeddings":
+        if line.url == EMBEDDINGS:
             raise LineFault(
                 "url: this task's model generates text, and one engine cannot embed as well; put these lines into a "
-                "file of their own, for a server or task with an embedding model",
+                "file of their own, for a task with an embedding model",
                 param="url",
             )
         chat = line.url == "/v1/chat/completions"
         body: Body = read_body(line.body, ChatBody if chat else CompletionBody)
-        model, adapter = body.model or self._names[0], None
-        if model in self._adapters:
-            adapter = model
-        elif model not in self._names:
-            known = ", ".join(map(repr, (*self._names, *self._adapters)))
-            raise LineFault(
-                f"body.model: {model!r} is not the task's model ({known}); correct it, or add it to "
-                "spec.data.served_model_name",
-                param="model",
-                status=404,
-            )
+        model = check_model(body.model, self._names, self._adapters)
+        adapter = model if model in self._adapters else None
         asked = sampling(body, self._defaults)
         content = {
             name: value
@@ -93,6 +86,24 @@ class Reader:
             "openai_batch", line.url, content, asked, self._identity, self._parser, adapter and self._adapters[adapter]
         )
         return Asked(line=line, body=body, sampling=asked, adapter=adapter, model=adapter or self._names[0], key=key)
+
+
+def check_model(given: str | None, names: Sequence[str], adapters: Sequence[str] | dict[str, str] = ()) -> str:
+    """The name that a line gives the model or an adapter; absent: the first of `names`.
+
+    Raises:
+        LineFault: it names another model.
+    """
+    model = given or names[0]
+    if model not in names and model not in adapters:
+        known = ", ".join(map(repr, (*names, *adapters)))
+        raise LineFault(
+            f"body.model: {model!r} is not the task's model ({known}); correct it, or add it to "
+            "spec.data.served_model_name",
+            param="model",
+            status=404,
+        )
+    return model
 
 
 PROMPT_FIELDS = frozenset({

@@ -19,6 +19,7 @@ import pytest
 from runners.agent import sandbox
 from runners.agent.command import KEPT_BYTES, Bounds, Ended, Kept, NotConfined
 from runners.agent.sandbox import MODES, Mode, Sandbox, mode_works, readable_paths
+from tests.kit.paths import ROOT
 
 SECRET = "node-secret-4711"
 
@@ -164,7 +165,8 @@ def test_calls_that_reach_past_the_jail_are_refused(name, make) -> None:
 def unscoped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
     """The jail of a kernel whose Landlock keeps no signals in; with sockets."""
     available("landlock")
-    jail = tmp_path / "jail"
+    jail = tmp_path / "runners" / "agent" / "jail"
+    (tmp_path / "flowmesh").symlink_to(ROOT / "flowmesh")
     shutil.copytree(sandbox.JAIL.parent, jail, ignore=shutil.ignore_patterns("__pycache__"))
     with (jail / "kernel.py").open("a") as file:
         file.write("\nLANDLOCK_OF_SIGNALS = 1000\n")

@@ -13,11 +13,13 @@ from typing import Any
 import msgspec
 import pytest
 
+from flowmesh.files.removal import remove_path
 from flowmesh.messages.job import Job, Permits
 from flowmesh.validation.names import listed
 from runners.api import BadRequest, Context
 from runners.data.reading import Reach, Refused
 from runners.data.sources import load_items
+from tests.kit.hostile import make_deep
 from tests.kit.paths import ROOT
 
 MakeContext = Callable[..., Context]
@@ -196,6 +198,18 @@ def test_a_folder_with_a_link_that_leads_outside_is_refused_whole(tmp_path: Path
     (folder / "sub" / "tokenizer.json").symlink_to(secret / "shadow")
     with pytest.raises(Refused, match=r"sub/tokenizer\.json"):
         found.check_folder(folder)
+
+
+def test_a_link_that_leads_outside_is_found_a_thousand_levels_deep(tmp_path: Path, secret: Path) -> None:
+    folder = tmp_path / "open" / "model"
+    folder.mkdir(parents=True)
+    make_deep(folder, 1000)
+    found = reach(tmp_path, read_roots=(str(tmp_path / "open"),))
+    found.check_folder(folder)
+    folder.joinpath(*["d"] * 1000, "out").symlink_to(secret / "shadow")
+    with pytest.raises(Refused, match=r"d/out"):
+        found.check_folder(folder)
+    assert not remove_path(folder)
 
 
 @pytest.mark.parametrize(

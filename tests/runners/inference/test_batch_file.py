@@ -15,7 +15,7 @@ from tests.kit.inference_specs import outputs
 from tests.kit.inference_specs import spec_of as listed
 
 pytest.importorskip("transformers", reason="needs the extra 'inference'")
-from runners.inference.openai import run as batch
+from runners.inference.openai import generate as batch
 from runners.inference.runner import InferenceRunner
 from runners.inference.transformers_engine import TransformersEngine
 

