@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
+import secrets
 import time
 from pathlib import Path
 
@@ -31,6 +33,8 @@ from flowmesh.tasks.verdicts import Kind, Verdict
 ANSWER_TIMEOUT_S = 10.0
 """A fork server that does not answer within this time is killed with its tasks."""
 _ATTEMPT = re.compile(r"[1-9][0-9]{0,17}")
+_ASIDE = re.compile(r"left-[1-9][0-9]{0,17}-[0-9a-f]{8}")
+"""Folders of attempts that are to be removed."""
 
 
 async def recover(executor: Executor) -> None:
@@ -150,14 +154,23 @@ def _set_clock(executor: Executor, run: Run) -> None:
 
 
 def _left_folders(layout: Layout, keep: set[int], undelivered: set[int]) -> list[Path]:
-    """Folders of attempts that have ended. Listed before new attempts have any; numbers are not used again.
+    """Folders of attempts that have ended, renamed before new attempts have any: a new journal begins with 1 again.
 
     Args:
         keep: attempts whose folders stay.
         undelivered: attempts whose spool folders stay, too.
     """
     parts = ((layout.state_dir / "spool", keep | undelivered), (layout.state_dir / "tmp", keep))
-    return [parent / str(attempt) for parent, kept in parts for attempt in _attempts(parent) if attempt not in kept]
+    found = []
+    for parent, kept in parts:
+        found += [parent / name for name in _names(parent) if _ASIDE.fullmatch(name)]
+        for attempt in _attempts(parent):
+            if attempt not in kept:
+                folder = parent / str(attempt)
+                with contextlib.suppress(OSError):  # something may be mounted there
+                    folder = folder.rename(parent / f"left-{attempt}-{secrets.token_hex(4)}")
+                found.append(folder)
+    return found
 
 
 async def _remove(folders: list[Path]) -> None:
@@ -184,7 +197,11 @@ def _undelivered(executor: Executor) -> set[int]:
 
 def _attempts(parent: Path) -> list[int]:
     """Numbers that name folders here. A task may have made others: whatever is no attempt's is left alone."""
+    return [int(name) for name in _names(parent) if _ATTEMPT.fullmatch(name)]
+
+
+def _names(parent: Path) -> list[str]:
     try:
-        return [int(name) for name in os.listdir(parent) if _ATTEMPT.fullmatch(name)]
+        return os.listdir(parent)
     except OSError:
         return []

@@ -63,7 +63,7 @@ class Embedder:
         own = model.prompts or {}
         self.default_prompt: str = own.get(model.default_prompt_name) or ""
         """What sentence-transformers' `encode` puts before each text unless it is told otherwise."""
-        self.as_chat = "message" in (getattr(model[0], "modality_config", None) or {})
+        self.as_chat = _as_chat(model)
         """Whether a text is embedded as a chat's message: so it is for models with a chat template."""
         self.made_up = False
         """Whether the model's files do not say how its vectors are made, so that sentence-transformers assumed it."""
@@ -72,8 +72,12 @@ class Embedder:
             (str(each.pooling_mode) for each in model if hasattr(each, "pooling_mode")), None
         )
         config = getattr(body_of(model), "config", None)
-        self.matryoshka: tuple[int, ...] | None = tuple(getattr(config, "matryoshka_dimensions", None) or ()) or None
-        """Dimensions that vectors may be cut to, as the model's configuration has them; None: it does not say."""
+        self.matryoshka = bool(
+            getattr(config, "matryoshka_dimensions", None) or getattr(config, "is_matryoshka", False)
+        )
+        """Whether its vectors may be cut, as the model's configuration says."""
+        self.cuts: tuple[int, ...] = tuple(getattr(config, "matryoshka_dimensions", None) or ())
+        """The dimensions that they may be cut to; empty: any."""
         self._prompts = {
             "query": own.get("query", "") if options.query_prompt is None else options.query_prompt,
             "document": own.get("document", own.get("passage", ""))
@@ -220,6 +224,12 @@ def pack(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
             longest = max(lengths[index], 1)
         batches[-1].append(index)
     return batches
+
+
+def _as_chat(model: Any) -> bool:
+    if "message" not in (getattr(model[0], "modality_config", None) or {}):
+        return False
+    return bool(model.preprocess(["a"]).get("modality") == "message")
 
 
 def body_of(model: Any) -> Any:

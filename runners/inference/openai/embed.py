@@ -150,7 +150,6 @@ class _Batch:
         self._lines = lines
         self._log = log
         self._watch = Watch(ctx, log.counts.total, log.counts.done)
-        self._warned = False
         self._broken = ""
 
     def run(self) -> None:
@@ -200,15 +199,15 @@ class _Batch:
             raise LineFault(
                 f"body.dimensions: {wanted}; the model's vectors have {model.dimension}", param="dimensions"
             )
-        if model.matryoshka is not None and wanted not in model.matryoshka:
-            known = ", ".join(map(str, model.matryoshka))
+        if not model.matryoshka:
+            raise LineFault(
+                "body.dimensions: the model's configuration does not say that its vectors may be cut; leave it out, or "
+                "set is_matryoshka in its config.json if it was trained for that",
+                param="dimensions",
+            )
+        if model.cuts and wanted not in model.cuts:
+            known = ", ".join(map(str, model.cuts))
             raise LineFault(f"body.dimensions: {wanted}; the model was trained for {known}", param="dimensions")
-        if model.matryoshka is None and not self._warned:
-            self._warned = True
-            self._ctx.log.warning(
-                "body.dimensions: the configuration of %r does not say that its vectors may be cut "
-                "(matryoshka_dimensions); short ones may find worse", model.name,
-            )  # fmt: skip
 
     def _length(self, given: Input, field: str) -> int:
         model = self._embedder

