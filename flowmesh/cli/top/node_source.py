@@ -104,7 +104,8 @@ def _slot(data: dict[str, Any]) -> Slot:
 def _about(status: dict[str, Any]) -> tuple[str, ...]:
     up = render.seconds(float(status.get("uptime_s") or 0.0))
     isolation = str(status.get("isolation") or "")
-    return (f"node {status.get('version') or '?'}", f"pid {status['pid']}", f"up {up}", isolation)
+    version = str(status.get("version") or "?").partition("+")[0]  # without the commit: the line has to fit 80 columns
+    return (f"node {version}", f"up {up}", isolation)
 
 
 def _troubles(status: dict[str, Any]) -> list[str]:
