@@ -16,7 +16,9 @@ MOST = 200
 
 
 def task_ids(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
-    """Ids of the node's tasks: those that it has now, and the last that ended."""
+    """Ids of the node's tasks: those that it has now, and the last that ended; with --redis the deployment's."""
+    if ctx.params.get("redis_url"):
+        return deployment_ids(ctx, _param, incomplete)
     status = _status(ctx)
     ids = [each["task_id"] for name in ("tasks", "recent") for each in status.get(name) or ()]
     return _matching(ids, incomplete)

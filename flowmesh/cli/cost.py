@@ -49,7 +49,7 @@ class Sum(msgspec.Struct, kw_only=True):
 
 
 @click.command(
-    help="Show what the tasks of this node have cost: their slots' cost per hour, and with a price their energy."
+    help="Show what the tasks of this node have cost: cost per hour of their slots, and with a price their energy."
 )
 @since_option
 @click.option(

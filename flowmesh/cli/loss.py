@@ -33,7 +33,7 @@ Points = list[tuple[float, float]]
 
 
 @click.command(help="Show the loss of a training task over its steps: of one that has ended, or so far.")
-@click.argument("task_id", metavar="TASK", shell_complete=completing.task_ids)
+@click.argument("task_id", metavar="TASK", shell_complete=completing.kept_ids)
 @click.option("--svg", type=click.Path(dir_okay=False), metavar="FILE", help="Write an SVG.")
 @click.option("--png", type=click.Path(dir_okay=False), metavar="FILE", help="Write a PNG; needs Pillow.")
 @locate.node_options

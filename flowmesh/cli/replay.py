@@ -23,7 +23,7 @@ from flowmesh.cli.history import journal_of
 from flowmesh.cli.local import LocalNode, LocalOptions
 from flowmesh.cli.replay_diff import differences
 from flowmesh.cli.show import find, fitted
-from flowmesh.cli.signals import Signals
+from flowmesh.cli.signals import Interrupted, Signals
 from flowmesh.cli.view import View, progress_stream, view_for
 from flowmesh.errors import EXIT_OK, FieldError, FlowMeshError
 from flowmesh.messages.text import escaped
@@ -68,7 +68,7 @@ def replay(
     attempts = find(journal_of(state_dir, config), task_id)
     before = next((each for each in attempts if each.detail.document is not None), attempts[0])
     document = document_of(before, dict(_pair(each) for each in given))
-    until = _until(until, before)
+    until = stop_after(until, before)
     name = f"replay-{before.entry.task_id[:150]}-{secrets.token_hex(3)}"
     folder = Path(results_dir or "replays").absolute()
     roots = () if config is not None else (str(Path.cwd()),)
@@ -196,13 +196,15 @@ def _run(submission: Submission, options: LocalOptions, *, until: str | None, as
                 Follow(
                     node, submission, worker, view=stopping, happened=happened, signals=signals, timeout_s=None
                 ).run()
+                if signals.count:
+                    raise Interrupted(signals.last, f"interrupted: {submission.task_id} was cancelled")
                 with Reader(node.state_dir / JOURNAL_FILE) as reader:
                     return reader.attempts(submission.task_id)[0], stopping.asked
         finally:
             view.stop()
 
 
-def _until(phase: str | None, before: Found) -> str | None:
+def stop_after(phase: str | None, before: Found) -> str | None:
     """The phase to stop after; None: it runs to its end.
 
     Raises:

@@ -7,6 +7,7 @@ import datetime
 import os
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,8 @@ def _timeline(detail: Detail, live: dict[str, Any] | None) -> Iterator[str]:
     for index, (name, at) in enumerate(found):
         until = found[index + 1][1] if index + 1 < len(found) else None
         took = "" if until is None else render.seconds(until - at)
+        if name == "running" and until is None:
+            took = f"{render.seconds(max(0.0, time.time() - at))} so far"
         what = _LABELS[name]
         if name == "done" and detail.deliveries is not None:
             what += f" ({render.count(detail.deliveries, 'attempt')})"
@@ -173,7 +176,7 @@ def _timeline(detail: Detail, live: dict[str, Any] | None) -> Iterator[str]:
 def _resources(entry: Entry, detail: Detail) -> Iterator[str]:
     used = detail.resources
     rows = [
-        ("ran for", render.seconds(entry.wall_s) if entry.started_at else ""),
+        ("ran for", render.seconds(entry.wall_s) if entry.started_at and entry.finished_at else ""),
         ("GPU time", render.seconds(entry.gpu_s) if entry.gpu_s else ""),
         ("CPU time", render.seconds(used["cpu_seconds"]) if used.get("cpu_seconds") is not None else ""),
         ("peak memory", _bytes(used.get("peak_rss_bytes"))),

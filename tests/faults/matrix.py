@@ -51,6 +51,10 @@ def plan(count: int, seed: int, only: str, skipped: dict[str, str], *, long: boo
         if why := (no_disks if each.disk else "") or (no_clock if each.sets_clock else "") or short:
             skipped[each.name] = why
     able = [each for each in FAULTS if only in each.name and each.name not in skipped]
+    if not able:
+        raise SystemExit(
+            f"no fault of this machine has {only!r} in its name; --only is a part of one, such as 'child:'"
+        )
     chosen = rng.sample(able, len(able))[:count]
     chosen += rng.choices(able, weights=[each.weight for each in able], k=count - len(chosen))
     return [(each, rng.getrandbits(32)) for each in chosen]
@@ -157,7 +161,7 @@ def as_text(outcome: Outcome) -> str:
     lines = [f"{'fault':<60} {'injections':>12} {'violations':>12}"]
     lines += [f"{name:<60} {count:>12} {bad:>12}" for name, count, bad in rows(outcome)]
     lines.append(f"{'all':<60} {outcome.done.total():>12} {len(outcome.violations):>12}")
-    lines += [f"left out: {name} ({why})" for name, why in outcome.skipped.items()]
+    lines += [f"left out: {name}\n  ({why})" for name, why in outcome.skipped.items()]
     return "\n".join(lines)
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 
 import pytest
@@ -153,6 +154,12 @@ def test_cancel_while_waiting_for_a_place_to_deliver(
         wait_state(node, second, "delivering")
         assert node.ask(op="cancel", task_id=second)["state"] == "delivering"
         assert orchestrator.wait_end(second, 10)["payload"]["error_kind"] == "cancelled"
+        for number in range(12):  # also while its results are written, before it waits
+            another = orchestrator.dispatch("w1", spec)
+            wait_state(node, another, "delivering")
+            time.sleep(number / 2000)
+            assert node.ask(op="cancel", task_id=another)["state"] == "delivering"
+            assert orchestrator.wait_end(another, 10)["payload"]["error_kind"] == "cancelled"
         assert orchestrator.ends(first) == []
         node.ask(op="cancel", task_id=first)
         assert orchestrator.wait_end(first)["payload"]["error_kind"] == "cancelled"

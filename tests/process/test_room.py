@@ -33,8 +33,14 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpf
 
 
 @contextlib.contextmanager
-def on_small_disk(server: RedisServer, name: str, config: str, size_mib: int = 24) -> Iterator[Node]:
-    """A node whose results (`results`) or state folder (`s`) is on a disk of a few MiB."""
+def on_small_disk(
+    server: RedisServer, name: str, config: str, size_mib: int = 24, *, word: str = "IDLE"
+) -> Iterator[Node]:
+    """A node whose results (`results`) or state folder (`s`) is on a disk of a few MiB.
+
+    Args:
+        word: the status that its worker has after the start.
+    """
     home = short_dir()
     mount = home / name
     mount.mkdir(mode=0o700)
@@ -49,7 +55,9 @@ def on_small_disk(server: RedisServer, name: str, config: str, size_mib: int = 2
         pytest.skip(f"this system does not allow mounting a tmpfs: {done.stderr.strip()}")
     node = Node(server, config=config + TYPES, home=home)
     try:
-        yield node.start()
+        node.start(wait=False)
+        node.wait_status(word)
+        yield node
     except BaseException:
         print(node.text()[-6000:])
         raise
@@ -100,8 +108,7 @@ def test_the_look_before_a_launch_puts_the_task_back(redis_server: RedisServer, 
 @needs_root
 def test_tasks_do_not_wait_for_room_for_ever(redis_server: RedisServer, orchestrator: Orchestrator) -> None:
     settings = f"[results]\nmin_free_bytes = {100 * MIB}\nwait_for_room_s = 0.5\n"
-    with on_small_disk(redis_server, "s", settings) as node:
-        node.wait_status("DEGRADED")
+    with on_small_disk(redis_server, "s", settings, word="DEGRADED") as node:
         end = orchestrator.run("w1", {"taskType": "echo"})
         assert (end["type"], end["payload"]["error_kind"], end["payload"]["retryable"]) == (
             "TASK_FAILED", "node_fault", True,

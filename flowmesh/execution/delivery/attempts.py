@@ -160,7 +160,10 @@ class Attempts:
         return None if self._stopped() else why
 
     async def _wait(self, what: Coroutine[Any, Any, Any]) -> bool:
-        """False if the delivery was stopped meanwhile."""
+        """False if the delivery was stopped before or meanwhile."""
+        if self._stopped():  # while something else was awaited: nothing would end this wait
+            what.close()
+            return False
         self._waiting = asyncio.create_task(what)
         try:
             await asyncio.wait({self._waiting})

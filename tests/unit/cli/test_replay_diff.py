@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flowmesh.cli.replay import document_of
+from flowmesh.cli.replay import document_of, stop_after
 from flowmesh.cli.replay_diff import differences, items_of, lines, renamed
 from flowmesh.errors import FieldError
 from flowmesh.tasks.history import Detail, Entry, Found
@@ -45,11 +45,12 @@ def test_two_runs_of_a_failed_task_and_of_a_training_do_not_differ() -> None:
 
 
 def test_what_is_printed() -> None:
-    before = found(versions={"torch": "2.1"}, phases={"load": 1.0}, gpus={"GPU-1": "H100"})
+    before = found(versions={"torch": "2.1", "peft": "1"}, phases={"load": 1.0}, gpus={"GPU-1": "H100"})
     now = found(versions={"torch": "2.2"}, phases={"load": 2.0})
     text = "\n".join(lines(before, now, ({"x": 1}, {"x": 2}), until=None))
     for part in ("ok, as before", "x: 1 -> 2", "torch: 2.1 -> 2.2", "H100 -> none", "load", "2.0 s"):
         assert part in text
+    assert "peft" not in text, "the second run may have ended before it imported it"
     assert "not compared" in "\n".join(lines(before, now, (None, {}), until=None))
     assert "stopped   after load" in "\n".join(lines(before, now, ({}, {}), until="load"))
 
@@ -66,3 +67,15 @@ def test_hidden_secrets_must_be_given_and_go_where_they_were(monkeypatch: pytest
         document_of(task, {"spec.none": "OPENS", "spec.urls[0].a": "OPENS"})
     with pytest.raises(FieldError, match="not kept whole"):
         document_of(found(document={}, whole=False), {})
+
+
+def test_a_phase_to_stop_after_is_one_that_the_task_had(capsys: pytest.CaptureFixture[str]) -> None:
+    before = found(phases={"fetch": 0.1, "load": 1.0, "save": 0.1})
+    assert stop_after("load", before) == "load"
+    assert stop_after(None, before) is None
+    assert stop_after("save", before) is None
+    assert "save is its last phase: it runs to its end" in capsys.readouterr().err
+    with pytest.raises(FieldError, match=r"no phase 'lode'; it had: fetch, load, save"):
+        stop_after("lode", before)
+    with pytest.raises(FieldError, match="entered no phase; leave --until out"):
+        stop_after("load", found())
