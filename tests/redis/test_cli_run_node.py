@@ -9,10 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 
+from tests.kit.batch_files import embedding, write
 from tests.kit.paths import ROOT
 from tests.kit.support import short_dir
 
@@ -89,18 +91,21 @@ def test_two_files_on_one_node_as_json(place):
     assert list((place / "tmp").iterdir()) == []
 
 
-def test_a_batch_file(place):
-    pytest.importorskip("transformers", reason="needs the extra 'inference'")
+def test_batch_files(place):
+    """One of chats and one of embeddings, of the same model."""
+    pytest.importorskip("sentence_transformers", reason="needs the extra 'rag'")
     file = shutil.copy(ROOT / "conf/tasks/data/batch.jsonl", place)
-    code, out, err = run(place, file, "--model", "builtin:tiny-llama", "--engine", "transformers", "--task-id", "batch")
+    vectors = write(place / "vectors.jsonl", embedding("first"), embedding("second", ["a task", "the node"]))
+    code, out, err = run(place, file, str(vectors), "--model", "builtin:tiny-llama", "--engine", "transformers")
     assert code == 0, err
-    output = place / "results/batch/artifacts/output.jsonl"
-    assert f"\noutput: {output} (3 lines)\n" in out
-    assert [json.loads(line)["custom_id"] for line in output.read_text().splitlines()] == [
-        "brief",
-        "drawn",
-        "continued",
-    ]
+    found = set()
+    for line in out.splitlines():
+        if line.startswith("output: "):
+            output, lines = line.removeprefix("output: ").removesuffix(" lines)").rsplit(" (", 1)
+            answers = Path(output).read_text().splitlines()
+            assert len(answers) == int(lines)
+            found.add(tuple(json.loads(answer)["custom_id"] for answer in answers))
+    assert found == {("brief", "drawn", "continued"), ("first", "second")}
 
 
 def test_ctrl_c(place):
