@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import signal
+from pathlib import Path
 
 from tests.faults.rig import Rig
-from tests.faults.table import crashes, fault
+from tests.faults.table import crashes, fault, until
 from tests.kit.http_server import Stall
 
 
@@ -70,13 +72,20 @@ def _(rig: Rig, rng: random.Random) -> None:
     rig.start_node()
 
 
+def _in_its_place(log: Path) -> bool:
+    """A folder instead of the log; False if the fork server that was started again was faster."""
+    log.unlink(missing_ok=True)
+    with contextlib.suppress(FileExistsError):
+        log.mkdir()
+    return log.is_dir()
+
+
 @fault("delivery: its environment is broken and mended")
 def _(rig: Rig, rng: random.Random) -> None:
     deliver(rig)
     rig.hit(rig.server_pid("delivery"), signal.SIGKILL)
     log = rig.node.state_dir / "log" / "delivery.log"
-    log.unlink(missing_ok=True)
-    log.mkdir()
+    until(lambda: _in_its_place(log), "a folder is where the log was")
     for _ in range(rng.randint(1, 3)):
         deliver(rig)
     rig.pause(rng, 1.0)

@@ -42,8 +42,8 @@ END_S = 40.0
 """A task without a terminal event after this time is lost."""
 HANG_S = 25.0
 """No task of the matrix is silent for this long."""
-SOCKET_SLACK = 3
-"""How many more connections to Redis the client's pool may keep than at the first count."""
+SOCKET_SLACK = 6
+"""How many more connections to Redis the pools of events and of the queue may keep than at the first count."""
 
 CONFIG = f"""
 [redis]
