@@ -50,6 +50,7 @@ def test_a_node_counts_what_its_tasks_did(gpu_node: MakeGpuNode, orchestrator: O
     node.let_go(task_id)
     orchestrator.wait_end(task_id)
     until(lambda: (jobs / "0").read_text() == "", "no task is on the first GPU")
+    until(lambda: "flowmesh_heartbeat_late_seconds{" in node.ask(op="metrics")["text"], "a heartbeat was sent")
     samples = parsed(node.ask(op="metrics")["text"])
     assert value(samples, "flowmesh_task_exits_total", type="echo", verdict="ok") == 2
     assert value(samples, "flowmesh_task_exits_total", type="none", verdict="bad_request") == 2
