@@ -46,6 +46,8 @@ from flowmesh.tasks.journal_db import JOURNAL_FILE
 
 FAREWELL_TIMEOUT_S = 5.0
 LOCK_INTERVAL_S = 1.0
+RECOVERY_WAIT_S = 20.0
+"""How long a stop waits for the first look at the node's folders."""
 SIGNAL_WAIT_S = 0.01
 """Before an exec: a signal that came before signals were held is handled in this time."""
 FLUSH_TIMEOUT_S = 10.0
@@ -72,6 +74,8 @@ class Supervisor:
         self._hides = hides
         self._environ = environment
         self._stop = asyncio.Event()
+        self._recovers = asyncio.Event()
+        """Set once the tasks of an earlier supervisor are about to be taken over: before that, none is known."""
         self._upgrade = False
         self._next_workers: set[str] = set()
         """The workers that a new supervisor will have."""
@@ -111,6 +115,8 @@ class Supervisor:
     async def _ended(self, tasks: list[asyncio.Task[Any]]) -> bool:
         """Wait for a stop and its end; False where it was taken back."""
         await self._until_stopped(tasks)
+        with contextlib.suppress(TimeoutError):  # a signal during a hand-over: its tasks are not known yet
+            await asyncio.wait_for(self._recovers.wait(), RECOVERY_WAIT_S)
         if self._upgrade:
             await self._hand_over()
         return await self.drain.ended()
@@ -210,6 +216,7 @@ class Supervisor:
         mode = self.drain.kept
         self.executor.draining = mode  # no task of the queue starts meanwhile
         await self.executor.look_first()
+        self._recovers.set()  # `recover` lists the tasks before it awaits anything
         await recover(self.executor)
         if mode is not None:
             logger.info("the drain that began before the restart continues; `flowmesh drain --cancel` ends it")
