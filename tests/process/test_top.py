@@ -77,7 +77,7 @@ def test_the_command_line_of_a_task_names_it_and_its_fork_server(busy: Scene) ->
 
 def test_on_80_columns(busy: Scene) -> None:
     with on_screen(busy, 80, 24) as terminal:
-        text = terminal.wait("Last verdicts", "q quit")
+        text = terminal.wait("Last verdicts", "q quit", "attempt ", "delivery_failed", "tok/s", "loss 0.74")
         lines = text.splitlines()
         assert max(map(cell_len, lines)) <= 80
         for part in (
