@@ -69,11 +69,6 @@ class Terminal:
         except (KeyError, PermissionError):
             raise ConfigError(f"tasks run as {user}, who cannot be given this terminal: run this as root") from None
 
-    @property
-    def attached(self) -> bool:
-        """Whether the task has it."""
-        return self._peer is not None
-
     def pass_on(self, number: int) -> bool:
         """Send a signal to the program; False: it has none yet, or no more."""
         if self._peer is None:

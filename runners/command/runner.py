@@ -47,7 +47,6 @@ class Call(msgspec.Struct, frozen=True):
 class CommandRunner(Runner):
     def run(self, ctx: Context) -> dict[str, Any]:
         spec = read_command(ctx)
-        check_allowed(ctx, spec)
 
         def begin(call: Call) -> int:
             argv = call.argv or spec.command or (*SHELL, str(spec.script))
@@ -59,16 +58,20 @@ class CommandRunner(Runner):
 class PythonRunner(Runner):
     def run(self, ctx: Context) -> dict[str, Any]:
         spec = read_python(ctx)
-        check_allowed(ctx, spec)
         return _run(ctx, spec, lambda call: _begin_python(ctx, spec, call))
 
 
 def _run(ctx: Context, spec: CommandSpec | PythonSpec, begin: Callable[[Call], int]) -> dict[str, Any]:
+    if spec.attach is None:
+        check_allowed(ctx, spec)
     space = workspace.make(ctx, spec)
     with _lines(space) as lines, _caller(spec) as attached:
         call, connection, logs = Call(space, Place(space.folder, space.env, lines)), None, ctx.out_dir / "logs"
         if attached is not None:
             caller = attached.caller
+            if not caller.argv:
+                raise BadRequest("spec.attach: the caller names no program")
+            check_allowed(ctx, spec, caller.argv)
             node_has = (*_FROM_NODE, *_OF_USER) if ctx.job.permits.own_user else _FROM_NODE
             ours = {name: value for name, value in space.env.items() if name.startswith(node_has)}
             if not os.access(caller.cwd, os.X_OK):

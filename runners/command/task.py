@@ -106,9 +106,13 @@ def read_python(ctx: Context) -> PythonSpec:
     return _read(ctx, PythonSpec, ("code", "function", "file", "module"))
 
 
-def check_allowed(ctx: Context, spec: CommandSpec | PythonSpec) -> None:
-    """Raises BadRequest if the operator does not allow this program."""
-    patterns, line = ctx.job.permits.commands, spec.line()
+def check_allowed(ctx: Context, spec: CommandSpec | PythonSpec, argv: tuple[str, ...] = ()) -> None:
+    """Raises BadRequest if the operator does not allow this program.
+
+    Args:
+        argv: what runs instead of the document's program, where a caller is attached.
+    """
+    patterns, line = ctx.job.permits.commands, shlex.join(argv) if argv else spec.line()
     if not any(fnmatch.fnmatchcase(line, pattern) for pattern in patterns):
         what = f"{line!r:.200} is" if line else f"spec.{'script' if isinstance(spec, CommandSpec) else 'code'} is"
         raise BadRequest(

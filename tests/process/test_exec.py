@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from flowmesh.cli.terminal import Terminal
 from tests.kit.paths import ROOT
 from tests.kit.promises import CONFIG, leaves
-from tests.kit.support import Node, RedisServer, alive, running, until
+from tests.kit.support import Node, Orchestrator, RedisServer, alive, running, until
 
 pytestmark = pytest.mark.redis
 
@@ -273,3 +274,17 @@ def test_where_tasks_run_as_another_user(redis_server: RedisServer, project: Pat
         code, _, errors = call(node, closed, [*begin, "true"], "")
         assert code == 1
         assert f"may not enter {closed}" in errors
+
+
+def test_the_operators_patterns_are_for_what_runs(
+    redis_server: RedisServer, orchestrator: Orchestrator, tmp_path: Path
+) -> None:
+    """Not for what the document says: a caller brings a command line of its own."""
+    node = Node(redis_server, "--set=tasks.allow_command=/bin/echo *", config=CONFIG + ALLOWED)
+    with running(node), Terminal(("/bin/sh", "-c", f"touch {tmp_path}/ran")) as terminal:
+        spec = {"taskType": "command", "command": ["/bin/echo", "hi"], "attach": str(terminal.path)}
+        end = orchestrator.run("w1", spec)
+        assert end["payload"]["error_kind"] == "bad_request"
+        assert "tasks.allow_command" in end["error"]
+        assert not (tmp_path / "ran").exists()
+        assert orchestrator.run("w1", {**spec, "attach": None})["type"] == "TASK_SUCCEEDED"
