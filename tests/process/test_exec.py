@@ -27,8 +27,6 @@ ALLOWED = """
 [task_types.python]
 environment = "light"
 """
-EARLY = {name: value for name, value in os.environ.items() if name.startswith("HF_")}
-"""What the node passes on to its tasks. Libraries that tests import set other variables in this process."""
 FLOWMESH = (sys.executable, "-P", "-m", "flowmesh.cli.main", "exec", "-q")
 
 MAIN = """
@@ -76,6 +74,8 @@ FILES = {
 def node() -> Iterator[Node]:
     with contextlib.closing(RedisServer()) as server:
         node = Node(server, "--set=tasks.allow_command=*", config=CONFIG + ALLOWED)
+        # What libraries read when they are imported is compared. Other tests of this process change os.environ later.
+        node.env |= {name: value for name, value in os.environ.items() if name.startswith("HF_")}
         with running(node):
             yield node
             until(lambda: not leaves(node), "no process of a task", 5.0)
@@ -93,7 +93,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def environment(node: Node) -> dict[str, str]:
-    env = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ} | EARLY
+    env = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    env |= {name: value for name, value in node.env.items() if name.startswith("HF_")}
     (node.home / "t").mkdir(exist_ok=True)
     return env | {"PYTHONPATH": str(ROOT), "TMPDIR": str(node.home / "t")}
 
