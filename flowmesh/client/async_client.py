@@ -146,7 +146,10 @@ class AsyncClient:
         async for line in client.logs(task.task_id, follow=True):
             print(line)
         """
-        checked(task_id)
+        if pipelines.is_one(await self.state(task_id)):
+            async for line in self._pipeline_logs(task_id, follow):
+                yield line
+            return
         reader, began = LogReader(), time.monotonic()
         asked = float("-inf")
         while not reader.ended:
@@ -157,6 +160,17 @@ class AsyncClient:
                 yield line
             if not reader.answered and time.monotonic() - began > ANSWER_S:
                 raise requests.no_answer(task_id, ANSWER_S)
+
+    async def _pipeline_logs(self, task_id: str, follow: bool) -> AsyncIterator[str]:
+        """What its driver said of its stages, which lies in Redis."""
+        reader = LogReader(names.pipeline_key(task_id, "log"))
+        while not reader.ended:
+            state = await self.state(task_id)  # before the lines are read, so that the last ones are not missed
+            lines = list(reader.take(await self._run([reader.command(wait=follow)])))
+            for line in lines:
+                yield line
+            if not lines and (not follow or state is None or state.ended):
+                return
 
     async def cancel(self, task_id: str, reason: str = "cancelled", *, force: bool = False) -> str:
         """As `Client.cancel`.

@@ -191,6 +191,8 @@ class Client:
     def logs(self, task_id: str, follow: bool = False) -> Iterator[str]:
         """The lines of a task's logs, sent by its node: secrets hidden, control characters escaped.
 
+        Of a pipeline: a line for each change of a stage. The stages' own logs are those of their tasks.
+
         Args:
             follow: until the task ends; False: those that there are now.
 
@@ -200,7 +202,9 @@ class Client:
             for line in client.logs(task.task_id, follow=True):
                 print(line)
         """
-        checked(task_id)
+        if pipelines.is_one(self.state(task_id)):
+            yield from self._pipeline_logs(task_id, follow)
+            return
         reader, began = LogReader(), time.monotonic()
         asked = float("-inf")
         while not reader.ended:
@@ -210,6 +214,16 @@ class Client:
             yield from reader.take(self._run([reader.command()]))
             if not reader.answered and time.monotonic() - began > ANSWER_S:
                 raise requests.no_answer(task_id, ANSWER_S)
+
+    def _pipeline_logs(self, task_id: str, follow: bool) -> Iterator[str]:
+        """What its driver said of its stages, which lies in Redis."""
+        reader = LogReader(names.pipeline_key(task_id, "log"))
+        while not reader.ended:
+            state = self.state(task_id)  # before the lines are read, so that the last ones are not missed
+            lines = list(reader.take(self._run([reader.command(wait=follow)])))
+            yield from lines
+            if not lines and (not follow or state is None or state.ended):
+                return
 
     def cancel(self, task_id: str, reason: str = "cancelled", *, force: bool = False) -> str:
         """Cancel a task, wherever it is.

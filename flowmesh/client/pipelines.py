@@ -16,10 +16,10 @@ from flowmesh.messages import wire
 from flowmesh.pipelines.document import Pipeline, is_pipeline, read
 from flowmesh.queue import names, pipeline_scripts
 from flowmesh.queue.classes import RequirementClass, class_of, owner_of
-from flowmesh.queue.records import fields_of, text
+from flowmesh.queue.records import TaskState, fields_of, text
 from flowmesh.queue.workers import NeverFits, refuse_unless_possible
 
-__all__ = ["LONGEST_ID", "StageState", "classes_of", "is_pipeline", "refuse_worker", "stages", "submit"]
+__all__ = ["LONGEST_ID", "StageState", "classes_of", "is_one", "is_pipeline", "refuse_worker", "stages", "submit"]
 
 LONGEST_ID = 120
 """Of a pipeline: the ids of its tasks begin with it."""
@@ -71,6 +71,11 @@ def submit(
     if text(answer) == "exists":
         raise TaskExists(f"{task_id}: a task of this id has not ended; choose another one, or wait for it")
     return Task(task_id=task_id)
+
+
+def is_one(state: TaskState | None) -> bool:
+    """Whether a record is a pipeline's."""
+    return state is not None and state.task_type == pipeline_scripts.TYPE
 
 
 def refuse_worker(worker: str | None) -> None:

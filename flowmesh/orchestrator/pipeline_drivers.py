@@ -1,7 +1,7 @@
 """Drives submitted pipelines: each in a small process beside this supervisor, outside the slots.
 
-A driver holds its pipeline by a lease in Redis, which it renews itself: one that hangs or dies, and one whose node dies,
-is followed by another one, on any node. It has this process's end of two pipes: it ends when its input is closed, and
+A driver holds its pipeline by a lease in Redis, which it renews itself. One that hangs or dies, or whose node dies, is
+followed by another one, on any node. It has this process's end of two pipes: it ends when its input is closed, and
 its output has signs of life. Its exit status is not used; the supervisor's SIGCHLD handler collects it.
 """
 
@@ -39,6 +39,7 @@ SILENCE_S = 120.0
 """A driver that gives no sign of life for so long is killed. Its lease has ended long before."""
 FAREWELL_S = 3.0
 """How long a driver may take to leave its pipeline to another one when the node ends."""
+SHORTEST_LEASE_MS = 3000
 AGAIN_S = 2.0
 """After a driver could not be started."""
 
@@ -64,7 +65,8 @@ class _Process:
             start_new_session=True,
         )
         process.returncode = 0  # the supervisor's SIGCHLD handler reaps it, not this object
-        assert process.stdin is not None and process.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
         self.pid = process.pid
         self.stdin, self.stdout = process.stdin, process.stdout
         with contextlib.suppress(OSError):
@@ -86,9 +88,7 @@ class PipelineDrivers:
         settings = executor.settings
         self.most = settings.queue.pipelines
         self._settings = settings
-        self._lease_ms = int(
-            1000 * max(3.0, min(pipeline_scripts.LEASE_MS / 1000, settings.queue.take_over_after_s / 4))
-        )
+        self._lease_ms = _lease_ms(settings.queue.take_over_after_s)
         self._executor = executor
         self._registration = registration
         self._client = client
@@ -214,6 +214,11 @@ class PipelineDrivers:
             _kill(process)
         finally:
             transport.close()
+
+
+def _lease_ms(take_over_after_s: float) -> int:
+    """The usual lease, or a shorter one where nodes are taken over sooner."""
+    return max(SHORTEST_LEASE_MS, min(pipeline_scripts.LEASE_MS, int(take_over_after_s * 250)))
 
 
 def _kill(process: _Process) -> None:

@@ -202,8 +202,8 @@ class QueuePort:
         if not fields.get("state"):
             since = self._missing.setdefault(task_id, time.monotonic())
             if time.monotonic() - since > LOST_S:
-                error = "its record in Redis is gone"
-                self._events.append(Ended(task_id=task_id, ok=False, verdict="supervisor_lost", error=error))
+                gone = "its record in Redis is gone"
+                self._events.append(Ended(task_id=task_id, ok=False, verdict="supervisor_lost", error=gone))
             return
         self._missing.pop(task_id, None)
         end = end_in(fields)

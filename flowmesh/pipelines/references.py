@@ -176,7 +176,7 @@ def value_at(reference: Reference, results: Mapping[str, Any]) -> Any:
         value = below(reference.stage, result, parse(reference.path))
     except PathError as error:
         raise PathError(f"{shown}: {_NOT_WHOLE}" if short else f"{shown}: {error}") from None
-    if short and (isinstance(value, dict) and "omitted" in value or value == result):
+    if short and ((isinstance(value, dict) and "omitted" in value) or value == result):
         raise PathError(f"{shown}: {_NOT_WHOLE}")
     return value
 
