@@ -31,15 +31,15 @@ from flowmesh.queue import pipeline_scripts
 from flowmesh.settings import addresses
 from flowmesh.settings.secret_files import read_secret
 
-POLL_S = (4.0, 8.0)
-"""Between two looks for a pipeline whose driver is gone."""
+LOOK = (0.25, 0.5)
+"""Between two looks for a pipeline whose driver is gone, in leases."""
+SHORTEST_LEASE_MS = 3000
 STEP_S = 1.0
 """Between two looks at whether this node drains."""
 SILENCE_S = 120.0
 """A driver that gives no sign of life for so long is killed. Its lease has ended long before."""
 FAREWELL_S = 3.0
 """How long a driver may take to leave its pipeline to another one when the node ends."""
-SHORTEST_LEASE_MS = 3000
 AGAIN_S = 2.0
 """After a driver could not be started."""
 
@@ -117,7 +117,7 @@ class PipelineDrivers:
                     self._end_drivers()
                 elif self._again.is_set() or time.monotonic() >= next_look:
                     self._again.clear()
-                    next_look = time.monotonic() + random.uniform(*POLL_S)
+                    next_look = time.monotonic() + random.uniform(*LOOK) * self._lease_ms / 1000
                     await self._look()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(STEP_S):
