@@ -17,7 +17,6 @@ from pathlib import Path
 import msgspec
 
 from flowmesh.errors import DeliveryError
-from flowmesh.messages.cloud import Keys
 from flowmesh.messages.job import MAX_OUTCOME_BYTES, Outcome
 from flowmesh.messages.text import encode_json
 from flowmesh.processes.pipe import VERSION, Finished, Frame, Hello, Pipe, Progress
@@ -86,14 +85,13 @@ def deliver(
     )
 
 
-def main(pipe: Pipe | None, spool: Path, token: str | None = None, keys: Keys | None = None, *, again: bool = False) -> int:
+def main(pipe: Pipe | None, spool: Path, token: str | None = None, *, again: bool = False) -> int:
     """Carry out `spool`/delivery.json, and leave delivered.json there.
 
     A second process for the same spool folder waits for the first, and then finds its work done.
 
     Args:
         pipe: gets frames; the delivery continues if the node is gone.
-        token, keys: the node's.
         again: send everything once more, even what has arrived.
 
     Returns:

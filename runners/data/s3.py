@@ -7,7 +7,7 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 from urllib.parse import quote, unquote
 
 import msgspec
@@ -22,9 +22,18 @@ from runners.data.cache import Entry, Meta
 if TYPE_CHECKING:
     import requests
 
-    from runners.data.download import Fetched
 
-Fetch = Callable[[Context, str, str], "Fetched"]
+class Fetched(Protocol):
+    """See `download.Fetched`."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def entry(self) -> Entry: ...
+    def derived(self, name: str, make: Callable[[Path], None], /) -> Path: ...
+
+
+Fetch = Callable[[Context, str, str], Fetched]
 TIMEOUT_S = 90.0
 """Longer than the gateway's own, so that its answer says why."""
 DEFAULT_MAX_BYTES = 500 * 2**30

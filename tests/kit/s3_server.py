@@ -50,7 +50,7 @@ class S3Server:
 
     @contextlib.contextmanager
     def checking_keys(self) -> Iterator[dict[str, str]]:
-        """Inside, requests need the key of a user that the server knows; yields one whose policy allows `empty` only."""
+        """Inside, requests need a key that the server knows; yields one that may read `data/empty` only."""
         import botocore.session
         import requests
 

@@ -13,7 +13,6 @@ from flowmesh.messages.cloud import Keys, S3Access
 from flowmesh.messages.gateway import Gateway
 from flowmesh.results.gateway import Note, Server
 from runners.api import BadRequest, Context, RunnerError
-from runners.data import s3
 from runners.data.download import fetch
 from runners.data.files import FileData, files_of
 from runners.data.readers import read
@@ -130,7 +129,9 @@ def test_a_folder_of_objects_is_cached_whole_and_made_again_after_a_change(readi
     assert local_path(again, "s3://data/model/", "spec.x") == Path(first.path)
     # What was gathered lies in the cache once.
     assert sum(each.stat().st_size for each in again.cache_dir.glob("downloads/*/file-*/sub/weights.bin")) == 1000
-    assert not [each for each in again.cache_dir.glob("downloads/*/file-*") if each.is_file() and each.stat().st_size == 1000]
+    assert not [
+        each for each in again.cache_dir.glob("downloads/*/file-*") if each.is_file() and each.stat().st_size == 1000
+    ]
     server.put("data", {"model/config.json": b'{"new": 1}'})
     changed = local_path(reading(task_id="c"), "s3://data/model/", "spec.x")
     assert (changed / "config.json").read_bytes() == b'{"new": 1}'
@@ -157,19 +158,15 @@ def test_a_copy_is_revalidated_and_a_part_is_resumed(reading: Reach, server: S3S
 
 
 def test_bounds_of_a_folder(reading: Reach) -> None:
-    with pytest.raises(BadRequest, match="more than the node's setting runners.unpack_max_bytes"):
+    with pytest.raises(BadRequest, match=r"more than the node's setting runners\.unpack_max_bytes"):
         local_path(reading(limits={"unpack_max_bytes": 100}), "s3://data/model/", "spec.x")
     with pytest.raises(BadRequest, match=r"more than 2 objects begin so \(runners.unpack_max_files\)"):
         local_path(reading(limits={"unpack_max_files": 2}), "s3://data/train/", "spec.x")
 
 
-def test_credentials_of_a_file_are_read_again_and_never_shown(
-    reading: Reach, server: S3Server, tmp_path: Path
-) -> None:
+def test_credentials_of_a_file_are_read_again_and_never_shown(reading: Reach, server: S3Server, tmp_path: Path) -> None:
     file = tmp_path / "credentials"
-    access = S3Access(
-        read=("s3://data",), endpoint_url=server.url, credentials_file=str(file), profile="node"
-    )
+    access = S3Access(read=("s3://data",), endpoint_url=server.url, credentials_file=str(file), profile="node")
     ctx = reading(access)
     with pytest.raises(RunnerError, match=r"cloud.credentials_file: .* cannot be read: no such file"):
         fetch(ctx, "s3://data/empty", "spec.x")
