@@ -192,10 +192,8 @@ class S3Uploads:
     def _failure(self, error: Exception, location: Location) -> UploadError:
         found = error_of(error, location, self._access)
         text = str(found)
-        if found.kind == "passing":
-            return TryAgain(text, found.status)
-        if found.kind == "node" and (found.status in (400, 401, 403) or found.status is None):
-            return TryAgain(text, found.status, patience=_REFUSED)
+        if found.may_pass:
+            return TryAgain(text, found.status, patience=None if found.kind == "passing" else _REFUSED)
         return UploadError(text, found.status)
 
 
