@@ -21,6 +21,7 @@ from tests.gpu.kit.steps import MORE as MORE_STEPS
 from tests.gpu.kit.steps import STEPS
 from tests.kit.paths import ROOT
 from tests.kit.support import alive, below, short_dir, until, with_mark
+from tests.kit.wheels import write_wheel
 
 pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs a C compiler for the stub of NVML")
 
@@ -143,11 +144,23 @@ def command_of(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
 
 
-def test_hardware_that_is_registered_otherwise_is_shown_with_both(start: Start, out: Path) -> None:
-    kit = start("--only", "hardware,nonsense", **{MORE_LINES: "driver 999.1"})
+WHO = """
+import os, sys
+with open(os.environ["WHO_IMPORTS"], "a") as file:
+    print(*sys.orig_argv, file=file)
+"""
+
+
+def test_wheels_reach_the_node_and_hardware_that_is_registered_otherwise_is_shown(
+    start: Start, out: Path, tmp_path: Path
+) -> None:
+    write_wheel(tmp_path, "flowmesh_kit_probe", "1.0", files={"sitecustomize.py": WHO})
+    more = {MORE_LINES: "driver 999.1", "WHO_IMPORTS": str(tmp_path / "who")}
+    kit = start("--only", "hardware,nonsense", "--wheels", str(tmp_path), **more)
     shown, _ = kit.communicate(timeout=60)
     assert kit.returncode == 1, shown
     failed = {row["step"]: row for row in report(out)["rows"] if row["status"] == "FAILED"}
     assert failed["plan"]["why"].startswith("unknown: nonsense; there are: hardware, fork-servers, release,")
     assert '"driver_version": "999.1"' in failed["hardware"]["evidence"]["registered"]
     assert '"driver_version": "580.159.04"' in failed["hardware"]["evidence"]["nvidia-smi's"]
+    assert "-m flowmesh.cli.supervisor" in (tmp_path / "who").read_text()

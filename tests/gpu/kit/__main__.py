@@ -95,8 +95,8 @@ class Guard:
         except subprocess.TimeoutExpired:
             self._session.kill()
             status = self._session.wait()
-        if status < 0:
-            end_early(self._out, f"the session ended by {signal.Signals(-status).name}")
+        how = f"by {signal.Signals(-status).name}" if status < 0 else f"with {status}"
+        end_early(self._out, f"the session ended {how}")
         return status if 0 <= status < 3 else 1
 
     def _wait(self, session: subprocess.Popen[bytes]) -> int:

@@ -287,8 +287,22 @@ class Scene:
         return self.peer.dispatch(worker, {"taskType": task_type, "do": do, "dry": self.dry, **spec})
 
     def end_of(self, task_id: str) -> dict[str, Any]:
-        """The task's terminal event."""
-        return self.peer.wait_end(task_id, max(self.left_s, 0.1))
+        """The task's terminal event.
+
+        Raises:
+            AssertionError: there is none within the step's time; with the reason of a worker that starts nothing.
+        """
+        try:
+            return self.peer.wait_end(task_id, max(self.left_s - 1, 0.1))
+        except AssertionError as error:
+            raise AssertionError(f"{error}; the worker: {self.reason() or 'has no reason'}") from None
+
+    def reason(self, worker: str = "w1") -> str:
+        """Why the shared node's worker starts no task; empty if it does."""
+        if self._node is None:
+            return ""
+        workers = self._node.ask(op="status")["workers"]
+        return next((each["reason"] or "" for each in workers if each["worker_id"] == worker), "")
 
     def result(self, task_id: str, node: Node | None = None) -> dict[str, Any]:
         """The result of a task that must succeed.

@@ -88,6 +88,7 @@ class Session:
             site = options.scratch / "site"
             what = install(ROOT, options.wheels, site)
             self._add("install", "wheels installed into a folder of their own", Status.NOTED, value=what)
+            sys.path.insert(1, str(site))
             self._env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(site), self._env.get("PYTHONPATH", "")])
         if options.dry:
             from tests.gpu.kit import dry

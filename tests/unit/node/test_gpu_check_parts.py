@@ -15,6 +15,7 @@ from tests.gpu.kit.budget import Share, seconds_for
 from tests.gpu.kit.report import Report, Row, Status
 from tests.kit.nvml_stub.harness import Stub, run_with_stub
 from tests.kit.paths import ROOT
+from tests.kit.wheels import write_wheel
 
 
 def share(name: str, priority: int, most_s: float, least_s: float = 1) -> Share:
@@ -41,26 +42,12 @@ def test_eight_minutes_are_enough_for_each_step_to_begin() -> None:
     assert left_s >= 0
 
 
-def wheel(folder: Path, name: str, version: str, *needs: str) -> Path:
-    path = folder / f"{name}-{version}-py3-none-any.whl"
-    info = f"{name}-{version}.dist-info"
-    lines = [f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}", *(f"Requires-Dist: {each}" for each in needs)]
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(f"{name}/__init__.py", f"VERSION = {version!r}\n")
-        archive.writestr(f"{info}/METADATA", "\n".join(lines) + "\n")
-        archive.writestr(
-            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: t\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-        )
-        archive.writestr(f"{info}/RECORD", "")
-    return path
-
-
 def test_only_what_is_missing_or_does_not_fit_is_installed(tmp_path: Path) -> None:
     wheels = tmp_path / "wheels"
     wheels.mkdir()
     assert "no folder wheels-not-here" in install.install(ROOT, tmp_path / "wheels-not-here", tmp_path / "site")
-    wheel(wheels, "flowmesh_kit_probe", "1.0")
-    here = wheel(wheels, "redis", metadata.version("redis"))
+    write_wheel(wheels, "flowmesh_kit_probe", "1.0")
+    here = write_wheel(wheels, "redis", metadata.version("redis"))
     assert install.install(ROOT, wheels, tmp_path / "site") == "flowmesh-kit-probe==1.0"
     assert (tmp_path / "site" / "flowmesh_kit_probe" / "__init__.py").is_file()
     assert not (tmp_path / "site" / "redis").exists()
@@ -75,7 +62,8 @@ def test_only_what_is_missing_or_does_not_fit_is_installed(tmp_path: Path) -> No
 
 def test_what_does_not_fit_is_not_packed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "pack"
-    small = wheel(tmp_path, "redis", "8.1.0", 'async-timeout; python_full_version < "3.11.3"')
+    unneeded = 'async-timeout; python_full_version < "3.11.3"'
+    small = write_wheel(tmp_path, "redis", "8.1.0", needs=(unneeded,))
     assert pack.keep([small], folder) == 0
     assert [each.name for each in folder.iterdir()] == [small.name]
     assert "1 wheels, of 50 MiB that may travel" in capsys.readouterr().out
@@ -88,7 +76,7 @@ def test_what_does_not_fit_is_not_packed(tmp_path: Path, capsys: pytest.CaptureF
     assert pack.keep([large], folder) == 1
     assert "too large: nothing was written" in capsys.readouterr().err
     assert [each.name for each in folder.iterdir()] == [small.name], "what was packed before stays"
-    odd = wheel(tmp_path, "rich", "15.0", "a-package-that-nobody-has")
+    odd = write_wheel(tmp_path, "rich", "15.0", needs=("a-package-that-nobody-has",))
     assert pack.keep([odd], folder) == 1
     assert "rich: a-package-that-nobody-has" in capsys.readouterr().err
 

@@ -26,7 +26,7 @@ STEPS = (
     _step("fork-servers", 1, 60, 15),
     _step("release", 1, 80, 20),
     _step("faults", 1, 60, 20),
-    _step("foreign", 2, 20, 5),
+    _step("foreign", 2, 25, 10),
     _step("energy", 2, 75, 15),
     _step("heartbeats", 2, 20, 8),
     _step("gap", 3, 30, 10),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -27,8 +28,6 @@ sys.stdin.read()
 
 
 def run(scene: Scene) -> None:
-    import os
-
     _ = scene.node
     stub = os.environ[runners.STUB] if scene.dry else ""
     command = [sys.executable, "-c", HOLD, json.dumps([BYTES, scene.gpu.uuid, stub])]
@@ -39,7 +38,7 @@ def run(scene: Scene) -> None:
             assert foreign.stdout is not None
             assert foreign.stdout.readline(), "the foreign process could not use the GPU"
             scene.wait_word("DEGRADED")
-            reason = until(lambda: reason_of(scene), "the slot has a reason", 5)
+            reason = until(scene.reason, "the slot has a reason", 5)
             named = f"pid {foreign.pid} " in reason and "used by a foreign process" in reason
             scene.row("a foreign process is named, and its slot is closed", ok=named, value=reason[:200], why=reason)
         finally:
@@ -47,8 +46,3 @@ def run(scene: Scene) -> None:
     scene.wait_word("IDLE")
     found = scene.result(scene.dispatch("kernel"))
     scene.row("the slot is open when the process has gone", ok=found["right"])
-
-
-def reason_of(scene: Scene) -> str:
-    workers = scene.node.ask(op="status")["workers"]
-    return next((each["reason"] or "" for each in workers if each["worker_id"] == "w1"), "")

@@ -15,18 +15,20 @@ def run(scene: Scene) -> None:
     for worker in expected:
         scene.wait_word("IDLE", node, worker)
     burning = {worker: scene.dispatch("burn", worker=worker, seconds=1.0) for worker in expected}
-    for task in burning.values():
-        scene.wait_phase(task, "burning", node)
-    seen = {worker: scene.result(task, node)["visible"] for worker, task in burning.items()}
+    results = {worker: scene.result(task, node) for worker, task in burning.items()}
+    seen = {worker: result["visible"] for worker, result in results.items()}
+    entered_at = [result["entered_at"] for result in results.values()]
+    at_once = max(entered_at) < min(result["left_at"] for result in results.values())
     kernels = {worker: scene.dispatch("kernel", worker=worker) for worker in expected}
     devices = {worker: scene.result(task, node)["devices"] for worker, task in kernels.items()}
     scene.drop_node(node)
-    right = seen == expected and (scene.dry or devices == {name: int(bool(uuid)) for name, uuid in expected.items()})
+    counts = {name: int(bool(uuid)) for name, uuid in expected.items()}
+    right = seen == expected and at_once and (scene.dry or devices == counts)
     scene.row(
         f"slots at once ({', '.join(expected)}): each task sees its own GPU and no other",
         ok=right,
         value=", ".join(f"{worker}: {uuid or 'none'}" for worker, uuid in seen.items()),
-        why=f"expected {expected}, seen {seen}, devices of CUDA {devices}",
+        why=f"expected {expected}, seen {seen}, devices of CUDA {devices}, at once: {at_once}",
     )
     if len(gpus) == 1:
         scene.skip("a slot for each of two GPUs", "this machine has one GPU: a slot with it and one without were run")
