@@ -1,6 +1,6 @@
 """The report of a run: every row is on disk as soon as it is known, and the files are whole at any moment.
 
-`rows.jsonl` gets a line for each row; `report.json` and `report.md` are written anew, atomically.
+`rows.jsonl` gets a line for each row; the JSON and the Markdown are written anew, atomically.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 EVIDENCE_SHOWN = 4000
-"""Characters of each piece of evidence in report.md; report.json and the logs beside it have more."""
+"""Characters of each piece of evidence in the Markdown; the JSON and the logs beside it have more."""
 
 
 class Status(StrEnum):
