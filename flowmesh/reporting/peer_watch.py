@@ -144,9 +144,9 @@ class PeerWatch:
         for gone in self._seen.keys() - {peer.key for peer in peers}:
             del self._seen[gone]
         for key in held:
+            await self._settle(key)
             found: Any = await self._client.hgetall(_told(key))
             told = {name.decode(errors="replace"): _decoded(value) for name, value in found.items()}
-            await self._settle(key)
             for peer in peers:
                 if (key, peer.key) not in self._sending:
                     self._compare(key, peer, told.get(peer.key))

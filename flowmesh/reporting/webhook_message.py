@@ -52,7 +52,7 @@ def encoded(
         at: when it happened; None: now.
         log: the last lines of a task's log; left out where there is no room for them.
     """
-    title = _plain(title)
+    title = _plain(title)[:TEXT_CHARS]
     timestamp = at or datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
     for tail in (log, ()):
         shown = [_plain(line) for line in lines if line]
