@@ -77,10 +77,7 @@ def accept(data: bytes, *, settings: Settings, catalogue: Catalogue, results_dir
     spec = convert(message.task.spec, NodeSpec, where="spec")
     task_type = catalogue.find(spec.taskType)
     _check_env(spec.env, settings)
-    merged_specs = [child.spec for child in message.merged_children or []]
-    for each in (message.task.spec, *merged_specs):
-        if found := tuple(s3_fields.faults(each, settings.cloud.read)):
-            raise FieldError(joined(list(found)), found[0].partition(":")[0], found)
+    _check_reading(message, settings)
     orchestrator = settings.delivery.orchestrator_url
     output = read_output(spec.output, orchestrator_url=orchestrator)
     roots = settings.results.allowed_roots
@@ -180,6 +177,15 @@ def _document(raw: dict[str, Any], message: TaskMessage) -> dict[str, Any]:
     if message.shard_total is not None and message.shard_index is not None and "shard" not in task["spec"]:
         task["spec"] = {**task["spec"], "shard": {"index": message.shard_index, "total": message.shard_total}}
     return task
+
+
+def _check_reading(message: TaskMessage, settings: Settings) -> None:
+    """Check that what the task and its merged children name in S3 may be read."""
+    specs = {"spec": message.task.spec}
+    specs |= {f"merge_children[{at}].spec": child.spec for at, child in enumerate(message.merged_children or [])}
+    for where, each in specs.items():
+        if found := tuple(s3_fields.faults(each, settings.cloud.read, where)):
+            raise FieldError(joined(list(found)), found[0].partition(":")[0], found)
 
 
 def _check_s3(destination: Destination, task_id: str, where: str, settings: Settings) -> None:

@@ -75,6 +75,7 @@ def test_only_fields_that_name_places_are_checked() -> None:
         "data": {"type": "jsonl", "path": "s3://data/x-*.jsonl"},
         "model": {"source": {"identifier": "s3://models/../m"}},
         "prompt": "s3://not a place",
+        "data2": {"items": [{"url": "s3://a row's own"}]},
         "resume": {"url": "s3://data/${sft.result.key}"},
         "output": {"destination": {"url": "s3://elsewhere/x"}},
     }
