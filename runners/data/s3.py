@@ -34,7 +34,7 @@ class Fetched(Protocol):
 
 
 Fetch = Callable[[Context, str, str], Fetched]
-TIMEOUT_S = 90.0
+TIMEOUT_S = 60.0
 """Longer than the gateway's own, so that its answer says why."""
 DEFAULT_MAX_BYTES = 500 * 2**30
 DEFAULT_MAX_OBJECTS = 100_000
