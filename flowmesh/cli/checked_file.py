@@ -110,12 +110,12 @@ def check_submission(
         faults = (*faults, *s3_fields.faults(spec, cloud.read), *s3_fields.output_faults(spec, cloud.write))
     if is_pipeline(submission.document):
         checked, notes = check_pipeline(submission.document, types)
-        errors = (*faults, *checked.faults)
+        errors = tuple(dict.fromkeys((*faults, *checked.faults)))
         warnings = [*(f"{path}: not used" for path in checked.unused), *notes]
         return _checked_file(submission.source, "pipeline", submission.text, form, errors=errors, warnings=warnings)
     checked, note = check_task(submission.document, types)
     warnings = [f"{path}: not used" for path in checked.unused] + ([note] if note else [])
-    errors = (*faults, *checked.faults)
+    errors = tuple(dict.fromkeys((*faults, *checked.faults)))
     done = _checked_file(submission.source, "task", submission.text, form, errors=errors, warnings=warnings)
     spec = submission.document.get("spec")
     name = spec.get("taskType") if isinstance(spec, dict) else None
