@@ -1,4 +1,4 @@
-"""`builtin:tiny-llama` and `builtin:tiny-lora`: a random Llama, its tokenizer and an adapter, for examples and tests.
+"""`builtin:` models: a random Llama with its tokenizer, one that takes images, and an adapter, for examples and tests.
 
 Generated on first use, always with the same weights. The answers are meaningless text.
 """
@@ -16,6 +16,7 @@ from runners.api import BadRequest
 
 PREFIX = "builtin:"
 TINY_LLAMA = "builtin:tiny-llama"
+TINY_VISION = "builtin:tiny-vision"
 TINY_LORA = "builtin:tiny-lora"
 """A random LoRA adapter for it."""
 LAYERS, HIDDEN_SIZE, LORA_RANK = 2, 128, 4
@@ -134,6 +135,12 @@ def write_tiny_lora(folder: Path, *, seed: int = 1) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
 
 
+def _write_tiny_vision(folder: Path) -> None:
+    from runners.models.builtin_vision import write_tiny_vision
+
+    write_tiny_vision(folder, train_tokenizer())
+
+
 def train_tokenizer(vocab_size: int = 512) -> Any:
     """A byte-level BPE tokenizer trained on `corpus()`; any text round-trips through it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -161,5 +168,6 @@ def train_tokenizer(vocab_size: int = 512) -> Any:
 # A changed recipe needs a new name: nodes cache what they have built.
 _RECIPES: dict[str, tuple[str, Callable[[Path], None]]] = {
     TINY_LLAMA: ("tiny-llama-v1", write_tiny_llama),
+    TINY_VISION: ("tiny-vision-v1", _write_tiny_vision),
     TINY_LORA: ("tiny-lora-v1", write_tiny_lora),
 }
