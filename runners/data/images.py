@@ -174,7 +174,7 @@ def _opened(data: bytes, where: str) -> Any:
     try:
         from PIL import Image
     except ImportError as error:
-        raise MissingDependency("PIL", where, extra="inference") from error
+        raise MissingDependency("PIL", where) from error
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         width, height = image.size

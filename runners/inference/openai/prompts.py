@@ -145,7 +145,7 @@ class Prompts:
         return self._takes_parts
 
 
-def body_images(body: ChatBody, images: Images) -> list[ImagePart]:
+def body_images(body: ChatBody, images: Images | None) -> list[ImagePart]:
     """The images of a chat's messages, read and checked.
 
     Raises:
@@ -158,6 +158,8 @@ def body_images(body: ChatBody, images: Images) -> list[ImagePart]:
             isinstance(each, dict) and each.get("type") in ("image_url", "image") for each in content
         ):
             continue
+        if images is None:
+            raise LineFault(f"{where}: holds an image, which is not taken here", param="messages")
         try:
             for number, part in enumerate(read_content(content, where)):
                 if isinstance(part, ImagePart):

@@ -57,7 +57,7 @@ class Reader:
         adapters: those that lines may name as their model, by name, with their digests.
         identity: of the model, for the keys of rows.
         parser: of reasoning.
-        images: reads those that lines name.
+        images: reads those that lines name; None: they may name none.
     """
 
     def __init__(  # noqa: PLR0917
@@ -67,7 +67,7 @@ class Reader:
         defaults: Defaults,
         identity: str,
         parser: str | None,
-        images: Images,
+        images: Images | None = None,
     ) -> None:
         self._images = images
         self._names = names

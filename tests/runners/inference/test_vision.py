@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 pytest.importorskip("transformers", reason="needs the extra 'inference'")
-PIL = pytest.importorskip("PIL", reason="needs the extra 'inference'")
+pytest.importorskip("PIL", reason="needs the extra 'inference'")
 from PIL import Image
 
 from runners.api import BadRequest
@@ -105,7 +105,7 @@ def test_answers_are_the_bare_librarys_for_any_number_of_images(run, tmp_path, s
     ]
     found = outputs(result)
     assert [a for a, b in zip(found, expected, strict=True) if b] == [b for b in expected if b]
-    assert found[0] != found[6] and found[0] != found[5], "the image makes no difference"
+    assert len({found[0], found[5], found[6]}) == 3, "the image makes no difference"
     shown = result["items"][0]["prompt"][0]["content"]
     assert shown[0]["image_url"]["detail"] == "low"
     assert len(shown[0]["image_url"]["url"]) < 150, "the image's bytes do not belong into the result"
