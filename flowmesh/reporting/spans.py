@@ -19,6 +19,8 @@ from flowmesh.tasks.history import Found
 from flowmesh.tasks.sendings_table import Sending
 
 LANE = "otel"
+PREFIX = "flowmesh."
+"""Of the attributes that no convention of OpenTelemetry has."""
 MOST_PHASES = 100
 TEXT_CHARS = 500
 _STAGES = {
@@ -30,7 +32,8 @@ _STAGES = {
     "delivering": "deliver",
 }
 """The name of the span of each state."""
-_ON = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+"""OpenTelemetry's variables with the collector's address."""
 
 
 class Span(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,7 +65,7 @@ def wanted(settings: OtelSettings, environ: Mapping[str, str]) -> bool:
         return False
     if environ.get("OTEL_TRACES_EXPORTER", "").strip().lower() == "none":
         return False
-    return settings.endpoint is not None or any(environ.get(name, "").strip() for name in _ON)
+    return settings.endpoint is not None or any(environ.get(name, "").strip() for name in ENDPOINTS)
 
 
 class Spans:
@@ -133,24 +136,24 @@ def _below(parent: Span, name: str, start: float, end: float) -> Span:
 def _attributes(found: Found, node_id: str) -> dict[str, Any]:
     entry, detail = found.entry, found.detail
     values = {
-        "flowmesh.task.id": entry.task_id,
-        "flowmesh.task.name": entry.name,
-        "flowmesh.task.type": entry.type,
-        "flowmesh.task.owner": entry.owner,
-        "flowmesh.task.attempt": entry.attempt,
-        "flowmesh.task.verdict": entry.verdict,
-        "flowmesh.task.evidence": detail.evidence[:TEXT_CHARS],
-        "flowmesh.task.retryable": detail.retryable,
-        "flowmesh.task.tokens": entry.tokens,
-        "flowmesh.task.rows": entry.rows,
-        "flowmesh.task.joules": entry.joules,
-        "flowmesh.task.cost_usd": entry.cost_usd,
-        "flowmesh.node.id": node_id,
-        "flowmesh.worker.id": entry.worker_id,
-        "flowmesh.gpu.uuids": list(detail.gpus),
-        "error.type": "" if entry.ok else entry.verdict,
+        "task.id": entry.task_id,
+        "task.name": entry.name,
+        "task.type": entry.type,
+        "task.owner": entry.owner,
+        "task.attempt": entry.attempt,
+        "task.verdict": entry.verdict,
+        "task.evidence": detail.evidence[:TEXT_CHARS],
+        "task.retryable": detail.retryable,
+        "task.tokens": entry.tokens,
+        "task.rows": entry.rows,
+        "task.joules": entry.joules,
+        "task.cost_usd": entry.cost_usd,
+        "node.id": node_id,
+        "worker.id": entry.worker_id,
+        "gpu.uuids": list(detail.gpus),
     }
-    return {name: value for name, value in values.items() if value not in (None, "", [])}
+    failed = {} if entry.ok else {"error.type": entry.verdict}
+    return failed | {f"{PREFIX}{name}": value for name, value in values.items() if value not in (None, "", [])}
 
 
 def _seconds(at: str) -> float:

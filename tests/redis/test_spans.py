@@ -31,20 +31,20 @@ class Collector(FakeServer):
         self.resources: list[dict[str, Any]] = []
 
     def of_task(self, task_id: str) -> dict[str, Any]:
-        """The spans of a task by name, once they are there; the task's own is `""`."""
+        """The spans right below a task's own by name, once they are there; its own is `""`."""
 
         def there() -> Any:
             with self.lock:
-                return next((s for s in self.spans if attributes(s).get("flowmesh.task.id") == task_id), None)
+                return next((s for s in self.spans if attributes(s).get("task.id") == task_id), None)
 
         own = until(there, f"the span of {task_id}")
         with self.lock:
-            found, names = {"": own}, {own.span_id: ""}
-            for span in self.spans:
-                if span.parent_span_id in names and span.span_id not in names:
-                    names[span.span_id] = span.name
-                    found[span.name] = span
-        return found
+            return {"": own} | {span.name: span for span in self.spans if span.parent_span_id == own.span_id}
+
+    def below(self, span: Any) -> set[str]:
+        """The names of the spans below one."""
+        with self.lock:
+            return {each.name for each in self.spans if each.parent_span_id == span.span_id}
 
 
 class Handler(FakeHandler):
@@ -75,7 +75,10 @@ class Handler(FakeHandler):
 
 
 def attributes(of: Any) -> dict[str, Any]:
-    return {each.key: getattr(each.value, each.value.WhichOneof("value")) for each in of.attributes}
+    return {
+        each.key.removeprefix("flowmesh."): getattr(each.value, each.value.WhichOneof("value"))
+        for each in of.attributes
+    }
 
 
 @pytest.fixture(scope="module")
@@ -133,10 +136,9 @@ def test_a_task_joins_the_trace_of_its_document_and_its_program_joins_it(
     for each in spans.values():
         times = own.start_time_unix_nano, each.start_time_unix_nano, each.end_time_unix_nano, own.end_time_unix_nano
         assert list(times) == sorted(times), each.name
-    inner = [span for span in spans.values() if span.parent_span_id == spans["run"].span_id]
-    assert {span.name for span in inner} == set(end["payload"]["phases"])
+    assert collector.below(spans["run"]) == set(end["payload"]["phases"])
     found = attributes(own)
-    assert (found["flowmesh.task.verdict"], found["flowmesh.worker.id"]) == ("ok", "w1")
+    assert (found["task.verdict"], found["worker.id"]) == ("ok", "w1")
     resource = collector.resources[-1]
     assert (resource["service.name"], resource["deployment.environment.name"]) == ("flowmesh", "test")
     logs = "".join(path.read_text() for path in Path(node.results_dir, task, "logs").glob("std*.log"))
@@ -169,7 +171,7 @@ def test_a_trace_that_is_not_recorded_gets_no_span_and_is_passed_on(
     unseen = dispatch(peer, program, traceparent=f"00-{TRACE}-{SPAN}-00")
     peer.wait_end(unseen)
     collector.of_task(peer.run("w1", {"taskType": "echo"})["task_id"])
-    assert not [span for span in collector.spans if attributes(span).get("flowmesh.task.id") == unseen]
+    assert not [span for span in collector.spans if attributes(span).get("task.id") == unseen]
     logs = "".join(path.read_text() for path in Path(node.results_dir, unseen, "logs").glob("std*.log"))
     assert re.search(rf"TRACEPARENT=00-{TRACE}-[0-9a-f]{{16}}-00", logs)
 
