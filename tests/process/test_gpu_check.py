@@ -144,6 +144,14 @@ def command_of(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
 
 
+def test_steps_for_which_no_time_is_left_say_so(start: Start, out: Path) -> None:
+    kit = start("--minutes", "0.09", "--only", "quick,release", **{MORE_STEPS: "tests.kit.gpu_check_steps"})
+    shown, _ = kit.communicate(timeout=60)
+    assert kit.returncode == 1, shown
+    skipped = {row["step"]: row["why"] for row in report(out)["rows"] if row["status"] == "skipped"}
+    assert skipped["release"].startswith("no time: it needs 20 s, and ")
+
+
 WHO = """
 import os, sys
 with open(os.environ["WHO_IMPORTS"], "a") as file:
