@@ -68,10 +68,11 @@ def by_step(out: Path, status: str) -> dict[str, list[str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 @pytest.mark.skipif(find_spec("trl") is None, reason="needs the extra training")
 def test_all_steps_run_and_change_nothing(start: Start, out: Path) -> None:
     kit = start("--xid")
-    shown, _ = kit.communicate(timeout=170)
+    shown, _ = kit.communicate(timeout=380)
     assert kit.returncode == 0, f"{shown}\n{(out / 'report.md').read_text()}"
     found = report(out)
     assert (found["state"], found["dry"]) == ("finished", True)
