@@ -211,6 +211,8 @@ class CloudSettings(Section, frozen=True):
 
     read: tuple[Bucket, ...] = ()
     """s3://BUCKET or s3://BUCKET/PREFIX (`*` allowed) that documents may read with the node's credentials."""
+    write: tuple[Bucket, ...] = ()
+    """The same of where documents may have results sent."""
     endpoint_url: str | None = None
     """AWS_ENDPOINT_URL_S3. None: that of AWS in the region."""
     region: Name | None = None
