@@ -80,7 +80,7 @@ class Images:
         if is_data_url(url):
             return _from_data_url(url, where)
         scheme = urlsplit(url).scheme.lower() if "://" in url[:16] or url.startswith("file:") else ""
-        if scheme in ("http", "https"):
+        if scheme in ("http", "https", "s3"):
             if url not in self._fetched:  # a downloaded file does not change before this process ends
                 self._fetched[url] = fetch(self._ctx, url, where, by_date=False).path
             with self._fetched[url].open("rb") as file:
@@ -91,7 +91,7 @@ class Images:
                 raise BadRequest(f"{where}: a file URL of another machine; give file:///path, or an http(s) URL")
             url = unquote(parts.path)
         elif scheme:
-            raise BadRequest(f"{where}: {scheme!r:.20} is not read; give a data URL, a path or an http(s) URL")
+            raise BadRequest(f"{where}: {scheme!r:.20} is not read; give a data URL, a path, or an http(s) or s3 URL")
         return self._from_file(url, where)
 
     def _from_file(self, path: str, where: str) -> bytes:
