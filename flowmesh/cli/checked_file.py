@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from flowmesh.cli.positions import Positions
 from flowmesh.errors import FieldError
 from flowmesh.pipelines.checks import check_pipeline
 from flowmesh.pipelines.document import is_pipeline
+from flowmesh.tasks import s3_fields
 from flowmesh.tasks.catalogue import TaskType
 from flowmesh.tasks.checks import check_agent_file, check_task
 from flowmesh.validation.convert import joined
@@ -53,12 +54,18 @@ class CheckedFile(msgspec.Struct, frozen=True, kw_only=True):
         return not self.errors
 
 
-def check_file(source: str, types: Mapping[str, TaskType], kind: FileKind | None = None) -> CheckedFile:
+def check_file(
+    source: str,
+    types: Mapping[str, TaskType],
+    kind: FileKind | None = None,
+    s3_read: Collection[str] | None = None,
+) -> CheckedFile:
     """Check the file `source` ("-": standard input).
 
     Args:
         types: the known task types.
         kind: what it is; None: as its content shows.
+        s3_read: the node's `cloud.read`; None: not known.
     """
     name = "<stdin>" if source == "-" else source
     try:
@@ -80,18 +87,26 @@ def check_file(source: str, types: Mapping[str, TaskType], kind: FileKind | None
     if kind == "agent":
         checked = check_agent_file(source, data)
         return _checked_file(name, kind, text, form, errors=(*faults, *checked.faults))
-    return check_submission(Submission(source=name, task_id="", document=data, text=text), types, form, faults)
+    return check_submission(Submission(source=name, task_id="", document=data, text=text), types, form, faults, s3_read)
 
 
 def check_submission(
-    submission: Submission, types: Mapping[str, TaskType], form: str, faults: Iterable[str] = ()
+    submission: Submission,
+    types: Mapping[str, TaskType],
+    form: str,
+    faults: Iterable[str] = (),
+    s3_read: Collection[str] | None = None,
 ) -> CheckedFile:
     """Check a task document that was loaded.
 
     Args:
         form: yaml or json.
         faults: what its parser found.
+        s3_read: see `check_file`.
     """
+    spec = submission.document.get("spec")
+    if s3_read is not None and isinstance(spec, dict):
+        faults = (*faults, *s3_fields.faults(spec, s3_read))
     if is_pipeline(submission.document):
         checked, notes = check_pipeline(submission.document, types)
         errors = (*faults, *checked.faults)

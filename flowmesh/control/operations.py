@@ -89,6 +89,7 @@ class Operations:
                 "read_roots": list(executor.settings.tasks.read_roots),
                 "trust_remote_code": bool(executor.settings.tasks.trust_remote_code),
                 "local_hosts": bool(executor.settings.tasks.local_hosts),
+                "s3_read": bool(executor.settings.cloud.read),
             },
             "faults": executor.conditions.listed(),
             "workers": [

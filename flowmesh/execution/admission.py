@@ -17,6 +17,7 @@ from flowmesh.redaction import Redactor, in_document
 from flowmesh.results.job import Target, children_of
 from flowmesh.results.safe_names import check_task_id, placed
 from flowmesh.settings.schema import Settings
+from flowmesh.tasks import s3_fields
 from flowmesh.tasks.catalogue import Catalogue, TaskType
 from flowmesh.tasks.checks import check_own_fields, check_task, is_current
 from flowmesh.validation.checked import Checked
@@ -74,6 +75,10 @@ def accept(data: bytes, *, settings: Settings, catalogue: Catalogue, results_dir
     spec = convert(message.task.spec, NodeSpec, where="spec")
     task_type = catalogue.find(spec.taskType)
     _check_env(spec.env, settings)
+    merged_specs = [child.spec for child in message.merged_children or []]
+    for each in (message.task.spec, *merged_specs):
+        if found := tuple(s3_fields.faults(each, settings.cloud.read)):
+            raise FieldError(joined(list(found)), found[0].partition(":")[0], found)
     orchestrator = settings.delivery.orchestrator_url
     output = read_output(spec.output, orchestrator_url=orchestrator)
     roots = settings.results.allowed_roots

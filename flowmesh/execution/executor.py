@@ -159,10 +159,10 @@ class Executor:
             least_bytes=settings.results.min_free_bytes,
         )
         self._cleanup = Cleanup(layout)
-        jobs, delivery_children = Jobs(settings, layout), DeliveryChildren(settings.delivery, layout, self.helpers)
+        jobs, delivery_children = Jobs(settings, layout), DeliveryChildren(settings, layout, self.helpers)
         self.deliveries = Deliveries(delivery_children, jobs, layout, self._cleanup, self.environments)
         no_gateway = functools.partial(self.environments.report, DELIVERY)
-        self.gateway = GatewayProcess(settings.delivery, layout, self.helpers, no_gateway)
+        self.gateway = GatewayProcess(settings, layout, self.helpers, no_gateway)
         self.redeliveries = Redeliveries(delivery_children, jobs, layout, journal, self._check_idle)
 
     def works(self) -> list[Coroutine[Any, Any, None]]:

@@ -38,4 +38,5 @@ def of_node(settings: Settings, state_dir: Path, env: Mapping[str, str], owner: 
         trainer_arguments=tasks.trainer_arguments,
         local_hosts=tasks.local_hosts,
         orchestrator_url=settings.delivery.orchestrator_url,
+        s3_read=settings.cloud.read,
     )

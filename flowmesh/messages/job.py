@@ -47,6 +47,8 @@ class Permits(msgspec.Struct, frozen=True, kw_only=True):
     """`HOST` or `HOST:PORT` (`*` allowed) that downloads may reach on loopback and link-local addresses."""
     orchestrator_url: str | None = None
     """The orchestrator's address, which may be a local one."""
+    s3_read: tuple[str, ...] = ()
+    """`s3://BUCKET/PREFIX` (`*` allowed) that documents may read; the gateway enforces it."""
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):

@@ -68,7 +68,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     cgroup: str | None = None
     """The folder in which each child gets a cgroup; None: they get none."""
     nice: int = 0
-    """Niceness of the imports; what it forks for tasks has its own."""
+    """How much nicer than the supervisor the imports are; what it forks for tasks is not."""
     hidden: bool = False
     """Whether processes of the same user are kept from reading its memory, and so that of its children: they are given
     secrets."""
@@ -139,12 +139,12 @@ class ForkServer:
 
     def _load(self) -> preload.Report:
         own = os.getpriority(os.PRIO_PROCESS, 0)
-        if self._options.nice > own:
-            os.setpriority(os.PRIO_PROCESS, 0, self._options.nice)
+        if self._options.nice:
+            os.nice(self._options.nice)
         try:
             return preload.load(self._options.preload, self._options.canary)
         finally:
-            if self._options.nice > own:
+            if self._options.nice:
                 os.setpriority(os.PRIO_PROCESS, 0, own)
 
     def _keep_socket(self) -> None:

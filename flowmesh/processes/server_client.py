@@ -102,7 +102,7 @@ class Server:
         """Start a server and connect to it; it sends Ready, or Unfit, when its imports are done.
 
         Args:
-            nice: niceness of its imports.
+            nice: how much nicer than this process its imports are.
 
         Raises:
             EnvironmentBroken: the interpreter is not there, or the folders cannot be written.

@@ -170,7 +170,7 @@ class ServerPool:
         """Start the environment's server before a task needs it; returns why there is none.
 
         Args:
-            nice: niceness of its imports, until a task waits for them.
+            nice: how much nicer than this process its imports are, until a task waits for them.
         """
         try:
             if environment not in self._current:

@@ -102,8 +102,10 @@ def _with_lower_scheme(url: str) -> str:
 
 def secrets(settings: Settings) -> Redactor:
     """Hides the node's own secrets, and what looks like a credential."""
-    hides = Redactor([settings.delivery.orchestrator_token], prose=True)
-    for address in (settings.redis.url, settings.delivery.orchestrator_url):
+    cloud = settings.cloud
+    own = (settings.delivery.orchestrator_token, cloud.secret_access_key, cloud.session_token)
+    hides = Redactor(own, prose=True)
+    for address in (settings.redis.url, settings.delivery.orchestrator_url, cloud.endpoint_url):
         for secret in in_address(address or ""):
             hides.learn(secret)
     return hides

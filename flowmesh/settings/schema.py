@@ -14,6 +14,7 @@ from msgspec import Meta
 from flowmesh.redaction import HIDDEN, redact_url
 from flowmesh.settings.types import (
     AbsolutePath,
+    Bucket,
     CpuList,
     FilePath,
     GpuName,
@@ -36,6 +37,10 @@ _REDACTED: dict[str, Callable[[str], str]] = {
     "url": redact_url,
     "orchestrator_url": redact_url,
     "orchestrator_token": lambda _: HIDDEN,
+    "endpoint_url": redact_url,
+    "access_key_id": lambda _: HIDDEN,
+    "secret_access_key": lambda _: HIDDEN,
+    "session_token": lambda _: HIDDEN,
 }
 """How each field that is a secret, or contains one, is shown."""
 
@@ -191,6 +196,29 @@ class DeliverySettings(Section, frozen=True):
     """Deliveries at once."""
 
 
+class CloudSettings(Section, frozen=True):
+    """[cloud]"""
+
+    read: tuple[Bucket, ...] = ()
+    """s3://BUCKET or s3://BUCKET/PREFIX (`*` allowed) that documents may read with the node's credentials."""
+    endpoint_url: str | None = None
+    """AWS_ENDPOINT_URL_S3. None: that of AWS in the region."""
+    region: Name | None = None
+    """AWS_REGION"""
+    credentials_file: FilePath | None = None
+    """AWS_SHARED_CREDENTIALS_FILE: a file in the format of ~/.aws/credentials, read at each use."""
+    profile: Word = "default"
+    """AWS_PROFILE: the section of that file."""
+    access_key_id: Token | None = None
+    """AWS_ACCESS_KEY_ID"""
+    secret_access_key: Token | None = None
+    """AWS_SECRET_ACCESS_KEY"""
+    session_token: Token | None = None
+    """AWS_SESSION_TOKEN"""
+    role: bool = False
+    """Whether to use the credentials of the machine's or the container's role."""
+
+
 class ArchiveSettings(Section, frozen=True):
     """[archive]"""
 
@@ -312,6 +340,7 @@ class Settings(Section, frozen=True):
     results: ResultsSettings = ResultsSettings()
     tasks: TasksSettings = TasksSettings()
     delivery: DeliverySettings = DeliverySettings()
+    cloud: CloudSettings = CloudSettings()
     archive: ArchiveSettings = ArchiveSettings()
     processes: ProcessesSettings = ProcessesSettings()
     gpu: GpuSettings = GpuSettings()

@@ -19,6 +19,13 @@ FilePath = Annotated[str, Meta(pattern=r"\A[^\x00]{1,4096}\Z", description="a pa
 AbsolutePath = Annotated[str, Meta(pattern=r"\A/[^\x00]{0,4095}\Z", description="an absolute path")]
 Word = Annotated[str, Meta(pattern=r"\A\S+( \S+)*\Z", description="text that is not empty, without spaces around it")]
 Token = Annotated[str, Meta(pattern=r"\A[\x21-\x7e]+\Z", description="visible ASCII characters without spaces")]
+Bucket = Annotated[
+    str,
+    Meta(
+        pattern=r"\As3://[A-Za-z0-9.*_-]+(/[^\x00-\x1f]*)?\Z",
+        description="s3://BUCKET or s3://BUCKET/PREFIX (* allowed)",
+    ),
+]
 VariableName = Annotated[
     str, Meta(pattern=r"\A[A-Za-z_*][A-Za-z0-9_*]*\Z", description="the name of an environment variable (* allowed)")
 ]

@@ -90,7 +90,9 @@ def make_executor(
 
 def _gateway(settings: Settings, journal: Journal, state_dir: Path) -> Gateway | None:
     """Where tasks find the gateway. The key outlives a restart: running tasks have it."""
-    if settings.delivery.orchestrator_url is None or not has_token(settings.delivery):
+    token = settings.delivery.orchestrator_url is not None and has_token(settings.delivery)
+    s3 = bool(settings.cloud.read)
+    if not token and not s3:
         return None
     key = journal.fact("gateway_key", random.token_hex(16))
-    return Gateway(str(state_dir / "gateway" / "socket"), key)
+    return Gateway(str(state_dir / "gateway" / "socket"), key, token=token, s3=s3)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
+from flowmesh.validation.s3_url import is_s3
 from runners.api import BadRequest, Context
 from runners.data.download import fetch
 from runners.data.reading import Refused
@@ -106,6 +107,8 @@ def downloaded(
         BadRequest: the server refuses it, or it is not an archive.
         RunnerError: the server is unreachable.
     """
+    if is_s3(url) and (archive_format == "none" or (archive_format == "auto" and not is_archive(url))):
+        return opened(ctx, local_path(ctx, url, where), archive_format, where)
     if archive_format == "none":
         raise BadRequest(f"{where}: a URL has to be an archive, so archive_format cannot be 'none'")
     file = fetch(ctx, url, where, headers=headers, timeout_s=timeout_s)

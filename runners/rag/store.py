@@ -14,6 +14,7 @@ import faiss
 import msgspec
 
 from flowmesh.files.removal import clear
+from flowmesh.validation.s3_url import is_url
 from runners.api import BadRequest, Context
 from runners.models.files import SAFE_ID, downloaded, find_root, opened, task_folder
 from runners.models.sources import local_folder, local_path
@@ -174,7 +175,7 @@ def _written_out(wanted: str | IndexSource, ctx: Context, where: str) -> IndexSo
     """A bare string is a URL, an existing path, or else a task id."""
     if isinstance(wanted, IndexSource):
         return wanted
-    if wanted.startswith(("http://", "https://")):
+    if is_url(wanted):
         return IndexSource(url=wanted)
     if not local_path(ctx, wanted, where).exists() and SAFE_ID.fullmatch(wanted):
         return IndexSource(task_id=wanted)

@@ -219,7 +219,7 @@ def test_the_architecture_names_modules_that_there_are() -> None:
 def test_the_architectures_tree_is_the_tree() -> None:
     text = (ROOT / "docs/architecture.md").read_text()
     tree = next(block for block in FENCE.findall(text) if "flowmesh/\n" in block)
-    words = set(re.findall(r"[a-z_]+", tree.partition("runners/\n")[0]))
+    words = set(re.findall(r"[a-z0-9_]+", tree.partition("runners/\n")[0]))
     there = [path for path in listed("flowmesh/*.py") if path.stem != "__init__" and "cli" not in path.parts]
     assert sorted(shown(path) for path in there if path.stem not in words) == []
 

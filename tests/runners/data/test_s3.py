@@ -1,0 +1,226 @@
+"""What documents read of S3: through a real gateway, from a real server."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from flowmesh.messages.cloud import Keys, S3Access
+from flowmesh.messages.gateway import Gateway
+from flowmesh.results.gateway import Note, Server
+from runners.api import BadRequest, Context, RunnerError
+from runners.data.download import fetch
+from runners.data.files import FileData, files_of
+from runners.data.readers import read
+from runners.models.adapters import load_adapter
+from runners.models.checkpoints import load_checkpoint
+from runners.models.sources import local_path, resolve_identifier
+from runners.models.spec import Adapter, CheckpointLoad
+from tests.kit.s3_server import KEYS, S3Server, s3_server
+
+pytest.importorskip("moto")
+pytest.importorskip("botocore")
+
+OWN = Keys(access_key_id=KEYS["aws_access_key_id"], secret_access_key=KEYS["aws_secret_access_key"])
+MakeContext = Callable[..., Context]
+Reach = Callable[..., Context]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[S3Server]:
+    with s3_server() as running:
+        running.put(
+            "data",
+            {
+                "train/part-0.jsonl": b'{"prompt": "a"}\n',
+                "train/part-1.jsonl": b'{"prompt": "b"}\n',
+                "train/deep/part-2.jsonl": b'{"prompt": "c"}\n',
+                "train/über weiß?#%20.jsonl": b'{"prompt": "odd"}\n',
+                "model/config.json": b"{}",
+                "model/sub/weights.bin": b"w" * 1000,
+                "secret/key.txt": b"secret",
+                "empty": b"",
+            },
+        )
+        running.put("other", {"a": b"a"})
+        yield running
+
+
+@pytest.fixture
+def reading(make_context: MakeContext, server: S3Server, tmp_path: Path) -> Iterator[Reach]:
+    """Contexts of tasks whose node reads from the server."""
+    gateways: list[Server] = []
+
+    def make(access: S3Access | None = None, **more: object) -> Context:
+        if access is None:
+            access = S3Access(
+                read=("s3://data/train", "s3://data/model/", "s3://data/empty", "s3://gone*"),
+                endpoint_url=server.url,
+                has_keys=True,
+            )
+        socket = str(tmp_path / f"g{len(gateways)}")
+        gateway = Server(Note(socket=socket, key="k", s3=access), None, OWN if access.has_keys else None)
+        gateways.append(gateway)
+        threading.Thread(target=gateway.serve_forever, args=(0.05,), daemon=True).start()
+        return make_context({}, gateway=Gateway(socket, "k", token=False, s3=True), **more)
+
+    yield make
+    for gateway in gateways:
+        gateway.shutdown()
+        gateway.server_close()
+
+
+def rows(ctx: Context, path: str) -> list[str]:
+    files = files_of(ctx, FileData(type="jsonl", path=path), "spec.data")
+    return [row["prompt"] for file in files for _, row in read(file, None)]
+
+
+def test_files_globs_and_prefixes_of_data(reading: Reach) -> None:
+    ctx = reading()
+    assert rows(ctx, "s3://data/train/part-0.jsonl") == ["a"]
+    assert rows(ctx, "s3://data/train/part-*.jsonl") == ["a", "b"]
+    assert rows(ctx, "s3://data/train/**/part-[12].jsonl") == ["c", "b"]
+    assert sorted(rows(ctx, "s3://data/train/")) == ["a", "b", "c", "odd"]
+    assert local_path(ctx, "s3://data/train/part-0.jsonl", "spec.x").name == "part-0.jsonl"
+    with pytest.raises(BadRequest, match=r"^spec.data.path: no object of the bucket 'data' matches 'train/no-\*'"):
+        rows(ctx, "s3://data/train/no-*")
+
+
+def test_a_key_is_taken_literally(reading: Reach) -> None:
+    ctx = reading()
+    assert local_path(ctx, "s3://data/train/über weiß?#%20.jsonl", "spec.x").read_bytes() == b'{"prompt": "odd"}\n'
+    assert fetch(ctx, "s3://data/empty", "spec.x").path.read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("s3://data/secret/key.txt", "the operator does not allow documents to read it"),
+        ("s3://data/secret/", "the operator does not allow documents to read it"),
+        ("s3://data/", "the operator does not allow documents to read it"),
+        ("s3://data/training.txt", "the operator does not allow documents to read it"),
+        ("s3://other/a", "the operator does not allow documents to read it"),
+        ("s3://data/train/../secret/key.txt", "no folders to go up in"),
+        ("s3://data//train", "empty part"),
+        ("s3://me:pass@data/train", "an s3 address has no login and no port"),
+        ("s3://data/train/gone.jsonl", "there is no object 'train/gone.jsonl' in the bucket 'data'"),
+        ("s3://data/train/none/", "there are no objects below 'train/none/' in the bucket 'data'"),
+        ("s3://gone-bucket/x", "there is no bucket 'gone-bucket' at http://127.0.0.1"),
+    ],
+)
+def test_what_is_refused_says_why(reading: Reach, url: str, why: str) -> None:
+    with pytest.raises(BadRequest, match=rf"^spec.x: .*{why}") as error:
+        local_path(reading(), url, "spec.x")
+    assert "pass" not in str(error.value)
+
+
+def test_a_folder_of_objects_is_cached_whole_and_made_again_after_a_change(reading: Reach, server: S3Server) -> None:
+    first = resolve_identifier(reading(task_id="a"), "s3://data/model", None, "spec.model.source.identifier")
+    assert first.shown == "s3://data/model"
+    assert {str(each.relative_to(first.path)) for each in Path(first.path).rglob("*") if each.is_file()} == {
+        "config.json",
+        "sub/weights.bin",
+    }
+    again = reading(task_id="b")
+    assert local_path(again, "s3://data/model/", "spec.x") == Path(first.path)
+    # What was gathered lies in the cache once.
+    assert sum(each.stat().st_size for each in again.cache_dir.glob("downloads/*/file-*/sub/weights.bin")) == 1000
+    assert not [
+        each for each in again.cache_dir.glob("downloads/*/file-*") if each.is_file() and each.stat().st_size == 1000
+    ]
+    server.put("data", {"model/config.json": b'{"new": 1}'})
+    changed = local_path(reading(task_id="c"), "s3://data/model/", "spec.x")
+    assert (changed / "config.json").read_bytes() == b'{"new": 1}'
+    assert (Path(first.path) / "config.json").read_bytes() == b"{}"  # a task still uses it
+
+
+def test_a_copy_is_revalidated_and_a_part_is_resumed(reading: Reach, server: S3Server) -> None:
+    ctx = reading()
+    server.put("data", {"train/big": b"x" * 3_000_000})
+    url = "s3://data/train/big"
+    whole = fetch(ctx, url, "spec.x")
+    assert fetch(ctx, url, "spec.x").path == whole.path
+    entry = whole.entry
+    (etag,) = {server.client.head_object(Bucket="data", Key="train/big")["ETag"]}
+    for meta, left in ((etag, b"y" * 1_000_000), ('"of another version"', b"z" * 1_000_000)):
+        entry.part.write_bytes(left)
+        (entry.folder / "meta.json").unlink()
+        entry.part_meta.write_text(f'{{"url": "", "file": "", "size_bytes": 0, "etag": {json.dumps(meta)}}}')
+        got = fetch(ctx, url, "spec.x").path.read_bytes()
+        resumed = left if meta == etag else b"x" * 1_000_000
+        assert got == resumed + b"x" * 2_000_000
+    server.put("data", {"train/big": b"new"})
+    assert fetch(ctx, url, "spec.x").path.read_bytes() == b"new"
+
+
+def test_bounds_of_a_folder(reading: Reach) -> None:
+    with pytest.raises(BadRequest, match=r"more than the node's setting runners\.unpack_max_bytes"):
+        local_path(reading(limits={"unpack_max_bytes": 100}), "s3://data/model/", "spec.x")
+    with pytest.raises(BadRequest, match=r"more than 2 objects begin so \(runners.unpack_max_files\)"):
+        local_path(reading(limits={"unpack_max_files": 2}), "s3://data/train/", "spec.x")
+
+
+def test_credentials_of_a_file_are_read_again_and_never_shown(reading: Reach, server: S3Server, tmp_path: Path) -> None:
+    file = tmp_path / "credentials"
+    access = S3Access(read=("s3://data",), endpoint_url=server.url, credentials_file=str(file), profile="node")
+    ctx = reading(access)
+    with pytest.raises(RunnerError, match=r"cloud.credentials_file: .* cannot be read: no such file"):
+        fetch(ctx, "s3://data/empty", "spec.x")
+    file.write_text("[default]\naws_access_key_id = A\naws_secret_access_key = hidden-secret\n")
+    with pytest.raises(RunnerError, match=r"has no access key in the section \[node\] \(cloud.profile\)"):
+        fetch(ctx, "s3://data/empty", "spec.x")
+    file.write_text("[node]\naws_access_key_id = AKIDWRONG\naws_secret_access_key = hidden-secret\n")
+    with server.checking_keys(), pytest.raises(RunnerError) as error:
+        fetch(ctx, "s3://data/empty", "spec.x")
+    assert "S3 refuses the node's credentials (InvalidAccessKeyId)" in str(error.value)
+    assert "hidden-secret" not in str(error.value)
+    with server.checking_keys() as keys:
+        file.write_text(
+            f"[node]\naws_access_key_id = {keys['aws_access_key_id']}\n"
+            f"aws_secret_access_key = {keys['aws_secret_access_key']}\n"
+        )
+        with pytest.raises(RunnerError, match=r"access denied \(AccessDenied\); check what .*credentials allows"):
+            fetch(ctx, "s3://data/secret/key.txt", "spec.x")
+
+
+def test_a_server_that_is_away_is_tried_again(reading: Reach, monkeypatch: pytest.MonkeyPatch) -> None:
+    ctx = reading(S3Access(read=("s3://data",), endpoint_url="http://127.0.0.1:9", has_keys=True))
+    monkeypatch.setattr("runners.data.download.FIRST_PAUSE_S", 0.001)
+    with pytest.raises(RunnerError, match=r"could not be downloaded: .*no connection to http://127.0.0.1:9"):
+        fetch(ctx, "s3://data/x", "spec.x")
+
+
+def test_a_node_that_allows_nothing_says_so(make_context: MakeContext) -> None:
+    with pytest.raises(BadRequest, match=r"spec.x: this node reads nothing from S3: its setting cloud.read is empty"):
+        local_path(make_context({}), "s3://data/x", "spec.x")
+    with pytest.raises(BadRequest, match=r"an s3 address takes no headers"):
+        fetch(make_context({}), "s3://data/x", "spec.x", headers={"Authorization": "x"})
+
+
+def test_adapters_and_checkpoints(reading: Reach, server: S3Server, tmp_path: Path) -> None:
+    import tarfile
+
+    (tmp_path / "config.json").write_text("{}")
+    with tarfile.open(tmp_path / "m.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "config.json", "config.json")
+    server.put(
+        "data",
+        {
+            "train/m.tar.gz": (tmp_path / "m.tar.gz").read_bytes(),
+            "train/lora/adapter_config.json": b'{"peft_type": "LORA", "r": 2}',
+            "train/lora/adapter_model.safetensors": b"w",
+        },
+    )
+    ctx = reading()
+    for load in (
+        CheckpointLoad(url="s3://data/train/m.tar.gz"),
+        CheckpointLoad(uri="s3://data/model/"),
+        CheckpointLoad(path="s3://data/model"),
+    ):
+        assert (load_checkpoint(ctx, load).folder / "config.json").is_file()
+    for adapter in (Adapter(path="s3://data/train/lora/"), Adapter(url="s3://data/train/lora")):
+        assert load_adapter(ctx, adapter, 0, "spec.model.adapters[0]").rank == 2
