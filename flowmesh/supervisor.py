@@ -34,6 +34,8 @@ from flowmesh.orchestrator.link import Link
 from flowmesh.orchestrator.worker_description import NodeDescription
 from flowmesh.processes import linux
 from flowmesh.redaction import Redactor
+from flowmesh.reporting.reporting import Reporting
+from flowmesh.reporting.webhooks import Webhooks
 from flowmesh.settings.paths import results_dir, state_dir
 from flowmesh.settings.schema import Settings
 from flowmesh.startup import first_lines, identity, preflight, successor
@@ -108,6 +110,7 @@ class Supervisor:
             while not await self._ended(tasks):
                 pass
             await self._flushed()  # by the sender that runs: one that is cancelled while it sends would repeat events
+            await self.reporting.flushed(FAREWELL_TIMEOUT_S)
         finally:
             await end_all(tasks)
         await self._close()
@@ -157,6 +160,7 @@ class Supervisor:
         )
         owner = preflight.owner(settings)
         make_parts(self.state_dir, owner)
+        webhooks = Webhooks(settings.notify, node_id)
         self.executor = make_executor(
             settings,
             fitted,
@@ -168,7 +172,9 @@ class Supervisor:
             power=node.power,
             environment=self._environ,
             secrets=self._hides,
+            sendings_of=webhooks.of_end,
         )
+        self.reporting = Reporting(webhooks, self.executor, worker_id)
         self.gpu_watch = GpuWatch(
             self.executor.conditions,
             fitted,
@@ -191,6 +197,7 @@ class Supervisor:
             resume=self.drain.take_back,
             start_anew=self.start_anew,
             metrics=metrics.text,
+            notify=self.reporting.summary,
         )
         watchers = Watchers(self.executor)
         socket = self.state_dir / "run" / "control.sock"
@@ -210,7 +217,8 @@ class Supervisor:
 
     def _works(self) -> list[Coroutine[Any, Any, None]]:
         works = [self._begin(), self.link.send_events(), self._feed_watchdog(), *self.executor.works()]
-        return [*works, self.control.keep(), self._keep_lock(), *self.metrics_files.works()]
+        works += self.metrics_files.works() + self.reporting.works()
+        return [*works, self.control.keep(), self._keep_lock()]
 
     async def _begin(self) -> None:
         """Take over the tasks of an earlier supervisor; then subscribe; then report IDLE."""
@@ -226,6 +234,7 @@ class Supervisor:
             self.executor.gateway.need()
         await self.executor.pool.warm(LIGHT)
         await self.executor.gpus.check_idle_slots()
+        self.reporting.look()
         gc.collect()
         gc.freeze()  # long-lived objects need no further collection
         self.link.registration.resume()
@@ -325,6 +334,7 @@ class Supervisor:
             await end_all([sending])
         await self.link.registration.unregister(FAREWELL_TIMEOUT_S)
         await self.control.close()
+        await self.reporting.close()
         await self.executor.gateway.stop()
         await self.executor.pool.close()
         await self.nvml.close()

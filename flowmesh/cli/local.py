@@ -187,6 +187,8 @@ class LocalNode:
             found["tasks.allow_command"] = "*"
         if not settings.cloud.read:
             found["cloud.read"] = "s3://*"
+        if not settings.cloud.write:
+            found["cloud.write"] = "s3://*"
         own = Path("~/.aws/credentials").expanduser()
         named = settings.cloud.credentials_file or os.environ.get("AWS_SHARED_CREDENTIALS_FILE")
         if not named and own.is_file():

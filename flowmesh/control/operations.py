@@ -31,6 +31,7 @@ class Operations:
         stop: drains in the given mode, and ends the node.
         resume: takes a drain back; raises FlowMeshError if there is none.
         metrics: gives the node's metrics as text.
+        notify: gives the receivers of notifications, and how they stand.
         start_anew: replaces this supervisor by a new one; raises FlowMeshError if that could not start.
     """
 
@@ -44,7 +45,9 @@ class Operations:
         resume: Callable[[], None],
         start_anew: Callable[[], Awaitable[None]],
         metrics: Callable[[], str],
+        notify: Callable[[], list[dict[str, Any]]],
     ) -> None:
+        self._notify = notify
         self._metrics = metrics
         self._node = node
         self._executor = executor
@@ -118,6 +121,7 @@ class Operations:
                 }
                 for server in executor.pool.servers
             ],
+            "notify": self._notify(),
             "queue": self._link.queue.summary(),
             "warnings": executor.pool.warnings(),
             "redeliveries": executor.redeliveries.waits(),

@@ -14,7 +14,7 @@ from flowmesh.execution.run import Run
 from flowmesh.messages.text import escaped
 from flowmesh.messages.wire import decode_object, utc_now
 from flowmesh.redaction import Redactor, document_without_secrets, in_document
-from flowmesh.tasks.history import Detail, Entry, pack
+from flowmesh.tasks.history import Detail, Entry, Found, pack
 from flowmesh.tasks.history_table import Kept
 from flowmesh.tasks.verdicts import Verdict
 
@@ -31,7 +31,7 @@ TOKEN_FIELDS = ("total_tokens", "num_tokens", "num_input_tokens_seen")
 
 def of_run(
     run: Run, verdict: Verdict, *, finished_at: str, cost_per_hour: float, redact: Redactor, gpus: Mapping[str, str]
-) -> Kept:
+) -> Found:
     """What is kept of a task that has ended.
 
     Args:
@@ -45,6 +45,7 @@ def of_run(
     metadata = run.accepted.message.task.metadata or {}
     entry = Entry(
         task_id=run.task_id,
+        attempt=run.attempt,
         type=run.accepted.type.name,
         worker_id=run.worker_id,
         owner=redact(owner_of(metadata)),
@@ -84,10 +85,10 @@ def of_run(
         versions={"flowmesh": installed.version()} | (run.outcome.versions if run.outcome is not None else {}),
         gpus={uuid: gpus.get(uuid, "") for uuid in run.gpus},
     )
-    return _packed(entry, detail)
+    return Found(entry=entry, detail=detail)
 
 
-def of_refusal(worker_id: str, task_id: str, verdict: Verdict, data: bytes, secrets: Redactor) -> Kept:
+def of_refusal(worker_id: str, task_id: str, verdict: Verdict, data: bytes, secrets: Redactor) -> Found:
     """What is kept of a task that was refused.
 
     Args:
@@ -105,14 +106,14 @@ def of_refusal(worker_id: str, task_id: str, verdict: Verdict, data: bytes, secr
         finished_at=now,
     )
     if len(data) > WHOLE_BYTES:
-        return pack(entry, detail)
+        return Found(entry=entry, detail=detail)
     try:
         task = decode_object(data)["task"]
         found = msgspec.convert(task, dict[str, Any])
         redact = Redactor([*secrets.known, *in_document(found, {})], prose=True)
         document, _, hidden = _document(found, len(data), redact)
     except (FieldError, KeyError, TypeError, ValueError, RecursionError):
-        return pack(entry, detail)
+        return Found(entry=entry, detail=detail)
     metadata = found.get("metadata")
     spec = found.get("spec")
     entry = msgspec.structs.replace(
@@ -122,7 +123,7 @@ def of_refusal(worker_id: str, task_id: str, verdict: Verdict, data: bytes, secr
         name=redact(_text(metadata.get("name"))) if isinstance(metadata, dict) else "",
         message=escaped(redact(verdict.message[:MESSAGE_CHARS])),
     )
-    return _packed(entry, msgspec.structs.replace(detail, document=document, whole=True, hidden=hidden))
+    return Found(entry=entry, detail=msgspec.structs.replace(detail, document=document, whole=True, hidden=hidden))
 
 
 def owner_of(metadata: Mapping[str, Any]) -> str:
@@ -156,12 +157,12 @@ def _document(task: dict[str, Any], size: int, redact: Redactor) -> tuple[dict[s
     return document, whole, hidden
 
 
-def _packed(entry: Entry, detail: Detail) -> Kept:
-    """Without the document where that cannot be stored, such as for an integer of more than 64 bits."""
+def packed(found: Found) -> Kept:
+    """Encoded; without the document where that cannot be stored, such as for an integer of more than 64 bits."""
     try:
-        return pack(entry, detail)
+        return pack(found.entry, found.detail)
     except (OverflowError, RecursionError, TypeError, ValueError):
-        return pack(entry, msgspec.structs.replace(detail, document=None, whole=False, hidden=()))
+        return pack(found.entry, msgspec.structs.replace(found.detail, document=None, whole=False, hidden=()))
 
 
 def shortened(task: dict[str, Any]) -> dict[str, Any]:

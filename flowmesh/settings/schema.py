@@ -5,6 +5,7 @@ The repr of a section hides secrets.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
@@ -45,12 +46,21 @@ _REDACTED: dict[str, Callable[[str], str]] = {
 """How each field that is a secret, or contains one, is shown."""
 
 
+def shown_receiver(url: str) -> str:
+    """The address of a webhook for display: only its scheme and host, as the rest is often the secret."""
+    scheme, separator, rest = url.partition("://")
+    authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    if not separator or re.fullmatch(r"[\w.:\[\]-]+", authority.rpartition("@")[2]) is None:
+        return HIDDEN
+    return f"{scheme}://{authority.rpartition('@')[2]}"
+
+
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A table of the file. Unknown keys are refused."""
 
     def __rich_repr__(self) -> list[tuple[str, Any]]:
         pairs = [(name, getattr(self, name)) for name in self.__struct_fields__]
-        return [(name, _REDACTED[name](it) if name in _REDACTED and it is not None else it) for name, it in pairs]
+        return [(name, _REDACTED[name](it) if name in _REDACTED and isinstance(it, str) else it) for name, it in pairs]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.__rich_repr__())})"
@@ -201,6 +211,8 @@ class CloudSettings(Section, frozen=True):
 
     read: tuple[Bucket, ...] = ()
     """s3://BUCKET or s3://BUCKET/PREFIX (`*` allowed) that documents may read with the node's credentials."""
+    write: tuple[Bucket, ...] = ()
+    """The same of where documents may have results sent."""
     endpoint_url: str | None = None
     """AWS_ENDPOINT_URL_S3. None: that of AWS in the region."""
     region: Name | None = None
@@ -292,6 +304,32 @@ class MetricsSettings(Section, frozen=True):
     """Folder with a file for each GPU that names its task, for dcgm-exporter. None: none."""
 
 
+NotifyEvent = Literal["failed", "succeeded", "slot_closed", "slot_opened", "node_down", "node_up"]
+
+
+class NotifySettings(Section, frozen=True):
+    """[notify]: webhooks"""
+
+    url: tuple[Word, ...] = ()
+    """Where notifications are sent: one address, or several."""
+    secret_file: FilePath | None = None
+    """File with the secret that signs them, read at each attempt. None: they are not signed."""
+    events: tuple[NotifyEvent, ...] = ("failed", "slot_closed", "slot_opened", "node_down", "node_up")
+    """What is told."""
+    format: Literal["json", "slack"] = "json"
+    """`slack`: {"text": …} only, in Slack's markup."""
+    timeout_s: Annotated[float, Meta(gt=0, le=60)] = 10.0
+    """Limit for connecting, and for the answer."""
+    keep_s: PositiveSeconds = 86400.0
+    """How long a notification is tried."""
+    node_down_after_s: Annotated[float, Meta(ge=1, le=86400)] = 60.0
+    """How long another node's heartbeats must be missing before it counts as down."""
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        shown = tuple(shown_receiver(url) for url in self.url)
+        return [(name, shown if name == "url" else it) for name, it in super().__rich_repr__()]
+
+
 class RunnersSettings(Section, frozen=True):
     """[runners]: limits and permissions of the built-in task types"""
 
@@ -346,6 +384,7 @@ class Settings(Section, frozen=True):
     gpu: GpuSettings = GpuSettings()
     slots: tuple[SlotSettings, ...] = ()
     metrics: MetricsSettings = MetricsSettings()
+    notify: NotifySettings = NotifySettings()
     runners: RunnersSettings = RunnersSettings()
     environments: dict[Name, EnvironmentSettings] = {}
     task_types: dict[Name, TaskTypeSettings] = {}

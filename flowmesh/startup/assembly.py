@@ -11,6 +11,7 @@ import msgspec
 from flowmesh.execution import permits
 from flowmesh.execution.executor import Executor
 from flowmesh.execution.layout import Layout, Owner
+from flowmesh.execution.ports import SendingsOf
 from flowmesh.execution.run import Run
 from flowmesh.messages.gateway import Gateway
 from flowmesh.node.nvml.client import Nvml
@@ -39,6 +40,7 @@ def make_executor(
     power: PowerMeter,
     environment: Mapping[str, str],
     secrets: Redactor,
+    sendings_of: SendingsOf,
 ) -> Executor:
     """The executor of a node, with its fork servers and folders.
 
@@ -47,6 +49,7 @@ def make_executor(
         owner: the user that tasks run as; None: the node's own.
         environment: the node's own variables.
         secrets: knows the node's secrets.
+        sendings_of: what webhooks are told of a task's end.
     """
     base_env = environ.base(environment, settings.tasks.pass_env)
     catalogue, environment_table = environments.plan(settings)
@@ -85,6 +88,7 @@ def make_executor(
         nvml=nvml,
         power=power,
         gpus=fitted.gpus,
+        sendings_of=sendings_of,
     )
 
 

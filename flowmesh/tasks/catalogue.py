@@ -140,6 +140,21 @@ BUILTIN = (
         extra="rag",
         preload=("runners.rag.preload:RAG",),
     ),
+    *(
+        TaskType(
+            name=name,
+            runner=runner,
+            check=f"runners.checks:{name}",
+            sections=f"runners.schemas:{name}",
+            requires=("torch", "transformers", "sentence_transformers"),
+            extra="rag",
+            preload=(preload,),
+        )
+        for name, runner, preload in (
+            ("embedding", "runners.vectors.runner:EmbeddingRunner", "runners.vectors.preload:VECTORS"),
+            ("score", "runners.scoring.runner:ScoreRunner", "runners.vectors.preload:SCORE"),
+        )
+    ),
     TaskType(
         name="agent",
         runner="runners.agent.runner:AgentRunner",

@@ -85,10 +85,15 @@ class Passages:
             file.writelines(line + b"\n" for line in self._lines)
 
 
-def save(ctx: Context, built: Loaded) -> Path:
-    """Write the index into the task's folder and ask for its upload."""
-    target = ctx.out_dir / FOLDER
-    scratch = ctx.out_dir / f".{FOLDER}.partial"
+def save(ctx: Context, built: Loaded, folder: Path | None = None) -> Path:
+    """Write the index into the task's folder and ask for its upload.
+
+    Args:
+        folder: a merged child's, which is uploaded with the child's results; None: the task's.
+    """
+    own = ctx.out_dir if folder is None else folder
+    target = own / FOLDER
+    scratch = own / f".{FOLDER}.partial"
     clear(scratch)
     scratch.mkdir(parents=True)
     faiss.write_index(built.index.on_cpu(), os.fspath(scratch / VECTORS))
@@ -98,7 +103,8 @@ def save(ctx: Context, built: Loaded) -> Path:
     (scratch / ABOUT).write_bytes(msgspec.json.format(msgspec.json.encode(about)))
     clear(target)
     scratch.rename(target)
-    ctx.archive(FOLDER)
+    if own == ctx.out_dir:
+        ctx.archive(FOLDER)
     return target
 
 

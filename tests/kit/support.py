@@ -292,7 +292,8 @@ class Node:
 
     def start(self, *, wait: bool = True) -> Node:
         command = [*self.wrapper, sys.executable, "-m", "flowmesh.cli.supervisor", *self.flags(), *self.args]
-        env = {**os.environ, "PYTHONPATH": str(self.code), **self.env}
+        paths = filter(None, [str(self.code), os.environ.get("PYTHONPATH")])
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **self.env}
         env.pop("REDIS_URL", None)
         env |= {name: value for name, value in self.env.items() if name == "REDIS_URL"}
         with open(self.log, "ab") as log:

@@ -21,7 +21,7 @@ FLOORS = (
     {"cli"},
     {"supervisor"},
     {"control"},
-    {"metrics"},
+    {"metrics", "reporting"},
     {"orchestrator", "startup"},
     {"execution"},
     {"pipelines"},

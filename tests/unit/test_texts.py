@@ -25,13 +25,16 @@ import runners.data.hub
 import runners.data.lists
 import runners.data.openai_batch
 import runners.data.shard
+import runners.embedding.options
 import runners.inference.export
 import runners.inference.options
 import runners.inference.task
 import runners.models.spec
 import runners.rag.task
+import runners.scoring.task
 import runners.training.settings
 import runners.training.sources
+import runners.vectors.task
 from flowmesh.cli.main import COMMANDS
 from tests.kit.paths import ROOT
 from tests.unit.tasks.test_machine_diagram import walked
@@ -238,6 +241,8 @@ SECTIONS = {
     "inference": [runners.inference.options, runners.inference.task, runners.inference.export, runners.models.spec],
     "training": [runners.training.settings, runners.training.sources],
     "rag": [runners.rag.task],
+    "embedding": [runners.vectors.task, runners.embedding.options],
+    "score": [runners.scoring.task],
     "agent": [runners.agent.task, runners.agent.config],
     "command": [runners.command.task],
     "output": [flowmesh.messages.output],
@@ -247,9 +252,21 @@ READS = {
     "inference": ("inference", "models"),
     "training": ("training", "models"),
     "rag": ("rag", "inference", "models"),
+    "embedding": ("embedding", "rag"),
+    "score": ("score", "embedding"),
 }
 """The sections of docs/tasks.md that describe a task type's fields; by default the one of its name."""
-INTERNAL = {"InferenceTask", "Sampling", "Column", "AgentTask", "RagTask", "_Choice"}
+INTERNAL = {
+    "InferenceTask",
+    "Sampling",
+    "Column",
+    "AgentTask",
+    "RagTask",
+    "EmbeddingTask",
+    "ScoreTask",
+    "Group",
+    "_Choice",
+}
 """Structs that no document is decoded into. `Column` is one of the training's; graph_template's has its names below."""
 
 
