@@ -34,8 +34,8 @@ from flowmesh.orchestrator.link import Link
 from flowmesh.orchestrator.worker_description import NodeDescription
 from flowmesh.processes import linux
 from flowmesh.redaction import Redactor
+from flowmesh.reporting.outgoing import Outgoing
 from flowmesh.reporting.reporting import Reporting
-from flowmesh.reporting.webhooks import Webhooks
 from flowmesh.settings.paths import results_dir, state_dir
 from flowmesh.settings.schema import Settings
 from flowmesh.startup import first_lines, identity, preflight, successor
@@ -160,7 +160,7 @@ class Supervisor:
         )
         owner = preflight.owner(settings)
         make_parts(self.state_dir, owner)
-        webhooks = Webhooks(settings.notify, node_id)
+        outgoing = Outgoing(settings, self._environ, node_id)
         self.executor = make_executor(
             settings,
             fitted,
@@ -172,9 +172,10 @@ class Supervisor:
             power=node.power,
             environment=self._environ,
             secrets=self._hides,
-            sendings_of=webhooks.of_end,
+            sendings_of=outgoing.of_end,
+            traces=outgoing.traces,
         )
-        self.reporting = Reporting(webhooks, self.executor, worker_id)
+        self.reporting = Reporting(outgoing, self.executor, worker_id)
         self.gpu_watch = GpuWatch(
             self.executor.conditions,
             fitted,

@@ -39,6 +39,7 @@ _REDACTED: dict[str, Callable[[str], str]] = {
     "orchestrator_url": redact_url,
     "orchestrator_token": lambda _: HIDDEN,
     "endpoint_url": redact_url,
+    "endpoint": redact_url,
     "access_key_id": lambda _: HIDDEN,
     "secret_access_key": lambda _: HIDDEN,
     "session_token": lambda _: HIDDEN,
@@ -330,6 +331,15 @@ class NotifySettings(Section, frozen=True):
         return [(name, shown if name == "url" else it) for name, it in super().__rich_repr__()]
 
 
+class OtelSettings(Section, frozen=True):
+    """[otel]: a span for each task, over OTLP/HTTP; OpenTelemetry's own variables count, too"""
+
+    endpoint: str | None = None
+    """The collector. None: OTEL_EXPORTER_OTLP_ENDPOINT; where there is none either, no spans are sent."""
+    headers_file: FilePath | None = None
+    """File with headers of the requests, one `Name: value` a line. None: OTEL_EXPORTER_OTLP_HEADERS."""
+
+
 class RunnersSettings(Section, frozen=True):
     """[runners]: limits and permissions of the built-in task types"""
 
@@ -385,6 +395,7 @@ class Settings(Section, frozen=True):
     slots: tuple[SlotSettings, ...] = ()
     metrics: MetricsSettings = MetricsSettings()
     notify: NotifySettings = NotifySettings()
+    otel: OtelSettings = OtelSettings()
     runners: RunnersSettings = RunnersSettings()
     environments: dict[Name, EnvironmentSettings] = {}
     task_types: dict[Name, TaskTypeSettings] = {}
