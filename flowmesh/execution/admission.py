@@ -105,7 +105,7 @@ def accept(data: bytes, *, settings: Settings, catalogue: Catalogue, results_dir
             out_dir=str(folder),
             destination=output.destination,
             artifacts=output.artifacts,
-            warnings=(warning,) if warning else (),
+            warnings=tuple(each for each in (warning, message.parent[1]) if each),
         ),
         children=children,
         size_bytes=len(data),

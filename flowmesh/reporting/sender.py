@@ -75,12 +75,17 @@ class Sender:
         self._layout = layout
         self._wake = asyncio.Event()
         self._empty = asyncio.Event()
+        self._hurried = asyncio.Event()
         self._backoff = Backoff(FIRST_PAUSE_S, LONGEST_PAUSE_S)
 
     def wake(self) -> None:
         """Something was added to the lane."""
         self._empty.clear()
         self._wake.set()
+
+    def hurry(self) -> None:
+        """The node ends: wait for no further messages."""
+        self._hurried.set()
 
     async def emptied(self) -> None:
         """Wait until nothing waits that could be sent now."""
@@ -119,7 +124,8 @@ class Sender:
             await self._rest()
             return 0.0
         if self.lane.collect_s and len(rows) < self.lane.most:
-            await asyncio.sleep(self.lane.collect_s)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._hurried.wait(), self.lane.collect_s)
             rows = self._sendings.due(self.lane.name, self.lane.most)
         answers, trouble = await self._attempt(rows)
         by_id = {answer.id: answer for answer in answers}
