@@ -48,6 +48,7 @@ def test_a_task_reads_through_the_node_and_never_sees_its_key(
     assert result["found"]["open/a"] == {"text": "text of a"}
     assert "there is no object 'open/none'" in result["found"]["open/none"]["error"]
     assert result["sees_token"] is False
+    assert not result.get("warnings")  # the first task waits for the gateway, without a failed attempt
     refused = {"taskType": "download", "urls": {"b": {"url": "s3://data/closed/b"}}, "nekot": SECRET[::-1]}
     end = orchestrator.run("w1", refused)
     assert end["type"] == "TASK_FAILED", end
