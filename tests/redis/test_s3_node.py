@@ -25,7 +25,7 @@ runner = "tests.kit.download_runners:DownloadRunner"
 environment = "light"
 
 [delivery]
-bandwidth_bytes_per_sec = 16000000
+bandwidth_bytes_per_sec = 2000000
 
 [cloud]
 write = ["s3://data/results"]
