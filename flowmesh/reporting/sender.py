@@ -24,7 +24,7 @@ from flowmesh.processes import environ
 from flowmesh.processes.helper import Helpers
 from flowmesh.processes.limits import Limits
 from flowmesh.processes.protocol import Fork
-from flowmesh.reporting.batch import Answer, Batch, Item, read_answers, write_batch
+from flowmesh.reporting.batch import Answer, Batch, Item, end_batch, read_answers, write_batch
 from flowmesh.tasks.catalogue import DELIVERY
 from flowmesh.tasks.journal import JournalError
 from flowmesh.tasks.sendings_table import Sendings, Waiting
@@ -169,7 +169,7 @@ class Sender:
             trouble = f"not done within {self.lane.limit_s:g} s"
         except (LaunchError, OSError) as error:
             trouble = str(error)
-        answers = await asyncio.to_thread(read_answers, folder)
+        answers = await asyncio.to_thread(end_batch, folder)
         if not trouble and len(answers) < len(rows) and not any(each.error for each in answers):
             trouble = f"the sending process ended early; see {self._log}"
         return answers, trouble
