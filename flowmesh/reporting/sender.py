@@ -114,6 +114,10 @@ class Sender:
                 pause_s = await self._send_some()
             except JournalError:  # reported by the checks of the journal
                 pause_s = self._backoff.next_s()
+            except Exception as error:  # noqa: BLE001 - the boundary: the node must not end with its sender
+                logger.opt(exception=error).error("unhandled error in a sender")
+                self._failed(f"{type(error).__name__}: {error}")
+                pause_s = self._backoff.next_s()
             if pause_s > 0:
                 await asyncio.sleep(pause_s)
 
