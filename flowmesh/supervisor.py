@@ -20,6 +20,7 @@ from flowmesh.control.server import ControlServer
 from flowmesh.control.submission import Submissions
 from flowmesh.control.watchers import Watchers
 from flowmesh.errors import BusyError, ConfigError, DeviceError, FlowMeshError, LaunchError
+from flowmesh.execution.launch.warming import Warming
 from flowmesh.execution.layout import make_parts
 from flowmesh.execution.recovery import recover
 from flowmesh.messages.wire import utc_now
@@ -239,7 +240,22 @@ class Supervisor:
         gc.freeze()  # long-lived objects need no further collection
         self.link.registration.resume()
         self._notifier.send(READY="1", STATUS="running")
-        await asyncio.gather(*self.link.works(), first_lines.compare_torch(self.executor, self.inventory))
+        compared = first_lines.compare_torch(self.executor, self.inventory)
+        await asyncio.gather(*self.link.works(), compared, self._warming().run())
+
+    def _warming(self) -> Warming:
+        executor, registration = self.executor, self.link.registration
+        return Warming(
+            pool=executor.pool,
+            catalogue=executor.catalogue,
+            broken=lambda: executor.environments.broken,
+            report=executor.environments.report,
+            journal=self.journal,
+            settings=self.settings.environments,
+            max_mb=self.settings.processes.warm_max_mb,
+            idle=lambda: len(executor.runs) == 0,
+            wanted=lambda: executor.draining is None and not registration.disabled,
+        )
 
     async def start_anew(self, fitted: preflight.Fitted | None = None) -> None:
         """Replace this process by the program as it is on disk, with the settings as they are now; tasks run on.

@@ -222,6 +222,7 @@ class LocalNode:
             "node.state_dir": str(self.state_dir),
             "node.worker_id": f"local-{secrets.token_hex(4)}",
             "processes.drain_timeout_s": "1",
+            "processes.warm_max_mb": "0",  # its tasks are there already
         }
         settings |= self.permits()
         if self._options.results_dir is not None:

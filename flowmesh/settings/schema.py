@@ -30,6 +30,7 @@ from flowmesh.settings.types import (
     Token,
     Umask,
     VariableName,
+    Warm,
     Word,
 )
 
@@ -263,6 +264,8 @@ class ProcessesSettings(Section, frozen=True):
     """memory.max of each task's cgroup."""
     task_pids_max: Annotated[int, Meta(ge=8)] | None = None
     """pids.max of each task's cgroup."""
+    warm_max_mb: Annotated[int, Meta(ge=0)] | None = None
+    """Memory of fork servers that no task has asked for. None: a quarter of the node's memory; 0: none is started."""
 
 
 class GpuSettings(Section, frozen=True):
@@ -362,6 +365,9 @@ class EnvironmentSettings(Section, frozen=True):
     """Path of the interpreter, which must exist. None: the supervisor's own."""
     preload: tuple[ModuleName, ...] = ()
     """Modules that its fork server imports before the first task."""
+    warm: Warm = True
+    """True: imported in a quiet moment after the start. "on first use": by the first task. False: the same, and its
+    fork server ends when no task has used it for ten minutes."""
 
 
 class TaskTypeSettings(Section, frozen=True):
