@@ -105,16 +105,21 @@ class Session:
         if unknown := set(wanted) - {share.name for share in shares}:
             known = ", ".join(share.name for share in shares)
             self._add("plan", "--only", Status.FAILED, why=f"unknown: {', '.join(unknown)}; there are: {known}")
-        chosen = [share for share in shares if share.name in wanted]
-        for at, share in enumerate(chosen):
-            left_s = self._ends_at - time.monotonic()
-            if seconds := budget.seconds_for(share, chosen[at + 1 :], left_s):
+        postponed = self._run_in_order([share for share in shares if share.name in wanted])
+        for share in self._run_in_order(postponed):  # the others may have taken less than they asked for
+            left_s = max(0.0, self._ends_at - time.monotonic())
+            why = f"no time: it needs {share.least_s:.0f} s, and {left_s:.0f} s were left"
+            self._add(share.name, "the whole step", Status.SKIPPED, why=why)
+
+    def _run_in_order(self, shares: list[budget.Share]) -> list[budget.Share]:
+        """Run those for which there is time, and return the others."""
+        postponed = []
+        for at, share in enumerate(shares):
+            if seconds := budget.seconds_for(share, shares[at + 1 :], self._ends_at - time.monotonic()):
                 self._run_step(share.name, seconds)
             else:
-                why = (
-                    f"no time: it needs {share.least_s:.0f} s, and {left_s:.0f} s were left for it and all later steps"
-                )
-                self._add(share.name, "the whole step", Status.SKIPPED, why=why)
+                postponed.append(share)
+        return postponed
 
     def _run_step(self, name: str, seconds: float) -> None:
         self._report.doing(name)
