@@ -20,7 +20,7 @@ from typing import Any
 
 from flowmesh.processes import linux
 from tests.gpu.kit import budget, smi, tree
-from tests.gpu.kit.install import InstallError, install
+from tests.gpu.kit.install import SetUpError, install
 from tests.gpu.kit.report import Report, Row, Status
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -70,9 +70,9 @@ class Session:
             self._stop_worker()
             self._report.end("ended early", str(ended))
             return 1
-        except InstallError as error:
-            self._add("install", "the wheels are installed", Status.FAILED, why=str(error))
-            self._report.end("ended early", "the wheels could not be installed")
+        except SetUpError as error:
+            self._add("install", "the run can begin", Status.FAILED, why=str(error))
+            self._report.end("ended early", "it could not begin")
             return 1
         left = self._stop_worker()
         if left:
@@ -91,6 +91,8 @@ class Session:
             sys.path.insert(1, str(site))
             self._env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(site), self._env.get("PYTHONPATH", "")])
         if options.dry:
+            if not (shutil.which("cc") or shutil.which("gcc")):
+                raise SetUpError("--dry needs a C compiler for the stub of NVIDIA's library")
             from tests.gpu.kit import dry
 
             self._env |= dry.prepare(options.scratch)
