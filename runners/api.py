@@ -86,6 +86,7 @@ IN_EVERY_EXTRA = frozenset(
 """Libraries that each of the extras inference, training, vllm and rag installs: the task type's own is named."""
 EXTRAS = {
     "vllm": "vllm",
+    "PIL": "inference",
     "trl": "training",
     "bitsandbytes": "quantization",
     "deepspeed": "deepspeed",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from flowmesh.cli.findings import Finding, Level
 from flowmesh.installed import install_command
@@ -35,7 +36,9 @@ def s3(settings: Settings) -> Iterator[Finding]:
     if not access.has_credentials:
         yield Finding("S3", Level.NOTE, "the node has no credentials: only public buckets can be read")
     for pattern in access.read:
-        yield _readable(client, access, pattern)
+        yield _listed(client, access, pattern, "can be listed")
+    for pattern in access.write:
+        yield _listed(client, access, pattern, "is there for results")
 
 
 def _mode(file: str) -> Iterator[Finding]:
@@ -48,7 +51,7 @@ def _mode(file: str) -> Iterator[Finding]:
         yield Finding("S3", Level.WARN, text, f"chmod 600 {file}")
 
 
-def _readable(client: object, access: S3Access, pattern: str) -> Finding:
+def _listed(client: Any, access: S3Access, pattern: str, good: str) -> Finding:
     begin = pattern
     for index, each in enumerate(pattern):
         if each in WILD:
@@ -59,12 +62,12 @@ def _readable(client: object, access: S3Access, pattern: str) -> Finding:
     except ValueError:
         return Finding("S3", Level.NOTE, f"{pattern}: names no single bucket, so nothing was tried")
     try:
-        client.list_objects_v2(Bucket=location.bucket, Prefix=location.key, MaxKeys=1)  # type: ignore[attr-defined]
+        client.list_objects_v2(Bucket=location.bucket, Prefix=location.key, MaxKeys=1)
     except Exception as error:  # noqa: BLE001 - what botocore raises
         fault = s3_client.error_of(error, Location(location.bucket, ""), access)
         if fault.code == "AccessDenied" and access.has_credentials:
-            text = f"{pattern}: cannot be listed; single objects may be readable all the same"
+            text = f"{pattern}: cannot be listed; its objects may be within reach all the same"
             return Finding("S3", Level.WARN, text, "allow s3:ListBucket, if prefixes and patterns are needed")
         return Finding("S3", Level.BROKEN, f"{pattern}: {fault}", "correct [cloud] in the node's file")
     where = access.endpoint_url or access.region or os.environ.get("AWS_REGION") or s3_client.DEFAULT_REGION
-    return Finding("S3", Level.OK, f"{pattern}: can be listed at {where}")
+    return Finding("S3", Level.OK, f"{pattern}: {good} at {where}")

@@ -189,6 +189,8 @@ class LocalNode:
             found["tasks.allow_command"] = "*"
         if not settings.cloud.read:
             found["cloud.read"] = "s3://*"
+        if not settings.cloud.write:
+            found["cloud.write"] = "s3://*"
         own = Path("~/.aws/credentials").expanduser()
         named = settings.cloud.credentials_file or os.environ.get("AWS_SHARED_CREDENTIALS_FILE")
         if not named and own.is_file():
@@ -222,6 +224,7 @@ class LocalNode:
             "node.state_dir": str(self.state_dir),
             "node.worker_id": f"local-{secrets.token_hex(4)}",
             "processes.drain_timeout_s": "1",
+            "processes.warm_max_mb": "0",  # its tasks are there already
         }
         settings |= self.permits()
         if self._options.results_dir is not None:

@@ -17,7 +17,7 @@ def main(pipe: Pipe, spool: Path) -> int:
     """Deliver; 0 where everything arrived, else 1 with the reason in delivered.json."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", force=True)
     given = credentials_of(pipe)
-    return delivery.main(pipe, spool, given.token)
+    return delivery.main(pipe, spool, given.token, keys=given.s3)
 
 
 def credentials_of(pipe: Pipe) -> Credentials:

@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 
 from flowmesh.errors import DeliveryError
+from flowmesh.messages.cloud import Keys
 from flowmesh.messages.job import MAX_OUTCOME_BYTES, Outcome
 from flowmesh.messages.text import encode_json
 from flowmesh.processes.pipe import VERSION, Finished, Frame, Hello, Pipe, Progress
@@ -39,6 +40,7 @@ def deliver(
     *,
     spool: Path | None = None,
     token: str | None = None,
+    keys: Keys | None = None,
 ) -> DeliveryReport:
     """Write the results of a task, and upload them where its destination is HTTP.
 
@@ -49,9 +51,10 @@ def deliver(
         report: called with phases, and with progress in bytes sent.
         spool: where the state of the delivery is saved; None: nowhere.
         token: ORCHESTRATOR_TOKEN.
+        keys: the node's own access key of S3.
     """
     started = time.monotonic()
-    run = DeliveryRun(job, outcome, report, spool, token)
+    run = DeliveryRun(job, outcome, report, spool, token, keys)
     error, status = "", None
     postponed: Postponed | None = None
     try:
@@ -85,13 +88,16 @@ def deliver(
     )
 
 
-def main(pipe: Pipe | None, spool: Path, token: str | None = None, *, again: bool = False) -> int:
+def main(
+    pipe: Pipe | None, spool: Path, token: str | None = None, *, keys: Keys | None = None, again: bool = False
+) -> int:
     """Carry out `spool`/delivery.json, and leave delivered.json there.
 
     A second process for the same spool folder waits for the first, and then finds its work done.
 
     Args:
         pipe: gets frames; the delivery continues if the node is gone.
+        token, keys: the node's.
         again: send everything once more, even what has arrived.
 
     Returns:
@@ -109,7 +115,7 @@ def main(pipe: Pipe | None, spool: Path, token: str | None = None, *, again: boo
         done = read_report(spool)
         if done is None or not done.ok:
             job = msgspec.json.decode(file.read(), type=DeliveryJob)
-            done = _deliver_spool(job, spool, send, token)
+            done = _deliver_spool(job, spool, send, token, keys)
             if job.only_local:
                 return 0 if done.ok else 1
             write_atomic(spool / DELIVERED_FILE, encode_json(done), private=True)
@@ -143,12 +149,14 @@ def write_job(job: DeliveryJob, spool: Path) -> None:
     write_atomic(spool / DELIVERY_FILE, encode_json(job), private=True)
 
 
-def _deliver_spool(job: DeliveryJob, spool: Path, report: Report, token: str | None) -> DeliveryReport:
+def _deliver_spool(
+    job: DeliveryJob, spool: Path, report: Report, token: str | None, keys: Keys | None
+) -> DeliveryReport:
     try:
         outcome = None
         with contextlib.suppress(FileNotFoundError):
             outcome = msgspec.json.decode(read_regular(spool / job.outcome_file, MAX_OUTCOME_BYTES), type=Outcome)
-        done = deliver(job, outcome, report, spool=spool, token=token)
+        done = deliver(job, outcome, report, spool=spool, token=token, keys=keys)
     except Exception as error:
         log.exception("unhandled error in the delivery task=%s", job.task.task_id)
         return DeliveryReport(ok=False, error=f"internal error in the delivery: {type(error).__name__}")

@@ -30,7 +30,7 @@ from flowmesh.results.s3_client import S3Error
 from flowmesh.results.s3_reader import S3Reader
 from flowmesh.results.safe_files import read_note
 from flowmesh.settings.secret_files import read_token
-from flowmesh.validation.s3_url import Location
+from flowmesh.validation.s3_url import PREFIX, parse
 from flowmesh.web.origins import shown_origin, without_login
 from flowmesh.web.session import make_session, options_for
 
@@ -42,6 +42,8 @@ CHUNK_BYTES = 256 * 1024
 MAX_TIMEOUT_S = 600.0
 IDLE_S = 60.0
 """A connection without a request is closed after this time."""
+MAX_LISTED = 1_000_000
+"""Objects in one list of S3, whatever a task asks for."""
 _PASSED = ("Range", "If-Range", "If-None-Match", "If-Modified-Since", "Accept", "Accept-Encoding")
 _NOT_RETURNED = frozenset(
     ("connection", "keep-alive", "transfer-encoding", "upgrade", "trailer", "te", "set-cookie", "proxy-authenticate")
@@ -157,13 +159,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         )
 
     def _read_s3(self, asked: str) -> None:
-        bucket, _, key = unquote(asked).partition("/")
-        location, reader = Location(bucket, key), self.server.s3
+        reader = self.server.s3
         try:
             if reader is None:
                 raise S3Error("refused", NO_S3)
+            try:
+                location = parse(f"{PREFIX}{unquote(asked)}")  # again: a task's code may ask for anything
+            except ValueError as error:
+                raise S3Error("refused", str(error)) from None
             if (at_most := self.headers.get(S3_LIST)) is not None:
-                data = msgspec.json.encode(reader.list(location, int(at_most)))
+                data = msgspec.json.encode(reader.list(location, min(int(at_most), MAX_LISTED)))
                 self.send_response_only(200)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()

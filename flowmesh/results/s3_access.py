@@ -9,11 +9,12 @@ from flowmesh.settings.secret_files import secret_path
 
 def access_of(settings: CloudSettings) -> S3Access | None:
     """None: the operator allows nothing."""
-    if not settings.read:
+    if not settings.read and not settings.write:
         return None
     file = settings.credentials_file
     return S3Access(
         read=settings.read,
+        write=settings.write,
         endpoint_url=settings.endpoint_url,
         region=settings.region,
         credentials_file=None if file is None else str(secret_path(file)),

@@ -25,6 +25,10 @@ Kind = Literal["missing", "refused", "node", "passing"]
 or installation. `passing`: another attempt may succeed."""
 
 
+NOT_INSTALLED, CERTIFICATE = "not installed", "certificate"
+"""Codes of our own."""
+
+
 class S3Error(FlowMeshError):
     """Raised when S3 does not do what it was asked. The text names bucket, key and remedy, and no secret.
 
@@ -37,6 +41,13 @@ class S3Error(FlowMeshError):
         self.kind: Kind = kind
         self.status = status
         self.code = code
+
+    @property
+    def may_pass(self) -> bool:
+        """Whether another attempt may succeed, without a change of this node's installation or settings."""
+        if self.kind != "node":
+            return self.kind == "passing"
+        return self.code not in (*_ELSEWHERE, NOT_INSTALLED, CERTIFICATE) and self.status not in (301, 307)
 
 
 def is_installed() -> bool:
@@ -58,7 +69,7 @@ def make_client(access: S3Access, keys: Keys | None, timeout_s: float) -> Any:
         S3Error: botocore is missing, or the credentials cannot be had.
     """
     if not is_installed():
-        raise S3Error("node", not_installed())
+        raise S3Error("node", not_installed(), code=NOT_INSTALLED)
     import botocore.config
     import botocore.exceptions
     import botocore.session
@@ -142,9 +153,13 @@ def error_of(error: Exception, location: Location, access: S3Access) -> S3Error:
     if name in ("NoCredentialsError", "CredentialRetrievalError", "PartialCredentialsError", "MetadataRetrievalError"):
         return S3Error("node", f"{shown}: the credentials of this node's role (cloud.role) cannot be had now")
     if name == "SSLError" and "CERTIFICATE_VERIFY_FAILED" in str(error):
-        return S3Error("node", f"{shown}: the certificate of {place} is not trusted; {certificate_remedy()}")
+        return S3Error(
+            "node", f"{shown}: the certificate of {place} is not trusted; {certificate_remedy()}", code=CERTIFICATE
+        )
     if name in ("ParamValidationError", "InvalidRegionError", "InvalidEndpointError", "ValueError"):
         return S3Error("refused", f"{shown}: this address or endpoint cannot be used ({name})")
+    if name == "ResponseParserError":
+        return S3Error("node", f"{shown}: what answers at {place} is no S3 server (cloud.endpoint_url)")
     why = "no answer in time" if "Timeout" in name else "no connection"
     return S3Error("passing", f"{shown}: {why} to {place} (cloud.endpoint_url, cloud.region)")
 

@@ -31,6 +31,7 @@ from flowmesh.settings.types import (
     Token,
     Umask,
     VariableName,
+    Warm,
     Word,
 )
 
@@ -39,6 +40,7 @@ _REDACTED: dict[str, Callable[[str], str]] = {
     "orchestrator_url": redact_url,
     "orchestrator_token": lambda _: HIDDEN,
     "endpoint_url": redact_url,
+    "endpoint": redact_url,
     "access_key_id": lambda _: HIDDEN,
     "secret_access_key": lambda _: HIDDEN,
     "session_token": lambda _: HIDDEN,
@@ -213,6 +215,8 @@ class CloudSettings(Section, frozen=True):
 
     read: tuple[Bucket, ...] = ()
     """s3://BUCKET or s3://BUCKET/PREFIX (`*` allowed) that documents may read with the node's credentials."""
+    write: tuple[Bucket, ...] = ()
+    """The same of where documents may have results sent."""
     endpoint_url: str | None = None
     """AWS_ENDPOINT_URL_S3. None: that of AWS in the region."""
     region: Name | None = None
@@ -263,6 +267,8 @@ class ProcessesSettings(Section, frozen=True):
     """memory.max of each task's cgroup."""
     task_pids_max: Annotated[int, Meta(ge=8)] | None = None
     """pids.max of each task's cgroup."""
+    warm_max_mb: Annotated[int, Meta(ge=0)] | None = None
+    """Memory of fork servers that no task has asked for. None: a quarter of the node's memory; 0: none is started."""
 
 
 class GpuSettings(Section, frozen=True):
@@ -328,6 +334,15 @@ class NotifySettings(Section, frozen=True):
         return [(name, shown if name == "url" else it) for name, it in super().__rich_repr__()]
 
 
+class OtelSettings(Section, frozen=True):
+    """[otel]: a span for each task, over OTLP/HTTP; OpenTelemetry's own variables count, too"""
+
+    endpoint: str | None = None
+    """The collector. None: OTEL_EXPORTER_OTLP_ENDPOINT; where there is none either, no spans are sent."""
+    headers_file: FilePath | None = None
+    """File with headers of the requests, one `Name: value` a line. None: OTEL_EXPORTER_OTLP_HEADERS."""
+
+
 class RunnersSettings(Section, frozen=True):
     """[runners]: limits and permissions of the built-in task types"""
 
@@ -353,6 +368,9 @@ class EnvironmentSettings(Section, frozen=True):
     """Path of the interpreter, which must exist. None: the supervisor's own."""
     preload: tuple[ModuleName, ...] = ()
     """Modules that its fork server imports before the first task."""
+    warm: Warm = True
+    """True: imported in a quiet moment after the start. "on first use": by the first task. False: the same, and its
+    fork server ends when no task has used it for ten minutes."""
 
 
 class TaskTypeSettings(Section, frozen=True):
@@ -380,6 +398,7 @@ class Settings(Section, frozen=True):
     slots: tuple[SlotSettings, ...] = ()
     metrics: MetricsSettings = MetricsSettings()
     notify: NotifySettings = NotifySettings()
+    otel: OtelSettings = OtelSettings()
     runners: RunnersSettings = RunnersSettings()
     environments: dict[Name, EnvironmentSettings] = {}
     task_types: dict[Name, TaskTypeSettings] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import Meta
 
@@ -59,6 +59,10 @@ CpuList = Annotated[
     str,
     Meta(pattern=r"\A\d{1,5}(-\d{1,5})?(,\d{1,5}(-\d{1,5})?)*\Z", description='CPU numbers such as "0-7,16"'),
 ]
+
+
+Warm = bool | Literal["on first use"]
+"""Whether an environment's libraries are imported before its first task."""
 
 
 class LogLevel(enum.StrEnum):

@@ -98,6 +98,9 @@ class Detail(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Of the libraries that its process had imported, and of `flowmesh`."""
     gpus: dict[str, str] = {}
     """Names of its GPUs, by UUID."""
+    traceparent: str = ""
+    """The span that it belongs to; empty: none was named."""
+    tracestate: str = ""
 
 
 class Found(msgspec.Struct, frozen=True, kw_only=True):

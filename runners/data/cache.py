@@ -128,6 +128,11 @@ class Entry:
         _hold(self.ctx, self.folder)
         return self.folder / meta.file
 
+    @property
+    def is_used(self) -> bool:
+        """Whether this process uses it already."""
+        return self.folder in _held
+
     def drop(self) -> None:
         """Give the entry up, once its file has another place; it stays where another task uses it."""
         if (lock := _held.pop(self.folder, None)) is not None:

@@ -106,7 +106,7 @@ def fetch(
                     url,
                     where,
                     headers=headers or {},
-                    timeout_s=timeout_s or DEFAULT_TIMEOUT_S,
+                    timeout_s=timeout_s or (s3.TIMEOUT_S if is_s3(url) else DEFAULT_TIMEOUT_S),
                     by_date=by_date,
                 )
                 break
@@ -161,7 +161,7 @@ def _attempt(
     cached, partial = entry.meta(), read_meta(entry.part_meta)
     have = entry.part_bytes()
     if is_s3(url):
-        return _attempt_s3(ctx, entry, url, where, cached, partial)
+        return _attempt_s3(ctx, entry, url, where, timeout_s, cached, partial)
     asked = {"Accept-Encoding": "identity"}  # lengths and ranges count the file's own bytes
     if have and partial is not None and (version := partial.etag or (by_date and partial.last_modified)):
         asked |= {"Range": f"bytes={have}-", "If-Range": version}
@@ -202,7 +202,7 @@ def _with_token(ctx: Context) -> Gateway | None:
 
 
 def _attempt_s3(  # noqa: PLR0917
-    ctx: Context, entry: Entry, url: str, where: str, cached: Meta | None, partial: Meta | None
+    ctx: Context, entry: Entry, url: str, where: str, timeout_s: float, cached: Meta | None, partial: Meta | None
 ) -> Meta:
     import requests
 
@@ -213,7 +213,7 @@ def _attempt_s3(  # noqa: PLR0917
     elif cached is not None and cached.etag:
         asked = {"If-None-Match": cached.etag}
     try:
-        with s3.get(ctx, url, where, asked) as answer:
+        with s3.get(ctx, url, where, asked, timeout_s) as answer:
             if answer.status_code == 304 and cached is not None:
                 return cached
             return _receive(ctx, entry, answer, url, have if answer.status_code == 206 else 0)

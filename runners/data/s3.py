@@ -34,7 +34,7 @@ class Fetched(Protocol):
 
 
 Fetch = Callable[[Context, str, str], Fetched]
-TIMEOUT_S = 90.0
+TIMEOUT_S = 60.0
 """Longer than the gateway's own, so that its answer says why."""
 DEFAULT_MAX_BYTES = 500 * 2**30
 DEFAULT_MAX_OBJECTS = 100_000
@@ -66,7 +66,9 @@ def location_of(url: str, where: str) -> Location:
         raise BadRequest(f"{where}: {error}") from None
 
 
-def get(ctx: Context, url: str, where: str, headers: Mapping[str, str]) -> requests.Response:
+def get(
+    ctx: Context, url: str, where: str, headers: Mapping[str, str], timeout_s: float = TIMEOUT_S
+) -> requests.Response:
     """The gateway's answer with the status 200, 206 or 304; its body is still to be read.
 
     Args:
@@ -80,7 +82,7 @@ def get(ctx: Context, url: str, where: str, headers: Mapping[str, str]) -> reque
     location = location_of(url, where)
     if location.is_folder:
         raise BadRequest(f"{where}: {url!r} is a prefix; one object is needed here, so write its whole key")
-    return _asked(ctx, location, where, headers)
+    return _asked(ctx, location, where, headers, timeout_s)
 
 
 def listed(ctx: Context, location: Location, where: str) -> list[Object]:
@@ -113,7 +115,10 @@ def matching(ctx: Context, url: str, where: str) -> list[str]:
             begin = begin[:index]
             break
     pattern = f"{location.key}**" if location.is_folder else location.key
-    found = [each for each in listed(ctx, Location(location.bucket, begin), where) if matches(each.key, pattern)]
+    there = listed(ctx, Location(location.bucket, begin), where)
+    if any(each.key == location.key for each in there):  # the key of an object, which may have a `?` in it
+        return [url]
+    found = [each for each in there if matches(each.key, pattern)]
     urls = [Location(location.bucket, each.key).url for each in found if not each.key.endswith("/")]
     if not urls:
         raise BadRequest(f"{where}: no object of the bucket {location.bucket!r} matches {location.key!r}")
@@ -182,46 +187,56 @@ def folder(ctx: Context, url: str, where: str, fetch: Fetch) -> Path:
     with Entry(ctx, location.url, {}) as entry:
         meta = entry.meta()
         if meta is None or meta.etag != digest:
-            fetched = _gather(ctx, entry, location, found, where, fetch)
+            scratch = entry.folder / f"gathered-{digest[:16]}"
+            _gather(ctx, scratch, location, found, where, fetch)
+            clear(entry.part)
+            scratch.rename(entry.part)
             meta = Meta(url=location.url, file=f"file-{digest[:16]}", size_bytes=total, etag=digest)
             clear(entry.folder / meta.file)
             entry.publish(meta)
-            for each in fetched:
-                each.entry.drop()
         return entry.use(meta)
 
 
 def _gather(  # noqa: PLR0917
-    ctx: Context, entry: Entry, location: Location, found: list[Object], where: str, fetch: Fetch
-) -> list[Fetched]:
-    """Download each object, as a file of its own that is resumed, and link them into the entry's `part`."""
-    clear(entry.part)
-    entry.part.mkdir()
-    fetched = []
+    ctx: Context, scratch: Path, location: Location, found: list[Object], where: str, fetch: Fetch
+) -> None:
+    """Download each object, and link it into `scratch`: what an earlier task has gathered there stays.
+
+    Args:
+        scratch: its name has the versions of all objects.
+    """
+    for old in scratch.parent.glob("gathered-*"):
+        if old != scratch:
+            clear(old)
     for each in found:
         url = Location(location.bucket, each.key).url
         location_of(url, where)  # no `..` in it, whoever wrote it there
-        target = entry.part / each.key.removeprefix(location.key)
-        done = fetch(ctx, url, where)
+        target = scratch / each.key.removeprefix(location.key)
+        used = Entry(ctx, url, {}).is_used
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
+            if target.is_file():
+                continue
+            done = fetch(ctx, url, where)
             os.link(done.path, target)
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG):
                 raise
             raise BadRequest(f"{where}: {each.key!r} cannot be a file here: {error.strerror}") from None
-        fetched.append(done)
-    return fetched
+        if not used:
+            done.entry.drop()
 
 
-def _asked(ctx: Context, location: Location, where: str, headers: Mapping[str, str]) -> requests.Response:
+def _asked(
+    ctx: Context, location: Location, where: str, headers: Mapping[str, str], timeout_s: float = TIMEOUT_S
+) -> requests.Response:
     import requests
 
     node = ctx.job.gateway
     if node is None or not node.s3:
         raise BadRequest(f"{where}: {NO_S3}")
     try:
-        answer = gateway.get(node, "/", {**headers, S3: quote(f"{location.bucket}/{location.key}")}, TIMEOUT_S)
+        answer = gateway.get(node, "/", {**headers, S3: quote(f"{location.bucket}/{location.key}")}, timeout_s)
     except (gateway.NotAnswered, requests.RequestException) as error:
         raise Passing("the node's gateway does not answer") from error
     fault = answer.headers.get(S3_FAULT)

@@ -57,6 +57,9 @@ def existing(ctx: Context, text: str, where: str, *, others: bool) -> Path | Non
 def result_url(ctx: Context, task_id: str, name: str) -> str | None:
     """URL of another task's file where this task's own files go; None without HTTP delivery."""
     own = f"/{ctx.task_id}/files/"
+    if ctx.job.file_url is not None and is_s3(ctx.job.file_url):
+        beside = ctx.job.file_url.removesuffix(f"/{ctx.task_id}/{{name}}")
+        return f"{beside}/{task_id}/{name}"
     if ctx.job.file_url is None or own not in ctx.job.file_url:
         return None
     return ctx.job.file_url.replace(own, f"/{task_id}/files/").replace("{name}", quote(name))

@@ -68,10 +68,11 @@ def by_step(out: Path, status: str) -> dict[str, list[str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 @pytest.mark.skipif(find_spec("trl") is None, reason="needs the extra training")
 def test_all_steps_run_and_change_nothing(start: Start, out: Path) -> None:
     kit = start("--xid")
-    shown, _ = kit.communicate(timeout=170)
+    shown, _ = kit.communicate(timeout=380)
     assert kit.returncode == 0, f"{shown}\n{(out / 'report.md').read_text()}"
     found = report(out)
     assert (found["state"], found["dry"]) == ("finished", True)
@@ -142,6 +143,14 @@ def test_a_kit_that_is_ended_leaves_a_whole_report_and_no_process(start: Start, 
 
 def command_of(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+
+
+def test_steps_for_which_no_time_is_left_say_so(start: Start, out: Path) -> None:
+    kit = start("--minutes", "0.09", "--only", "quick,release", **{MORE_STEPS: "tests.kit.gpu_check_steps"})
+    shown, _ = kit.communicate(timeout=60)
+    assert kit.returncode == 1, shown
+    skipped = {row["step"]: row["why"] for row in report(out)["rows"] if row["status"] == "skipped"}
+    assert skipped["release"].startswith("no time: it needs 20 s, and ")
 
 
 WHO = """

@@ -62,11 +62,12 @@ def test_doctor_tries_each_bucket(server: S3Server, tmp_path: Path) -> None:
     file.chmod(0o644)
     cloud = CloudSettings(
         read=("s3://data/open", "s3://data/*.txt", "s3://no-such-bucket", "s3://team-*"),
+        write=("s3://data/results", "s3://gone-bucket"),
         endpoint_url=server.url,
         credentials_file=str(file),
     )
     found = list(doctor_s3.s3(Settings(cloud=cloud)))
-    assert [each.level.value for each in found] == ["warn", "ok", "ok", "broken", "note"]
+    assert [each.level.value for each in found] == ["warn", "ok", "ok", "broken", "note", "ok", "broken"]
     assert found[0].remedy == f"chmod 600 {file}"
     assert "there is no bucket 'no-such-bucket'" in found[3].text
     assert list(doctor_s3.s3(Settings())) == []

@@ -17,7 +17,7 @@ from flowmesh.execution.delivery.delivery_children import DeliveryChildren
 from flowmesh.execution.delivery.places import LOCAL
 from flowmesh.execution.layout import Layout
 from flowmesh.messages.job import Exit
-from flowmesh.messages.output import HttpDestination
+from flowmesh.messages.output import Remote
 from flowmesh.processes.helper import HelperLost, OnFrame
 from flowmesh.processes.pipe import Credentials
 from flowmesh.results import delivery
@@ -181,5 +181,5 @@ class Attempts:
 
 def origin_of(targets: tuple[Target, ...]) -> str:
     """The origin that results of these targets are sent to; LOCAL if to none."""
-    urls = [target.destination.url for target in targets if isinstance(target.destination, HttpDestination)]
+    urls = [target.destination.url for target in targets if isinstance(target.destination, Remote)]
     return next((shown_origin(url) for url in urls if url), LOCAL)

@@ -82,14 +82,15 @@ class Guard:
             if os.getppid() != owner:
                 os._exit(1)
 
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
         self._session = subprocess.Popen(
             command,
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": path, "TMPDIR": str(self._scratch)},
+            env={**os.environ, "TMPDIR": str(self._scratch)},
             start_new_session=True,
             preexec_fn=in_child,  # noqa: PLW1509 - system calls only
         )
+        if self._signal:
+            self._session.terminate()
         try:
             status = self._wait(self._session)
         except subprocess.TimeoutExpired:

@@ -56,7 +56,10 @@ def install(root: Path, wheels: Path, target: Path) -> str:
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile"]
     command += ["--disable-pip-version-check", "--no-cache-dir", "--root-user-action", "ignore"]
     command += ["--target", str(target), *map(str, chosen)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise InstallError(f"pip did not end within {TIMEOUT_S} s") from None
     if done.returncode:
         raise InstallError(f"pip ended with {done.returncode}: {done.stderr.strip()[-2000:]}")
     return ", ".join("==".join(map(str, parse_wheel_filename(wheel.name)[:2])) for wheel in chosen)

@@ -20,7 +20,7 @@ import redis
 
 from flowmesh.cli.embedded import EmbeddedRedis
 from flowmesh.errors import DeviceError
-from flowmesh.node.devices import GpuInfo, GpuSample
+from flowmesh.node.devices import GpuInfo, GpuSample, visible_gpus
 from flowmesh.node.nvml.client import Nvml
 from flowmesh.tasks.catalogue import BUILTIN
 from tests.gpu.kit import smi
@@ -55,6 +55,8 @@ MODELS = """
 runner = "tests.gpu.kit.runners:KitRunner"
 environment = "models"
 """
+NO_GPU = "w1-cpu"
+"""The worker of the shared node without a GPU."""
 VLLM = """
 [environments.vllm]
 preload = ["torch", "vllm"]
@@ -174,24 +176,20 @@ class Scene:
 
     @property
     def gpus(self) -> tuple[GpuInfo, ...]:
-        """All GPUs of the machine.
+        """The GPUs of the machine that CUDA_VISIBLE_DEVICES leaves.
 
         Raises:
             DeviceError: there is none, or the driver does not work.
         """
         if self._gpus is None:
             found = self.run(self.nvml.inventory())
-            if not found.gpus:
+            self._gpus = visible_gpus(found.gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
+            if not self._gpus:
                 raise DeviceError(f"NVML finds no GPU here: {'; '.join(found.unusable) or 'no driver'}")
-            self._gpus = found.gpus
             machine = {
-                "gpu": ", ".join(f"{gpu.name} ({gpu.memory_total_bytes / 2**30:.0f} GiB)" for gpu in found.gpus),
+                "gpu": ", ".join(f"{gpu.name} ({gpu.memory_total_bytes / 2**30:.0f} GiB)" for gpu in self._gpus),
                 "driver": found.driver_version or "?",
                 "CUDA": found.cuda_version or "?",
-                "CPUs": str(os.cpu_count()),
-                "kernel": platform.release(),
-                "Python": platform.python_version(),
-                **{name: _version(name) for name in ("torch", "transformers", "trl", "datasets", "peft", "vllm")},
             }
             self._send({"machine": machine})
         return self._gpus
@@ -200,6 +198,11 @@ class Scene:
     def gpu(self) -> GpuInfo:
         """The one that the steps use."""
         return self.gpus[0]
+
+    @property
+    def worker(self) -> str:
+        """The id of the worker that has this GPU on the shared node."""
+        return worker_of(self.gpu)
 
     def sample(self) -> GpuSample:
         """
@@ -240,15 +243,19 @@ class Scene:
 
     @property
     def node(self) -> Node:
-        """The node that the steps share, on the one GPU."""
+        """The node that the steps share: a slot for each GPU, and one without."""
         if self._node is None:
             config = (VLLM if importlib.util.find_spec("vllm") else "") + MODELS
             config += "".join(f'[task_types.{name}]\nenvironment = "models"\n' for name in MODEL_TYPES)
-            env = {"CUDA_VISIBLE_DEVICES": self.gpu.uuid}
-            self._node = self.start_node(config + without_heavy_types(MODEL_TYPES), env=env)
+            slots = {worker_of(gpu): f'"{gpu.uuid}"' for gpu in self.gpus} | {NO_GPU: ""}
+            config += "".join(
+                f'[[slots]]\nname = "{worker.removeprefix("w1-")}"\ngpus = [{listed}]\n'
+                for worker, listed in slots.items()
+            )
+            self._node = self.start_node(config + without_heavy_types(MODEL_TYPES), worker=self.worker)
         return self._node
 
-    def start_node(self, config: str, *, worker: str = "w1", **options: Any) -> Node:
+    def start_node(self, config: str, *, worker: str, **options: Any) -> Node:
         """Start a node with this configuration besides the kit's, and wait until `worker` is idle."""
         node = Node(self.server, config=CONFIG + config, **options)
         node.log = self.out / "node.log"
@@ -257,12 +264,13 @@ class Scene:
         self.wait_word("IDLE", node, worker)
         return node
 
-    def wait_word(self, word: str, node: Node | None = None, worker: str = "w1") -> None:
-        """
+    def wait_word(self, word: str, node: Node | None = None, worker: str = "") -> None:
+        """Wait for a status of `worker`; without one, of the shared node's.
+
         Raises:
             AssertionError: the worker does not get this status in the step's time, or the node ended.
         """
-        node = node or self.node
+        node, worker = node or self.node, worker or self.worker
         client = self.server.client()
 
         def there() -> bool:
@@ -282,9 +290,18 @@ class Scene:
         self._nodes.remove(dropped)
         dropped.close()
 
-    def dispatch(self, do: str, *, worker: str = "w1", task_type: str = "kit", **spec: Any) -> str:
-        """Send one of the kit's own tasks (see tests.gpu.kit.runners); returns its id."""
-        return self.peer.dispatch(worker, {"taskType": task_type, "do": do, "dry": self.dry, **spec})
+    def dispatch(self, do: str, *, worker: str = "", task_type: str = "kit", **spec: Any) -> str:
+        """Send one of the kit's own tasks (see tests.gpu.kit.runners) to a worker of the shared node.
+
+        Returns:
+            the task's id.
+        """
+        return self.send({"taskType": task_type, "do": do, "dry": self.dry, **spec}, worker)
+
+    def send(self, spec: dict[str, Any], worker: str = "") -> str:
+        """Send a task of any type; returns its id."""
+        _ = self.node
+        return self.peer.dispatch(worker or self.worker, spec)
 
     def end_of(self, task_id: str) -> dict[str, Any]:
         """The task's terminal event.
@@ -297,12 +314,12 @@ class Scene:
         except AssertionError as error:
             raise AssertionError(f"{error}; the worker: {self.reason() or 'has no reason'}") from None
 
-    def reason(self, worker: str = "w1") -> str:
+    def reason(self) -> str:
         """Why the shared node's worker starts no task; empty if it does."""
         if self._node is None:
             return ""
         workers = self._node.ask(op="status")["workers"]
-        return next((each["reason"] or "" for each in workers if each["worker_id"] == worker), "")
+        return next((each["reason"] or "" for each in workers if each["worker_id"] == self.worker), "")
 
     def result(self, task_id: str, node: Node | None = None) -> dict[str, Any]:
         """The result of a task that must succeed.
@@ -356,11 +373,23 @@ def without_heavy_types(kept: tuple[str, ...] = ()) -> str:
     return "".join(f'[task_types.{name}]\nrunner = "tests.gpu.kit.runners:KitRunner"\n' for name in names)
 
 
+def software() -> dict[str, str]:
+    """Versions, for the report's head."""
+    names = ("torch", "transformers", "trl", "datasets", "peft", "vllm")
+    found = {"CPUs": str(os.cpu_count()), "kernel": platform.release(), "Python": platform.python_version()}
+    return found | {name: _version(name) for name in names}
+
+
 def _version(name: str) -> str:
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return "not installed"
+
+
+def worker_of(gpu: GpuInfo) -> str:
+    """The worker of the shared node that has this GPU."""
+    return f"w1-g{gpu.index}"
 
 
 def percentiles(seconds: list[float]) -> str:

@@ -98,7 +98,9 @@ class Session:
         self._env["HF_HUB_OFFLINE"] = "1"
 
     def _run_steps(self) -> None:
-        shares = self._start_worker().shares
+        worker = self._start_worker()
+        self._report.head["machine"] |= worker.machine
+        shares = worker.shares
         wanted = self._options.only.split(",") if self._options.only else [share.name for share in shares]
         if unknown := set(wanted) - {share.name for share in shares}:
             known = ", ".join(share.name for share in shares)
@@ -201,6 +203,7 @@ class Worker:
         first = self._frame(time.monotonic() + 60)
         if first is None:
             raise Ended(f"the worker did not start; {_tail(options.out / 'kit.log', 600)}")
+        self.machine: dict[str, str] = first["machine"]
         self.shares = [budget.Share(**share) for share in first["shares"]]
 
     def run(self, name: str, seconds: float, take: Any) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from flowmesh.processes.preload import named
 from tests.gpu.kit import steps
-from tests.gpu.kit.scene import Scene
+from tests.gpu.kit.scene import Scene, software
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
             data = data[os.write(pipe, data) :]
 
     table = steps.table()
-    send({"shares": [asdict(each.share) for each in table.values()]})
+    send({"shares": [asdict(each.share) for each in table.values()], "machine": software()})
     scene = Scene(send, out=Path(out), scratch=Path(scratch), dry=bool(int(dry)), xid=bool(int(xid)))
     with os.fdopen(int(to_read)) as orders:
         for line in orders:

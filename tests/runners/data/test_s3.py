@@ -10,20 +10,28 @@ from pathlib import Path
 import pytest
 
 from flowmesh.messages.cloud import Keys, S3Access
-from flowmesh.messages.gateway import Gateway
+from flowmesh.messages.gateway import S3, S3_LIST, Gateway
 from flowmesh.results.gateway import Note, Server
+from flowmesh.results.s3_client import error_of
+from flowmesh.validation.s3_url import Location
 from runners.api import BadRequest, Context, RunnerError
+from runners.data import gateway
 from runners.data.download import fetch
 from runners.data.files import FileData, files_of
+from runners.data.hub import load_hub
 from runners.data.readers import read
 from runners.models.adapters import load_adapter
 from runners.models.checkpoints import load_checkpoint
 from runners.models.sources import local_path, resolve_identifier
 from runners.models.spec import Adapter, CheckpointLoad
+from runners.rag.documents import read_documents
+from runners.rows.resume import read_resume
+from runners.training.inputs import fetch_jsonl
+from runners.training.settings import Jsonl
 from tests.kit.s3_server import KEYS, S3Server, s3_server
 
 pytest.importorskip("moto")
-pytest.importorskip("botocore")
+botocore = pytest.importorskip("botocore.exceptions")
 
 OWN = Keys(access_key_id=KEYS["aws_access_key_id"], secret_access_key=KEYS["aws_secret_access_key"])
 MakeContext = Callable[..., Context]
@@ -63,15 +71,15 @@ def reading(make_context: MakeContext, server: S3Server, tmp_path: Path) -> Iter
                 has_keys=True,
             )
         socket = str(tmp_path / f"g{len(gateways)}")
-        gateway = Server(Note(socket=socket, key="k", s3=access), None, OWN if access.has_keys else None)
-        gateways.append(gateway)
-        threading.Thread(target=gateway.serve_forever, args=(0.05,), daemon=True).start()
+        server_ = Server(Note(socket=socket, key="k", s3=access), None, OWN if access.has_keys else None)
+        gateways.append(server_)
+        threading.Thread(target=server_.serve_forever, args=(0.05,), daemon=True).start()
         return make_context({}, gateway=Gateway(socket, "k", token=False, s3=True), **more)
 
     yield make
-    for gateway in gateways:
-        gateway.shutdown()
-        gateway.server_close()
+    for each in gateways:
+        each.shutdown()
+        each.server_close()
 
 
 def rows(ctx: Context, path: str) -> list[str]:
@@ -93,6 +101,7 @@ def test_files_globs_and_prefixes_of_data(reading: Reach) -> None:
 def test_a_key_is_taken_literally(reading: Reach) -> None:
     ctx = reading()
     assert local_path(ctx, "s3://data/train/über weiß?#%20.jsonl", "spec.x").read_bytes() == b'{"prompt": "odd"}\n'
+    assert rows(ctx, "s3://data/train/über weiß?#%20.jsonl") == ["odd"]
     assert fetch(ctx, "s3://data/empty", "spec.x").path.read_bytes() == b""
 
 
@@ -224,3 +233,78 @@ def test_adapters_and_checkpoints(reading: Reach, server: S3Server, tmp_path: Pa
         assert (load_checkpoint(ctx, load).folder / "config.json").is_file()
     for adapter in (Adapter(path="s3://data/train/lora/"), Adapter(url="s3://data/train/lora")):
         assert load_adapter(ctx, adapter, 0, "spec.model.adapters[0]").rank == 2
+
+
+def test_the_gateway_itself_judges_what_it_is_asked_for(reading: Reach) -> None:
+    node = reading().job.gateway
+    assert node is not None
+    for asked in (
+        "data/train/../secret/key.txt",
+        "data/secret/key.txt",
+        "data/train%2f..%2fsecret",
+        "../data/x",
+        "data/",
+    ):
+        for headers in ({}, {S3_LIST: "10"}):
+            with gateway.get(node, "/", {S3: asked, **headers}, 10) as answer:
+                assert (answer.status_code, answer.content) in ((403, b""), (502, b"")), asked
+    with gateway.get(node, "/", {S3: "data/train", S3_LIST: "99"}, 10) as answer:
+        assert not [each for each in answer.json() if not each[0].startswith("train/")]
+    with pytest.raises(gateway.NotAnswered):  # it has no orchestrator to ask
+        gateway.get(node, "/", {}, 10)
+
+
+def test_what_a_task_uses_already_stays_when_its_folder_is_gathered(reading: Reach, server: S3Server) -> None:
+    server.put("data", {"train/two/a": b"a", "train/two/b": b"b"})
+    ctx = reading(task_id="two")
+    one = local_path(ctx, "s3://data/train/two/a", "spec.x")
+    assert sorted(each.name for each in local_path(ctx, "s3://data/train/two/", "spec.x").iterdir()) == ["a", "b"]
+    assert one.read_bytes() == b"a"
+
+
+def test_what_else_names_files_takes_addresses(reading: Reach, server: S3Server) -> None:
+    server.put("data", {"train/set/train.jsonl": b'{"prompt": "x"}\n', "train/set/test.jsonl": b'{"prompt": "y"}\n'})
+    server.put("data", {"train/docs/a.txt": b"hello", "train/docs/b.md": b"# world"})
+    ctx = reading(task_id="others")
+
+    def prompts(url: str, **more: str) -> list[object]:
+        section = {"type": "dataset", "url": url, "column": "prompt", **more}
+        return list(load_hub(ctx, section, None, {}, "spec.data").prompts)
+
+    assert prompts("s3://data/train/part-0.jsonl") == ["a"]
+    assert prompts("s3://data/train/part-*.jsonl") == ["a", "b"]
+    assert prompts("s3://data/train/set/", split="test") == ["y"]
+    found = read_documents(ctx, None, "s3://data/train/docs", "spec.faiss")
+    assert sorted(each.text for each in found.read) == ["# world", "hello"]
+    assert [each.text for each in read_documents(ctx, None, "s3://data/train/docs/b.md", "spec.faiss").read] == [
+        "# world"
+    ]
+    for given in (Jsonl(url="s3://data/train/part-0.jsonl"), Jsonl(path="s3://data/train/part-0.jsonl")):
+        assert fetch_jsonl(given, ctx).path.read_bytes() == b'{"prompt": "a"}\n'
+    for field, place in (("url", "part-0.jsonl"), ("path", "docs/")):
+        with pytest.raises(BadRequest, match=rf"^spec\.resume\.{field}: "):
+            read_resume(ctx, {"resume": {field: f"s3://data/train/{place}"}})
+
+
+def answered(code: str, status: int, **headers: str) -> Exception:
+    meta = {"HTTPStatusCode": status, "HTTPHeaders": headers}
+    return botocore.ClientError({"Error": {"Code": code}, "ResponseMetadata": meta}, "GetObject")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "may_pass", "text"),
+    [
+        (answered("PermanentRedirect", 301, **{"x-amz-bucket-region": "eu-west-1"}), "node", False, "region eu-west-1"),
+        (answered("AuthorizationHeaderMalformed", 400), "node", False, "cloud.region is 'us-east-2'"),
+        (answered("SlowDown", 503), "passing", True, "S3 answered SlowDown"),
+        (answered("RequestTimeTooSkewed", 403), "node", True, "refuses the node's credentials"),
+        (answered("AccessDenied", 403), "node", True, "the node has no credentials"),
+        (answered("EntityTooLarge", 400), "refused", False, "S3 answered EntityTooLarge"),
+        (botocore.ReadTimeoutError(endpoint_url="x"), "passing", True, "no answer in time"),
+        (botocore.NoCredentialsError(), "node", True, "cloud.role"),
+    ],
+)
+def test_what_errors_of_s3_mean(error: Exception, kind: str, may_pass: bool, text: str) -> None:
+    found = error_of(error, Location("b", "k"), S3Access(region="us-east-2"))
+    assert (found.kind, found.may_pass) == (kind, may_pass)
+    assert text in str(found)

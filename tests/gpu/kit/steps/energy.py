@@ -17,7 +17,7 @@ TOLERANCE = 0.02
 
 
 def run(scene: Scene) -> None:
-    _ = scene.node
+    _ = scene.node  # started first
     settle_s = DRY_SETTLE_S if scene.dry else SETTLE_S
     seconds = DRY_SECONDS if scene.dry else min(SECONDS, scene.left_s - settle_s - RESERVE_S)
     begin = scene.sample()

@@ -10,7 +10,6 @@ from tests.gpu.kit.scene import Scene, Skip
 def run(scene: Scene) -> None:
     if not scene.xid:
         raise Skip("it causes an Xid in the kernel log; --xid allows it")
-    _ = scene.node
     before = scene.result(scene.dispatch("kernel"))
     trespass = failed(scene, "trespass")
     error = str(trespass.get("error"))

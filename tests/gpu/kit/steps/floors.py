@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 from tests.gpu.kit import speed
-from tests.gpu.kit.scene import Scene, Skip
+from tests.gpu.kit.scene import NO_GPU, Scene, Skip
 
 UNITS = {"generate": "tokens/s", "sft": "steps/s", "lora_sft": "steps/s"}
 
@@ -28,10 +28,8 @@ def run(scene: Scene) -> None:
     command = [sys.executable, "-m", "tests.gpu.kit.bare", str(plan), str(out)]
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": scene.gpu.uuid, "TOKENIZERS_PARALLELISM": "false"}
     why = ""
-    # Meanwhile the node's fork server imports the same libraries, with a task that gets no GPU.
-    _ = scene.node
-    no_gpu = {"hardware": {"gpu": {"count": 0}}}
-    warm = scene.dispatch("nothing", task_type="kit_models", resources=no_gpu)
+    # Meanwhile the node's fork server imports the same libraries, for a task of the slot without a GPU.
+    warm = scene.dispatch("nothing", worker=NO_GPU, task_type="kit_models")
     with contextlib.suppress(subprocess.TimeoutExpired):
         done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, timeout=scene.left_s - 1, check=False)
         why = f"the bare script ended with {done.returncode}: see kit.log" if done.returncode else ""

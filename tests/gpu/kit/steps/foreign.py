@@ -28,7 +28,7 @@ sys.stdin.read()
 
 
 def run(scene: Scene) -> None:
-    _ = scene.node
+    _ = scene.node  # started first
     stub = os.environ[runners.STUB] if scene.dry else ""
     command = [sys.executable, "-c", HOLD, json.dumps([BYTES, scene.gpu.uuid, stub])]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}

@@ -14,7 +14,6 @@ TIMES = 10
 
 
 def run(scene: Scene) -> None:
-    _ = scene.node
     first_s = []
     for number in range(TIMES):
         found = scene.result(scene.dispatch("kernel"))
@@ -39,20 +38,19 @@ def check_servers(scene: Scene, environment: str) -> None:
     assert pids, f"no fork server of {environment} is there: {servers}"
     look = scene.sample()
     listed = {process.pid for process in (*(look.processes or ()), *look.graphics)}
-    wrong, seen = [], []
+    wrong: list[str] = []
+    files = sorted({path for pid in pids for path in device_files(pid)})
     for pid in pids:
-        files = device_files(pid)
-        seen.append(f"{pid}: {', '.join(files) or 'no file of the driver'}")
         if pid in listed:
             wrong.append(f"NVML lists fork server {pid}")
-        wrong += [f"fork server {pid} has {path}, as CUDA's contexts have" for path in files if belongs_to_cuda(path)]
+        open_ = [path for path in device_files(pid) if belongs_to_cuda(path)]
+        wrong += [f"fork server {pid} has {path} open, as CUDA's contexts have" for path in open_]
         wrong += [f"fork server {pid} has mapped {path}" for path in mapped(pid) if path.startswith("/dev/nvidia")]
     scene.row(
         f"fork server of {environment}: no process and no context on the device",
         ok=not wrong,
-        value=f"{len(pids)} servers, {len(listed)} processes listed",
+        value=f"{len(pids)} servers; processes listed: {len(listed)}; open files of the driver: {files or 'none'}",
         why="; ".join(wrong),
-        evidence={"open files of the driver": "\n".join(seen)},
     )
 
 

@@ -12,7 +12,7 @@ AIM_S = 1.0
 
 
 def run(scene: Scene) -> None:
-    _ = scene.node
+    _ = scene.node  # started first
     count = DRY_TASKS if scene.dry else TASKS
     tasks = [scene.dispatch("load", bytes=scene.size(BYTES)) for _ in range(count)]  # they wait for each other
     found = sorted((scene.result(task) for task in tasks), key=lambda each: each["entered_at"])

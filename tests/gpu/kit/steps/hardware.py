@@ -11,11 +11,12 @@ from tests.gpu.kit.scene import MIB, Scene, without_heavy_types
 def run(scene: Scene) -> None:
     names = ", ".join(gpu.name for gpu in scene.gpus)
     scene.row("NVML finds the GPUs", ok=True, value=names)
-    node = scene.start_node(without_heavy_types())  # with all of them
+    node = scene.start_node(without_heavy_types(), worker="w1")  # with all of them, in one slot
     told = json.loads(scene.server.client().hget("worker:w1", "hardware_json"))["gpu"]
     scene.drop_node(node)
     try:
-        seen, cuda = smi.gpus(), smi.cuda_version()
+        uuids = {gpu.uuid for gpu in scene.gpus}
+        seen, cuda = [gpu for gpu in smi.gpus() if gpu["uuid"] in uuids], smi.cuda_version()
     except smi.NoSmi as error:
         scene.skip("registered hardware against nvidia-smi", str(error))
         return

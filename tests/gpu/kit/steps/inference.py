@@ -21,7 +21,7 @@ def run(scene: Scene) -> None:
         "data": {"type": "list", "items": plan["prompts"]},
         "inference": {"temperature": 0, "max_tokens": plan["new_tokens"], "ignore_eos": True},
     }
-    task = scene.peer.dispatch("w1", spec)
+    task = scene.send(spec)
     usage = scene.result(task)["usage"]
     expected = len(plan["prompts"]) * plan["new_tokens"]
     assert usage["completion_tokens"] == expected, f"{usage['completion_tokens']} of {expected} tokens"

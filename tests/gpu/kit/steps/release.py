@@ -16,7 +16,7 @@ RESERVE_S = 3.0
 
 
 def run(scene: Scene) -> None:
-    _ = scene.node
+    _ = scene.node  # started first
     for number, size in enumerate(SIZES):
         until_s = time.monotonic() + (scene.left_s - RESERVE_S) / (len(SIZES) - number)
         held = scene.size(size)

@@ -23,7 +23,7 @@ def run(scene: Scene) -> None:
 def compare(scene: Scene, task_type: str) -> None:
     bare = speed.floor(scene, task_type)
     scene.wait_word("IDLE")  # the bare script was a foreign process on the GPU
-    found = scene.result(scene.peer.dispatch("w1", spec_of(scene, task_type)))
+    found = scene.result(scene.send(spec_of(scene, task_type)))
     steps = speed.plan(scene)["arguments"]["max_steps"]
     ours = steps / found["training_time_seconds"]
     scene.timing(
