@@ -20,6 +20,7 @@ from flowmesh.control.server import ControlServer
 from flowmesh.control.submission import Submissions
 from flowmesh.control.watchers import Watchers
 from flowmesh.errors import BusyError, ConfigError, DeviceError, FlowMeshError, LaunchError
+from flowmesh.execution.launch.warming import Warming
 from flowmesh.execution.layout import make_parts
 from flowmesh.execution.recovery import recover
 from flowmesh.messages.wire import utc_now
@@ -33,8 +34,8 @@ from flowmesh.orchestrator.link import Link
 from flowmesh.orchestrator.worker_description import NodeDescription
 from flowmesh.processes import linux
 from flowmesh.redaction import Redactor
+from flowmesh.reporting.outgoing import Outgoing
 from flowmesh.reporting.reporting import Reporting
-from flowmesh.reporting.webhooks import Webhooks
 from flowmesh.settings.paths import results_dir, state_dir
 from flowmesh.settings.schema import Settings
 from flowmesh.startup import first_lines, identity, preflight, successor
@@ -159,7 +160,7 @@ class Supervisor:
         )
         owner = preflight.owner(settings)
         make_parts(self.state_dir, owner)
-        webhooks = Webhooks(settings.notify, node_id)
+        outgoing = Outgoing(settings, self._environ, node_id)
         self.executor = make_executor(
             settings,
             fitted,
@@ -171,9 +172,10 @@ class Supervisor:
             power=node.power,
             environment=self._environ,
             secrets=self._hides,
-            sendings_of=webhooks.of_end,
+            sendings_of=outgoing.of_end,
+            traces=outgoing.traces,
         )
-        self.reporting = Reporting(webhooks, self.executor, worker_id)
+        self.reporting = Reporting(outgoing, self.executor, worker_id)
         self.gpu_watch = GpuWatch(
             self.executor.conditions,
             fitted,
@@ -238,7 +240,22 @@ class Supervisor:
         gc.freeze()  # long-lived objects need no further collection
         self.link.registration.resume()
         self._notifier.send(READY="1", STATUS="running")
-        await asyncio.gather(*self.link.works(), first_lines.compare_torch(self.executor, self.inventory))
+        compared = first_lines.compare_torch(self.executor, self.inventory)
+        await asyncio.gather(*self.link.works(), compared, self._warming().run())
+
+    def _warming(self) -> Warming:
+        executor, registration = self.executor, self.link.registration
+        return Warming(
+            pool=executor.pool,
+            catalogue=executor.catalogue,
+            broken=lambda: executor.environments.broken,
+            report=executor.environments.report,
+            journal=self.journal,
+            settings=self.settings.environments,
+            max_mb=self.settings.processes.warm_max_mb,
+            idle=lambda: len(executor.runs) == 0,
+            wanted=lambda: executor.draining is None and not registration.disabled,
+        )
 
     async def start_anew(self, fitted: preflight.Fitted | None = None) -> None:
         """Replace this process by the program as it is on disk, with the settings as they are now; tasks run on.

@@ -181,6 +181,8 @@ class LocalNode:
             found["tasks.trust_remote_code"] = "*"
         if not tasks.local_hosts:
             found["tasks.local_hosts"] = "*"
+        if not tasks.api_keys:
+            found["tasks.api_keys"] = "*@*"
         if not tasks.allow_env:
             found["tasks.allow_env"] = "*"
         if not tasks.allow_command:
@@ -222,6 +224,7 @@ class LocalNode:
             "node.state_dir": str(self.state_dir),
             "node.worker_id": f"local-{secrets.token_hex(4)}",
             "processes.drain_timeout_s": "1",
+            "processes.warm_max_mb": "0",  # its tasks are there already
         }
         settings |= self.permits()
         if self._options.results_dir is not None:

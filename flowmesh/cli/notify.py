@@ -12,13 +12,17 @@ from urllib.parse import urlsplit
 import click
 import msgspec
 
+from flowmesh import installed
 from flowmesh.cli import locate, render
 from flowmesh.cli.control import Control
 from flowmesh.cli.control_types import ReceiverStatus
 from flowmesh.cli.findings import Finding, Level
 from flowmesh.cli.render import Column
 from flowmesh.errors import EXIT_FAILURE, EXIT_OK, ConfigError
-from flowmesh.reporting import webhook_message, webhook_request
+from flowmesh.redaction import redact_url
+from flowmesh.reporting import spans, webhook_message, webhook_request
+from flowmesh.reporting.outgoing import is_installed
+from flowmesh.reporting.span_child import read_headers
 from flowmesh.settings.schema import NotifySettings, Settings
 from flowmesh.settings.secret_files import secret_path
 from flowmesh.web.origins import is_loopback
@@ -66,6 +70,7 @@ def troubles(receivers: tuple[ReceiverStatus, ...]) -> Iterator[str]:
 
 def check(settings: Settings) -> Iterator[Finding]:
     """For `flowmesh doctor`: whether messages can be signed and receivers be reached. Sends nothing."""
+    yield from _spans(settings)
     notify = settings.notify
     if not notify.url:
         return
@@ -76,6 +81,24 @@ def check(settings: Settings) -> Iterator[Finding]:
         yield _key(notify.secret_file)
     for url, shown in zip(notify.url, dict(notify.__rich_repr__())["url"], strict=True):
         yield _reached(url, shown)
+
+
+def _spans(settings: Settings) -> Iterator[Finding]:
+    if not spans.wanted(settings.otel, os.environ):
+        return
+    if not is_installed():
+        text = "OpenTelemetry is not installed: no spans are sent"
+        yield Finding("traces", Level.BROKEN, text, installed.install_command("otel"))
+        return
+    if settings.otel.headers_file is not None:
+        try:
+            read_headers(str(secret_path(settings.otel.headers_file)))
+        except ConfigError as error:
+            yield Finding("traces", Level.BROKEN, str(error), "write one `Name: value` a line into it")
+            return
+    where = next((os.environ[name] for name in spans.ENDPOINTS if os.environ.get(name)), "")
+    url = settings.otel.endpoint or where
+    yield msgspec.structs.replace(_reached(url, redact_url(url), setting="otel.endpoint"), area="traces")
 
 
 def _key(file: str) -> Finding:
@@ -89,21 +112,21 @@ def _key(file: str) -> Finding:
     return Finding(AREA, Level.OK, "signed")
 
 
-def _reached(url: str, shown: str) -> Finding:
+def _reached(url: str, shown: str, *, setting: str = "notify.url") -> Finding:
     parts = urlsplit(url)
     host, secure = parts.hostname or "", parts.scheme == "https"
-    test = "flowmesh notify --test sends a message"
+    test = "; flowmesh notify --test sends a message" if setting == "notify.url" else ""
     if any(os.environ.get(name) for name in (f"{parts.scheme}_proxy", f"{parts.scheme}_proxy".upper())):
-        return Finding(AREA, Level.OK, f"{shown}: through a proxy, not checked; {test}")
+        return Finding(AREA, Level.OK, f"{shown}: through a proxy, not checked{test}")
     try:
         with contextlib.closing(socket.create_connection((host, parts.port or (443 if secure else 80)), CONNECT_S)):
             pass
     except OSError as error:
         why = error.strerror or f"no answer within {CONNECT_S:g} s"
-        return Finding(AREA, Level.BROKEN, f"{shown}: {why}", "start it, or correct notify.url")
+        return Finding(AREA, Level.BROKEN, f"{shown}: {why}", "start it, or correct {setting}")
     if not secure and not is_loopback(host):
         return Finding(AREA, Level.WARN, f"{shown}: not encrypted", "use https://")
-    return Finding(AREA, Level.OK, f"{shown}: accepts connections; {test}")
+    return Finding(AREA, Level.OK, f"{shown}: accepts connections{test}")
 
 
 def _test(settings: NotifySettings, *, as_json: bool) -> int:

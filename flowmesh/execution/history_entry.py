@@ -12,6 +12,7 @@ from flowmesh.errors import FieldError
 from flowmesh.execution import task_events
 from flowmesh.execution.run import Run
 from flowmesh.messages.text import escaped
+from flowmesh.messages.trace import parent_of
 from flowmesh.messages.wire import decode_object, utc_now
 from flowmesh.redaction import Redactor, document_without_secrets, in_document
 from flowmesh.tasks.history import Detail, Entry, Found, pack
@@ -59,12 +60,14 @@ def of_run(
         gpu_s=round(run.runtime_s * len(run.gpus), 6),
         joules=_joules(run.energy),
         cost_usd=used["cost_usd"],
+        api_usd=(None if run.outcome is None else run.outcome.spent_usd) or None,
         tokens=None if run.outcome is None else tokens_of(run.outcome.result),
         rows=rows["done"] if isinstance(rows, dict) else None,
         out_dir=run.accepted.target.out_dir,
     )
     document, whole, hidden = _document(run.accepted.task, run.accepted.size_bytes, redact)
     delivered = run.delivered
+    parent, _ = run.accepted.message.parent
     detail = Detail(
         document=document,
         whole=whole,
@@ -84,6 +87,8 @@ def of_run(
         children={child.task_id: child.out_dir for child in run.accepted.children[:CUT_VALUES]},
         versions={"flowmesh": installed.version()} | (run.outcome.versions if run.outcome is not None else {}),
         gpus={uuid: gpus.get(uuid, "") for uuid in run.gpus},
+        traceparent="" if parent is None else parent.header,
+        tracestate="" if parent is None else parent.state,
     )
     return Found(entry=entry, detail=detail)
 
@@ -108,14 +113,17 @@ def of_refusal(worker_id: str, task_id: str, verdict: Verdict, data: bytes, secr
     if len(data) > WHOLE_BYTES:
         return Found(entry=entry, detail=detail)
     try:
-        task = decode_object(data)["task"]
-        found = msgspec.convert(task, dict[str, Any])
+        raw = decode_object(data)
+        found = msgspec.convert(raw["task"], dict[str, Any])
         redact = Redactor([*secrets.known, *in_document(found, {})], prose=True)
         document, _, hidden = _document(found, len(data), redact)
     except (FieldError, KeyError, TypeError, ValueError, RecursionError):
         return Found(entry=entry, detail=detail)
     metadata = found.get("metadata")
     spec = found.get("spec")
+    parent, _ = parent_of(raw.get("traceparent"), raw.get("tracestate"), metadata if isinstance(metadata, dict) else {})
+    if parent is not None:
+        detail = msgspec.structs.replace(detail, traceparent=parent.header, tracestate=parent.state)
     entry = msgspec.structs.replace(
         entry,
         type=redact(_text(spec.get("taskType"))) if isinstance(spec, dict) else "",

@@ -22,7 +22,8 @@ PASSED = (
 NEVER = ("REDIS_URL", "ORCHESTRATOR_TOKEN")
 """Never passed on, even if `tasks.pass_env` names them."""
 
-SECRETS = (*NEVER, "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+SECRETS = (*NEVER, "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN",
+           "OTEL_EXPORTER_OTLP_HEADERS", "OTEL_EXPORTER_OTLP_TRACES_HEADERS")  # fmt: skip
 """The node's own secrets: no child inherits them. A task may get variables of the latter names by its `spec.env`."""
 SERVER = {
     # One thread during the imports: threads of a pool that starts then do not exist in the forks.

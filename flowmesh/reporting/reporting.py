@@ -11,10 +11,10 @@ from flowmesh.bus.connection import connect
 from flowmesh.execution.executor import Executor
 from flowmesh.execution.observer import Observer
 from flowmesh.execution.run import Run
+from flowmesh.reporting.outgoing import Outgoing
 from flowmesh.reporting.peer_watch import PeerWatch
 from flowmesh.reporting.sender import Sender
 from flowmesh.reporting.slot_watch import SlotWatch
-from flowmesh.reporting.webhooks import Webhooks
 from flowmesh.tasks.journal import JournalError
 from flowmesh.tasks.verdicts import Kind, Verdict
 
@@ -25,9 +25,9 @@ class Reporting(Observer):
         name: of this node in Redis' list of its clients.
     """
 
-    def __init__(self, webhooks: Webhooks, executor: Executor, name: str) -> None:
-        journal, layout = executor.journal, executor.layout
-        lanes = webhooks.lanes()
+    def __init__(self, outgoing: Outgoing, executor: Executor, name: str) -> None:
+        journal, layout, webhooks = executor.journal, executor.layout, outgoing.webhooks
+        lanes = outgoing.lanes()
         self._senders = [Sender(lane, journal.sendings, executor.helpers, layout) for lane in lanes]
         with contextlib.suppress(JournalError):
             journal.sendings.keep(lane.name for lane in lanes)
@@ -74,6 +74,8 @@ class Reporting(Observer):
 
     async def flushed(self, timeout_s: float) -> None:
         """Wait until what waits is sent; not for a receiver that does not work. The rest goes after the next start."""
+        for sender in self._senders:
+            sender.hurry()
         waits = [sender.emptied() for sender in self._senders if not sender.error]
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(asyncio.gather(*waits), timeout_s)

@@ -24,7 +24,7 @@ from flowmesh.processes import environ
 from flowmesh.processes.helper import Helpers
 from flowmesh.processes.limits import Limits
 from flowmesh.processes.protocol import Fork
-from flowmesh.reporting.batch import Answer, Batch, Item, read_answers, write_batch
+from flowmesh.reporting.batch import Answer, Batch, Item, end_batch, read_answers, write_batch
 from flowmesh.tasks.catalogue import DELIVERY
 from flowmesh.tasks.journal import JournalError
 from flowmesh.tasks.sendings_table import Sendings, Waiting
@@ -75,12 +75,17 @@ class Sender:
         self._layout = layout
         self._wake = asyncio.Event()
         self._empty = asyncio.Event()
+        self._hurried = asyncio.Event()
         self._backoff = Backoff(FIRST_PAUSE_S, LONGEST_PAUSE_S)
 
     def wake(self) -> None:
         """Something was added to the lane."""
         self._empty.clear()
         self._wake.set()
+
+    def hurry(self) -> None:
+        """The node ends: wait for no further messages."""
+        self._hurried.set()
 
     async def emptied(self) -> None:
         """Wait until nothing waits that could be sent now."""
@@ -109,6 +114,10 @@ class Sender:
                 pause_s = await self._send_some()
             except JournalError:  # reported by the checks of the journal
                 pause_s = self._backoff.next_s()
+            except Exception as error:  # noqa: BLE001 - the boundary: the node must not end with its sender
+                logger.opt(exception=error).error("unhandled error in a sender")
+                self._failed(f"{type(error).__name__}: {error}")
+                pause_s = self._backoff.next_s()
             if pause_s > 0:
                 await asyncio.sleep(pause_s)
 
@@ -119,7 +128,8 @@ class Sender:
             await self._rest()
             return 0.0
         if self.lane.collect_s and len(rows) < self.lane.most:
-            await asyncio.sleep(self.lane.collect_s)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._hurried.wait(), self.lane.collect_s)
             rows = self._sendings.due(self.lane.name, self.lane.most)
         answers, trouble = await self._attempt(rows)
         by_id = {answer.id: answer for answer in answers}
@@ -163,7 +173,7 @@ class Sender:
             trouble = f"not done within {self.lane.limit_s:g} s"
         except (LaunchError, OSError) as error:
             trouble = str(error)
-        answers = await asyncio.to_thread(read_answers, folder)
+        answers = await asyncio.to_thread(end_batch, folder)
         if not trouble and len(answers) < len(rows) and not any(each.error for each in answers):
             trouble = f"the sending process ended early; see {self._log}"
         return answers, trouble

@@ -45,6 +45,8 @@ def all_faults(settings: Settings) -> Iterator[Fault]:
     if settings.delivery.orchestrator_token is not None and settings.delivery.orchestrator_token_file is not None:
         what = "delivery.orchestrator_token is set, too; leave one of the two out"
         yield Fault(("delivery", "orchestrator_token_file"), what)
+    if settings.otel.endpoint is not None and (what := http_fault(settings.otel.endpoint)):
+        yield Fault(("otel", "endpoint"), what)
     for index, url in enumerate(settings.notify.url):
         if what := http_fault(url, whole=True):
             yield Fault(("notify", "url", index), what)

@@ -20,6 +20,7 @@ from flowmesh.settings.types import (
     FilePath,
     GpuName,
     Isolation,
+    KeyPlace,
     LogLevel,
     ModuleName,
     Name,
@@ -30,6 +31,7 @@ from flowmesh.settings.types import (
     Token,
     Umask,
     VariableName,
+    Warm,
     Word,
 )
 
@@ -38,6 +40,7 @@ _REDACTED: dict[str, Callable[[str], str]] = {
     "orchestrator_url": redact_url,
     "orchestrator_token": lambda _: HIDDEN,
     "endpoint_url": redact_url,
+    "endpoint": redact_url,
     "access_key_id": lambda _: HIDDEN,
     "secret_access_key": lambda _: HIDDEN,
     "session_token": lambda _: HIDDEN,
@@ -184,6 +187,8 @@ class TasksSettings(Section, frozen=True):
     """Programs (`*` allowed) that tasks of the types `command` and `python` may run. Empty: the types are off."""
     local_hosts: tuple[Word, ...] = ()
     """HOST or HOST:PORT (`*` allowed) that downloads may reach on loopback and link-local addresses."""
+    api_keys: tuple[KeyPlace, ...] = ()
+    """VARIABLE@HOST or VARIABLE@HOST:PORT (`*` allowed): keys that tasks of the type `api` may send to these hosts."""
 
 
 class DeliverySettings(Section, frozen=True):
@@ -262,6 +267,8 @@ class ProcessesSettings(Section, frozen=True):
     """memory.max of each task's cgroup."""
     task_pids_max: Annotated[int, Meta(ge=8)] | None = None
     """pids.max of each task's cgroup."""
+    warm_max_mb: Annotated[int, Meta(ge=0)] | None = None
+    """Memory of fork servers that no task has asked for. None: a quarter of the node's memory; 0: none is started."""
 
 
 class GpuSettings(Section, frozen=True):
@@ -327,6 +334,15 @@ class NotifySettings(Section, frozen=True):
         return [(name, shown if name == "url" else it) for name, it in super().__rich_repr__()]
 
 
+class OtelSettings(Section, frozen=True):
+    """[otel]: a span for each task, over OTLP/HTTP; OpenTelemetry's own variables count, too"""
+
+    endpoint: str | None = None
+    """The collector. None: OTEL_EXPORTER_OTLP_ENDPOINT; where there is none either, no spans are sent."""
+    headers_file: FilePath | None = None
+    """File with headers of the requests, one `Name: value` a line. None: OTEL_EXPORTER_OTLP_HEADERS."""
+
+
 class RunnersSettings(Section, frozen=True):
     """[runners]: limits and permissions of the built-in task types"""
 
@@ -352,6 +368,9 @@ class EnvironmentSettings(Section, frozen=True):
     """Path of the interpreter, which must exist. None: the supervisor's own."""
     preload: tuple[ModuleName, ...] = ()
     """Modules that its fork server imports before the first task."""
+    warm: Warm = True
+    """True: imported in a quiet moment after the start. "on first use": by the first task. False: the same, and its
+    fork server ends when no task has used it for ten minutes."""
 
 
 class TaskTypeSettings(Section, frozen=True):
@@ -379,6 +398,7 @@ class Settings(Section, frozen=True):
     slots: tuple[SlotSettings, ...] = ()
     metrics: MetricsSettings = MetricsSettings()
     notify: NotifySettings = NotifySettings()
+    otel: OtelSettings = OtelSettings()
     runners: RunnersSettings = RunnersSettings()
     environments: dict[Name, EnvironmentSettings] = {}
     task_types: dict[Name, TaskTypeSettings] = {}

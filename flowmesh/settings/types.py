@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import Meta
 
@@ -29,6 +29,13 @@ Bucket = Annotated[
 VariableName = Annotated[
     str, Meta(pattern=r"\A[A-Za-z_*][A-Za-z0-9_*]*\Z", description="the name of an environment variable (* allowed)")
 ]
+KeyPlace = Annotated[
+    str,
+    Meta(
+        pattern=r"\A[A-Za-z_*][A-Za-z0-9_*]*@[^\s@]+\Z",
+        description="VARIABLE@HOST or VARIABLE@HOST:PORT (* allowed)",
+    ),
+]
 ModuleName = Annotated[
     str, Meta(pattern=r"\A[A-Za-z_]\w*(\.[A-Za-z_]\w*)*\Z", description="the dotted name of a Python module")
 ]
@@ -52,6 +59,10 @@ CpuList = Annotated[
     str,
     Meta(pattern=r"\A\d{1,5}(-\d{1,5})?(,\d{1,5}(-\d{1,5})?)*\Z", description='CPU numbers such as "0-7,16"'),
 ]
+
+
+Warm = bool | Literal["on first use"]
+"""Whether an environment's libraries are imported before its first task."""
 
 
 class LogLevel(enum.StrEnum):

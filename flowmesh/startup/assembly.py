@@ -41,6 +41,7 @@ def make_executor(
     environment: Mapping[str, str],
     secrets: Redactor,
     sendings_of: SendingsOf,
+    traces: bool,
 ) -> Executor:
     """The executor of a node, with its fork servers and folders.
 
@@ -49,7 +50,8 @@ def make_executor(
         owner: the user that tasks run as; None: the node's own.
         environment: the node's own variables.
         secrets: knows the node's secrets.
-        sendings_of: what webhooks are told of a task's end.
+        sendings_of: what webhooks and trace collectors are told of a task's end.
+        traces: whether spans are sent.
     """
     base_env = environ.base(environment, settings.tasks.pass_env)
     catalogue, environment_table = environments.plan(settings)
@@ -75,6 +77,7 @@ def make_executor(
         owner=owner,
         secrets=secrets,
         gateway=_gateway(settings, journal, state_dir),
+        traces=traces,
         umask=int(settings.results.umask, 8),
     )
     slots: dict[str, Slot[Run]] = {plan.worker_id: Slot(plan) for plan in fitted.slots}

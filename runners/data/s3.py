@@ -34,7 +34,7 @@ class Fetched(Protocol):
 
 
 Fetch = Callable[[Context, str, str], Fetched]
-TIMEOUT_S = 90.0
+TIMEOUT_S = 60.0
 """Longer than the gateway's own, so that its answer says why."""
 DEFAULT_MAX_BYTES = 500 * 2**30
 DEFAULT_MAX_OBJECTS = 100_000
@@ -115,7 +115,10 @@ def matching(ctx: Context, url: str, where: str) -> list[str]:
             begin = begin[:index]
             break
     pattern = f"{location.key}**" if location.is_folder else location.key
-    found = [each for each in listed(ctx, Location(location.bucket, begin), where) if matches(each.key, pattern)]
+    there = listed(ctx, Location(location.bucket, begin), where)
+    if any(each.key == location.key for each in there):  # the key of an object, which may have a `?` in it
+        return [url]
+    found = [each for each in there if matches(each.key, pattern)]
     urls = [Location(location.bucket, each.key).url for each in found if not each.key.endswith("/")]
     if not urls:
         raise BadRequest(f"{where}: no object of the bucket {location.bucket!r} matches {location.key!r}")

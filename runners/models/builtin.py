@@ -16,6 +16,7 @@ from runners.api import BadRequest
 
 PREFIX = "builtin:"
 TINY_LLAMA = "builtin:tiny-llama"
+TINY_VISION = "builtin:tiny-vision"
 TINY_LORA = "builtin:tiny-lora"
 """A random LoRA adapter for it."""
 TINY_SCORER = "builtin:tiny-scorer"
@@ -136,6 +137,12 @@ def write_tiny_lora(folder: Path, *, seed: int = 1) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
 
 
+def _write_tiny_vision(folder: Path) -> None:
+    from runners.models.builtin_vision import write_tiny_vision
+
+    write_tiny_vision(folder, train_tokenizer())
+
+
 def write_tiny_scorer(folder: Path, *, seed: int = 2) -> None:
     """Write a cross-encoder of random float32 weights, a BERT with one label, and its tokenizer into `folder`."""
     import torch
@@ -183,6 +190,7 @@ def train_tokenizer(vocab_size: int = 512) -> Any:
 # A changed recipe needs a new name: nodes cache what they have built.
 _RECIPES: dict[str, tuple[str, Callable[[Path], None]]] = {
     TINY_LLAMA: ("tiny-llama-v1", write_tiny_llama),
+    TINY_VISION: ("tiny-vision-v1", _write_tiny_vision),
     TINY_LORA: ("tiny-lora-v1", write_tiny_lora),
     TINY_SCORER: ("tiny-scorer-v1", write_tiny_scorer),
 }

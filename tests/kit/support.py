@@ -285,6 +285,8 @@ class Node:
         return [
             "--redis-url", self.server.url, "--state-dir", str(self.state_dir),
             "--results-dir", str(self.results_dir), "--worker-id", self.worker_id,
+            # Before the others: a test may set it.
+            *(("--set", "processes.warm_max_mb=0") if self.code == ROOT else ()),
             *(permits if self.code == ROOT else ()),
         ]  # fmt: skip
 
