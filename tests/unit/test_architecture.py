@@ -15,13 +15,14 @@ import pytest
 
 from tests.kit.paths import ROOT
 
-HEAVY = ("torch", "transformers", "vllm", "trl", "peft", "faiss", "datasets", "numpy", "sentence_transformers")
+HEAVY = ("torch", "transformers", "vllm", "trl", "peft", "faiss", "datasets", "numpy", "sentence_transformers",
+         "opentelemetry", "botocore")  # fmt: skip
 
 FLOORS = (
     {"cli"},
     {"supervisor"},
     {"control"},
-    {"metrics"},
+    {"metrics", "reporting"},
     {"orchestrator", "startup"},
     {"execution"},
     {"pipeline_driver"},

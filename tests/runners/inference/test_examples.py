@@ -53,7 +53,7 @@ def test_examples(make_context, monkeypatch, name: str) -> None:
 
 
 def test_there_is_an_example_of_everything() -> None:
-    names = {"batch", "transformers", "dataset", "jsonl", "graph", "merge", "lora", "vllm"}
+    names = {"batch", "transformers", "dataset", "jsonl", "graph", "merge", "lora", "vision", "vllm"}
     assert {f"inference-{name}.yaml" for name in names} <= set(EXAMPLES)
 
 
