@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -10,9 +11,14 @@ from typing import Any
 
 import pytest
 
+from flowmesh.cli.main import cli, guarded
 from flowmesh.client import Client, TaskExists
 from flowmesh.errors import FieldError
+from flowmesh.pipeline_driver.origins import Origins
+from flowmesh.pipeline_driver.store import bounded
+from flowmesh.pipelines.references import Reference, value_at
 from flowmesh.queue.workers import NeverFits
+from flowmesh.validation.json_paths import PathError
 from tests.kit.support import Node, Orchestrator, RedisServer, alive, until
 
 pytestmark = pytest.mark.redis
@@ -326,3 +332,36 @@ def test_what_cannot_be_is_said_at_once(fleet: Fleet) -> None:
         fleet.client.submit({"spec": {"stages": [stage("a")]}}, task_id="twice")
     fleet.client.cancel("twice", force=True)
     assert fleet.client.wait("twice", 60).verdict == "cancelled"
+
+
+def test_the_command_shows_its_stages_and_where_a_path_came_from(
+    fleet: Fleet, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A stage that fails with a path of another node is told so; a reference into what Redis lacks is an error."""
+    (tmp_path / "p.json").write_text(
+        json.dumps({"spec": {"stages": [stage("one"), stage("two", x="${one.result.no}")]}})
+    )
+    words = ["submit", str(tmp_path / "p.json"), "--redis", fleet.server.url, "--task-id", "shown", "--wait"]
+    code = guarded(lambda: cli.main(args=words, prog_name="flowmesh", standalone_mode=False))
+    out, err = capfd.readouterr()
+    assert code == 1
+    assert "shown  pipeline of 2 stages  submitted; follow it with" in out
+    assert "one: succeeded" in out
+    assert "two: failed: spec.stages[1].spec.x: ${one.result.no}" in out
+    assert "stage two: spec.stages[1].spec.x" in err
+    origins = Origins()
+    origins.learn({"final_model_path": "/results/a/final_model"}, "w1")
+    load = {"spec": {"checkpoint": {"load": {"path": "/results/a/final_model"}}}}
+    assert "is a path of w1, and this task ran on w2" in origins.explain(load, "w2")
+    assert origins.explain(load, "w1") == ""
+    short = {"one": {"ok": True, "items": {"omitted": "list", "length": 9}, "truncated": True, "size_bytes": 2 << 20}}
+    with pytest.raises(PathError, match="does not lie in Redis as a whole"):
+        value_at(Reference("one", "result.items", "one.result.items"), short)
+    assert value_at(Reference("one", "result.ok", "one.result.ok"), short) is True
+
+
+def test_a_large_pipelines_result_leaves_out_the_largest() -> None:
+    stages = {name: {"state": "succeeded", "result": {"x": name * size}} for name, size in (("a", 10), ("b", 2 << 20))}
+    kept = json.loads(bounded({"ok": True, "stages": stages}))["stages"]
+    assert kept["a"] == stages["a"]
+    assert kept["b"] == {"state": "succeeded", "result_omitted": True}
