@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -34,6 +35,7 @@ class Fetched(Protocol):
 
 
 Fetch = Callable[[Context, str, str], Fetched]
+GATEWAY_STARTS_S = 10.0
 TIMEOUT_S = 60.0
 """Longer than the gateway's own, so that its answer says why."""
 DEFAULT_MAX_BYTES = 500 * 2**30
@@ -235,6 +237,7 @@ def _asked(
     node = ctx.job.gateway
     if node is None or not node.s3:
         raise BadRequest(f"{where}: {NO_S3}")
+    _wait_for(ctx, Path(node.socket))
     try:
         answer = gateway.get(node, "/", {**headers, S3: quote(f"{location.bucket}/{location.key}")}, timeout_s)
     except (gateway.NotAnswered, requests.RequestException) as error:
@@ -254,3 +257,10 @@ def _asked(
     if kind == "node":
         raise RunnerError(f"{where}: {text}")
     raise BadRequest(f"{where}: {text}")
+
+
+def _wait_for(ctx: Context, socket: Path) -> None:
+    """The gateway of a node that has just been started may not listen yet; it is asked in vain after that."""
+    until = time.monotonic() + GATEWAY_STARTS_S
+    while not socket.exists() and time.monotonic() < until:
+        ctx.sleep(0.05)

@@ -28,6 +28,7 @@ from runners.rag.documents import read_documents
 from runners.rows.resume import read_resume
 from runners.training.inputs import fetch_jsonl
 from runners.training.settings import Jsonl
+from tests.kit.fake_http import FakeHandler, FakeServer
 from tests.kit.s3_server import KEYS, S3Server, s3_server
 
 pytest.importorskip("moto")
@@ -201,6 +202,46 @@ def test_a_server_that_is_away_is_tried_again(reading: Reach, monkeypatch: pytes
     monkeypatch.setattr("runners.data.download.FIRST_PAUSE_S", 0.001)
     with pytest.raises(RunnerError, match=r"could not be downloaded: .*no connection to http://127.0.0.1:9"):
         fetch(ctx, "s3://data/x", "spec.x")
+
+
+BODY = bytes(range(250)) * 4000
+
+
+class Breaking(FakeServer):
+    """Answers as S3 does, and breaks off the first time, in the middle of the body."""
+
+    def __init__(self) -> None:
+        super().__init__(BreakingHandler)
+        self.seen: list[tuple[str | None, str | None]] = []
+        """Range and If-Match of each request."""
+
+
+class BreakingHandler(FakeHandler):
+    server: Breaking
+
+    def do_GET(self) -> None:
+        self.server.seen.append((self.headers.get("Range"), self.headers.get("If-Match")))
+        if len(self.server.seen) == 1:
+            self.begin(200, {"Content-Length": str(len(BODY)), "ETag": '"v1"'})
+            self.wfile.write(BODY[:700_000])
+            self.wfile.flush()
+            self.close_connection = True
+            self.connection.shutdown(2)
+        else:
+            start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").removesuffix("-"))
+            shown = f"bytes {start}-{len(BODY) - 1}/{len(BODY)}"
+            self.answer(206, BODY[start:], {"Content-Range": shown, "ETag": '"v1"'})
+
+
+def test_an_object_that_breaks_off_is_continued(reading: Reach, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runners.data.download.FIRST_PAUSE_S", 0.001)
+    with Breaking() as server:
+        ctx = reading(S3Access(read=("s3://data",), endpoint_url=server.origin, has_keys=True))
+        assert fetch(ctx, "s3://data/breaks", "spec.x").path.read_bytes() == BODY
+    (_, (asked, version)) = server.seen
+    assert version == '"v1"'
+    assert asked is not None
+    assert asked != "bytes=0-"
 
 
 def test_a_node_that_allows_nothing_says_so(make_context: MakeContext) -> None:
