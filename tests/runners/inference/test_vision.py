@@ -343,4 +343,17 @@ def test_images_of_a_table(run, make_context, tmp_path) -> None:
     spec = spec_of(TINY_VISION, [])
     spec["data"] = {"type": "parquet", "path": str(tmp_path / "rows.parquet"), "column": "messages"}
     result = InferenceRunner().run(make_context(spec))
-    assert outputs(result) == outputs(run(user(image(RED), TEXT), user(image(BLUE), TEXT)))
+    expected = outputs(run(user(image(RED), TEXT), user(image(BLUE), TEXT)))
+    assert outputs(result) == expected
+    text = TEXT["text"]
+    columns = [{"question": text, "image": row["messages"][0]["content"][0]["image"]} for row in rows]
+    columns.append({"question": text, "image": None})
+    parquet.write_table(pa.Table.from_pylist(columns), tmp_path / "columns.parquet")
+    spec["data"] |= {"path": str(tmp_path / "columns.parquet"), "column": "question", "image_column": "image"}
+    assert outputs(InferenceRunner().run(make_context(spec))) == [*expected, *outputs(run(user(TEXT)))]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"question": text, "images": [RED, str(tmp_path / "blue.png")]}))
+    spec["data"] |= {"type": "jsonl", "path": str(tmp_path / "rows.jsonl"), "image_column": "images"}
+    assert outputs(InferenceRunner().run(make_context(spec))) == outputs(run(user(image(RED), image(BLUE), TEXT)))
+    spec["data"]["image_column"] = "picture"
+    with pytest.raises(BadRequest, match=r"spec\.data\.image_column: no column 'picture'"):
+        InferenceRunner().run(make_context(spec))
