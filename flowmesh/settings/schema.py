@@ -20,6 +20,7 @@ from flowmesh.settings.types import (
     FilePath,
     GpuName,
     Isolation,
+    KeyPlace,
     LogLevel,
     ModuleName,
     Name,
@@ -186,6 +187,8 @@ class TasksSettings(Section, frozen=True):
     """Programs (`*` allowed) that tasks of the types `command` and `python` may run. Empty: the types are off."""
     local_hosts: tuple[Word, ...] = ()
     """HOST or HOST:PORT (`*` allowed) that downloads may reach on loopback and link-local addresses."""
+    api_keys: tuple[KeyPlace, ...] = ()
+    """VARIABLE@HOST or VARIABLE@HOST:PORT (`*` allowed): keys that tasks of the type `api` may send to these hosts."""
 
 
 class DeliverySettings(Section, frozen=True):

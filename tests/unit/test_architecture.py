@@ -16,7 +16,7 @@ import pytest
 from tests.kit.paths import ROOT
 
 HEAVY = ("torch", "transformers", "vllm", "trl", "peft", "faiss", "datasets", "numpy", "sentence_transformers",
-         "opentelemetry")  # fmt: skip
+         "opentelemetry", "botocore")  # fmt: skip
 
 FLOORS = (
     {"cli"},
