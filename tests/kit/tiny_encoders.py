@@ -48,7 +48,8 @@ def _write_bert(folder: Path, *, labels: int, head: bool, positions: int, hidden
     tokenizer = BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=positions)
     config = BertConfig(
         vocab_size=len(names), hidden_size=hidden_size, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=32, max_position_embeddings=positions, num_labels=labels, initializer_range=0.5, pad_token_id=0,
+        intermediate_size=32, max_position_embeddings=positions, num_labels=labels, initializer_range=0.5,
+        pad_token_id=0,
     )  # fmt: skip
     model: Any = BertForSequenceClassification(config)
     (model if head else model.bert).save_pretrained(folder)
