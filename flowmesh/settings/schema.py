@@ -127,6 +127,8 @@ class QueueSettings(Section, frozen=True):
     """How long a worker's heartbeat key must have been gone before its tasks go back to the queue."""
     preempt: bool = True
     """Whether a queued training task of low priority makes room for one of high priority."""
+    pipelines: Annotated[int, Meta(ge=0, le=256)] = 4
+    """How many submitted pipelines this node drives at once. 0: none."""
 
 
 class ResultsSettings(Section, frozen=True):
