@@ -20,6 +20,7 @@ from flowmesh.control.server import ControlServer
 from flowmesh.control.submission import Submissions
 from flowmesh.control.watchers import Watchers
 from flowmesh.errors import BusyError, ConfigError, DeviceError, FlowMeshError, LaunchError
+from flowmesh.execution.launch.warming import Warming
 from flowmesh.execution.layout import make_parts
 from flowmesh.execution.recovery import recover
 from flowmesh.messages.wire import utc_now
@@ -33,6 +34,8 @@ from flowmesh.orchestrator.link import Link
 from flowmesh.orchestrator.worker_description import NodeDescription
 from flowmesh.processes import linux
 from flowmesh.redaction import Redactor
+from flowmesh.reporting.outgoing import Outgoing
+from flowmesh.reporting.reporting import Reporting
 from flowmesh.settings.paths import results_dir, state_dir
 from flowmesh.settings.schema import Settings
 from flowmesh.startup import first_lines, identity, preflight, successor
@@ -107,6 +110,7 @@ class Supervisor:
             while not await self._ended(tasks):
                 pass
             await self._flushed()  # by the sender that runs: one that is cancelled while it sends would repeat events
+            await self.reporting.flushed(FAREWELL_TIMEOUT_S)
         finally:
             await end_all(tasks)
         await self._close()
@@ -156,6 +160,7 @@ class Supervisor:
         )
         owner = preflight.owner(settings)
         make_parts(self.state_dir, owner)
+        outgoing = Outgoing(settings, self._environ, node_id)
         self.executor = make_executor(
             settings,
             fitted,
@@ -167,7 +172,10 @@ class Supervisor:
             power=node.power,
             environment=self._environ,
             secrets=self._hides,
+            sendings_of=outgoing.of_end,
+            traces=outgoing.traces,
         )
+        self.reporting = Reporting(outgoing, self.executor, worker_id)
         self.gpu_watch = GpuWatch(
             self.executor.conditions,
             fitted,
@@ -190,6 +198,7 @@ class Supervisor:
             resume=self.drain.take_back,
             start_anew=self.start_anew,
             metrics=metrics.text,
+            notify=self.reporting.summary,
         )
         watchers = Watchers(self.executor)
         socket = self.state_dir / "run" / "control.sock"
@@ -209,7 +218,8 @@ class Supervisor:
 
     def _works(self) -> list[Coroutine[Any, Any, None]]:
         works = [self._begin(), self.link.send_events(), self._feed_watchdog(), *self.executor.works()]
-        return [*works, self.control.keep(), self._keep_lock(), *self.metrics_files.works()]
+        works += self.metrics_files.works() + self.reporting.works()
+        return [*works, self.control.keep(), self._keep_lock()]
 
     async def _begin(self) -> None:
         """Take over the tasks of an earlier supervisor; then subscribe; then report IDLE."""
@@ -225,11 +235,27 @@ class Supervisor:
             self.executor.gateway.need()
         await self.executor.pool.warm(LIGHT)
         await self.executor.gpus.check_idle_slots()
+        self.reporting.look()
         gc.collect()
         gc.freeze()  # long-lived objects need no further collection
         self.link.registration.resume()
         self._notifier.send(READY="1", STATUS="running")
-        await asyncio.gather(*self.link.works(), first_lines.compare_torch(self.executor, self.inventory))
+        compared = first_lines.compare_torch(self.executor, self.inventory)
+        await asyncio.gather(*self.link.works(), compared, self._warming().run())
+
+    def _warming(self) -> Warming:
+        executor, registration = self.executor, self.link.registration
+        return Warming(
+            pool=executor.pool,
+            catalogue=executor.catalogue,
+            broken=lambda: executor.environments.broken,
+            report=executor.environments.report,
+            journal=self.journal,
+            settings=self.settings.environments,
+            max_mb=self.settings.processes.warm_max_mb,
+            idle=lambda: len(executor.runs) == 0,
+            wanted=lambda: executor.draining is None and not registration.disabled,
+        )
 
     async def start_anew(self, fitted: preflight.Fitted | None = None) -> None:
         """Replace this process by the program as it is on disk, with the settings as they are now; tasks run on.
@@ -309,6 +335,7 @@ class Supervisor:
             await end_all([sending])
         await self.link.registration.unregister(FAREWELL_TIMEOUT_S)
         await self.control.close()
+        await self.reporting.close()
         await self.executor.gateway.stop()
         await self.executor.pool.close()
         await self.nvml.close()

@@ -86,6 +86,7 @@ IN_EVERY_EXTRA = frozenset(
 """Libraries that each of the extras inference, training, vllm and rag installs: the task type's own is named."""
 EXTRAS = {
     "vllm": "vllm",
+    "PIL": "inference",
     "trl": "training",
     "bitsandbytes": "quantization",
     "deepspeed": "deepspeed",
@@ -213,6 +214,8 @@ class Context(TaskInput):
         """Seconds in each phase that has ended."""
         self.rows: Counts | None = None
         """Rows that stand, of a runner that keeps a row log."""
+        self.spent_usd = 0.0
+        """What requests to an endpoint have cost, of a runner that pays for some."""
         self.command: CommandExit | None = None
         """How the task's program ended, of a runner that runs one."""
         self._pipe = pipe

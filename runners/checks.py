@@ -62,6 +62,27 @@ def rag(task: dict[str, Any], task_type: str) -> Checked:
     return _checked(task, task_type, lambda ctx: _with_children(ctx, read))
 
 
+def embedding(task: dict[str, Any], task_type: str) -> Checked:
+    from runners.vectors.task import read_embedding
+
+    def read(ctx: Context, spec: dict[str, Any], where: str) -> None:
+        read_embedding(ctx, spec, where, with_key=False)
+
+    return _checked(task, task_type, lambda ctx: _with_children(ctx, read))
+
+
+def score(task: dict[str, Any], task_type: str) -> Checked:
+    from runners.scoring.task import read_score
+
+    return _checked(task, task_type, lambda ctx: _with_children(ctx, read_score))
+
+
+def api(task: dict[str, Any], task_type: str) -> Checked:
+    from runners.remote.task import read_api
+
+    return _checked(task, task_type, lambda ctx: read_api(ctx, ctx.spec))
+
+
 def agent(task: dict[str, Any], task_type: str) -> Checked:
     from runners.agent.task import check_agent
 

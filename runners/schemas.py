@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 from msgspec import Meta
 
@@ -15,8 +15,6 @@ def echo(task_type: str) -> dict[str, Any]:  # noqa: ARG001 - one signature for 
 
 
 def command(task_type: str) -> dict[str, Any]:
-    from typing import get_type_hints
-
     from runners.command.task import CommandSpec, PythonSpec
 
     return get_type_hints(CommandSpec if task_type == "command" else PythonSpec, include_extras=True)
@@ -85,6 +83,50 @@ def rag(task_type: str) -> dict[str, Any]:  # noqa: ARG001
         "resume": bool | Resume,
         "shard": Shard,
     }
+
+
+def embedding(task_type: str) -> dict[str, Any]:  # noqa: ARG001
+    from runners.embedding.options import EmbeddingOptions
+    from runners.vectors.task import Collection, Engine, Index, Vectors
+
+    return {
+        **_embedding_model(),
+        "engine": Engine,
+        "embedding": EmbeddingOptions,
+        "vectors": Vectors,
+        "faiss": Index,
+        "qdrant": Collection,
+    }
+
+
+def score(task_type: str) -> dict[str, Any]:  # noqa: ARG001
+    from runners.scoring.task import Engine, Inline, ScoreOptions
+
+    hints = get_type_hints(Inline, include_extras=True)
+    return {**_embedding_model(), **hints, "engine": Engine, "score": ScoreOptions}
+
+
+def _embedding_model() -> dict[str, Any]:
+    from runners.data.sources import SECTIONS
+    from runners.rows.resume import Resume
+    from runners.vectors.task import ModelSection
+
+    return {
+        "model": ModelSection,
+        "checkpoint": Checkpoint,
+        "enforce_cpu": bool,
+        "data": SECTIONS,
+        "resume": bool | Resume,
+        "shard": Shard,
+    }
+
+
+def api(task_type: str) -> dict[str, Any]:  # noqa: ARG001
+    from runners.data.sources import SECTIONS
+    from runners.remote.task import Api
+    from runners.rows.resume import Resume
+
+    return {"data": SECTIONS, "api": Api, "resume": bool | Resume, "shard": Shard}
 
 
 def agent(task_type: str) -> dict[str, Any]:  # noqa: ARG001

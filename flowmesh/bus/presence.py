@@ -83,6 +83,8 @@ class Presence:
         """The desired status."""
         self.up = False
         """Whether Redis agrees with the desired state."""
+        self.disabled = False
+        """Whether elastic scaling had disabled the worker when it was looked at last."""
         self.trouble = ConnectionHealth(
             "registration not up to date", "registration up to date again", worker=identity.worker_id
         )
@@ -303,6 +305,7 @@ class Presence:
     async def _check(self) -> bool:
         """Whether the registration still exists. A status that is not ours is corrected."""
         found = await self._find()
+        self.disabled = found.disabled and self._elastic
         if found.disabled and not self._elastic:
             await self._enable()
         differed, self._differed = self._differed, found.registered and found.status != self.status.word

@@ -16,6 +16,8 @@ from flowmesh.cli.positions import Positions
 from flowmesh.errors import FieldError
 from flowmesh.pipelines.checks import check_pipeline
 from flowmesh.pipelines.document import is_pipeline
+from flowmesh.settings.schema import CloudSettings
+from flowmesh.tasks import s3_fields
 from flowmesh.tasks.catalogue import TaskType
 from flowmesh.tasks.checks import check_agent_file, check_task
 from flowmesh.validation.convert import joined
@@ -53,12 +55,18 @@ class CheckedFile(msgspec.Struct, frozen=True, kw_only=True):
         return not self.errors
 
 
-def check_file(source: str, types: Mapping[str, TaskType], kind: FileKind | None = None) -> CheckedFile:
+def check_file(
+    source: str,
+    types: Mapping[str, TaskType],
+    kind: FileKind | None = None,
+    cloud: CloudSettings | None = None,
+) -> CheckedFile:
     """Check the file `source` ("-": standard input).
 
     Args:
         types: the known task types.
         kind: what it is; None: as its content shows.
+        cloud: the node's `[cloud]`; None: not known.
     """
     name = "<stdin>" if source == "-" else source
     try:
@@ -80,26 +88,34 @@ def check_file(source: str, types: Mapping[str, TaskType], kind: FileKind | None
     if kind == "agent":
         checked = check_agent_file(source, data)
         return _checked_file(name, kind, text, form, errors=(*faults, *checked.faults))
-    return check_submission(Submission(source=name, task_id="", document=data, text=text), types, form, faults)
+    return check_submission(Submission(source=name, task_id="", document=data, text=text), types, form, faults, cloud)
 
 
 def check_submission(
-    submission: Submission, types: Mapping[str, TaskType], form: str, faults: Iterable[str] = ()
+    submission: Submission,
+    types: Mapping[str, TaskType],
+    form: str,
+    faults: Iterable[str] = (),
+    cloud: CloudSettings | None = None,
 ) -> CheckedFile:
     """Check a task document that was loaded.
 
     Args:
         form: yaml or json.
         faults: what its parser found.
+        cloud: see `check_file`.
     """
+    spec = submission.document.get("spec")
+    if cloud is not None and isinstance(spec, dict):
+        faults = (*faults, *s3_fields.faults(spec, cloud.read), *s3_fields.output_faults(spec, cloud.write))
     if is_pipeline(submission.document):
         checked, notes = check_pipeline(submission.document, types)
-        errors = (*faults, *checked.faults)
+        errors = tuple(dict.fromkeys((*faults, *checked.faults)))
         warnings = [*(f"{path}: not used" for path in checked.unused), *notes]
         return _checked_file(submission.source, "pipeline", submission.text, form, errors=errors, warnings=warnings)
     checked, note = check_task(submission.document, types)
     warnings = [f"{path}: not used" for path in checked.unused] + ([note] if note else [])
-    errors = (*faults, *checked.faults)
+    errors = tuple(dict.fromkeys((*faults, *checked.faults)))
     done = _checked_file(submission.source, "task", submission.text, form, errors=errors, warnings=warnings)
     spec = submission.document.get("spec")
     name = spec.get("taskType") if isinstance(spec, dict) else None

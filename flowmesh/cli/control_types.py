@@ -48,6 +48,18 @@ class TaskStatus(msgspec.Struct, frozen=True, kw_only=True):
     """What its delivery waits for."""
 
 
+class ReceiverStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """A receiver of notifications."""
+
+    to: str
+    waiting: int = 0
+    sent: int = 0
+    dropped: int = 0
+    """Unsent: too many waited, or for too long."""
+    error: str | None = None
+    """Why the last attempt failed."""
+
+
 class NodeStatus(msgspec.Struct, frozen=True, kw_only=True):
     pid: int
     version: str = ""
@@ -64,6 +76,7 @@ class NodeStatus(msgspec.Struct, frozen=True, kw_only=True):
     nobody_listens: bool = False
     """Whether the last task event had no receivers."""
     log_dropped: int = 0
+    notify: tuple[ReceiverStatus, ...] = ()
     warnings: dict[str, str] = {}
     """By environment: why its tasks fail, or start slowly."""
     redeliveries: dict[str, str] = {}

@@ -14,7 +14,7 @@ import click
 import msgspec
 
 from flowmesh import installed
-from flowmesh.cli import doctor_gpus, doctor_machine, locate, redis_limits, render
+from flowmesh.cli import doctor_gpus, doctor_machine, doctor_s3, locate, notify, redis_limits, render
 from flowmesh.cli.control import Control, NotPermitted
 from flowmesh.cli.findings import Finding, Level, count, show
 from flowmesh.errors import EXIT_FAILURE, EXIT_OK, ConfigError, DeviceError, FlowMeshError, UnavailableError
@@ -73,7 +73,9 @@ def examine(config_file: str | None) -> Iterator[Finding]:
     yield from doctor_machine.disk(settings, os.environ)
     yield from doctor_machine.tools(settings)
     yield from _environments(settings, inventory)
+    yield from doctor_s3.s3(settings)
     yield from _redis(settings)
+    yield from notify.check(settings)
 
 
 def _installation() -> Iterator[Finding]:

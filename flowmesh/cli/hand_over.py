@@ -18,6 +18,7 @@ from flowmesh.cli.local import LocalOptions
 from flowmesh.cli.running_node import RunningNode
 from flowmesh.errors import ConfigError, UnavailableError
 from flowmesh.settings import paths
+from flowmesh.validation.s3_url import is_s3
 
 _PATHS = frozenset(
     ("path", "url", "uri", "download_url", "worker_path", "jsonl_path", "jsonl", "identifier", "dataset_name",
@@ -87,6 +88,8 @@ def objection(status: Mapping[str, Any], options: LocalOptions, submissions: Seq
         hosts = {urlsplit(text).hostname for text in _texts(each.document) if text.startswith(("http://", "https://"))}
         if hosts & _LOCAL_HOSTS and not permits.get("local_hosts"):
             return "its tasks may not reach this machine (tasks.local_hosts)"
+        if any(map(is_s3, _texts(each.document))) and not permits.get("s3_read"):
+            return "its tasks may not read from S3 (cloud.read)"
     return ""
 
 

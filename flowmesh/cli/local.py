@@ -172,7 +172,8 @@ class LocalNode:
             ConfigError: the settings cannot be used.
         """
         config = self._options.config
-        tasks = load(None if config is None else Path(config), {}).settings.tasks
+        settings = load(None if config is None else Path(config), {}).settings
+        tasks = settings.tasks
         # A comma ends an item of a list: here any character may stand for one.
         roots = [*tasks.read_roots, *(glob.escape(root).replace(",", "?") for root in self._options.read_roots)]
         found = {"tasks.read_roots": ",".join(roots)} if roots else {}
@@ -180,10 +181,20 @@ class LocalNode:
             found["tasks.trust_remote_code"] = "*"
         if not tasks.local_hosts:
             found["tasks.local_hosts"] = "*"
+        if not tasks.api_keys:
+            found["tasks.api_keys"] = "*@*"
         if not tasks.allow_env:
             found["tasks.allow_env"] = "*"
         if not tasks.allow_command:
             found["tasks.allow_command"] = "*"
+        if not settings.cloud.read:
+            found["cloud.read"] = "s3://*"
+        if not settings.cloud.write:
+            found["cloud.write"] = "s3://*"
+        own = Path("~/.aws/credentials").expanduser()
+        named = settings.cloud.credentials_file or os.environ.get("AWS_SHARED_CREDENTIALS_FILE")
+        if not named and own.is_file():
+            found["cloud.credentials_file"] = str(own)
         return found
 
     def _start(self) -> None:
@@ -213,6 +224,7 @@ class LocalNode:
             "node.state_dir": str(self.state_dir),
             "node.worker_id": f"local-{secrets.token_hex(4)}",
             "processes.drain_timeout_s": "1",
+            "processes.warm_max_mb": "0",  # its tasks are there already
         }
         settings |= self.permits()
         if self._options.results_dir is not None:

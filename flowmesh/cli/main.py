@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "replay": ("flowmesh.cli.replay:replay", "Run a task of the history again, and compare."),
     "top": ("flowmesh.cli.top.command:top", "Watch GPUs, tasks and queue of this node or of a deployment."),
     "metrics": ("flowmesh.cli.node_commands:metrics", "Print the node's metrics for Prometheus."),
+    "notify": ("flowmesh.cli.notify:notify", "Show where notifications go, or send a test."),
     "logs": ("flowmesh.cli.logs:logs", "Print the logs of a task, on this node or any other."),
     "cancel": ("flowmesh.cli.cancel:cancel", "Cancel a task, on this node or any other."),
     "deliver": ("flowmesh.cli.node_commands:deliver", "Retry the delivery of a task's results."),

@@ -9,7 +9,7 @@ import time
 import click
 import msgspec
 
-from flowmesh.cli import completing, locate, render
+from flowmesh.cli import completing, locate, notify, render
 from flowmesh.cli.control import Control
 from flowmesh.cli.control_types import NodeStatus, TaskStatus
 from flowmesh.cli.render import Column
@@ -74,6 +74,8 @@ def status(config: str | None, state_dir: str | None, as_json: bool) -> int:
     for environment, message in found.warnings.items():
         if message not in known:
             print(f"\nenvironment {environment}: {message}")
+    for line in notify.troubles(found.notify):
+        print(f"\n{line}")
     if found.tasks:
         print()
         render.table(_TASKS, [_task_row(task) for task in found.tasks])

@@ -29,8 +29,10 @@ from flowmesh.tasks.catalogue import known_types
 @locate.json_option
 def validate(*, files: tuple[str, ...], kind: FileKind | None, config: str | None, as_json: bool) -> int:
     """Run the command; returns the exit code."""
-    types = known_types(locate.settings(config) if config else Settings())
-    checked = [check_file(file, types, kind) for file in files]
+    settings = locate.settings(config) if config else None
+    types = known_types(settings or Settings())
+    cloud = None if settings is None else settings.cloud
+    checked = [check_file(file, types, kind, cloud) for file in files]
     ok = all(each.ok for each in checked)
     if as_json:
         render.print_json({"ok": ok, "files": [_as_data(each) for each in checked]})

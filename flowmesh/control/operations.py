@@ -31,6 +31,7 @@ class Operations:
         stop: drains in the given mode, and ends the node.
         resume: takes a drain back; raises FlowMeshError if there is none.
         metrics: gives the node's metrics as text.
+        notify: gives the receivers of notifications, and how they stand.
         start_anew: replaces this supervisor by a new one; raises FlowMeshError if that could not start.
     """
 
@@ -44,7 +45,9 @@ class Operations:
         resume: Callable[[], None],
         start_anew: Callable[[], Awaitable[None]],
         metrics: Callable[[], str],
+        notify: Callable[[], list[dict[str, Any]]],
     ) -> None:
+        self._notify = notify
         self._metrics = metrics
         self._node = node
         self._executor = executor
@@ -89,6 +92,7 @@ class Operations:
                 "read_roots": list(executor.settings.tasks.read_roots),
                 "trust_remote_code": bool(executor.settings.tasks.trust_remote_code),
                 "local_hosts": bool(executor.settings.tasks.local_hosts),
+                "s3_read": bool(executor.settings.cloud.read),
             },
             "faults": executor.conditions.listed(),
             "workers": [
@@ -117,6 +121,7 @@ class Operations:
                 }
                 for server in executor.pool.servers
             ],
+            "notify": self._notify(),
             "queue": self._link.queue.summary(),
             "warnings": executor.pool.warnings(),
             "redeliveries": executor.redeliveries.waits(),

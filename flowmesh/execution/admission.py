@@ -10,13 +10,15 @@ import msgspec
 from loguru import logger
 
 from flowmesh.errors import FieldError, NotOfferedError
-from flowmesh.messages.output import HttpDestination, Output, read_output
+from flowmesh.messages.output import Destination, Output, Remote, S3Destination, read_output
 from flowmesh.messages.wire import MAX_TIMEOUT_S, NodeSpec, TaskMessage, decode_object
 from flowmesh.processes import environ
 from flowmesh.redaction import Redactor, in_document
+from flowmesh.results import s3_client
 from flowmesh.results.job import Target, children_of
 from flowmesh.results.safe_names import check_task_id, placed
 from flowmesh.settings.schema import Settings
+from flowmesh.tasks import s3_fields
 from flowmesh.tasks.catalogue import Catalogue, TaskType
 from flowmesh.tasks.checks import check_own_fields, check_task, is_current
 from flowmesh.validation.checked import Checked
@@ -54,7 +56,7 @@ class Accepted(msgspec.Struct, frozen=True, kw_only=True):
     def delivers_http(self) -> bool:
         """Whether a result of this task is sent over HTTP."""
         targets = (self.target, *self.children)
-        return any(isinstance(target.destination, HttpDestination) for target in targets)
+        return any(isinstance(target.destination, Remote) for target in targets)
 
 
 def accept(data: bytes, *, settings: Settings, catalogue: Catalogue, results_dir: Path) -> Accepted:
@@ -74,6 +76,7 @@ def accept(data: bytes, *, settings: Settings, catalogue: Catalogue, results_dir
     spec = convert(message.task.spec, NodeSpec, where="spec")
     task_type = catalogue.find(spec.taskType)
     _check_env(spec.env, settings)
+    _check_reading(message, settings)
     orchestrator = settings.delivery.orchestrator_url
     output = read_output(spec.output, orchestrator_url=orchestrator)
     roots = settings.results.allowed_roots
@@ -81,6 +84,9 @@ def accept(data: bytes, *, settings: Settings, catalogue: Catalogue, results_dir
     folder, warning = placed(results_dir, roots, message.task_id, output, refuse=refuse)
     merged = [(child.task_id, child.spec) for child in message.merged_children or []]
     children = children_of(merged, output, results_dir, roots, orchestrator, refuse_outside=refuse)
+    _check_s3(output.destination, message.task_id, "spec", settings)
+    for index, child in enumerate(children):
+        _check_s3(child.destination, child.task_id, f"merge_children[{index}].spec", settings)
     if message.task_id in {child.task_id for child in children}:
         raise FieldError(
             f"merged_children: {message.task_id!r} is also the parent's task_id; give each task a different one",
@@ -99,7 +105,7 @@ def accept(data: bytes, *, settings: Settings, catalogue: Catalogue, results_dir
             out_dir=str(folder),
             destination=output.destination,
             artifacts=output.artifacts,
-            warnings=(warning,) if warning else (),
+            warnings=tuple(each for each in (warning, message.parent[1]) if each),
         ),
         children=children,
         size_bytes=len(data),
@@ -170,6 +176,26 @@ def _document(raw: dict[str, Any], message: TaskMessage) -> dict[str, Any]:
     if message.shard_total is not None and message.shard_index is not None and "shard" not in task["spec"]:
         task["spec"] = {**task["spec"], "shard": {"index": message.shard_index, "total": message.shard_total}}
     return task
+
+
+def _check_reading(message: TaskMessage, settings: Settings) -> None:
+    """Check that what the task and its merged children name in S3 may be read."""
+    specs = {"spec": message.task.spec}
+    specs |= {f"merge_children[{at}].spec": child.spec for at, child in enumerate(message.merged_children or [])}
+    for where, each in specs.items():
+        if found := tuple(s3_fields.faults(each, settings.cloud.read, where)):
+            raise FieldError(joined(list(found)), found[0].partition(":")[0], found)
+
+
+def _check_s3(destination: Destination, task_id: str, where: str, settings: Settings) -> None:
+    """Check that results may go to S3 where they should."""
+    if not isinstance(destination, S3Destination) or destination.url is None:
+        return
+    field = f"{where}.output.destination.url"
+    if not s3_fields.may_write(destination.url, task_id, settings.cloud.write):
+        raise FieldError(f"{field}: {s3_fields.NOT_WRITTEN.format(url=destination.url)}", field)
+    if not s3_client.is_installed():
+        raise FieldError(f"{field}: {s3_client.not_installed()}", field)
 
 
 def _check_env(env: dict[str, str], settings: Settings) -> None:

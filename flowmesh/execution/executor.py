@@ -40,7 +40,7 @@ from flowmesh.execution.launch.node_folders import JOURNAL, NodeFolders
 from flowmesh.execution.launch.task_children import TaskChildren
 from flowmesh.execution.layout import Layout
 from flowmesh.execution.observer import Observers
-from flowmesh.execution.ports import Work
+from flowmesh.execution.ports import SendingsOf, Work
 from flowmesh.execution.recent_ends import RecentEnds
 from flowmesh.execution.run import Run
 from flowmesh.execution.run_table import RunTable
@@ -72,6 +72,7 @@ class Executor:
     Args:
         slots: by worker id.
         gpus: those that the slots have.
+        sendings_of: what webhooks are told of a task's end.
     """
 
     def __init__(
@@ -86,7 +87,9 @@ class Executor:
         nvml: Nvml,
         power: PowerMeter,
         gpus: Sequence[GpuInfo],
+        sendings_of: SendingsOf = lambda _: (),
     ) -> None:
+        self.sendings_of = sendings_of
         self.settings = settings
         self.catalogue = catalogue
         self.journal = journal
@@ -159,10 +162,10 @@ class Executor:
             least_bytes=settings.results.min_free_bytes,
         )
         self._cleanup = Cleanup(layout)
-        jobs, delivery_children = Jobs(settings, layout), DeliveryChildren(settings.delivery, layout, self.helpers)
+        jobs, delivery_children = Jobs(settings, layout), DeliveryChildren(settings, layout, self.helpers)
         self.deliveries = Deliveries(delivery_children, jobs, layout, self._cleanup, self.environments)
         no_gateway = functools.partial(self.environments.report, DELIVERY)
-        self.gateway = GatewayProcess(settings.delivery, layout, self.helpers, no_gateway)
+        self.gateway = GatewayProcess(settings, layout, self.helpers, no_gateway)
         self.redeliveries = Redeliveries(delivery_children, jobs, layout, journal, self._check_idle)
 
     def works(self) -> list[Coroutine[Any, Any, None]]:
@@ -406,13 +409,20 @@ class Executor:
         cost = self.settings.node.cost_per_hour * run.slot.plan.share
         redact = task_events.redactor(run, self.layout)
         event = task_events.ended(run, verdict, finished_at=now, cost_per_hour=cost, redact=redact)
-        kept = history_entry.of_run(
+        found = history_entry.of_run(
             run, verdict, finished_at=now, cost_per_hour=cost, redact=redact, gpus=self._gpu_names
         )
         stays = run.task.stop_detail.startswith(reports.PREEMPTED)
         outgoing = reports.outgoing(event, run.recorded, out_dir=run.accepted.target.out_dir, stays=stays)
         try:
-            self.journal.finish(run.attempt, run.task, now, *outgoing, kept=kept)
+            self.journal.finish(
+                run.attempt,
+                run.task,
+                now,
+                *outgoing,
+                kept=history_entry.packed(found),
+                sendings=self.sendings_of(found),
+            )
         except JournalError as error:
             self._when_written(error, functools.partial(self._finish, run, verdict))
             return

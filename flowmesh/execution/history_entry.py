@@ -12,9 +12,10 @@ from flowmesh.errors import FieldError
 from flowmesh.execution import task_events
 from flowmesh.execution.run import Run
 from flowmesh.messages.text import escaped
+from flowmesh.messages.trace import parent_of
 from flowmesh.messages.wire import decode_object, utc_now
 from flowmesh.redaction import Redactor, document_without_secrets, in_document
-from flowmesh.tasks.history import Detail, Entry, pack
+from flowmesh.tasks.history import Detail, Entry, Found, pack
 from flowmesh.tasks.history_table import Kept
 from flowmesh.tasks.verdicts import Verdict
 
@@ -31,7 +32,7 @@ TOKEN_FIELDS = ("total_tokens", "num_tokens", "num_input_tokens_seen")
 
 def of_run(
     run: Run, verdict: Verdict, *, finished_at: str, cost_per_hour: float, redact: Redactor, gpus: Mapping[str, str]
-) -> Kept:
+) -> Found:
     """What is kept of a task that has ended.
 
     Args:
@@ -45,6 +46,7 @@ def of_run(
     metadata = run.accepted.message.task.metadata or {}
     entry = Entry(
         task_id=run.task_id,
+        attempt=run.attempt,
         type=run.accepted.type.name,
         worker_id=run.worker_id,
         owner=redact(owner_of(metadata)),
@@ -58,12 +60,14 @@ def of_run(
         gpu_s=round(run.runtime_s * len(run.gpus), 6),
         joules=_joules(run.energy),
         cost_usd=used["cost_usd"],
+        api_usd=(None if run.outcome is None else run.outcome.spent_usd) or None,
         tokens=None if run.outcome is None else tokens_of(run.outcome.result),
         rows=rows["done"] if isinstance(rows, dict) else None,
         out_dir=run.accepted.target.out_dir,
     )
     document, whole, hidden = _document(run.accepted.task, run.accepted.size_bytes, redact)
     delivered = run.delivered
+    parent, _ = run.accepted.message.parent
     detail = Detail(
         document=document,
         whole=whole,
@@ -83,11 +87,13 @@ def of_run(
         children={child.task_id: child.out_dir for child in run.accepted.children[:CUT_VALUES]},
         versions={"flowmesh": installed.version()} | (run.outcome.versions if run.outcome is not None else {}),
         gpus={uuid: gpus.get(uuid, "") for uuid in run.gpus},
+        traceparent="" if parent is None else parent.header,
+        tracestate="" if parent is None else parent.state,
     )
-    return _packed(entry, detail)
+    return Found(entry=entry, detail=detail)
 
 
-def of_refusal(worker_id: str, task_id: str, verdict: Verdict, data: bytes, secrets: Redactor) -> Kept:
+def of_refusal(worker_id: str, task_id: str, verdict: Verdict, data: bytes, secrets: Redactor) -> Found:
     """What is kept of a task that was refused.
 
     Args:
@@ -105,16 +111,19 @@ def of_refusal(worker_id: str, task_id: str, verdict: Verdict, data: bytes, secr
         finished_at=now,
     )
     if len(data) > WHOLE_BYTES:
-        return pack(entry, detail)
+        return Found(entry=entry, detail=detail)
     try:
-        task = decode_object(data)["task"]
-        found = msgspec.convert(task, dict[str, Any])
+        raw = decode_object(data)
+        found = msgspec.convert(raw["task"], dict[str, Any])
         redact = Redactor([*secrets.known, *in_document(found, {})], prose=True)
         document, _, hidden = _document(found, len(data), redact)
     except (FieldError, KeyError, TypeError, ValueError, RecursionError):
-        return pack(entry, detail)
+        return Found(entry=entry, detail=detail)
     metadata = found.get("metadata")
     spec = found.get("spec")
+    parent, _ = parent_of(raw.get("traceparent"), raw.get("tracestate"), metadata if isinstance(metadata, dict) else {})
+    if parent is not None:
+        detail = msgspec.structs.replace(detail, traceparent=parent.header, tracestate=parent.state)
     entry = msgspec.structs.replace(
         entry,
         type=redact(_text(spec.get("taskType"))) if isinstance(spec, dict) else "",
@@ -122,7 +131,7 @@ def of_refusal(worker_id: str, task_id: str, verdict: Verdict, data: bytes, secr
         name=redact(_text(metadata.get("name"))) if isinstance(metadata, dict) else "",
         message=escaped(redact(verdict.message[:MESSAGE_CHARS])),
     )
-    return _packed(entry, msgspec.structs.replace(detail, document=document, whole=True, hidden=hidden))
+    return Found(entry=entry, detail=msgspec.structs.replace(detail, document=document, whole=True, hidden=hidden))
 
 
 def owner_of(metadata: Mapping[str, Any]) -> str:
@@ -156,12 +165,12 @@ def _document(task: dict[str, Any], size: int, redact: Redactor) -> tuple[dict[s
     return document, whole, hidden
 
 
-def _packed(entry: Entry, detail: Detail) -> Kept:
-    """Without the document where that cannot be stored, such as for an integer of more than 64 bits."""
+def packed(found: Found) -> Kept:
+    """Encoded; without the document where that cannot be stored, such as for an integer of more than 64 bits."""
     try:
-        return pack(entry, detail)
+        return pack(found.entry, found.detail)
     except (OverflowError, RecursionError, TypeError, ValueError):
-        return pack(entry, msgspec.structs.replace(detail, document=None, whole=False, hidden=()))
+        return pack(found.entry, msgspec.structs.replace(found.detail, document=None, whole=False, hidden=()))
 
 
 def shortened(task: dict[str, Any]) -> dict[str, Any]:

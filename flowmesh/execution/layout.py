@@ -71,6 +71,8 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
     """Knows the node's own."""
     gateway: Gateway | None = None
     """Fetches with the node's token; None: the node has none, or no orchestrator."""
+    traces: bool = False
+    """Whether the node sends spans of its tasks."""
     umask: int | None = None
     """Of everything that writes results; None: that of the fork server."""
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Protocol
 
 from flowmesh.execution.run import Run
 from flowmesh.node.slots import Slot
 from flowmesh.tasks import machine
+from flowmesh.tasks.history import Found
+from flowmesh.tasks.sendings_table import Sending
 
 PostEvent = Callable[[Run, machine.Event], None]
 """Apply an event to a run's state machine, at once."""
@@ -17,6 +19,9 @@ Pump = Callable[[Slot[Run]], None]
 
 Work = Coroutine[Any, Any, machine.Event | None]
 """Something that takes its time; the event that it returns is applied to the run it was begun for."""
+
+SendingsOf = Callable[[Found], Sequence[Sending]]
+"""What is sent to webhooks and trace collectors about a task that has ended."""
 
 
 class Begin(Protocol):

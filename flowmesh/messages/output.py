@@ -15,6 +15,7 @@ import msgspec
 
 from flowmesh.errors import FieldError
 from flowmesh.validation.convert import convert, nearest
+from flowmesh.validation.s3_url import is_s3, parse
 
 DEFAULT_TIMEOUT_S = 15.0
 MAX_TIMEOUT_S = 24 * 3600.0
@@ -42,18 +43,27 @@ class LocalDestination(_Strict, frozen=True, tag_field="type", tag="local"):
     """The parent of the task's folder; see docs/contract.md, 3."""
 
 
-class HttpDestination(_Strict, frozen=True, tag_field="type", tag="http"):
+class Remote(_Strict, frozen=True):
     """Results are sent, and stay on the node's disk too."""
 
     url: str | None = None
     """Never None in what `read_output` returns."""
-    method: str = "POST"
-    headers: dict[str, str] = {}
     timeout_s: float = msgspec.field(name="timeoutSec", default=DEFAULT_TIMEOUT_S)
     """Of one attempt: to connect, and for each wait for data from the server."""
 
 
-Destination = LocalDestination | HttpDestination
+class HttpDestination(Remote, frozen=True, tag_field="type", tag="http"):
+    """Results are sent over HTTP."""
+
+    method: str = "POST"
+    headers: dict[str, str] = {}
+
+
+class S3Destination(Remote, frozen=True, tag_field="type", tag="s3"):
+    """Results become objects below `url`, s3://BUCKET/PREFIX."""
+
+
+Destination = LocalDestination | HttpDestination | S3Destination
 
 
 class Output(_Strict, frozen=True):
@@ -82,6 +92,8 @@ def read_output(value: Any, *, orchestrator_url: str | None = None, where: str =
     destination = output.destination
     if isinstance(destination, LocalDestination):
         return output
+    if isinstance(destination, S3Destination):
+        return msgspec.structs.replace(output, destination=_settled_s3(destination, f"{where}.destination"))
     return msgspec.structs.replace(output, destination=_settled(destination, orchestrator_url, f"{where}.destination"))
 
 
@@ -103,6 +115,9 @@ def file_url(url: str, task_id: str, name: str | None = None) -> str:
         url: the destination's.
         name: the file to download; `{name}` makes a template; None: the URL to POST to.
     """
+    if is_s3(url):
+        folder = f"{url.rstrip('/')}/{task_id}"
+        return folder if name is None else f"{folder}/{name}"
     parts = urlsplit(url)
     path = f"{parts.path.rstrip('/')}/{quote(task_id, safe=_IN_SEGMENT)}/files"
     if name is None:
@@ -110,6 +125,11 @@ def file_url(url: str, task_id: str, name: str | None = None) -> str:
     tail = name if name == "{name}" else quote(name, safe="")
     host = parts.netloc.rpartition("@")[2]
     return urlunsplit(SplitResult(parts.scheme, host, f"{path}/{tail}", "", ""))
+
+
+def result_object(url: str, task_id: str) -> str:
+    """The address of the object that gets a task's result, below an S3 destination."""
+    return f"{file_url(url, task_id)}.json"
 
 
 def check_url(url: str, where: str) -> None:
@@ -127,7 +147,8 @@ def check_url(url: str, where: str) -> None:
         raise FieldError(f"{where}: not a URL: its host or port cannot be parsed", where) from None
     if parts.scheme not in {"http", "https"}:
         found = f"found {parts.scheme!r}" if parts.scheme else "found none"
-        raise FieldError(f"{where}: the scheme must be http or https ({found})", where)
+        hint = "; an s3 address needs `type: s3`" if parts.scheme == "s3" else ""
+        raise FieldError(f"{where}: the scheme must be http or https ({found}){hint}", where)
     if not host:
         raise FieldError(f"{where}: the URL has no host; write http://HOST[:PORT]/PATH", where)
 
@@ -148,14 +169,32 @@ def _settled(destination: HttpDestination, orchestrator_url: str | None, where: 
             f"{where}.method: {destination.method!r} cannot carry a result; {nearest(method, list(METHODS))}",
             f"{where}.method",
         )
+    _check_timeout(destination, where)
+    _check_headers(destination.headers, f"{where}.headers")
+    return msgspec.structs.replace(destination, url=url, method=method)
+
+
+def _settled_s3(destination: S3Destination, where: str) -> S3Destination:
+    if destination.url is None:
+        raise FieldError(f"{where}.url: missing; write s3://BUCKET/PREFIX", f"{where}.url")
+    url = destination.url.rstrip("/")
+    try:
+        if not is_s3(url):
+            raise ValueError("the type s3 needs an address such as s3://BUCKET/PREFIX")
+        parse(url)
+    except ValueError as error:
+        raise FieldError(f"{where}.url: {error}", f"{where}.url") from None
+    _check_timeout(destination, where)
+    return msgspec.structs.replace(destination, url=url)
+
+
+def _check_timeout(destination: Remote, where: str) -> None:
     if not 0 < destination.timeout_s <= MAX_TIMEOUT_S:
         raise FieldError(
             f"{where}.timeoutSec: must be more than 0 and at most {MAX_TIMEOUT_S:.0f} seconds "
             f"(found {destination.timeout_s})",
             f"{where}.timeoutSec",
         )
-    _check_headers(destination.headers, f"{where}.headers")
-    return msgspec.structs.replace(destination, url=url, method=method)
 
 
 def _check_headers(headers: dict[str, str], where: str) -> None:
@@ -190,7 +229,7 @@ def _check_artifacts(output: Output, where: str) -> None:
         if any(len(part.encode("utf-8", "surrogatepass")) > 200 for part in parts):
             raise FieldError(f"{at}: a file name in it has more than 200 bytes; shorten it", at)
         other = names.setdefault(parts[-1], path)
-        if other != path and isinstance(output.destination, HttpDestination):
+        if other != path and isinstance(output.destination, Remote):
             raise FieldError(
                 f"{at}: {path!r} and {other!r} would both be uploaded as {parts[-1]!r}; rename one",
                 at,

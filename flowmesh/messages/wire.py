@@ -16,6 +16,7 @@ from msgspec import UNSET, Meta, UnsetType
 from flowmesh.errors import FieldError
 from flowmesh.messages import damaged
 from flowmesh.messages.text import encode_json
+from flowmesh.messages.trace import Context, parent_of
 
 EVENTS_CHANNEL = "workers.events"
 TASK_EVENTS_CHANNEL = "tasks.events"
@@ -103,6 +104,14 @@ class TaskMessage(msgspec.Struct, frozen=True, kw_only=True):
     shard_index: int | None = None
     shard_total: int | None = None
     record: Recorded | None = None
+    traceparent: Any = None
+    """The span that the task belongs to; a malformed one is ignored."""
+    tracestate: Any = None
+
+    @property
+    def parent(self) -> tuple[Context | None, str]:
+        """The span that the task belongs to, and what is wrong with the one that is named; see `trace.parent_of`."""
+        return parent_of(self.traceparent, self.tracestate, self.task.metadata)
 
 
 class HardwareGpu(msgspec.Struct, frozen=True):

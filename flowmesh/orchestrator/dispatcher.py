@@ -215,8 +215,9 @@ class Dispatcher:
         task_id, worker_id, executor = sent.task_id, slot.plan.worker_id, self._executor
         event = task_events.refused(worker_id, task_id, kind, message, sent.dispatched_at)
         verdict = Verdict(kind=kind, message=message)
-        kept = history_entry.of_refusal(worker_id, task_id, verdict, sent.data, executor.layout.secrets)
-        executor.journal.refuse(*reports.outgoing(event, sent.recorded), kept)
+        found = history_entry.of_refusal(worker_id, task_id, verdict, sent.data, executor.layout.secrets)
+        kept, sendings = history_entry.packed(found), executor.sendings_of(found)
+        executor.journal.refuse(*reports.outgoing(event, sent.recorded), kept, sendings)
         self._executor.counters.refused += 1
         self._executor.counters.add_verdict(kind)
         logger.bind(task=task_id).warning("task refused: {}", message)

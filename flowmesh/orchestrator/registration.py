@@ -130,6 +130,11 @@ class Registration(Observer):
         ]
         await asyncio.gather(*(each.unregister(timeout_s) for each in gone))
 
+    @property
+    def disabled(self) -> bool:
+        """Whether elastic scaling has disabled all of the node's workers."""
+        return all(each.disabled for each in self.presences.values())
+
     def on_subscribed(self, gap: bool) -> None:
         """The tasks channel is subscribed to; after a gap, what was dispatched meanwhile must be queued again."""
         self._listening = True

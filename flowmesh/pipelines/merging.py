@@ -8,10 +8,10 @@ from typing import Any
 
 from flowmesh.pipelines.parts import Part
 
-TYPES = ("inference", "rag")
+TYPES = ("inference", "rag", "embedding", "score")
 """Task types that run merged children."""
 MAX_CHILDREN = 64
-_OWN = ("data", "_upstreamResults", "postprocess", "query")
+_OWN = ("data", "_upstreamResults", "postprocess", "query", "documents", "pairs")
 """Fields of a spec in which merged requests may differ."""
 _OWN_OF_INFERENCE = ("system_prompt", "systemPrompt")
 

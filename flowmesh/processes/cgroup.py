@@ -28,6 +28,9 @@ OWN_GROUP = "task"
 """Group in a leaf into which a task moves itself, to have others for its parts (runners/agent/cgroups.py)."""
 MAX_SUBGROUPS = 64
 
+GONE = (errno.ENOENT, errno.ENODEV)
+"""What a file of a cgroup answers once the cgroup is removed: the second where that happens while it is opened."""
+
 _REMOVE_INTERVAL_S = 0.005
 
 
@@ -189,8 +192,11 @@ class Leaf:
 
     def kill(self) -> None:
         """SIGKILL to every process in the leaf, including those that are just being forked."""
-        with contextlib.suppress(FileNotFoundError):
+        try:
             (self.path / "cgroup.kill").write_text("1")
+        except OSError as error:
+            if error.errno not in GONE:
+                raise
 
     def populated(self) -> bool:
         """Whether a process is in the leaf or below it."""
@@ -248,7 +254,7 @@ class Leaf:
         except FileNotFoundError:
             return True
         except OSError as error:
-            if error.errno == errno.EBUSY:
+            if error.errno in (errno.EBUSY, errno.ENODEV):
                 return False
             raise
         return True

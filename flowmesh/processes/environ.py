@@ -22,6 +22,9 @@ PASSED = (
 NEVER = ("REDIS_URL", "ORCHESTRATOR_TOKEN")
 """Never passed on, even if `tasks.pass_env` names them."""
 
+SECRETS = (*NEVER, "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN",
+           "OTEL_EXPORTER_OTLP_HEADERS", "OTEL_EXPORTER_OTLP_TRACES_HEADERS")  # fmt: skip
+"""The node's own secrets: no child inherits them. A task may get variables of the latter names by its `spec.env`."""
 SERVER = {
     # One thread during the imports: threads of a pool that starts then do not exist in the forks.
     "OMP_NUM_THREADS": "1",
@@ -56,6 +59,17 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
+_OF_ROLE = (
+    "AWS_ROLE_ARN", "AWS_ROLE_SESSION_NAME", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI", "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", "AWS_EC2_METADATA_DISABLED",
+)  # fmt: skip
+
+
+def of_role(wanted: bool) -> dict[str, str]:
+    """The node's variables that say where the credentials of its role are; for the children that transfer."""
+    return {name: os.environ[name] for name in _OF_ROLE if name in os.environ} if wanted else {}
+
+
 def base(environ: Mapping[str, str], pass_env: Iterable[str]) -> dict[str, str]:
     """The part of the node's environment that its children may see.
 
@@ -64,7 +78,7 @@ def base(environ: Mapping[str, str], pass_env: Iterable[str]) -> dict[str, str]:
         pass_env: name patterns to pass besides PASSED (`tasks.pass_env`).
     """
     patterns = (*PASSED, *pass_env)
-    return {name: value for name, value in environ.items() if matches(name, patterns) and name not in NEVER}
+    return {name: value for name, value in environ.items() if matches(name, patterns) and name not in SECRETS}
 
 
 def for_server(base_env: Mapping[str, str]) -> dict[str, str]:

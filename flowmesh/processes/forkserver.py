@@ -67,6 +67,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     adoption_timeout_s: float = 60.0
     cgroup: str | None = None
     """The folder in which each child gets a cgroup; None: they get none."""
+    nice: int = 0
+    """How much nicer than the supervisor the imports are; what it forks for tasks is not."""
     hidden: bool = False
     """Whether processes of the same user are kept from reading its memory, and so that of its children: they are given
     secrets."""
@@ -105,7 +107,7 @@ class ForkServer:
         signal.signal(signal.SIGCHLD, lambda *_: None)  # it only writes to the wakeup descriptor
         signal.set_wakeup_fd(self._wakeup_write, warn_on_full_buffer=False)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        report = preload.load(self._options.preload, self._options.canary)
+        report = self._load()
         if report.problem:
             self._supervisor.refuse(
                 Unfit(message=report.problem, unsafe=report.unsafe), self._options.adoption_timeout_s
@@ -134,6 +136,16 @@ class ForkServer:
             self._spares.drop()
             self._reaper.close()
             self._remove_socket()
+
+    def _load(self) -> preload.Report:
+        own = os.getpriority(os.PRIO_PROCESS, 0)
+        if self._options.nice:
+            os.nice(self._options.nice)
+        try:
+            return preload.load(self._options.preload, self._options.canary)
+        finally:
+            if self._options.nice:
+                os.setpriority(os.PRIO_PROCESS, 0, own)
 
     def _keep_socket(self) -> None:
         """Listen at our path again if somebody has deleted the socket there: the next supervisor looks for it."""

@@ -1,10 +1,11 @@
-"""Linux calls that Python's standard library does not have: prctl and mounts. And a wait for any process's end."""
+"""What Python's standard library lacks of Linux: prctl, mounts, capabilities, and a wait for any process's end."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import select
+from pathlib import Path
 
 MAX_SOCKET_PATH = 107
 """Bytes that fit into `sockaddr_un.sun_path` with its closing NUL."""
@@ -14,6 +15,8 @@ _PR_SET_DUMPABLE = 4
 _PR_SET_NAME = 15
 _PR_SET_CHILD_SUBREAPER = 36
 _PR_SET_NO_NEW_PRIVS = 38
+
+_CAP_SYS_NICE = 23
 
 _CLONE_NEWNS = 0x00020000
 _MS_NOSUID = 2
@@ -57,6 +60,16 @@ def set_name(name: str) -> None:
     """Set the name that `ps` and `top` show. The kernel keeps 15 bytes of it."""
     if _libc.prctl(_PR_SET_NAME, name.encode()[:15], 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_NAME)")
+
+
+def may_raise_priority() -> bool:
+    """Whether this process may take a niceness back that it has given itself (CAP_SYS_NICE)."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return False
+    effective = next((int(line.split()[1], 16) for line in lines if line.startswith("CapEff:")), 0)
+    return bool(effective >> _CAP_SYS_NICE & 1)
 
 
 def unshare_mounts() -> None:

@@ -12,6 +12,7 @@ import socket
 
 import msgspec
 
+from flowmesh.messages.cloud import Keys
 from flowmesh.messages.text import encode_msgpack
 
 VERSION = 1
@@ -54,9 +55,11 @@ class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
 
 
 class Credentials(msgspec.Struct, frozen=True, tag="credentials"):
-    """The orchestrator's token, for a delivery child. Sent through the pipe so that it is never written to a file."""
+    """The node's secrets, for a delivery child. Sent through the pipe so that they are never written to a file."""
 
     token: str | None = None
+    """The orchestrator's."""
+    s3: Keys | None = None
 
 
 Frame = Hello | Phase | Progress | Finished | Cancel | Credentials

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
+from loguru import logger
+
 from flowmesh.processes import tree
 from flowmesh.processes.cgroup import Leaf
 
@@ -55,13 +57,29 @@ def _end(find: Callable[[], set[int]], leaves: Sequence[Leaf], limit_s: float) -
     seen: set[int] = set()
     deadline = time.monotonic() + limit_s
     while True:
-        found = find()
+        found, trouble = find(), ""
         for leaf in leaves:
             found.update(leaf.pids())
-            leaf.kill()
+            try:
+                leaf.kill()
+            except OSError as error:  # its processes are killed one by one
+                trouble = f"{error}"
         tree.kill_all(found)
         seen |= found
-        removed = [leaf.remove() for leaf in leaves] if not found else [False]
-        if all(removed) or time.monotonic() > deadline:
+        left = list(leaves)
+        if not found:
+            left = []
+            for leaf in leaves:
+                try:
+                    removed = leaf.remove()
+                except OSError as error:
+                    removed, trouble = False, f"{error}"
+                if not removed:
+                    left.append(leaf)
+            if not left:
+                return len(seen)
+        if time.monotonic() > deadline:
+            names = ", ".join(leaf.path.name for leaf in left)
+            logger.warning("left after {} s: cgroups {}: {}", limit_s, names or "none", trouble or f"pids {found}")
             return len(seen)
         time.sleep(0.01)

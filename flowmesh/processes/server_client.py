@@ -96,9 +96,13 @@ class Server:
         adoption_timeout_s: float,
         cgroup: Path | None,
         made_of: str,
+        nice: int = 0,
         **callbacks: Callable[..., None],
     ) -> Server:
         """Start a server and connect to it; it sends Ready, or Unfit, when its imports are done.
+
+        Args:
+            nice: how much nicer than this process its imports are.
 
         Raises:
             EnvironmentBroken: the interpreter is not there, or the folders cannot be written.
@@ -125,6 +129,7 @@ class Server:
                 cgroup=None if cgroup is None else str(cgroup),
                 hidden=environment.hidden,
                 made_of=made_of,
+                nice=nice,
             )
             # -P: the folder we were started in is no place to import from; tasks may write there
             command = [
@@ -191,6 +196,12 @@ class Server:
                 os.kill(self.pid, signal.SIGKILL)
             except ProcessLookupError:
                 return
+
+    def hasten(self) -> None:
+        """A task waits for it: its imports get the CPU as all else does."""
+        if self.pid is not None and self.state is ServerState.STARTING:
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, self.pid, os.getpriority(os.PRIO_PROCESS, 0))
 
     @property
     def serves(self) -> bool:

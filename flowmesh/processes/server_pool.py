@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -80,6 +81,8 @@ class ServerPool:
     ) -> None:
         self.environments = environments
         self.servers: set[Server] = set()
+        self.used_at: dict[str, float] = {}
+        """By environment: when a child was asked for last, monotonic."""
         self._current: dict[str, Server] = {}
         self._children: dict[int, Child] = {}
         self._owner_of: Callable[[int], ChildOwner] | None = None
@@ -137,6 +140,8 @@ class ServerPool:
             EnvironmentBroken: the environment has no server, and why.
             LaunchError: the request is too large.
         """
+        self.used_at[environment] = time.monotonic()
+        self._hasten(environment)
         server = await self._server(environment)
         before_fork(server.id)
         self._children[fork.attempt] = Child(server=server, owner=owner)
@@ -152,17 +157,49 @@ class ServerPool:
         server = self._current.get(environment)
         return server is not None and server.serves
 
-    async def warm(self, environment: str) -> None:
-        """Start the environment's server before a task needs it. An error is reported by the first task that does."""
-        await self.await_server(environment)
+    def has_server(self, environment: str) -> bool:
+        """Whether there is one, or it is being started."""
+        return environment in self._current
+
+    def rss_bytes(self, environment: str) -> int:
+        """Memory of the environment's server after its imports; 0 where it has none that is ready."""
+        server = self._current.get(environment)
+        return 0 if server is None or server.ready is None else server.ready.rss_bytes
+
+    async def warm(self, environment: str, *, nice: int = 0) -> str:
+        """Start the environment's server before a task needs it; returns why there is none.
+
+        Args:
+            nice: how much nicer than this process its imports are, until a task waits for them.
+        """
+        try:
+            if environment not in self._current:
+                self._start(environment, nice)
+            await self._server(environment)
+        except LaunchError as error:
+            return str(error)
+        return ""
+
+    def let_go(self, environment: str) -> bool:
+        """End the environment's server, if it has no child; the next task starts another one."""
+        server = self._current.get(environment)
+        if server is None or not server.serves or any(child.server is server for child in self._children.values()):
+            return False
+        self._retire(self._current.pop(environment))
+        return True
 
     async def await_server(self, environment: str) -> str:
         """Wait for the environment's server, which is started if there is none; returns why there is none."""
+        self._hasten(environment)
         try:
             await self._server(environment)
         except LaunchError as error:
             return str(error)
         return ""
+
+    def _hasten(self, environment: str) -> None:
+        if (server := self._current.get(environment)) is not None:
+            server.hasten()
 
     def try_again(self, environment: str) -> None:
         """Start the environment's server at the next request, however short ago the last start failed."""
@@ -265,7 +302,7 @@ class ServerPool:
         parts = msgspec.json.encode((installed.version(), environment, str(self._cgroup), sorted(self._env.items())))
         return hashlib.blake2b(parts, digest_size=8).hexdigest()
 
-    def _start(self, name: str) -> Server:
+    def _start(self, name: str, nice: int = 0) -> Server:
         self._faults.check(name)
         environment = self.environments[name]
         made_of = self._made_of(environment)
@@ -279,6 +316,7 @@ class ServerPool:
             adoption_timeout_s=self._adoption_timeout_s,
             cgroup=self._cgroup if environment.contained else None,
             made_of=made_of,
+            nice=nice,
             **self._callbacks(),
         )
         self.servers.add(server)

@@ -16,20 +16,21 @@ CREDENTIALS_TIMEOUT_S = 60.0
 def main(pipe: Pipe, spool: Path) -> int:
     """Deliver; 0 where everything arrived, else 1 with the reason in delivered.json."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", force=True)
-    return delivery.main(pipe, spool, token_of(pipe))
+    given = credentials_of(pipe)
+    return delivery.main(pipe, spool, given.token, keys=given.s3)
 
 
-def token_of(pipe: Pipe) -> str | None:
-    """The token in the node's first frame; None where it gives none, or does not come."""
+def credentials_of(pipe: Pipe) -> Credentials:
+    """The node's first frame; without secrets where it does not come."""
     deadline = time.monotonic() + CREDENTIALS_TIMEOUT_S
     while (left_s := deadline - time.monotonic()) > 0:
         pipe.wait(left_s)
         try:
             frame = pipe.poll()
         except EOFError:
-            return None
+            break
         except FrameError:
             continue
         if isinstance(frame, Credentials):
-            return frame.token
-    return None
+            return frame
+    return Credentials()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
+import math
 import os
 import time
 from collections.abc import Callable
@@ -17,16 +18,21 @@ from pathlib import Path
 import msgspec
 
 from flowmesh.errors import DeliveryError
+from flowmesh.messages.cloud import Keys
 from flowmesh.messages.job import MAX_OUTCOME_BYTES, Outcome
 from flowmesh.messages.text import encode_json
 from flowmesh.processes.pipe import VERSION, Finished, Frame, Hello, Pipe, Progress
 from flowmesh.results.delivery_run import DeliveryRun, Report
-from flowmesh.results.delivery_state import STATE_FILE
+from flowmesh.results.delivery_state import STATE_FILE, DeliveryState
 from flowmesh.results.job import DELIVERED_FILE, DELIVERY_FILE, DeliveryJob, DeliveryReport
 from flowmesh.results.request_bodies import Postponed
+from flowmesh.results.s3_upload import S3Uploads
 from flowmesh.results.safe_files import open_regular, read_note, read_regular, write_atomic
+from flowmesh.results.throttle import Throttle
 
 PROGRESS_INTERVAL_S = 0.25
+GIVE_UP_TIMEOUT_S = 3.0
+"""To connect, and for each read."""
 _NICE = 5  # the next task runs beside the delivery, and comes first
 
 log = logging.getLogger("flowmesh.delivery")
@@ -39,6 +45,7 @@ def deliver(
     *,
     spool: Path | None = None,
     token: str | None = None,
+    keys: Keys | None = None,
 ) -> DeliveryReport:
     """Write the results of a task, and upload them where its destination is HTTP.
 
@@ -49,9 +56,10 @@ def deliver(
         report: called with phases, and with progress in bytes sent.
         spool: where the state of the delivery is saved; None: nowhere.
         token: ORCHESTRATOR_TOKEN.
+        keys: the node's own access key of S3.
     """
     started = time.monotonic()
-    run = DeliveryRun(job, outcome, report, spool, token)
+    run = DeliveryRun(job, outcome, report, spool, token, keys)
     error, status = "", None
     postponed: Postponed | None = None
     try:
@@ -85,13 +93,16 @@ def deliver(
     )
 
 
-def main(pipe: Pipe | None, spool: Path, token: str | None = None, *, again: bool = False) -> int:
+def main(
+    pipe: Pipe | None, spool: Path, token: str | None = None, *, keys: Keys | None = None, again: bool = False
+) -> int:
     """Carry out `spool`/delivery.json, and leave delivered.json there.
 
     A second process for the same spool folder waits for the first, and then finds its work done.
 
     Args:
         pipe: gets frames; the delivery continues if the node is gone.
+        token, keys: the node's.
         again: send everything once more, even what has arrived.
 
     Returns:
@@ -109,7 +120,10 @@ def main(pipe: Pipe | None, spool: Path, token: str | None = None, *, again: boo
         done = read_report(spool)
         if done is None or not done.ok:
             job = msgspec.json.decode(file.read(), type=DeliveryJob)
-            done = _deliver_spool(job, spool, send, token)
+            if job.gives_up:
+                _give_up(job, spool, keys)
+                return 0
+            done = _deliver_spool(job, spool, send, token, keys)
             if job.only_local:
                 return 0 if done.ok else 1
             write_atomic(spool / DELIVERED_FILE, encode_json(done), private=True)
@@ -138,17 +152,51 @@ def only_local(job: DeliveryJob) -> DeliveryJob:
     return msgspec.structs.replace(job, only_local=True)
 
 
+def has_begun(attempt: int, spool: Path) -> bool:
+    """Whether S3 keeps parts of files for this delivery."""
+    return bool(DeliveryState(attempt, spool, "").begun)
+
+
+def write_give_up(spool: Path) -> None:
+    """Make the job in `spool` one that gives up.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    job = read_note(spool / DELIVERY_FILE, DeliveryJob)
+    if job is not None:
+        write_job(msgspec.structs.replace(job, gives_up=True), spool)
+
+
+def _give_up(job: DeliveryJob, spool: Path, keys: Keys | None) -> None:
+    state = DeliveryState(job.attempt, spool, job.task.task_id)
+    for url in state.begun:
+        client = S3Uploads(
+            job.s3,
+            keys,
+            timeout_s=GIVE_UP_TIMEOUT_S,
+            deadline=math.inf,
+            throttle=Throttle(None),
+            progress=lambda _: None,
+            state=state,
+        )
+        with contextlib.closing(client):
+            client.give_up(url)
+
+
 def write_job(job: DeliveryJob, spool: Path) -> None:
     """Leave the job for `main`, readable by the node's user only: a task's headers may contain secrets."""
     write_atomic(spool / DELIVERY_FILE, encode_json(job), private=True)
 
 
-def _deliver_spool(job: DeliveryJob, spool: Path, report: Report, token: str | None) -> DeliveryReport:
+def _deliver_spool(
+    job: DeliveryJob, spool: Path, report: Report, token: str | None, keys: Keys | None
+) -> DeliveryReport:
     try:
         outcome = None
         with contextlib.suppress(FileNotFoundError):
             outcome = msgspec.json.decode(read_regular(spool / job.outcome_file, MAX_OUTCOME_BYTES), type=Outcome)
-        done = deliver(job, outcome, report, spool=spool, token=token)
+        done = deliver(job, outcome, report, spool=spool, token=token, keys=keys)
     except Exception as error:
         log.exception("unhandled error in the delivery task=%s", job.task.task_id)
         return DeliveryReport(ok=False, error=f"internal error in the delivery: {type(error).__name__}")

@@ -11,8 +11,9 @@ import msgspec
 
 from flowmesh.errors import DeliveryError
 from flowmesh.files.folder import Parts
+from flowmesh.messages.cloud import Keys
 from flowmesh.messages.job import Fault, Outcome
-from flowmesh.messages.output import HttpDestination
+from flowmesh.messages.output import Remote
 from flowmesh.messages.rows import ROWS_ARCHIVE, Counts, Kept
 from flowmesh.messages.steps import Steps
 from flowmesh.processes.pipe import Frame, Phase
@@ -35,8 +36,14 @@ class DeliveryRun:
         DeliveryError, OSError: a file cannot be written, archived or uploaded.
     """
 
-    def __init__(
-        self, job: DeliveryJob, outcome: Outcome | None, report: Report, spool: Path | None, token: str | None
+    def __init__(  # noqa: PLR0917
+        self,
+        job: DeliveryJob,
+        outcome: Outcome | None,
+        report: Report,
+        spool: Path | None,
+        token: str | None,
+        keys: Keys | None = None,
     ) -> None:
         self.notes: list[str] = []
         """What was done differently than asked."""
@@ -61,7 +68,7 @@ class DeliveryRun:
         self._children = [TaskFolder(child) for child in job.children]
         self._folders = [self._task, *self._children]
         self._state = DeliveryState(job.attempt, spool, job.task.task_id)
-        self.sender = Sender(job, self._state, report, token)
+        self.sender = Sender(job, self._state, report, token, keys)
 
     def run(self) -> None:
         outcome = self._outcome
@@ -155,7 +162,7 @@ class DeliveryRun:
         with contextlib.closing(self.sender):
             for folder in self._folders:
                 kept = self._kept[folder.task_id]
-                if not kept.current or not isinstance(folder.target.destination, HttpDestination):
+                if not kept.current or not isinstance(folder.target.destination, Remote):
                     continue
                 try:
                     folder.write(ROWS_ARCHIVE, partial.archive(kept))

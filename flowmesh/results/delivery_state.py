@@ -49,6 +49,17 @@ class Tries(msgspec.Struct, kw_only=True):
     last_answer: str = ""
 
 
+class Multipart(msgspec.Struct, frozen=True, kw_only=True):
+    """An upload to S3 in parts that has begun."""
+
+    upload_id: str
+    size: int
+    mtime_ns: int
+    part_bytes: int
+    etags: tuple[str, ...] = ()
+    """Of the parts that arrived."""
+
+
 class _Saved(msgspec.Struct, kw_only=True):
     """The content of STATE_FILE."""
 
@@ -60,6 +71,8 @@ class _Saved(msgspec.Struct, kw_only=True):
     results: list[str] = []
     """Ids of the tasks whose result arrived."""
     tries: Tries | None = None
+    multiparts: dict[str, Multipart] = {}
+    """By the object's address."""
     left_s: float | None = None
     """Of the delivery's time; None: nothing was tried yet."""
 
@@ -116,6 +129,23 @@ class DeliveryState:
 
     def result_arrived(self, task_id: str) -> None:
         self._saved.results.append(task_id)
+        self._save()
+
+    @property
+    def begun(self) -> tuple[str, ...]:
+        """The objects whose upload in parts has begun."""
+        return tuple(self._saved.multiparts)
+
+    def multipart(self, url: str) -> Multipart | None:
+        """The upload in parts of this object that has begun."""
+        return self._saved.multiparts.get(url)
+
+    def multipart_is(self, url: str, now: Multipart | None) -> None:
+        """None: it has ended."""
+        if now is None:
+            self._saved.multiparts.pop(url, None)
+        else:
+            self._saved.multiparts[url] = now
         self._save()
 
     def tries_of(self, request: str) -> Tries:

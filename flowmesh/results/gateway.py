@@ -1,7 +1,8 @@
-"""Fetches from the orchestrator on behalf of tasks, with the node's token, which no task sees.
+"""Fetches from the orchestrator and S3 on behalf of tasks, with the node's credentials, which no task sees.
 
 A child of the node that answers GET and HEAD requests on a unix socket, and asks the orchestrator's origin the same.
-It follows no redirect: a task follows them itself, without the token. A task proves itself with the key in its job.
+It follows no redirect: a task follows them itself, without the token. Of S3 it reads what `cloud.read` allows. A task
+proves itself with the key in its job.
 """
 
 from __future__ import annotations
@@ -15,16 +16,21 @@ import socketserver
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, unquote
 
 import msgspec
 
 from flowmesh.errors import ConfigError
-from flowmesh.messages.gateway import ERROR, KEY, NO_TOKEN, TIMEOUT
+from flowmesh.messages.cloud import Keys, S3Access
+from flowmesh.messages.gateway import ERROR, KEY, NO_S3, NO_TOKEN, S3, S3_FAULT, S3_LIST, TIMEOUT
 from flowmesh.processes.pipe import Pipe
-from flowmesh.results.child import token_of
+from flowmesh.results.child import credentials_of
 from flowmesh.results.http_errors import describe_failure, innermost
+from flowmesh.results.s3_client import S3Error
+from flowmesh.results.s3_reader import S3Reader
 from flowmesh.results.safe_files import read_note
 from flowmesh.settings.secret_files import read_token
+from flowmesh.validation.s3_url import PREFIX, parse
 from flowmesh.web.origins import shown_origin, without_login
 from flowmesh.web.session import make_session, options_for
 
@@ -36,10 +42,15 @@ CHUNK_BYTES = 256 * 1024
 MAX_TIMEOUT_S = 600.0
 IDLE_S = 60.0
 """A connection without a request is closed after this time."""
+MAX_LISTED = 1_000_000
+"""Objects in one list of S3, whatever a task asks for."""
 _PASSED = ("Range", "If-Range", "If-None-Match", "If-Modified-Since", "Accept", "Accept-Encoding")
 _NOT_RETURNED = frozenset(
     ("connection", "keep-alive", "transfer-encoding", "upgrade", "trailer", "te", "set-cookie", "proxy-authenticate")
 )
+
+_ANSWERS = frozenset((304, 403, 404, 412, 416))
+"""Statuses of S3 that a task gets as they are."""
 
 log = logging.getLogger("flowmesh.delivery")
 
@@ -49,8 +60,9 @@ class Note(msgspec.Struct, frozen=True, kw_only=True):
 
     socket: str
     key: str
-    orchestrator_url: str
+    orchestrator_url: str | None = None
     token_file: str | None = None
+    s3: S3Access | None = None
     mode: int = 0o600
     """Of the socket."""
 
@@ -59,9 +71,10 @@ class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self, note: Note, token: str | None) -> None:
+    def __init__(self, note: Note, token: str | None, keys: Keys | None = None) -> None:
         self.note = note
-        self.origin = shown_origin(without_login(note.orchestrator_url))
+        self.origin = "" if note.orchestrator_url is None else shown_origin(without_login(note.orchestrator_url))
+        self.s3 = None if note.s3 is None else S3Reader(note.s3, keys)
         self._token = token
         with contextlib.suppress(FileNotFoundError):
             Path(note.socket).unlink()
@@ -113,7 +126,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not self.path.startswith("/"):
             self._refuse(400, "not a path")
             return
-        token = self.server.token()
+        if (asked := self.headers.get(S3)) is not None:
+            self._read_s3(asked)
+            return
+        token = self.server.token() if self.server.origin else None
         if token is None:
             self._refuse(502, NO_TOKEN)
             return
@@ -141,6 +157,49 @@ class Handler(http.server.BaseHTTPRequestHandler):
             stream=True,
             **options_for(url),
         )
+
+    def _read_s3(self, asked: str) -> None:
+        reader = self.server.s3
+        try:
+            if reader is None:
+                raise S3Error("refused", NO_S3)
+            try:
+                location = parse(f"{PREFIX}{unquote(asked)}")  # again: a task's code may ask for anything
+            except ValueError as error:
+                raise S3Error("refused", str(error)) from None
+            if (at_most := self.headers.get(S3_LIST)) is not None:
+                data = msgspec.json.encode(reader.list(location, min(int(at_most), MAX_LISTED)))
+                self.send_response_only(200)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+                return
+            found = reader.get(location, self.headers)
+        except S3Error as error:
+            self.send_response_only(error.status if error.status in _ANSWERS else 502)
+            self.send_header(S3_FAULT, f"{error.kind}:{quote(str(error))}")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        with contextlib.closing(found["Body"]) as body:
+            self._send_object(found, body)
+
+    def _send_object(self, found: dict[str, Any], body: Any) -> None:
+        self.send_response_only(206 if found.get("ContentRange") else 200)
+        for name, value in (
+            ("ETag", found.get("ETag")),
+            ("Content-Range", found.get("ContentRange")),
+            ("Content-Length", found.get("ContentLength")),
+        ):
+            if value is not None:
+                self.send_header(name, str(value))
+        self.end_headers()
+        try:
+            while data := body.read(CHUNK_BYTES):
+                self.wfile.write(data)
+        except Exception as error:  # noqa: BLE001 - botocore's own, and those of what it uses
+            log.warning("an object broke off: %s", type(error).__name__)
+            self.close_connection = True
 
     def _timeout_s(self) -> float:
         try:
@@ -190,8 +249,8 @@ def main(pipe: Pipe, folder: Path) -> int:
     if note is None:
         log.error("%s cannot be read", folder / NOTE_FILE)
         return 1
-    token = None if note.token_file is not None else token_of(pipe)
+    given = credentials_of(pipe)
     os.umask(0o077)
-    with Server(note, token) as server:
+    with Server(note, None if note.token_file is not None else given.token, given.s3) as server:
         server.serve_forever(poll_interval=5.0)
     return 0

@@ -74,6 +74,9 @@ class HttpClient:
         if self._session is not None:
             self._session.close()
 
+    def give_up(self, url: str) -> None:
+        """Nothing is left at the server."""
+
     def attempt(self, method: str, url: str, body: Body) -> None:
         """Send `body` once, following redirects.
 

@@ -12,8 +12,9 @@ from typing import Any
 import msgspec
 
 from flowmesh.errors import FieldError
+from flowmesh.messages.cloud import S3Access
 from flowmesh.messages.job import OUTCOME_FILE
-from flowmesh.messages.output import Destination, HttpDestination, LocalDestination, Output, file_url, read_output
+from flowmesh.messages.output import Destination, LocalDestination, Output, Remote, file_url, read_output
 from flowmesh.messages.rows import Counts
 from flowmesh.messages.steps import Steps
 from flowmesh.results.safe_names import check_task_id, placed
@@ -75,6 +76,8 @@ class DeliveryJob(msgspec.Struct, frozen=True, kw_only=True):
     cleanup_after_upload: bool = False
     orchestrator_url: str | None = None
     """The origin that may receive the bearer token."""
+    s3: S3Access | None = None
+    """How S3 is reached, and where results may go; None: nowhere."""
     bandwidth_bytes_per_sec: int | None = None
     """Limit of all deliveries that share `throttle_file`; without one, of this delivery."""
     throttle_file: str | None = None
@@ -84,6 +87,8 @@ class DeliveryJob(msgspec.Struct, frozen=True, kw_only=True):
     """Whether the node has a token; one that cannot be read now is waited for."""
     ends_to_wait: bool = False
     """End where another attempt is due only later; the report says when. Else the process waits for it."""
+    gives_up: bool = False
+    """Send nothing, and have S3 forget the parts that arrived."""
     only_local: bool = False
     """Write what belongs on the disk, and send nothing."""
     first_backoff_s: float = 0.5
@@ -93,9 +98,7 @@ class DeliveryJob(msgspec.Struct, frozen=True, kw_only=True):
     def over_http(self) -> bool:
         """Whether this needs the network, and therefore a child process."""
         targets = (self.task, *self.children)
-        return (self.failure is None or self.sends_rows) and any(
-            isinstance(t.destination, HttpDestination) for t in targets
-        )
+        return (self.failure is None or self.sends_rows) and any(isinstance(t.destination, Remote) for t in targets)
 
 
 class PartRows(msgspec.Struct, frozen=True, kw_only=True):
@@ -183,7 +186,7 @@ def children_of(
         except FieldError as error:
             raise FieldError(f"{at}.{error}", f"{at}.{error.path}") from None
         own = isinstance(asked, dict) and "destination" in asked
-        inherited = isinstance(parent.destination, HttpDestination) and not own
+        inherited = isinstance(parent.destination, Remote) and not own
         targets.append(
             Target(
                 task_id=task_id,
@@ -199,6 +202,6 @@ def children_of(
 def file_url_template(output: Output, task_id: str) -> str | None:
     """`Job.file_url`: the URL of a delivered file, with `{name}` for its name; None without an http destination."""
     destination = output.destination
-    if not isinstance(destination, HttpDestination) or destination.url is None:
+    if not isinstance(destination, Remote) or destination.url is None:
         return None
     return file_url(destination.url, task_id, "{name}")

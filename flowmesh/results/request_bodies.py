@@ -86,16 +86,18 @@ class FileBody:
     Args:
         fd: an open regular file, which is closed with this.
         name: the file name in the part's header.
+        form: False: the bare content instead.
     """
 
-    def __init__(self, fd: int, name: str) -> None:
+    def __init__(self, fd: int, name: str, *, form: bool = True) -> None:
         self._file = open(fd, "rb", buffering=0)  # noqa: SIM115 - closed by close()
         self._name = name
         self.status = os.fstat(fd)
         """Of the file when it was opened."""
         self.sha256 = ""
         """Of the content that the last whole attempt sent."""
-        self.content_type, self._head, self._tail = _multipart(name)
+        bare = ("application/octet-stream", b"", b"")
+        self.content_type, self._head, self._tail = _multipart(name) if form else bare
         self.size: int | None = len(self._head) + self.status.st_size + len(self._tail)
 
     @classmethod
@@ -112,6 +114,20 @@ class FileBody:
 
     def close(self) -> None:
         self._file.close()
+
+    def read_at(self, offset: int, size: int) -> bytes:
+        """Of the file's own content.
+
+        Raises:
+            UploadError: it cannot be read, or became shorter.
+        """
+        try:
+            data = os.pread(self._file.fileno(), size, offset)
+        except OSError as error:
+            raise UploadError(f"{self._name} cannot be read: {error.strerror}") from error
+        if not data and size:
+            raise UploadError(f"{self._name} became shorter while it was sent")
+        return data
 
     def chunks(self, size: int) -> Iterator[bytes]:
         yield self._head

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from flowmesh.files.folder import Parts
-from flowmesh.messages.output import HttpDestination, file_url
+from flowmesh.messages.cloud import Keys
+from flowmesh.messages.output import HttpDestination, Remote, S3Destination, file_url, result_object
 from flowmesh.messages.text import encode_json
 from flowmesh.processes.pipe import Frame, Progress
 from flowmesh.results.delivery_state import DeliveryState
 from flowmesh.results.job import DeliveryJob, Target
 from flowmesh.results.request_bodies import BytesBody, FileBody, GrowingBody, UploadError
+from flowmesh.results.s3_upload import S3Uploads
 from flowmesh.results.task_folder import TaskFolder
 from flowmesh.results.throttle import Throttle
 from flowmesh.results.upload import Uploader
@@ -57,6 +59,10 @@ class Item:
         """None: it is missing; it may have been cleaned up."""
         return self.folder.status(self.parts)
 
+    @property
+    def is_s3(self) -> bool:
+        return isinstance(self.target.destination, S3Destination)
+
     def body(self) -> FileBody:
         """The file, opened: what is sent is what was checked, in each attempt.
 
@@ -64,7 +70,7 @@ class Item:
             UploadError: there is none, or it is not the task's.
         """
         try:
-            return FileBody(self.folder.open_file(self.parts), self.name)
+            return FileBody(self.folder.open_file(self.parts), self.name, form=not self.is_s3)
         except OSError as error:
             raise UploadError(f"{self.name} cannot be read: {error.strerror}") from error
 
@@ -75,6 +81,7 @@ class Sender:
     Args:
         report: called with progress.
         token: ORCHESTRATOR_TOKEN.
+        keys: the node's own access key of S3.
 
     Raises (from its methods):
         UploadError: a file or result did not arrive; the delivery has failed.
@@ -86,6 +93,7 @@ class Sender:
         state: DeliveryState,
         report: Callable[[Frame], object],
         token: str | None,
+        keys: Keys | None = None,
     ) -> None:
         self.sent_bytes = 0
         """Of the bodies that were accepted."""
@@ -94,6 +102,7 @@ class Sender:
         self._state = state
         self._report = report
         self._token = token
+        self._keys = keys
         self._deadline = 0.0
         """Set by the first request that has its whole body: making archives does not count."""
         self._throttle = Throttle(job.bandwidth_bytes_per_sec, Path(job.throttle_file) if job.throttle_file else None)
@@ -117,7 +126,10 @@ class Sender:
         if not self._state.has_arrived(item.key, item.status()):
             with contextlib.closing(item.body()) as body:
                 uploader = self._uploader(item.target)
-                uploader.send("POST", file_url(self._url(item.target), item.target.task_id), body)
+                if item.is_s3:
+                    uploader.send("PUT", item.url, body)
+                else:
+                    uploader.send("POST", file_url(self._url(item.target), item.target.task_id), body)
                 self._arrived(item, body, body.size or 0)
         self.urls.append(item.url)
         for mapping, gets in item.fields:
@@ -139,7 +151,7 @@ class Sender:
             def written(size: int, fd: int) -> None:
                 nonlocal sending
                 body.grew(size, fd)
-                if sending is None and size >= EARLY_FROM_BYTES:
+                if sending is None and size >= EARLY_FROM_BYTES and not item.is_s3:
                     sending = pool.submit(self._send_early, item, body)
 
             whole = False
@@ -159,10 +171,14 @@ class Sender:
     def send_result(self, target: Target, result: dict[str, Any]) -> None:
         """Send a result unless it has arrived already or stays on disk."""
         destination = target.destination
-        if not isinstance(destination, HttpDestination) or self._state.has_result(target.task_id):
+        if not isinstance(destination, Remote) or self._state.has_result(target.task_id):
             return
         encoded = encode_json({"task_id": target.task_id, "result": result, "worker_id": self._job.worker_id})
-        self._uploader(target).send(destination.method, self._url(target), BytesBody(encoded, "application/json"))
+        if isinstance(destination, HttpDestination):
+            method, url = destination.method, self._url(target)
+        else:
+            method, url = "PUT", result_object(self._url(target), target.task_id)
+        self._uploader(target).send(method, url, BytesBody(encoded, "application/json"))
         self.sent_bytes += len(encoded)
         self._state.result_arrived(target.task_id)
 
@@ -179,9 +195,22 @@ class Sender:
         return uploader
 
     def _make_uploader(self, target: Target, deadline: float) -> Uploader:
-        assert isinstance(target.destination, HttpDestination)
+        destination = target.destination
+        assert isinstance(destination, Remote)
+        client = None
+        if isinstance(destination, S3Destination):
+            client = S3Uploads(
+                self._job.s3,
+                self._keys,
+                timeout_s=destination.timeout_s,
+                deadline=deadline,
+                throttle=self._throttle,
+                progress=self._progress,
+                state=self._state,
+            )
         return Uploader(
-            target.destination,
+            destination,
+            client=client,
             deadline=deadline,
             throttle=self._throttle,
             token=self._token,
@@ -203,6 +232,6 @@ class Sender:
     @staticmethod
     def _url(target: Target) -> str:
         destination = target.destination
-        if not isinstance(destination, HttpDestination) or destination.url is None:
-            raise UploadError(f"task {target.task_id} has no http destination")
+        if not isinstance(destination, Remote) or destination.url is None:
+            raise UploadError(f"task {target.task_id} has no destination to send to")
         return destination.url

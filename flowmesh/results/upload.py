@@ -7,18 +7,30 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 from flowmesh.backoff import Backoff
-from flowmesh.messages.output import HttpDestination
+from flowmesh.messages.output import HttpDestination, Remote
 from flowmesh.redaction import Redactor, bare_url
 from flowmesh.results.delivery_state import DeliveryState, Tries
 from flowmesh.results.http_attempt import HttpClient
 from flowmesh.results.request_bodies import Body, Postponed, TryAgain, UploadError
 from flowmesh.results.throttle import Throttle
+from flowmesh.validation.s3_url import is_s3
 from flowmesh.web.origins import shown_origin
 
 _LENGTH_NEEDED = frozenset((400, 408, 411))
 """Answers of servers that do not accept a body of unknown length, or waited too long for its end."""
+
+
+class Client(Protocol):
+    """Makes single attempts; see `http_attempt.HttpClient`."""
+
+    def attempt(self, method: str, url: str, body: Body) -> None: ...
+    def give_up(self, url: str) -> None:
+        """No further attempt at this request will be made."""
+
+    def close(self) -> None: ...
 
 
 class Uploader:
@@ -31,11 +43,12 @@ class Uploader:
         progress: called with the number of bytes of the current body sent so far; starts at 0 with each attempt.
         token_expected: whether a token that is missing now is waited for.
         postpone: where failed attempts are saved; waits then end `send`. None: `send` sleeps.
+        client: makes the attempts; None: one for HTTP.
     """
 
     def __init__(
         self,
-        destination: HttpDestination,
+        destination: Remote,
         *,
         deadline: float,
         throttle: Throttle,
@@ -46,6 +59,7 @@ class Uploader:
         progress: Callable[[int], None] = lambda _: None,
         token_expected: bool = False,
         postpone: DeliveryState | None = None,
+        client: Client | None = None,
     ) -> None:
         if destination.url is None:
             raise UploadError("the http destination has no url")
@@ -53,9 +67,10 @@ class Uploader:
         self._first_backoff_s = first_backoff_s
         self._max_backoff_s = max_backoff_s
         self._postpone = postpone
-        self._redact = Redactor.of_request(destination.url, destination.headers, token)
-        self._client = HttpClient(
-            destination,
+        http = destination if isinstance(destination, HttpDestination) else HttpDestination(url=destination.url)
+        self._redact = Redactor.of_request(destination.url, http.headers, token)
+        self._client: Client = client or HttpClient(
+            http,
             deadline=deadline,
             throttle=throttle,
             token=token,
@@ -75,7 +90,16 @@ class Uploader:
             UploadError: it was refused, or time is up. One line, secrets hidden.
             Postponed: another attempt is due later, and waits are not ours.
         """
-        request = f"{method} {bare_url(url)}"
+        try:
+            self._send(method, url, body)
+        except Postponed:
+            raise
+        except UploadError:
+            self._client.give_up(url)
+            raise
+
+    def _send(self, method: str, url: str, body: Body) -> None:
+        request = f"{method} {_shown(url)}"
         tries = Tries(request=request) if self._postpone is None else self._postpone.tries_of(request)
         first_s = min(self._first_backoff_s * 2 ** min(tries.attempts, 32), self._max_backoff_s)
         backoff = Backoff(first_s, self._max_backoff_s)
@@ -131,7 +155,7 @@ class Uploader:
         return True
 
     def _error(self, method: str, url: str, text: str, status: int | None) -> UploadError:
-        return UploadError(self._redact(f"{method} {bare_url(url)}: {text}"), status)
+        return UploadError(self._redact(f"{method} {_shown(url)}: {text}"), status)
 
 
 def _is_over(tries: Tries, error: TryAgain, wait_s: float) -> bool:
@@ -140,3 +164,7 @@ def _is_over(tries: Tries, error: TryAgain, wait_s: float) -> bool:
     if kind != tries.kind:
         tries.kind, tries.kind_since_s = kind, tries.spent_s
     return error.patience is not None and tries.spent_s + wait_s - tries.kind_since_s > error.patience.limit_s
+
+
+def _shown(url: str) -> str:
+    return url if is_s3(url) else bare_url(url)

@@ -13,7 +13,7 @@ from typing import Any
 from flowmesh.errors import DeliveryError
 from flowmesh.files.folder import Parts
 from flowmesh.messages.job import ArchiveRequest, Outcome, UploadRequest
-from flowmesh.messages.output import HttpDestination, file_url
+from flowmesh.messages.output import Remote, file_url
 from flowmesh.results.archive import make_archive
 from flowmesh.results.delivery_state import DeliveryState, Made
 from flowmesh.results.manifest import MANIFEST_FILE, RESPONSES_FILE
@@ -46,7 +46,7 @@ class UploadPlan:
         """Everything that is to be uploaded, folders archived; a large archive is uploaded while it is written."""
         items: list[Item] = []
         for folder in (task, *children):
-            if not isinstance(folder.target.destination, HttpDestination):
+            if not isinstance(folder.target.destination, Remote):
                 continue
             if folder is task:
                 items += (self._archive_item(folder, request) for request in outcome.archives)
@@ -171,7 +171,7 @@ def _key(folder: TaskFolder, name: str) -> str:
 
 def _url(folder: TaskFolder, name: str) -> str:
     destination = folder.target.destination
-    assert isinstance(destination, HttpDestination)
+    assert isinstance(destination, Remote)
     assert destination.url is not None
     return file_url(destination.url, folder.task_id, name)
 

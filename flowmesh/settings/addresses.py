@@ -145,8 +145,12 @@ def _redis_option_fault(query: str, scheme: str) -> str | None:
     return None
 
 
-def http_fault(url: str) -> str | None:
-    """What is wrong with an HTTP address, and how to write it; None where it can be used."""
+def http_fault(url: str, *, whole: bool = False) -> str | None:
+    """What is wrong with an HTTP address, and how to write it; None where it can be used.
+
+    Args:
+        whole: it is requested as it is, so that it may have a query; otherwise paths are appended to it.
+    """
     allowed = "http://HOST:PORT or https://HOST:PORT"
     scheme, separator, _ = url.partition("://")
     if not separator:
@@ -157,6 +161,6 @@ def http_fault(url: str) -> str | None:
         return f"expected {allowed}, found a host or port that cannot be used; {_ESCAPE}"
     if not parts.hostname:
         return f"expected {allowed}, found no host"
-    if parts.query or parts.fragment:
+    if not whole and (parts.query or parts.fragment):
         return f"expected {allowed}, found a query or a fragment (?… or #…); paths are appended to this address"
     return None

@@ -39,9 +39,19 @@ def all_faults(settings: Settings) -> Iterator[Fault]:
         )
     if (url := settings.delivery.orchestrator_url) is not None and (what := http_fault(url)):
         yield Fault(("delivery", "orchestrator_url"), what)
+    cloud = settings.cloud
+    if (cloud.read or cloud.write) and cloud.endpoint_url is not None and (what := http_fault(cloud.endpoint_url)):
+        yield Fault(("cloud", "endpoint_url"), what)
     if settings.delivery.orchestrator_token is not None and settings.delivery.orchestrator_token_file is not None:
         what = "delivery.orchestrator_token is set, too; leave one of the two out"
         yield Fault(("delivery", "orchestrator_token_file"), what)
+    if settings.otel.endpoint is not None and (what := http_fault(settings.otel.endpoint)):
+        yield Fault(("otel", "endpoint"), what)
+    for index, url in enumerate(settings.notify.url):
+        if what := http_fault(url, whole=True):
+            yield Fault(("notify", "url", index), what)
+        elif url in settings.notify.url[:index]:
+            yield Fault(("notify", "url", index), "the same address comes before; leave one out")
     if settings.redis.password_file is not None and has_password(settings.redis.url or ""):
         yield Fault(("redis", "password_file"), "redis.url contains a password, too; leave one of the two out")
     for name, environment in settings.environments.items():

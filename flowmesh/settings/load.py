@@ -20,6 +20,9 @@ from flowmesh.settings.sources import DEFAULT, Layers, Sections, read_toml
 from flowmesh.validation.convert import convert
 from flowmesh.validation.describe import dotted, quoted
 
+_LONG_PATH = 16
+"""Characters: a shorter part of a webhook's path is a word rather than a secret."""
+
 
 class Loaded(msgspec.Struct, frozen=True):
     """Settings, and where each value came from."""
@@ -87,11 +90,13 @@ def faults_of(document: dict[str, Any]) -> tuple[str, ...]:
 
 def _normalise(values: dict[str, Any]) -> None:
     """Bring the case of those values into one form that the settings take in any."""
-    node, redis = values.get("node"), values.get("redis")
+    node, redis, notify = values.get("node"), values.get("redis"), values.get("notify")
     if isinstance(node, dict) and isinstance(level := node.get("log_level"), str):
         node["log_level"] = level.upper()
     if isinstance(redis, dict) and isinstance(url := redis.get("url"), str):
         redis["url"] = _with_lower_scheme(url)
+    if isinstance(notify, dict) and isinstance(url := notify.get("url"), str):
+        notify["url"] = [url]
 
 
 def _with_lower_scheme(url: str) -> str:
@@ -102,10 +107,17 @@ def _with_lower_scheme(url: str) -> str:
 
 def secrets(settings: Settings) -> Redactor:
     """Hides the node's own secrets, and what looks like a credential."""
-    hides = Redactor([settings.delivery.orchestrator_token], prose=True)
-    for address in (settings.redis.url, settings.delivery.orchestrator_url):
+    cloud = settings.cloud
+    own = (settings.delivery.orchestrator_token, cloud.secret_access_key, cloud.session_token)
+    hides = Redactor(own, prose=True)
+    for address in (settings.redis.url, settings.delivery.orchestrator_url, cloud.endpoint_url):
         for secret in in_address(address or ""):
             hides.learn(secret)
+    for url in settings.notify.url:
+        hides.learn(url)
+        path = url.partition("://")[2].partition("/")[2]
+        for part in (path, *path.split("/")) if len(path) >= _LONG_PATH else ():
+            hides.learn(part if len(part) >= _LONG_PATH else None)
     return hides
 
 

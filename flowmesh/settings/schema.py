@@ -5,6 +5,7 @@ The repr of a section hides secrets.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
@@ -14,10 +15,12 @@ from msgspec import Meta
 from flowmesh.redaction import HIDDEN, redact_url
 from flowmesh.settings.types import (
     AbsolutePath,
+    Bucket,
     CpuList,
     FilePath,
     GpuName,
     Isolation,
+    KeyPlace,
     LogLevel,
     ModuleName,
     Name,
@@ -28,6 +31,7 @@ from flowmesh.settings.types import (
     Token,
     Umask,
     VariableName,
+    Warm,
     Word,
 )
 
@@ -35,8 +39,22 @@ _REDACTED: dict[str, Callable[[str], str]] = {
     "url": redact_url,
     "orchestrator_url": redact_url,
     "orchestrator_token": lambda _: HIDDEN,
+    "endpoint_url": redact_url,
+    "endpoint": redact_url,
+    "access_key_id": lambda _: HIDDEN,
+    "secret_access_key": lambda _: HIDDEN,
+    "session_token": lambda _: HIDDEN,
 }
 """How each field that is a secret, or contains one, is shown."""
+
+
+def shown_receiver(url: str) -> str:
+    """The address of a webhook for display: only its scheme and host, as the rest is often the secret."""
+    scheme, separator, rest = url.partition("://")
+    authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    if not separator or re.fullmatch(r"[\w.:\[\]-]+", authority.rpartition("@")[2]) is None:
+        return HIDDEN
+    return f"{scheme}://{authority.rpartition('@')[2]}"
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -44,7 +62,7 @@ class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     def __rich_repr__(self) -> list[tuple[str, Any]]:
         pairs = [(name, getattr(self, name)) for name in self.__struct_fields__]
-        return [(name, _REDACTED[name](it) if name in _REDACTED and it is not None else it) for name, it in pairs]
+        return [(name, _REDACTED[name](it) if name in _REDACTED and isinstance(it, str) else it) for name, it in pairs]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.__rich_repr__())})"
@@ -109,6 +127,8 @@ class QueueSettings(Section, frozen=True):
     """How long a worker's heartbeat key must have been gone before its tasks go back to the queue."""
     preempt: bool = True
     """Whether a queued training task of low priority makes room for one of high priority."""
+    pipelines: Annotated[int, Meta(ge=0, le=256)] = 4
+    """How many submitted pipelines this node drives at once. 0: none."""
 
 
 class ResultsSettings(Section, frozen=True):
@@ -169,6 +189,8 @@ class TasksSettings(Section, frozen=True):
     """Programs (`*` allowed) that tasks of the types `command` and `python` may run. Empty: the types are off."""
     local_hosts: tuple[Word, ...] = ()
     """HOST or HOST:PORT (`*` allowed) that downloads may reach on loopback and link-local addresses."""
+    api_keys: tuple[KeyPlace, ...] = ()
+    """VARIABLE@HOST or VARIABLE@HOST:PORT (`*` allowed): keys that tasks of the type `api` may send to these hosts."""
 
 
 class DeliverySettings(Section, frozen=True):
@@ -188,6 +210,31 @@ class DeliverySettings(Section, frozen=True):
     """Limit for all attempts of one task's delivery together."""
     concurrency: Annotated[int, Meta(ge=1, le=64)] = 2
     """Deliveries at once."""
+
+
+class CloudSettings(Section, frozen=True):
+    """[cloud]"""
+
+    read: tuple[Bucket, ...] = ()
+    """s3://BUCKET or s3://BUCKET/PREFIX (`*` allowed) that documents may read with the node's credentials."""
+    write: tuple[Bucket, ...] = ()
+    """The same of where documents may have results sent."""
+    endpoint_url: str | None = None
+    """AWS_ENDPOINT_URL_S3. None: that of AWS in the region."""
+    region: Name | None = None
+    """AWS_REGION"""
+    credentials_file: FilePath | None = None
+    """AWS_SHARED_CREDENTIALS_FILE: a file in the format of ~/.aws/credentials, read at each use."""
+    profile: Word = "default"
+    """AWS_PROFILE: the section of that file."""
+    access_key_id: Token | None = None
+    """AWS_ACCESS_KEY_ID"""
+    secret_access_key: Token | None = None
+    """AWS_SECRET_ACCESS_KEY"""
+    session_token: Token | None = None
+    """AWS_SESSION_TOKEN"""
+    role: bool = False
+    """Whether to use the credentials of the machine's or the container's role."""
 
 
 class ArchiveSettings(Section, frozen=True):
@@ -222,6 +269,8 @@ class ProcessesSettings(Section, frozen=True):
     """memory.max of each task's cgroup."""
     task_pids_max: Annotated[int, Meta(ge=8)] | None = None
     """pids.max of each task's cgroup."""
+    warm_max_mb: Annotated[int, Meta(ge=0)] | None = None
+    """Memory of fork servers that no task has asked for. None: a quarter of the node's memory; 0: none is started."""
 
 
 class GpuSettings(Section, frozen=True):
@@ -261,6 +310,41 @@ class MetricsSettings(Section, frozen=True):
     """Folder with a file for each GPU that names its task, for dcgm-exporter. None: none."""
 
 
+NotifyEvent = Literal["failed", "succeeded", "slot_closed", "slot_opened", "node_down", "node_up"]
+
+
+class NotifySettings(Section, frozen=True):
+    """[notify]: webhooks"""
+
+    url: tuple[Word, ...] = ()
+    """Where notifications are sent: one address, or several."""
+    secret_file: FilePath | None = None
+    """File with the secret that signs them, read at each attempt. None: they are not signed."""
+    events: tuple[NotifyEvent, ...] = ("failed", "slot_closed", "slot_opened", "node_down", "node_up")
+    """What is told."""
+    format: Literal["json", "slack"] = "json"
+    """`slack`: {"text": …} only, in Slack's markup."""
+    timeout_s: Annotated[float, Meta(gt=0, le=60)] = 10.0
+    """Limit for connecting, and for the answer."""
+    keep_s: PositiveSeconds = 86400.0
+    """How long a notification is tried."""
+    node_down_after_s: Annotated[float, Meta(ge=1, le=86400)] = 60.0
+    """How long another node's heartbeats must be missing before it counts as down."""
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        shown = tuple(shown_receiver(url) for url in self.url)
+        return [(name, shown if name == "url" else it) for name, it in super().__rich_repr__()]
+
+
+class OtelSettings(Section, frozen=True):
+    """[otel]: a span for each task, over OTLP/HTTP; OpenTelemetry's own variables count, too"""
+
+    endpoint: str | None = None
+    """The collector. None: OTEL_EXPORTER_OTLP_ENDPOINT; where there is none either, no spans are sent."""
+    headers_file: FilePath | None = None
+    """File with headers of the requests, one `Name: value` a line. None: OTEL_EXPORTER_OTLP_HEADERS."""
+
+
 class RunnersSettings(Section, frozen=True):
     """[runners]: limits and permissions of the built-in task types"""
 
@@ -286,6 +370,9 @@ class EnvironmentSettings(Section, frozen=True):
     """Path of the interpreter, which must exist. None: the supervisor's own."""
     preload: tuple[ModuleName, ...] = ()
     """Modules that its fork server imports before the first task."""
+    warm: Warm = True
+    """True: imported in a quiet moment after the start. "on first use": by the first task. False: the same, and its
+    fork server ends when no task has used it for ten minutes."""
 
 
 class TaskTypeSettings(Section, frozen=True):
@@ -306,11 +393,14 @@ class Settings(Section, frozen=True):
     results: ResultsSettings = ResultsSettings()
     tasks: TasksSettings = TasksSettings()
     delivery: DeliverySettings = DeliverySettings()
+    cloud: CloudSettings = CloudSettings()
     archive: ArchiveSettings = ArchiveSettings()
     processes: ProcessesSettings = ProcessesSettings()
     gpu: GpuSettings = GpuSettings()
     slots: tuple[SlotSettings, ...] = ()
     metrics: MetricsSettings = MetricsSettings()
+    notify: NotifySettings = NotifySettings()
+    otel: OtelSettings = OtelSettings()
     runners: RunnersSettings = RunnersSettings()
     environments: dict[Name, EnvironmentSettings] = {}
     task_types: dict[Name, TaskTypeSettings] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import Meta
 
@@ -19,8 +19,22 @@ FilePath = Annotated[str, Meta(pattern=r"\A[^\x00]{1,4096}\Z", description="a pa
 AbsolutePath = Annotated[str, Meta(pattern=r"\A/[^\x00]{0,4095}\Z", description="an absolute path")]
 Word = Annotated[str, Meta(pattern=r"\A\S+( \S+)*\Z", description="text that is not empty, without spaces around it")]
 Token = Annotated[str, Meta(pattern=r"\A[\x21-\x7e]+\Z", description="visible ASCII characters without spaces")]
+Bucket = Annotated[
+    str,
+    Meta(
+        pattern=r"\As3://[A-Za-z0-9.*_-]+(/[^\x00-\x1f]*)?\Z",
+        description="s3://BUCKET or s3://BUCKET/PREFIX (* allowed)",
+    ),
+]
 VariableName = Annotated[
     str, Meta(pattern=r"\A[A-Za-z_*][A-Za-z0-9_*]*\Z", description="the name of an environment variable (* allowed)")
+]
+KeyPlace = Annotated[
+    str,
+    Meta(
+        pattern=r"\A[A-Za-z_*][A-Za-z0-9_*]*@[^\s@]+\Z",
+        description="VARIABLE@HOST or VARIABLE@HOST:PORT (* allowed)",
+    ),
 ]
 ModuleName = Annotated[
     str, Meta(pattern=r"\A[A-Za-z_]\w*(\.[A-Za-z_]\w*)*\Z", description="the dotted name of a Python module")
@@ -45,6 +59,10 @@ CpuList = Annotated[
     str,
     Meta(pattern=r"\A\d{1,5}(-\d{1,5})?(,\d{1,5}(-\d{1,5})?)*\Z", description='CPU numbers such as "0-7,16"'),
 ]
+
+
+Warm = bool | Literal["on first use"]
+"""Whether an environment's libraries are imported before its first task."""
 
 
 class LogLevel(enum.StrEnum):

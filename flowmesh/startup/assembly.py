@@ -11,6 +11,7 @@ import msgspec
 from flowmesh.execution import permits
 from flowmesh.execution.executor import Executor
 from flowmesh.execution.layout import Layout, Owner
+from flowmesh.execution.ports import SendingsOf
 from flowmesh.execution.run import Run
 from flowmesh.messages.gateway import Gateway
 from flowmesh.node.nvml.client import Nvml
@@ -39,6 +40,8 @@ def make_executor(
     power: PowerMeter,
     environment: Mapping[str, str],
     secrets: Redactor,
+    sendings_of: SendingsOf,
+    traces: bool,
 ) -> Executor:
     """The executor of a node, with its fork servers and folders.
 
@@ -47,6 +50,8 @@ def make_executor(
         owner: the user that tasks run as; None: the node's own.
         environment: the node's own variables.
         secrets: knows the node's secrets.
+        sendings_of: what webhooks and trace collectors are told of a task's end.
+        traces: whether spans are sent.
     """
     base_env = environ.base(environment, settings.tasks.pass_env)
     catalogue, environment_table = environments.plan(settings)
@@ -72,6 +77,7 @@ def make_executor(
         owner=owner,
         secrets=secrets,
         gateway=_gateway(settings, journal, state_dir),
+        traces=traces,
         umask=int(settings.results.umask, 8),
     )
     slots: dict[str, Slot[Run]] = {plan.worker_id: Slot(plan) for plan in fitted.slots}
@@ -85,12 +91,15 @@ def make_executor(
         nvml=nvml,
         power=power,
         gpus=fitted.gpus,
+        sendings_of=sendings_of,
     )
 
 
 def _gateway(settings: Settings, journal: Journal, state_dir: Path) -> Gateway | None:
     """Where tasks find the gateway. The key outlives a restart: running tasks have it."""
-    if settings.delivery.orchestrator_url is None or not has_token(settings.delivery):
+    token = settings.delivery.orchestrator_url is not None and has_token(settings.delivery)
+    s3 = bool(settings.cloud.read)
+    if not token and not s3:
         return None
     key = journal.fact("gateway_key", random.token_hex(16))
-    return Gateway(str(state_dir / "gateway" / "socket"), key)
+    return Gateway(str(state_dir / "gateway" / "socket"), key, token=token, s3=s3)

@@ -23,8 +23,8 @@ REHEARSAL = "runners.child:rehearse"
 """What each child calls before it waits for its task."""
 ALWAYS = ("runners.child",)
 """Imported by the fork server of every environment of tasks."""
-DELIVERS = ("flowmesh.results.child", "flowmesh.results.gateway")
-"""Imported by the fork server of delivery children."""
+DELIVERS = ("flowmesh.results.child", "flowmesh.results.gateway", "flowmesh.reporting.webhook_child")
+"""Imported by the fork server of delivery children and of those that send notifications."""
 
 
 def task_types(settings: Settings) -> dict[str, TaskType]:

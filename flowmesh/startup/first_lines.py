@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Mapping
 
 from loguru import logger
@@ -36,10 +37,12 @@ def log(settings: Settings, environment: Mapping[str, str], catalogue: Catalogue
         logger.bind(trust=separation.set_up.value).info("{}", separation.text)
     for line in old_variables.warnings(environment):
         logger.warning("{}", line)
+    missing: defaultdict[str, list[str]] = defaultdict(list)
     for name, why in sorted(catalogue.missing.items()):
-        if name in catalogue.off:
-            continue
-        logger.bind(type=name).info("task type not offered: {}", why)
+        if name not in catalogue.off:
+            missing[why].append(name)
+    for why, names in missing.items():
+        logger.bind(types=",".join(names)).info("not offered: {}", why)
 
 
 async def compare_torch(executor: Executor, inventory: Inventory) -> None:

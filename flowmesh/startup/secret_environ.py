@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import msgspec
 
 from flowmesh.processes import linux
-from flowmesh.processes.environ import NEVER
+from flowmesh.processes.environ import SECRETS
 
 VARIABLE = "FLOWMESH_SECRETS_FD"
 """Names the descriptor of the socket that they wait in."""
@@ -32,7 +32,7 @@ def take(environ: MutableMapping[str, str]) -> dict[str, str]:
     """
     linux.hide_from_same_user()
     handed = _received(environ.pop(VARIABLE, None))
-    secret = {name: value for name in NEVER if (value := environ.pop(name, None)) is not None}
+    secret = {name: value for name in SECRETS if (value := environ.pop(name, None)) is not None}
     return {**environ, **secret, **handed}
 
 
@@ -57,12 +57,12 @@ def handed_over(environ: Mapping[str, str]) -> Iterator[tuple[dict[str, str], in
     Raises:
         OSError: they do not fit into a socket.
     """
-    secret = {name: environ[name] for name in NEVER if name in environ}
+    secret = {name: environ[name] for name in SECRETS if name in environ}
     sender, waiting = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with waiting:
         with sender:
             sender.setblocking(False)
             sender.send(msgspec.msgpack.encode(secret))
         waiting.set_inheritable(True)
-        plain = {name: value for name, value in environ.items() if name not in NEVER}
+        plain = {name: value for name, value in environ.items() if name not in SECRETS}
         yield {**plain, VARIABLE: str(waiting.fileno())}, waiting.fileno()

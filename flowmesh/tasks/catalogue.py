@@ -140,6 +140,30 @@ BUILTIN = (
         extra="rag",
         preload=("runners.rag.preload:RAG",),
     ),
+    *(
+        TaskType(
+            name=name,
+            runner=runner,
+            check=f"runners.checks:{name}",
+            sections=f"runners.schemas:{name}",
+            requires=("torch", "transformers", "sentence_transformers"),
+            extra="rag",
+            preload=(preload,),
+        )
+        for name, runner, preload in (
+            ("embedding", "runners.vectors.runner:EmbeddingRunner", "runners.vectors.preload:VECTORS"),
+            ("score", "runners.scoring.runner:ScoreRunner", "runners.vectors.preload:SCORE"),
+        )
+    ),
+    TaskType(
+        name="api",
+        runner="runners.remote.runner:ApiRunner",
+        check="runners.checks:api",
+        sections="runners.schemas:api",
+        environment=LIGHT,
+        requires=("openai", "httpx2"),
+        extra="api",
+    ),
     TaskType(
         name="agent",
         runner="runners.agent.runner:AgentRunner",

@@ -10,6 +10,7 @@ from typing import Any
 from flowmesh.errors import FieldError
 from flowmesh.messages.output import read_output, unused_in_output
 from flowmesh.messages.wire import MAX_TIMEOUT_S, Document, MergedChild, NodeSpec
+from flowmesh.tasks import s3_fields
 from flowmesh.tasks.catalogue import AGENT_CHECK, TaskType
 from flowmesh.validation.checked import Checked
 from flowmesh.validation.convert import convert, nearest
@@ -88,6 +89,7 @@ def _node_faults(document: dict[str, Any]) -> Iterator[str]:
     except FieldError as error:
         yield from error.faults
         return
+    yield from s3_fields.faults(spec)
     try:
         timeout_s = convert(spec, NodeSpec, where="spec").timeoutSec
         if timeout_s is not None and timeout_s > MAX_TIMEOUT_S:

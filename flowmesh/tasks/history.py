@@ -56,6 +56,8 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     joules: float | None = None
     """Energy of its GPUs, and its share of the CPU's."""
     cost_usd: float | None = None
+    api_usd: float | None = None
+    """What its requests to endpoints have cost."""
     tokens: int | None = None
     """Read and written."""
     rows: int | None = None
@@ -96,6 +98,9 @@ class Detail(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Of the libraries that its process had imported, and of `flowmesh`."""
     gpus: dict[str, str] = {}
     """Names of its GPUs, by UUID."""
+    traceparent: str = ""
+    """The span that it belongs to; empty: none was named."""
+    tracestate: str = ""
 
 
 class Found(msgspec.Struct, frozen=True, kw_only=True):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from flowmesh.tasks import history_table
 from flowmesh.tasks.history_table import Kept
 from flowmesh.tasks.journal_db import JournalDatabase, JournalError
 from flowmesh.tasks.machine import State, Task
+from flowmesh.tasks.sendings_table import Sending, Sendings
 from flowmesh.tasks.verdicts import Kind
 
 __all__ = ["Finished", "Journal", "JournalError", "Kept", "Record", "ensure_private_dir"]
@@ -85,6 +86,7 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self._db = JournalDatabase(path)
+        self.sendings = Sendings(self._db)
         self._sent = 0
         """The outbox up to this sequence number was taken by Redis, even if the deletion could not be written yet."""
         self._reported = 0
@@ -148,33 +150,47 @@ class Journal:
         self._set(attempt, task, started_at=at, boot_mark=boot_mark, marks=encode_msgpack(marks or {}))
 
     def finish(
-        self, attempt: int, task: Task, at: str, channel: str, event: bytes, *, kept: Kept | None = None
+        self,
+        attempt: int,
+        task: Task,
+        at: str,
+        channel: str,
+        event: bytes,
+        *,
+        kept: Kept | None = None,
+        sendings: Sequence[Sending] = (),
     ) -> None:
         """Record the task's end together with its event and its history, in one transaction.
 
         Args:
             kept: its history, which is left out where there is no room for it.
+            sendings: what is sent about it elsewhere, likewise.
         """
-        try:
-            self._end(attempt, task, at, (channel, event), kept)
-        except JournalError:
-            if kept is None:
-                raise
-            self._end(attempt, task, at, (channel, event), None)
 
-    def refuse(self, channel: str, event: bytes, kept: Kept | None = None) -> None:
-        """Record the event of a task that was never accepted, and its history."""
+        def end(kept: Kept | None, sendings: Sequence[Sending]) -> None:
+            with self.transaction():
+                self._set(attempt, task, state=State.DONE, finished_at=at, message=b"")
+                self.post(channel, event)
+                self._keep(attempt, kept, sendings)
+
+        try:
+            end(kept, sendings)
+        except JournalError:
+            if kept is None and not sendings:
+                raise
+            end(None, ())
+
+    def refuse(self, channel: str, event: bytes, kept: Kept | None = None, sendings: Sequence[Sending] = ()) -> None:
+        """Record the event of a task that was never accepted, its history, and what is sent about it elsewhere."""
         with self.transaction():
             self.post(channel, event)
-            if kept is not None:
-                history_table.add(self._db, None, kept)
+            self._keep(None, kept, sendings)
 
-    def _end(self, attempt: int, task: Task, at: str, event: tuple[str, bytes], kept: Kept | None) -> None:
-        with self.transaction():
-            self._set(attempt, task, state=State.DONE, finished_at=at, message=b"")
-            self.post(*event)
-            if kept is not None:
-                history_table.add(self._db, attempt, kept)
+    def _keep(self, attempt: int | None, kept: Kept | None, sendings: Sequence[Sending]) -> None:
+        if kept is not None:
+            history_table.add(self._db, attempt, kept)
+        for sending in sendings:
+            self.sendings.add(sending)
 
     def prune_history(self, *, before: str, keep: int, most_bytes: int) -> int:
         """Delete some of the history; see `history_table.prune`."""
@@ -313,6 +329,7 @@ class Journal:
             for name in facts:
                 self._db.write("DELETE FROM facts WHERE name = ?", (name,))
             self._db.write("DELETE FROM outbox")
+            self._db.write("DELETE FROM sendings")
             return self._db.write("DELETE FROM tasks WHERE state != 'done'").rowcount
 
     def _set(self, attempt: int, task: Task, **columns: object) -> None:

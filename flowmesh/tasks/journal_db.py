@@ -55,6 +55,16 @@ CREATE TABLE IF NOT EXISTS history (
 );
 CREATE INDEX IF NOT EXISTS history_by_task ON history (task_id);
 CREATE INDEX IF NOT EXISTS history_by_attempt ON history (attempt);
+CREATE TABLE IF NOT EXISTS sendings (
+    seq INTEGER PRIMARY KEY,
+    lane TEXT NOT NULL,
+    id TEXT NOT NULL,
+    posted_at REAL NOT NULL,
+    tries INTEGER NOT NULL DEFAULT 0,
+    due_at REAL NOT NULL DEFAULT 0,
+    body BLOB NOT NULL
+);
+CREATE UNIQUE INDEX IF NOT EXISTS sendings_by_id ON sendings (lane, id);
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
 

@@ -26,7 +26,9 @@ def exact_origin(url: str) -> Origin:
 
 
 def shown_origin(url: str) -> str:
-    """The origin as people write it: scheme://host:port."""
+    """The origin as people write it: scheme://host:port, or s3://bucket."""
+    if url.startswith("s3://"):
+        return f"s3://{url.removeprefix('s3://').partition('/')[0]}"
     scheme, _, port = origin(url)
     host = (urlsplit(url).hostname or "").lower()
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"

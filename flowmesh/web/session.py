@@ -34,6 +34,12 @@ def options_for(url: str) -> dict[str, Any]:
     return {"proxies": requests.utils.get_environ_proxies(url), "verify": _bundle() or True}
 
 
+def trusted_by_path() -> str | bool:
+    """What a client that takes one file of certificates trusts: that of the environment, else what comes with it."""
+    given = (_bundle(), *(os.environ.get(name, "") for name in _OF_OPENSSL))
+    return next((path for path in given if path), True)
+
+
 def certificate_remedy() -> str:
     """What an error about a server's certificate adds: which certificates are trusted, and how to change that."""
     given = [f"{name}={os.environ[name]}" for name in TRUST_VARIABLES if os.environ.get(name)]

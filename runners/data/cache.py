@@ -109,7 +109,7 @@ class Entry:
     def meta(self) -> Meta | None:
         """Metadata of the complete file, or None."""
         meta = read_meta(self.folder / "meta.json")
-        return meta if meta is not None and (self.folder / meta.file).is_file() else None
+        return meta if meta is not None and (self.folder / meta.file).exists() else None
 
     def publish(self, meta: Meta) -> None:
         """Make `part` the entry's file, and delete older files unless a task uses them."""
@@ -127,6 +127,17 @@ class Entry:
         """The entry's file. It is not deleted before this process ends."""
         _hold(self.ctx, self.folder)
         return self.folder / meta.file
+
+    @property
+    def is_used(self) -> bool:
+        """Whether this process uses it already."""
+        return self.folder in _held
+
+    def drop(self) -> None:
+        """Give the entry up, once its file has another place; it stays where another task uses it."""
+        if (lock := _held.pop(self.folder, None)) is not None:
+            lock.close()
+        _delete(self.folder)
 
 
 def library_folder(ctx: Context, kind: str, name: str) -> Path:

@@ -12,10 +12,12 @@ from urllib.parse import urlsplit
 import msgspec
 
 from flowmesh.files.removal import clear, remove_path
+from flowmesh.messages.gateway import Gateway
 from flowmesh.messages.output import OF_CONNECTION, OF_PROXIES
+from flowmesh.validation.s3_url import is_s3
 from flowmesh.web.session import certificate_remedy
 from runners.api import BadRequest, Context, RunnerError
-from runners.data import client, gateway
+from runners.data import client, gateway, s3
 from runners.data.addresses import LocalAddress
 from runners.data.cache import Entry, Meta, evict, read_meta, write_meta
 
@@ -89,6 +91,8 @@ def fetch(
         Cancelled: the node asked the task to stop.
     """
     check_url(url, where)
+    if is_s3(url) and headers:
+        raise BadRequest(f"{where}: an s3 address takes no headers; the credentials are the node's (cloud.*)")
     _check_headers(headers or {}, where)
     entry = Entry(ctx, url, headers or {})
     with entry:
@@ -102,7 +106,7 @@ def fetch(
                     url,
                     where,
                     headers=headers or {},
-                    timeout_s=timeout_s or DEFAULT_TIMEOUT_S,
+                    timeout_s=timeout_s or (s3.TIMEOUT_S if is_s3(url) else DEFAULT_TIMEOUT_S),
                     by_date=by_date,
                 )
                 break
@@ -120,7 +124,10 @@ def fetch(
 
 
 def check_url(url: str, where: str) -> None:
-    """Raises BadRequest where `url` is not http(s) with a host."""
+    """Raises BadRequest where `url` is not http(s) with a host, and no object of S3."""
+    if is_s3(url):
+        s3.location_of(url, where)
+        return
     try:
         parts = urlsplit(url)
         sound = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 0) >= 0
@@ -153,6 +160,8 @@ def _attempt(
 
     cached, partial = entry.meta(), read_meta(entry.part_meta)
     have = entry.part_bytes()
+    if is_s3(url):
+        return _attempt_s3(ctx, entry, url, where, timeout_s, cached, partial)
     asked = {"Accept-Encoding": "identity"}  # lengths and ranges count the file's own bytes
     if have and partial is not None and (version := partial.etag or (by_date and partial.last_modified)):
         asked |= {"Range": f"bytes={have}-", "If-Range": version}
@@ -162,7 +171,7 @@ def _attempt(
         elif cached.last_modified and by_date:
             asked["If-Modified-Since"] = cached.last_modified
     try:
-        found = client.get(ctx.job.permits, url, own=asked, custom=headers, timeout_s=timeout_s, node=ctx.job.gateway)
+        found = client.get(ctx.job.permits, url, own=asked, custom=headers, timeout_s=timeout_s, node=_with_token(ctx))
         with found.response as answer:
             if answer.status_code == 304 and cached is not None:
                 return cached
@@ -183,6 +192,37 @@ def _attempt(
             raise RunnerError(
                 f"{where}: {_shown(url)}: its certificate is not trusted; {certificate_remedy()}"
             ) from error
+        raise _Interrupted(_reason(error)) from error
+
+
+def _with_token(ctx: Context) -> Gateway | None:
+    """The gateway, where it fetches from the orchestrator."""
+    found = ctx.job.gateway
+    return found if found is not None and found.token else None
+
+
+def _attempt_s3(  # noqa: PLR0917
+    ctx: Context, entry: Entry, url: str, where: str, timeout_s: float, cached: Meta | None, partial: Meta | None
+) -> Meta:
+    import requests
+
+    have = entry.part_bytes()
+    asked = {}
+    if have and partial is not None and partial.etag:
+        asked = {"Range": f"bytes={have}-", "If-Match": partial.etag}
+    elif cached is not None and cached.etag:
+        asked = {"If-None-Match": cached.etag}
+    try:
+        with s3.get(ctx, url, where, asked, timeout_s) as answer:
+            if answer.status_code == 304 and cached is not None:
+                return cached
+            return _receive(ctx, entry, answer, url, have if answer.status_code == 206 else 0)
+    except s3.Changed as error:
+        entry.part.unlink(missing_ok=True)
+        raise _Interrupted(str(error)) from error
+    except s3.Passing as error:
+        raise _Interrupted(str(error)) from error
+    except requests.RequestException as error:
         raise _Interrupted(_reason(error)) from error
 
 
@@ -291,6 +331,8 @@ def _reason(error: Exception) -> str:
 
 def _shown(url: str) -> str:
     """`url` without user, password and query, which may be secret."""
+    if is_s3(url):
+        return url
     parts = urlsplit(url)
     host = parts.hostname or ""
     port = f":{parts.port}" if parts.port else ""

@@ -8,7 +8,9 @@ from urllib.parse import urlsplit
 
 from msgspec import Meta
 
+from flowmesh.validation.s3_url import is_s3, is_url
 from runners.api import BadRequest, Context
+from runners.data import s3
 from runners.data.download import fetch
 from runners.data.local import Part, Table, matching
 from runners.data.order import Rows, items_of
@@ -58,8 +60,10 @@ def files_of(ctx: Context, data: Located, where: str) -> list[File]:
     """
     if (data.path is None) == (data.url is None):
         raise BadRequest(f"{where}: give either `path` or `url`")
-    by_url = data.path is not None and data.path.startswith(("http://", "https://"))  # a stage's jsonl_export.path
+    by_url = data.path is not None and is_url(data.path)  # a stage's jsonl_export.path
     url = data.path if by_url else data.url
+    if url is not None and is_s3(url):
+        return _of_s3(ctx, data, url, f"{where}.path" if by_url else f"{where}.url", where)
     if url is not None:
         field = f"{where}.path" if by_url else f"{where}.url"
         fetched = fetch(ctx, url, field, headers=data.headers, timeout_s=data.timeout_s, by_date=False)
@@ -79,6 +83,19 @@ def files_of(ctx: Context, data: Located, where: str) -> list[File]:
     return [
         File(path=each, format=_format(data.type, each.name), where=name, reach=ctx.reach)
         for each, name in zip(several or [path], names, strict=True)
+    ]
+
+
+def _of_s3(ctx: Context, data: Located, url: str, field: str, where: str) -> list[File]:
+    """One object, those that match a pattern, or those below a prefix."""
+    if data.headers is not None:
+        raise BadRequest(f"{where}.headers: an s3 address takes none; the credentials are the node's (cloud.*)")
+    urls = s3.matching(ctx, url, field)
+    files = [local_path(ctx, each, field) for each in urls]
+    names = [field] if urls == [url] else [f"{field} {each.name}" for each in files]
+    return [
+        File(path=each, format=_format(data.type, each.name), where=name)
+        for each, name in zip(files, names, strict=True)
     ]
 
 

@@ -153,12 +153,13 @@ def _local(ctx: Context, data: HubData, where: str, called: str) -> Any:
     if data.url.startswith(("http://", "https://")):
         file = _file(fetch(ctx, data.url, field, by_date=False).path, urlsplit(data.url).path, field, called)
         return _of_files([file], data, where)
-    path, reach = local_path(ctx, data.url, field), ctx.reach
-    if path.is_file():
-        return _of_files([_file(path, path.name, field, called, reach)], data, where)
+    reach = ctx.reach
     if several := matching(ctx, data.url, field):
         files = [_file(each, each.name, field, f"{called} {each.name}", reach) for each in several]
         return _of_files(files, data, where)
+    path = local_path(ctx, data.url, field)
+    if path.is_file():
+        return _of_files([_file(path, path.name, field, called, reach)], data, where)
     if not path.is_dir():
         if data.url.startswith(("/", "./", "../", "~")) or data.url.count("/") > 1:
             raise BadRequest(f"{field}: there is no file or folder {data.url!r} on this node")

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import msgspec
 
+from flowmesh.validation.s3_url import is_s3
 from runners.api import BadRequest, Context, MissingDependency
-from runners.data import patterns
+from runners.data import patterns, s3
 from runners.data.readers import File, Row, count, read
 from runners.data.reading import Refused
 from runners.data.tables import Columns
@@ -63,6 +64,9 @@ def matching(ctx: Context, pattern: str, where: str) -> list[Path]:
     Raises:
         BadRequest: nothing matches, or something outside of what documents may read.
     """
+    if is_s3(pattern):
+        urls = s3.matching(ctx, pattern, where) if _WILD & set(pattern) else []
+        return [local_path(ctx, url, where) for url in urls]
     if not _WILD & set(pattern) or local_path(ctx, pattern, where).exists():
         return []
     refusal: Refused | None = None

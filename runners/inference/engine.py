@@ -13,6 +13,7 @@ import msgspec
 
 from flowmesh.messages.job import Fault
 from runners.api import Context, RunnerError
+from runners.data.content import ImagePart
 from runners.inference.options import Sampling
 
 FinishReason = Literal["stop", "length"]
@@ -26,6 +27,25 @@ class GpuOutOfMemory(RunnerError):
     fault = Fault.GPU_OOM
 
 
+class Pictures(msgspec.Struct, frozen=True):
+    """A prompt with images."""
+
+    images: tuple[ImagePart, ...]
+    text: str
+    """As the chat template writes it, with one mark where each image goes."""
+    marked_ids: tuple[int, ...]
+    """The tokens of that text."""
+    token_ids: tuple[int, ...]
+    """As the model gets them: with as many tokens for each image as it has features."""
+    where: str
+    """The prompt's name in errors."""
+
+    @property
+    def pixels(self) -> int:
+        """Of all its images together."""
+        return sum(each.width * each.height for each in self.images)
+
+
 class Request(msgspec.Struct, frozen=True):
     """One prompt."""
 
@@ -36,6 +56,8 @@ class Request(msgspec.Struct, frozen=True):
     """Name of the runtime adapter that answers; None: the base model."""
     ends: tuple[int, ...] = ()
     """Tokens that end the answer besides the model's: of its adapters."""
+    pictures: Pictures | None = None
+    """The images in it; `token_ids` has their tokens."""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):

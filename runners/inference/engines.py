@@ -66,7 +66,7 @@ def load_engine(
     else:
         from runners.inference import loader
 
-        engine, texts = loader.load(ctx, task, source, adapters)
+        engine, texts = loader.load(ctx, task, source, adapters, work=work)
     if engine.vocabulary is not None and len(texts.tokenizer) > engine.vocabulary:
         ctx.log.warning(
             "tokenizer larger than the embeddings model=%s tokens=%d rows=%d; a prompt with one of the tokens that the "

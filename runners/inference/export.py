@@ -61,7 +61,7 @@ class Export:
 
     def __init__(self, ctx: TaskInput, wanted: JsonlExport, where: str) -> None:
         self._where = where
-        self.relative_path = _check_path(wanted.path or DEFAULT_PATH, f"{where}.path")
+        self.relative_path = check_path(wanted.path or DEFAULT_PATH, f"{where}.path")
         fields = wanted.fields or dict(DEFAULT_FIELDS)
         self._getters = {name: _getter(ctx, field, f"{where}.fields.{name}") for name, field in fields.items()}
         self._required = wanted.required_fields or ()
@@ -134,14 +134,19 @@ def read_export(ctx: TaskInput, spec: dict[str, Any], where: str = "spec") -> Ex
     return None if wanted is None else Export(ctx, wanted, f"{where}.postprocess.jsonl_export")
 
 
-def _check_path(path: str, where: str) -> str:
+def check_path(path: str, where: str, example: str = DEFAULT_PATH) -> str:
+    """A file's path below the task's folder, as given.
+
+    Raises:
+        BadRequest: it leads elsewhere, or is one of the node's own files.
+    """
     parts = PurePosixPath(path).parts
     if not parts or path.startswith("/") or ".." in parts or "\0" in path or "\\" in path or path.endswith("/"):
         raise BadRequest(f"{where}: a path below the task's folder is needed, without `..` (found {path!r})")
     if parts[0] in RESERVED:
         raise BadRequest(f"{where}: {parts[0]!r} is the node's own; choose another name")
     if len(parts) == 1 and parts[0] in FOLDERS:
-        raise BadRequest(f"{where}: {parts[0]!r} is a folder; give a file's name, such as {parts[0]}/{DEFAULT_PATH}")
+        raise BadRequest(f"{where}: {parts[0]!r} is a folder; give a file's name, such as {parts[0]}/{example}")
     return str(PurePosixPath(path))
 
 

@@ -16,8 +16,10 @@ from runners.inference.batches import cache_bytes_per_token
 from runners.inference.engine import GpuOutOfMemory
 from runners.inference.lora import apply_adapters
 from runners.inference.task import DTYPES, InferenceTask, TransformersOptions
-from runners.inference.tokens import Texts, load_tokenizer
+from runners.inference.tokens import Texts
 from runners.inference.transformers_engine import TransformersEngine
+from runners.inference.vision import load_texts, model_class
+from runners.inference.vllm_args import Work
 from runners.models import weights
 from runners.models.adapters import LocalAdapter
 from runners.models.code import may_run_code
@@ -35,31 +37,31 @@ LOGIT_COPIES = 6
 
 
 def load(
-    ctx: Context, task: InferenceTask, source: Source, adapters: Sequence[LocalAdapter]
+    ctx: Context, task: InferenceTask, source: Source, adapters: Sequence[LocalAdapter], *, work: Work | None = None
 ) -> tuple[TransformersEngine, Texts]:
     """The task's model with its adapters as an engine, with batches that fit the device.
 
     Raises:
         BadRequest: an adapter does not fit the model; else as `load_model`.
     """
-    model, texts = load_model(ctx, task, source)
+    model, texts = load_model(ctx, task, source, work=work)
     with _device_memory(source):
         model = apply_adapters(model, adapters)
     tokens, rows = budget(model)
     return TransformersEngine(model, texts, batch_tokens=tokens, batch_rows=rows, source=source), texts
 
 
-def load_model(ctx: Context, task: InferenceTask, source: Source) -> tuple[Any, Texts]:
+def load_model(ctx: Context, task: InferenceTask, source: Source, *, work: Work | None = None) -> tuple[Any, Texts]:
     """The bare model, in evaluation mode, and its tokenizer.
 
     Raises:
-        BadRequest: there is no such model, its checkpoint does not hold its weights, or an option does not fit it or
-            this node.
+        BadRequest: there is no such model, its checkpoint does not hold its weights, an option does not fit it or
+            this node, or the work has images and the model takes none.
         MissingDependency: a library that an option needs is missing.
         GpuOutOfMemory: the model does not fit the device.
         RunnerError: the hub is unreachable.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -70,9 +72,10 @@ def load_model(ctx: Context, task: InferenceTask, source: Source) -> tuple[Any, 
     arguments = load_arguments(ctx, task)
     with loading(source), _device_memory(source):
         config = AutoConfig.from_pretrained(source.path, revision=source.revision, trust_remote_code=trust)
-        tokenizer = load_tokenizer(source, trust, config)
-        model = weights.load_model(AutoModelForCausalLM, source, config=config, trust_remote_code=trust, **arguments)
-    return model.eval(), Texts(tokenizer)
+        texts = load_texts(ctx, source, trust, config, work)
+        loader = model_class(config, work)
+        model = weights.load_model(loader, source, config=config, trust_remote_code=trust, **arguments)
+    return model.eval(), texts
 
 
 def load_arguments(ctx: Context, task: InferenceTask) -> dict[str, Any]:

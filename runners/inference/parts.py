@@ -9,6 +9,8 @@ from typing import Any
 import msgspec
 
 from runners.api import BadRequest
+from runners.data.content import ImagePart
+from runners.data.images import images_of
 from runners.data.prompts import Items, Message, Prompt, to_json, with_system
 from runners.inference.engine import Completion, Engine, Output, Request, Same
 from runners.inference.export import Export
@@ -97,7 +99,7 @@ def row_keys(part: Part, identity: Identity) -> list[str]:
     ):
         route = adapter_of(identity.adapters, metadata, where)
         more = [] if part.parser is None else [part.parser]
-        keys.append(key_of("inference", asked, shared(sampling), route and identity.digests[route], *more))
+        keys.append(key_of("inference", _keyed(asked), shared(sampling), route and identity.digests[route], *more))
     return keys
 
 
@@ -117,7 +119,10 @@ def prepare(
     kept = [i for i in range(len(part.items.prompts)) if i not in blank and i not in done]
     wheres = [part.items.wheres[i] for i in kept]
     asked = part.asked
-    encoded = texts.encode([asked[i] for i in kept], wheres)
+    pictures = {i: texts.encode_images(asked[i], part.items.wheres[i]) for i in kept if images_of(asked[i])}
+    plain = [i for i in kept if i not in pictures]
+    ids = dict(zip(plain, texts.encode([asked[i] for i in plain], [part.items.wheres[i] for i in plain]), strict=True))
+    encoded = [pictures[i].token_ids if i in pictures else ids[i] for i in kept]
     for token_ids, where in zip(encoded, wheres, strict=True):
         check_token_ids(token_ids, engine.vocabulary, texts.tokenizer, where)
         if engine.max_positions is not None and len(token_ids) >= engine.max_positions:
@@ -126,9 +131,9 @@ def prepare(
                 "with the answer; shorten it"
             )
     requests = {}
-    for i, ids, where in zip(kept, encoded, wheres, strict=True):
+    for i, token_ids, where in zip(kept, encoded, wheres, strict=True):
         route = adapter_of(adapters, part.items.metadata[i], where)
-        requests[i] = Request(ids, part.samplings[i], route, ends_of(adapters, route))
+        requests[i] = Request(token_ids, part.samplings[i], route, ends_of(adapters, route), pictures.get(i))
     return msgspec.structs.replace(part, requests=requests)
 
 
@@ -204,7 +209,18 @@ def completion_tokens(completion: Completion) -> int:
 def _is_blank(prompt: Prompt) -> bool:
     if isinstance(prompt, str):
         return not prompt.strip()
-    return not any(turn.content.strip() for turn in prompt if turn.role != "system")
+    return not any(turn.has_content for turn in prompt if turn.role != "system")
+
+
+def _keyed(prompt: Prompt) -> Any:
+    """A prompt with its images by what they show, and not by their places."""
+    if not images_of(prompt):
+        return prompt
+    return [
+        (turn.templated(as_parts=True), [part.digest for part in turn.parts if isinstance(part, ImagePart)])
+        for turn in prompt
+        if isinstance(turn, Message)
+    ]
 
 
 def _rendered(prompt: Prompt, texts: Texts, where: str) -> str:

@@ -8,7 +8,10 @@ from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from runners.api import BadRequest, Context, Runner, RunnerError
+from runners.data.images import images_of
 from runners.data.sources import load_items
 from runners.inference.engine import Completion, Request, Watch
 from runners.inference.engines import load_engine, parser_of, reasoning_of
@@ -108,6 +111,9 @@ class InferenceRunner(Runner):
     ) -> float:
         """Answer the items that have no row; returns the seconds that took."""
         work = work_of(((part, log.rows) for part, log in batch.values()), task)
+        first = _first_image(*batch[None])
+        if first is not None:
+            work = msgspec.structs.replace(work, image_where=first)
         engine, texts = load_engine(ctx, task, source, adapters, work=work)
         ctx.log.info(
             "model loaded model=%s %s", source.shown, " ".join(f"{k}={v}" for k, v in engine.describe().items())
@@ -157,7 +163,7 @@ def read_part(
     Raises:
         BadRequest: names the field.
     """
-    items = load_items(ctx, spec, where)
+    items = load_items(ctx, spec, where, with_images=True)
     part = Part(
         task_id=task_id,
         folder=folder,
@@ -194,6 +200,12 @@ def open_log(ctx: Context, part: Part, identity: Identity, spec: dict[str, Any],
     return log
 
 
+def _first_image(part: Part, log: RowLog) -> str | None:
+    """The name of the first item with an image that has no answer yet."""
+    named = zip(part.items.prompts, part.items.wheres, strict=True)
+    return next((where for i, (prompt, where) in enumerate(named) if i not in log.rows and images_of(prompt)), None)
+
+
 def work_of(parts: Iterable[tuple[Part, Container[int]]], task: InferenceTask) -> Work:
     """Upper bounds of the work.
 
@@ -201,10 +213,13 @@ def work_of(parts: Iterable[tuple[Part, Container[int]]], task: InferenceTask) -
         parts: each with the items that are answered already.
     """
     asked = [prompt for part, done in parts for index, prompt in enumerate(part.asked) if index not in done]
-    texts = (prompt if isinstance(prompt, str) else "".join(turn.content for turn in prompt) for prompt in asked)
+    texts = (prompt if isinstance(prompt, str) else "".join(turn.text for turn in prompt) for prompt in asked)
+    counts = [len(images_of(prompt)) for prompt in asked]
     return Work(
         prompts=len(asked),
         prompt_bytes=sum(len(text.encode(errors="replace")) for text in texts),
         new_tokens=task.sampling.max_tokens,
         copies=task.sampling.n,
+        images=sum(counts),
+        images_of_one=max(counts, default=0),
     )

@@ -9,9 +9,11 @@ import msgspec
 
 from runners.api import BadRequest
 from runners.data.prompts import Message, Prompt
+from runners.inference.engine import Pictures
 from runners.inference.options import Sampling
 from runners.models.sources import Source
 
+NO_IMAGES = "holds an image, and the model takes none; leave it out, or name a model that takes images"
 LEAD_TOKENS = 8
 """Tokens of the prompt that are decoded in front of an answer."""
 
@@ -129,12 +131,12 @@ class Texts:
         import jinja2
 
         continued = messages[-1].role == "assistant"
-        if continued and not messages[-1].content.strip():
+        if continued and not messages[-1].has_content:
             raise BadRequest(f"{where}: ends with an empty assistant turn, which cannot be continued; leave it out")
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    [message.shown() for message in messages],
+                    self._templated(messages),
                     tokenize=False,
                     add_generation_prompt=not continued,
                     continue_final_message=continued,
@@ -142,6 +144,17 @@ class Texts:
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise BadRequest(f"{where}: the model's chat template does not take these messages: {error}") from error
+
+    def _templated(self, messages: tuple[Message, ...]) -> list[dict[str, Any]]:
+        return [message.templated() for message in messages]
+
+    def encode_images(self, prompt: Prompt, where: str) -> Pictures:  # noqa: ARG002
+        """A prompt that has images; see `Vision`.
+
+        Raises:
+            BadRequest: the model takes none.
+        """
+        raise BadRequest(f"{where}: {NO_IMAGES}")
 
     def _apply_template(self, messages: tuple[Message, ...], where: str) -> tuple[int, ...]:
         text = self.render(messages, where)

@@ -21,6 +21,7 @@ from runners.inference.engine import Completion, Finished, FinishReason, GpuOutO
 from runners.inference.options import Sampling
 from runners.inference.sampling import Limits, NotFinite, Picker, Pickers
 from runners.inference.tokens import Reader, Texts
+from runners.inference.vision import Vision, by_pixels
 from runners.models.limits import embedding_rows, positions
 from runners.models.sources import Source
 from runners.models.weights import first_not_finite, not_finite
@@ -74,11 +75,11 @@ class TransformersEngine:
 
     @staticmethod
     def _groups(requests: Sequence[Request]) -> list[list[int]]:
-        """The requests that may share a batch: those of one adapter."""
-        groups: dict[str, list[int]] = {}
+        """The requests that may share a batch: those of one adapter, with images or without."""
+        groups: dict[tuple[str, bool], list[int]] = {}
         for number, request in enumerate(requests):
-            groups.setdefault(request.adapter or "", []).append(number)
-        return [groups[adapter] for adapter in sorted(groups)]
+            groups.setdefault((request.adapter or "", request.pictures is not None), []).append(number)
+        return [groups[kind] for kind in sorted(groups)]
 
     def _answer(self, numbers: list[int], work: _Work) -> None:
         requests = work.requests
@@ -96,7 +97,8 @@ class TransformersEngine:
             needs, max_positions=self.max_positions, batch_tokens=self._batch_tokens, batch_rows=self._batch_rows
         )
         for batch in batches:
-            self._run(batch, work)
+            for part in by_pixels(batch, lambda row: requests[row.request].pictures):
+                self._run(part, work)
 
     def _run(self, batch: Batch, work: _Work) -> None:
         tokens = work.watch.tokens
@@ -151,11 +153,10 @@ class TransformersEngine:
             )
 
         ending = _Ending(readers, ends, picker, room=room, watch=work.watch, ended=ended)
-        input_ids, mask = self._pad_left(prompts)
+        inputs = self._inputs(requests)
         with torch.inference_mode():
             self._model.generate(
-                input_ids=input_ids,
-                attention_mask=mask,
+                **inputs,
                 generation_config=GenerationConfig(
                     do_sample=False,
                     max_new_tokens=max(room),
@@ -187,6 +188,19 @@ class TransformersEngine:
         if self.max_positions is None:
             return sampling.max_tokens
         return max(min(sampling.max_tokens, self.max_positions - prompt_tokens), 1)
+
+    def _inputs(self, requests: Sequence[Request]) -> dict[str, Any]:
+        """The model's inputs for a batch, whose requests all have images, or none."""
+        pictures = [request.pictures for request in requests if request.pictures is not None]
+        if not pictures:
+            input_ids, mask = self._pad_left([request.token_ids for request in requests])
+            return {"input_ids": input_ids, "attention_mask": mask}
+        assert isinstance(self._texts, Vision), "it encoded them"
+        model = self._model
+        return {
+            name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+            for name, value in self._texts.batch(pictures).items()
+        }
 
     def _pad_left(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         width = max(len(prompt) for prompt in prompts)

@@ -34,6 +34,8 @@ CPU_BLOCK_TOKENS = 128
 COMPILE_STEPS = 3000
 """Decoding steps above which compiling is assumed to pay. It costs 6 s with a warm cache and 30 s without, measured on
 a CPU. The gain depends on model and device; a task can set `enforce_eager`."""
+IMAGE_TOKENS = 4096
+"""What an image is taken to have, where the work is estimated; few models make more of one."""
 BATCH_ROWS = 256
 """Sequences that vLLM decodes at once by default."""
 
@@ -62,6 +64,12 @@ class Work(msgspec.Struct, frozen=True, kw_only=True):
     new_tokens: int
     """Per answer."""
     copies: int
+    images: int = 0
+    images_of_one: int = 0
+    """The most that one prompt has."""
+    image_where: str | None = None
+    """The first prompt with an image, by whose name a model without vision is refused; None: there is none, or only
+    that prompt is to be refused."""
 
     @property
     def steps(self) -> int:
@@ -71,7 +79,8 @@ class Work(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def tokens(self) -> int:
         """Tokens in the cache if all ran at once. Upper bound: a token has at least one byte."""
-        return self.prompt_bytes + self.prompts * self.copies * (self.new_tokens + CPU_BLOCK_TOKENS)
+        images = self.images * IMAGE_TOKENS
+        return self.prompt_bytes + images + self.prompts * self.copies * (self.new_tokens + CPU_BLOCK_TOKENS)
 
 
 def check_names(options: dict[str, Any], known: Sequence[str]) -> None:
@@ -123,11 +132,34 @@ def engine_arguments(
         # Unlimited white space could fill the whole answer. Two grammar libraries can forbid it; this one supports more
         # of JSON Schema.
         options.setdefault("structured_outputs_config", {"backend": "guidance", "disable_any_whitespace": True})
+    if work.images:
+        image_limit(options, work.images_of_one)
     if adapter_ranks:
         options["enable_lora"] = True
         options.setdefault("max_loras", len(adapter_ranks))
         options.setdefault("max_lora_rank", lora_rank(max(adapter_ranks)))
     return options
+
+
+def image_limit(options: dict[str, Any], needed: int) -> None:
+    """Set `limit_mm_per_prompt` to what the task has: vLLM reserves memory for what it allows.
+
+    Args:
+        needed: the most images that a prompt has.
+
+    Raises:
+        BadRequest: the task's own arguments allow fewer.
+    """
+    if options.get("language_model_only"):
+        raise BadRequest(f"{WHERE}.language_model_only: excludes images, and spec.data has some; leave it out")
+    given = options.get("limit_mm_per_prompt")
+    if given is None:
+        options["limit_mm_per_prompt"] = {"image": needed, "video": 0, "audio": 0}
+        return
+    allowed = given.get("image", 999) if isinstance(given, dict) else None
+    allowed = allowed.get("count", 999) if isinstance(allowed, dict) else allowed
+    if not isinstance(allowed, int) or allowed < needed:
+        raise BadRequest(f"{WHERE}.limit_mm_per_prompt: a prompt has {needed} images; raise `image`, or leave it out")
 
 
 def check_folder(ctx: Context, options: dict[str, Any]) -> None:

@@ -18,7 +18,8 @@ from runners.inference.engine import Completion, Finished, FinishReason, Output,
 from runners.inference.lora import check_fit
 from runners.inference.options import Sampling
 from runners.inference.task import InferenceTask
-from runners.inference.tokens import Reader, Texts, load_tokenizer
+from runners.inference.tokens import Reader, Texts
+from runners.inference.vision import Vision, by_pixels, load_texts
 from runners.inference.vllm_args import WHERE, Work, engine_arguments
 from runners.inference.vllm_failures import Logs, explain, first_line, start_failure, step_failure
 from runners.inference.vllm_finite import CLASS, FiniteLogits
@@ -83,7 +84,8 @@ class VllmEngine:
         """See `Engine.generate`."""
         with self._processes.watched():
             for rows in self._rounds(requests):
-                self._answer({row: requests[row] for row in rows}, watch, finished)
+                for part in by_pixels(rows, lambda row: requests[row].pictures):
+                    self._answer({row: requests[row] for row in part}, watch, finished)
 
     def _rounds(self, requests: Sequence[Request]) -> list[list[int]]:
         """Rows that may run together: all, except on the CPU. There, vLLM 0.32 answers a row without an adapter by
@@ -99,7 +101,7 @@ class VllmEngine:
         Args:
             requests: by their number, which `finished` gets.
         """
-        prompts = [{"prompt_token_ids": list(request.token_ids)} for request in requests.values()]
+        prompts = [self._prompt(request) for request in requests.values()]
         loras = [self._adapters[each.adapter] if each.adapter else None for each in requests.values()]
         resolved = Same(self._texts.resolved)
         params = Same(lambda each: sampling_params(each, special=self._texts.names_special(each.stop)))
@@ -119,6 +121,14 @@ class VllmEngine:
                 finished(number, self._completion(output, requests[number], samplings[number]))
         if numbers:
             raise RunnerError(f"vLLM answered {len(requests) - len(numbers)} of {len(requests)} prompts; see the log")
+
+    def _prompt(self, request: Request) -> dict[str, Any]:
+        """A request's prompt as vLLM takes it. vLLM makes the images' tokens by itself, out of their marks."""
+        if request.pictures is None:
+            return {"prompt_token_ids": list(request.token_ids)}
+        assert isinstance(self._texts, Vision), "it encoded them"
+        images = self._texts.decoded(request.pictures)
+        return {"prompt_token_ids": list(request.pictures.marked_ids), "multi_modal_data": {"image": images}}
 
     def _outputs(self, watch: Watch) -> Iterable[tuple[str, Any]]:
         """Each request's id and answers, when the last of them is complete."""
@@ -172,9 +182,9 @@ def load(
         config = AutoConfig.from_pretrained(
             source.path, revision=source.revision, trust_remote_code=trust, cache_dir=cache_dir
         )
-        texts = Texts(load_tokenizer(source, trust, config, cache_dir))
+        texts = load_texts(ctx, source, trust, config, work, cache_dir)
     config = overridden(config, task.vllm.get("hf_overrides"))
-    check_weights(ctx, task, source, config)
+    check_weights(ctx, task, source, config, work)
     runtime = [adapter for adapter in adapters if adapter.apply == "runtime"]
     for adapter in runtime:
         check_product(adapter, "vLLM")

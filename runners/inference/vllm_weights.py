@@ -12,7 +12,8 @@ from runners.api import BadRequest, Context
 from runners.inference.lora import apply_adapters
 from runners.inference.task import InferenceTask
 from runners.inference.tokens import Texts
-from runners.inference.vllm_args import WHERE
+from runners.inference.vision import Vision, model_class, takes_images
+from runners.inference.vllm_args import WHERE, Work
 from runners.models.adapters import LocalAdapter
 from runners.models.quantized import method_of
 from runners.models.sources import Source
@@ -26,7 +27,7 @@ SAME_FILES = frozenset(
 PICKLED = frozenset(("pt", "npcache"))
 
 
-def check_weights(ctx: Context, task: InferenceTask, source: Source, config: Any) -> None:
+def check_weights(ctx: Context, task: InferenceTask, source: Source, config: Any, work: Work | None = None) -> None:
     """Raises BadRequest where the checkpoint does not hold the model's weights, before an engine is started with it.
 
     vLLM's own check is the only one for architectures that Transformers does not have, and for other files. It leaves
@@ -34,8 +35,8 @@ def check_weights(ctx: Context, task: InferenceTask, source: Source, config: Any
 
     Args:
         config: with the task's overrides.
+        work: decides whether the model is loaded as one that takes images.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
     from transformers.utils import logging as transformers_logging
 
@@ -43,7 +44,7 @@ def check_weights(ctx: Context, task: InferenceTask, source: Source, config: Any
     load_format = task.vllm.get("load_format") or "auto"
     if load_format == "dummy":
         raise BadRequest(f"{WHERE}.load_format: 'dummy' fills the model with random weights; leave it out")
-    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or takes_images(config)
     packed = task.vllm.get("quantization") is not None or method_of(config) is not None
     if not known or load_format not in SAME_FILES:
         if packed or load_format not in {"mistral", *SAME_FILES}:
@@ -55,7 +56,7 @@ def check_weights(ctx: Context, task: InferenceTask, source: Source, config: Any
     given: dict[str, Any] = {"config": config, "cache_dir": task.vllm.get("download_dir")}
     if load_format in PICKLED:
         given["use_safetensors"] = False  # where both are there, vLLM would read the other
-    found = check_checkpoint(AutoModelForCausalLM, source, **given)
+    found = check_checkpoint(model_class(config, work), source, **given)
     if source.is_local and (head := other_head(Path(source.path), config)):
         raise BadRequest(
             f"{source.where}: {source.shown!r} holds an output layer {head!r} that differs from the embeddings, and "
@@ -91,11 +92,11 @@ def merged(
 ) -> Path:
     """Merge adapters into the model's weights, and write it into this attempt's TMPDIR."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     target = Path(tempfile.mkdtemp(prefix="merged-", dir=ctx.tmp_dir))
     model = load_model(
-        AutoModelForCausalLM,
+        AutoModelForImageTextToText if isinstance(texts, Vision) else AutoModelForCausalLM,
         source,
         trust_remote_code=trust,
         cache_dir=task.vllm.get("download_dir"),
@@ -105,5 +106,5 @@ def merged(
     with torch.no_grad():
         model = apply_adapters(model, [adapter for adapter in adapters if adapter.apply == "merge"])
     model.save_pretrained(target)
-    texts.tokenizer.save_pretrained(target)
+    (texts.processor if isinstance(texts, Vision) else texts.tokenizer).save_pretrained(target)
     return target

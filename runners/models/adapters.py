@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from flowmesh.validation.s3_url import is_url
 from runners.api import BadRequest, Context
 from runners.models import builtin
 from runners.models.files import downloaded, existing, find_root, opened, result_url, task_folder
@@ -61,7 +62,7 @@ def load_adapter(ctx: Context, adapter: Adapter, index: int, where: str) -> Loca
         BadRequest: it is missing, is not a LoRA, or cannot be scaled.
         RunnerError: its server is unreachable.
     """
-    if (adapter.path or "").startswith(("http://", "https://")):
+    if is_url(adapter.path or ""):
         adapter = msgspec.structs.replace(adapter, path=None, url=adapter.url or adapter.path)
     if all(place is None for place in (adapter.path, adapter.url, adapter.task_id)):
         raise BadRequest(f"{where}: needs a `path`, a `url` or a `taskId`")

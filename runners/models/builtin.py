@@ -1,4 +1,4 @@
-"""`builtin:tiny-llama` and `builtin:tiny-lora`: a random Llama, its tokenizer and an adapter, for examples and tests.
+"""Random models and an adapter that the node builds itself (`builtin:tiny-llama` …), for examples and tests.
 
 Generated on first use, always with the same weights. The answers are meaningless text.
 """
@@ -16,8 +16,11 @@ from runners.api import BadRequest
 
 PREFIX = "builtin:"
 TINY_LLAMA = "builtin:tiny-llama"
+TINY_VISION = "builtin:tiny-vision"
 TINY_LORA = "builtin:tiny-lora"
 """A random LoRA adapter for it."""
+TINY_SCORER = "builtin:tiny-scorer"
+"""A random cross-encoder of one label."""
 LAYERS, HIDDEN_SIZE, LORA_RANK = 2, 128, 4
 
 CHAT_TEMPLATE = (
@@ -134,6 +137,32 @@ def write_tiny_lora(folder: Path, *, seed: int = 1) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
 
 
+def _write_tiny_vision(folder: Path) -> None:
+    from runners.models.builtin_vision import write_tiny_vision
+
+    write_tiny_vision(folder, train_tokenizer())
+
+
+def write_tiny_scorer(folder: Path, *, seed: int = 2) -> None:
+    """Write a cross-encoder of random float32 weights, a BERT with one label, and its tokenizer into `folder`."""
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+    from transformers.utils import logging
+
+    tokenizer = train_tokenizer()
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=512, num_labels=1, initializer_range=0.5, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = BertForSequenceClassification(config).to(torch.float32)
+    logging.disable_progress_bar()
+    model.save_pretrained(folder)
+    tokenizer.model_max_length = 512
+    tokenizer.save_pretrained(folder)
+
+
 def train_tokenizer(vocab_size: int = 512) -> Any:
     """A byte-level BPE tokenizer trained on `corpus()`; any text round-trips through it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -161,5 +190,7 @@ def train_tokenizer(vocab_size: int = 512) -> Any:
 # A changed recipe needs a new name: nodes cache what they have built.
 _RECIPES: dict[str, tuple[str, Callable[[Path], None]]] = {
     TINY_LLAMA: ("tiny-llama-v1", write_tiny_llama),
+    TINY_VISION: ("tiny-vision-v1", _write_tiny_vision),
     TINY_LORA: ("tiny-lora-v1", write_tiny_lora),
+    TINY_SCORER: ("tiny-scorer-v1", write_tiny_scorer),
 }

@@ -8,6 +8,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 import msgspec
 
+from flowmesh.validation.s3_url import is_url
 from runners.api import BadRequest, Context
 from runners.models.files import downloaded, existing, find_root, opened, result_url, safe_name, task_folder
 from runners.models.spec import CheckpointLoad
@@ -94,7 +95,7 @@ def _path_and_url(load: CheckpointLoad, where: str) -> tuple[str | None, str | N
     """Path and URL of the document; `uri` is read as one of them by its scheme."""
     path, url = load.path, load.url
     if load.uri is not None:
-        if load.uri.startswith(("http://", "https://")):
+        if is_url(load.uri):
             name, one, other = "url", url, load.uri
             url = other
         else:
@@ -102,7 +103,7 @@ def _path_and_url(load: CheckpointLoad, where: str) -> tuple[str | None, str | N
             path = other
         if one not in (None, other):
             raise BadRequest(f"{where}.uri: differs from {where}.{name}; give one of them")
-    if path is not None and path.startswith(("http://", "https://")):
+    if path is not None and is_url(path):
         path, url = None, url or path
     if load.type == "http" and url is None and load.taskId is None and load.task_id is None:
         raise BadRequest(f"{where}.url: missing; type 'http' needs one, or a taskId")

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
+from flowmesh.validation.s3_url import is_s3
 from runners.api import BadRequest, Context
 from runners.data.download import fetch
 from runners.data.reading import Refused
@@ -56,6 +57,9 @@ def existing(ctx: Context, text: str, where: str, *, others: bool) -> Path | Non
 def result_url(ctx: Context, task_id: str, name: str) -> str | None:
     """URL of another task's file where this task's own files go; None without HTTP delivery."""
     own = f"/{ctx.task_id}/files/"
+    if ctx.job.file_url is not None and is_s3(ctx.job.file_url):
+        beside = ctx.job.file_url.removesuffix(f"/{ctx.task_id}/{{name}}")
+        return f"{beside}/{task_id}/{name}"
     if ctx.job.file_url is None or own not in ctx.job.file_url:
         return None
     return ctx.job.file_url.replace(own, f"/{task_id}/files/").replace("{name}", quote(name))
@@ -106,6 +110,8 @@ def downloaded(
         BadRequest: the server refuses it, or it is not an archive.
         RunnerError: the server is unreachable.
     """
+    if is_s3(url) and (archive_format == "none" or (archive_format == "auto" and not is_archive(url))):
+        return opened(ctx, local_path(ctx, url, where), archive_format, where)
     if archive_format == "none":
         raise BadRequest(f"{where}: a URL has to be an archive, so archive_format cannot be 'none'")
     file = fetch(ctx, url, where, headers=headers, timeout_s=timeout_s)

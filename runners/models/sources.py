@@ -9,7 +9,10 @@ from pathlib import Path
 
 import msgspec
 
+from flowmesh.validation.s3_url import is_s3
 from runners.api import BadRequest, Context, MissingDependency, RunnerError
+from runners.data import s3
+from runners.data.download import fetch
 from runners.data.reading import Refused
 from runners.models import builtin
 from runners.models.contents import check_names
@@ -36,6 +39,8 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
 def local_path(ctx: Context, text: str, where: str) -> Path:
     """A document's path as an absolute one. Relative paths start at the working directory, else at RESULTS_DIR.
 
+    What an s3:// address names is downloaded first.
+
     A folder's links are resolved. A file is judged again when it is read: see `Reach.opened`.
 
     Args:
@@ -43,7 +48,10 @@ def local_path(ctx: Context, text: str, where: str) -> Path:
 
     Raises:
         BadRequest: it leads outside of what documents may read.
+        RunnerError: S3 cannot be reached.
     """
+    if is_s3(text):
+        return s3.path_of(ctx, text, where, fetch)
     path = Path(os.path.expanduser(text))  # noqa: PTH111 - Path's raises for an unknown user
     if not path.is_absolute() and not os.path.exists(path):  # noqa: PTH110 - Path.exists raises where it may not look
         below_results = ctx.results_dir / path

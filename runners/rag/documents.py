@@ -155,7 +155,7 @@ def _of_source(items: Items, where: str) -> Documents:
     documents = []
     seen: dict[str, str] = {}
     for index, (prompt, metadata, place) in enumerate(zip(items.prompts, items.metadata, items.wheres, strict=True)):
-        name = _id_of(metadata, index, place)
+        name = id_of(metadata, index, place)
         if str(name) in seen:  # passages of 7 and "7" would have the same id
             raise BadRequest(f"{place}: its id {name!r} is also that of {seen[str(name)]}; ids in metadata must differ")
         seen[str(name)] = place
@@ -165,7 +165,12 @@ def _of_source(items: Items, where: str) -> Documents:
     return Documents(tuple(documents), ())
 
 
-def _id_of(metadata: dict[str, Any] | None, index: int, place: str) -> str | int:
+def id_of(metadata: dict[str, Any] | None, index: int, place: str) -> str | int:
+    """The id in a row's metadata, else its number as text.
+
+    Raises:
+        BadRequest: it is neither a string nor an integer.
+    """
     own = (metadata or {}).get("id")
     if own is None:
         return str(index)

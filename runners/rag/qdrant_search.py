@@ -63,6 +63,43 @@ class QdrantSearcher:
             "count": info.points_count,
         }
 
+    def open_or_create(self, ctx: Context, dimension: int, distance: Any, *, given: bool) -> None:
+        """As `open`; a collection that is not there is made.
+
+        Args:
+            distance: qdrant-client's, of a new collection.
+            given: the document names it, so that another one is an error.
+
+        Raises:
+            BadRequest, RunnerError: as `open`.
+        """
+        from qdrant_client import models
+
+        name = self._wanted.collection
+        if not self._ask(ctx, lambda: self._client.collection_exists(name)):
+            one = models.VectorParams(size=dimension, distance=distance)
+            config = one if self._wanted.vector is None else {self._wanted.vector: one}
+            self._ask(ctx, lambda: self._client.create_collection(name, vectors_config=config))
+        self.open(ctx, dimension)
+        found = self._about["metric"]
+        if given and found != str(distance.value).lower():
+            raise BadRequest(f"{WHERE}.distance: {self._collection} has {found}; leave it out")
+
+    def point(self, point_id: str | int, vector: list[float], payload: dict[str, Any]) -> Any:
+        """A point for `upsert`."""
+        from qdrant_client import models
+
+        named: Any = vector if self._using is None else {self._using: vector}
+        return models.PointStruct(id=point_id, vector=named, payload=payload)
+
+    def upsert(self, ctx: Context, points: list[Any]) -> None:
+        """Write points, and wait until they are there; those with the same ids are replaced.
+
+        Raises:
+            BadRequest, RunnerError: as `open`.
+        """
+        self._ask(ctx, lambda: self._client.upsert(self._wanted.collection, points, wait=True))
+
     def search(self, ctx: Context, vectors: np.ndarray, top_k: int) -> list[list[Hit]]:
         """See `search.Searcher`."""
         from qdrant_client import models

@@ -14,6 +14,7 @@ import faiss
 import msgspec
 
 from flowmesh.files.removal import clear
+from flowmesh.validation.s3_url import is_url
 from runners.api import BadRequest, Context
 from runners.models.files import SAFE_ID, downloaded, find_root, opened, task_folder
 from runners.models.sources import local_folder, local_path
@@ -84,10 +85,15 @@ class Passages:
             file.writelines(line + b"\n" for line in self._lines)
 
 
-def save(ctx: Context, built: Loaded) -> Path:
-    """Write the index into the task's folder and ask for its upload."""
-    target = ctx.out_dir / FOLDER
-    scratch = ctx.out_dir / f".{FOLDER}.partial"
+def save(ctx: Context, built: Loaded, folder: Path | None = None) -> Path:
+    """Write the index into the task's folder and ask for its upload.
+
+    Args:
+        folder: a merged child's, which is uploaded with the child's results; None: the task's.
+    """
+    own = ctx.out_dir if folder is None else folder
+    target = own / FOLDER
+    scratch = own / f".{FOLDER}.partial"
     clear(scratch)
     scratch.mkdir(parents=True)
     faiss.write_index(built.index.on_cpu(), os.fspath(scratch / VECTORS))
@@ -97,7 +103,8 @@ def save(ctx: Context, built: Loaded) -> Path:
     (scratch / ABOUT).write_bytes(msgspec.json.format(msgspec.json.encode(about)))
     clear(target)
     scratch.rename(target)
-    ctx.archive(FOLDER)
+    if own == ctx.out_dir:
+        ctx.archive(FOLDER)
     return target
 
 
@@ -174,7 +181,7 @@ def _written_out(wanted: str | IndexSource, ctx: Context, where: str) -> IndexSo
     """A bare string is a URL, an existing path, or else a task id."""
     if isinstance(wanted, IndexSource):
         return wanted
-    if wanted.startswith(("http://", "https://")):
+    if is_url(wanted):
         return IndexSource(url=wanted)
     if not local_path(ctx, wanted, where).exists() and SAFE_ID.fullmatch(wanted):
         return IndexSource(task_id=wanted)

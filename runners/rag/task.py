@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -110,6 +110,9 @@ class Qdrant(Section, frozen=True, rename={"timeout_s": "timeoutSec"}):
         return f"Qdrant(collection={self.collection!r})"
 
 
+QdrantT = TypeVar("QdrantT", bound=Qdrant)
+
+
 class Generate(InferenceOptions, frozen=True):
     """spec.generate: the fields of spec.inference, and"""
 
@@ -166,7 +169,7 @@ def read_rag(ctx: Context, spec: dict[str, Any], where: str = "spec", *, with_ke
         faults.read(lambda: _check_faiss(faiss, f"{where}.faiss"))
     if qdrant is not None:
         without_key: Qdrant = qdrant
-        qdrant = faults.read(lambda: _with_key(without_key, f"{where}.qdrant", take=with_key))
+        qdrant = faults.read(lambda: check_qdrant(without_key, f"{where}.qdrant", take=with_key))
     options = section("generate", Generate) if generates else None
     embedding, search = section("embedding", Embedding), section("search", Search)
     if isinstance(spec.get("data"), dict) and spec.get("query") is None:
@@ -241,8 +244,15 @@ def _check_faiss(faiss: Faiss, where: str) -> None:
         )
 
 
-def _with_key(qdrant: Qdrant, where: str, *, take: bool) -> Qdrant:
-    """The section with its key in `api_key`, also if the document gives `api_key_env`."""
+def check_qdrant(qdrant: QdrantT, where: str, *, take: bool) -> QdrantT:
+    """The section with its key in `api_key`, also if the document gives `api_key_env`.
+
+    Args:
+        take: take the key from the environment; False: only check the fields.
+
+    Raises:
+        BadRequest: naming the field.
+    """
     if (qdrant.url is None) == (qdrant.path is None):
         raise BadRequest(f"{where}: give either `url` (a server) or `path` (a local folder)")
     if qdrant.api_key_env is None:

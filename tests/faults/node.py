@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import random
+import re
 import shutil
 import sqlite3
 import subprocess
+import time
+from collections import Counter
 from pathlib import Path
 
 from flowmesh.errors import EXIT_TRY_AGAIN
@@ -128,6 +131,9 @@ def _(rig: Rig, rng: random.Random) -> None:
 def _(rig: Rig, rng: random.Random) -> None:
     key = f"worker:{rig.node.worker_id}"
     before = rig.peer.redis.hmget(key, "pid", "flowmesh_owner")
+    rig.peer.hear()
+    rig.peer.worker_events.clear()
+    said = len(rig.node.text())
     rig.some_tasks(rng)
     rig.pause(rng)
     config = CONFIG.format(isolation=rig.isolation, python=rig.node.home / "python")
@@ -147,9 +153,15 @@ def _(rig: Rig, rng: random.Random) -> None:
         if left := with_mark(str(second.home)):
             raise Lost(f"the second node left {left}")
     rig.peer.hear()
-    kinds = {event["type"] for event in rig.peer.worker_events}
-    if kinds & {"REGISTER", "UNREGISTER"} or rig.peer.redis.hmget(key, "pid", "flowmesh_owner") != before:
-        raise Lost(f"the second node touched the registration: {kinds}")
+    # The first node may owe an announcement to an earlier fault, which waited for its back-off; its log says so, just
+    # after the event.
+    time.sleep(0.2)
+    own = Counter(re.findall(r" ((?:un)?registered) worker=", rig.node.text()[said:]))
+    seen = Counter(f"{event['type'].lower()}ed" for event in rig.peer.worker_events)
+    if any(seen[word] > own[word] for word in ("registered", "unregistered")):
+        raise Lost(f"the second node announced the worker: {seen}, the first one {own}")
+    if rig.peer.redis.hmget(key, "pid", "flowmesh_owner") != before:
+        raise Lost("the second node changed the registration")
 
 
 @fault("disk: the results' disk is read-only before tasks come", disk="results")

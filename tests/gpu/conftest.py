@@ -71,9 +71,10 @@ def on_gpu(gpu: GpuInfo) -> Iterator[Script]:
     running: list[subprocess.Popen[str]] = []
 
     def start(script: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+        paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         child = subprocess.Popen(
             [sys.executable, "-c", script, *arguments],
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu.uuid, "PYTHONPATH": str(ROOT), **environment},
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu.uuid, "PYTHONPATH": paths, **environment},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -40,7 +40,7 @@ def read(path: Path) -> list[Line]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def spec_of(model: Path, file: Path, engine: str = "transformers", **fields: Any) -> dict[str, Any]:
+def spec_of(model: Path | str, file: Path, engine: str = "transformers", **fields: Any) -> dict[str, Any]:
     """A float32 task on the CPU."""
     options = {"transformers": {"dtype": "float32"}, "vllm": {"dtype": "float32"}}
     if engine != "vllm":

@@ -285,12 +285,15 @@ class Node:
         return [
             "--redis-url", self.server.url, "--state-dir", str(self.state_dir),
             "--results-dir", str(self.results_dir), "--worker-id", self.worker_id,
+            # Before the others: a test may set it.
+            *(("--set", "processes.warm_max_mb=0") if self.code == ROOT else ()),
             *(permits if self.code == ROOT else ()),
         ]  # fmt: skip
 
     def start(self, *, wait: bool = True) -> Node:
         command = [*self.wrapper, sys.executable, "-m", "flowmesh.cli.supervisor", *self.flags(), *self.args]
-        env = {**os.environ, "PYTHONPATH": str(self.code), **self.env}
+        paths = filter(None, [str(self.code), os.environ.get("PYTHONPATH")])
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **self.env}
         env.pop("REDIS_URL", None)
         env |= {name: value for name, value in self.env.items() if name == "REDIS_URL"}
         with open(self.log, "ab") as log:

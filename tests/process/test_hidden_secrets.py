@@ -28,7 +28,7 @@ TAKES = """
 import os, sys
 from flowmesh.startup import secret_environ
 environ = secret_environ.take(os.environ)
-print(sorted(name for name in secret_environ.NEVER if name in os.environ), environ["ORCHESTRATOR_TOKEN"], flush=True)
+print(sorted(name for name in secret_environ.SECRETS if name in os.environ), environ["ORCHESTRATOR_TOKEN"], flush=True)
 sys.stdin.read()
 """
 PROBE = "import sys; sys.stdout.buffer.write(open(f'/proc/{sys.argv[1]}/environ', 'rb').read())"

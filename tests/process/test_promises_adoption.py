@@ -14,9 +14,11 @@ from tests.kit.http_server import Server, Stall
 from tests.kit.promises import (
     CONFIG,
     ISOLATIONS,
+    WAITING,
     assert_serves,
     ended,
     leaves,
+    let_go,
     mark_of,
     misbehave,
     pids_in,
@@ -201,7 +203,7 @@ def test_p5_the_settings_that_refuse_an_open_task(orchestrator: Orchestrator, no
 
 @pytest.mark.parametrize("how", ["signal", "command"])
 def test_p5_a_hot_upgrade_keeps_the_task_and_its_process(orchestrator: Orchestrator, node: Node, how: str) -> None:
-    task_id = orchestrator.dispatch("w1", misbehave("sleep", seconds=2.5))
+    task_id = orchestrator.dispatch("w1", WAITING)
     queued = orchestrator.dispatch("w1", {"taskType": "echo"})
     orchestrator.wait_started(task_id)
     wait_state(node, queued, "queued")
@@ -215,6 +217,7 @@ def test_p5_a_hot_upgrade_keeps_the_task_and_its_process(orchestrator: Orchestra
     assert node.task_pid(task_id) == pid
     assert node.ask(op="status")["pid"] == node.pid
     assert len(os.listdir(f"/proc/{node.pid}/fd")) <= fds + 2, "no descriptor of the old supervisor is still open"
+    let_go(node, task_id)
     assert orchestrator.wait_end(task_id)["type"] == "TASK_SUCCEEDED"
     assert orchestrator.wait_end(queued)["type"] == "TASK_SUCCEEDED"
     assert_one_end_each(orchestrator, [task_id, queued])

@@ -15,19 +15,21 @@ import pytest
 
 from tests.kit.paths import ROOT
 
-HEAVY = ("torch", "transformers", "vllm", "trl", "peft", "faiss", "datasets", "numpy", "sentence_transformers")
+HEAVY = ("torch", "transformers", "vllm", "trl", "peft", "faiss", "datasets", "numpy", "sentence_transformers",
+         "opentelemetry", "botocore")  # fmt: skip
 
 FLOORS = (
     {"cli"},
     {"supervisor"},
     {"control"},
-    {"metrics"},
+    {"metrics", "reporting"},
     {"orchestrator", "startup"},
     {"execution"},
+    {"pipeline_driver"},
+    {"client"},
     {"pipelines"},
     {"results", "tasks", "bus", "node"},
     {"processes"},
-    {"client"},
     {"settings"},
     {"queue"},
     {"messages", "web"},

@@ -12,7 +12,13 @@ from runners.api import EXTRAS, IN_EVERY_EXTRA
 from tests.kit.paths import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-INSTALLED_AS = {"faiss": "faiss-cpu", "bs4": "beautifulsoup4", "mlflow": "mlflow-skinny", "pyarrow": "datasets"}
+INSTALLED_AS = {
+    "PIL": "pillow",
+    "faiss": "faiss-cpu",
+    "bs4": "beautifulsoup4",
+    "mlflow": "mlflow-skinny",
+    "pyarrow": "datasets",
+}
 """By the name that is imported, where the distribution has another one. pyarrow comes with datasets."""
 
 

@@ -25,13 +25,17 @@ import runners.data.hub
 import runners.data.lists
 import runners.data.openai_batch
 import runners.data.shard
+import runners.embedding.options
 import runners.inference.export
 import runners.inference.options
 import runners.inference.task
 import runners.models.spec
 import runners.rag.task
+import runners.remote.task
+import runners.scoring.task
 import runners.training.settings
 import runners.training.sources
+import runners.vectors.task
 from flowmesh.cli.main import COMMANDS
 from tests.kit.paths import ROOT
 from tests.unit.tasks.test_machine_diagram import walked
@@ -219,7 +223,7 @@ def test_the_architecture_names_modules_that_there_are() -> None:
 def test_the_architectures_tree_is_the_tree() -> None:
     text = (ROOT / "docs/architecture.md").read_text()
     tree = next(block for block in FENCE.findall(text) if "flowmesh/\n" in block)
-    words = set(re.findall(r"[a-z_]+", tree.partition("runners/\n")[0]))
+    words = set(re.findall(r"[a-z0-9_]+", tree.partition("runners/\n")[0]))
     there = [path for path in listed("flowmesh/*.py") if path.stem != "__init__" and "cli" not in path.parts]
     assert sorted(shown(path) for path in there if path.stem not in words) == []
 
@@ -238,6 +242,9 @@ SECTIONS = {
     "inference": [runners.inference.options, runners.inference.task, runners.inference.export, runners.models.spec],
     "training": [runners.training.settings, runners.training.sources],
     "rag": [runners.rag.task],
+    "embedding": [runners.vectors.task, runners.embedding.options],
+    "score": [runners.scoring.task],
+    "api": [runners.remote.task],
     "agent": [runners.agent.task, runners.agent.config],
     "command": [runners.command.task],
     "output": [flowmesh.messages.output],
@@ -247,9 +254,21 @@ READS = {
     "inference": ("inference", "models"),
     "training": ("training", "models"),
     "rag": ("rag", "inference", "models"),
+    "embedding": ("embedding", "rag"),
+    "score": ("score", "embedding"),
 }
 """The sections of docs/tasks.md that describe a task type's fields; by default the one of its name."""
-INTERNAL = {"InferenceTask", "Sampling", "Column", "AgentTask", "RagTask", "_Choice"}
+INTERNAL = {
+    "InferenceTask",
+    "Sampling",
+    "Column",
+    "AgentTask",
+    "RagTask",
+    "EmbeddingTask",
+    "ScoreTask",
+    "Group",
+    "_Choice",
+}
 """Structs that no document is decoded into. `Column` is one of the training's; graph_template's has its names below."""
 
 

@@ -17,7 +17,7 @@ from flowmesh.execution.delivery.delivery_children import DeliveryChildren
 from flowmesh.execution.delivery.places import LOCAL
 from flowmesh.execution.layout import Layout
 from flowmesh.messages.job import Exit
-from flowmesh.messages.output import HttpDestination
+from flowmesh.messages.output import Remote
 from flowmesh.processes.helper import HelperLost, OnFrame
 from flowmesh.processes.pipe import Credentials
 from flowmesh.results import delivery
@@ -25,6 +25,7 @@ from flowmesh.results.job import DeliveryJob, DeliveryReport, Target
 from flowmesh.tasks.verdicts import describe_exit
 from flowmesh.web.origins import shown_origin
 
+GIVE_UP_S = 10.0
 T = TypeVar("T")
 
 Ended = DeliveryReport | str | None
@@ -92,6 +93,18 @@ class Attempts:
         It holds a place if there is a free one: it may have been started under other settings.
         """
         return await self._repeat(child)
+
+    async def give_up(self) -> None:
+        """Have S3 forget parts of a delivery that was cancelled. Best effort, and bounded."""
+        if not await asyncio.to_thread(delivery.has_begun, self._attempt, self._spool):
+            return
+        try:
+            await asyncio.to_thread(delivery.write_give_up, self._spool)
+            greeting = await asyncio.to_thread(self._children.greeting)
+            async with asyncio.timeout(GIVE_UP_S):
+                await self._children.run(self._attempt, greeting)
+        except (LaunchError, OSError) as error:  # TimeoutError is one
+            self._log.warning("parts of a cancelled delivery may be left in S3: {}", error or "no answer")
 
     def stop(self) -> None:
         """End it now, if `stopped` says so by then."""
@@ -181,5 +194,5 @@ class Attempts:
 
 def origin_of(targets: tuple[Target, ...]) -> str:
     """The origin that results of these targets are sent to; LOCAL if to none."""
-    urls = [target.destination.url for target in targets if isinstance(target.destination, HttpDestination)]
+    urls = [target.destination.url for target in targets if isinstance(target.destination, Remote)]
     return next((shown_origin(url) for url in urls if url), LOCAL)

@@ -19,7 +19,8 @@ from flowmesh.processes.helper import Helpers, OnFrame
 from flowmesh.processes.limits import Limits
 from flowmesh.processes.pipe import Credentials
 from flowmesh.processes.protocol import Fork
-from flowmesh.settings.schema import DeliverySettings
+from flowmesh.results.s3_access import keys_of
+from flowmesh.settings.schema import Settings
 from flowmesh.settings.secret_files import orchestrator_token
 from flowmesh.tasks.catalogue import DELIVERY
 
@@ -27,8 +28,8 @@ ENTRY = "flowmesh.results.child:main"
 
 
 class DeliveryChildren:
-    def __init__(self, settings: DeliverySettings, layout: Layout, helpers: Helpers) -> None:
-        self.places = Places(settings.concurrency)
+    def __init__(self, settings: Settings, layout: Layout, helpers: Helpers) -> None:
+        self.places = Places(settings.delivery.concurrency)
         """One is held for each child; taken by the caller, who may have to give up waiting."""
         self._settings = settings
         self._layout = layout
@@ -56,10 +57,11 @@ class DeliveryChildren:
 
     def greeting(self) -> Credentials:
         """The token as it is now: it may be in a file that changes. Reads that file."""
+        keys = keys_of(self._settings.cloud)
         try:
-            greeting, trouble = Credentials(orchestrator_token(self._settings)), ""
+            greeting, trouble = Credentials(orchestrator_token(self._settings.delivery), keys), ""
         except ConfigError as error:
-            greeting, trouble = Credentials(None), str(error)
+            greeting, trouble = Credentials(None, keys), str(error)
         if trouble and trouble != self._token_trouble:
             logger.warning("deliveries have no token: {}", trouble)
         self._token_trouble = trouble
@@ -77,7 +79,12 @@ class DeliveryChildren:
             stdout=log,
             stderr=log,
             env=environ.for_task(
-                layout.base_env, task_env={}, tmp_dir=spool, threads=1, gpus=(), mark=layout.mark_of(-attempt)
+                layout.base_env,
+                task_env=environ.of_role(self._settings.cloud.role),
+                tmp_dir=spool,
+                threads=1,
+                gpus=(),
+                mark=layout.mark_of(-attempt),
             ),
             limits=Limits(umask=layout.umask),
         )

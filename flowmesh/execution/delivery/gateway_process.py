@@ -1,4 +1,5 @@
-"""Keeps the gateway running from the first task that may need it: the child that fetches with the node's token."""
+"""Keeps the gateway running from the first task that may need it: the child that fetches with the node's
+credentials."""
 
 from __future__ import annotations
 
@@ -20,8 +21,9 @@ from flowmesh.processes.limits import Limits
 from flowmesh.processes.pipe import Credentials
 from flowmesh.processes.protocol import Fork
 from flowmesh.results.gateway import NOTE_FILE, Note
+from flowmesh.results.s3_access import access_of, keys_of
 from flowmesh.results.safe_files import write_atomic
-from flowmesh.settings.schema import DeliverySettings
+from flowmesh.settings.schema import Settings
 from flowmesh.settings.secret_files import secret_path
 from flowmesh.tasks.catalogue import DELIVERY
 from flowmesh.tasks.verdicts import describe_exit
@@ -39,9 +41,7 @@ class GatewayProcess:
         on_broken: told why no gateway can be started.
     """
 
-    def __init__(
-        self, settings: DeliverySettings, layout: Layout, helpers: Helpers, on_broken: Callable[[str], None]
-    ) -> None:
+    def __init__(self, settings: Settings, layout: Layout, helpers: Helpers, on_broken: Callable[[str], None]) -> None:
         self._on_broken = on_broken
         self._settings = settings
         self._layout = layout
@@ -82,9 +82,8 @@ class GatewayProcess:
             await asyncio.sleep(wait_s)
 
     def _prepare(self) -> Credentials:
-        layout, settings = self._layout, self._settings
+        layout, settings, cloud = self._layout, self._settings.delivery, self._settings.cloud
         assert layout.gateway is not None
-        assert settings.orchestrator_url is not None
         folder = Path(layout.gateway.socket).parent
         folder.mkdir(mode=0o700, exist_ok=True)
         folder.chmod(0o700 if layout.owner is None else 0o711)
@@ -92,12 +91,13 @@ class GatewayProcess:
         note = Note(
             socket=layout.gateway.socket,
             key=layout.gateway.key,
-            orchestrator_url=settings.orchestrator_url,
+            orchestrator_url=settings.orchestrator_url if layout.gateway.token else None,
+            s3=access_of(cloud) if layout.gateway.s3 else None,
             token_file=None if file is None else str(secret_path(file)),
             mode=0o600 if layout.owner is None else 0o666,
         )
         write_atomic(folder / NOTE_FILE, msgspec.json.encode(note), private=True)
-        return Credentials(settings.orchestrator_token)
+        return Credentials(settings.orchestrator_token, keys_of(cloud))
 
     def _fork(self, attempt: int) -> Fork:
         layout = self._layout
@@ -112,7 +112,12 @@ class GatewayProcess:
             stdout=log,
             stderr=log,
             env=environ.for_task(
-                layout.base_env, task_env={}, tmp_dir=folder, threads=1, gpus=(), mark=layout.mark_of(attempt)
+                layout.base_env,
+                task_env=environ.of_role(self._settings.cloud.role),
+                tmp_dir=folder,
+                threads=1,
+                gpus=(),
+                mark=layout.mark_of(attempt),
             ),
             limits=Limits(),
         )

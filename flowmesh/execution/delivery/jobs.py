@@ -20,6 +20,7 @@ from flowmesh.messages.rows import document_key
 from flowmesh.results import delivery
 from flowmesh.results.job import DeliveryJob, DeliveryReport, Failure
 from flowmesh.results.partial import has_rows
+from flowmesh.results.s3_access import access_of
 from flowmesh.results.safe_files import read_regular
 from flowmesh.settings.schema import Settings
 from flowmesh.settings.secret_files import has_token
@@ -110,6 +111,7 @@ class Jobs:
             archive=settings.archive,
             cleanup_after_upload=settings.delivery.cleanup_after_upload,
             orchestrator_url=settings.delivery.orchestrator_url,
+            s3=access_of(settings.cloud),
             bandwidth_bytes_per_sec=settings.delivery.bandwidth_bytes_per_sec,
             throttle_file=str(self._layout.state_dir / "throttle"),
             total_timeout_s=settings.delivery.total_timeout_s,
@@ -125,6 +127,7 @@ class Jobs:
             archive=settings.archive,
             cleanup_after_upload=settings.delivery.cleanup_after_upload,
             orchestrator_url=settings.delivery.orchestrator_url,
+            s3=access_of(settings.cloud),
             bandwidth_bytes_per_sec=settings.delivery.bandwidth_bytes_per_sec,
             total_timeout_s=settings.delivery.total_timeout_s,
             token_expected=has_token(settings.delivery),

@@ -56,7 +56,10 @@ class NodeFolders:
                 wait_s=settings.wait_for_room_s,
                 longest_s=INTERVAL_S,
             ),
-            JOURNAL: Fault(name=JOURNAL, probe=self._probe_journal, wait_s=wait_s, holds_journal=True),
+            # Nothing goes on without it, and who locks it, as a backup does, often has it for moments only.
+            JOURNAL: Fault(
+                name=JOURNAL, probe=self._probe_journal, wait_s=wait_s, longest_s=INTERVAL_S, holds_journal=True
+            ),
         }
 
     async def watch(self) -> None:

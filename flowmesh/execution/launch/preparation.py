@@ -14,6 +14,7 @@ from flowmesh.execution.layout import OOM_SCORE_ADJ, Layout
 from flowmesh.execution.run import Run
 from flowmesh.files.beneath import FOLDER
 from flowmesh.files.safe_folder import open_folder
+from flowmesh.messages import trace
 from flowmesh.messages.job import JOB_FILE, Job
 from flowmesh.messages.text import encode_json
 from flowmesh.processes import environ, shm
@@ -87,7 +88,7 @@ def prepare(layout: Layout, run: Run, others: Iterable[Path] = ()) -> Fork:
         stderr=str(logs / "stderr.log"),
         env=environ.for_task(
             layout.task_env,
-            task_env=accepted.spec.env,
+            task_env={**_trace_env(run, layout), **accepted.spec.env},
             tmp_dir=str(tmp),
             threads=threads,
             gpus=gpus,
@@ -161,3 +162,10 @@ def _open_part(whole: int, path: Path) -> int:
     except OSError as error:
         error.filename = str(path)
         raise
+
+
+def _trace_env(run: Run, layout: Layout) -> dict[str, str]:
+    """The task's span for libraries in it; where the node sends none, the span that the task belongs to."""
+    parent, _ = run.accepted.message.parent
+    own = trace.of_task(layout.mark_of(run.attempt), parent) if layout.traces else parent
+    return {} if own is None else own.env

@@ -52,6 +52,7 @@ class Lines(Generic[A]):
         self.custom_ids: list[str | None] = []
         self.faults: dict[int, tuple[str, LineFault]] = {}
         self.work: dict[int, tuple[int, int, int]] = {}
+        self._images: dict[int, int] = {}
         seen: dict[str, int] = {}
         for number, (where, data) in enumerate(file.lines()):
             ctx.check_cancelled()
@@ -69,6 +70,7 @@ class Lines(Generic[A]):
                 asked = reader.read(line)
                 key = asked.key
                 self.work[number] = asked.work
+                self._images[number] = len(getattr(asked, "images", ()))
             except LineFault as fault:
                 fault.custom_id = fault.custom_id or custom_id
                 custom_id = fault.custom_id
@@ -81,6 +83,7 @@ class Lines(Generic[A]):
         self.custom_ids = [self.custom_ids[number] for number in self._mine]
         self.faults = {at: self.faults[number] for at, number in enumerate(self._mine) if number in self.faults}
         self.work = {at: self.work[number] for at, number in enumerate(self._mine) if number in self.work}
+        self._images = {at: self._images[number] for at, number in enumerate(self._mine) if number in self.work}
 
     def asked(self, done: Container[int]) -> Iterator[tuple[int, str, A]]:
         """Each line that can be served and is not `done`: its position, its name in errors, and what it asks for.
@@ -106,9 +109,12 @@ class Lines(Generic[A]):
     def work_besides(self, done: Container[int]) -> Work:
         """Upper bounds of the work for the lines that are not `done`."""
         left = [each for index, each in self.work.items() if index not in done]
+        images = [count for index, count in self._images.items() if index not in done]
         return Work(
             prompts=len(left),
             prompt_bytes=sum(each[0] for each in left),
             new_tokens=max((each[1] for each in left), default=1),
             copies=max((each[2] for each in left), default=1),
+            images=sum(images),
+            images_of_one=max(images, default=0),
         )

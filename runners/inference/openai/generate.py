@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from runners.api import Context
+from runners.data.images import Images
 from runners.inference.engine import Completion, Request, Watch
 from runners.inference.engines import load_engine, parser_of, reasoning_of
 from runners.inference.identity import identity_of
@@ -29,6 +30,8 @@ from runners.rows.log import RowLog
 WINDOW_LINES = 4096
 WINDOW_TOKENS = 8_000_000
 """Limits of what is in memory at once: of lines, and of the tokens of their prompts (0.3 GB as Python's numbers)."""
+WINDOW_BYTES = 512 * 2**20
+"""And of their text, which may hold images."""
 
 
 class Generation:
@@ -49,7 +52,7 @@ class Generation:
         identity = identity_of(ctx, task, self.source, self._adapters)
         defaults = Defaults(task_defaults(ctx), model_defaults(ctx, task, self.source))
         known = tuple(dict.fromkeys((*names, self.source.shown)))
-        self.reader = Reader(known, identity.digests, defaults, identity.model, parser_of(ctx, task))
+        self.reader = Reader(known, identity.digests, defaults, identity.model, parser_of(ctx, task), Images(ctx))
 
     def answer(self, lines: Lines[Asked], log: RowLog) -> Answered:
         """Answer the lines that have no row."""
@@ -107,7 +110,7 @@ class _Batch:
 
     def _windows(self, done: frozenset[int], watch: Watch) -> Iterator[list[tuple[int, Asked, list[Request]]]]:
         window: list[tuple[int, Asked, list[Request]]] = []
-        tokens = 0
+        tokens = given_bytes = 0
         for index, where, asked in self._lines.asked(done):
             try:
                 requests = requests_of(asked, self._prompts, self._engine, self._texts, self._adapters)
@@ -118,9 +121,10 @@ class _Batch:
                 continue
             window.append((index, asked, requests))
             tokens += sum(len(each.token_ids) for each in requests)
-            if len(window) >= WINDOW_LINES or tokens >= WINDOW_TOKENS:
+            given_bytes += asked.work[0]
+            if len(window) >= WINDOW_LINES or tokens >= WINDOW_TOKENS or given_bytes >= WINDOW_BYTES:
                 yield window
-                window, tokens = [], 0
+                window, tokens, given_bytes = [], 0, 0
         if window:
             yield window
 

@@ -6,9 +6,14 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from runners.api import BadRequest
+from runners.data.content import ImagePart, read_content
+from runners.data.images import Images
+from runners.inference.engine import Pictures
 from runners.inference.openai.bodies import ChatBody, CompletionBody
 from runners.inference.openai.lines import LineFault
-from runners.inference.tokens import Texts
+from runners.inference.tokens import NO_IMAGES, Texts
+from runners.inference.vision import Vision
 
 _PARTS = ("first part", "second part")
 
@@ -20,11 +25,15 @@ class Prompts:
         self._texts = texts
         self._takes_parts: bool | None = None
 
-    def chat(self, body: ChatBody) -> tuple[int, ...]:
-        """The tokens of a chat. Text is as the template gives it, so that only it decides about special tokens.
+    def chat(self, body: ChatBody, images: Sequence[ImagePart] = ()) -> tuple[tuple[int, ...], Pictures | None]:
+        """The tokens of a chat, and its images. Text is as the template gives it, so that only it decides about special
+        tokens.
+
+        Args:
+            images: of its messages, as `body_images` returns them.
 
         Raises:
-            LineFault: a message is not made of texts, or the template refuses them.
+            LineFault: a message has other parts than texts and images, or the template or the model refuses them.
         """
         import jinja2
 
@@ -47,8 +56,18 @@ class Prompts:
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             shown = " ".join(str(error).split())
             raise LineFault(f"body.messages: the chat template refuses them: {shown:.300}", param="messages") from None
-        ids = tokenizer(str(rendered), add_special_tokens=bool(body.add_special_tokens))["input_ids"]
-        return tuple(ids)
+        try:
+            if images:
+                if not isinstance(self._texts, Vision):
+                    raise LineFault(f"body.messages: {NO_IMAGES}", param="messages")
+                pictures = self._texts.pictured(str(rendered), images, "body.messages")
+                return pictures.token_ids, pictures
+            ids = tokenizer(str(rendered), add_special_tokens=bool(body.add_special_tokens))["input_ids"]
+            if isinstance(self._texts, Vision):
+                self._texts.check_text(ids, "body.messages")
+        except BadRequest as error:
+            raise LineFault(str(error), param="messages") from None
+        return tuple(ids), None
 
     def completions(self, body: CompletionBody) -> list[tuple[int, ...]]:
         """The tokens of each of a completion's prompts.
@@ -73,6 +92,11 @@ class Prompts:
                 raise LineFault(f"{where}: expected a text or a list of token ids, not empty", param="prompt")
             if not ids:
                 raise LineFault(f"{where}: the tokenizer makes no token of it", param="prompt")
+            if isinstance(self._texts, Vision):
+                try:
+                    self._texts.check_text(ids, where)
+                except BadRequest as error:
+                    raise LineFault(str(error), param="prompt") from None
             found.append(ids)
         return found
 
@@ -85,12 +109,20 @@ class Prompts:
         if isinstance(content, list):
             for part, each in enumerate(content):
                 kind = each.get("type") if isinstance(each, dict) else None
-                if kind != "text" or not isinstance(each.get("text"), str):
-                    raise LineFault(f"{where}.content[{part}]: only parts of type text are served", param="messages")
-            if role == "tool" or not self._reads_parts():
+                if kind in ("image_url", "image"):
+                    shown["content"] = []  # `body_images` has checked it
+                elif kind != "text" or not isinstance(each.get("text"), str):
+                    raise LineFault(
+                        f"{where}.content[{part}]: only parts of type text and image_url are served", param="messages"
+                    )
+            if shown["content"] == [] and content:
+                shown["content"] = [each if each["type"] == "text" else {"type": "image"} for each in content]
+            elif role == "tool" or not self._reads_parts():
                 shown["content"] = "\n".join(each["text"] for each in content)
         elif content is None:
             shown["content"] = ""
+        elif isinstance(content, str) and isinstance(self._texts, Vision) and self._texts.reads_only_parts:
+            shown["content"] = [{"type": "text", "text": content}]
         elif not isinstance(content, str):
             raise LineFault(f"{where}.content: expected a text or a list of parts", param="messages")
         if role == "assistant":
@@ -116,6 +148,30 @@ class Prompts:
                 shown = ""
             self._takes_parts = all(each in shown for each in _PARTS) and "type" not in shown
         return self._takes_parts
+
+
+def body_images(body: ChatBody, images: Images | None) -> list[ImagePart]:
+    """The images of a chat's messages, read and checked.
+
+    Raises:
+        LineFault: naming the part.
+    """
+    found: list[ImagePart] = []
+    for turn, message in enumerate(body.messages):
+        content, where = message.get("content"), f"body.messages[{turn}].content"
+        if not isinstance(content, list) or not any(
+            isinstance(each, dict) and each.get("type") in ("image_url", "image") for each in content
+        ):
+            continue
+        if images is None:
+            raise LineFault(f"{where}: holds an image, which is not taken here", param="messages")
+        try:
+            for number, part in enumerate(read_content(content, where)):
+                if isinstance(part, ImagePart):
+                    found.append(images.checked(part, f"{where}[{number}]"))
+        except BadRequest as error:
+            raise LineFault(str(error), param="messages") from None
+    return found
 
 
 def template_arguments(body: ChatBody) -> dict[str, Any]:

@@ -8,11 +8,13 @@ from typing import Any
 import msgspec
 
 from runners.api import BadRequest
+from runners.data.content import ImagePart
+from runners.data.images import Images
 from runners.inference.engine import Engine, Request
 from runners.inference.engines import check_ids
 from runners.inference.openai.bodies import UNBOUNDED, Body, ChatBody, CompletionBody, Defaults, read_body, sampling
 from runners.inference.openai.lines import EMBEDDINGS, Line, LineFault
-from runners.inference.openai.prompts import Prompts
+from runners.inference.openai.prompts import Prompts, body_images
 from runners.inference.options import Sampling
 from runners.inference.routing import ends_of
 from runners.inference.tokens import Texts
@@ -36,6 +38,8 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     """Its name in the answer."""
     key: str
+    images: tuple[ImagePart, ...] = ()
+    """Of its messages."""
 
     @property
     def work(self) -> tuple[int, int, int]:
@@ -53,11 +57,19 @@ class Reader:
         adapters: those that lines may name as their model, by name, with their digests.
         identity: of the model, for the keys of rows.
         parser: of reasoning.
+        images: reads those that lines name; None: they may name none.
     """
 
-    def __init__(
-        self, names: Sequence[str], adapters: dict[str, str], defaults: Defaults, identity: str, parser: str | None
+    def __init__(  # noqa: PLR0917
+        self,
+        names: Sequence[str],
+        adapters: dict[str, str],
+        defaults: Defaults,
+        identity: str,
+        parser: str | None,
+        images: Images | None = None,
     ) -> None:
+        self._images = images
         self._names = names
         self._adapters = adapters
         self._defaults = defaults
@@ -82,10 +94,13 @@ class Reader:
             for name, value in msgspec.structs.asdict(body).items()
             if name in PROMPT_FIELDS and value is not None
         }
+        images = tuple(body_images(body, self._images)) if isinstance(body, ChatBody) else ()
         key = key_of(
-            "openai_batch", line.url, content, asked, self._identity, self._parser, adapter and self._adapters[adapter]
-        )
-        return Asked(line=line, body=body, sampling=asked, adapter=adapter, model=adapter or self._names[0], key=key)
+            "openai_batch", line.url, content, asked, self._identity, self._parser, adapter and self._adapters[adapter],
+            *([[each.digest for each in images]] if images else []),
+        )  # fmt: skip
+        name = adapter or self._names[0]
+        return Asked(line=line, body=body, sampling=asked, adapter=adapter, model=name, key=key, images=images)
 
 
 def check_model(given: str | None, names: Sequence[str], adapters: Sequence[str] | dict[str, str] = ()) -> str:
@@ -123,10 +138,11 @@ def requests_of(
     """
     body, wanted = asked.body, asked.sampling
     if isinstance(body, ChatBody):
-        field, encoded = "body.messages", [prompts.chat(body)]
+        token_ids, pictures = prompts.chat(body, asked.images)
+        field, encoded = "body.messages", [token_ids]
     else:
         assert isinstance(body, CompletionBody)
-        field, encoded = "body.prompt", prompts.completions(body)
+        field, encoded, pictures = "body.prompt", prompts.completions(body), None
     try:
         check_ids(wanted, engine, texts, "body")
         engine.check(wanted, "body")
@@ -152,5 +168,5 @@ def requests_of(
                 f"body.min_tokens: {wanted.min_tokens}, but there is room for {most} tokens", param="min_tokens"
             )
         own: Any = msgspec.structs.replace(wanted, max_tokens=most)
-        found.append(Request(token_ids, own, asked.adapter, ends_of(adapters, asked.adapter)))
+        found.append(Request(token_ids, own, asked.adapter, ends_of(adapters, asked.adapter), pictures))
     return found

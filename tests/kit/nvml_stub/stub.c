@@ -7,18 +7,24 @@
  *   gpu UUID TOTAL NAME...         a device; its place in the file is its index
  *   mig BOARD UUID TOTAL GI CI     a slice of the board named BOARD
  *   set UUID KEY VALUE             capability (90 is 9.0, the default), used, util, power (mW), energy (mJ), temp, throttle (bits), events (bits),
- *                                  mig (1: the mode is on, even without slices)
+ *                                  mig (1: the mode is on, even without slices), metered (percent: energy rises with
+ *                                  time by so much of the power)
  *   memory UUID V1 V2 ...          used bytes by number of looks; the last one stays
  *   process UUID PID BYTES         one that computes; of `graphics UUID PID BYTES`, that draws
+ *   holder UUID PID BYTES          one that computes and uses these bytes for as long as it is there
  *   event SERIAL UUID TYPE DATA    delivered once, in order of SERIAL (above 0, rising)
  *   fail CALL UUID CODE            CALL as below; UUID * is any
  *   hang CALL UUID                 does not return while the line is there
  *   without CALL                   as `fail CALL * 3` (not supported)
+ *
+ * Calls that would change a device change nothing here: their names are added to the file FLOWMESH_NVML_STUB.changes.
  */
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 enum { OK = 0, UNINITIALIZED = 1, NOT_SUPPORTED = 3, NOT_FOUND = 6, INSUFFICIENT_SIZE = 7, TIMEOUT = 10, MISMATCH = 25 };
@@ -189,10 +195,35 @@ static int find_memory(char **words, int count, void *state)
     return 1;
 }
 
+/* Whether a process exists and is no zombie: the driver frees what a process had as soon as that ends. */
+static bool is_there(const char *pid)
+{
+    char path[64], text[512];
+    snprintf(path, sizeof path, "/proc/%.20s/stat", pid);
+    FILE *file = fopen(path, "r");
+    if (!file) return false;
+    size_t length = fread(text, 1, sizeof text - 1, file);
+    fclose(file);
+    text[length] = 0;
+    const char *name_end = strrchr(text, ')');
+    return name_end && name_end[1] && name_end[2] != 'Z' && name_end[2] != 'X';
+}
+
+typedef struct { const char *uuid; unsigned long long bytes; } holding;
+
+static int add_holder(char **words, int count, void *state)
+{
+    holding *h = state;
+    if (count >= 4 && !strcmp(words[1], h->uuid) && is_there(words[2])) h->bytes += strtoull(words[3], NULL, 10);
+    return 0;
+}
+
 static unsigned long long used_bytes(device *d)
 {
     series s = {d, 0};
-    return each("memory", find_memory, &s) ? s.used : value_of(d, "used");
+    holding h = {d->uuid, 0};
+    each("holder", add_holder, &h);
+    return h.bytes + (each("memory", find_memory, &s) ? s.used : value_of(d, "used"));
 }
 
 /* ---- the library ------------------------------------------------------------------------------------------------ */
@@ -329,6 +360,13 @@ int nvmlDeviceGetTotalEnergyConsumption(device *d, unsigned long long *millijoul
 {
     int code = enter("energy", d->uuid);
     *millijoules = value_of(d, "energy");
+    unsigned long long percent = value_of(d, "metered");
+    if (percent) {
+        struct timespec now;
+        clock_gettime(CLOCK_MONOTONIC, &now);
+        double seconds = (double)now.tv_sec + (double)now.tv_nsec / 1e9;
+        *millijoules += (unsigned long long)(seconds * (double)value_of(d, "power") * (double)percent / 100);
+    }
     return code ? code : look_up(d).mig ? NOT_SUPPORTED : OK;
 }
 
@@ -351,12 +389,18 @@ static int list_process(char **words, int count, void *state)
     return 0;
 }
 
+static int list_holder(char **words, int count, void *state)
+{
+    return count >= 4 && is_there(words[2]) ? list_process(words, count, state) : 0;
+}
+
 static int list_all(const char *call, const char *verb, device *d, unsigned *count, process *into)
 {
     listing l = {d->uuid, 0, *count, into};
     int code = enter(call, d->uuid);
     if (code) return code;
     each(verb, list_process, &l);
+    if (!strcmp(verb, "process")) each("holder", list_holder, &l);
     *count = l.count;
     return l.count > l.room || (l.count && !into) ? INSUFFICIENT_SIZE : OK;
 }
@@ -470,3 +514,37 @@ int nvmlEventSetWait_v2(device *set, event *found, unsigned timeout_ms)
     usleep(timeout_ms * 1000);
     return TIMEOUT;
 }
+
+/* ---- calls that would change a device ---------------------------------------------------------------------------- */
+
+static int changed(const char *call)
+{
+    char path[512];
+    const char *script = getenv("FLOWMESH_NVML_STUB");
+    snprintf(path, sizeof path, "%s.changes", script ? script : "/dev/null");
+    FILE *file = fopen(path, "a");
+    if (file) { fprintf(file, "%s\n", call); fclose(file); }
+    return OK;
+}
+
+#define CHANGES(call) int call(void); int call(void) { return changed(#call); }
+CHANGES(nvmlDeviceSetPersistenceMode)
+CHANGES(nvmlDeviceSetComputeMode)
+CHANGES(nvmlDeviceSetPowerManagementLimit)
+CHANGES(nvmlDeviceSetPowerManagementLimit_v2)
+CHANGES(nvmlDeviceSetApplicationsClocks)
+CHANGES(nvmlDeviceResetApplicationsClocks)
+CHANGES(nvmlDeviceSetGpuLockedClocks)
+CHANGES(nvmlDeviceResetGpuLockedClocks)
+CHANGES(nvmlDeviceSetMemoryLockedClocks)
+CHANGES(nvmlDeviceResetMemoryLockedClocks)
+CHANGES(nvmlDeviceSetClockOffsets)
+CHANGES(nvmlDeviceSetFanSpeed_v2)
+CHANGES(nvmlDeviceSetMigMode)
+CHANGES(nvmlDeviceCreateGpuInstance)
+CHANGES(nvmlGpuInstanceDestroy)
+CHANGES(nvmlDeviceSetEccMode)
+CHANGES(nvmlDeviceClearEccErrorCounts)
+CHANGES(nvmlDeviceSetAccountingMode)
+CHANGES(nvmlDeviceSetAPIRestriction)
+CHANGES(nvmlDeviceSetTemperatureThreshold)

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from base64 import b64encode
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +19,11 @@ import psutil
 import pytest
 import yaml
 
-from flowmesh.messages.job import Fault
-from runners.api import BadRequest, Context, RunnerError
-from runners.inference import preload
+from runners.api import BadRequest, RunnerError
 from tests.kit.inference_specs import change, mixed_prompts, outputs, spec_of
 from tests.kit.paths import ROOT
 from tests.kit.tiny_models import write_tiny_lora
+from tests.kit.vllm_zygote import Zygote
 
 pytestmark = [
     pytest.mark.vllm,
@@ -34,59 +31,14 @@ pytestmark = [
 ]
 
 
-class Zygote:
-    """The fork server, and its answers as results or exceptions."""
-
-    def __init__(self) -> None:
-        env = {**os.environ, **preload.ENVIRONMENT, "PYTHONPATH": str(ROOT)}
-        self._server = subprocess.Popen(
-            [sys.executable, "-m", "tests.kit.inference_zygote", "VLLM"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=env,
-            cwd=ROOT,
-        )
-        assert self._line() == "ready"
-
-    def close(self) -> None:
-        self._server.communicate(timeout=60)
-
-    def __call__(self, context: Context, while_running: Callable[[int], None] | None = None) -> dict[str, Any]:
-        answer = context.tmp_dir / f"answer-{time.monotonic_ns()}"
-        assert self._server.stdin is not None
-        self._server.stdin.write(msgspec.json.encode([context.job, str(answer)]) + b"\n")
-        self._server.stdin.flush()
-        pid = int(self._line())
-        if while_running is not None:
-            while_running(pid)
-        assert self._line() == "ended"
-        said = msgspec.json.decode(answer.read_bytes())
-        if said.get("error") == "bug":
-            pytest.fail(said["message"])
-        if "error" in said:
-            raise (BadRequest if said["fault"] == Fault.BAD_REQUEST else RunnerError)(said["message"])
-        return said["result"]
-
-    def _line(self) -> str:
-        assert self._server.stdout is not None
-        return self._server.stdout.readline().decode().strip()
-
-
-@pytest.fixture(scope="module")
-def forked() -> Iterator[Zygote]:
-    zygote = Zygote()
-    yield zygote
-    zygote.close()
-
-
-def on_vllm(model: Path, items: list[Any], **inference: Any) -> dict[str, Any]:
+def on_vllm(model: Path | str, items: list[Any], **inference: Any) -> dict[str, Any]:
     spec = spec_of(model, items, "vllm", **inference)
     spec["model"]["vllm"] = {"dtype": "float32"}
     return spec
 
 
 def both(
-    forked: Zygote, make_context: Any, model: Path, items: list[Any], **inference: Any
+    forked: Zygote, make_context: Any, model: Path | str, items: list[Any], **inference: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The same task on both engines."""
     spec = on_vllm(model, items, **inference)
@@ -103,6 +55,30 @@ def test_greedy_answers_are_those_of_transformers(forked, tiny_llama, make_conte
     vllm, transformers = both(forked, make_context, tiny_llama, [*mixed_prompts(63), chat], system_prompt="be brief")
     assert without_time(vllm) == without_time(transformers)
     assert vllm["usage"]["num_requests"] == 64
+
+
+def test_images_are_those_of_transformers(forked, make_context) -> None:
+    """In prompts with none, one and two images, which vLLM 0.32 takes where their marks are."""
+    pytest.importorskip("PIL", reason="needs the extra 'inference'")
+    from PIL import Image
+
+    def image(color: str) -> dict[str, Any]:
+        buffer = io.BytesIO()
+        Image.new("RGB", (40, 24), color).save(buffer, "PNG")
+        return {
+            "type": "image_url",
+            "image_url": {"url": f"data:image/png;base64,{b64encode(buffer.getvalue()).decode()}"},
+        }
+
+    red, blue, text = image("red"), image("blue"), {"type": "text", "text": "a task starts"}
+    contents = [[red, text], [blue, text], [red, text, blue], [text], [blue, red, text]]
+    chats = [[{"role": "user", "content": content}] for content in contents]
+    vllm, transformers = both(forked, make_context, "builtin:tiny-vision", [*chats, "a task starts"])
+    assert without_time(vllm) == without_time(transformers)
+    assert len(set(outputs(vllm)[:5])) == 5, "the images make no difference"
+    spec = change(on_vllm("builtin:tiny-vision", chats), "model.vllm.limit_mm_per_prompt", {"image": 1})
+    with pytest.raises(BadRequest, match=r"limit_mm_per_prompt: a prompt has 2 images"):
+        forked(make_context(spec))
 
 
 def test_stops_penalties_and_logprobs_are_the_same(forked, tiny_llama, make_context) -> None:

@@ -30,6 +30,7 @@ SURFACE = {
     "replay": "TASK_ID --config --help --json --results-dir --secret --state-dir --until",
     "top": "--config --fleet --help --interval --json --once --redis --sort --state-dir",
     "metrics": "--config --help --state-dir",
+    "notify": "--config --help --json --state-dir --test",
     "logs": "TASK_ID --config --follow --help --json --raw --redis --results-dir --state-dir --stderr --stdout -f -n",
     "exec": (
         "COMMAND --config --embedded --gpus --help --memory --output --preload --quiet --report --results-dir "

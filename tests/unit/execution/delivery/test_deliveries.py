@@ -72,7 +72,9 @@ def deliveries(layout: Layout, places: int = 1) -> Deliveries:
         cgroup=None,
         mark="test",
     )
-    delivery = msgspec.structs.replace(settings.delivery, concurrency=places)
+    delivery = msgspec.structs.replace(
+        settings, delivery=msgspec.structs.replace(settings.delivery, concurrency=places)
+    )
     children = DeliveryChildren(delivery, layout, Helpers(pool))
     return Deliveries(children, Jobs(settings, layout), layout, Cleanup(layout), Never())
 

@@ -1,0 +1,1 @@
+"""What a node tells others about its tasks and its peers: webhooks."""

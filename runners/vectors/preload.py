@@ -1,0 +1,19 @@
+"""Modules that an environment's fork server imports for the task types `embedding` and `score`.
+
+As `runners.inference.preload` has it: the server sets ENVIRONMENT before it imports them, and keeps one native thread.
+"""
+
+from runners.inference.preload import ENVIRONMENT
+
+__all__ = ["ENVIRONMENT", "SCORE", "VECTORS"]
+
+_LIBRARIES: tuple[str, ...] = (
+    "torch",
+    "transformers",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.bert.modeling_bert",
+    "sentence_transformers",
+)
+VECTORS: tuple[str, ...] = (*_LIBRARIES, "runners.vectors.runner", "runners.embedding.load")
+SCORE: tuple[str, ...] = (*_LIBRARIES, "runners.scoring.runner", "runners.scoring.scorer")
