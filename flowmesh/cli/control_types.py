@@ -95,6 +95,14 @@ class Taken(msgspec.Struct, frozen=True, kw_only=True):
     """Of one that was refused."""
 
 
+class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a task serves a model."""
+
+    base_url: str
+    api_key: str
+    model: str
+
+
 class LogsPlace(msgspec.Struct, frozen=True, kw_only=True):
     out_dir: str
     logs_dir: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import threading
 from collections.abc import Iterator
@@ -23,8 +24,9 @@ class Server:
 
     def __init__(self) -> None:
         self.now = 100.0
-        self.gate = Gate(self.app, KEY, clock=lambda: self.now)
+        self.gate = Gate(self.app, KEY, "m", "pinned", own_key="own", clock=lambda: self.now)
         self.reached: list[str] = []
+        self.bodies: list[dict[str, object]] = []
         self.started = threading.Event()
         self.release = threading.Event()
         self.listener = socket.create_server(("127.0.0.1", 0))
@@ -36,6 +38,8 @@ class Server:
 
     async def app(self, scope, receive, send) -> None:
         self.reached.append(scope["path"])
+        if scope["method"] == "POST":
+            self.bodies.append(json.loads((await receive())["body"]))
         if scope["path"] == "/v1/responses":
             self.started.set()
             await asyncio.to_thread(self.release.wait, 30)
@@ -117,4 +121,26 @@ def test_failed_requests_are_counted_as_such(server: Server) -> None:
 
 def test_an_empty_key_is_refused() -> None:
     with pytest.raises(ValueError, match="key: is empty"):
-        Gate(lambda *_: None, "")
+        Gate(lambda *_: None, "", "m", "pinned")
+
+
+def test_clients_use_the_name_of_the_model_and_never_the_library_s(server: Server) -> None:
+    client = server.client()
+    client.completions.create(model="m", prompt="x")
+    client.post("/completions", cast_to=object, body={"prompt": "y"})
+    assert server.bodies == [{"model": "pinned", "prompt": "x"}, {"model": "pinned", "prompt": "y"}]
+    assert [model.id for model in client.models.list()] == ["m"]
+    for name in ("pinned", "/models/other"):
+        with pytest.raises(openai.NotFoundError, match="use 'm'") as refused:
+            client.completions.create(model=name, prompt="x")
+        assert refused.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError, match="not a JSON object"):
+        client.post("/completions", cast_to=object, content=b"[1]")
+    assert len(server.bodies) == 2
+
+
+def test_checks_of_the_task_itself_are_not_counted(server: Server) -> None:
+    server.now += 5
+    assert server.client("own").completions.create(model="m", prompt="x").id == "1"
+    server.stop()
+    assert (server.gate.requests, server.gate.idle_s()) == (0, 5)
