@@ -125,6 +125,8 @@ class StateSeen(msgspec.Struct, frozen=True, tag_field="event", tag="state"):
 
 class PhaseSeen(msgspec.Struct, frozen=True, tag_field="event", tag="phase"):
     phase: str
+    endpoint: dict[str, str] | None = None
+    """Of a task that serves a model: `base_url` and `model`."""
 
 
 class ProgressSeen(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag="progress"):

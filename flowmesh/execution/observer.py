@@ -32,7 +32,7 @@ class Observer:
         """A task's terminal event is in the journal."""
 
     def on_endpoint(self, run: Run) -> None:
-        """A task serves a model now: `run.serving`."""
+        """A task has begun to serve a model, or has ended to: `run.endpoint`."""
 
     def on_accepted(self, run: Run) -> None:
         """A task was accepted and is in the journal."""

@@ -166,7 +166,7 @@ class Run:
     @property
     def endpoint(self) -> dict[str, str] | None:
         """Where it serves a model, without the key; None: it serves none, or not any more."""
-        if self.serving is None or self.task.state is not State.RUNNING:
+        if self.serving is None or self.task.state is not State.RUNNING or self.finished_frame:
             return None
         return {"base_url": self.serving.base_url, "model": self.serving.model}
 

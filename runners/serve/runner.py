@@ -49,7 +49,7 @@ class ServeRunner(Runner):
             own_key = secrets.token_urlsafe(32)
             key = secrets.token_urlsafe(32)
             gate = Gate(app, key, task.name, PINNED, own_key=own_key)
-            server = _Server(gate, listener, task.name, own_key)
+            server = Server(gate, listener, task.name, own_key)
             ctx.phase("check")
             try:
                 return _serve(ctx, task, server, key, shown)
@@ -81,7 +81,7 @@ def _load(ctx: Context, task: ServeTask) -> tuple[Any, Any, str]:
     return apply_adapters(model, adapters), texts.tokenizer, source.shown
 
 
-class _Server:
+class Server:
     """The HTTP server in a thread of its own, and the requests that check it."""
 
     def __init__(self, gate: Gate, listener: socket.socket, name: str, own_key: str) -> None:
@@ -140,7 +140,7 @@ class _Server:
         self._thread.join(1)
 
 
-def _serve(ctx: Context, task: ServeTask, server: _Server, key: str, shown: str) -> dict[str, Any]:
+def _serve(ctx: Context, task: ServeTask, server: Server, key: str, shown: str) -> dict[str, Any]:
     """Check, announce and watch the server; returns the result once it is to end.
 
     Raises:
@@ -158,7 +158,7 @@ def _serve(ctx: Context, task: ServeTask, server: _Server, key: str, shown: str)
     since = time.monotonic()
     gate.start_idle()
     try:
-        reason = _watch(ctx, serve, server, since, lambda: ctx.serve(server.base_url, task.name, key))
+        reason = watch(ctx, serve, server, since, lambda: ctx.serve(server.base_url, task.name, key))
     except Cancelled:
         request = ctx.cancelled
         if request is None or request.stop != "cancelled":
@@ -180,7 +180,7 @@ def _serve(ctx: Context, task: ServeTask, server: _Server, key: str, shown: str)
     }
 
 
-def _watch(ctx: Context, serve: Serve, server: _Server, since: float, announce: Any) -> str:
+def watch(ctx: Context, serve: Serve, server: Server, since: float, announce: Any) -> str:
     """Wait for the end; returns the reason, `ttl` or `idle`."""
     gate = server.gate
     announced = float("-inf")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +18,10 @@ pytest.importorskip("fastapi", reason="needs the extra 'serve'")
 pytest.importorskip("transformers", reason="needs the extra 'serve'")
 openai = pytest.importorskip("openai", reason="needs the extra 'api'")
 
+from click.testing import CliRunner  # noqa: E402
+
 from flowmesh.cli.control import Control  # noqa: E402
+from flowmesh.cli.main import cli  # noqa: E402
 from flowmesh.client import Client, Endpoint, NoEndpoint  # noqa: E402
 from tests.kit.support import Node, Orchestrator, RedisServer, alive, below, running, until  # noqa: E402
 
@@ -96,6 +102,8 @@ def test_the_openai_client_uses_a_served_model_until_it_is_cancelled(place: Plac
     assert shown["endpoint"] == {"base_url": endpoint.base_url, "model": "small"}
     with Control(place.node.state_dir) as control:
         assert control.endpoint("used").api_key == endpoint.api_key
+    done = CliRunner().invoke(cli, ["show", "--endpoint", "used", "--state-dir", str(place.node.state_dir)])
+    assert f"-H 'Authorization: Bearer {endpoint.api_key}'" in done.output
     argv = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in below(place.node.pid)]
     assert not any(endpoint.api_key.encode() in each for each in argv)
     place.client.cancel("used")
@@ -104,9 +112,9 @@ def test_the_openai_client_uses_a_served_model_until_it_is_cancelled(place: Plac
     result = place.node.result("used")
     assert (result["reason"], result["requests"], result["failed"]) == ("cancelled", 4, 0)
     assert result["tokens"] >= text.usage.completion_tokens
+    place.keyless("used", endpoint.api_key)
     with pytest.raises(NoEndpoint):
         place.client.endpoint("used")
-    place.keyless("used", endpoint.api_key)
 
 
 def test_a_server_that_nobody_uses_ends_as_a_success(place: Place) -> None:
@@ -123,8 +131,52 @@ def test_a_time_limit_of_the_task_is_a_failure_and_its_own_is_not(place: Place) 
     place.serve("ttl", ttl_s=0.5)
     assert place.peer.wait_end("ttl")["type"] == "TASK_SUCCEEDED"
     assert place.node.result("ttl")["reason"] == "ttl"
-    place.peer.dispatch("w1", {"taskType": "serve", "model": MODEL, "timeoutSec": 4}, "late")
+    place.peer.dispatch("w1", {"taskType": "serve", "model": MODEL, "timeoutSec": 1.5}, "late")
     assert place.peer.wait_end("late")["payload"]["error_kind"] == "timeout"
+
+
+def test_faults_of_the_document_are_named(place: Place) -> None:
+    fields = {"host": "localhost", "port": 70000, "idle_s": 0, "ttl": 5}
+    spec = {"taskType": "serve", "model": MODEL, "engine": "vllm", "serve": fields}
+    end = place.peer.run("w1", spec)
+    assert end["payload"]["error_kind"] == "bad_request"
+    for name in ("spec.engine: 'vllm'", "spec.serve.port", "spec.serve.idle_s", "spec.serve.ttl"):
+        assert name in end["error"]
+    for host, why in (("localhost", "expected an IP address"), ("0.0.0.0", "tasks.allow_serve")):
+        end = place.peer.run("w1", {"taskType": "serve", "model": MODEL, "serve": {"host": host}})
+        assert end["payload"]["error_kind"] == "bad_request"
+        assert why in end["error"]
+
+
+def test_flowmesh_serve_prints_address_and_key_and_ends_with_ctrl_c(place: Place) -> None:
+    config = place.node.home / "serve.toml"
+    config.write_text(f'[node]\nstate_dir = "{place.node.state_dir}"\n')
+    env = {name: value for name, value in os.environ.items() if name not in ("STATE_DIRECTORY", "REDIS_URL")}
+    command = [
+        sys.executable,
+        "-m",
+        "flowmesh.cli.main",
+        "serve",
+        "builtin:tiny-llama",
+        "--name",
+        "it's",
+        "--config",
+        config,
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:
+        assert process.stdout is not None
+        found = dict(process.stdout.readline().rstrip().split(maxsplit=1) for _ in range(1))
+        found |= dict(process.stdout.readline().rstrip().rsplit(maxsplit=1) for _ in range(2))
+        asked = process.stdout.readline()
+        answer = subprocess.run(["sh", "-c", asked], capture_output=True, text=True, check=True, timeout=60)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert found["model"] == "it's"
+    assert found["base URL "].startswith("http://127.0.0.1:")
+    assert json.loads(answer.stdout)["choices"]
+    assert "served 1 request" in out
+    assert "on the node that runs here" in err
 
 
 @pytest.mark.parametrize("whom", ["child", "fork server"])
@@ -153,19 +205,6 @@ def test_a_kill_in_mid_generation_leaves_nothing(place: Place, whom: str) -> Non
         client.models.list()
     place.keyless(name, endpoint.api_key)
     assert place.peer.run("w1", {"taskType": "echo"})["type"] == "TASK_SUCCEEDED"
-
-
-def test_faults_of_the_document_are_named(place: Place) -> None:
-    fields = {"host": "localhost", "port": 70000, "idle_s": 0, "ttl": 5}
-    spec = {"taskType": "serve", "model": MODEL, "engine": "vllm", "serve": fields}
-    end = place.peer.run("w1", spec)
-    assert end["payload"]["error_kind"] == "bad_request"
-    for name in ("spec.engine: 'vllm'", "spec.serve.port", "spec.serve.idle_s", "spec.serve.ttl"):
-        assert name in end["error"]
-    for host, why in (("localhost", "expected an IP address"), ("0.0.0.0", "tasks.allow_serve")):
-        end = place.peer.run("w1", {"taskType": "serve", "model": MODEL, "serve": {"host": host}})
-        assert end["payload"]["error_kind"] == "bad_request"
-        assert why in end["error"]
 
 
 def test_the_type_is_off_by_default(orchestrator: Orchestrator, node: Node) -> None:

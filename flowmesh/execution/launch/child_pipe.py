@@ -23,7 +23,7 @@ class ChildPipes:
     def __init__(self, on_endpoint: Callable[[Run], None] = lambda _: None) -> None:
         """
         Args:
-            on_endpoint: called with a run that has begun to serve a model, or does so at another address.
+            on_endpoint: called with a run that has begun to serve a model, or has ended to.
         """
         self._on_endpoint = on_endpoint
         self._loop = asyncio.get_running_loop()
@@ -64,6 +64,8 @@ class ChildPipes:
                             self._on_endpoint(run)
                     case Finished():
                         run.finished_frame = True
+                        if run.serving is not None:
+                            self._on_endpoint(run)
                     case Hello() | _:
                         pass
         except EOFError:
