@@ -131,7 +131,7 @@ class _Shown:
 
 def lines(endpoint: Endpoint) -> list[str]:
     """What a person needs to use an endpoint."""
-    body = json.dumps({"model": endpoint.model, "messages": [{"role": "user", "content": "Hello"}]})
+    body = json.dumps({"model": endpoint.model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64})
     quoted = body.replace("'", "'\\''")
     return [
         f"model     {endpoint.model}",

@@ -21,8 +21,10 @@ openai = pytest.importorskip("openai", reason="needs the extra 'api'")
 from click.testing import CliRunner  # noqa: E402
 
 from flowmesh.cli.control import Control  # noqa: E402
+from flowmesh.cli.document_parser import parse  # noqa: E402
 from flowmesh.cli.main import cli  # noqa: E402
 from flowmesh.client import Client, Endpoint, NoEndpoint  # noqa: E402
+from tests.kit.paths import ROOT  # noqa: E402
 from tests.kit.support import Node, Orchestrator, RedisServer, alive, below, running, until  # noqa: E402
 
 pytestmark = pytest.mark.redis
@@ -118,12 +120,14 @@ def test_the_openai_client_uses_a_served_model_until_it_is_cancelled(place: Plac
 
 
 def test_a_server_that_nobody_uses_ends_as_a_success(place: Place) -> None:
-    endpoint = place.serve("idle", idle_s=0.5, health_interval_s=0.2)
+    spec = parse((ROOT / "conf/tasks/serve.yaml").read_text(), "serve.yaml", as_json=False)["spec"]
+    place.peer.dispatch("w1", {**spec, "serve": {**spec["serve"], "idle_s": 0.5, "health_interval_s": 0.2}}, "idle")
+    endpoint = place.client.endpoint("idle", wait_s=LOADED_S)
     end = place.peer.wait_end("idle")
     assert end["type"] == "TASK_SUCCEEDED", end
     result = place.node.result("idle")
     assert (result["reason"], result["requests"]) == ("idle", 0)
-    assert result["model"]["name"] == endpoint.model == "builtin:tiny-llama"
+    assert result["model"]["name"] == endpoint.model == "tiny"
     place.keyless("idle", endpoint.api_key)
 
 
