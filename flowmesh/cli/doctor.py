@@ -14,7 +14,7 @@ import click
 import msgspec
 
 from flowmesh import installed
-from flowmesh.cli import doctor_gpus, doctor_machine, doctor_s3, locate, notify, redis_limits, render
+from flowmesh.cli import doctor_gpus, doctor_machine, doctor_s3, locate, node_ends, notify, redis_limits, render
 from flowmesh.cli.control import Control, NotPermitted
 from flowmesh.cli.findings import Finding, Level, count, show
 from flowmesh.errors import EXIT_FAILURE, EXIT_OK, ConfigError, DeviceError, FlowMeshError, UnavailableError
@@ -63,6 +63,7 @@ def examine(config_file: str | None) -> Iterator[Finding]:
     node = list(_node(settings))
     runs = bool(node) and node[0].level is not Level.NOTE
     yield from node
+    yield from node_ends.check(settings)
     seen = doctor_gpus.look()
     yield from doctor_gpus.gpus(settings, os.environ, seen, node_runs=runs)
     inventory = Inventory() if isinstance(seen, DeviceError) else seen.inventory
