@@ -56,6 +56,8 @@ class Drain:
         self._taken_back = asyncio.Event()
         self._forced = asyncio.Event()
         self._signalled = False
+        self._final = ""
+        """Why the node ends by itself; empty: it does not."""
 
     @property
     def kept(self) -> str | None:
@@ -88,7 +90,7 @@ class Drain:
 
     def at_end(self, mode: str) -> None:
         """Drain because the node's time is over; not kept, and not taken back."""
-        self._signalled = True
+        self._final = "the node's time is over"
         self.begin(mode)
 
     def by_operator(self, mode: str) -> None:
@@ -100,12 +102,14 @@ class Drain:
         """Take tasks again. What was sent back or asked to stop meanwhile stays so.
 
         Raises:
-            LaunchError: the node does not drain, or a signal ends it.
+            LaunchError: the node does not drain, or a signal or its own end ends it.
         """
         if self.mode is None:
             raise LaunchError("the node is not draining")
         if self._signalled:
-            raise LaunchError("a signal or the node's end told it to end; start it again when it has ended")
+            raise LaunchError("a signal told the node to end; start it again when it has ended")
+        if self._final:
+            raise LaunchError(f"{self._final} (node.ends_at, node.exit_when_idle_s); start it again when it has ended")
         self._keep(None)
         self.mode = None
         self._stop.clear()
