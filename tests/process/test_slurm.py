@@ -1,4 +1,4 @@
-"""On a real Slurm: `flowmesh scale` brings nodes while tasks wait; its signals save checkpoints, and the job succeeds."""
+"""On a real Slurm: `flowmesh scale` brings nodes while tasks wait; a signal makes them save checkpoints and exit."""
 
 from __future__ import annotations
 
