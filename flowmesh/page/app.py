@@ -125,7 +125,7 @@ class Pages:
         try:
             return PlainTextResponse(self._logs.text(task_id))
         except FlowMeshError as error:
-            return PlainTextResponse(str(error), 503)
+            return PlainTextResponse(f"No log: {error}")  # in the place of the log
 
     def metrics(self, _request: Request) -> Response:
         try:
@@ -134,7 +134,7 @@ class Pages:
             return PlainTextResponse(f"{error}\n", 503)
 
     def health(self, request: Request) -> Response:
-        """For probes: 503 where the node does not answer (`down`), else 200, also while it is `degraded` or `draining`."""
+        """For probes: 503 where the node does not answer (`down`), else 200, also where it is `degraded`."""
         troubles: list[str] = []
         try:
             status = self._sources.status()

@@ -65,7 +65,7 @@ def timeline(detail: Detail) -> list[Bar]:
         until = found[index + 1][1] if index + 1 < len(found) else end
         running = " so far" if open_end and index + 1 == len(found) else ""
         text = render.seconds(max(0.0, until - at)) + running
-        bars.append(_bar(_BETWEEN[name], at - begin, until - at, span, text, _BETWEEN[name]))
+        bars.append(_bar(_BETWEEN[name], (at - begin, until - at), span, text=text, kind=_BETWEEN[name]))
         if name == "running":
             bars += _phases(detail.phases, at - begin, span)
     return bars
@@ -79,12 +79,13 @@ def events(detail: Detail) -> list[tuple[str, float]]:
 def _phases(phases: Mapping[str, float], at: float, span: float) -> list[Bar]:
     bars = []
     for name, seconds in list(phases.items())[:40]:
-        bars.append(_bar(name, at, seconds, span, render.seconds(seconds), "phase"))
+        bars.append(_bar(name, (at, seconds), span, text=render.seconds(seconds), kind="phase"))
         at += seconds
     return bars
 
 
-def _bar(name: str, start: float, length: float, span: float, text: str, kind: str) -> Bar:
+def _bar(name: str, place: tuple[float, float], span: float, *, text: str, kind: str) -> Bar:
+    start, length = place
     left = min(99.5, max(0.0, 100 * start / span))
     return Bar(name=name, start=round(left, 3), length=round(_share(length, span, 100 - left), 3), text=text, kind=kind)
 

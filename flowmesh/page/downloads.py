@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from urllib.parse import quote
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from flowmesh.files.folder import Folder
 from flowmesh.messages import wire
 from flowmesh.page.sources import Sources
-from flowmesh.page.task_view import LOGS
+from flowmesh.page.task_view import task_folder, usable
 from flowmesh.tasks.history import Entry, Reader
 
 RESULT_FILE = "responses.json"
@@ -37,9 +35,9 @@ class Downloads:
         return _answer(request, fd, before, b"}", {"content-type": "application/json"})
 
     def file(self, request: Request) -> Response:
-        """`GET /api/v1/results/{task_id}/files/{name}`: an artifact by its name, or a file by its path in the folder."""
+        """`GET /api/v1/results/{task_id}/files/{name}`: an artifact by its name, or a file by its path."""
         parts = request.path_params["name"].split("/")
-        if any(part in ("", ".", "..") or "\0" in part for part in parts) or parts[0] == LOGS:
+        if not usable(request.path_params["name"]):
             return _missing("no such file")
         entry = self._entry(request)
         if entry is None:
@@ -67,9 +65,7 @@ class Downloads:
 def _open(entry: Entry, parts: list[str]) -> int | None:
     """A descriptor of a regular file; None where there is none, or a link is on the way."""
     try:
-        with Folder.open(Path(entry.out_dir)) as folder:
-            if os.geteuid() != 0:  # we can open nothing that the node's user could not
-                folder.owner = os.geteuid()
+        with task_folder(entry) as folder:
             return folder.open_file(tuple(parts))
     except (OSError, ValueError):
         return None

@@ -1,4 +1,4 @@
-"""What every request passes before a page sees it: method, Host, origin, size, token. And the headers of each answer."""
+"""What every request passes first: method, Host, origin, size, token. And the headers of each answer."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from flowmesh.page.tokens import COOKIE, Tokens
 
 LOGIN = "/login"
 HEALTH = "/healthz"
-OPEN = (LOGIN, HEALTH, "/static/page.css")
+STATIC = "/static/"
+OPEN = (LOGIN, HEALTH)
 """What needs no token. Without one, /healthz says nothing but its status."""
 MOST_BODY = 4096
+MOST_HEADERS = 16 * 1024
 HEADERS = {
     "content-security-policy": (
         "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self'; connect-src 'self'; "
@@ -28,7 +30,7 @@ HEADERS = {
     ),
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
-    "referrer-policy": "no-referrer",
+    "referrer-policy": "same-origin",  # with no-referrer a browser names no origin for the login
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
     "cache-control": "no-store",
@@ -95,7 +97,7 @@ class Guard:
             if self._tokens.is_right(given.strip(), address):
                 return None
         request.scope["known"] = False
-        if request.url.path in OPEN:
+        if request.url.path in OPEN or request.url.path.startswith(STATIC):
             return None
         if "text/html" in request.headers.get("accept", "") and not kind:
             return RedirectResponse(LOGIN, 303)
@@ -129,6 +131,8 @@ class Guard:
 
     def _is_small(self, request: Request) -> bool:
         length = request.headers.get("content-length", "0")
+        if sum(len(name) + len(value) for name, value in request.headers.raw) > MOST_HEADERS:
+            return False
         if "transfer-encoding" in request.headers or not length.isdecimal() or len(length) > 9:
             return False
         return int(length) <= (MOST_BODY if request.method == "POST" else 0)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
+import os
 from pathlib import Path
 from typing import Any
 
 from flowmesh.cli import loss, render
 from flowmesh.cli.history import dollars, energy, number
-from flowmesh.cli.show import losses, manifest_of, size_of, what_to_do, with_document
+from flowmesh.cli.show import losses, size_of, what_to_do, with_document
 from flowmesh.errors import FlowMeshError
+from flowmesh.files.folder import Folder
+from flowmesh.files.walk import Troubles
 from flowmesh.messages.text import escaped
 from flowmesh.page import charts
 from flowmesh.page.sources import Sources
@@ -18,7 +22,7 @@ from flowmesh.redaction import Redactor
 from flowmesh.tasks.catalogue import saves_checkpoints
 from flowmesh.tasks.history import Detail, Entry, Found, Reader
 
-MOST_FILES = 500
+MOST_FILES, MOST_SEEN = 500, 10_000
 LOGS = "logs"
 """Not offered as files: they are shown with secrets hidden."""
 
@@ -114,12 +118,30 @@ def _energy(detail: Detail) -> list[charts.Bar]:
     return charts.compared(found)
 
 
+def task_folder(entry: Entry) -> Folder:
+    """Raises OSError."""
+    folder = Folder.open(Path(entry.out_dir))
+    if os.geteuid() != 0:  # we can open nothing that the node's user could not
+        folder.owner = os.geteuid()
+    return folder
+
+
 def _files(entry: Entry) -> list[tuple[str, str]]:
-    manifest = manifest_of(entry)
-    if manifest is None:
+    """Paths and sizes of what is there now and can be downloaded."""
+    if not entry.out_dir:
         return []
-    present = [each for each in manifest.entries if each.status == "present" and each.path.split("/")[0] != LOGS]
-    return [(each.path, size_of(each.size)) for each in present[:MOST_FILES]]
+    found: list[tuple[str, str]] = []
+    with contextlib.suppress(OSError), task_folder(entry) as folder:
+        for each in itertools.islice(folder.entries(Troubles(), ordered=True), MOST_SEEN):
+            if each.is_file and len(found) < MOST_FILES and len(path := each.path) < 1000 and usable(path):
+                found.append((path, size_of(each.status.st_size)))
+    return found
+
+
+def usable(path: str) -> bool:
+    """Whether a file may be downloaded under this path of a task's folder."""
+    parts = path.split("/")
+    return parts[0] != LOGS and path.isprintable() and not any(part in ("", ".", "..") for part in parts)
 
 
 def _document(detail: Detail) -> str:
