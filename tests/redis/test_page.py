@@ -271,7 +271,7 @@ def test_a_running_task_is_followed(site: Site, browser: Any) -> None:
     page.wait_for_selector(".verdict .badge.running")
     page.wait_for_selector("figure:has-text('loss') polyline")
     page.wait_for_selector("figure:has-text('tokens/s') polyline")
-    until(lambda: (site.node.results_dir / task_id / "shown").exists(), "all of it is shown")
+    until((site.node.results_dir / task_id / "shown").exists, "all of it is shown")
     page.wait_for_selector("#log:has-text('step one')")
     assert HOSTILE in page.inner_text("#log")
     if SHOTS:
