@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from prometheus_client.parser import text_string_to_metric_families
 
+from flowmesh.cli.node_commands import status as status_command
 from tests.kit.support import Node, Orchestrator, RedisServer, until, with_mark
 
 pytestmark = pytest.mark.redis
@@ -292,3 +294,28 @@ def test_wrong_tokens_are_limited_and_the_cookie_goes_on(site: Site) -> None:
     assert site.ask("/login", "POST", token=None, body=f"token={TOKEN}")[0] == 429
     assert site.ask("/")[0] == 429
     assert site.ask("/", token=None, Cookie=cookie)[0] == 200
+
+
+def test_a_page_that_cannot_be_served_is_said_once_and_the_node_works(tmp_path: Path, make_node: Any) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        listen = f"127.0.0.1:{taken.getsockname()[1]}"
+        config = f'[web]\nlisten = "{listen}"\n'
+        node = make_node(config=config)
+        found = until(lambda: page if (page := node.ask(op="status")["page"])["error"] else None, "the fault is known")
+        assert found["state"] == "failed"
+        assert found["error"] == f"web.listen: {listen}: Address already in use; choose a free port"
+        done = CliRunner().invoke(status_command, ["--state-dir", str(node.state_dir)])
+        assert f"no page at {listen}: web.listen" in done.output
+        started = node.text().count("no page at")
+        until(
+            lambda: (node.state_dir / "log" / "page.log").read_text().count("already in use") >= 2, "it is tried again"
+        )
+        assert (started, node.text().count("no page at")) == (1, 1)
+    until(lambda: node.ask(op="status")["page"]["state"] == "listening", "the port is free")
+    before = node.ask(op="status")["pid"]
+    node.kill()
+    node.start()
+    until(lambda: node.ask(op="status")["page"]["state"] == "listening", "the next supervisor has a page")
+    assert node.ask(op="status")["pid"] != before
