@@ -214,6 +214,8 @@ class Context(TaskInput):
         """Seconds in each phase that has ended."""
         self.rows: Counts | None = None
         """Rows that stand, of a runner that keeps a row log."""
+        self.spent_usd = 0.0
+        """What requests to an endpoint have cost, of a runner that pays for some."""
         self.command: CommandExit | None = None
         """How the task's program ended, of a runner that runs one."""
         self._pipe = pipe

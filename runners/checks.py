@@ -77,6 +77,12 @@ def score(task: dict[str, Any], task_type: str) -> Checked:
     return _checked(task, task_type, lambda ctx: _with_children(ctx, read_score))
 
 
+def api(task: dict[str, Any], task_type: str) -> Checked:
+    from runners.remote.task import read_api
+
+    return _checked(task, task_type, lambda ctx: read_api(ctx, ctx.spec))
+
+
 def agent(task: dict[str, Any], task_type: str) -> Checked:
     from runners.agent.task import check_agent
 

@@ -137,6 +137,7 @@ def run(job: Job, ctx: Context) -> Outcome:
         uploads=tuple(ctx.uploads),
         phases=ctx.phases,
         rows=ctx.rows,
+        spent_usd=ctx.spent_usd,
         command=ctx.command,
         warnings=tuple(redact(line) for line in ctx.warnings),
         versions=_versions(),

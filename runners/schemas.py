@@ -121,6 +121,14 @@ def _embedding_model() -> dict[str, Any]:
     }
 
 
+def api(task_type: str) -> dict[str, Any]:  # noqa: ARG001
+    from runners.data.sources import SECTIONS
+    from runners.remote.task import Api
+    from runners.rows.resume import Resume
+
+    return {"data": SECTIONS, "api": Api, "resume": bool | Resume, "shard": Shard}
+
+
 def agent(task_type: str) -> dict[str, Any]:  # noqa: ARG001
     from runners.agent.task import AgentSection, StaticData
     from runners.data.sources import SECTIONS

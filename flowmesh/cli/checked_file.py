@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from flowmesh.cli.positions import Positions
 from flowmesh.errors import FieldError
 from flowmesh.pipelines.checks import check_pipeline
 from flowmesh.pipelines.document import is_pipeline
+from flowmesh.settings.schema import CloudSettings
 from flowmesh.tasks import s3_fields
 from flowmesh.tasks.catalogue import TaskType
 from flowmesh.tasks.checks import check_agent_file, check_task
@@ -58,14 +59,14 @@ def check_file(
     source: str,
     types: Mapping[str, TaskType],
     kind: FileKind | None = None,
-    s3_read: Collection[str] | None = None,
+    cloud: CloudSettings | None = None,
 ) -> CheckedFile:
     """Check the file `source` ("-": standard input).
 
     Args:
         types: the known task types.
         kind: what it is; None: as its content shows.
-        s3_read: the node's `cloud.read`; None: not known.
+        cloud: the node's `[cloud]`; None: not known.
     """
     name = "<stdin>" if source == "-" else source
     try:
@@ -87,7 +88,7 @@ def check_file(
     if kind == "agent":
         checked = check_agent_file(source, data)
         return _checked_file(name, kind, text, form, errors=(*faults, *checked.faults))
-    return check_submission(Submission(source=name, task_id="", document=data, text=text), types, form, faults, s3_read)
+    return check_submission(Submission(source=name, task_id="", document=data, text=text), types, form, faults, cloud)
 
 
 def check_submission(
@@ -95,26 +96,26 @@ def check_submission(
     types: Mapping[str, TaskType],
     form: str,
     faults: Iterable[str] = (),
-    s3_read: Collection[str] | None = None,
+    cloud: CloudSettings | None = None,
 ) -> CheckedFile:
     """Check a task document that was loaded.
 
     Args:
         form: yaml or json.
         faults: what its parser found.
-        s3_read: see `check_file`.
+        cloud: see `check_file`.
     """
     spec = submission.document.get("spec")
-    if s3_read is not None and isinstance(spec, dict):
-        faults = (*faults, *s3_fields.faults(spec, s3_read))
+    if cloud is not None and isinstance(spec, dict):
+        faults = (*faults, *s3_fields.faults(spec, cloud.read), *s3_fields.output_faults(spec, cloud.write))
     if is_pipeline(submission.document):
         checked, notes = check_pipeline(submission.document, types)
-        errors = (*faults, *checked.faults)
+        errors = tuple(dict.fromkeys((*faults, *checked.faults)))
         warnings = [*(f"{path}: not used" for path in checked.unused), *notes]
         return _checked_file(submission.source, "pipeline", submission.text, form, errors=errors, warnings=warnings)
     checked, note = check_task(submission.document, types)
     warnings = [f"{path}: not used" for path in checked.unused] + ([note] if note else [])
-    errors = (*faults, *checked.faults)
+    errors = tuple(dict.fromkeys((*faults, *checked.faults)))
     done = _checked_file(submission.source, "task", submission.text, form, errors=errors, warnings=warnings)
     spec = submission.document.get("spec")
     name = spec.get("taskType") if isinstance(spec, dict) else None

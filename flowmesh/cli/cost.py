@@ -22,6 +22,7 @@ _COLUMNS = (
     Column("GPU HOURS"),
     Column("ENERGY"),
     Column("SLOTS"),
+    Column("API", drop=3),
     Column("POWER", drop=2),
     Column("TOTAL"),
 )
@@ -40,16 +41,19 @@ class Sum(msgspec.Struct, kw_only=True):
     """Tasks whose energy is not known."""
     slot_usd: float = 0.0
     """The slots' cost per hour × time."""
+    api_usd: float = 0.0
+    """What requests to endpoints have cost, by the prices in the documents."""
     energy_usd: float | None = None
     """kwh × --kwh-price; None: no price was given."""
 
     @property
     def total_usd(self) -> float:
-        return self.slot_usd + (self.energy_usd or 0.0)
+        return self.slot_usd + self.api_usd + (self.energy_usd or 0.0)
 
 
 @click.command(
-    help="Show what the tasks of this node have cost: cost per hour of their slots, and with a price their energy."
+    help="Show what the tasks of this node have cost: cost per hour of their slots, paid endpoints, and with "
+    "a price their energy."
 )
 @since_option
 @click.option(
@@ -97,6 +101,7 @@ def summed(entries: Iterable[history.Entry], by: str, kwh_price: float | None) -
             of=name, tasks=1, failed=int(not entry.ok), gpu_hours=entry.gpu_s / 3600, slot_usd=entry.cost_usd or 0.0
         )
         one.kwh, one.without_energy = (entry.joules or 0.0) / JOULES_PER_KWH, int(entry.joules is None)
+        one.api_usd = entry.api_usd or 0.0
         one.energy_usd = None if kwh_price is None else one.kwh * kwh_price
         _add(sums.setdefault(name, Sum(of=name)), one)
     return sorted(sums.values(), key=lambda each: (-each.total_usd, each.of))
@@ -109,6 +114,7 @@ def _add(total: Sum, one: Sum) -> None:
     total.kwh += one.kwh
     total.without_energy += one.without_energy
     total.slot_usd += one.slot_usd
+    total.api_usd += one.api_usd
     if one.energy_usd is not None:
         total.energy_usd = (total.energy_usd or 0.0) + one.energy_usd
 
@@ -122,6 +128,7 @@ def _row(each: Sum) -> list[str]:
         f"{each.gpu_hours:.2f}" if each.gpu_hours else "",
         f"{each.kwh:.3g} kWh" if known else "",
         dollars(each.slot_usd),
+        dollars(each.api_usd) if each.api_usd else "",
         dollars(each.energy_usd),
         dollars(each.total_usd),
     ]

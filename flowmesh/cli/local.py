@@ -181,6 +181,8 @@ class LocalNode:
             found["tasks.trust_remote_code"] = "*"
         if not tasks.local_hosts:
             found["tasks.local_hosts"] = "*"
+        if not tasks.api_keys:
+            found["tasks.api_keys"] = "*@*"
         if not tasks.allow_env:
             found["tasks.allow_env"] = "*"
         if not tasks.allow_command:

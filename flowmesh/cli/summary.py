@@ -8,6 +8,7 @@ from flowmesh.cli.render import count, seconds, shorten
 
 SHOWN_ITEMS = 5
 SHOWN_FIELDS = 12
+SHOWN_BEST = 3
 _LABEL = 10
 
 
@@ -15,7 +16,12 @@ def summary(result: dict[str, Any], width: int) -> list[str]:
     """The lines of `result`, none longer than `width`, except for the paths of a batch file's answers."""
     items, queries = result.get("items"), result.get("queries")
     if isinstance(items, list) and all(isinstance(item, dict) for item in items):
-        lines = _headline(result, len(items)) + _items(items, width)
+        if isinstance(result.get("vectors_file"), dict):
+            lines = _headline(result, len(items)) + _vectors(result)
+        elif items and all(isinstance(item.get("results"), list) for item in items):
+            lines = _headline(result, len(items)) + _ranked(items, width)
+        else:
+            lines = _headline(result, len(items)) + _items(items, width)
         children = result.get("children")
         if isinstance(children, dict) and children:
             lines.append(f"separate result folders for {count(len(children), 'merged task')}")
@@ -67,6 +73,33 @@ def _items(items: list[dict[str, Any]], width: int) -> list[str]:
         reason = item.get("finish_reason")
         tail = f" ({reason})" if isinstance(reason, str) and reason != "stop" else ""
         lines.append(f"  {label:<5} output  {shorten(item.get('output'), room - len(tail))}{tail}")
+    if len(items) > SHOWN_ITEMS:
+        lines.append(f"  … and {len(items) - SHOWN_ITEMS} more")
+    return lines
+
+
+def _vectors(result: dict[str, Any]) -> list[str]:
+    """The lines for an embedding task."""
+    file = result["vectors_file"]
+    kind = f"{result.get('precision', '?')}, {result.get('dimension', '?')} dimensions"
+    lines = [f"vectors: {file.get('relative_path', file.get('path'))} ({kind})"]
+    cut = result.get("truncated")
+    if isinstance(cut, dict) and isinstance(cut.get("count"), int):
+        lines.append(f"cut at the model's length: {count(cut['count'], 'item')}")
+    return lines
+
+
+def _ranked(items: list[dict[str, Any]], width: int) -> list[str]:
+    """The best documents of each query of a scoring task."""
+    lines = []
+    room = max(20, width - _LABEL - 8)
+    for position, item in enumerate(items[:SHOWN_ITEMS]):
+        label = f"[{item.get('index', position)}]"
+        lines.append(f"  {label:<5} query   {shorten(item.get('query'), room)}")
+        for found in item["results"][: SHOWN_BEST if len(items) == 1 else 1]:
+            if isinstance(found, dict) and isinstance(score := found.get("score"), int | float):
+                text = shorten(found.get("document", found.get("index")), room)
+                lines.append(f"        {score:<7.3f} {text}")
     if len(items) > SHOWN_ITEMS:
         lines.append(f"  … and {len(items) - SHOWN_ITEMS} more")
     return lines

@@ -31,8 +31,8 @@ def validate(*, files: tuple[str, ...], kind: FileKind | None, config: str | Non
     """Run the command; returns the exit code."""
     settings = locate.settings(config) if config else None
     types = known_types(settings or Settings())
-    s3_read = None if settings is None else settings.cloud.read
-    checked = [check_file(file, types, kind, s3_read) for file in files]
+    cloud = None if settings is None else settings.cloud
+    checked = [check_file(file, types, kind, cloud) for file in files]
     ok = all(each.ok for each in checked)
     if as_json:
         render.print_json({"ok": ok, "files": [_as_data(each) for each in checked]})

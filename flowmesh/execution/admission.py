@@ -10,7 +10,7 @@ import msgspec
 from loguru import logger
 
 from flowmesh.errors import FieldError, NotOfferedError
-from flowmesh.messages.output import Destination, Output, Remote, S3Destination, file_url, read_output
+from flowmesh.messages.output import Destination, Output, Remote, S3Destination, read_output
 from flowmesh.messages.wire import MAX_TIMEOUT_S, NodeSpec, TaskMessage, decode_object
 from flowmesh.processes import environ
 from flowmesh.redaction import Redactor, in_document
@@ -23,7 +23,6 @@ from flowmesh.tasks.catalogue import Catalogue, TaskType
 from flowmesh.tasks.checks import check_own_fields, check_task, is_current
 from flowmesh.validation.checked import Checked
 from flowmesh.validation.convert import convert, joined
-from flowmesh.validation.s3_url import is_allowed, parse
 
 CHECKED_BYTES = 64 * 1024
 """Longer messages are left to the child: their check would hold up the loop for milliseconds."""
@@ -77,10 +76,7 @@ def accept(data: bytes, *, settings: Settings, catalogue: Catalogue, results_dir
     spec = convert(message.task.spec, NodeSpec, where="spec")
     task_type = catalogue.find(spec.taskType)
     _check_env(spec.env, settings)
-    merged_specs = [child.spec for child in message.merged_children or []]
-    for each in (message.task.spec, *merged_specs):
-        if found := tuple(s3_fields.faults(each, settings.cloud.read)):
-            raise FieldError(joined(list(found)), found[0].partition(":")[0], found)
+    _check_reading(message, settings)
     orchestrator = settings.delivery.orchestrator_url
     output = read_output(spec.output, orchestrator_url=orchestrator)
     roots = settings.results.allowed_roots
@@ -182,16 +178,22 @@ def _document(raw: dict[str, Any], message: TaskMessage) -> dict[str, Any]:
     return task
 
 
+def _check_reading(message: TaskMessage, settings: Settings) -> None:
+    """Check that what the task and its merged children name in S3 may be read."""
+    specs = {"spec": message.task.spec}
+    specs |= {f"merge_children[{at}].spec": child.spec for at, child in enumerate(message.merged_children or [])}
+    for where, each in specs.items():
+        if found := tuple(s3_fields.faults(each, settings.cloud.read, where)):
+            raise FieldError(joined(list(found)), found[0].partition(":")[0], found)
+
+
 def _check_s3(destination: Destination, task_id: str, where: str, settings: Settings) -> None:
     """Check that results may go to S3 where they should."""
     if not isinstance(destination, S3Destination) or destination.url is None:
         return
     field = f"{where}.output.destination.url"
-    if not is_allowed(settings.cloud.write, parse(file_url(destination.url, task_id))):
-        raise FieldError(
-            f"{field}: {destination.url}: the operator does not allow results there (the node's setting cloud.write)",
-            field,
-        )
+    if not s3_fields.may_write(destination.url, task_id, settings.cloud.write):
+        raise FieldError(f"{field}: {s3_fields.NOT_WRITTEN.format(url=destination.url)}", field)
     if not s3_client.is_installed():
         raise FieldError(f"{field}: {s3_client.not_installed()}", field)
 

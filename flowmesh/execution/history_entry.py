@@ -60,6 +60,7 @@ def of_run(
         gpu_s=round(run.runtime_s * len(run.gpus), 6),
         joules=_joules(run.energy),
         cost_usd=used["cost_usd"],
+        api_usd=(None if run.outcome is None else run.outcome.spent_usd) or None,
         tokens=None if run.outcome is None else tokens_of(run.outcome.result),
         rows=rows["done"] if isinstance(rows, dict) else None,
         out_dir=run.accepted.target.out_dir,

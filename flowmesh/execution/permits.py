@@ -37,6 +37,7 @@ def of_node(settings: Settings, state_dir: Path, env: Mapping[str, str], owner: 
         commands=tasks.allow_command,
         trainer_arguments=tasks.trainer_arguments,
         local_hosts=tasks.local_hosts,
+        api_keys=tasks.api_keys,
         orchestrator_url=settings.delivery.orchestrator_url,
         s3_read=settings.cloud.read,
     )

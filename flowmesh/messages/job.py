@@ -47,6 +47,8 @@ class Permits(msgspec.Struct, frozen=True, kw_only=True):
     """`HOST` or `HOST:PORT` (`*` allowed) that downloads may reach on loopback and link-local addresses."""
     orchestrator_url: str | None = None
     """The orchestrator's address, which may be a local one."""
+    api_keys: tuple[str, ...] = ()
+    """`VARIABLE@HOST` or `VARIABLE@HOST:PORT` (`*` allowed): which keys tasks of the type api may send where."""
     s3_read: tuple[str, ...] = ()
     """`s3://BUCKET/PREFIX` (`*` allowed) that documents may read; the gateway enforces it."""
 
@@ -156,6 +158,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds in each phase, in order."""
     rows: Counts | None = None
     """Of a task that keeps a row log, its merged children included."""
+    spent_usd: float = 0.0
+    """What its requests to an endpoint have cost, by the prices in the document."""
     command: CommandExit | None = None
     """Of a task that runs a program, once the program has ended."""
     warnings: tuple[str, ...] = ()

@@ -53,6 +53,13 @@ def add_answer(folder: Path, answer: Answer) -> None:
         file.write(msgspec.json.encode(answer) + b"\n")
 
 
+def end_batch(folder: Path) -> list[Answer]:
+    """What is known of a batch; the batch itself is removed, as it has the receiver's address."""
+    with contextlib.suppress(OSError):
+        (folder / BATCH_FILE).unlink()
+    return read_answers(folder)
+
+
 def read_answers(folder: Path) -> list[Answer]:
     """What is known so far; nothing where there is no file."""
     found: list[Answer] = []

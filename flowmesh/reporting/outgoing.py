@@ -55,8 +55,12 @@ class Outgoing:
         self._spans = Spans(node_id)
 
     def of_end(self, found: Found) -> Sequence[Sending]:
-        """What is sent about a task's end."""
-        return [*self.webhooks.of_end(found), *(self._spans.of_end(found) if self.traces else ())]
+        """What is sent about a task's end; nothing where that cannot be built, as the task must end all the same."""
+        try:
+            return [*self.webhooks.of_end(found), *(self._spans.of_end(found) if self.traces else ())]
+        except Exception as error:  # noqa: BLE001 - the boundary: a message must not cost a task its end
+            logger.bind(task=found.entry.task_id).opt(exception=error).error("unhandled error in a notification")
+            return []
 
     def lanes(self) -> list[Lane]:
         """Each receiver, and how it is sent to."""

@@ -111,6 +111,9 @@ class PeerWatch:
                     logger.warning(
                         "other nodes are not watched: Redis' user may not use the keys {}*: {}", PREFIX, error
                     )
+            except Exception as error:  # noqa: BLE001 - the boundary: anybody may write into Redis
+                self._seen.clear()
+                logger.opt(exception=error).error("unhandled error in the look at other nodes")
 
     async def close(self) -> None:
         """Leave the leases to others."""

@@ -24,7 +24,7 @@ from flowmesh.processes import environ
 from flowmesh.processes.helper import Helpers
 from flowmesh.processes.limits import Limits
 from flowmesh.processes.protocol import Fork
-from flowmesh.reporting.batch import Answer, Batch, Item, read_answers, write_batch
+from flowmesh.reporting.batch import Answer, Batch, Item, end_batch, read_answers, write_batch
 from flowmesh.tasks.catalogue import DELIVERY
 from flowmesh.tasks.journal import JournalError
 from flowmesh.tasks.sendings_table import Sendings, Waiting
@@ -114,6 +114,10 @@ class Sender:
                 pause_s = await self._send_some()
             except JournalError:  # reported by the checks of the journal
                 pause_s = self._backoff.next_s()
+            except Exception as error:  # noqa: BLE001 - the boundary: the node must not end with its sender
+                logger.opt(exception=error).error("unhandled error in a sender")
+                self._failed(f"{type(error).__name__}: {error}")
+                pause_s = self._backoff.next_s()
             if pause_s > 0:
                 await asyncio.sleep(pause_s)
 
@@ -169,7 +173,7 @@ class Sender:
             trouble = f"not done within {self.lane.limit_s:g} s"
         except (LaunchError, OSError) as error:
             trouble = str(error)
-        answers = await asyncio.to_thread(read_answers, folder)
+        answers = await asyncio.to_thread(end_batch, folder)
         if not trouble and len(answers) < len(rows) and not any(each.error for each in answers):
             trouble = f"the sending process ended early; see {self._log}"
         return answers, trouble

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
+import math
 import os
 import time
 from collections.abc import Callable
@@ -22,12 +23,16 @@ from flowmesh.messages.job import MAX_OUTCOME_BYTES, Outcome
 from flowmesh.messages.text import encode_json
 from flowmesh.processes.pipe import VERSION, Finished, Frame, Hello, Pipe, Progress
 from flowmesh.results.delivery_run import DeliveryRun, Report
-from flowmesh.results.delivery_state import STATE_FILE
+from flowmesh.results.delivery_state import STATE_FILE, DeliveryState
 from flowmesh.results.job import DELIVERED_FILE, DELIVERY_FILE, DeliveryJob, DeliveryReport
 from flowmesh.results.request_bodies import Postponed
+from flowmesh.results.s3_upload import S3Uploads
 from flowmesh.results.safe_files import open_regular, read_note, read_regular, write_atomic
+from flowmesh.results.throttle import Throttle
 
 PROGRESS_INTERVAL_S = 0.25
+GIVE_UP_TIMEOUT_S = 3.0
+"""To connect, and for each read."""
 _NICE = 5  # the next task runs beside the delivery, and comes first
 
 log = logging.getLogger("flowmesh.delivery")
@@ -115,6 +120,9 @@ def main(
         done = read_report(spool)
         if done is None or not done.ok:
             job = msgspec.json.decode(file.read(), type=DeliveryJob)
+            if job.gives_up:
+                _give_up(job, spool, keys)
+                return 0
             done = _deliver_spool(job, spool, send, token, keys)
             if job.only_local:
                 return 0 if done.ok else 1
@@ -142,6 +150,38 @@ def forget_report(spool: Path) -> None:
 def only_local(job: DeliveryJob) -> DeliveryJob:
     """The job without its sending."""
     return msgspec.structs.replace(job, only_local=True)
+
+
+def has_begun(attempt: int, spool: Path) -> bool:
+    """Whether S3 keeps parts of files for this delivery."""
+    return bool(DeliveryState(attempt, spool, "").begun)
+
+
+def write_give_up(spool: Path) -> None:
+    """Make the job in `spool` one that gives up.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    job = read_note(spool / DELIVERY_FILE, DeliveryJob)
+    if job is not None:
+        write_job(msgspec.structs.replace(job, gives_up=True), spool)
+
+
+def _give_up(job: DeliveryJob, spool: Path, keys: Keys | None) -> None:
+    state = DeliveryState(job.attempt, spool, job.task.task_id)
+    for url in state.begun:
+        client = S3Uploads(
+            job.s3,
+            keys,
+            timeout_s=GIVE_UP_TIMEOUT_S,
+            deadline=math.inf,
+            throttle=Throttle(None),
+            progress=lambda _: None,
+            state=state,
+        )
+        with contextlib.closing(client):
+            client.give_up(url)
 
 
 def write_job(job: DeliveryJob, spool: Path) -> None:

@@ -131,6 +131,11 @@ class DeliveryState:
         self._saved.results.append(task_id)
         self._save()
 
+    @property
+    def begun(self) -> tuple[str, ...]:
+        """The objects whose upload in parts has begun."""
+        return tuple(self._saved.multiparts)
+
     def multipart(self, url: str) -> Multipart | None:
         """The upload in parts of this object that has begun."""
         return self._saved.multiparts.get(url)

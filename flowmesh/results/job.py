@@ -87,6 +87,8 @@ class DeliveryJob(msgspec.Struct, frozen=True, kw_only=True):
     """Whether the node has a token; one that cannot be read now is waited for."""
     ends_to_wait: bool = False
     """End where another attempt is due only later; the report says when. Else the process waits for it."""
+    gives_up: bool = False
+    """Send nothing, and have S3 forget the parts that arrived."""
     only_local: bool = False
     """Write what belongs on the disk, and send nothing."""
     first_backoff_s: float = 0.5

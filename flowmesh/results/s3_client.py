@@ -158,6 +158,8 @@ def error_of(error: Exception, location: Location, access: S3Access) -> S3Error:
         )
     if name in ("ParamValidationError", "InvalidRegionError", "InvalidEndpointError", "ValueError"):
         return S3Error("refused", f"{shown}: this address or endpoint cannot be used ({name})")
+    if name == "ResponseParserError":
+        return S3Error("node", f"{shown}: what answers at {place} is no S3 server (cloud.endpoint_url)")
     why = "no answer in time" if "Timeout" in name else "no connection"
     return S3Error("passing", f"{shown}: {why} to {place} (cloud.endpoint_url, cloud.region)")
 

@@ -11,7 +11,7 @@ from flowmesh.results.s3_client import S3Error, error_of, make_client
 from flowmesh.validation.s3_url import Location, is_allowed
 
 _PASSED = {"Range": "Range", "If-Match": "IfMatch", "If-None-Match": "IfNoneMatch"}
-TIMEOUT_S = 60.0
+TIMEOUT_S = 30.0
 """To connect, and for each read."""
 
 

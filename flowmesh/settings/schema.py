@@ -20,6 +20,7 @@ from flowmesh.settings.types import (
     FilePath,
     GpuName,
     Isolation,
+    KeyPlace,
     LogLevel,
     ModuleName,
     Name,
@@ -126,6 +127,8 @@ class QueueSettings(Section, frozen=True):
     """How long a worker's heartbeat key must have been gone before its tasks go back to the queue."""
     preempt: bool = True
     """Whether a queued training task of low priority makes room for one of high priority."""
+    pipelines: Annotated[int, Meta(ge=0, le=256)] = 4
+    """How many submitted pipelines this node drives at once. 0: none."""
 
 
 class ResultsSettings(Section, frozen=True):
@@ -186,6 +189,8 @@ class TasksSettings(Section, frozen=True):
     """Programs (`*` allowed) that tasks of the types `command` and `python` may run. Empty: the types are off."""
     local_hosts: tuple[Word, ...] = ()
     """HOST or HOST:PORT (`*` allowed) that downloads may reach on loopback and link-local addresses."""
+    api_keys: tuple[KeyPlace, ...] = ()
+    """VARIABLE@HOST or VARIABLE@HOST:PORT (`*` allowed): keys that tasks of the type `api` may send to these hosts."""
 
 
 class DeliverySettings(Section, frozen=True):

@@ -29,6 +29,13 @@ Bucket = Annotated[
 VariableName = Annotated[
     str, Meta(pattern=r"\A[A-Za-z_*][A-Za-z0-9_*]*\Z", description="the name of an environment variable (* allowed)")
 ]
+KeyPlace = Annotated[
+    str,
+    Meta(
+        pattern=r"\A[A-Za-z_*][A-Za-z0-9_*]*@[^\s@]+\Z",
+        description="VARIABLE@HOST or VARIABLE@HOST:PORT (* allowed)",
+    ),
+]
 ModuleName = Annotated[
     str, Meta(pattern=r"\A[A-Za-z_]\w*(\.[A-Za-z_]\w*)*\Z", description="the dotted name of a Python module")
 ]

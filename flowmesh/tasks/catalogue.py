@@ -156,6 +156,15 @@ BUILTIN = (
         )
     ),
     TaskType(
+        name="api",
+        runner="runners.remote.runner:ApiRunner",
+        check="runners.checks:api",
+        sections="runners.schemas:api",
+        environment=LIGHT,
+        requires=("openai", "httpx2"),
+        extra="api",
+    ),
+    TaskType(
         name="agent",
         runner="runners.agent.runner:AgentRunner",
         check="runners.checks:agent",

@@ -56,6 +56,8 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     joules: float | None = None
     """Energy of its GPUs, and its share of the CPU's."""
     cost_usd: float | None = None
+    api_usd: float | None = None
+    """What its requests to endpoints have cost."""
     tokens: int | None = None
     """Read and written."""
     rows: int | None = None

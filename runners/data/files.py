@@ -10,6 +10,7 @@ from msgspec import Meta
 
 from flowmesh.validation.s3_url import is_s3, is_url
 from runners.api import BadRequest, Context
+from runners.data import s3
 from runners.data.download import fetch
 from runners.data.local import Part, Table, matching
 from runners.data.order import Rows, items_of
@@ -89,11 +90,12 @@ def _of_s3(ctx: Context, data: Located, url: str, field: str, where: str) -> lis
     """One object, those that match a pattern, or those below a prefix."""
     if data.headers is not None:
         raise BadRequest(f"{where}.headers: an s3 address takes none; the credentials are the node's (cloud.*)")
-    several = matching(ctx, url, field)
-    names = [f"{field} {each.name}" for each in several] or [field]
+    urls = s3.matching(ctx, url, field)
+    files = [local_path(ctx, each, field) for each in urls]
+    names = [field] if urls == [url] else [f"{field} {each.name}" for each in files]
     return [
         File(path=each, format=_format(data.type, each.name), where=name)
-        for each, name in zip(several or [local_path(ctx, url, field)], names, strict=True)
+        for each, name in zip(files, names, strict=True)
     ]
 
 

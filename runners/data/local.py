@@ -65,8 +65,8 @@ def matching(ctx: Context, pattern: str, where: str) -> list[Path]:
         BadRequest: nothing matches, or something outside of what documents may read.
     """
     if is_s3(pattern):
-        urls = s3.matching(ctx, pattern, where)
-        return [] if urls == [pattern] else [local_path(ctx, url, where) for url in urls]
+        urls = s3.matching(ctx, pattern, where) if _WILD & set(pattern) else []
+        return [local_path(ctx, url, where) for url in urls]
     if not _WILD & set(pattern) or local_path(ctx, pattern, where).exists():
         return []
     refusal: Refused | None = None

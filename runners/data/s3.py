@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -34,7 +35,8 @@ class Fetched(Protocol):
 
 
 Fetch = Callable[[Context, str, str], Fetched]
-TIMEOUT_S = 90.0
+GATEWAY_STARTS_S = 10.0
+TIMEOUT_S = 60.0
 """Longer than the gateway's own, so that its answer says why."""
 DEFAULT_MAX_BYTES = 500 * 2**30
 DEFAULT_MAX_OBJECTS = 100_000
@@ -115,7 +117,10 @@ def matching(ctx: Context, url: str, where: str) -> list[str]:
             begin = begin[:index]
             break
     pattern = f"{location.key}**" if location.is_folder else location.key
-    found = [each for each in listed(ctx, Location(location.bucket, begin), where) if matches(each.key, pattern)]
+    there = listed(ctx, Location(location.bucket, begin), where)
+    if any(each.key == location.key for each in there):  # the key of an object, which may have a `?` in it
+        return [url]
+    found = [each for each in there if matches(each.key, pattern)]
     urls = [Location(location.bucket, each.key).url for each in found if not each.key.endswith("/")]
     if not urls:
         raise BadRequest(f"{where}: no object of the bucket {location.bucket!r} matches {location.key!r}")
@@ -232,6 +237,7 @@ def _asked(
     node = ctx.job.gateway
     if node is None or not node.s3:
         raise BadRequest(f"{where}: {NO_S3}")
+    _wait_for(ctx, Path(node.socket))
     try:
         answer = gateway.get(node, "/", {**headers, S3: quote(f"{location.bucket}/{location.key}")}, timeout_s)
     except (gateway.NotAnswered, requests.RequestException) as error:
@@ -251,3 +257,10 @@ def _asked(
     if kind == "node":
         raise RunnerError(f"{where}: {text}")
     raise BadRequest(f"{where}: {text}")
+
+
+def _wait_for(ctx: Context, socket: Path) -> None:
+    """The gateway of a node that has just been started may not listen yet; it is asked in vain after that."""
+    until = time.monotonic() + GATEWAY_STARTS_S
+    while not socket.exists() and time.monotonic() < until:
+        ctx.sleep(0.05)

@@ -3,15 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
 
 from runners.api import BadRequest, Context
-from runners.embedding.embedder import COUNTED, Embedder, Vectors
+from runners.embedding.embedder import COUNTED, Vectors
 from runners.embedding.options import EmbeddingOptions
 from runners.vectors.part import Finished
+
+
+class Model(Protocol):
+    """A loaded embedding model; see `Embedder`, which has more."""
+
+    name: str
+    dimension: int
+    max_tokens: int | None
+    positions: int | None
+    prompts: dict[str, str]
+    default_prompt: str
+    as_chat: bool
+    made_up: bool
+    normalizes: bool
+    pooling: str | None
+    matryoshka: bool
+    cuts: tuple[int, ...]
+
+    def count(self, texts: Sequence[str], prompt: str = "") -> list[int]: ...
+    def count_as_embedded(self, text: str, prompt: str = "") -> int: ...
+    def batches(self, lengths: Sequence[int], most: int | None = None) -> list[list[int]]: ...
+    def limit(self, tokens: int) -> None: ...
+    def pool(self, mode: str) -> None: ...
+    def encode(self, inputs: Sequence[str], prompt: str) -> Vectors: ...
+    def not_finite(self) -> str: ...
+    def describe(self) -> dict[str, Any]: ...
 
 
 class Wanted(msgspec.Struct):
@@ -26,7 +52,7 @@ class Wanted(msgspec.Struct):
 class Batch:
     """The items that have no row."""
 
-    def __init__(self, ctx: Context, embedder: Embedder, options: EmbeddingOptions, parts: Sequence[Finished]) -> None:
+    def __init__(self, ctx: Context, embedder: Model, options: EmbeddingOptions, parts: Sequence[Finished]) -> None:
         """
         Raises:
             BadRequest: the model has no such prompt, or takes fewer tokens or dimensions than asked for.
@@ -144,7 +170,7 @@ def quantized(vectors: Vectors, options: EmbeddingOptions) -> np.ndarray[Any, An
     return found
 
 
-def _prompt(embedder: Embedder, options: EmbeddingOptions) -> str:
+def _prompt(embedder: Model, options: EmbeddingOptions) -> str:
     if options.prompt is not None:
         return options.prompt
     if options.prompt_name is None:
@@ -157,7 +183,7 @@ def _prompt(embedder: Embedder, options: EmbeddingOptions) -> str:
     return embedder.prompts[options.prompt_name]
 
 
-def _limit(embedder: Embedder, options: EmbeddingOptions) -> None:
+def _limit(embedder: Model, options: EmbeddingOptions) -> None:
     wanted, longest = options.max_seq_length, embedder.max_tokens
     if wanted is not None and embedder.positions is not None and wanted > embedder.positions:
         raise BadRequest(

@@ -10,7 +10,6 @@ from typing import Any
 import msgspec
 
 from runners.api import BadRequest, Context, MissingDependency, Runner, RunnerError
-from runners.embedding.embedder import Embedder
 from runners.embedding.load import device_of, load_source, model_digest
 from runners.embedding.options import DEFAULT_MODEL
 from runners.inference.merge import failed, folder_of, read_children
@@ -18,7 +17,7 @@ from runners.models.code import may_run_code
 from runners.models.sources import Source
 from runners.rows.keys import key_of
 from runners.rows.log import report_rows
-from runners.vectors.batch import Batch, quantized
+from runners.vectors.batch import Batch, Model, quantized
 from runners.vectors.output import FIELD, write_vectors
 from runners.vectors.part import Finished, Part, counts_of, open_log, read_part
 from runners.vectors.source import find_source
@@ -36,9 +35,14 @@ class EmbeddingRunner(Runner):
     def run(self, ctx: Context) -> dict[str, Any]:
         ctx.phase("prepare")
         task = read_embedding(ctx, ctx.spec)
-        for library, needed in (("sentence_transformers", True), ("faiss", task.faiss), ("qdrant_client", task.qdrant)):
+        for library, needed in (
+            ("sentence_transformers", True),
+            ("vllm", task.engine == "vllm"),
+            ("faiss", task.faiss),
+            ("qdrant_client", task.qdrant),
+        ):
             if needed and importlib.util.find_spec(library) is None:
-                raise MissingDependency(library, extra="rag")
+                raise MissingDependency(library, extra="vllm" if library == "vllm" else "rag")
         children = read_children(ctx)
         refused: dict[str, dict[str, Any]] = {}
         parts: dict[str | None, Part] = {None: read_part(ctx, task, ctx.spec, "spec", task_id=None, folder=ctx.out_dir)}
@@ -91,7 +95,7 @@ class EmbeddingRunner(Runner):
         """Compute the rows that are missing; returns what the result says of the model, and the seconds that took."""
         if all(each.log.counts.done == each.log.counts.total for each in parts):
             return {"model": source.shown, "dimension": parts[0].vectors.shape[1]}, 0.0
-        embedder = load(ctx, task, source)
+        embedder: Model = load(ctx, task, source)
         batch = Batch(ctx, embedder, task.options, parts)
         _warn(ctx, task, source, embedder)
         ctx.phase("embed")
@@ -167,18 +171,22 @@ def identity(task: EmbeddingTask, source: Source) -> str:
     return key_of(model_digest(source), {name: getattr(options, name) for name in names})
 
 
-def load(ctx: Context, task: EmbeddingTask, source: Source) -> Embedder:
+def load(ctx: Context, task: EmbeddingTask, source: Source) -> Model:
     """The model on the task's device.
 
     Raises:
         BadRequest, EmbeddingOutOfMemory, RunnerError: as for `load_source`.
     """
     options = task.options
-    device = device_of(ctx, "cpu" if task.on_cpu else options.device, f"{SECTION}.device")
     wanted = options.trust_remote_code
     if wanted is None:
         wanted = task.model.trust_remote_code
     trust = may_run_code(ctx, source, wanted, f"{SECTION}.trust_remote_code")
+    if task.engine == "vllm":
+        from runners.embedding.vllm_model import load_vllm
+
+        return load_vllm(ctx, source, options, trust=trust)
+    device = device_of(ctx, "cpu" if task.on_cpu else options.device, f"{SECTION}.device")
     more = {} if options.dtype is None else {"dtype": options.dtype}
     embedder = load_source(ctx, source, options, device=device, trust_remote_code=trust, model_options=more or None)
     shown = " ".join(f"{name}={value}" for name, value in embedder.describe().items())
@@ -186,7 +194,7 @@ def load(ctx: Context, task: EmbeddingTask, source: Source) -> Embedder:
     return embedder
 
 
-def _warn(ctx: Context, task: EmbeddingTask, source: Source, embedder: Embedder) -> None:
+def _warn(ctx: Context, task: EmbeddingTask, source: Source, embedder: Model) -> None:
     options = task.options
     if embedder.made_up and options.pooling is None:
         ctx.log.warning(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from flowmesh.validation.s3_url import is_url
 from runners.api import Context
 from runners.embedding.load import MODULES, embedding_source
 from runners.models.builtin import PREFIX
@@ -35,7 +36,7 @@ def find_source(  # noqa: PLR0917
     if name is None and model.identifier is not None:
         name, revision, where = model.identifier, model.revision or revision, "spec.model.source.identifier"
     name = name or default or ""
-    if name.startswith(("http://", "https://")):
+    if is_url(name):
         check_no_revision(revision, where)
         return _in_folder(ctx, downloaded(ctx, name, "auto", where), name, where)
     if name.startswith(PREFIX):

@@ -25,7 +25,7 @@ OWN_FIELDS = (
 CALIBRATED = ("int8", "uint8")
 """Precisions whose steps are those of all vectors of the task."""
 
-Engine = Literal["auto", "sentence_transformers"]
+Engine = Literal["auto", "sentence_transformers", "vllm"]
 Format = Literal["npy", "parquet", "jsonl"]
 Count = Annotated[int, Meta(ge=1)]
 
@@ -154,6 +154,11 @@ def _check_options(options: EmbeddingOptions, spec: dict[str, Any], where: str) 
             f"{here}.precision: the steps of {options.precision!r} come from all vectors of a task, so shards would "
             "differ; use float32 and convert the whole, or binary"
         )
+    if spec.get("engine") == "vllm":
+        if spec.get("enforce_cpu"):
+            raise BadRequest(f"{where}.engine: 'vllm' and enforce_cpu exclude each other; leave one out")
+        if options.device not in (None, "auto"):
+            raise BadRequest(f"{here}.device: vLLM takes the task's GPU, or the CPU of a build for it; leave it out")
     if options.device == "cuda" and spec.get("enforce_cpu"):
         raise BadRequest(f"{here}.device: 'cuda', but {where}.enforce_cpu is set; leave one out")
 

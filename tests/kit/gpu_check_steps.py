@@ -48,10 +48,19 @@ def hangs(scene: Scene) -> None:
     time.sleep(600)
 
 
-def _step(name: str, most_s: float = 30) -> Step:
-    return Step(Share(name=name, priority=1, most_s=most_s, least_s=0.5), f"{__name__}:{name}")
+def _step(name: str, most_s: float = 30, *, does: str = "quick", least_s: float = 0.5, priority: int = 1) -> Step:
+    share = Share(name=name, priority=priority, most_s=most_s, least_s=least_s)
+    return Step(share, f"{__name__}:{does}")
 
 
-STEPS = (_step("quick"), _step("fails"), _step("wrong"), _step("dies"), _step("hangs", 1.0))
-FOREVER = Step(Share(name="waits", priority=1, most_s=600, least_s=1), f"{__name__}:hangs")
-STEPS = (*STEPS, FOREVER, Step(Share(name="last", priority=1, most_s=30, least_s=0.5), f"{__name__}:quick"))
+STEPS = (
+    _step("quick"),
+    _step("fails", does="fails"),
+    _step("wrong", does="wrong"),
+    _step("dies", does="dies"),
+    _step("hangs", 1.0, does="hangs"),
+    _step("waits", 600, does="hangs"),
+    _step("last"),
+    _step("modest", 10, least_s=5, priority=2),
+    _step("greedy", 24),
+)

@@ -145,6 +145,13 @@ def command_of(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
 
 
+def test_a_step_that_had_to_wait_for_more_important_ones_runs_at_the_end(start: Start, out: Path) -> None:
+    kit = start("--minutes", "0.5", "--only", "modest,greedy", **{MORE_STEPS: "tests.kit.gpu_check_steps"})
+    shown, _ = kit.communicate(timeout=60)
+    assert kit.returncode == 0, shown
+    assert [row["step"] for row in report(out)["rows"]] == ["greedy", "modest"]
+
+
 def test_steps_for_which_no_time_is_left_say_so(start: Start, out: Path) -> None:
     kit = start("--minutes", "0.09", "--only", "quick,release", **{MORE_STEPS: "tests.kit.gpu_check_steps"})
     shown, _ = kit.communicate(timeout=60)

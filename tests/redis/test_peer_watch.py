@@ -18,7 +18,7 @@ from flowmesh.tasks.journal import Journal
 from tests.kit.support import RedisServer
 
 pytestmark = pytest.mark.redis
-AFTER_S = 1.0
+AFTER_S = 0.5
 INTERVAL_S = 0.05
 
 

@@ -10,7 +10,7 @@ import pytest
 from flowmesh.cli import doctor_s3
 from flowmesh.settings.schema import CloudSettings, Settings
 from tests.kit.s3_server import KEYS, S3Server, s3_server
-from tests.kit.support import Node, Orchestrator
+from tests.kit.support import Node, Orchestrator, until
 
 pytestmark = pytest.mark.redis
 pytest.importorskip("moto")
@@ -18,12 +18,17 @@ SECRET = KEYS["aws_secret_access_key"]
 CONFIG = """
 [tasks]
 pass_env = ["AWS_*"]
+allow_command = ["*"]
 
 [task_types.download]
 runner = "tests.kit.download_runners:DownloadRunner"
 environment = "light"
 
+[delivery]
+bandwidth_bytes_per_sec = 2000000
+
 [cloud]
+write = ["s3://data/results"]
 read = ["s3://data/open"]
 endpoint_url = "{url}"
 """
@@ -48,10 +53,23 @@ def test_a_task_reads_through_the_node_and_never_sees_its_key(
     assert result["found"]["open/a"] == {"text": "text of a"}
     assert "there is no object 'open/none'" in result["found"]["open/none"]["error"]
     assert result["sees_token"] is False
+    assert not result.get("warnings")  # the first task waits for the gateway, without a failed attempt
     refused = {"taskType": "download", "urls": {"b": {"url": "s3://data/closed/b"}}, "nekot": SECRET[::-1]}
     end = orchestrator.run("w1", refused)
     assert end["type"] == "TASK_FAILED", end
     assert end["error"].startswith("spec.urls.b.url: s3://data/closed/b: the operator does not allow")
+    # A cancel in the midst of a delivery leaves no parts.
+    large = {
+        "taskType": "command",
+        "command": ["sh", "-c", "head -c 60000000 /dev/zero > $FLOWMESH_OUTPUT_DIR/big"],
+        "output": {"destination": {"type": "s3", "url": "s3://data/results"}, "artifacts": ["artifacts/big"]},
+    }
+    task = orchestrator.dispatch("w1", large)
+    until(lambda: server.uploads("data"), "its parts are sent")
+    node.ask(op="cancel", task_id=task)
+    assert orchestrator.wait_end(task)["type"] == "TASK_FAILED"
+    assert server.uploads("data") == []
+    assert [key for key in server.keys("data") if key.startswith("results/")] == []
     for path in (node.log, *node.state_dir.glob("log/*.log")):
         assert SECRET not in path.read_text()
 

@@ -16,7 +16,7 @@ import pytest
 from tests.kit.paths import ROOT
 
 HEAVY = ("torch", "transformers", "vllm", "trl", "peft", "faiss", "datasets", "numpy", "sentence_transformers",
-         "opentelemetry", "starlette", "uvicorn", "jinja2")  # fmt: skip
+         "opentelemetry", "botocore", "starlette", "uvicorn", "jinja2")  # fmt: skip
 
 FLOORS = (
     {"page"},
@@ -26,10 +26,11 @@ FLOORS = (
     {"metrics", "reporting"},
     {"orchestrator", "startup"},
     {"execution"},
+    {"pipeline_driver"},
+    {"client"},
     {"pipelines"},
     {"results", "tasks", "bus", "node"},
     {"processes"},
-    {"client"},
     {"settings"},
     {"queue"},
     {"messages", "web"},

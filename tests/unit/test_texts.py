@@ -31,6 +31,7 @@ import runners.inference.options
 import runners.inference.task
 import runners.models.spec
 import runners.rag.task
+import runners.remote.task
 import runners.scoring.task
 import runners.training.settings
 import runners.training.sources
@@ -243,6 +244,7 @@ SECTIONS = {
     "rag": [runners.rag.task],
     "embedding": [runners.vectors.task, runners.embedding.options],
     "score": [runners.scoring.task],
+    "api": [runners.remote.task],
     "agent": [runners.agent.task, runners.agent.config],
     "command": [runners.command.task],
     "output": [flowmesh.messages.output],

@@ -25,6 +25,7 @@ from flowmesh.results.job import DeliveryJob, DeliveryReport, Target
 from flowmesh.tasks.verdicts import describe_exit
 from flowmesh.web.origins import shown_origin
 
+GIVE_UP_S = 10.0
 T = TypeVar("T")
 
 Ended = DeliveryReport | str | None
@@ -92,6 +93,18 @@ class Attempts:
         It holds a place if there is a free one: it may have been started under other settings.
         """
         return await self._repeat(child)
+
+    async def give_up(self) -> None:
+        """Have S3 forget parts of a delivery that was cancelled. Best effort, and bounded."""
+        if not await asyncio.to_thread(delivery.has_begun, self._attempt, self._spool):
+            return
+        try:
+            await asyncio.to_thread(delivery.write_give_up, self._spool)
+            greeting = await asyncio.to_thread(self._children.greeting)
+            async with asyncio.timeout(GIVE_UP_S):
+                await self._children.run(self._attempt, greeting)
+        except (LaunchError, OSError) as error:  # TimeoutError is one
+            self._log.warning("parts of a cancelled delivery may be left in S3: {}", error or "no answer")
 
     def stop(self) -> None:
         """End it now, if `stopped` says so by then."""

@@ -148,6 +148,8 @@ class Deliveries:
                         run.delivered = sent
                         return machine.Delivered("" if sent.ok else sent.error)
                     case None:
+                        if this.aborted:
+                            await attempts.give_up()
                         return self._stopped(this)
                     case str(why):
                         logger.bind(task=run.task_id).warning("delivery starts again: {}", why)

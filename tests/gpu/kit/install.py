@@ -17,8 +17,8 @@ from pip._vendor.packaging.utils import canonicalize_name, parse_wheel_filename
 TIMEOUT_S = 120
 
 
-class InstallError(Exception):
-    """Raised when the wheels cannot be installed."""
+class SetUpError(Exception):
+    """Raised when the run cannot begin: the wheels cannot be installed, or a dry run's stub cannot be built."""
 
 
 def requirements(root: Path) -> dict[str, Requirement]:
@@ -48,7 +48,7 @@ def install(root: Path, wheels: Path, target: Path) -> str:
         what was installed, in a line.
 
     Raises:
-        InstallError: pip failed.
+        SetUpError: pip failed.
     """
     chosen = lacking(sorted(wheels.glob("*.whl")), requirements(root)) if wheels.is_dir() else []
     if not chosen:
@@ -59,7 +59,7 @@ def install(root: Path, wheels: Path, target: Path) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
-        raise InstallError(f"pip did not end within {TIMEOUT_S} s") from None
+        raise SetUpError(f"pip did not end within {TIMEOUT_S} s") from None
     if done.returncode:
-        raise InstallError(f"pip ended with {done.returncode}: {done.stderr.strip()[-2000:]}")
+        raise SetUpError(f"pip ended with {done.returncode}: {done.stderr.strip()[-2000:]}")
     return ", ".join("==".join(map(str, parse_wheel_filename(wheel.name)[:2])) for wheel in chosen)

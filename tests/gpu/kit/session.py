@@ -20,7 +20,7 @@ from typing import Any
 
 from flowmesh.processes import linux
 from tests.gpu.kit import budget, smi, tree
-from tests.gpu.kit.install import InstallError, install
+from tests.gpu.kit.install import SetUpError, install
 from tests.gpu.kit.report import Report, Row, Status
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -70,9 +70,9 @@ class Session:
             self._stop_worker()
             self._report.end("ended early", str(ended))
             return 1
-        except InstallError as error:
-            self._add("install", "the wheels are installed", Status.FAILED, why=str(error))
-            self._report.end("ended early", "the wheels could not be installed")
+        except SetUpError as error:
+            self._add("install", "the run can begin", Status.FAILED, why=str(error))
+            self._report.end("ended early", "it could not begin")
             return 1
         left = self._stop_worker()
         if left:
@@ -91,6 +91,8 @@ class Session:
             sys.path.insert(1, str(site))
             self._env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(site), self._env.get("PYTHONPATH", "")])
         if options.dry:
+            if not (shutil.which("cc") or shutil.which("gcc")):
+                raise SetUpError("--dry needs a C compiler for the stub of NVIDIA's library")
             from tests.gpu.kit import dry
 
             self._env |= dry.prepare(options.scratch)
@@ -105,16 +107,21 @@ class Session:
         if unknown := set(wanted) - {share.name for share in shares}:
             known = ", ".join(share.name for share in shares)
             self._add("plan", "--only", Status.FAILED, why=f"unknown: {', '.join(unknown)}; there are: {known}")
-        chosen = [share for share in shares if share.name in wanted]
-        for at, share in enumerate(chosen):
-            left_s = self._ends_at - time.monotonic()
-            if seconds := budget.seconds_for(share, chosen[at + 1 :], left_s):
+        postponed = self._run_in_order([share for share in shares if share.name in wanted])
+        for share in self._run_in_order(postponed):  # the others may have taken less than they asked for
+            left_s = max(0.0, self._ends_at - time.monotonic())
+            why = f"no time: it needs {share.least_s:.0f} s, and {left_s:.0f} s were left"
+            self._add(share.name, "the whole step", Status.SKIPPED, why=why)
+
+    def _run_in_order(self, shares: list[budget.Share]) -> list[budget.Share]:
+        """Run those for which there is time, and return the others."""
+        postponed = []
+        for at, share in enumerate(shares):
+            if seconds := budget.seconds_for(share, shares[at + 1 :], self._ends_at - time.monotonic()):
                 self._run_step(share.name, seconds)
             else:
-                why = (
-                    f"no time: it needs {share.least_s:.0f} s, and {left_s:.0f} s were left for it and all later steps"
-                )
-                self._add(share.name, "the whole step", Status.SKIPPED, why=why)
+                postponed.append(share)
+        return postponed
 
     def _run_step(self, name: str, seconds: float) -> None:
         self._report.doing(name)

@@ -18,11 +18,17 @@ from runners.api import BadRequest, Context, RunnerError
 from runners.data import gateway
 from runners.data.download import fetch
 from runners.data.files import FileData, files_of
+from runners.data.hub import load_hub
 from runners.data.readers import read
 from runners.models.adapters import load_adapter
 from runners.models.checkpoints import load_checkpoint
 from runners.models.sources import local_path, resolve_identifier
 from runners.models.spec import Adapter, CheckpointLoad
+from runners.rag.documents import read_documents
+from runners.rows.resume import read_resume
+from runners.training.inputs import fetch_jsonl
+from runners.training.settings import Jsonl
+from tests.kit.fake_http import FakeHandler, FakeServer
 from tests.kit.s3_server import KEYS, S3Server, s3_server
 
 pytest.importorskip("moto")
@@ -96,6 +102,7 @@ def test_files_globs_and_prefixes_of_data(reading: Reach) -> None:
 def test_a_key_is_taken_literally(reading: Reach) -> None:
     ctx = reading()
     assert local_path(ctx, "s3://data/train/über weiß?#%20.jsonl", "spec.x").read_bytes() == b'{"prompt": "odd"}\n'
+    assert rows(ctx, "s3://data/train/über weiß?#%20.jsonl") == ["odd"]
     assert fetch(ctx, "s3://data/empty", "spec.x").path.read_bytes() == b""
 
 
@@ -197,6 +204,46 @@ def test_a_server_that_is_away_is_tried_again(reading: Reach, monkeypatch: pytes
         fetch(ctx, "s3://data/x", "spec.x")
 
 
+BODY = bytes(range(250)) * 4000
+
+
+class Breaking(FakeServer):
+    """Answers as S3 does, and breaks off the first time, in the middle of the body."""
+
+    def __init__(self) -> None:
+        super().__init__(BreakingHandler)
+        self.seen: list[tuple[str | None, str | None]] = []
+        """Range and If-Match of each request."""
+
+
+class BreakingHandler(FakeHandler):
+    server: Breaking
+
+    def do_GET(self) -> None:
+        self.server.seen.append((self.headers.get("Range"), self.headers.get("If-Match")))
+        if len(self.server.seen) == 1:
+            self.begin(200, {"Content-Length": str(len(BODY)), "ETag": '"v1"'})
+            self.wfile.write(BODY[:700_000])
+            self.wfile.flush()
+            self.close_connection = True
+            self.connection.shutdown(2)
+        else:
+            start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").removesuffix("-"))
+            shown = f"bytes {start}-{len(BODY) - 1}/{len(BODY)}"
+            self.answer(206, BODY[start:], {"Content-Range": shown, "ETag": '"v1"'})
+
+
+def test_an_object_that_breaks_off_is_continued(reading: Reach, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runners.data.download.FIRST_PAUSE_S", 0.001)
+    with Breaking() as server:
+        ctx = reading(S3Access(read=("s3://data",), endpoint_url=server.origin, has_keys=True))
+        assert fetch(ctx, "s3://data/breaks", "spec.x").path.read_bytes() == BODY
+    (_, (asked, version)) = server.seen
+    assert version == '"v1"'
+    assert asked is not None
+    assert asked != "bytes=0-"
+
+
 def test_a_node_that_allows_nothing_says_so(make_context: MakeContext) -> None:
     with pytest.raises(BadRequest, match=r"spec.x: this node reads nothing from S3: its setting cloud.read is empty"):
         local_path(make_context({}), "s3://data/x", "spec.x")
@@ -254,6 +301,30 @@ def test_what_a_task_uses_already_stays_when_its_folder_is_gathered(reading: Rea
     one = local_path(ctx, "s3://data/train/two/a", "spec.x")
     assert sorted(each.name for each in local_path(ctx, "s3://data/train/two/", "spec.x").iterdir()) == ["a", "b"]
     assert one.read_bytes() == b"a"
+
+
+def test_what_else_names_files_takes_addresses(reading: Reach, server: S3Server) -> None:
+    server.put("data", {"train/set/train.jsonl": b'{"prompt": "x"}\n', "train/set/test.jsonl": b'{"prompt": "y"}\n'})
+    server.put("data", {"train/docs/a.txt": b"hello", "train/docs/b.md": b"# world"})
+    ctx = reading(task_id="others")
+
+    def prompts(url: str, **more: str) -> list[object]:
+        section = {"type": "dataset", "url": url, "column": "prompt", **more}
+        return list(load_hub(ctx, section, None, {}, "spec.data").prompts)
+
+    assert prompts("s3://data/train/part-0.jsonl") == ["a"]
+    assert prompts("s3://data/train/part-*.jsonl") == ["a", "b"]
+    assert prompts("s3://data/train/set/", split="test") == ["y"]
+    found = read_documents(ctx, None, "s3://data/train/docs", "spec.faiss")
+    assert sorted(each.text for each in found.read) == ["# world", "hello"]
+    assert [each.text for each in read_documents(ctx, None, "s3://data/train/docs/b.md", "spec.faiss").read] == [
+        "# world"
+    ]
+    for given in (Jsonl(url="s3://data/train/part-0.jsonl"), Jsonl(path="s3://data/train/part-0.jsonl")):
+        assert fetch_jsonl(given, ctx).path.read_bytes() == b'{"prompt": "a"}\n'
+    for field, place in (("url", "part-0.jsonl"), ("path", "docs/")):
+        with pytest.raises(BadRequest, match=rf"^spec\.resume\.{field}: "):
+            read_resume(ctx, {"resume": {field: f"s3://data/train/{place}"}})
 
 
 def answered(code: str, status: int, **headers: str) -> Exception:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import random
 from pathlib import Path
@@ -17,7 +18,7 @@ import yaml
 from sentence_transformers import SentenceTransformer
 
 from flowmesh.messages.rows import read
-from runners.api import BadRequest, Cancelled
+from runners.api import BadRequest, Cancelled, MissingDependency
 from runners.rag.runner import RagRunner
 from runners.vectors.runner import EmbeddingRunner
 from tests.kit.paths import ROOT
@@ -266,3 +267,11 @@ def test_the_example_runs_as_it_is(make_context, monkeypatch) -> None:
     spec = yaml.safe_load((ROOT / "conf/tasks/embedding.yaml").read_text())["spec"]
     result = EmbeddingRunner().run(make_context(spec, task_type="embedding"))
     assert len(vectors_of(result)) == len(result["items"]) > 1
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vllm is installed here")
+def test_vllm_that_is_not_there_is_named(embedded) -> None:
+    with pytest.raises(MissingDependency, match="vllm is not installed"):
+        embedded({"data": listed(["a"]), "engine": "vllm", "enforce_cpu": False})
+    with pytest.raises(BadRequest, match=r"spec\.engine: 'vllm' and enforce_cpu exclude each other"):
+        embedded({"data": listed(["a"]), "engine": "vllm"}, task_id="cpu")

@@ -96,6 +96,8 @@ RESULTS = [
     {"items": [], "usage": None, "jsonl_export": {"path": "/x/" + "y" * 200, "record_count": 3}},
     {"items": ["not", "mappings"], "n": 1},
     {"queries": [{"query": "q", "items": [{"id": 1, "score": 0.5, "payload": {"text": "t" * 300}}]}, {"items": []}]},
+    {"items": [{"query": "q" * 300, "results": [{"index": 2, "score": 0.5}, {}, 1]}] * 7},
+    {"items": [{"tokens": 3}] * 7, "vectors_file": {}, "truncated": {"count": 2, "items": [0, 1]}},
     {f"field{n}": n for n in range(30)},
     {
         "training_successful": True,
@@ -114,11 +116,23 @@ def test_a_summary_is_short_and_fits(result, width):
     assert all(len(line) <= width and line.isprintable() for line in lines)
 
 
+def test_vectors_and_scores_are_summarized_as_what_they_are() -> None:
+    file = {"relative_path": "artifacts/vectors.npy"}
+    vectors = {"items": [{}] * 8, "vectors_file": file, "precision": "float32", "dimension": 384}
+    cut = {"truncated": {"count": 1, "items": [0]}}
+    assert summary(vectors | cut, 80) == [
+        "8 items",
+        "vectors: artifacts/vectors.npy (float32, 384 dimensions)",
+        "cut at the model's length: 1 item",
+    ]
+    ranked = {"items": [{"query": "how?", "results": [{"index": 1, "score": 0.75, "document": "so"}]}]}
+    assert summary(ranked, 80) == ["1 item", "  [0]   query   how?", "        0.750   so"]
+
+
+NAMES = ["items", "output", "prompt", "query", "results", "vectors_file", "score"]
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["items", "output", "prompt", "query"]), inner)
-    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NAMES), inner),
     max_leaves=8,
 )
 

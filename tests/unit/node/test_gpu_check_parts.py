@@ -56,7 +56,7 @@ def test_only_what_is_missing_or_does_not_fit_is_installed(tmp_path: Path) -> No
     wanted["redis"] = install.Requirement("redis>=999")
     assert install.lacking([here], wanted) == [here]
     (wheels / "flowmesh_kit_probe-1.0-py3-none-any.whl").write_bytes(b"no zip")
-    with pytest.raises(install.InstallError, match="pip ended with"):
+    with pytest.raises(install.SetUpError, match="pip ended with"):
         install.install(ROOT, wheels, tmp_path / "other")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from flowmesh.cli.checked_file import check_file
-from flowmesh.settings.schema import Settings
+from flowmesh.settings.schema import CloudSettings, Settings
 from flowmesh.tasks.catalogue import known_types
 from flowmesh.tasks.s3_fields import faults
 from flowmesh.validation.s3_url import Location, is_allowed, matches, parse
@@ -75,6 +75,7 @@ def test_only_fields_that_name_places_are_checked() -> None:
         "data": {"type": "jsonl", "path": "s3://data/x-*.jsonl"},
         "model": {"source": {"identifier": "s3://models/../m"}},
         "prompt": "s3://not a place",
+        "data2": {"items": [{"url": "s3://a row's own"}]},
         "resume": {"url": "s3://data/${sft.result.key}"},
         "output": {"destination": {"url": "s3://elsewhere/x"}},
     }
@@ -90,7 +91,15 @@ def test_validate_knows_the_settings(tmp_path: Path) -> None:
     file.write_text(
         "spec:\n  taskType: inference\n  data:\n    type: jsonl\n    path: s3://data/x\n"
         "  model: {source: {identifier: m}}\n"
+        "  output:\n    destination:\n      type: s3\n      url: s3://data/results\n"
     )
-    assert not check_file(str(file), known_types(Settings())).errors
-    (error,) = check_file(str(file), known_types(Settings()), s3_read=("s3://other",)).errors
-    assert (error.line, error.message[:15]) == (5, "spec.data.path:")
+    types = known_types(Settings())
+    assert not check_file(str(file), types).errors
+    assert not check_file(
+        str(file), types, cloud=CloudSettings(read=("s3://data",), write=("s3://data/results",))
+    ).errors
+    found = check_file(str(file), types, cloud=CloudSettings(read=("s3://other",), write=("s3://data/re",))).errors
+    assert [(each.line, each.message.partition(": ")[0]) for each in found] == [
+        (5, "spec.data.path"),
+        (10, "spec.output.destination.url"),
+    ]
