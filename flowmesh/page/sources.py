@@ -19,6 +19,8 @@ from flowmesh.settings.schema import RedisSettings
 from flowmesh.tasks.journal_db import JOURNAL_FILE
 
 FRESH_S = 1.0
+UNUSED_S = 30.0
+"""After this time without a look at the fleet its connection is closed: Redis would keep events that nobody reads."""
 T = TypeVar("T")
 
 
@@ -53,6 +55,8 @@ class Sources:
         self._node = NodeSource(self.state_dir)
         self._fleet_source: FleetSource | None = None
         self._address = ""
+        self._fleet_lock = threading.Lock()
+        self._unused: threading.Timer | None = None
         self.status: Cached[dict[str, Any]] = Cached(self._ask_status)
         self.node: Cached[Picture] = Cached(lambda: self._node.picture(self.status()))
         self.metrics: Cached[str] = Cached(self._ask_metrics)
@@ -79,9 +83,20 @@ class Sources:
             return control.metrics()
 
     def _ask_fleet(self) -> Picture:
-        address = locate.address_of(self._redis)
-        if self._fleet_source is None or address != self._address:
+        with self._fleet_lock:
+            address = locate.address_of(self._redis)
+            if self._fleet_source is None or address != self._address:
+                if self._fleet_source is not None:
+                    self._fleet_source.close()
+                self._fleet_source, self._address = FleetSource(address), address
+            if self._unused is not None:
+                self._unused.cancel()
+            self._unused = threading.Timer(UNUSED_S, self._close_fleet)
+            self._unused.daemon = True
+            self._unused.start()
+            return self._fleet_source.fetch()
+
+    def _close_fleet(self) -> None:
+        with self._fleet_lock:
             if self._fleet_source is not None:
                 self._fleet_source.close()
-            self._fleet_source, self._address = FleetSource(address), address
-        return self._fleet_source.fetch()
