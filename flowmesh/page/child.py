@@ -19,7 +19,7 @@ from flowmesh.results.safe_files import read_note
 
 HEAP_BYTES = 1024**3
 """For where there is no cgroup."""
-BIND_S = 3.0
+BIND_S = 1.5
 """How long an earlier page may take to give its port back."""
 CONNECTIONS = 64
 HEADER_BYTES = 16 * 1024
