@@ -8,6 +8,7 @@ from typing import Any
 from urllib.parse import parse_qs
 
 import jinja2
+from markupsafe import Markup, escape
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
@@ -61,6 +62,13 @@ def make_app(note: Note, redis_url: str | None, tokens: Tokens) -> ASGIApp:
     return Guard(app, tokens=tokens, listens=note.host, hosts=note.hosts)
 
 
+def _prose(text: str) -> Markup:
+    """Our own advice, with what stands between backticks as code."""
+    parts = [escape(escaped(part)) for part in text.split("`")]
+    code = (f"<code>{part}</code>" if index % 2 else part for index, part in enumerate(parts))
+    return Markup("".join(code))
+
+
 class Pages:
     def __init__(self, sources: Sources, tokens: Tokens) -> None:
         self._sources = sources
@@ -77,6 +85,7 @@ class Pages:
             "dollars": dollars,
             "number": number,
             "plain": lambda text: escaped(str(text or "")),
+            "prose": _prose,
             "time": lambda at: str(at or "")[:19].replace("T", " "),
         }
 

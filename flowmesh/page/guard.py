@@ -122,7 +122,7 @@ class Guard:
     def _is_foreign(self, request: Request) -> bool:
         """A request that another site makes a browser send. A link that somebody follows is none."""
         headers = request.headers
-        if (origin := headers.get("origin")) is not None and urlsplit(origin).netloc != headers.get("host"):
+        if (origin := headers.get("origin")) is not None and origin.partition("://")[2] != headers.get("host"):
             return True
         if headers.get("sec-fetch-site", "none") in ("none", "same-origin"):
             return False
