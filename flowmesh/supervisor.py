@@ -241,7 +241,7 @@ class Supervisor:
         self.link.registration.resume()
         self._notifier.send(READY="1", STATUS="running")
         compared = first_lines.compare_torch(self.executor, self.inventory)
-        await asyncio.gather(*self.link.works(), compared, self._warming().run())
+        await asyncio.gather(*self.link.works(), compared, self._warming().run(), *self.executor.page.works())
 
     def _warming(self) -> Warming:
         executor, registration = self.executor, self.link.registration

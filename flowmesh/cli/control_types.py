@@ -60,6 +60,13 @@ class ReceiverStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Why the last attempt failed."""
 
 
+class PageStatus(msgspec.Struct, frozen=True, kw_only=True):
+    listen: str
+    state: str
+    """`starting`, `listening` or `failed`."""
+    error: str | None = None
+
+
 class NodeStatus(msgspec.Struct, frozen=True, kw_only=True):
     pid: int
     version: str = ""
@@ -77,6 +84,8 @@ class NodeStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Whether the last task event had no receivers."""
     log_dropped: int = 0
     notify: tuple[ReceiverStatus, ...] = ()
+    page: PageStatus | None = None
+    """None: `web.listen` is not set."""
     warnings: dict[str, str] = {}
     """By environment: why its tasks fail, or start slowly."""
     redeliveries: dict[str, str] = {}

@@ -345,6 +345,17 @@ class OtelSettings(Section, frozen=True):
     """File with headers of the requests, one `Name: value` a line. None: OTEL_EXPORTER_OTLP_HEADERS."""
 
 
+class WebSettings(Section, frozen=True):
+    """[web]: the page, in a process of its own; needs the extra web"""
+
+    listen: Word | None = None
+    """HOST:PORT that the page listens on. None: there is no page."""
+    token_file: FilePath | None = None
+    """File with the token that a visitor needs, read at each request. None: only on a loopback address, without one."""
+    hosts: tuple[Word, ...] = ()
+    """Names under which the page is reached, besides the machine's own and addresses: those of a proxy, say."""
+
+
 class RunnersSettings(Section, frozen=True):
     """[runners]: limits and permissions of the built-in task types"""
 
@@ -401,6 +412,7 @@ class Settings(Section, frozen=True):
     metrics: MetricsSettings = MetricsSettings()
     notify: NotifySettings = NotifySettings()
     otel: OtelSettings = OtelSettings()
+    web: WebSettings = WebSettings()
     runners: RunnersSettings = RunnersSettings()
     environments: dict[Name, EnvironmentSettings] = {}
     task_types: dict[Name, TaskTypeSettings] = {}
