@@ -251,7 +251,8 @@ class Supervisor:
         self.link.registration.resume()
         self._notifier.send(READY="1", STATUS="running")
         compared = first_lines.compare_torch(self.executor, self.inventory)
-        await asyncio.gather(*self.link.works(), compared, self._warming().run(), self.end.run())
+        works = [self._warming().run(), self.end.run(), *self.executor.page.works()]
+        await asyncio.gather(*self.link.works(), compared, *works)
 
     def _warming(self) -> Warming:
         executor, registration = self.executor, self.link.registration

@@ -78,6 +78,13 @@ class Ends(msgspec.Struct, frozen=True, kw_only=True):
     """How long it has had no task; None: it has one."""
 
 
+class PageStatus(msgspec.Struct, frozen=True, kw_only=True):
+    listen: str
+    state: str
+    """`starting`, `listening` or `failed`."""
+    error: str | None = None
+
+
 class NodeStatus(msgspec.Struct, frozen=True, kw_only=True):
     pid: int
     version: str = ""
@@ -96,6 +103,8 @@ class NodeStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Whether the last task event had no receivers."""
     log_dropped: int = 0
     notify: tuple[ReceiverStatus, ...] = ()
+    page: PageStatus | None = None
+    """None: `web.listen` is not set."""
     warnings: dict[str, str] = {}
     """By environment: why its tasks fail, or start slowly."""
     redeliveries: dict[str, str] = {}

@@ -118,6 +118,15 @@ def wait_for(client: Client, task_ids: tuple[str, ...], timeout_s: float | None,
         ends.append(end)
         if not as_json:
             _print_end(end, alone=len(task_ids) == 1)
+    return report_ends(ends, as_json=as_json)
+
+
+def report_ends(ends: list[End], *, as_json: bool) -> int:
+    """Print ends as JSON if that is wanted; returns EXIT_OK if all are successes.
+
+    Raises:
+        TaskFailed: the only task failed.
+    """
     if as_json:
         shown = [_json(end) for end in ends]
         render.print_json(shown[0] if len(shown) == 1 else {"tasks": shown})
@@ -132,7 +141,8 @@ def _json(end: End) -> dict[str, Any]:
 
 def _print_end(end: End, *, alone: bool) -> None:
     if end.ok:
-        print(f"{end.task_id} {render.succeeded(end.runtime_s)} on {end.worker_id}", flush=True)
+        where = f" on {end.worker_id}" if end.worker_id != "queue" else ""
+        print(f"{end.task_id} {render.succeeded(end.runtime_s)}{where}", flush=True)
     elif not alone:
         print(f"{end.task_id} failed ({end.verdict}): {render.printable(end.error)}", flush=True)
     render.warnings(list(end.warnings))

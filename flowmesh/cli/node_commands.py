@@ -76,6 +76,8 @@ def status(config: str | None, state_dir: str | None, as_json: bool) -> int:
     for environment, message in found.warnings.items():
         if message not in known:
             print(f"\nenvironment {environment}: {message}")
+    if found.page is not None and found.page.error:
+        print(f"\nno page at {found.page.listen}: {render.printable(found.page.error)}")
     for line in notify.troubles(found.notify):
         print(f"\n{line}")
     if found.tasks:

@@ -15,33 +15,38 @@ from flowmesh.cli import completing, deployment, documents, locate, redis_limits
 from flowmesh.cli.checked_file import refuse_faults
 from flowmesh.cli.deployment import TaskEnd, TaskFailed
 from flowmesh.cli.documents import Submission
-from flowmesh.cli.fleet import wait_for
+from flowmesh.cli.fleet import report_ends, wait_for
+from flowmesh.cli.pipelines.remote import follow, followed_by
+from flowmesh.cli.view import progress_stream
 from flowmesh.cli.wait import Wait
-from flowmesh.errors import EXIT_OK, FieldError, UnavailableError
+from flowmesh.errors import EXIT_OK, UnavailableError
 from flowmesh.messages import wire
-from flowmesh.pipelines.document import is_pipeline
+from flowmesh.pipelines.document import is_pipeline, read
 from flowmesh.queue.workers import NoWorkerFits, choose
 from flowmesh.tasks.catalogue import known_types
 
 
 @click.command(
     help="Send a task file to the cheapest idle worker of a deployment that fits it. "
-    "If none fits, print the reason for each worker. With --queue, any number of files wait for a worker instead."
+    "If none fits, print the reason for each worker. With --queue, any number of files wait for a worker instead. "
+    "A pipeline is driven by one of the nodes, and its stages wait in the queue."
 )
 @click.argument("files", metavar="FILE.yaml...", nargs=-1, required=True)
 @locate.redis_option
 @locate.config_option
 @click.option("--queue", "queued", is_flag=True, help="Queue the tasks: each runs when a worker that fits it is idle.")
 @click.option(
-    "--priority", type=click.Choice(["high", "normal", "low"]), help="With --queue: before or after other tasks."
+    "--priority",
+    type=click.Choice(["high", "normal", "low"]),
+    help="Of a queued task or a pipeline: before or after others.",
 )
 @click.option(
     "--retries",
     type=click.IntRange(min=0, max=100),
     metavar="N",
-    help="With --queue: attempts after a failure that another node may not have; default 2.",
+    help="Of a queued task or a pipeline's stages: attempts after a failure that another node may not have; default 2.",
 )
-@click.option("--anyway", is_flag=True, help="With --queue: even if no registered worker could ever run it.")
+@click.option("--anyway", is_flag=True, help="Queue it even if no registered worker could ever run it.")
 @click.option(
     "--worker", "worker_id", metavar="ID", help="Send it to this worker only.", shell_complete=completing.worker_ids
 )
@@ -74,8 +79,6 @@ def submit(
     """Run the command; returns the exit code."""
     if timeout is not None and not wait:
         raise click.UsageError("--timeout needs --wait")
-    if not queued and (priority or retries is not None or anyway):
-        raise click.UsageError("--priority, --retries and --anyway need --queue")
     if queued and worker_id is not None:
         raise click.UsageError("--worker and --queue exclude each other: the queue goes to whoever is idle")
     if len(files) > 1 and not queued:
@@ -83,7 +86,11 @@ def submit(
     if len(files) > 1 and task_id is not None:
         raise click.UsageError("--task-id needs a single file")
     submissions = [documents.load(file, task_id) for file in files]
-    _refuse_pipelines(submissions)
+    queued = queued or is_pipeline(submissions[0].document)
+    if not queued and (priority or retries is not None or anyway):
+        raise click.UsageError("--priority, --retries and --anyway need --queue or a pipeline")
+    if queued and worker_id is not None:
+        raise click.UsageError("--worker: a pipeline goes to no single worker: its stages run on those that fit")
     if not no_check:
         refuse_faults(submissions, known_types(locate.settings(config)))
     url, topic = locate.deployment_of(redis_url, config)
@@ -93,14 +100,10 @@ def submit(
     return _send(url, topic, submissions[0], worker_id, wait=wait, timeout_s=timeout, as_json=as_json)
 
 
-def _refuse_pipelines(submissions: list[Submission]) -> None:
-    """Raises FieldError for a pipeline: a worker would run its outer spec as one task."""
-    for each in submissions:
-        if is_pipeline(each.document):
-            name = "spec.stages" if each.document["spec"].get("stages") is not None else "spec.graph"
-            raise FieldError(
-                f"{each.source}: {name}: a pipeline cannot be submitted; `flowmesh run` runs it on this machine", name
-            )
+def _queued(submission: Submission) -> str:
+    if not is_pipeline(submission.document):
+        return f"{submission.task_id}  {submission.task_type or 'no task type'}  queued"
+    return followed_by(submission.task_id, len(read(submission.document).stages))
 
 
 def _queue(
@@ -118,7 +121,10 @@ def _queue(
         for each in submissions:
             client.queue(each.document, task_id=each.task_id, **how)
             if not as_json:
-                print(f"{each.task_id}  {each.task_type or 'no task type'}  queued", flush=True)
+                print(_queued(each), flush=True)
+        if wait and len(submissions) == 1 and is_pipeline(submissions[0].document):
+            end = follow(client, submissions[0], progress_stream(as_json=as_json), timeout_s, as_json=as_json)
+            return report_ends([end], as_json=as_json)
         if wait:
             return wait_for(client, tuple(each.task_id for each in submissions), timeout_s, as_json=as_json)
     if as_json:

@@ -10,6 +10,7 @@ with Client("redis://10.0.0.1") as client:
 
 from flowmesh.client.async_client import AsyncClient
 from flowmesh.client.client import Client
+from flowmesh.client.pipelines import StageState
 from flowmesh.client.requests import NoResult, Task, TaskExists, UnknownTask, WorkerGone
 from flowmesh.queue.records import Attempt, End, Event, TaskState
 from flowmesh.queue.workers import NeverFits, NoWorkerFits, Worker
@@ -23,6 +24,7 @@ __all__ = [
     "NeverFits",
     "NoResult",
     "NoWorkerFits",
+    "StageState",
     "Task",
     "TaskExists",
     "TaskState",

@@ -9,8 +9,9 @@ from collections.abc import AsyncIterator, Mapping
 from types import TracebackType
 from typing import Any, TypeVar
 
-from flowmesh.client import connection, requests
+from flowmesh.client import connection, pipelines, requests
 from flowmesh.client.log_lines import ANSWER_S, LogReader
+from flowmesh.client.pipelines import StageState, is_pipeline, refuse_worker
 from flowmesh.client.requests import (
     LOST_S,
     OUTAGE_POLL_S,
@@ -65,7 +66,10 @@ class AsyncClient:
 
         task = await client.submit({"spec": {"taskType": "echo"}})
         """
-        return await self._do(requests.submit(document, worker=worker, task_id=task_id, topic=self._topic))
+        if is_pipeline(document):
+            refuse_worker(worker)
+            return await self.do(pipelines.submit(document, task_id=task_id))
+        return await self.do(requests.submit(document, worker=worker, task_id=task_id, topic=self._topic))
 
     async def queue(
         self,
@@ -80,7 +84,11 @@ class AsyncClient:
 
         task = await client.queue({"spec": {"taskType": "echo"}}, priority="low")
         """
-        return await self._do(
+        if is_pipeline(document):
+            return await self.do(
+                pipelines.submit(document, priority=priority, retries=retries, task_id=task_id, anyway=anyway)
+            )
+        return await self.do(
             requests.queue(
                 document,
                 priority=priority,
@@ -103,7 +111,7 @@ class AsyncClient:
                 return event
             if event.terminal:
                 with contextlib.suppress(FlowMeshError):  # the record knows of earlier attempts
-                    return (await self._do(requests.end(task_id))) or end_of(event)
+                    return (await self.do(requests.end(task_id))) or end_of(event)
                 return end_of(event)
         assert timeout_s is not None, "without a limit only an end ends it"
         raise requests.late(task_id, timeout_s)
@@ -117,7 +125,7 @@ class AsyncClient:
         if (first := first_event(await self.state(task_id))) is not None:
             yield first
         if not follow:
-            if (end := await self._do(requests.end(task_id))) is not None:
+            if (end := await self.do(requests.end(task_id))) is not None:
                 yield shown_end(end)
             return
         async for event in self._heard(task_id, None):
@@ -130,7 +138,7 @@ class AsyncClient:
 
         items = (await client.result(task.task_id))["items"]
         """
-        return await self._do(requests.result(task_id))
+        return await self.do(requests.result(task_id))
 
     async def logs(self, task_id: str, follow: bool = False) -> AsyncIterator[str]:
         """As `Client.logs`.
@@ -138,59 +146,80 @@ class AsyncClient:
         async for line in client.logs(task.task_id, follow=True):
             print(line)
         """
-        checked(task_id)
+        if pipelines.is_one(await self.state(task_id)):
+            async for line in self._pipeline_logs(task_id, follow):
+                yield line
+            return
         reader, began = LogReader(), time.monotonic()
         asked = float("-inf")
         while not reader.ended:
             if time.monotonic() - asked > requests.FOLLOW_S / 3:
                 asked = time.monotonic()
-                await self._do(requests.follow(task_id, reader.token, keep=follow))
+                await self.do(requests.follow(task_id, reader.token, keep=follow))
             for line in reader.take(await self._run([reader.command()])):
                 yield line
             if not reader.answered and time.monotonic() - began > ANSWER_S:
                 raise requests.no_answer(task_id, ANSWER_S)
+
+    async def _pipeline_logs(self, task_id: str, follow: bool) -> AsyncIterator[str]:
+        """What its driver said of its stages, which lies in Redis."""
+        reader = LogReader(names.pipeline_key(task_id, "log"))
+        while not reader.ended:
+            state = await self.state(task_id)  # before the lines are read, so that the last ones are not missed
+            lines = list(reader.take(await self._run([reader.command(wait=follow)])))
+            for line in lines:
+                yield line
+            if not lines and (not follow or state is None or state.ended):
+                return
 
     async def cancel(self, task_id: str, reason: str = "cancelled", *, force: bool = False) -> str:
         """As `Client.cancel`.
 
         await client.cancel(task.task_id)
         """
-        return await self._do(requests.cancel(task_id, reason=reason, force=force))
+        return await self.do(requests.cancel(task_id, reason=reason, force=force))
 
     async def workers(self) -> list[Worker]:
         """As `Client.workers`.
 
         workers = await client.workers()
         """
-        return await self._do(requests.workers())
+        return await self.do(requests.workers())
 
     async def tasks(self, all: bool = False) -> list[TaskState]:
         """As `Client.tasks`.
 
         running = [task for task in await client.tasks() if task.state == "running"]
         """
-        return await self._do(requests.tasks(every=all))
+        return await self.do(requests.tasks(every=all))
 
     async def state(self, task_id: str) -> TaskState | None:
         """As `Client.state`.
 
         state = await client.state(task.task_id)
         """
-        return await self._do(requests.state(task_id))
+        return await self.do(requests.state(task_id))
 
     async def attempts(self, task_id: str) -> list[Attempt]:
         """As `Client.attempts`.
 
         attempts = await client.attempts(task.task_id)
         """
-        return await self._do(requests.attempts(task_id))
+        return await self.do(requests.attempts(task_id))
+
+    async def stages(self, task_id: str) -> dict[str, StageState]:
+        """As `Client.stages`.
+
+        stages = await client.stages(pipeline.task_id)
+        """
+        return await self.do(pipelines.stages(task_id))
 
     async def waiting(self) -> list[dict[str, Any]]:
         """As `Client.waiting`.
 
         waiting = await client.waiting()
         """
-        return await self._do(requests.waiting())
+        return await self.do(requests.waiting())
 
     async def _heard(self, task_id: str, deadline: float | None) -> AsyncIterator[Event | End]:
         """Events of a task as they come; its recorded End where an event may have been missed. Ends at the deadline."""
@@ -207,7 +236,7 @@ class AsyncClient:
                         await events.get_message(timeout=connection.TIMEOUT_S)
                     if time.monotonic() - looked >= POLL_S:
                         looked = time.monotonic()
-                        end = await self._do(requests.end(task_id))
+                        end = await self.do(requests.end(task_id))
                         known = time.monotonic()
                         if end is not None:
                             yield end
@@ -226,7 +255,8 @@ class AsyncClient:
                     if event is not None and event.task_id == task_id and event.type != "LOGS":
                         yield event
 
-    async def _do(self, request: Request[T]) -> T:
+    async def do(self, request: Request[T]) -> T:
+        """Run a request. For parts of this package; programs use the other methods."""
         try:
             commands = next(request)
             while True:

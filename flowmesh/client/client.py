@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from flowmesh.client import connection, requests
+from flowmesh.client import connection, pipelines, requests
 from flowmesh.client.log_lines import ANSWER_S, LogReader
+from flowmesh.client.pipelines import StageState, is_pipeline, refuse_worker
 from flowmesh.client.requests import (
     LOST_S,
     OUTAGE_POLL_S,
@@ -67,7 +68,7 @@ class Client:
         self._redis.close()
 
     def submit(self, document: Mapping[str, Any], *, worker: str | None = None, task_id: str | None = None) -> Task:
-        """Send a task to the cheapest idle worker that fits it.
+        """Send a task to the cheapest idle worker that fits it; or give a pipeline to the nodes, as `queue` does.
 
         Args:
             document: with a `spec`.
@@ -82,7 +83,10 @@ class Client:
             task = client.submit({"spec": {"taskType": "echo"}})
             print("runs on", task.worker_id)
         """
-        return self._do(requests.submit(document, worker=worker, task_id=task_id, topic=self._topic))
+        if is_pipeline(document):
+            refuse_worker(worker)
+            return self.do(pipelines.submit(document, task_id=task_id))
+        return self.do(requests.submit(document, worker=worker, task_id=task_id, topic=self._topic))
 
     def queue(
         self,
@@ -94,6 +98,9 @@ class Client:
         anyway: bool = False,
     ) -> Task:
         """Queue a task: it waits until a worker that fits it is idle.
+
+        A document with `spec.stages` or `spec.graph` is a pipeline: one of the nodes drives it, and its stages are
+        queued, with this priority and these retries.
 
         Args:
             document: with a `spec`; `metadata.owner` is whom the queue is fair between.
@@ -109,7 +116,11 @@ class Client:
 
             task = client.queue({"spec": {"taskType": "echo"}}, priority="high")
         """
-        return self._do(
+        if is_pipeline(document):
+            return self.do(
+                pipelines.submit(document, priority=priority, retries=retries, task_id=task_id, anyway=anyway)
+            )
+        return self.do(
             requests.queue(
                 document,
                 priority=priority,
@@ -142,7 +153,7 @@ class Client:
                 return event
             if event.terminal:
                 with contextlib.suppress(FlowMeshError):  # the record knows of earlier attempts
-                    return (self._do(requests.end(task_id))) or end_of(event)
+                    return (self.do(requests.end(task_id))) or end_of(event)
                 return end_of(event)
         assert timeout_s is not None, "without a limit only an end ends it"
         raise requests.late(task_id, timeout_s)
@@ -159,7 +170,7 @@ class Client:
         if (first := first_event(self.state(task_id))) is not None:
             yield first
         if not follow:
-            if (end := self._do(requests.end(task_id))) is not None:
+            if (end := self.do(requests.end(task_id))) is not None:
                 yield shown_end(end)
             return
         for event in self._heard(task_id, None):
@@ -175,10 +186,12 @@ class Client:
 
             print(client.result(task.task_id)["items"])
         """
-        return self._do(requests.result(task_id))
+        return self.do(requests.result(task_id))
 
     def logs(self, task_id: str, follow: bool = False) -> Iterator[str]:
         """The lines of a task's logs, sent by its node: secrets hidden, control characters escaped.
+
+        Of a pipeline: a line for each change of a stage. The stages' own logs are those of their tasks.
 
         Args:
             follow: until the task ends; False: those that there are now.
@@ -189,16 +202,28 @@ class Client:
             for line in client.logs(task.task_id, follow=True):
                 print(line)
         """
-        checked(task_id)
+        if pipelines.is_one(self.state(task_id)):
+            yield from self._pipeline_logs(task_id, follow)
+            return
         reader, began = LogReader(), time.monotonic()
         asked = float("-inf")
         while not reader.ended:
             if time.monotonic() - asked > requests.FOLLOW_S / 3:
                 asked = time.monotonic()
-                self._do(requests.follow(task_id, reader.token, keep=follow))
+                self.do(requests.follow(task_id, reader.token, keep=follow))
             yield from reader.take(self._run([reader.command()]))
             if not reader.answered and time.monotonic() - began > ANSWER_S:
                 raise requests.no_answer(task_id, ANSWER_S)
+
+    def _pipeline_logs(self, task_id: str, follow: bool) -> Iterator[str]:
+        """What its driver said of its stages, which lies in Redis."""
+        reader = LogReader(names.pipeline_key(task_id, "log"))
+        while not reader.ended:
+            state = self.state(task_id)  # before the lines are read, so that the last ones are not missed
+            lines = list(reader.take(self._run([reader.command(wait=follow)])))
+            yield from lines
+            if not lines and (not follow or state is None or state.ended):
+                return
 
     def cancel(self, task_id: str, reason: str = "cancelled", *, force: bool = False) -> str:
         """Cancel a task, wherever it is.
@@ -213,14 +238,14 @@ class Client:
 
             client.cancel(task.task_id, reason="not needed any more")
         """
-        return self._do(requests.cancel(task_id, reason=reason, force=force))
+        return self.do(requests.cancel(task_id, reason=reason, force=force))
 
     def workers(self) -> list[Worker]:
         """The registered workers, sorted by id.
 
         idle = [worker for worker in client.workers() if worker.status == "IDLE"]
         """
-        return self._do(requests.workers())
+        return self.do(requests.workers())
 
     def tasks(self, all: bool = False) -> list[TaskState]:
         """The tasks that wait or run; with `all` also those that ended within a day, 1000 at most.
@@ -228,28 +253,36 @@ class Client:
         for task in client.tasks():
             print(task.task_id, task.state, task.worker_id)
         """
-        return self._do(requests.tasks(every=all))
+        return self.do(requests.tasks(every=all))
 
     def state(self, task_id: str) -> TaskState | None:
         """A task's record; None where there is none.
 
         state = client.state(task.task_id)
         """
-        return self._do(requests.state(task_id))
+        return self.do(requests.state(task_id))
 
     def attempts(self, task_id: str) -> list[Attempt]:
         """What is known of a task's attempts that have ended, in order.
 
         print([(attempt.worker_id, attempt.error_kind) for attempt in client.attempts(task.task_id)])
         """
-        return self._do(requests.attempts(task_id))
+        return self.do(requests.attempts(task_id))
+
+    def stages(self, task_id: str) -> dict[str, StageState]:
+        """Where the stages of a submitted pipeline stand, by name; without those that have not begun.
+
+        for name, stage in client.stages(pipeline.task_id).items():
+            print(name, stage.state, stage.task_ids)
+        """
+        return self.do(pipelines.stages(task_id))
 
     def waiting(self) -> list[dict[str, Any]]:
         """How many tasks wait, by what they ask for and by priority.
 
         print(client.waiting())
         """
-        return self._do(requests.waiting())
+        return self.do(requests.waiting())
 
     def _heard(self, task_id: str, deadline: float | None) -> Iterator[Event | End]:
         """Events of a task as they come; its recorded End where an event may have been missed. Ends at the deadline."""
@@ -266,7 +299,7 @@ class Client:
                         events.get_message(timeout=connection.TIMEOUT_S)  # confirmed: nothing is missed from here
                     if time.monotonic() - looked >= POLL_S:
                         looked = time.monotonic()
-                        end = self._do(requests.end(task_id))
+                        end = self.do(requests.end(task_id))
                         known = time.monotonic()
                         if end is not None:
                             yield end
@@ -286,7 +319,8 @@ class Client:
                 if event is not None and event.task_id == task_id and event.type != "LOGS":
                     yield event
 
-    def _do(self, request: Request[T]) -> T:
+    def do(self, request: Request[T]) -> T:
+        """Run a request. For parts of this package; programs use the other methods."""
         try:
             commands = next(request)
             while True:

@@ -17,20 +17,29 @@ ANSWER_S = 15.0
 
 
 class LogReader:
-    """Where one reader is in the stream."""
+    """Where one reader is in a stream.
 
-    def __init__(self) -> None:
+    Args:
+        key: the stream; None: one of this reader's own, which a node writes when it is asked.
+    """
+
+    def __init__(self, key: str | None = None) -> None:
         self.token = secrets.token_hex(8)
         """Names this reader to the node."""
         self.ended = False
         """The node has said that no line follows."""
         self.answered = False
-        self._key = names.logs_key(self.token)
+        self._key = names.logs_key(self.token) if key is None else key
         self._after = "0"
 
-    def command(self) -> Command:
-        """The next read."""
-        return ("XREAD", "BLOCK", int(BLOCK_S * 1000), "COUNT", 500, "STREAMS", self._key, self._after)
+    def command(self, *, wait: bool = True) -> Command:
+        """The next read.
+
+        Args:
+            wait: for lines, where there is none.
+        """
+        block = ("BLOCK", int(BLOCK_S * 1000)) if wait else ()
+        return ("XREAD", *block, "COUNT", 500, "STREAMS", self._key, self._after)
 
     def take(self, answers: list[Any]) -> Iterator[str]:
         """The lines of an answer."""

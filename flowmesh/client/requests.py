@@ -102,11 +102,7 @@ def queue(
     Args:
         possible: the classes that a worker was found for, and when (monotonic); kept between requests.
     """
-    shaped(document)
-    if priority not in list(Priority):
-        raise FieldError(f"priority: {priority!r} is none; use high, normal or low", "priority")
-    if not isinstance(retries, int) or not 0 <= retries <= MAX_RETRIES:
-        raise FieldError(f"retries: expected a number from 0 to {MAX_RETRIES}, found {retries!r}", "retries")
+    check_queueing(document, priority, retries)
     wanted = class_of(document)
     if not anyway and time.monotonic() - possible.get(wanted.key, float("-inf")) > POSSIBLE_S:
         refuse_unless_possible((yield from workers()), wanted)
@@ -120,6 +116,19 @@ def queue(
     if text(answer) == "exists":
         raise TaskExists(f"{task_id}: a task of this id has not ended; choose another one, or wait for it")
     return Task(task_id=task_id)
+
+
+def check_queueing(document: Mapping[str, Any], priority: str, retries: int) -> None:
+    """Check what a task or a pipeline is queued with.
+
+    Raises:
+        FieldError: names the argument.
+    """
+    shaped(document)
+    if priority not in list(Priority):
+        raise FieldError(f"priority: {priority!r} is none; use high, normal or low", "priority")
+    if not isinstance(retries, int) or not 0 <= retries <= MAX_RETRIES:
+        raise FieldError(f"retries: expected a number from 0 to {MAX_RETRIES}, found {retries!r}", "retries")
 
 
 def submit(
@@ -249,7 +258,7 @@ def result(task_id: str) -> Request[dict[str, Any]]:
 
 def cancel(task_id: str, *, reason: str = "cancelled", force: bool = False) -> Request[str]:
     checked(task_id)
-    (answer,) = yield [(scripts.CANCEL, task_id, wire.utc_now(), reason[:200] or "cancelled")]
+    (answer,) = yield [(scripts.CANCEL, task_id, wire.utc_now(), reason[:200] or "cancelled", int(force))]
     was = text(answer)
     if was in ("queued", "done"):
         return was

@@ -100,7 +100,8 @@ class NodeEnd(Observer):
         limit_s, executor = self._idle_limit_s, self._executor
         if limit_s is None or executor.draining is not None:
             return LONGEST_PAUSE_S
-        if len(executor.runs) or executor.redeliveries:
+        drivers = self._link.queue.drivers
+        if len(executor.runs) or executor.redeliveries or (drivers is not None and drivers.pipelines):
             self._idle_since = self._clock()
             return LONGEST_PAUSE_S
         left_s = self._idle_since + limit_s - self._clock()

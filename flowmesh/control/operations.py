@@ -126,6 +126,7 @@ class Operations:
                 for server in executor.pool.servers
             ],
             "notify": self._notify(),
+            "page": executor.page.summary(),
             "queue": self._link.queue.summary(),
             "warnings": executor.pool.warnings(),
             "redeliveries": executor.redeliveries.waits(),

@@ -18,6 +18,7 @@ from flowmesh.execution.observer import Observer
 from flowmesh.orchestrator.claims import Claims
 from flowmesh.orchestrator.dispatcher import Dispatcher
 from flowmesh.orchestrator.log_feed import LogFeeds, LogRequest
+from flowmesh.orchestrator.pipeline_drivers import PipelineDrivers
 from flowmesh.orchestrator.preemption import Preemption
 from flowmesh.orchestrator.record_sender import RecordSender
 from flowmesh.orchestrator.registration import Registration
@@ -56,11 +57,12 @@ class QueueLink(Observer):
     ) -> None:
         settings = executor.settings
         self._enabled = settings.queue.enabled
-        client = reach(name=f"flowmesh-{name}-queue", users=6)
+        client = reach(name=f"flowmesh-{name}-queue", users=8)
         self._clients = [client]
         self.sender = RecordSender(executor, client, node_id, registration.on_events_sent)
         self._feeds = LogFeeds(executor, client)
         self.claims: Claims | None = None
+        self.drivers: PipelineDrivers | None = None
         self._works: list[Callable[[], Coroutine[Any, Any, None]]] = []
         executor.observers.add(self)
         listener = reach(name=f"flowmesh-{name}-queue-sub")
@@ -84,6 +86,9 @@ class QueueLink(Observer):
         executor.observers.add(self.claims)
         self._works.append(self.claims.run)
         self._works.append(TakeOver(client, node_id, settings.queue.take_over_after_s).run)
+        if settings.queue.pipelines:
+            self.drivers = PipelineDrivers(executor, registration, client, node_id)
+            self._works.append(self.drivers.run)
         self._preemption = Preemption(executor, self.claims, client)
         if settings.queue.preempt:
             self._works.append(self._preemption.run)
@@ -104,15 +109,20 @@ class QueueLink(Observer):
         """For `flowmesh status`: how many tasks were taken since the start, and why none are; null: some are."""
         if self.claims is None:
             return {"claimed": 0, "off": "queue.enabled is false"}
-        return {"claimed": self.claims.claimed, "off": self.claims.refused or None}
+        driven = [] if self.drivers is None else self.drivers.pipelines
+        return {"claimed": self.claims.claimed, "off": self.claims.refused or None, "pipelines": driven}
 
     async def close(self) -> None:
         self._feeds.close()
+        if self.drivers is not None:
+            await self.drivers.close()
         await asyncio.gather(*(client.aclose() for client in self._clients))
 
     def _on_subscribed(self, gap: bool) -> None:
         if gap and self.claims is not None:
             self.claims.look_again()
+        if gap and self.drivers is not None:
+            self.drivers.look_again()
 
     def _on_message(self, data: bytes) -> None:
         """A message on the queue's channel; what is not understood is another version's."""
@@ -128,3 +138,5 @@ class QueueLink(Observer):
             self.claims.look_again()
         elif kind == "URGENT":
             self._preemption.on_urgent()
+        elif kind == "PIPELINE" and self.drivers is not None:
+            self.drivers.look_again()

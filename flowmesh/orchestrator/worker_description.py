@@ -98,5 +98,6 @@ def described_env(node: NodeDescription, executor: Executor) -> dict[str, Any]:
         "ENABLE_ELASTIC_SCALING": settings.node.elastic_scaling,
         "task_types": executor.offered_types(),
         "isolation": node.isolation,
+        "pipelines": settings.queue.pipelines if settings.queue.enabled else 0,
         "version": installed.version(),
     }

@@ -14,14 +14,15 @@ from flowmesh.pipelines.references import texts
 _LONGEST_PATH = 4096
 
 
-def key_of(spec: dict[str, Any], runs: Mapping[str, str]) -> str:
+def key_of(spec: dict[str, Any], runs: Mapping[str, str], *, local_files: bool = True) -> str:
     """The digest of a stage's spec, of the local files that it names, and of the runs it depends on.
 
     Args:
         spec: with all references replaced.
         runs: by stage that it depends on: the id of the run whose result it uses.
+        local_files: False: files are not looked at, since the stage runs on another machine.
     """
-    parts = {"spec": spec, "runs": dict(runs), "files": _files(spec)}
+    parts = {"spec": spec, "runs": dict(runs), "files": _files(spec) if local_files else {}}
     return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 

@@ -35,3 +35,5 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     verdict: str | None = None
     out_dir: str | None = None
     """Of its first task."""
+    worker: str | None = None
+    """That its first task ended on, where that is known."""

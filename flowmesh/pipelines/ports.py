@@ -40,6 +40,8 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True):
     out_dir: str | None = None
     result: dict[str, Any] | None = None
     """As in responses.json, merged children included; of a task that failed perhaps also."""
+    worker: str | None = None
+    """None: of this machine."""
 
 
 Event = Started | Seen | Ended

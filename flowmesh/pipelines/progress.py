@@ -54,6 +54,7 @@ class StageRun(msgspec.Struct, kw_only=True):
     error: str | None = None
     verdict: str | None = None
     out_dir: str | None = None
+    worker: str | None = None
     seen: str = ""
     """What its task reports."""
     fraction: float | None = None
@@ -87,6 +88,7 @@ class StageRun(msgspec.Struct, kw_only=True):
             error=self.error,
             verdict=self.verdict,
             out_dir=self.out_dir,
+            worker=self.worker,
         )
 
 

@@ -170,10 +170,21 @@ def value_at(reference: Reference, results: Mapping[str, Any]) -> Any:
     shown = f"${{{reference.expr}}}"
     if reference.stage not in results:
         raise PathError(f"{shown}: the stage {reference.stage!r} has no result: it did not run")
+    result = results[reference.stage]
+    short = isinstance(result, dict) and result.get("truncated") is True
     try:
-        return below(reference.stage, results[reference.stage], parse(reference.path))
+        value = below(reference.stage, result, parse(reference.path))
     except PathError as error:
-        raise PathError(f"{shown}: {error}") from None
+        raise PathError(f"{shown}: {_NOT_WHOLE}" if short else f"{shown}: {error}") from None
+    if short and ((isinstance(value, dict) and "omitted" in value) or value == result):
+        raise PathError(f"{shown}: {_NOT_WHOLE}")
+    return value
+
+
+_NOT_WHOLE = (
+    "the result does not lie in Redis as a whole (it is above 1 MiB, or queue.result_ttl_s is 0 on its node), so that "
+    "no other stage can use it; let the stage write or deliver a file, and use its address"
+)
 
 
 def below(stage: str, result: Any, steps: list[str | int]) -> Any:

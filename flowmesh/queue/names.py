@@ -23,6 +23,9 @@ OPEN = f"{PREFIX}tasks:open"
 DONE = f"{PREFIX}tasks:done"
 """Sorted sets of task ids, by when they were queued and by when they ended, in milliseconds."""
 
+PIPELINES = f"{PREFIX}pipelines"
+"""Sorted set: pipelines that have not ended, by when they were submitted, in milliseconds."""
+
 GONE = f"{PREFIX}queue:gone"
 """Hash: a holder without heartbeat → since when, in milliseconds."""
 
@@ -66,3 +69,13 @@ def logs_key(token: str) -> str:
 def follow_key(token: str) -> str:
     """Exists while the follower is there."""
     return f"{PREFIX}follow:{token}"
+
+
+def pipeline_key(pipeline_id: str, part: str) -> str:
+    """A part of a pipeline.
+
+    Args:
+        part: `driver` (its lease), `ends` (hash: stage → its kept end), `stages` (hash: stage → where it stands),
+            `tasks` (hash: task → the ids that it runs) or `log` (stream).
+    """
+    return f"{PREFIX}pipeline:{pipeline_id}:{part}"

@@ -17,8 +17,16 @@ from __future__ import annotations
 from flowmesh.queue.lua import Script
 
 QUEUE = Script.of("""
--- id, at, class member, class key, priority, owner, retries, document, type, name, time limit in seconds or ''
+-- id, at, class member, class key, priority, owner, retries, document, type, name, time limit in seconds or '';
+-- of a pipeline's stage: the pipeline, its driver's number, the run, what the task runs
 local id, at, member, ck = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local pipeline = ARGV[12]
+if pipeline then
+  local f = get(pipeline, 'attempt', 'state', 'cancel')
+  if f[1] ~= ARGV[13] or f[2] ~= 'running' then return 'lost' end
+  if redis.call('HGET', record(id), 'run') == ARGV[14] then return 'same' end
+  if f[3] then return 'cancelled' end
+end
 local state = redis.call('HGET', record(id), 'state')
 if state and state ~= 'done' then return 'exists' end
 local attempt = redis.call('HGET', record(id), 'attempt') or '0'
@@ -26,7 +34,11 @@ redis.call('DEL', record(id), P .. 'attempts:' .. id, P .. 'result:' .. id)
 redis.call('ZREM', P .. 'tasks:done', id)
 redis.call('HSET', record(id), 'queued_at', at, 'class', ck, 'class_json', member, 'priority', ARGV[5],
   'owner', ARGV[6], 'retries', ARGV[7], 'message', ARGV[8], 'type', ARGV[9], 'name', ARGV[10],
-  'attempt', attempt, 'failures', '0', 'timeout', ARGV[11] or '')
+  'attempt', attempt, 'failures', '0', 'timeout', ARGV[11])
+if pipeline then
+  redis.call('HSET', record(id), 'pipeline', pipeline, 'run', ARGV[14])
+  redis.call('HSET', P .. 'pipeline:' .. pipeline .. ':tasks', id, ARGV[15])
+end
 local known = redis.call('ZSCORE', P .. 'queue:classes', member)
 add(id, false)
 redis.call('ZADD', P .. 'tasks:open', now_ms(), id)
@@ -44,7 +56,11 @@ end
 if ARGV[5] == 'high' then redis.call('PUBLISH', 'flowmesh.queue', '{"type":"URGENT"}') end
 return 'queued'
 """)
-"""Add a task. Returns `queued`, or `exists`: a task of this id has not ended."""
+"""Add a task. Returns `queued`, or `exists`: a task of this id has not ended.
+
+Of a stage also `lost` (another driver has the pipeline), `same` (this run's task was queued before, perhaps by an
+earlier driver), or `cancelled` (the pipeline is).
+"""
 
 DISPATCHED = Script.of("""
 -- id, at, worker, document's type, owner, name
@@ -326,16 +342,17 @@ return n
 """Return what a worker without heartbeat holds to the queue, counted as a failure. Returns how many tasks came back."""
 
 CANCEL = Script.of("""
--- id, at, reason
+-- id, at, reason, '1': by force
 local id, at, reason = ARGV[1], ARGV[2], ARGV[3]
-local f = get(id, 'state', 'class', 'priority')
+local f = get(id, 'state', 'class', 'priority', 'type')
 if not f[1] then return 'unknown' end
 if f[1] == 'done' then return 'done' end
 if f[1] ~= 'queued' then
   redis.call('HSET', record(id), 'cancel', reason)
+  if f[4] == 'pipeline' and ARGV[4] == '1' then redis.call('HSET', record(id), 'force', '1') end
   return f[1]
 end
-count(f[2], f[3], -1)
+if f[2] ~= '' then count(f[2], f[3], -1) end
 finish(id, 86400, at, failed_event(id, 'queue', at, 'cancelled', reason), '0', 'cancelled', reason)
 return 'queued'
 """)

@@ -33,6 +33,8 @@ class Worker(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds since its last heartbeat."""
     alive: bool
     """Its heartbeat key exists and has a TTL."""
+    drives_pipelines: bool
+    """Its node drives submitted pipelines."""
     disabled: bool
     """Disabled by the orchestrator's elastic scaling."""
 
@@ -172,17 +174,20 @@ class NoWorkerFits(BusyError):
 class NeverFits(FlowMeshError):
     """No registered worker could ever take the task, however long it waits."""
 
-    def __init__(self, reasons: dict[str, str]) -> None:
+    def __init__(self, reasons: dict[str, str], what: str = "this task") -> None:
         told = "; ".join(f"{name}: {why}" for name, why in list(reasons.items())[:5]) or "no worker is registered"
         super().__init__(
-            f"no registered worker could ever run this task ({told}); change what it asks for, start a node that has "
+            f"no registered worker could ever run {what} ({told}); change what it asks for, start a node that has "
             "it, or queue it nevertheless (--anyway)"
         )
         self.reasons = reasons
 
 
-def refuse_unless_possible(workers: Iterable[Worker], wanted: RequirementClass) -> None:
+def refuse_unless_possible(workers: Iterable[Worker], wanted: RequirementClass, what: str = "this task") -> None:
     """Check that a living worker could take a task of this class, however busy it is now.
+
+    Args:
+        what: for the error.
 
     Raises:
         NeverFits: none could; has the reason for each.
@@ -195,7 +200,7 @@ def refuse_unless_possible(workers: Iterable[Worker], wanted: RequirementClass) 
         if not why:
             return
         reasons[worker.worker_id] = "; ".join(why)
-    raise NeverFits(reasons)
+    raise NeverFits(reasons, what)
 
 
 def fits_elsewhere(workers: Iterable[Worker], wanted: RequirementClass, own: Iterable[str]) -> bool:
@@ -213,6 +218,7 @@ def _worker(
 ) -> Worker:
     env, tags, hardware = (_json(fields.get(name)) for name in ("env_json", "tags_json", "hardware_json"))
     types = env.get("task_types") if isinstance(env, dict) else None
+    drives = isinstance(env, dict) and bool(env.get("pipelines"))
     seen = _moment(beat) or _moment(fields.get("last_seen", ""))
     status = fields.get("status", "")
     cost = fields.get("cost_per_hour", "")
@@ -228,6 +234,7 @@ def _worker(
         started_at=fields.get("started_at") or None,
         last_seen_s=max(0.0, (now - seen).total_seconds()) if seen is not None else None,
         alive=ttl > 0,
+        drives_pipelines=drives,
         disabled=disabled,
     )
 

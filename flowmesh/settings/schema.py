@@ -136,6 +136,8 @@ class QueueSettings(Section, frozen=True):
     """How long a worker's heartbeat key must have been gone before its tasks go back to the queue."""
     preempt: bool = True
     """Whether a queued training task of low priority makes room for one of high priority."""
+    pipelines: Annotated[int, Meta(ge=0, le=256)] = 4
+    """How many submitted pipelines this node drives at once. 0: none."""
 
 
 class ResultsSettings(Section, frozen=True):
@@ -352,6 +354,17 @@ class OtelSettings(Section, frozen=True):
     """File with headers of the requests, one `Name: value` a line. None: OTEL_EXPORTER_OTLP_HEADERS."""
 
 
+class WebSettings(Section, frozen=True):
+    """[web]: the page, in a process of its own; needs the extra web"""
+
+    listen: Word | None = None
+    """HOST:PORT that the page listens on. None: there is no page."""
+    token_file: FilePath | None = None
+    """File with the token that a visitor needs, read at each request. None: only on a loopback address, without one."""
+    hosts: tuple[Word, ...] = ()
+    """Names under which the page is reached, besides the machine's own and addresses: those of a proxy, say."""
+
+
 class RunnersSettings(Section, frozen=True):
     """[runners]: limits and permissions of the built-in task types"""
 
@@ -408,6 +421,7 @@ class Settings(Section, frozen=True):
     metrics: MetricsSettings = MetricsSettings()
     notify: NotifySettings = NotifySettings()
     otel: OtelSettings = OtelSettings()
+    web: WebSettings = WebSettings()
     runners: RunnersSettings = RunnersSettings()
     environments: dict[Name, EnvironmentSettings] = {}
     task_types: dict[Name, TaskTypeSettings] = {}

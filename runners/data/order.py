@@ -23,6 +23,8 @@ class Rows(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """The fields that every source of rows has."""
 
     column: str | None = None
+    image_column: str | None = None
+    """An image of each row, or a list of them, before its prompt."""
     metadata_columns: tuple[str, ...] | dict[str, str] | None = None
     metadata_include_all: bool | None = None
     shuffle: bool | None = None
@@ -31,7 +33,13 @@ class Rows(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Shuffle within a window of this many rows, as for a stream, instead of over all rows."""
 
     def columns(self, where: str) -> Columns:
-        return Columns(self.column or "text", self.metadata_columns, bool(self.metadata_include_all), where)
+        return Columns(
+            self.column or "text",
+            self.metadata_columns,
+            bool(self.metadata_include_all),
+            where,
+            images=self.image_column,
+        )
 
 
 def items_of(ctx: Context, table: Table, wanted: Rows, shard: Shard | None, where: str) -> Items:

@@ -12,17 +12,25 @@ from typing import Any
 from flowmesh.validation.json_paths import PathError, parse, walk
 from flowmesh.validation.names import listed
 from runners.api import BadRequest, Context
+from runners.data.content import read_content
 from runners.data.json_text import Spelled
-from runners.data.prompts import Items, Prompt, check_prompt
+from runners.data.prompts import Items, Message, Prompt, check_prompt
 
 
 class Columns:
     """The column of the prompt, and those of its metadata."""
 
     def __init__(
-        self, column: str, metadata: Sequence[str] | Mapping[str, str] | None, include_all: bool, where: str
+        self,
+        column: str,
+        metadata: Sequence[str] | Mapping[str, str] | None,
+        include_all: bool,
+        where: str,
+        *,
+        images: str | None = None,
     ) -> None:
         self.column = column
+        self.images = images
         self.include_all = include_all
         self.renamed = dict(metadata) if isinstance(metadata, Mapping) else {name: name for name in metadata or ()}
         self._where = where
@@ -34,7 +42,10 @@ class Columns:
             there: the existing columns, which the error lists.
         """
         names = list(there)
-        for field, wanted in (("column", [self.column]), ("metadata_columns", list(self.renamed))):
+        images = [] if self.images is None else [self.images]
+        for field, wanted in (
+            ("column", [self.column]), ("image_column", images), ("metadata_columns", list(self.renamed)),
+        ):  # fmt: skip
             for name in wanted:
                 if column_of(name, names) is None:
                     raise BadRequest(f"{self._where}.{field}: no column {name!r}; there are: {listed(names)}")
@@ -58,7 +69,8 @@ class Columns:
     def wanted(self, there: Iterable[str]) -> list[str]:
         """The columns that have to be read, of those in `there`."""
         names = list(there)
-        roots = {column_of(name, names) for name in (self.column, *self.renamed)}
+        images = () if self.images is None else (self.images,)
+        roots = {column_of(name, names) for name in (self.column, *images, *self.renamed)}
         return [name for name in names if self.include_all or name in roots]
 
     def metadata(self, row: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -69,7 +81,7 @@ class Columns:
 
     def _called(self, there: Iterable[str]) -> dict[str, str]:
         """Source column → name in the metadata."""
-        names = [name for name in there if name != self.column] if self.include_all else []
+        names = [name for name in there if name not in (self.column, self.images)] if self.include_all else []
         return {name: name for name in names} | self.renamed
 
 
@@ -139,10 +151,30 @@ def to_items(ctx: Context, rows: Iterable[tuple[str, Mapping[str, Any]]], column
         except PathError as error:
             reason = f"has no {columns.column!r}; it has: {listed(row)}" if "." not in columns.column else str(error)
             raise BadRequest(f"{where}: {reason}") from None
-        prompts.append(check_prompt(ctx, value, f"{where}: {columns.column}", allow_empty=True))
+        prompt = check_prompt(ctx, value, f"{where}: {columns.column}", allow_empty=True)
+        if columns.images is not None:
+            prompt = _with_images(prompt, _cell_or_none(row, columns.images), f"{where}: {columns.images}")
+        prompts.append(prompt)
         metadata.append(columns.metadata(row))
         wheres.append(where)
     return Items(prompts=tuple(prompts), metadata=tuple(metadata), wheres=tuple(wheres))
+
+
+def _with_images(prompt: Prompt, value: Any, where: str) -> Prompt:
+    """A row's text as a chat of one turn, with the row's images before it.
+
+    Args:
+        value: an image, a list of them, or None for none.
+
+    Raises:
+        BadRequest: the prompt is a chat, whose parts say where its images go; or a value is no image.
+    """
+    if not isinstance(prompt, str):
+        raise BadRequest(f"{where}: image_column goes with texts; the chats of this column name images in their parts")
+    values = [] if value is None else value if isinstance(value, list | tuple) else [value]
+    parts = [{"type": "image", "image": each} for each in values if each is not None]
+    text = [{"type": "text", "text": prompt}] if prompt.strip() or not parts else []
+    return (Message("user", read_content([*parts, *text], where)),)
 
 
 def plain(value: Any) -> Any:

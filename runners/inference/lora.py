@@ -73,11 +73,12 @@ def check_fit(ctx: Context, adapter: LocalAdapter, config: Any, *, trust_remote_
         config: the model's configuration; a model without memory is made from it.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+
+    from runners.inference.vision import model_class
 
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model = model_class(config, None).from_config(config, trust_remote_code=trust_remote_code)
     except (ValueError, ImportError) as error:  # one that Transformers cannot make without its weights, or at all
         ctx.log.warning("not checked whether %s fits the model: %.200s", adapter.name, " ".join(str(error).split()))
         return

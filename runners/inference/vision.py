@@ -34,6 +34,8 @@ class Vision(Texts):
             tokenizer.pad_token = tokenizer.eos_token
         names = (getattr(processor, "image_token", None), getattr(processor, "boi_token", None))
         self._marks = [str(getattr(each, "content", each)) for each in names if each]
+        vocabulary = tokenizer.get_vocab()
+        self._mark_ids = {vocabulary[each] for each in self._marks if each in vocabulary}
 
     def encode(self, prompts: Sequence[Prompt], wheres: Sequence[str]) -> list[tuple[int, ...]]:
         """See `Texts.encode`: prompts without images.
@@ -42,16 +44,13 @@ class Vision(Texts):
             BadRequest: also for one that writes the model's mark of an image.
         """
         encoded = super().encode(prompts, wheres)
-        marks = {self.tokenizer.convert_tokens_to_ids(each) for each in self._marks}
         for token_ids, where in zip(encoded, wheres, strict=True):
-            self.check_text(token_ids, where, marks=marks)
+            self.check_text(token_ids, where)
         return encoded
 
-    def check_text(self, token_ids: Sequence[int], where: str, *, marks: set[int] | None = None) -> None:
+    def check_text(self, token_ids: Sequence[int], where: str) -> None:
         """Raises BadRequest for a prompt without images that has the model's mark of one."""
-        if marks is None:
-            marks = {self.tokenizer.convert_tokens_to_ids(each) for each in self._marks}
-        if not marks.isdisjoint(token_ids):
+        if not self._mark_ids.isdisjoint(token_ids):
             raise BadRequest(
                 f"{where}: its text has the model's mark of an image ({' or '.join(self._marks)}), and there is no "
                 "image; leave it out"
@@ -68,7 +67,7 @@ class Vision(Texts):
 
     def pictured(self, text: str, images: Sequence[ImagePart], where: str) -> Pictures:
         """A prompt as the template wrote it, and its images. Errors as for `encode_images`."""
-        found = next((text.count(each) for each in self._marks if each in text), 0)
+        found = sum(text.count(each) for each in set(self._marks))
         if found != len(images):
             raise BadRequest(
                 f"{where}: {len(images)} images, and {found} marks of an image ({' or '.join(self._marks)}) in the "

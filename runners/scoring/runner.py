@@ -7,7 +7,7 @@ import importlib.util
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -25,6 +25,9 @@ from runners.scoring.scorer import SECTION, Pair, Scorer, load_scorer
 from runners.scoring.task import Group, ScoreTask, read_groups, read_score
 from runners.vectors.part import counts_of
 from runners.vectors.source import find_source
+
+if TYPE_CHECKING:
+    from runners.scoring.vllm_scorer import VllmScorer
 
 COUNTED = 256
 MOST_LISTED = 200
@@ -93,7 +96,7 @@ class ScoreRunner(Runner):
             about: dict[str, Any] = {"model": source.shown}
             latency_s = 0.0
             if any(log.counts.done < log.counts.total for log in logs.values()):
-                scorer = load_scorer(ctx, task, source)
+                scorer = load(ctx, task, source)
                 about = scorer.describe()
                 check_order(scorer, [parts[task_id] for task_id in logs])
                 ctx.phase("score")
@@ -108,6 +111,17 @@ class ScoreRunner(Runner):
                 child.task_id: refused.get(child.task_id) or results[child.task_id] for child in children
             }
         return result
+
+
+def load(ctx: Context, task: ScoreTask, source: Source) -> Scorer | VllmScorer:
+    """The task's cross-encoder on its engine; see `load_scorer`."""
+    if task.engine != "vllm":
+        return load_scorer(ctx, task, source)
+    if importlib.util.find_spec("vllm") is None:
+        raise MissingDependency("vllm", "spec.engine")
+    from runners.scoring.vllm_scorer import load_vllm
+
+    return load_vllm(ctx, task, source)
 
 
 def read_part(  # noqa: PLR0917
@@ -156,7 +170,7 @@ def check_agreement(parent: ScoreTask, child: ScoreTask, where: str) -> None:
             raise BadRequest(f"{where}.{name}: differs from the task that it is merged into; send it by itself")
 
 
-def check_order(scorer: Scorer, parts: Sequence[Part]) -> None:
+def check_order(scorer: Scorer | VllmScorer, parts: Sequence[Part]) -> None:
     """Raises BadRequest where documents are to be put in order by more than one number."""
     if scorer.labels > 1 and any(not group.is_pair for part in parts for group in part.groups):
         raise BadRequest(
@@ -165,7 +179,7 @@ def check_order(scorer: Scorer, parts: Sequence[Part]) -> None:
         )
 
 
-def score_missing(ctx: Context, scorer: Scorer, parts: Sequence[tuple[Part, RowLog]]) -> None:
+def score_missing(ctx: Context, scorer: Scorer | VllmScorer, parts: Sequence[tuple[Part, RowLog]]) -> None:
     """Score the pairs that have no row, each different pair once.
 
     Raises:

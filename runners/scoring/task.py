@@ -25,7 +25,7 @@ OWN_FIELDS = (
 )  # fmt: skip
 DEFAULT_DOCUMENTS = "document"
 
-Engine = Literal["auto", "sentence_transformers"]
+Engine = Literal["auto", "sentence_transformers", "vllm"]
 Text = Annotated[str, Meta(min_length=1)]
 
 
@@ -103,6 +103,8 @@ def read_score(ctx: Context, spec: dict[str, Any], where: str = "spec") -> Score
     chosen = faults.read(lambda: ctx.check(_only(spec, _Choice), _Choice, where))
     faults.read(lambda: _check_inputs(ctx, spec, where, options or ScoreOptions()))
     faults.read(lambda: check_resume(ctx, spec, where))
+    if spec.get("engine") == "vllm":
+        faults.read(lambda: _check_vllm(spec, options, where))
     if model is not None and checkpoint is not None and options is not None:
         faults.read(lambda: _check_model(options, model.source, checkpoint.load, where))
     faults.check()
@@ -180,6 +182,13 @@ def _check_inputs(ctx: Context, spec: dict[str, Any], where: str, options: Score
         for name in ("top_n", "return_documents"):
             if getattr(options, name) is not None:
                 raise BadRequest(f"{where}.score.{name}: pairs have no order; leave it out")
+
+
+def _check_vllm(spec: dict[str, Any], options: ScoreOptions | None, where: str) -> None:
+    if spec.get("enforce_cpu"):
+        raise BadRequest(f"{where}.engine: 'vllm' and enforce_cpu exclude each other; leave one out")
+    if options is not None and options.device not in (None, "auto"):
+        raise BadRequest(f"{where}.score.device: vLLM takes the task's GPU, or the CPU of a build for it; leave it out")
 
 
 def _check_model(options: ScoreOptions, source: ModelSource, checkpoint: CheckpointLoad | None, where: str) -> None:

@@ -7,13 +7,14 @@ import random
 import signal
 import time
 from collections import Counter
+from pathlib import Path
 
 import redis
 
 from flowmesh.client import Client
 from tests.faults.rig import Lost, Rig
 from tests.faults.table import fault
-from tests.kit.support import Node, Orchestrator, RedisServer, until
+from tests.kit.support import Node, Orchestrator, RedisServer, below, until
 
 TASKS = 1000
 NODES = 4
@@ -108,3 +109,64 @@ def _hit(server: RedisServer, nodes: list[Node], peer: Orchestrator, rng: random
             Rig.hit(node.pid, signal.SIGSTOP)
             time.sleep(rng.uniform(0, 1.5))
             Rig.hit(node.pid, signal.SIGCONT)
+
+
+@fault("pipelines: 20 on 4 nodes; drivers and nodes SIGKILLed, Redis restarted", weight=1, long=True)
+def _(rig: Rig, rng: random.Random) -> None:
+    server = RedisServer(keep=True)
+    nodes = [Node(server, worker_id=f"p{number}", config=CONFIG) for number in range(NODES)]
+    try:
+        for node in nodes:
+            node.start()
+        _pipelines(server, nodes, rng)
+    finally:
+        for node in nodes:
+            node.close()
+        server.close()
+
+
+PIPELINES = 20
+STAGES = 6
+
+
+def _pipelines(server: RedisServer, nodes: list[Node], rng: random.Random) -> None:
+    """Each stage succeeds in one run, each pipeline ends once."""
+    peer = Orchestrator(server)
+    with Client(server.url) as client:
+        ids = []
+        for number in range(PIPELINES):
+            stages = [
+                {"name": f"s{each}", "spec": {"taskType": "echo", "delaySec": rng.random() / 2}}
+                for each in range(STAGES)
+            ]
+            ids.append(client.submit({"spec": {"stages": stages}}, task_id=f"pipe{number}").task_id)
+        end = time.monotonic() + END_S
+        while any(not task.ended for task in client.tasks()):
+            if time.monotonic() > end:
+                left = [(task.task_id, task.state, task.worker_id) for task in client.tasks()]
+                raise Lost(f"{len(left)} tasks have not ended: {left[:5]}")
+            peer.hear()
+            time.sleep(rng.uniform(0.1, 1.0))
+            if rng.random() < 0.5:
+                for pid in _drivers(rng.choice(nodes)):
+                    Rig.hit(pid, signal.SIGKILL)
+            else:
+                _hit(server, nodes, peer, rng)
+        for node in nodes:
+            until(lambda node=node: _has_sent_all(node), "every event is sent", 60.0)
+        wrong = [task_id for task_id in ids if not client.wait(task_id, 10).ok]
+    peer.hear()
+    counts = Counter(event["task_id"] for event in peer.task_events if event["type"] != "TASK_STARTED")
+    twice = [task_id for task_id, count in counts.items() if count > 1]
+    peer.close()
+    if wrong or twice:
+        raise Lost(f"not succeeded: {wrong[:5]}; ended twice: {twice[:5]}")
+
+
+def _drivers(node: Node) -> list[int]:
+    found = []
+    for pid in below(node.pid):
+        with contextlib.suppress(OSError):
+            if b"flowmesh.pipeline_driver" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+    return found

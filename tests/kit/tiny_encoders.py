@@ -23,18 +23,21 @@ def write_encoder(folder: Path, *, positions: int = 64, prompts: dict[str, str] 
     return folder / "model"
 
 
-def write_cross_encoder(folder: Path, *, labels: int = 1, head: bool = True, positions: int = 32) -> Path:
+def write_cross_encoder(
+    folder: Path, *, labels: int = 1, head: bool = True, positions: int = 32, hidden_size: int = 16
+) -> Path:
     """Write a cross-encoder.
 
     Args:
         head: False: only the body, as of a model that was never made to score.
         positions: tokens that it takes.
+        hidden_size: vLLM's attention needs heads of 32, which are half of it.
     """
-    _write_bert(folder, labels=labels, head=head, positions=positions)
+    _write_bert(folder, labels=labels, head=head, positions=positions, hidden_size=hidden_size)
     return folder
 
 
-def _write_bert(folder: Path, *, labels: int, head: bool, positions: int) -> None:
+def _write_bert(folder: Path, *, labels: int, head: bool, positions: int, hidden_size: int = 16) -> None:
     import torch
     from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
@@ -44,8 +47,9 @@ def _write_bert(folder: Path, *, labels: int, head: bool, positions: int) -> Non
     (folder / "vocab.txt").write_text("\n".join(names))
     tokenizer = BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=positions)
     config = BertConfig(
-        vocab_size=len(names), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=positions, num_labels=labels, initializer_range=0.5, pad_token_id=0,
+        vocab_size=len(names), hidden_size=hidden_size, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=positions, num_labels=labels, initializer_range=0.5,
+        pad_token_id=0,
     )  # fmt: skip
     model: Any = BertForSequenceClassification(config)
     (model if head else model.bert).save_pretrained(folder)

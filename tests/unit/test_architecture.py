@@ -16,19 +16,21 @@ import pytest
 from tests.kit.paths import ROOT
 
 HEAVY = ("torch", "transformers", "vllm", "trl", "peft", "faiss", "datasets", "numpy", "sentence_transformers",
-         "opentelemetry", "botocore")  # fmt: skip
+         "opentelemetry", "botocore", "starlette", "uvicorn", "jinja2")  # fmt: skip
 
 FLOORS = (
+    {"page"},
     {"cli"},
     {"supervisor"},
     {"control"},
     {"metrics", "reporting"},
     {"orchestrator", "startup"},
     {"execution"},
+    {"pipeline_driver"},
+    {"client"},
     {"pipelines"},
     {"results", "tasks", "bus", "node"},
     {"processes"},
-    {"client"},
     {"settings"},
     {"queue"},
     {"messages", "web"},

@@ -16,15 +16,13 @@ from flowmesh.cli.pipelines.node_port import NodePort
 from flowmesh.cli.pipelines.rows import lines, rows, tree_order
 from flowmesh.cli.pipelines.tree import drawn, tree_for
 from flowmesh.cli.signals import Interrupted, Signals
+from flowmesh.client.pipelines import LONGEST_ID
 from flowmesh.errors import FlowMeshError, UnavailableError
 from flowmesh.messages.wire import usable_task_id
-from flowmesh.pipelines.document import read
+from flowmesh.pipelines.document import Pipeline, read
 from flowmesh.pipelines.driver import Driver
 from flowmesh.pipelines.progress import StageRun, State
 from flowmesh.pipelines.store import FolderStore
-
-LONGEST_ID = 120
-"""Of a pipeline: the ids of its tasks begin with it."""
 
 
 class PipelineRun:
@@ -107,14 +105,7 @@ class PipelineRun:
             }
             render.print_json({**about, **result})
         else:
-            order = tree_order(pipeline)
-            if render.is_terminal(sys.stdout):
-                from rich.console import Console
-
-                Console(highlight=False).print(drawn(order, driver.runs, render.width(sys.stdout) - 1))
-            else:
-                print("\n".join(lines(rows(order, driver.runs), render.width(sys.stdout))))
-            _print_failures(driver.runs)
+            print_stages(pipeline, driver.runs)
             print(f"results: {self._folder}")
         return self._error(driver.runs)
 
@@ -152,6 +143,18 @@ class PipelineRun:
         others = f" (and {render.count(len(failed) - 1, 'other stage')})" if len(failed) > 1 else ""
         error = TaskFailed.of(f"stage {failed[0].name}", failed[0].verdict, failed[0].error)
         return TaskFailed(f"{self._submission.task_id}: {error}{others}; {again}")
+
+
+def print_stages(pipeline: Pipeline, runs: dict[str, StageRun]) -> None:
+    """Print where the stages of a pipeline that has ended stand, and what failed."""
+    order = tree_order(pipeline)
+    if render.is_terminal(sys.stdout):
+        from rich.console import Console
+
+        Console(highlight=False).print(drawn(order, runs, render.width(sys.stdout) - 1))
+    else:
+        print("\n".join(lines(rows(order, runs), render.width(sys.stdout))))
+    _print_failures(runs)
 
 
 def _print_failures(runs: dict[str, StageRun]) -> None:

@@ -92,6 +92,11 @@ class Prompts:
                 raise LineFault(f"{where}: expected a text or a list of token ids, not empty", param="prompt")
             if not ids:
                 raise LineFault(f"{where}: the tokenizer makes no token of it", param="prompt")
+            if isinstance(self._texts, Vision):
+                try:
+                    self._texts.check_text(ids, where)
+                except BadRequest as error:
+                    raise LineFault(str(error), param="prompt") from None
             found.append(ids)
         return found
 

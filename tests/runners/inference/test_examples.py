@@ -57,11 +57,17 @@ def test_there_is_an_example_of_everything() -> None:
     assert {f"inference-{name}.yaml" for name in names} <= set(EXAMPLES)
 
 
-@pytest.mark.parametrize("which", ["TRANSFORMERS", pytest.param("VLLM", marks=pytest.mark.vllm)])
-def test_what_is_preloaded_keeps_one_thread_and_no_gpu(which: str) -> None:
-    if which == "VLLM" and importlib.util.find_spec("vllm") is None:
-        pytest.skip("vllm is not installed here")
+def test_what_is_preloaded_keeps_one_thread_and_no_gpu() -> None:
     env = {**os.environ, **preload.ENVIRONMENT, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", FORKED, which], env=env, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", FORKED, "TRANSFORMERS"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[-2:] == ["1", "False"], done.stdout
+
+
+@pytest.mark.vllm
+def test_vllms_fork_server_keeps_one_thread_and_no_gpu(request) -> None:
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vllm is not installed here")
+    zygote = request.getfixturevalue("forked")
+    assert (zygote.threads, zygote.cuda) == (1, False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import json
 import struct
@@ -22,8 +23,9 @@ from runners.data import content as parts
 from runners.data import images as reading
 from runners.inference.runner import InferenceRunner
 from runners.models.builtin import TINY_VISION
-from tests.kit.batch_files import chat, read, write
+from tests.kit.batch_files import chat, completion, read, write
 from tests.kit.batch_files import spec_of as batch_of
+from tests.kit.file_server import Served, Server
 from tests.kit.inference_specs import outputs, spec_of
 from tests.kit.paths import PERMITS
 
@@ -62,12 +64,16 @@ def run(make_context):
     return do
 
 
-def bare(folder: Path, messages: list[dict[str, Any]], images: list[Any]) -> str:
-    """The answer as Transformers' documentation gets it."""
+@functools.cache
+def library(folder: Path) -> tuple[Any, Any]:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    processor = AutoProcessor.from_pretrained(folder)
-    model = AutoModelForImageTextToText.from_pretrained(folder)
+    return AutoProcessor.from_pretrained(folder), AutoModelForImageTextToText.from_pretrained(folder)
+
+
+def bare(folder: Path, messages: list[dict[str, Any]], images: list[Any]) -> str:
+    """The answer as Transformers' documentation gets it."""
+    processor, model = library(folder)
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
     inputs = processor(text=[text], images=[images] if images else None, add_special_tokens=False, return_tensors="pt")
     ids = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs["input_ids"].shape[1] :]
@@ -168,6 +174,43 @@ def test_bounds_of_bytes_and_number(run, monkeypatch) -> None:
             Path("big").unlink(missing_ok=True)
     with pytest.raises(BadRequest, match=rf"content: more than {parts.MAX_IMAGES} images"):
         run(user(*[image(RED)] * (parts.MAX_IMAGES + 1)))
+
+
+def test_an_image_behind_a_url_goes_where_downloads_may(run) -> None:
+    with Server().running() as server:
+        server.files["red.png"] = Served(picture("red"))
+        item = user(image(server.url("red.png")), TEXT)
+        assert outputs(run(item)) == outputs(run(user(image(RED), TEXT)))
+        with pytest.raises(BadRequest, match=rf"{WHERE}: .*404"):
+            run(user(image(server.url("none.png")), TEXT))
+        permits = msgspec.structs.replace(PERMITS, local_hosts=())
+        with pytest.raises(BadRequest, match=WHERE):
+            run(item, permits=permits)
+
+
+def test_adapters_and_system_prompts_go_with_images(run, make_context, shared_cache, tmp_path) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForImageTextToText
+
+    item = user(image(RED), TEXT)
+    plain = outputs(run(item))
+    model = AutoModelForImageTextToText.from_pretrained(shared_cache / "builtin" / "tiny-vision-v1")
+    lora = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for name, weight in lora.named_parameters():
+            if "lora_" in name:
+                weight.normal_(0.0, 0.3)
+    lora.save_pretrained(tmp_path / "lora")
+    spec = spec_of(TINY_VISION, [item])
+    answers = []
+    for apply in ("runtime", "merge"):
+        spec["model"]["adapters"] = [{"path": str(tmp_path / "lora"), "apply": apply}]
+        answers.append(outputs(InferenceRunner().run(make_context(spec))))
+    assert answers[0] == answers[1] != plain
+    system = spec_of(TINY_VISION, [item], system_prompt="be brief")
+    said = [{"role": "system", "content": "be brief"}, *item]
+    assert outputs(InferenceRunner().run(make_context(system))) == outputs(run(said)) != plain
 
 
 def test_read_roots_hold(run, tmp_path) -> None:
@@ -271,16 +314,16 @@ def test_a_batch_file_has_images(run, make_context, tmp_path) -> None:
             "mark": user({"type": "text", "text": "<image>"}),
         }.items()
     ]  # fmt: skip
-    file = write(tmp_path / "batch.jsonl", *lines, chat("plain", max_tokens=4))
+    file = write(tmp_path / "batch.jsonl", *lines, chat("plain", max_tokens=4), completion("a mark", "<image>"))
     context = make_context(batch_of(TINY_VISION, file))
     InferenceRunner().run(context)
     answers = {line["custom_id"]: line["response"]["body"] for line in read(context.artifacts_dir / "output.jsonl")}
     listed = outputs(run(good, path, text))
     assert [answers[name]["choices"][0]["message"]["content"] for name in ("red", "blue", "text")] == listed
     errors = {line["custom_id"]: line["error"]["error"] for line in read(context.artifacts_dir / "errors.jsonl")}
-    assert set(errors) == {"bad", "mark"}
+    assert set(errors) == {"bad", "mark", "a mark"}
     assert "body.messages[0].content[0]: what follows" in errors["bad"]["message"]
-    assert {error["param"] for error in errors.values()} == {"messages"}
+    assert [error["param"] for error in errors.values()] == ["messages", "messages", "prompt"]
 
 
 def test_images_of_a_table(run, make_context, tmp_path) -> None:
@@ -300,4 +343,17 @@ def test_images_of_a_table(run, make_context, tmp_path) -> None:
     spec = spec_of(TINY_VISION, [])
     spec["data"] = {"type": "parquet", "path": str(tmp_path / "rows.parquet"), "column": "messages"}
     result = InferenceRunner().run(make_context(spec))
-    assert outputs(result) == outputs(run(user(image(RED), TEXT), user(image(BLUE), TEXT)))
+    expected = outputs(run(user(image(RED), TEXT), user(image(BLUE), TEXT)))
+    assert outputs(result) == expected
+    text = TEXT["text"]
+    columns = [{"question": text, "image": row["messages"][0]["content"][0]["image"]} for row in rows]
+    columns.append({"question": text, "image": None})
+    parquet.write_table(pa.Table.from_pylist(columns), tmp_path / "columns.parquet")
+    spec["data"] |= {"path": str(tmp_path / "columns.parquet"), "column": "question", "image_column": "image"}
+    assert outputs(InferenceRunner().run(make_context(spec))) == [*expected, *outputs(run(user(TEXT)))]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"question": text, "images": [RED, str(tmp_path / "blue.png")]}))
+    spec["data"] |= {"type": "jsonl", "path": str(tmp_path / "rows.jsonl"), "image_column": "images"}
+    assert outputs(InferenceRunner().run(make_context(spec))) == outputs(run(user(image(RED), image(BLUE), TEXT)))
+    spec["data"]["image_column"] = "picture"
+    with pytest.raises(BadRequest, match=r"spec\.data\.image_column: no column 'picture'"):
+        InferenceRunner().run(make_context(spec))

@@ -10,11 +10,7 @@ import importlib.util
 import io
 import os
 import signal
-import subprocess
-import sys
-import time
 from base64 import b64encode
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,62 +19,16 @@ import psutil
 import pytest
 import yaml
 
-from flowmesh.messages.job import Fault
-from runners.api import BadRequest, Context, RunnerError
-from runners.inference import preload
+from runners.api import BadRequest, RunnerError
 from tests.kit.inference_specs import change, mixed_prompts, outputs, spec_of
 from tests.kit.paths import ROOT
 from tests.kit.tiny_models import write_tiny_lora
+from tests.kit.vllm_zygote import Zygote
 
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed here"),
 ]
-
-
-class Zygote:
-    """The fork server, and its answers as results or exceptions."""
-
-    def __init__(self) -> None:
-        env = {**os.environ, **preload.ENVIRONMENT, "PYTHONPATH": str(ROOT)}
-        self._server = subprocess.Popen(
-            [sys.executable, "-m", "tests.kit.inference_zygote", "VLLM"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=env,
-            cwd=ROOT,
-        )
-        assert self._line() == "ready"
-
-    def close(self) -> None:
-        self._server.communicate(timeout=60)
-
-    def __call__(self, context: Context, while_running: Callable[[int], None] | None = None) -> dict[str, Any]:
-        answer = context.tmp_dir / f"answer-{time.monotonic_ns()}"
-        assert self._server.stdin is not None
-        self._server.stdin.write(msgspec.json.encode([context.job, str(answer)]) + b"\n")
-        self._server.stdin.flush()
-        pid = int(self._line())
-        if while_running is not None:
-            while_running(pid)
-        assert self._line() == "ended"
-        said = msgspec.json.decode(answer.read_bytes())
-        if said.get("error") == "bug":
-            pytest.fail(said["message"])
-        if "error" in said:
-            raise (BadRequest if said["fault"] == Fault.BAD_REQUEST else RunnerError)(said["message"])
-        return said["result"]
-
-    def _line(self) -> str:
-        assert self._server.stdout is not None
-        return self._server.stdout.readline().decode().strip()
-
-
-@pytest.fixture(scope="module")
-def forked() -> Iterator[Zygote]:
-    zygote = Zygote()
-    yield zygote
-    zygote.close()
 
 
 def on_vllm(model: Path | str, items: list[Any], **inference: Any) -> dict[str, Any]:

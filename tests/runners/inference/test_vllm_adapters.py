@@ -1,7 +1,5 @@
 """What an adapter's files say ends its answers on vLLM as on Transformers."""
 
-# ruff: noqa: F811 - a fixture of another module is used here
-
 from __future__ import annotations
 
 import importlib.util
@@ -10,7 +8,7 @@ import json
 import pytest
 
 from runners.models.builtin import write_tiny_lora
-from tests.runners.inference.test_vllm import forked, on_vllm, without_time  # noqa: F401 - a fixture is among them
+from tests.runners.inference.test_vllm import on_vllm, without_time
 
 pytestmark = [
     pytest.mark.vllm,

@@ -15,7 +15,6 @@ import pytest
 
 from tests.kit.batch_files import chat, completion, read, spec_of, without_ids, write
 from tests.kit.paths import PERMITS, ROOT
-from tests.runners.inference.test_vllm import forked  # noqa: F401 - a fixture
 
 pytestmark = [
     pytest.mark.vllm,
@@ -105,7 +104,7 @@ def theirs(thinking, tmp_path_factory) -> dict[str, Any]:
     return {**found, **{line["custom_id"]: body for line, body in zip(COMPLETIONS, answers, strict=True)}}
 
 
-def test_the_same_lines_as_run_batch(theirs, thinking, forked, make_context, tmp_path) -> None:  # noqa: F811
+def test_the_same_lines_as_run_batch(theirs, thinking, forked, make_context, tmp_path) -> None:
     bad = chat(
         "refused by its grammar", response_format={"type": "json_schema", "json_schema": {"schema": {"type": 7}}}
     )
@@ -139,7 +138,7 @@ def approximately(value: Any) -> Any:
     return pytest.approx(value, abs=1e-3) if isinstance(value, float) else value
 
 
-def test_the_operator_says_which_parsers(thinking, forked, make_context, tmp_path) -> None:  # noqa: F811
+def test_the_operator_says_which_parsers(thinking, forked, make_context, tmp_path) -> None:
     spec = spec_of(thinking, write(tmp_path / "b.jsonl", chat("a")), "vllm", inference={"reasoning_parser": PARSER})
     with pytest.raises(Exception, match=r"tasks.reasoning_parsers does not list 'deepseek_v3'; 'think' needs no"):
         forked(make_context(spec))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import yaml
 from sentence_transformers import CrossEncoder
 
-from runners.api import BadRequest, Cancelled
+from runners.api import BadRequest, Cancelled, MissingDependency
 from runners.scoring.runner import ScoreRunner
 from tests.kit.paths import ROOT
 from tests.kit.tiny_encoders import WORDS, write_cross_encoder
@@ -168,3 +169,11 @@ def test_the_example_runs_as_it_is(make_context, monkeypatch) -> None:
     spec = yaml.safe_load((ROOT / "conf/tasks/score.yaml").read_text())["spec"]
     result = ScoreRunner().run(make_context(spec, task_type="score"))
     assert len(result["items"][0]["results"]) == 2
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vllm is installed here")
+def test_vllm_that_is_not_there_is_named(scored) -> None:
+    with pytest.raises(MissingDependency, match="vllm"):
+        scored({"pairs": PAIRS, "engine": "vllm", "enforce_cpu": False})
+    with pytest.raises(BadRequest, match=r"spec\.engine: 'vllm' and enforce_cpu exclude each other"):
+        scored({"pairs": PAIRS, "engine": "vllm"}, task_id="cpu")

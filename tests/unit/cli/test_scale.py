@@ -12,7 +12,7 @@ from flowmesh.queue.workers import Worker
 def worker(worker_id: str, status: str, *, alive: bool = True, types: tuple[str, ...] = ("echo",)) -> Worker:
     return Worker(
         worker_id=worker_id, status=status, task_id=None, last_task=None, hardware={}, task_types=types, tags=(),
-        cost_per_hour=None, started_at=None, last_seen_s=None, alive=alive, disabled=False,
+        cost_per_hour=None, started_at=None, last_seen_s=None, alive=alive, disabled=False, drives_pipelines=False,
     )  # fmt: skip
 
 
