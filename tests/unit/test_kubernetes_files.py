@@ -100,7 +100,7 @@ def test_a_node_has_time_to_drain_and_only_the_rights_that_it_needs(name: str) -
     rights = node["securityContext"]
     assert sorted(f"CAP_{each}" for each in rights["capabilities"]["add"]) == sorted(bounds.split())
     assert (rights["capabilities"]["drop"], rights["allowPrivilegeEscalation"]) == (["ALL"], False)
-    assert template["metadata"]["labels"]["flowmesh/redis"] == "allowed", "the network policy lets it reach Redis"
+    assert template["metadata"]["labels"]["flowmesh-redis"] == "allowed", "the network policy lets it reach Redis"
     shm = next(each for each in spec["volumes"] if each["name"] == "shm")
     assert shm["emptyDir"]["medium"] == "Memory"
     assert node["resources"]["limits"]["nvidia.com/gpu"] >= 1
