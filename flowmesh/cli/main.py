@@ -39,6 +39,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "deliver": ("flowmesh.cli.node_commands:deliver", "Retry the delivery of a task's results."),
     "drain": ("flowmesh.cli.node_commands:drain", "Stop accepting tasks, and exit when running ones finish."),
     "recycle": ("flowmesh.cli.node_commands:recycle", "Replace fork servers, to import changed packages."),
+    "scale": ("flowmesh.cli.scale:scale", "Bring nodes as Slurm jobs while tasks wait."),
     "init": ("flowmesh.cli.init:init", "Set up a node on this machine: files, user, folders."),
     "cost": ("flowmesh.cli.cost:cost", "Show what the tasks of this node have cost."),
     "loss": ("flowmesh.cli.loss:loss", "Show the loss of a training task, as a chart."),

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from flowmesh.client.shapes import checked, encoded, id_or_new, name_of, shaped
+from flowmesh.client.shapes import checked, encoded, id_or_new, name_of, shaped, time_limit_of
 from flowmesh.errors import BusyError, FieldError, FlowMeshError, UnavailableError
 from flowmesh.messages import wire
 from flowmesh.queue import names, scripts
@@ -109,7 +109,7 @@ def queue(
     task_id = id_or_new(task_id)
     arguments = (
         task_id, wire.utc_now(), wanted.member, wanted.key, priority, owner_of(document), retries, encoded(document),
-        type_of(document) or "", name_of(document),
+        type_of(document) or "", name_of(document), time_limit_of(document),
     )  # fmt: skip
     (answer,) = yield [(scripts.QUEUE, *arguments)]
     if text(answer) == "exists":
