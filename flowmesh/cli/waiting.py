@@ -25,8 +25,8 @@ _COUNTS = (
 )
 _ENTRIES = (
     Column("POS"),
-    Column("TASK", least=16),
-    Column("TYPE", least=8),
+    Column("TASK", least=24),
+    Column("TYPE", least=9),
     Column("OWNER", least=6),
     Column("PRIORITY", drop=1),
     Column("AGE"),
@@ -64,6 +64,7 @@ def queue(context: click.Context, redis_url: str | None, config: str | None, as_
 
 @queue.command(
     name="list",
+    short_help="List the tasks that wait, in order.",
     help="List the tasks that wait, by class, in the order in which workers take them. Last come pipelines without "
     "a driver.",
 )
@@ -115,7 +116,8 @@ def list_(
 
 
 @queue.command(
-    help="Take tasks out of the queue. A task that runs is left alone; exit with 0 only if all were removed."
+    short_help="Take waiting tasks out of the queue.",
+    help="Take tasks out of the queue. A task that runs is left alone; exit with 0 only if all were removed.",
 )
 @click.argument("task_ids", metavar="TASK...", nargs=-1, required=True, shell_complete=completing.deployment_ids)
 @click.option("--reason", default="removed from the queue", metavar="TEXT", help="For the error of its event.")
