@@ -11,22 +11,24 @@ local found = {}
 local function claimed(key)
   return redis.call('EXISTS', key) == 1 and redis.call('XPENDING', key, 'flowmesh')[1] or 0
 end
-local function read(key, many)
-  local skipped = claimed(key)
-  local rows = redis.call('XRANGE', key, '-', '+', 'COUNT', skipped + many)
-  for _ = 1, skipped do table.remove(rows, 1) end
-  return rows
+local function read(key, from, many)
+  local raw = redis.call('XRANGE', key, from, '+', 'COUNT', claimed(key) + many)
+  local rows = {}
+  for _, row in ipairs(raw) do
+    local f = get(row[2][2], 'state', 'stream', 'entry', 'owner')
+    if row[1] ~= from and f[1] == 'queued' and f[2] == key and f[3] == row[1] then
+      rows[#rows + 1] = {row[2][2], f[4]}
+    end
+  end
+  return rows, #raw > 0 and raw[#raw][1] or from
 end
-local function note(position, row, key, place)
-  local id = row[2][2]
-  local f = get(id, 'state', 'stream', 'entry', 'owner')
-  local waits = f[1] == 'queued' and f[2] == key and f[3] == row[1]
-  if waits and (not only or f[4] == only) and #found < limit then found[#found + 1] = {position, id, place} end
-  return waits
+local function note(position, row, place)
+  if (not only or row[2] == only) and #found < limit then found[#found + 1] = {position, row[1], place} end
 end
 local position, front = 0, b .. ':front'
-for _, row in ipairs(read(front, only and 10000 or limit)) do
-  if note(position + 1, row, front, 'front') then position = position + 1 end
+for _, row in ipairs((read(front, '-', only and 10000 or limit))) do
+  position = position + 1
+  note(position, row, 'front')
 end
 position = math.max(position, redis.call('XLEN', front) - claimed(front))
 local owners, lengths, at = redis.call('ZRANGE', b .. ':ring', 0, -1), {}, nil
@@ -47,28 +49,29 @@ if only then
     before[n], after[n] = before[n] + before[n + 1], after[n] + after[n + 1]
   end
   local key = b .. ':o:' .. only
-  for n, row in ipairs(read(key, limit)) do
+  for n, row in ipairs((read(key, '-', limit))) do
     position = position + 1 + before[n] + (n > 1 and after[n - 1] or 0)
-    note(position, row, key, 'turn')
+    note(position, row, 'turn')
   end
   return found
 end
-local rows, taken = {}, {}
-local round, more = 1, true
+local streams, round, more = {}, 1, true
 while more and #found < limit do
   more = false
   for i, owner in ipairs(owners) do
     if #found < limit and lengths[i] >= round then
       more = true
-      local key = b .. ':o:' .. owner
-      if not rows[i] or not rows[i][round - taken[i]] then
-        local last = rows[i] and rows[i][#rows[i]]
-        local next_rows = last and redis.call('XRANGE', key, last[1], '+', 'COUNT', 17) or read(key, 16)
-        if last then table.remove(next_rows, 1) end
-        rows[i], taken[i] = next_rows, round - 1
+      local s = streams[i] or {rows = {}, last = '-', taken = 0}
+      streams[i] = s
+      if not s.rows[round - s.taken] then
+        s.taken = round - 1
+        s.rows, s.last = read(b .. ':o:' .. owner, s.last, 16)
       end
-      local row = rows[i][round - taken[i]]
-      if row and note(position + 1, row, key, 'turn') then position = position + 1 end
+      local row = s.rows[round - s.taken]
+      if row then
+        position = position + 1
+        note(position, row, 'turn')
+      end
     end
   end
   round = round + 1

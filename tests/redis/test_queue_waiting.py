@@ -59,8 +59,9 @@ def flowmesh(server: RedisServer, capfd: pytest.CaptureFixture[str]) -> Callable
     return run
 
 
-def claim(raw: redis.Redis, worker: str = "w1") -> str | None:
-    answer = raw.execute_command("EVAL", scripts.CLAIM.text, 0, worker, worker, "now", "", CLASS)
+def claim(raw: redis.Redis, left_s: str = "") -> str | None:
+    """The task that a worker gets, whose node is there for so long; empty: without an end."""
+    answer = raw.execute_command("EVAL", scripts.CLAIM.text, 0, "w1", "w1", "now", "", left_s, "3600", CLASS)
     return answer[1].decode() if answer[0] == b"task" else None
 
 
@@ -82,11 +83,15 @@ def test_the_list_is_the_order_of_the_claims(raw: redis.Redis, client: Client, s
     chance = random.Random(seed)
     for number in range(120):
         owner = chance.choice(["", "ann", "ann", "ann", "ann", "ann", "bob", "bo:b", "cy"])
-        queue(client, f"t{number}", owner, chance.choice(["high", "normal", "normal", "low"]))
+        priority = chance.choice(["high", "normal", "normal", "low"])
+        spec = {"taskType": "echo", "timeoutSec": chance.choice([1, 60])}
+        client.queue({"metadata": {"owner": owner}, "spec": spec}, task_id=f"t{number}", priority=priority)
         if chance.random() < 0.1:
-            taken = claim(raw)
-            assert taken is not None
-            if chance.random() < 0.7:
+            left_s = chance.choice(["", "", "10"])  # with an end, it passes over what takes longer
+            taken = claim(raw, left_s)
+            if taken is not None and left_s:
+                assert raw.execute_command("EVAL", scripts.JOURNALLED.text, 0, taken, 1) == 1
+            elif taken is not None and chance.random() < 0.7:
                 give_back(raw, taken)
     for number in chance.sample(range(120), 10):
         client.remove(f"t{number}")
