@@ -60,6 +60,24 @@ class ReceiverStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Why the last attempt failed."""
 
 
+class End(msgspec.Struct, frozen=True, kw_only=True):
+    """When a node's time is over."""
+
+    at: str
+    drains_at: str
+    left_s: float = 0.0
+    """Until the drain."""
+
+
+class Ends(msgspec.Struct, frozen=True, kw_only=True):
+    """When a node ends by itself."""
+
+    end: End | None = None
+    exit_when_idle_s: float | None = None
+    idle_s: float | None = None
+    """How long it has had no task; None: it has one."""
+
+
 class PageStatus(msgspec.Struct, frozen=True, kw_only=True):
     listen: str
     state: str
@@ -74,6 +92,7 @@ class NodeStatus(msgspec.Struct, frozen=True, kw_only=True):
     redis_up: bool = False
     redis_troubles: tuple[str, ...] = ()
     draining: str | None = None
+    ends: Ends = Ends()
     isolation: str = ""
     workers: tuple[WorkerStatus, ...] = ()
     tasks: tuple[TaskStatus, ...] = ()

@@ -15,7 +15,17 @@ import click
 import msgspec
 
 from flowmesh import installed
-from flowmesh.cli import doctor_gpus, doctor_machine, doctor_page, doctor_s3, locate, notify, redis_limits, render
+from flowmesh.cli import (
+    doctor_gpus,
+    doctor_machine,
+    doctor_page,
+    doctor_s3,
+    locate,
+    node_ends,
+    notify,
+    redis_limits,
+    render,
+)
 from flowmesh.cli.control import Control, NotPermitted
 from flowmesh.cli.control_types import PageStatus
 from flowmesh.cli.findings import Finding, Level, count, show
@@ -65,6 +75,7 @@ def examine(config_file: str | None) -> Iterator[Finding]:
     node = list(_node(settings))
     runs = bool(node) and node[0].level is not Level.NOTE
     yield from node
+    yield from node_ends.check(settings)
     seen = doctor_gpus.look()
     yield from doctor_gpus.gpus(settings, os.environ, seen, node_runs=runs)
     inventory = Inventory() if isinstance(seen, DeviceError) else seen.inventory

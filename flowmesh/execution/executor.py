@@ -45,6 +45,7 @@ from flowmesh.execution.ports import SendingsOf, Work
 from flowmesh.execution.recent_ends import RecentEnds
 from flowmesh.execution.run import Run
 from flowmesh.execution.run_table import RunTable
+from flowmesh.execution.time_left import TimeLeft
 from flowmesh.execution.timers import Timers
 from flowmesh.execution.unwritten import Unwritten
 from flowmesh.messages.wire import utc_now
@@ -103,6 +104,7 @@ class Executor:
         self.recent = RecentEnds(layout)
         self.early_cancels = EarlyCancels()
         self.observers = Observers()
+        self.time_left = TimeLeft.of(settings)
         self.draining: str | None = None
         """The mode of the drain, if the node is draining."""
         self.begin = Background(self.apply, self._after_error, self._check_idle).begin

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flowmesh.settings.addresses import has_password, http_fault, listen_address, redis_fault
+from flowmesh.settings.moments import moment
 from flowmesh.settings.schema import Settings
 from flowmesh.validation.describe import nearest, quoted
 from flowmesh.web.origins import is_loopback
@@ -34,6 +35,11 @@ def all_faults(settings: Settings) -> Iterator[Fault]:
     """The settings that cannot be used."""
     if settings.redis.url is not None and (what := redis_fault(settings.redis.url)):
         yield Fault(("redis", "url"), what)
+    if settings.node.ends_at is not None:
+        try:
+            moment(settings.node.ends_at)
+        except ValueError as error:
+            yield Fault(("node", "ends_at"), str(error))
     if settings.redis.task_topic in RESERVED_TOPICS:
         yield Fault(
             ("redis", "task_topic"), f"{quoted(settings.redis.task_topic)} is reserved for events; choose another name"

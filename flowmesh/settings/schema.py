@@ -23,6 +23,7 @@ from flowmesh.settings.types import (
     KeyPlace,
     LogLevel,
     ModuleName,
+    Moment,
     Name,
     PositiveSeconds,
     RunnerName,
@@ -93,6 +94,14 @@ class NodeSettings(Section, frozen=True):
     """ENABLE_ELASTIC_SCALING"""
     slots: SlotsMode = SlotsMode.ALL
     """How GPUs and CPUs are divided into slots; `[[slots]]` lists slots one by one instead."""
+    ends_at: float | Moment | None = None
+    """When this node must have ended. None: SLURM_JOB_END_TIME; where there is none either, it has no end."""
+    ends_margin_s: PositiveSeconds = 120.0
+    """So long before, it takes no more tasks, and running ones save a checkpoint and go back."""
+    exit_when_idle_s: PositiveSeconds | None = None
+    """A node that had no task for so long, and finds none in the queue, exits with 0. None: it stays."""
+    on_sigterm: Literal["finish", "checkpoint"] | None = None
+    """How a signal drains. None: `checkpoint` where the node's end is known, else `finish`."""
 
 
 class RedisSettings(Section, frozen=True):
