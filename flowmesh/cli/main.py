@@ -26,7 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "ps": ("flowmesh.cli.fleet:ps", "List the tasks of a deployment that wait or run."),
     "wait": ("flowmesh.cli.fleet:wait", "Wait until tasks have ended."),
     "result": ("flowmesh.cli.fleet:result", "Print the result of a queued or submitted task."),
-    "queue": ("flowmesh.cli.fleet:queue", "Show how many tasks wait in the queue."),
+    "queue": ("flowmesh.cli.waiting:queue", "Show what waits in the queue, or remove tasks from it."),
     "status": ("flowmesh.cli.node_commands:status", "Show the node on this machine: workers, tasks, Redis."),
     "history": ("flowmesh.cli.history:history", "List the tasks that ended on this node, with sums."),
     "show": ("flowmesh.cli.show:show", "Show everything about one task of this node."),

@@ -344,16 +344,15 @@ return n
 CANCEL = Script.of("""
 -- id, at, reason, '1': by force
 local id, at, reason = ARGV[1], ARGV[2], ARGV[3]
-local f = get(id, 'state', 'class', 'priority', 'type')
+local f = get(id, 'state', 'type')
 if not f[1] then return 'unknown' end
 if f[1] == 'done' then return 'done' end
 if f[1] ~= 'queued' then
   redis.call('HSET', record(id), 'cancel', reason)
-  if f[4] == 'pipeline' and ARGV[4] == '1' then redis.call('HSET', record(id), 'force', '1') end
+  if f[2] == 'pipeline' and ARGV[4] == '1' then redis.call('HSET', record(id), 'force', '1') end
   return f[1]
 end
-if f[2] ~= '' then count(f[2], f[3], -1) end
-finish(id, 86400, at, failed_event(id, 'queue', at, 'cancelled', reason), '0', 'cancelled', reason)
+end_waiting(id, at, reason)
 return 'queued'
 """)
 """Cancel a task: one that waits ends here; for any other, no attempt follows. Returns the state that it was in."""
