@@ -15,6 +15,7 @@ from typing import IO, Any
 from loguru import logger
 
 from flowmesh.control.drain import Drain
+from flowmesh.control.node_end import NodeEnd
 from flowmesh.control.operations import Operations
 from flowmesh.control.server import ControlServer
 from flowmesh.control.submission import Submissions
@@ -185,8 +186,16 @@ class Supervisor:
         )
         self.gpu_watch.begin(inventory)
         self.link = Link(node, self.executor, worker_id)
-        limit_s = settings.processes.drain_timeout_s
-        self.drain = Drain(self.executor, self.link.registration, self._notifier, self._stop, limit_s)
+        on_sigterm = settings.node.on_sigterm or ("finish" if settings.node.ends_at is None else "checkpoint")
+        self.drain = Drain(
+            self.executor,
+            self.link.registration,
+            self._notifier,
+            self._stop,
+            limit_s=settings.processes.drain_timeout_s,
+            on_sigterm=on_sigterm,
+        )
+        self.end = NodeEnd(self.executor, self.link, self.drain)
         metrics = NodeMetrics(node, self.executor, self.link)
         indices = {gpu.uuid: gpu.index for gpu in inventory.gpus}
         self.metrics_files = MetricsFiles(self.executor, settings.metrics, metrics.text, indices)
@@ -199,6 +208,7 @@ class Supervisor:
             start_anew=self.start_anew,
             metrics=metrics.text,
             notify=self.reporting.summary,
+            end=self.end.listed,
         )
         watchers = Watchers(self.executor)
         socket = self.state_dir / "run" / "control.sock"
@@ -241,7 +251,8 @@ class Supervisor:
         self.link.registration.resume()
         self._notifier.send(READY="1", STATUS="running")
         compared = first_lines.compare_torch(self.executor, self.inventory)
-        await asyncio.gather(*self.link.works(), compared, self._warming().run())
+        works = [self._warming().run(), self.end.run(), *self.executor.page.works()]
+        await asyncio.gather(*self.link.works(), compared, *works)
 
     def _warming(self) -> Warming:
         executor, registration = self.executor, self.link.registration
@@ -350,6 +361,7 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.drain.on_signal)
+        loop.add_signal_handler(signal.SIGUSR1, self.drain.on_warning)
         for number in (signal.SIGHUP, signal.SIGUSR2):
             loop.add_signal_handler(number, self._on_start_anew_signal)
         loop.add_signal_handler(signal.SIGCHLD, reap_children)

@@ -60,6 +60,31 @@ class ReceiverStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Why the last attempt failed."""
 
 
+class End(msgspec.Struct, frozen=True, kw_only=True):
+    """When a node's time is over."""
+
+    at: str
+    drains_at: str
+    left_s: float = 0.0
+    """Until the drain."""
+
+
+class Ends(msgspec.Struct, frozen=True, kw_only=True):
+    """When a node ends by itself."""
+
+    end: End | None = None
+    exit_when_idle_s: float | None = None
+    idle_s: float | None = None
+    """How long it has had no task; None: it has one."""
+
+
+class PageStatus(msgspec.Struct, frozen=True, kw_only=True):
+    listen: str
+    state: str
+    """`starting`, `listening` or `failed`."""
+    error: str | None = None
+
+
 class NodeStatus(msgspec.Struct, frozen=True, kw_only=True):
     pid: int
     version: str = ""
@@ -67,6 +92,7 @@ class NodeStatus(msgspec.Struct, frozen=True, kw_only=True):
     redis_up: bool = False
     redis_troubles: tuple[str, ...] = ()
     draining: str | None = None
+    ends: Ends = Ends()
     isolation: str = ""
     workers: tuple[WorkerStatus, ...] = ()
     tasks: tuple[TaskStatus, ...] = ()
@@ -77,6 +103,8 @@ class NodeStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Whether the last task event had no receivers."""
     log_dropped: int = 0
     notify: tuple[ReceiverStatus, ...] = ()
+    page: PageStatus | None = None
+    """None: `web.listen` is not set."""
     warnings: dict[str, str] = {}
     """By environment: why its tasks fail, or start slowly."""
     redeliveries: dict[str, str] = {}

@@ -5,6 +5,7 @@ Starts nothing and changes nothing. Exits with EXIT_FAILURE if something is brok
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Iterator
@@ -14,8 +15,19 @@ import click
 import msgspec
 
 from flowmesh import installed
-from flowmesh.cli import doctor_gpus, doctor_machine, doctor_s3, locate, notify, redis_limits, render
+from flowmesh.cli import (
+    doctor_gpus,
+    doctor_machine,
+    doctor_page,
+    doctor_s3,
+    locate,
+    node_ends,
+    notify,
+    redis_limits,
+    render,
+)
 from flowmesh.cli.control import Control, NotPermitted
+from flowmesh.cli.control_types import PageStatus
 from flowmesh.cli.findings import Finding, Level, count, show
 from flowmesh.errors import EXIT_FAILURE, EXIT_OK, ConfigError, DeviceError, FlowMeshError, UnavailableError
 from flowmesh.node import cuda_build
@@ -63,6 +75,7 @@ def examine(config_file: str | None) -> Iterator[Finding]:
     node = list(_node(settings))
     runs = bool(node) and node[0].level is not Level.NOTE
     yield from node
+    yield from node_ends.check(settings)
     seen = doctor_gpus.look()
     yield from doctor_gpus.gpus(settings, os.environ, seen, node_runs=runs)
     inventory = Inventory() if isinstance(seen, DeviceError) else seen.inventory
@@ -76,6 +89,13 @@ def examine(config_file: str | None) -> Iterator[Finding]:
     yield from doctor_s3.s3(settings)
     yield from _redis(settings)
     yield from notify.check(settings)
+    yield from doctor_page.check(settings, _page(settings))
+
+
+def _page(settings: Settings) -> PageStatus | None:
+    with contextlib.suppress(FlowMeshError), Control(paths.state_dir(settings, os.environ)) as control:
+        return control.status().page
+    return None
 
 
 def _installation() -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""`flowmesh ps`, `wait`, `result` and `queue`: a deployment's tasks, from any machine that reaches its Redis."""
+"""`flowmesh ps`, `wait` and `result`: a deployment's tasks, from any machine that reaches its Redis."""
 
 from __future__ import annotations
 
@@ -29,7 +29,6 @@ _TASKS = (
     Column("TRIES", drop=3),
     Column("AGE", drop=1),
 )
-_WAITING = (Column("REQUIRES", least=20), Column("HIGH"), Column("NORMAL"), Column("LOW"))
 
 
 def client_of(redis_url: str | None, config: str | None) -> Client:
@@ -69,11 +68,12 @@ def _row(task: TaskState) -> list[str]:
         task.priority,
         task.worker_id,
         f"{tries} of {task.retries + 1}" if tries and not task.ended else str(task.attempt or ""),
-        _age(task.ended_at or task.started_at or task.queued_at),
+        age(task.ended_at or task.started_at or task.queued_at),
     ]
 
 
-def _age(moment: str) -> str:
+def age(moment: str) -> str:
+    """How long ago a moment in ISO 8601 was; empty for what is none."""
     try:
         at = datetime.datetime.fromisoformat(moment)
         return render.seconds(max(0.0, (datetime.datetime.now(datetime.UTC) - at).total_seconds()))
@@ -162,38 +162,3 @@ def result(task_id: str, redis_url: str | None, config: str | None, as_json: boo
     else:
         print("\n".join(summary(found, render.width(sys.stdout))))
     return EXIT_OK
-
-
-@click.command(help="Show how many tasks wait in the queue, by what they require.")
-@locate.redis_option
-@locate.config_option
-@locate.json_option
-def queue(redis_url: str | None, config: str | None, as_json: bool) -> int:
-    """Run the command; returns the exit code."""
-    with client_of(redis_url, config) as client:
-        found = client.waiting()
-    if as_json:
-        render.print_json({"waiting": found})
-    elif found:
-        render.table(_WAITING, [[_needs(each["requires"]), *_counts(each["waiting"])] for each in found])
-    else:
-        print("no task waits in the queue")
-    return EXIT_OK
-
-
-def _needs(requires: dict[str, Any]) -> str:
-    parts = [str(requires.get("task_type") or "any type")]
-    if gpus := requires.get("gpus"):
-        parts.append(f"{gpus}x {requires.get('gpu_type') or 'GPU'}")
-    if memory := requires.get("gpu_memory"):
-        parts.append(f"{render.gib(memory)} of GPU memory")
-    if cpu := requires.get("cpu"):
-        parts.append(f"{cpu:g} cores")
-    if memory := requires.get("memory"):
-        parts.append(f"{render.gib(memory)} of memory")
-    parts += requires.get("tags", ())
-    return ", ".join(parts)
-
-
-def _counts(waiting: dict[str, int]) -> list[str]:
-    return [str(waiting.get(name, 0)) for name in ("high", "normal", "low")]

@@ -9,7 +9,7 @@ import time
 import click
 import msgspec
 
-from flowmesh.cli import completing, locate, notify, render
+from flowmesh.cli import completing, locate, node_ends, notify, render
 from flowmesh.cli.control import Control
 from flowmesh.cli.control_types import NodeStatus, TaskStatus
 from flowmesh.cli.render import Column
@@ -64,6 +64,8 @@ def status(config: str | None, state_dir: str | None, as_json: bool) -> int:
             for worker in found.workers
         ],
     )
+    for line in node_ends.lines(found.ends):
+        print(f"\n{line}")
     for trouble in found.redis_troubles:
         print(f"\n{trouble}")
     for fault in found.faults:
@@ -74,6 +76,8 @@ def status(config: str | None, state_dir: str | None, as_json: bool) -> int:
     for environment, message in found.warnings.items():
         if message not in known:
             print(f"\nenvironment {environment}: {message}")
+    if found.page is not None and found.page.error:
+        print(f"\nno page at {found.page.listen}: {render.printable(found.page.error)}")
     for line in notify.troubles(found.notify):
         print(f"\n{line}")
     if found.tasks:

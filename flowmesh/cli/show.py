@@ -42,8 +42,8 @@ _WHAT_TO_DO = {
     "error": "see the end of its log (`flowmesh logs TASK`)",
     "drained": "send it again; the node was stopping",
 }
-_STATES = ("received", "launching", "running", "stopping", "releasing", "delivering", "done")
-_LABELS = {
+STATES = ("received", "launching", "running", "stopping", "releasing", "delivering", "done")
+LABELS = {
     "received": "received",
     "launching": "got its slot",
     "running": "started",
@@ -66,7 +66,7 @@ def show(task_id: str, config: str | None, state_dir: str | None, as_json: bool,
     if only_endpoint:
         return _show_endpoint(task_id, config, state_dir, as_json=as_json)
     found = find(journal_of(state_dir, config), task_id)
-    found = [_with_document(each) for each in found]
+    found = [with_document(each) for each in found]
     latest, *earlier = found
     live = None if latest.entry.finished_at else _live(latest.entry.task_id, config, state_dir)
     manifest = manifest_of(latest.entry)
@@ -77,7 +77,7 @@ def show(task_id: str, config: str | None, state_dir: str | None, as_json: bool,
                 "detail": {field: getattr(latest.detail, field) for field in latest.detail.__struct_fields__},
                 "timeline": [{"at": at, "event": name} for name, at in moments(latest.detail)],
                 "files": None if manifest is None else msgspec.to_builtins(manifest.entries),
-                "loss": _loss(latest, live),
+                "loss": losses(latest, live),
                 "earlier": [whole(each.entry) for each in earlier],
             }
         )
@@ -122,7 +122,7 @@ def manifest_of(entry: Entry) -> Manifest | None:
 
 def moments(detail: Detail) -> list[tuple[str, float]]:
     """What happened when, in order: the states that it entered."""
-    return sorted(((name, detail.marks[name]) for name in _STATES if name in detail.marks), key=lambda each: each[1])
+    return sorted(((name, detail.marks[name]) for name in STATES if name in detail.marks), key=lambda each: each[1])
 
 
 def lines(found: Found, live: dict[str, Any] | None, manifest: Manifest | None, earlier: list[Found]) -> Iterator[str]:
@@ -130,7 +130,7 @@ def lines(found: Found, live: dict[str, Any] | None, manifest: Manifest | None, 
     entry, detail = found.entry, found.detail
     yield from _head(entry, detail)
     yield from _timeline(detail, live)
-    if values := _loss(found, live):
+    if values := losses(found, live):
         yield from ("", f"loss: {loss.in_a_line(values, _SPARK)}", f"  `flowmesh loss {entry.task_id}` draws it")
     yield from _resources(entry, detail)
     yield from _files(entry, detail, manifest)
@@ -157,9 +157,16 @@ def _head(entry: Entry, detail: Detail) -> Iterator[str]:
     yield f"  {entry.verdict}" + (f": {entry.message}" if entry.message else "")
     if detail.evidence:
         yield f"  evidence: {detail.evidence}"
-    if entry.verdict in _WHAT_TO_DO:
-        retry = "; another worker may succeed" if detail.retryable else ""
-        yield f"  what to do: {_WHAT_TO_DO[entry.verdict].replace('TASK', entry.task_id)}{retry}"
+    if text := what_to_do(entry, detail):
+        yield f"  what to do: {text}"
+
+
+def what_to_do(entry: Entry, detail: Detail) -> str:
+    """About a task that failed; empty for others."""
+    if entry.verdict not in _WHAT_TO_DO:
+        return ""
+    retry = "; another worker may succeed" if detail.retryable else ""
+    return _WHAT_TO_DO[entry.verdict].replace("TASK", entry.task_id) + retry
 
 
 def _timeline(detail: Detail, live: dict[str, Any] | None) -> Iterator[str]:
@@ -172,7 +179,7 @@ def _timeline(detail: Detail, live: dict[str, Any] | None) -> Iterator[str]:
         took = "" if until is None else render.seconds(until - at)
         if name == "running" and until is None:
             took = f"{render.seconds(max(0.0, time.time() - at))} so far"
-        what = _LABELS[name]
+        what = LABELS[name]
         if name == "done" and detail.deliveries is not None:
             what += f" ({render.count(detail.deliveries, 'attempt')})"
         yield f"  {_clock(at)}  {what:<24} {took:>9}".rstrip()
@@ -194,7 +201,7 @@ def _resources(entry: Entry, detail: Detail) -> Iterator[str]:
         ("ran for", render.seconds(entry.wall_s) if entry.started_at and entry.finished_at else ""),
         ("GPU time", render.seconds(entry.gpu_s) if entry.gpu_s else ""),
         ("CPU time", render.seconds(used["cpu_seconds"]) if used.get("cpu_seconds") is not None else ""),
-        ("peak memory", _bytes(used.get("peak_rss_bytes"))),
+        ("peak memory", size_of(used.get("peak_rss_bytes"))),
         ("energy", energy(entry.joules)),
         ("cost", dollars(entry.cost_usd)),
         ("tokens", number(entry.tokens)),
@@ -207,7 +214,7 @@ def _resources(entry: Entry, detail: Detail) -> Iterator[str]:
         yield from (f"  {name:<12} {text}" for name, text in rows if text)
 
 
-def _loss(found: Found, live: dict[str, Any] | None) -> list[float]:
+def losses(found: Found, live: dict[str, Any] | None) -> list[float]:
     """The losses that a training task logged, or so far; empty for others."""
     if live is not None:
         return [value for value in (live.get("trend") or {}).get("loss") or [] if isinstance(value, int | float)]
@@ -224,7 +231,7 @@ def _files(entry: Entry, detail: Detail, manifest: Manifest | None) -> Iterator[
     there = "" if Path(entry.out_dir).is_dir() else " (removed)"
     yield from ("", f"files: {entry.out_dir}{there}")
     present = [each for each in manifest.entries if each.status == "present"] if manifest is not None else []
-    yield from (f"  {each.path:<28} {_bytes(each.size):>10}".rstrip() for each in present[:_FILES])
+    yield from (f"  {each.path:<28} {size_of(each.size):>10}".rstrip() for each in present[:_FILES])
     if len(present) > _FILES:
         yield f"  and {len(present) - _FILES} more"
     yield from (f"  {url}" for url in detail.urls)
@@ -244,7 +251,7 @@ def _document(detail: Detail) -> Iterator[str]:
     yield from (f"  {line}" for line in text.splitlines())
 
 
-def _with_document(found: Found) -> Found:
+def with_document(found: Found) -> Found:
     """A task that has not ended, with what its dispatch says, secrets hidden."""
     if not found.message:
         return found
@@ -282,7 +289,8 @@ def _clock(at: float) -> str:
     return then.strftime("%m-%d %H:%M:%S.") + f"{then.microsecond // 1000:03d}"
 
 
-def _bytes(size: Any) -> str:
+def size_of(size: Any) -> str:
+    """A number of bytes for display; empty where there is none."""
     if not isinstance(size, int):
         return ""
     for limit, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):

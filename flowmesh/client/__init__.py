@@ -12,6 +12,7 @@ from flowmesh.client.async_client import AsyncClient
 from flowmesh.client.client import Client
 from flowmesh.client.pipelines import StageState
 from flowmesh.client.requests import Endpoint, NoEndpoint, NoResult, Task, TaskExists, UnknownTask, WorkerGone
+from flowmesh.client.waiting import Removal, WaitingTask
 from flowmesh.queue.records import Attempt, End, Event, TaskState
 from flowmesh.queue.workers import NeverFits, NoWorkerFits, Worker
 
@@ -26,11 +27,13 @@ __all__ = [
     "NoEndpoint",
     "NoResult",
     "NoWorkerFits",
+    "Removal",
     "StageState",
     "Task",
     "TaskExists",
     "TaskState",
     "UnknownTask",
+    "WaitingTask",
     "Worker",
     "WorkerGone",
 ]

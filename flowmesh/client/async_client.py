@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Mapping
 from types import TracebackType
 from typing import Any, TypeVar
 
-from flowmesh.client import connection, pipelines, requests
+from flowmesh.client import connection, pipelines, requests, waiting
 from flowmesh.client.log_lines import ANSWER_S, LogReader
 from flowmesh.client.pipelines import StageState, is_pipeline, refuse_worker
 from flowmesh.client.requests import (
@@ -25,6 +25,7 @@ from flowmesh.client.requests import (
     shown_end,
 )
 from flowmesh.client.shapes import checked
+from flowmesh.client.waiting import Removal, WaitingTask
 from flowmesh.errors import FlowMeshError, UnavailableError
 from flowmesh.messages.wire import TASK_EVENTS_CHANNEL
 from flowmesh.queue import names
@@ -233,9 +234,25 @@ class AsyncClient:
     async def waiting(self) -> list[dict[str, Any]]:
         """As `Client.waiting`.
 
-        waiting = await client.waiting()
+        counts = await client.waiting()
         """
-        return await self.do(requests.waiting())
+        return await self.do(waiting.counts())
+
+    async def waiting_tasks(
+        self, *, owner: str | None = None, task_class: str | None = None, limit: int = 100
+    ) -> list[WaitingTask]:
+        """As `Client.waiting_tasks`.
+
+        first = await client.waiting_tasks(limit=10)
+        """
+        return await self.do(waiting.tasks(owner=owner, task_class=task_class, limit=limit))
+
+    async def remove(self, task_id: str, reason: str = "removed from the queue") -> Removal:
+        """As `Client.remove`.
+
+        removal = await client.remove(task.task_id)
+        """
+        return await self.do(waiting.remove(task_id, reason=reason))
 
     async def _heard(self, task_id: str, deadline: float | None) -> AsyncIterator[Event | End]:
         """Events of a task as they come; its recorded End where an event may have been missed. Ends at the deadline."""

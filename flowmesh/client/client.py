@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from flowmesh.client import connection, pipelines, requests
+from flowmesh.client import connection, pipelines, requests, waiting
 from flowmesh.client.log_lines import ANSWER_S, LogReader
 from flowmesh.client.pipelines import StageState, is_pipeline, refuse_worker
 from flowmesh.client.requests import (
@@ -24,6 +24,7 @@ from flowmesh.client.requests import (
     shown_end,
 )
 from flowmesh.client.shapes import checked
+from flowmesh.client.waiting import Removal, WaitingTask
 from flowmesh.errors import FlowMeshError, UnavailableError
 from flowmesh.messages.wire import TASK_EVENTS_CHANNEL
 from flowmesh.queue import names
@@ -305,7 +306,37 @@ class Client:
 
         print(client.waiting())
         """
-        return self.do(requests.waiting())
+        return self.do(waiting.counts())
+
+    def waiting_tasks(
+        self, *, owner: str | None = None, task_class: str | None = None, limit: int = 100
+    ) -> list[WaitingTask]:
+        """The tasks that wait, by class, in the order in which workers take them; last, pipelines without a driver.
+
+        Args:
+            owner: only those of this owner (`metadata.owner`); empty: of those that name none.
+            task_class: only those of this task type, or of the class whose key begins so (4 characters or more).
+            limit: at most so many, 1000 at most.
+
+        Raises:
+            FieldError: names the argument.
+
+            for task in client.waiting_tasks(owner="ann"):
+                print(task.position, task.task_id)
+        """
+        return self.do(waiting.tasks(owner=owner, task_class=task_class, limit=limit))
+
+    def remove(self, task_id: str, reason: str = "removed from the queue") -> Removal:
+        """Take a task out of the queue if it waits; one that a worker has goes on (`cancel` stops it).
+
+        Args:
+            reason: the error of its event.
+
+            removal = client.remove(task.task_id)
+            if not removal.removed:
+                print(removal.state, "on", removal.worker_id)
+        """
+        return self.do(waiting.remove(task_id, reason=reason))
 
     def _heard(self, task_id: str, deadline: float | None) -> Iterator[Event | End]:
         """Events of a task as they come; its recorded End where an event may have been missed. Ends at the deadline."""

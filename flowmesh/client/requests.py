@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from flowmesh.client.shapes import checked, encoded, id_or_new, name_of, shaped
+from flowmesh.client.shapes import checked, encoded, id_or_new, name_of, shaped, time_limit_of
 from flowmesh.errors import BusyError, FieldError, FlowMeshError, UnavailableError
 from flowmesh.messages import wire
 from flowmesh.queue import names, scripts
-from flowmesh.queue.classes import class_of, owner_of, parse
+from flowmesh.queue.classes import class_of, owner_of
 from flowmesh.queue.lua import Script
 from flowmesh.queue.names import Priority
 from flowmesh.queue.records import (
@@ -28,7 +28,6 @@ from flowmesh.queue.records import (
     TaskState,
     attempts_of,
     end_in,
-    fields_of,
     some_of,
     state_of,
     text,
@@ -128,7 +127,7 @@ def queue(
     task_id = id_or_new(task_id)
     arguments = (
         task_id, wire.utc_now(), wanted.member, wanted.key, priority, owner_of(document), retries, encoded(document),
-        type_of(document) or "", name_of(document),
+        type_of(document) or "", name_of(document), time_limit_of(document),
     )  # fmt: skip
     (answer,) = yield [(scripts.QUEUE, *arguments)]
     if text(answer) == "exists":
@@ -313,21 +312,6 @@ def follow(task_id: str, token: str, *, keep: bool) -> Request[None]:
         ("SET", names.follow_key(token), "1", "EX", FOLLOW_S),
         ("PUBLISH", names.CHANNEL, json.dumps(message)),
     ]
-
-
-def waiting() -> Request[list[dict[str, Any]]]:
-    """The requirement classes with entries that wait: what each asks for, and how many of each priority."""
-    members, answer = yield [("ZRANGE", names.CLASSES, 0, -1), ("HGETALL", names.WAITING)]
-    counts = fields_of(answer)
-    found = []
-    for member in members:
-        wanted = parse(text(member))
-        if wanted is None:
-            continue
-        numbers = {each.value: int(counts.get(f"{wanted.key}:{each.value}", 0)) for each in Priority}
-        if any(numbers.values()):
-            found.append({"requires": msgspec.to_builtins(wanted), "waiting": numbers})
-    return found
 
 
 def script_call(script: Script, arguments: tuple[Any, ...], *, whole: bool) -> Command:

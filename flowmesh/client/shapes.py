@@ -48,6 +48,13 @@ def name_of(document: Mapping[str, Any]) -> str:
     return str(name)[:200] if isinstance(name, str | int) else ""
 
 
+def time_limit_of(document: Mapping[str, Any]) -> str:
+    """`spec.timeoutSec` as text; empty: there is none that a node could read."""
+    spec = document.get("spec")
+    limit = spec.get("timeoutSec") if isinstance(spec, Mapping) else None
+    return repr(limit) if isinstance(limit, int | float) and not isinstance(limit, bool) and limit > 0 else ""
+
+
 def encoded(document: Mapping[str, Any]) -> bytes:
     """A document or a message as JSON.
 

@@ -32,10 +32,18 @@ class Drain:
     Args:
         stop: set when the drain begins, cleared when it is taken back.
         limit_s: how long running tasks may take (`processes.drain_timeout_s`).
+        on_sigterm: the mode of a drain by SIGTERM.
     """
 
     def __init__(
-        self, executor: Executor, registration: Registration, notifier: Notifier, stop: asyncio.Event, limit_s: float
+        self,
+        executor: Executor,
+        registration: Registration,
+        notifier: Notifier,
+        stop: asyncio.Event,
+        *,
+        limit_s: float,
+        on_sigterm: str = "finish",
     ) -> None:
         self.mode: str | None = None
         """None: the node does not drain."""
@@ -44,9 +52,12 @@ class Drain:
         self._notifier = notifier
         self._stop = stop
         self._limit_s = limit_s
+        self._on_sigterm = on_sigterm
         self._taken_back = asyncio.Event()
         self._forced = asyncio.Event()
         self._signalled = False
+        self._final = ""
+        """Why the node ends by itself; empty: it does not."""
 
     @property
     def kept(self) -> str | None:
@@ -70,7 +81,17 @@ class Drain:
     def on_signal(self) -> None:
         """The first one drains, one during a drain stops the tasks."""
         first, self._signalled = self.mode is None, True
-        self.begin("finish" if first else "now")
+        self.begin(self._on_sigterm if first else "now")
+
+    def on_warning(self) -> None:
+        """SIGUSR1: the node ends soon (`sbatch --signal=USR1@…`). Another one changes nothing."""
+        self._signalled = True
+        self.begin("checkpoint")
+
+    def at_end(self, mode: str) -> None:
+        """Drain because the node's time is over; not kept, and not taken back."""
+        self._final = "the node's time is over"
+        self.begin(mode)
 
     def by_operator(self, mode: str) -> None:
         """Drain in this mode, also after a restart."""
@@ -81,12 +102,14 @@ class Drain:
         """Take tasks again. What was sent back or asked to stop meanwhile stays so.
 
         Raises:
-            LaunchError: the node does not drain, or a signal ends it.
+            LaunchError: the node does not drain, or a signal or its own end ends it.
         """
         if self.mode is None:
             raise LaunchError("the node is not draining")
         if self._signalled:
             raise LaunchError("a signal told the node to end; start it again when it has ended")
+        if self._final:
+            raise LaunchError(f"{self._final} (node.ends_at, node.exit_when_idle_s); start it again when it has ended")
         self._keep(None)
         self.mode = None
         self._stop.clear()

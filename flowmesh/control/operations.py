@@ -32,6 +32,7 @@ class Operations:
         resume: takes a drain back; raises FlowMeshError if there is none.
         metrics: gives the node's metrics as text.
         notify: gives the receivers of notifications, and how they stand.
+        end: says when the node ends by itself.
         start_anew: replaces this supervisor by a new one; raises FlowMeshError if that could not start.
     """
 
@@ -46,8 +47,10 @@ class Operations:
         start_anew: Callable[[], Awaitable[None]],
         metrics: Callable[[], str],
         notify: Callable[[], list[dict[str, Any]]],
+        end: Callable[[], dict[str, Any]],
     ) -> None:
         self._notify = notify
+        self._end = end
         self._metrics = metrics
         self._node = node
         self._executor = executor
@@ -86,6 +89,7 @@ class Operations:
             "redis_up": self._link.up,
             "redis_troubles": self._link.troubles(),
             "draining": executor.draining,
+            "ends": self._end(),
             "isolation": node.isolation,
             "task_types": executor.offered_types(),
             "results_dir": str(executor.layout.results_dir),
@@ -123,6 +127,7 @@ class Operations:
                 for server in executor.pool.servers
             ],
             "notify": self._notify(),
+            "page": executor.page.summary(),
             "queue": self._link.queue.summary(),
             "warnings": executor.pool.warnings(),
             "redeliveries": executor.redeliveries.waits(),

@@ -30,6 +30,7 @@ from flowmesh.execution.gpu.idle_check import IdleCheck, Notes
 from flowmesh.execution.gpu.live_notes import LiveNotes
 from flowmesh.execution.housekeeping.cleanup import Cleanup
 from flowmesh.execution.housekeeping.old_history import keep_pruned
+from flowmesh.execution.housekeeping.page_process import PageProcess
 from flowmesh.execution.housekeeping.retention import Retention
 from flowmesh.execution.housekeeping.watchdog import Watchdog
 from flowmesh.execution.launch import spool
@@ -44,6 +45,7 @@ from flowmesh.execution.ports import SendingsOf, Work
 from flowmesh.execution.recent_ends import RecentEnds
 from flowmesh.execution.run import Run
 from flowmesh.execution.run_table import RunTable
+from flowmesh.execution.time_left import TimeLeft
 from flowmesh.execution.timers import Timers
 from flowmesh.execution.unwritten import Unwritten
 from flowmesh.messages.wire import utc_now
@@ -102,6 +104,7 @@ class Executor:
         self.recent = RecentEnds(layout)
         self.early_cancels = EarlyCancels()
         self.observers = Observers()
+        self.time_left = TimeLeft.of(settings)
         self.draining: str | None = None
         """The mode of the drain, if the node is draining."""
         self.begin = Background(self.apply, self._after_error, self._check_idle).begin
@@ -166,6 +169,7 @@ class Executor:
         self.deliveries = Deliveries(delivery_children, jobs, layout, self._cleanup, self.environments)
         no_gateway = functools.partial(self.environments.report, DELIVERY)
         self.gateway = GatewayProcess(settings, layout, self.helpers, no_gateway)
+        self.page = PageProcess(settings, layout, self.helpers)
         self.redeliveries = Redeliveries(delivery_children, jobs, layout, journal, self._check_idle)
 
     def works(self) -> list[Coroutine[Any, Any, None]]:

@@ -197,11 +197,12 @@ class Claims(Observer):
     async def _claim(self, slot: Slot[Run], keys: list[str], woken: str) -> bool:
         """Take a task; returns whether one may be there that is not for this worker now."""
         worker_id = slot.plan.worker_id
-        answer = await run_script(self._client, scripts.CLAIM, worker_id, self._node_id, utc_now(), woken, *keys)
+        arguments = worker_id, self._node_id, utc_now(), woken, *self._executor.time_left.limits(), *keys
+        answer = await run_script(self._client, scripts.CLAIM, *arguments)
         what = answer[0].decode()
         if what != "task":
-            left = what == "none" and bool(answer[1])
-            if left:
+            left = what == "none" and bool(answer[1] or answer[2])
+            if left and answer[1]:
                 await self._allow(answer[1])
             if left or what == "unregistered":
                 asyncio.get_running_loop().call_later(random.uniform(0.5, 1.5) * SOON_S, self._free.set)

@@ -158,6 +158,9 @@ class Dispatcher:
             kind = Kind.MISSING_DEPENDENCY if isinstance(error, NotOfferedError) else Kind.BAD_REQUEST
             self._refuse(slot, sent, kind, str(error))
             return True
+        if why := self._executor.time_left.why_not(accepted.timeout_s):
+            self._refuse(slot, sent, Kind.DRAINED, f"not started: {why}")
+            return True
         attempt = self._executor.journal.accept(
             task_id=task_id,
             worker_id=slot.plan.worker_id,

@@ -83,7 +83,7 @@ def drive(job: Job, lease: Lease) -> None:
         changed=changed,
         tick=lambda: _stop_if_cancelled(lease, driver),
         new_run=lambda run: _digest(record["generation"], run.name, run.key),
-        merged={task_id: ids for task_id, ids in plans.items() if len(ids) > 1},
+        merged=plans,
         local_files=False,
     )
     try:

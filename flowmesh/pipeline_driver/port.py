@@ -14,7 +14,7 @@ import msgspec
 
 from flowmesh.client import connection, requests
 from flowmesh.client.requests import POLL_S, Request, TaskExists
-from flowmesh.client.shapes import encoded, name_of
+from flowmesh.client.shapes import encoded, name_of, time_limit_of
 from flowmesh.messages import wire
 from flowmesh.pipeline_driver.job import Job
 from flowmesh.pipeline_driver.lease import Lease, Lost
@@ -139,7 +139,7 @@ class QueuePort:
         arguments = (
             task.task_id, wire.utc_now(), wanted.member, wanted.key, self._terms.priority, owner_of(document),
             self._terms.retries, encoded(document), type_of(document) or "", name_of(document),
-            self._job.pipeline_id, self._job.attempt, run, json.dumps(ids),
+            time_limit_of(document), self._job.pipeline_id, self._job.attempt, run, json.dumps(ids),
         )  # fmt: skip
         (answer,) = yield [(scripts.QUEUE, *arguments)]
         return text(answer)

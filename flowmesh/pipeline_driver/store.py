@@ -55,14 +55,17 @@ class RedisStore:
         (answer,) = yield [("HGETALL", names.pipeline_key(self._job.pipeline_id, "ends"))]
         return answer
 
-    def save(self, record: Record) -> None:
+    def save(self, *records: Record) -> None:
         """See `Store.save`.
 
         Raises:
             Lost: another driver has the pipeline.
         """
-        kept = msgspec.structs.replace(record, error=self._plain(record.error))
-        if not int(self._lease.run(pipeline_scripts.KEEP, record.name, msgspec.json.encode(kept))):
+        pairs: list[Any] = []
+        for record in records:
+            kept = msgspec.structs.replace(record, error=self._plain(record.error))
+            pairs += [record.name, msgspec.json.encode(kept)]
+        if not int(self._lease.run(pipeline_scripts.KEEP, *pairs)):
             raise Lost("another driver has the pipeline")
 
     def show(self, run: StageRun) -> None:

@@ -32,7 +32,8 @@ class Driver:
         changed: called with a stage whenever it has changed.
         new_run: the id of a stage's run. A driver that goes on where another one stopped has the same for the same run:
             what ended in it, ended for both.
-        merged: by id of a task that an earlier driver started: the ids of all that run in it.
+        merged: by id of a task that an earlier driver started: the ids of all that run in it, of a task that runs
+            by itself its own.
         local_files: whether the files that a stage names are on this machine, and decide whether it runs again.
         tick: called after each wait for an event; may call `stop`.
     """
@@ -245,13 +246,16 @@ class Driver:
             return
         result = dict(event.result) if event.result is not None else None
         results = result.pop("children", None) if result is not None and children else None
+        unsettled = [run for run in (self.runs[part.stage] for part in parts) if not run.state.ended]
         self._part_ended(first, _with_result(event, first.task_id, result, event.out_dir))
         for child in children:
             own = results.get(child.task_id) if isinstance(results, dict) else None
             folder = str(Path(event.out_dir).parent / child.task_id) if event.out_dir is not None else None
             self._part_ended(child, _child_end(event, child.task_id, own, folder))
+        self._settle([run for run in unsettled if run.state.ended])
 
     def _part_ended(self, part: Part, end: Ended) -> None:
+        """Note the end of a part, and its stage's where it is the last one; `_settle` keeps that."""
         run = self.runs[part.stage]
         run.ends = {**run.ends, part.task_id: end}
         if not end.ok and not run.state.ended:
@@ -261,7 +265,7 @@ class Driver:
                     self._port.cancel(task_id, force=False)
             run.out_dir, run.worker = end.out_dir, end.worker
             state = State.CANCELLED if self._stopped and end.verdict == "cancelled" else State.FAILED
-            self._end(run, state, end.error, end.verdict)
+            run.end(state, end.error, end.verdict)
         elif not run.state.ended and len(run.ends) == len(run.parts):
             ends = [run.ends[each.task_id] for each in run.parts]
             run.out_dir, run.worker = ends[0].out_dir, ends[0].worker
@@ -269,8 +273,7 @@ class Driver:
             parallel = run.stage.parallel
             task_type = str(part.spec.get("taskType"))
             if len(results) > 1 and any(map(_is_short, results)):
-                self._end(
-                    run,
+                run.end(
                     State.FAILED,
                     "a shard's result does not lie in Redis as a whole (it is above 1 MiB, or "
                     "queue.result_ttl_s is 0 on its node); use more shards",
@@ -281,13 +284,19 @@ class Driver:
                 run.result = merged(task_type, results, contiguous=parallel.contiguous is not False)
             else:
                 run.result = results[0]
-            self._end(run, State.SUCCEEDED)
+            run.end(State.SUCCEEDED)
 
     def _end(self, run: StageRun, state: State, error: str | None = None, verdict: str | None = None) -> None:
         run.end(state, error, verdict)
-        if state in (State.SUCCEEDED, State.FAILED) and run.key:
-            self._store.save(run.as_record())
-        self._changed(run)
+        self._settle([run])
+
+    def _settle(self, ended: list[StageRun]) -> None:
+        """Keep the ends of stages in one step: of those that ran as one task, none may be missing to a later driver."""
+        kept = [run.as_record() for run in ended if run.state in (State.SUCCEEDED, State.FAILED) and run.key]
+        if kept:
+            self._store.save(*kept)
+        for run in ended:
+            self._changed(run)
 
 
 def _is_short(result: dict[str, Any] | None) -> bool:

@@ -15,6 +15,8 @@ from flowmesh.pipelines.parts import Record
 
 STAGES = "stages"
 SUMMARY = "responses.json"
+TOGETHER = ".together.json"
+"""Ends that are kept in one step, while their files are written."""
 
 
 class Store(Protocol):
@@ -23,8 +25,8 @@ class Store(Protocol):
     def load(self) -> dict[str, Record]:
         """By stage: its last end."""
 
-    def save(self, record: Record) -> None:
-        """Keep an end."""
+    def save(self, *records: Record) -> None:
+        """Keep ends: all of them or, if this process dies, none."""
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Keep the pipeline's result."""
@@ -59,6 +61,7 @@ class FolderStore:
         os.close(self._lock)
 
     def load(self) -> dict[str, Record]:
+        self._finish_together()
         found = {}
         for path in (self.folder / STAGES).glob("*.json"):
             try:
@@ -68,7 +71,28 @@ class FolderStore:
             found[record.name] = record
         return found
 
-    def save(self, record: Record) -> None:
+    def save(self, *records: Record) -> None:
+        if len(records) > 1:
+            self._write(self.folder / TOGETHER, msgspec.json.encode(records))
+            self._finish_together()
+            return
+        for record in records:
+            self._write_end(record)
+
+    def _finish_together(self) -> None:
+        """Write the files of ends that are kept in one step; by the next process if this one dies meanwhile."""
+        path = self.folder / TOGETHER
+        try:
+            records = msgspec.json.decode(path.read_bytes(), type=list[Record])
+        except FileNotFoundError:
+            return
+        except (OSError, msgspec.DecodeError):
+            records = []  # of another version: those stages run again
+        for record in records:
+            self._write_end(record)
+        path.unlink(missing_ok=True)
+
+    def _write_end(self, record: Record) -> None:
         self._write(self.folder / STAGES / f"{record.name}.json", msgspec.json.encode(record))
 
     def finish(self, summary: dict[str, Any]) -> None:

@@ -69,11 +69,13 @@ class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
 
 
 class Credentials(msgspec.Struct, frozen=True, tag="credentials"):
-    """The node's secrets, for a delivery child. Sent through the pipe so that they are never written to a file."""
+    """The node's secrets, for a child that needs them. Sent through the pipe so that they are never in a file."""
 
     token: str | None = None
     """The orchestrator's."""
     s3: Keys | None = None
+    redis_url: str | None = None
+    """With its password."""
 
 
 Frame = Hello | Phase | Progress | Serving | Finished | Cancel | Credentials

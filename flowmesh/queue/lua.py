@@ -90,6 +90,11 @@ local function failed_event(id, worker, at, kind, error)
     error = error, payload = {taskType = f[1] or cjson.null, runtime_sec = 0, started_at = f[2] or cjson.null,
     finished_at = at, error_kind = kind, retryable = kind ~= 'cancelled', exit = cjson.null}})
 end
+local function end_waiting(id, at, reason)
+  local f = get(id, 'class', 'priority')
+  if f[1] and f[1] ~= '' then count(f[1], f[2], -1) end
+  finish(id, 86400, at, failed_event(id, 'queue', at, 'cancelled', reason), '0', 'cancelled', reason)
+end
 """
 
 RECORD_TTL_S = 86_400

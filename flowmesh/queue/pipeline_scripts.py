@@ -90,13 +90,13 @@ return tonumber(redis.call('HGET', record(ARGV[1]), 'slots'))
 """The number of slots that the first driver saw: a later one divides a stage into the same shards. -1: lost."""
 
 KEEP = _script("""
--- id, driver's number, stage, its end
+-- id, driver's number, of each stage that ended: its name, its end
 if not mine(ARGV[1], ARGV[2]) then return 0 end
-redis.call('HSET', part(ARGV[1], 'ends'), ARGV[3], ARGV[4])
+for i = 3, #ARGV, 2 do redis.call('HSET', part(ARGV[1], 'ends'), ARGV[i], ARGV[i + 1]) end
 redis.call('HSET', record(ARGV[1]), 'failures', 0)
 return 1
 """)
-"""Keep the end of a stage. Returns 0 if another driver has the pipeline."""
+"""Keep the ends of stages, of all that ran as one task. Returns 0 if another driver has the pipeline."""
 
 SHOW = _script("""
 -- id, driver's number, stage, where it stands, line for the log or ''

@@ -17,14 +17,14 @@ from __future__ import annotations
 from flowmesh.queue.lua import Script
 
 QUEUE = Script.of("""
--- id, at, class member, class key, priority, owner, retries, document, type, name;
+-- id, at, class member, class key, priority, owner, retries, document, type, name, time limit in seconds or '';
 -- of a pipeline's stage: the pipeline, its driver's number, the run, what the task runs
 local id, at, member, ck = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-local pipeline = ARGV[11]
+local pipeline = ARGV[12]
 if pipeline then
   local f = get(pipeline, 'attempt', 'state', 'cancel')
-  if f[1] ~= ARGV[12] or f[2] ~= 'running' then return 'lost' end
-  if redis.call('HGET', record(id), 'run') == ARGV[13] then return 'same' end
+  if f[1] ~= ARGV[13] or f[2] ~= 'running' then return 'lost' end
+  if redis.call('HGET', record(id), 'run') == ARGV[14] then return 'same' end
   if f[3] then return 'cancelled' end
 end
 local state = redis.call('HGET', record(id), 'state')
@@ -34,10 +34,10 @@ redis.call('DEL', record(id), P .. 'attempts:' .. id, P .. 'result:' .. id)
 redis.call('ZREM', P .. 'tasks:done', id)
 redis.call('HSET', record(id), 'queued_at', at, 'class', ck, 'class_json', member, 'priority', ARGV[5],
   'owner', ARGV[6], 'retries', ARGV[7], 'message', ARGV[8], 'type', ARGV[9], 'name', ARGV[10],
-  'attempt', attempt, 'failures', '0')
+  'attempt', attempt, 'failures', '0', 'timeout', ARGV[11])
 if pipeline then
-  redis.call('HSET', record(id), 'pipeline', pipeline, 'run', ARGV[13])
-  redis.call('HSET', P .. 'pipeline:' .. pipeline .. ':tasks', id, ARGV[14])
+  redis.call('HSET', record(id), 'pipeline', pipeline, 'run', ARGV[14])
+  redis.call('HSET', P .. 'pipeline:' .. pipeline .. ':tasks', id, ARGV[15])
 end
 local known = redis.call('ZSCORE', P .. 'queue:classes', member)
 add(id, false)
@@ -79,7 +79,8 @@ return attempt
 """Record a task that is about to be dispatched to a worker. Returns its attempt; 0: a task of this id has not ended."""
 
 CLAIM = Script.of("""
--- worker, node, at, class that woke us or '', class keys in the order of preference
+-- worker, node, at, class that woke us or '', seconds that are left or '', those that a task without a limit needs,
+-- class keys in the order of preference
 local worker, node, at, woken = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local function refused(why)
   if woken ~= '' and waiting(woken) > 0 then wake(woken) end
@@ -90,11 +91,22 @@ if redis.call('SISMEMBER', 'workers:elastic_disabled', worker) == 1 then return 
 local fields = {}
 local priorities = {'high', 'normal', 'low'}
 for _, priority in ipairs(priorities) do
-  for i = 5, #ARGV do fields[#fields + 1] = ARGV[i] .. ':' .. priority end
+  for i = 7, #ARGV do fields[#fields + 1] = ARGV[i] .. ':' .. priority end
 end
-if #fields == 0 then return {'none', {}} end
+if #fields == 0 then return {'none', {}, 0} end
 local counts = redis.call('HMGET', WAITING, unpack(fields))
 local skipped, now = {}, now_ms()
+local left, long = tonumber(ARGV[5]), 0
+local function can_finish(id)
+  local f = get(id, 'timeout', 'message', 'state')
+  local limit = tonumber(f[1] or '')
+  if not f[1] and f[2] and #f[2] <= 65536 then
+    local ok, document = pcall(cjson.decode, f[2])
+    local spec = ok and type(document) == 'table' and document.spec
+    limit = type(spec) == 'table' and tonumber(spec.timeoutSec) or nil
+  end
+  return f[3] ~= 'queued' or (limit or tonumber(ARGV[6])) <= left
+end
 local function take(key, entry, id, ck, priority)
   local f = get(id, 'state', 'entry', 'attempt', 'avoid', 'avoid_until', 'stay', 'stay_until', 'message', 'failures')
   if f[1] ~= 'queued' or f[2] ~= entry then
@@ -124,8 +136,24 @@ local function take(key, entry, id, ck, priority)
   if woken ~= '' and woken ~= ck and waiting(woken) > 0 then wake(woken) end
   return {'task', id, attempt, priority, f[8], ck}
 end
+local function next_that_can_finish(key)
+  local seen
+  for _, group in ipairs(redis.call('XINFO', 'GROUPS', key)) do
+    for i = 1, #group, 2 do
+      if group[i] == 'last-delivered-id' then seen = group[i + 1] end
+    end
+  end
+  for _, e in ipairs(redis.call('XRANGE', key, '(' .. seen, '+', 'COUNT', 32)) do
+    if can_finish(e[2][2]) then
+      redis.call('XCLAIM', key, 'flowmesh', worker, 0, e[1], 'FORCE', 'JUSTID')
+      return e[1], e[2][2]
+    end
+    long = long + 1
+  end
+end
 local function next_of(key)
   if redis.call('EXISTS', key) == 0 then return nil end
+  if left then return next_that_can_finish(key) end
   local r = redis.call('XREADGROUP', 'GROUP', 'flowmesh', worker, 'COUNT', 1, 'STREAMS', key, '>')
   if not r then return nil end
   local e = r[1][2][1]
@@ -133,8 +161,8 @@ local function next_of(key)
 end
 for index, n in ipairs(counts) do
   if n then
-    local ck = ARGV[5 + (index - 1) % (#ARGV - 4)]
-    local priority = priorities[1 + math.floor((index - 1) / (#ARGV - 4))]
+    local ck = ARGV[7 + (index - 1) % (#ARGV - 6)]
+    local priority = priorities[1 + math.floor((index - 1) / (#ARGV - 6))]
     local b = base(ck, priority)
     local front = b .. ':front'
     for _ = 1, math.min(8, redis.call('XLEN', front)) do
@@ -143,15 +171,19 @@ for index, n in ipairs(counts) do
       local got = take(front, entry, id, ck, priority)
       if got then return got end
     end
-    while true do
-      local owner = redis.call('ZRANGE', b .. ':ring', 0, 0)[1]
+    local passed = 0
+    while passed < 32 do
+      local owner = redis.call('ZRANGE', b .. ':ring', passed, passed)[1]
       if not owner then break end
       local key = b .. ':o:' .. owner
+      local before = long
       local entry, id = next_of(key)
       if entry then
         redis.call('ZADD', b .. ':ring', redis.call('INCR', P .. 'queue:turn'), owner)
         local got = take(key, entry, id, ck, priority)
         if got then return got end
+      elseif long > before then
+        passed = passed + 1
       else
         redis.call('ZREM', b .. ':ring', owner)
         if redis.call('EXISTS', key) == 1 and redis.call('XLEN', key) == 0 then redis.call('DEL', key) end
@@ -159,19 +191,21 @@ for index, n in ipairs(counts) do
     end
   end
 end
-for i = 5, #ARGV do
+for i = 7, #ARGV do
   if waiting(ARGV[i]) == 0 then
     redis.call('DEL', P .. 'queue:c:' .. ARGV[i] .. ':wake')
   elseif ARGV[i] == woken then
     wake(woken)
   end
 end
-return {'none', skipped}
+return {'none', skipped, long}
 """)
 """Take the next entry of the given classes: by priority; what came back first; in turn between owners; by age.
 
-Returns `[task, id, attempt, priority, document, class]`; `[none, tasks that another node should have]`;
-`[unregistered]`; `[disabled]`. The entry stays pending in its stream until JOURNALLED.
+A node with an end takes what it can finish, of the first 32 entries of each stream; the others keep their places.
+
+Returns `[task, id, attempt, priority, document, class]`; `[none, tasks that another node should have, how many take
+longer than the node is there]`; `[unregistered]`; `[disabled]`. The entry stays pending in its stream until JOURNALLED.
 """
 
 ALLOW = Script.of("""
@@ -310,16 +344,15 @@ return n
 CANCEL = Script.of("""
 -- id, at, reason, '1': by force
 local id, at, reason = ARGV[1], ARGV[2], ARGV[3]
-local f = get(id, 'state', 'class', 'priority', 'type')
+local f = get(id, 'state', 'type')
 if not f[1] then return 'unknown' end
 if f[1] == 'done' then return 'done' end
 if f[1] ~= 'queued' then
   redis.call('HSET', record(id), 'cancel', reason)
-  if f[4] == 'pipeline' and ARGV[4] == '1' then redis.call('HSET', record(id), 'force', '1') end
+  if f[2] == 'pipeline' and ARGV[4] == '1' then redis.call('HSET', record(id), 'force', '1') end
   return f[1]
 end
-if f[2] ~= '' then count(f[2], f[3], -1) end
-finish(id, 86400, at, failed_event(id, 'queue', at, 'cancelled', reason), '0', 'cancelled', reason)
+end_waiting(id, at, reason)
 return 'queued'
 """)
 """Cancel a task: one that waits ends here; for any other, no attempt follows. Returns the state that it was in."""

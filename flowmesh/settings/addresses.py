@@ -145,6 +145,20 @@ def _redis_option_fault(query: str, scheme: str) -> str | None:
     return None
 
 
+def listen_address(text: str) -> tuple[str, int] | None:
+    """Host and port of HOST:PORT, with an IPv6 address in brackets; None where it cannot be used."""
+    host, separator, port = text.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+        if ":" not in host:
+            return None
+    elif ":" in host:
+        return None
+    if not separator or not re.fullmatch(r"[0-9]{1,5}", port) or not 0 < int(port) < 65536:
+        return None
+    return (host, int(port)) if re.fullmatch(r"[A-Za-z0-9.:_%-]+", host) else None
+
+
 def http_fault(url: str, *, whole: bool = False) -> str | None:
     """What is wrong with an HTTP address, and how to write it; None where it can be used.
 

@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from flowmesh.settings.addresses import has_password, http_fault, redis_fault
+from flowmesh.settings.addresses import has_password, http_fault, listen_address, redis_fault
+from flowmesh.settings.moments import moment
 from flowmesh.settings.schema import Settings
 from flowmesh.validation.describe import nearest, quoted
+from flowmesh.web.origins import is_loopback
 
 BUILT_IN_ENVIRONMENTS = ("default", "light")
 RESERVED_TOPICS = ("tasks.events", "workers.events")
@@ -33,6 +35,11 @@ def all_faults(settings: Settings) -> Iterator[Fault]:
     """The settings that cannot be used."""
     if settings.redis.url is not None and (what := redis_fault(settings.redis.url)):
         yield Fault(("redis", "url"), what)
+    if settings.node.ends_at is not None:
+        try:
+            moment(settings.node.ends_at)
+        except ValueError as error:
+            yield Fault(("node", "ends_at"), str(error))
     if settings.redis.task_topic in RESERVED_TOPICS:
         yield Fault(
             ("redis", "task_topic"), f"{quoted(settings.redis.task_topic)} is reserved for events; choose another name"
@@ -47,6 +54,14 @@ def all_faults(settings: Settings) -> Iterator[Fault]:
         yield Fault(("delivery", "orchestrator_token_file"), what)
     if settings.otel.endpoint is not None and (what := http_fault(settings.otel.endpoint)):
         yield Fault(("otel", "endpoint"), what)
+    if (listen := settings.web.listen) is not None:
+        if (place := listen_address(listen)) is None:
+            yield Fault(
+                ("web", "listen"), f"expected HOST:PORT, as 127.0.0.1:9470 or [::1]:9470, found {quoted(listen)}"
+            )
+        elif not is_loopback(place[0]) and settings.web.token_file is None:
+            what = f"{quoted(place[0])} is not a loopback address: set web.token_file, or listen on 127.0.0.1"
+            yield Fault(("web", "listen"), what)
     for index, url in enumerate(settings.notify.url):
         if what := http_fault(url, whole=True):
             yield Fault(("notify", "url", index), what)

@@ -6,6 +6,7 @@ are in neither an error nor a report.
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ def load(path: Path | None, environ: Mapping[str, str], overrides: Mapping[str, 
     if path is not None:
         layers.add_file(read_toml(path), str(path))
     layers.add_environ(environ)
+    layers.add_slurm(environ)
     layers.add_flags(overrides or {})
     _normalise(layers.values)
     try:
@@ -93,6 +95,8 @@ def _normalise(values: dict[str, Any]) -> None:
     node, redis, notify = values.get("node"), values.get("redis"), values.get("notify")
     if isinstance(node, dict) and isinstance(level := node.get("log_level"), str):
         node["log_level"] = level.upper()
+    if isinstance(node, dict) and isinstance(end := node.get("ends_at"), datetime.datetime):
+        node["ends_at"] = end.isoformat()
     if isinstance(redis, dict) and isinstance(url := redis.get("url"), str):
         redis["url"] = _with_lower_scheme(url)
     if isinstance(notify, dict) and isinstance(url := notify.get("url"), str):

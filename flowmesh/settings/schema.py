@@ -23,6 +23,7 @@ from flowmesh.settings.types import (
     KeyPlace,
     LogLevel,
     ModuleName,
+    Moment,
     Name,
     PositiveSeconds,
     RunnerName,
@@ -94,6 +95,14 @@ class NodeSettings(Section, frozen=True):
     """ENABLE_ELASTIC_SCALING"""
     slots: SlotsMode = SlotsMode.ALL
     """How GPUs and CPUs are divided into slots; `[[slots]]` lists slots one by one instead."""
+    ends_at: float | Moment | None = None
+    """When this node must have ended. None: SLURM_JOB_END_TIME; where there is none either, it has no end."""
+    ends_margin_s: PositiveSeconds = 120.0
+    """So long before, it takes no more tasks, and running ones save a checkpoint and go back."""
+    exit_when_idle_s: PositiveSeconds | None = None
+    """A node that had no task for so long, and finds none in the queue, exits with 0. None: it stays."""
+    on_sigterm: Literal["finish", "checkpoint"] | None = None
+    """How a signal drains. None: `checkpoint` where the node's end is known, else `finish`."""
 
 
 class RedisSettings(Section, frozen=True):
@@ -348,6 +357,17 @@ class OtelSettings(Section, frozen=True):
     """File with headers of the requests, one `Name: value` a line. None: OTEL_EXPORTER_OTLP_HEADERS."""
 
 
+class WebSettings(Section, frozen=True):
+    """[web]: the page, in a process of its own; needs the extra web"""
+
+    listen: Word | None = None
+    """HOST:PORT that the page listens on. None: there is no page."""
+    token_file: FilePath | None = None
+    """File with the token that a visitor needs, read at each request. None: only on a loopback address, without one."""
+    hosts: tuple[Word, ...] = ()
+    """Names under which the page is reached, besides the machine's own and addresses: those of a proxy, say."""
+
+
 class RunnersSettings(Section, frozen=True):
     """[runners]: limits and permissions of the built-in task types"""
 
@@ -404,6 +424,7 @@ class Settings(Section, frozen=True):
     metrics: MetricsSettings = MetricsSettings()
     notify: NotifySettings = NotifySettings()
     otel: OtelSettings = OtelSettings()
+    web: WebSettings = WebSettings()
     runners: RunnersSettings = RunnersSettings()
     environments: dict[Name, EnvironmentSettings] = {}
     task_types: dict[Name, TaskTypeSettings] = {}

@@ -14,6 +14,7 @@ import msgspec
 from msgspec import inspect
 
 from flowmesh.errors import ConfigError
+from flowmesh.settings.moments import LATEST, SLURM_END
 from flowmesh.validation.describe import dotted, found, nearest, quoted
 
 DEFAULT = "default"
@@ -177,6 +178,12 @@ class Layers:
             if text := environ.get(variable, "").strip():
                 path, schema = self.sections.resolve(key)
                 self.put(path, from_text(text, schema), variable)
+
+    def add_slurm(self, environ: Mapping[str, str]) -> None:
+        """The end of a Slurm job is that of its node, where the settings name none."""
+        text = environ.get(SLURM_END, "").strip()
+        if text.isdecimal() and 0 < int(text) <= LATEST and "node.ends_at" not in self.origins:
+            self.put(("node", "ends_at"), int(text), SLURM_END)
 
     def add_flags(self, overrides: Mapping[str, str]) -> None:
         """Empty text sets an optional key back to none.

@@ -42,6 +42,10 @@ ServeAddress = Annotated[
 ModuleName = Annotated[
     str, Meta(pattern=r"\A[A-Za-z_]\w*(\.[A-Za-z_]\w*)*\Z", description="the dotted name of a Python module")
 ]
+Moment = Annotated[
+    str,
+    Meta(pattern=r"\A[0-9][0-9A-Za-z.:+ -]{3,39}\Z", description="a time such as 2026-12-01T18:00:00Z"),
+]
 RunnerName = Annotated[
     str,
     Meta(pattern=r"\A[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*\Z", description="module:Class"),

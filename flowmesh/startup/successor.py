@@ -21,7 +21,7 @@ LAST_LINES_S = 1.0
 CHECK_TIMEOUT_S = 90.0
 """Longer than the question to each environment's interpreter may take."""
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """Those that the supervisor handles. Between an exec and the successor's handlers they would end the process."""
 
 

@@ -21,6 +21,7 @@ MODULES = (
     "fleet",
     "rest",
     "top",
+    "page",
     "exec",
     "isolation",
     "gpus",

@@ -123,7 +123,7 @@ def _redis(rounds: int) -> list[Row]:
                     for number in range(SLOTS):
                         client.queue({**ECHO, "metadata": {"owner": f"o{number % OWNERS}"}}, anyway=True)
                 with counted("claim"):
-                    got = run_all([(scripts.CLAIM, worker, worker, "now", "", key) for worker in workers])
+                    got = run_all([(scripts.CLAIM, worker, worker, "now", "", "", "", key) for worker in workers])
                 tasks = [(answer[1].decode(), answer[2], worker) for answer, worker in zip(got, workers, strict=True)]
                 event = json.dumps({"type": "TASK_SUCCEEDED", "task_id": "t", "worker_id": "w", "payload": {}})
                 with counted("rest"):
@@ -132,7 +132,7 @@ def _redis(rounds: int) -> list[Row]:
                     ends = (1, "ok", 0, "", "{}", '{"ok": true}', 86400, 0, 0)
                     run_all([(scripts.REPORT, task, n, w, w, "end", event, "now", *ends) for task, n, w in tasks])
         before, looks = cpu_s(server.process.pid), 10 * SLOTS
-        run_all([(scripts.CLAIM, worker, worker, "now", "", key) for worker in workers * 10])
+        run_all([(scripts.CLAIM, worker, worker, "now", "", "", "", key) for worker in workers * 10])
         idle_s = (cpu_s(server.process.pid) - before) / looks
     finally:
         server.close()

@@ -51,7 +51,7 @@ def run(raw: redis.Redis, script: Script, *arguments: Any) -> Any:
 
 def claim(raw: redis.Redis, worker: str = "w1") -> tuple[str, int] | None:
     """The task that a worker gets, and the number of the attempt. Its node's id is the worker's."""
-    answer = run(raw, scripts.CLAIM, worker, worker, "now", "", CLASS)
+    answer = run(raw, scripts.CLAIM, worker, worker, "now", "", "", "", CLASS)
     return (answer[1].decode(), answer[2]) if answer[0] == b"task" else None
 
 
@@ -202,7 +202,7 @@ def test_one_token_wakes_one_after_another(raw: redis.Redis, client: Client) -> 
     for left in (1, 1, 0):
         assert raw.llen(key) == 1
         raw.lpop(key)
-        answer = run(raw, scripts.CLAIM, "w1", "w1", "now", CLASS, CLASS)
+        answer = run(raw, scripts.CLAIM, "w1", "w1", "now", CLASS, "", "", CLASS)
         assert answer[0] == b"task"
         assert raw.llen(key) == left
 
@@ -216,7 +216,7 @@ def test_a_worker_that_may_not_claim_passes_the_token_on(raw: redis.Redis, clien
     ):
         forbid()
         raw.delete(key)
-        assert run(raw, scripts.CLAIM, "w1", "w1", "now", CLASS, CLASS)[0] in (b"unregistered", b"disabled")
+        assert run(raw, scripts.CLAIM, "w1", "w1", "now", CLASS, "", "", CLASS)[0] in (b"unregistered", b"disabled")
         assert raw.llen(key) == 1
         allow()
 

@@ -16,9 +16,10 @@ import pytest
 from tests.kit.paths import ROOT
 
 HEAVY = ("torch", "transformers", "vllm", "trl", "peft", "faiss", "datasets", "numpy", "sentence_transformers",
-         "opentelemetry", "botocore")  # fmt: skip
+         "opentelemetry", "botocore", "starlette", "uvicorn", "jinja2")  # fmt: skip
 
 FLOORS = (
+    {"page"},
     {"cli"},
     {"supervisor"},
     {"control"},

@@ -35,6 +35,10 @@ class NodeSource:
         """
         with Control(self._state_dir) as control:
             answer = control.status_json(LIMIT)
+        return self.picture(answer)
+
+    def picture(self, answer: dict[str, Any]) -> Picture:
+        """The picture of a status answer. Raises ProtocolError."""
         try:
             return self._picture(answer)
         except (msgspec.ValidationError, AttributeError, KeyError, TypeError) as error:

@@ -19,8 +19,8 @@ class Memory:
     def load(self):
         return dict(self.records)
 
-    def save(self, record):
-        self.records[record.name] = record
+    def save(self, *records):
+        self.records |= {record.name: record for record in records}
 
     def finish(self, summary):
         self.summary = summary
