@@ -13,6 +13,7 @@ import time
 from concurrent.futures import Future
 from typing import Any
 
+from flowmesh.messages.job import Fault
 from runners.api import BadRequest, Cancelled, Context, MissingDependency, Runner, RunnerError
 from runners.serve.gate import Gate
 from runners.serve.task import Serve, ServeTask, address_of, check_allowed, read_serve
@@ -28,6 +29,12 @@ FAILURES = 3
 STOP_S = 3.0
 """How long requests that are being answered may go on after the end."""
 BACKLOG = 128
+
+
+class ServerLost(RunnerError):
+    """The server does not answer any more. The queue's retries start it again."""
+
+    fault = Fault.CRASH
 
 
 class ServeRunner(Runner):
@@ -188,7 +195,7 @@ def watch(ctx: Context, serve: Serve, server: Server, since: float, announce: An
     while True:
         now = time.monotonic()
         if not server.alive:
-            raise RunnerError("the HTTP server ended by itself; see the task's log")
+            raise ServerLost("the HTTP server ended by itself; see the task's log")
         if now - announced >= ANNOUNCE_S:
             announced = now
             announce()
@@ -203,7 +210,7 @@ def watch(ctx: Context, serve: Serve, server: Server, since: float, announce: An
             if wrong:
                 ctx.log.error("health check failed %d/%d: %s", failures, FAILURES, wrong)
             if failures >= FAILURES:
-                raise RunnerError(f"{FAILURES} health checks in a row failed; the last one: {wrong}")
+                raise ServerLost(f"{FAILURES} health checks in a row failed; the last one: {wrong}")
         elif check is None and gate.running:
             checked = now  # a request that is answered is a check; one of ours would wait behind it
         elif check is None and now - checked >= serve.health_interval_s:

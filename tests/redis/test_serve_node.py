@@ -178,6 +178,20 @@ def test_flowmesh_serve_prints_address_and_key_and_ends_with_ctrl_c(place: Place
     assert "served 1 request" in out
 
 
+def test_a_served_model_outlives_its_supervisor_and_the_loss_of_redis_data(place: Place) -> None:
+    endpoint = place.serve("adopted", served_model_name="m")
+    place.redis.delete("flowmesh:endpoint:adopted")
+    place.node.kill()
+    with user(endpoint) as client:
+        assert client.completions.create(model="m", prompt="hello", max_tokens=2).choices
+    place.node.start()
+    assert place.client.endpoint("adopted", wait_s=LOADED_S) == endpoint
+    place.client.cancel("adopted")
+    assert place.peer.wait_end("adopted")["type"] == "TASK_SUCCEEDED"
+    assert place.node.result("adopted")["requests"] == 1
+    place.keyless("adopted", endpoint.api_key)
+
+
 @pytest.mark.parametrize("whom", ["child", "fork server"])
 def test_a_kill_in_mid_generation_leaves_nothing(place: Place, whom: str) -> None:
     name = f"killed-{whom.replace(' ', '-')}"

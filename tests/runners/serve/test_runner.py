@@ -9,9 +9,8 @@ import pytest
 
 pytest.importorskip("uvicorn", reason="needs the extra 'serve'")
 
-from runners.api import RunnerError
 from runners.serve.gate import Gate
-from runners.serve.runner import Server, watch
+from runners.serve.runner import Server, ServerLost, watch
 from runners.serve.task import Serve
 
 
@@ -34,7 +33,7 @@ def test_three_failed_health_checks_end_the_task_with_what_was_wrong(make_contex
         gate = Gate(broken, "key", "m", "pinned", own_key="own")
         server = Server(gate, listener, "m", "own")
         try:
-            with pytest.raises(RunnerError, match="3 health checks in a row failed; the last one: status 500: lost"):
+            with pytest.raises(ServerLost, match="3 health checks in a row failed; the last one: status 500: lost"):
                 watch(ctx, Serve(health_interval_s=0.01), server, 0.0, lambda: announced.append(1))
         finally:
             server.stop()
