@@ -132,7 +132,8 @@ def test_a_server_that_nobody_uses_ends_as_a_success(place: Place) -> None:
 
 
 def test_a_time_limit_of_the_task_is_a_failure_and_its_own_is_not(place: Place) -> None:
-    place.serve("ttl", ttl_s=0.5)
+    model = {**MODEL, "adapters": [{"path": "builtin:tiny-lora", "apply": "merge"}]}
+    place.peer.dispatch("w1", {"taskType": "serve", "model": model, "serve": {"ttl_s": 0.5}}, "ttl")
     assert place.peer.wait_end("ttl")["type"] == "TASK_SUCCEEDED"
     assert place.node.result("ttl")["reason"] == "ttl"
     place.peer.dispatch("w1", {"taskType": "serve", "model": MODEL, "timeoutSec": 1.5}, "late")
