@@ -41,6 +41,18 @@ class Progress(msgspec.Struct, frozen=True, tag="progress", omit_defaults=True):
     metrics: dict[str, float] = {}
 
 
+class Serving(msgspec.Struct, frozen=True, tag="serving"):
+    """The child serves a model, and has answered a request. Sent again and again while it does."""
+
+    base_url: str
+    model: str
+    """The name that requests give it."""
+    api_key: str
+
+    def __repr__(self) -> str:
+        return f"Serving({self.base_url!r}, {self.model!r})"
+
+
 class Finished(msgspec.Struct, frozen=True, tag="finished"):
     """The outcome is in the spool folder, and the child is about to exit."""
 
@@ -52,6 +64,8 @@ class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
 
     reason: str
     checkpoint: bool = False
+    stop: str = ""
+    """Why, as a value of tasks.verdicts.Stop; empty: the node is of a version that does not say."""
 
 
 class Credentials(msgspec.Struct, frozen=True, tag="credentials"):
@@ -64,7 +78,7 @@ class Credentials(msgspec.Struct, frozen=True, tag="credentials"):
     """With its password."""
 
 
-Frame = Hello | Phase | Progress | Finished | Cancel | Credentials
+Frame = Hello | Phase | Progress | Serving | Finished | Cancel | Credentials
 
 _decoder: msgspec.msgpack.Decoder[Frame] = msgspec.msgpack.Decoder(Frame)
 
