@@ -65,7 +65,7 @@ class Gate:
         self._name = name
         self._pinned = pinned
         self._clock = clock
-        self._idle_since = clock()
+        self._idle_since = self._moved = clock()
         self.requests = 0
         self.failed = 0
         self.running = 0
@@ -74,6 +74,10 @@ class Gate:
     def idle_s(self) -> float:
         """Seconds since the last request to the model ended, or since the start; 0 while one is being answered."""
         return 0.0 if self.running else self._clock() - self._idle_since
+
+    def silent_s(self) -> float:
+        """Seconds since the last part of an answer was sent, or a request came."""
+        return self._clock() - self._moved
 
     def start_idle(self) -> None:
         """Count the idle time from now on."""
@@ -116,7 +120,9 @@ class Gate:
             else:
                 last = (last + message.get("body", b""))[-4096:]  # the usage comes at the end
             await send(message)
+            self._moved = self._clock()
 
+        self._moved = self._clock()
         self.requests += 1
         self.running += 1
         try:

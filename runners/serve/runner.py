@@ -23,6 +23,8 @@ ANNOUNCE_S = 5.0
 """Between two frames that tell the node where the model is served."""
 FIRST_ANSWER_S = 600.0
 """The first completion may compile kernels."""
+SILENT_S = 600.0
+"""Requests that have no part of an answer for so long are no sign of health any more."""
 HEALTH_TIMEOUT_S = 60.0
 FAILURES = 3
 """Health checks in a row that end the task."""
@@ -211,7 +213,7 @@ def watch(ctx: Context, serve: Serve, server: Server, since: float, announce: An
                 ctx.log.error("health check failed %d/%d: %s", failures, FAILURES, wrong)
             if failures >= FAILURES:
                 raise ServerLost(f"{FAILURES} health checks in a row failed; the last one: {wrong}")
-        elif check is None and gate.running:
+        elif check is None and gate.running and gate.silent_s() < SILENT_S:
             checked = now  # a request that is answered is a check; one of ours would wait behind it
         elif check is None and now - checked >= serve.health_interval_s:
             check = server.check(HEALTH_TIMEOUT_S)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import http.client
 import socket
+import time
 
 import pytest
 
 pytest.importorskip("uvicorn", reason="needs the extra 'serve'")
 
+from runners.serve import runner
 from runners.serve.gate import Gate
 from runners.serve.runner import Server, ServerLost, watch
 from runners.serve.task import Serve
@@ -26,6 +30,13 @@ async def broken(scope, receive, send) -> None:
     await send({"type": "http.response.body", "body": b"lost"})
 
 
+async def hanging(scope, receive, send) -> None:
+    """Like a server whose model computes for ever."""
+    if scope["type"] == "lifespan":
+        await broken(scope, receive, send)
+    await asyncio.sleep(3600)
+
+
 def test_three_failed_health_checks_end_the_task_with_what_was_wrong(make_context) -> None:
     ctx = make_context({})
     announced: list[int] = []
@@ -40,3 +51,23 @@ def test_three_failed_health_checks_end_the_task_with_what_was_wrong(make_contex
     assert not server.alive
     assert announced
     assert gate.requests == 0
+
+
+def test_a_server_that_hangs_with_requests_is_found(make_context, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that is being answered is a sign of health, but not for ever."""
+    monkeypatch.setattr(runner, "SILENT_S", 0.3)
+    monkeypatch.setattr(runner, "HEALTH_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(runner, "STOP_S", 0)
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        gate = Gate(hanging, "key", "m", "pinned", own_key="own")
+        server = Server(gate, listener, "m", "own")
+        host, port = listener.getsockname()
+        client = http.client.HTTPConnection(host, port)
+        try:
+            client.request("POST", "/v1/completions", "{}", {"Authorization": "Bearer key"})
+            with pytest.raises(ServerLost, match="3 health checks in a row failed; the last one: TimeoutError"):
+                watch(make_context({}), Serve(health_interval_s=0.01), server, time.monotonic(), lambda: None)
+        finally:
+            client.close()
+            server.stop()
+    assert gate.requests == 1
