@@ -37,6 +37,7 @@ SURFACE = {
         "--timeout -q"
     ),
     "serve": "MODEL --config --dtype --embedded --help --host --idle --json --name --port --revision --ttl",
+    "scale": "--config --dry-run --help --interval --json --max --min --name --once --redis --script --slurm",
     "cancel": "TASK_ID --config --force --help --json --reason --redis --state-dir",
     "deliver": "TASK_ID --config --help --json --state-dir",
     "drain": "--cancel --config --help --json --mode --state-dir --wait",
