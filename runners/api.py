@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from flowmesh import installed
 from flowmesh.messages.job import ArchiveRequest, CommandExit, Fault, Job, UploadRequest
 from flowmesh.messages.rows import Counts
-from flowmesh.processes.pipe import Cancel, FrameError, Phase, Pipe, Progress
+from flowmesh.processes.pipe import Cancel, FrameError, Phase, Pipe, Progress, Serving
 from flowmesh.validation.convert import FieldError, convert
 from runners.data.reading import Reach
 
@@ -98,6 +98,8 @@ EXTRAS = {
     "sentence_transformers": "rag",
     "qdrant_client": "rag",
     "pypdf": "rag",
+    "fastapi": "serve",
+    "uvicorn": "serve",
     "mammoth": "rag",
     "markdownify": "rag",
     "bs4": "rag",
@@ -253,6 +255,16 @@ class Context(TaskInput):
         self._last_progress = now
         if self._pipe is not None:
             self._pipe.send(Progress(done, total, unit, metrics), drop=True)
+
+    def serve(self, base_url: str, model: str, api_key: str) -> None:
+        """Tell the node where this task serves a model. Send it again every few seconds: a new node needs it, too.
+
+        Args:
+            model: the name that requests give it.
+            api_key: what clients send. The node gives it to those who may read the deployment's Redis.
+        """
+        if self._pipe is not None:
+            self._pipe.send(Serving(base_url, model, api_key), drop=True)
 
     @property
     def cancelled(self) -> Cancel | None:

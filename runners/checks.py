@@ -43,6 +43,12 @@ def inference(task: dict[str, Any], task_type: str) -> Checked:
     return _checked(task, task_type, lambda ctx: _with_children(ctx, read_document))
 
 
+def serve(task: dict[str, Any], task_type: str) -> Checked:
+    from runners.serve.task import read_serve
+
+    return _checked(task, task_type, lambda ctx: read_serve(ctx, ctx.spec))
+
+
 def training(task: dict[str, Any], task_type: str) -> Checked:
     from runners.training.plan import read
 

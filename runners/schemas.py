@@ -36,6 +36,12 @@ def inference(task_type: str) -> dict[str, Any]:  # noqa: ARG001
     }
 
 
+def serve(task_type: str) -> dict[str, Any]:  # noqa: ARG001
+    from runners.serve.task import Serve
+
+    return {**_model(), "serve": Serve}
+
+
 def _model() -> dict[str, Any]:
     from runners.inference.options import EngineName
     from runners.inference.task import Model

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from flowmesh.cli.control_types import Delivered, Ended, LogsPlace, NodeStatus, Seen, Taken
+from flowmesh.cli.control_types import Delivered, Ended, Endpoint, LogsPlace, NodeStatus, Seen, Taken
 from flowmesh.errors import FlowMeshError, ProtocolError, UnavailableError
 
 TIMEOUT_S = 10.0
@@ -87,6 +87,14 @@ class Control:
 
     def logs(self, task_id: str) -> LogsPlace:
         return self._ask({"op": "logs", "task_id": task_id}, LogsPlace)
+
+    def endpoint(self, task_id: str) -> Endpoint:
+        """Where a running task serves a model.
+
+        Raises:
+            Refused: it serves none now.
+        """
+        return self._ask({"op": "endpoint", "task_id": task_id}, Endpoint)
 
     def cancel(self, task_id: str, *, force: bool = False) -> dict[str, Any]:
         return self._ask({"op": "cancel", "task_id": task_id, "force": force}, dict[str, Any])

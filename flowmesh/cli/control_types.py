@@ -123,6 +123,14 @@ class Taken(msgspec.Struct, frozen=True, kw_only=True):
     """Of one that was refused."""
 
 
+class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a task serves a model."""
+
+    base_url: str
+    api_key: str
+    model: str
+
+
 class LogsPlace(msgspec.Struct, frozen=True, kw_only=True):
     out_dir: str
     logs_dir: str
@@ -145,6 +153,8 @@ class StateSeen(msgspec.Struct, frozen=True, tag_field="event", tag="state"):
 
 class PhaseSeen(msgspec.Struct, frozen=True, tag_field="event", tag="phase"):
     phase: str
+    endpoint: dict[str, str] | None = None
+    """Of a task that serves a model: `base_url` and `model`."""
 
 
 class ProgressSeen(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag="progress"):

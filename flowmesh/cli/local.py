@@ -187,6 +187,8 @@ class LocalNode:
             found["tasks.allow_env"] = "*"
         if not tasks.allow_command:
             found["tasks.allow_command"] = "*"
+        if not tasks.allow_serve:
+            found["tasks.allow_serve"] = "127.0.0.1,::1"
         if not settings.cloud.read:
             found["cloud.read"] = "s3://*"
         if not settings.cloud.write:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("flowmesh.cli.run:run", "Run task files on this machine; needs no Redis and no node."),
     "exec": ("flowmesh.cli.exec:execute", "Run one command on this machine as a task, in this terminal."),
+    "serve": ("flowmesh.cli.serve:serve", "Serve a model on this machine, with an address and a key."),
     "submit": ("flowmesh.cli.submit:submit", "Send a task file to an idle worker, or queue files for one."),
     "validate": ("flowmesh.cli.validate:validate", "Check task files and settings; each error with its line."),
     "schema": ("flowmesh.cli.schema:schema", "Print a JSON Schema of task, agent or node files."),

@@ -59,9 +59,12 @@ _SPARK = 40
 
 @click.command(help="Show everything about one task of this node: timeline, evidence, resources, files, document.")
 @click.argument("task_id", metavar="TASK", shell_complete=completing.kept_ids)
+@click.option("--endpoint", "only_endpoint", is_flag=True, help="Of a task that serves a model: its address and key.")
 @locate.node_options
-def show(task_id: str, config: str | None, state_dir: str | None, as_json: bool) -> int:
+def show(task_id: str, config: str | None, state_dir: str | None, as_json: bool, only_endpoint: bool) -> int:
     """Run the command; returns the exit code."""
+    if only_endpoint:
+        return _show_endpoint(task_id, config, state_dir, as_json=as_json)
     found = find(journal_of(state_dir, config), task_id)
     found = [with_document(each) for each in found]
     latest, *earlier = found
@@ -81,6 +84,18 @@ def show(task_id: str, config: str | None, state_dir: str | None, as_json: bool)
         return EXIT_OK
     for line in lines(latest, live, manifest, earlier):
         print("\n".join(fitted(line)))
+    return EXIT_OK
+
+
+def _show_endpoint(task_id: str, config: str | None, state_dir: str | None, *, as_json: bool) -> int:
+    from flowmesh.cli.serve import lines as endpoint_lines
+
+    with Control(locate.state_dir(state_dir, config)) as control:
+        endpoint = control.endpoint(task_id)
+    if as_json:
+        render.print_json(msgspec.to_builtins(endpoint))
+    else:
+        print("\n".join(endpoint_lines(endpoint)))
     return EXIT_OK
 
 

@@ -11,7 +11,7 @@ with Client("redis://10.0.0.1") as client:
 from flowmesh.client.async_client import AsyncClient
 from flowmesh.client.client import Client
 from flowmesh.client.pipelines import StageState
-from flowmesh.client.requests import NoResult, Task, TaskExists, UnknownTask, WorkerGone
+from flowmesh.client.requests import Endpoint, NoEndpoint, NoResult, Task, TaskExists, UnknownTask, WorkerGone
 from flowmesh.client.waiting import Removal, WaitingTask
 from flowmesh.queue.records import Attempt, End, Event, TaskState
 from flowmesh.queue.workers import NeverFits, NoWorkerFits, Worker
@@ -21,8 +21,10 @@ __all__ = [
     "Attempt",
     "Client",
     "End",
+    "Endpoint",
     "Event",
     "NeverFits",
+    "NoEndpoint",
     "NoResult",
     "NoWorkerFits",
     "Removal",

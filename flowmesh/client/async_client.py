@@ -17,6 +17,7 @@ from flowmesh.client.requests import (
     OUTAGE_POLL_S,
     POLL_S,
     Command,
+    Endpoint,
     Request,
     Task,
     first_event,
@@ -172,6 +173,21 @@ class AsyncClient:
                 yield line
             if not lines and (not follow or state is None or state.ended):
                 return
+
+    async def endpoint(self, task_id: str, wait_s: float = 0.0) -> Endpoint:
+        """As `Client.endpoint`.
+
+        endpoint = await client.endpoint(task.task_id, wait_s=600)
+        """
+        deadline = time.monotonic() + wait_s
+        while (found := await self.do(requests.endpoint(task_id))) is None:
+            ended = None
+            with contextlib.suppress(requests.UnknownTask, requests.WorkerGone):
+                ended = await self.do(requests.end(task_id))
+            if ended is not None or time.monotonic() >= deadline:
+                raise requests.no_endpoint(task_id, ended)
+            await asyncio.sleep(min(OUTAGE_POLL_S, max(0.0, deadline - time.monotonic())))
+        return found
 
     async def cancel(self, task_id: str, reason: str = "cancelled", *, force: bool = False) -> str:
         """As `Client.cancel`.

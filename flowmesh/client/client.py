@@ -16,6 +16,7 @@ from flowmesh.client.requests import (
     OUTAGE_POLL_S,
     POLL_S,
     Command,
+    Endpoint,
     Request,
     Task,
     first_event,
@@ -225,6 +226,28 @@ class Client:
             yield from lines
             if not lines and (not follow or state is None or state.ended):
                 return
+
+    def endpoint(self, task_id: str, wait_s: float = 0.0) -> Endpoint:
+        """Where a task of the type `serve` serves its model, with its key.
+
+        Args:
+            wait_s: how long to wait until it does.
+
+        Raises:
+            NoEndpoint: it does not serve in time, or has ended.
+
+            endpoint = client.endpoint(task.task_id, wait_s=600)
+            openai.OpenAI(base_url=endpoint.base_url, api_key=endpoint.api_key)
+        """
+        deadline = time.monotonic() + wait_s
+        while (found := self.do(requests.endpoint(task_id))) is None:
+            ended = None
+            with contextlib.suppress(requests.UnknownTask, requests.WorkerGone):
+                ended = self.do(requests.end(task_id))
+            if ended is not None or time.monotonic() >= deadline:
+                raise requests.no_endpoint(task_id, ended)
+            time.sleep(min(OUTAGE_POLL_S, max(0.0, deadline - time.monotonic())))
+        return found
 
     def cancel(self, task_id: str, reason: str = "cancelled", *, force: bool = False) -> str:
         """Cancel a task, wherever it is.

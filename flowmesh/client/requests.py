@@ -72,6 +72,24 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     """What the submitter should know; empty: nothing."""
 
 
+class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a running task serves a model."""
+
+    base_url: str
+    """For clients of OpenAI's API; ends with `/v1`."""
+    api_key: str
+    """Whoever has it may use the model."""
+    model: str
+    """The name that requests give it."""
+
+    def __repr__(self) -> str:
+        return f"Endpoint(base_url={self.base_url!r}, model={self.model!r})"
+
+
+class NoEndpoint(FlowMeshError):
+    """The task serves no model now."""
+
+
 class TaskExists(FlowMeshError):
     """A task of this id has not ended."""
 
@@ -202,6 +220,22 @@ def state(task_id: str) -> Request[TaskState | None]:
     checked(task_id)
     (answer,) = yield [("HMGET", names.record_key(task_id), *FIELDS)]
     return state_of(task_id, some_of(FIELDS, answer))
+
+
+def endpoint(task_id: str) -> Request[Endpoint | None]:
+    """Where a task serves a model; None: it serves none now."""
+    checked(task_id)
+    (answer,) = yield [("HMGET", names.endpoint_key(task_id), "base_url", "api_key", "model")]
+    base_url, api_key, model = ("" if each is None else text(each) for each in answer)
+    return Endpoint(base_url=base_url, api_key=api_key, model=model) if base_url and api_key else None
+
+
+def no_endpoint(task_id: str, ended: End | None) -> FlowMeshError:
+    """The error of a task that serves no model."""
+    if ended is None:
+        return NoEndpoint(f"{task_id}: it serves no model now; a task of the type serve does once it is loaded")
+    why = f": {ended.error}" if ended.error else ""
+    return NoEndpoint(f"{task_id}: it has ended ({ended.verdict or 'ok'}){why}")
 
 
 def end(task_id: str) -> Request[End | None]:

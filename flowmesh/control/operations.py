@@ -64,6 +64,7 @@ class Operations:
             "status": self._status,
             "metrics": lambda _: {"text": self._metrics()},
             "logs": self._logs,
+            "endpoint": self._endpoint,
             "cancel": self._cancel,
             "drain": self._drain,
             "undrain": self._undrain,
@@ -155,6 +156,15 @@ class Operations:
         # In hexadecimal: the server hides secrets in what it sends.
         secrets = [each.encode(errors="surrogatepass").hex() for each in redact.known]
         return {"out_dir": out_dir, "logs_dir": str(Path(out_dir, "logs")), "running": running, "secrets": secrets}
+
+    def _endpoint(self, request: dict[str, Any]) -> dict[str, Any]:
+        task_id = text_field(request, "task_id")
+        run = self._executor.runs.of_task(task_id)
+        if run is None:
+            raise ControlError(f"{task_id}: this node runs no such task")
+        if run.endpoint is None or run.serving is None:
+            raise ControlError(f"{task_id}: it serves no model now (it is {run.task.state.value} {run.phase})".rstrip())
+        return {**run.endpoint, "api_key": run.serving.api_key}
 
     def _cancel(self, request: dict[str, Any]) -> dict[str, Any]:
         task_id = text_field(request, "task_id")

@@ -119,7 +119,7 @@ class Executor:
         )
         self._idle = asyncio.Event()
         self._idle.set()
-        self._pipes = ChildPipes()
+        self._pipes = ChildPipes(self.observers.on_endpoint)
         self._timers = Timers(settings.tasks, self.apply)
         self.helpers = Helpers(pool)
         self.gpus = make_monitor(
@@ -328,7 +328,7 @@ class Executor:
             case machine.AnnounceStarted():
                 self._timers.arm_timeout(run)
             case machine.AskToStop(reason=reason, checkpoint=checkpoint):
-                self._pipes.send(run, Cancel(reason, checkpoint))
+                self._pipes.send(run, Cancel(reason, checkpoint, str(run.task.stop or "")))
             case machine.Terminate():
                 self.pool.terminate(run.attempt)
             case machine.KillTree():

@@ -31,6 +31,9 @@ class Observer:
     def on_ended(self, run: Run, verdict: Verdict) -> None:
         """A task's terminal event is in the journal."""
 
+    def on_endpoint(self, run: Run) -> None:
+        """A task has begun to serve a model, or has ended to: `run.endpoint`."""
+
     def on_accepted(self, run: Run) -> None:
         """A task was accepted and is in the journal."""
 
@@ -74,6 +77,10 @@ class Observers(Observer):
     def on_ended(self, run: Run, verdict: Verdict) -> None:
         for each in self._observers:
             each.on_ended(run, verdict)
+
+    def on_endpoint(self, run: Run) -> None:
+        for each in self._observers:
+            each.on_endpoint(run)
 
     def on_accepted(self, run: Run) -> None:
         for each in self._observers:

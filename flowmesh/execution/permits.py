@@ -35,6 +35,7 @@ def of_node(settings: Settings, state_dir: Path, env: Mapping[str, str], owner: 
         vllm_arguments=tasks.vllm_arguments,
         reasoning_parsers=tasks.reasoning_parsers,
         commands=tasks.allow_command,
+        serve=tasks.allow_serve,
         trainer_arguments=tasks.trainer_arguments,
         local_hosts=tasks.local_hosts,
         api_keys=tasks.api_keys,

@@ -17,7 +17,7 @@ from flowmesh.execution.trend import Trend
 from flowmesh.messages.job import Exit, Outcome
 from flowmesh.messages.wire import Recorded, utc_now
 from flowmesh.node.slots import Slot
-from flowmesh.processes.pipe import Pipe, Progress
+from flowmesh.processes.pipe import Pipe, Progress, Serving
 from flowmesh.results.job import DeliveryReport
 from flowmesh.tasks.machine import State, Task
 
@@ -57,6 +57,8 @@ class Run:
         slot: the slot that it runs in, or is queued for.
     """
 
+    serving: Serving | None = None
+    """The model that it serves, with its key."""
     finished_frame = False
     """Whether its child said that its outcome is in the spool folder."""
 
@@ -153,6 +155,21 @@ class Run:
         self.phase = phase[:64]
         self.notify({"event": "phase", "phase": self.phase})
 
+    def serve(self, endpoint: Serving) -> bool:
+        """Set where it serves a model; returns whether that is news."""
+        if endpoint == self.serving:
+            return False
+        self.serving = endpoint
+        self.notify({"event": "phase", "phase": self.phase, "endpoint": self.endpoint})
+        return True
+
+    @property
+    def endpoint(self) -> dict[str, str] | None:
+        """Where it serves a model, without the key; None: it serves none, or not any more."""
+        if self.serving is None or self.task.state is not State.RUNNING or self.finished_frame:
+            return None
+        return {"base_url": self.serving.base_url, "model": self.serving.model}
+
     def wait_for(self, what: str) -> None:
         """Set what its delivery waits for; empty: it waits no longer."""
         self.waits_for = what
@@ -199,6 +216,7 @@ class Run:
             "phase": self.phase,
             "progress": progress,
             "rows": self._live_rows(),
+            "endpoint": self.endpoint,
             "pid": self.pid if self.task.state not in (State.QUEUED, State.DELIVERING) else None,
             "started_at": self.started_at,
             "out_dir": self.accepted.target.out_dir,

@@ -41,6 +41,8 @@ class Permits(msgspec.Struct, frozen=True, kw_only=True):
     """Reasoning parsers of vLLM (`*` allowed) that documents may name."""
     commands: tuple[str, ...] = ()
     """Patterns (`*` allowed) of the programs that tasks may run."""
+    serve: tuple[str, ...] = ()
+    """Addresses that tasks of the type serve may listen on; `*`: any."""
     trainer_arguments: tuple[str, ...] = ()
     """Arguments of trainers beyond the harmless ones (`*` allowed)."""
     local_hosts: tuple[str, ...] = ()

@@ -18,6 +18,7 @@ from flowmesh.messages.wire import EVENTS_CHANNEL, worker_key
 from flowmesh.node.slots import Slot
 from flowmesh.orchestrator import control_channel
 from flowmesh.orchestrator.dispatcher import Dispatcher
+from flowmesh.orchestrator.endpoints import Endpoints
 from flowmesh.orchestrator.queue_link import QueueLink
 from flowmesh.orchestrator.registration import Registration
 from flowmesh.orchestrator.waiting_tasks import WaitingTasks
@@ -40,7 +41,7 @@ class Link(Observer):
             timeout_s=redis.timeout_s,
             health_check_interval_s=redis.health_check_interval_s,
         )
-        users = 2 * len(executor.slots) + 2  # each worker's status and heartbeat, the outbox, and the waiting tasks
+        users = 2 * len(executor.slots) + 3  # each worker's status and heartbeat, outbox, waiting tasks, endpoints
         client = reach(name=f"flowmesh-{name}-bus", users=users)
         listener = reach(name=f"flowmesh-{name}-sub")
         self._clients = [client, listener]
@@ -73,6 +74,7 @@ class Link(Observer):
             stream = Stream(client, worker_id, dispatcher.take, block_s=redis.timeout_s / 2, may_read=may_read)
             self._streams.append(stream)
         self._waiting = WaitingTasks(executor, self._clients[0], executor.settings.tasks.return_waiting_after_s)
+        self._endpoints = Endpoints(executor, self._clients[0])
         executor.observers.add(self.registration)
         executor.observers.add(self)
         self.queue = QueueLink(executor, dispatcher, self.registration, reach, name=name, node_id=node.node_id)
@@ -98,7 +100,8 @@ class Link(Observer):
         """What runs for as long as the node takes tasks."""
         presences = [presence.run() for presence in self.registration.presences.values()]
         streams = [stream.run() for stream in self._streams]
-        return [self._intake.run(), *presences, self._waiting.run(), *streams, *self.queue.works()]
+        own = self._intake.run(), self._waiting.run(), self._endpoints.run()
+        return [*own, *presences, *streams, *self.queue.works()]
 
     async def send_events(self) -> None:
         """Send the outbox until cancelled; not before dispatches can be received, which an event may cause."""
@@ -115,6 +118,7 @@ class Link(Observer):
         return all(await asyncio.gather(*waits))
 
     async def close(self) -> None:
+        await self._endpoints.remove_all()
         await self.queue.close()
         for client in self._clients:
             await client.aclose()

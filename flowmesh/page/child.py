@@ -38,7 +38,7 @@ def main(pipe: Pipe, folder: Path) -> int:
     note = read_note(folder / NOTE_FILE, Note)
     if note is None:
         return _fails(pipe, f"{folder / NOTE_FILE} cannot be read")
-    redis_url = credentials_of(pipe).token
+    redis_url = credentials_of(pipe).redis_url
     try:
         import uvicorn
 

@@ -41,6 +41,18 @@ class Progress(msgspec.Struct, frozen=True, tag="progress", omit_defaults=True):
     metrics: dict[str, float] = {}
 
 
+class Serving(msgspec.Struct, frozen=True, tag="serving"):
+    """The child serves a model, and has answered a request. Sent again and again while it does."""
+
+    base_url: str
+    model: str
+    """The name that requests give it."""
+    api_key: str
+
+    def __repr__(self) -> str:
+        return f"Serving({self.base_url!r}, {self.model!r})"
+
+
 class Finished(msgspec.Struct, frozen=True, tag="finished"):
     """The outcome is in the spool folder, and the child is about to exit."""
 
@@ -52,17 +64,21 @@ class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
 
     reason: str
     checkpoint: bool = False
+    stop: str = ""
+    """Why, as a value of tasks.verdicts.Stop; empty: the node is of a version that does not say."""
 
 
 class Credentials(msgspec.Struct, frozen=True, tag="credentials"):
-    """The node's secrets, for a delivery child. Sent through the pipe so that they are never written to a file."""
+    """The node's secrets, for a child that needs them. Sent through the pipe so that they are never in a file."""
 
     token: str | None = None
     """The orchestrator's."""
     s3: Keys | None = None
+    redis_url: str | None = None
+    """With its password."""
 
 
-Frame = Hello | Phase | Progress | Finished | Cancel | Credentials
+Frame = Hello | Phase | Progress | Serving | Finished | Cancel | Credentials
 
 _decoder: msgspec.msgpack.Decoder[Frame] = msgspec.msgpack.Decoder(Frame)
 

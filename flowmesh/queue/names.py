@@ -56,6 +56,11 @@ def result_key(task_id: str) -> str:
     return f"{PREFIX}result:{task_id}"
 
 
+def endpoint_key(task_id: str) -> str:
+    """Hash: where a running task serves a model, and its key. Expires soon after its node is gone."""
+    return f"{PREFIX}endpoint:{task_id}"
+
+
 def attempts_key(task_id: str) -> str:
     """List: what is known of each attempt that has ended, as JSON."""
     return f"{PREFIX}attempts:{task_id}"

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import time
 from pathlib import Path
 
 from flowmesh.processes.pipe import Credentials, FrameError, Pipe
 from flowmesh.results import delivery
 
+NICE = 5
+"""The next task runs beside the delivery, and comes first."""
 CREDENTIALS_TIMEOUT_S = 60.0
 """Longer than a restart of the supervisor takes. After it the delivery runs without a token."""
 
@@ -16,6 +20,8 @@ CREDENTIALS_TIMEOUT_S = 60.0
 def main(pipe: Pipe, spool: Path) -> int:
     """Deliver; 0 where everything arrived, else 1 with the reason in delivered.json."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", force=True)
+    with contextlib.suppress(OSError):
+        os.nice(NICE)
     given = credentials_of(pipe)
     return delivery.main(pipe, spool, given.token, keys=given.s3)
 

@@ -33,7 +33,6 @@ from flowmesh.results.throttle import Throttle
 PROGRESS_INTERVAL_S = 0.25
 GIVE_UP_TIMEOUT_S = 3.0
 """To connect, and for each read."""
-_NICE = 5  # the next task runs beside the delivery, and comes first
 
 log = logging.getLogger("flowmesh.delivery")
 
@@ -108,8 +107,6 @@ def main(
     Returns:
         0 where everything arrived, else 1.
     """
-    with contextlib.suppress(OSError):
-        os.nice(_NICE)
     with open(open_regular(spool / DELIVERY_FILE), "rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         if again:

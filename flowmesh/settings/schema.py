@@ -27,6 +27,7 @@ from flowmesh.settings.types import (
     Name,
     PositiveSeconds,
     RunnerName,
+    ServeAddress,
     SlotName,
     SlotsMode,
     Token,
@@ -196,6 +197,8 @@ class TasksSettings(Section, frozen=True):
     """Arguments of trainers (`*` allowed) that documents may set although they load code or send data out."""
     allow_command: tuple[Word, ...] = ()
     """Programs (`*` allowed) that tasks of the types `command` and `python` may run. Empty: the types are off."""
+    allow_serve: tuple[ServeAddress, ...] = ()
+    """IP addresses (`*`: any) that tasks of the type `serve` may listen on. Empty: the type is off."""
     local_hosts: tuple[Word, ...] = ()
     """HOST or HOST:PORT (`*` allowed) that downloads may reach on loopback and link-local addresses."""
     api_keys: tuple[KeyPlace, ...] = ()

@@ -36,6 +36,9 @@ KeyPlace = Annotated[
         description="VARIABLE@HOST or VARIABLE@HOST:PORT (* allowed)",
     ),
 ]
+ServeAddress = Annotated[
+    str, Meta(pattern=r"\A(\*|[0-9.]{7,15}|[0-9a-f:.]{2,45})\Z", description="an IP address such as 127.0.0.1, or *")
+]
 ModuleName = Annotated[
     str, Meta(pattern=r"\A[A-Za-z_]\w*(\.[A-Za-z_]\w*)*\Z", description="the dotted name of a Python module")
 ]

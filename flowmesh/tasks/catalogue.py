@@ -119,6 +119,16 @@ BUILTIN = (
         preload=("runners.inference.preload:TRANSFORMERS",),
         preload_with={"vllm": "runners.inference.preload:VLLM"},
     ),
+    TaskType(
+        name="serve",
+        runner="runners.serve.runner:ServeRunner",
+        check="runners.checks:serve",
+        sections="runners.schemas:serve",
+        requires=("torch", "transformers", "fastapi", "uvicorn"),
+        extra="serve",
+        allowed_by="allow_serve",
+        preload=("runners.inference.preload:TRANSFORMERS",),
+    ),
     *(
         TaskType(
             name=name,

@@ -69,7 +69,7 @@ def test_a_machine_where_nothing_is_broken(redis_server: RedisServer, tmp_path: 
     assert level == "ok"
     assert text.startswith(f"{redis_server.url} answers (")
     assert of(findings, "node") == [("note", "not running")]
-    assert ("ok", f"light ({sys.executable}): echo") in of(findings, "environments")
+    assert ("ok", f"light ({sys.executable}): api, echo") in of(findings, "environments")
     if find_spec("torch") is not None and "+cpu" in version("torch"):
         said = f"default: torch {version('torch')} is built without CUDA: its tasks run on the CPU"
         assert ("warn", said) in of(findings, "environments")

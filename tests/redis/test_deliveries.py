@@ -322,7 +322,7 @@ def test_what_new_settings_refuse_was_computed_and_can_be_delivered_later(
 ) -> None:
     with Server(Stall(1000)) as server:
         node = make_node(config=config(), env={"ORCHESTRATOR_BASE_URL": server.url})
-        spec = {"taskType": "model", "output": {"destination": {"type": "http", "timeoutSec": 60}}}
+        spec = {"taskType": "model", "output": {"destination": {"type": "http", "timeoutSec": 15}}}
         task = orchestrator.dispatch("w1", spec)
         until(lambda: server.plan == [], "the upload has started")
         node.kill()

@@ -12,6 +12,7 @@ import threading
 
 import pytest
 
+from tests.kit import promises
 from tests.kit.http_server import Server, Stall
 from tests.kit.support import ROOT, Node, Orchestrator, RedisServer, until
 
@@ -295,8 +296,9 @@ def test_settings_are_reloaded_under_a_running_task(orchestrator: Orchestrator, 
     assert len(orchestrator.ends(task)) == 1
 
 
-def test_flowmesh_upgrade_and_recycle_work_by_hand(orchestrator: Orchestrator, node: Node) -> None:
-    task = orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 3})
+def test_flowmesh_upgrade_and_recycle_work_by_hand(orchestrator: Orchestrator, make_node) -> None:
+    node: Node = make_node(config=promises.CONFIG)
+    task = orchestrator.dispatch("w1", promises.WAITING)
     orchestrator.wait_started(task)
     command = [sys.executable, "-m", "flowmesh.cli.main"]
     place = ["--state-dir", str(node.state_dir)]
@@ -304,4 +306,5 @@ def test_flowmesh_upgrade_and_recycle_work_by_hand(orchestrator: Orchestrator, n
     assert recycled.stdout == "recycled: light\n"
     upgraded = subprocess.run([*command, "upgrade", *place], capture_output=True, text=True, check=True, cwd=ROOT)
     assert f"pid {node.pid}, continuing 1 task" in upgraded.stdout
+    promises.let_go(node, task)
     assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"

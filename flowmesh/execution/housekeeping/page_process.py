@@ -74,7 +74,7 @@ class PageProcess:
 
             try:
                 await asyncio.to_thread(self._prepare)
-                greeting = Credentials(self._settings.redis.url)
+                greeting = Credentials(redis_url=self._settings.redis.url)
                 fork = self._fork(self._attempt)
                 exit_ = await self._helpers.run(DELIVERY, fork, greeting=greeting, on_frame=on_frame)
                 why = told or f"its process ended ({describe_exit(exit_)})"

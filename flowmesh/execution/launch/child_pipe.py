@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 
 from loguru import logger
 
 from flowmesh.execution.run import Run, progress_event
-from flowmesh.processes.pipe import Cancel, Finished, FrameError, Hello, Phase, Pipe, Progress
+from flowmesh.processes.pipe import Cancel, Finished, FrameError, Hello, Phase, Pipe, Progress, Serving
 
 FRAMES_A_TURN = 512
 """More than a pipe holds; a child that writes as fast as the node reads must not block the loop."""
@@ -19,7 +20,12 @@ MAX_BAD_FRAMES = 20
 class ChildPipes:
     """Used on the loop only. Whatever a child writes affects its own task only."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_endpoint: Callable[[Run], None] = lambda _: None) -> None:
+        """
+        Args:
+            on_endpoint: called with a run that has begun to serve a model, or has ended to.
+        """
+        self._on_endpoint = on_endpoint
         self._loop = asyncio.get_running_loop()
 
     def open(self, run: Run, pipe: Pipe) -> None:
@@ -53,8 +59,13 @@ class ChildPipes:
                         run.progress = frame
                         run.trend.add(frame.metrics)
                         run.notify(progress_event(frame))
+                    case Serving():
+                        if run.serve(frame):
+                            self._on_endpoint(run)
                     case Finished():
                         run.finished_frame = True
+                        if run.serving is not None:
+                            self._on_endpoint(run)
                     case Hello() | _:
                         pass
         except EOFError:

@@ -119,6 +119,7 @@ ROWS: list[tuple[str, Any, Any, dict[str, Any]]] = [
     ("data.headers", {"a": "b"}, {"a": 1}, ROWS_FILE),
     ("data.timeoutSec", 3, 0, ROWS_FILE),
     ("data.column", "other", 1, ROWS_FILE),
+    ("data.image_column", "other", 1, ROWS_FILE),
     ("data.metadata_columns", ["other"], "other", ROWS_FILE),
     ("data.metadata_include_all", True, "yes", ROWS_FILE),
     ("data.url", "/no/such", "", DATASET),

@@ -26,7 +26,7 @@ SURFACE = {
     "workers": "--config --help --json --redis --watch",
     "status": "--config --help --json --state-dir",
     "history": "--config --help --json --limit --owner --since --state-dir --sum --type --verdict",
-    "show": "TASK_ID --config --help --json --state-dir",
+    "show": "TASK_ID --config --endpoint --help --json --state-dir",
     "replay": "TASK_ID --config --help --json --results-dir --secret --state-dir --until",
     "top": "--config --fleet --help --interval --json --once --redis --sort --state-dir",
     "metrics": "--config --help --state-dir",
@@ -36,6 +36,7 @@ SURFACE = {
         "COMMAND --config --embedded --gpus --help --memory --output --preload --quiet --report --results-dir "
         "--timeout -q"
     ),
+    "serve": "MODEL --config --dtype --embedded --help --host --idle --json --name --port --revision --ttl",
     "cancel": "TASK_ID --config --force --help --json --reason --redis --state-dir",
     "deliver": "TASK_ID --config --help --json --state-dir",
     "drain": "--cancel --config --help --json --mode --state-dir --wait",

@@ -25,6 +25,7 @@ WHOLE = Outcome(
     command=CommandExit(code=1),
     warnings=("w",),
     versions={"torch": "2"},
+    spent_usd=0.5,
 )
 
 

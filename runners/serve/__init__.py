@@ -1,0 +1,1 @@
+"""Task type `serve`: an OpenAI-compatible endpoint as a task."""

@@ -1,0 +1,226 @@
+"""A task of the type `serve` on a node, used by the openai client; and how it ends, whatever ends it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("fastapi", reason="needs the extra 'serve'")
+pytest.importorskip("transformers", reason="needs the extra 'serve'")
+openai = pytest.importorskip("openai", reason="needs the extra 'api'")
+
+from click.testing import CliRunner  # noqa: E402
+
+from flowmesh.cli.control import Control  # noqa: E402
+from flowmesh.cli.document_parser import parse  # noqa: E402
+from flowmesh.cli.main import cli  # noqa: E402
+from flowmesh.client import Client, Endpoint, NoEndpoint  # noqa: E402
+from tests.kit.paths import ROOT  # noqa: E402
+from tests.kit.support import Node, Orchestrator, RedisServer, alive, below, running, until  # noqa: E402
+
+pytestmark = pytest.mark.redis
+
+MODEL = {"source": {"identifier": "builtin:tiny-llama"}}
+LOADED_S = 60.0
+
+
+class Place:
+    """One node, its Redis, an orchestrator and a client."""
+
+    def __init__(self, server: RedisServer, node: Node) -> None:
+        self.redis = server.client()
+        self.node = node
+        self.peer = Orchestrator(server)
+        self.client = Client(server.url)
+
+    def serve(self, task_id: str, **fields: object) -> Endpoint:
+        """Start a serving task; returns once it serves."""
+        self.peer.dispatch(
+            "w1", {"taskType": "serve", "model": MODEL, "engine": "transformers", "serve": fields}, task_id
+        )
+        return self.client.endpoint(task_id, wait_s=LOADED_S)
+
+    def keyless(self, task_id: str, key: str) -> None:
+        """The key is in nothing that the node keeps or tells, and its hash is gone."""
+        until(lambda: not self.redis.exists(f"flowmesh:endpoint:{task_id}"), "the hash is gone")
+        events = self.peer.of_task(task_id)
+        assert events
+        assert key not in repr(events)
+        files = [path for path in self.node.home.rglob("*") if path.is_file()]
+        assert any(path.name == "responses.json" for path in files)
+        for path in files:
+            assert key.encode() not in path.read_bytes(), path
+        for name in self.redis.scan_iter("*"):
+            assert key.encode() not in (self.redis.dump(name) or b""), name
+
+    def close(self) -> None:
+        self.client.close()
+        self.peer.close()
+
+
+@pytest.fixture(scope="module")
+def place() -> Iterator[Place]:
+    with contextlib.closing(RedisServer()) as server:
+        node = Node(server, "--set", "tasks.allow_serve=127.0.0.1")
+        with running(node), contextlib.closing(Place(server, node)) as made:
+            yield made
+
+
+@contextlib.contextmanager
+def user(endpoint: Endpoint, key: str | None = None) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=endpoint.base_url, api_key=key or endpoint.api_key, max_retries=0, timeout=60) as made:
+        yield made
+
+
+def test_the_openai_client_uses_a_served_model_until_it_is_cancelled(place: Place) -> None:
+    endpoint = place.serve("used", served_model_name="small")
+    assert endpoint.model == "small"
+    assert 0 < place.redis.ttl("flowmesh:endpoint:used") <= 30
+    messages = [{"role": "user", "content": "hello"}]
+    with user(endpoint) as client:
+        assert [model.id for model in client.models.list()] == ["small"]
+        text = client.completions.create(model="small", prompt="hello", max_tokens=4, temperature=0)
+        assert text.usage is not None
+        assert 1 <= text.usage.completion_tokens <= 4
+        asked = {"model": "small", "messages": messages, "max_tokens": 4, "temperature": 0}
+        whole = client.chat.completions.create(**asked)
+        stream = client.chat.completions.create(**asked, stream=True)
+        parts = [part.choices[0].delta.content or "" for part in stream if part.choices]
+        assert "".join(parts) == whole.choices[0].message.content
+        with pytest.raises(openai.NotFoundError, match="use 'small'"):
+            client.completions.create(model="another", prompt="hello")
+    with user(endpoint, "wrong") as client, pytest.raises(openai.AuthenticationError):
+        client.completions.create(model="small", prompt="hello")
+    shown = next(task for task in place.node.ask(op="status")["tasks"] if task["task_id"] == "used")
+    assert shown["endpoint"] == {"base_url": endpoint.base_url, "model": "small"}
+    with Control(place.node.state_dir) as control:
+        assert control.endpoint("used").api_key == endpoint.api_key
+    done = CliRunner().invoke(cli, ["show", "--endpoint", "used", "--state-dir", str(place.node.state_dir)])
+    assert f"-H 'Authorization: Bearer {endpoint.api_key}'" in done.output
+    argv = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in below(place.node.pid)]
+    assert not any(endpoint.api_key.encode() in each for each in argv)
+    place.client.cancel("used")
+    end = place.peer.wait_end("used")
+    assert end["type"] == "TASK_SUCCEEDED", end
+    result = place.node.result("used")
+    assert (result["reason"], result["requests"], result["failed"]) == ("cancelled", 4, 0)
+    assert result["tokens"] >= text.usage.completion_tokens
+    place.keyless("used", endpoint.api_key)
+    with pytest.raises(NoEndpoint):
+        place.client.endpoint("used")
+
+
+def test_a_server_that_nobody_uses_ends_as_a_success(place: Place) -> None:
+    spec = parse((ROOT / "conf/tasks/serve.yaml").read_text(), "serve.yaml", as_json=False)["spec"]
+    place.peer.dispatch("w1", {**spec, "serve": {**spec["serve"], "idle_s": 0.5, "health_interval_s": 0.2}}, "idle")
+    endpoint = place.client.endpoint("idle", wait_s=LOADED_S)
+    end = place.peer.wait_end("idle")
+    assert end["type"] == "TASK_SUCCEEDED", end
+    result = place.node.result("idle")
+    assert (result["reason"], result["requests"]) == ("idle", 0)
+    assert result["model"]["name"] == endpoint.model == "tiny"
+    place.keyless("idle", endpoint.api_key)
+
+
+def test_a_time_limit_of_the_task_is_a_failure_and_its_own_is_not(place: Place) -> None:
+    model = {**MODEL, "adapters": [{"path": "builtin:tiny-lora", "apply": "merge"}]}
+    place.peer.dispatch("w1", {"taskType": "serve", "model": model, "serve": {"ttl_s": 0.5}}, "ttl")
+    assert place.peer.wait_end("ttl")["type"] == "TASK_SUCCEEDED"
+    assert place.node.result("ttl")["reason"] == "ttl"
+    place.peer.dispatch("w1", {"taskType": "serve", "model": MODEL, "timeoutSec": 1.5}, "late")
+    assert place.peer.wait_end("late")["payload"]["error_kind"] == "timeout"
+
+
+def test_faults_of_the_document_are_named(place: Place) -> None:
+    fields = {"host": "localhost", "port": 70000, "idle_s": 0, "ttl": 5}
+    spec = {"taskType": "serve", "model": MODEL, "engine": "vllm", "serve": fields}
+    end = place.peer.run("w1", spec)
+    assert end["payload"]["error_kind"] == "bad_request"
+    for name in ("spec.engine: 'vllm'", "spec.serve.port", "spec.serve.idle_s", "spec.serve.ttl"):
+        assert name in end["error"]
+    for host, why in (("localhost", "expected an IP address"), ("0.0.0.0", "tasks.allow_serve")):
+        end = place.peer.run("w1", {"taskType": "serve", "model": MODEL, "serve": {"host": host}})
+        assert end["payload"]["error_kind"] == "bad_request"
+        assert why in end["error"]
+
+
+def test_flowmesh_serve_prints_address_and_key_and_ends_with_ctrl_c(place: Place) -> None:
+    config = place.node.home / "serve.toml"
+    config.write_text(f'[node]\nstate_dir = "{place.node.state_dir}"\n')
+    env = {name: value for name, value in os.environ.items() if name not in ("STATE_DIRECTORY", "REDIS_URL")}
+    command = [sys.executable, "-m", "flowmesh.cli.main", "serve", "builtin:tiny-llama", "--name", "it's"]
+    command += ["--config", str(config)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:
+        assert process.stdout is not None
+        told: list[str] = []
+        while not (line := process.stdout.readline()).startswith("curl "):
+            assert line, process.stderr.read() if process.stderr is not None else ""
+            told.append(line)
+        answer = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=True, timeout=60)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert [each.split()[:2] for each in told[-3:]] == [
+        ["model", "it's"],
+        ["base", "URL"],
+        ["key", told[-1].split()[1]],
+    ]
+    assert "on the node that runs here" in told[0]
+    assert json.loads(answer.stdout)["choices"]
+    assert "served 1 request" in out
+
+
+def test_a_served_model_outlives_its_supervisor_and_the_loss_of_redis_data(place: Place) -> None:
+    endpoint = place.serve("adopted", served_model_name="m")
+    place.redis.delete("flowmesh:endpoint:adopted")
+    place.node.kill()
+    with user(endpoint) as client:
+        assert client.completions.create(model="m", prompt="hello", max_tokens=2).choices
+    place.node.start()
+    assert place.client.endpoint("adopted", wait_s=LOADED_S) == endpoint
+    place.client.cancel("adopted")
+    assert place.peer.wait_end("adopted")["type"] == "TASK_SUCCEEDED"
+    assert place.node.result("adopted")["requests"] == 1
+    place.keyless("adopted", endpoint.api_key)
+
+
+@pytest.mark.parametrize("whom", ["child", "fork server"])
+def test_a_kill_in_mid_generation_leaves_nothing(place: Place, whom: str) -> None:
+    name = f"killed-{whom.replace(' ', '-')}"
+    endpoint = place.serve(name)
+    child = place.node.task_pid(name)
+    server = int(Path(f"/proc/{child}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    first = threading.Event()
+
+    def ask() -> None:
+        with user(endpoint) as client, contextlib.suppress(Exception):
+            asked = {"model": endpoint.model, "prompt": "hello", "max_tokens": 1500, "stream": True}
+            for _ in client.completions.create(**asked):
+                first.set()
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    assert first.wait(60)
+    os.kill(child if whom == "child" else server, signal.SIGKILL)
+    end = place.peer.wait_end(name)
+    thread.join(60)
+    assert end["type"] == "TASK_FAILED"
+    until(lambda: not alive(child), "the serving process is gone")
+    with user(endpoint) as client, pytest.raises(openai.APIConnectionError):
+        client.models.list()
+    place.keyless(name, endpoint.api_key)
+    assert place.peer.run("w1", {"taskType": "echo"})["type"] == "TASK_SUCCEEDED"
+
+
+def test_the_type_is_off_by_default(orchestrator: Orchestrator, node: Node) -> None:
+    end = orchestrator.run("w1", {"taskType": "serve", "model": MODEL})
+    assert "tasks.allow_serve" in end["error"]
