@@ -8,9 +8,14 @@ from runners.api import Context, Runner
 
 
 class ItemsRunner(Runner):
-    """With `spec.hold` it waits first, until a file `go` lies in its folder."""
+    """With `spec.hold` it waits first, until a file `go` lies in its folder.
+
+    With `spec.fail_together` it fails where it runs several requests.
+    """
 
     def run(self, ctx: Context) -> dict[str, Any]:
+        if ctx.spec.get("fail_together") and ctx.merge_children:
+            raise ValueError("too many at once")
         while ctx.spec.get("hold") and not (ctx.out_dir / "go").exists():
             ctx.sleep(0.02)
         result = answered(ctx.spec)

@@ -44,11 +44,11 @@ environment = "light"
 
 
 class Fleet:
-    """A Redis that keeps its data, two nodes with one slot each, and who hears all events."""
+    """A Redis that keeps its data, nodes with one slot each, and who hears all events."""
 
-    def __init__(self) -> None:
+    def __init__(self, nodes: int = 2) -> None:
         self.server = RedisServer(keep=True)
-        self.nodes = [Node(self.server, worker_id=f"w{number}", config=CONFIG) for number in (1, 2)]
+        self.nodes = [Node(self.server, worker_id=f"w{number + 1}", config=CONFIG) for number in range(nodes)]
         for node in self.nodes:
             node.start()
         self.peer = Orchestrator(self.server)
