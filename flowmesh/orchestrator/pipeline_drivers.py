@@ -113,10 +113,11 @@ class PipelineDrivers:
         next_look = time.monotonic()
         try:
             while True:
+                asked = self._again.is_set()
+                self._again.clear()  # in each turn: a wait for an event that is set gives nobody else a turn
                 if self._executor.draining is not None:
                     self._end_drivers()
-                elif self._again.is_set() or time.monotonic() >= next_look:
-                    self._again.clear()
+                elif asked or time.monotonic() >= next_look:
                     next_look = time.monotonic() + random.uniform(*LOOK) * self._lease_ms / 1000
                     await self._look()
                 with contextlib.suppress(TimeoutError):

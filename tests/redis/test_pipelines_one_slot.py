@@ -123,3 +123,20 @@ def test_the_command_shows_a_live_tree_and_leaves_the_pipeline_at_ctrl_c(fleet: 
     fleet.go("seen.first")
     assert fleet.client.wait("seen", 60).ok
     assert [fleet.count("seen.first"), fleet.count("seen.second"), fleet.ends("seen")] == [1, 1, 1]
+
+
+def test_a_draining_node_takes_no_new_driver(fleet: Fleet) -> None:
+    node = fleet.nodes[0]
+    task = fleet.client.queue({"spec": wait_stage("x")["spec"]}, task_id="holds")
+    until(lambda: fleet.state(task.task_id) == "running", "a task holds the node")
+    node.ask(op="drain")
+    fleet.client.queue({"spec": {"stages": [stage("only")]}}, task_id="later", anyway=True)
+    assert node.ask(op="status")["queue"]["pipelines"] == []
+    fleet.go(task.task_id)
+    assert node.process is not None
+    assert node.process.wait(60) == 0
+    assert (fleet.state("later"), fleet.attempt("later"), fleet.count("later")) == ("queued", 0, 0)
+    assert fleet.client.waiting_tasks()[0].task_id == "later"
+    node.start()
+    assert fleet.client.wait("later", 60).ok
+    assert fleet.attempt("later") == 1
