@@ -21,6 +21,7 @@ from flowmesh.client.requests import (
     Request,
     Task,
     first_event,
+    is_again,
     script_call,
     shown_end,
 )
@@ -124,13 +125,13 @@ class AsyncClient:
         async for event in client.events(task.task_id):
             print(event.type)
         """
-        if (first := first_event(await self.state(task_id))) is not None:
-            yield first
         if not follow:
+            if (first := first_event(await self.state(task_id))) is not None:
+                yield first
             if (end := await self.do(requests.end(task_id))) is not None:
                 yield shown_end(end)
             return
-        async for event in self._heard(task_id, None):
+        async for event in self._heard(task_id, None, from_record=True):
             yield shown_end(event) if isinstance(event, End) else event
             if isinstance(event, End) or event.terminal:
                 return
@@ -254,11 +255,18 @@ class AsyncClient:
         """
         return await self.do(waiting.remove(task_id, reason=reason))
 
-    async def _heard(self, task_id: str, deadline: float | None) -> AsyncIterator[Event | End]:
-        """Events of a task as they come; its recorded End where an event may have been missed. Ends at the deadline."""
+    async def _heard(
+        self, task_id: str, deadline: float | None, from_record: bool = False
+    ) -> AsyncIterator[Event | End]:
+        """Events of a task as they come; its recorded End where an event may have been missed. Ends at the deadline.
+
+        Args:
+            from_record: begin with what the record says, read when nothing can be missed any more.
+        """
         import redis
 
         looked = known = float("-inf")
+        first: Event | None = None
         subscribed = False
         async with self._redis.pubsub() as events:
             while deadline is None or time.monotonic() < deadline:
@@ -274,6 +282,9 @@ class AsyncClient:
                         if end is not None:
                             yield end
                             return
+                        if from_record and (first := first_event(await self.state(task_id))) is not None:
+                            yield first
+                        from_record = False
                     left = POLL_S if deadline is None else min(POLL_S, deadline - time.monotonic())
                     message = await events.get_message(timeout=max(0.01, left))
                 except requests.UnknownTask:
@@ -286,7 +297,9 @@ class AsyncClient:
                 if message is not None and message["type"] == "message":
                     event = event_of(message["data"])
                     if event is not None and event.task_id == task_id and event.type != "LOGS":
-                        yield event
+                        repeated, first = is_again(event, first), None
+                        if not repeated:
+                            yield event
 
     async def do(self, request: Request[T]) -> T:
         """Run a request. For parts of this package; programs use the other methods."""

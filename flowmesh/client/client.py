@@ -20,6 +20,7 @@ from flowmesh.client.requests import (
     Request,
     Task,
     first_event,
+    is_again,
     script_call,
     shown_end,
 )
@@ -169,13 +170,13 @@ class Client:
             for event in client.events(task.task_id):
                 print(event.ts, event.type, event.error)
         """
-        if (first := first_event(self.state(task_id))) is not None:
-            yield first
         if not follow:
+            if (first := first_event(self.state(task_id))) is not None:
+                yield first
             if (end := self.do(requests.end(task_id))) is not None:
                 yield shown_end(end)
             return
-        for event in self._heard(task_id, None):
+        for event in self._heard(task_id, None, from_record=True):
             yield shown_end(event) if isinstance(event, End) else event
             if isinstance(event, End) or event.terminal:
                 return
@@ -338,11 +339,16 @@ class Client:
         """
         return self.do(waiting.remove(task_id, reason=reason))
 
-    def _heard(self, task_id: str, deadline: float | None) -> Iterator[Event | End]:
-        """Events of a task as they come; its recorded End where an event may have been missed. Ends at the deadline."""
+    def _heard(self, task_id: str, deadline: float | None, from_record: bool = False) -> Iterator[Event | End]:
+        """Events of a task as they come; its recorded End where an event may have been missed. Ends at the deadline.
+
+        Args:
+            from_record: begin with what the record says, read when nothing can be missed any more.
+        """
         import redis
 
         looked = known = float("-inf")
+        first: Event | None = None
         with self._redis.pubsub() as events:  # type: ignore[no-untyped-call]
             subscribed = False
             while deadline is None or time.monotonic() < deadline:
@@ -358,6 +364,9 @@ class Client:
                         if end is not None:
                             yield end
                             return
+                        if from_record and (first := first_event(self.state(task_id))) is not None:
+                            yield first
+                        from_record = False
                     left = POLL_S if deadline is None else min(POLL_S, deadline - time.monotonic())
                     message = events.get_message(timeout=max(0.01, left))
                 except requests.UnknownTask:
@@ -371,6 +380,9 @@ class Client:
                     continue
                 event = event_of(message["data"])
                 if event is not None and event.task_id == task_id and event.type != "LOGS":
+                    repeated, first = is_again(event, first), None
+                    if repeated:
+                        continue
                     yield event
 
     def do(self, request: Request[T]) -> T:

@@ -327,6 +327,11 @@ def first_event(state: TaskState | None) -> Event | None:
     return Event(type=kind, task_id=state.task_id, worker_id=state.worker_id, ts=state.started_at or state.queued_at)
 
 
+def is_again(event: Event, first: Event | None) -> bool:
+    """Whether an event was told already, as what the record says."""
+    return first is not None and (event.type, event.worker_id) == (first.type, first.worker_id)
+
+
 def shown_end(end: End) -> Event:
     """The event of an end that a record has."""
     at = str(end.payload.get("finished_at") or "")

@@ -283,3 +283,54 @@ def test_the_async_client_does_the_same(server: RedisServer, raw: redis.Redis) -
             assert [each.worker_id for each in await client.workers()] == ["w1", "w2"]
 
     asyncio.run(story())
+
+
+def test_what_happens_while_the_record_is_read_is_told(
+    client: Client, raw: redis.Redis, server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The events are listened to before the record is read: what comes between the two is in one of them."""
+    read = Client.state
+
+    def state(self: Client, task_id: str) -> Any:
+        found = read(self, task_id)
+        started = {"type": "TASK_STARTED", "task_id": task_id, "worker_id": "w1", "ts": "now"}
+        raw.publish("tasks.events", json.dumps(started))
+        assert claim(raw) == (task_id, 1)
+        report(raw, task_id, 1, "w1")
+        return found
+
+    task = client.queue(ECHO)
+    monkeypatch.setattr(Client, "state", state)
+    assert [event.type for event in client.events(task.task_id)] == ["QUEUED", "TASK_STARTED", "TASK_SUCCEEDED"]
+    monkeypatch.undo()
+
+    async def story() -> None:
+        async with AsyncClient(server.url) as other:
+            task = await other.queue(ECHO)
+            read = other.state
+
+            async def state(task_id: str) -> Any:
+                found = await read(task_id)
+                started = {"type": "TASK_STARTED", "task_id": task_id, "worker_id": "w1", "ts": "now"}
+                raw.publish("tasks.events", json.dumps(started))
+                assert claim(raw) == (task_id, 1)
+                report(raw, task_id, 1, "w1")
+                return found
+
+            monkeypatch.setattr(other, "state", state)
+            told = [event.type async for event in other.events(task.task_id)]
+            assert told == ["QUEUED", "TASK_STARTED", "TASK_SUCCEEDED"]
+
+    asyncio.run(story())
+
+
+def test_a_start_that_the_record_has_is_told_once(client: Client, raw: redis.Redis) -> None:
+    task = client.queue(ECHO)
+    assert claim(raw) == (task.task_id, 1)
+    raw.hset(names.record_key(task.task_id), "state", "running")
+    events = client.events(task.task_id)
+    assert next(events).type == "TASK_STARTED"
+    started = {"type": "TASK_STARTED", "task_id": task.task_id, "worker_id": "w1", "ts": "now"}
+    raw.publish("tasks.events", json.dumps(started))
+    report(raw, task.task_id, 1, "w1")
+    assert [event.type for event in events] == ["TASK_SUCCEEDED"]

@@ -93,7 +93,8 @@ class Fleet:
         return next(node for node in self.nodes if node.worker_id == worker_id)
 
     def go(self, task_id: str) -> None:
-        """Let a stage that waits go on."""
+        """Let a stage that waits go on, once it runs."""
+        until(lambda: self.state(task_id) == "running", f"{task_id} runs")
         (self.node(self.worker(task_id)).results_dir / task_id / "go").touch()
 
     def kill_driver(self, pipeline: str) -> None:
@@ -282,10 +283,11 @@ def test_sweeps_shards_and_merged_requests_go_on_with_another_driver(fleet: Flee
         {"name": "ask2", "spec": {**asks, "data": {"type": "list", "items": ["two"]}}, "dependsOn": ["shards"]},
     ]
     fleet.client.submit({"spec": {"graph": {"nodes": nodes}}}, task_id="all")
-    until(lambda: fleet.states("all").count("running") == 2, "the shards run")
+    shards = [f"all.shards.s{number}" for number in (0, 1)]
+    until(lambda: all(fleet.state(each) == "running" for each in shards), "the shards run")
     fleet.kill_driver("all")
-    for number in (0, 1):
-        fleet.go(f"all.shards.s{number}")
+    for each in shards:
+        fleet.go(each)
     until(lambda: fleet.state("all.ask1") == "running", "the merged requests run")
     fleet.kill_driver("all")
     fleet.go("all.ask1")
