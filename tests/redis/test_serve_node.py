@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -14,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("fastapi", reason="needs the extra 'serve'")
-pytest.importorskip("transformers", reason="needs the extra 'serve'")
+for needed in ("fastapi", "transformers"):
+    if importlib.util.find_spec(needed) is None:  # not imported: it would read HF_HUB_OFFLINE before it is set
+        pytest.skip("needs the extra 'serve'", allow_module_level=True)
 openai = pytest.importorskip("openai", reason="needs the extra 'api'")
 
 from click.testing import CliRunner  # noqa: E402

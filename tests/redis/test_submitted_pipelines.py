@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,8 +113,9 @@ class Fleet:
                 if node.process is None or node.process.poll() is not None:
                     continue
                 driven = node.ask(op="status")["queue"]["pipelines"]
-                if pipeline in driven and (pids := drivers_below(node.pid)):
-                    return node, pids[0]
+                told = re.findall(rf"drives a pipeline task={pipeline} pid=(\d+)", node.text())
+                if pipeline in driven and told and int(told[-1]) in drivers_below(node.pid):
+                    return node, int(told[-1])
             return None
 
         return tuple(until(there, f"{pipeline} has a driver"))

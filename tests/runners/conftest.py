@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from flowmesh.processes.pipe import Pipe
 from runners.api import Context
 from tests.kit.paths import PERMITS
 
+if "huggingface_hub" in sys.modules and not os.environ.get("HF_HUB_OFFLINE"):
+    raise ImportError("a test module of another folder imports huggingface_hub: import it in the test, after this")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: no test may look for a hub
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
