@@ -195,7 +195,8 @@ def _timeline(detail: Detail, live: dict[str, Any] | None) -> Iterator[str]:
             yield f"  waits for {live['waits_for']}"
 
 
-def _resources(entry: Entry, detail: Detail) -> Iterator[str]:
+def facts(entry: Entry, detail: Detail) -> list[tuple[str, str]]:
+    """What a task used, as names and texts; those that are not known are left out."""
     used = detail.resources
     rows = [
         ("ran for", render.seconds(entry.wall_s) if entry.started_at and entry.finished_at else ""),
@@ -209,9 +210,14 @@ def _resources(entry: Entry, detail: Detail) -> Iterator[str]:
         ("GPUs", ", ".join(f"{name or 'GPU'} ({uuid})" for uuid, name in detail.gpus.items())),
         ("versions", ", ".join(f"{name} {version}" for name, version in detail.versions.items())),
     ]
-    if any(text for _, text in rows):
+    return [(name, text) for name, text in rows if text]
+
+
+def _resources(entry: Entry, detail: Detail) -> Iterator[str]:
+    rows = facts(entry, detail)
+    if rows:
         yield from ("", "resources:")
-        yield from (f"  {name:<12} {text}" for name, text in rows if text)
+        yield from (f"  {name:<12} {text}" for name, text in rows)
 
 
 def losses(found: Found, live: dict[str, Any] | None) -> list[float]:

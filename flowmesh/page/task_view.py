@@ -9,9 +9,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from flowmesh.cli import loss, render
-from flowmesh.cli.history import dollars, energy, number
-from flowmesh.cli.show import losses, size_of, what_to_do, with_document
+from flowmesh.cli import loss
+from flowmesh.cli.history import energy
+from flowmesh.cli.show import facts, losses, size_of, what_to_do, with_document
 from flowmesh.errors import FlowMeshError
 from flowmesh.files.folder import Folder
 from flowmesh.files.walk import Troubles
@@ -91,22 +91,10 @@ def _trend(live: dict[str, Any] | None, name: str, unit: str) -> charts.Line | N
 
 
 def _facts(entry: Entry, detail: Detail) -> list[tuple[str, str]]:
-    used = detail.resources
-    speed = entry.tokens / entry.wall_s if entry.tokens and entry.wall_s else None
-    rows = [
-        ("ran for", render.seconds(entry.wall_s) if entry.started_at and entry.finished_at else ""),
-        ("GPU time", render.seconds(entry.gpu_s) if entry.gpu_s else ""),
-        ("CPU time", render.seconds(used["cpu_seconds"]) if used.get("cpu_seconds") is not None else ""),
-        ("peak memory", size_of(used.get("peak_rss_bytes"))),
-        ("energy", energy(entry.joules)),
-        ("cost", dollars(entry.cost_usd)),
-        ("tokens", number(entry.tokens)),
-        ("tokens/s", "" if speed is None else f"{speed:.4g}"),
-        ("rows", number(entry.rows)),
-        ("GPUs", ", ".join(f"{name or 'GPU'} ({uuid})" for uuid, name in detail.gpus.items())),
-        ("versions", ", ".join(f"{name} {version}" for name, version in detail.versions.items())),
-    ]
-    return [(name, escaped(text)) for name, text in rows if text]
+    rows = facts(entry, detail)
+    if entry.tokens and entry.wall_s:
+        rows.append(("tokens/s", f"{entry.tokens / entry.wall_s:.4g}"))
+    return [(name, escaped(text)) for name, text in rows]
 
 
 def _energy(detail: Detail) -> list[charts.Bar]:
