@@ -16,6 +16,7 @@ from flowmesh.errors import FlowMeshError
 from flowmesh.files.folder import Folder
 from flowmesh.files.walk import Troubles
 from flowmesh.messages.text import escaped
+from flowmesh.node import hardware
 from flowmesh.page import charts
 from flowmesh.page.sources import Sources
 from flowmesh.redaction import Redactor
@@ -61,7 +62,7 @@ def view(sources: Sources, task_id: str) -> dict[str, Any] | None:
         "speed": _trend(live, "tokens_per_s", " tokens/s"),
         "progress": _progress(live),
         "facts": _facts(entry, detail),
-        "energy": _energy(detail),
+        "used": [*_used(entry, detail), *_energy(detail)],
         "files": _files(entry),
         "document": _document(detail),
     }
@@ -95,6 +96,21 @@ def _facts(entry: Entry, detail: Detail) -> list[tuple[str, str]]:
     if entry.tokens and entry.wall_s:
         rows.append(("tokens/s", f"{entry.tokens / entry.wall_s:.4g}"))
     return [(name, escaped(text)) for name, text in rows]
+
+
+def _used(entry: Entry, detail: Detail) -> list[charts.Bar]:
+    """CPU time and memory, as shares of what the machine has."""
+    cpus, total = hardware.logical_cores(), hardware.memory_total_bytes()
+    seconds, peak = detail.resources.get("cpu_seconds"), detail.resources.get("peak_rss_bytes")
+    bars = []
+    if isinstance(seconds, int | float) and entry.wall_s > 0:
+        busy = seconds / entry.wall_s
+        text = f"{busy:.2f} of {cpus}"
+        bars.append(charts.Bar(name="CPUs", length=min(100.0, 100 * busy / cpus), text=text))
+    if isinstance(peak, int | float):
+        text = f"{size_of(peak)} of {size_of(total)}"
+        bars.append(charts.Bar(name="memory", length=min(100.0, 100 * peak / total), text=text))
+    return bars
 
 
 def _energy(detail: Detail) -> list[charts.Bar]:

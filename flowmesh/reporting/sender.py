@@ -19,10 +19,9 @@ from loguru import logger
 
 from flowmesh.backoff import Backoff
 from flowmesh.errors import LaunchError
+from flowmesh.execution.helper_fork import helper_fork
 from flowmesh.execution.layout import Layout
-from flowmesh.processes import environ
 from flowmesh.processes.helper import Helpers
-from flowmesh.processes.limits import Limits
 from flowmesh.processes.protocol import Fork
 from flowmesh.reporting.batch import Answer, Batch, Item, end_batch, read_answers, write_batch
 from flowmesh.tasks.catalogue import DELIVERY
@@ -30,6 +29,7 @@ from flowmesh.tasks.journal import JournalError
 from flowmesh.tasks.sendings_table import Sendings, Waiting
 
 FOLDER = "reporting"
+LOG = f"{FOLDER}.log"
 FIRST_ATTEMPT = 1 << 51
 """Attempt numbers of these children are above those of all others."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 300.0
@@ -184,28 +184,10 @@ class Sender:
 
     @property
     def _log(self) -> Path:
-        return self._layout.log_dir / f"{FOLDER}.log"
+        return self._layout.log_dir / LOG
 
     def _fork(self, folder: Path) -> Fork:
-        layout, attempt = self._layout, next(_attempts)
-        env = environ.for_task(
-            layout.base_env,
-            task_env=self.lane.env,
-            tmp_dir=str(folder),
-            threads=1,
-            gpus=(),
-            mark=layout.mark_of(attempt),
-        )
-        return Fork(
-            attempt=attempt,
-            target=self.lane.entry,
-            spool=str(folder),
-            cwd=str(layout.work_dir),
-            stdout=str(self._log),
-            stderr=str(self._log),
-            env=env,
-            limits=Limits(),
-        )
+        return helper_fork(self._layout, next(_attempts), self.lane.entry, folder, LOG, env=self.lane.env)
 
     def _refused(self, row: Waiting, answer: Answer) -> None:
         if time.time() - row.posted_at > self.lane.keep_s:

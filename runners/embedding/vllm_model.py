@@ -179,14 +179,28 @@ def load_vllm(ctx: Context, source: Source, options: EmbeddingOptions, *, trust:
     check_checkpoint(AutoModel, source, head="none", trust_remote_code=trust)
     with loading(source):
         config = AutoConfig.from_pretrained(source.path, revision=source.revision, trust_remote_code=trust)
-    arguments: dict[str, Any] = {
-        "runner": "pooling", "convert": "embed", "enforce_eager": True, "trust_remote_code": trust,
+    pooler = {} if options.pooling is None else {"pooler_config": {"seq_pooling_type": POOLINGS[options.pooling]}}
+    arguments = {"convert": "embed", "trust_remote_code": trust, **pooler}
+    llm = start_pooling(ctx, source, config, arguments, dtype=options.dtype, length=options.max_seq_length)
+    return VllmEmbedder(llm, files, options, source)
+
+
+def start_pooling(
+    ctx: Context, source: Source, config: Any, arguments: dict[str, Any], *, dtype: str | None, length: int | None
+) -> Any:
+    """vLLM's `LLM` for a model whose texts are read whole. It lives until the process exits.
+
+    Args:
+        config: the model's, of Transformers.
+        arguments: of `LLM`, besides those that are the same for all.
+        dtype: None: that of the files.
+        length: tokens of a text at most; None: as many as the model can.
+    """
+    arguments = {
+        **arguments, "runner": "pooling", "enforce_eager": True, "max_model_len": length or -1,
         # vLLM's own choice on a GPU would be half of the precision that the files have.
-        "dtype": options.dtype or str(getattr(config, "dtype", None) or "float32").removeprefix("torch."),
-        "max_model_len": options.max_seq_length or -1,
+        "dtype": dtype or str(getattr(config, "dtype", None) or "float32").removeprefix("torch."),
     }  # fmt: skip
-    if options.pooling is not None:
-        arguments["pooler_config"] = {"seq_pooling_type": POOLINGS[options.pooling]}
     if ctx.gpus:
         arguments["gpu_memory_utilization"] = utilization(ctx, {})
     else:
@@ -196,4 +210,4 @@ def load_vllm(ctx: Context, source: Source, options: EmbeddingOptions, *, trust:
     set_environment(ctx, alone=True, eager=True)
     llm = start(source.path, source.revision, source, arguments, asked=[])
     _alive.append(llm)
-    return VllmEmbedder(llm, files, options, source)
+    return llm

@@ -11,24 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 
 from runners.api import BadRequest, Context
 from runners.embedding.embedder import pack
 from runners.embedding.load import MODULES
-from runners.embedding.vllm_model import BATCH_TOKENS
-from runners.inference.batches import cache_bytes_per_token
-from runners.inference.vllm_args import Work, cpu_cache_bytes, utilization
-from runners.inference.vllm_engine import set_environment, start
+from runners.embedding.vllm_model import BATCH_TOKENS, start_pooling
 from runners.models.code import may_run_code
 from runners.models.limits import check_token_ids
 from runners.models.sources import Source, loading
 from runners.models.weights import check_checkpoint, not_finite
 from runners.scoring.scorer import SECTION, Pair, Scores
 from runners.scoring.task import ScoreOptions, ScoreTask
-
-_alive: list[Any] = []
-"""Keeps engines until the process exits: shutting one down takes half a second."""
 
 
 class VllmScorer:
@@ -102,21 +95,8 @@ def load_vllm(ctx: Context, task: ScoreTask, source: Source) -> VllmScorer:
         tokenizer = AutoTokenizer.from_pretrained(source.path, revision=source.revision, trust_remote_code=trust)
     activation = _check(config, options, source)
     check_checkpoint(AutoModelForSequenceClassification, source, head="whole", trust_remote_code=trust)
-    arguments: dict[str, Any] = {
-        "runner": "pooling", "convert": "classify", "enforce_eager": True, "trust_remote_code": trust,
-        # vLLM's own choice on a GPU would be half of the precision that the files have.
-        "dtype": options.dtype or str(getattr(config, "dtype", None) or "float32").removeprefix("torch."),
-        "max_model_len": options.max_seq_length or -1,
-    }  # fmt: skip
-    if ctx.gpus:
-        arguments["gpu_memory_utilization"] = utilization(ctx, {})
-    else:
-        work = Work(prompts=64, prompt_bytes=BATCH_TOKENS, new_tokens=1, copies=1)
-        per_token = cache_bytes_per_token(config.get_text_config(), 4)
-        arguments["kv_cache_memory_bytes"] = cpu_cache_bytes(work, per_token, psutil.virtual_memory().available)
-    set_environment(ctx, alone=True, eager=True)
-    llm = start(source.path, source.revision, source, arguments, asked=[])
-    _alive.append(llm)
+    arguments = {"convert": "classify", "trust_remote_code": trust}
+    llm = start_pooling(ctx, source, config, arguments, dtype=options.dtype, length=options.max_seq_length)
     return VllmScorer(llm, tokenizer, activation, options, source)
 
 

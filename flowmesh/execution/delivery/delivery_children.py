@@ -12,6 +12,7 @@ from loguru import logger
 
 from flowmesh.errors import ConfigError
 from flowmesh.execution.delivery.places import Places
+from flowmesh.execution.helper_fork import helper_fork
 from flowmesh.execution.layout import Layout
 from flowmesh.messages.job import Exit
 from flowmesh.processes import environ
@@ -68,23 +69,6 @@ class DeliveryChildren:
         return greeting
 
     def _fork(self, attempt: int) -> Fork:
-        layout = self._layout
-        spool = str(layout.spool(attempt))
-        log = str(layout.log_dir / "delivery.log")
-        return Fork(
-            attempt=-attempt,
-            target=ENTRY,
-            spool=spool,
-            cwd=str(layout.work_dir),
-            stdout=log,
-            stderr=log,
-            env=environ.for_task(
-                layout.base_env,
-                task_env=environ.of_role(self._settings.cloud.role),
-                tmp_dir=spool,
-                threads=1,
-                gpus=(),
-                mark=layout.mark_of(-attempt),
-            ),
-            limits=Limits(umask=layout.umask),
-        )
+        layout, role = self._layout, environ.of_role(self._settings.cloud.role)
+        limits = Limits(umask=layout.umask)
+        return helper_fork(layout, -attempt, ENTRY, layout.spool(attempt), "delivery.log", env=role, limits=limits)

@@ -14,10 +14,10 @@ from loguru import logger
 
 from flowmesh.backoff import Backoff
 from flowmesh.errors import ConfigError, LaunchError
+from flowmesh.execution.helper_fork import helper_fork
 from flowmesh.execution.layout import Layout
 from flowmesh.processes import environ
 from flowmesh.processes.helper import HelperLost, Helpers
-from flowmesh.processes.limits import Limits
 from flowmesh.processes.pipe import Credentials
 from flowmesh.processes.protocol import Fork
 from flowmesh.results.gateway import NOTE_FILE, Note
@@ -100,24 +100,7 @@ class GatewayProcess:
         return Credentials(settings.orchestrator_token, keys_of(cloud))
 
     def _fork(self, attempt: int) -> Fork:
-        layout = self._layout
-        assert layout.gateway is not None
-        folder = str(Path(layout.gateway.socket).parent)
-        log = str(layout.log_dir / "gateway.log")
-        return Fork(
-            attempt=attempt,
-            target=ENTRY,
-            spool=folder,
-            cwd=str(layout.work_dir),
-            stdout=log,
-            stderr=log,
-            env=environ.for_task(
-                layout.base_env,
-                task_env=environ.of_role(self._settings.cloud.role),
-                tmp_dir=folder,
-                threads=1,
-                gpus=(),
-                mark=layout.mark_of(attempt),
-            ),
-            limits=Limits(),
-        )
+        assert self._layout.gateway is not None
+        folder = Path(self._layout.gateway.socket).parent
+        role = environ.of_role(self._settings.cloud.role)
+        return helper_fork(self._layout, attempt, ENTRY, folder, "gateway.log", env=role)

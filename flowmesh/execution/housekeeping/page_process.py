@@ -13,9 +13,9 @@ from loguru import logger
 
 from flowmesh.backoff import Backoff
 from flowmesh.errors import LaunchError
+from flowmesh.execution.helper_fork import helper_fork
 from flowmesh.execution.layout import OOM_SCORE_ADJ, Layout
 from flowmesh.messages.page import FAULT, LISTENING, NOTE_FILE, Note
-from flowmesh.processes import environ
 from flowmesh.processes.helper import Helpers
 from flowmesh.processes.limits import Limits
 from flowmesh.processes.pipe import Credentials, Frame, Phase
@@ -118,17 +118,5 @@ class PageProcess:
         write_atomic(self._folder() / NOTE_FILE, msgspec.json.encode(note), private=True)
 
     def _fork(self, attempt: int) -> Fork:
-        layout, folder = self._layout, str(self._folder())
-        log = str(layout.log_dir / "page.log")
-        return Fork(
-            attempt=attempt,
-            target=ENTRY,
-            spool=folder,
-            cwd=str(layout.work_dir),
-            stdout=log,
-            stderr=log,
-            env=environ.for_task(
-                layout.base_env, task_env={}, tmp_dir=folder, threads=1, gpus=(), mark=layout.mark_of(attempt)
-            ),
-            limits=Limits(memory_max_bytes=MEMORY_BYTES, nice=NICE, oom_score_adj=OOM_SCORE_ADJ),
-        )
+        limits = Limits(memory_max_bytes=MEMORY_BYTES, nice=NICE, oom_score_adj=OOM_SCORE_ADJ)
+        return helper_fork(self._layout, attempt, ENTRY, self._folder(), "page.log", limits=limits)
