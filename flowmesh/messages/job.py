@@ -55,6 +55,23 @@ class Permits(msgspec.Struct, frozen=True, kw_only=True):
     """`s3://BUCKET/PREFIX` (`*` allowed) that documents may read; the gateway enforces it."""
 
 
+class Gang(msgspec.Struct, frozen=True, kw_only=True):
+    """The part of a task on several nodes that this child runs, and where its members meet."""
+
+    task_id: str
+    """Of the task; a member of another rank than 0 has an id of its own on its node."""
+    rank: int
+    """From 0. The result of rank 0 is the task's."""
+    size: int
+    """How many members this attempt has, each on a node of its own."""
+    host: str
+    """The address at which the others reach rank 0's node."""
+    port: int
+    """A port of that node that was free when the members were told it."""
+    rdzv_id: str
+    """Names this attempt of this task: members of an earlier one must not join."""
+
+
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """One attempt at one task, as its child sees it."""
 
@@ -90,6 +107,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     permits: Permits = Permits()
     gateway: Gateway | None = None
     """What fetches from the orchestrator with the node's token; None: the node has none."""
+    gang: Gang | None = None
+    """None: the task runs on one node."""
 
 
 class Fault(enum.StrEnum):
