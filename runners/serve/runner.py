@@ -16,6 +16,7 @@ from typing import Any
 from flowmesh.messages.job import Fault
 from runners.api import BadRequest, Cancelled, Context, MissingDependency, Runner, RunnerError
 from runners.serve.gate import Gate
+from runners.serve.served import Served, load
 from runners.serve.task import Serve, ServeTask, address_of, check_allowed, read_serve
 
 TICK_S = 0.2
@@ -51,19 +52,17 @@ class ServeRunner(Runner):
                 raise MissingDependency(library)
         with contextlib.closing(_bound(task.serve)) as listener:  # before the model is loaded, which takes its time
             ctx.phase("load")
-            model, tokenizer, shown = _load(ctx, task)
-            from runners.serve.transformers_app import PINNED, build
-
-            app = build(model, tokenizer)
+            served = load(ctx, task)
             own_key = secrets.token_urlsafe(32)
             key = secrets.token_urlsafe(32)
-            gate = Gate(app, key, task.name, PINNED, own_key=own_key)
+            gate = Gate(served.app, key, task.name, served.pinned, own_key=own_key)
             server = Server(gate, listener, task.name, own_key)
             ctx.phase("check")
             try:
-                return _serve(ctx, task, server, key, shown)
+                return _serve(ctx, task, server, served, key)
             finally:
                 server.stop()
+                served.close()
 
 
 def _bound(serve: Serve) -> socket.socket:
@@ -75,19 +74,6 @@ def _bound(serve: Serve) -> socket.socket:
         raise BadRequest(
             f"spec.serve.port: cannot listen on {host} port {serve.port}: {error.strerror}; 0 takes a free one"
         ) from None
-
-
-def _load(ctx: Context, task: ServeTask) -> tuple[Any, Any, str]:
-    """The model with its adapters merged, its tokenizer, and its name for the result."""
-    from runners.inference.loader import load_model
-    from runners.inference.lora import apply_adapters
-    from runners.inference.task_model import find_source
-    from runners.models.adapters import load_adapters
-
-    source = find_source(ctx, task.model)
-    adapters = load_adapters(ctx, task.model.model.adapters)
-    model, texts = load_model(ctx, task.model, source)
-    return apply_adapters(model, adapters), texts.tokenizer, source.shown
 
 
 class Server:
@@ -149,7 +135,7 @@ class Server:
         self._thread.join(1)
 
 
-def _serve(ctx: Context, task: ServeTask, server: Server, key: str, shown: str) -> dict[str, Any]:
+def _serve(ctx: Context, task: ServeTask, server: Server, served: Served, key: str) -> dict[str, Any]:
     """Check, announce and watch the server; returns the result once it is to end.
 
     Raises:
@@ -159,6 +145,7 @@ def _serve(ctx: Context, task: ServeTask, server: Server, key: str, shown: str) 
     gate, serve = server.gate, task.serve
     first = server.check(FIRST_ANSWER_S)
     while not first.done():
+        _check_alive(server, served)
         ctx.sleep(TICK_S)
     if wrong := first.result():
         raise RunnerError(f"the served model gave no answer to the first request: {wrong}")
@@ -167,7 +154,7 @@ def _serve(ctx: Context, task: ServeTask, server: Server, key: str, shown: str) 
     since = time.monotonic()
     gate.start_idle()
     try:
-        reason = watch(ctx, serve, server, since, lambda: ctx.serve(server.base_url, task.name, key))
+        reason = watch(ctx, serve, server, served, since, lambda: ctx.serve(server.base_url, task.name, key))
     except Cancelled:
         request = ctx.cancelled
         if request is None or request.stop != "cancelled":
@@ -179,7 +166,7 @@ def _serve(ctx: Context, task: ServeTask, server: Server, key: str, shown: str) 
     ctx.log.info("served model=%s reason=%s requests=%d failed=%d", task.name, reason, gate.requests, gate.failed)
     return {
         "ok": True,
-        "model": {"name": task.name, "source": shown},
+        "model": {"name": task.name, "source": served.source},
         "base_url": server.base_url,
         "reason": reason,
         "requests": gate.requests,
@@ -189,15 +176,21 @@ def _serve(ctx: Context, task: ServeTask, server: Server, key: str, shown: str) 
     }
 
 
-def watch(ctx: Context, serve: Serve, server: Server, since: float, announce: Any) -> str:
+def _check_alive(server: Server, served: Served) -> None:
+    if (failure := served.failure()) is not None:
+        raise failure
+    if not server.alive:
+        raise ServerLost("the HTTP server ended by itself; see the task's log")
+
+
+def watch(ctx: Context, serve: Serve, server: Server, served: Served, since: float, announce: Any) -> str:
     """Wait for the end; returns the reason, `ttl` or `idle`."""
     gate = server.gate
     announced = float("-inf")
     checked, failures, check = time.monotonic(), 0, None
     while True:
         now = time.monotonic()
-        if not server.alive:
-            raise ServerLost("the HTTP server ended by itself; see the task's log")
+        _check_alive(server, served)
         if now - announced >= ANNOUNCE_S:
             announced = now
             announce()
