@@ -154,7 +154,7 @@ def _serve(ctx: Context, task: ServeTask, server: Server, served: Served, key: s
     since = time.monotonic()
     gate.start_idle()
     try:
-        reason = watch(ctx, serve, server, served, since, lambda: ctx.serve(server.base_url, task.name, key))
+        reason = watch(ctx, serve, server, served, lambda: ctx.serve(server.base_url, task.name, key), since=since)
     except Cancelled:
         request = ctx.cancelled
         if request is None or request.stop != "cancelled":
@@ -183,7 +183,7 @@ def _check_alive(server: Server, served: Served) -> None:
         raise ServerLost("the HTTP server ended by itself; see the task's log")
 
 
-def watch(ctx: Context, serve: Serve, server: Server, served: Served, since: float, announce: Any) -> str:
+def watch(ctx: Context, serve: Serve, server: Server, served: Served, announce: Any, *, since: float) -> str:
     """Wait for the end; returns the reason, `ttl` or `idle`."""
     gate = server.gate
     announced = float("-inf")

@@ -47,7 +47,7 @@ def test_three_failed_health_checks_end_the_task_with_what_was_wrong(make_contex
         server = Server(gate, listener, "m", "own")
         try:
             with pytest.raises(ServerLost, match="3 health checks in a row failed; the last one: status 500: lost"):
-                watch(ctx, Serve(health_interval_s=0.01), server, served, 0.0, lambda: announced.append(1))
+                watch(ctx, Serve(health_interval_s=0.01), server, served, lambda: announced.append(1), since=0.0)
         finally:
             server.stop()
     assert not server.alive
@@ -69,7 +69,14 @@ def test_a_server_that_hangs_with_requests_is_found(make_context, monkeypatch: p
         try:
             client.request("POST", "/v1/completions", "{}", {"Authorization": "Bearer key"})
             with pytest.raises(ServerLost, match="3 health checks in a row failed; the last one: TimeoutError"):
-                watch(make_context({}), Serve(health_interval_s=0.01), server, served, time.monotonic(), lambda: None)
+                watch(
+                    make_context({}),
+                    Serve(health_interval_s=0.01),
+                    server,
+                    served,
+                    lambda: None,
+                    since=time.monotonic(),
+                )
         finally:
             client.close()
             server.stop()
