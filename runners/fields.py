@@ -10,7 +10,7 @@ from flowmesh.validation.convert import joined
 from flowmesh.validation.unused import is_unused
 from runners.api import BadRequest, Context
 
-COMMON = ("taskType", "resources", "output", "shard", "timeoutSec", "retainLogs", "env", "merge_children")
+COMMON = ("taskType", "resources", "nodes", "output", "shard", "timeoutSec", "retainLogs", "env", "merge_children")
 """Fields of every task type; the node handles most of them."""
 NEAR = 0.75
 """From this similarity on, an unknown field is taken for a misspelt one."""

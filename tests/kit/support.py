@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -43,6 +44,13 @@ def until(condition: Callable[[], Any], what: str, deadline_s: float = DEADLINE_
 def short_dir() -> Path:
     """A folder with a short path: the sockets below it have bounded names."""
     return Path(tempfile.mkdtemp(prefix="fm-"))
+
+
+def free_port() -> int:
+    """A port of loopback that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def end_process(process: subprocess.Popen[bytes], number: int = signal.SIGTERM, wait_s: float = 20.0) -> int:
