@@ -15,6 +15,7 @@ from flowmesh.execution import boot_clock
 from flowmesh.execution.admission import Accepted
 from flowmesh.execution.trend import Trend
 from flowmesh.messages.job import Exit, Outcome
+from flowmesh.messages.serving import Served
 from flowmesh.messages.wire import Recorded, utc_now
 from flowmesh.node.slots import Slot
 from flowmesh.processes.pipe import Pipe, Progress, Serving
@@ -59,6 +60,8 @@ class Run:
 
     serving: Serving | None = None
     """The model that it serves, with its key."""
+    served: Served | None = None
+    """The model of another task that its document names, with its key."""
     finished_frame = False
     """Whether its child said that its outcome is in the spool folder."""
 
@@ -80,8 +83,8 @@ class Run:
         self.last_frame_at = time.monotonic()
         """When its last frame arrived, or it started."""
         self.bad_frames = 0
-        self.waiting: asyncio.Task[str] | None = None
-        """Set while it waits for its environment's fork server to finish its imports."""
+        self.waiting: asyncio.Task[Any] | None = None
+        """Set while it waits for its environment's fork server to finish its imports, or for a served model."""
         self.started_at: str | None = None
         """When it started, ISO 8601, UTC."""
         self.boot_mark = ""

@@ -181,6 +181,8 @@ class TasksSettings(Section, frozen=True):
     """How long a task waits while the node has a fault that keeps it from being started."""
     return_waiting_after_s: PositiveSeconds = 120.0
     """A task that waits behind a running one for so long goes back, as retryable, once another worker is idle."""
+    served_model_wait_s: PositiveSeconds = 300.0
+    """How long a task waits for the task whose served model its document names."""
     log_max_bytes: Annotated[int, Meta(ge=65536)] = 64 * 1024 * 1024
     """Limit for each log file of a task; only the end of a larger one is kept."""
     max_queued: Annotated[int, Meta(ge=1, le=1_000_000)] = 1000

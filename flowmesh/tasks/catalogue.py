@@ -61,6 +61,8 @@ class TaskType(msgspec.Struct, frozen=True, kw_only=True):
     """What the environment's fork server imports before it forks; see processes.preload.load."""
     continues_from: tuple[str, ...] = ()
     """What a new attempt finds in the task's folder, besides checkpoints and rows; its runner removes what is stale."""
+    served_field: str = ""
+    """The field below `spec` that may name a serving task, as `task:ID`, in place of an address."""
     preload_with: dict[str, str] = {}
     """More of it, by the optional module that makes it useful."""
 
@@ -173,6 +175,7 @@ BUILTIN = (
         environment=LIGHT,
         requires=("openai", "httpx2"),
         extra="api",
+        served_field="api.base_url",
     ),
     TaskType(
         name="agent",
@@ -183,6 +186,7 @@ BUILTIN = (
         extra="agent",
         preload=("runners.agent.preload:AGENT",),
         continues_from=("workspace",),
+        served_field="agent.base_url",
     ),
 )
 
