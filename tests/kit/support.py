@@ -26,6 +26,7 @@ import pytest
 import redis
 
 from flowmesh.files.removal import remove_path
+from tests.kit.network import Host
 from tests.kit.paths import PERMITS, ROOT
 
 DEADLINE_S = 60.0
@@ -122,10 +123,12 @@ class RedisServer:
 
     Args:
         keep: with an append-only file, so that it has its data again after a restart.
+        host: where it runs and listens for nodes on other hosts; this process reaches it by the socket.
     """
 
-    def __init__(self, *, keep: bool = False) -> None:
+    def __init__(self, *, keep: bool = False, host: Host | None = None) -> None:
         self.keep = keep
+        self._host = host
         self.binary = shutil.which("redis-server") or shutil.which("valkey-server")
         if self.binary is None:
             if os.environ.get("CI"):
@@ -133,13 +136,20 @@ class RedisServer:
             pytest.skip("no redis-server on this machine: apt-get install redis-server")
         self.folder = short_dir()
         self.path = self.folder / "redis.sock"
-        self.url = f"unix://{self.path}"
+        self.near_url = self.url = f"unix://{self.path}"
+        """For this process, and for nodes."""
+        if host is not None:
+            self.url = f"redis://{host.address}:6379"
         self.process: subprocess.Popen[bytes] | None = None
         self.start()
 
     def start(self) -> None:
         assert self.binary is not None
-        command = [self.binary, "--port", "0", "--unixsocket", str(self.path), "--save", ""]
+        command = [self.binary, "--unixsocket", str(self.path), "--save", ""]
+        if self._host is None:
+            command += ["--port", "0"]
+        else:
+            command = [*self._host.enter, *command, "--bind", self._host.address, "--protected-mode", "no"]
         command += ["--appendonly", "yes" if self.keep else "no"]
         with open(self.folder / "redis.log", "ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder, start_new_session=True)
