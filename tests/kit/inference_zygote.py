@@ -32,8 +32,10 @@ class MarkingContext(Context):
 
 def work(job: Job) -> dict[str, object]:
     reseed()  # as a node's child does
+    before = frozenset(sys.modules)
     try:
-        return {"result": InferenceRunner().run(MarkingContext(job))}
+        result = InferenceRunner().run(MarkingContext(job))
+        return {"result": result, "imported": sorted(sys.modules.keys() - before)}
     except RunnerError as error:
         return {"error": type(error).__name__, "fault": error.fault.value, "message": str(error)}
     except BaseException:  # noqa: BLE001 - a child tells everything
