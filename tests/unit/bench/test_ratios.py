@@ -44,7 +44,8 @@ def test_a_slope_and_its_uncertainty() -> None:
     flat = slope(steps, [36e6 + draw.gauss(0, 1e5) for _ in steps])
     leaks = slope(steps, [36e6 + 40 * at + draw.gauss(0, 1e5) for at in steps])
     assert not flat.grows
-    assert leaks.grows and abs(leaks.per_step - 40) < 3 * leaks.error + 5
+    assert leaks.grows
+    assert abs(leaks.per_step - 40) < 3 * leaks.error + 5
     with pytest.raises(ValueError, match="three"):
         slope([1.0, 1.0, 2.0], [0.0, 0.0, 0.0])
 
