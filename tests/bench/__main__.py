@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from tests.bench.against import PROBES, compare
 from tests.bench.document import HEADINGS, part, replaced
 from tests.bench.machine import Watched
 from tests.bench.measure import Row
@@ -22,10 +23,19 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")
     parser.add_argument("--only", metavar="NAME[,NAME]", help=f"only some of: {', '.join(HEADINGS)}")
     parser.add_argument("--no-write", action="store_true", help=f"leave {OUTPUT} as it is")
+    parser.add_argument(
+        "--against",
+        metavar="REV",
+        help="compare the working tree with a commit, in turn; exit with 1 where something takes more than the noise "
+        f"explains. --only then takes: {', '.join(PROBES)}",
+    )
     options = parser.parse_args()
-    wanted = options.only.split(",") if options.only else list(HEADINGS)
-    if unknown := [name for name in wanted if name not in HEADINGS]:
-        parser.error(f"--only: {', '.join(unknown)} is none of {', '.join(HEADINGS)}")
+    names = list(PROBES if options.against else HEADINGS)
+    wanted = options.only.split(",") if options.only else names
+    if unknown := [name for name in wanted if name not in names]:
+        parser.error(f"--only: {', '.join(unknown)} is none of {', '.join(names)}")
+    if options.against:
+        return against(options.against, wanted, quick=options.quick)
     floors: list[Row] = []
     for name in HEADINGS:
         if name not in wanted:
@@ -42,6 +52,13 @@ def main() -> int:
             OUTPUT.write_text(replaced(OUTPUT.read_text(), name, part(circumstances, rows)))
             print(f"written to {OUTPUT}: {HEADINGS[name]}")
     return 0
+
+
+def against(revision: str, wanted: list[str], *, quick: bool) -> int:
+    watched = Watched(quick=quick)
+    rows, worse = compare(revision, only=wanted, quick=quick)
+    show(str(watched.circumstances()), rows)
+    return 1 if worse else 0
 
 
 def show(title: str, rows: list[Row]) -> None:

@@ -54,8 +54,13 @@ def sample(node: Node, client: redis.Redis) -> Sample:
         state_inodes=state_inodes,
         results_disk=_size(node.results_dir)[0],
         redis_memory=int(client.info("memory")["used_memory"]),
-        cpu_s=sum(_cpu_s(pid) for pid in {node.pid, *node.servers()}),
+        cpu_s=processes_cpu_s(node),
     )
+
+
+def processes_cpu_s(node: Node) -> float:
+    """CPU time of the supervisor, its fork servers and all their children that have ended."""
+    return sum(_cpu_s(pid) for pid in {node.pid, *node.servers()})
 
 
 def growth(tasks: Sequence[int], values: Sequence[float]) -> Slope:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.bench.against import in_turn
 from tests.bench.ratios import Ratio, ratio, regresses, slope
 
 
@@ -54,3 +55,15 @@ def test_a_regression_is_beyond_the_machines_noise() -> None:
     assert regresses(Ratio(1.3, 1.2, 1.4, 20), noise=Ratio(1.0, 0.95, 1.05, 20))
     assert not regresses(Ratio(1.3, 1.2, 1.4, 20), noise=Ratio(1.1, 0.9, 1.25, 20))
     assert not regresses(Ratio(1.05, 0.98, 1.1, 20), noise=Ratio(1.0, 0.95, 0.97, 20))
+
+
+def test_who_is_first_changes_and_the_first_round_does_not_count() -> None:
+    order: list[str] = []
+
+    def called(name: str) -> float:
+        order.append(name)
+        return float(len(order))
+
+    found = in_turn([lambda: called("new"), lambda: called("old"), lambda: called("again")], 2)
+    assert order == ["new", "old", "again", "old", "again", "new", "again", "new", "old"]
+    assert found == [[6.0, 8.0], [4.0, 9.0], [5.0, 7.0]]
