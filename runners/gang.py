@@ -10,7 +10,7 @@ import socket
 from collections.abc import Mapping
 from typing import Any
 
-from flowmesh.messages.job import Gang
+from flowmesh.messages.nodes import Gang
 from runners.api import Context
 
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")

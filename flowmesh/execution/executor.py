@@ -230,7 +230,7 @@ class Executor:
         Returns:
             the state that the task was in; "unknown" if the node does not have it.
         """
-        run = self.runs.of_task(task_id)
+        run = self.runs.of_task(task_id) or self.runs.of_gang(task_id)
         if run is None:
             self.early_cancels.add(task_id)
             return "unknown"

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from flowmesh.messages.gateway import Gateway
+from flowmesh.messages.nodes import Gang
 from flowmesh.messages.rows import Counts
 from flowmesh.messages.serving import Served
 
@@ -54,23 +55,6 @@ class Permits(msgspec.Struct, frozen=True, kw_only=True):
     """`VARIABLE@HOST` or `VARIABLE@HOST:PORT` (`*` allowed): which keys tasks of the type api may send where."""
     s3_read: tuple[str, ...] = ()
     """`s3://BUCKET/PREFIX` (`*` allowed) that documents may read; the gateway enforces it."""
-
-
-class Gang(msgspec.Struct, frozen=True, kw_only=True):
-    """The part of a task on several nodes that this child runs, and where its members meet."""
-
-    task_id: str
-    """Of the task; a member of another rank than 0 has an id of its own on its node."""
-    rank: int
-    """From 0. The result of rank 0 is the task's."""
-    size: int
-    """How many members this attempt has, each on a node of its own."""
-    host: str
-    """The address at which the others reach rank 0's node."""
-    port: int
-    """A port of that node that was free when the members were told it."""
-    rdzv_id: str
-    """Names this attempt of this task: members of an earlier one must not join."""
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):

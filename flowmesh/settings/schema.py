@@ -19,12 +19,14 @@ from flowmesh.settings.types import (
     CpuList,
     FilePath,
     GpuName,
+    HostName,
     Isolation,
     KeyPlace,
     LogLevel,
     ModuleName,
     Moment,
     Name,
+    PortRange,
     PositiveSeconds,
     RunnerName,
     ServeAddress,
@@ -139,6 +141,10 @@ class QueueSettings(Section, frozen=True):
     """Whether a queued training task of low priority makes room for one of high priority."""
     pipelines: Annotated[int, Meta(ge=0, le=256)] = 4
     """How many submitted pipelines this node drives at once. 0: none."""
+    gang_address: HostName | None = None
+    """Where the other members of a task on several nodes reach this node. None: from where it reaches Redis."""
+    gang_ports: PortRange | None = None
+    """The ports at which they meet. None: any that is free."""
 
 
 class ResultsSettings(Section, frozen=True):

@@ -55,6 +55,8 @@ class TaskType(msgspec.Struct, frozen=True, kw_only=True):
     """Top-level modules without which the type cannot run."""
     extra: str = ""
     """The extra of flowmesh-supervisor that installs them."""
+    on_several_nodes: bool = False
+    """Whether a document of this type may ask for several nodes (`spec.nodes`)."""
     allowed_by: str = ""
     """A setting of [tasks] that lists what such tasks may do; while it is empty the type is off. Empty: always on."""
     preload: tuple[str, ...] = ()
@@ -90,6 +92,7 @@ BUILTIN = (
         check="runners.checks:echo",
         sections="runners.schemas:echo",
         environment=LIGHT,
+        on_several_nodes=True,
         preload=("runners.echo",),
     ),
     TaskType(
@@ -98,6 +101,7 @@ BUILTIN = (
         check="runners.checks:command",
         sections="runners.schemas:command",
         environment=LIGHT,
+        on_several_nodes=True,
         heavy=True,
         allowed_by="allow_command",
         preload=("runners.command.runner",),
@@ -107,6 +111,7 @@ BUILTIN = (
         runner="runners.command.runner:PythonRunner",
         check="runners.checks:python",
         sections="runners.schemas:command",
+        on_several_nodes=True,
         allowed_by="allow_command",
         preload=("runners.command.runner",),
     ),
@@ -137,6 +142,7 @@ BUILTIN = (
             runner=f"runners.training.runner:{prefix}Runner",
             check="runners.checks:training",
             sections="runners.schemas:training",
+            on_several_nodes=True,
             requires=("torch", "transformers", "accelerate", "peft", "datasets", "trl"),
             extra="training",
             preload=("runners.training.preload:TRAINING",),

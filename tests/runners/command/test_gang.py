@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from flowmesh.messages.job import Gang
+from flowmesh.messages.nodes import Gang
 from runners.api import Context
 from runners.command import start
 from runners.command.runner import CommandRunner

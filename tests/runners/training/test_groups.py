@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("trl", reason="needs the extra 'training'")
 
-from flowmesh.messages.job import Gang
+from flowmesh.messages.nodes import Gang
 from flowmesh.processes.pipe import Phase, Progress
 from tests.kit.support import free_port
 from tests.kit.training_tasks import (
