@@ -15,7 +15,7 @@ from flowmesh.execution import boot_clock
 from flowmesh.execution.admission import Accepted
 from flowmesh.execution.trend import Trend
 from flowmesh.messages.job import Exit, Outcome
-from flowmesh.messages.serving import Served
+from flowmesh.messages.serving import Numbers, Served, believed
 from flowmesh.messages.wire import Recorded, utc_now
 from flowmesh.node.slots import Slot
 from flowmesh.processes.pipe import Pipe, Progress, Serving
@@ -60,6 +60,8 @@ class Run:
 
     serving: Serving | None = None
     """The model that it serves, with its key."""
+    served_numbers = Numbers()
+    """What its served model has counted."""
     served: Served | None = None
     """The model of another task that its document names, with its key."""
     finished_frame = False
@@ -164,7 +166,9 @@ class Run:
         self.notify({"event": "phase", "phase": self.phase})
 
     def serve(self, endpoint: Serving) -> bool:
-        """Set where it serves a model; returns whether that is news."""
+        """Set where it serves a model, and what it has counted; returns whether where is news."""
+        self.served_numbers = believed(endpoint.numbers, endpoint.times)
+        endpoint = msgspec.structs.replace(endpoint, numbers={}, times={})
         if endpoint == self.serving:
             return False
         self.serving = endpoint
@@ -173,10 +177,15 @@ class Run:
 
     @property
     def endpoint(self) -> dict[str, str] | None:
-        """Where it serves a model, without the key; None: it serves none, or not any more."""
-        if self.serving is None or self.task.state is not State.RUNNING or self.finished_frame:
+        """Where it serves a model, without the key; None: it serves none now."""
+        if self.serving is None or not self.serving.ready or not self.keeps_endpoint:
             return None
         return {"base_url": self.serving.base_url, "model": self.serving.model}
+
+    @property
+    def keeps_endpoint(self) -> bool:
+        """Whether it serves a model, or has served one and loads it again."""
+        return self.serving is not None and self.task.state is State.RUNNING and not self.finished_frame
 
     def wait_for(self, what: str) -> None:
         """Set what its delivery waits for; empty: it waits no longer."""

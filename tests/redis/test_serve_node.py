@@ -34,7 +34,7 @@ pytestmark = pytest.mark.redis
 
 MODEL = {"source": {"identifier": "builtin:tiny-llama"}}
 AGENT = {"base_url": "task:by-id", "max_turns": 1, "configName": "default"}
-LOADED_S = 60.0
+LOADED_S = 180.0
 SLOTS = """
 [[slots]]
 name = "a"
@@ -90,6 +90,11 @@ class Place:
         for name in self.redis.scan_iter("*"):
             assert key.encode() not in (self.redis.dump(name) or b""), name
 
+    def metric(self, series: str) -> float | None:
+        """A sample of the node's metrics, by its name and labels as they are written."""
+        lines = self.node.ask(op="metrics")["text"].splitlines()
+        return next((float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"{series} ")), None)
+
     def close(self) -> None:
         self.client.close()
         self.peer.close()
@@ -136,12 +141,21 @@ def test_the_openai_client_uses_a_served_model_until_it_is_cancelled(place: Plac
     assert f"-H 'Authorization: Bearer {endpoint.api_key}'" in done.output
     argv = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in below(place.node.pid)]
     assert not any(endpoint.api_key.encode() in each for each in argv)
+    labels = '{task="used",model="small"}'
+    until(lambda: place.metric(f"flowmesh_endpoint_requests_total{labels}") == 4, "the requests are counted")
+    assert place.metric(f"flowmesh_endpoint_up{labels}") == 1
+    assert place.metric(f"flowmesh_endpoint_first_token_seconds_count{labels}") == 1
+    assert place.metric(f"flowmesh_endpoint_request_seconds_count{labels}") == 4
+    assert place.metric(f"flowmesh_endpoint_completion_tokens_total{labels}") >= text.usage.completion_tokens
     place.client.cancel("used")
     end = place.peer.wait_end("used")
     assert end["type"] == "TASK_SUCCEEDED", end
     result = place.node.result("used")
     assert (result["reason"], result["requests"], result["failed"]) == ("cancelled", 4, 0)
-    assert result["tokens"] >= text.usage.completion_tokens
+    assert result["tokens"] == result["usage"]["completion_tokens"] >= text.usage.completion_tokens
+    assert result["usage"]["prompt_tokens"] >= text.usage.prompt_tokens
+    assert result["restarts"] == 0
+    assert place.metric(f"flowmesh_endpoint_up{labels}") is None
     place.keyless("used", endpoint.api_key)
     with pytest.raises(NoEndpoint):
         place.client.endpoint("used")
@@ -256,6 +270,36 @@ def test_a_served_model_outlives_its_supervisor_and_the_loss_of_redis_data(place
     assert place.peer.wait_end("adopted")["type"] == "TASK_SUCCEEDED"
     assert place.node.result("adopted")["requests"] == 1
     place.keyless("adopted", endpoint.api_key)
+
+
+def test_a_lost_server_comes_back_with_its_address_and_key_and_not_for_ever(place: Place) -> None:
+    endpoint = place.serve("again", served_model_name="m", restarts=1)
+    labels = '{task="again",model="m"}'
+    with user(endpoint) as client:
+        assert client.completions.create(model="m", prompt="hello", max_tokens=2).choices
+    until(lambda: place.metric(f"flowmesh_endpoint_requests_total{labels}") == 1, "the request is counted")
+    task = place.node.task_pid("again")
+    (serving,) = below(task)
+    os.kill(serving, signal.SIGKILL)
+    until(lambda: not place.redis.exists("flowmesh:endpoint:again"), "the hash is gone")
+    with user(endpoint) as client, pytest.raises(openai.APIStatusError) as refused:
+        client.models.list()
+    assert refused.value.status_code == 503
+    assert refused.value.response.headers["retry-after"] == "5"
+    assert place.metric(f"flowmesh_endpoint_up{labels}") == 0
+    assert place.client.endpoint("again", wait_s=LOADED_S) == endpoint
+    with user(endpoint) as client:
+        assert client.completions.create(model="m", prompt="hello", max_tokens=2).choices
+    until(lambda: place.metric(f"flowmesh_endpoint_requests_total{labels}") == 2, "the counts go on")
+    assert place.metric(f"flowmesh_endpoint_restarts_total{labels}") == 1
+    assert place.node.task_pid("again") == task
+    (serving,) = below(task)
+    os.kill(serving, signal.SIGKILL)
+    end = place.peer.wait_end("again")
+    assert end["payload"]["error_kind"] == "crash"
+    assert end["error"] == "the serving process was killed by SIGKILL (restarts: 1)"
+    assert place.metric(f"flowmesh_endpoint_up{labels}") is None
+    place.keyless("again", endpoint.api_key)
 
 
 @pytest.mark.parametrize("whom", ["child", "fork server"])
