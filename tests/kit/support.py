@@ -26,6 +26,7 @@ import pytest
 import redis
 
 from flowmesh.files.removal import remove_path
+from tests.kit import node_zygote
 from tests.kit.network import Host
 from tests.kit.paths import PERMITS, ROOT
 
@@ -54,7 +55,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def end_process(process: subprocess.Popen[bytes], number: int = signal.SIGTERM, wait_s: float = 20.0) -> int:
+def end_process(process: node_zygote.Process, number: int = signal.SIGTERM, wait_s: float = 20.0) -> int:
     if process.poll() is None:
         process.send_signal(number)
         try:
@@ -293,7 +294,7 @@ class Node:
         if config:
             (self.home / "node.toml").write_text(config)
             self.args += ["--config", str(self.home / "node.toml")]
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: node_zygote.Process | None = None
         self.wrapper: list[str] = []
         """A program that starts the node with fewer rights, and its arguments."""
 
@@ -309,13 +310,16 @@ class Node:
         ]  # fmt: skip
 
     def start(self, *, wait: bool = True) -> Node:
-        command = [*self.wrapper, sys.executable, "-m", "flowmesh.cli.supervisor", *self.flags(), *self.args]
+        arguments = [*self.flags(), *self.args]
+        command = [*self.wrapper, sys.executable, "-m", node_zygote.MODULE, *arguments]
         paths = filter(None, [str(self.code), os.environ.get("PYTHONPATH")])
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **self.env}
         env.pop("REDIS_URL", None)
         env |= {name: value for name, value in self.env.items() if name == "REDIS_URL"}
+        executed = self.code != ROOT or self.cwd != ROOT or self.wrapper
         with open(self.log, "ab") as log:
-            self.process = subprocess.Popen(
+            forked = None if executed else node_zygote.start(arguments, env, self.cwd, log.fileno())
+            self.process = forked or subprocess.Popen(
                 command,
                 cwd=self.cwd,
                 env=env,
