@@ -144,7 +144,8 @@ def start(arguments: list[str], environment: Mapping[str, str], cwd: Path, outpu
     return zygote.start(Start(arguments, dict(environment), str(cwd)), output)
 
 
-def main(fd: int) -> None:
+def main(fd: int) -> int:
+    """Returns in the zygote at its end, and in each fork with the node's exit status."""
     for name in PRELOAD:
         importlib.import_module(name)
     assert len(os.listdir("/proc/self/task")) == 1, "a fork would lose threads"
@@ -164,10 +165,12 @@ def main(fd: int) -> None:
                 continue
             data, descriptors, _, _ = socket.recv_fds(channel, 1 << 20, 2)
             if not data:
-                return
+                return 0
             pid = os.fork()
             if pid == 0:
-                become(msgspec.msgpack.decode(data, type=Start), descriptors[0])
+                for each in (channel, *(status for _, status in running.values())):
+                    each.detach()  # `become` closes all descriptors
+                return become(msgspec.msgpack.decode(data, type=Start), descriptors[0])
             os.close(descriptors[0])
             handle = os.pidfd_open(pid)
             socket.send_fds(channel, [str(pid).encode()], [handle])
@@ -175,32 +178,23 @@ def main(fd: int) -> None:
             poller.register(handle, select.POLLIN)
 
 
-def become(start: Start, output: int) -> None:
+def become(start: Start, output: int) -> int:
     """Be the node, to its end."""
     from flowmesh.reporting import sender
 
-    status = 70
-    try:
-        os.setsid()
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        os.closerange(3, 1024)
-        os.environ.clear()
-        os.environ.update(start.environment)
-        os.chdir(start.cwd)
-        # Counted from the time of the import: a node that is started again must not repeat numbers.
-        sender._attempts = itertools.count(sender.FIRST_ATTEMPT + time.time_ns() // 1_000_000)
-        sys.argv = [str(Path(sys.modules[MODULE].__file__ or "")), *start.arguments]
-        sys.orig_argv[1:] = ["-m", MODULE, *start.arguments]  # which a node executes that replaces itself
-        status = sys.modules[MODULE].main()
-    except SystemExit as error:
-        status = error.code if isinstance(error.code, int) else 1
-    finally:
-        with contextlib.suppress(BaseException):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(status)
+    os.setsid()
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.closerange(3, 1024)
+    os.environ.clear()
+    os.environ.update(start.environment)
+    os.chdir(start.cwd)
+    # Counted from the time of the import: a node that is started again must not repeat numbers.
+    sender._attempts = itertools.count(sender.FIRST_ATTEMPT + time.time_ns() // 1_000_000)
+    sys.argv = [str(Path(sys.modules[MODULE].__file__ or "")), *start.arguments]
+    sys.orig_argv[1:] = ["-m", MODULE, *start.arguments]  # which a node executes that replaces itself
+    return int(sys.modules[MODULE].main())
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    sys.exit(main(int(sys.argv[1])))
