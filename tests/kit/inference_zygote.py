@@ -20,7 +20,6 @@ from flowmesh.processes.child_main import reseed
 from runners.api import Context, RunnerError
 from runners.inference import preload
 
-
 RUNNERS = {
     "inference": "runners.inference.runner:InferenceRunner",
     "embedding": "runners.vectors.runner:EmbeddingRunner",
