@@ -130,7 +130,7 @@ def start(arguments: list[str], environment: Mapping[str, str], cwd: Path, outpu
         environment: the whole one.
         output: the descriptor of its stdout and stderr.
     """
-    if any(environment.get(name) for name in SECRETS):
+    if any(environment.get(name) for name in (*SECRETS, "LD_PRELOAD")):
         return None
     key = tuple(sorted((name, value) for name, value in environment.items() if name.startswith(AT_EXEC)))
     if key not in _zygotes:
