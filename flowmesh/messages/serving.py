@@ -12,8 +12,8 @@ from flowmesh.messages.wire import usable_task_id
 PREFIX = "task:"
 COUNTS = ("requests", "failed", "prompt_tokens", "completion_tokens", "restarts")
 """What a served model counts: numbers that only rise."""
-GAUGES = ("running", "waiting", "kv_cache")
-"""What it has now. `kv_cache` is the used part of it, from 0 to 1."""
+GAUGES = ("running", "waiting", "kv_cache_usage")
+"""What it has now. `kv_cache_usage` is the used part of it, from 0 to 1."""
 TIMES = ("first_token", "request")
 """What it times: counts by bucket, of BOUNDS and without a bound, and the sum."""
 BOUNDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)

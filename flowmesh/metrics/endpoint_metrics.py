@@ -19,7 +19,7 @@ _COUNTS = {
 _GAUGES = {
     "running": "Requests that are being answered.",
     "waiting": "Requests that wait in the engine.",
-    "kv_cache": "Used part of the engine's cache, 0 to 1.",
+    "kv_cache_usage": "Used part of the engine's cache, 0 to 1.",
 }
 _TIMES = {
     "first_token": "From a request to the first part of its streamed answer.",

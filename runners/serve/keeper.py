@@ -27,6 +27,8 @@ POLL_S = 0.2
 REPORT_S = 1.0
 """Between two frames that say that the model is not served now."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
+LEAST_SILENCE_S = 10.0
+"""How long a serving process may say nothing, at least; else as long as three health checks are apart."""
 FINAL = frozenset({Fault.BAD_REQUEST, Fault.MISSING_DEPENDENCY})
 """What another start would find again."""
 
@@ -56,6 +58,8 @@ class Keeper:
         self._last: Serving | None = None
         """What the serving process said last; `ready` while it serves."""
         self._said = 0.0
+        self._heard = 0.0
+        """When the serving process last said that it serves; 0: it does not, or ends."""
         self._restarts = 0
 
     def run(self) -> dict[str, Any]:
@@ -90,6 +94,9 @@ class Keeper:
                     self._relay(frame)
                 if outcome is not None:
                     return outcome
+                if silent_s := self._too_long_silent():
+                    message = f"the serving process has said nothing for {silent_s:.0f} s"
+                    return Outcome(attempt=0, ok=False, fault=Fault.CRASH, message=message)
                 if not asked and (request := self._ctx.cancelled) is not None:
                     process.send(request)
                     asked = True
@@ -98,12 +105,18 @@ class Keeper:
                     process.give_listener()
                 self._wait(process)
         finally:
+            self._heard = 0.0
             self._door.open()
             process.close()
             gone = end_all()
             self._not_ready()
             if not gone:
                 raise RunnerError("processes of the served model are stuck in the kernel and could not be killed")
+
+    def _too_long_silent(self) -> float:
+        """For how long the process has been silent while it should serve, if that is too long; else 0."""
+        silent_s = time.monotonic() - self._heard if self._heard else 0.0
+        return silent_s if silent_s > max(LEAST_SILENCE_S, 3 * self._task.serve.health_interval_s) else 0.0
 
     def _pause(self, outcome: Outcome) -> str | None:
         """Wait before the next start; returns why there is none although nothing failed.
@@ -152,14 +165,20 @@ class Keeper:
         fds += [] if self._ctx.pipe is None else [self._ctx.pipe.fileno()]
         for fd in fds:
             poller.register(fd, select.POLLIN)
+        since = time.monotonic()
         poller.poll(POLL_S * 1000)
+        if self._heard and (stood_s := time.monotonic() - since - POLL_S) > POLL_S:
+            self._heard += stood_s  # this process was stopped, and so was perhaps the other one
         self._door.answer()
         if self._last is not None and not self._last.ready and time.monotonic() - self._said >= REPORT_S:
             self._send(self._last)
 
     def _relay(self, frame: Frame) -> None:
+        if self._heard:
+            self._heard = time.monotonic()
         match frame:
             case Phase(name=name):
+                self._heard = 0.0  # it loads, or ends
                 self._ctx.phase(name)
             case Progress() if self._restarts:
                 self._send(msgspec.structs.replace(frame, metrics={**frame.metrics, "restarts": self._restarts}))
@@ -172,6 +191,7 @@ class Keeper:
                     self._place, since=since, numbers=frame.numbers, times=frame.times
                 )
                 self._last = msgspec.structs.replace(frame, numbers=numbers)
+                self._heard = time.monotonic()
                 self._send(self._last)
             case _:
                 pass
