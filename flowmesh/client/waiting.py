@@ -65,11 +65,14 @@ class Removal(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def counts() -> Request[list[dict[str, Any]]]:
-    """The classes with entries that wait: key, what each asks for, and how many of each priority."""
+    """The classes with entries that wait: key, what each asks for, and how many of each priority.
+
+    A task on several nodes counts once for each node that it needs at least.
+    """
     found = {wanted.key: (wanted, numbers) for wanted, numbers in (yield from _classes())}
     for wanted, task in (yield from _gangs()):
         _, numbers = found.setdefault(wanted.key, (wanted, {each.value: 0 for each in Priority}))
-        numbers[task.priority] += 1
+        numbers[task.priority] += int(task.nodes.partition("-")[0])
     return [
         {"class": wanted.key, "requires": msgspec.to_builtins(wanted), "waiting": numbers}
         for wanted, numbers in found.values()

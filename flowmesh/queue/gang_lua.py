@@ -26,7 +26,7 @@ local function offer(worker) return P .. 'queue:offer:' .. worker end
 local function say(message) redis.call('PUBLISH', 'flowmesh.queue', cjson.encode(message)) end
 local function is_current(id, attempt)
   local f = get(id, 'attempt', 'state')
-  return f[1] == attempt and (f[2] == 'claimed' or f[2] == 'running')
+  return f[1] == attempt and (f[2] == 'claimed' or f[2] == 'running') and redis.call('EXISTS', gang(id)) == 1
 end
 local function dissolve(id)
   for rank = 0, tonumber(redis.call('HGET', gang(id), 'size') or 0) - 1 do

@@ -249,6 +249,15 @@ def test_a_gang_whose_members_never_join_waits_again(raw: redis.Redis, client: C
     assert client.state("g").state == "queued"  # type: ignore[union-attr]
 
 
+def test_a_gang_whose_members_redis_has_lost_waits_again(raw: redis.Redis, client: Client) -> None:
+    first, _ = formed(raw, client, "a1", "b1", retries=0)
+    raw.delete("flowmesh:gang:g")
+    assert run(raw, gang_scripts.BEAT, *first[1:4], "now", 5000, "", "") == [b"stale"]
+    assert end(raw, first[-1], first) == "stale"
+    run(raw, gang_scripts.SWEEP, "now", 1)
+    assert client.state("g").state == "queued"  # type: ignore[union-attr]
+
+
 def test_cancel_and_remove(raw: redis.Redis, client: Client) -> None:
     members = formed(raw, client, "a1", "b1")
     assert client.cancel("g") == "claimed"
@@ -259,7 +268,7 @@ def test_cancel_and_remove(raw: redis.Redis, client: Client) -> None:
     client.queue(gang(2), task_id="h")
     (waiting,) = client.waiting_tasks()
     assert (waiting.task_id, waiting.nodes) == ("h", "2")
-    assert client.waiting()[0]["waiting"]["normal"] == 1
+    assert client.waiting()[0]["waiting"]["normal"] == 2
     assert client.remove("h").removed
     assert client.waiting_tasks() == []
     assert run(raw, gang_scripts.LIST, 10)[1] == []
