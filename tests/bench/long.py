@@ -27,6 +27,8 @@ OPEN = 4
 """Tasks that wait or run at once."""
 WARM = 0.2
 """The share of the run before the first sample that counts: caches and kept results fill up."""
+FULL = 12_000
+"""Tasks after which all counts where more run: the journal keeps the last 10,000 (tasks.journal), and no more."""
 SAMPLES = 80
 FORKED = {"source": {"identifier": "builtin:tiny-llama"}, "transformers": {"dtype": "float32"}}
 SHOWN = {
@@ -79,7 +81,7 @@ def run(count: int, kinds: Iterator[str], what: str) -> list[Row]:
         took_s = time.monotonic() - began
     outcome = ", ".join(f"{number} {word}" for word, number in ends.most_common())
     whole = Row(f"{count} {what} tasks, {OPEN} at once", f"{count / took_s:.1f} tasks/s, the samples included", outcome)
-    first = next(at for at, number in enumerate(tasks) if number >= WARM * count)
+    first = next(at for at, number in enumerate(tasks) if number >= (FULL if count > FULL else WARM * count))
     return [whole, *_rows(what, tasks[first:], samples[first:])]
 
 
