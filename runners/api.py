@@ -256,15 +256,24 @@ class Context(TaskInput):
         if self._pipe is not None:
             self._pipe.send(Progress(done, total, unit, metrics), drop=True)
 
-    def serve(self, base_url: str, model: str, api_key: str) -> None:
+    def serve(
+        self,
+        base_url: str,
+        model: str,
+        api_key: str,
+        *,
+        numbers: dict[str, float] | None = None,
+        times: dict[str, tuple[float, ...]] | None = None,
+    ) -> None:
         """Tell the node where this task serves a model. Send it again every few seconds: a new node needs it, too.
 
         Args:
             model: the name that requests give it.
             api_key: what clients send. The node gives it to those who may read the deployment's Redis.
+            numbers, times: what it has counted, for the node's metrics; see `flowmesh.messages.serving`.
         """
         if self._pipe is not None:
-            self._pipe.send(Serving(base_url, model, api_key), drop=True)
+            self._pipe.send(Serving(base_url, model, api_key, True, numbers or {}, times or {}), drop=True)
 
     @property
     def cancelled(self) -> Cancel | None:

@@ -119,7 +119,7 @@ def run(job: Job, ctx: Context) -> Outcome:
             _flush_logs(detail)
     ctx.finish()
     # Here, before anything of it is written: from here it reaches events, responses.json, the journal and logs.
-    secrets = list(in_document(job.task, os.environ))
+    secrets = [*in_document(job.task, os.environ), *([job.served.api_key] if job.served else [])]
     if secrets and result is not None:
         try:
             result = Redactor(secrets, exact=True).deep(result)

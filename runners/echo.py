@@ -23,7 +23,9 @@ class EchoRunner(Runner):
                 ctx.sleep(tick)
                 waited += tick
                 ctx.progress(round(waited, 3), delay_s, "s")
-        return {"ok": True, "echo": ctx.spec}
+        gang = ctx.job.gang
+        place = {} if gang is None else {"rank": gang.rank, "size": gang.size}
+        return {"ok": True, "echo": ctx.spec, **place}
 
 
 def read_delay(spec: dict[str, Any]) -> float:

@@ -10,10 +10,12 @@ from flowmesh.validation.convert import joined
 from flowmesh.validation.unused import is_unused
 from runners.api import BadRequest, Context
 
-COMMON = ("taskType", "resources", "output", "shard", "timeoutSec", "retainLogs", "env", "merge_children")
+COMMON = ("taskType", "resources", "nodes", "output", "shard", "timeoutSec", "retainLogs", "env", "merge_children")
 """Fields of every task type; the node handles most of them."""
 NEAR = 0.75
 """From this similarity on, an unknown field is taken for a misspelt one."""
+WORDS = ("notes",)
+"""Words that are no misspelt field, although they resemble one."""
 
 T = TypeVar("T")
 
@@ -76,6 +78,8 @@ def near(name: str, known: Iterable[str]) -> str | None:
     """The known field that a misspelt one was probably meant to be. Ignores case, `_` and `-`."""
     import difflib  # only unknown fields need it
 
+    if name in WORDS:
+        return None
     folded = {_fold(each): each for each in sorted(known)}
     found = difflib.get_close_matches(_fold(name[:200]), folded, n=1, cutoff=NEAR)
     return folded[found[0]] if found else None

@@ -7,14 +7,17 @@ and the orchestrator requeues what it had dispatched into the gap.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
+from typing import Any
 
 from loguru import logger
 
 from flowmesh.backoff import Backoff
 from flowmesh.bus.connection import RedisError, redis
 from flowmesh.bus.connection_health import ConnectionHealth
+from flowmesh.bus.pushes import Feed, Push
 
 
 class Subscriber:
@@ -49,6 +52,8 @@ class Subscriber:
         self._on_unsubscribed = on_unsubscribed
         self._silence_s = silence_s
         self._subscribed_before = False
+        self._awaited = 0
+        """Channels whose subscription is not confirmed yet."""
 
     async def run(self) -> None:
         """Subscribe until cancelled."""
@@ -67,27 +72,42 @@ class Subscriber:
 
     async def _listen(self) -> None:
         """Pass messages on until the connection breaks; raises the error that broke it."""
-        async with self._client.pubsub() as pubsub:
-            await pubsub.subscribe(*self._handlers)
-            awaited = len(self._handlers)
-            pinged = False
-            while True:
-                message = await pubsub.get_message(timeout=self._silence_s)
-                if message is None:
-                    # Silence is normal; silence after a PING is a dead connection.
-                    if pinged:
-                        raise TimeoutError(f"no answer to a PING for {self._silence_s:g} s")
-                    await pubsub.ping()
-                    pinged = True
-                    continue
-                pinged = False
-                if message["type"] == "subscribe":
-                    awaited -= 1
-                    if awaited == 0:
-                        awaited = len(self._handlers)  # if redis-py resubscribes by itself, that is a gap too
-                        self._confirmed()
-                elif message["type"] == "message" and (handler := self._handlers.get(message["channel"])):
-                    handler(message["data"])
+        pool = self._client.connection_pool
+        connection = await pool.get_connection()  # type: ignore[no-untyped-call]
+        try:
+            self._awaited = len(self._handlers)
+            feed = Feed(connection, self._on_push)
+            await connection.send_command("SUBSCRIBE", *self._handlers, check_health=False)
+            await self._watch(feed, connection)
+        finally:
+            await connection.disconnect(nowait=True)
+            await pool.release(connection)
+
+    async def _watch(self, feed: Feed, connection: Any) -> None:
+        """Silence is normal; silence after a PING is a dead connection."""
+        loop = asyncio.get_running_loop()
+        pinged_at = -math.inf
+        while True:
+            since = max(feed.heard_at, pinged_at)
+            await asyncio.wait([feed.ended], timeout=max(0.0, since + self._silence_s - loop.time()))
+            if feed.ended.done():
+                raise feed.ended.result()
+            if feed.heard_at > since:
+                continue
+            if pinged_at > feed.heard_at:
+                raise TimeoutError(f"no answer to a PING for {self._silence_s:g} s")
+            pinged_at = loop.time()  # before it is sent: the answer may come first
+            await connection.send_command("PING", check_health=False)
+
+    def _on_push(self, push: Push) -> None:
+        kind, channel, data = push
+        if kind == b"message":
+            if handler := self._handlers.get(channel):
+                handler(data)
+        elif kind == b"subscribe":
+            self._awaited -= 1
+            if self._awaited == 0:
+                self._confirmed()
 
     def _confirmed(self) -> None:
         gap = self._subscribed_before

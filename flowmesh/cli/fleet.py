@@ -66,7 +66,7 @@ def _row(task: TaskState) -> list[str]:
         task.task_type,
         task.owner,
         task.priority,
-        task.worker_id,
+        f"{task.worker_id} ({task.nodes} nodes)".strip() if task.nodes else task.worker_id,
         f"{tries} of {task.retries + 1}" if tries and not task.ended else str(task.attempt or ""),
         age(task.ended_at or task.started_at or task.queued_at),
     ]

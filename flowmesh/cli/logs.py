@@ -16,6 +16,7 @@ from flowmesh.cli.fleet import client_of
 from flowmesh.errors import EXIT_OK, FlowMeshError, UnavailableError
 from flowmesh.files.log_files import LogFiles, Tail
 from flowmesh.messages import wire
+from flowmesh.messages.nodes import MOST, member_id
 from flowmesh.messages.text import harmless
 from flowmesh.redaction import Redactor
 
@@ -27,6 +28,12 @@ POLL_S = 0.25
 )
 @click.argument("task_id", metavar="TASK", shell_complete=completing.task_ids)
 @click.option("-f", "--follow", is_flag=True, help="Print new lines until the task ends.")
+@click.option(
+    "--member",
+    type=click.IntRange(0, MOST - 1),
+    metavar="RANK",
+    help="Of a task on several nodes: the logs of this member; else of rank 0.",
+)
 @click.option("-n", "last_lines", type=click.IntRange(min=0), metavar="LINES", help="Start with the last lines.")
 @click.option("--stdout", "only", flag_value="stdout", help="Print standard output only.")
 @click.option("--stderr", "only", flag_value="stderr", help="Print standard error only.")
@@ -47,6 +54,7 @@ def logs(
     *,
     task_id: str,
     follow: bool,
+    member: int | None,
     last_lines: int | None,
     only: str | None,
     raw: bool,
@@ -59,6 +67,7 @@ def logs(
     """Run the command; returns the exit code."""
     if wire.usable_task_id(task_id) is None:
         raise click.UsageError(f"TASK: invalid task id {task_id!r}")
+    task_id = member_id(task_id, member or 0)
     where = _Where(task_id, config, state_dir, results_dir)
     try:
         if redis_url is not None:

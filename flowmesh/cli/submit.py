@@ -19,8 +19,9 @@ from flowmesh.cli.fleet import report_ends, wait_for
 from flowmesh.cli.pipelines.remote import follow, followed_by
 from flowmesh.cli.view import progress_stream
 from flowmesh.cli.wait import Wait
-from flowmesh.errors import EXIT_OK, UnavailableError
+from flowmesh.errors import EXIT_OK, FieldError, UnavailableError
 from flowmesh.messages import wire
+from flowmesh.messages.nodes import FROM_QUEUE, WHERE, nodes_of
 from flowmesh.pipelines.document import is_pipeline, read
 from flowmesh.queue.workers import NoWorkerFits, choose
 from flowmesh.tasks.catalogue import known_types
@@ -46,6 +47,11 @@ from flowmesh.tasks.catalogue import known_types
     metavar="N",
     help="Of a queued task or a pipeline's stages: attempts after a failure that another node may not have; default 2.",
 )
+@click.option(
+    "--nodes",
+    metavar="N|MIN-MAX",
+    help="Of a queued task: run it on so many nodes at once, in place of the document's spec.nodes.",
+)
 @click.option("--anyway", is_flag=True, help="Queue it even if no registered worker could ever run it.")
 @click.option(
     "--worker", "worker_id", metavar="ID", help="Send it to this worker only.", shell_complete=completing.worker_ids
@@ -68,6 +74,7 @@ def submit(
     queued: bool,
     priority: str | None,
     retries: int | None,
+    nodes: str | None,
     anyway: bool,
     worker_id: str | None,
     task_id: str | None,
@@ -85,7 +92,11 @@ def submit(
         raise click.UsageError("several files need --queue: each waits there for an idle worker")
     if len(files) > 1 and task_id is not None:
         raise click.UsageError("--task-id needs a single file")
+    if nodes is not None and not queued:
+        raise click.UsageError("--nodes needs --queue: a task on several nodes waits there until all of them are idle")
     submissions = [documents.load(file, task_id) for file in files]
+    if nodes is not None:
+        submissions = [_on_nodes(each, nodes) for each in submissions]
     queued = queued or is_pipeline(submissions[0].document)
     if not queued and (priority or retries is not None or anyway):
         raise click.UsageError("--priority, --retries and --anyway need --queue or a pipeline")
@@ -98,6 +109,18 @@ def submit(
         how = {"priority": priority or "normal", "retries": 2 if retries is None else retries, "anyway": anyway}
         return _queue(url, submissions, how, wait=wait, timeout_s=timeout, as_json=as_json)
     return _send(url, topic, submissions[0], worker_id, wait=wait, timeout_s=timeout, as_json=as_json)
+
+
+def _on_nodes(submission: Submission, nodes: str) -> Submission:
+    """The same with `spec.nodes`, from what `--nodes` says."""
+    if is_pipeline(submission.document):
+        raise click.UsageError("--nodes: a pipeline's stages say themselves on how many nodes they run (spec.nodes)")
+    least, dash, most = nodes.partition("-")
+    if not least.isdecimal() or not (most if dash else "1").isdecimal():
+        raise click.UsageError(f"--nodes: expected a number, or MIN-MAX such as 2-4, found {nodes!r}")
+    wanted = {"min": int(least), "max": int(most)} if dash else int(least)
+    document = {**submission.document, "spec": {**submission.document["spec"], "nodes": wanted}}
+    return msgspec.structs.replace(submission, document=document)
 
 
 def _queued(submission: Submission) -> str:
@@ -143,6 +166,8 @@ def _send(
     timeout_s: float | None,
     as_json: bool,
 ) -> int:
+    if nodes_of(submission.document).is_gang:
+        raise FieldError(FROM_QUEUE, WHERE)
     with locate.connected(url) as client:
         try:
             worker = choose(deployment.read_workers(client), submission.document, worker_id)

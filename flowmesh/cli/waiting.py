@@ -31,6 +31,7 @@ _ENTRIES = (
     Column("PRIORITY", drop=1),
     Column("AGE"),
     Column("TRIES", drop=2),
+    Column("NODES", drop=2),
     Column("PIPELINE", least=8, drop=3),
     Column("CLASS", drop=4),
 )
@@ -182,6 +183,7 @@ def _row(task: WaitingTask) -> list[str]:
         f"{task.priority}, back" if task.came_back else task.priority,
         age(task.queued_at),
         f"{task.failures} of {task.retries + 1}" if task.class_key else "",
+        task.nodes,
         f"{task.pipeline}: {task.stage}" if task.pipeline else "",
         task.class_key[:8],
     ]

@@ -106,7 +106,8 @@ class Client:
         queued, with this priority and these retries.
 
         Args:
-            document: with a `spec`; `metadata.owner` is whom the queue is fair between.
+            document: with a `spec`; `metadata.owner` is whom the queue is fair between. With `spec.nodes` it runs on
+                several nodes at once: see docs/fleet.md.
             priority: `high`, `normal` or `low`.
             retries: how many more attempts a retryable failure gets, on another node where one fits.
             task_id: None: a new one. One that has ended may be queued again.

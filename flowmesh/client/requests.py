@@ -15,6 +15,8 @@ import msgspec
 from flowmesh.client.shapes import checked, encoded, id_or_new, name_of, shaped, time_limit_of
 from flowmesh.errors import BusyError, FieldError, FlowMeshError, UnavailableError
 from flowmesh.messages import wire
+from flowmesh.messages.nodes import FROM_QUEUE, LONGEST_ID, gang_of_member, nodes_of
+from flowmesh.messages.nodes import WHERE as NODES
 from flowmesh.queue import names, scripts
 from flowmesh.queue.classes import class_of, owner_of
 from flowmesh.queue.lua import Script
@@ -120,14 +122,17 @@ def queue(
         possible: the classes that a worker was found for, and when (monotonic); kept between requests.
     """
     check_queueing(document, priority, retries)
-    wanted = class_of(document)
-    if not anyway and time.monotonic() - possible.get(wanted.key, float("-inf")) > POSSIBLE_S:
-        refuse_unless_possible((yield from workers()), wanted)
-        possible[wanted.key] = time.monotonic()
+    wanted, nodes = class_of(document), nodes_of(document)
+    place = f"{wanted.key}:{nodes.least}"
+    if not anyway and time.monotonic() - possible.get(place, float("-inf")) > POSSIBLE_S:
+        refuse_unless_possible((yield from workers()), wanted, nodes=nodes)
+        possible[place] = time.monotonic()
     task_id = id_or_new(task_id)
+    if nodes.is_gang and len(task_id) > LONGEST_ID:
+        raise FieldError(f"task_id: at most {LONGEST_ID} characters for a task on several nodes", "task_id")
     arguments = (
         task_id, wire.utc_now(), wanted.member, wanted.key, priority, owner_of(document), retries, encoded(document),
-        type_of(document) or "", name_of(document), time_limit_of(document),
+        type_of(document) or "", name_of(document), time_limit_of(document), nodes.least, nodes.most,
     )  # fmt: skip
     (answer,) = yield [(scripts.QUEUE, *arguments)]
     if text(answer) == "exists":
@@ -157,6 +162,8 @@ def submit(
     check_size: bool = True,
 ) -> Request[Task]:
     shaped(document)
+    if nodes_of(document).is_gang:
+        raise FieldError(FROM_QUEUE, NODES)
     chosen = choose((yield from workers()), document, worker)
     task_id, at = id_or_new(task_id), wire.utc_now()
     name, kind, owner = name_of(document), type_of(document), owner_of(document)
@@ -204,8 +211,12 @@ def tasks(*, every: bool = False) -> Request[list[TaskState]]:
     if lost:
         yield [("ZREM", key, *lost) for key in (names.OPEN, names.DONE)]
     known = set(ids)
+
+    def task_of(task_id: str) -> str:
+        return task_id if task_id in known else gang_of_member(task_id)
+
     for worker in (yield from workers()):
-        if worker.task_id and worker.status == "RUNNING" and worker.alive and worker.task_id not in known:
+        if worker.task_id and worker.status == "RUNNING" and worker.alive and task_of(worker.task_id) not in known:
             found.append(TaskState(task_id=worker.task_id, state="running", worker_id=worker.worker_id))
     return found
 

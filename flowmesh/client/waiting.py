@@ -20,6 +20,7 @@ MOST = 1000
 SHORTEST_KEY = 4
 """Characters of a class's key that name it."""
 _FIELDS = (*FIELDS, "pipeline")
+_GANG_FIELDS = (*_FIELDS, "class_json")
 
 
 class WaitingTask(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,6 +47,8 @@ class WaitingTask(msgspec.Struct, frozen=True, kw_only=True):
     retries: int = 0
     pipeline: str = ""
     """The pipeline that it belongs to."""
+    nodes: str = ""
+    """Of a task on several nodes, how many it asks for (`2`, `2-4`): its position is among those that fit its class."""
     stage: str = ""
     """Its stage there, with the number of the shard if it is one: `train`, `ask.s2`."""
 
@@ -62,10 +65,17 @@ class Removal(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def counts() -> Request[list[dict[str, Any]]]:
-    """The classes with entries that wait: key, what each asks for, and how many of each priority."""
+    """The classes with entries that wait: key, what each asks for, and how many of each priority.
+
+    A task on several nodes counts once for each node that it needs at least.
+    """
+    found = {wanted.key: (wanted, numbers) for wanted, numbers in (yield from _classes())}
+    for wanted, task in (yield from _gangs()):
+        _, numbers = found.setdefault(wanted.key, (wanted, {each.value: 0 for each in Priority}))
+        numbers[task.priority] += int(task.nodes.partition("-")[0])
     return [
         {"class": wanted.key, "requires": msgspec.to_builtins(wanted), "waiting": numbers}
-        for wanted, numbers in (yield from _classes())
+        for wanted, numbers in found.values()
     ]
 
 
@@ -80,6 +90,23 @@ def _classes() -> Request[list[tuple[RequirementClass, dict[str, int]]]]:
         numbers = {each.value: int(waiting.get(f"{wanted.key}:{each.value}", 0)) for each in Priority}
         if any(numbers.values()):
             found.append((wanted, numbers))
+    return found
+
+
+def _gangs() -> Request[list[tuple[RequirementClass, WaitingTask]]]:
+    """Tasks on several nodes that wait, in order, each with its class."""
+    (answer,) = yield [("ZRANGE", names.GANGS, 0, MOST - 1)]
+    ids = [text(each) for each in answer]
+    answers = (yield [("HMGET", names.record_key(task_id), *_GANG_FIELDS) for task_id in ids]) if ids else []
+    found: list[tuple[RequirementClass, WaitingTask]] = []
+    places: dict[str, int] = {}
+    for task_id, fields in zip(ids, (some_of(_GANG_FIELDS, each) for each in answers), strict=True):
+        wanted = parse(fields.get("class_json", ""))
+        if wanted is None:
+            continue
+        places[wanted.key] = place = places.get(wanted.key, 0) + 1
+        if (task := _task(task_id, fields, place, wanted, came_back=False)) is not None:
+            found.append((wanted, task))
     return found
 
 
@@ -105,6 +132,10 @@ def tasks(*, owner: str | None = None, task_class: str | None = None, limit: int
             if number > 0 and len(found) < limit:
                 found += yield from _lane(wanted, priority, before, owner, limit - len(found))
             before += number
+    for wanted, task in (yield from _gangs()):
+        if (task_class is None or _is_class(wanted, task_class)) and owner in (None, task.owner):
+            found.append(task)
+    del found[limit:]
     if task_class in (None, "pipeline") and len(found) < limit:
         found += (yield from _pipelines(owner))[: limit - len(found)]
     return found
@@ -171,6 +202,7 @@ def _task(
         attempts=state.attempt,
         failures=state.failures,
         retries=state.retries,
+        nodes=state.nodes,
         pipeline=pipeline,
         stage=task_id.removeprefix(f"{pipeline}.") if pipeline else "",
     )

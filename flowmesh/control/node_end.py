@@ -120,4 +120,6 @@ class NodeEnd(Observer):
                 await claims.look()
             except (RedisError, OSError, TimeoutError):
                 return False
+            if claims.gangs.any_fits:
+                return False
         return not len(self._executor.runs)

@@ -10,6 +10,7 @@ import msgspec
 from loguru import logger
 
 from flowmesh.errors import FieldError, NotOfferedError
+from flowmesh.messages.nodes import FROM_QUEUE, WHERE, read_nodes
 from flowmesh.messages.output import Destination, Output, Remote, S3Destination, read_output
 from flowmesh.messages.wire import MAX_TIMEOUT_S, NodeSpec, TaskMessage, decode_object
 from flowmesh.processes import environ
@@ -20,7 +21,7 @@ from flowmesh.results.safe_names import check_task_id, placed
 from flowmesh.settings.schema import Settings
 from flowmesh.tasks import s3_fields
 from flowmesh.tasks.catalogue import Catalogue, TaskType
-from flowmesh.tasks.checks import check_own_fields, check_task, is_current
+from flowmesh.tasks.checks import check_own_fields, check_task, is_current, nodes_faults
 from flowmesh.validation.checked import Checked
 from flowmesh.validation.convert import convert, joined
 
@@ -75,10 +76,13 @@ def accept(data: bytes, *, settings: Settings, catalogue: Catalogue, results_dir
     check_task_id(message.task_id, "task_id")
     spec = convert(message.task.spec, NodeSpec, where="spec")
     task_type = catalogue.find(spec.taskType)
+    _check_nodes(message, spec, task_type)
     _check_env(spec.env, settings)
     _check_reading(message, settings)
     orchestrator = settings.delivery.orchestrator_url
     output = read_output(spec.output, orchestrator_url=orchestrator)
+    if message.rank:
+        output = Output()  # the result of rank 0 is the task's: it alone is delivered
     roots = settings.results.allowed_roots
     refuse = settings.results.refuse_outside_paths
     folder, warning = placed(results_dir, roots, message.task_id, output, refuse=refuse)
@@ -176,6 +180,18 @@ def _document(raw: dict[str, Any], message: TaskMessage) -> dict[str, Any]:
     if message.shard_total is not None and message.shard_index is not None and "shard" not in task["spec"]:
         task["spec"] = {**task["spec"], "shard": {"index": message.shard_index, "total": message.shard_total}}
     return task
+
+
+def _check_nodes(message: TaskMessage, spec: NodeSpec, kind: TaskType) -> None:
+    """Check that a task on several nodes comes as a member of a gang, and that its type knows how to be one."""
+    if not read_nodes(spec.nodes).is_gang:
+        return
+    if faults := nodes_faults({"spec": message.task.spec}, kind):
+        raise FieldError(faults[0], WHERE)
+    if message.record is None or message.record.gang is None:
+        raise FieldError(FROM_QUEUE, WHERE)
+    if message.merged_children:
+        raise FieldError(f"{WHERE}: merged tasks run on one node; leave it out", WHERE)
 
 
 def _check_reading(message: TaskMessage, settings: Settings) -> None:

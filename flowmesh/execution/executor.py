@@ -38,6 +38,7 @@ from flowmesh.execution.launch.child_pipe import ChildPipes
 from flowmesh.execution.launch.environment_conditions import EnvironmentConditions
 from flowmesh.execution.launch.launcher import Launcher
 from flowmesh.execution.launch.node_folders import JOURNAL, NodeFolders
+from flowmesh.execution.launch.served_models import ServedModels
 from flowmesh.execution.launch.task_children import TaskChildren
 from flowmesh.execution.layout import Layout
 from flowmesh.execution.observer import Observers
@@ -153,6 +154,7 @@ class Executor:
             post=self.apply,
             begin=self.begin,
         )
+        self.served = ServedModels(self.runs, settings.tasks.served_model_wait_s)
         self._launcher = Launcher(
             pool=pool,
             owner=self.children,
@@ -162,6 +164,7 @@ class Executor:
             conditions=self.conditions,
             environments=self.environments,
             gpus=self.gpus,
+            served=self.served,
             least_bytes=settings.results.min_free_bytes,
         )
         self._cleanup = Cleanup(layout)
@@ -227,7 +230,7 @@ class Executor:
         Returns:
             the state that the task was in; "unknown" if the node does not have it.
         """
-        run = self.runs.of_task(task_id)
+        run = self.runs.of_task(task_id) or self.runs.of_gang(task_id)
         if run is None:
             self.early_cancels.add(task_id)
             return "unknown"

@@ -15,6 +15,7 @@ from flowmesh.execution import boot_clock
 from flowmesh.execution.admission import Accepted
 from flowmesh.execution.trend import Trend
 from flowmesh.messages.job import Exit, Outcome
+from flowmesh.messages.serving import Numbers, Served, believed
 from flowmesh.messages.wire import Recorded, utc_now
 from flowmesh.node.slots import Slot
 from flowmesh.processes.pipe import Pipe, Progress, Serving
@@ -59,6 +60,10 @@ class Run:
 
     serving: Serving | None = None
     """The model that it serves, with its key."""
+    served_numbers = Numbers()
+    """What its served model has counted."""
+    served: Served | None = None
+    """The model of another task that its document names, with its key."""
     finished_frame = False
     """Whether its child said that its outcome is in the spool folder."""
 
@@ -80,8 +85,8 @@ class Run:
         self.last_frame_at = time.monotonic()
         """When its last frame arrived, or it started."""
         self.bad_frames = 0
-        self.waiting: asyncio.Task[str] | None = None
-        """Set while it waits for its environment's fork server to finish its imports."""
+        self.waiting: asyncio.Task[Any] | None = None
+        """Set while it waits for its environment's fork server to finish its imports, or for a served model."""
         self.started_at: str | None = None
         """When it started, ISO 8601, UTC."""
         self.boot_mark = ""
@@ -123,6 +128,11 @@ class Run:
         return self.accepted.message.record
 
     @property
+    def gang_id(self) -> str | None:
+        """The task on several nodes of which it is a member; None: it is none."""
+        return None if self.recorded is None or self.recorded.gang is None else self.recorded.gang.task_id
+
+    @property
     def worker_id(self) -> str:
         return self.slot.plan.worker_id
 
@@ -156,7 +166,9 @@ class Run:
         self.notify({"event": "phase", "phase": self.phase})
 
     def serve(self, endpoint: Serving) -> bool:
-        """Set where it serves a model; returns whether that is news."""
+        """Set where it serves a model, and what it has counted; returns whether where is news."""
+        self.served_numbers = believed(endpoint.numbers, endpoint.times)
+        endpoint = msgspec.structs.replace(endpoint, numbers={}, times={})
         if endpoint == self.serving:
             return False
         self.serving = endpoint
@@ -165,10 +177,15 @@ class Run:
 
     @property
     def endpoint(self) -> dict[str, str] | None:
-        """Where it serves a model, without the key; None: it serves none, or not any more."""
-        if self.serving is None or self.task.state is not State.RUNNING or self.finished_frame:
+        """Where it serves a model, without the key; None: it serves none now."""
+        if self.serving is None or not self.serving.ready or not self.keeps_endpoint:
             return None
         return {"base_url": self.serving.base_url, "model": self.serving.model}
+
+    @property
+    def keeps_endpoint(self) -> bool:
+        """Whether it serves a model, or has served one and loads it again."""
+        return self.serving is not None and self.task.state is State.RUNNING and not self.finished_frame
 
     def wait_for(self, what: str) -> None:
         """Set what its delivery waits for; empty: it waits no longer."""

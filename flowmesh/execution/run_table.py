@@ -37,6 +37,10 @@ class RunTable:
         """The latest attempt at this task that has not ended."""
         return self._by_task.get(task_id)
 
+    def of_gang(self, task_id: str) -> Run | None:
+        """The latest member here of a task on several nodes that has not ended."""
+        return next((run for run in reversed(self._by_attempt.values()) if run.gang_id == task_id), None)
+
     def has_any_of(self, slot: Slot[Run]) -> bool:
         """Whether a task of this slot has not ended; one whose results are being delivered has not."""
         return any(run.slot is slot for run in self._by_attempt.values())

@@ -199,7 +199,8 @@ def lost(worker_id: str, task_id: str, verdict: Verdict, dispatched_at: str | No
 def redactor(run: Run, layout: Layout) -> Redactor:
     """Hides the secrets of the node and of the task."""
     task = in_document(run.accepted.task, layout.base_env)
-    return Redactor([*layout.secrets.known, *task], prose=True)
+    served = None if run.served is None else run.served.api_key
+    return Redactor([*layout.secrets.known, *task, served], prose=True)
 
 
 def _last(lines: Sequence[str]) -> list[str]:

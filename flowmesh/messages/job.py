@@ -13,7 +13,9 @@ from typing import Any
 import msgspec
 
 from flowmesh.messages.gateway import Gateway
+from flowmesh.messages.nodes import Gang
 from flowmesh.messages.rows import Counts
+from flowmesh.messages.serving import Served
 
 EXIT_SETUP = 70
 """Of a task's process: it could not be set up, or its entry raised. An error of the node (EX_SOFTWARE)."""
@@ -90,6 +92,10 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     permits: Permits = Permits()
     gateway: Gateway | None = None
     """What fetches from the orchestrator with the node's token; None: the node has none."""
+    gang: Gang | None = None
+    """None: the task runs on one node."""
+    served: Served | None = None
+    """Where the task serves its model that the document names; None: it names none."""
 
 
 class Fault(enum.StrEnum):

@@ -15,6 +15,7 @@ from msgspec import UNSET, Meta, UnsetType
 
 from flowmesh.errors import FieldError
 from flowmesh.messages import damaged
+from flowmesh.messages.nodes import Count, Gang, NodeRange
 from flowmesh.messages.text import encode_json
 from flowmesh.messages.trace import Context, parent_of
 
@@ -89,6 +90,8 @@ class Recorded(msgspec.Struct, frozen=True, kw_only=True):
     attempt: Annotated[int, Meta(ge=1)]
     priority: str = ""
     """Of a queued task; empty: it was dispatched directly."""
+    gang: Gang | None = None
+    """Which member it is of a task on several nodes; None: of a task on one node."""
 
 
 class TaskMessage(msgspec.Struct, frozen=True, kw_only=True):
@@ -107,6 +110,11 @@ class TaskMessage(msgspec.Struct, frozen=True, kw_only=True):
     traceparent: Any = None
     """The span that the task belongs to; a malformed one is ignored."""
     tracestate: Any = None
+
+    @property
+    def rank(self) -> int:
+        """Which member of a task on several nodes it is; 0 also for a task on one node."""
+        return self.record.gang.rank if self.record is not None and self.record.gang is not None else 0
 
     @property
     def parent(self) -> tuple[Context | None, str]:
@@ -143,6 +151,7 @@ class NodeSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     taskType: str
     resources: Resources | None = None
+    nodes: Count | NodeRange | None = None
     output: Any = None
     timeoutSec: Annotated[float, Meta(gt=0)] | None = None
     retainLogs: bool = True

@@ -74,6 +74,14 @@ class Histogram:
         counts[bisect.bisect_left(self._bounds, seconds)] += 1
         total[0] += seconds
 
+    def set(self, counts: Sequence[float], total: float, *labels: str) -> None:
+        """Take over what others have counted, by bucket and without a bound."""
+        self._series[labels] = ([int(each) for each in counts], [total])
+
+    def clear(self) -> None:
+        """Before all series are set anew."""
+        self._series.clear()
+
     def lines(self) -> Iterator[str]:
         yield from _head(self.name, self._about, "histogram")
         for labels, (counts, total) in self._series.items():

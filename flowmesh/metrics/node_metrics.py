@@ -12,6 +12,7 @@ from flowmesh import installed
 from flowmesh.execution.executor import Executor
 from flowmesh.execution.observer import Observer
 from flowmesh.execution.run import Run
+from flowmesh.metrics.endpoint_metrics import EndpointMetrics
 from flowmesh.metrics.families import OTHER, Family, Histogram, text_of
 from flowmesh.orchestrator.link import Link
 from flowmesh.orchestrator.worker_description import NodeDescription
@@ -54,6 +55,7 @@ class NodeMetrics(Observer):
         self._late = Family("gauge", "flowmesh_heartbeat_late_seconds", "How late the last heartbeat was.", ("worker",))
         self._boards = Family("counter", "flowmesh_gpu_energy_joules_total", "Used since the start.", ("uuid",))
         self._uptime = Family("gauge", "flowmesh_uptime_seconds", "Since this supervisor started.")
+        self._endpoints = EndpointMetrics(executor.runs)
         executor.observers.add(self)
 
     def on_refused(self, task_id: str, message: str, kind: Kind) -> None:  # noqa: ARG002
@@ -114,4 +116,4 @@ class NodeMetrics(Observer):
             self._boards.set(round(joules, 3), uuid)
         self._uptime.set(round(time.monotonic() - self._node.started, 3))
         families: list[Any] = [each for each in vars(self).values() if isinstance(each, Family | Histogram)]
-        return text_of(families)
+        return text_of([*families, *self._endpoints.families()])

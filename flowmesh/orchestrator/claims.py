@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import random
 import time
 from collections.abc import Mapping
@@ -25,8 +24,9 @@ from flowmesh.execution.observer import Observer
 from flowmesh.execution.run import Run
 from flowmesh.messages.wire import Recorded, utc_now
 from flowmesh.node.slots import Slot
-from flowmesh.orchestrator.dispatcher import Dispatcher
+from flowmesh.orchestrator.dispatcher import Dispatcher, dispatch_of
 from flowmesh.orchestrator.elsewhere import fits_elsewhere
+from flowmesh.orchestrator.gangs import RENEW_S, Gangs
 from flowmesh.orchestrator.record_sender import RecordSender, stop_stale
 from flowmesh.orchestrator.registration import Registration
 from flowmesh.orchestrator.wake_ups import POLL_S, WakeUps
@@ -76,6 +76,7 @@ class Claims(Observer):
         self._client = client
         self._wake_ups = WakeUps(blocked)
         self._node_id = node_id
+        self.gangs = Gangs(executor, dispatcher, client, node_id, self.fits)
         self._lock = asyncio.Lock()
         self._doubt = True
         """Whether Redis may have claims of ours that we do not know of."""
@@ -122,7 +123,7 @@ class Claims(Observer):
             self.refused = ""
             backoff.reset()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(random.uniform(*POLL_S)):
+                async with asyncio.timeout(RENEW_S if self.gangs.any_wait else random.uniform(*POLL_S)):
                     await self._free.wait()
 
     def _failed(self, error: BaseException, backoff: Backoff) -> float:
@@ -154,14 +155,17 @@ class Claims(Observer):
                 await self._compare()
                 self._doubt = False
             left = used = False
+            await self.gangs.withdraw()
             idle = self.idle_slots()
             waiting = await self._read_classes() if idle else {}
             if woken:
-                waiting.setdefault(woken, 0)
+                waiting.setdefault(woken, len(_RANKS))
             for slot in idle:
-                if slot.idle and (keys := self._fitting(slot, waiting)):
+                open_to = {key: rank for key, rank in waiting.items() if not self.gangs.goes_first(slot, rank)}
+                if slot.idle and (keys := self._fitting(slot, open_to)):
                     used = used or woken in keys
                     left |= await self._claim(slot, keys, woken if woken in keys else "")
+            await self.gangs.offer(slot for slot in idle if slot.idle)
             if woken and not used:
                 await run_script(self._client, scripts.WAKE, woken)
             return left
@@ -201,6 +205,9 @@ class Claims(Observer):
         answer = await run_script(self._client, scripts.CLAIM, *arguments)
         what = answer[0].decode()
         if what != "task":
+            if what == "member":
+                self.gangs.may_be_member(worker_id)
+                return False
             left = what == "none" and bool(answer[1] or answer[2])
             if left and answer[1]:
                 await self._allow(answer[1])
@@ -208,8 +215,8 @@ class Claims(Observer):
                 asyncio.get_running_loop().call_later(random.uniform(0.5, 1.5) * SOON_S, self._free.set)
             return left or what != "none"
         task_id, attempt, priority = answer[1].decode(), int(answer[2]), answer[3].decode()
-        message = _dispatch(worker_id, task_id, attempt, priority, answer[4])
         recorded = Recorded(attempt=attempt, priority=priority)
+        message = dispatch_of(worker_id, task_id, recorded, answer[4])
         if not self._dispatcher.claimed(slot, task_id, recorded, message):
             logger.bind(task=task_id).info("claim given back: the slot is not free any more")
             await run_script(self._client, scripts.RELEASE, task_id, attempt, worker_id, utc_now(), "")
@@ -256,7 +263,9 @@ class Claims(Observer):
         async with self._client.pipeline(transaction=False) as pipeline:
             pipeline.zrevrange(names.CLASSES, 0, -1)
             pipeline.hkeys(names.WAITING)
-            members, fields = await pipeline.execute()
+            pipeline.zcard(names.GANGS)
+            members, fields, gangs = await pipeline.execute()
+        await self.gangs.read(gangs)
         found = {}
         for member in members:
             wanted = parse(member.decode(errors="replace"))
@@ -277,7 +286,8 @@ class Claims(Observer):
         while True:
             self._renewed.clear()
             every = dict.fromkeys(self._classes, 0)
-            keys = sorted({key for slot in self.idle_slots() for key in self._fitting(slot, every)})
+            open_slots = [slot for slot in self.idle_slots() if self.gangs.first(slot) is None]
+            keys = sorted({key for slot in open_slots for key in self._fitting(slot, every)})
             if not keys or self.trouble or self.refused:
                 self._looked.clear()
                 await self._looked.wait()
@@ -296,15 +306,3 @@ class Claims(Observer):
 
 def _is_attempt(run: Run | None, attempt: int) -> bool:
     return run is not None and run.recorded is not None and run.recorded.attempt == attempt
-
-
-def _dispatch(worker_id: str, task_id: str, attempt: int, priority: str, document: bytes) -> bytes:
-    """The message with which an orchestrator would dispatch a queued task."""
-    head = {
-        "task_id": task_id,
-        "assigned_worker": worker_id,
-        "dispatched_at": utc_now(),
-        "parent_task_id": None,
-        "record": {"attempt": attempt, "priority": priority},
-    }
-    return b'{"task":' + document + b"," + json.dumps(head).encode()[1:]

@@ -226,3 +226,19 @@ class Dispatcher:
         logger.bind(task=task_id).warning("task refused: {}", message)
         self._executor.observers.on_refused(task_id, message, kind)
         self._executor.observers.on_posted()
+
+
+def dispatch_of(worker_id: str, task_id: str, recorded: Recorded, document: bytes) -> bytes:
+    """The message with which an orchestrator would dispatch a task of the queue.
+
+    Args:
+        document: as its record has it.
+    """
+    head = {
+        "task_id": task_id,
+        "assigned_worker": worker_id,
+        "dispatched_at": utc_now(),
+        "parent_task_id": None,
+        "record": msgspec.to_builtins(recorded),
+    }
+    return b'{"task":' + document + b"," + msgspec.json.encode(head)[1:]

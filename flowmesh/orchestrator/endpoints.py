@@ -12,7 +12,8 @@ from flowmesh.bus.connection import RedisError, redis
 from flowmesh.execution.executor import Executor
 from flowmesh.execution.observer import Observer
 from flowmesh.execution.run import Run
-from flowmesh.queue.names import endpoint_key
+from flowmesh.messages.serving import Served
+from flowmesh.queue.names import endpoint_key, record_key
 from flowmesh.queue.records import text
 from flowmesh.tasks.verdicts import Verdict
 
@@ -35,6 +36,7 @@ class Endpoints(Observer):
         """By task, the worker whose hash it is."""
         self._failed = False
         executor.observers.add(self)
+        executor.served.add(self.served)
 
     def on_endpoint(self, run: Run) -> None:  # noqa: ARG002 - the observer's signature
         self._changed.set()
@@ -57,6 +59,21 @@ class Endpoints(Observer):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(RENEW_S):
                     await self._changed.wait()
+
+    async def served(self, task_id: str) -> Served | str | None:
+        """Where a task serves a model by what Redis has; a text: why it does not any more; None: not known."""
+        try:
+            async with self._client.pipeline(transaction=True) as pipeline:
+                pipeline.hmget(endpoint_key(task_id), "base_url", "model", "api_key")
+                pipeline.hmget(record_key(task_id), "state", "verdict", "error")
+                found, ended = await pipeline.execute()
+        except (RedisError, OSError, TimeoutError):
+            return None  # asked again; others report it
+        base_url, model, api_key = map(text, found)
+        if base_url and api_key:
+            return Served(task_id=task_id, base_url=base_url, model=model, api_key=api_key)
+        state, verdict, error = map(text, ended)
+        return f"it has ended ({verdict or 'ok'}{': ' if error else ''}{error})" if state == "done" else None
 
     async def remove_all(self) -> None:
         """Remove what is left; the node ends, or another one takes its place and writes them again."""

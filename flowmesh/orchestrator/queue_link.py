@@ -17,6 +17,7 @@ from flowmesh.execution.executor import Executor
 from flowmesh.execution.observer import Observer
 from flowmesh.orchestrator.claims import Claims
 from flowmesh.orchestrator.dispatcher import Dispatcher
+from flowmesh.orchestrator.gang_members import Ends, GangMembers
 from flowmesh.orchestrator.log_feed import LogFeeds, LogRequest
 from flowmesh.orchestrator.pipeline_drivers import PipelineDrivers
 from flowmesh.orchestrator.preemption import Preemption
@@ -36,6 +37,7 @@ class _Message(msgspec.Struct, frozen=True):
 
 _decoder = msgspec.json.Decoder(_Message)
 _request_decoder = msgspec.json.Decoder(LogRequest)
+_ends_decoder = msgspec.json.Decoder(Ends)
 
 
 class QueueLink(Observer):
@@ -61,6 +63,7 @@ class QueueLink(Observer):
         self._clients = [client]
         self.sender = RecordSender(executor, client, node_id, registration.on_events_sent)
         self._feeds = LogFeeds(executor, client)
+        self._members = GangMembers(executor, client, settings.queue.take_over_after_s)
         self.claims: Claims | None = None
         self.drivers: PipelineDrivers | None = None
         self._works: list[Callable[[], Coroutine[Any, Any, None]]] = []
@@ -75,6 +78,7 @@ class QueueLink(Observer):
             what=names.CHANNEL,
         )
         self._clients.append(listener)
+        self._works.append(self._members.run)
         if not self._enabled:
             return
         timeout_s = settings.redis.timeout_s + POLL_S[1]
@@ -130,13 +134,15 @@ class QueueLink(Observer):
             kind = _decoder.decode(data).type
             if kind == "LOGS":
                 self._feeds.on_request(_request_decoder.decode(data))
+            elif kind == "GANG_ENDS":
+                self._members.on_ends(_ends_decoder.decode(data))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return
         if self.claims is None:
             return
-        if kind == "CLASS":
+        if kind in ("CLASS", "GANG") or (kind == "URGENT" and self.claims.gangs.any_wait):
             self.claims.look_again()
-        elif kind == "URGENT":
+        if kind == "URGENT":
             self._preemption.on_urgent()
         elif kind == "PIPELINE" and self.drivers is not None:
             self.drivers.look_again()

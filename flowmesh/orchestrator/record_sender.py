@@ -18,16 +18,19 @@ from flowmesh.bus.connection_health import ConnectionHealth
 from flowmesh.bus.scripts import is_forbidden, run_script
 from flowmesh.execution.executor import Executor
 from flowmesh.execution.run import Run
+from flowmesh.messages.nodes import Gang
 from flowmesh.messages.wire import TASK_EVENTS_CHANNEL
-from flowmesh.orchestrator.elsewhere import fits_elsewhere
+from flowmesh.orchestrator.elsewhere import enough_other_nodes, fits_elsewhere
 from flowmesh.orchestrator.stored_result import stored_result
-from flowmesh.queue import scripts
+from flowmesh.queue import gang_scripts, scripts
 from flowmesh.queue.reports import Report, decode
 from flowmesh.tasks import machine
 from flowmesh.tasks.verdicts import Stop
 
 AVOID_MS = 86_400_000
 """How long a task that failed here is kept from this node at most; while it fits another one."""
+AVOID_GANG_MS = 60_000
+"""How long a task on several nodes is kept from the node whose member failed, while enough others fit it."""
 MOST_REFUSED = 5
 """How often Redis may refuse a report with an error of its own, as of a key of another type, before it is given up."""
 STAY_MS = 60_000
@@ -119,6 +122,9 @@ class RecordSender:
         return True
 
     async def _send(self, report: Report) -> None:
+        if report.gang is not None:
+            self._answered(report, (await self._send_member(report, report.gang)).decode())
+            return
         event = report.decoded
         payload = event.payload
         common = (report.task_id, report.attempt, report.worker_id, self._node_id)
@@ -143,11 +149,34 @@ class RecordSender:
             )  # fmt: skip
         self._answered(report, answer.decode())
 
+    async def _send_member(self, report: Report, gang: Gang) -> bytes:
+        """Report the start or the end of a member of a task on several nodes."""
+        event = report.decoded
+        payload = event.payload
+        common = (gang.task_id, report.attempt, gang.rank, report.worker_id, self._node_id, report.event, event.ts)
+        if report.started:
+            started: bytes = await run_script(self._client, gang_scripts.STARTED, *common)
+            return started
+        ok, retryable = event.type == "TASK_SUCCEEDED", payload.get("retryable") is True
+        avoid = retryable and not report.stays and await enough_other_nodes(self._client, gang.task_id, self._node_id)
+        ttl_s = self._executor.settings.queue.result_ttl_s
+        wants_result = ok and gang.rank == 0 and ttl_s and report.out_dir
+        result = await asyncio.to_thread(stored_result, report.out_dir) if wants_result else b""
+        answer: bytes = await run_script(
+            self._client, gang_scripts.END, *common,
+            int(ok), "ok" if ok else str(payload.get("error_kind", "error")), int(retryable),
+            "" if event.error is msgspec.UNSET else event.error, report.evidence, report.member(gang, self._node_id),
+            result, ttl_s, AVOID_GANG_MS if avoid else 0,
+        )  # fmt: skip
+        return answer
+
     def _answered(self, report: Report, answer: str) -> None:
         if answer in ("published", "again"):
             self._on_sent([report.event])
             return
         bound = logger.bind(task=report.task_id, attempt=report.attempt)
+        if answer == "kept":
+            return
         if answer == "requeued":
             bound.info("the task goes back to the queue for another attempt")
             return

@@ -15,7 +15,8 @@ from loguru import logger
 from flowmesh.bus.connection import RedisError, redis
 from flowmesh.bus.scripts import run_script
 from flowmesh.messages.wire import heartbeat_key, utc_now
-from flowmesh.queue import names, scripts
+from flowmesh.orchestrator.gang_members import silence_ms
+from flowmesh.queue import gang_scripts, names, scripts
 
 PAUSE_S = 10.0
 """Between two looks of one node, about; shorter where workers are taken over sooner."""
@@ -41,6 +42,7 @@ class TakeOver:
                 lock_ms = max(100, int(self._pause_s * 700))
                 if await self._client.set(names.SWEEPER, self._node_id, nx=True, px=lock_ms):
                     await self._look()
+                    await run_script(self._client, gang_scripts.SWEEP, utc_now(), silence_ms(self._after_ms / 1000))
             except (RedisError, OSError, TimeoutError):  # the claims report it
                 continue
 

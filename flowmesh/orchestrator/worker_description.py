@@ -99,5 +99,6 @@ def described_env(node: NodeDescription, executor: Executor) -> dict[str, Any]:
         "task_types": executor.offered_types(),
         "isolation": node.isolation,
         "pipelines": settings.queue.pipelines if settings.queue.enabled else 0,
+        "node": node.node_id if settings.queue.enabled else "",
         "version": installed.version(),
     }

@@ -16,6 +16,7 @@ from flowmesh.client import connection, requests
 from flowmesh.client.requests import POLL_S, Request, TaskExists
 from flowmesh.client.shapes import encoded, name_of, time_limit_of
 from flowmesh.messages import wire
+from flowmesh.messages.nodes import nodes_of
 from flowmesh.pipeline_driver.job import Job
 from flowmesh.pipeline_driver.lease import Lease, Lost
 from flowmesh.pipeline_driver.origins import Origins
@@ -133,13 +134,14 @@ class QueuePort:
 
     def _queue(self, task: Task, run: str, ids: tuple[str, ...]) -> Request[str]:
         document = task.document
-        wanted = class_of(document)
+        wanted, nodes = class_of(document), nodes_of(document)
         if not self._terms.anyway and wanted.key not in self._terms.possible:
-            refuse_unless_possible((yield from requests.workers()), wanted, f"the task {task.task_id}")
+            refuse_unless_possible((yield from requests.workers()), wanted, f"the task {task.task_id}", nodes)
         arguments = (
             task.task_id, wire.utc_now(), wanted.member, wanted.key, self._terms.priority, owner_of(document),
             self._terms.retries, encoded(document), type_of(document) or "", name_of(document),
-            time_limit_of(document), self._job.pipeline_id, self._job.attempt, run, json.dumps(ids),
+            time_limit_of(document), nodes.least, nodes.most,
+            self._job.pipeline_id, self._job.attempt, run, json.dumps(ids),
         )  # fmt: skip
         (answer,) = yield [(scripts.QUEUE, *arguments)]
         return text(answer)

@@ -48,6 +48,11 @@ class Serving(msgspec.Struct, frozen=True, tag="serving"):
     model: str
     """The name that requests give it."""
     api_key: str
+    ready: bool = True
+    """False: it is being loaded again, at the same address."""
+    numbers: dict[str, float] = {}
+    times: dict[str, tuple[float, ...]] = {}
+    """See `messages.serving`; not believed without its check."""
 
     def __repr__(self) -> str:
         return f"Serving({self.base_url!r}, {self.model!r})"

@@ -26,6 +26,9 @@ DONE = f"{PREFIX}tasks:done"
 PIPELINES = f"{PREFIX}pipelines"
 """Sorted set: pipelines that have not ended, by when they were submitted, in milliseconds."""
 
+GANGS = f"{PREFIX}queue:gangs"
+"""Sorted set: tasks on several nodes that wait, by priority, what came back, and age."""
+
 GONE = f"{PREFIX}queue:gone"
 """Hash: a holder without heartbeat → since when, in milliseconds."""
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from flowmesh.messages.nodes import Nodes
 from flowmesh.messages.wire import usable_task_id
 
 TERMINAL = ("TASK_SUCCEEDED", "TASK_FAILED")
@@ -16,7 +17,7 @@ TERMINAL = ("TASK_SUCCEEDED", "TASK_FAILED")
 
 FIELDS = (
     "state", "type", "name", "owner", "priority", "worker_id", "attempt", "failures", "retries", "queued_at",
-    "started_at", "ended_at", "ok", "verdict", "error",
+    "started_at", "ended_at", "ok", "verdict", "error", "least", "most", "size",
 )  # fmt: skip
 """Of a record: what a TaskState is made of. A record also has the whole document while its task waits."""
 END_FIELDS = ("state", "attempt", "end", "priority", "worker_id")
@@ -87,6 +88,8 @@ class TaskState(msgspec.Struct, frozen=True, kw_only=True):
     """None: it has not ended."""
     verdict: str = ""
     error: str = ""
+    nodes: str = ""
+    """Of a task on several nodes: how many it has, or, while it waits, asks for (`2`, `2-4`). Empty: it is on one."""
 
     @property
     def ended(self) -> bool:
@@ -106,6 +109,8 @@ class Attempt(msgspec.Struct, frozen=True, kw_only=True):
     exit: dict[str, Any] | None = None
     log_tail: tuple[str, ...] = ()
     runtime_s: float | None = None
+    rank: int | None = None
+    """Which member it was of a task on several nodes, each of which has an entry for an attempt."""
 
 
 def text(value: Any) -> str:
@@ -145,7 +150,13 @@ def state_of(task_id: str, fields: Mapping[str, str]) -> TaskState | None:
         ok=None if ok == "" else ok == "1",
         verdict=fields.get("verdict", ""),
         error=fields.get("error", ""),
+        nodes=_nodes(fields),
     )
+
+
+def _nodes(fields: Mapping[str, str]) -> str:
+    wanted = Nodes(_number(fields.get("least")), _number(fields.get("most")))
+    return fields.get("size", wanted.text) if wanted.is_gang else ""
 
 
 def event_of(data: Any) -> Event | None:

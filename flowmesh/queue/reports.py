@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from flowmesh.messages.nodes import Gang
 from flowmesh.messages.text import encode_json, encode_msgpack
 from flowmesh.messages.wire import RECORDS_LANE, TASK_EVENTS_CHANNEL, Recorded, TaskEvent
 
@@ -32,6 +33,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """The folder with the result; empty: there is none."""
     stays: bool = False
     """Whether its checkpoints are here, so that this node should get it back."""
+    gang: Gang | None = None
+    """Of a member of a task on several nodes, whose event says the task's id; `task_id` is the member's."""
 
     @property
     def decoded(self) -> TaskEvent:
@@ -53,7 +56,22 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
             "log_tail": payload.get("log_tail", []),
             "runtime_s": payload.get("runtime_sec"),
         }
+        if self.gang is not None:
+            kept["rank"] = self.gang.rank
         return encode_json(kept)
+
+    def member(self, gang: Gang, node_id: str) -> bytes:
+        """What the gang's terminal event says of this member."""
+        event = self.decoded
+        told = {
+            "rank": gang.rank,
+            "worker_id": self.worker_id,
+            "node_id": node_id,
+            "verdict": "ok" if event.type == "TASK_SUCCEEDED" else event.payload.get("error_kind", "error"),
+            "error": "" if event.error is msgspec.UNSET else event.error,
+            "runtime_sec": event.payload.get("runtime_sec"),
+        }
+        return encode_json(told)
 
 
 _event_decoder = msgspec.json.Decoder(TaskEvent)
@@ -70,6 +88,9 @@ def outgoing(event: bytes, recorded: Recorded | None, *, out_dir: str = "", stay
     if recorded is None:
         return TASK_EVENTS_CHANNEL, event
     told = _event_decoder.decode(event)
+    gang = recorded.gang
+    if gang is not None:
+        event = encode_json(_as_the_gangs(told, gang))
     report = Report(
         task_id=told.task_id,
         worker_id=told.worker_id,
@@ -79,8 +100,17 @@ def outgoing(event: bytes, recorded: Recorded | None, *, out_dir: str = "", stay
         event=event,
         out_dir=out_dir,
         stays=stays,
+        gang=gang,
     )
     return RECORDS_LANE, encode_msgpack(report)
+
+
+def _as_the_gangs(event: TaskEvent, gang: Gang) -> TaskEvent:
+    """A member's event as that of its task."""
+    error = event.error
+    if error is not msgspec.UNSET:
+        error = f"member {gang.rank} on {event.worker_id}: {error}"
+    return msgspec.structs.replace(event, task_id=gang.task_id, error=error)
 
 
 def decode(payload: bytes) -> Report:

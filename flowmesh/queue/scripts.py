@@ -17,14 +17,14 @@ from __future__ import annotations
 from flowmesh.queue.lua import Script
 
 QUEUE = Script.of("""
--- id, at, class member, class key, priority, owner, retries, document, type, name, time limit in seconds or '';
--- of a pipeline's stage: the pipeline, its driver's number, the run, what the task runs
+-- id, at, class member, class key, priority, owner, retries, document, type, name, time limit in seconds or '',
+-- nodes at least, nodes at most; of a pipeline's stage: the pipeline, its driver's number, the run, what the task runs
 local id, at, member, ck = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-local pipeline = ARGV[12]
+local pipeline, is_gang = ARGV[14], ARGV[13] ~= '1'
 if pipeline then
   local f = get(pipeline, 'attempt', 'state', 'cancel')
-  if f[1] ~= ARGV[13] or f[2] ~= 'running' then return 'lost' end
-  if redis.call('HGET', record(id), 'run') == ARGV[14] then return 'same' end
+  if f[1] ~= ARGV[15] or f[2] ~= 'running' then return 'lost' end
+  if redis.call('HGET', record(id), 'run') == ARGV[16] then return 'same' end
   if f[3] then return 'cancelled' end
 end
 local state = redis.call('HGET', record(id), 'state')
@@ -32,12 +32,19 @@ if state and state ~= 'done' then return 'exists' end
 local attempt = redis.call('HGET', record(id), 'attempt') or '0'
 redis.call('DEL', record(id), P .. 'attempts:' .. id, P .. 'result:' .. id)
 redis.call('ZREM', P .. 'tasks:done', id)
-redis.call('HSET', record(id), 'queued_at', at, 'class', ck, 'class_json', member, 'priority', ARGV[5],
-  'owner', ARGV[6], 'retries', ARGV[7], 'message', ARGV[8], 'type', ARGV[9], 'name', ARGV[10],
+redis.call('HSET', record(id), 'queued_at', at, 'class', is_gang and '' or ck, 'class_json', member,
+  'priority', ARGV[5], 'owner', ARGV[6], 'retries', ARGV[7], 'message', ARGV[8], 'type', ARGV[9], 'name', ARGV[10],
   'attempt', attempt, 'failures', '0', 'timeout', ARGV[11])
 if pipeline then
-  redis.call('HSET', record(id), 'pipeline', pipeline, 'run', ARGV[14])
-  redis.call('HSET', P .. 'pipeline:' .. pipeline .. ':tasks', id, ARGV[15])
+  redis.call('HSET', record(id), 'pipeline', pipeline, 'run', ARGV[16])
+  redis.call('HSET', P .. 'pipeline:' .. pipeline .. ':tasks', id, ARGV[17])
+end
+if is_gang then
+  redis.call('HSET', record(id), 'state', 'queued', 'least', ARGV[12], 'most', ARGV[13])
+  redis.call('ZADD', P .. 'queue:gangs', gang_place(ARGV[5], now_ms()), id)
+  redis.call('ZADD', P .. 'tasks:open', now_ms(), id)
+  redis.call('PUBLISH', 'flowmesh.queue', '{"type":"CLASS"}')
+  return 'queued'
 end
 local known = redis.call('ZSCORE', P .. 'queue:classes', member)
 add(id, false)
@@ -56,7 +63,7 @@ end
 if ARGV[5] == 'high' then redis.call('PUBLISH', 'flowmesh.queue', '{"type":"URGENT"}') end
 return 'queued'
 """)
-"""Add a task. Returns `queued`, or `exists`: a task of this id has not ended.
+"""Add a task; one on several nodes waits apart, see gang_scripts. Returns `queued`, or `exists`: it has not ended.
 
 Of a stage also `lost` (another driver has the pipeline), `same` (this run's task was queued before, perhaps by an
 earlier driver), or `cancelled` (the pipeline is).
@@ -88,6 +95,8 @@ local function refused(why)
 end
 if redis.call('EXISTS', 'worker:' .. worker .. ':hb') == 0 then return refused('unregistered') end
 if redis.call('SISMEMBER', 'workers:elastic_disabled', worker) == 1 then return refused('disabled') end
+if redis.call('HEXISTS', P .. 'queue:offer:' .. worker, 'gang') == 1 then return refused('member') end
+redis.call('DEL', P .. 'queue:offer:' .. worker)
 local fields = {}
 local priorities = {'high', 'normal', 'low'}
 for _, priority in ipairs(priorities) do
@@ -205,7 +214,8 @@ return {'none', skipped, long}
 A node with an end takes what it can finish, of the first 32 entries of each stream; the others keep their places.
 
 Returns `[task, id, attempt, priority, document, class]`; `[none, tasks that another node should have, how many take
-longer than the node is there]`; `[unregistered]`; `[disabled]`. The entry stays pending in its stream until JOURNALLED.
+longer than the node is there]`; `[unregistered]`; `[disabled]`; `[member]`: a gang has the worker. The entry stays
+pending in its stream until JOURNALLED.
 """
 
 ALLOW = Script.of("""

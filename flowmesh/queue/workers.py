@@ -12,6 +12,7 @@ import msgspec
 from flowmesh.errors import BusyError, ConfigError, FieldError, FlowMeshError
 from flowmesh.messages import wire
 from flowmesh.messages.matching import gpus_of, match
+from flowmesh.messages.nodes import ONE, Nodes
 from flowmesh.queue.classes import RequirementClass, tags_of
 from flowmesh.validation.describe import found
 
@@ -33,6 +34,8 @@ class Worker(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds since its last heartbeat."""
     alive: bool
     """Its heartbeat key exists and has a TTL."""
+    node: str = ""
+    """The id of its node; empty: not reported, and it takes no part in tasks on several nodes."""
     drives_pipelines: bool
     """Its node drives submitted pipelines."""
     disabled: bool
@@ -183,22 +186,53 @@ class NeverFits(FlowMeshError):
         self.reasons = reasons
 
 
-def refuse_unless_possible(workers: Iterable[Worker], wanted: RequirementClass, what: str = "this task") -> None:
-    """Check that a living worker could take a task of this class, however busy it is now.
+def nodes_that_fit(workers: Iterable[Worker], wanted: RequirementClass) -> set[str]:
+    """The nodes with a living worker that could take a task of this class; those that know no gangs are left out."""
+    return {
+        worker.node
+        for worker in workers
+        if worker.alive
+        and worker.node
+        and not worker.disabled
+        and not wanted.why_not(worker.hardware or {}, worker.task_types, worker.tags)
+    }
+
+
+class TooFewNodes(NeverFits):
+    """The task asks for more nodes than there are that fit it."""
+
+    def __init__(self, found: list[str], nodes: Nodes, what: str) -> None:
+        FlowMeshError.__init__(
+            self,
+            f"spec.nodes: {what} needs {nodes.least} nodes that fit it, and there are {len(found)} "
+            f"({', '.join(found[:5])}); ask for fewer, start more nodes, or queue it nevertheless (--anyway)",
+        )
+        self.reasons = {}
+
+
+def refuse_unless_possible(
+    workers: Iterable[Worker], wanted: RequirementClass, what: str = "this task", nodes: Nodes = ONE
+) -> None:
+    """Check that living workers could take a task of this class, however busy they are now.
 
     Args:
         what: for the error.
+        nodes: on how many nodes it runs.
 
     Raises:
-        NeverFits: none could; has the reason for each.
+        NeverFits: none could, or too few; has the reason for each.
     """
+    workers = list(workers)
+    if nodes.is_gang and 0 < len(found := nodes_that_fit(workers, wanted)) < nodes.least:
+        raise TooFewNodes(sorted(found), nodes, what)
     reasons = {}
     for worker in workers:
         if not worker.alive:
             continue
         why = wanted.why_not(worker.hardware or {}, worker.task_types, worker.tags)
-        if not why:
+        if not why and (worker.node or not nodes.is_gang):
             return
+        why = why or ["its node takes no part in tasks on several nodes"]
         reasons[worker.worker_id] = "; ".join(why)
     raise NeverFits(reasons, what)
 
@@ -219,6 +253,7 @@ def _worker(
     env, tags, hardware = (_json(fields.get(name)) for name in ("env_json", "tags_json", "hardware_json"))
     types = env.get("task_types") if isinstance(env, dict) else None
     drives = isinstance(env, dict) and bool(env.get("pipelines"))
+    node = env.get("node") if isinstance(env, dict) else None
     seen = _moment(beat) or _moment(fields.get("last_seen", ""))
     status = fields.get("status", "")
     cost = fields.get("cost_per_hour", "")
@@ -234,6 +269,7 @@ def _worker(
         started_at=fields.get("started_at") or None,
         last_seen_s=max(0.0, (now - seen).total_seconds()) if seen is not None else None,
         alive=ttl > 0,
+        node=node if isinstance(node, str) else "",
         drives_pipelines=drives,
         disabled=disabled,
     )

@@ -62,6 +62,8 @@ def all_faults(settings: Settings) -> Iterator[Fault]:
         elif not is_loopback(place[0]) and settings.web.token_file is None:
             what = f"{quoted(place[0])} is not a loopback address: set web.token_file, or listen on 127.0.0.1"
             yield Fault(("web", "listen"), what)
+    if (ports := settings.queue.gang_ports) is not None and (what := _ports_fault(ports)):
+        yield Fault(("queue", "gang_ports"), what)
     for index, url in enumerate(settings.notify.url):
         if what := http_fault(url, whole=True):
             yield Fault(("notify", "url", index), what)
@@ -144,3 +146,8 @@ def _interpreter_fault(python: str) -> str | None:
     if not os.access(path, os.X_OK):
         return f"{allowed}, found {quoted(python)}, which is not executable for this user"
     return None
+
+
+def _ports_fault(ports: str) -> str:
+    first, last = map(int, ports.split("-"))
+    return "" if first <= last <= 65535 else f"expected FIRST-LAST of 1 to 65535, the lower one first, found {ports!r}"

@@ -19,12 +19,14 @@ from flowmesh.settings.types import (
     CpuList,
     FilePath,
     GpuName,
+    HostName,
     Isolation,
     KeyPlace,
     LogLevel,
     ModuleName,
     Moment,
     Name,
+    PortRange,
     PositiveSeconds,
     RunnerName,
     ServeAddress,
@@ -139,6 +141,10 @@ class QueueSettings(Section, frozen=True):
     """Whether a queued training task of low priority makes room for one of high priority."""
     pipelines: Annotated[int, Meta(ge=0, le=256)] = 4
     """How many submitted pipelines this node drives at once. 0: none."""
+    gang_address: HostName | None = None
+    """Where the other members of a task on several nodes reach this node. None: from where it reaches Redis."""
+    gang_ports: PortRange | None = None
+    """The ports at which they meet. None: any that is free."""
 
 
 class ResultsSettings(Section, frozen=True):
@@ -181,6 +187,8 @@ class TasksSettings(Section, frozen=True):
     """How long a task waits while the node has a fault that keeps it from being started."""
     return_waiting_after_s: PositiveSeconds = 120.0
     """A task that waits behind a running one for so long goes back, as retryable, once another worker is idle."""
+    served_model_wait_s: PositiveSeconds = 300.0
+    """How long a task waits for the task whose served model its document names."""
     log_max_bytes: Annotated[int, Meta(ge=65536)] = 64 * 1024 * 1024
     """Limit for each log file of a task; only the end of a larger one is kept."""
     max_queued: Annotated[int, Meta(ge=1, le=1_000_000)] = 1000

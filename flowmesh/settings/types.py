@@ -62,6 +62,12 @@ GpuName = (
     Annotated[int, Meta(ge=0, le=1023, description="a GPU's index")]
     | Annotated[str, Meta(pattern=r"\A(GPU|MIG)-[A-Za-z0-9/-]{1,100}\Z", description='its UUID ("GPU-…" or "MIG-…")')]
 )
+HostName = Annotated[
+    str, Meta(pattern=r"\A[A-Za-z0-9]([A-Za-z0-9.:-]{0,252}[A-Za-z0-9])?\Z", description="a host's name or IP address")
+]
+PortRange = Annotated[
+    str, Meta(pattern=r"\A[1-9][0-9]{0,4}-[1-9][0-9]{0,4}\Z", description='two ports such as "29500-29599"')
+]
 CpuList = Annotated[
     str,
     Meta(pattern=r"\A\d{1,5}(-\d{1,5})?(,\d{1,5}(-\d{1,5})?)*\Z", description='CPU numbers such as "0-7,16"'),

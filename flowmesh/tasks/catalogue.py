@@ -55,12 +55,16 @@ class TaskType(msgspec.Struct, frozen=True, kw_only=True):
     """Top-level modules without which the type cannot run."""
     extra: str = ""
     """The extra of flowmesh-supervisor that installs them."""
+    on_several_nodes: bool = False
+    """Whether a document of this type may ask for several nodes (`spec.nodes`)."""
     allowed_by: str = ""
     """A setting of [tasks] that lists what such tasks may do; while it is empty the type is off. Empty: always on."""
     preload: tuple[str, ...] = ()
     """What the environment's fork server imports before it forks; see processes.preload.load."""
     continues_from: tuple[str, ...] = ()
     """What a new attempt finds in the task's folder, besides checkpoints and rows; its runner removes what is stale."""
+    served_field: str = ""
+    """The field below `spec` that may name a serving task, as `task:ID`, in place of an address."""
     preload_with: dict[str, str] = {}
     """More of it, by the optional module that makes it useful."""
 
@@ -88,6 +92,7 @@ BUILTIN = (
         check="runners.checks:echo",
         sections="runners.schemas:echo",
         environment=LIGHT,
+        on_several_nodes=True,
         preload=("runners.echo",),
     ),
     TaskType(
@@ -96,6 +101,7 @@ BUILTIN = (
         check="runners.checks:command",
         sections="runners.schemas:command",
         environment=LIGHT,
+        on_several_nodes=True,
         heavy=True,
         allowed_by="allow_command",
         preload=("runners.command.runner",),
@@ -105,6 +111,7 @@ BUILTIN = (
         runner="runners.command.runner:PythonRunner",
         check="runners.checks:python",
         sections="runners.schemas:command",
+        on_several_nodes=True,
         allowed_by="allow_command",
         preload=("runners.command.runner",),
     ),
@@ -135,6 +142,7 @@ BUILTIN = (
             runner=f"runners.training.runner:{prefix}Runner",
             check="runners.checks:training",
             sections="runners.schemas:training",
+            on_several_nodes=True,
             requires=("torch", "transformers", "accelerate", "peft", "datasets", "trl"),
             extra="training",
             preload=("runners.training.preload:TRAINING",),
@@ -173,6 +181,7 @@ BUILTIN = (
         environment=LIGHT,
         requires=("openai", "httpx2"),
         extra="api",
+        served_field="api.base_url",
     ),
     TaskType(
         name="agent",
@@ -183,6 +192,7 @@ BUILTIN = (
         extra="agent",
         preload=("runners.agent.preload:AGENT",),
         continues_from=("workspace",),
+        served_field="agent.base_url",
     ),
 )
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from flowmesh.errors import FieldError
+from flowmesh.messages.nodes import WHERE, nodes_of
 from flowmesh.messages.output import read_output, unused_in_output
 from flowmesh.messages.wire import MAX_TIMEOUT_S, Document, MergedChild, NodeSpec
 from flowmesh.tasks import s3_fields
@@ -34,6 +35,8 @@ def check_task(document: dict[str, Any], types: Mapping[str, TaskType]) -> tuple
     if not isinstance(spec, dict) or not isinstance(name, str):
         return Checked(faults=tuple(faults)), ""
     kind = types.get(name)
+    if kind is not None:
+        faults += nodes_faults(document, kind)
     if kind is None:
         hint = nearest(name, list(types))
         tail = f"; {hint}" if "did you mean" in hint else ""
@@ -47,6 +50,17 @@ def check_task(document: dict[str, Any], types: Mapping[str, TaskType]) -> tuple
     faults += [fault for fault in own.faults if fault not in faults]
     unused = (*own.unused, *unused_in_output(spec.get("output")))
     return Checked(faults=tuple(faults), unused=tuple(dict.fromkeys(unused))), ""
+
+
+def nodes_faults(document: Mapping[str, Any], kind: TaskType) -> list[str]:
+    """What is wrong with `spec.nodes` of a document of this type."""
+    try:
+        wanted = nodes_of(document)
+    except FieldError as error:
+        return list(error.faults)
+    if wanted.is_gang and not kind.on_several_nodes:
+        return [f"{WHERE}: tasks of the type {kind.name} run on one node; leave it out"]
+    return []
 
 
 def check_own_fields(document: dict[str, Any], kind: TaskType) -> Checked:

@@ -59,14 +59,10 @@ class Finished(msgspec.Struct, frozen=True):
     task_id: str
     out_dir: str
     finished_at: str
-    progress: bytes
-    """The `task`, still encoded."""
+    undelivered: bool
+    """Whether its results could not be delivered, so that they must stay."""
     child_dirs: tuple[str, ...] = ()
     """Folders of the tasks that were merged into it."""
-
-    @property
-    def task(self) -> Task:
-        return _task_decoder.decode(self.progress)
 
 
 _task_decoder = msgspec.msgpack.Decoder(Task)
@@ -213,16 +209,19 @@ class Journal:
         return next(iter(self._records("WHERE attempt = ?", attempt)), None)
 
     def finished(self) -> list[Finished]:
-        """Every finished attempt, oldest first. Decode their `task` off the event loop: there may be thousands."""
+        """Every finished attempt, oldest first."""
         children: dict[int, list[str]] = {}
         for attempt, child_dir in self._db.read("SELECT attempt, out_dir FROM child_folders"):
             children.setdefault(attempt, []).append(child_dir)
+        # msgpack stores strings verbatim, so the verdict's kind can be searched for in the blob
         rows = self._db.read(
-            "SELECT attempt, task_id, out_dir, finished_at, progress FROM tasks WHERE state = 'done' ORDER BY attempt"
+            "SELECT attempt, task_id, out_dir, finished_at, instr(progress, CAST(? AS BLOB)) FROM tasks"
+            " WHERE state = 'done' ORDER BY attempt",
+            (Kind.DELIVERY_FAILED.value,),
         )
         return [
-            Finished(attempt, task_id, out_dir, at, progress, tuple(children.get(attempt, ())))
-            for attempt, task_id, out_dir, at, progress in rows
+            Finished(attempt, task_id, out_dir, at, at_byte > 0, tuple(children.get(attempt, ())))
+            for attempt, task_id, out_dir, at, at_byte in rows
         ]
 
     def folders_in(self, folder: str) -> list[str]:
@@ -243,7 +242,6 @@ class Journal:
             gone: delete only these, of which nothing is left on disk; None: any.
         """
         last = self._db.read("SELECT max(attempt) FROM tasks")[0][0] or 0
-        # msgpack stores strings verbatim, so the verdict's kind can be searched for in the blob
         drop = "DELETE FROM tasks WHERE state = 'done' AND attempt <= ? AND instr(progress, CAST(? AS BLOB)) = 0"
         values = (last - KEPT_DONE, Kind.DELIVERY_FAILED.value)
         with self.transaction():

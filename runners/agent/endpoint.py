@@ -37,10 +37,13 @@ class EndpointError(RunnerError):
 class Endpoint:
     """One endpoint and the model on it. One request at a time."""
 
-    def __init__(self, wanted: Model, base_url: str, redact: Redactor, where: str, loop: EventLoop) -> None:
+    def __init__(
+        self, wanted: Model, base_url: str, redact: Redactor, where: str, loop: EventLoop, *, direct: bool = False
+    ) -> None:
         """
         Args:
             where: the model's section of the configuration, as errors name it.
+            direct: never over a proxy: a server of this machine, or another task.
 
         Raises:
             BadRequest: no address, or the key's variable is not set.
@@ -58,8 +61,7 @@ class Endpoint:
             api_key="unused",  # required, but the headers below carry the key, if there is one
             base_url=self.shown,
             timeout=httpx2.Timeout(wanted.timeout_s, connect=CONNECT_TIMEOUT_S),
-            # No proxy for a server of this machine.
-            http_client=httpx2.AsyncClient(trust_env=wanted.serve is None, verify=tls.context()),
+            http_client=httpx2.AsyncClient(trust_env=not direct, verify=tls.context()),
         )
         self.name = wanted.name or ""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import msgspec
 from smolagents.models import (
     ChatMessage,
     ChatMessageToolCall,
@@ -17,6 +18,7 @@ from smolagents.models import (
 )
 from smolagents.monitoring import TokenUsage
 
+from flowmesh.messages.serving import Served
 from runners.agent.completions import Call, Reply
 from runners.agent.config import Model as ModelConfig
 from runners.agent.endpoint import Endpoint
@@ -240,6 +242,19 @@ def plain_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
             else:
                 plain.append({"role": role, "content": text})
     return plain
+
+
+def model_of(config: ModelConfig, served: Served) -> ModelConfig:
+    """A configuration's model replaced by one that a task serves: nothing of what is meant for another is sent."""
+    return msgspec.structs.replace(
+        config,
+        type="openai",
+        name=served.model,
+        base_url=served.base_url,
+        api_key_env=None,
+        headers={"Authorization": f"Bearer {served.api_key}"},
+        serve=None,
+    )
 
 
 def schema_of(tool: Any) -> dict[str, Any]:

@@ -1,12 +1,9 @@
 """Modules that an environment's fork server imports, so that an agent forked from it starts without imports.
 
-As in `runners.inference.preload`, the server sets ENVIRONMENT before it imports them, and keeps one native thread.
-None of them needs torch.
+Importing them starts no native thread; see `runners.inference.preload`. None of them needs torch.
 """
 
-from runners.rag.preload import ENVIRONMENT, if_installed
-
-__all__ = ["AGENT", "ENVIRONMENT"]
+from runners.rag.preload import if_installed
 
 AGENT: tuple[str, ...] = (
     "smolagents.agents",

@@ -19,7 +19,7 @@ from runners.agent.endpoint import Endpoint
 from runners.agent.event_loop import EventLoop
 from runners.agent.journal import Journal
 from runners.agent.mcp_bridge import McpBridge
-from runners.agent.models import AgentModel, EndpointModel, LocalModel, NoAnswer
+from runners.agent.models import AgentModel, EndpointModel, LocalModel, NoAnswer, model_of
 from runners.agent.rows import config_digest, item_folder
 from runners.agent.sandbox import Sandbox
 from runners.agent.solo import Bench, Member, Outcome, work
@@ -31,6 +31,7 @@ from runners.agent.web import check_provider
 from runners.agent.workspace import Workspace
 from runners.api import BadRequest, Context, RunnerError
 from runners.rows.keys import key_of
+from runners.served_model import served_model
 
 LONE = "agent"
 
@@ -75,7 +76,8 @@ class Session:
         ctx, config = self._ctx, self._config
         watch = Watch(ctx, None)
         ctx.phase("load")
-        wanted = config.model
+        served = served_model(ctx, self._task.base_url or "", "spec.agent.base_url")
+        wanted = config.model if served is None else model_of(config.model, served)
         if wanted.type == "local":
             self._model = LocalModel(ctx, wanted)
         else:
@@ -85,7 +87,8 @@ class Session:
                 agents = agents_folder(ctx)
                 started = serve.endpoint(ctx, wanted.serve, agents, watch, f"{where}.serve", redact=self._redact)
                 base_url = self._stack.enter_context(started)
-            endpoint = Endpoint(wanted, base_url, self._redact, where, self._loop)
+            direct = served is not None or wanted.serve is not None
+            endpoint = Endpoint(wanted, base_url, self._redact, where, self._loop, direct=direct)
             self._stack.callback(endpoint.close)
             self._model = EndpointModel(endpoint, wanted, watch)
         self._stack.enter_context(self._bridge)

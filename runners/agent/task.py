@@ -12,6 +12,7 @@ from runners.data.sources import check_data, load_items
 from runners.fields import Faults, check_spec
 from runners.models.spec import Section
 from runners.rows.resume import check_resume
+from runners.served_model import check_name
 
 OWN_FIELDS = ("task", "data", "configName", "agent", "resume")
 DEFAULT_CONFIG = "default"
@@ -24,6 +25,8 @@ class AgentSection(Section, frozen=True, rename={"config_name": "configName"}):
     timeout: Annotated[float, Meta(gt=0)] | None = None
     """Seconds of one run."""
     max_turns: Annotated[int, Meta(ge=1)] | None = None
+    base_url: Annotated[str, Meta(pattern="^task:")] | None = None
+    """`task:ID`: the model that this task serves, in place of the configuration's."""
 
 
 class StaticData(Section, frozen=True):
@@ -42,6 +45,7 @@ class AgentTask(msgspec.Struct, frozen=True, kw_only=True):
     max_turns: int | None
     tasks: tuple[str, ...]
     metadata: tuple[dict[str, Any] | None, ...]
+    base_url: str | None
     batch: bool
     """Whether the tasks are rows of a data source."""
 
@@ -62,6 +66,7 @@ def read_agent(ctx: Context) -> AgentTask:
         max_turns=section.max_turns,
         tasks=tasks,
         metadata=metadata,
+        base_url=section.base_url,
         batch=batch,
     )
 
@@ -77,6 +82,7 @@ def check_agent(ctx: Context) -> tuple[AgentSection, tuple[str, str]]:
     faults.read(lambda: check_spec(ctx, spec, "spec", OWN_FIELDS, {"agent": AgentSection}))
     section = faults.read(lambda: ctx.section("agent", AgentSection)) or AgentSection()
     config = faults.read(lambda: _config_name(spec, section))
+    faults.read(lambda: check_name(section.base_url or "", "spec.agent.base_url"))
     faults.read(lambda: _check_not_merged(ctx))
     if isinstance(spec.get("data"), dict) and spec["data"].get("type") != "static":
         faults.read(lambda: check_data(ctx, spec))

@@ -17,6 +17,7 @@ from flowmesh.processes import linux
 from flowmesh.progress import DESCRIPTOR
 from runners.api import BadRequest, Context, MissingDependency
 from runners.command.lines import Lines
+from runners.gang import endpoint, environment, gang_of
 
 LAUNCHER = "runners.training.rendezvous"
 """torchrun that listens on its endpoint's address only."""
@@ -115,9 +116,10 @@ def fork(become: Callable[[], NoReturn], place: Place) -> int:
 
 
 def torchrun(ctx: Context, ranks: int, argv: Sequence[str], *, python: bool) -> list[str]:
-    """The command line that runs `argv` as each rank of a group on this machine.
+    """The command line that runs `argv` as each rank of a group: on this machine, or with the task's other members.
 
     Args:
+        ranks: on this machine.
         python: whether argv is a Python file or `-m` and a module, with its arguments.
 
     Raises:
@@ -128,19 +130,33 @@ def torchrun(ctx: Context, ranks: int, argv: Sequence[str], *, python: bool) -> 
     if importlib.util.find_spec("torch") is None:
         raise MissingDependency("torch", "spec.nproc_per_node")
     return [
-        *(sys.executable, "-m", LAUNCHER, "--nnodes", "1", "--nproc-per-node", str(ranks)),
-        *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--rdzv-id", ctx.task_id),
-        *("--local-addr", "127.0.0.1", "--max-restarts", "0", "--monitor-interval", "0.2"),
+        *(sys.executable, "-m", LAUNCHER, "--nproc-per-node", str(ranks), *_meeting(ctx)),
+        *("--max-restarts", "0", "--monitor-interval", "0.2"),
         *([] if python else ["--no-python"]),
         argv[0],
         *(each.replace("$", "$$") for each in argv[1:]),  # torchrun replaces names after a $
     ]
 
 
+def _meeting(ctx: Context) -> list[str]:
+    gang = gang_of(ctx)
+    if gang is None:
+        own = ["--nnodes", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--rdzv-id", ctx.task_id]
+        return [*own, "--local-addr", "127.0.0.1"]
+    place = ["--nnodes", str(gang.size), "--node-rank", str(gang.rank), "--rdzv-backend", "static"]
+    return [*place, "--rdzv-endpoint", endpoint(gang), "--rdzv-id", gang.rdzv_id]
+
+
 def of_group(ctx: Context, ranks: int) -> dict[str, str]:
-    """What ranks need in their environment: their share of threads, and the loopback interface."""
+    """What ranks need in their environment: their share of threads, and the interface on which they meet."""
     return {
         "OMP_NUM_THREADS": str(max(1, ctx.threads // ranks)),
-        "GLOO_SOCKET_IFNAME": "lo",
+        **({"GLOO_SOCKET_IFNAME": "lo"} if gang_of(ctx) is None else {}),
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(path for path in sys.path if path)),
     }
+
+
+def of_gang(ctx: Context) -> dict[str, str]:
+    """The variables by which a program finds the other members of its task; none where there are none."""
+    gang = gang_of(ctx)
+    return {} if gang is None else environment(gang)

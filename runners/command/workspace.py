@@ -13,6 +13,7 @@ from flowmesh import progress
 from flowmesh.messages.text import encode_json
 from flowmesh.processes import environ
 from runners.api import BadRequest, Context
+from runners.command.start import of_gang
 from runners.command.task import Program, Source
 from runners.data.download import fetch
 from runners.data.reading import Refused
@@ -67,6 +68,7 @@ def make(ctx: Context, spec: Program) -> Workspace:
         "FLOWMESH_OUTPUT_DIR": str(ctx.artifacts_dir),
         "FLOWMESH_CHECKPOINT_DIR": str(checkpoints),
         progress.FIFO: str(fifo),
+        **of_gang(ctx),
     }
     return Workspace(folder=folder, inputs=inputs, result=result, fifo=fifo, env=env)
 

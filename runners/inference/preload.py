@@ -1,21 +1,8 @@
 """Modules that an environment's fork server imports, so that a forked task starts without imports.
 
-Importing them must start no further native thread and no CUDA context. The server sets ENVIRONMENT first: otherwise
-OpenBLAS and pyarrow start threads, and vLLM chooses its process layout at import.
+Importing them must start no native thread and no CUDA context. The server sets `processes.environ.SERVER` first:
+otherwise OpenBLAS and pyarrow start threads, and vLLM chooses its process layout at import.
 """
-
-ENVIRONMENT: dict[str, str] = {
-    "OMP_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "JE_ARROW_MALLOC_CONF": "background_thread:false",
-    "TOKENIZERS_PARALLELISM": "false",
-    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-}
 
 TRANSFORMERS: tuple[str, ...] = (
     "torch",

@@ -1,13 +1,9 @@
 """Modules that an environment's fork server imports, so that a rag task forked from it starts at once.
 
-As `runners.inference.preload` has it: the server sets ENVIRONMENT before it imports them, and keeps one native thread.
+Importing them starts no native thread; see `runners.inference.preload`.
 """
 
 import importlib.util
-
-from runners.inference.preload import ENVIRONMENT
-
-__all__ = ["ENVIRONMENT", "RAG", "if_installed"]
 
 
 def if_installed(library: str, *modules: str) -> tuple[str, ...]:

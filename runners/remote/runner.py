@@ -19,6 +19,7 @@ from runners.remote.task import SCRIPTED, Api, check_address, key_of_endpoint, r
 from runners.rows.keys import key_of
 from runners.rows.log import RowLog, report_rows
 from runners.rows.opening import open_rows
+from runners.served_model import served_model
 
 ERRORS = "artifacts/errors.jsonl"
 SHOWN_ERRORS = 5
@@ -61,16 +62,12 @@ class ApiRunner(Runner):
                 if text is None:
                     raise BadRequest(f"{where}: chat messages go with endpoint 'chat'; give one text")
         with contextlib.ExitStack() as stack:
-            if api.base_url == SCRIPTED:
-                base_url = stack.enter_context(scripted())
-            else:
-                check_address(ctx, api)
-                base_url = api.base_url
+            base_url, key, model = _endpoint(ctx, api, stack)
             loop = EventLoop()
             stack.callback(loop.close)
-            client = Client(api, base_url, key_of_endpoint(ctx, api), redact)
+            client = Client(api, base_url, key, redact)
             watch = _Watch(ctx)
-            model = api.model or loop.wait(client.find_model(), watch)
+            model = model or loop.wait(client.find_model(), watch)
             bodies = {
                 index: body_of(api, model, items, index) for index in range(len(items.prompts)) if index not in blank
             }
@@ -150,6 +147,21 @@ class ApiRunner(Runner):
                 "cached_tokens": cached, "num_requests": client.attempts, "latency_sec": round(latency_s, 6),
             },
         }  # fmt: skip
+
+
+def _endpoint(ctx: Context, api: Api, stack: contextlib.ExitStack) -> tuple[str, str | None, str | None]:
+    """The address, the key, and the model's name; None: there is no key, and the endpoint's first model.
+
+    Raises:
+        BadRequest: the operator does not allow one of them, or the key is not set.
+    """
+    served = served_model(ctx, api.base_url, "spec.api.base_url")
+    if served is not None:
+        return served.base_url, served.api_key, api.model or served.model
+    if api.base_url == SCRIPTED:
+        return stack.enter_context(scripted()), key_of_endpoint(ctx, api), api.model
+    check_address(ctx, api)
+    return api.base_url, key_of_endpoint(ctx, api), api.model
 
 
 def _close(loop: Any, client: Any) -> None:

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from msgspec import Meta
 
+from flowmesh.messages.serving import names_task
 from flowmesh.web.origins import origin
 from runners.agent.secrets import from_env
 from runners.api import BadRequest, Context
@@ -20,6 +21,7 @@ from runners.data.sources import check_data
 from runners.fields import Faults, check_spec
 from runners.models.spec import Headers, Section
 from runners.rows.resume import check_resume
+from runners.served_model import check_name
 
 OWN_FIELDS = ("data", "api", "resume")
 SCRIPTED = "builtin:scripted"
@@ -127,6 +129,8 @@ def check_address(ctx: Context, api: Api, where: str = "spec.api") -> None:
 def _check(api: Api, where: str) -> None:
     faults = Faults()
     faults.read(lambda: _check_url(api.base_url, f"{where}.base_url"))
+    if names_task(api.base_url) and api.api_key_env is not None:
+        faults.read(lambda: _own_key(f"{where}.api_key_env"))
     for name in api.body or {}:
         faults.read(lambda name=name: _check_body(name, f"{where}.body.{name}"))  # type: ignore[misc]
     if api.system_prompt is not None and api.kind != "chat":
@@ -137,7 +141,8 @@ def _check(api: Api, where: str) -> None:
 
 
 def _check_url(url: str, where: str) -> None:
-    if url == SCRIPTED:
+    check_name(url, where)
+    if url == SCRIPTED or names_task(url):
         return
     try:
         parts = urlsplit(url)
@@ -145,7 +150,7 @@ def _check_url(url: str, where: str) -> None:
     except ValueError:
         host, parts = None, urlsplit("")
     if parts.scheme not in ("http", "https") or not host:
-        raise BadRequest(f"{where}: an http or https address is needed, such as https://HOST/v1")
+        raise BadRequest(f"{where}: an http or https address is needed, such as https://HOST/v1, or task:ID")
     if parts.username or parts.password or parts.query or parts.fragment:
         raise BadRequest(f"{where}: no user, password or query belongs there; use api_key_env")
 
@@ -155,6 +160,10 @@ def _check_body(name: str, where: str) -> None:
         raise BadRequest(f"{where}: comes from spec.{_OWN_OF_BODY[name]}; leave it out")
     if name in _NOT_TAKEN:
         raise BadRequest(f"{where}: {_NOT_TAKEN[name]}; leave it out")
+
+
+def _own_key(where: str) -> None:
+    raise BadRequest(f"{where}: a task that serves a model has a key of its own; leave it out")
 
 
 def _only_chat(where: str) -> None:

@@ -10,10 +10,13 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
+
+from runners.serve.numbers import Times
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -27,6 +30,7 @@ OTHER_PATHS = frozenset(["/health", MODELS_PATH])
 MAX_BODY = 32 * 1024 * 1024
 """Bytes of a request's body, which is kept in memory."""
 _TOKENS = re.compile(rb'"(?:completion|output)_tokens":\s*(\d{1,12})')
+_READ = re.compile(rb'"(?:prompt|input)_tokens":\s*(\d{1,12})')
 
 
 class Gate:
@@ -39,12 +43,16 @@ class Gate:
         pinned: its name for the library's server.
         own_key: the key of the task's own checks, whose requests are not counted. Empty: there are none.
         clock: seconds that never go back.
+        numbers, times: what an earlier gate of the same address has counted.
 
     Attributes:
         requests: requests to the model so far, with those that failed.
         failed: those that were answered with a status of 500 and above, or with none.
         running: requests to the model that are being answered now.
         tokens: tokens of answers, as the server reported them; a stream that ended early reports none.
+        prompt_tokens: those of the requests, likewise.
+        first_token: of streams: from the request to the first part of the answer.
+        duration: of all requests, from the request to the end of the answer.
     """
 
     def __init__(
@@ -55,6 +63,8 @@ class Gate:
         pinned: str,
         *,
         own_key: str = "",
+        numbers: Mapping[str, float] = MappingProxyType({}),
+        times: Mapping[str, Sequence[float]] = MappingProxyType({}),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if not key:
@@ -66,10 +76,24 @@ class Gate:
         self._pinned = pinned
         self._clock = clock
         self._idle_since = self._moved = clock()
-        self.requests = 0
-        self.failed = 0
+        self.requests = int(numbers.get("requests", 0))
+        self.failed = int(numbers.get("failed", 0))
         self.running = 0
-        self.tokens = 0
+        self.tokens = int(numbers.get("completion_tokens", 0))
+        self.prompt_tokens = int(numbers.get("prompt_tokens", 0))
+        self.first_token = Times(times.get("first_token", ()))
+        self.duration = Times(times.get("request", ()))
+
+    def numbers(self) -> dict[str, float]:
+        """The counts, as the node names them."""
+        return {
+            "requests": self.requests, "failed": self.failed, "running": self.running,
+            "prompt_tokens": self.prompt_tokens, "completion_tokens": self.tokens,
+        }  # fmt: skip
+
+    def times(self) -> dict[str, tuple[float, ...]]:
+        """The durations, as the node names them."""
+        return {"first_token": self.first_token.values(), "request": self.duration.values()}
 
     def idle_s(self) -> float:
         """Seconds since the last request to the model ended, or since the start; 0 while one is being answered."""
@@ -112,12 +136,21 @@ class Gate:
         """Also a stream counts as running until its last part is sent or its client has gone."""
         status = 0
         last = b""
+        since = self._clock()
+        streams = False  # until its first part has come
 
         async def watched(message: Message) -> None:
-            nonlocal status, last
+            nonlocal status, last, streams
             if message["type"] == "http.response.start":
                 status = message["status"]
+                streams = status < 400 and any(
+                    name.lower() == b"content-type" and value.startswith(b"text/event-stream")
+                    for name, value in message.get("headers", ())
+                )
             else:
+                if streams and message.get("body"):
+                    streams = False
+                    self.first_token.add(self._clock() - since)
                 last = (last + message.get("body", b""))[-4096:]  # the usage comes at the end
             await send(message)
             self._moved = self._clock()
@@ -130,7 +163,10 @@ class Gate:
         finally:
             self.running -= 1
             self.failed += status == 0 or status >= 500
-            self.tokens += int(([b"0", *_TOKENS.findall(last)])[-1]) if status < 400 else 0
+            self.duration.add(self._clock() - since)
+            if status < 400:
+                self.tokens += int(([b"0", *_TOKENS.findall(last)])[-1])
+                self.prompt_tokens += int(([b"0", *_READ.findall(last)])[-1])
             self._idle_since = self._clock()
 
     async def _ask(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:

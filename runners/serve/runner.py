@@ -16,31 +16,35 @@ from typing import Any
 from flowmesh.messages.job import Fault
 from runners.api import BadRequest, Cancelled, Context, MissingDependency, Runner, RunnerError
 from runners.serve.gate import Gate
+from runners.serve.keeper import Keeper
+from runners.serve.process import Place, ServingContext
+from runners.serve.result import result_of
+from runners.serve.served import Served, load
 from runners.serve.task import Serve, ServeTask, address_of, check_allowed, read_serve
 
 TICK_S = 0.2
-ANNOUNCE_S = 5.0
-"""Between two frames that tell the node where the model is served."""
+ANNOUNCE_S = 1.0
+"""Between two frames that tell the node where the model is served, and its numbers."""
 FIRST_ANSWER_S = 600.0
 """The first completion may compile kernels."""
 SILENT_S = 600.0
 """Requests that have no part of an answer for so long are no sign of health any more."""
 HEALTH_TIMEOUT_S = 60.0
 FAILURES = 3
-"""Health checks in a row that end the task."""
+"""Health checks in a row that end the serving process."""
 STOP_S = 3.0
 """How long requests that are being answered may go on after the end."""
 BACKLOG = 128
 
 
 class ServerLost(RunnerError):
-    """The server does not answer any more. The queue's retries start it again."""
+    """The server does not answer any more. Another process may."""
 
     fault = Fault.CRASH
 
 
 class ServeRunner(Runner):
-    """Task type `serve`."""
+    """Task type `serve`, in the task's own process: it keeps the address, and another process serves there."""
 
     def run(self, ctx: Context) -> dict[str, Any]:
         ctx.phase("prepare")
@@ -50,20 +54,30 @@ class ServeRunner(Runner):
             if importlib.util.find_spec(library) is None:
                 raise MissingDependency(library)
         with contextlib.closing(_bound(task.serve)) as listener:  # before the model is loaded, which takes its time
-            ctx.phase("load")
-            model, tokenizer, shown = _load(ctx, task)
-            from runners.serve.transformers_app import PINNED, build
+            return Keeper(ctx, task, listener).run()
 
-            app = build(model, tokenizer)
-            own_key = secrets.token_urlsafe(32)
-            key = secrets.token_urlsafe(32)
-            gate = Gate(app, key, task.name, PINNED, own_key=own_key)
-            server = Server(gate, listener, task.name, own_key)
-            ctx.phase("check")
-            try:
-                return _serve(ctx, task, server, key, shown)
-            finally:
-                server.stop()
+
+class ServingRunner(Runner):
+    """The serving process; see `process.fork`."""
+
+    def run(self, ctx: Context) -> dict[str, Any]:
+        assert isinstance(ctx, ServingContext), "only its parent starts it"
+        place = ctx.place
+        task = read_serve(ctx, ctx.spec)
+        ctx.phase("load")
+        served = load(ctx, task)
+        own_key = secrets.token_urlsafe(32)
+        gate = Gate(
+            served.app, place.key, task.name, served.pinned, own_key=own_key, numbers=place.numbers, times=place.times
+        )
+        ctx.take_listener()
+        server = Server(gate, place.listener, task.name, own_key)
+        ctx.phase("check")
+        try:
+            return _serve(ctx, task, server, served, place)
+        finally:
+            server.stop()
+            served.close()
 
 
 def _bound(serve: Serve) -> socket.socket:
@@ -75,19 +89,6 @@ def _bound(serve: Serve) -> socket.socket:
         raise BadRequest(
             f"spec.serve.port: cannot listen on {host} port {serve.port}: {error.strerror}; 0 takes a free one"
         ) from None
-
-
-def _load(ctx: Context, task: ServeTask) -> tuple[Any, Any, str]:
-    """The model with its adapters merged, its tokenizer, and its name for the result."""
-    from runners.inference.loader import load_model
-    from runners.inference.lora import apply_adapters
-    from runners.inference.task_model import find_source
-    from runners.models.adapters import load_adapters
-
-    source = find_source(ctx, task.model)
-    adapters = load_adapters(ctx, task.model.model.adapters)
-    model, texts = load_model(ctx, task.model, source)
-    return apply_adapters(model, adapters), texts.tokenizer, source.shown
 
 
 class Server:
@@ -149,7 +150,7 @@ class Server:
         self._thread.join(1)
 
 
-def _serve(ctx: Context, task: ServeTask, server: Server, key: str, shown: str) -> dict[str, Any]:
+def _serve(ctx: Context, task: ServeTask, server: Server, served: Served, place: Place) -> dict[str, Any]:
     """Check, announce and watch the server; returns the result once it is to end.
 
     Raises:
@@ -159,15 +160,21 @@ def _serve(ctx: Context, task: ServeTask, server: Server, key: str, shown: str) 
     gate, serve = server.gate, task.serve
     first = server.check(FIRST_ANSWER_S)
     while not first.done():
+        _check_alive(server, served)
         ctx.sleep(TICK_S)
     if wrong := first.result():
         raise RunnerError(f"the served model gave no answer to the first request: {wrong}")
     ctx.phase("serve")
     ctx.log.info("serving model=%s base_url=%s", task.name, server.base_url)
-    since = time.monotonic()
+    since = place.since or time.monotonic()
     gate.start_idle()
+
+    def announce() -> None:
+        numbers = {**served.engine_numbers(), **gate.numbers()}
+        ctx.serve(server.base_url, task.name, place.key, numbers=numbers, times=gate.times())
+
     try:
-        reason = watch(ctx, serve, server, since, lambda: ctx.serve(server.base_url, task.name, key))
+        reason = watch(ctx, serve, server, served, announce, since=since)
     except Cancelled:
         request = ctx.cancelled
         if request is None or request.stop != "cancelled":
@@ -177,27 +184,24 @@ def _serve(ctx: Context, task: ServeTask, server: Server, key: str, shown: str) 
     seconds = time.monotonic() - since
     server.stop()
     ctx.log.info("served model=%s reason=%s requests=%d failed=%d", task.name, reason, gate.requests, gate.failed)
-    return {
-        "ok": True,
-        "model": {"name": task.name, "source": shown},
-        "base_url": server.base_url,
-        "reason": reason,
-        "requests": gate.requests,
-        "failed": gate.failed,
-        "tokens": gate.tokens,
-        "seconds": round(seconds, 3),
-    }
+    return result_of(task, served.source, server.base_url, reason, gate.numbers(), seconds)
 
 
-def watch(ctx: Context, serve: Serve, server: Server, since: float, announce: Any) -> str:
+def _check_alive(server: Server, served: Served) -> None:
+    if (failure := served.failure()) is not None:
+        raise failure
+    if not server.alive:
+        raise ServerLost("the HTTP server ended by itself; see the task's log")
+
+
+def watch(ctx: Context, serve: Serve, server: Server, served: Served, announce: Any, *, since: float) -> str:
     """Wait for the end; returns the reason, `ttl` or `idle`."""
     gate = server.gate
     announced = float("-inf")
     checked, failures, check = time.monotonic(), 0, None
     while True:
         now = time.monotonic()
-        if not server.alive:
-            raise ServerLost("the HTTP server ended by itself; see the task's log")
+        _check_alive(server, served)
         if now - announced >= ANNOUNCE_S:
             announced = now
             announce()

@@ -36,6 +36,8 @@ class Serve(Section, frozen=True):
     """End after so long without a request to the model. None: no limit."""
     health_interval_s: Seconds = 30.0
     """Between two short completions that check the server while nobody uses it."""
+    restarts: Annotated[int, Meta(ge=0, le=1000)] = 3
+    """How often a model that was served is loaded again, at the same address, after its server was lost."""
 
 
 class ServeTask(msgspec.Struct, frozen=True, kw_only=True):

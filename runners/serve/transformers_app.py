@@ -8,10 +8,44 @@ from __future__ import annotations
 
 from typing import Any
 
+from runners.api import Context
 from runners.serve.gate import App
+from runners.serve.task import ServeTask
 
 PINNED = "served"
 """The name under which the application knows its one model; see `gate.Gate`."""
+
+
+class TransformersServed:
+    """A model in this process; see `served.Served`."""
+
+    pinned = PINNED
+
+    def __init__(self, app: App, source: str) -> None:
+        self.app = app
+        self.source = source
+
+    @classmethod
+    def load(cls, ctx: Context, task: ServeTask) -> TransformersServed:
+        """Load the model, with its adapters merged. Errors as for `served.load`."""
+        from runners.inference.loader import load_model
+        from runners.inference.lora import apply_adapters
+        from runners.inference.task_model import find_source
+        from runners.models.adapters import load_adapters
+
+        source = find_source(ctx, task.model)
+        adapters = load_adapters(ctx, task.model.model.adapters)
+        model, texts = load_model(ctx, task.model, source)
+        return cls(build(apply_adapters(model, adapters), texts.tokenizer), source.shown)
+
+    def failure(self) -> None:
+        """It has no process of its own that could end."""
+
+    def engine_numbers(self) -> dict[str, float]:
+        return {}
+
+    def close(self) -> None:
+        """It ends with this process."""
 
 
 def build(model: Any, tokenizer: Any) -> App:

@@ -11,16 +11,19 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from runners.api import BadRequest, Context
+from runners.api import BadRequest, Context, RunnerError
 from runners.models.checkpoints import Loaded
 from runners.models.code import check_data_only
 from runners.models.files import find_root
 from runners.models.sources import Source, check_model_folder, local_folder, local_path, resolve_identifier
+from runners.training.nodes import task_folder
 from runners.training.plan import Plan
 
 STATE_FILE = "trainer_state.json"
 FSDP_WEIGHTS = "pytorch_model_fsdp.bin"
 """Accelerate's full copy of a model sharded by FSDP. The optimizer's state beside it has another name, too."""
+ZERO_PARTS = "global_step*/*zero_pp_rank_*_optim_states.pt"
+"""DeepSpeed's files of the optimizer's state, one for each rank that wrote it."""
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -51,7 +54,7 @@ def start_of(plan: Plan, ctx: Context, loaded: Loaded | None) -> Start:
     resume: Path | None = None
     adapter: Path | None = None
     weights: Source | None = None
-    if own := last_whole(ctx.out_dir / "checkpoints", ctx):
+    if own := last_whole(task_folder(ctx) / "checkpoints", ctx):
         resume = own
         ctx.log.info("resuming an earlier attempt checkpoint=%s", own.name)
     elif plan.training.resume_from_path is not None:
@@ -162,6 +165,16 @@ def last_whole(folder: Path, ctx: Context) -> Path | None:
 def step_of(checkpoint: Path) -> int:
     """The step after which `checkpoint` was written."""
     return int(json.loads((checkpoint / STATE_FILE).read_text())["global_step"])
+
+
+def check_world(checkpoint: Path, world: int) -> None:
+    """Raises RunnerError where a checkpoint can only be continued by as many ranks as have written it."""
+    parts = len(list(checkpoint.glob(ZERO_PARTS)))
+    if parts not in (0, world):
+        raise RunnerError(
+            f"spec.training.deepspeed: {checkpoint.name} was written by {parts} ranks, and this run has {world}: ZeRO "
+            "cannot divide it again; run it on as many nodes and GPUs, or under another task id"
+        )
 
 
 def steps(folder: Path) -> list[tuple[int, Path]]:

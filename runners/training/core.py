@@ -16,10 +16,11 @@ from typing import Any
 import msgspec
 
 from runners.api import BadRequest, Context, MissingDependency, RunnerError
+from runners.gang import gang_of, of_member
 from runners.models.code import may_run_code
 from runners.models.contents import check_attention
 from runners.models.sources import Source
-from runners.training import checkpoints, costs, devices, groups, inputs, models, ranks, torchrun
+from runners.training import checkpoints, costs, devices, groups, inputs, models, nodes, ranks, torchrun
 from runners.training.arguments import checkpoints_dir
 from runners.training.checkpoints import Start
 from runners.training.devices import Layout
@@ -31,6 +32,8 @@ from runners.training.ranks import Place, Report
 from runners.training.setup import Setup, TrainingJob
 from runners.training.step_notes import StepNotes
 
+OF_MEMBER = ("steps", "world_size", "device", "peak_host_bytes", "peak_gpu_bytes")
+"""Metrics that a member of a gang reports beside rank 0, which reports all."""
 LIBRARIES = ("torch", "transformers", "accelerate", "peft", "datasets", "trl")
 
 
@@ -64,11 +67,15 @@ def run(task_type: str, ctx: Context) -> dict[str, Any]:
         return with_peaks(result, [_own_report(result)])
     ctx.finish()
     leader = reports[0]
+    gang = gang_of(ctx)
     ctx.phases.update(leader.phases)
     ctx.archives.extend(leader.archives)
     ctx.warnings.extend(each for each in leader.warnings if each not in ctx.warnings)
     assert leader.result is not None, "a good report has a result"
-    return with_peaks(leader.result, reports)
+    result = with_peaks(leader.result, reports)
+    if gang is None or gang.rank == 0:
+        return result
+    return {**of_member(gang), "metrics": {name: result["metrics"].get(name) for name in OF_MEMBER}}
 
 
 def train(
@@ -140,20 +147,33 @@ def set_up(
     start = checkpoints.start_of(plan, ctx, fetched.checkpoint)
     plan = trusted(plan, ctx, start)
     start = models.merged_start(plan, start, ctx, write=place.leads_node)
+    if start.resume is not None:
+        checkpoints.check_world(start.resume, place.world)
     if place.world > 1:
         ranks.join(place, device, store, _timeout_s(plan))
+    agree = ranks.agreement(place)
+    in_gang = gang_of(ctx) is not None
+    shared = nodes.share_folder(ctx, place, agree) if in_gang else layout.nodes == 1
     checkpoints_dir(ctx).mkdir(parents=True, exist_ok=True)
     meter = Meter(
         ctx,
-        ranks.agreement(place),
+        agree,
         scaled=plan.training.fp16,
         saves_every_s=plan.training.save_on_time_s,
-        notes=StepNotes(checkpoints_dir(ctx)) if place.leads_node else None,
+        notes=StepNotes(checkpoints_dir(ctx)) if place.leads or (place.leads_node and not shared) else None,
     )
     if layout.nodes > 1:
         start = _agreed(start, ctx, meter)
     return Setup(
-        plan=plan, ctx=ctx, fetched=fetched, layout=layout, place=place, device=device, meter=meter, start=start
+        plan=plan,
+        ctx=ctx,
+        fetched=fetched,
+        layout=layout,
+        place=place,
+        device=device,
+        meter=meter,
+        start=start,
+        parts_together=shared or not in_gang,
     )
 
 
@@ -195,7 +215,10 @@ def _agreed(start: Start, ctx: Context, meter: Meter) -> Start:
     if least == most:
         return start
     if step == -1 or (start.resume is not None and start.resume.parent == checkpoints_dir(ctx)):
-        ctx.log.warning("nodes have checkpoints of different steps: all start from the beginning")
+        ctx.log.warning(
+            "nodes have checkpoints of different steps: all start from the beginning; to continue, they need one "
+            "RESULTS_DIR that all of them see"
+        )
         return dataclasses.replace(start, resume=None)
     raise RunnerError(
         f"this node resumes from step {step}, others from {least if most == step else most}; "

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from flowmesh.messages.job import Fault
 from runners.api import Cancelled, Context, RunnerError
+from runners.gang import gang_of
 from runners.training import ranks
 from runners.training.devices import Layout
 from runners.training.faults import is_echo
@@ -199,6 +200,8 @@ def verdict(ctx: Context, folder: Path, endings: list[Ending]) -> list[Report]:
     )
     if _order(culprit)[0] == ECHO:
         message += _still_at_work(endings, reports)
+        if gang_of(ctx) is not None:
+            fault = Fault.CRASH  # of another node, so that a retry makes sense
     raise _failed(ctx, local_rank, message, fault, culprit.detail)
 
 

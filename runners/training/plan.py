@@ -16,6 +16,7 @@ from runners.fields import Faults, check_spec
 from runners.models.spec import Checkpoint, CheckpointLoad
 from runners.training import settings, sources
 from runners.training.kinds import KINDS, Kind
+from runners.training.meeting import with_gang
 
 T = TypeVar("T")
 
@@ -122,8 +123,10 @@ def _training(ctx: Context, kind: Kind) -> settings.Training:
         faults.read(lambda: _refuse("spec.training.fsdp: given besides deepspeed; give one"))
     if isinstance(training, settings.PpoTraining):
         faults.read(lambda: check(ctx, training.trainer_args, settings.PpoArgs, "spec.training.trainer_args"))
+    found = faults.read(lambda: with_gang(training, ctx))
     faults.check()
-    return training
+    assert found is not None, "else it was a fault"
+    return found
 
 
 def _refuse(message: str) -> NoReturn:

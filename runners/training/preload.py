@@ -1,12 +1,7 @@
 """Modules that an environment's fork server imports, so that a training task forked from it begins at once.
 
-As `runners.inference.preload` has it: the server sets ENVIRONMENT before it imports them, and keeps one native thread.
+Importing them starts no native thread; see `runners.inference.preload`.
 """
-
-from runners.inference.preload import ENVIRONMENT
-
-__all__ = ["ENVIRONMENT", "TRAINING"]
-
 
 TRAINING: tuple[str, ...] = (
     "torch",

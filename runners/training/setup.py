@@ -26,6 +26,8 @@ class Setup:
     device: Device
     meter: Meter
     start: Start
+    parts_together: bool = True
+    """Whether the parts of a checkpoint that ranks write come to lie in one folder."""
 
 
 class TrainingJob(Protocol):

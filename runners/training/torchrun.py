@@ -18,6 +18,7 @@ from pathlib import Path
 import msgspec
 
 from runners.api import Context, RunnerError
+from runners.gang import interfaces
 from runners.training import groups, ranks
 from runners.training.devices import Layout
 from runners.training.inputs import Inputs
@@ -70,11 +71,14 @@ def command(plan: Plan, layout: Layout, folder: Path, task_id: str = "") -> list
     """
     training = plan.training
     local = ["--local-addr", "127.0.0.1"] if _is_local(plan) else []
-    rank = [] if training.node_rank is None else ["--node-rank", str(training.node_rank)]
+    # c10d numbers the nodes by itself; where they have numbers it must not
+    numbered = training.node_rank is not None
+    rank = ["--node-rank", str(training.node_rank)] if numbered else []
+    backend = "static" if numbered else "c10d"
     return [
         *(sys.executable, "-m", LAUNCHER),
         *("--nnodes", str(layout.nodes), "--nproc-per-node", str(layout.ranks)),
-        *("--rdzv-backend", "c10d", "--rdzv-endpoint", str(training.rdzv_endpoint), "--rdzv-id", training.rdzv_id),
+        *("--rdzv-backend", backend, "--rdzv-endpoint", str(training.rdzv_endpoint), "--rdzv-id", training.rdzv_id),
         *("--max-restarts", "0", "--monitor-interval", "0.2", *local, *rank),
         *("-m", RANK_MODULE, str(folder), *filter(None, [task_id])),
     ]
@@ -85,7 +89,9 @@ def _is_local(plan: Plan) -> bool:
 
 
 def _environment(plan: Plan) -> dict[str, str]:
-    return {"GLOO_SOCKET_IFNAME": "lo"} if _is_local(plan) else {}
+    if _is_local(plan):
+        return {"GLOO_SOCKET_IFNAME": "lo"}
+    return interfaces(str(plan.training.rdzv_endpoint).rpartition(":")[0].strip("[]"))
 
 
 def _serve(listener: socket.socket, agent: subprocess.Popen[bytes], ctx: Context) -> None:

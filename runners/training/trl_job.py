@@ -8,7 +8,7 @@ from typing import Any
 from transformers import EarlyStoppingCallback
 
 from runners.api import BadRequest, MissingDependency, RunnerError
-from runners.training import arguments, evaluating, models, packing, prompts, rewards, saving, sharding, tracking
+from runners.training import arguments, evaluating, models, nodes, packing, prompts, rewards, saving, sharding, tracking
 from runners.training.bounds import Bounds
 from runners.training.callbacks import MeterCallback, NothingLeft
 from runners.training.plan import Plan
@@ -25,6 +25,7 @@ class TrlJob:
         self._plan, self._ctx = plan, ctx = setup.plan, setup.ctx
         layout, device = setup.layout, setup.device
         self.sharding = sharding.pick(plan, ctx, layout, device)
+        nodes.check_shared(self.sharding.name, shared=setup.parts_together)
         ctx.log.info("sharding: %s", self.sharding.name)
         self.tracking = tracking.begin(plan, ctx, setup.start)
         config = arguments.build(plan, ctx, layout, device, self.sharding)  # before the model: ZeRO-3 loads by it

@@ -1,11 +1,7 @@
 """Modules that an environment's fork server imports for the task types `embedding` and `score`.
 
-As `runners.inference.preload` has it: the server sets ENVIRONMENT before it imports them, and keeps one native thread.
+Importing them starts no native thread; see `runners.inference.preload`.
 """
-
-from runners.inference.preload import ENVIRONMENT
-
-__all__ = ["ENVIRONMENT", "SCORE", "VECTORS"]
 
 _LIBRARIES: tuple[str, ...] = (
     "torch",

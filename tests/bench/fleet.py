@@ -11,11 +11,10 @@ from typing import Any
 from flowmesh.client import Client
 from flowmesh.queue import scripts
 from flowmesh.queue.classes import class_of
-from tests.bench.measure import Row, cpu_s, deployment, percentile, publish_to_end, spread, timed
+from tests.bench.measure import ECHO, Row, cpu_s, deployment, percentile, publish_to_end, spread, timed
 from tests.kit.fake_node import register
 from tests.kit.support import Node, Orchestrator, RedisServer
 
-ECHO = {"spec": {"taskType": "echo"}}
 SLOTS = 1000
 OWNERS = 20
 POLL_S = 6.0

@@ -11,6 +11,8 @@ from typing import Any
 
 from tests.kit.support import Node, Orchestrator, RedisServer, until
 
+ECHO = {"spec": {"taskType": "echo"}}
+
 
 @dataclass(frozen=True)
 class Row:

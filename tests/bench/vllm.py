@@ -77,7 +77,6 @@ def measure(*, quick: bool, so_far: list[Row]) -> list[Row]:
 
 def _measure(*, quick: bool) -> list[Row]:
     rounds = 1 if quick else 3
-    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
     tiny = {**SPEC, "engine": "vllm", "enforce_cpu": False, "model": {**SPEC["model"], "vllm": {"enforce_eager": True}}}
     with tempfile.TemporaryDirectory() as folder, deployment("--log-level", "WARNING") as (node, peer):
         cold = publish_to_end(peer, tiny)
@@ -170,6 +169,7 @@ def _bare(model: str, kind: str) -> float:
         **os.environ,
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
         "HF_HUB_OFFLINE": "1",
     }
     command = [sys.executable, "-c", _BARE, *texts]

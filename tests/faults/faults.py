@@ -9,6 +9,7 @@ from tests.faults import child  # noqa: F401
 from tests.faults import rows  # noqa: F401
 from tests.faults import pipe  # noqa: F401
 from tests.faults import delivery  # noqa: F401
+from tests.faults import serve  # noqa: F401
 from tests.faults import webhooks  # noqa: F401
 from tests.faults import ranks  # noqa: F401
 from tests.faults import command  # noqa: F401

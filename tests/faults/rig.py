@@ -60,6 +60,7 @@ log_max_bytes = 1048576
 hang_timeout_s = {HANG_S}
 pass_env = {json.dumps(PASS_ENV)}
 allow_command = ["*"]
+allow_serve = ["127.0.0.1"]
 
 [processes]
 isolation = "{{isolation}}"

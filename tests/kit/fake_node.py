@@ -31,9 +31,13 @@ def now():
     return datetime.datetime.now(datetime.UTC).isoformat()
 
 
-def register(client, worker_id, *, status="IDLE", hardware=HARDWARE, tags=(), cost="1.0", types=None, ttl=120, **extra):
+def register(
+    client, worker_id, *, status="IDLE", hardware=HARDWARE, tags=(), cost="1.0", types=None, node="", ttl=120, **extra
+):
     """A worker as docs/contract.md §1.1 has it."""
     env = {} if types is None else {"task_types": list(types)}
+    if node:
+        env["node"] = node
     fields = {
         "worker_id": worker_id,
         "status": status,

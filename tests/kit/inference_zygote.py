@@ -19,7 +19,12 @@ from flowmesh.messages.job import Job
 from flowmesh.processes.child_main import reseed
 from runners.api import Context, RunnerError
 from runners.inference import preload
-from runners.inference.runner import InferenceRunner
+
+RUNNERS = {
+    "inference": "runners.inference.runner:InferenceRunner",
+    "embedding": "runners.vectors.runner:EmbeddingRunner",
+    "score": "runners.scoring.runner:ScoreRunner",
+}
 
 
 class MarkingContext(Context):
@@ -32,8 +37,11 @@ class MarkingContext(Context):
 
 def work(job: Job) -> dict[str, object]:
     reseed()  # as a node's child does
+    before = frozenset(sys.modules)
+    module, _, name = RUNNERS[job.task_type].partition(":")
     try:
-        return {"result": InferenceRunner().run(MarkingContext(job))}
+        result = getattr(importlib.import_module(module), name)().run(MarkingContext(job))
+        return {"result": result, "imported": sorted(sys.modules.keys() - before)}
     except RunnerError as error:
         return {"error": type(error).__name__, "fault": error.fault.value, "message": str(error)}
     except BaseException:  # noqa: BLE001 - a child tells everything

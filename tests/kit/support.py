@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,8 @@ import pytest
 import redis
 
 from flowmesh.files.removal import remove_path
+from tests.kit import node_zygote
+from tests.kit.network import Host
 from tests.kit.paths import PERMITS, ROOT
 
 DEADLINE_S = 60.0
@@ -45,7 +48,14 @@ def short_dir() -> Path:
     return Path(tempfile.mkdtemp(prefix="fm-"))
 
 
-def end_process(process: subprocess.Popen[bytes], number: int = signal.SIGTERM, wait_s: float = 20.0) -> int:
+def free_port() -> int:
+    """A port of loopback that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def end_process(process: node_zygote.Process, number: int = signal.SIGTERM, wait_s: float = 20.0) -> int:
     if process.poll() is None:
         process.send_signal(number)
         try:
@@ -114,10 +124,12 @@ class RedisServer:
 
     Args:
         keep: with an append-only file, so that it has its data again after a restart.
+        host: where it runs and listens for nodes on other hosts; this process reaches it by the socket.
     """
 
-    def __init__(self, *, keep: bool = False) -> None:
+    def __init__(self, *, keep: bool = False, host: Host | None = None) -> None:
         self.keep = keep
+        self._host = host
         self.binary = shutil.which("redis-server") or shutil.which("valkey-server")
         if self.binary is None:
             if os.environ.get("CI"):
@@ -125,13 +137,20 @@ class RedisServer:
             pytest.skip("no redis-server on this machine: apt-get install redis-server")
         self.folder = short_dir()
         self.path = self.folder / "redis.sock"
-        self.url = f"unix://{self.path}"
+        self.near_url = self.url = f"unix://{self.path}"
+        """For this process, and for nodes."""
+        if host is not None:
+            self.url = f"redis://{host.address}:6379"
         self.process: subprocess.Popen[bytes] | None = None
         self.start()
 
     def start(self) -> None:
         assert self.binary is not None
-        command = [self.binary, "--port", "0", "--unixsocket", str(self.path), "--save", ""]
+        command = [self.binary, "--unixsocket", str(self.path), "--save", ""]
+        if self._host is None:
+            command += ["--port", "0"]
+        else:
+            command = [*self._host.enter, *command, "--bind", self._host.address, "--protected-mode", "no"]
         command += ["--appendonly", "yes" if self.keep else "no"]
         with open(self.folder / "redis.log", "ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder, start_new_session=True)
@@ -275,7 +294,7 @@ class Node:
         if config:
             (self.home / "node.toml").write_text(config)
             self.args += ["--config", str(self.home / "node.toml")]
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: node_zygote.Process | None = None
         self.wrapper: list[str] = []
         """A program that starts the node with fewer rights, and its arguments."""
 
@@ -291,13 +310,16 @@ class Node:
         ]  # fmt: skip
 
     def start(self, *, wait: bool = True) -> Node:
-        command = [*self.wrapper, sys.executable, "-m", "flowmesh.cli.supervisor", *self.flags(), *self.args]
+        arguments = [*self.flags(), *self.args]
+        command = [*self.wrapper, sys.executable, "-m", node_zygote.MODULE, *arguments]
         paths = filter(None, [str(self.code), os.environ.get("PYTHONPATH")])
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **self.env}
         env.pop("REDIS_URL", None)
         env |= {name: value for name, value in self.env.items() if name == "REDIS_URL"}
+        executed = self.code != ROOT or self.cwd != ROOT or self.wrapper
         with open(self.log, "ab") as log:
-            self.process = subprocess.Popen(
+            forked = None if executed else node_zygote.start(arguments, env, self.cwd, log.fileno())
+            self.process = forked or subprocess.Popen(
                 command,
                 cwd=self.cwd,
                 env=env,

@@ -22,8 +22,9 @@ from typing import Any
 import msgspec
 
 from flowmesh.messages.job import JOB_FILE, OUTCOME_FILE, Job, Outcome
+from flowmesh.processes.environ import SERVER
 from flowmesh.processes.pipe import Cancel, Frame, Pipe
-from runners.training.preload import ENVIRONMENT, TRAINING
+from runners.training.preload import TRAINING
 
 THREADS = 1
 
@@ -41,7 +42,7 @@ class Zygote:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "tests.kit.training_zygote", str(far.fileno())],
                 pass_fds=(far.fileno(),),
-                env={**os.environ, **ENVIRONMENT, "HF_HUB_CACHE": str(hub)},
+                env={**os.environ, **SERVER, "HF_HUB_CACHE": str(hub)},
                 stdout=file,
                 stderr=subprocess.STDOUT,
             )

@@ -13,8 +13,8 @@ import msgspec
 import pytest
 
 from flowmesh.messages.job import Fault
+from flowmesh.processes.environ import SERVER
 from runners.api import BadRequest, Context, RunnerError
-from runners.inference import preload
 from tests.kit.paths import ROOT
 
 
@@ -22,7 +22,7 @@ class Zygote:
     """The fork server, and its answers as results or exceptions."""
 
     def __init__(self) -> None:
-        env = {**os.environ, **preload.ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+        env = {**os.environ, **SERVER, "PYTHONPATH": str(ROOT)}
         self._server = subprocess.Popen(
             [sys.executable, "-m", "tests.kit.inference_zygote", "VLLM"],
             stdin=subprocess.PIPE,
@@ -36,6 +36,8 @@ class Zygote:
         """Native ones, once everything is imported."""
         self.cuda = cuda == "True"
         """Whether it has a CUDA context then."""
+        self.imported: list[str] = []
+        """Modules that the last task imported in its child."""
 
     def close(self) -> None:
         self._server.communicate(timeout=60)
@@ -54,6 +56,7 @@ class Zygote:
             pytest.fail(said["message"])
         if "error" in said:
             raise (BadRequest if said["fault"] == Fault.BAD_REQUEST else RunnerError)(said["message"])
+        self.imported = said["imported"]
         return said["result"]
 
     def _line(self) -> str:

@@ -13,9 +13,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.kit.promises import MISBEHAVE, WAITING, let_go
 from tests.kit.support import ROOT, Node, Orchestrator, until
 
 pytestmark = pytest.mark.redis
+
+
+@pytest.fixture
+def node(make_node) -> Node:
+    return make_node(config=MISBEHAVE)
 
 
 def cli(node: Node, *args: str) -> subprocess.CompletedProcess[str]:
@@ -23,20 +29,21 @@ def cli(node: Node, *args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=60)
 
 
-def busy(orchestrator: Orchestrator, seconds: float) -> str:
-    task = orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": seconds})
+def busy(orchestrator: Orchestrator) -> str:
+    task = orchestrator.dispatch("w1", WAITING)
     orchestrator.wait_started(task)
     return task
 
 
 def test_a_drain_outlives_a_crash_until_it_is_done(orchestrator: Orchestrator, node: Node) -> None:
-    running = busy(orchestrator, 6)
+    running = busy(orchestrator)
     assert cli(node, "drain").returncode == 0
     node.kill()
     node.start(wait=False)
     node.wait_status("DRAINING")
     assert node.ask(op="status")["draining"] == "finish"
     refused = orchestrator.dispatch("w1", {"taskType": "echo"})
+    let_go(node, running)
     assert orchestrator.wait_end(running)["type"] == "TASK_SUCCEEDED"
     assert node.process is not None
     assert node.process.wait(30) == 0
@@ -47,12 +54,13 @@ def test_a_drain_outlives_a_crash_until_it_is_done(orchestrator: Orchestrator, n
 
 
 def test_a_queued_task_is_sent_back_and_not_started_after_the_crash(orchestrator: Orchestrator, node: Node) -> None:
-    running = busy(orchestrator, 5)
+    running = busy(orchestrator)
     node.ask(op="drain", mode="finish")
     with sqlite3.connect(node.state_dir / "journal.sqlite") as db:
         assert db.execute("SELECT value FROM facts WHERE name = 'drain'").fetchone() == ("finish",)
     node.kill()
     node.start(wait=False)
+    let_go(node, running)
     assert orchestrator.wait_end(running)["type"] == "TASK_SUCCEEDED"
     assert node.process is not None
     assert node.process.wait(30) == 0
@@ -61,13 +69,14 @@ def test_a_queued_task_is_sent_back_and_not_started_after_the_crash(orchestrator
 def test_a_drain_is_taken_back(orchestrator: Orchestrator, node: Node) -> None:
     done = cli(node, "drain", "--cancel")
     assert (done.returncode, "not draining" in done.stderr) == (1, True)
-    running = busy(orchestrator, 4)
+    running = busy(orchestrator)
     cli(node, "drain")
     node.wait_status("DRAINING")
     missed = orchestrator.dispatch("w1", {"taskType": "echo"})
     assert cli(node, "drain", "--cancel").stdout == "drain cancelled\n"
     node.wait_status("RUNNING")
     following = orchestrator.dispatch("w1", {"taskType": "echo"})
+    let_go(node, running)
     assert orchestrator.wait_end(running)["type"] == "TASK_SUCCEEDED"
     assert orchestrator.wait_end(following)["type"] == "TASK_SUCCEEDED"
     orchestrator.wait_worker_event("UNREGISTER")
@@ -80,10 +89,11 @@ def test_a_drain_is_taken_back(orchestrator: Orchestrator, node: Node) -> None:
 
 
 def test_what_a_signal_began_is_not_taken_back(orchestrator: Orchestrator, node: Node) -> None:
-    busy(orchestrator, 2)
+    running = busy(orchestrator)
     os.kill(node.pid, signal.SIGTERM)
     until(lambda: node.ask(op="status")["draining"], "it drains")
     assert "a signal told the node to end" in cli(node, "drain", "--cancel").stderr
+    let_go(node, running)
     assert node.process is not None
     assert node.process.wait(30) == 0
 
@@ -102,9 +112,9 @@ def test_a_reload_is_over_when_the_new_one_is_ready_or_the_old_one_has_refused(
                 if fields.keys() & set(names):
                     return fields
 
-        node: Node = make_node(env={"NOTIFY_SOCKET": str(address)}, config="[node]\n")
+        node: Node = make_node(env={"NOTIFY_SOCKET": str(address)}, config=f"{MISBEHAVE}[node]\n")
         assert next_of("READY")["READY"] == "1"
-        task = busy(orchestrator, 6)
+        task = busy(orchestrator)
         before_us = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
         os.kill(node.pid, signal.SIGHUP)
         begun = next_of("RELOADING", "READY")
@@ -119,16 +129,18 @@ def test_a_reload_is_over_when_the_new_one_is_ready_or_the_old_one_has_refused(
         refused = next_of("READY", "RELOADING")
         assert refused["READY"] == "1"
         assert "no_such_setting" in refused["STATUS"]
+        let_go(node, task)
         assert node.stop() == 0
 
 
 def test_a_version_that_cannot_read_the_journal_is_not_started(orchestrator: Orchestrator, node: Node) -> None:
-    task = busy(orchestrator, 3)
+    task = busy(orchestrator)
     with sqlite3.connect(node.state_dir / "journal.sqlite") as db:
         db.execute("PRAGMA user_version=99")  # as if the version on disk knew another schema
     done = cli(node, "upgrade")
     assert done.returncode == 1
     assert "schema 99" in done.stderr
+    let_go(node, task)
     assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"
     assert node.text().count("node started") == 1
     check = [sys.executable, "-m", "flowmesh.cli.supervisor", "--check", *node.flags()]

@@ -127,7 +127,9 @@ def start_without_rights_to_all_files(node: Node) -> None:
         libc = ctypes.CDLL(None)
         for right in (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH):
             libc.prctl(PR_CAPBSET_DROP, right, 0, 0, 0)
+        node.wrapper = ["env"]  # executed by this thread
         node.start()
+        node.wrapper = []
 
     with ThreadPoolExecutor(1) as one:
         one.submit(start).result()

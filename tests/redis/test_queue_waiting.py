@@ -202,7 +202,7 @@ def test_the_commands(raw: redis.Redis, client: Client, flowmesh: Callable[..., 
     code, out = flowmesh("queue", "list", "--limit", "2")
     assert code == 0
     header, *rows, more = out.splitlines()
-    assert header.split() == ["POS", "TASK", "TYPE", "OWNER", "PRIORITY", "AGE", "TRIES", "PIPELINE", "CLASS"]
+    assert header.split() == ["POS", "TASK", "TYPE", "OWNER", "PRIORITY", "AGE", "TRIES", "NODES", "PIPELINE", "CLASS"]
     assert [row.split()[:5] for row in rows] == [
         ["1", "t0", "echo", "ann", "low"],
         ["2", "t1", "echo", "ann", "low"],

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,7 +33,27 @@ from tests.kit.support import Node, Orchestrator, RedisServer, alive, below, run
 pytestmark = pytest.mark.redis
 
 MODEL = {"source": {"identifier": "builtin:tiny-llama"}}
-LOADED_S = 60.0
+AGENT = {"base_url": "task:by-id", "max_turns": 1, "configName": "default"}
+LOADED_S = 180.0
+SLOTS = """
+[[slots]]
+name = "a"
+[[slots]]
+name = "b"
+[tasks]
+served_model_wait_s = 60.0
+"""
+
+
+class TwoSlots(Node):
+    """A node whose workers are w1-a and w1-b."""
+
+    def start(self, *, wait: bool = True) -> Node:
+        super().start(wait=False)
+        client = self.server.client()
+        pid = str(self.pid).encode()
+        until(lambda: all(client.hget(f"worker:w1-{slot}", "pid") == pid for slot in "ab"), "both workers are there")
+        return self
 
 
 class Place:
@@ -47,9 +68,14 @@ class Place:
     def serve(self, task_id: str, **fields: object) -> Endpoint:
         """Start a serving task; returns once it serves."""
         self.peer.dispatch(
-            "w1", {"taskType": "serve", "model": MODEL, "engine": "transformers", "serve": fields}, task_id
+            "w1-a", {"taskType": "serve", "model": MODEL, "engine": "transformers", "serve": fields}, task_id
         )
         return self.client.endpoint(task_id, wait_s=LOADED_S)
+
+    def phase(self, task_id: str) -> str:
+        """What a task does now."""
+        tasks = {task["task_id"]: task["phase"] for task in self.node.ask(op="status")["tasks"]}
+        return str(tasks.get(task_id, ""))
 
     def keyless(self, task_id: str, key: str) -> None:
         """The key is in nothing that the node keeps or tells, and its hash is gone."""
@@ -64,6 +90,11 @@ class Place:
         for name in self.redis.scan_iter("*"):
             assert key.encode() not in (self.redis.dump(name) or b""), name
 
+    def metric(self, series: str) -> float | None:
+        """A sample of the node's metrics, by its name and labels as they are written."""
+        lines = self.node.ask(op="metrics")["text"].splitlines()
+        return next((float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"{series} ")), None)
+
     def close(self) -> None:
         self.client.close()
         self.peer.close()
@@ -72,7 +103,7 @@ class Place:
 @pytest.fixture(scope="module")
 def place() -> Iterator[Place]:
     with contextlib.closing(RedisServer()) as server:
-        node = Node(server, "--set", "tasks.allow_serve=127.0.0.1")
+        node = TwoSlots(server, "--set", "tasks.allow_serve=127.0.0.1", "--set", "tasks.local_hosts=", config=SLOTS)
         with running(node), contextlib.closing(Place(server, node)) as made:
             yield made
 
@@ -110,20 +141,66 @@ def test_the_openai_client_uses_a_served_model_until_it_is_cancelled(place: Plac
     assert f"-H 'Authorization: Bearer {endpoint.api_key}'" in done.output
     argv = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in below(place.node.pid)]
     assert not any(endpoint.api_key.encode() in each for each in argv)
+    labels = '{task="used",model="small"}'
+    until(lambda: place.metric(f"flowmesh_endpoint_requests_total{labels}") == 4, "the requests are counted")
+    assert place.metric(f"flowmesh_endpoint_up{labels}") == 1
+    assert place.metric(f"flowmesh_endpoint_first_token_seconds_count{labels}") == 1
+    assert place.metric(f"flowmesh_endpoint_request_seconds_count{labels}") == 4
+    assert place.metric(f"flowmesh_endpoint_completion_tokens_total{labels}") >= text.usage.completion_tokens
     place.client.cancel("used")
     end = place.peer.wait_end("used")
     assert end["type"] == "TASK_SUCCEEDED", end
     result = place.node.result("used")
     assert (result["reason"], result["requests"], result["failed"]) == ("cancelled", 4, 0)
-    assert result["tokens"] >= text.usage.completion_tokens
+    assert result["tokens"] == result["usage"]["completion_tokens"] >= text.usage.completion_tokens
+    assert result["usage"]["prompt_tokens"] >= text.usage.prompt_tokens
+    assert result["restarts"] == 0
+    assert place.metric(f"flowmesh_endpoint_up{labels}") is None
     place.keyless("used", endpoint.api_key)
     with pytest.raises(NoEndpoint):
         place.client.endpoint("used")
 
 
+def asking(task_id: str, *texts: str) -> dict[str, Any]:
+    """A task that sends requests to the model that a task serves."""
+    api = {"base_url": f"task:{task_id}", "body": {"max_tokens": 2}, "retries": 0}
+    return {"taskType": "api", "data": {"type": "list", "items": list(texts or ("hello",))}, "api": api}
+
+
+def test_tasks_use_a_served_model_by_the_id_of_its_task(place: Place) -> None:
+    """One waits for it before it is there; the key is nowhere; another node is refused an address of its own."""
+    waits = place.peer.dispatch("w1-b", asking("by-id"))
+    until(lambda: place.phase(waits) == "wait for task:by-id", "the task waits for the model")
+    agent = place.peer.dispatch("w1-b", {"taskType": "agent", "task": "Say hello.", "agent": AGENT})
+    endpoint = place.serve("by-id", served_model_name="m")
+    end = place.peer.wait_end(waits)
+    assert "length: the answer is not whole" in end["error"], end  # a random model does not end by itself
+    place.peer.wait_end(agent)  # the model writes anything: only that it was asked counts
+    log = (place.node.results_dir / agent / "execution_log.jsonl").read_text()
+    assert '"model"' in log
+    config = ["--set", "tasks.local_hosts=127.0.0.2", "--set", "tasks.served_model_wait_s=1"]
+    with running(Node(place.node.server, *config, worker_id="w2")):
+        end = place.peer.run("w2", asking("by-id"))
+        assert "spec.api.base_url: the task by-id serves on another node at 127.0.0.1" in end["error"]
+        end = place.peer.run("w2", asking("nobody"))
+        assert end["payload"]["error_kind"] == "bad_request"
+        assert "spec.api.base_url: no task 'nobody' has served a model within 1 s" in end["error"]
+    place.client.cancel("by-id")
+    assert place.peer.wait_end("by-id")["type"] == "TASK_SUCCEEDED"
+    assert place.node.result("by-id")["requests"] >= 2
+    place.keyless("by-id", endpoint.api_key)
+
+
+def test_a_task_that_waits_for_a_model_can_be_cancelled(place: Place) -> None:
+    task_id = place.peer.dispatch("w1-b", asking("never"))
+    until(lambda: place.phase(task_id) == "wait for task:never", "the task waits for the model")
+    place.client.cancel(task_id)
+    assert place.peer.wait_end(task_id)["payload"]["error_kind"] == "cancelled"
+
+
 def test_a_server_that_nobody_uses_ends_as_a_success(place: Place) -> None:
     spec = parse((ROOT / "conf/tasks/serve.yaml").read_text(), "serve.yaml", as_json=False)["spec"]
-    place.peer.dispatch("w1", {**spec, "serve": {**spec["serve"], "idle_s": 0.5, "health_interval_s": 0.2}}, "idle")
+    place.peer.dispatch("w1-a", {**spec, "serve": {**spec["serve"], "idle_s": 0.5, "health_interval_s": 0.2}}, "idle")
     endpoint = place.client.endpoint("idle", wait_s=LOADED_S)
     end = place.peer.wait_end("idle")
     assert end["type"] == "TASK_SUCCEEDED", end
@@ -135,22 +212,22 @@ def test_a_server_that_nobody_uses_ends_as_a_success(place: Place) -> None:
 
 def test_a_time_limit_of_the_task_is_a_failure_and_its_own_is_not(place: Place) -> None:
     model = {**MODEL, "adapters": [{"path": "builtin:tiny-lora", "apply": "merge"}]}
-    place.peer.dispatch("w1", {"taskType": "serve", "model": model, "serve": {"ttl_s": 0.5}}, "ttl")
+    place.peer.dispatch("w1-a", {"taskType": "serve", "model": model, "serve": {"ttl_s": 0.5}}, "ttl")
     assert place.peer.wait_end("ttl")["type"] == "TASK_SUCCEEDED"
     assert place.node.result("ttl")["reason"] == "ttl"
-    place.peer.dispatch("w1", {"taskType": "serve", "model": MODEL, "timeoutSec": 1.5}, "late")
+    place.peer.dispatch("w1-a", {"taskType": "serve", "model": MODEL, "timeoutSec": 1.5}, "late")
     assert place.peer.wait_end("late")["payload"]["error_kind"] == "timeout"
 
 
 def test_faults_of_the_document_are_named(place: Place) -> None:
     fields = {"host": "localhost", "port": 70000, "idle_s": 0, "ttl": 5}
     spec = {"taskType": "serve", "model": MODEL, "engine": "vllm", "serve": fields}
-    end = place.peer.run("w1", spec)
+    end = place.peer.run("w1-a", spec)
     assert end["payload"]["error_kind"] == "bad_request"
     for name in ("spec.engine: 'vllm'", "spec.serve.port", "spec.serve.idle_s", "spec.serve.ttl"):
         assert name in end["error"]
     for host, why in (("localhost", "expected an IP address"), ("0.0.0.0", "tasks.allow_serve")):
-        end = place.peer.run("w1", {"taskType": "serve", "model": MODEL, "serve": {"host": host}})
+        end = place.peer.run("w1-a", {"taskType": "serve", "model": MODEL, "serve": {"host": host}})
         assert end["payload"]["error_kind"] == "bad_request"
         assert why in end["error"]
 
@@ -195,6 +272,36 @@ def test_a_served_model_outlives_its_supervisor_and_the_loss_of_redis_data(place
     place.keyless("adopted", endpoint.api_key)
 
 
+def test_a_lost_server_comes_back_with_its_address_and_key_and_not_for_ever(place: Place) -> None:
+    endpoint = place.serve("again", served_model_name="m", restarts=1)
+    labels = '{task="again",model="m"}'
+    with user(endpoint) as client:
+        assert client.completions.create(model="m", prompt="hello", max_tokens=2).choices
+    until(lambda: place.metric(f"flowmesh_endpoint_requests_total{labels}") == 1, "the request is counted")
+    task = place.node.task_pid("again")
+    (serving,) = below(task)
+    os.kill(serving, signal.SIGKILL)
+    until(lambda: not place.redis.exists("flowmesh:endpoint:again"), "the hash is gone")
+    with user(endpoint) as client, pytest.raises(openai.APIStatusError) as refused:
+        client.models.list()
+    assert refused.value.status_code == 503
+    assert refused.value.response.headers["retry-after"] == "5"
+    assert place.metric(f"flowmesh_endpoint_up{labels}") == 0
+    assert place.client.endpoint("again", wait_s=LOADED_S) == endpoint
+    with user(endpoint) as client:
+        assert client.completions.create(model="m", prompt="hello", max_tokens=2).choices
+    until(lambda: place.metric(f"flowmesh_endpoint_requests_total{labels}") == 2, "the counts go on")
+    assert place.metric(f"flowmesh_endpoint_restarts_total{labels}") == 1
+    assert place.node.task_pid("again") == task
+    (serving,) = below(task)
+    os.kill(serving, signal.SIGKILL)
+    end = place.peer.wait_end("again")
+    assert end["payload"]["error_kind"] == "crash"
+    assert end["error"] == "the serving process was killed by SIGKILL (restarts: 1)"
+    assert place.metric(f"flowmesh_endpoint_up{labels}") is None
+    place.keyless("again", endpoint.api_key)
+
+
 @pytest.mark.parametrize("whom", ["child", "fork server"])
 def test_a_kill_in_mid_generation_leaves_nothing(place: Place, whom: str) -> None:
     name = f"killed-{whom.replace(' ', '-')}"
@@ -220,7 +327,7 @@ def test_a_kill_in_mid_generation_leaves_nothing(place: Place, whom: str) -> Non
     with user(endpoint) as client, pytest.raises(openai.APIConnectionError):
         client.models.list()
     place.keyless(name, endpoint.api_key)
-    assert place.peer.run("w1", {"taskType": "echo"})["type"] == "TASK_SUCCEEDED"
+    assert place.peer.run("w1-a", {"taskType": "echo"})["type"] == "TASK_SUCCEEDED"
 
 
 def test_the_type_is_off_by_default(orchestrator: Orchestrator, node: Node) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from flowmesh.messages.job import Job
 from flowmesh.processes.pipe import Pipe
 from runners.api import Context
 from tests.kit.paths import PERMITS
+from tests.kit.vllm_zygote import Zygote
 
 if "huggingface_hub" in sys.modules and not os.environ.get("HF_HUB_OFFLINE"):
     raise ImportError("a test module of another folder imports huggingface_hub: import it in the test, after this")
@@ -46,6 +47,14 @@ def reference(tiny_llama: Path) -> tuple[Any, Any]:
 def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache_dir that the session's tasks share, as tasks of one node do."""
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def forked() -> Iterator[Zygote]:
+    """One fork server with vLLM for all tests of a session: importing it takes ten seconds of CPU time."""
+    zygote = Zygote()
+    yield zygote
+    zygote.close()
 
 
 @pytest.fixture

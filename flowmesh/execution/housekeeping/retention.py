@@ -25,7 +25,6 @@ from flowmesh.files.safe_folder import open_folder
 from flowmesh.files.walk import Troubles
 from flowmesh.settings.schema import ResultsSettings
 from flowmesh.tasks.journal import Finished, Journal
-from flowmesh.tasks.verdicts import Kind
 
 FIRST_AFTER_S = 1.0
 INTERVAL_S = 60.0
@@ -101,8 +100,7 @@ class Retention:
             if left := remove_at(aside):
                 self._report(aside, left)
         last = {out_dir: each for each in finished for out_dir in (each.out_dir, *each.child_dirs)}
-        kinds = {out_dir: each.task.verdict.kind for out_dir, each in last.items() if each.task.verdict is not None}
-        protected = in_use | {Path(out_dir) for out_dir, kind in kinds.items() if kind is Kind.DELIVERY_FAILED}
+        protected = in_use | {Path(out_dir) for out_dir, each in last.items() if each.undelivered}
         found, sizes = [], {}
         for out_dir, each in last.items():
             folder = Path(out_dir)

@@ -8,14 +8,16 @@ from pathlib import Path
 
 import msgspec
 
-from flowmesh.errors import FlowMeshError, LaunchError
+from flowmesh.errors import FieldError, FlowMeshError, LaunchError
 from flowmesh.execution.conditions import Conditions
 from flowmesh.execution.gpu.monitor import GpuMonitor
 from flowmesh.execution.launch.environment_conditions import EnvironmentConditions
 from flowmesh.execution.launch.node_folders import JOURNAL, NodeFolders, own_shortage
 from flowmesh.execution.launch.preparation import prepare
+from flowmesh.execution.launch.served_models import ServedModels, named_in
 from flowmesh.execution.layout import Layout
 from flowmesh.execution.run import Run
+from flowmesh.messages.serving import PREFIX, Served
 from flowmesh.processes.child_owner import ChildOwner
 from flowmesh.processes.protocol import Fork
 from flowmesh.processes.server_client import EnvironmentBroken
@@ -23,6 +25,7 @@ from flowmesh.processes.server_pool import ServerPool
 from flowmesh.tasks import machine
 from flowmesh.tasks.journal import Journal, JournalError
 from flowmesh.tasks.machine import State
+from flowmesh.tasks.verdicts import Kind
 
 
 class Unprepared(msgspec.Struct, frozen=True):
@@ -50,6 +53,7 @@ class Launcher:
         conditions: Conditions,
         environments: EnvironmentConditions,
         gpus: GpuMonitor,
+        served: ServedModels,
         least_bytes: int,
     ) -> None:
         self._pool = pool
@@ -60,6 +64,7 @@ class Launcher:
         self._conditions = conditions
         self._environments = environments
         self._gpus = gpus
+        self._models = served
         self._least_bytes = least_bytes
 
     async def start(self, run: Run) -> machine.Event | None:
@@ -76,6 +81,12 @@ class Launcher:
                 return machine.LaunchFailed("stopped before it was started")
             if problem:
                 return self._environments.met(run, problem)
+        try:
+            run.served = await self._served(run)
+        except FieldError as error:
+            return machine.LaunchFailed(str(error), Kind.BAD_REQUEST)
+        if run.task.state is not State.LAUNCHING:
+            return machine.LaunchFailed("stopped before it was started")
         try:
             others = self._nested(run)
         except JournalError as error:
@@ -126,6 +137,22 @@ class Launcher:
             if troubles := self._folders.look(write=True):
                 return Unprepared(troubles)
             return Unprepared(own=f"cannot prepare {error.filename or 'its folders'}: {error.strerror}")
+
+    async def _served(self, run: Run) -> Served | None:
+        """Where the model is served that the document names, once it is, or the task is stopped.
+
+        Raises:
+            FieldError: it is not in time.
+        """
+        named = named_in(run.accepted.task["spec"], run.accepted.type)
+        if named is None or run.task.state is not State.LAUNCHING:
+            return None
+        field, task_id = named
+        run.enter(f"wait for {PREFIX}{task_id}")
+        run.waiting = waiting = asyncio.ensure_future(self._models.find(field, task_id))
+        await asyncio.wait([waiting])
+        run.waiting = None
+        return None if waiting.cancelled() else waiting.result()
 
     async def _await_server(self, run: Run) -> str:
         """Wait for the imports of its environment, or until the task is stopped; returns why there is no server."""

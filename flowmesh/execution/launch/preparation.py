@@ -71,6 +71,8 @@ def prepare(layout: Layout, run: Run, others: Iterable[Path] = ()) -> Fork:
         limits=layout.limits,
         permits=layout.permits,
         gateway=layout.gateway,
+        served=run.served,
+        gang=None if run.recorded is None else run.recorded.gang,
     )
     (spool / JOB_FILE).write_bytes(encode_json(job))
     # Last: from now on another task of that user could put a link where we write.

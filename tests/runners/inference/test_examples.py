@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 pytest.importorskip("transformers", reason="needs the extra 'inference'")
-from runners.inference import preload
+from flowmesh.processes.environ import SERVER
 from runners.inference.runner import InferenceRunner
 from tests.kit.paths import ROOT
 
@@ -58,7 +58,7 @@ def test_there_is_an_example_of_everything() -> None:
 
 
 def test_what_is_preloaded_keeps_one_thread_and_no_gpu() -> None:
-    env = {**os.environ, **preload.ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, **SERVER, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", FORKED, "TRANSFORMERS"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -86,7 +86,10 @@ def test_chats_are_continued_and_blank_rows_skipped(forked, tiny_llama, make_con
     chat = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "a slot"}]
     file.write_text("".join(json.dumps({"text": each}) + "\n" for each in (chat, None, "a task")))
     spec = on_vllm(tiny_llama, [], max_tokens=6, logprobs=0) | {"data": {"type": "jsonl", "path": str(file)}}
-    vllm, transformers = forked(make_context(spec)), forked(make_context({**spec, "engine": "transformers"}))
+    vllm = forked(make_context(spec))
+    late = {name for name in forked.imported if name.startswith(("vllm.", "compressed_tensors"))}
+    assert late == set(), "the fork server imports what each engine needs"
+    transformers = forked(make_context({**spec, "engine": "transformers"}))
     assert [item["finish_reason"] for item in vllm["items"]] == ["length", "blank", "length"]
     assert outputs(vllm) == outputs(transformers)
     assert vllm["blank_prompts"] == transformers["blank_prompts"] == 1

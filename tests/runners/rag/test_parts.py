@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flowmesh.processes.environ import SERVER
 from runners.api import BadRequest
 from runners.rag.chunks import Window, split, window
 
@@ -101,9 +102,7 @@ def test_a_fork_server_with_the_preload_keeps_one_thread(reference, needs) -> No
     for name in needs:
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"needs {name}")
-    from runners.rag.preload import ENVIRONMENT
-
-    command, env = [sys.executable, "-c", _PRELOAD, reference], {**os.environ, **ENVIRONMENT}
+    command, env = [sys.executable, "-c", _PRELOAD, reference], {**os.environ, **SERVER}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout.splitlines()[-1]) == [1, False, "rag" in reference]
 

