@@ -14,7 +14,7 @@ import time
 from collections.abc import Collection
 from pathlib import Path
 
-from flowmesh.processes.proc_files import read_small
+from flowmesh.processes.proc_files import read_small, write_small
 
 CONTROLLERS = ("memory", "pids", "cpu")
 SUBGROUP = "supervisor"
@@ -188,7 +188,7 @@ class Leaf:
 
     def join(self) -> None:
         """Move the calling process into the leaf. Children that it forks from now on are in it, too."""
-        (self.path / "cgroup.procs").write_text("0")
+        write_small(f"{self.path}/cgroup.procs", b"0")
 
     def kill(self) -> None:
         """SIGKILL to every process in the leaf, including those that are just being forked."""

@@ -21,7 +21,7 @@ from typing import NoReturn
 import msgspec
 
 from flowmesh.messages.job import EXIT_SETUP
-from flowmesh.processes import child_main, linux, preload, tree
+from flowmesh.processes import child_main, linux, preload, title, tree
 from flowmesh.processes.cgroup import Leaf
 from flowmesh.processes.child_record import Entry, Spare
 from flowmesh.processes.pipe import Pipe
@@ -62,6 +62,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     preload: tuple[str, ...] = ()
     canary: str | None = None
     """`module:function` that a first child must run without error before the server takes tasks."""
+    prepare: str | None = None
+    """`module:function` that the server calls once, after its imports."""
     rehearsal: str | None = None
     """`module:function` that each child calls while it waits for its task."""
     adoption_timeout_s: float = 60.0
@@ -107,6 +109,7 @@ class ForkServer:
         signal.signal(signal.SIGCHLD, lambda *_: None)  # it only writes to the wakeup descriptor
         signal.set_wakeup_fd(self._wakeup_write, warn_on_full_buffer=False)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        title.arguments()
         report = self._load()
         if report.problem:
             self._supervisor.refuse(
@@ -142,7 +145,7 @@ class ForkServer:
         if self._options.nice:
             os.nice(self._options.nice)
         try:
-            return preload.load(self._options.preload, self._options.canary)
+            return preload.load(self._options.preload, self._options.canary, self._options.prepare)
         finally:
             if self._options.nice:
                 os.setpriority(os.PRIO_PROCESS, 0, own)
@@ -303,7 +306,7 @@ class ForkServer:
         leaf = self._make_leaf()
         near, far = Pipe.pair()
         orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        me = os.getpid()
+        me, unused = os.getpid(), [near.fileno(), orders.fileno(), *self._descriptors()]
         sys.stdout.flush()
         sys.stderr.flush()
         try:
@@ -315,9 +318,7 @@ class ForkServer:
                 leaf.remove()
             raise
         if pid == 0:
-            near.close()
-            orders.close()
-            self._become_child(child_main.Start(theirs, far, leaf, me, self._options.rehearsal))
+            _become_child(child_main.Start(theirs, far, leaf, me, self._options.rehearsal), unused)
         far.close()
         theirs.close()
         orders.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MAX_MESSAGE)
@@ -329,25 +330,31 @@ class ForkServer:
         self._leaves += 1
         return Leaf.make(Path(self._options.cgroup), f"{Path(self._options.socket).stem}.{self._leaves}")
 
-    def _become_child(self, start: child_main.Start) -> NoReturn:
-        """In the child: close everything of the server's, do the child's work, and exit."""
-        status = EXIT_SETUP
-        try:
-            signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            self._supervisor.close()
-            self._poller.close()
-            os.close(self._wakeup_read)
-            os.close(self._wakeup_write)
-            for entry in self._reaper:
-                entry.close()
-            self._spares.close()
-            status = child_main.run(start)
-        except BaseException:  # noqa: BLE001 - the process boundary: reported in its log and by its exit status
-            child_main.report_crash()
-        finally:
-            child_main.leave(status)
+    def _descriptors(self) -> list[int]:
+        """What this server has open for itself and for its children."""
+        children = [fd for entry in self._reaper for fd in entry.descriptors]
+        own = (self._poller.fileno(), self._wakeup_read, self._wakeup_write)
+        return [*own, *self._supervisor.descriptors, *self._spares.descriptors, *children]
+
+
+def _become_child(start: child_main.Start, unused: list[int]) -> NoReturn:
+    """In the child: close the server's descriptors, do the child's work, and exit.
+
+    By number: each Python object that is used here costs a copy of the page of memory it is in. The server's objects
+    are not used again in this process, which ends without the interpreter's teardown.
+    """
+    status = EXIT_SETUP
+    try:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        for fd in unused:
+            os.close(fd)
+        status = child_main.run(start)
+    except BaseException:  # noqa: BLE001 - the process boundary: reported in its log and by its exit status
+        child_main.report_crash()
+    finally:
+        child_main.leave(status)
 
 
 def main() -> int:

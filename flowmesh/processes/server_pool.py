@@ -307,7 +307,7 @@ class ServerPool:
         environment = self.environments[name]
         made_of = self._made_of(environment)
         if self._faults.is_unsafe(name):
-            environment = msgspec.structs.replace(environment, preload=(), canary=None, rehearsal=None)
+            environment = msgspec.structs.replace(environment, preload=(), canary=None, prepare=None, rehearsal=None)
         server = Server.start(
             environment,
             self._folder,

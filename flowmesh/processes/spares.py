@@ -84,7 +84,7 @@ class Spares:
         while self._spares:
             self._spares.popleft().discard()
 
-    def close(self) -> None:
-        """Close their descriptors, in a forked child."""
-        for spare in self._spares:
-            spare.close()
+    @property
+    def descriptors(self) -> list[int]:
+        """The fork server's descriptors for them."""
+        return [fd for spare in self._spares for fd in spare.descriptors]
