@@ -86,11 +86,11 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
 
     def spool(self, attempt: int) -> Path:
         """The folder through which the node and the attempt's children pass files."""
-        return self.state_dir / "spool" / str(attempt)
+        return self.state_dir.joinpath("spool", str(attempt))
 
     def tmp(self, attempt: int) -> Path:
         """The attempt's TMPDIR. Short: sockets are made below it, and their paths are bounded."""
-        return self.state_dir / "tmp" / str(attempt)
+        return self.state_dir.joinpath("tmp", str(attempt))
 
     def mark_of(self, attempt: int) -> str:
         """The attempt's FLOWMESH_ATTEMPT."""
