@@ -41,10 +41,11 @@ from flowmesh.processes.protocol import (
     Unfit,
 )
 from flowmesh.processes.reaper import Reaper
-from flowmesh.processes.spares import QUIET_S, Spares
+from flowmesh.processes.spares import Spares
 from flowmesh.processes.supervisor_connection import SupervisorConnection
 
 SWEEP_INTERVAL_S = 0.002
+IDLE_S = 1.0
 SOCKET_INTERVAL_S = 1.0
 SET_UP_S = 2.0
 """A child that has not said within this time whether it could be set up counts as forked."""
@@ -190,9 +191,9 @@ class ForkServer:
 
     def _turn(self) -> None:
         sweeping = self._reaper.sweeping
-        lacking = self._spares.lacking and not self._retiring
-        happened = self._poller.poll(SWEEP_INTERVAL_S if sweeping else QUIET_S if lacking else 1.0)
-        if lacking:
+        pause_s = None if self._retiring else self._spares.pause_s
+        happened = self._poller.poll(SWEEP_INTERVAL_S if sweeping else IDLE_S if pause_s is None else pause_s)
+        if pause_s is not None:
             self._spares.look(quiet=not happened and not sweeping)
         self._keep_socket()
         for fd, events in happened:
