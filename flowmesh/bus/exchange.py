@@ -33,7 +33,7 @@ async def exchange(client: redis.Redis, *commands: Command, transaction: bool = 
     connection.socket_timeout = None  # one limit here, instead of one for the write and one for each reply
     try:
         async with asyncio.timeout(limit_s):
-            await connection.send_packed_command(connection.pack_commands(sent))
+            await connection.send_packed_command(_packed(sent))
             replies = [await _reply(connection) for _ in sent]
     finally:
         connection.socket_timeout = limit_s
@@ -48,6 +48,17 @@ async def exchange(client: redis.Redis, *commands: Command, transaction: bool = 
         if isinstance(reply, Exception):
             raise reply
     return done
+
+
+def _packed(commands: Sequence[Command]) -> bytes:
+    """As Redis reads them: the number of a command's words, then each with its length."""
+    parts: list[bytes] = []
+    for command in commands:
+        parts.append(b"*%d\r\n" % len(command))
+        for word in command:
+            data = word.encode() if isinstance(word, str) else word
+            parts += b"$%d\r\n" % len(data), data, b"\r\n"
+    return b"".join(parts)
 
 
 async def _reply(connection: redis.Connection) -> Any:

@@ -115,6 +115,8 @@ class WorkerRecord:
         self.client = client
         self.ownership = Ownership()
         self._ttl_s = heartbeat_ttl_s(interval_s)
+        self._degraded = True
+        """Whether the hash may hold a reason why the worker takes no tasks."""
 
     async def is_left_over(self, worker_id: str) -> bool:
         """Whether a registration of this id exists."""
@@ -209,6 +211,8 @@ class WorkerRecord:
         if identity.owner:
             fields[OWNER] = identity.owner
 
+        self._degraded = True
+
         def write(pipeline: redis.client.Pipeline) -> None:
             if not status.reason:
                 pipeline.hdel(worker_key(identity.worker_id), DEGRADED_FIELD)
@@ -258,12 +262,15 @@ class WorkerRecord:
         if status.reason:
             payload[DEGRADED_FIELD] = status.reason
         fields = {"status": status.word, "last_seen": utc_now(), **_status_fields(status)}
+        clear = () if status.reason or not self._degraded else (("HDEL", worker_key(worker_id), DEGRADED_FIELD),)
+        self._degraded = True
         await exchange(
             self.client,
             _set(worker_id, fields),
-            *(() if status.reason else (("HDEL", worker_key(worker_id), DEGRADED_FIELD),)),
+            *clear,
             _publishing("STATUS", worker_id, status=status.word, payload=payload),
         )
+        self._degraded = bool(status.reason)
 
     async def heartbeat(self, worker_id: str, metrics: dict[str, Any]) -> None:
         """Renew the heartbeat key, and publish HEARTBEAT."""
