@@ -224,12 +224,11 @@ class Leaf:
 
         Those of an agent's commands, which reached limits of their own, do not count.
         """
-        own, all_of_it = self.path / OWN_GROUP / "memory.events", self.path / "memory.events"
-        try:
-            lines = read_small(f"{own if own.exists() else all_of_it}").splitlines()
-        except OSError:
-            return None
-        return next((int(line.split()[1]) for line in lines if line.startswith(b"oom_kill ")), None)
+        for path in (f"{self.path}/{OWN_GROUP}/memory.events", f"{self.path}/memory.events"):
+            with contextlib.suppress(OSError):
+                lines = read_small(path).splitlines()
+                return next((int(line.split()[1]) for line in lines if line.startswith(b"oom_kill ")), None)
+        return None
 
     def remove_within(self, limit_s: float) -> bool:
         """Retry `remove` until it succeeds; False if it did not within `limit_s` seconds."""

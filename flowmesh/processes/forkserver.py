@@ -84,6 +84,8 @@ class ForkServer:
 
     def __init__(self, options: Options) -> None:
         self._options = options
+        self._path = Path(options.socket)
+        self._cgroup = None if options.cgroup is None else Path(options.cgroup)
         self._spares = Spares(self._fork)
         self._reaper = Reaper(self._spares, self._send_gone)
         self._in_set_up: dict[int, Entry] = {}
@@ -153,8 +155,7 @@ class ForkServer:
 
     def _keep_socket(self) -> None:
         """Listen at our path again if somebody has deleted the socket there: the next supervisor looks for it."""
-        path = Path(self._options.socket)
-        now = time.monotonic()
+        path, now = self._path, time.monotonic()
         if now - self._looked_at < SOCKET_INTERVAL_S or self._retiring:
             return
         self._looked_at = now
@@ -178,7 +179,7 @@ class ForkServer:
         self._supervisor.listen_at(fresh)
 
     def _remove_socket(self) -> None:
-        Path(self._options.socket).unlink(missing_ok=True)
+        self._path.unlink(missing_ok=True)
 
     def _finished(self) -> bool:
         if self._retiring and not self._reaper:
@@ -211,8 +212,8 @@ class ForkServer:
                 if events & ~select.EPOLLOUT and self._supervisor.is_for(fd) and (got := self._supervisor.receive()):
                     self._handle(*got)
         self._announce_late()
-        self._reaper.reap()
-        self._reaper.sweep()
+        if self._reaper.reap() or self._reaper.sweeping or not happened:
+            self._reaper.sweep()
 
     def _introduce(self) -> None:
         """Tell a supervisor that has connected what this server is, and which children it has."""
@@ -326,10 +327,10 @@ class ForkServer:
         return Spare(pid, near, orders, leaf)
 
     def _make_leaf(self) -> Leaf | None:
-        if self._options.cgroup is None:
+        if self._cgroup is None:
             return None
         self._leaves += 1
-        return Leaf.make(Path(self._options.cgroup), f"{Path(self._options.socket).stem}.{self._leaves}")
+        return Leaf.make(self._cgroup, f"{self._path.stem}.{self._leaves}")
 
     def _descriptors(self) -> list[int]:
         """What this server has open for itself and for its children."""
