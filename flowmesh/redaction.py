@@ -202,7 +202,7 @@ def in_document(value: Any, env: Mapping[str, str]) -> Iterator[str | None]:
         value: the document, or a part of it.
         env: the environment of the task, of which variables with secret names count.
     """
-    yield from (text for name, text in env.items() if _is_secret_variable(name))
+    yield from (env[name] for name in env if _is_secret_variable(name))  # os.environ decodes what is read
     for found in _walk(value):
         if len(found) >= _SHORTEST_IN_DOCUMENT:
             yield found
