@@ -5,6 +5,7 @@ One definition for settings, error messages, deliveries and agents. Where in dou
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -47,6 +48,10 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 def is_secret_name(name: str) -> bool:
     """Whether a field, environment variable, header or parameter of this name holds a secret."""
     return _SECRET_NAME.search(name) is not None
+
+
+_is_secret_variable = functools.lru_cache(maxsize=512)(is_secret_name)
+"""For the environment, whose names are few and looked at for every task."""
 
 
 def is_secret(path: Sequence[str | int]) -> bool:
@@ -197,7 +202,7 @@ def in_document(value: Any, env: Mapping[str, str]) -> Iterator[str | None]:
         value: the document, or a part of it.
         env: the environment of the task, of which variables with secret names count.
     """
-    yield from (text for name, text in env.items() if is_secret_name(name))
+    yield from (env[name] for name in env if _is_secret_variable(name))  # os.environ decodes what is read
     for found in _walk(value):
         if len(found) >= _SHORTEST_IN_DOCUMENT:
             yield found

@@ -138,11 +138,6 @@ class TaskInput:
         self.task_id = job.task_id
         self.spec: dict[str, Any] = job.task.get("spec") or {}
         self.merge_children: list[dict[str, Any]] = job.task.get("merge_children") or []
-        self.out_dir = Path(job.out_dir)
-        self.artifacts_dir = self.out_dir / "artifacts"
-        self.results_dir = Path(job.results_dir)
-        self.cache_dir = Path(job.cache_dir)
-        self.tmp_dir = Path(job.tmp_dir)
         self.gpus = job.gpus
         self.threads = job.threads
         self.log = logging.getLogger(f"flowmesh.task.{job.task_type}")
@@ -153,6 +148,26 @@ class TaskInput:
         self.unused: list[str] = []
         """Paths of the document's fields that are accepted without effect."""
         self._reported_unused = ""
+
+    @functools.cached_property
+    def out_dir(self) -> Path:
+        return Path(self.job.out_dir)
+
+    @functools.cached_property
+    def artifacts_dir(self) -> Path:
+        return self.out_dir / "artifacts"
+
+    @functools.cached_property
+    def results_dir(self) -> Path:
+        return Path(self.job.results_dir)
+
+    @functools.cached_property
+    def cache_dir(self) -> Path:
+        return Path(self.job.cache_dir)
+
+    @functools.cached_property
+    def tmp_dir(self) -> Path:
+        return Path(self.job.tmp_dir)
 
     @functools.cached_property
     def reach(self) -> Reach:

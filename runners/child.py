@@ -53,23 +53,28 @@ _REHEARSAL = Job(
 )  # fmt: skip
 
 
-def rehearse() -> None:
-    """Prepare a spare child before it has a task, and run a minimal task once.
+def prepare() -> None:
+    """In the fork server, for all its children: handlers of signals and of the log. The names of variables are judged.
 
-    The first write to each page of memory that is shared with the fork server costs a page fault. The rehearsal takes
-    those faults in advance.
+    Whatever a child does itself it pays for twice: the first write to each page of memory that it shares with the fork
+    server costs a page fault and a copy.
     """
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True, chain=False)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", force=True)
+    list(in_document({}, os.environ))
+
+
+def rehearse() -> None:
+    """Run a minimal task in a spare child before it has a task, which takes its page faults in advance."""
     job = _job_decoder.decode(encode_json(_REHEARSAL))
     encode_json(run(job, Context(job)))
 
 
 def main(pipe: Pipe, spool: Path) -> int:
     """Run the job in `spool`; returns the exit code, 0 for success and 1 for failure."""
-    if not logging.getLogger().handlers:  # forked directly for this task, without a rehearsal
-        rehearse()
+    if not logging.getLogger().handlers:  # its fork server has imported nothing
+        prepare()
     job = _job_decoder.decode((spool / JOB_FILE).read_bytes())
     pipe.send(Hello(VERSION, os.getpid()), drop=True)
     ctx = Context(job, pipe)
@@ -241,10 +246,10 @@ def _write_at_last(spool: Path, data: bytes, job: Job, pipe: Pipe) -> None:
     closed = False
     while True:
         try:
-            with contextlib.suppress(OSError):  # a cleaner may have deleted it
-                spool.mkdir(mode=0o700, exist_ok=True)
             return _write(spool / OUTCOME_FILE, data)
         except OSError as error:
+            if error.errno == errno.ENOENT and _made_again(spool):  # a cleaner had deleted it
+                continue
             if error.errno in _FULL:
                 remove_path(Path(job.tmp_dir))  # on the same disk, and no longer needed
             if error.errno == errno.EMFILE and not closed:
@@ -255,6 +260,15 @@ def _write_at_last(spool: Path, data: bytes, job: Job, pipe: Pipe) -> None:
                 raise
             pipe.send(Phase(f"the outcome cannot be written: {error.strerror}"), drop=True)
             time.sleep(OUTCOME_PAUSE_S)
+
+
+def _made_again(folder: Path) -> bool:
+    """Make a folder that is missing; False where that cannot be done, or it is there."""
+    try:
+        folder.mkdir(mode=0o700)
+    except OSError:
+        return False
+    return True
 
 
 def _close_all_but(kept: int) -> None:

@@ -16,6 +16,7 @@ from loguru import logger
 from flowmesh.backoff import Backoff
 from flowmesh.bus.connection import RedisError, leave_replica, redis
 from flowmesh.bus.connection_health import ConnectionHealth
+from flowmesh.bus.exchange import exchange
 
 MOST_HELD = 10_000
 """Events that are held back for a listener; beyond that, the oldest are given up."""
@@ -96,11 +97,8 @@ class Outbox:
                 await self._posted.wait()
                 continue
             try:
-                async with self._client.pipeline(transaction=True) as pipeline:
-                    pipeline.delete(self._guard)
-                    for _, channel, payload in batch:
-                        pipeline.publish(channel, payload)
-                    _, *receivers = await pipeline.execute()
+                events = [("PUBLISH", channel, payload) for _, channel, payload in batch]
+                _, *receivers = await exchange(self._client, ("DEL", self._guard), *events, transaction=True)
             except (RedisError, OSError, TimeoutError) as error:
                 self.trouble.failed(error, waiting=self._queue.outbox_size())
                 await leave_replica(self._client, error)

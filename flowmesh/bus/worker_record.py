@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from flowmesh.bus.connection import redis
+from flowmesh.bus.exchange import Command, exchange
 from flowmesh.bus.ownership import Ownership
 from flowmesh.messages.wire import (
     DISABLED,
@@ -114,18 +115,22 @@ class WorkerRecord:
         self.client = client
         self.ownership = Ownership()
         self._ttl_s = heartbeat_ttl_s(interval_s)
+        self._degraded = True
+        """Whether the hash may hold a reason why the worker takes no tasks."""
 
     async def is_left_over(self, worker_id: str) -> bool:
         """Whether a registration of this id exists."""
         return bool(await self.client.hexists(worker_key(worker_id), "pid"))
 
     async def find(self, identity: Identity) -> Found:
-        async with self.client.pipeline(transaction=True) as pipeline:
-            pipeline.sismember(WORKER_IDS, identity.worker_id)
-            pipeline.hmget(worker_key(identity.worker_id), "status", *_RIVAL_FIELDS)
-            pipeline.get(heartbeat_key(identity.worker_id))
-            pipeline.sismember(DISABLED, identity.worker_id)
-            member, (status, *fields), beat, disabled = await pipeline.execute()
+        member, (status, *fields), beat, disabled = await exchange(
+            self.client,
+            ("SISMEMBER", WORKER_IDS, identity.worker_id),
+            ("HMGET", worker_key(identity.worker_id), "status", *_RIVAL_FIELDS),
+            ("GET", heartbeat_key(identity.worker_id)),
+            ("SISMEMBER", DISABLED, identity.worker_id),
+            transaction=True,
+        )
         owner, pid, *_ = fields
         ours = not identity.owner or owner == identity.owner.encode()
         registered = bool(member) and ours and pid == str(identity.pid).encode()
@@ -206,10 +211,12 @@ class WorkerRecord:
         if identity.owner:
             fields[OWNER] = identity.owner
 
+        self._degraded = True
+
         def write(pipeline: redis.client.Pipeline) -> None:
             if not status.reason:
                 pipeline.hdel(worker_key(identity.worker_id), DEGRADED_FIELD)
-            _write(pipeline, identity.worker_id, fields)
+            pipeline.execute_command(*_set(identity.worker_id, fields))
             if identity.owner:
                 pipeline.hset(worker_key(identity.worker_id), TOKEN, self.ownership.draw())
             self._set_heartbeat(pipeline, identity.worker_id)
@@ -250,24 +257,30 @@ class WorkerRecord:
 
     async def announce(self, worker_id: str, status: Status) -> None:
         """Write the status, and publish STATUS. No transaction: the order (hash, then event) is enough."""
-        async with self.client.pipeline(transaction=False) as pipeline:
-            _write(pipeline, worker_id, {"status": status.word, "last_seen": utc_now(), **_status_fields(status)})
-            if not status.reason:
-                pipeline.hdel(worker_key(worker_id), DEGRADED_FIELD)
-            name = {"RUNNING": "task_id", "IDLE": "last_task"}.get(status.word)
-            payload = {name: status.task_id} if name is not None and status.task_id is not None else {}
-            if status.reason:
-                payload[DEGRADED_FIELD] = status.reason
-            _publish(pipeline, "STATUS", worker_id, status=status.word, payload=payload)
-            await pipeline.execute()
+        name = {"RUNNING": "task_id", "IDLE": "last_task"}.get(status.word)
+        payload = {name: status.task_id} if name is not None and status.task_id is not None else {}
+        if status.reason:
+            payload[DEGRADED_FIELD] = status.reason
+        fields = {"status": status.word, "last_seen": utc_now(), **_status_fields(status)}
+        clear = () if status.reason or not self._degraded else (("HDEL", worker_key(worker_id), DEGRADED_FIELD),)
+        self._degraded = True
+        await exchange(
+            self.client,
+            _set(worker_id, fields),
+            *clear,
+            _publishing("STATUS", worker_id, status=status.word, payload=payload),
+        )
+        self._degraded = bool(status.reason)
 
     async def heartbeat(self, worker_id: str, metrics: dict[str, Any]) -> None:
         """Renew the heartbeat key, and publish HEARTBEAT."""
-        async with self.client.pipeline(transaction=False) as pipeline:
-            self._set_heartbeat(pipeline, worker_id)
-            _write(pipeline, worker_id, {"last_seen": utc_now(), METRICS_FIELD: encode(metrics)})
-            _publish(pipeline, "HEARTBEAT", worker_id, metrics=metrics)
-            await pipeline.execute()
+        now = utc_now()
+        await exchange(
+            self.client,
+            ("SET", heartbeat_key(worker_id), now, "EX", str(self._ttl_s)),
+            _set(worker_id, {"last_seen": now, METRICS_FIELD: encode(metrics)}),
+            _publishing("HEARTBEAT", worker_id, metrics=metrics),
+        )
 
     async def unregister(self, identity: Identity, payload: dict[str, Any]) -> None:
         """Delete the record, and publish UNREGISTER.
@@ -308,12 +321,15 @@ def _text(value: bytes) -> str:
 
 
 def _publish(pipeline: redis.client.Pipeline, kind: str, worker_id: str, **fields: Any) -> None:
-    event = WorkerEvent(type=kind, ts=utc_now(), worker_id=worker_id, **fields)
-    pipeline.publish(EVENTS_CHANNEL, encode(event))
+    pipeline.execute_command(*_publishing(kind, worker_id, **fields))
 
 
-def _write(pipeline: redis.client.Pipeline, worker_id: str, fields: Mapping[str, str | bytes]) -> None:
-    pipeline.hset(worker_key(worker_id), items=[part for pair in fields.items() for part in pair])
+def _publishing(kind: str, worker_id: str, **fields: Any) -> Command:
+    return "PUBLISH", EVENTS_CHANNEL, encode(WorkerEvent(type=kind, ts=utc_now(), worker_id=worker_id, **fields))
+
+
+def _set(worker_id: str, fields: Mapping[str, str | bytes]) -> Command:
+    return "HSET", worker_key(worker_id), *(part for pair in fields.items() for part in pair)
 
 
 def _status_fields(status: Status) -> dict[str, str]:

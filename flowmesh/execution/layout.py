@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pwd
 from pathlib import Path
@@ -86,11 +87,11 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
 
     def spool(self, attempt: int) -> Path:
         """The folder through which the node and the attempt's children pass files."""
-        return self.state_dir / "spool" / str(attempt)
+        return _part(self.state_dir, "spool", attempt)
 
     def tmp(self, attempt: int) -> Path:
         """The attempt's TMPDIR. Short: sockets are made below it, and their paths are bounded."""
-        return self.state_dir / "tmp" / str(attempt)
+        return _part(self.state_dir, "tmp", attempt)
 
     def mark_of(self, attempt: int) -> str:
         """The attempt's FLOWMESH_ATTEMPT."""
@@ -124,6 +125,12 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
         """
         if self.owner is not None:
             os.chown(folder, self.owner.uid, self.owner.gid)
+
+
+@functools.lru_cache(maxsize=256)
+def _part(folder: Path, name: str, attempt: int) -> Path:
+    """Asked for several times for each task; to parse a path takes longer than most of what is done with it."""
+    return folder / name / str(attempt)
 
 
 def make_parts(folder: Path, owner: Owner | None) -> None:

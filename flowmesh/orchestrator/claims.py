@@ -18,6 +18,7 @@ from loguru import logger
 from flowmesh.backoff import Backoff
 from flowmesh.bus.connection import RedisError, leave_replica, redis
 from flowmesh.bus.connection_health import ConnectionHealth, describe_redis_error
+from flowmesh.bus.exchange import exchange
 from flowmesh.bus.scripts import is_forbidden, run_script
 from flowmesh.execution.executor import Executor
 from flowmesh.execution.observer import Observer
@@ -260,11 +261,9 @@ class Claims(Observer):
 
     async def _read_classes(self) -> dict[str, int]:
         """Read the classes in use; returns those with entries, and the rank of the most urgent one (0: high)."""
-        async with self._client.pipeline(transaction=False) as pipeline:
-            pipeline.zrevrange(names.CLASSES, 0, -1)
-            pipeline.hkeys(names.WAITING)
-            pipeline.zcard(names.GANGS)
-            members, fields, gangs = await pipeline.execute()
+        classes = ("ZREVRANGE", names.CLASSES, "0", "-1")
+        rest = ("HKEYS", names.WAITING), ("ZCARD", names.GANGS)
+        members, fields, gangs = await exchange(self._client, classes, *rest)
         await self.gangs.read(gangs)
         found = {}
         for member in members:

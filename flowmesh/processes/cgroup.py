@@ -14,7 +14,7 @@ import time
 from collections.abc import Collection
 from pathlib import Path
 
-from flowmesh.processes.proc_files import read_small
+from flowmesh.processes.proc_files import read_small, write_small
 
 CONTROLLERS = ("memory", "pids", "cpu")
 SUBGROUP = "supervisor"
@@ -188,7 +188,7 @@ class Leaf:
 
     def join(self) -> None:
         """Move the calling process into the leaf. Children that it forks from now on are in it, too."""
-        (self.path / "cgroup.procs").write_text("0")
+        write_small(f"{self.path}/cgroup.procs", b"0")
 
     def kill(self) -> None:
         """SIGKILL to every process in the leaf, including those that are just being forked."""
@@ -224,12 +224,11 @@ class Leaf:
 
         Those of an agent's commands, which reached limits of their own, do not count.
         """
-        own, all_of_it = self.path / OWN_GROUP / "memory.events", self.path / "memory.events"
-        try:
-            lines = read_small(f"{own if own.exists() else all_of_it}").splitlines()
-        except OSError:
-            return None
-        return next((int(line.split()[1]) for line in lines if line.startswith(b"oom_kill ")), None)
+        for path in (f"{self.path}/{OWN_GROUP}/memory.events", f"{self.path}/memory.events"):
+            with contextlib.suppress(OSError):
+                lines = read_small(path).splitlines()
+                return next((int(line.split()[1]) for line in lines if line.startswith(b"oom_kill ")), None)
+        return None
 
     def remove_within(self, limit_s: float) -> bool:
         """Retry `remove` until it succeeds; False if it did not within `limit_s` seconds."""

@@ -88,13 +88,21 @@ def _set_up(request: Fork, parent: int) -> Callable[[Pipe, Path], int]:
         title.show_task(request.task_id)
     limits.apply(request.limits, parent)
     _enter_folder(request)
-    os.environ.clear()
-    os.environ.update(request.env)
+    _use_environ(request.env)
     threads.use(request.threads)
     with os.scandir(request.spool):  # raises if it is gone
         pass
     target: Callable[[Pipe, Path], int] = named(request.target)
     return target
+
+
+def _use_environ(env: dict[str, str]) -> None:
+    """Replace this process's environment. What stays the same is not touched: most of it is the fork server's."""
+    for name in os.environ.keys() - env.keys():
+        del os.environ[name]
+    for name, value in env.items():
+        if os.environ.get(name) != value:
+            os.environ[name] = value
 
 
 def _reason(error: Exception) -> str:

@@ -50,10 +50,10 @@ class Spare:
         self._orders.send(data, socket.MSG_NOSIGNAL)
         return Entry(request.attempt, self.pid, self.pipe, self.leaf, self._orders)
 
-    def close(self) -> None:
-        """Close its descriptors, in another forked child."""
-        self._orders.close()
-        self.pipe.close()
+    @property
+    def descriptors(self) -> tuple[int, int]:
+        """The fork server's descriptors for it, which another child closes."""
+        return self._orders.fileno(), self.pipe.fileno()
 
     def discard(self, *, reaped: bool = False) -> None:
         """Kill it. Takes a second at most.
@@ -61,7 +61,8 @@ class Spare:
         Args:
             reaped: it has ended and was waited for; its pid may belong to another process by now.
         """
-        self.close()
+        self._orders.close()
+        self.pipe.close()
         if not reaped:
             os.kill(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
@@ -109,6 +110,11 @@ class Entry:
         if self.orders is not None:
             self.orders.close()
             self.orders = None
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """The fork server's descriptors for it, which another child closes."""
+        return (self.pipe.fileno(),) if self.orders is None else (self.pipe.fileno(), self.orders.fileno())
 
     def close(self) -> None:
         """Close its descriptors."""

@@ -21,7 +21,7 @@ from typing import NoReturn
 import msgspec
 
 from flowmesh.messages.job import EXIT_SETUP
-from flowmesh.processes import child_main, linux, preload, tree
+from flowmesh.processes import child_main, linux, preload, title, tree
 from flowmesh.processes.cgroup import Leaf
 from flowmesh.processes.child_record import Entry, Spare
 from flowmesh.processes.pipe import Pipe
@@ -41,10 +41,11 @@ from flowmesh.processes.protocol import (
     Unfit,
 )
 from flowmesh.processes.reaper import Reaper
-from flowmesh.processes.spares import QUIET_S, Spares
+from flowmesh.processes.spares import Spares
 from flowmesh.processes.supervisor_connection import SupervisorConnection
 
 SWEEP_INTERVAL_S = 0.002
+IDLE_S = 1.0
 SOCKET_INTERVAL_S = 1.0
 SET_UP_S = 2.0
 """A child that has not said within this time whether it could be set up counts as forked."""
@@ -62,6 +63,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     preload: tuple[str, ...] = ()
     canary: str | None = None
     """`module:function` that a first child must run without error before the server takes tasks."""
+    prepare: str | None = None
+    """`module:function` that the server calls once, after its imports."""
     rehearsal: str | None = None
     """`module:function` that each child calls while it waits for its task."""
     adoption_timeout_s: float = 60.0
@@ -81,6 +84,8 @@ class ForkServer:
 
     def __init__(self, options: Options) -> None:
         self._options = options
+        self._path = Path(options.socket)
+        self._cgroup = None if options.cgroup is None else Path(options.cgroup)
         self._spares = Spares(self._fork)
         self._reaper = Reaper(self._spares, self._send_gone)
         self._in_set_up: dict[int, Entry] = {}
@@ -107,6 +112,7 @@ class ForkServer:
         signal.signal(signal.SIGCHLD, lambda *_: None)  # it only writes to the wakeup descriptor
         signal.set_wakeup_fd(self._wakeup_write, warn_on_full_buffer=False)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        title.arguments()
         report = self._load()
         if report.problem:
             self._supervisor.refuse(
@@ -142,15 +148,14 @@ class ForkServer:
         if self._options.nice:
             os.nice(self._options.nice)
         try:
-            return preload.load(self._options.preload, self._options.canary)
+            return preload.load(self._options.preload, self._options.canary, self._options.prepare)
         finally:
             if self._options.nice:
                 os.setpriority(os.PRIO_PROCESS, 0, own)
 
     def _keep_socket(self) -> None:
         """Listen at our path again if somebody has deleted the socket there: the next supervisor looks for it."""
-        path = Path(self._options.socket)
-        now = time.monotonic()
+        path, now = self._path, time.monotonic()
         if now - self._looked_at < SOCKET_INTERVAL_S or self._retiring:
             return
         self._looked_at = now
@@ -174,7 +179,7 @@ class ForkServer:
         self._supervisor.listen_at(fresh)
 
     def _remove_socket(self) -> None:
-        Path(self._options.socket).unlink(missing_ok=True)
+        self._path.unlink(missing_ok=True)
 
     def _finished(self) -> bool:
         if self._retiring and not self._reaper:
@@ -187,9 +192,9 @@ class ForkServer:
 
     def _turn(self) -> None:
         sweeping = self._reaper.sweeping
-        lacking = self._spares.lacking and not self._retiring
-        happened = self._poller.poll(SWEEP_INTERVAL_S if sweeping else QUIET_S if lacking else 1.0)
-        if lacking:
+        pause_s = None if self._retiring else self._spares.pause_s
+        happened = self._poller.poll(SWEEP_INTERVAL_S if sweeping else IDLE_S if pause_s is None else pause_s)
+        if pause_s is not None:
             self._spares.look(quiet=not happened and not sweeping)
         self._keep_socket()
         for fd, events in happened:
@@ -207,8 +212,8 @@ class ForkServer:
                 if events & ~select.EPOLLOUT and self._supervisor.is_for(fd) and (got := self._supervisor.receive()):
                     self._handle(*got)
         self._announce_late()
-        self._reaper.reap()
-        self._reaper.sweep()
+        if self._reaper.reap() or self._reaper.sweeping or not happened:
+            self._reaper.sweep()
 
     def _introduce(self) -> None:
         """Tell a supervisor that has connected what this server is, and which children it has."""
@@ -303,7 +308,7 @@ class ForkServer:
         leaf = self._make_leaf()
         near, far = Pipe.pair()
         orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        me = os.getpid()
+        me, unused = os.getpid(), [near.fileno(), orders.fileno(), *self._descriptors()]
         sys.stdout.flush()
         sys.stderr.flush()
         try:
@@ -315,39 +320,43 @@ class ForkServer:
                 leaf.remove()
             raise
         if pid == 0:
-            near.close()
-            orders.close()
-            self._become_child(child_main.Start(theirs, far, leaf, me, self._options.rehearsal))
+            _become_child(child_main.Start(theirs, far, leaf, me, self._options.rehearsal), unused)
         far.close()
         theirs.close()
         orders.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MAX_MESSAGE)
         return Spare(pid, near, orders, leaf)
 
     def _make_leaf(self) -> Leaf | None:
-        if self._options.cgroup is None:
+        if self._cgroup is None:
             return None
         self._leaves += 1
-        return Leaf.make(Path(self._options.cgroup), f"{Path(self._options.socket).stem}.{self._leaves}")
+        return Leaf.make(self._cgroup, f"{self._path.stem}.{self._leaves}")
 
-    def _become_child(self, start: child_main.Start) -> NoReturn:
-        """In the child: close everything of the server's, do the child's work, and exit."""
-        status = EXIT_SETUP
-        try:
-            signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            self._supervisor.close()
-            self._poller.close()
-            os.close(self._wakeup_read)
-            os.close(self._wakeup_write)
-            for entry in self._reaper:
-                entry.close()
-            self._spares.close()
-            status = child_main.run(start)
-        except BaseException:  # noqa: BLE001 - the process boundary: reported in its log and by its exit status
-            child_main.report_crash()
-        finally:
-            child_main.leave(status)
+    def _descriptors(self) -> list[int]:
+        """What this server has open for itself and for its children."""
+        children = [fd for entry in self._reaper for fd in entry.descriptors]
+        own = (self._poller.fileno(), self._wakeup_read, self._wakeup_write)
+        return [*own, *self._supervisor.descriptors, *self._spares.descriptors, *children]
+
+
+def _become_child(start: child_main.Start, unused: list[int]) -> NoReturn:
+    """In the child: close the server's descriptors, do the child's work, and exit.
+
+    By number: each Python object that is used here costs a copy of the page of memory it is in. The server's objects
+    are not used again in this process, which ends without the interpreter's teardown.
+    """
+    status = EXIT_SETUP
+    try:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        for fd in unused:
+            os.close(fd)
+        status = child_main.run(start)
+    except BaseException:  # noqa: BLE001 - the process boundary: reported in its log and by its exit status
+        child_main.report_crash()
+    finally:
+        child_main.leave(status)
 
 
 def main() -> int:

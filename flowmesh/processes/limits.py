@@ -6,12 +6,14 @@ import contextlib
 import os
 import resource
 import signal
-from pathlib import Path
 
 import msgspec
 
 from flowmesh.processes import linux, shm
 from flowmesh.processes.cgroup import Leaf
+from flowmesh.processes.proc_files import read_small, write_small
+
+_OOM_SCORE_ADJ = "/proc/self/oom_score_adj"
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,6 +90,5 @@ def apply(limits: Limits, parent: int) -> None:
 
 def _raise_oom_score_adj(minimum: int) -> None:
     """Raise it to `minimum`. Lowering needs a privilege, so a value that is higher, as in many containers, is kept."""
-    path = Path("/proc/self/oom_score_adj")
-    if minimum > int(path.read_text()):
-        path.write_text(str(minimum))
+    if minimum > int(read_small(_OOM_SCORE_ADJ)):
+        write_small(_OOM_SCORE_ADJ, str(minimum).encode())

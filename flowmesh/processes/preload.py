@@ -40,20 +40,24 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """Whether the imports worked, and only forking is not safe."""
 
 
-def load(modules: tuple[str, ...], canary: str | None) -> Report:
-    """Import `modules`, then check that forking is safe.
+def load(modules: tuple[str, ...], canary: str | None, prepare: str | None = None) -> Report:
+    """Import `modules`, call `prepare`, then check that forking is safe.
 
     Args:
         modules: each is a module's name, or `module:NAME`: also import the modules in that module's tuple NAME.
         canary: `module:function` for the canary to call; None: no canary.
+        prepare: `module:function` that does what would otherwise be done again in each child.
     """
     began = time.monotonic()
     name = ""
     try:
         for name in _expand(modules):
             importlib.import_module(name)
+        if prepare is not None:
+            named(name := prepare)()
     except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a library raises is its environment's error
-        return Report(problem=f"cannot import {name}: {type(error).__name__}: {_one_line(error)}")
+        what = "call" if name == prepare else "import"
+        return Report(problem=f"cannot {what} {name}: {type(error).__name__}: {_one_line(error)}")
     threads.find()
     seconds = time.monotonic() - began
     if problem := unsafe_to_fork() or _run_canary(canary):

@@ -24,6 +24,19 @@ def read_small(path: str | Path) -> bytes:
         os.close(fd)
 
 
+def write_small(path: str | Path, data: bytes) -> None:
+    """Write one of the kernel's small files, with three system calls.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, data)
+    finally:
+        os.close(fd)
+
+
 def thread_names() -> list[str]:
     """Names of this process's native threads; the main thread is first."""
     folder = Path("/proc/self/task")

@@ -78,15 +78,17 @@ class Reaper:
         for leaf, until_s in self._emptied:
             leaf.remove_within(until_s - time.monotonic())
 
-    def reap(self) -> None:
-        """Collect the exit statuses of children that have ended."""
+    def reap(self) -> bool:
+        """Collect the exit statuses of children that have ended; returns whether there were any."""
+        ended = False
         while True:
             try:
                 pid, status, usage = os.wait4(-1, os.WNOHANG)
             except ChildProcessError:
-                return
+                return ended
             if pid == 0:
-                return
+                return ended
+            ended = True
             self._spares.reaped(pid)
             entry = self._by_pid.pop(pid, None)
             if entry is None:

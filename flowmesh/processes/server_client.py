@@ -40,6 +40,7 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True):
     python: str
     preload: tuple[str, ...] = ()
     canary: str | None = None
+    prepare: str | None = None
     rehearsal: str | None = None
     contained: bool = True
     """Whether its children get a cgroup each, on a node that can make them."""
@@ -124,6 +125,7 @@ class Server:
                 fd=listener.fileno(),
                 preload=environment.preload,
                 canary=environment.canary,
+                prepare=environment.prepare,
                 rehearsal=environment.rehearsal,
                 adoption_timeout_s=adoption_timeout_s,
                 cgroup=None if cgroup is None else str(cgroup),

@@ -54,6 +54,8 @@ class Child(msgspec.Struct, kw_only=True):
     server: Server
     owner: ChildOwner
     pid: int | None = None
+    late: asyncio.TimerHandle | None = None
+    """Until it is forked: what happens if it is not."""
 
 
 class ServerPool:
@@ -144,13 +146,13 @@ class ServerPool:
         self._hasten(environment)
         server = await self._server(environment)
         before_fork(server.id)
-        self._children[fork.attempt] = Child(server=server, owner=owner)
+        child = self._children[fork.attempt] = Child(server=server, owner=owner)
         try:
             server.send(fork)
         except LaunchError:
             del self._children[fork.attempt]
             raise
-        asyncio.get_running_loop().call_later(FORK_TIMEOUT_S, self._check_forked, fork.attempt)
+        child.late = asyncio.get_running_loop().call_later(FORK_TIMEOUT_S, self._check_forked, fork.attempt)
 
     def is_ready(self, environment: str) -> bool:
         """Whether a task of this environment can be forked at once."""
@@ -307,7 +309,7 @@ class ServerPool:
         environment = self.environments[name]
         made_of = self._made_of(environment)
         if self._faults.is_unsafe(name):
-            environment = msgspec.structs.replace(environment, preload=(), canary=None, rehearsal=None)
+            environment = msgspec.structs.replace(environment, preload=(), canary=None, prepare=None, rehearsal=None)
         server = Server.start(
             environment,
             self._folder,
@@ -345,6 +347,9 @@ class ServerPool:
                 assert pipe is not None, "a Forked comes with a pipe"
                 child = self._child(reply.attempt, server)
                 child.pid = reply.pid
+                if child.late is not None:
+                    child.late.cancel()
+                    child.late = None
                 child.owner.on_forked(reply, pipe)
             case ForkFailed(attempt=attempt, message=message, own=own):
                 child = self._child(attempt, server)

@@ -12,9 +12,12 @@ from flowmesh.processes.protocol import Fork
 MANY = 2
 """With only one, a task that comes right after another would wait for the kernel."""
 QUIET_S = 0.003
-"""One is forked after so long without an event: running tasks need the CPUs more."""
+"""Where none is left, they are forked after so long without an event: running tasks need the CPUs more."""
 QUIET_AT_LAST_S = 0.02
-"""After so long it is forked whether or not there are events."""
+"""After so long they are forked whether or not there are events."""
+REST_S = 0.1
+"""Where one is left, the other is forked after so long without an event. After a fork the server copies each page of
+memory that it writes to, so that two forks one right after the other cost little more than one."""
 AGAIN_S = 1.0
 """The pause after one that could not be forked, or died while it waited: the next one may do the same."""
 
@@ -27,6 +30,8 @@ class Spares:
         """
         self._fork = fork
         self._spares: deque[Spare] = deque()
+        self._filling = True
+        """Whether they are forked until there are MANY."""
         self._since = 0.0
         self._again_at = 0.0
         """Both monotonic."""
@@ -36,18 +41,22 @@ class Spares:
         return {spare.pid for spare in self._spares}
 
     @property
-    def lacking(self) -> bool:
-        """Whether another one is due."""
-        return len(self._spares) < MANY and time.monotonic() >= self._again_at
+    def pause_s(self) -> float | None:
+        """After how long without an event another one is due; None: none is."""
+        if len(self._spares) >= MANY or time.monotonic() < self._again_at:
+            return None
+        return QUIET_S if self._filling else REST_S
 
     def look(self, *, quiet: bool) -> None:
-        """Fork one if it is time. An error is dropped here: the fork for the next task reports it."""
-        if quiet or time.monotonic() > self._since + QUIET_AT_LAST_S:
-            self._since = time.monotonic()
-            try:
+        """Fork what is missing if it is time. An error is dropped here: the fork for the next task reports it."""
+        if not quiet and (not self._filling or time.monotonic() <= self._since + QUIET_AT_LAST_S):
+            return
+        try:
+            while len(self._spares) < MANY:
                 self._spares.append(self._fork())
-            except OSError:
-                self._again_at = time.monotonic() + AGAIN_S
+        except OSError:
+            self._again_at = time.monotonic() + AGAIN_S
+        self._filling = not self._spares
 
     def hand_out(self, request: Fork, data: bytes) -> Entry:
         """Give the task to one of them, or to a new one if there is none or they have died.
@@ -61,6 +70,7 @@ class Spares:
         self._since = time.monotonic()
         while self._spares:
             spare = self._spares.popleft()
+            self._filling = not self._spares
             try:
                 return spare.take(request, data)
             except OSError:
@@ -77,6 +87,7 @@ class Spares:
         for spare in [spare for spare in self._spares if spare.pid == pid]:
             self._spares.remove(spare)
             spare.discard(reaped=True)
+            self._filling = not self._spares
             self._again_at = time.monotonic() + AGAIN_S
 
     def drop(self) -> None:
@@ -84,7 +95,7 @@ class Spares:
         while self._spares:
             self._spares.popleft().discard()
 
-    def close(self) -> None:
-        """Close their descriptors, in a forked child."""
-        for spare in self._spares:
-            spare.close()
+    @property
+    def descriptors(self) -> list[int]:
+        """The fork server's descriptors for them."""
+        return [fd for spare in self._spares for fd in spare.descriptors]

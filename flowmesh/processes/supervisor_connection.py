@@ -116,11 +116,10 @@ class SupervisorConnection:
             supervisor, _ = self._listener.accept()
             supervisor.send(encode(reply), socket.MSG_NOSIGNAL)
 
-    def close(self) -> None:
-        """Close all descriptors, in a forked child."""
-        self._listener.close()
-        if self._supervisor is not None:
-            self._supervisor.close()
+    @property
+    def descriptors(self) -> list[int]:
+        """Those of its sockets, which a forked child closes."""
+        return [each.fileno() for each in (self._listener, self._supervisor) if each is not None]
 
     def _drop(self) -> None:
         if self._supervisor is not None:

@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import ctypes
-from pathlib import Path
+import functools
+
+from flowmesh.processes.proc_files import read_small
 
 NAME = b"flowmesh-task"
 _ARG_START, _ARG_END = 45, 46
 """Of /proc/PID/stat after the process's name: fields 48 and 49 of proc_pid_stat(5)."""
 _SOCKET_END = b'.sock"'
+
+
+@functools.cache
+def arguments() -> tuple[int, int, bytes] | None:
+    """Where this process's arguments begin and end in its memory, and the last one; None if that cannot be read.
+
+    Called first in the fork server: its children have them at the same place.
+    """
+    try:
+        fields = read_small("/proc/self/stat").rpartition(b")")[2].split()
+        last = read_small("/proc/self/cmdline").rstrip(b"\0").rpartition(b"\0")[2]
+        return int(fields[_ARG_START]), int(fields[_ARG_END]), last
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def show_task(task_id: str) -> None:
@@ -17,12 +33,9 @@ def show_task(task_id: str) -> None:
     By the socket, `processes/tree` finds the forks of a server that has died. A task id for which there is no room is
     cut. Does nothing where the arguments cannot be read: this is a help for people.
     """
-    try:
-        fields = Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()
-        start, end = int(fields[_ARG_START]), int(fields[_ARG_END])
-        last = Path("/proc/self/cmdline").read_bytes().rstrip(b"\0").rpartition(b"\0")[2]
-    except (OSError, ValueError, IndexError):
+    if (found := arguments()) is None:
         return
+    start, end, last = found
     # The last byte stays NUL: otherwise the kernel takes the text to go on into the environment behind it.
     room = end - start - 1
     server = last[: last.find(_SOCKET_END) + len(_SOCKET_END)] if _SOCKET_END in last else last

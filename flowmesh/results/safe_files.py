@@ -32,7 +32,7 @@ def write_atomic(path: Path, data: bytes, *, private: bool = False, folder: int 
         private: readable by the node's user only.
         folder: a descriptor of the folder that `path` is relative to.
     """
-    os.close(_write(path, data, _PRIVATE if private else _MODE, folder))
+    os.close(_write(str(path), data, _PRIVATE if private else _MODE, folder))
 
 
 def write_in_task(folder: int, name: str, data: bytes) -> int:
@@ -48,18 +48,19 @@ def write_in_task(folder: int, name: str, data: bytes) -> int:
         OSError: it cannot be written.
     """
     try:
-        return _write(Path(name), data, _MODE, folder)
+        return _write(name, data, _MODE, folder)
     except (IsADirectoryError, FileExistsError):
-        for each in (name, _partial(Path(name)).name):
+        for each in (name, _partial(name)):
             remove(folder, each)
-        return _write(Path(name), data, _MODE, folder)
+        return _write(name, data, _MODE, folder)
 
 
-def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+def _partial(path: str) -> str:
+    above, slash, name = path.rpartition("/")
+    return f"{above}{slash}.{name}.{os.getpid()}{PARTIAL}"
 
 
-def _write(path: Path, data: bytes, mode: int, folder: int | None) -> int:
+def _write(path: str, data: bytes, mode: int, folder: int | None) -> int:
     partial = _partial(path)
     # O_EXCL and O_NOFOLLOW: a link that a task has left under that name is not written through
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC

@@ -5,6 +5,7 @@ No accepted name leads out of the folder it is meant for, by `..` or by a symbol
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -51,8 +52,9 @@ def _real(path: Path) -> Path | None:
         real = path.resolve()
     except (OSError, RuntimeError):  # a loop of links
         return None
-    # From Python 3.13 on, a loop is left as it is.
-    return None if any(part.is_symlink() for part in (real, *real.parents)) else real
+    if sys.version_info >= (3, 13) and any(part.is_symlink() for part in (real, *real.parents)):
+        return None  # there, a loop is left as it is
+    return real
 
 
 class OutsideError(FieldError):

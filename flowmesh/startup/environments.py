@@ -19,6 +19,8 @@ from flowmesh.tasks.catalogue import (
 
 CANARY = "runners.canary:check"
 """What the first child of each fork server with libraries must run without error."""
+PREPARE = "runners.child:prepare"
+"""What each fork server of tasks calls after its imports."""
 REHEARSAL = "runners.child:rehearse"
 """What each child calls before it waits for its task."""
 ALWAYS = ("runners.child",)
@@ -62,6 +64,7 @@ def plan(settings: Settings) -> tuple[Catalogue, dict[str, Environment]]:
             python=python or sys.executable,
             preload=tuple(dict.fromkeys(preload)),
             canary=None if name == LIGHT else CANARY,
+            prepare=PREPARE,
             rehearsal=REHEARSAL,
         )
     environments[DELIVERY] = Environment(

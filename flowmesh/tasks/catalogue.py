@@ -121,6 +121,7 @@ BUILTIN = (
         check="runners.checks:inference",
         sections="runners.schemas:inference",
         exporter="runners.inference.export:of_finished",
+        on_several_nodes=True,
         requires=("torch", "transformers"),
         extra="inference",
         preload=("runners.inference.preload:TRANSFORMERS",),

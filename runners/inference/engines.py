@@ -10,7 +10,9 @@ from typing import Any
 import msgspec
 
 from runners.api import BadRequest, Context, MissingDependency
+from runners.gang import gang_of
 from runners.inference.engine import Engine
+from runners.inference.members import Lead
 from runners.inference.options import Sampling
 from runners.inference.reasoning import Splitter, splitter_of
 from runners.inference.task import SHARED, InferenceTask, TransformersOptions
@@ -21,12 +23,13 @@ from runners.models.sources import Source
 
 
 def choose(ctx: Context, task: InferenceTask) -> str:
-    """`vllm` if it is installed and the task has a GPU or requests it, else `transformers`.
+    """`vllm` if it is installed and the task has a GPU, or if it is requested or there are several nodes, else
+    `transformers`.
 
     Raises:
         MissingDependency: the requested engine is not installed.
     """
-    if task.engine == "vllm":
+    if task.engine == "vllm" or gang_of(ctx) is not None:
         _need("vllm")
         return "vllm"
     if task.engine == "auto" and ctx.gpus and not task.enforce_cpu and importlib.util.find_spec("vllm") is not None:
@@ -39,12 +42,19 @@ def choose(ctx: Context, task: InferenceTask) -> str:
 
 
 def load_engine(
-    ctx: Context, task: InferenceTask, source: Source, adapters: Sequence[LocalAdapter], *, work: Work
+    ctx: Context,
+    task: InferenceTask,
+    source: Source,
+    adapters: Sequence[LocalAdapter],
+    *,
+    work: Work,
+    lead: Lead | None = None,
 ) -> tuple[Engine, Texts]:
     """The engine, loaded, and its tokenizer.
 
     Args:
         work: the amount of work, which decides whether compiling pays.
+        lead: the other members of a task on several nodes.
 
     Raises:
         BadRequest: the model cannot be loaded here, or an option does not fit it or this node.
@@ -58,7 +68,7 @@ def load_engine(
     if chosen == "vllm":
         from runners.inference import vllm_engine
 
-        engine, texts = vllm_engine.load(ctx, task, source, adapters, work=work)
+        engine, texts = vllm_engine.load(ctx, task, source, adapters, work=work, lead=lead)
     elif task.sampling.json_schema is not None:
         raise BadRequest(
             "spec.inference.json_schema: only vLLM can keep answers to a schema; set spec.engine to 'vllm'"

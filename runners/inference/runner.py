@@ -13,10 +13,12 @@ import msgspec
 from runners.api import BadRequest, Context, Runner, RunnerError
 from runners.data.images import images_of
 from runners.data.sources import load_items
+from runners.gang import gang_of
 from runners.inference.engine import Completion, Request, Watch
 from runners.inference.engines import load_engine, parser_of, reasoning_of
 from runners.inference.export import read_export
 from runners.inference.identity import Identity, identity_of
+from runners.inference.members import Lead, lead
 from runners.inference.merge import check_agreement, failed, folder_of, read_children
 from runners.inference.openai.run import is_batch, run_batch
 from runners.inference.parts import (
@@ -45,6 +47,15 @@ class InferenceRunner(Runner):
     def run(self, ctx: Context) -> dict[str, Any]:
         ctx.phase("prepare")
         task = read_document(ctx, ctx.spec, "spec")
+        gang = gang_of(ctx)
+        if gang is not None and gang.rank:
+            from runners.inference.vllm_member import compute
+
+            return compute(ctx, task, gang)
+        with contextlib.nullcontext() if gang is None else lead(ctx, gang) as others:
+            return self._run(ctx, task, others)
+
+    def _run(self, ctx: Context, task: InferenceTask, others: Lead | None) -> dict[str, Any]:
         children = read_children(ctx)
         if is_batch(ctx.spec):
             return run_batch(ctx, task)
@@ -83,7 +94,7 @@ class InferenceRunner(Runner):
             stack.callback(report_rows, ctx, logs)
             latency_s = 0.0
             if any(log.counts.done < log.counts.total for log in logs):
-                latency_s = self._generate(ctx, task, source, adapters, batch, refused)
+                latency_s = self._generate(ctx, task, source, adapters, batch, refused, others)
             ctx.phase("save")
             results: dict[str | None, dict[str, Any]] = {}
             for task_id, (part, log) in batch.items():
@@ -108,13 +119,14 @@ class InferenceRunner(Runner):
         adapters: Sequence[LocalAdapter],
         batch: dict[str | None, tuple[Part, RowLog]],
         refused: dict[str, dict[str, Any]],
+        others: Lead | None,
     ) -> float:
         """Answer the items that have no row; returns the seconds that took."""
         work = work_of(((part, log.rows) for part, log in batch.values()), task)
         first = _first_image(*batch[None])
         if first is not None:
             work = msgspec.structs.replace(work, image_where=first)
-        engine, texts = load_engine(ctx, task, source, adapters, work=work)
+        engine, texts = load_engine(ctx, task, source, adapters, work=work, lead=others)
         ctx.log.info(
             "model loaded model=%s %s", source.shown, " ".join(f"{k}={v}" for k, v in engine.describe().items())
         )

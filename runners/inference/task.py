@@ -14,6 +14,7 @@ from runners.api import BadRequest, Context
 from runners.data.openai_batch import TYPE, OpenAIBatch
 from runners.data.sources import SECTIONS, check_data
 from runners.fields import Faults, check_spec
+from runners.gang import asks_for_nodes
 from runners.inference.export import read_export
 from runners.inference.options import EngineName, InferenceOptions, Sampling, sampling_of, system_prompt_of
 from runners.inference.reasoning import check_parser
@@ -30,6 +31,8 @@ SHARED = ("dtype", "trust_remote_code")
 
 SOURCES: dict[str, type[Any]] = {**SECTIONS, TYPE: OpenAIBatch}
 """The data sources, by type."""
+OF_NODES = ("nnodes", "node_rank", "master_addr", "master_port", "distributed_executor_backend")
+"""Engine arguments of vLLM that spec.nodes sets."""
 ONE_FOR_ALL = frozenset({"n", "logprobs", "json_schema", "system_prompt", "systemPrompt", "chat"})
 """Fields of `spec.inference` that have no place where each line is a request of its own."""
 
@@ -86,9 +89,33 @@ def read_document(ctx: Context, spec: dict[str, Any], where: str) -> InferenceTa
     faults.read(lambda: read_export(ctx, spec, where))
     faults.read(lambda: _check_batch(ctx, spec, where))
     faults.read(lambda: check_resume(ctx, spec, where))
+    if task is not None:
+        faults.read(lambda: _check_nodes(ctx, task))
     faults.check()
     assert task is not None, "else it was a fault"
     return task
+
+
+def _check_nodes(ctx: Context, task: InferenceTask) -> None:
+    """Raises BadRequest for what does not go with spec.nodes."""
+    if not asks_for_nodes(ctx.spec):
+        return
+    if task.engine == "transformers" or task.enforce_cpu:
+        field = "enforce_cpu" if task.enforce_cpu else "engine"
+        raise BadRequest(f"spec.{field}: only vLLM runs a model over several nodes; leave it out, or spec.nodes")
+    for name in OF_NODES:
+        if name in task.vllm:
+            raise BadRequest(f"spec.model.vllm.{name}: spec.nodes sets it; leave one of them out")
+    if task.vllm.get("pipeline_parallel_size", 1) != 1:
+        raise BadRequest(
+            "spec.model.vllm.pipeline_parallel_size: vLLM 0.32 failed when it was tried over several nodes; leave it "
+            "out: each layer is split over all GPUs"
+        )
+    if task.model.adapters:
+        raise BadRequest("spec.model.adapters: do not go with spec.nodes; merge them into the model first")
+    data = ctx.spec.get("data")
+    if isinstance(data, dict) and data.get("type") == TYPE:
+        raise BadRequest("spec.nodes: a batch file is answered on one node; leave it out, or give another data.type")
 
 
 def _check_batch(ctx: Context, spec: dict[str, Any], where: str) -> None:

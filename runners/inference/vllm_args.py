@@ -14,6 +14,7 @@ import psutil
 
 from flowmesh.validation.convert import nearest
 from runners.api import BadRequest, Context
+from runners.gang import gang_of
 from runners.inference.batches import cache_bytes_per_token
 from runners.inference.engine import GpuOutOfMemory
 from runners.inference.task import InferenceTask
@@ -189,7 +190,7 @@ def tensor_parallel(ctx: Context, options: dict[str, Any], config: Any) -> int:
         BadRequest: more than the task's GPUs, or not a divisor of the heads.
     """
     where = f"{WHERE}.tensor_parallel_size"
-    gpus = len(ctx.gpus)
+    gpus, nodes = len(ctx.gpus), nodes_of(ctx)
     pipeline = options.get("pipeline_parallel_size", 1)
     asked = options.get("tensor_parallel_size")
     for name, value in (("tensor_parallel_size", asked), ("pipeline_parallel_size", pipeline)):
@@ -197,9 +198,18 @@ def tensor_parallel(ctx: Context, options: dict[str, Any], config: Any) -> int:
             raise BadRequest(f"{WHERE}.{name}: expected a number of GPUs >= 1 (found {value!r})")
     if asked is None:
         most = max(_gpu_count(ctx, gpus) // pipeline, 1)
-        return next(size for size in range(most, 0, -1) if divides(config, size))
-    if asked * pipeline > max(gpus, 1):
+        fits = (size for size in range(nodes * most, 0, -1) if size % nodes == 0 and divides(config, size))
+        if (found := next(fits, None)) is None:
+            heads, kv_heads = _heads(config)
+            raise BadRequest(
+                f"spec.nodes: the model's {heads} attention heads ({kv_heads} for keys) do not divide by {nodes} nodes"
+            )
+        return found
+    if asked % nodes:
+        raise BadRequest(f"{where}: {asked} does not divide by {nodes} nodes; leave it out to have it chosen")
+    if asked * pipeline > nodes * max(gpus, 1):
         has = f"{gpus} GPUs" if gpus else "no GPU"
+        has += f" on each of {nodes} nodes" if nodes > 1 else ""
         raise BadRequest(f"{where}: {asked} × pipeline {pipeline} needs {asked * pipeline} GPUs; this task has {has}")
     if not divides(config, asked):
         heads, kv_heads = _heads(config)
@@ -208,6 +218,11 @@ def tensor_parallel(ctx: Context, options: dict[str, Any], config: Any) -> int:
             "out to have it chosen"
         )
     return int(asked)
+
+
+def nodes_of(ctx: Context) -> int:
+    gang = gang_of(ctx)
+    return 1 if gang is None else gang.size
 
 
 def divides(config: Any, size: int) -> bool:
@@ -242,7 +257,8 @@ def utilization(ctx: Context, options: dict[str, Any]) -> float:
     asked = options.get("gpu_memory_utilization", DEFAULT_UTILIZATION)
     if isinstance(asked, bool) or not isinstance(asked, int | float) or not 0 < asked <= 1:
         raise BadRequest(f"{WHERE}.gpu_memory_utilization: expected a share, 0 < x <= 1 (found {asked!r})")
-    used = ctx.gpus[: options.get("tensor_parallel_size", 1) * options.get("pipeline_parallel_size", 1)]
+    world = options.get("tensor_parallel_size", 1) * options.get("pipeline_parallel_size", 1)
+    used = ctx.gpus[: world // nodes_of(ctx)]
     kept_bytes = CONTEXT_BYTES + (NCCL_BYTES if len(used) > 1 else 0)
     fits = fit_utilization(float(asked), gpu_memory(used), kept_bytes)
     if fits < LEAST_UTILIZATION:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, get_args
 
 import msgspec
@@ -16,6 +17,7 @@ from runners.api import BadRequest, Context, RunnerError
 from runners.data.cache import COMPILED, library_folder
 from runners.inference.engine import Completion, Finished, FinishReason, Output, Request, Same, TokenLogprob, Watch
 from runners.inference.lora import check_fit
+from runners.inference.members import Lead
 from runners.inference.options import Sampling
 from runners.inference.task import InferenceTask
 from runners.inference.tokens import Reader, Texts
@@ -23,6 +25,7 @@ from runners.inference.vision import Vision, by_pixels, load_texts
 from runners.inference.vllm_args import WHERE, Work, engine_arguments
 from runners.inference.vllm_failures import Logs, explain, first_line, start_failure, step_failure
 from runners.inference.vllm_finite import CLASS, FiniteLogits
+from runners.inference.vllm_nodes import announce
 from runners.inference.vllm_processes import EngineProcesses, cuda_started
 from runners.inference.vllm_weights import check_weights, merged, overridden
 from runners.models.adapters import LocalAdapter, check_product
@@ -40,14 +43,23 @@ class VllmEngine:
     name = "vllm"
 
     def __init__(
-        self, llm: Any, texts: Texts, adapters: dict[str, Any], processes: EngineProcesses, source: Source
+        self,
+        llm: Any,
+        texts: Texts,
+        adapters: dict[str, Any],
+        processes: EngineProcesses,
+        source: Source,
+        *,
+        lead: Lead | None = None,
     ) -> None:
         """
         Args:
             adapters: LoRARequest by name.
             source: of the model, for errors.
+            lead: the other members of a task on several nodes.
         """
         self._llm = llm
+        self._lead = lead
         self._source = source
         self._texts = texts
         self._adapters = adapters
@@ -82,10 +94,13 @@ class VllmEngine:
 
     def generate(self, requests: Sequence[Request], watch: Watch, finished: Finished) -> None:
         """See `Engine.generate`."""
-        with self._processes.watched():
+        with self._members_watched(), self._processes.watched():
             for rows in self._rounds(requests):
                 for part in by_pixels(rows, lambda row: requests[row].pictures):
                     self._answer({row: requests[row] for row in part}, watch, finished)
+
+    def _members_watched(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._lead is None else self._lead.watched()
 
     def _rounds(self, requests: Sequence[Request]) -> list[list[int]]:
         """Rows that may run together: all, except on the CPU. There, vLLM 0.32 answers a row without an adapter by
@@ -164,9 +179,18 @@ class VllmEngine:
 
 
 def load(
-    ctx: Context, task: InferenceTask, source: Source, adapters: Sequence[LocalAdapter], *, work: Work
+    ctx: Context,
+    task: InferenceTask,
+    source: Source,
+    adapters: Sequence[LocalAdapter],
+    *,
+    work: Work,
+    lead: Lead | None = None,
 ) -> tuple[VllmEngine, Texts]:
     """The task's model in vLLM, and its tokenizer.
+
+    Args:
+        lead: the other members of a task on several nodes, which are started, too.
 
     Raises:
         BadRequest: no such model, its checkpoint does not hold its weights, or an argument, an adapter or the node
@@ -174,6 +198,35 @@ def load(
         GpuOutOfMemory: it does not fit the GPU.
         RunnerError: the engine did not start, or the hub cannot be reached.
     """
+    runtime = [adapter for adapter in adapters if adapter.apply == "runtime"]
+    arguments, texts, trust = arguments_of(ctx, task, source, runtime, work=work)
+    path = source.path
+    if len(runtime) < len(adapters):
+        path = str(merged(ctx, task, source, adapters, texts, trust=trust))
+    # vLLM's default seed is a constant, so that all unseeded tasks would draw the same. numpy's seed has 32 bits; each
+    # request has the task's full seed.
+    seed = task.sampling.seed if task.sampling.seed is not None else secrets.randbits(31)
+    arguments["seed"] = seed % 2**32
+    if lead is not None:
+        arguments |= announce(lead, work=work, seed=seed)
+    alone = arguments["tensor_parallel_size"] * arguments.get("pipeline_parallel_size", 1) == 1
+    alone = alone and arguments.get("distributed_executor_backend") in (None, "uni")
+    set_environment(ctx, alone=alone, eager=bool(arguments["enforce_eager"]))
+    with nullcontext() if lead is None else lead.watched():
+        revision = None if path != source.path else source.revision
+        llm = start(path, revision, source, arguments, asked=list(task.vllm))
+        _alive.append(llm)
+        if arguments["worker_extension_cls"] == CLASS:
+            llm.collective_rpc(FiniteLogits.flowmesh_check_logits.__name__)
+        else:
+            ctx.log.warning("%s.worker_extension_cls: logits are checked for NaN only, not for infinity", WHERE)
+    return VllmEngine(llm, texts, _add_adapters(llm, runtime), EngineProcesses(), source, lead=lead), texts
+
+
+def arguments_of(
+    ctx: Context, task: InferenceTask, source: Source, runtime: Sequence[LocalAdapter], *, work: Work
+) -> tuple[dict[str, Any], Texts, bool]:
+    """`LLM`'s arguments besides the model, its tokenizer, and whether it may run its own code. Errors as for `load`."""
     trust = may_run_code(ctx, source, task.vllm.get("trust_remote_code"), f"{WHERE}.trust_remote_code")
     cache_dir = task.vllm.get("download_dir")
     with loading(source):
@@ -185,31 +238,13 @@ def load(
         texts = load_texts(ctx, source, trust, config, work, cache_dir)
     config = overridden(config, task.vllm.get("hf_overrides"))
     check_weights(ctx, task, source, config, work)
-    runtime = [adapter for adapter in adapters if adapter.apply == "runtime"]
     for adapter in runtime:
         check_product(adapter, "vLLM")
         check_fit(ctx, adapter, config, trust_remote_code=trust)
     arguments = engine_arguments(ctx, task, config, work=work, adapter_ranks=[each.rank for each in runtime])
     arguments["trust_remote_code"] = trust
-    path = source.path
-    if len(runtime) < len(adapters):
-        path = str(merged(ctx, task, source, adapters, texts, trust=trust))
-    alone = arguments["tensor_parallel_size"] * arguments.get("pipeline_parallel_size", 1) == 1
-    alone = alone and arguments.get("distributed_executor_backend") in (None, "uni")
-    # vLLM's default seed is a constant, so that all unseeded tasks would draw the same. numpy's seed has 32 bits; each
-    # request has the task's full seed.
-    seed = task.sampling.seed if task.sampling.seed is not None else secrets.randbits(31)
-    arguments["seed"] = seed % 2**32
-    checks_logits = arguments.setdefault("worker_extension_cls", CLASS) == CLASS
-    set_environment(ctx, alone=alone, eager=bool(arguments["enforce_eager"]))
-    llm = start(path, None if path != source.path else source.revision, source, arguments, asked=list(task.vllm))
-    _alive.append(llm)
-    if checks_logits:
-        llm.collective_rpc(FiniteLogits.flowmesh_check_logits.__name__)
-    else:
-        ctx.log.warning("%s.worker_extension_cls: logits are checked for NaN only, not for infinity", WHERE)
-    engine = VllmEngine(llm, texts, _add_adapters(llm, runtime), EngineProcesses(), source)
-    return engine, texts
+    arguments.setdefault("worker_extension_cls", CLASS)
+    return arguments, texts, trust
 
 
 def start(path: str, revision: str | None, source: Source, arguments: dict[str, Any], *, asked: Sequence[str]) -> Any:

@@ -28,6 +28,8 @@ SETTLE_S = 1.0
 """From a rank's failure to the end of the others, so that the first failure can still be reported."""
 GRACE_S = 2.0
 """From SIGTERM to SIGKILL."""
+OTHERS_S = 3.0
+"""From the loss of a rank on another node to the failure of this one, so that the other's own error is known before."""
 TAIL_BYTES = 4096
 
 Work = Callable[[Place, Context, socket.socket, int], dict[str, Any]]
@@ -201,6 +203,7 @@ def verdict(ctx: Context, folder: Path, endings: list[Ending]) -> list[Report]:
     if _order(culprit)[0] == ECHO:
         message += _still_at_work(endings, reports)
         if gang_of(ctx) is not None:
+            ctx.sleep(OTHERS_S)
             fault = Fault.CRASH  # of another node, so that a retry makes sense
     raise _failed(ctx, local_rank, message, fault, culprit.detail)
 

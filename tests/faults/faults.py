@@ -19,6 +19,7 @@ from tests.faults import node  # noqa: F401
 from tests.faults import redis  # noqa: F401
 from tests.faults import dispatch  # noqa: F401
 from tests.faults import fleet  # noqa: F401
+from tests.faults import gangs  # noqa: F401
 from tests.faults import page  # noqa: F401
 
 # isort: on

@@ -22,6 +22,7 @@ import redis
 
 from tests.faults.faults import FAULTS, Fault
 from tests.faults.rig import Lost, Rig
+from tests.kit import network
 from tests.kit.clock_shim import compiler
 
 QUICK, LONG = 30, 500
@@ -45,10 +46,12 @@ def plan(count: int, seed: int, only: str, skipped: dict[str, str], *, long: boo
     rng = random.Random(seed)
     no_disks = _cannot_mount()
     no_clock = "" if compiler() else "setting the node's clock needs a C compiler"
+    no_network = network.why_not()
     for each in FAULTS:
         too_long = each.long and not long and not only
         short = "it takes minutes: with --long, or --only" if too_long else ""
-        if why := (no_disks if each.disk else "") or (no_clock if each.sets_clock else "") or short:
+        lacks = (no_disks if each.disk else "") or (no_clock if each.sets_clock else "")
+        if why := lacks or (no_network if each.network else "") or short:
             skipped[each.name] = why
     able = [each for each in FAULTS if only in each.name and each.name not in skipped]
     if not able:

@@ -23,16 +23,24 @@ class Fault:
     sets_clock: bool = False
     long: bool = False
     """Whether it takes minutes: only in a long run, or where it is named."""
+    network: bool = False
+    """Whether it needs network namespaces."""
 
 
 FAULTS: list[Fault] = []
 
 
 def fault(
-    name: str, *, disk: str | None = None, weight: int = 4, sets_clock: bool = False, long: bool = False
+    name: str,
+    *,
+    disk: str | None = None,
+    weight: int = 4,
+    sets_clock: bool = False,
+    long: bool = False,
+    network: bool = False,
 ) -> Callable[[Callable[[Rig, random.Random], None]], None]:
     def add(act: Callable[[Rig, random.Random], None]) -> None:
-        FAULTS.append(Fault(name, act, disk, weight, sets_clock, long))
+        FAULTS.append(Fault(name, act, disk, weight, sets_clock, long, network))
 
     return add
 

@@ -1,7 +1,8 @@
 """A small fork server for tests: imports what `argv[1]` names of `preload`, then runs a job in a fork for each line.
 
 A test process has computed with many threads, and a fork of it would hang; this one never computes.
-A line of stdin is `[job, file for the answer]`; for each it says the child's pid, and then that it has ended.
+A line of stdin is `[job, file for the answer, whether to wait]`; for each it says the child's pid, and then, if it
+waits, that it has ended.
 """
 
 from __future__ import annotations
@@ -57,17 +58,20 @@ def main() -> None:
 
     print("ready", len(os.listdir("/proc/self/task")), torch.cuda.is_initialized(), flush=True)
     for line in sys.stdin.buffer:
-        job, answer = msgspec.json.decode(line, type=tuple[Job, str])
+        job, answer, waits = msgspec.json.decode(line, type=tuple[Job, str, bool])
         pid = os.fork()
         if pid == 0:
             log = os.open(f"{answer}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)  # files, as on a node
             os.dup2(log, 1)
             os.dup2(log, 2)
-            Path(answer).write_bytes(msgspec.json.encode(work(job)))
+            whole = Path(f"{answer}.partial")
+            whole.write_bytes(msgspec.json.encode(work(job)))
+            whole.rename(answer)
             os._exit(0)
         print(pid, flush=True)
-        os.waitpid(pid, 0)
-        print("ended", flush=True)
+        if waits:
+            os.waitpid(pid, 0)
+            print("ended", flush=True)
 
 
 if __name__ == "__main__":

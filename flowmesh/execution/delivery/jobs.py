@@ -77,8 +77,8 @@ class Jobs:
         assert verdict is not None, "a task is delivered when its verdict is known"
         failure = None
         out_dir = Path(accepted.target.out_dir)
-        task_logs.log_troubles(task_logs.bound_logs([out_dir / "logs"], settings.tasks.log_max_bytes))
-        task_logs.finish_logs(out_dir, keep=accepted.spec.retainLogs or not verdict.ok)
+        keep = accepted.spec.retainLogs or not verdict.ok
+        task_logs.finish_logs(out_dir, keep=keep, limit_bytes=settings.tasks.log_max_bytes)
         if not verdict.ok:
             redact = task_events.redactor(run, self._layout)
             run.log_tail = tuple(redact(task_logs.log_tail(out_dir)).splitlines()[-TAIL_LINES:])

@@ -7,6 +7,7 @@ opened once, without following links, and then used by its descriptor only.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -72,8 +73,8 @@ def _cut(log: Entry, owner: int, limit_bytes: int, troubles: Troubles) -> None:
         troubles.add(error, [log.name])
 
 
-def finish_logs(out_dir: Path, *, keep: bool) -> None:
-    """Drop the parts of lines that progress bars overwrote; without `keep`, remove the logs."""
+def finish_logs(out_dir: Path, *, keep: bool, limit_bytes: int = sys.maxsize) -> None:
+    """Bound the logs, and drop the parts of lines that progress bars overwrote; without `keep`, remove them."""
     troubles = Troubles()
     try:
         with Folder.open(out_dir / "logs") as folder:
@@ -81,7 +82,12 @@ def finish_logs(out_dir: Path, *, keep: bool) -> None:
                 try:
                     if not keep:
                         os.unlink(log.name, dir_fd=log.folder)
-                    elif 0 < log.status.st_size <= MAX_FOLDED_BYTES:
+                        continue
+                    size = log.status.st_size
+                    if size > limit_bytes:
+                        _cut(log, folder.owner, limit_bytes, troubles)
+                        size = limit_bytes // KEPT_OF_LOG
+                    if 0 < size <= MAX_FOLDED_BYTES:
                         _fold(log, folder.owner)
                 except OSError as error:
                     troubles.add(error, [log.name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def free_bytes_at(folder: Path, *, of_a_task: bool = False) -> int | None:
     Args:
         of_a_task: follow no link, wherever in the path.
     """
-    for place in (folder, *folder.parents):
+    for place in itertools.chain((folder,), folder.parents):
         try:
             found = _of_open(place) if of_a_task else os.statvfs(place)
         except FileNotFoundError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from pathlib import Path
 
@@ -121,11 +122,12 @@ class Launcher:
     def _nested(self, run: Run) -> list[Path]:
         """Folders of other tasks inside this task's, which it had before if it is there."""
         folders = [each.out_dir for each in (run.accepted.target, *run.accepted.children)]
-        return [Path(each) for folder in folders if Path(folder).exists() for each in self._journal.folders_in(folder)]
+        there = [folder for folder in folders if os.path.exists(folder)]  # noqa: PTH110 - asked for each task
+        return [Path(each) for folder in there for each in self._journal.folders_in(folder)]
 
     def _prepare(self, run: Run, others: list[Path]) -> Fork | Unprepared:
         """In a thread: the task's folders and job, if the node's folders and the task's own can take them."""
-        if troubles := self._folders.look():
+        if troubles := self._folders.look_before_launch():
             return Unprepared(troubles)
         if own := own_shortage(Path(run.accepted.target.out_dir), self._least_bytes):
             return Unprepared(own=f"not started: {own}")

@@ -25,6 +25,8 @@ from flowmesh.tasks import machine
 from flowmesh.tasks.journal import Journal, JournalError
 
 INTERVAL_S = 1.0
+FRESH_S = 0.1
+"""After a look that found nothing, tasks are launched without another one for so long."""
 _MOUNT_FACT = "results_mount"
 RESULTS, STATE, SPACE, JOURNAL = "results.dir", "node.state_dir", "disk space", "journal"
 
@@ -43,6 +45,8 @@ class NodeFolders:
         self._journal = journal
         self._conditions = conditions
         self._wait_s = wait_s
+        self._looked_at = -FRESH_S
+        """When nothing was wrong last, monotonic."""
         self._kept: tuple[str, str] | None = None
         """What the journal has of the mount of RESULTS_DIR."""
         self._results = CheckedFolder(RESULTS, layout.results_dir, self._kept_mount())
@@ -97,8 +101,17 @@ class NodeFolders:
         Args:
             write: write small files, too: something could not be written.
         """
+        looked_at = time.monotonic()
         found = {name: self._trouble(name, write) for name in (RESULTS, STATE, SPACE)}
-        return {name: reason for name, reason in found.items() if reason}
+        troubles = {name: reason for name, reason in found.items() if reason}
+        self._looked_at = -FRESH_S if troubles else looked_at
+        return troubles
+
+    def look_before_launch(self) -> dict[str, str]:
+        """What is wrong now, or was found a moment ago; a task that meets a newer fault leads to a look, too."""
+        if time.monotonic() - self._looked_at < FRESH_S:
+            return {}
+        return self.look()
 
     def report(self, troubles: Mapping[str, str]) -> None:
         """Close the slots for these reasons; their probes open them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from loguru import logger
@@ -19,7 +19,7 @@ _OF_A_TASK = frozenset({"logs", "manifest.json", "responses.json"})
 _ASIDE = ".left-"
 
 
-def empty_outputs(folder: int, path: Path, others: Iterable[Path], stays: Iterable[str] = ()) -> None:
+def empty_outputs(folder: int, path: Path, others: Callable[[], Iterable[Path]], stays: Iterable[str] = ()) -> None:
     """Remove what an earlier attempt left in its folder, except what it continues from.
 
     What cannot be removed is renamed, so that it is not taken for an output of this attempt.
@@ -27,7 +27,7 @@ def empty_outputs(folder: int, path: Path, others: Iterable[Path], stays: Iterab
     Args:
         folder: a descriptor of the folder.
         path: the folder, for messages.
-        others: folders that stay, such as other tasks' inside this one.
+        others: returns folders that stay, such as other tasks' inside this one; called if there is something to remove.
         stays: further names that the task's type continues from.
 
     Raises:
@@ -35,7 +35,7 @@ def empty_outputs(folder: int, path: Path, others: Iterable[Path], stays: Iterab
     """
     if _OF_A_TASK.isdisjoint(os.listdir(folder)):
         return
-    kept = KEPT | set(stays) | {each.relative_to(path).parts[0] for each in others if path in each.parents}
+    kept = KEPT | set(stays) | {each.relative_to(path).parts[0] for each in others() if path in each.parents}
     left = empty(folder, kept.__contains__)
     for name, remains in left.items():
         if not name.startswith(_ASIDE):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from flowmesh.execution.housekeeping.removal import remove_tree
@@ -23,6 +23,8 @@ from flowmesh.processes.protocol import Fork
 from flowmesh.results.job import file_url_template
 
 TASK_ENTRY = "runners.child:main"
+Others = Callable[[], Iterable[Path]]
+"""Folders inside a task's folder that stay when its outputs are removed."""
 
 
 def prepare(layout: Layout, run: Run, others: Iterable[Path] = ()) -> Fork:
@@ -46,10 +48,13 @@ def prepare(layout: Layout, run: Run, others: Iterable[Path] = ()) -> Fork:
             remove_tree(folder)
             folder.mkdir(mode=PRIVATE)
     logs = out_dir / "logs"
-    others = [*others, *(each.resolve() for each in (layout.results_dir, layout.state_dir, layout.work_dir))]
-    _prepare_out_dir(layout, out_dir, others, accepted.type.continues_from)
+
+    def stay() -> list[Path]:
+        return [*others, *(each.resolve() for each in (layout.results_dir, layout.state_dir, layout.work_dir))]
+
+    _prepare_out_dir(layout, out_dir, stay, accepted.type.continues_from)
     for child in children:
-        _empty_child(Path(child.out_dir), others)
+        _empty_child(Path(child.out_dir), stay)
     gpus = run.gpus
     threads = run.slot.plan.threads
     job = Job(
@@ -124,7 +129,7 @@ def task_limits(layout: Layout, *, cpus: tuple[int, ...] = (), private_shm: bool
     )
 
 
-def _empty_child(out_dir: Path, others: Iterable[Path]) -> None:
+def _empty_child(out_dir: Path, others: Others) -> None:
     """Of a merged child; its folder is made when it has a result."""
     try:
         folder = open_folder(out_dir)
@@ -136,7 +141,7 @@ def _empty_child(out_dir: Path, others: Iterable[Path]) -> None:
         os.close(folder)
 
 
-def _prepare_out_dir(layout: Layout, out_dir: Path, others: Iterable[Path], stays: Iterable[str]) -> None:
+def _prepare_out_dir(layout: Layout, out_dir: Path, others: Others, stays: Iterable[str]) -> None:
     """By descriptors: the parent folders may belong to another task, which can put links there at any time."""
     held: list[int] = []
     try:

@@ -17,7 +17,7 @@ from tests.kit.hostile import bind, cannot_mount, in_child, make_deep
 def start_again(folder: Path, others: Iterable[Path] = (), stays: Iterable[str] = ()) -> None:
     fd = open_folder(folder)
     try:
-        empty_outputs(fd, folder, others, stays)
+        empty_outputs(fd, folder, lambda: others, stays)
     finally:
         os.close(fd)
 
