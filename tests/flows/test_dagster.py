@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 
@@ -10,7 +11,13 @@ import pytest
 from tests.flows.conftest import START_S, Place
 from tests.kit.support import until
 
-pytestmark = [pytest.mark.flows, pytest.mark.redis, pytest.mark.slow, pytest.mark.timeout(480)]
+pytestmark = [
+    pytest.mark.flows,
+    pytest.mark.redis,
+    pytest.mark.slow,
+    pytest.mark.timeout(480),
+    pytest.mark.skipif(importlib.util.find_spec("dagster") is None, reason="scripts/test runs it in .venv-flows"),
+]
 
 
 @pytest.fixture(autouse=True)
