@@ -108,8 +108,12 @@ class NodeFolders:
         return troubles
 
     def look_before_launch(self) -> dict[str, str]:
-        """What is wrong now, or was found a moment ago; a task that meets a newer fault leads to a look, too."""
-        if time.monotonic() - self._looked_at < FRESH_S:
+        """What is wrong; a moment after a look, only whether the folders are still where they were.
+
+        Any other fault leads to an error, and so to a look. Without its mount, a folder would just be written to.
+        """
+        fresh = time.monotonic() - self._looked_at < FRESH_S
+        if fresh and self._results.in_place() and self._state.in_place():
             return {}
         return self.look()
 
