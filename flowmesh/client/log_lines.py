@@ -50,7 +50,8 @@ class LogReader:
             if "end" in fields:
                 self.ended = True
                 return
-            yield fields.get("line", "")
+            if "line" in fields:
+                yield fields["line"]
 
 
 def _entries(answer: Any) -> list[Any]:

@@ -90,6 +90,9 @@ class LogFeeds:
             return
         reader = LogLines(Path(out_dir, "logs"), redact)
         key = names.logs_key(request.to)
+        if request.follow and self._running(request.task_id):  # perhaps it has written nothing yet
+            await self._client.xadd(key, {"open": "1"})
+            await self._client.expire(key, KEPT_S)
         while await self._client.exists(names.follow_key(request.to)):
             running = request.follow and self._running(request.task_id)  # before the files are read
             lines = await asyncio.to_thread(reader.next, at_end=not running)

@@ -9,6 +9,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,17 @@ def test_logs_and_result_from_anywhere(fleet: Fleet) -> None:
     assert (result["ok"], result["error_kind"]) == (False, "error")
     assert "s3cr3t" not in json.dumps(result)
     assert not fleet.server.client().keys("flowmesh:follow:*s3cr3t*")
+
+
+def test_a_running_task_that_writes_nothing_is_followed(fleet: Fleet) -> None:
+    raw = fleet.server.client()
+    task = fleet.client.queue(do("sleep")).task_id
+    fleet.wait_state(task, "running")
+    with ThreadPoolExecutor() as pool:
+        lines = pool.submit(lambda: list(fleet.client.logs(task, follow=True)))
+        until(lambda: any(raw.xrange(key)[0][1] == {b"open": b"1"} for key in raw.keys("flowmesh:logs:*")), "it begins")
+        fleet.client.cancel(task)
+        assert all(lines.result(60))
 
 
 def test_a_low_training_task_makes_room_with_a_checkpoint(fleet: Fleet) -> None:
