@@ -38,6 +38,7 @@ SECONDS = click.FloatRange(min=0, min_open=True)
 @click.option("--port", type=click.IntRange(0, 65535), default=0, help="Default: a free one.")
 @click.option("--revision", metavar="REVISION", help="Of a model of the hub.")
 @click.option("--dtype", metavar="DTYPE", help="auto, float16, bfloat16 or float32.")
+@click.option("--engine", type=click.Choice(["auto", "transformers", "vllm"]), default="auto", help="Default: auto.")
 @click.option("--ttl", type=SECONDS, metavar="SECONDS", help="End this long after the model is ready.")
 @click.option("--idle", type=SECONDS, metavar="SECONDS", help="End after so long without a request.")
 @locate.config_option
@@ -51,6 +52,7 @@ def serve(
     port: int,
     revision: str | None,
     dtype: str | None,
+    engine: str,
     ttl: float | None,
     idle: float | None,
     config: str | None,
@@ -61,6 +63,7 @@ def serve(
     fields = {"host": host, "port": port, "served_model_name": name, "ttl_s": ttl, "idle_s": idle}
     spec: dict[str, Any] = {
         "taskType": "serve",
+        "engine": engine,
         "model": {"source": {"identifier": model, **({} if revision is None else {"revision": revision})}},
         "serve": {key: value for key, value in fields.items() if value is not None},
     }

@@ -136,6 +136,7 @@ BUILTIN = (
         extra="serve",
         allowed_by="allow_serve",
         preload=("runners.inference.preload:TRANSFORMERS",),
+        preload_with={"vllm": "runners.inference.preload:VLLM"},
     ),
     *(
         TaskType(

@@ -46,12 +46,12 @@ OWNED = {
     "revision": "set spec.model.source.revision",
     "tokenizer_revision": "set spec.model.source.revision",
     "hf_config_path": "it comes from spec.model.source",
-    "served_model_name": "nothing is served here",
+    "served_model_name": "set spec.serve.served_model_name in a task of the type serve",
     "runner": "inference always generates",
     "convert": "inference always generates",
     "skip_tokenizer_init": "stop strings need the tokenizer",
     "data_parallel_size": "run one task a replica",
-    "seed": "set spec.inference.seed",
+    "seed": "set spec.inference.seed, or that of a request to a served model",
     "disable_log_stats": "the node measures",
 }
 """Arguments that only the node sets, and where the task sets them instead."""

@@ -305,8 +305,13 @@ def sampling_params(sampling: Sampling, *, special: bool = False) -> Any:
     )
 
 
-def set_environment(ctx: Context, *, alone: bool, eager: bool) -> None:
-    """Set what vLLM reads at its start. A separate process for the engine costs 15 s and can outlive the task."""
+def set_environment(ctx: Context, *, alone: bool, eager: bool, apart: bool = False) -> None:
+    """Set what vLLM reads at its start. A separate process for the engine costs 15 s and can outlive the task.
+
+    Args:
+        alone: no processes of workers are needed.
+        apart: the engine itself gets a process of its own.
+    """
     import torch
 
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if alone else "1"
@@ -315,7 +320,7 @@ def set_environment(ctx: Context, *, alone: bool, eager: bool) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if "VLLM_CACHE_ROOT" not in os.environ:
         os.environ["VLLM_CACHE_ROOT"] = str(library_folder(ctx, COMPILED, ""))
-    if not alone:
+    if apart or not alone:
         if ctx.gpus:
             torch.cuda.device_count()  # vLLM calls it too; with a lost GPU in the machine it initializes CUDA
         if len(os.listdir("/proc/self/task")) > 1 or cuda_started():

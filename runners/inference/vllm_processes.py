@@ -32,6 +32,10 @@ class EngineProcesses:
     def __init__(self) -> None:
         self._processes = psutil.Process().children(recursive=True)
 
+    def died(self) -> int | None:
+        """The pid of one that has ended; None: all live."""
+        return next((process.pid for process in self._processes if not _alive(process)), None)
+
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
         """Interrupt the body if one of the processes dies. Call it on the main thread.
@@ -47,11 +51,10 @@ class EngineProcesses:
 
         def poll() -> None:
             while not over.wait(POLL_S):
-                for process in self._processes:
-                    if not _alive(process):
-                        dead.append(str(process.pid))
-                        signal.pthread_kill(threading.main_thread().ident or 0, SIGNAL)
-                        return
+                if (pid := self.died()) is not None:
+                    dead.append(str(pid))
+                    signal.pthread_kill(threading.main_thread().ident or 0, SIGNAL)
+                    return
 
         def stop(_number: int, _frame: FrameType | None) -> None:
             raise RunnerError(f"a process of vLLM's engine (pid {dead[0]}) died; see the log")

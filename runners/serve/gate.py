@@ -12,7 +12,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -33,14 +33,29 @@ _TOKENS = re.compile(rb'"(?:completion|output)_tokens":\s*(\d{1,12})')
 _READ = re.compile(rb'"(?:prompt|input)_tokens":\s*(\d{1,12})')
 
 
+_USAGE_EVENT = re.compile(rb'data: \{[^\n]*"choices":\[\],[^\n]*"usage":\{[^\n]*\}\s*')
+"""The last event of a stream whose usage was asked for."""
+
+
+class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
+    """One name that requests may give as their model."""
+
+    name: str
+    pinned: str
+    """Its name for the library's server."""
+    ends: tuple[int, ...] = ()
+    """Tokens that end its answers besides those that the library's server knows."""
+
+
 class Gate:
     """An ASGI application around another one.
 
     Args:
         app: the library's server.
         key: what a client sends as `Authorization: Bearer KEY`.
-        name: the model's name for clients.
-        pinned: its name for the library's server.
+        models: at least one; the first is that of requests without a name.
+        asks_usage: whether the library's server reports the tokens of a stream only to those who ask for it. The gate
+            then asks, and keeps the report from clients that did not.
         own_key: the key of the task's own checks, whose requests are not counted. Empty: there are none.
         clock: seconds that never go back.
         numbers, times: what an earlier gate of the same address has counted.
@@ -59,9 +74,9 @@ class Gate:
         self,
         app: App,
         key: str,
-        name: str,
-        pinned: str,
+        models: Sequence[ServedModel],
         *,
+        asks_usage: bool = False,
         own_key: str = "",
         numbers: Mapping[str, float] = MappingProxyType({}),
         times: Mapping[str, Sequence[float]] = MappingProxyType({}),
@@ -72,8 +87,9 @@ class Gate:
         self._app = app
         self._expected = f"Bearer {key}".encode()
         self._own = f"Bearer {own_key}".encode() if own_key else None
-        self._name = name
-        self._pinned = pinned
+        self._models = {model.name: model for model in models}
+        self._default = models[0]
+        self._asks_usage = asks_usage
         self._clock = clock
         self._idle_since = self._moved = clock()
         self.requests = int(numbers.get("requests", 0))
@@ -120,56 +136,42 @@ class Gate:
         if not own and not (len(given) == 1 and secrets.compare_digest(given[0], self._expected)):
             await _refuse(send, 401, "the key is missing or wrong; send it as `Authorization: Bearer KEY`")
         elif scope["path"] == MODELS_PATH:
-            model = {"id": self._name, "object": "model", "created": 0, "owned_by": "flowmesh"}
-            await _answer(send, 200, {"object": "list", "data": [model]})
+            models = [{"id": name, "object": "model", "created": 0, "owned_by": "flowmesh"} for name in self._models]
+            await _answer(send, 200, {"object": "list", "data": models})
         elif scope["path"] in OTHER_PATHS:
             await self._app(scope, receive, send)
         elif scope["path"] not in MODEL_PATHS:
             known = ", ".join(sorted(MODEL_PATHS | OTHER_PATHS))
             await _refuse(send, 404, f"this path is not served; those that are: {known}")
         elif own:
-            await self._ask(scope, receive, send)
+            await self._ask(scope, receive, _Reply(send))
         else:
             await self._counted(scope, receive, send)
 
     async def _counted(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Also a stream counts as running until its last part is sent or its client has gone."""
-        status = 0
-        last = b""
         since = self._clock()
-        streams = False  # until its first part has come
 
-        async def watched(message: Message) -> None:
-            nonlocal status, last, streams
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                streams = status < 400 and any(
-                    name.lower() == b"content-type" and value.startswith(b"text/event-stream")
-                    for name, value in message.get("headers", ())
-                )
-            else:
-                if streams and message.get("body"):
-                    streams = False
-                    self.first_token.add(self._clock() - since)
-                last = (last + message.get("body", b""))[-4096:]  # the usage comes at the end
-            await send(message)
+        def moved(*, first_token: bool) -> None:
             self._moved = self._clock()
+            if first_token:
+                self.first_token.add(self._moved - since)
 
-        self._moved = self._clock()
+        reply = _Reply(send, moved)
+        self._moved = since
         self.requests += 1
         self.running += 1
         try:
-            await self._ask(scope, receive, watched)
+            await self._ask(scope, receive, reply)
         finally:
             self.running -= 1
-            self.failed += status == 0 or status >= 500
+            self.failed += reply.status == 0 or reply.status >= 500
             self.duration.add(self._clock() - since)
-            if status < 400:
-                self.tokens += int(([b"0", *_TOKENS.findall(last)])[-1])
-                self.prompt_tokens += int(([b"0", *_READ.findall(last)])[-1])
+            self.tokens += reply.tokens(_TOKENS)
+            self.prompt_tokens += reply.tokens(_READ)
             self._idle_since = self._clock()
 
-    async def _ask(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    async def _ask(self, scope: MutableMapping[str, Any], receive: Receive, send: _Reply) -> None:
         """Pass a request on with the model's name replaced by the library's."""
         if scope.get("method") != "POST":
             await _refuse(send, 405, "send a POST")
@@ -190,12 +192,15 @@ class Gate:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             await _refuse(send, 400, "the request's body is not a JSON object")
             return
-        model = body.get("model")
-        if model not in (None, self._name):
-            text = f"the model {str(model)[:200]!r} is not served here; use {self._name!r}"
-            await _refuse(send, 404, text, "model_not_found")
+        named = body.get("model")
+        model = self._default if named is None else self._models.get(named) if isinstance(named, str) else None
+        if model is None:
+            known = " or ".join(map(repr, self._models))
+            await _refuse(
+                send, 404, f"the model {str(named)[:200]!r} is not served here; use {known}", "model_not_found"
+            )
             return
-        asked = msgspec.json.encode(body | {"model": self._pinned})
+        asked = msgspec.json.encode(self._completed(body, model, scope["path"], send))
         headers = [(name, value) for name, value in scope["headers"] if name.lower() not in _REPLACED]
         headers += [(b"content-length", str(len(asked)).encode()), (b"content-type", b"application/json")]
         given = False
@@ -208,6 +213,68 @@ class Gate:
             return {"type": "http.request", "body": asked, "more_body": False}
 
         await self._app({**scope, "headers": headers}, replayed, send)
+
+    def _completed(self, body: dict[str, Any], model: ServedModel, path: str, reply: _Reply) -> dict[str, Any]:
+        """A request's body as the library's server gets it."""
+        body = body | {"model": model.pinned}
+        given = body.get("stop_token_ids") or []
+        if model.ends and isinstance(given, list) and not body.get("ignore_eos"):
+            body["stop_token_ids"] = [*given, *model.ends]
+        options = body.get("stream_options") or {}
+        streams = path != "/v1/responses" and body.get("stream") is True  # a stream of responses always has its usage
+        if self._asks_usage and streams and isinstance(options, dict) and not options.get("include_usage"):
+            body["stream_options"] = options | {"include_usage": True}
+            reply.hides_usage = True
+        return body
+
+
+class _Moved(Protocol):
+    def __call__(self, *, first_token: bool) -> None: ...
+
+
+class _Reply:
+    """Passes an answer on, and keeps what is counted of it.
+
+    Args:
+        moved: called after each part; with `first_token` for the first one of a stream.
+
+    Attributes:
+        status: of the answer; 0 before it begins.
+        hides_usage: whether the event of a stream that has only the usage is kept from the client.
+    """
+
+    def __init__(self, send: Send, moved: _Moved | None = None) -> None:
+        self._send = send
+        self._noted = moved
+        self._last = b""
+        self._streams = False  # until its first part has come
+        self.status = 0
+        self.hides_usage = False
+
+    async def __call__(self, message: Message) -> None:
+        body = message.get("body", b"")
+        first = False
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            self._streams = self.status < 400 and any(
+                name.lower() == b"content-type" and value.startswith(b"text/event-stream")
+                for name, value in message.get("headers", ())
+            )
+        else:
+            first = self._streams and bool(body)
+            self._streams = self._streams and not first
+            self._last = (self._last + body)[-4096:]  # the usage comes at the end
+        if first and self._noted is not None:
+            self._noted(first_token=True)
+        if not (self.hides_usage and _USAGE_EVENT.fullmatch(body)):
+            await self._send(message)
+        if self._noted is not None:
+            self._noted(first_token=False)
+
+    def tokens(self, kind: re.Pattern[bytes]) -> int:
+        """Those of the answer, as far as it reported them."""
+        found = kind.findall(self._last) if self.status < 400 else []
+        return int(found[-1]) if found else 0
 
 
 _REPLACED = (b"content-length", b"content-type", b"transfer-encoding", b"authorization")

@@ -13,8 +13,8 @@ import time
 from concurrent.futures import Future
 from typing import Any
 
-from flowmesh.messages.job import Fault
 from runners.api import BadRequest, Cancelled, Context, MissingDependency, Runner, RunnerError
+from runners.serve.errors import ServerLost
 from runners.serve.gate import Gate
 from runners.serve.keeper import Keeper
 from runners.serve.process import Place, ServingContext
@@ -35,12 +35,6 @@ FAILURES = 3
 STOP_S = 3.0
 """How long requests that are being answered may go on after the end."""
 BACKLOG = 128
-
-
-class ServerLost(RunnerError):
-    """The server does not answer any more. Another process may."""
-
-    fault = Fault.CRASH
 
 
 class ServeRunner(Runner):
@@ -68,10 +62,11 @@ class ServingRunner(Runner):
         served = load(ctx, task)
         own_key = secrets.token_urlsafe(32)
         gate = Gate(
-            served.app, place.key, task.name, served.pinned, own_key=own_key, numbers=place.numbers, times=place.times
-        )
+            served.app, place.key, served.models, asks_usage=served.asks_usage, own_key=own_key,
+            numbers=place.numbers, times=place.times,
+        )  # fmt: skip
         ctx.take_listener()
-        server = Server(gate, place.listener, task.name, own_key)
+        server = Server(gate, place.listener, served.models[0].name, own_key)
         ctx.phase("check")
         try:
             return _serve(ctx, task, server, served, place)
@@ -158,6 +153,7 @@ def _serve(ctx: Context, task: ServeTask, server: Server, served: Served, place:
         Cancelled: the node stopped the task for another reason than a cancel.
     """
     gate, serve = server.gate, task.serve
+    name = served.models[0].name
     first = server.check(FIRST_ANSWER_S)
     while not first.done():
         _check_alive(server, served)
@@ -165,13 +161,13 @@ def _serve(ctx: Context, task: ServeTask, server: Server, served: Served, place:
     if wrong := first.result():
         raise RunnerError(f"the served model gave no answer to the first request: {wrong}")
     ctx.phase("serve")
-    ctx.log.info("serving model=%s base_url=%s", task.name, server.base_url)
+    ctx.log.info("serving model=%s base_url=%s", name, server.base_url)
     since = place.since or time.monotonic()
     gate.start_idle()
 
     def announce() -> None:
         numbers = {**served.engine_numbers(), **gate.numbers()}
-        ctx.serve(server.base_url, task.name, place.key, numbers=numbers, times=gate.times())
+        ctx.serve(server.base_url, name, place.key, numbers=numbers, times=gate.times())
 
     try:
         reason = watch(ctx, serve, server, served, announce, since=since)
@@ -183,7 +179,7 @@ def _serve(ctx: Context, task: ServeTask, server: Server, served: Served, place:
     ctx.phase("stop")
     seconds = time.monotonic() - since
     server.stop()
-    ctx.log.info("served model=%s reason=%s requests=%d failed=%d", task.name, reason, gate.requests, gate.failed)
+    ctx.log.info("served model=%s reason=%s requests=%d failed=%d", name, reason, gate.requests, gate.failed)
     return result_of(task, served.source, server.base_url, reason, gate.numbers(), seconds)
 
 

@@ -5,19 +5,29 @@ from __future__ import annotations
 from typing import Protocol
 
 from runners.api import Context, RunnerError
-from runners.serve.gate import App
-from runners.serve.task import ServeTask
+from runners.inference.engines import choose
+from runners.serve.gate import App, ServedModel
+from runners.serve.task import ServeTask, check_merged
 
 
 class Served(Protocol):
     """A loaded model and the application that answers for it."""
 
-    app: App
-    """Runs on the event loop of the HTTP server, beginning with its lifespan."""
-    pinned: str
-    """The model's name for the application; see `gate.Gate`."""
-    source: str
-    """Where the weights came from, for the result."""
+    @property
+    def app(self) -> App:
+        """Runs on the event loop of the HTTP server, beginning with its lifespan."""
+
+    @property
+    def models(self) -> tuple[ServedModel, ...]:
+        """What requests may name; the first is announced."""
+
+    @property
+    def asks_usage(self) -> bool:
+        """See `gate.Gate`."""
+
+    @property
+    def source(self) -> str:
+        """Where the weights came from, for the result."""
 
     def failure(self) -> RunnerError | None:
         """Why no request can be answered any more; None: nothing is known against it. Called several times a second."""
@@ -38,6 +48,14 @@ def load(ctx: Context, task: ServeTask) -> Served:
         GpuOutOfMemory: the model does not fit.
         RunnerError: the model hub is unreachable.
     """
+    if choose(ctx, task.model) == "vllm":
+        from runners.serve import vllm_served
+
+        return vllm_served.load(ctx, task)
+    if task.serve.tool_call_parser is not None:
+        ctx.unused.append("spec.serve.tool_call_parser (engine transformers)")
+        ctx.report_unused()
+    check_merged(task)
     from runners.serve.transformers_app import TransformersServed
 
     return TransformersServed.load(ctx, task)

@@ -36,6 +36,8 @@ class Serve(Section, frozen=True):
     """End after so long without a request to the model. None: no limit."""
     health_interval_s: Seconds = 30.0
     """Between two short completions that check the server while nobody uses it."""
+    tool_call_parser: Annotated[str, Meta(min_length=1)] | None = None
+    """vLLM: how the model writes calls of tools. None: they stay in the text of the answer."""
     restarts: Annotated[int, Meta(ge=0, le=1000)] = 3
     """How often a model that was served is loaded again, at the same address, after its server was lost."""
 
@@ -61,8 +63,6 @@ def read_serve(ctx: Context, spec: dict[str, Any], where: str = "spec") -> Serve
     of_model = {name: spec[name] for name in MODEL_FIELDS if name in spec}
     task = faults.read(lambda: read_task(ctx, of_model, where))
     serve = faults.read(lambda: ctx.check(spec.get("serve") or {}, Serve, f"{where}.serve"))
-    if task is not None:
-        faults.read(lambda: _check_model(task, where))
     if serve is not None:
         faults.read(lambda: address_of(serve, where))
     if ctx.merge_children:
@@ -70,7 +70,10 @@ def read_serve(ctx: Context, spec: dict[str, Any], where: str = "spec") -> Serve
     faults.check()
     assert task is not None, "else it was a fault"
     assert serve is not None, "else it was a fault"
-    return ServeTask(model=task, serve=serve, name=serve.served_model_name or _name(task))
+    read = ServeTask(model=task, serve=serve, name=serve.served_model_name or _name(task))
+    if task.engine == "transformers" or task.enforce_cpu:
+        check_merged(read, where)
+    return read
 
 
 def _name(task: InferenceTask) -> str:
@@ -81,16 +84,14 @@ def _name(task: InferenceTask) -> str:
     return given[:MAX_NAME] or "model"
 
 
-def _check_model(task: InferenceTask, where: str) -> None:
+def check_merged(task: ServeTask, where: str = "spec") -> None:
+    """Raises BadRequest for adapters that are not merged: Transformers' server has one model."""
     faults = Faults()
-    if task.engine == "vllm":
-        faults.read(
-            lambda: _refuse(f"{where}.engine: 'vllm' cannot be served yet; use 'transformers', or leave the field out")
-        )
-    for number, adapter in enumerate(task.model.adapters or ()):
+    for number, adapter in enumerate(task.model.model.adapters or ()):
         if adapter.apply != "merge":
             name = f"{where}.model.adapters[{number}].apply"
-            faults.read(lambda name=name: _refuse(f"{name}: a served model has its adapters merged; set it to 'merge'"))  # type: ignore[misc]
+            text = f"{name}: on Transformers a served model has its adapters merged; set it to 'merge'"
+            faults.read(lambda text=text: _refuse(text))  # type: ignore[misc]
     faults.check()
 
 

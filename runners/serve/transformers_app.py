@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from runners.api import Context
-from runners.serve.gate import App
+from runners.serve.gate import App, ServedModel
 from runners.serve.task import ServeTask
 
 PINNED = "served"
@@ -19,10 +19,11 @@ PINNED = "served"
 class TransformersServed:
     """A model in this process; see `served.Served`."""
 
-    pinned = PINNED
+    asks_usage = False
 
-    def __init__(self, app: App, source: str) -> None:
+    def __init__(self, app: App, name: str, source: str) -> None:
         self.app = app
+        self.models: tuple[ServedModel, ...] = (ServedModel(name=name, pinned=PINNED),)
         self.source = source
 
     @classmethod
@@ -36,7 +37,7 @@ class TransformersServed:
         source = find_source(ctx, task.model)
         adapters = load_adapters(ctx, task.model.model.adapters)
         model, texts = load_model(ctx, task.model, source)
-        return cls(build(apply_adapters(model, adapters), texts.tokenizer), source.shown)
+        return cls(build(apply_adapters(model, adapters), texts.tokenizer), task.name, source.shown)
 
     def failure(self) -> None:
         """It has no process of its own that could end."""

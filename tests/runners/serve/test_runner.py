@@ -13,8 +13,9 @@ import pytest
 pytest.importorskip("uvicorn", reason="needs the extra 'serve'")
 
 from runners.serve import runner
+from runners.serve.errors import ServerLost
 from runners.serve.gate import Gate
-from runners.serve.runner import Server, ServerLost, watch
+from runners.serve.runner import Server, watch
 from runners.serve.task import Serve
 from runners.serve.transformers_app import TransformersServed
 
@@ -42,8 +43,8 @@ def test_three_failed_health_checks_end_the_task_with_what_was_wrong(make_contex
     ctx = make_context({})
     announced: list[int] = []
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listener:
-        served = TransformersServed(broken, "m")
-        gate = Gate(broken, "key", "m", "pinned", own_key="own")
+        served = TransformersServed(broken, "m", "m")
+        gate = Gate(broken, "key", served.models, own_key="own")
         server = Server(gate, listener, "m", "own")
         try:
             with pytest.raises(ServerLost, match="3 health checks in a row failed; the last one: status 500: lost"):
@@ -61,8 +62,8 @@ def test_a_server_that_hangs_with_requests_is_found(make_context, monkeypatch: p
     monkeypatch.setattr(runner, "HEALTH_TIMEOUT_S", 0.1)
     monkeypatch.setattr(runner, "STOP_S", 0)
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listener:
-        served = TransformersServed(hanging, "m")
-        gate = Gate(hanging, "key", "m", "pinned", own_key="own")
+        served = TransformersServed(hanging, "m", "m")
+        gate = Gate(hanging, "key", served.models, own_key="own")
         server = Server(gate, listener, "m", "own")
         host, port = listener.getsockname()
         client = http.client.HTTPConnection(host, port)

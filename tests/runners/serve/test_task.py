@@ -53,12 +53,15 @@ def test_a_task_listens_where_the_operator_allows_it(make_context, allowed: Any,
         ({"serve": {"port": -1}}, "spec.serve.port"),
         ({"serve": {"idle_s": 0}}, "spec.serve.idle_s"),
         ({"serve": {"ttl": 5}}, "spec.serve.ttl"),
-        ({"engine": "vllm"}, "spec.engine: 'vllm' cannot be served yet; use 'transformers'"),
+        ({"serve": {"tool_call_parser": ""}}, "spec.serve.tool_call_parser"),
         ({"model": {}}, "spec.model.source.identifier: missing"),
         ({"ttl_s": 5}, "spec.ttl_s: unknown field; it belongs into spec.serve"),
         (
-            {"model": {"source": {"identifier": "m"}, "adapters": [{"path": "builtin:tiny-lora"}]}},
-            "spec.model.adapters[0].apply: a served model has its adapters merged",
+            {
+                "engine": "transformers",
+                "model": {"source": {"identifier": "m"}, "adapters": [{"path": "builtin:tiny-lora"}]},
+            },
+            "spec.model.adapters[0].apply: on Transformers a served model has its adapters merged",
         ),
     ],
 )

@@ -15,13 +15,15 @@ openai = pytest.importorskip("openai")
 
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
-from runners.serve.gate import Gate  # noqa: E402
+from runners.serve.gate import Gate, ServedModel  # noqa: E402
 from runners.serve.transformers_app import PINNED, build  # noqa: E402
 
 
 def test_a_client_completes_streams_and_cannot_change_the_model(tiny_llama: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
-    gate = Gate(build(model, AutoTokenizer.from_pretrained(tiny_llama)), "k", "small", PINNED)
+    gate = Gate(
+        build(model, AutoTokenizer.from_pretrained(tiny_llama)), "k", [ServedModel(name="small", pinned=PINNED)]
+    )
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(gate, log_level="error", ws="none"))
     thread = threading.Thread(target=server.run, args=([listener],))
