@@ -105,7 +105,9 @@ def _celery(*options: str) -> Callable[[], contextlib.AbstractContextManager[Job
 def _worker(command: list[str]) -> Iterator[RedisServer]:
     """A worker process with a Redis of its own."""
     server = RedisServer()
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "BENCH_BROKER": _broker(server)}
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    if command[0] == _program("celery"):  # whoever else imports the jobs must not import Celery for each of them
+        env["BENCH_BROKER"] = _broker(server)
     full = [part.format(path=server.path) for part in command]
     worker = subprocess.Popen(full, cwd=server.folder, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
