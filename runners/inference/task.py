@@ -108,8 +108,8 @@ def _check_nodes(ctx: Context, task: InferenceTask) -> None:
             raise BadRequest(f"spec.model.vllm.{name}: spec.nodes sets it; leave one of them out")
     if task.vllm.get("pipeline_parallel_size", 1) != 1:
         raise BadRequest(
-            "spec.model.vllm.pipeline_parallel_size: vLLM 0.32 failed when it was tried over several nodes; leave it "
-            "out: each layer is split over all GPUs"
+            "spec.model.vllm.pipeline_parallel_size: not tried over several nodes, as vLLM's CPU build cannot do it; "
+            "leave it out: each layer is split over all GPUs"
         )
     if task.model.adapters:
         raise BadRequest("spec.model.adapters: do not go with spec.nodes; merge them into the model first")
