@@ -103,7 +103,7 @@ def test_p9_what_was_computed_is_delivered_again_by_a_command(orchestrator: Orch
 
 
 def test_deliver_says_what_is_wrong(orchestrator: Orchestrator, make_node) -> None:
-    node = make_node(config=config(total_s=3.0))
+    node = make_node(config=config(total_s=6.0))
     assert "has no record of this task" in said(flowmesh(node, "deliver", "never-heard-of"))[2]
     orchestrator.run("w1", {"taskType": "echo", "delaySec": -1, "long": "x" * 70_000}, task_id="bad")
     assert "it has no result to deliver (bad_request" in said(flowmesh(node, "deliver", "bad"))[2]
