@@ -61,7 +61,7 @@ def compare(revision: str, *, only: Sequence[str], quick: bool) -> tuple[list[Ro
         rows, worse = [], False
         for name in only or PROBES:
             probe = PROBES[name]
-            pairs = max(6, probe.pairs // 3) if quick else probe.pairs
+            pairs = min(10, probe.pairs) if quick else probe.pairs
             print(f"comparing: {name} …", file=sys.stderr, flush=True)
             news, olds, agains = in_turn([_of(probe, each) for each in (new_one, old_one, old_again)], pairs)
             change, noise = ratio(news, olds), ratio(agains, olds)
@@ -90,7 +90,7 @@ def _of(probe: Probe, instance: Instance) -> Callable[[], float]:
 
 def _row(probe: Probe, medians: tuple[float, float], change: Ratio, noise: Ratio) -> Row:
     new, old = (probe.shown(each) for each in medians)
-    verdict = "REGRESSION" if regresses(change, noise) else "no regression"
+    verdict = "REGRESSION" if regresses(change, noise) else "within the noise, or less"
     return Row(probe.what, f"{new}, before {old}", f"{change} × before; before beside itself {noise}", verdict)
 
 
