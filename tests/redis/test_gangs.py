@@ -144,7 +144,7 @@ def test_too_few_nodes_hold_no_slot(fleet: Fleet) -> None:
 
 def test_a_gang_comes_before_less_urgent_tasks_that_always_wait(fleet: Fleet) -> None:
     ids = [
-        fleet.client.queue({"spec": {"taskType": "echo", "delaySec": 0.1}}, priority="low").task_id for _ in range(150)
+        fleet.client.queue({"spec": {"taskType": "echo", "delaySec": 0.4}}, priority="low").task_id for _ in range(60)
     ]
     gang = fleet.client.queue(echo(3)).task_id
     assert fleet.client.wait(gang, 30).ok
