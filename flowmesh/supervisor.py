@@ -178,7 +178,7 @@ class Supervisor:
         )
         self.reporting = Reporting(outgoing, self.executor, worker_id)
         self.gpu_watch = GpuWatch(
-            self.executor.conditions,
+            self.executor.parts.conditions,
             fitted,
             fit=functools.partial(self._fit, settings),
             restart=self.start_anew,
@@ -242,16 +242,16 @@ class Supervisor:
             logger.info("the drain that began before the restart continues; `flowmesh drain --cancel` ends it")
             self.drain.by_operator(mode)
         if len(self.executor.runs):
-            self.executor.gateway.need()
+            self.executor.parts.gateway.need()
         await self.executor.pool.warm(LIGHT)
-        await self.executor.gpus.check_idle_slots()
+        await self.executor.parts.gpus.check_idle_slots()
         self.reporting.look()
         gc.collect()
         gc.freeze()  # long-lived objects need no further collection
         self.link.registration.resume()
         self._notifier.send(READY="1", STATUS="running")
         compared = first_lines.compare_torch(self.executor, self.inventory)
-        works = [self._warming().run(), self.end.run(), *self.executor.page.works()]
+        works = [self._warming().run(), self.end.run(), *self.executor.parts.page.works()]
         await asyncio.gather(*self.link.works(), compared, *works)
 
     def _warming(self) -> Warming:
@@ -259,8 +259,8 @@ class Supervisor:
         return Warming(
             pool=executor.pool,
             catalogue=executor.catalogue,
-            broken=lambda: executor.environments.broken,
-            report=executor.environments.report,
+            broken=lambda: executor.parts.environments.broken,
+            report=executor.parts.environments.report,
             journal=self.journal,
             settings=self.settings.environments,
             max_mb=self.settings.processes.warm_max_mb,
@@ -347,7 +347,7 @@ class Supervisor:
         await self.link.registration.unregister(FAREWELL_TIMEOUT_S)
         await self.control.close()
         await self.reporting.close()
-        await self.executor.gateway.stop()
+        await self.executor.parts.gateway.stop()
         await self.executor.pool.close()
         await self.nvml.close()
         await self.link.close()

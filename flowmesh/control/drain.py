@@ -143,7 +143,7 @@ class Drain:
             if not idle.done() and not forced.done():
                 logger.warning("drain took more than {} s: stopping the running tasks", self._limit_s)
                 self.begin("now")
-            no_journal = self._executor.conditions.holds(JOURNAL)
+            no_journal = self._executor.parts.conditions.holds(JOURNAL)
             await asyncio.wait([idle], timeout=FORCED_NO_JOURNAL_S if no_journal else FORCED_S)
             if not idle.done():
                 left = len(self._executor.runs)

@@ -101,7 +101,7 @@ class NodeEnd(Observer):
         if limit_s is None or executor.draining is not None:
             return LONGEST_PAUSE_S
         drivers = self._link.queue.drivers
-        if len(executor.runs) or executor.redeliveries or (drivers is not None and drivers.pipelines):
+        if len(executor.runs) or executor.parts.redeliveries or (drivers is not None and drivers.pipelines):
             self._idle_since = self._clock()
             return LONGEST_PAUSE_S
         left_s = self._idle_since + limit_s - self._clock()

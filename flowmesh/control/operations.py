@@ -99,7 +99,7 @@ class Operations:
                 "local_hosts": bool(executor.settings.tasks.local_hosts),
                 "s3_read": bool(executor.settings.cloud.read),
             },
-            "faults": executor.conditions.listed(),
+            "faults": executor.parts.conditions.listed(),
             "workers": [
                 {
                     "worker_id": worker_id,
@@ -114,7 +114,7 @@ class Operations:
             ],
             "tasks": tasks,
             "tasks_left_out": left_out,
-            "gpus": executor.gpus.last.listed(),
+            "gpus": executor.parts.gpus.last.listed(),
             "recent": executor.recent.listed(),
             "servers": [
                 {
@@ -127,10 +127,10 @@ class Operations:
                 for server in executor.pool.servers
             ],
             "notify": self._notify(),
-            "page": executor.page.summary(),
+            "page": executor.parts.page.summary(),
             "queue": self._link.queue.summary(),
             "warnings": executor.pool.warnings(),
-            "redeliveries": executor.redeliveries.waits(),
+            "redeliveries": executor.parts.redeliveries.waits(),
             "queued": sum(len(slot.queue) for slot in executor.slots.values()),
             "log_dropped": log_writer.dropped(),
             "outbox": executor.journal.outbox_size(),
@@ -197,7 +197,7 @@ class Operations:
             raise ControlError(f"{task_id}: {told}")
         if record is None:
             raise ControlError(f"{task_id}: this node has no record of this task")
-        report = await self._executor.redeliveries.send(record)
+        report = await self._executor.parts.redeliveries.send(record)
         return {
             "task_id": task_id,
             "out_dir": record.out_dir,

@@ -33,4 +33,4 @@ def tasks(executor: Executor, limit: int | None) -> tuple[list[dict[str, Any]], 
 
 def _entry(executor: Executor, run: Run, *, bounded: bool = False) -> dict[str, Any]:
     cost = executor.settings.node.cost_per_hour * run.slot.plan.share
-    return run.snapshot(bounded=bounded) | executor.gpus.spent(run, cost)
+    return run.snapshot(bounded=bounded) | executor.parts.gpus.spent(run, cost)

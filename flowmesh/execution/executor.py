@@ -13,36 +13,23 @@ from typing import Any
 
 from loguru import logger
 
-from flowmesh.execution import history_entry, task_events
+from flowmesh.execution import task_events
 from flowmesh.execution.background import Background
-from flowmesh.execution.conditions import Conditions
 from flowmesh.execution.counters import Counters
-from flowmesh.execution.delivery.deliveries import Deliveries
-from flowmesh.execution.delivery.delivery_children import DeliveryChildren
-from flowmesh.execution.delivery.gateway_process import GatewayProcess
-from flowmesh.execution.delivery.jobs import Jobs
-from flowmesh.execution.delivery.redelivery import Redeliveries
 from flowmesh.execution.early_cancels import EarlyCancels
-from flowmesh.execution.gpu.assembly import make_monitor
+from flowmesh.execution.ending import Ending, report
 from flowmesh.execution.gpu.canary import FIRST_ATTEMPT as FIRST_CANARY
-from flowmesh.execution.gpu.canary import Canaries
 from flowmesh.execution.gpu.idle_check import IdleCheck, Notes
 from flowmesh.execution.gpu.live_notes import LiveNotes
-from flowmesh.execution.housekeeping.cleanup import Cleanup
 from flowmesh.execution.housekeeping.old_history import keep_pruned
-from flowmesh.execution.housekeeping.page_process import PageProcess
 from flowmesh.execution.housekeeping.retention import Retention
 from flowmesh.execution.housekeeping.watchdog import Watchdog
 from flowmesh.execution.launch import spool
-from flowmesh.execution.launch.child_pipe import ChildPipes
-from flowmesh.execution.launch.environment_conditions import EnvironmentConditions
-from flowmesh.execution.launch.launcher import Launcher
-from flowmesh.execution.launch.node_folders import JOURNAL, NodeFolders
-from flowmesh.execution.launch.served_models import ServedModels
-from flowmesh.execution.launch.task_children import TaskChildren
+from flowmesh.execution.launch.node_folders import JOURNAL
 from flowmesh.execution.layout import Layout
 from flowmesh.execution.observer import Observers
-from flowmesh.execution.ports import SendingsOf, Work
+from flowmesh.execution.parts import make_parts
+from flowmesh.execution.ports import Ports, SendingsOf, Work
 from flowmesh.execution.recent_ends import RecentEnds
 from flowmesh.execution.run import Run
 from flowmesh.execution.run_table import RunTable
@@ -56,13 +43,12 @@ from flowmesh.node.nvml.client import Nvml
 from flowmesh.node.power import PowerMeter
 from flowmesh.node.slots import Slot
 from flowmesh.processes.child_owner import ChildOwner
-from flowmesh.processes.helper import Helpers
 from flowmesh.processes.pipe import Cancel
 from flowmesh.processes.server_pool import ServerPool
 from flowmesh.queue import reports
 from flowmesh.settings.schema import Settings
 from flowmesh.tasks import machine
-from flowmesh.tasks.catalogue import DELIVERY, Catalogue
+from flowmesh.tasks.catalogue import Catalogue
 from flowmesh.tasks.journal import Journal, JournalError
 from flowmesh.tasks.machine import State, step
 from flowmesh.tasks.verdicts import Kind, Stop, Verdict
@@ -99,7 +85,6 @@ class Executor:
         self.slots = slots
         self.layout = layout
         self.pool = pool
-        self._gpu_names = {gpu.uuid: gpu.name for gpu in gpus}
         self.runs = RunTable()
         self.counters = Counters()
         self.recent = RecentEnds(layout)
@@ -110,70 +95,33 @@ class Executor:
         """The mode of the drain, if the node is draining."""
         self.begin = Background(self.apply, self._after_error, self._check_idle).begin
         self._unwritten = Unwritten()
-        self.conditions = Conditions(
-            slots=slots,
-            observer=self.observers,
-            post=self.apply,
-            pump=self.pump,
-            begin=self.begin,
-            on_over=self._on_fault_over,
-        )
         self._idle = asyncio.Event()
         self._idle.set()
-        self._pipes = ChildPipes(self.observers.on_endpoint)
         self._timers = Timers(settings.tasks, self.apply)
-        self.helpers = Helpers(pool)
-        self.gpus = make_monitor(
-            settings=settings.gpu,
-            layout=layout,
+        self.parts = parts = make_parts(
+            settings=settings,
+            catalogue=catalogue,
+            journal=journal,
             slots=slots,
-            runs=self.runs,
+            layout=layout,
+            pool=pool,
             nvml=nvml,
             power=power,
             gpus=gpus,
-            canaries=Canaries(self.helpers, layout, catalogue, settings.gpu.canary),
-            conditions=self.conditions,
-            post=self.apply,
-        )
-        wait_s = settings.tasks.node_fault_wait_s
-        self.environments = EnvironmentConditions(
-            pool=pool, helpers=self.helpers, layout=layout, conditions=self.conditions, wait_s=wait_s
-        )
-        self._folders = NodeFolders(
-            settings=settings.results, layout=layout, journal=journal, conditions=self.conditions, wait_s=wait_s
-        )
-        self.children = TaskChildren(
             runs=self.runs,
-            pool=pool,
-            pipes=self._pipes,
-            layout=layout,
-            gpus=self.gpus,
-            environments=self.environments,
-            folders=self._folders,
+            observers=self.observers,
             timers=self._timers,
-            post=self.apply,
-            begin=self.begin,
+            ports=Ports(
+                post=self.apply,
+                begin=self.begin,
+                pump=self.pump,
+                on_fault_over=self._on_fault_over,
+                check_idle=self._check_idle,
+            ),
         )
-        self.served = ServedModels(self.runs, settings.tasks.served_model_wait_s)
-        self._launcher = Launcher(
-            pool=pool,
-            owner=self.children,
-            journal=journal,
-            layout=layout,
-            folders=self._folders,
-            conditions=self.conditions,
-            environments=self.environments,
-            gpus=self.gpus,
-            served=self.served,
-            least_bytes=settings.results.min_free_bytes,
-        )
-        self._cleanup = Cleanup(layout)
-        jobs, delivery_children = Jobs(settings, layout), DeliveryChildren(settings, layout, self.helpers)
-        self.deliveries = Deliveries(delivery_children, jobs, layout, self._cleanup, self.environments)
-        no_gateway = functools.partial(self.environments.report, DELIVERY)
-        self.gateway = GatewayProcess(settings, layout, self.helpers, no_gateway)
-        self.page = PageProcess(settings, layout, self.helpers)
-        self.redeliveries = Redeliveries(delivery_children, jobs, layout, journal, self._check_idle)
+        self._ending = Ending(settings.node, layout, journal, gpus, sendings_of)
+        self._pipes, self._launcher, self._folders = parts.pipes, parts.launcher, parts.folders
+        self._deliveries, self._redeliveries = parts.deliveries, parts.redeliveries
 
     def works(self) -> list[Coroutine[Any, Any, None]]:
         """What runs for as long as the node does."""
@@ -185,7 +133,7 @@ class Executor:
             in_use=self.runs.folders,
         )
         pruning = keep_pruned(self.settings.node, self.journal)
-        return [watchdog.run(), retention.run(), pruning, self.gpus.sample(), self._folders.watch()]
+        return [watchdog.run(), retention.run(), pruning, self.parts.gpus.sample(), self._folders.watch()]
 
     async def look_first(self) -> None:
         """Before tasks of an earlier supervisor are taken over: whether the node's folders are where they were."""
@@ -193,29 +141,29 @@ class Executor:
 
     def owner_of(self, attempt: int) -> ChildOwner:
         """Who answers for a child that an earlier supervisor forked: its attempt number shows what it is."""
-        return self.helpers if attempt < 0 or attempt >= FIRST_CANARY else self.children
+        return self.parts.helpers if attempt < 0 or attempt >= FIRST_CANARY else self.parts.children
 
     def heartbeat_observer(self, slot: Slot[Run]) -> HeartbeatObserver:
         live = LiveNotes(
             slot,
-            self.gpus,
+            self.parts.gpus,
             runs=self.runs,
             recent=self.recent,
             layout=self.layout,
             cost_per_hour=self.settings.node.cost_per_hour * slot.plan.share,
         )
-        return IdleCheck(self.gpus, slot, self.begin, live) if slot.plan.gpus else Notes(slot, live)
+        return IdleCheck(self.parts.gpus, slot, self.begin, live) if slot.plan.gpus else Notes(slot, live)
 
     def offered_types(self) -> list[str]:
         """The task types that can run now, sorted."""
-        broken = self.environments.broken
+        broken = self.parts.environments.broken
         return sorted(each.name for each in self.catalogue.offered.values() if each.environment not in broken)
 
     def add(self, run: Run) -> None:
         """Answer for this run from now on."""
         self.runs.add(run)
         self._idle.clear()
-        self.redeliveries.stop("there is a new attempt at the task", run.task_id)
+        self._redeliveries.stop("there is a new attempt at the task", run.task_id)
 
     def pump(self, slot: Slot[Run]) -> None:
         """Give the slot to the next task that waits for it, if it is free."""
@@ -252,13 +200,13 @@ class Executor:
             if self._unwritten:  # their stop could not be written down; the journal says that they ran
                 for run in self.runs:
                     self.pool.kill(run.attempt)
-            self.deliveries.suspend()
-            self.redeliveries.stop("the node ends")
+            self._deliveries.suspend()
+            self._redeliveries.stop("the node ends")
 
     def resume(self) -> None:
         """Take tasks again, after a drain."""
         self.draining = None
-        self.deliveries.resume()
+        self._deliveries.resume()
         for slot in self.slots.values():
             self.pump(slot)
 
@@ -267,9 +215,9 @@ class Executor:
         await self._idle.wait()
 
     def _check_idle(self) -> None:
-        left = self.deliveries.left
+        left = self._deliveries.left
         only_left = len(self.runs) <= len(left) and all(run.attempt in left for run in self.runs)
-        if only_left and not self.redeliveries:
+        if only_left and not self._redeliveries:
             self._idle.set()
         else:
             self._idle.clear()
@@ -325,7 +273,7 @@ class Executor:
     def _act(self, run: Run, action: machine.Action) -> None:
         match action:
             case machine.Launch():
-                self.gateway.need()
+                self.parts.gateway.need()
                 self.observers.on_slot_taken(run.slot, run)
                 self.begin(self._launcher.start(run), run)
             case machine.AnnounceStarted():
@@ -350,7 +298,7 @@ class Executor:
             case machine.Deliver():
                 self.begin(self.deliver(run), run)
             case machine.AbortDelivery():
-                self.deliveries.abort(run)
+                self._deliveries.abort(run)
             case machine.Finish(verdict=verdict):
                 self._finish(run, verdict)
 
@@ -376,7 +324,7 @@ class Executor:
         self._pipes.close(run)
         await spool.take_back(self.layout, run.attempt)
         run.resources = run.usage()
-        await self.gpus.end(run)
+        await self.parts.gpus.end(run)
         return machine.Released()
 
     def deliver(self, run: Run, *, adopted: bool = False) -> Work:
@@ -385,13 +333,13 @@ class Executor:
         Args:
             adopted: a child that an earlier supervisor started is at it; it is claimed at once.
         """
-        return self._deliver(run, self.deliveries.run(run, adopted=True) if adopted else None)
+        return self._deliver(run, self._deliveries.run(run, adopted=True) if adopted else None)
 
     async def _deliver(self, run: Run, work: Work | None) -> machine.Event | None:
         while True:
             if work is None:
                 await self._folders.usable(run)
-                work = self.deliveries.run(run)
+                work = self._deliveries.run(run)
             event, work = await work, None
             if not isinstance(event, machine.Delivered) or not event.error or not await self._folders.failed(run):
                 return event
@@ -413,43 +361,17 @@ class Executor:
 
     def _finish(self, run: Run, verdict: Verdict) -> None:
         now = utc_now()
-        cost = self.settings.node.cost_per_hour * run.slot.plan.share
-        redact = task_events.redactor(run, self.layout)
-        event = task_events.ended(run, verdict, finished_at=now, cost_per_hour=cost, redact=redact)
-        found = history_entry.of_run(
-            run, verdict, finished_at=now, cost_per_hour=cost, redact=redact, gpus=self._gpu_names
-        )
-        stays = run.task.stop_detail.startswith(reports.PREEMPTED)
-        outgoing = reports.outgoing(event, run.recorded, out_dir=run.accepted.target.out_dir, stays=stays)
         try:
-            self.journal.finish(
-                run.attempt,
-                run.task,
-                now,
-                *outgoing,
-                kept=history_entry.packed(found),
-                sendings=self.sendings_of(found),
-            )
+            event = self._ending.write(run, verdict, finished_at=now)
         except JournalError as error:
             self._when_written(error, functools.partial(self._finish, run, verdict))
             return
         self.observers.on_posted()
         self.runs.remove(run)
         self.counters.add_verdict(verdict.kind)
-        self.recent.add(run, verdict, finished_at=now, cost_per_hour=cost)
+        self.recent.add(run, verdict, finished_at=now, cost_per_hour=self._ending.cost_per_hour(run))
         self.observers.on_ended(run, verdict)
-        self._report_end(run, verdict, event)
+        report(run, verdict, event)
         if verdict.kind is not Kind.DELIVERY_FAILED:  # its spool folder is kept for `flowmesh deliver`
-            self.begin(self._cleanup.remove_spool(run.attempt))
+            self.begin(self.parts.cleanup.remove_spool(run.attempt))
         self._check_idle()
-
-    def _report_end(self, run: Run, verdict: Verdict, event: bytes) -> None:
-        facts = {"verdict": verdict.kind.value, "runtime_s": round(run.runtime_s, 3), "evidence": verdict.evidence}
-        bound = logger.bind(task=run.task_id, **facts)
-        if verdict.ok:
-            bound.info("task succeeded")
-        else:
-            bound.warning("task failed: {}", verdict.message)
-        end = {"ok": verdict.ok, "verdict": verdict.kind.value, "error": verdict.message}
-        if run.watchers:
-            run.notify({"event": "end", **end, "out_dir": run.accepted.target.out_dir, **task_events.payload_of(event)})

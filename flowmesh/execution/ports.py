@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Protocol
 
+import msgspec
+
 from flowmesh.execution.run import Run
 from flowmesh.node.slots import Slot
 from flowmesh.tasks import machine
@@ -30,3 +32,15 @@ class Begin(Protocol):
 
         An unhandled error is logged; a run then goes on with the event that the error means for its state.
         """
+
+
+class Ports(msgspec.Struct, frozen=True, kw_only=True, eq=False):
+    """All that the executor offers to its parts."""
+
+    post: PostEvent
+    begin: Begin
+    pump: Pump
+    on_fault_over: Callable[[str], None]
+    """A fault of the node, by its name, is over."""
+    check_idle: Callable[[], None]
+    """Something has ended that the end of the node waits for."""

@@ -56,7 +56,7 @@ async def recover(executor: Executor) -> None:
         await _continue(executor, run, found[run.attempt], alive, dead.get(run.attempt))
     for slot in executor.slots.values():
         executor.pump(slot)
-    executor.helpers.kill_unclaimed()
+    executor.parts.helpers.kill_unclaimed()
     keep = {run.attempt for run in runs} | {abs(attempt) for attempt in alive}
     await asyncio.to_thread(end_leaves, left)
     executor.begin(_remove(_left_folders(executor.layout, keep, _undelivered(executor))))  # it may be much
@@ -116,7 +116,7 @@ async def _continue(executor: Executor, run: Run, found: State, alive: set[int],
             swept = await asyncio.to_thread(end_remains, mark, None, leaves, dead_server)
             logger.bind(task=run.task_id).warning("task lost: no fork server has it; {} processes killed", swept)
             message = "the supervisor died, and no fork server has the task any more"
-            executor.begin(executor.children.lost(run, message, Kind.SUPERVISOR_LOST), run)
+            executor.begin(executor.parts.children.lost(run, message, Kind.SUPERVISOR_LOST), run)
         case State.RELEASING:
             _set_clock(executor, run)
             executor.begin(executor.release(run), run)

@@ -108,7 +108,7 @@ class NodeMetrics(Observer):
         for each in State:
             if each is not State.DONE:
                 self._tasks.set(states.count(each), each.value)
-        self._faults.set(len(executor.conditions.listed()))
+        self._faults.set(len(executor.parts.conditions.listed()))
         self._deliveries.set(states.count(State.DELIVERING))
         self._outbox.set(executor.journal.outbox_size())
         self._redis.set(float(self._link.up))

@@ -36,7 +36,7 @@ class Endpoints(Observer):
         """By task, the worker whose hash it is."""
         self._failed = False
         executor.observers.add(self)
-        executor.served.add(self.served)
+        executor.parts.served.add(self.served)
 
     def on_endpoint(self, run: Run) -> None:  # noqa: ARG002 - the observer's signature
         self._changed.set()

@@ -28,7 +28,7 @@ class Reporting(Observer):
     def __init__(self, outgoing: Outgoing, executor: Executor, name: str) -> None:
         journal, layout, webhooks = executor.journal, executor.layout, outgoing.webhooks
         lanes = outgoing.lanes()
-        self._senders = [Sender(lane, journal.sendings, executor.helpers, layout) for lane in lanes]
+        self._senders = [Sender(lane, journal.sendings, executor.parts.helpers, layout) for lane in lanes]
         with contextlib.suppress(JournalError):
             journal.sendings.keep(lane.name for lane in lanes)
         self._slots: SlotWatch | None = None

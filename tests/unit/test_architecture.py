@@ -40,7 +40,7 @@ FLOORS = (
 """From the top down, by the first part of a module's name below `flowmesh`. A module imports from lower floors and from
 its own folder, not from a neighbour on its floor."""
 
-EXECUTION_FLOORS = ({"recovery"}, {"executor"}, {"launch"}, {"gpu", "delivery"}, {"housekeeping"})
+EXECUTION_FLOORS = ({"recovery"}, {"executor"}, {"parts"}, {"launch"}, {"gpu", "delivery"}, {"housekeeping"})
 """The same below `flowmesh/execution`; its other modules are the lowest floor."""
 
 RUNNERS_MAY_IMPORT = (
