@@ -46,6 +46,8 @@ ALLOW_S = 2.0
 """Between two checks whether tasks that failed here still fit another node."""
 SOON_S = 1.0
 """About when to look again after an entry that another node should take, or before the worker is registered."""
+COMPARE_S = 5.0
+"""At least between two checks whether what runs here was begun elsewhere, too."""
 
 
 class Claims(Observer):
@@ -81,6 +83,7 @@ class Claims(Observer):
         self._lock = asyncio.Lock()
         self._doubt = True
         """Whether Redis may have claims of ours that we do not know of."""
+        self._compared_at = float("-inf")
         self._free = asyncio.Event()
         self._renewed = asyncio.Event()
         """The classes in use changed: what is waited for must be chosen again."""
@@ -155,6 +158,8 @@ class Claims(Observer):
             if self._doubt:
                 await self._compare()
                 self._doubt = False
+            elif time.monotonic() - self._compared_at >= COMPARE_S:
+                await self._stop_stale()
             left = used = False
             await self.gangs.withdraw()
             idle = self.idle_slots()
@@ -241,21 +246,33 @@ class Claims(Observer):
         What Redis says that we hold, and we do not, goes back: an answer was lost, or the node died before it wrote it
         down. What we run, and another attempt was begun of, is stopped.
         """
-        runs = [run for run in self._executor.runs if run.recorded is not None and run.recorded.priority]
         async with self._client.pipeline(transaction=False) as pipeline:
             for worker_id in self._executor.slots:
                 pipeline.hgetall(names.held_key(worker_id))
-            for run in runs:
-                pipeline.hmget(names.record_key(run.task_id), "attempt", "state")
             answers = await pipeline.execute()
         pending = self._sender.pending()
-        for worker_id, held in zip(self._executor.slots, answers, strict=False):
+        for worker_id, held in zip(self._executor.slots, answers, strict=True):
             for raw_id, raw_attempt in held.items():
                 task_id, attempt = raw_id.decode(), int(raw_attempt)
                 if not _is_attempt(self._executor.runs.of_task(task_id), attempt) and (task_id, attempt) not in pending:
                     logger.bind(task=task_id, attempt=attempt).warning("claim given back: this node does not have it")
                     await run_script(self._client, scripts.RELEASE, task_id, attempt, worker_id, utc_now(), "")
-        for run, (attempt, state) in zip(runs, answers[len(self._executor.slots) :], strict=True):
+        await self._stop_stale()
+
+    async def _stop_stale(self) -> None:
+        """Stop what runs here and another attempt was begun of.
+
+        Connections may outlive a cut of the network, so a node need not notice that its tasks were taken over.
+        """
+        self._compared_at = time.monotonic()
+        runs = [run for run in self._executor.runs if run.recorded is not None and run.recorded.priority]
+        if not runs:
+            return
+        async with self._client.pipeline(transaction=False) as pipeline:
+            for run in runs:
+                pipeline.hmget(names.record_key(run.task_id), "attempt", "state")
+            answers = await pipeline.execute()
+        for run, (attempt, state) in zip(runs, answers, strict=True):
             if attempt is not None and (not _is_attempt(run, int(attempt)) or state in (b"queued", b"done")):
                 stop_stale(self._executor, run)
 

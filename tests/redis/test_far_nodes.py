@@ -1,4 +1,4 @@
-"""Nodes on machines of their own, far from Redis: on lines with latency and loss."""
+"""Nodes on machines of their own, far from Redis: on lines with latency and loss, and cut off from it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from flowmesh.client import Client
 from tests.kit.network import Line, Network, why_not
-from tests.kit.support import Node, Orchestrator, RedisServer
+from tests.kit.support import Node, Orchestrator, RedisServer, until
 
 pytestmark = [pytest.mark.redis, pytest.mark.skipif(bool(why_not()), reason=why_not())]
 LINE = Line(delay_s=0.02, jitter_s=0.01, loss=0.01)
@@ -20,6 +20,10 @@ take_over_after_s = 1.0
 
 [redis]
 timeout_s = 2.0
+
+[task_types.misbehave]
+runner = "tests.kit.runners_for_tests:MisbehavingRunner"
+environment = "light"
 """
 
 
@@ -73,3 +77,21 @@ def test_tasks_end_once_over_lines_that_lose_packets(
     peer.hear()
     assert set(Counter(event["task_id"] for event in peer.task_events).values()) == {2}  # started, and ended
     assert network.lost > 0
+
+
+def test_a_node_that_is_cut_off_loses_its_task_and_stops_it(
+    network: Network, server: RedisServer, nodes: dict[str, Node], client: Client, peer: Orchestrator
+) -> None:
+    task = client.queue({"spec": {"taskType": "misbehave", "do": "wait_for", "file": "go"}}, task_id="moves").task_id
+    first = until(lambda: (found := client.state(task)) and found.state == "running" and found.worker_id, "it runs")
+    (other,) = set(nodes) - {first}
+    host = network.hosts[int(first[1:])]
+    network.cut(host)
+    server.client().delete(f"worker:{first}:hb")  # as its time would end it
+    until(lambda: (found := client.state(task)) and (found.state, found.worker_id) == ("running", other), "it moved")
+    network.mend(host)
+    until(lambda: nodes[first].ask(op="status")["tasks"] == [], "the stale attempt is stopped")
+    (nodes[other].results_dir / task / "go").touch()
+    end = client.wait(task, 60)
+    assert (end.ok, end.worker_id) == (True, other)
+    assert [event["worker_id"] for event in peer.ends(task)] == [other]
