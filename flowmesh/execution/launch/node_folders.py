@@ -113,7 +113,7 @@ class NodeFolders:
         Any other fault leads to an error, and so to a look. Without its mount, a folder would just be written to.
         """
         fresh = time.monotonic() - self._looked_at < FRESH_S
-        if fresh and self._results.in_place() and self._state.in_place():
+        if fresh and self._results.in_place() and self._state.in_place() and not self._missing():
             return {}
         return self.look()
 
@@ -163,15 +163,17 @@ class NodeFolders:
 
     def _parts(self, write: bool) -> str:
         folder = self._layout.state_dir
-        missing = [name for name in PARTS if not (folder / name).is_dir()]
         try:
-            if missing:
+            if missing := self._missing():
                 self._layout.make_parts()
                 logger.bind(folder=str(folder)).warning("made again: {}", ", ".join(missing))
         except OSError as error:
             return f"{error.filename} ({STATE}) cannot be made again: {error.strerror}"
         parts = (CheckedFolder(STATE, folder / name) for name in PARTS) if write else ()
         return next((reason for part in parts if (reason := part.trouble(write=True))), "")
+
+    def _missing(self) -> list[str]:
+        return [name for name in PARTS if not (self._layout.state_dir / name).is_dir()]
 
     async def _in_thread(self, name: str) -> str:
         trouble = await asyncio.to_thread(self._trouble, name, True)

@@ -38,7 +38,7 @@ SURFACE = {
         "COMMAND --config --embedded --gpus --help --memory --output --preload --quiet --report --results-dir "
         "--timeout -q"
     ),
-    "serve": "MODEL --config --dtype --embedded --help --host --idle --json --name --port --revision --ttl",
+    "serve": "MODEL --config --dtype --embedded --engine --help --host --idle --json --name --port --revision --ttl",
     "scale": "--config --dry-run --help --interval --json --max --min --name --once --redis --script --slurm",
     "cancel": "TASK_ID --config --force --help --json --reason --redis --state-dir",
     "deliver": "TASK_ID --config --help --json --state-dir",
