@@ -111,7 +111,7 @@ class MisbehavingRunner(Runner):
             ctx.sleep(600)
         except Cancelled as asked:
             if asked.checkpoint:
-                (ctx.out_dir / "checkpoints").mkdir()
+                (ctx.out_dir / "checkpoints").mkdir(exist_ok=True)
                 (ctx.out_dir / "checkpoints" / "last").write_text("saved")
             raise
 

@@ -7,6 +7,7 @@ import secrets
 import shutil
 import socket
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -40,11 +41,15 @@ AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 JobCompType=jobcomp/none
 ReturnToService=2
-KillWait=10
+KillWait=60
 SchedulerParameters=sched_interval=1,batch_sched_delay=0
 NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} State=UNKNOWN
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=FORCE:8
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=FORCE:8 GraceTime=60
+PartitionName=urgent Nodes=ALL PriorityTier=10 State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 """
+"""Jobs of the partition `urgent` preempt those of `main`."""
 
 
 class Slurm:
@@ -95,6 +100,13 @@ class Slurm:
         """A job, as scontrol shows it."""
         fields = self.run("scontrol", "--oneliner", "show", "job", job).split()
         return dict(each.split("=", 1) for each in fields if "=" in each)
+
+    def wait_state(self, job: str, state: str) -> None:
+        def there() -> bool:
+            time.sleep(0.1)  # scontrol costs more than a look
+            return self.state(job)["JobState"] == state
+
+        until(there, f"job {job} is {state}")
 
     def close(self) -> None:
         for job in self.run("squeue", "--noheader", "--format", "%i", check=False).split():
