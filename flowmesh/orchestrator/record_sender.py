@@ -25,7 +25,7 @@ from flowmesh.orchestrator.stored_result import stored_result
 from flowmesh.queue import gang_scripts, scripts
 from flowmesh.queue.reports import Report, decode
 from flowmesh.tasks import machine
-from flowmesh.tasks.verdicts import Stop
+from flowmesh.tasks.verdicts import Kind, Stop
 
 AVOID_MS = 86_400_000
 """How long a task that failed here is kept from this node at most; while it fits another one."""
@@ -136,7 +136,7 @@ class RecordSender:
             avoid = (
                 report.queued
                 and retryable
-                and not report.stays
+                and payload.get("error_kind") != Kind.DRAINED  # its checkpoints are here, where the node comes back
                 and await fits_elsewhere(self._client, report.task_id, self._executor.slots)
             )
             ttl_s = self._executor.settings.queue.result_ttl_s
