@@ -152,12 +152,15 @@ local function next_that_can_finish(key)
       if group[i] == 'last-delivered-id' then seen = group[i + 1] end
     end
   end
-  for _, e in ipairs(redis.call('XRANGE', key, '(' .. seen, '+', 'COUNT', 32)) do
-    if can_finish(e[2][2]) then
-      redis.call('XCLAIM', key, 'flowmesh', worker, 0, e[1], 'FORCE', 'JUSTID')
-      return e[1], e[2][2]
+  -- from `seen` itself: Redis before 6.2 knows no ranges without their first entry
+  for _, e in ipairs(redis.call('XRANGE', key, seen, '+', 'COUNT', 33)) do
+    if e[1] ~= seen then
+      if can_finish(e[2][2]) then
+        redis.call('XCLAIM', key, 'flowmesh', worker, 0, e[1], 'FORCE', 'JUSTID')
+        return e[1], e[2][2]
+      end
+      long = long + 1
     end
-    long = long + 1
   end
 end
 local function next_of(key)
