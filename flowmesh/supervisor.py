@@ -359,8 +359,8 @@ class Supervisor:
 
     def _handle_signals(self) -> None:
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.drain.on_signal)
+        loop.add_signal_handler(signal.SIGTERM, self.drain.on_sigterm)
+        loop.add_signal_handler(signal.SIGINT, self.drain.on_sigint)
         loop.add_signal_handler(signal.SIGUSR1, self.drain.on_warning)
         for number in (signal.SIGHUP, signal.SIGUSR2):
             loop.add_signal_handler(number, self._on_start_anew_signal)

@@ -239,7 +239,7 @@ class LocalNode:
         return [*self._options.program, *config, *(f"--set={name}={value}" for name, value in settings.items())]
 
     def _stop(self, process: subprocess.Popen[bytes]) -> None:
-        """Send SIGTERM, a second one if the user is impatient, and SIGKILL at the deadline."""
+        """Send SIGTERM, SIGINT if the user is impatient, and SIGKILL at the deadline."""
         deadline = time.monotonic() + STOP_TIMEOUT_S
         forced = False
         process.terminate()
@@ -247,7 +247,7 @@ class LocalNode:
             if self._impatient() and not forced:
                 forced = True
                 deadline = min(deadline, time.monotonic() + FORCED_STOP_TIMEOUT_S)
-                process.terminate()
+                process.send_signal(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_EXIT_POLL_S)
         process.kill()

@@ -39,8 +39,9 @@ _NAMED = {
 def command(config: str | None, check: bool, as_json: bool, sets: tuple[str, ...], **named: str | None) -> int:
     """Run a FlowMesh node: accept tasks from Redis, and run each in a separate process tree.
 
-    SIGTERM drains the node: running tasks finish, then it exits. A second SIGTERM stops them. SIGHUP reloads the
-    settings and SIGUSR2 restarts the program in its installed version; running tasks continue in both cases.
+    SIGTERM drains the node: running tasks finish, or save a checkpoint (node.on_sigterm), then it exits. SIGINT after
+    it stops them. SIGHUP reloads the settings and SIGUSR2 restarts the program in its installed version; running tasks
+    continue in both cases.
     """
     import os
 

@@ -78,7 +78,15 @@ class Drain:
         if mode == "now":
             self._forced.set()
 
-    def on_signal(self) -> None:
+    def on_sigterm(self) -> None:
+        """The first one drains. One during a drain stops the tasks, unless SIGTERM means a checkpoint.
+
+        Slurm sends two within milliseconds where it ends a job: one to the step, one through srun.
+        """
+        first, self._signalled = self.mode is None, True
+        self.begin(self._on_sigterm if first or self._on_sigterm == "checkpoint" else "now")
+
+    def on_sigint(self) -> None:
         """The first one drains, one during a drain stops the tasks."""
         first, self._signalled = self.mode is None, True
         self.begin(self._on_sigterm if first else "now")

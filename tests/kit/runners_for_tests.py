@@ -112,6 +112,8 @@ class MisbehavingRunner(Runner):
         except Cancelled as asked:
             if asked.checkpoint:
                 (ctx.out_dir / "checkpoints").mkdir(exist_ok=True)
+                while ctx.spec.get("slow") and not (ctx.out_dir / "checkpoints" / "go").exists():
+                    time.sleep(0.01)
                 (ctx.out_dir / "checkpoints" / "last").write_text("saved")
             raise
 

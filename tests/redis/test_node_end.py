@@ -11,9 +11,18 @@ import pytest
 
 from flowmesh.client import Client
 from flowmesh.queue import names
+from tests.kit.promises import wait_state
 from tests.kit.support import Node, Orchestrator, RedisServer, running, until
 
 pytestmark = pytest.mark.redis
+SLOW_CHECKPOINT = """
+[node]
+on_sigterm = "checkpoint"
+
+[task_types.sft]
+runner = "tests.kit.runners_for_tests:MisbehavingRunner"
+environment = "light"
+"""
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +83,24 @@ def test_before_its_end_it_drains_with_a_checkpoint_and_exits_with_0(server: Red
         assert orchestrator.wait_end(long)["payload"]["error_kind"] == "drained"
         assert node.process.wait(30) == 0
         assert "draining mode=checkpoint" in node.text()
+    orchestrator.close()
+
+
+def test_a_second_sigterm_leaves_a_checkpoint_time_to_be_saved(server: RedisServer) -> None:
+    orchestrator = Orchestrator(server)
+    with running(Node(server, config=SLOW_CHECKPOINT)) as node:
+        task = orchestrator.dispatch("w1", {"taskType": "sft", "do": "checkpoint", "slow": True})
+        wait_state(node, task, "running", "work")
+        assert node.process is not None
+        node.process.send_signal(signal.SIGTERM)
+        checkpoints = node.results_dir / task / "checkpoints"
+        until(checkpoints.exists, "it saves")
+        node.process.send_signal(signal.SIGTERM)
+        assert node.ask(op="status")["tasks"], "the signal is handled before"
+        (checkpoints / "go").touch()
+        assert orchestrator.wait_end(task)["payload"]["error_kind"] == "drained"
+        assert (checkpoints / "last").read_text() == "saved"
+        assert node.process.wait(30) == 0
     orchestrator.close()
 
 
