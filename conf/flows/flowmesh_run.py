@@ -1,6 +1,6 @@
 """Runs one FlowMesh task for a workflow engine: queues it once, forwards its log lines, returns its end.
 
-Shared by flowmesh_prefect.py and flowmesh_dagster.py: copy it beside the one that you use.
+Shared by flowmesh_prefect.py, flowmesh_dagster.py and flowmesh_airflow.py: copy it beside the one that you use.
 """
 
 from __future__ import annotations
