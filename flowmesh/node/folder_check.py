@@ -39,13 +39,6 @@ class CheckedFolder:
         """The mount point of the file system that it has to be on."""
         return self._mount
 
-    def in_place(self) -> bool:
-        """Whether the folder at its path is the one that was looked at last."""
-        try:
-            return _identity(self.path) == self._identity
-        except OSError:
-            return False
-
     def trouble(self, *, write: bool = False) -> str:
         """Why the folder cannot be used; empty: it can. A missing one is made, unless its file system is not mounted.
 

@@ -158,7 +158,11 @@ class RecordSender:
             started: bytes = await run_script(self._client, gang_scripts.STARTED, *common)
             return started
         ok, retryable = event.type == "TASK_SUCCEEDED", payload.get("retryable") is True
-        avoid = retryable and not report.stays and await enough_other_nodes(self._client, gang.task_id, self._node_id)
+        avoid = (
+            retryable
+            and payload.get("error_kind") != Kind.DRAINED  # of another member's node, perhaps
+            and await enough_other_nodes(self._client, gang.task_id, self._node_id)
+        )
         ttl_s = self._executor.settings.queue.result_ttl_s
         wants_result = ok and gang.rank == 0 and ttl_s and report.out_dir
         result = await asyncio.to_thread(stored_result, report.out_dir) if wants_result else b""

@@ -127,7 +127,7 @@ class Launcher:
 
     def _prepare(self, run: Run, others: list[Path]) -> Fork | Unprepared:
         """In a thread: the task's folders and job, if the node's folders and the task's own can take them."""
-        if troubles := self._folders.look_before_launch():
+        if troubles := self._folders.look():
             return Unprepared(troubles)
         if own := own_shortage(Path(run.accepted.target.out_dir), self._least_bytes):
             return Unprepared(own=f"not started: {own}")

@@ -25,8 +25,6 @@ from flowmesh.tasks import machine
 from flowmesh.tasks.journal import Journal, JournalError
 
 INTERVAL_S = 1.0
-FRESH_S = 0.1
-"""After a look that found nothing, tasks are launched without another one for so long."""
 _MOUNT_FACT = "results_mount"
 RESULTS, STATE, SPACE, JOURNAL = "results.dir", "node.state_dir", "disk space", "journal"
 
@@ -45,8 +43,6 @@ class NodeFolders:
         self._journal = journal
         self._conditions = conditions
         self._wait_s = wait_s
-        self._looked_at = -FRESH_S
-        """When nothing was wrong last, monotonic."""
         self._kept: tuple[str, str] | None = None
         """What the journal has of the mount of RESULTS_DIR."""
         self._results = CheckedFolder(RESULTS, layout.results_dir, self._kept_mount())
@@ -101,21 +97,8 @@ class NodeFolders:
         Args:
             write: write small files, too: something could not be written.
         """
-        looked_at = time.monotonic()
         found = {name: self._trouble(name, write) for name in (RESULTS, STATE, SPACE)}
-        troubles = {name: reason for name, reason in found.items() if reason}
-        self._looked_at = -FRESH_S if troubles else looked_at
-        return troubles
-
-    def look_before_launch(self) -> dict[str, str]:
-        """What is wrong; a moment after a look, only whether the folders are still where they were.
-
-        Any other fault leads to an error, and so to a look. Without its mount, a folder would just be written to.
-        """
-        fresh = time.monotonic() - self._looked_at < FRESH_S
-        if fresh and self._results.in_place() and self._state.in_place() and not self._missing():
-            return {}
-        return self.look()
+        return {name: reason for name, reason in found.items() if reason}
 
     def report(self, troubles: Mapping[str, str]) -> None:
         """Close the slots for these reasons; their probes open them."""
@@ -163,17 +146,15 @@ class NodeFolders:
 
     def _parts(self, write: bool) -> str:
         folder = self._layout.state_dir
+        missing = [name for name in PARTS if not (folder / name).is_dir()]
         try:
-            if missing := self._missing():
+            if missing:
                 self._layout.make_parts()
                 logger.bind(folder=str(folder)).warning("made again: {}", ", ".join(missing))
         except OSError as error:
             return f"{error.filename} ({STATE}) cannot be made again: {error.strerror}"
         parts = (CheckedFolder(STATE, folder / name) for name in PARTS) if write else ()
         return next((reason for part in parts if (reason := part.trouble(write=True))), "")
-
-    def _missing(self) -> list[str]:
-        return [name for name in PARTS if not (self._layout.state_dir / name).is_dir()]
 
     async def _in_thread(self, name: str) -> str:
         trouble = await asyncio.to_thread(self._trouble, name, True)
