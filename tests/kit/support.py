@@ -352,6 +352,11 @@ class Node:
     def text(self) -> str:
         return self.log.read_text(errors="replace")
 
+    def metric(self, series: str) -> float | None:
+        """A sample of its metrics, by its name and labels as they are written."""
+        lines = self.ask(op="metrics")["text"].splitlines()
+        return next((float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"{series} ")), None)
+
     def ask(self, **request: Any) -> dict[str, Any]:
         """One request on the control socket."""
         import socket

@@ -90,11 +90,6 @@ class Place:
         for name in self.redis.scan_iter("*"):
             assert key.encode() not in (self.redis.dump(name) or b""), name
 
-    def metric(self, series: str) -> float | None:
-        """A sample of the node's metrics, by its name and labels as they are written."""
-        lines = self.node.ask(op="metrics")["text"].splitlines()
-        return next((float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"{series} ")), None)
-
     def close(self) -> None:
         self.client.close()
         self.peer.close()
@@ -142,11 +137,11 @@ def test_the_openai_client_uses_a_served_model_until_it_is_cancelled(place: Plac
     argv = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in below(place.node.pid)]
     assert not any(endpoint.api_key.encode() in each for each in argv)
     labels = '{task="used",model="small"}'
-    until(lambda: place.metric(f"flowmesh_endpoint_requests_total{labels}") == 4, "the requests are counted")
-    assert place.metric(f"flowmesh_endpoint_up{labels}") == 1
-    assert place.metric(f"flowmesh_endpoint_first_token_seconds_count{labels}") == 1
-    assert place.metric(f"flowmesh_endpoint_request_seconds_count{labels}") == 4
-    assert place.metric(f"flowmesh_endpoint_completion_tokens_total{labels}") >= text.usage.completion_tokens
+    until(lambda: place.node.metric(f"flowmesh_endpoint_requests_total{labels}") == 4, "the requests are counted")
+    assert place.node.metric(f"flowmesh_endpoint_up{labels}") == 1
+    assert place.node.metric(f"flowmesh_endpoint_first_token_seconds_count{labels}") == 1
+    assert place.node.metric(f"flowmesh_endpoint_request_seconds_count{labels}") == 4
+    assert place.node.metric(f"flowmesh_endpoint_completion_tokens_total{labels}") >= text.usage.completion_tokens
     place.client.cancel("used")
     end = place.peer.wait_end("used")
     assert end["type"] == "TASK_SUCCEEDED", end
@@ -155,7 +150,7 @@ def test_the_openai_client_uses_a_served_model_until_it_is_cancelled(place: Plac
     assert result["tokens"] == result["usage"]["completion_tokens"] >= text.usage.completion_tokens
     assert result["usage"]["prompt_tokens"] >= text.usage.prompt_tokens
     assert result["restarts"] == 0
-    assert place.metric(f"flowmesh_endpoint_up{labels}") is None
+    assert place.node.metric(f"flowmesh_endpoint_up{labels}") is None
     place.keyless("used", endpoint.api_key)
     with pytest.raises(NoEndpoint):
         place.client.endpoint("used")
@@ -277,7 +272,7 @@ def test_a_lost_server_comes_back_with_its_address_and_key_and_not_for_ever(plac
     labels = '{task="again",model="m"}'
     with user(endpoint) as client:
         assert client.completions.create(model="m", prompt="hello", max_tokens=2).choices
-    until(lambda: place.metric(f"flowmesh_endpoint_requests_total{labels}") == 1, "the request is counted")
+    until(lambda: place.node.metric(f"flowmesh_endpoint_requests_total{labels}") == 1, "the request is counted")
     task = place.node.task_pid("again")
     (serving,) = below(task)
     os.kill(serving, signal.SIGKILL)
@@ -286,19 +281,19 @@ def test_a_lost_server_comes_back_with_its_address_and_key_and_not_for_ever(plac
         client.models.list()
     assert refused.value.status_code == 503
     assert refused.value.response.headers["retry-after"] == "5"
-    assert place.metric(f"flowmesh_endpoint_up{labels}") == 0
+    assert place.node.metric(f"flowmesh_endpoint_up{labels}") == 0
     assert place.client.endpoint("again", wait_s=LOADED_S) == endpoint
     with user(endpoint) as client:
         assert client.completions.create(model="m", prompt="hello", max_tokens=2).choices
-    until(lambda: place.metric(f"flowmesh_endpoint_requests_total{labels}") == 2, "the counts go on")
-    assert place.metric(f"flowmesh_endpoint_restarts_total{labels}") == 1
+    until(lambda: place.node.metric(f"flowmesh_endpoint_requests_total{labels}") == 2, "the counts go on")
+    assert place.node.metric(f"flowmesh_endpoint_restarts_total{labels}") == 1
     assert place.node.task_pid("again") == task
     (serving,) = below(task)
     os.kill(serving, signal.SIGKILL)
     end = place.peer.wait_end("again")
     assert end["payload"]["error_kind"] == "crash"
     assert end["error"] == "the serving process was killed by SIGKILL (restarts: 1)"
-    assert place.metric(f"flowmesh_endpoint_up{labels}") is None
+    assert place.node.metric(f"flowmesh_endpoint_up{labels}") is None
     place.keyless("again", endpoint.api_key)
 
 

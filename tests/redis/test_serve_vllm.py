@@ -133,7 +133,13 @@ def test_the_openai_client_uses_a_model_and_nothing_outlives_a_sigkill(place: Pl
         assert endpoint.api_key.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes()
         assert endpoint.api_key.encode() not in Path(f"/proc/{pid}/environ").read_bytes()
     assert len(tree) >= 2, "the engine has a process of its own"
-    in_mid_generation(endpoint, lambda: os.kill(tree[0], signal.SIGKILL))
+    used = 'flowmesh_endpoint_kv_cache_usage{task="used",model="tiny"}'
+
+    def kill() -> None:
+        until(lambda: place.node.metric(used), "the node's metrics have what the engine says of its cache")
+        os.kill(tree[0], signal.SIGKILL)
+
+    in_mid_generation(endpoint, kill)
     until(lambda: not place.left(tree), "all its processes are gone", 5)
     end = place.peer.wait_end("used")
     assert end["payload"]["error_kind"] == "crash"
