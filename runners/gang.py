@@ -6,11 +6,11 @@ Every member runs the task's document; the node has agreed with the others who i
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Mapping
 from typing import Any
 
 from flowmesh.messages.nodes import Gang
+from flowmesh.web.own_address import address_towards
 from runners.api import Context
 
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
@@ -70,19 +70,11 @@ def interface_to(host: str) -> str | None:
     """The interface whose address this machine uses towards `host`; None: it cannot be found."""
     import psutil  # only members of a gang need it
 
-    address = address_to(host)
+    try:
+        address = address_towards(host)
+    except OSError:
+        return None
     for name, addresses in psutil.net_if_addrs().items():
         if any(each.address.partition("%")[0] == address for each in addresses):
             return name
     return None
-
-
-def address_to(host: str) -> str | None:
-    """This machine's own address towards `host`; None: there is no way to it. Nothing is sent."""
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(address)
-            return str(probe.getsockname()[0])
-    except OSError:
-        return None

@@ -6,9 +6,9 @@ the routing table; sends nothing and resolves no names.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,10 +17,10 @@ from msgspec import UNSET, UnsetType
 
 from flowmesh.node.cgroup_limits import CGROUPS, PROC, cpu_quotas, lines, memory_limits_bytes
 from flowmesh.node.devices import GpuInfo
+from flowmesh.web.own_address import address_towards
 
 # Documentation addresses (RFC 5737, RFC 3849): on no local network, so they follow the default route.
-_ELSEWHERE = ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))
-_ANY_PORT = 9
+_ELSEWHERE = ("192.0.2.1", "2001:db8::1")
 
 
 class Cpu(msgspec.Struct, frozen=True):
@@ -123,12 +123,8 @@ def cpu_model(proc: Path = PROC) -> str:
 
 
 def default_ip() -> str | None:
-    """This machine's address on the default route; None without one. Connecting a datagram socket sends nothing."""
-    for family, elsewhere in _ELSEWHERE:
-        try:
-            with socket.socket(family, socket.SOCK_DGRAM) as sock:
-                sock.connect((elsewhere, _ANY_PORT))
-                return str(sock.getsockname()[0])
-        except OSError:
-            continue  # no such route, or no such family
+    """This machine's address on the default route; None without one. Nothing is sent."""
+    for elsewhere in _ELSEWHERE:
+        with contextlib.suppress(OSError):  # no such route, or no such family
+            return address_towards(elsewhere)
     return None

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Collection
 
 from flowmesh.messages.sentinel import is_sentinel, sentinel_address
+from flowmesh.web.own_address import address_towards
 
 ANYWHERE = "127.0.0.1"
 """Of a node that reaches Redis by a unix socket: all others do, too, so they are on this machine."""
@@ -27,10 +28,7 @@ def own_address(redis_url: str) -> str:
         if parts.scheme == "unix":
             return ANYWHERE
         host, port = parts.hostname or "localhost", parts.port or 6379
-    family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind, protocol) as probe:
-        probe.connect(place)  # sends nothing: it only chooses the way
-        return str(probe.getsockname()[0])
+    return address_towards(host, port)
 
 
 def free_port(ports: str | None, taken: Collection[int]) -> int | None:

@@ -5,12 +5,14 @@ Every member works out the engine's arguments by itself, from the document and w
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from typing import Any
 
 from flowmesh.messages.nodes import Gang
-from runners.gang import address_to, interfaces
+from flowmesh.web.own_address import address_towards
+from runners.gang import interfaces
 from runners.inference.members import Lead, Start
 from runners.inference.vllm_args import Work
 
@@ -37,12 +39,12 @@ def member_arguments(gang: Gang, start: Start) -> dict[str, Any]:
         "master_addr": gang.host,
         "master_port": start.port,
         "distributed_executor_backend": "mp",
-        "seed": start.seed % 2**32,
+        "seed": start.seed,
     }
 
 
 def set_addresses(gang: Gang) -> None:
     """Have vLLM's processes reach each other on the network over which the members do."""
     os.environ.update(interfaces(gang.host))
-    if (own := address_to(gang.host)) is not None:
-        os.environ.setdefault("VLLM_HOST_IP", own)
+    with contextlib.suppress(OSError):  # vLLM then finds one by itself
+        os.environ.setdefault("VLLM_HOST_IP", address_towards(gang.host))

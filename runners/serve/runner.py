@@ -13,6 +13,7 @@ import time
 from concurrent.futures import Future
 from typing import Any
 
+from flowmesh.web.own_address import address_towards
 from runners.api import BadRequest, Cancelled, Context, MissingDependency, Runner, RunnerError
 from runners.serve.errors import ServerLost
 from runners.serve.gate import Gate
@@ -225,12 +226,7 @@ def _reachable(host: str, *, local: bool) -> str:
     if host not in ("0.0.0.0", "::"):
         return host
     loopback, other = ("127.0.0.1", "192.0.2.1") if host == "0.0.0.0" else ("::1", "2001:db8::1")
-    if local:
+    try:
+        return loopback if local else address_towards(other)
+    except OSError:
         return loopback
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as sock:
-        try:
-            sock.connect((other, 9))  # sends nothing: it picks the address that packets to others come from
-            return str(sock.getsockname()[0])
-        except OSError:
-            return loopback
