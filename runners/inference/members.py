@@ -10,16 +10,15 @@ import contextlib
 import select
 import signal
 import socket
-import threading
 import time
 from collections.abc import Iterator
-from types import FrameType
 
 import msgspec
 
 from flowmesh.messages.job import Fault
 from flowmesh.messages.nodes import Gang
 from runners.api import Context, RunnerError
+from runners.inference.interrupt import interrupted
 from runners.inference.vllm_args import Work
 
 POLL_S = 0.2
@@ -110,7 +109,7 @@ class Lead:
         """
         peers = {peer.fileno(): rank for rank, peer in self._members.items()}
         try:
-            with _interrupted(list(peers)):
+            with _until_readable(list(peers)):
                 yield
         except Exception as error:
             if not (lost := _readable(list(peers))):
@@ -183,7 +182,7 @@ class Follower:
             Gone: it has ended without.
         """
         try:
-            with _interrupted([self._socket.fileno()]):
+            with _until_readable([self._socket.fileno()]):
                 yield
         except Exception as error:
             if not _readable([self._socket.fileno()]):
@@ -263,29 +262,9 @@ class _Ready(Exception):
     """Something can be read."""
 
 
-@contextlib.contextmanager
-def _interrupted(fds: list[int]) -> Iterator[None]:
+def _until_readable(fds: list[int]) -> contextlib.AbstractContextManager[None]:
     """Run the body, and raise `_Ready` into it as soon as one of the descriptors can be read."""
-    over = threading.Event()
-
-    def watch() -> None:
-        while not over.is_set():
-            if _readable(fds, POLL_S):
-                signal.pthread_kill(threading.main_thread().ident or 0, SIGNAL)
-                return
-
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        raise _Ready
-
-    before = signal.signal(SIGNAL, stop)
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        over.set()
-        watcher.join()
-        signal.signal(SIGNAL, before)
+    return interrupted(SIGNAL, lambda _: _Ready() if _readable(fds, POLL_S) else None)
 
 
 def _readable(fds: list[int], timeout_s: float = 1.0) -> list[int]:

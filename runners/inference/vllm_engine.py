@@ -6,7 +6,6 @@ With several GPUs vLLM starts further processes; `EngineProcesses` interrupts a 
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, get_args
@@ -16,21 +15,19 @@ import msgspec
 from runners.api import BadRequest, Context, RunnerError
 from runners.data.cache import COMPILED, library_folder
 from runners.inference.engine import Completion, Finished, FinishReason, Output, Request, Same, TokenLogprob, Watch
-from runners.inference.lora import check_fit
 from runners.inference.members import Lead
 from runners.inference.options import Sampling
 from runners.inference.task import InferenceTask
 from runners.inference.tokens import Reader, Texts
-from runners.inference.vision import Vision, by_pixels, load_texts
-from runners.inference.vllm_args import WHERE, Work, engine_arguments
+from runners.inference.vision import Vision, by_pixels
+from runners.inference.vllm_args import Work
 from runners.inference.vllm_failures import Logs, explain, first_line, start_failure, step_failure
-from runners.inference.vllm_finite import CLASS, FiniteLogits
+from runners.inference.vllm_finite import FiniteLogits
 from runners.inference.vllm_nodes import announce
+from runners.inference.vllm_prepared import prepare
 from runners.inference.vllm_processes import EngineProcesses, cuda_started
-from runners.inference.vllm_weights import check_weights, merged, overridden
-from runners.models.adapters import LocalAdapter, check_product
-from runners.models.code import may_run_code
-from runners.models.sources import Source, loading
+from runners.models.adapters import LocalAdapter
+from runners.models.sources import Source
 from runners.models.weights import not_finite
 
 _alive: list[Any] = []
@@ -198,53 +195,20 @@ def load(
         GpuOutOfMemory: it does not fit the GPU.
         RunnerError: the engine did not start, or the hub cannot be reached.
     """
-    runtime = [adapter for adapter in adapters if adapter.apply == "runtime"]
-    arguments, texts, trust = arguments_of(ctx, task, source, runtime, work=work)
-    path = source.path
-    if len(runtime) < len(adapters):
-        path = str(merged(ctx, task, source, adapters, texts, trust=trust))
-    # vLLM's default seed is a constant, so that all unseeded tasks would draw the same. numpy's seed has 32 bits; each
-    # request has the task's full seed.
-    seed = task.sampling.seed if task.sampling.seed is not None else secrets.randbits(31)
-    arguments["seed"] = seed % 2**32
+    prepared = prepare(ctx, task, source, adapters, work=work)
     if lead is not None:
-        arguments |= announce(lead, work=work, seed=seed)
-    alone = arguments["tensor_parallel_size"] * arguments.get("pipeline_parallel_size", 1) == 1
-    alone = alone and arguments.get("distributed_executor_backend") in (None, "uni")
-    set_environment(ctx, alone=alone, eager=bool(arguments["enforce_eager"]))
-    with nullcontext() if lead is None else lead.watched():
-        revision = None if path != source.path else source.revision
-        llm = start(path, revision, source, arguments, asked=list(task.vllm))
-        _alive.append(llm)
-        if arguments["worker_extension_cls"] == CLASS:
-            llm.collective_rpc(FiniteLogits.flowmesh_check_logits.__name__)
-        else:
-            ctx.log.warning("%s.worker_extension_cls: logits are checked for NaN only, not for infinity", WHERE)
-    return VllmEngine(llm, texts, _add_adapters(llm, runtime), EngineProcesses(), source, lead=lead), texts
-
-
-def arguments_of(
-    ctx: Context, task: InferenceTask, source: Source, runtime: Sequence[LocalAdapter], *, work: Work
-) -> tuple[dict[str, Any], Texts, bool]:
-    """`LLM`'s arguments besides the model, its tokenizer, and whether it may run its own code. Errors as for `load`."""
-    trust = may_run_code(ctx, source, task.vllm.get("trust_remote_code"), f"{WHERE}.trust_remote_code")
-    cache_dir = task.vllm.get("download_dir")
-    with loading(source):
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(
-            source.path, revision=source.revision, trust_remote_code=trust, cache_dir=cache_dir
+        seed = prepared.arguments["seed"]
+        prepared = msgspec.structs.replace(
+            prepared, arguments=prepared.arguments | announce(lead, work=work, seed=seed)
         )
-        texts = load_texts(ctx, source, trust, config, work, cache_dir)
-    config = overridden(config, task.vllm.get("hf_overrides"))
-    check_weights(ctx, task, source, config, work)
-    for adapter in runtime:
-        check_product(adapter, "vLLM")
-        check_fit(ctx, adapter, config, trust_remote_code=trust)
-    arguments = engine_arguments(ctx, task, config, work=work, adapter_ranks=[each.rank for each in runtime])
-    arguments["trust_remote_code"] = trust
-    arguments.setdefault("worker_extension_cls", CLASS)
-    return arguments, texts, trust
+    set_environment(ctx, alone=prepared.alone, eager=bool(prepared.arguments["enforce_eager"]))
+    with nullcontext() if lead is None else lead.watched():
+        llm = start(prepared.path, prepared.revision, source, prepared.arguments, asked=list(task.vllm))
+        _alive.append(llm)
+        if prepared.checks_logits:
+            llm.collective_rpc(FiniteLogits.flowmesh_check_logits.__name__)
+    texts = prepared.texts
+    return VllmEngine(llm, texts, _add_adapters(llm, prepared.runtime), EngineProcesses(), source, lead=lead), texts
 
 
 def start(path: str, revision: str | None, source: Source, arguments: dict[str, Any], *, asked: Sequence[str]) -> Any:

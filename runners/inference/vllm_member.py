@@ -11,8 +11,9 @@ from runners.gang import of_member
 from runners.inference.members import POLL_S, Over, follow
 from runners.inference.task import InferenceTask
 from runners.inference.task_model import find_source
-from runners.inference.vllm_engine import arguments_of, set_environment
+from runners.inference.vllm_engine import set_environment
 from runners.inference.vllm_nodes import member_arguments, set_addresses
+from runners.inference.vllm_prepared import arguments_of
 
 
 def compute(ctx: Context, task: InferenceTask, gang: Gang) -> dict[str, Any]:

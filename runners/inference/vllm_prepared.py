@@ -1,4 +1,4 @@
-"""What a served model is started with in vLLM: checked weights, adapters, engine arguments."""
+"""What an engine of vLLM is started with: checked weights, adapters, engine arguments."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from typing import Any
 import msgspec
 
 from runners.api import Context
+from runners.inference.lora import check_fit
 from runners.inference.task import InferenceTask
 from runners.inference.tokens import Texts
-from runners.inference.vllm_args import WHERE, Work
-from runners.inference.vllm_engine import arguments_of
+from runners.inference.vision import load_texts
+from runners.inference.vllm_args import WHERE, Work, engine_arguments
 from runners.inference.vllm_finite import CLASS
-from runners.inference.vllm_weights import merged
-from runners.models.adapters import LocalAdapter
-from runners.models.sources import Source
+from runners.inference.vllm_weights import check_weights, merged, overridden
+from runners.models.adapters import LocalAdapter, check_product
+from runners.models.code import may_run_code
+from runners.models.sources import Source, loading
 
 
 class Prepared(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,3 +66,27 @@ def prepare(
         runtime=runtime,
         checks_logits=checks_logits,
     )
+
+
+def arguments_of(
+    ctx: Context, task: InferenceTask, source: Source, runtime: Sequence[LocalAdapter], *, work: Work
+) -> tuple[dict[str, Any], Texts, bool]:
+    """`LLM`'s arguments besides the model, its tokenizer, and whether it may run its own code. Errors as for `load`."""
+    trust = may_run_code(ctx, source, task.vllm.get("trust_remote_code"), f"{WHERE}.trust_remote_code")
+    cache_dir = task.vllm.get("download_dir")
+    with loading(source):
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(
+            source.path, revision=source.revision, trust_remote_code=trust, cache_dir=cache_dir
+        )
+        texts = load_texts(ctx, source, trust, config, work, cache_dir)
+    config = overridden(config, task.vllm.get("hf_overrides"))
+    check_weights(ctx, task, source, config, work)
+    for adapter in runtime:
+        check_product(adapter, "vLLM")
+        check_fit(ctx, adapter, config, trust_remote_code=trust)
+    arguments = engine_arguments(ctx, task, config, work=work, adapter_ranks=[each.rank for each in runtime])
+    arguments["trust_remote_code"] = trust
+    arguments.setdefault("worker_extension_cls", CLASS)
+    return arguments, texts, trust

@@ -7,11 +7,11 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from types import FrameType
 
 import psutil
 
 from runners.api import RunnerError
+from runners.inference.interrupt import interrupted
 
 POLL_S = 0.5
 SIGNAL = signal.SIGUSR2
@@ -46,28 +46,14 @@ class EngineProcesses:
         if not self._processes:
             yield
             return
-        over = threading.Event()
-        dead: list[str] = []
 
-        def poll() -> None:
-            while not over.wait(POLL_S):
-                if (pid := self.died()) is not None:
-                    dead.append(str(pid))
-                    signal.pthread_kill(threading.main_thread().ident or 0, SIGNAL)
-                    return
+        def find(over: threading.Event) -> RunnerError | None:
+            over.wait(POLL_S)
+            pid = None if over.is_set() else self.died()
+            return None if pid is None else RunnerError(f"a process of vLLM's engine (pid {pid}) died; see the log")
 
-        def stop(_number: int, _frame: FrameType | None) -> None:
-            raise RunnerError(f"a process of vLLM's engine (pid {dead[0]}) died; see the log")
-
-        before = signal.signal(SIGNAL, stop)
-        watcher = threading.Thread(target=poll, daemon=True)
-        watcher.start()
-        try:
+        with interrupted(SIGNAL, find):
             yield
-        finally:
-            over.set()
-            watcher.join()
-            signal.signal(SIGNAL, before)
 
 
 def _alive(process: psutil.Process) -> bool:
