@@ -12,49 +12,20 @@ from typing import Any
 import pytest
 
 from flowmesh.cli.main import cli, guarded
-from flowmesh.client import Client, TaskState
-from tests.kit.support import Node, Orchestrator, RedisServer, until
+from flowmesh.client import TaskState
+from tests.kit import fleet as kit
+from tests.kit.support import Node, until
 
 pytestmark = pytest.mark.redis
-CONFIG = """
-[queue]
-take_over_after_s = 0.4
-
-[redis]
-timeout_s = 1.0
-
-[tasks]
-cancel_grace_s = 1.0
-term_grace_s = 0.5
-allow_command = ["*"]
+CONFIG = f"""{kit.CONFIG}allow_command = ["*"]
 """
 
 
-class Fleet:
-    """A Redis, three nodes, and who hears all events."""
+class Fleet(kit.Fleet):
+    """Three nodes."""
 
     def __init__(self) -> None:
-        self.server = RedisServer(keep=True)
-        self.nodes = [Node(self.server, worker_id=f"w{number}", config=CONFIG) for number in (1, 2, 3)]
-        for node in self.nodes:
-            node.start(wait=False)
-        for node in self.nodes:
-            node.wait_status("IDLE")
-        self.peer = Orchestrator(self.server)
-        self.client = Client(self.server.url)
-
-    def close(self) -> None:
-        self.client.close()
-        for node in self.nodes:
-            node.close()
-        self.server.close()
-
-    def state(self, task_id: str, state: str) -> TaskState:
-        def there() -> TaskState | None:
-            found = self.client.state(task_id)
-            return found if found is not None and found.state == state else None
-
-        return until(there, f"{task_id} is {state}")
+        super().__init__(3, CONFIG)
 
     def member(self, task_id: str) -> tuple[Node, int]:
         """The node of a running member, and its process."""
@@ -77,9 +48,7 @@ class Fleet:
     def settle(self) -> None:
         """All nodes are idle, and nothing of a gang is left."""
         raw = self.server.client()
-        for node in self.nodes:
-            node.wait_status("IDLE")
-            until(lambda node=node: node.ask(op="status")["tasks"] == [], "no task is left")
+        self.wait_idle()
         until(lambda: not raw.keys("flowmesh:queue:gangs*"), "no gang is left")
 
 
@@ -94,9 +63,8 @@ def started() -> Iterator[Fleet]:
 def fleet(started: Fleet, request: pytest.FixtureRequest) -> Iterator[Fleet]:
     started.settle()
     yield started
-    if getattr(request.node, "failed", True):
-        for node in started.nodes:
-            print(f"--- {node.worker_id}\n{node.text()[-6000:]}")
+    if getattr(request.node, "failed", False):
+        started.show()
 
 
 def echo(nodes: Any, **fields: Any) -> dict[str, Any]:
@@ -185,11 +153,11 @@ def test_the_failing_members_verdict_is_the_tasks(fleet: Fleet, tmp_path: Path) 
 
 def test_a_dead_node_ends_all_and_fewer_go_on(fleet: Fleet, tmp_path: Path) -> None:
     fleet.client.queue(program({"min": 2, "max": 3}, until_file(tmp_path / "go")), task_id="fewer")
-    assert fleet.state("fewer", "running").nodes == "3"
+    assert fleet.wait_state("fewer", "running").nodes == "3"
     node, _ = fleet.member("fewer.m1")
     node.kill()
     until(lambda: (fleet.client.state("fewer") or TaskState(task_id="", state="")).failures == 1, "it starts again")
-    assert fleet.state("fewer", "running").nodes == "2"
+    assert fleet.wait_state("fewer", "running").nodes == "2"
     node.start()  # its fork server has kept the member
     until(lambda: node.ask(op="status")["tasks"] == [], "the stale member is stopped")
     (tmp_path / "go").touch()
@@ -243,7 +211,7 @@ def test_the_command_line(
 
     assert flowmesh("submit", "--queue", "a.yaml", "--nodes", "2", "--task-id", "line", "--no-check")[0] == 0
     fleet.member("line.m1")
-    fleet.state("line", "running")
+    fleet.wait_state("line", "running")
     assert "(2 nodes)" in flowmesh("ps")[1]
     (tmp_path / "go").touch()
     assert flowmesh("wait", "line")[0] == 0

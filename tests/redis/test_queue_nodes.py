@@ -17,21 +17,12 @@ import pytest
 import redis
 
 from flowmesh.cli.main import cli, guarded
-from flowmesh.client import Client, NeverFits, TaskState
-from tests.kit.support import Node, Orchestrator, RedisServer, until
+from flowmesh.client import NeverFits, TaskState
+from tests.kit import fleet as kit
+from tests.kit.support import Node, until
 
 pytestmark = pytest.mark.redis
-CONFIG = """
-[queue]
-take_over_after_s = 0.4
-
-[redis]
-timeout_s = 1.0
-
-[tasks]
-cancel_grace_s = 1.0
-term_grace_s = 0.5
-
+CONFIG = f"""{kit.CONFIG}
 [task_types.misbehave]
 runner = "tests.kit.runners_for_tests:MisbehavingRunner"
 environment = "light"
@@ -42,45 +33,19 @@ environment = "light"
 """
 
 
-class Fleet:
-    """A Redis that keeps its data, two nodes, and who hears all events."""
+class Fleet(kit.Fleet):
+    """Two nodes."""
 
     def __init__(self) -> None:
-        self.server = RedisServer(keep=True)
-        self.nodes = [
-            Node(self.server, worker_id=f"w{number}", config=CONFIG, env={"NODES_TOKEN": "s3cr3t-of-the-node"})
-            for number in (1, 2)
-        ]
-        for node in self.nodes:
-            node.start()
-        self.peer = Orchestrator(self.server)
-        self.client = Client(self.server.url)
-
-    def close(self) -> None:
-        self.client.close()
-        for node in self.nodes:
-            node.close()
-        self.server.close()
-
-    def node(self, worker_id: str) -> Node:
-        return next(node for node in self.nodes if node.worker_id == worker_id)
+        super().__init__(2, CONFIG, {"NODES_TOKEN": "s3cr3t-of-the-node"})
 
     def other(self, worker_id: str) -> Node:
         return next(node for node in self.nodes if node.worker_id != worker_id)
 
-    def wait_state(self, task_id: str, state: str) -> TaskState:
-        def there() -> TaskState | None:
-            found = self.client.state(task_id)
-            return found if found is not None and found.state == state else None
-
-        return until(there, f"{task_id} is {state}")
-
     def settle(self) -> None:
         """Both nodes are idle, and nothing is left in the queue."""
         raw = self.server.client()
-        for node in self.nodes:
-            node.wait_status("IDLE")
-            until(lambda node=node: node.ask(op="status")["tasks"] == [], "no task is left")
+        self.wait_idle()
         until(lambda: not raw.keys("flowmesh:queue:held:*"), "nothing is held")
         assert not raw.keys("flowmesh:queue:waiting")
 
@@ -97,8 +62,7 @@ def fleet(started: Fleet, request: pytest.FixtureRequest) -> Iterator[Fleet]:
     started.settle()
     yield started
     if getattr(request.node, "failed", False):
-        for node in started.nodes:
-            print(f"--- {node.worker_id}\n{node.text()[-5000:]}")
+        started.show()
 
 
 def do(what: str, task_type: str = "misbehave", **fields: Any) -> dict[str, Any]:

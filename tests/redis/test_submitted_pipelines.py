@@ -13,27 +13,18 @@ from typing import Any
 import pytest
 
 from flowmesh.cli.main import cli, guarded
-from flowmesh.client import Client, TaskExists
+from flowmesh.client import TaskExists
 from flowmesh.errors import FieldError
 from flowmesh.pipeline_driver.origins import Origins
 from flowmesh.pipeline_driver.store import bounded
 from flowmesh.pipelines.references import Reference, value_at
 from flowmesh.queue.workers import NeverFits
 from flowmesh.validation.json_paths import PathError
-from tests.kit.support import Node, Orchestrator, RedisServer, alive, until
+from tests.kit import fleet as kit
+from tests.kit.support import Node, alive, until
 
 pytestmark = pytest.mark.redis
-CONFIG = """
-[queue]
-take_over_after_s = 0.4
-
-[redis]
-timeout_s = 1.0
-
-[tasks]
-cancel_grace_s = 1.0
-term_grace_s = 0.5
-
+CONFIG = f"""{kit.CONFIG}
 [task_types.misbehave]
 runner = "tests.kit.runners_for_tests:MisbehavingRunner"
 environment = "light"
@@ -44,23 +35,12 @@ environment = "light"
 """
 
 
-class Fleet:
-    """A Redis that keeps its data, nodes with one slot each, and who hears all events."""
+class Fleet(kit.Fleet):
+    """Nodes, and what Redis has of tasks."""
 
     def __init__(self, nodes: int = 2) -> None:
-        self.server = RedisServer(keep=True)
-        self.nodes = [Node(self.server, worker_id=f"w{number + 1}", config=CONFIG) for number in range(nodes)]
-        for node in self.nodes:
-            node.start()
-        self.peer = Orchestrator(self.server)
+        super().__init__(nodes, CONFIG)
         self.raw = self.server.client()
-        self.client = Client(self.server.url)
-
-    def close(self) -> None:
-        self.client.close()
-        for node in self.nodes:
-            node.close()
-        self.server.close()
 
     def events(self, task_id: str) -> list[str]:
         return [event["type"] for event in self.peer.of_task(task_id)]
@@ -89,9 +69,6 @@ class Fleet:
 
     def ends(self, task_id: str) -> int:
         return len(self.peer.ends(task_id))
-
-    def node(self, worker_id: str) -> Node:
-        return next(node for node in self.nodes if node.worker_id == worker_id)
 
     def go(self, task_id: str) -> None:
         """Let a stage that waits go on, once it runs."""
@@ -144,8 +121,7 @@ def fleet(started: Fleet, request: pytest.FixtureRequest) -> Iterator[Fleet]:
         node.wait_status("IDLE")
     yield started
     if getattr(request.node, "failed", False):
-        for node in started.nodes:
-            print(f"--- {node.worker_id}\n{node.text()[-5000:]}")
+        started.show()
 
 
 def wait_stage(name: str, note: str = "") -> dict[str, Any]:
