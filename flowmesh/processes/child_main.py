@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -20,7 +21,7 @@ from flowmesh.processes import limits, linux, threads, title
 from flowmesh.processes.cgroup import Leaf
 from flowmesh.processes.pipe import Pipe
 from flowmesh.processes.preload import named
-from flowmesh.processes.protocol import MAX_MESSAGE, Fork, Unready, encode, fork_decoder
+from flowmesh.processes.protocol import MAX_MESSAGE, Fork, SetUp, Unready, encode, fork_decoder
 
 SPARE = "flowmesh-spare"
 """Process name of a child that waits for its task."""
@@ -32,7 +33,7 @@ class Start(msgspec.Struct, frozen=True):
     orders: socket.socket
     """Receives one datagram, the child's Fork request. Closed without one if there is no task for it.
 
-    The child answers with an Unready, or closes it when it is set up."""
+    The child answers with a SetUp or an Unready, and closes it."""
     pipe: Pipe
     """The child's end."""
     leaf: Leaf | None
@@ -74,11 +75,16 @@ def run(start: Start) -> int:
             raise failure
         target = _set_up(request, start.parent)
     except Exception as error:
-        unready = Unready(message=_reason(error), own=own)
-        start.orders.send(encode(unready), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        _say(start.orders, Unready(message=_reason(error), own=own))
         raise
+    _say(start.orders, SetUp())
     start.orders.close()
     return int(target(start.pipe, Path(request.spool)))
+
+
+def _say(orders: socket.socket, what: SetUp | Unready) -> None:
+    with contextlib.suppress(OSError):  # the fork server has died, and this process dies with it
+        orders.send(encode(what), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
 
 def _set_up(request: Fork, parent: int) -> Callable[[Pipe, Path], int]:

@@ -14,7 +14,7 @@ from flowmesh.messages.job import Exit
 from flowmesh.processes import cgroup
 from flowmesh.processes.cgroup import Leaf
 from flowmesh.processes.pipe import Pipe
-from flowmesh.processes.protocol import MAX_MESSAGE, Fork, Unready, unready_decoder
+from flowmesh.processes.protocol import MAX_MESSAGE, Fork, SetUp, Unready, set_up_decoder
 
 _LEAF_S = 1.0
 
@@ -30,7 +30,7 @@ class Spare:
         self.pid = pid
         self.pipe = pipe
         self.leaf = leaf
-        self._orders = orders
+        self.orders = orders
 
     def take(self, request: Fork, data: bytes) -> Entry:
         """Send it its task.
@@ -47,13 +47,13 @@ class Spare:
             if limits.uid is not None:
                 with contextlib.suppress(OSError):  # it does without
                     self.leaf.delegate(limits.uid, -1 if limits.gid is None else limits.gid)
-        self._orders.send(data, socket.MSG_NOSIGNAL)
-        return Entry(request.attempt, self.pid, self.pipe, self.leaf, self._orders)
+        self.orders.send(data, socket.MSG_NOSIGNAL)
+        return Entry(self, request, data)
 
     @property
     def descriptors(self) -> tuple[int, int]:
         """The fork server's descriptors for it, which another child closes."""
-        return self._orders.fileno(), self.pipe.fileno()
+        return self.orders.fileno(), self.pipe.fileno()
 
     def discard(self, *, reaped: bool = False) -> None:
         """Kill it. Takes a second at most.
@@ -61,7 +61,7 @@ class Spare:
         Args:
             reaped: it has ended and was waited for; its pid may belong to another process by now.
         """
-        self._orders.close()
+        self.orders.close()
         self.pipe.close()
         if not reaped:
             os.kill(self.pid, signal.SIGKILL)
@@ -73,15 +73,27 @@ class Spare:
 class Entry:
     """One child with a task, until Forget."""
 
-    def __init__(self, attempt: int, pid: int, pipe: Pipe, leaf: Leaf | None, orders: socket.socket) -> None:
-        self.orders: socket.socket | None = orders
+    def __init__(self, spare: Spare, request: Fork, data: bytes) -> None:
+        """
+        Args:
+            data: the request as it came.
+        """
+        self.request = request
+        self.data = data
+        self.orders: socket.socket | None = spare.orders
         """Where it says whether it could be set up; None: that is known."""
         self.unready: Unready | None = None
         """Why it could not."""
-        self.attempt = attempt
-        self.pid = pid
-        self.pipe = pipe
-        self.leaf = leaf
+        self.begun = False
+        """Whether it may have done something of its task: it was set up, or was given no more time for it."""
+        self.second = False
+        """Whether another child had this task before, and died before it had begun."""
+        self.ended_for_it = False
+        """Whether the supervisor has asked for its end."""
+        self.attempt = request.attempt
+        self.pid = spare.pid
+        self.pipe = spare.pipe
+        self.leaf = spare.leaf
         self.killed_by_us = False
         self.forked_at = time.monotonic()
         self.near_oom_kills = 0
@@ -100,11 +112,14 @@ class Entry:
         return self.ended_at is None
 
     def read_orders(self) -> None:
-        """Note what it says of its set-up. One that died in it says nothing, and ends like any other."""
+        """Note what it says of its set-up. One that died in it says nothing."""
         assert self.orders is not None
         with contextlib.suppress(OSError, msgspec.DecodeError):
-            if said := self.orders.recv(MAX_MESSAGE, socket.MSG_DONTWAIT):
-                self.unready = unready_decoder.decode(said)
+            match set_up_decoder.decode(self.orders.recv(MAX_MESSAGE, socket.MSG_DONTWAIT)):
+                case SetUp():
+                    self.begun = True
+                case Unready() as unready:
+                    self.unready = unready
 
     def close_orders(self) -> None:
         if self.orders is not None:

@@ -221,7 +221,7 @@ class ForkServer:
         ready = msgspec.structs.replace(self._ready, attempts=self._reaper.attempts, retiring=self._retiring)
         self._supervisor.send(ready)
         for entry in list(self._reaper):
-            if entry.unready is None:
+            if entry.begun or entry.orders is not None:
                 self._announce(entry)
             if entry.gone:
                 self._send_gone(entry)
@@ -231,10 +231,13 @@ class ForkServer:
             case Fork():
                 self._start(request, data)
             case Terminate(attempt):
-                if (entry := self._reaper.get(attempt)) and entry.running:
-                    tree.send_group(entry.pid, signal.SIGTERM)
+                if entry := self._reaper.get(attempt):
+                    entry.ended_for_it = True
+                    if entry.running:
+                        tree.send_group(entry.pid, signal.SIGTERM)
             case Kill(attempt):
                 if entry := self._reaper.get(attempt):
+                    entry.ended_for_it = True
                     self._reaper.kill(entry)
             case Forget(attempt):
                 self._reaper.forget(attempt)
@@ -243,9 +246,9 @@ class ForkServer:
                 self._spares.drop()
 
     def _was_set_up(self, entry: Entry) -> None:
-        """A child has said whether it could be set up. One that could not is reported when nothing is left of it."""
+        """A child has said whether it could be set up, or has died. Then it is reported when nothing is left of it."""
         entry.read_orders()
-        if entry.unready is None:
+        if entry.begun:
             self._announce(entry)
         else:
             self._end_set_up(entry)
@@ -263,6 +266,7 @@ class ForkServer:
 
     def _announce(self, entry: Entry) -> None:
         self._end_set_up(entry)
+        entry.begun = True
         folder = None if entry.leaf is None else str(entry.leaf.path)
         self._supervisor.send(Forked(attempt=entry.attempt, pid=entry.pid, cgroup=folder), entry.pipe.fileno())
 
@@ -275,24 +279,32 @@ class ForkServer:
             self._supervisor.send(ForkFailed(attempt=entry.attempt, message=unready.message, own=unready.own))
             self._reaper.forget(entry.attempt)
             return
+        if not entry.begun:
+            if not (entry.ended_for_it or entry.exit.oom_kills or entry.second):
+                self._reaper.forget(entry.attempt)
+                self._start(entry.request, entry.data, second=True)
+                return
+            self._announce(entry)
         self._supervisor.send(Gone(attempt=entry.attempt, exit=entry.exit))
 
-    def _start(self, request: Fork, data: bytes) -> None:
+    def _start(self, request: Fork, data: bytes, *, second: bool = False) -> None:
         """Give a spare child its task.
 
         Args:
             data: the request as it came, which the child gets as it is.
+            second: to a new child, as the first one died before it had begun: somebody kills processes that wait.
         """
         attempt = request.attempt
         if self._reaper.get(attempt) is not None:
             self._supervisor.send(ForkFailed(attempt=attempt, message="this attempt already has a process"))
             return
         try:
-            entry = self._spares.hand_out(request, data)
+            entry = self._spares.hand_out(request, data, new=second)
         except OSError as error:
             at = f" ({error.filename})" if error.filename else ""
             self._supervisor.send(ForkFailed(attempt=attempt, message=f"fork: {error.strerror}{at}"))
             return
+        entry.second = second
         self._reaper.add(entry)
         assert entry.orders is not None
         self._in_set_up[entry.orders.fileno()] = entry

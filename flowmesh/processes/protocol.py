@@ -117,17 +117,18 @@ Reply = Ready | Unfit | Forked | ForkFailed | Gone
 
 
 class Unready(msgspec.Struct, frozen=True, kw_only=True, tag="unready"):
-    """A child could not be set up. Sent by the child to its fork server, over the socket that it got its request from.
-
-    It closes that socket without a message when it is ready.
-    """
+    """A child could not be set up. Sent to its fork server, over the socket that it got its request from."""
 
     message: str
     own: bool = False
 
 
+class SetUp(msgspec.Struct, frozen=True, tag="set_up"):
+    """A child is set up: what it does from now on is the task. Sent as an Unready is."""
+
+
 request_decoder: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
 fork_decoder: msgspec.msgpack.Decoder[Fork] = msgspec.msgpack.Decoder(Fork)
 reply_decoder: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
-unready_decoder: msgspec.msgpack.Decoder[Unready] = msgspec.msgpack.Decoder(Unready)
+set_up_decoder: msgspec.msgpack.Decoder[SetUp | Unready] = msgspec.msgpack.Decoder(SetUp | Unready)
 encode = encode_msgpack

@@ -58,17 +58,18 @@ class Spares:
             self._again_at = time.monotonic() + AGAIN_S
         self._filling = not self._spares
 
-    def hand_out(self, request: Fork, data: bytes) -> Entry:
+    def hand_out(self, request: Fork, data: bytes, *, new: bool = False) -> Entry:
         """Give the task to one of them, or to a new one if there is none or they have died.
 
         Args:
             data: the request as it came, which the child gets as it is.
+            new: to a new one in any case.
 
         Raises:
             OSError: none can be had.
         """
         self._since = time.monotonic()
-        while self._spares:
+        while self._spares and not new:
             spare = self._spares.popleft()
             self._filling = not self._spares
             try:

@@ -287,14 +287,23 @@ def move_servers(node: Node, group: Path) -> None:
             (group / "cgroup.procs").write_text(pid)
 
 
-def test_children_ahead_that_are_killed_cost_nobody_a_task(orchestrator: Orchestrator, make_node) -> None:
+@pytest.mark.parametrize("dying", [False, True])
+def test_children_ahead_that_are_killed_cost_nobody_a_task(orchestrator: Orchestrator, make_node, dying: bool) -> None:
+    """Also where they have not died yet when they get their task: stopped before, they read it only to be killed."""
     node: Node = make_node(config=config())
     (server,) = node.servers()
     for _ in range(2):
         until(lambda: len(spares(server)) == MANY, "spare children are forked")
-        for pid in spares(server):
+        waiting = spares(server)
+        if dying:
+            for pid in waiting:
+                os.kill(pid, signal.SIGSTOP)
+            first = orchestrator.dispatch("w1", {"taskType": "echo"})
+            until(lambda: len(spares(server)) > MANY, "one of them has the task, and another was forked in its place")
+        for pid in waiting:
             os.kill(pid, signal.SIGKILL)
-        ends = [orchestrator.run("w1", {"taskType": "echo"}) for _ in range(3)]
+        ends = [orchestrator.run("w1", {"taskType": "echo"}) for _ in range(2)]
+        ends.append(orchestrator.wait_end(first) if dying else orchestrator.run("w1", {"taskType": "echo"}))
         assert [end["type"] for end in ends] == ["TASK_SUCCEEDED"] * 3
     until(lambda: len(spares(server)) == MANY, "new spare children are forked")
 

@@ -87,8 +87,13 @@ def test_a_node_that_is_cut_off_loses_its_task_and_stops_it(
     (other,) = set(nodes) - {first}
     host = network.hosts[int(first[1:])]
     network.cut(host)
-    server.client().delete(f"worker:{first}:hb")  # as its time would end it
-    until(lambda: (found := client.state(task)) and (found.state, found.worker_id) == ("running", other), "it moved")
+
+    def moved() -> bool:
+        server.client().delete(f"worker:{first}:hb")  # as its time would end it; one may still have been on its way
+        found = client.state(task)
+        return found is not None and (found.state, found.worker_id) == ("running", other)
+
+    until(moved, "it moved")
     network.mend(host)
     until(lambda: nodes[first].ask(op="status")["tasks"] == [], "the stale attempt is stopped")
     (nodes[other].results_dir / task / "go").touch()
