@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from runners.api import BadRequest, Context, RunnerError
@@ -51,6 +51,10 @@ class Rows:
     """Number of rows dropped so far, by reason."""
     truncated: int = 0
     """Rows whose prompt was cut."""
+
+    def selected(self, chosen: list[int]) -> Rows:
+        """Only these rows, by their indices; each keeps its place in the source."""
+        return replace(self, dataset=self.dataset.select(chosen), where=lambda i: self.where(chosen[i]))
 
 
 def load(plan: Plan, ctx: Context, jsonl: JsonlFile | None) -> Rows:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import msgspec
 
@@ -15,6 +17,9 @@ from runners.training import data
 from runners.training.data import Rows
 from runners.training.inputs import Inputs
 from runners.training.plan import Plan
+
+COMPARED = 50_000
+"""Rows that are compared to find those that are both trained and evaluated on."""
 
 
 def load(plan: Plan, ctx: Context, fetched: Inputs) -> dict[str, Rows]:
@@ -36,6 +41,7 @@ def load(plan: Plan, ctx: Context, fetched: Inputs) -> dict[str, Rows]:
         return _parted(rows, split, plan.training.seed)
     else:
         return {"train": rows}
+    _warn_shared(ctx, rows, found)
     return _alike({"train": rows, "eval": found})
 
 
@@ -44,6 +50,21 @@ def of_eval(plan: Plan) -> Plan:
     assert plan.eval_data is not None
     assert plan.eval_source is not None
     return dataclasses.replace(plan, data=plan.eval_data, source=plan.eval_source, shard=None)
+
+
+def _warn_shared(ctx: Context, rows: Rows, held: Rows) -> None:
+    """Warn where rows to evaluate on are among the training rows, of which the first `COMPARED` are looked at."""
+    wanted = {_text_of(row) for row in itertools.islice(held.dataset, COMPARED)}
+    trained = wanted.intersection(_text_of(row) for row in itertools.islice(rows.dataset, COMPARED))
+    if trained:
+        ctx.log.warning(
+            "%d of %d different rows to evaluate on are trained on as well: eval_loss does not show how the model does "
+            "on other rows; see spec.data.eval and eval_split", len(trained), len(wanted),
+        )  # fmt: skip
+
+
+def _text_of(row: dict[str, Any]) -> str:
+    return json.dumps({name: value for name, value in row.items() if value is not None}, sort_keys=True, default=str)
 
 
 def _alike(rows: dict[str, Rows]) -> dict[str, Rows]:
@@ -68,11 +89,7 @@ def _parted(rows: Rows, share: float, seed: int) -> dict[str, Rows]:
     order = list(range(count))
     random.Random(f"{seed}-eval").shuffle(order)
     parts = {"train": sorted(order[held:]), "eval": sorted(order[:held])}
-    return {name: _selected(rows, chosen) for name, chosen in parts.items()}
-
-
-def _selected(rows: Rows, chosen: list[int]) -> Rows:
-    return dataclasses.replace(rows, dataset=rows.dataset.select(chosen), where=lambda i: rows.where(chosen[i]))
+    return {name: rows.selected(chosen) for name, chosen in parts.items()}
 
 
 @contextlib.contextmanager

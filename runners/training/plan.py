@@ -281,6 +281,10 @@ def _rewards(ctx: Context, kind: Kind) -> tuple[settings.RewardModel | settings.
                 ctx, {"function": function} if isinstance(function, str) else function, settings.RewardFunction, where
             )
         )
+    factors = [each.scale if isinstance(each, settings.RewardModel) else each.weight for each in found]
+    if not any(factors):
+        field = "spec.reward_model.scale" if model is not None else "spec.reward.weight"
+        raise BadRequest(f"{field}: 0, so that every completion gets the same reward; give a number other than 0")
     return tuple(found)
 
 

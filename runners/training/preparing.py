@@ -21,6 +21,9 @@ TOO_LONG = "longer than spec.training.max_seq_length"
 PROMPT_TOO_LONG = "the prompt alone fills spec.training.max_seq_length"
 MASKED_AWAY = "nothing to learn from within spec.training.max_seq_length"
 NO_TOKENS = "empty"
+NO_ANSWER = "an empty answer"
+SAME = "chosen and rejected are the same"
+SAME_CUT = "chosen and rejected are the same within spec.training.max_seq_length"
 NO_WEIGHT = "weight 0"
 
 
@@ -49,23 +52,23 @@ class Prepared:
                 packs = isinstance(rest[0], bool) and rest[0]
                 ready = prepared.prepare(name, dataset, tokenizer, args, packs=packs)
                 found = super()._prepare_dataset(ready, tokenizer, args, *rest)
-                prepared.count(name, found, args, dropped=0 if packs else len(ready) - len(found))
-                return found
+                return prepared.counted(name, found, args, dropped=0 if packs else len(ready) - len(found))
 
         Trainer.__name__ = Trainer.__qualname__ = base.__name__
         return Trainer
 
     def prepare(self, name: str, dataset: Any, tokenizer: Any, args: Any, *, packs: bool) -> Any:
         """The steps of preparation that are not left to TRL."""
-        rows = self._rows[name]
         if self._plan.kind.trainer == "SFTTrainer":
             return self._sft(name, dataset, SftRows(tokenizer, args), args, packs=packs)
+        dataset = self._answered(name, dataset)
+        rows = self._rows[name]
         if self._plan.kind.trainer == "RewardTrainer":
             return self._reward(name, dataset, tokenizer, args.max_length)
         return _as_written(rows, dataset, tokenizer, self._ctx)
 
-    def count(self, name: str, found: Any, args: Any, *, dropped: int) -> None:
-        """Count the rows that TRL kept.
+    def counted(self, name: str, found: Any, args: Any, *, dropped: int) -> Any:
+        """The rows that TRL kept, without those that nothing can be learned from; all others are counted.
 
         Args:
             dropped: number of rows that TRL dropped.
@@ -76,7 +79,9 @@ class Prepared:
         self._drop(name, PROMPT_TOO_LONG, dropped)
         if "prompt_ids" in found.column_names:
             self._check_written(name, found, args.max_length)
+            found = self._differing(name, found, args)
         self.report(name)
+        return found
 
     def report(self, name: str) -> None:
         """Log dropped and truncated rows.
@@ -113,6 +118,34 @@ class Prepared:
                     lambda i=i: self._rows[name].where(i) if same else "spec.data: a row",  # type: ignore[misc]
                 )
         self.truncated[name] = cut
+
+    def _answered(self, name: str, dataset: Any) -> Any:
+        """The rows without those that have an empty answer, such as an empty cell of a table."""
+        sides = [side for side in ("chosen", "rejected", "completion") if side in dataset.column_names]
+        kept = [i for i, row in enumerate(dataset.select_columns(sides)) if not any(map(_is_blank, row.values()))]
+        if len(kept) == len(dataset):
+            return dataset
+        self._drop(name, NO_ANSWER, len(dataset) - len(kept))
+        if not kept:
+            self.report(name)
+        self._rows[name] = self._rows[name].selected(kept)
+        return dataset.select(kept)
+
+    def _differing(self, name: str, dataset: Any, args: Any) -> Any:
+        """The rows of dpo without those whose answers are the same: their loss has no gradient."""
+        if "rejected_ids" not in dataset.column_names:
+            return dataset
+        limit = args.max_length
+        cut = slice(-limit, None) if limit and args.truncation_mode == "keep_end" else slice(None, limit)
+        kept, same = [], 0
+        for i, row in enumerate(dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])):
+            chosen, rejected = ([*row["prompt_ids"], *row[side]] for side in ("chosen_ids", "rejected_ids"))
+            same += chosen == rejected
+            if chosen[cut] != rejected[cut]:
+                kept.append(i)
+        self._drop(name, SAME, same)
+        self._drop(name, SAME_CUT, len(dataset) - len(kept) - same)
+        return dataset if len(kept) == len(dataset) else dataset.select(kept)
 
     def _drop(self, name: str, reason: str, count: int) -> None:
         if count:
@@ -159,7 +192,7 @@ class Prepared:
                 return {**made, "reason": TOO_LONG}
             for ids in made.values():
                 self._bounds.check(ids, lambda: rows.where(i))
-            return {**made, "reason": ""}
+            return {**made, "reason": SAME if made["chosen_ids"] == made["rejected_ids"] else ""}
 
         unused = [column for column in dataset.column_names if column != "margin"]
         found = mapped(dataset, tokens, self._ctx, name="tokens", remove_columns=unused)
@@ -173,6 +206,13 @@ class Prepared:
         if self.size[name] == 0:
             self.report(name)
         return kept
+
+
+def _is_blank(answer: Any) -> bool:
+    """Whether an answer is an empty text, or turns without content and tool calls."""
+    if isinstance(answer, str):
+        return not answer
+    return not any(turn["content"] or turn.get("tool_calls") for turn in answer)
 
 
 def _as_written(rows: Rows, dataset: Any, tokenizer: Any, ctx: Context) -> Any:

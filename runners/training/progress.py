@@ -49,7 +49,7 @@ class Meter:
             saves_every_s: `training.save_on_time_s`.
             notes: gets each step, on one rank of each node.
         """
-        self._checked = ("loss", "train_loss") if scaled else ("loss", "grad_norm", "train_loss")
+        self._checked = ("reward", "loss", "train_loss", *(() if scaled else ("grad_norm",)))
         self.stopped: Cancelled | None = None
         self.save_due = False
         """Whether every rank writes a checkpoint at the end of this step, because the last one is too old."""
@@ -124,15 +124,17 @@ class Meter:
         """Take what the trainer logged at `step`.
 
         Raises:
-            RunnerError: the loss or the gradient is NaN or infinite.
+            RunnerError: the loss, the gradient or the reward is NaN or infinite.
         """
         found = {key: float(value) for key, value in numbers.items() if isinstance(value, int | float)}
         for key in self._checked:
             if not math.isfinite(found.get(key, 0.0)):
-                raise RunnerError(
-                    f"{key} is {found[key]} at step {step}: the training diverged; lower spec.training.learning_rate, "
-                    "or look for bad rows in the data"
+                cause = (
+                    "the rewards exceed float32; lower their weight or scale"
+                    if key == "reward"
+                    else "the training diverged; lower spec.training.learning_rate, or look for bad rows in the data"
                 )
+                raise RunnerError(f"{key} is {found[key]} at step {step}: {cause}")
         if (tokens := found.get("num_tokens")) is not None:
             self.tokens = tokens - self._tokens_before
             self._tokens_after_s = time.monotonic() - self._began
@@ -143,8 +145,15 @@ class Meter:
                 self.history = self.history[::2]
 
     def evaluated(self, step: int, numbers: dict[str, Any]) -> None:
-        """Record an evaluation at `step`; replaces an earlier one of the same step."""
+        """Record an evaluation at `step`; replaces an earlier one of the same step.
+
+        Raises:
+            RunnerError: its loss or reward is NaN or infinite, so that it can be compared with no other.
+        """
         found = {key: float(value) for key, value in numbers.items() if isinstance(value, int | float)}
+        for key in ("eval_loss", "eval_reward"):
+            if not math.isfinite(found.get(key, 0.0)):
+                raise RunnerError(f"{key} is {found[key]} at step {step}: look for bad rows in spec.data.eval")
         self.evaluations = [each for each in self.evaluations if each["step"] != step]
         self.evaluations.append({"step": step, **{key: found[key] for key in found if key.startswith("eval_")}})
 

@@ -200,9 +200,14 @@ def spellings(value: Any, rows: Rows) -> tuple[str, ...]:
 
 
 def _is_json(text: str) -> bool:
+    """As RFC 8259 has it: NaN and Infinity are not."""
+
+    def refuse(name: str) -> float:
+        raise ValueError(name)
+
     try:
-        json.loads(text)
-    except ValueError:
+        json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError):
         return False
     return True
 

@@ -6,6 +6,7 @@ Errors name the row's place: file and line, item number, or dataset row.
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 from flowmesh.validation.json_paths import PathError
@@ -137,8 +138,9 @@ def _extras(rest: dict[str, Any], where: str, plan: Plan) -> dict[str, Any]:
         found["weight"] = 0
     if rest.get("margin") is not None and plan.kind.task_type == "reward":
         margin = rest["margin"]
-        if isinstance(margin, bool) or not isinstance(margin, int | float):
-            raise BadRequest(f"{where}: column 'margin': a number is needed, found {kind(margin)}")
+        if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
+            shown = margin if isinstance(margin, float) else kind(margin)
+            raise BadRequest(f"{where}: column 'margin': a finite number is needed, found {shown}")
         found["margin"] = float(margin)
     return found
 
@@ -177,7 +179,9 @@ def _joined(found: dict[str, Any], where: str, plan: Plan) -> dict[str, Any]:
     assert isinstance(plan.data, TextData)
     if "prompt" in found:
         prompt, response = found.pop("prompt"), found.pop("response")
-        if isinstance(prompt, str) and isinstance(response, str):
+        if isinstance(response, str) and not response.strip():
+            found["text"] = ""  # nothing to answer with, such as an empty cell of a table: dropped, and counted
+        elif isinstance(prompt, str) and isinstance(response, str):
             found["text"] = f"{prompt}{plan.data.separator_of(jsonl=plan.source == 'jsonl')}{response}"
         else:
             found["messages"] = [*pairs.turns(prompt, "user"), *pairs.turns(response, "assistant")]

@@ -102,6 +102,20 @@ class TrlJob:
                     said = " ".join(str(error).split())
                     raise RunnerError(f"cannot resume from {resume}: {said:.500}") from error
                 raise
+        self._check_learned()
+
+    def _check_learned(self) -> None:
+        """Warn where no step had rewards to compare: the advantages of equal rewards are zero."""
+        logged = [
+            entry["frac_reward_zero_std"]
+            for entry in self.trainer.state.log_history
+            if "loss" in entry and "frac_reward_zero_std" in entry
+        ]
+        if logged and min(logged) == 1.0:
+            self._ctx.log.warning(
+                "nothing was learned from the rewards: in every step all completions of a prompt had the same one; "
+                "check spec.reward, or raise spec.generation.temperature or num_generations"
+            )
 
     @property
     def best_step(self) -> int | None:

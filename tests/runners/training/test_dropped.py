@@ -51,6 +51,48 @@ def test_rows_that_are_too_long(tmp_path: Path, task_type: str) -> None:
     assert message.endswith(f"it is {FITS}: raise it")
 
 
+YES_AND_NO = {"prompt": "the node", "chosen": " yes", "rejected": " no"}
+
+
+@pytest.mark.parametrize("task_type", ["dpo", "reward"])
+def test_answers_that_are_the_same(tmp_path: Path, task_type: str) -> None:
+    """Their loss has no gradient: a run of nothing else would save an untouched model."""
+    same = {**YES_AND_NO, "rejected": " yes"}
+    spec = {"data": {"preferences": [same, YES_AND_NO, same, YES_AND_NO]}, "training": TRAINING}
+    result = train(tmp_path, task_type, spec, task_id="some")
+    assert (result["dataset_size"], result["dropped_rows"]) == (2, {"chosen and rejected are the same": 2})
+    message = refused(tmp_path, task_type, {**spec, "data": {"preferences": [same] * 2}}, task_id="none")
+    assert "no row is left of 2; dropped: 2 (chosen and rejected are the same)" in message
+
+
+def test_answers_that_are_the_same_as_far_as_they_are_read(tmp_path: Path) -> None:
+    row = {"prompt": "the node", "chosen": LONG + "yes", "rejected": LONG + "no"}
+    reason = "chosen and rejected are the same within spec.training.max_seq_length"
+    spec = {"data": {"preferences": [row, YES_AND_NO, YES_AND_NO]}, "training": TRAINING}
+    assert train(tmp_path, "dpo", spec, task_id="some")["dropped_rows"] == {reason: 1}
+    message = refused(tmp_path, "dpo", {**spec, "data": {"preferences": [row] * 2}}, task_id="none")
+    assert reason in message
+    assert message.endswith("raise it")
+
+
+@pytest.mark.parametrize("task_type", ["dpo", "reward", "kto"])
+def test_empty_answers(tmp_path: Path, task_type: str) -> None:
+    name, whole, _ = DATA[task_type]
+    empty = {**whole, "completion" if task_type == "kto" else "chosen": ""}
+    spec = {"data": {name: [empty, whole, whole]}, "training": TRAINING}
+    result = train(tmp_path, task_type, spec, task_id="some")
+    assert (result["dataset_size"], result["dropped_rows"]) == (2, {"an empty answer": 1})
+    assert "2 (an empty answer)" in refused(tmp_path, task_type, {**spec, "data": {name: [empty] * 2}}, task_id="none")
+
+
+def test_sft_rows_with_an_empty_response(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,response\nthe node,a slot\na task,\nthe log,a slot\n")
+    data = {"dataset_name": str(path), "prompt_column": "prompt", "response_column": "response"}
+    result = train(tmp_path, "sft", {"data": data, "training": TRAINING})
+    assert (result["dataset_size"], result["dropped_rows"]) == (2, {"empty": 1})
+
+
 CUT: dict[str, tuple[str, list[Any]]] = {
     "sft": ("prompts", [LONG, "a slot"]),
     "dpo": ("preferences", [{"prompt": "the node", "chosen": LONG, "rejected": " a log"}, DATA["dpo"][1]]),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from runners.api import BadRequest, Context
+from runners.api import BadRequest, Context, RunnerError
 from runners.training.plan import read
 
 pytest.importorskip("trl", reason="needs the extra 'training'")
@@ -16,7 +16,8 @@ import torch
 from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.kit.training_tasks import PAIRS, SUMS, refused, train
+from runners.training.progress import Meter
+from tests.kit.training_tasks import PAIRS, SUMS, refused, start, train
 
 Make = Callable[..., Context]
 HELD = ["7 plus 7 is 14", "a slot", "3 plus 4 is 7"]
@@ -121,6 +122,31 @@ def test_rows_to_evaluate_on_that_are_too_long_are_named(tmp_path: Path) -> None
     data = {"preferences": PAIRS[:4], "eval": {"preferences": [long]}}
     message = refused(tmp_path, "reward", {"data": data, "training": {**TRAINING, "max_seq_length": 32}})
     assert "spec.data.eval: no row is left of 1" in message
+
+
+def test_rows_that_are_trained_and_evaluated_on_are_a_warning(tmp_path: Path) -> None:
+    training = {**TRAINING, "max_steps": 1, "save_model": False}
+    for task_id, rows in (("shared", [*SUMS[:2], "a slot"]), ("apart", ["a slot", "a log"])):
+        spec = {"data": {"prompts": SUMS, "eval": {"prompts": rows}}, "training": training}
+        running = start(tmp_path, "sft", spec, task_id=task_id)
+        assert running.wait().ok
+        said = "2 of 3 different rows to evaluate on are trained on as well"
+        assert (said in running.log()) == (task_id == "shared")
+
+
+def test_an_evaluation_that_is_not_a_number_is_an_error(make_context: Any) -> None:
+    meter = Meter(make_context({}))
+    meter.evaluated(1, {"eval_loss": 0.5})
+    with pytest.raises(RunnerError, match=r"eval_loss is nan at step 2: look for bad rows in spec\.data\.eval"):
+        meter.evaluated(2, {"eval_loss": float("nan")})
+
+
+@pytest.mark.parametrize("margin", ["nan", "inf"])
+def test_margins_that_are_no_numbers(tmp_path: Path, margin: str) -> None:
+    path = tmp_path / "rows.parquet"
+    Dataset.from_list([{**pair, "margin": float(margin)} for pair in PAIRS[:4]]).to_parquet(path)
+    message = refused(tmp_path, "reward", {"data": {"dataset_name": str(path)}, "training": TRAINING})
+    assert f"column 'margin': a finite number is needed, found {margin}" in message
 
 
 ROWS = {"prompts": ["a", "b"]}

@@ -16,6 +16,7 @@ from datasets import Dataset  # noqa: E402
 from runners.training import rewards  # noqa: E402
 from runners.training.data import Rows  # noqa: E402
 from runners.training.plan import read  # noqa: E402
+from tests.kit.training_tasks import QUICK, run, start  # noqa: E402
 
 Make = Callable[..., Context]
 MODEL = {"source": {"identifier": "builtin:tiny-llama"}}
@@ -37,6 +38,7 @@ def test_the_built_in_functions(make_context: Make) -> None:
     assert score(make_context, {"function": "length", "target": 4}, ["", "ab", "abcdef"]) == [0, 0.5, 1]
     assert score(make_context, {"function": "regex", "pattern": r"^\d+$"}, ["12", "a12"]) == [1, 0]
     assert score(make_context, "json_valid", ['{"a": 1}', "{a}"]) == [1, 0]
+    assert score(make_context, "json_valid", ["NaN", '{"a": -Infinity}', "[" * 100_000]) == [0, 0, 0]
     answers = {"answer": ["4", "5"], "response": ["4", " x "], "level": [1, 2]}
     assert score(make_context, "exact_match", [" 4\n", "x"], **answers) == [1, 1]
     assert score(make_context, {"function": "exact_match", "column": "answer"}, ["4", "x"], **answers) == [1, 0]
@@ -67,6 +69,35 @@ def test_rewards_that_cannot_be_loaded(make_context: Make, reward: Any, message:
     with pytest.raises(BadRequest) as caught:
         load(make_context, {"reward": reward})
     assert message in str(caught.value)
+
+
+def test_rewards_that_all_count_nothing(make_context: Make) -> None:
+    with pytest.raises(BadRequest, match=r"spec\.reward\.weight: 0, so that every completion gets the same reward"):
+        load(make_context, {"reward": [{"function": "length", "weight": 0}, {"function": "json_valid", "weight": 0}]})
+
+
+@pytest.mark.parametrize("task_type", ["grpo", "rloo"])
+def test_rewards_that_teach_nothing_are_a_warning(tmp_path: Path, task_type: str) -> None:
+    reward = {"function": "regex", "pattern": "no completion has this in it"}
+    training = {**QUICK, "max_steps": 2, "batch_size": 2, "num_generations": 2, "save_model": False}
+    spec = {"data": {"prompts": ["a", "b"]}, "generation": {"max_new_tokens": 4}, "training": training}
+    running = start(tmp_path, task_type, {**spec, "reward": reward}, task_id="none")
+    assert running.wait().ok
+    assert "nothing was learned from the rewards" in running.log()
+    running = start(tmp_path, task_type, {**spec, "reward": "length"}, task_id="some")
+    assert running.wait().ok
+    assert "nothing was learned" not in running.log()
+
+
+@pytest.mark.parametrize("task_type", ["ppo", "grpo"])
+def test_rewards_beyond_float32(tmp_path: Path, task_type: str) -> None:
+    """The trainers add up in float32: infinite rewards have no advantages, and the loss would stay zero."""
+    training = {**QUICK, "max_steps": 1, "batch_size": 2, "save_model": False}
+    training |= {"num_generations": 2} if task_type == "grpo" else {}
+    spec = {"data": {"prompts": ["a", "b"]}, "generation": {"max_new_tokens": 4}, "training": training}
+    outcome = run(tmp_path, task_type, {**spec, "reward": {"function": "length", "weight": 1e300}})
+    assert not outcome.ok
+    assert "reward is inf at step 1: the rewards exceed float32" in outcome.message
 
 
 def test_callables_that_the_node_allows(make_context: Make) -> None:
