@@ -14,6 +14,7 @@ from typing import IO, Any
 
 from loguru import logger
 
+from flowmesh.cancellation import end_all, run_all
 from flowmesh.control.drain import Drain
 from flowmesh.control.node_end import NodeEnd
 from flowmesh.control.operations import Operations
@@ -41,7 +42,7 @@ from flowmesh.settings.paths import results_dir, state_dir
 from flowmesh.settings.schema import Settings
 from flowmesh.startup import first_lines, identity, preflight, successor
 from flowmesh.startup.assembly import make_executor
-from flowmesh.startup.event_loop import end_all, reap_children, start_threads
+from flowmesh.startup.event_loop import reap_children, start_threads
 from flowmesh.startup.gpu_watch import GpuWatch
 from flowmesh.startup.state_dir import hold_state_dir, keep_lock
 from flowmesh.tasks.catalogue import LIGHT
@@ -252,7 +253,7 @@ class Supervisor:
         self._notifier.send(READY="1", STATUS="running")
         compared = first_lines.compare_torch(self.executor, self.inventory)
         works = [self._warming().run(), self.end.run(), *self.executor.parts.page.works()]
-        await asyncio.gather(*self.link.works(), compared, *works)
+        await run_all(*self.link.works(), compared, *works)
 
     def _warming(self) -> Warming:
         executor, registration = self.executor, self.link.registration

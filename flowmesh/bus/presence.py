@@ -21,6 +21,7 @@ from flowmesh.backoff import Backoff
 from flowmesh.bus.connection import RedisError, leave_replica, redis
 from flowmesh.bus.connection_health import ConnectionHealth, describe_redis_error
 from flowmesh.bus.worker_record import Copied, Displaced, Found, Identity, Status, WorkerRecord
+from flowmesh.cancellation import run_all
 from flowmesh.errors import BusyError
 
 __all__ = ["Identity", "Presence", "Status"]
@@ -211,7 +212,7 @@ class Presence:
 
     async def run(self) -> None:
         """Keep the worker registered until cancelled."""
-        await asyncio.gather(self._synchronise(), self._beat())
+        await run_all(self._synchronise(), self._beat())
 
     async def unregister(self, timeout_s: float) -> None:
         """Unregister. Best effort: if Redis is unreachable, the heartbeat key's TTL ends the registration."""

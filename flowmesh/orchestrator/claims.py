@@ -20,6 +20,7 @@ from flowmesh.bus.connection import RedisError, leave_replica, redis
 from flowmesh.bus.connection_health import ConnectionHealth, describe_redis_error
 from flowmesh.bus.exchange import exchange
 from flowmesh.bus.scripts import is_forbidden, run_script
+from flowmesh.cancellation import run_all
 from flowmesh.execution.executor import Executor
 from flowmesh.execution.observer import Observer
 from flowmesh.execution.run import Run
@@ -110,7 +111,7 @@ class Claims(Observer):
         """Claim until cancelled."""
         backoff = Backoff()
         await self._registration.subscribed.wait()
-        await asyncio.gather(self._look_again_and_again(backoff), self._wait_for_tokens())
+        await run_all(self._look_again_and_again(backoff), self._wait_for_tokens())
 
     async def _look_again_and_again(self, backoff: Backoff) -> None:
         while True:

@@ -11,6 +11,7 @@ from flowmesh.bus.connection import connect
 from flowmesh.bus.outbox import Outbox
 from flowmesh.bus.stream import Stream
 from flowmesh.bus.subscriber import Subscriber
+from flowmesh.cancellation import run_all
 from flowmesh.execution.executor import Executor
 from flowmesh.execution.observer import Observer
 from flowmesh.execution.run import Run
@@ -110,7 +111,7 @@ class Link(Observer):
 
     async def send_last_events(self) -> None:
         """Send the outbox until cancelled, whether dispatches can be received or not."""
-        await asyncio.gather(self.outbox.run(), self.queue.sender.run())
+        await run_all(self.outbox.run(), self.queue.sender.run())
 
     async def flushed(self, timeout_s: float) -> bool:
         """Wait until all events are sent; False where they are not within `timeout_s`, or nobody listens."""

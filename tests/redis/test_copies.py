@@ -12,7 +12,7 @@ import pytest
 from flowmesh.bus import presence as module
 from flowmesh.bus.connection import connect
 from flowmesh.bus.presence import Identity, Presence
-from flowmesh.startup.event_loop import end_all
+from flowmesh.cancellation import end_all
 from tests.kit.support import Orchestrator, RedisServer
 
 pytestmark = pytest.mark.redis

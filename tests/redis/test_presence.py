@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ import pytest
 from flowmesh.bus import presence as module
 from flowmesh.bus.connection import connect
 from flowmesh.bus.presence import Identity, Presence
+from flowmesh.cancellation import end_all
 from tests.kit.support import Orchestrator, RedisServer
 
 pytestmark = pytest.mark.redis
@@ -43,17 +44,27 @@ class Asked(Presence):
 
 
 @contextlib.asynccontextmanager
-async def living(server: RedisServer, kind: type[Presence] = Presence, **more: Any) -> AsyncIterator[Presence]:
+async def living(
+    server: RedisServer,
+    kind: type[Presence] = Presence,
+    interval_s: float = 30.0,
+    metrics: Callable[[], Awaitable[dict[str, Any]]] = nothing,
+    **more: Any,
+) -> AsyncIterator[Presence]:
     client = connect(f"unix://{server.path}", timeout_s=5.0, health_check_interval_s=5.0, name="test")
     identity = Identity(worker_id="w1", pid=1, started_at="", cost_per_hour=1.0, tags=(), env={}, hardware={})
     presence = kind(
-        client, identity, interval_s=30.0, metrics=nothing, farewell=dict, on_left_over=lambda: None, **more
+        client,
+        identity,
+        interval_s=interval_s,
+        metrics=metrics,
+        farewell=dict,
+        on_left_over=lambda: None,
+        **more,
     )
     running = asyncio.create_task(presence.run())
     yield presence
-    running.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await running
+    await end_all([running])
     await client.aclose()
 
 
@@ -116,3 +127,25 @@ def test_a_task_that_comes_while_it_registers_leaves_it_running(
     asyncio.run(live())
     assert words() == ["IDLE", "RUNNING"]
     assert orchestrator.redis.hget("worker:w1", "status") == b"RUNNING"
+
+
+def test_a_loop_that_loses_its_cancel_ends_with_the_other(redis_server: RedisServer) -> None:
+    """As redis-py loses one that arrives together with a reply."""
+    begun = asyncio.Event()
+    lost: list[bool] = []
+
+    async def metrics() -> dict[str, Any]:
+        begun.set()
+        try:
+            await asyncio.sleep(0.0 if lost else 3600.0)
+        except asyncio.CancelledError:
+            lost.append(True)
+        return {}
+
+    async def live() -> None:
+        async with living(redis_server, interval_s=0.02, metrics=metrics, power=lambda: None):
+            await begun.wait()
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(live())
+    assert lost == [True]

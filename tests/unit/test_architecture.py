@@ -35,7 +35,7 @@ FLOORS = (
     {"queue"},
     {"messages", "web"},
     {"validation", "files"},
-    {"redaction", "errors", "backoff", "installed", "progress", "__init__"},
+    {"redaction", "errors", "backoff", "cancellation", "installed", "progress", "__init__"},
 )
 """From the top down, by the first part of a module's name below `flowmesh`. A module imports from lower floors and from
 its own folder, not from a neighbour on its floor."""
