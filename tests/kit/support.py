@@ -26,7 +26,7 @@ import pytest
 import redis
 
 from flowmesh.files.removal import remove_path
-from tests.kit import node_zygote
+from tests.kit import node_zygote, reaper
 from tests.kit.network import Host
 from tests.kit.paths import PERMITS, ROOT
 
@@ -44,8 +44,10 @@ def until(condition: Callable[[], Any], what: str, deadline_s: float = DEADLINE_
 
 
 def short_dir() -> Path:
-    """A folder with a short path: the sockets below it have bounded names."""
-    return Path(tempfile.mkdtemp(prefix="fm-"))
+    """A folder with a short path: the sockets below it have bounded names. What runs in it ends with this process."""
+    folder = Path(tempfile.mkdtemp(prefix="fm-"))
+    reaper.watch(folder)
+    return folder
 
 
 def free_port() -> int:
@@ -101,8 +103,8 @@ def spares(server: int) -> list[int]:
     return []
 
 
-def with_mark(mark: str) -> list[int]:
-    """Processes whose arguments, environment, folder or open files name `mark`."""
+def with_mark(*marks: str) -> list[int]:
+    """Processes whose arguments, environment, folder or open files name one of `marks`."""
     found = []
     for name in os.listdir("/proc"):
         if not name.isdigit() or int(name) == os.getpid():
@@ -114,7 +116,7 @@ def with_mark(mark: str) -> list[int]:
         for link in ("cwd", "fd/1", "fd/2"):
             with contextlib.suppress(OSError):
                 texts.append(str(Path("/proc", name, link).readlink()))
-        if any(mark in text for text in texts) and alive(int(name)):
+        if any(mark in text for text in texts for mark in marks) and alive(int(name)):
             found.append(int(name))
     return found
 
