@@ -18,7 +18,7 @@ from runners.inference.reasoning import Splitter, splitter_of
 from runners.inference.task import SHARED, InferenceTask, TransformersOptions
 from runners.inference.tokens import Texts
 from runners.inference.vllm_args import Work
-from runners.models.adapters import LocalAdapter
+from runners.models.adapters import LocalAdapter, warn_other_base
 from runners.models.sources import Source
 
 
@@ -64,6 +64,8 @@ def load_engine(
     """
     chosen = choose(ctx, task)
     note_unused(ctx, task, chosen)
+    for adapter in adapters:
+        warn_other_base(ctx, adapter.where, adapter.base, source)
     engine: Engine
     if chosen == "vllm":
         from runners.inference import vllm_engine

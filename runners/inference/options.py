@@ -14,6 +14,9 @@ from runners.models.spec import Section
 EngineName = Literal["auto", "vllm", "transformers"]
 TokenId = Annotated[int, Meta(ge=0)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
+LEAST_TEMPERATURE = 0.01
+"""vLLM takes lower ones for this; far lower ones divide the scores beyond float32."""
+MOST_PENALTY = 1000.0
 
 
 class InferenceOptions(Section, frozen=True, rename={"system_prompt_alias": "systemPrompt"}):
@@ -92,6 +95,8 @@ def sampling_of(options: InferenceOptions, where: str = "spec.inference") -> Sam
         raise BadRequest(f"{where}.temperature: expected a finite number (found {temperature})")
     if options.do_sample is False:
         temperature = 0.0
+    if temperature > 0:
+        temperature = max(temperature, LEAST_TEMPERATURE)
     n = options.n or 1
     bad_words = (options.bad_words,) if isinstance(options.bad_words, str) else options.bad_words or ()
     if any(not word.strip() for word in bad_words):
@@ -103,6 +108,12 @@ def sampling_of(options: InferenceOptions, where: str = "spec.inference") -> Sam
         raise BadRequest(
             f"{where}.n: {n} answers of a greedy request would all be the same; set n to 1, or a temperature above 0"
         )
+    penalty = _or(options.repetition_penalty, 1.0)
+    if not 1 / MOST_PENALTY <= penalty <= MOST_PENALTY:
+        raise BadRequest(
+            f"{where}.repetition_penalty: {penalty:g} leaves no scores to compare; give {1 / MOST_PENALTY:g} to "
+            f"{MOST_PENALTY:g}"
+        )
     return Sampling(
         temperature=temperature,
         top_p=1.0 if temperature == 0.0 else _or(options.top_p, 0.95),
@@ -110,7 +121,7 @@ def sampling_of(options: InferenceOptions, where: str = "spec.inference") -> Sam
         max_tokens=max_tokens,
         presence_penalty=_or(options.presence_penalty, 0.0),
         frequency_penalty=_or(options.frequency_penalty, 0.0),
-        repetition_penalty=_or(options.repetition_penalty, 1.0),
+        repetition_penalty=penalty,
         stop=stop,
         stop_token_ids=options.stop_token_ids or (),
         min_tokens=options.min_tokens or 0,

@@ -30,6 +30,9 @@ class Texts:
     def encode(self, prompts: Sequence[Prompt], wheres: Sequence[str]) -> list[tuple[int, ...]]:
         """Token ids of each prompt, in order: plain text unchanged, messages through the model's chat template.
 
+        A text that starts with the begin token gets no second one, and none gets the end token of a tokenizer that ends
+        each text: the answer would begin a new one.
+
         Messages that end with an assistant's turn are left open at its end, so that the answer continues it.
 
         Args:
@@ -42,7 +45,7 @@ class Texts:
         texts = {i: prompt for i, prompt in enumerate(prompts) if isinstance(prompt, str)}
         if texts:
             batch = self.tokenizer(list(texts.values()), padding=False, truncation=False)["input_ids"]
-            encoded = {i: tuple(ids) for i, ids in zip(texts, batch, strict=True)}
+            encoded = {i: self._open(text, ids) for (i, text), ids in zip(texts.items(), batch, strict=True)}
         for i, prompt in enumerate(prompts):
             if not isinstance(prompt, str):
                 encoded[i] = self._apply_template(prompt, wheres[i])
@@ -159,6 +162,15 @@ class Texts:
     def _apply_template(self, messages: tuple[Message, ...], where: str) -> tuple[int, ...]:
         text = self.render(messages, where)
         return tuple(self.tokenizer(text, add_special_tokens=False, padding=False, truncation=False)["input_ids"])
+
+    def _open(self, text: str, token_ids: Sequence[int]) -> tuple[int, ...]:
+        """A text's tokens without a second begin token, and without an end token that the text does not have."""
+        begin, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        found = tuple(token_ids)
+        if begin is not None and found[:2] == (begin, begin):
+            found = found[1:]
+        ended = end is not None and len(found) > 1 and found[-1] == end
+        return found[:-1] if ended and not text.rstrip().endswith(self.tokenizer.eos_token) else found
 
     def _first_token(self, where: str) -> int:
         """The token for an empty prompt: the one that begins a text."""

@@ -14,13 +14,15 @@ from flowmesh.validation.s3_url import is_url
 from runners.api import BadRequest, Context
 from runners.models import builtin
 from runners.models.files import downloaded, existing, find_root, opened, result_url, task_folder
-from runners.models.sources import local_folder
+from runners.models.sources import Source, local_folder
 from runners.models.spec import Adapter
 
 CONFIG = "adapter_config.json"
 DEFAULT_FILE = "final_lora.tar.gz"
 """An adapter's archive among a training task's delivered files."""
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+UNTOLD = frozenset(("", ".", "model", "final_model", "merged", "checkpoint", "base"))
+"""Names of folders that do not tell which model they hold."""
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
 """Values of `init_lora_weights` with which PEFT changes the base model's weights as it loads the adapter."""
 
@@ -35,6 +37,8 @@ class LocalAdapter(msgspec.Struct, frozen=True, kw_only=True):
     where: str
     ends: tuple[int, ...] = ()
     """Tokens that end its answers besides the base model's: of its generation_config.json."""
+    base: str | None = None
+    """The model that it was trained on, as its files name it."""
 
 
 def load_adapters(
@@ -93,7 +97,34 @@ def load_adapter(ctx: Context, adapter: Adapter, index: int, where: str) -> Loca
         apply=adapter.apply or "runtime",
         where=where,
         ends=_ends(folder, field),
+        base=base_of(config),
     )
+
+
+def base_of(config: dict[str, Any]) -> str | None:
+    """The model that an adapter was trained on, as its configuration names it."""
+    named = config.get("base_model_name_or_path")
+    return named if isinstance(named, str) and named else None
+
+
+def warn_other_base(ctx: Context, where: str, base: str | None, source: Source) -> None:
+    """Warn where an adapter names another base model than the one that it is applied to: where the shapes are the
+    same, nothing else shows it. Only names are compared, not where the model lies.
+    """
+    names = {_last(each) for each in (base, source.shown, source.path) if each is not None}
+    if base is not None and not names & UNTOLD and _last(base) not in (_last(source.shown), _last(source.path)):
+        ctx.log.warning(
+            "%s: its %s says that it was trained on %r, and it is applied to %r: if they are different models, its "
+            "effect is not the trained one", where, CONFIG, base, source.shown,
+        )  # fmt: skip
+
+
+def _last(name: str) -> str:
+    """The last part of a hub id or path; of a snapshot in the hub's cache, the hub id's."""
+    parts = [part for part in name.replace(builtin.PREFIX, "").split("/") if part]
+    if "snapshots" in parts[1:]:
+        return parts[parts.index("snapshots") - 1].rpartition("--")[2].lower()
+    return parts[-1].lower() if parts else ""
 
 
 def scaled_copy(folder: Path, config: dict[str, Any], scale: float, target: Path) -> Path:

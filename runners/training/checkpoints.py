@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runners.api import BadRequest, Context, RunnerError
+from runners.models.adapters import CONFIG, base_of, warn_other_base
 from runners.models.checkpoints import Loaded
 from runners.models.code import check_data_only
 from runners.models.files import find_root
@@ -78,7 +79,11 @@ def start_of(plan: Plan, ctx: Context, loaded: Loaded | None) -> Start:
     for given in (resume, adapter):
         if given is not None and plan.lora is not None:
             _check_lora(given, plan, ctx)
-    return Start(weights=weights or _source(plan, ctx, resume), adapter=adapter, resume=resume)
+    base = weights or _source(plan, ctx, resume)
+    for given in (resume, adapter):
+        if given is not None and (given / CONFIG).is_file():
+            warn_other_base(ctx, given.name, base_of(json.loads((given / CONFIG).read_text())), base)
+    return Start(weights=base, adapter=adapter, resume=resume)
 
 
 def _source(plan: Plan, ctx: Context, resume: Path | None) -> Source:
@@ -143,9 +148,11 @@ _LORA = {"r": "r", "alpha": "lora_alpha", "bias": "bias", "use_rslora": "use_rsl
 def _check_lora(folder: Path, plan: Plan, ctx: Context) -> None:
     """Raises BadRequest where spec.lora contradicts the adapter to continue."""
     try:
-        there = json.loads((folder / "adapter_config.json").read_text())
+        there = json.loads((folder / CONFIG).read_text())
+        if not isinstance(there, dict):
+            raise ValueError("not an object")
     except (OSError, ValueError) as error:
-        raise BadRequest(f"spec.checkpoint.load: {folder.name}/adapter_config.json: {error}") from None
+        raise BadRequest(f"spec.checkpoint.load: {folder.name}/{CONFIG}: {error}") from None
     for name, value in ((name, getattr(plan.lora, name)) for name in ctx.spec.get("lora") or {} if name in _LORA):
         if there.get(_LORA[name], value) != value:
             has = there[_LORA[name]]

@@ -73,6 +73,7 @@ class TrlJob:
             packing.check(self.trainer.model)
         if self.tracking.names:
             self.trainer.add_callback(NoteCallback(self.tracking))
+        _check_what_is_loaded(self.trainer)
         if plan.lora is not None:
             _load_the_trained_adapter_too(self.trainer)
         self.eval_size = prepared.size.get("eval", 0)
@@ -141,6 +142,26 @@ def _patience(plan: Plan) -> list[Any]:
     assert isinstance(plan.training, EvaluatedTraining)
     given = plan.training.patience if plan.evaluates else None
     return [] if given is None else [EarlyStoppingCallback(given.patience, given.threshold)]
+
+
+def _check_what_is_loaded(trainer: Any) -> None:
+    """Refuse a checkpoint that does not hold the model's weights. Transformers warns, and trains what is missing from
+    where it stands."""
+
+    def check(found: Any) -> None:
+        weights = trainer.model.state_dict()
+        known = {weights[name].data_ptr() for name in weights.keys() - {*found.missing_keys}}  # tied ones are one
+        missing = [name for name in found.missing_keys if weights[name].data_ptr() not in known]
+        for what, names in (("lacks", missing), ("has unknown weights, such as", found.unexpected_keys)):
+            if names:
+                raise BadRequest(
+                    f"spec.training.resume_from_path: the checkpoint {what} {names[0]!r} ({len(names)} weights), so it "
+                    f"is not of a {type(trainer.model).__name__} of this size; name the model and the task type that "
+                    "wrote it"
+                )
+        trainer.model.tie_weights()
+
+    trainer._issue_warnings_after_load = check
 
 
 def _load_the_trained_adapter_too(trainer: Any) -> None:

@@ -221,3 +221,25 @@ def test_every_prefix_of_an_answer_reads_as_the_whole_does(sentencepiece: Path, 
         assert whole.endswith(" and 3 €")
         for count in range(len(ids)):
             assert whole.startswith(reader.text(ids[:count], "length").rstrip("\ufffd"))
+
+
+def test_a_prompt_that_has_its_begin_token_gets_no_second_one(tiny_llama, reference, make_context) -> None:
+    plain = answer(make_context, tiny_llama)
+    begun = answer(make_context, tiny_llama, reference[1].bos_token + PROMPT)
+    assert begun["usage"] == {**plain["usage"], "latency_sec": begun["usage"]["latency_sec"]}
+    assert begun["items"][0]["output"] == plain["items"][0]["output"]
+
+
+def test_a_tokenizer_that_ends_each_text_does_not_end_the_prompt(tiny_llama, reference, make_context, tmp_path) -> None:
+    folder = tmp_path / "ends"
+    folder.mkdir()
+    for each in tiny_llama.iterdir():
+        (folder / each.name).write_bytes(each.read_bytes())
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    begin, end = tokenizer.bos_token, tokenizer.eos_token
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A {end}", special_tokens=[(begin, tokenizer.bos_token_id), (end, tokenizer.eos_token_id)]
+    )
+    tokenizer.save_pretrained(folder)
+    assert AutoTokenizer.from_pretrained(folder)(PROMPT)["input_ids"][-1] == tokenizer.eos_token_id
+    assert ended(answer(make_context, folder)) == ended(answer(make_context, tiny_llama))

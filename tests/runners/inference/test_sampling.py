@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("transformers", reason="needs the extra 'inference'")
 import torch
 
+from runners.api import BadRequest
 from runners.inference.runner import InferenceRunner
 from runners.inference.sampling import Picker, keep_top
 from runners.inference.task import InferenceOptions, sampling_of
@@ -53,6 +54,16 @@ def test_do_sample_false_is_greedy_and_default_sampling_is_not(tiny_llama, make_
         for seed in range(4)
     }
     assert len(outputs) > 1
+
+
+def test_numbers_that_leave_no_scores_to_compare(tiny_llama, make_context) -> None:
+    """Scores that are divided beyond float32 are NaN, and the first token of the vocabulary would win each time."""
+    greedy = InferenceRunner().run(make_context(spec_of(tiny_llama, ["a task"])))["items"][0]["output"]
+    cold = InferenceRunner().run(make_context(spec_of(tiny_llama, ["a task"], temperature=1e-39, seed=1)))
+    assert cold["items"][0]["output"] == greedy
+    for penalty in (1e-40, 1e39):
+        with pytest.raises(BadRequest, match=r"^spec\.inference\.repetition_penalty: .* give 0\.001 to 1000$"):
+            InferenceRunner().run(make_context(spec_of(tiny_llama, ["a task"], repetition_penalty=penalty)))
 
 
 def test_max_new_tokens_wins_over_max_tokens(tiny_llama, make_context) -> None:

@@ -289,3 +289,29 @@ def test_what_cannot_be_gone_on_from(tmp_path: Path) -> None:
     (tmp_path / "results" / "empty").mkdir()
     message = refused(tmp_path, "sft", {**SPECS["sft"], "checkpoint": {"load": {"taskId": "empty"}}}, task_id="e")
     assert "spec.checkpoint.load" in message
+
+
+def test_a_checkpoint_of_another_task_type_is_refused(tmp_path: Path) -> None:
+    """A language model's has no head for rewards: it would be random, and trained on from there."""
+    sft = train(tmp_path, "sft", {"data": {"prompts": SUMS}, "training": {**STEPS, "max_steps": 1}}, task_id="sft")
+    training = {**STEPS, "resume_from_path": sft["checkpoints_dir"]}
+    message = refused(tmp_path, "reward", {"data": {"preferences": PAIRS}, "training": training}, task_id="reward")
+    assert "spec.training.resume_from_path: the checkpoint lacks 'score.weight' (1 weights)" in message
+
+
+def test_an_adapter_of_another_base_model_is_a_warning(tmp_path: Path) -> None:
+    """Where all shapes are the same, only the name that the adapter's files have shows it."""
+    lora = train(tmp_path, "lora_sft", {**SPECS["lora_sft"], "training": {**STEPS, "max_steps": 1}}, task_id="first")
+    shutil.copytree(Path(json_of(lora, "adapter_config.json")["base_model_name_or_path"]), tmp_path / "other-7b")
+    for task_id, more in (("same", {}), ("other", {"model": {"source": {"identifier": str(tmp_path / "other-7b")}}})):
+        spec = {**SPECS["lora_sft"], "training": {**STEPS, "max_steps": 1}, **more}
+        running = start(
+            tmp_path, "lora_sft", {**spec, "checkpoint": {"load": {"taskId": "first", "subdir": "final_lora"}}},
+            task_id=task_id,
+        )  # fmt: skip
+        assert running.wait().ok
+        assert ("if they are different models" in running.log()) == (task_id == "other")
+
+
+def json_of(result: dict[str, Any], name: str) -> dict[str, Any]:
+    return dict(json.loads(Path(result["final_lora_path"], name).read_text()))
