@@ -21,6 +21,7 @@ if "huggingface_hub" in sys.modules and not os.environ.get("HF_HUB_OFFLINE"):
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: no test may look for a hub
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: a second thread for a tiny model only spins
 
 
 @pytest.fixture(scope="session")
@@ -89,7 +90,7 @@ def make_context(tmp_path: Path, shared_cache: Path) -> Callable[..., Context]:
             "results_dir": str(tmp_path / "results"),
             "cache_dir": str(shared_cache),
             "tmp_dir": str(tmp_dir),
-            "threads": 2,
+            "threads": 1,
             "permits": PERMITS,
         }
         job = Job(task_id=task_id, task_type=task_type, task=task, **{**settings, **fields})

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-import json
-import os
 import re
 import subprocess
 import sys
@@ -14,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowmesh.processes.environ import SERVER
 from runners.api import BadRequest
 from runners.rag.chunks import Window, split, window
 
@@ -79,32 +75,6 @@ def test_batches_hold_every_text_once_within_their_tokens(lengths, batch_tokens)
     assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
     for batch in batches:
         assert len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= batch_tokens
-
-
-_PRELOAD = """
-import importlib, json, os, sys
-module, name = sys.argv[1].split(":")
-for each in getattr(importlib.import_module(module), name):
-    importlib.import_module(each)
-torch = sys.modules.get("torch")
-print(json.dumps([len(os.listdir("/proc/self/task")), torch is not None and torch.cuda.is_initialized(), bool(torch)]))
-"""
-
-
-@pytest.mark.parametrize(
-    ("reference", "needs"),
-    [
-        ("runners.rag.preload:RAG", ("faiss", "sentence_transformers")),
-        ("runners.agent.preload:AGENT", ("smolagents",)),
-    ],
-)
-def test_a_fork_server_with_the_preload_keeps_one_thread(reference, needs) -> None:
-    for name in needs:
-        if importlib.util.find_spec(name) is None:
-            pytest.skip(f"needs {name}")
-    command, env = [sys.executable, "-c", _PRELOAD, reference], {**os.environ, **SERVER}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout.splitlines()[-1]) == [1, False, "rag" in reference]
 
 
 @pytest.mark.parametrize("module", ["runners.rag.runner", "runners.agent.runner"])
