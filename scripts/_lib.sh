@@ -33,8 +33,8 @@ ensure_venv() {
         return
     fi
     say "installing into $(basename "$folder") (once; a few minutes where torch has to be fetched)"
-    [ -x "$folder/bin/python" ] || "$python" -m venv "$folder"
+    [ -x "$folder/bin/python" ] || "$python" -m venv "$folder" || return # set -e does not count where a caller has ||
     [ ! -f "$tested" ] || with=(-c "$tested")
-    "$install" "$folder/bin/python" -m pip install -qq --disable-pip-version-check "${with[@]}"
+    "$install" "$folder/bin/python" -m pip install -qq --disable-pip-version-check "${with[@]}" || return
     printf '%s' "$want" >"$folder/.installed"
 }
