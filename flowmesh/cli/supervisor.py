@@ -68,6 +68,7 @@ def _serve(read: Callable[[], Loaded], environment: dict[str, str]) -> int:
     import asyncio
 
     from flowmesh.cli.logs_setup import configure
+    from flowmesh.processes import linux
     from flowmesh.settings.load import secrets
     from flowmesh.startup import preflight
     from flowmesh.supervisor import Supervisor
@@ -77,6 +78,7 @@ def _serve(read: Callable[[], Loaded], environment: dict[str, str]) -> int:
         preflight.check(settings, environment)
         return settings
 
+    linux.limit_malloc()
     settings = usable()
     hides = secrets(settings)
     configure(settings, hides)

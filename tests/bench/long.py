@@ -30,6 +30,8 @@ WARM = 0.2
 FULL = 12_000
 """Tasks after which all counts where more run: the journal keeps the last 10,000 (tasks.journal), and no more."""
 SAMPLES = 80
+DEADLINE_S = 600.0
+"""For an end, or for a start after the imports of a fork server."""
 FORKED = {"source": {"identifier": "builtin:tiny-llama"}, "transformers": {"dtype": "float32"}}
 SHOWN = {
     "supervisor_pss": "supervisor, PSS",
@@ -136,12 +138,12 @@ class _Tracked:
             task_id = self._peer.dispatch("w1", SPECS[kind])
         self._open[task_id] = kind
         if kind == "cancelled":
-            self._peer.wait_started(task_id)
+            self._peer.wait_started(task_id, DEADLINE_S)
             self._node.ask(op="cancel", task_id=task_id)
 
     def wait(self, most: int) -> None:
         """Until at most so many are open."""
-        end = time.monotonic() + 600
+        end = time.monotonic() + DEADLINE_S
         while len(self._open) > most:
             self._peer.hear(1.0)
             for event in self._peer.task_events:
