@@ -23,7 +23,7 @@ from flowmesh.tasks.machine import State, Task
 from flowmesh.tasks.sendings_table import Sending, Sendings
 from flowmesh.tasks.verdicts import Kind
 
-__all__ = ["Finished", "Journal", "JournalError", "Kept", "Record", "ensure_private_dir"]
+__all__ = ["Journal", "JournalError", "Kept", "Placed", "Record", "ensure_private_dir"]
 
 KEPT_DONE = 10_000
 """Finished attempts that are kept, for `flowmesh logs` and to distinguish a duplicate from a retry. Older ones stay too
@@ -52,13 +52,14 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """When it entered each state, in seconds since 1970."""
 
 
-class Finished(msgspec.Struct, frozen=True):
-    """A finished attempt: what retention needs, cheap to read for all of them."""
+class Placed(msgspec.Struct, frozen=True):
+    """Where an attempt's results are: what retention needs."""
 
     attempt: int
     task_id: str
     out_dir: str
-    finished_at: str
+    finished_at: str | None
+    """None: it has not ended."""
     undelivered: bool
     """Whether its results could not be delivered, so that they must stay."""
     child_dirs: tuple[str, ...] = ()
@@ -208,20 +209,30 @@ class Journal:
     def attempt(self, attempt: int) -> Record | None:
         return next(iter(self._records("WHERE attempt = ?", attempt)), None)
 
-    def finished(self) -> list[Finished]:
-        """Every finished attempt, oldest first."""
-        children: dict[int, list[str]] = {}
-        for attempt, child_dir in self._db.read("SELECT attempt, out_dir FROM child_folders"):
-            children.setdefault(attempt, []).append(child_dir)
+    def placed(self, after: int, limit: int) -> list[Placed]:
+        """The next attempts after this one, in their order: at most `limit`."""
+        return self._placed("attempt > ? ORDER BY attempt LIMIT ?", after, limit)
+
+    def placed_of(self, attempts: Sequence[int]) -> list[Placed]:
+        """These attempts, as far as they are there: at most a few hundred."""
+        return self._placed(f"attempt IN ({', '.join('?' * len(attempts))}) ORDER BY attempt", *attempts)
+
+    def _placed(self, where: str, *values: int) -> list[Placed]:
         # msgpack stores strings verbatim, so the verdict's kind can be searched for in the blob
         rows = self._db.read(
-            "SELECT attempt, task_id, out_dir, finished_at, instr(progress, CAST(? AS BLOB)) FROM tasks"
-            " WHERE state = 'done' ORDER BY attempt",
-            (Kind.DELIVERY_FAILED.value,),
+            "SELECT attempt, task_id, out_dir, iif(state = 'done', finished_at, NULL),"
+            f" instr(progress, CAST(? AS BLOB)) > 0 FROM tasks WHERE {where}",
+            (Kind.DELIVERY_FAILED.value, *values),
         )
+        children: dict[int, list[str]] = {}
+        if rows:
+            for attempt, child_dir in self._db.read(
+                "SELECT attempt, out_dir FROM child_folders WHERE attempt BETWEEN ? AND ?", (rows[0][0], rows[-1][0])
+            ):
+                children.setdefault(attempt, []).append(child_dir)
         return [
-            Finished(attempt, task_id, out_dir, at, at_byte > 0, tuple(children.get(attempt, ())))
-            for attempt, task_id, out_dir, at, at_byte in rows
+            Placed(attempt, task_id, out_dir, at, bool(undelivered), tuple(children.get(attempt, ())))
+            for attempt, task_id, out_dir, at, undelivered in rows
         ]
 
     def folders_in(self, folder: str) -> list[str]:
@@ -235,22 +246,27 @@ class Journal:
             )
         ]
 
-    def forget(self, gone: Iterable[int] | None = None) -> None:
+    def forget(self, gone: Iterable[int] | None = None) -> int:
         """Delete finished attempts beyond the last KEPT_DONE, except those that must be delivered again.
 
         Args:
             gone: delete only these, of which nothing is left on disk; None: any.
+
+        Returns:
+            the attempt up to which they may be deleted now.
         """
-        last = self._db.read("SELECT max(attempt) FROM tasks")[0][0] or 0
+        last: int = self._db.read("SELECT max(attempt) FROM tasks")[0][0] or 0
+        until = last - KEPT_DONE
         drop = "DELETE FROM tasks WHERE state = 'done' AND attempt <= ? AND instr(progress, CAST(? AS BLOB)) = 0"
-        values = (last - KEPT_DONE, Kind.DELIVERY_FAILED.value)
+        values = (until, Kind.DELIVERY_FAILED.value)
         with self.transaction():
             if gone is None:
                 self._db.write(drop, values)
             for attempt in gone or ():
-                if attempt <= last - KEPT_DONE:
+                if attempt <= until:
                     self._db.write(f"{drop} AND attempt = ?", (*values, attempt))
             self._db.write("DELETE FROM child_folders WHERE attempt NOT IN (SELECT attempt FROM tasks)")
+        return until
 
     def post(self, channel: str, payload: bytes) -> None:
         """Put a message into the outbox. Messages leave in the order they were posted."""

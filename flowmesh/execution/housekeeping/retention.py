@@ -1,16 +1,19 @@
 """Removes the oldest results where `results.keep_days` or `results.keep_bytes` say so.
 
 Only folders below RESULTS_DIR of tasks that the journal has as finished; never those of a task that the node has now,
-or whose results have not been delivered.
+or whose results have not been delivered. The journal is read once, in pages; after that a round reads only what is new
+or may have changed, and remembers only attempts of which something is on disk.
 """
 
 from __future__ import annotations
 
 import asyncio
 import datetime
+import errno
 import os
 import secrets
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import msgspec
@@ -23,11 +26,16 @@ from flowmesh.files.names import shown
 from flowmesh.files.removal import Left, remove_path
 from flowmesh.files.safe_folder import open_folder
 from flowmesh.files.walk import Troubles
+from flowmesh.processes import linux
 from flowmesh.settings.schema import ResultsSettings
-from flowmesh.tasks.journal import Finished, Journal
+from flowmesh.tasks.journal import Journal, Placed
 
 FIRST_AFTER_S = 1.0
 INTERVAL_S = 60.0
+PAGE = 500
+"""Attempts that are read at once: a few milliseconds of the loop."""
+_MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+"""Of a folder that is gone, or a link by now."""
 _ASIDE = ".removed-"  # no task's id begins like this
 
 
@@ -54,11 +62,25 @@ class Retention:
         self._results_dir = results_dir
         self._journal = journal
         self._in_use = in_use
-        self._sizes: dict[tuple[str, str], int] = {}
-        """By folder and time of its end: the size of finished results does not change."""
+        self._sizes: dict[tuple[int, Path], int] = {}
+        """By attempt and folder: the size of finished results does not change."""
         self._stuck: set[Path] = set()
         """What could not be removed whole, so that it is reported once and not each round."""
         self._clock = SteadyClock()
+        self._read_anew(None)
+
+    def _read_anew(self, place: tuple[int, int] | None) -> None:
+        """Know nothing of the journal yet."""
+        self._place = place
+        """Device and inode of the results folder: what is not found there may be where it was before."""
+        self._seen = 0
+        """The attempts up to this one were read."""
+        self._open: set[int] = set()
+        """Those of them that had not ended."""
+        self._there: dict[int, Placed] = {}
+        """Those of them that had, and of whose results something is on disk."""
+        self._gone = array("q")
+        """Those of them of whose results nothing is, while the journal has them."""
 
     async def run(self) -> None:
         """One round each INTERVAL_S, until cancelled. An error is logged; the next round tries again."""
@@ -71,14 +93,17 @@ class Retention:
                     await self.sweep()
             except (FlowMeshError, OSError) as error:
                 logger.warning("old results were not removed: {}", error)
+            await asyncio.to_thread(linux.trim_malloc)
             await asyncio.sleep(INTERVAL_S)
 
     async def sweep(self) -> list[Kept]:
         """One round; returns what was removed as a whole, oldest first."""
         settings = self._settings
         results_dir = await asyncio.to_thread(self._results_dir.resolve)  # as the tasks' folders are
-        finished = self._journal.finished()
-        kept = await asyncio.to_thread(self._look, finished, self._in_use(), results_dir)
+        if (place := await asyncio.to_thread(self._finish_removals, results_dir)) != self._place:
+            self._read_anew(place)
+        await self._read(results_dir)
+        kept, guarded = await self._look(self._there.values(), results_dir)
         removed = []
         for each in choose(kept, settings.keep_days, settings.keep_bytes, self._clock.now()):
             if _touches(each.folder, self._in_use()):  # a new attempt at it was accepted meanwhile
@@ -90,39 +115,91 @@ class Retention:
             facts = {"path": str(each.folder), "bytes": each.size_bytes, "finished_at": each.finished_at.isoformat()}
             logger.bind(task=each.task_id, **facts).info("old results removed")
             removed.append(each)
-        still = {each.attempt for each in set(kept) - set(removed)}
-        self._journal.forget(each.attempt for each in finished if each.attempt not in still)
+        still = set(kept) - set(removed)
+        self._sizes = {(each.attempt, each.folder): each.size_bytes for each in still}
+        self._drop({each.attempt for each in removed} - {each.attempt for each in still} - guarded)
+        until = self._journal.forget(self._gone)
+        self._gone = array("q", (attempt for attempt in self._gone if attempt > until))
         return removed
 
-    def _look(self, finished: list[Finished], in_use: set[Path], results_dir: Path) -> list[Kept]:
-        """In a thread: the folders that are there and may go. Of several attempts at a task the last one counts."""
+    async def _read(self, results_dir: Path) -> None:
+        """Learn what the journal has since the last round. Of a full page only what is on disk is kept."""
+        changing = sorted(self._open | {each.attempt for each in self._there.values() if each.undelivered})
+        for start in range(0, len(changing), PAGE):
+            page = changing[start : start + PAGE]
+            self._open.difference_update(page)
+            self._take(self._journal.placed_of(page))
+        full = True
+        while full:
+            rows = self._journal.placed(self._seen, PAGE)
+            self._take(rows)
+            if full := len(rows) == PAGE:
+                await self._look([each for each in rows if each.attempt in self._there], results_dir)
+
+    def _take(self, rows: Iterable[Placed]) -> None:
+        for each in rows:
+            self._seen = max(self._seen, each.attempt)
+            if each.finished_at is None:
+                self._open.add(each.attempt)
+            else:
+                self._there[each.attempt] = each
+
+    def _drop(self, attempts: Iterable[int]) -> None:
+        """Nothing of their results is on disk."""
+        for attempt in attempts:
+            del self._there[attempt]
+            self._gone.append(attempt)
+
+    async def _look(self, attempts: Iterable[Placed], results_dir: Path) -> tuple[list[Kept], set[int]]:
+        """Look at their folders; forget those that have none.
+
+        Returns:
+            the folders that may go, and the attempts that have others.
+        """
+        given = list(attempts)
+        kept, guarded = await asyncio.to_thread(self._folders, given, self._in_use(), results_dir)
+        self._drop({each.attempt for each in given} - {each.attempt for each in kept} - guarded)
+        return kept, guarded
+
+    def _folders(self, attempts: list[Placed], in_use: set[Path], results_dir: Path) -> tuple[list[Kept], set[int]]:
+        """In a thread; see `_look`. Of several attempts at a task the last one counts."""
+        last = {Path(out_dir): each for each in attempts for out_dir in (each.out_dir, *each.child_dirs)}
+        protected = in_use | {folder for folder, each in last.items() if each.undelivered}
+        found: list[Kept] = []
+        guarded: set[int] = set()
+        for folder, each in last.items():
+            if results_dir not in folder.parents:
+                continue
+            if _touches(folder, protected):
+                guarded.add(each.attempt)
+                continue
+            try:
+                with Folder.open(folder) as top:
+                    size = self._sizes.get((each.attempt, folder))
+                    size = size_bytes(top) if size is None else size
+            except OSError as error:
+                if error.errno not in _MISSING:
+                    guarded.add(each.attempt)
+                continue
+            self._sizes[each.attempt, folder] = size
+            assert each.finished_at is not None
+            finished_at = datetime.datetime.fromisoformat(each.finished_at)
+            kept = Kept(
+                attempt=each.attempt, task_id=each.task_id, folder=folder, finished_at=finished_at, size_bytes=size
+            )
+            found.append(kept)
+        return found, guarded
+
+    def _finish_removals(self, results_dir: Path) -> tuple[int, int] | None:
+        """In a thread: remove what an earlier round left; returns what the results folder is, None if there is none."""
         for aside in _set_aside_before(results_dir):
             if left := remove_at(aside):
                 self._report(aside, left)
-        last = {out_dir: each for each in finished for out_dir in (each.out_dir, *each.child_dirs)}
-        protected = in_use | {Path(out_dir) for out_dir, each in last.items() if each.undelivered}
-        found, sizes = [], {}
-        for out_dir, each in last.items():
-            folder = Path(out_dir)
-            if results_dir not in folder.parents or _touches(folder, protected):
-                continue
-            key = (out_dir, each.finished_at)
-            try:
-                with Folder.open(folder) as top:
-                    sizes[key] = self._sizes[key] if key in self._sizes else size_bytes(top)
-            except OSError:  # it is gone, or a link
-                continue
-            finished_at = datetime.datetime.fromisoformat(each.finished_at)
-            kept = Kept(
-                attempt=each.attempt,
-                task_id=each.task_id,
-                folder=folder,
-                finished_at=finished_at,
-                size_bytes=sizes[key],
-            )
-            found.append(kept)
-        self._sizes = sizes
-        return found
+        try:
+            status = results_dir.stat()
+        except OSError:
+            return None
+        return status.st_dev, status.st_ino
 
     def _report(self, folder: Path, left: Left) -> None:
         if folder not in self._stuck:
