@@ -34,8 +34,10 @@ DEADLINE_S = 600.0
 """For an end, or for a start after the imports of a fork server."""
 FORKED = {"source": {"identifier": "builtin:tiny-llama"}, "transformers": {"dtype": "float32"}}
 SHOWN = {
-    "supervisor_pss": "supervisor, PSS",
-    "all_pss": "all processes, PSS",
+    "supervisor_memory": "supervisor, memory",
+    "others_memory": "other processes, memory",
+    "all_memory": "all processes, memory",
+    "all_pss": "all processes, PSS with pages of files",
     "supervisor_fds": "supervisor, descriptors",
     "all_fds": "all processes, descriptors",
     "threads": "all processes, threads",
@@ -46,7 +48,10 @@ SHOWN = {
     "results_disk": "disk below results.dir",
     "redis_memory": "Redis, memory",
 }
-SIZES = ("supervisor_pss", "all_pss", "journal", "state_disk", "results_disk", "redis_memory")
+SIZES = (
+    "supervisor_memory", "others_memory", "all_memory", "all_pss", "journal", "state_disk", "results_disk",
+    "redis_memory",
+)  # fmt: skip
 
 
 def measure(*, quick: bool, so_far: list[Row]) -> list[Row]:
@@ -89,6 +94,10 @@ def run(count: int, kinds: Iterator[str], what: str) -> list[Row]:
 
 def _rows(what: str, tasks: list[int], samples: list[Sample]) -> list[Row]:
     rows = []
+    for name in sorted(set.intersection(*(set(each.servers_memory) for each in samples))):
+        values = [float(each.servers_memory[name]) for each in samples]
+        title = f"{what}: fork server {name} and its children, memory"
+        rows.append(_row(title, values, growth(tasks, values), size=True))
     for field, title in SHOWN.items():
         values = [float(getattr(each, field)) for each in samples]
         rows.append(_row(f"{what}: {title}", values, growth(tasks, values), size=field in SIZES))

@@ -52,10 +52,19 @@ def times(value: float, floor: float | None, name: str) -> str:
 
 
 def pss_bytes(pid: int) -> int:
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"no PSS of {pid}")
+    """A process's part of the memory that it uses, pages of files included."""
+    return _rollup(pid)["Pss:"]
+
+
+def own_bytes(pid: int) -> int:
+    """The same without pages of files: of its heap, its stacks and what it shares with its forks."""
+    found = _rollup(pid)
+    return found["Pss_Anon:"] + found["Pss_Shmem:"]
+
+
+def _rollup(pid: int) -> dict[str, int]:
+    lines = [line.split() for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]]
+    return {name: int(kib) * 1024 for name, kib, *_ in lines}
 
 
 def cpu_s(pid: int) -> float:
@@ -67,14 +76,14 @@ def cpu_s(pid: int) -> float:
 
 @contextlib.contextmanager
 def deployment(*args: str, first: str = "", **options: Any) -> Iterator[tuple[Node, Orchestrator]]:
-    """A node, its Redis and a peer, all real.
+    """A node, its Redis and a peer, all real. The node is executed: a fork would share memory with its parent.
 
     Args:
         first: the id of a worker of a node that has several; one with a single slot has one id.
     """
     server = RedisServer()
     peer = Orchestrator(server)
-    node = Node(server, *args, **options)
+    node = Node(server, *args, executed=True, **options)
     try:
         node.start(wait=not first)
         until(lambda: not first or server.client().hget(f"worker:{first}", "status") == b"IDLE", "the node is idle")

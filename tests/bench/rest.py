@@ -18,7 +18,7 @@ def _validate(file: str) -> None:
 
 def measure(*, quick: bool, so_far: list[Row]) -> list[Row]:
     server = RedisServer()
-    node = Node(server, "--log-level", "WARNING")
+    node = Node(server, "--log-level", "WARNING", executed=True)
     try:
         to_idle = timed(node.start)
     finally:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import redis
 
-from tests.bench.measure import pss_bytes
+from flowmesh.processes.tree import descendants
+from tests.bench.measure import own_bytes, pss_bytes
 from tests.bench.ratios import Slope, slope
 from tests.kit.support import Node, with_mark
 
@@ -20,10 +21,18 @@ LOWEST_OF = 5
 
 @dataclass(frozen=True)
 class Sample:
-    """Of a node without a task; sizes in bytes."""
+    """Of a node without a task; sizes in bytes.
 
-    supervisor_pss: int
+    Memory is without pages of files: which part of them counts to a process changes with other programs on the machine.
+    """
+
+    supervisor_memory: int
+    servers_memory: dict[str, int]
+    """Of each environment's fork servers, with the children that they have ahead."""
+    others_memory: int
+    all_memory: int
     all_pss: int
+    """With pages of files."""
     supervisor_fds: int
     all_fds: int
     threads: int
@@ -39,12 +48,16 @@ class Sample:
 
 def sample(node: Node, client: redis.Redis) -> Sample:
     pids = sorted({node.pid, *with_mark(str(node.home))})
-    pss = {pid: _or_zero(pss_bytes, pid) for pid in pids}
+    memory = {pid: _or_zero(own_bytes, pid) for pid in pids}
+    kinds = _kinds(node, pids)
     fds = {pid: _or_zero(_fds, pid) for pid in pids}
     state_disk, state_inodes = _size(node.state_dir)
     return Sample(
-        supervisor_pss=pss[node.pid],
-        all_pss=sum(pss.values()),
+        supervisor_memory=memory[node.pid],
+        servers_memory={name: sum(memory[pid] for pid in members) for name, members in kinds.items()},
+        others_memory=sum(memory.values()) - memory[node.pid] - sum(memory[pid] for pid in _flat(kinds.values())),
+        all_memory=sum(memory.values()),
+        all_pss=sum(_or_zero(pss_bytes, pid) for pid in pids),
         supervisor_fds=fds[node.pid],
         all_fds=sum(fds.values()),
         threads=sum(_or_zero(_threads, pid) for pid in pids),
@@ -56,6 +69,19 @@ def sample(node: Node, client: redis.Redis) -> Sample:
         redis_memory=int(client.info("memory")["used_memory"]),
         cpu_s=processes_cpu_s(node),
     )
+
+
+def _kinds(node: Node, pids: Sequence[int]) -> dict[str, set[int]]:
+    """The fork servers and their children, by environment."""
+    kinds: dict[str, set[int]] = {}
+    for server in node.ask(op="status")["servers"]:
+        members = kinds.setdefault(server["environment"], set())
+        members |= {server["pid"], *descendants(server["pid"])} & set(pids)
+    return kinds
+
+
+def _flat(groups: Iterable[set[int]]) -> set[int]:
+    return set().union(*groups)
 
 
 def processes_cpu_s(node: Node) -> float:

@@ -281,7 +281,13 @@ class Node:
         home: Path | None = None,
         code: Path = ROOT,
         cwd: Path | None = None,
+        executed: bool = False,
     ) -> None:
+        """
+        Args:
+            executed: never a fork of a process that has imported the supervisor.
+        """
+        self.executed = executed
         self.code = code
         """The folder that its packages are imported from."""
         self.cwd = cwd or (ROOT if code == ROOT else self.code.parent)
@@ -318,7 +324,7 @@ class Node:
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **self.env}
         env.pop("REDIS_URL", None)
         env |= {name: value for name, value in self.env.items() if name == "REDIS_URL"}
-        executed = self.code != ROOT or self.cwd != ROOT or self.wrapper
+        executed = self.executed or self.code != ROOT or self.cwd != ROOT or self.wrapper
         with open(self.log, "ab") as log:
             forked = None if executed else node_zygote.start(arguments, env, self.cwd, log.fileno())
             self.process = forked or subprocess.Popen(
