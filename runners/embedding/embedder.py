@@ -91,6 +91,11 @@ class Embedder:
         }
 
     @property
+    def weights(self) -> str:
+        """Digest of the model's files."""
+        return self._weights
+
+    @property
     def digest(self) -> str:
         """Identity of the vectors that it computes: its weights, prompts and bound on texts."""
         return key_of(self._weights, self._prompts, self.max_tokens)
@@ -110,7 +115,10 @@ class Embedder:
         lengths: list[int] = []
         for start in range(0, len(texts), COUNTED):
             ctx.progress(0, len(texts), f"{kind} embeddings")
-            lengths += self.count(texts[start : start + COUNTED], prompt)
+            some = texts[start : start + COUNTED]
+            lengths += (
+                [self.count_as_embedded(text, prompt) for text in some] if self.as_chat else self.count(some, prompt)
+            )
         limit = self.max_tokens
         self.cut = [i for i, length in enumerate(lengths) if limit is not None and length > limit]
         if limit is not None and self.cut:
@@ -133,7 +141,7 @@ class Embedder:
 
     def room(self, kind: str) -> int | None:
         """Tokens of a text that the model uses, without special ones and its prompt; None: unbounded."""
-        return None if self.max_tokens is None else self.max_tokens - self.count([""], self._prompts[kind] or "")[0]
+        return None if self.max_tokens is None else self.max_tokens - self.count_as_embedded("", self._prompts[kind])
 
     def count(self, texts: Sequence[str], prompt: str = "") -> list[int]:
         """Tokens of each text, including special ones and the prompt, before truncation."""

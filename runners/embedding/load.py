@@ -105,7 +105,22 @@ def load_source(
     found = Embedder(model, options, name=source.shown, weights=model_digest(source), where=source.where)
     found.made_up = not has_modules(source)
     found.positions = count
+    _warn(ctx, source, found, options)
     return found
+
+
+def _warn(ctx: Context, source: Source, embedder: Embedder, options: ModelOptions) -> None:
+    """Warn of what sentence-transformers does with a model whose files do not say so."""
+    if embedder.made_up and getattr(options, "pooling", None) is None:
+        ctx.log.warning(
+            "%s: %r has no modules.json, so its vectors are what sentence-transformers assumes (%s pooling); if it was "
+            "not trained for that, they say little", source.where, source.shown, embedder.pooling,
+        )  # fmt: skip
+    if embedder.as_chat:
+        ctx.log.warning(
+            "%s: %r has a chat template, so sentence-transformers embeds each text as a chat's message; its tokens are "
+            "counted", source.where, source.shown,
+        )  # fmt: skip
 
 
 def model_digest(source: Source) -> str:

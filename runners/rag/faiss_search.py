@@ -18,7 +18,7 @@ from runners.rag.chunks import window
 from runners.rag.documents import Passage, Skipped, cut_documents, read_documents, to_json
 from runners.rag.faiss_index import build, check_dimension
 from runners.rag.search import Hit
-from runners.rag.task import Faiss, RagTask
+from runners.rag.task import Faiss, RagTask, note_embedded
 from runners.rows.keys import folder_digest, key_of
 
 WHERE = "spec.faiss"
@@ -119,10 +119,12 @@ def _open(ctx: Context, task: RagTask, wanted: Faiss, loaded: store.Loaded) -> t
             raise BadRequest(
                 f"{WHERE}.{name}: means something to an {owner} index only; this one is {recipe.index_type}"
             )
+    note_embedded(ctx, task)
     ctx.phase("load")
     embedder = load_embedder(ctx, task.embedding, default=own)
     check_dimension(embedder.dimension, recipe.dimension)
-    if embedder.name != own:
+    weights = loaded.about.embedding_weights
+    if embedder.weights != weights if weights else embedder.name != own:
         _check_same_space(ctx, loaded, embedder)
     ctx.log.info("index loaded folder=%s count=%d type=%s", loaded.folder, loaded.index.count, recipe.index_type)
     assert loaded.folder is not None, "it was read from there"
@@ -131,20 +133,21 @@ def _open(ctx: Context, task: RagTask, wanted: Faiss, loaded: store.Loaded) -> t
 
 
 def _check_same_space(ctx: Context, loaded: store.Loaded, embedder: Embedder) -> None:
-    """Check a model whose name differs from that of the index, which may be the same model at another path.
+    """Check a model that has other files than that of the index, or another name where its files are not known.
 
     Raises:
         BadRequest: its vectors differ from those of the index.
     """
     own = loaded.about.embedding_model
+    built_with = f"other files of {own!r}" if own == embedder.name else repr(own)
     stored, made = loaded.index.vector(0), embedder.embed(ctx, [loaded.passages[0].text], "document")[0]
     norms = float(np.linalg.norm(stored) * np.linalg.norm(made))
     if norms > 0 and float(stored @ made) / norms < SAME_SPACE:
         raise BadRequest(
             f"spec.embedding.model: the vectors of {embedder.name!r} are not those of the index, which was built with "
-            f"{own!r}; use that model, or leave it out"
+            f"{built_with}; {'build it again' if own == embedder.name else 'use that model, or leave it out'}"
         )
-    ctx.log.warning("queries are embedded by %s, the index was built with %s", embedder.name, own)
+    ctx.log.warning("queries are embedded by %r, the index was built with %s", embedder.name, built_with)
 
 
 def _build(ctx: Context, task: RagTask, wanted: Faiss) -> tuple[FaissSearcher, Embedder]:
@@ -174,6 +177,7 @@ def _build(ctx: Context, task: RagTask, wanted: Faiss) -> tuple[FaissSearcher, E
         version=store.VERSION,
         recipe=index.recipe,
         embedding_model=embedder.name,
+        embedding_weights=embedder.weights or None,
         count=index.count,
         chunk_tokens=cut.tokens,
         chunk_overlap=cut.overlap,

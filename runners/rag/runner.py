@@ -97,8 +97,10 @@ class RagRunner(Runner):
             return open_faiss(ctx, task)
         from runners.embedding.load import load_embedder
         from runners.rag.qdrant_search import open_qdrant
+        from runners.rag.task import note_embedded
 
         assert task.qdrant is not None, "one of the two is given"
+        note_embedded(ctx, task)
         searcher = open_qdrant(ctx, task.qdrant)
         ctx.phase("load")
         embedder = load_embedder(ctx, task.embedding)

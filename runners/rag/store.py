@@ -35,6 +35,8 @@ class About(msgspec.Struct, frozen=True, kw_only=True):
     version: int
     recipe: Recipe
     embedding_model: str
+    embedding_weights: str | None = None
+    """Digest of its files; None: written by an older version."""
     count: int
     chunk_tokens: int
     chunk_overlap: int

@@ -290,3 +290,12 @@ def _generation(ctx: Context, spec: dict[str, Any], options: Generate, where: st
         system_prompt=None,
     )
     return Generation(template=template, inference=task)
+
+
+def note_embedded(ctx: Context, task: RagTask) -> None:
+    """Warn of a prompt for documents that are embedded already."""
+    if task.embedding.document_prompt is not None:
+        ctx.log.warning(
+            "spec.embedding.document_prompt: without effect, because the documents are embedded already; give it to "
+            "the task that embeds them"
+        )

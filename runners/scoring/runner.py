@@ -171,12 +171,14 @@ def check_agreement(parent: ScoreTask, child: ScoreTask, where: str) -> None:
 
 
 def check_order(scorer: Scorer | VllmScorer, parts: Sequence[Part]) -> None:
-    """Raises BadRequest where documents are to be put in order by more than one number."""
+    """Raises BadRequest where several numbers are to be an order of documents, or a single one a share of several."""
     if scorer.labels > 1 and any(not group.is_pair for part in parts for group in part.groups):
         raise BadRequest(
             f"{SECTION}.model: has {scorer.labels} labels, so documents have no order; score `pairs`, or name a "
             "model with one label"
         )
+    if scorer.labels == 1 and parts[0].task.options.activation == "softmax":
+        raise BadRequest(f"{SECTION}.activation: softmax is over several labels, and the model has one; use sigmoid")
 
 
 def score_missing(ctx: Context, scorer: Scorer | VllmScorer, parts: Sequence[tuple[Part, RowLog]]) -> None:

@@ -166,7 +166,11 @@ def quantized(vectors: Vectors, options: EmbeddingOptions) -> np.ndarray[Any, An
 
     if precision.endswith("int8") and len(vectors) < 2:
         raise BadRequest(f"spec.embedding.precision: {precision!r} takes its steps from all vectors, and there is one")
-    found: np.ndarray[Any, Any] = quantize_embeddings(vectors, precision=precision)
+    ranges = None
+    if precision.endswith("int8"):  # a component that is the same everywhere has no steps, and would divide 0 by 0
+        least, most = vectors.min(axis=0), vectors.max(axis=0)
+        ranges = np.stack([least, np.where(most > least, most, least + 1)])
+    found: np.ndarray[Any, Any] = quantize_embeddings(vectors, precision=precision, ranges=ranges)
     return found
 
 

@@ -135,7 +135,7 @@ class EmbeddingRunner(Runner):
             result[FIELD] = write_vectors(ctx, part, task.vectors, shown)
         if task.faiss is not None:
             ctx.phase("index")
-            result["faiss"] = build_index(ctx, part, task.faiss, vectors, source.shown, about.get("max_tokens"))
+            result["faiss"] = build_index(ctx, part, task.faiss, vectors, source, about.get("max_tokens"))
         if task.qdrant is not None:
             ctx.phase("store")
             result["qdrant"] = store_points(ctx, part, task.qdrant, vectors)
@@ -196,16 +196,6 @@ def load(ctx: Context, task: EmbeddingTask, source: Source) -> Model:
 
 def _warn(ctx: Context, task: EmbeddingTask, source: Source, embedder: Model) -> None:
     options = task.options
-    if embedder.made_up and options.pooling is None:
-        ctx.log.warning(
-            "%s: %r has no modules.json, so its vectors are what sentence-transformers assumes (%s pooling); if it was "
-            "not trained for that, they say little", source.where, source.shown, embedder.pooling,
-        )  # fmt: skip
-    if embedder.as_chat:
-        ctx.log.warning(
-            "%s: %r has a chat template, so sentence-transformers embeds each text as a chat's message", source.where,
-            source.shown,
-        )  # fmt: skip
     if options.truncate_dim is not None:
         if not embedder.matryoshka:
             ctx.log.warning(

@@ -10,6 +10,8 @@ import numpy as np
 
 from runners.api import BadRequest, Context
 from runners.embedding.embedder import Vectors
+from runners.embedding.load import model_digest
+from runners.models.sources import Source
 from runners.rag.documents import Passage, id_of
 from runners.vectors.part import Part
 from runners.vectors.task import Collection, Index
@@ -36,7 +38,7 @@ def passages(part: Part) -> list[Passage]:
 
 
 def build_index(  # noqa: PLR0917
-    ctx: Context, part: Part, wanted: Index, vectors: Vectors, model: str, max_tokens: int | None
+    ctx: Context, part: Part, wanted: Index, vectors: Vectors, source: Source, max_tokens: int | None
 ) -> dict[str, Any]:
     """Write `faiss_index/` into the task's folder, as `rag` with `faiss.save` does; returns the result's `faiss`.
 
@@ -52,12 +54,12 @@ def build_index(  # noqa: PLR0917
 
     kept = np.flatnonzero(vectors.any(axis=1))
     if not kept.size:
-        raise BadRequest(f"spec.faiss: {model!r} gives a vector of zeros for every item")
+        raise BadRequest(f"spec.faiss: {source.shown!r} gives a vector of zeros for every item")
     all_passages = passages(part)
     index = build(ctx, vectors[kept], Faiss(**msgspec.structs.asdict(wanted)))
     about = store.About(
-        version=store.VERSION, recipe=index.recipe, embedding_model=model, count=index.count,
-        chunk_tokens=max_tokens or 0, chunk_overlap=0,
+        version=store.VERSION, recipe=index.recipe, embedding_model=source.shown,
+        embedding_weights=model_digest(source), count=index.count, chunk_tokens=max_tokens or 0, chunk_overlap=0,
     )  # fmt: skip
     chosen = store.Passages.of([all_passages[row] for row in kept])
     folder = store.save(ctx, store.Loaded(index, chosen, about, None), part.folder)

@@ -128,16 +128,6 @@ def _load(ctx: Context, task: InferenceTask, source: Source) -> Embedder:
     )  # fmt: skip
     shown = " ".join(f"{name}={value}" for name, value in embedder.describe().items())
     ctx.log.info("embedding model loaded %s", shown)
-    if embedder.made_up:
-        ctx.log.warning(
-            "%s: %r has no modules.json, so its vectors are what sentence-transformers assumes (%s pooling); if it was "
-            "not trained for that, they say little", source.where, source.shown, embedder.pooling,
-        )  # fmt: skip
-    if embedder.as_chat:
-        ctx.log.warning(
-            "%s: %r has a chat template, so sentence-transformers embeds each text as a chat's message; its tokens are "
-            "counted", source.where, source.shown,
-        )  # fmt: skip
     return embedder
 
 

@@ -177,3 +177,10 @@ def test_vllm_that_is_not_there_is_named(scored) -> None:
         scored({"pairs": PAIRS, "engine": "vllm", "enforce_cpu": False})
     with pytest.raises(BadRequest, match=r"spec\.engine: 'vllm' and enforce_cpu exclude each other"):
         scored({"pairs": PAIRS, "engine": "vllm"}, task_id="cpu")
+
+
+def test_softmax_over_one_label_is_refused(scored) -> None:
+    with pytest.raises(
+        BadRequest, match=r"^spec\.score\.activation: softmax is over several labels, and the model has"
+    ):
+        scored({"pairs": PAIRS, "score": {"activation": "softmax"}})
