@@ -64,7 +64,12 @@ def test_a_prompt_for_documents_that_are_embedded_already(
 
 def test_a_language_model_as_embedder(tiny_llama: Path, make_context: Any, caplog: pytest.LogCaptureFixture) -> None:
     """The library makes its pooling up, and embeds each text as a chat's message, whose tokens count as well."""
-    long = "a task " * 126
+    from transformers import AutoConfig, AutoTokenizer
+
+    tokenizer, limit = (each.from_pretrained(tiny_llama) for each in (AutoTokenizer, AutoConfig))
+    limit = limit.max_position_embeddings
+    long = tokenizer.decode(tokenizer("a task " * limit)["input_ids"][1 : limit - 2])
+    assert limit - 3 <= len(tokenizer(long)["input_ids"]) <= limit, "by itself it would fit"
     documents = {"documents": {"type": "list", "items": TEXTS}}
     found = rag(make_context, {"faiss": documents, "query": long, "embedding": {"model": str(tiny_llama)}})
     assert (
