@@ -25,6 +25,7 @@ from flowmesh.execution.launch.node_folders import NodeFolders
 from flowmesh.execution.launch.served_models import ServedModels
 from flowmesh.execution.launch.task_children import TaskChildren
 from flowmesh.execution.layout import Layout
+from flowmesh.execution.near_disk import NearDisk
 from flowmesh.execution.observer import Observers
 from flowmesh.execution.ports import Ports
 from flowmesh.execution.run import Run
@@ -110,6 +111,7 @@ def make_parts(
     folders = NodeFolders(
         settings=settings.results, layout=layout, journal=journal, conditions=conditions, wait_s=wait_s
     )
+    disk = NearDisk(layout.results_dir, folders.on_one_disk)
     children = TaskChildren(
         runs=runs,
         pool=pool,
@@ -133,6 +135,7 @@ def make_parts(
         environments=environments,
         gpus=monitor,
         served=served,
+        disk=disk,
         least_bytes=settings.results.min_free_bytes,
     )
     cleanup = Cleanup(layout)
@@ -149,7 +152,7 @@ def make_parts(
         served=served,
         launcher=launcher,
         cleanup=cleanup,
-        deliveries=Deliveries(delivery_children, jobs, layout, cleanup, environments),
+        deliveries=Deliveries(delivery_children, jobs, layout, cleanup, environment=environments, disk=disk),
         redeliveries=Redeliveries(delivery_children, jobs, layout, journal, ports.check_idle),
         gateway=GatewayProcess(settings, layout, helpers, no_gateway),
         page=PageProcess(settings, layout, helpers),

@@ -39,6 +39,11 @@ class CheckedFolder:
         """The mount point of the file system that it has to be on."""
         return self._mount
 
+    @property
+    def device(self) -> int | None:
+        """The number of the file system that it was found on last; None: it was not looked at yet."""
+        return None if self._identity is None else self._identity[0]
+
     def trouble(self, *, write: bool = False) -> str:
         """Why the folder cannot be used; empty: it can. A missing one is made, unless its file system is not mounted.
 

@@ -1,4 +1,4 @@
-"""Delivers the results of ended tasks: small local ones in a thread, all others in a child.
+"""Delivers the results of ended tasks: small local ones here, all others in a child.
 
 The slot was free before the first byte. `run` returns the event that ends the task.
 """
@@ -18,6 +18,7 @@ from flowmesh.execution.delivery.delivery_children import DeliveryChildren
 from flowmesh.execution.delivery.jobs import Jobs
 from flowmesh.execution.housekeeping.cleanup import Cleanup
 from flowmesh.execution.layout import Layout
+from flowmesh.execution.near_disk import NearDisk
 from flowmesh.execution.ports import Work
 from flowmesh.execution.run import Run, progress_event
 from flowmesh.messages.job import Exit
@@ -72,7 +73,9 @@ class Deliveries:
         jobs: Jobs,
         layout: Layout,
         cleanup: Cleanup,
+        *,
         environment: DeliveryEnvironment,
+        disk: NearDisk,
     ) -> None:
         self.left: set[int] = set()
         """Attempts whose sending was left to the next supervisor, because this one has to end."""
@@ -81,6 +84,7 @@ class Deliveries:
         self._layout = layout
         self._cleanup = cleanup
         self._environment = environment
+        self._disk = disk
         self._suspended = False
         self._deliveries: dict[int, Delivery] = {}
 
@@ -182,7 +186,11 @@ class Deliveries:
         try:
             if this.aborted:
                 return None
-            job, report, written = await asyncio.to_thread(self._jobs.write_small, this.run, must_wait=must_wait)
+            if self._disk.has(this.run.accepted.target.out_dir) and self._jobs.is_tiny(this.run):
+                written_small = self._disk.run(self._jobs.write_small, this.run, must_wait=must_wait, tiny=True)
+            else:
+                written_small = asyncio.to_thread(self._jobs.write_small, this.run, must_wait=must_wait)
+            job, report, written = await written_small
         finally:
             await self._cleanup.remove_tmp(this.run)
         if report is not None:

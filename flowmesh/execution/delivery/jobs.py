@@ -1,4 +1,5 @@
-"""What there is to deliver of an ended task, and its delivery where that takes a moment only. Called in a thread."""
+"""What there is to deliver of an ended task, and its delivery where that takes a moment only. Most of it
+blocks."""
 
 from __future__ import annotations
 
@@ -28,6 +29,9 @@ from flowmesh.settings.secret_files import has_token
 INLINE_BYTES = 1024 * 1024
 """A task's folder up to this size is hashed in a thread of the node; a larger one in a child."""
 INLINE_FILES = 200
+TINY_BYTES = 64 * 1024
+TINY_FILES = 16
+"""Up to these it is not worth a thread."""
 TAIL_LINES = 200
 """Of a failed task's log, in responses.json; at most 64 KiB."""
 
@@ -39,11 +43,14 @@ class Jobs:
         self._settings = settings
         self._layout = layout
 
-    def write_small(self, run: Run, *, must_wait: bool = False) -> tuple[DeliveryJob, DeliveryReport | None, bool]:
+    def write_small(
+        self, run: Run, *, must_wait: bool = False, tiny: bool = False
+    ) -> tuple[DeliveryJob, DeliveryReport | None, bool]:
         """Make the task's delivery job, and do what belongs on the disk at once if its results are small.
 
         Args:
             must_wait: what is sent over the network has to wait; else its process also writes to the disk.
+            tiny: whether it is known to be small.
 
         Returns:
             the job, its report if it was done, and whether results are on disk.
@@ -55,7 +62,7 @@ class Jobs:
         job = self._job(run)
         if must_wait and job.failure is not None:  # its event does not wait for a server that is away
             job = msgspec.structs.replace(job, sends_rows=False)
-        if (job.over_http and not must_wait) or job.exporter or not self._is_small(run):
+        if (job.over_http and not must_wait) or job.exporter or not (tiny or self._is_small(run)):
             return job, None, False
         outcome = None
         if job.failure is None:
@@ -134,8 +141,15 @@ class Jobs:
             ends_to_wait=True,
         )
 
+    def is_tiny(self, run: Run) -> bool:
+        """Whether all that a task has left, logs included, is a few small files. Quick enough for the loop."""
+        return not run.accepted.children and self._is_within(run, TINY_BYTES, TINY_FILES)
+
     def _is_small(self, run: Run) -> bool:
         """Whether writing and hashing the results takes no noticeable time."""
+        return self._is_within(run, INLINE_BYTES, INLINE_FILES)
+
+    def _is_within(self, run: Run, most_bytes: int, most_files: int) -> bool:
         try:
             total = (self._layout.spool(run.attempt) / OUTCOME_FILE).lstat().st_size
         except OSError:
@@ -144,11 +158,11 @@ class Jobs:
             with Folder.open(Path(run.accepted.target.out_dir)) as folder:
                 for count, entry in enumerate(folder.entries(Troubles()), 1):
                     total += 0 if entry.is_folder else entry.status.st_size
-                    if total > INLINE_BYTES or count > INLINE_FILES:
+                    if total > most_bytes or count > most_files:
                         return False
         except OSError:  # it was never made, or was replaced; the delivery finds out
             pass
-        return total <= INLINE_BYTES
+        return total <= most_bytes
 
 
 def _exports(specs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

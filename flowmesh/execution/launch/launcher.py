@@ -17,6 +17,7 @@ from flowmesh.execution.launch.node_folders import JOURNAL, NodeFolders, own_sho
 from flowmesh.execution.launch.preparation import prepare
 from flowmesh.execution.launch.served_models import ServedModels, named_in
 from flowmesh.execution.layout import Layout
+from flowmesh.execution.near_disk import NearDisk
 from flowmesh.execution.run import Run
 from flowmesh.messages.serving import PREFIX, Served
 from flowmesh.processes.child_owner import ChildOwner
@@ -55,6 +56,7 @@ class Launcher:
         environments: EnvironmentConditions,
         gpus: GpuMonitor,
         served: ServedModels,
+        disk: NearDisk,
         least_bytes: int,
     ) -> None:
         self._pool = pool
@@ -66,6 +68,7 @@ class Launcher:
         self._environments = environments
         self._gpus = gpus
         self._models = served
+        self._disk = disk
         self._least_bytes = least_bytes
 
     async def start(self, run: Run) -> machine.Event | None:
@@ -89,10 +92,9 @@ class Launcher:
         if run.task.state is not State.LAUNCHING:
             return machine.LaunchFailed("stopped before it was started")
         try:
-            others = self._nested(run)
+            prepared = await self._prepared(run)
         except JournalError as error:
             return self._conditions.met(run, self._folders.faults[JOURNAL], str(error))
-        prepared = await asyncio.to_thread(self._prepare, run, others)
         if isinstance(prepared, Unprepared):
             if not prepared.faults:
                 return machine.LaunchFailed(prepared.own)
@@ -119,14 +121,21 @@ class Launcher:
             return machine.LaunchFailed(str(error))
         return None
 
-    def _nested(self, run: Run) -> list[Path]:
-        """Folders of other tasks inside this task's, which it had before if it is there."""
+    async def _prepared(self, run: Run) -> Fork | Unprepared:
+        """Prepare the run, where that may block; a folder that is there had a task before, and others' inside of it.
+
+        Raises:
+            JournalError: it cannot be read which these are.
+        """
         folders = [each.out_dir for each in (run.accepted.target, *run.accepted.children)]
         there = [folder for folder in folders if os.path.exists(folder)]  # noqa: PTH110 - asked for each task
-        return [Path(each) for folder in there for each in self._journal.folders_in(folder)]
+        if not there and all(map(self._disk.has, folders)):
+            return await self._disk.run(self._prepare, run, [])
+        others = [Path(each) for folder in there for each in self._journal.folders_in(folder)]
+        return await asyncio.to_thread(self._prepare, run, others)
 
     def _prepare(self, run: Run, others: list[Path]) -> Fork | Unprepared:
-        """In a thread: the task's folders and job, if the node's folders and the task's own can take them."""
+        """The task's folders and job, if the node's folders and the task's own can take them."""
         if troubles := self._folders.look():
             return Unprepared(troubles)
         if own := own_shortage(Path(run.accepted.target.out_dir), self._least_bytes):

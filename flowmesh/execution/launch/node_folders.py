@@ -87,6 +87,10 @@ class NodeFolders:
                 self._journal.set_fact(_MOUNT_FACT, msgspec.json.encode(now).decode())
                 self._kept = now
 
+    def on_one_disk(self) -> bool:
+        """Whether RESULTS_DIR was on the journal's file system when they were looked at last."""
+        return self._results.device is not None and self._results.device == self._state.device
+
     async def look_first(self) -> None:
         """To be awaited before anything is written there: RESULTS_DIR may have been unmounted meanwhile."""
         self.report(await asyncio.to_thread(self.look))

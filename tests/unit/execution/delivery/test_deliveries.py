@@ -16,6 +16,7 @@ from flowmesh.execution.delivery.delivery_children import DeliveryChildren
 from flowmesh.execution.delivery.jobs import Jobs
 from flowmesh.execution.housekeeping.cleanup import Cleanup
 from flowmesh.execution.layout import Layout
+from flowmesh.execution.near_disk import NearDisk
 from flowmesh.execution.run import Run
 from flowmesh.node.slots import Slot, SlotPlan
 from flowmesh.processes.helper import Helpers
@@ -76,7 +77,8 @@ def deliveries(layout: Layout, places: int = 1) -> Deliveries:
         settings, delivery=msgspec.structs.replace(settings.delivery, concurrency=places)
     )
     children = DeliveryChildren(delivery, layout, Helpers(pool))
-    return Deliveries(children, Jobs(settings, layout), layout, Cleanup(layout), Never())
+    disk = NearDisk(layout.results_dir, lambda: True)
+    return Deliveries(children, Jobs(settings, layout), layout, Cleanup(layout), environment=Never(), disk=disk)
 
 
 class Never:
