@@ -9,13 +9,13 @@ import redis.asyncio as redis
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
-from redis.exceptions import ReadOnlyError, RedisError
+from redis.exceptions import RedisError
 
 from flowmesh.bus.login import FileLogin
 from flowmesh.messages.sentinel import SentinelAddress, is_sentinel, sentinel_address
 from flowmesh.settings.addresses import without_user
 
-__all__ = ["RedisError", "connect", "leave_replica", "redis"]
+__all__ = ["RedisError", "connect", "redis"]
 
 _SPARE_CONNECTIONS = 2
 """For a connection that is closed while its successor is opened."""
@@ -73,9 +73,3 @@ def _master(address: SentinelAddress, reaching: dict[str, Any], options: dict[st
     sentinel = Sentinel(address.hosts, sentinel_kwargs=reaching)  # type: ignore[no-untyped-call]
     client: redis.Redis = sentinel.master_for(address.service, db=address.db, **options)
     return client
-
-
-async def leave_replica(client: redis.Redis, error: BaseException) -> None:
-    """Drop connections to a master that became a replica in a failover behind one address: the next try reconnects."""
-    if isinstance(error, ReadOnlyError):
-        await client.connection_pool.disconnect(inuse_connections=False)

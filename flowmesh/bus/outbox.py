@@ -14,9 +14,9 @@ from typing import Protocol
 from loguru import logger
 
 from flowmesh.backoff import Backoff
-from flowmesh.bus.connection import RedisError, leave_replica, redis
+from flowmesh.bus.connection import RedisError, redis
 from flowmesh.bus.connection_health import ConnectionHealth
-from flowmesh.bus.exchange import exchange
+from flowmesh.bus.exchange import exchange, leave_replica
 
 MOST_HELD = 10_000
 """Events that are held back for a listener; beyond that, the oldest are given up."""

@@ -18,8 +18,9 @@ import msgspec
 from loguru import logger
 
 from flowmesh.backoff import Backoff
-from flowmesh.bus.connection import RedisError, leave_replica, redis
+from flowmesh.bus.connection import RedisError, redis
 from flowmesh.bus.connection_health import ConnectionHealth, describe_redis_error
+from flowmesh.bus.exchange import leave_replica
 from flowmesh.bus.worker_record import Copied, Displaced, Found, Identity, Status, WorkerRecord
 from flowmesh.cancellation import run_all
 from flowmesh.errors import BusyError

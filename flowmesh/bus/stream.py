@@ -14,8 +14,9 @@ from typing import Any
 from loguru import logger
 
 from flowmesh.backoff import Backoff
-from flowmesh.bus.connection import RedisError, leave_replica, redis
+from flowmesh.bus.connection import RedisError, redis
 from flowmesh.bus.connection_health import ConnectionHealth
+from flowmesh.bus.exchange import leave_replica
 
 GROUP = "flowmesh"
 FIELD = b"message"

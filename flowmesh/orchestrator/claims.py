@@ -16,9 +16,9 @@ import msgspec
 from loguru import logger
 
 from flowmesh.backoff import Backoff
-from flowmesh.bus.connection import RedisError, leave_replica, redis
+from flowmesh.bus.connection import RedisError, redis
 from flowmesh.bus.connection_health import ConnectionHealth, describe_redis_error
-from flowmesh.bus.exchange import exchange
+from flowmesh.bus.exchange import exchange, leave_replica
 from flowmesh.bus.scripts import is_forbidden, run_script
 from flowmesh.cancellation import run_all
 from flowmesh.execution.executor import Executor

@@ -13,8 +13,9 @@ from loguru import logger
 from redis.exceptions import ResponseError
 
 from flowmesh.backoff import Backoff
-from flowmesh.bus.connection import RedisError, leave_replica, redis
+from flowmesh.bus.connection import RedisError, redis
 from flowmesh.bus.connection_health import ConnectionHealth
+from flowmesh.bus.exchange import leave_replica
 from flowmesh.bus.scripts import is_forbidden, run_script
 from flowmesh.execution.executor import Executor
 from flowmesh.execution.run import Run

@@ -44,7 +44,8 @@ def prepared(node: Node, task: str) -> Path:
 
     def found() -> Path | None:
         jobs = (node.state_dir / "spool").glob("*/job.json")
-        return next((path.parent for path in jobs if json.loads(path.read_text())["task_id"] == task), None)
+        texts = ((path.parent, path.read_text()) for path in jobs)
+        return next((spool for spool, text in texts if text and json.loads(text)["task_id"] == task), None)
 
     return until(found, "the task is prepared")
 
