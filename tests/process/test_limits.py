@@ -151,7 +151,7 @@ def test_tasks_run_as_another_user(orchestrator: Orchestrator, make_node) -> Non
     node.home.chmod(0o755)
     node.start()
     # echo needs no further imports: that user may not be able to read this interpreter's folder
-    task = orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 30}, task_id="other")
+    task = orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 600}, task_id="other")
     orchestrator.wait_started(task)
     pid = node.task_pid(task)
     uid = str(pwd.getpwnam("nobody").pw_uid)

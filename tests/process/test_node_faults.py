@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.kit.promises import MISBEHAVE, WAITING, let_go
 from tests.kit.support import Node, Orchestrator, RedisServer, alive, short_dir, spares, until
 from tests.process.test_environments import BODY, config, make_environment
 
@@ -58,8 +59,9 @@ def test_results_replaced_by_a_file_keep_tasks_waiting(orchestrator: Orchestrato
     assert node.text().count("degraded, tasks wait:") == 2, "each time it is in the log once"
 
 
-def test_what_can_be_made_again_is_made_again(orchestrator: Orchestrator, node: Node) -> None:
+def test_what_can_be_made_again_is_made_again(orchestrator: Orchestrator, make_node) -> None:
     """As a cleaner of temporary folders does it: parts of the state folder, sockets, the lock, the results."""
+    node: Node = make_node(config=MISBEHAVE)
     for folder in (node.state_dir / "spool", node.state_dir / "tmp", node.state_dir / "log", node.results_dir):
         shutil.rmtree(folder)
         assert orchestrator.run("w1", {"taskType": "echo"})["type"] == "TASK_SUCCEEDED", folder
@@ -73,7 +75,7 @@ def test_what_can_be_made_again_is_made_again(orchestrator: Orchestrator, node: 
         [*_command(node), "--set=node.log_level=ERROR"], cwd=node.cwd, capture_output=True, check=False, timeout=60
     )
     assert second.returncode == 75, "the lock is held again"
-    task = orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 6})
+    task = orchestrator.dispatch("w1", WAITING)
     orchestrator.wait_started(task)
     pid = node.task_pid(task)
     shutil.rmtree(run)
@@ -81,6 +83,7 @@ def test_what_can_be_made_again_is_made_again(orchestrator: Orchestrator, node: 
     node.kill()
     node.start()
     assert node.task_pid(task) == pid, "the fork server was found at its new socket"
+    let_go(node, task)
     assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"
 
 
@@ -258,8 +261,9 @@ def test_a_forced_stop_ends_a_node_whose_journal_is_locked(orchestrator: Orchest
         assert end["payload"]["error_kind"] in ("drained", "supervisor_lost", "node_fault")
 
 
-def test_a_journal_that_somebody_deleted_is_made_again(orchestrator: Orchestrator, node: Node) -> None:
-    task = orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 5})
+def test_a_journal_that_somebody_deleted_is_made_again(orchestrator: Orchestrator, make_node) -> None:
+    node: Node = make_node(config=MISBEHAVE)
+    task = orchestrator.dispatch("w1", WAITING)
     orchestrator.wait_started(task)
     for path in node.state_dir.glob("journal.sqlite*"):
         path.unlink()
@@ -269,6 +273,7 @@ def test_a_journal_that_somebody_deleted_is_made_again(orchestrator: Orchestrato
     node.kill()
     node.start()
     assert node.task_pid(task) == pid, "the new file has the task"
+    let_go(node, task)
     assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"
 
 

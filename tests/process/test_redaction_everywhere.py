@@ -71,7 +71,7 @@ def test_a_failure_that_speaks_of_secrets(orchestrator: Orchestrator, node: Any)
 
 
 def test_logs_hide_what_the_node_knows_while_it_has_the_task(orchestrator: Orchestrator, node: Any) -> None:
-    spec = with_secrets({"taskType": "echo", "delaySec": 60})
+    spec = with_secrets({"taskType": "echo", "delaySec": 600})
     orchestrator.dispatch("w1", spec, task_id="live")
     orchestrator.wait_started("live")
     log = node.results_dir / "live" / "logs" / "stderr.log"

@@ -85,6 +85,7 @@ def test_p9_what_was_computed_is_delivered_again_by_a_command(orchestrator: Orch
         assert err.startswith(f"flowmesh: {task}: ")
         assert "no room" in err
         node.kill()
+        (node.home / "node.toml").write_text(config())  # from here on with time for what succeeds
         node.start()  # a restart, with its sweep of the spool, keeps the result
         server.plan = []
         code, out, err = said(flowmesh(node, "deliver", task, "--json"))
@@ -107,7 +108,7 @@ def test_deliver_says_what_is_wrong(orchestrator: Orchestrator, make_node) -> No
     assert "has no record of this task" in said(flowmesh(node, "deliver", "never-heard-of"))[2]
     orchestrator.run("w1", {"taskType": "echo", "delaySec": -1, "long": "x" * 70_000}, task_id="bad")
     assert "it has no result to deliver (bad_request" in said(flowmesh(node, "deliver", "bad"))[2]
-    running = orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 60})
+    running = orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 600})
     orchestrator.wait_started(running)
     assert "it has not ended yet (running)" in said(flowmesh(node, "deliver", running))[2]
     node.ask(op="cancel", task_id=running)

@@ -77,7 +77,7 @@ def test_history_show_and_replay_of_one_node(orchestrator: Orchestrator, make_no
     )
     assert "sk-98765432" not in json.dumps(secret)
     dispatch(orchestrator, "task-a", {"taskType": "echo", "word": "one", "delaySec": "x"}, owner="ana")
-    running = orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 60, "token": "hush"}, "task-run")
+    running = orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 600, "token": "hush"}, "task-run")
     orchestrator.wait_started(running)
 
     code, out, _ = flowmesh("history", *at)

@@ -13,6 +13,7 @@ from flowmesh.bus import presence as module
 from flowmesh.bus.connection import connect
 from flowmesh.bus.presence import Identity, Presence
 from flowmesh.errors import EXIT_TRY_AGAIN, BusyError
+from tests.kit.promises import MISBEHAVE, WAITING, let_go
 from tests.kit.support import Node, Orchestrator, RedisServer, alive, until
 
 pytestmark = pytest.mark.redis
@@ -21,8 +22,8 @@ pytestmark = pytest.mark.redis
 def test_the_second_live_node_is_refused_and_a_dead_one_is_not_in_the_way(
     orchestrator: Orchestrator, make_node: Any
 ) -> None:
-    first: Node = make_node()
-    running = orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 6})
+    first: Node = make_node(config=MISBEHAVE)
+    running = orchestrator.dispatch("w1", WAITING)
     orchestrator.wait_started(running)
     second: Node = make_node(start=False)
     second.start(wait=False)
@@ -31,6 +32,7 @@ def test_the_second_live_node_is_refused_and_a_dead_one_is_not_in_the_way(
     assert "a live node" in second.text()
     assert "'w1'" in second.text()
     assert len(orchestrator.ends(orchestrator.dispatch("w1", {"taskType": "echo"}))) == 0
+    let_go(first, running)
     assert orchestrator.wait_end(running)["type"] == "TASK_SUCCEEDED"
     orchestrator.redis.flushall()
     first.wait_status("IDLE")
@@ -52,11 +54,11 @@ def heard_idle(orchestrator: Orchestrator) -> bool:
 
 
 def test_a_copied_state_folder_is_another_node(orchestrator: Orchestrator, make_node: Any) -> None:
-    first: Node = make_node(start=False, worker_id="")
+    first: Node = make_node(start=False, worker_id="", config=MISBEHAVE)
     first.start(wait=False)
     until(lambda: orchestrator.hear() or heard_idle(orchestrator), "it is idle")
     worker_id = next(iter(orchestrator.redis.smembers("workers:ids"))).decode()
-    running = orchestrator.dispatch(worker_id, {"taskType": "echo", "delaySec": 8})
+    running = orchestrator.dispatch(worker_id, WAITING)
     orchestrator.wait_started(running)
     pid = first.task_pid(running)
     second: Node = make_node(start=False, worker_id="")
@@ -71,6 +73,7 @@ def test_a_copied_state_folder_is_another_node(orchestrator: Orchestrator, make_
     assert "is a copy of another one" in second.text()
     assert alive(pid)
     assert second.stop() == 0
+    let_go(first, running)
     assert orchestrator.wait_end(running)["type"] == "TASK_SUCCEEDED"
     assert len(orchestrator.ends(running)) == 1
     second.start(wait=False)

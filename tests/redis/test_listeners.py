@@ -12,6 +12,7 @@ import pytest
 from flowmesh.bus import outbox as module
 from flowmesh.bus.connection import connect
 from flowmesh.bus.outbox import Outbox
+from tests.kit.promises import MISBEHAVE, WAITING, let_go
 from tests.kit.support import Node, Orchestrator, RedisServer, until
 
 pytestmark = pytest.mark.redis
@@ -104,8 +105,8 @@ def test_nobody_who_ever_listens_costs_nothing(redis_server: RedisServer, monkey
 
 
 def test_a_full_queue_answers(orchestrator: Orchestrator, make_node: Any) -> None:
-    node: Node = make_node(config="[tasks]\nmax_queued = 3\n[redis]\nstream = true\ntimeout_s = 1.0\n")
-    running = orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 4})
+    node: Node = make_node(config="[tasks]\nmax_queued = 3\n[redis]\nstream = true\ntimeout_s = 1.0\n" + MISBEHAVE)
+    running = orchestrator.dispatch("w1", WAITING)
     orchestrator.wait_started(running)
     waiting = [orchestrator.dispatch("w1", {"taskType": "echo", "n": n}) for n in range(3)]
     end = orchestrator.run("w1", {"taskType": "echo"})
@@ -116,6 +117,7 @@ def test_a_full_queue_answers(orchestrator: Orchestrator, make_node: Any) -> Non
         later.append(f"later-{n}")
         fields = {"task_id": later[-1], "task": {"spec": {"taskType": "echo"}}, "assigned_worker": "w1"}
         orchestrator.redis.xadd("tasks:w1", {"message": json.dumps(fields)})
+    let_go(node, running)
     ends = [orchestrator.wait_end(task)["type"] for task in (running, *waiting, *later)]
     assert set(ends) == {"TASK_SUCCEEDED"}
     starts = [event["task_id"] for event in orchestrator.task_events if event["type"] == "TASK_STARTED"]

@@ -58,7 +58,7 @@ def test_what_cannot_finish_is_not_taken(server: RedisServer) -> None:
             assert [(each.state, each.attempt) for each in found if each] == [("queued", 0)] * 2, "never claimed"
             for each in ids:
                 client.cancel(each)
-        long = orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 60})
+        long = orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 600})
         orchestrator.wait_started(long)
         assert node.stop(signal.SIGTERM) == 0, "with an end, SIGTERM does not wait for the task"
         assert orchestrator.wait_end(long)["payload"]["error_kind"] == "drained"
@@ -68,7 +68,7 @@ def test_what_cannot_finish_is_not_taken(server: RedisServer) -> None:
 def test_before_its_end_it_drains_with_a_checkpoint_and_exits_with_0(server: RedisServer) -> None:
     orchestrator = Orchestrator(server)
     with running(Node(server, config="[node]\n")) as node:
-        long = orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 60})
+        long = orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 600})
         orchestrator.wait_started(long)
         waits = orchestrator.dispatch("w1", {"taskType": "echo", "timeoutSec": 7200})
         until(lambda: node.ask(op="status")["queued"] == 1, "it waits")

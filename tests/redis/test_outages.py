@@ -51,14 +51,16 @@ def test_p7_a_task_that_ends_while_redis_is_down_is_told_when_it_is_back(
 
 
 def test_p7_after_a_gap_the_node_announces_itself_anew_once_it_holds_no_task(
-    orchestrator: Orchestrator, node: Node
+    orchestrator: Orchestrator, make_node
 ) -> None:
     """UNREGISTER makes the orchestrator queue again what it dispatched while the node was not subscribed."""
-    running = orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 3})
+    node: Node = make_node(config=promises.MISBEHAVE)
+    running = orchestrator.dispatch("w1", promises.WAITING)
     orchestrator.wait_started(running)
     cut_off(orchestrator)
     lost = orchestrator.dispatch("w1", {"taskType": "echo"})  # nobody is subscribed at this moment
     until(lambda: "subscribed again" in node.text(), "the subscription is back")
+    promises.let_go(node, running)
     wait_announced_anew_after_the_end_of_its_task(orchestrator)
     node.wait_status("IDLE")
     again = orchestrator.dispatch("w1", {"taskType": "echo"}, task_id=lost)
@@ -249,12 +251,14 @@ def test_p7_what_is_published_into_a_half_open_connection_is_queued_again(
         assert orchestrator.wait_end(lost)["type"] == "TASK_SUCCEEDED"
 
 
-def test_p7_an_emptied_database_in_mid_task(orchestrator: Orchestrator, node: Node) -> None:
-    task = orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 7})
+def test_p7_an_emptied_database_in_mid_task(orchestrator: Orchestrator, make_node) -> None:
+    node: Node = make_node(config=promises.MISBEHAVE)
+    task = orchestrator.dispatch("w1", promises.WAITING)
     orchestrator.wait_started(task)
     orchestrator.redis.flushall()
     until(lambda: orchestrator.redis.hget("worker:w1", "status") == b"RUNNING", "registered again as RUNNING")
     assert orchestrator.redis.hget("worker:w1", "extra_task_id") == task.encode()
+    promises.let_go(node, task)
     assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"
     node.wait_status("IDLE")
 
@@ -279,19 +283,20 @@ def test_a_second_supervisor_on_the_same_folder_says_who_has_it(node: Node, make
 
 
 def test_settings_are_reloaded_under_a_running_task(orchestrator: Orchestrator, make_node) -> None:
-    node = make_node(config=CONFIG)
+    node = make_node(config=CONFIG + promises.MISBEHAVE)
     pid = node.pid
-    task = orchestrator.dispatch("w1", {"taskType": "echo", "delaySec": 6})
+    task = orchestrator.dispatch("w1", promises.WAITING)
     orchestrator.wait_started(task)
     child = node.task_pid(task)
     (node.home / "node.toml").write_text("[redis]\ntimeout_s = 'never'\n")
     node.process.send_signal(signal.SIGHUP)
     until(lambda: "not restarted, the node keeps" in node.text(), "the invalid settings are logged")
-    (node.home / "node.toml").write_text(CONFIG + "[node]\ntags = ['new']\n")
+    (node.home / "node.toml").write_text(CONFIG + promises.MISBEHAVE + "[node]\ntags = ['new']\n")
     node.process.send_signal(signal.SIGHUP)
     until(lambda: orchestrator.redis.hget("worker:w1", "tags_json") == b'["new"]', "the new tags are registered")
     assert node.pid == pid
     assert node.task_pid(task) == child
+    promises.let_go(node, task)
     assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"
     assert len(orchestrator.ends(task)) == 1
 

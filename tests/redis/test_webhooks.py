@@ -179,7 +179,7 @@ def test_what_waits_outlives_a_sigkill(fleet: Fleet) -> None:
 
 def test_a_dead_node_is_told_by_one_node_and_a_closed_slot_by_its_own(fleet: Fleet) -> None:
     own, other = fleet.nodes["w1"], fleet.nodes["w3"]
-    task = fleet.peer.dispatch("w3", {"taskType": "echo", "delaySec": 60})
+    task = fleet.peer.dispatch("w3", {"taskType": "echo", "delaySec": 600})
     fleet.peer.wait_started(task)
     other.kill()
     own.results_dir.rename(own.home / "aside")
