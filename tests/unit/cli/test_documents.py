@@ -49,6 +49,17 @@ def test_what_authors_mean(tmp_path):
     }
 
 
+def test_codes_and_times_are_text(tmp_path):
+    """YAML 1.1 would read them as octal and as base 60: 83, 45000 and 750.5."""
+    text = (
+        "spec: {zip: 00123, at: '12:30:00', time: 12:30:00, lap: 12:30.5, n: -0, o: +1_000, h: 0x1F, f: 0.5, g: -1.5}\n"
+    )
+    assert load(write(tmp_path, text)).document["spec"] == {
+        "zip": "00123", "at": "12:30:00", "time": "12:30:00", "lap": "12:30.5", "n": 0, "o": 1000, "h": 31, "f": 0.5,
+        "g": -1.5,
+    }  # fmt: skip
+
+
 def test_anchors_and_merges(tmp_path):
     text = "base: &b {a: 1, c: 2}\nspec:\n  one: {<<: *b, a: 3}\n  two: *b\n"
     assert load(write(tmp_path, text)).document["spec"] == {"one": {"a": 3, "c": 2}, "two": {"a": 1, "c": 2}}
