@@ -11,6 +11,7 @@ import functools
 import logging
 import sys
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +26,8 @@ PROGRESS_INTERVAL_S = 0.1
 """Shortest interval between two progress frames; those between are dropped, to keep the pipe free."""
 
 T = TypeVar("T")
+Preparation = Callable[[], "Iterable[Path]"]
+"""Of what a runner does ahead; see `Runner.ahead`."""
 
 
 class RunnerError(Exception):
@@ -111,6 +114,18 @@ EXTRAS = {
 """The extras that install other libraries, by the name that is imported."""
 
 
+class Later(RunnerError):
+    """Raised while a task is prepared ahead, in place of what only the task itself may do.
+
+    Args:
+        path: a file that it will read then.
+    """
+
+    def __init__(self, message: str, path: Path | None = None) -> None:
+        super().__init__(message)
+        self.path = path
+
+
 class Cancelled(BaseException):
     """The node asked this task to stop. Not an Exception, so that a runner's `except Exception` does not catch it.
 
@@ -147,6 +162,10 @@ class TaskInput:
         """What was logged as a warning: `warnings` of the result."""
         self.unused: list[str] = []
         """Paths of the document's fields that are accepted without effect."""
+        self.unpacks = True
+        """Whether archives of this node are unpacked; False while the task is only prepared: each attempt does it."""
+        self.downloads = True
+        """Whether anything is downloaded; False where the task may yet be another node's."""
         self._reported_unused = ""
 
     @functools.cached_property
@@ -333,6 +352,15 @@ class Context(TaskInput):
 
 class Runner(abc.ABC):
     """One task type. Constructed without arguments in the task's process, and used once."""
+
+    def ahead(self, ctx: Context) -> Iterable[Preparation]:  # noqa: ARG002 - the default reads nothing
+        """What can be done before the task has its slot: each part downloads what it needs into the node's cache, and
+        names the files and folders that the task will read, which are then read into the kernel's cache.
+
+        Called in a process of its own, while another task runs: it must touch no device, write to nothing but caches,
+        and bear to be killed at any moment. What a part raises is dropped: the task meets it itself.
+        """
+        return ()
 
     @abc.abstractmethod
     def run(self, ctx: Context) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def run(job: Job, ctx: Context) -> Outcome:
         with collected(ctx):
             try:
                 ctx.unused += unused_in_output(ctx.spec.get("output"))
-                result = _runner(job.runner).run(ctx)
+                result = runner_of(job.runner).run(ctx)
             finally:
                 ctx.report_unused()
         if not isinstance(result, dict):
@@ -162,7 +162,8 @@ def _flush_logs(last: str = "") -> None:
             print(text, end="\n" if text else "", file=stream, flush=True)
 
 
-def _runner(reference: str) -> Runner:
+def runner_of(reference: str) -> Runner:
+    """The runner that a job names: `module:Class`."""
     module, _, name = reference.partition(":")
     runner: Runner = getattr(importlib.import_module(module), name)()
     return runner

@@ -133,7 +133,8 @@ class Executor:
             in_use=self.runs.folders,
         )
         pruning = keep_pruned(self.settings.node, self.journal)
-        return [watchdog.run(), retention.run(), pruning, self.parts.gpus.sample(), self._folders.watch()]
+        watches = self.parts.gpus.sample(), self._folders.watch(), self.parts.ahead.run()
+        return [watchdog.run(), retention.run(), pruning, *watches]
 
     async def look_first(self) -> None:
         """Before tasks of an earlier supervisor are taken over: whether the node's folders are where they were."""

@@ -18,6 +18,7 @@ from flowmesh.execution.gpu.canary import Canaries
 from flowmesh.execution.gpu.monitor import GpuMonitor
 from flowmesh.execution.housekeeping.cleanup import Cleanup
 from flowmesh.execution.housekeeping.page_process import PageProcess
+from flowmesh.execution.launch.ahead import Ahead
 from flowmesh.execution.launch.child_pipe import ChildPipes
 from flowmesh.execution.launch.environment_conditions import EnvironmentConditions
 from flowmesh.execution.launch.launcher import Launcher
@@ -59,6 +60,7 @@ class Parts(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     redeliveries: Redeliveries
     gateway: GatewayProcess
     page: PageProcess
+    ahead: Ahead
 
 
 def make_parts(
@@ -140,7 +142,9 @@ def make_parts(
     )
     cleanup = Cleanup(layout)
     jobs, delivery_children = Jobs(settings, layout), DeliveryChildren(settings, layout, helpers)
-    no_gateway = functools.partial(environments.report, DELIVERY)
+    gateway = GatewayProcess(settings, layout, helpers, functools.partial(environments.report, DELIVERY))
+    ahead = Ahead(slots, helpers, layout, gateway, enabled=settings.tasks.prepare_next)
+    observers.add(ahead)
     return Parts(
         conditions=conditions,
         gpus=monitor,
@@ -154,6 +158,7 @@ def make_parts(
         cleanup=cleanup,
         deliveries=Deliveries(delivery_children, jobs, layout, cleanup, environment=environments, disk=disk),
         redeliveries=Redeliveries(delivery_children, jobs, layout, journal, ports.check_idle),
-        gateway=GatewayProcess(settings, layout, helpers, no_gateway),
+        gateway=gateway,
         page=PageProcess(settings, layout, helpers),
+        ahead=ahead,
     )

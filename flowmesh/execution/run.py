@@ -64,6 +64,8 @@ class Run:
     """What its served model has counted."""
     served: Served | None = None
     """The model of another task that its document names, with its key."""
+    prepared: dict[str, float] | None = None
+    """What was done for it while it waited for its slot; None: nothing."""
     finished_frame = False
     """Whether its child said that its outcome is in the spool folder."""
 
@@ -203,9 +205,11 @@ class Run:
 
     def usage(self) -> dict[str, Any]:
         """What the kernel counted for its first process, including children that this process waited for."""
+        ahead = {} if self.prepared is None else {"prepared": self.prepared}
         if self.exit is None:
-            return {}
+            return ahead
         return {
+            **ahead,
             "cpu_seconds": round(self.exit.user_cpu_s + self.exit.system_cpu_s, 6),
             "peak_rss_bytes": self.exit.peak_rss_bytes,
             "processes_swept": self.exit.swept,

@@ -232,6 +232,23 @@ class Claims(Observer):
         await run_script(self._client, scripts.JOURNALLED, task_id, attempt)
         return False
 
+    async def peek(self, slot: Slot[Run], known: str) -> tuple[str, bytes] | None:
+        """The task that the slot would get if it were free, about; nothing is taken.
+
+        Args:
+            known: a task whose document is not needed.
+
+        Returns:
+            its id and its document (empty for the known one); None: there is none.
+        """
+        async with self._lock:
+            waiting = await self._read_classes()
+            keys = self._fitting(slot, waiting)
+        if not keys:
+            return None
+        answer = await run_script(self._client, scripts.PEEK, self._node_id, known, *keys)
+        return (answer[0].decode(), answer[1] or b"") if answer else None
+
     async def _allow(self, task_ids: list[bytes]) -> None:
         """Tasks that failed here were left to other nodes: take back what fits none of them any more."""
         if time.monotonic() - self._allowed_at < ALLOW_S:

@@ -19,6 +19,7 @@ from flowmesh.orchestrator.claims import Claims
 from flowmesh.orchestrator.dispatcher import Dispatcher
 from flowmesh.orchestrator.gang_members import Ends, GangMembers
 from flowmesh.orchestrator.log_feed import LogFeeds, LogRequest
+from flowmesh.orchestrator.next_task import NextTask
 from flowmesh.orchestrator.pipeline_drivers import PipelineDrivers
 from flowmesh.orchestrator.preemption import Preemption
 from flowmesh.orchestrator.record_sender import RecordSender
@@ -89,6 +90,7 @@ class QueueLink(Observer):
         )
         executor.observers.add(self.claims)
         self._works.append(self.claims.run)
+        self._works.append(NextTask(executor, self.claims).run)
         self._works.append(TakeOver(client, node_id, settings.queue.take_over_after_s).run)
         if settings.queue.pipelines:
             self.drivers = PipelineDrivers(executor, registration, client, node_id)

@@ -54,9 +54,13 @@ class Helpers:
         self._helpers: dict[int, Helper] = {}
         self._loop = asyncio.get_running_loop()
 
-    async def warm(self, environment: str) -> None:
-        """Wait until the environment's server has finished its imports; an error is reported by `run`."""
-        await self._pool.warm(environment)
+    async def warm(self, environment: str, *, nice: int = 0) -> None:
+        """Wait until the environment's server has finished its imports; an error is reported by `run`.
+
+        Args:
+            nice: of the imports, if they begin now; see `ServerPool.warm`.
+        """
+        await self._pool.warm(environment, nice=nice)
 
     async def run(
         self, environment: str, fork: Fork, *, greeting: Frame | None = None, on_frame: OnFrame | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -71,6 +72,8 @@ class Reaper:
         if entry.leaf is not None:
             entry.leaf.kill()
         if entry.running:
+            with contextlib.suppress(OSError):  # one that is nice would also be slow to die; only root may change that
+                os.setpriority(os.PRIO_PROCESS, entry.pid, 0)
             tree.send(entry.pid, signal.SIGKILL)
 
     def close(self) -> None:

@@ -229,6 +229,45 @@ return 1
 """)
 """Let a node take a task again that failed there: it fits no other one any more."""
 
+PEEK = Script.of("""
+-- node, task that is known, class keys in the order of preference
+local node, known, now = ARGV[1], ARGV[2], now_ms()
+local function next_of(key)
+  if redis.call('EXISTS', key) == 0 then return nil end
+  local seen
+  for _, group in ipairs(redis.call('XINFO', 'GROUPS', key)) do
+    for i = 1, #group, 2 do
+      if group[i] == 'last-delivered-id' then seen = group[i + 1] end
+    end
+  end
+  for _, e in ipairs(redis.call('XRANGE', key, seen, '+', 'COUNT', 9)) do
+    local id = e[2][2]
+    local f = get(id, 'state', 'entry', 'avoid', 'avoid_until', 'stay', 'stay_until')
+    local avoided = f[3] == node and (tonumber(f[4]) or 0) > now
+    local reserved = f[5] and f[5] ~= node and (tonumber(f[6]) or 0) > now
+    if e[1] ~= seen and f[1] == 'queued' and f[2] == e[1] and not avoided and not reserved then return id end
+  end
+end
+local function found(id)
+  if id == known then return {id, ''} end
+  return {id, redis.call('HGET', record(id), 'message')}
+end
+for _, priority in ipairs({'high', 'normal', 'low'}) do
+  for i = 3, #ARGV do
+    local b = base(ARGV[i], priority)
+    local id = next_of(b .. ':front')
+    if id then return found(id) end
+    for _, owner in ipairs(redis.call('ZRANGE', b .. ':ring', 0, 7)) do
+      id = next_of(b .. ':o:' .. owner)
+      if id then return found(id) end
+    end
+  end
+end
+return {}
+""")
+"""The task that a claim would get, without taking it: nothing is written. Returns its id and its document, or nothing;
+an empty document where it is the one that is known."""
+
 JOURNALLED = Script.of("""
 -- id, attempt
 local f = get(ARGV[1], 'attempt', 'state')

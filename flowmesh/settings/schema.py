@@ -187,6 +187,8 @@ class TasksSettings(Section, frozen=True):
     """How long a task waits while the node has a fault that keeps it from being started."""
     return_waiting_after_s: PositiveSeconds = 120.0
     """A task that waits behind a running one for so long goes back, as retryable, once another worker is idle."""
+    prepare_next: bool = True
+    """Whether downloads and files of the task that a slot gets next are read while another one runs there."""
     served_model_wait_s: PositiveSeconds = 300.0
     """How long a task waits for the task whose served model its document names."""
     log_max_bytes: Annotated[int, Meta(ge=65536)] = 64 * 1024 * 1024

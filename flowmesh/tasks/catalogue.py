@@ -55,6 +55,8 @@ class TaskType(msgspec.Struct, frozen=True, kw_only=True):
     """Top-level modules without which the type cannot run."""
     extra: str = ""
     """The extra of flowmesh-supervisor that installs them."""
+    reads_ahead: bool = True
+    """Whether its runner can do something before its task has the slot: `runners.api.Runner.ahead`."""
     on_several_nodes: bool = False
     """Whether a document of this type may ask for several nodes (`spec.nodes`)."""
     allowed_by: str = ""
@@ -88,6 +90,7 @@ _TRAINING = {
 BUILTIN = (
     TaskType(
         name="echo",
+        reads_ahead=False,
         runner="runners.echo:EchoRunner",
         check="runners.checks:echo",
         sections="runners.schemas:echo",
@@ -97,6 +100,7 @@ BUILTIN = (
     ),
     TaskType(
         name="command",
+        reads_ahead=False,
         runner="runners.command.runner:CommandRunner",
         check="runners.checks:command",
         sections="runners.schemas:command",
@@ -108,6 +112,7 @@ BUILTIN = (
     ),
     TaskType(
         name="python",
+        reads_ahead=False,
         runner="runners.command.runner:PythonRunner",
         check="runners.checks:python",
         sections="runners.schemas:command",
@@ -177,6 +182,7 @@ BUILTIN = (
     ),
     TaskType(
         name="api",
+        reads_ahead=False,
         runner="runners.remote.runner:ApiRunner",
         check="runners.checks:api",
         sections="runners.schemas:api",
@@ -187,6 +193,7 @@ BUILTIN = (
     ),
     TaskType(
         name="agent",
+        reads_ahead=False,
         runner="runners.agent.runner:AgentRunner",
         check="runners.checks:agent",
         sections="runners.schemas:agent",

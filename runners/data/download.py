@@ -16,7 +16,7 @@ from flowmesh.messages.gateway import Gateway
 from flowmesh.messages.output import OF_CONNECTION, OF_PROXIES
 from flowmesh.validation.s3_url import is_s3
 from flowmesh.web.session import certificate_remedy
-from runners.api import BadRequest, Context, RunnerError
+from runners.api import BadRequest, Context, Later, RunnerError
 from runners.data import client, gateway, s3
 from runners.data.addresses import LocalAddress
 from runners.data.cache import Entry, Meta, evict, read_meta, write_meta
@@ -88,12 +88,15 @@ def fetch(
     Raises:
         BadRequest: not an http(s) URL, or the server rejects the request (400, 401, 403, 404 …).
         RunnerError: the server cannot be reached, or the connection keeps breaking.
+        Later: see `Context.downloads`.
         Cancelled: the node asked the task to stop.
     """
     check_url(url, where)
     if is_s3(url) and headers:
         raise BadRequest(f"{where}: an s3 address takes no headers; the credentials are the node's (cloud.*)")
     _check_headers(headers or {}, where)
+    if not ctx.downloads:
+        raise Later(f"{where}: downloaded by the task")
     entry = Entry(ctx, url, headers or {})
     with entry:
         attempt, pause_s = 1, FIRST_PAUSE_S

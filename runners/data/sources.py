@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from flowmesh.validation.convert import nearest
 from runners.api import BadRequest, Context
-from runners.data.files import FileData, load_file
+from runners.data.files import FileData, files_of, load_file
 from runners.data.graph import GraphData, load_graph
 from runners.data.hub import HubData, load_hub
 from runners.data.images import check_images, refuse_images
@@ -84,6 +85,15 @@ def load_items(ctx: Context, spec: dict[str, Any], where: str = "spec", *, with_
         return check_images(ctx, items)
     refuse_images(items)
     return items
+
+
+def files_ahead(ctx: Context, spec: dict[str, Any], where: str = "spec") -> list[Path]:
+    """The files of `spec.data`, for `Runner.ahead`; empty where it names none. Errors as for `files.files_of`."""
+    section = spec.get("data")
+    if not isinstance(section, dict) or SECTIONS.get(section.get("type", "")) is not FileData:
+        return []
+    data = ctx.check(section, FileData, f"{where}.data")
+    return [file.path for file in files_of(ctx, data, f"{where}.data")]
 
 
 def _shard(ctx: Context, spec: dict[str, Any], where: str) -> Shard | None:

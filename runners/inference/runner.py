@@ -10,9 +10,9 @@ from typing import Any
 
 import msgspec
 
-from runners.api import BadRequest, Context, Runner, RunnerError
+from runners.api import BadRequest, Context, Preparation, Runner, RunnerError
 from runners.data.images import images_of
-from runners.data.sources import load_items
+from runners.data.sources import files_ahead, load_items
 from runners.gang import gang_of
 from runners.inference.engine import Completion, Request, Watch
 from runners.inference.engines import load_engine, parser_of, reasoning_of
@@ -33,7 +33,7 @@ from runners.inference.parts import (
     row_keys,
 )
 from runners.inference.task import InferenceTask, read_document
-from runners.inference.task_model import find_source
+from runners.inference.task_model import find_source, parts_ahead
 from runners.inference.vllm_args import Work
 from runners.models.adapters import LocalAdapter, load_adapters
 from runners.models.sources import Source
@@ -43,6 +43,10 @@ from runners.rows.opening import open_rows
 
 class InferenceRunner(Runner):
     """Task type `inference`."""
+
+    def ahead(self, ctx: Context) -> list[Preparation]:
+        task = read_document(ctx, ctx.spec, "spec")
+        return [*parts_ahead(ctx, task), lambda: files_ahead(ctx, ctx.spec)]
 
     def run(self, ctx: Context) -> dict[str, Any]:
         ctx.phase("prepare")

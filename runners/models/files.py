@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.parse import quote, urlsplit
 
 from flowmesh.validation.s3_url import is_s3
-from runners.api import BadRequest, Context
+from runners.api import BadRequest, Context, Later
 from runners.data.download import fetch
 from runners.data.reading import Refused
 from runners.data.unpack import is_archive, unpack
@@ -81,11 +81,14 @@ def opened(ctx: Context, path: Path, archive_format: str, where: str) -> Path:
 
     Raises:
         BadRequest: `path` is neither.
+        Later: see `Context.unpacks`.
     """
     if path.is_dir():
         return path
     if archive_format == "none" or (archive_format == "auto" and not is_archive(path.name)):
         raise BadRequest(f"{where}: {str(path)!r} is a file and no archive; give a folder, or set archive_format")
+    if not ctx.unpacks:
+        raise Later(f"{where}: unpacked by the task", path)
     target = Path(tempfile.mkdtemp(prefix="unpacked-", dir=ctx.tmp_dir))
     try:
         with ctx.reach.opened(path) as judged:

@@ -35,6 +35,24 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
     def is_local(self) -> bool:
         return Path(self.path).is_dir()
 
+    @property
+    def folders(self) -> list[Path]:
+        """Where the files of model and tokenizer lie on this node; of a hub id, where the hub's cache has them."""
+        found = (_here(path, self.revision) for path in dict.fromkeys((self.path, self.tokenizer or self.path)))
+        return [folder for folder in found if folder is not None]
+
+
+def _here(path: str, revision: str | None) -> Path | None:
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import errors, try_to_load_from_cache
+
+    try:
+        config = try_to_load_from_cache(path, "config.json", revision=revision)
+    except errors.HFValidationError:
+        return None
+    return Path(config).parent if isinstance(config, str) else None
+
 
 def local_path(ctx: Context, text: str, where: str) -> Path:
     """A document's path as an absolute one. Relative paths start at the working directory, else at RESULTS_DIR.

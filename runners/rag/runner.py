@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from runners.api import BadRequest, Context, MissingDependency, Runner, RunnerError
+from runners.api import BadRequest, Context, MissingDependency, Preparation, Runner, RunnerError
 from runners.data.sources import load_items
 from runners.inference.merge import read_children
 from runners.rag.batch import Batch
@@ -19,6 +19,11 @@ from runners.rows.log import report_rows
 
 class RagRunner(Runner):
     """Task type `rag`."""
+
+    def ahead(self, ctx: Context) -> list[Preparation]:
+        from runners.rag.ahead import parts_ahead
+
+        return parts_ahead(ctx, read_rag(ctx, ctx.spec))
 
     def run(self, ctx: Context) -> dict[str, Any]:
         ctx.phase("prepare")

@@ -117,8 +117,12 @@ def load(ctx: Context, wanted: str | IndexSource, where: str) -> Loaded:
         BadRequest: there is none, or it is damaged.
         RunnerError: its server cannot be reached.
     """
-    folder = _find(ctx, _written_out(wanted, ctx, where), where)
-    return read(ctx, folder, where)
+    return read(ctx, locate(ctx, wanted, where), where)
+
+
+def locate(ctx: Context, wanted: str | IndexSource, where: str) -> Path:
+    """The folder of the index on this node, downloaded where it is elsewhere. Errors as for `load`."""
+    return _find(ctx, _written_out(wanted, ctx, where), where)
 
 
 def read(ctx: Context, folder: Path, where: str) -> Loaded:

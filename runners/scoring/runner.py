@@ -13,7 +13,8 @@ import msgspec
 import numpy as np
 
 from flowmesh.messages.rows import Row
-from runners.api import BadRequest, Context, MissingDependency, Runner, RunnerError
+from runners.api import BadRequest, Context, MissingDependency, Preparation, Runner, RunnerError
+from runners.data.sources import files_ahead
 from runners.embedding.load import model_digest
 from runners.inference.merge import failed, folder_of, read_children
 from runners.models.sources import Source
@@ -61,6 +62,10 @@ class Wanted(msgspec.Struct):
 class ScoreRunner(Runner):
     """Task type `score`."""
 
+    def ahead(self, ctx: Context) -> list[Preparation]:
+        task = read_score(ctx, ctx.spec)
+        return [lambda: _source(ctx, task).folders, lambda: files_ahead(ctx, ctx.spec)]
+
     def run(self, ctx: Context) -> dict[str, Any]:
         ctx.phase("prepare")
         if importlib.util.find_spec("sentence_transformers") is None:
@@ -80,8 +85,7 @@ class ScoreRunner(Runner):
             except RunnerError as error:
                 refused[child.task_id] = _refuse(ctx, child.task_id, error)
         ctx.phase("load")
-        options = task.options
-        source = find_source(ctx, options.model, options.revision, task.model, task.checkpoint, SECTION)
+        source = _source(ctx, task)
         digest = identity(task, source)
         with contextlib.ExitStack() as stack:
             logs: dict[str | None, RowLog] = {}
@@ -111,6 +115,10 @@ class ScoreRunner(Runner):
                 child.task_id: refused.get(child.task_id) or results[child.task_id] for child in children
             }
         return result
+
+
+def _source(ctx: Context, task: ScoreTask) -> Source:
+    return find_source(ctx, task.options.model, task.options.revision, task.model, task.checkpoint, SECTION)
 
 
 def load(ctx: Context, task: ScoreTask, source: Source) -> Scorer | VllmScorer:

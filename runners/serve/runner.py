@@ -14,7 +14,8 @@ from concurrent.futures import Future
 from typing import Any
 
 from flowmesh.web.own_address import address_towards
-from runners.api import BadRequest, Cancelled, Context, MissingDependency, Runner, RunnerError
+from runners.api import BadRequest, Cancelled, Context, MissingDependency, Preparation, Runner, RunnerError
+from runners.inference.task_model import parts_ahead
 from runners.serve.errors import ServerLost
 from runners.serve.gate import Gate
 from runners.serve.keeper import Keeper
@@ -40,6 +41,9 @@ BACKLOG = 128
 
 class ServeRunner(Runner):
     """Task type `serve`, in the task's own process: it keeps the address, and another process serves there."""
+
+    def ahead(self, ctx: Context) -> list[Preparation]:
+        return parts_ahead(ctx, read_serve(ctx, ctx.spec).model)
 
     def run(self, ctx: Context) -> dict[str, Any]:
         ctx.phase("prepare")

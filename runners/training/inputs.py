@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from runners.api import BadRequest, Context, RunnerError
+from runners.api import BadRequest, Context, Preparation, RunnerError
 from runners.data import download
 from runners.models.checkpoints import Loaded, load_checkpoint
 from runners.models.sources import local_path
-from runners.training.plan import Plan
+from runners.training.checkpoints import start_of
+from runners.training.plan import Plan, read
 from runners.training.settings import Jsonl
 
 
@@ -46,6 +47,23 @@ def fetch(plan: Plan, ctx: Context) -> Inputs:
         eval_jsonl=None if eval_given is None else fetch_jsonl(eval_given, ctx, "spec.data.eval.jsonl"),
         checkpoint=None if plan.checkpoint is None else load_checkpoint(ctx, plan.checkpoint),
     )
+
+
+def parts_ahead(task_type: str, ctx: Context) -> list[Preparation]:
+    """What a training task can do before it has its slot; see `Runner.ahead`."""
+    plan = read(task_type, ctx)
+    given = plan.data.jsonl_source()
+    eval_given = None if plan.eval_data is None else plan.eval_data.jsonl_source()
+
+    def start() -> list[Path]:
+        found = start_of(plan, ctx, None if plan.checkpoint is None else load_checkpoint(ctx, plan.checkpoint))
+        return [*found.weights.folders, *(folder for folder in (found.adapter, found.resume) if folder is not None)]
+
+    return [
+        start,
+        lambda: [] if given is None else [fetch_jsonl(given, ctx).path],
+        lambda: [] if eval_given is None else [fetch_jsonl(eval_given, ctx, "spec.data.eval.jsonl").path],
+    ]
 
 
 def fetch_jsonl(given: Jsonl, ctx: Context, where: str = "spec.data.jsonl") -> JsonlFile:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from runners.api import Context, Runner
+from runners.api import Context, Preparation, Runner
 
 
 class TrainingRunner(Runner):
     """Base class; subclasses name their row in `kinds`."""
 
     task_type: ClassVar[str]
+
+    def ahead(self, ctx: Context) -> list[Preparation]:
+        from runners.training.inputs import parts_ahead
+
+        return parts_ahead(self.task_type, ctx)
 
     def run(self, ctx: Context) -> dict[str, Any]:
         from runners.training.core import run

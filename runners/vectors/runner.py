@@ -9,7 +9,8 @@ from typing import Any
 
 import msgspec
 
-from runners.api import BadRequest, Context, MissingDependency, Runner, RunnerError
+from runners.api import BadRequest, Context, MissingDependency, Preparation, Runner, RunnerError
+from runners.data.sources import files_ahead
 from runners.embedding.load import device_of, load_source, model_digest
 from runners.embedding.options import DEFAULT_MODEL
 from runners.inference.merge import failed, folder_of, read_children
@@ -31,6 +32,10 @@ MOST_LISTED = 200
 
 class EmbeddingRunner(Runner):
     """Task type `embedding`."""
+
+    def ahead(self, ctx: Context) -> list[Preparation]:
+        task = read_embedding(ctx, ctx.spec)
+        return [lambda: _source(ctx, task).folders, lambda: files_ahead(ctx, ctx.spec)]
 
     def run(self, ctx: Context) -> dict[str, Any]:
         ctx.phase("prepare")
@@ -62,9 +67,7 @@ class EmbeddingRunner(Runner):
             if part.task.faiss is not None or part.task.qdrant is not None:
                 passages(part)  # raises for equal ids before anything is computed
         ctx.phase("load")
-        source = find_source(
-            ctx, task.options.model, task.options.revision, task.model, task.checkpoint, SECTION, default=DEFAULT_MODEL
-        )
+        source = _source(ctx, task)
         digest = identity(task, source)
         with contextlib.ExitStack() as stack:
             finished: dict[str | None, Finished] = {}
@@ -169,6 +172,13 @@ def identity(task: EmbeddingTask, source: Source) -> str:
     options = task.options
     names = ("prompt", "prompt_name", "normalize", "truncate_dim", "max_seq_length", "pooling", "dtype")
     return key_of(model_digest(source), {name: getattr(options, name) for name in names})
+
+
+def _source(ctx: Context, task: EmbeddingTask) -> Source:
+    options = task.options
+    return find_source(
+        ctx, options.model, options.revision, task.model, task.checkpoint, SECTION, default=DEFAULT_MODEL
+    )
 
 
 def load(ctx: Context, task: EmbeddingTask, source: Source) -> Model:

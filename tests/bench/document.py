@@ -23,6 +23,7 @@ HEADINGS: Mapping[str, str] = {
     "isolation": "Under load",
     "gpus": "GPUs",
     "inference": "Inference",
+    "ahead": "The gap between two tasks",
     "rows": "The row log",
     "vllm": "vLLM",
     "training": "Training",

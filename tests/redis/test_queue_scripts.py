@@ -98,6 +98,32 @@ def test_priority_then_owners_in_turn_then_age(raw: redis.Redis, client: Client)
     assert leftovers(raw) == set()
 
 
+def test_a_look_finds_what_a_claim_would_get_and_changes_nothing(raw: redis.Redis, client: Client) -> None:
+    for owner in ("ann", "ann", "bob"):
+        client.queue({**ECHO, "metadata": {"owner": owner}}, task_id=f"{owner}-{uuid.uuid4().hex}")
+    client.queue(ECHO, task_id="low", priority="low")
+    client.queue(ECHO, task_id="failed", priority="high")
+    assert claim(raw, "w2") == ("failed", 1)
+    assert report(raw, "failed", 1, "w2", "crash", avoid_ms=60_000) == "requeued"
+
+    def look(worker: str = "w1", known: str = "") -> list[bytes]:
+        before = {key: raw.dump(key) for key in raw.keys("flowmesh:*")}
+        answer: list[bytes] = run(raw, scripts.PEEK, worker, known, CLASS)
+        assert {key: raw.dump(key) for key in raw.keys("flowmesh:*")} == before
+        return answer
+
+    assert look("w2")[0].startswith(b"ann"), "not the one that failed on that node"
+    for _ in range(5):
+        task, document = look()
+        got = claim(raw)
+        assert got is not None
+        assert got[0] == task.decode()
+        assert json.loads(document)["spec"] == ECHO["spec"]
+    assert look() == []
+    client.queue(ECHO, task_id="known")
+    assert look(known="known") == [b"known", b""]
+
+
 def test_who_may_not_claim(raw: redis.Redis, client: Client) -> None:
     client.queue(ECHO)
     raw.sadd("workers:elastic_disabled", "w1")

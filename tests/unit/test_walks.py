@@ -32,6 +32,7 @@ LOOPS = {
     ("flowmesh/execution/housekeeping/stack_dump.py", "save"): "processes in /proc",
     ("flowmesh/execution/recovery.py", "_left_folders"): "one level, which only the node writes; renamed, not entered",
     ("flowmesh/processes/shm.py", "_used"): "processes in /proc",
+    ("runners/ahead.py", "files_of"): "two levels; each file is judged when it is read, and nothing is changed",
     ("runners/agent/jail/copies.py", "copy_in"): "beneath an opened folder, at most DEEPEST deep; no link, no mount",
     ("runners/agent/jail/copies.py", "usage"): "beneath an opened folder, at most DEEPEST deep; no link, no mount",
     ("runners/agent/jail/main.py", "_kill_descendants"): "processes in /proc",
