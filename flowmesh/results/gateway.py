@@ -21,10 +21,11 @@ from urllib.parse import quote, unquote
 import msgspec
 
 from flowmesh.errors import ConfigError
-from flowmesh.messages.cloud import Keys, S3Access
+from flowmesh.messages.cloud import Keys
 from flowmesh.messages.gateway import ERROR, KEY, NO_S3, NO_TOKEN, S3, S3_FAULT, S3_LIST, TIMEOUT
 from flowmesh.processes.pipe import Pipe
 from flowmesh.results.child import credentials_of
+from flowmesh.results.gateway_note import NOTE_FILE, Note
 from flowmesh.results.http_errors import describe_failure, innermost
 from flowmesh.results.s3_client import S3Error
 from flowmesh.results.s3_reader import S3Reader
@@ -37,7 +38,6 @@ from flowmesh.web.session import make_session, options_for
 if TYPE_CHECKING:
     import requests
 
-NOTE_FILE = "gateway.json"
 CHUNK_BYTES = 256 * 1024
 MAX_TIMEOUT_S = 600.0
 IDLE_S = 60.0
@@ -53,18 +53,6 @@ _ANSWERS = frozenset((304, 403, 404, 412, 416))
 """Statuses of S3 that a task gets as they are."""
 
 log = logging.getLogger("flowmesh.delivery")
-
-
-class Note(msgspec.Struct, frozen=True, kw_only=True):
-    """What the node tells the gateway; the token comes over the pipe, or is in a file that may change."""
-
-    socket: str
-    key: str
-    orchestrator_url: str | None = None
-    token_file: str | None = None
-    s3: S3Access | None = None
-    mode: int = 0o600
-    """Of the socket."""
 
 
 class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):

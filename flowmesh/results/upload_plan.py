@@ -14,7 +14,6 @@ from flowmesh.errors import DeliveryError
 from flowmesh.files.folder import Parts
 from flowmesh.messages.job import ArchiveRequest, Outcome, UploadRequest
 from flowmesh.messages.output import Remote, file_url
-from flowmesh.results.archive import make_archive
 from flowmesh.results.delivery_state import DeliveryState, Made
 from flowmesh.results.manifest import MANIFEST_FILE, RESPONSES_FILE
 from flowmesh.results.safe_names import is_plain_name
@@ -137,6 +136,8 @@ class UploadPlan:
         if status is None or not stat.S_ISDIR(status.st_mode):
             raise wrong
         with self._sender.early(item_of(folder, archive, [])) as written:
+            from flowmesh.results.archive import make_archive  # only a delivery's process needs tarfile
+
             done = make_archive(folder.top, source, archive[-1], self._settings, written)
             self._state.archive_made(path, done.size, done.sha256)
         self._notes.extend(done.notes)

@@ -25,7 +25,12 @@ REHEARSAL = "runners.child:rehearse"
 """What each child calls before it waits for its task."""
 ALWAYS = ("runners.child",)
 """Imported by the fork server of every environment of tasks."""
-DELIVERS = ("flowmesh.results.child", "flowmesh.results.gateway", "flowmesh.reporting.webhook_child")
+DELIVERS = (
+    "flowmesh.results.child",
+    "flowmesh.results.archive",
+    "flowmesh.results.gateway",
+    "flowmesh.reporting.webhook_child",
+)
 """Imported by the fork server of delivery children and of those that send notifications."""
 
 

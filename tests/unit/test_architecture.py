@@ -187,6 +187,12 @@ def test_nothing_heavy_is_imported(module: str) -> None:
     assert not set(done.stdout.split()) & set(HEAVY)
 
 
+def test_the_supervisor_keeps_nothing_in_memory_that_only_its_children_need() -> None:
+    program = "import flowmesh.supervisor, sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert not set(done.stdout.split()) & {"tarfile", "http.server", "http.client", "requests"}
+
+
 def test_no_machine_or_workplace_is_named() -> None:
     listed = subprocess.run(["git", "ls-files"], capture_output=True, text=True, check=False, cwd=ROOT)
     if listed.returncode != 0:

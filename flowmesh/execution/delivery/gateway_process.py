@@ -20,7 +20,7 @@ from flowmesh.processes import environ
 from flowmesh.processes.helper import HelperLost, Helpers
 from flowmesh.processes.pipe import Credentials
 from flowmesh.processes.protocol import Fork
-from flowmesh.results.gateway import NOTE_FILE, Note
+from flowmesh.results.gateway_note import NOTE_FILE, Note
 from flowmesh.results.s3_access import access_of, keys_of
 from flowmesh.results.safe_files import write_atomic
 from flowmesh.settings.schema import Settings

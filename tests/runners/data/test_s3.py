@@ -11,7 +11,8 @@ import pytest
 
 from flowmesh.messages.cloud import Keys, S3Access
 from flowmesh.messages.gateway import S3, S3_LIST, Gateway
-from flowmesh.results.gateway import Note, Server
+from flowmesh.results.gateway import Server
+from flowmesh.results.gateway_note import Note
 from flowmesh.results.s3_client import error_of
 from flowmesh.validation.s3_url import Location
 from runners.api import BadRequest, Context, RunnerError
