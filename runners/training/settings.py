@@ -230,7 +230,7 @@ class Lora(Section, frozen=True):
 
     r: Count = 16
     alpha: Positive = 32
-    dropout: Fraction | None = None
+    dropout: Annotated[float, Meta(ge=0, lt=1)] | None = None
     """None: 0.05, but 0 for ppo, which compares two passes of one model."""
     bias: Literal["none", "all", "lora_only"] = "none"
     target_modules: tuple[str, ...] | str = ("q_proj", "k_proj", "v_proj", "o_proj")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import EarlyStoppingCallback
 
 from runners.api import BadRequest, MissingDependency, RunnerError
@@ -93,6 +94,7 @@ class TrlJob:
             RunnerError: the checkpoint does not fit, or the loss is NaN or infinite.
         """
         resume = str(self.start.resume) if self.start.resume is not None else None
+        before = None if resume else self._fingerprint()
         with self.tracking.ended():
             try:
                 self.trainer.train(resume_from_checkpoint=resume)
@@ -104,6 +106,20 @@ class TrlJob:
                     raise RunnerError(f"cannot resume from {resume}: {said:.500}") from error
                 raise
         self._check_learned()
+        if before is not None and self._meter.stopped is None and self._fingerprint() == before:
+            self._ctx.log.warning(
+                "not one weight changed in %d steps: nothing was learned; check spec.training.learning_rate, and what "
+                "the loss reads of the data", self._meter.step,
+            )  # fmt: skip
+
+    def _fingerprint(self) -> list[float] | None:
+        """A sum of each trained weight; None where the ranks share the weights between them."""
+        if self.sharding.name not in ("none", "ddp"):
+            return None
+        weights = [weight for weight in self.trainer.model.parameters() if weight.requires_grad]
+        if any(weight.device.type == "meta" or not weight.is_floating_point() for weight in weights):
+            return None
+        return [float(weight.detach().sum(dtype=torch.float64)) for weight in weights]
 
     def _check_learned(self) -> None:
         """Warn where no step had rewards to compare: the advantages of equal rewards are zero."""

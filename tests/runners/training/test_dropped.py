@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("trl", reason="needs the extra 'training'")
 
-from tests.kit.training_tasks import refused, train
+from tests.kit.training_tasks import refused, start, train
 
 LONG = "the node returns its memory and then a task reads the log again " * 6
 FITS = 32
@@ -49,6 +49,14 @@ def test_rows_that_are_too_long(tmp_path: Path, task_type: str) -> None:
     message = refused(tmp_path, task_type, {**spec, "data": {name: [long] * 4}}, task_id="none")
     assert f"no row is left of 4; dropped: 4 ({REASON[task_type]})" in message
     assert message.endswith(f"it is {FITS}: raise it")
+
+
+@pytest.mark.parametrize(("rate", "changes"), [(1e-30, False), (1e-4, True)])
+def test_a_run_that_changes_no_weight_is_a_warning(tmp_path: Path, rate: float, changes: bool) -> None:
+    training = {**TRAINING, "learning_rate": rate}
+    running = start(tmp_path, "sft", {"data": {"prompts": ["a slot", "a log"]}, "training": training})
+    assert running.wait().ok
+    assert ("not one weight changed in 1 steps" in running.log()) != changes
 
 
 YES_AND_NO = {"prompt": "the node", "chosen": " yes", "rejected": " no"}

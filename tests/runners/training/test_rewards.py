@@ -71,6 +71,17 @@ def test_rewards_that_cannot_be_loaded(make_context: Make, reward: Any, message:
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [("  ", "no answer to compare with"), (["4"], "a text, a number, true or false is needed, found a list")],
+)
+def test_answers_that_no_completion_equals(make_context: Make, answer: Any, message: str) -> None:
+    ctx = make_context({"model": MODEL, "data": {"prompts": ["a"]}, "reward": "exact_match"})
+    rows = Rows(dataset=Dataset.from_dict({"prompt": ["p"], "answer": [answer]}), where=lambda i: f"row {i}")
+    with pytest.raises(BadRequest, match=rf"^row 0: column 'answer': {message}"):
+        rewards.load(read("ppo", ctx), ctx, "cpu", rows)
+
+
 def test_rewards_that_all_count_nothing(make_context: Make) -> None:
     with pytest.raises(BadRequest, match=r"spec\.reward\.weight: 0, so that every completion gets the same reward"):
         load(make_context, {"reward": [{"function": "length", "weight": 0}, {"function": "json_valid", "weight": 0}]})
