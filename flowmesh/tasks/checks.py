@@ -68,6 +68,12 @@ def check_own_fields(document: dict[str, Any], kind: TaskType) -> Checked:
     return _load(kind.check)(document, kind.name)
 
 
+def rehearse(kind: TaskType) -> None:
+    """Import what the type's check needs, which its first document would wait for. May be called in any thread."""
+    if kind.check and is_current(kind):
+        check_own_fields({"spec": {"taskType": kind.name}}, kind)
+
+
 _loaded: dict[str, tuple[int, int]] = {}
 """By module: which file it was when it was first asked for."""
 

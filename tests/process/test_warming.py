@@ -13,6 +13,7 @@ import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from flowmesh.execution.launch import warming
@@ -151,3 +152,29 @@ def soon(condition: Callable[[], bool]) -> Awaitable[None]:
                 await asyncio.sleep(0.02)
 
     return wait()
+
+
+def test_the_node_has_imported_what_it_checks_documents_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warming, "LOOK_S", 0.05)
+    monkeypatch.setattr(warming, "QUIET_S", 0.0)
+    monkeypatch.delitem(sys.modules, "runners.remote.task", raising=False)
+    kind = msgspec.structs.replace(environments.task_types(Settings())["api"], environment="a")
+
+    async def live() -> None:
+        pool = ServerPool(
+            {"a": Environment(name="a", python=sys.executable)},
+            folder=tmp_path / "run", log_folder=tmp_path / "log", env={**os.environ, "PYTHONPATH": str(ROOT)},
+            adoption_timeout_s=5.0, cgroup=None, mark="test",
+        )  # fmt: skip
+        with contextlib.closing(Journal(tmp_path / "journal.sqlite")) as journal:
+            room = warming.Warming(
+                pool=pool, catalogue=Catalogue(offered={"api": kind}, missing={}), broken=set, report=pytest.fail,
+                journal=journal, settings={}, max_mb=10000, idle=lambda: True, wanted=lambda: True,
+            )  # fmt: skip
+            running = asyncio.create_task(room.run())
+            await soon(lambda: pool.is_ready("a"))
+            await soon(lambda: "runners.remote.task" in sys.modules)
+            running.cancel()
+        await pool.close()
+
+    asyncio.run(live())

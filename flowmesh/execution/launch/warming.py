@@ -2,7 +2,8 @@
 
 A fork server's imports take seconds to half a minute, which the first task of an environment would wait for. They are
 made one at a time, with less priority than a task has, and within a bound of memory. An environment whose imports fail
-is a fault of the node, found before a task meets it.
+is a fault of the node, found before a task meets it. After them the node imports what it checks documents of the
+environment's task types with.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from flowmesh.node import hardware
 from flowmesh.processes import linux
 from flowmesh.processes.server_pool import ServerPool
 from flowmesh.settings.schema import EnvironmentSettings
-from flowmesh.tasks.catalogue import LIGHT, Catalogue
+from flowmesh.tasks.catalogue import LIGHT, Catalogue, TaskType
+from flowmesh.tasks.checks import rehearse
 from flowmesh.tasks.journal import Journal, JournalError
 
 LOOK_S = 0.5
@@ -104,12 +106,17 @@ class Warming:
                 await self._warm_next()
 
     async def _warm_next(self) -> None:
-        """Start one server, and wait for it."""
+        """Start one server, and wait for it; then rehearse the checks of its types."""
         name = next((name for name in self._names() if self._of(name).warm is True and self._may(name)), None)
         if name is None:
             return
         if problem := await self._pool.warm(name, nice=self._nice):
             self._report(name, problem)
+            return
+        if self._of(name).python is None:  # documents of the others are checked by their tasks
+            for kind in self._catalogue.offered.values():
+                if kind.environment == name:
+                    await asyncio.to_thread(_rehearse, kind)
 
     def _names(self) -> list[str]:
         """The environments of the offered types, the one that was used last first."""
@@ -151,3 +158,10 @@ class Warming:
             with contextlib.suppress(JournalError):  # said by the journal's own condition
                 self._journal.set_fact(_FACT, msgspec.json.encode(now).decode())
                 self._seen = now
+
+
+def _rehearse(kind: TaskType) -> None:
+    try:
+        rehearse(kind)
+    except Exception as error:  # noqa: BLE001 - it meets the first document, too, which is then checked by its task
+        logger.debug("the check of the task type {} failed ahead of its first document: {}", kind.name, error)
