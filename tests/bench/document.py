@@ -24,6 +24,7 @@ HEADINGS: Mapping[str, str] = {
     "gpus": "GPUs",
     "inference": "Inference",
     "ahead": "The gap between two tasks",
+    "first": "The first task",
     "rows": "The row log",
     "vllm": "vLLM",
     "training": "Training",

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,13 @@ from tests.kit.support import ROOT
 TOKENS = 32
 PROMPTS = [" ".join(f"word{(n * 7 + k) % 97}" for k in range(1 + (n * 5) % 24)) for n in range(64)]
 ARGUMENTS = {"dtype": "float32", "max_model_len": 512, "enforce_eager": True}
+
+TINY: dict[str, Any] = {
+    **SPEC,
+    "engine": "vllm",
+    "enforce_cpu": False,
+    "model": {**SPEC["model"], "vllm": {"enforce_eager": True}},
+}
 
 _ENGINES = ("vllm", "transformers")
 _BARE_KINDS = {"bare vllm": "vllm", "bare batch": "transformers", "continuous": "continuous"}
@@ -63,12 +71,17 @@ os._exit(0)
 
 
 def measure(*, quick: bool, so_far: list[Row]) -> list[Row]:
+    return in_venv_vllm("tests.bench.vllm", quick=quick, run=_measure)
+
+
+def in_venv_vllm(module: str, *, quick: bool, run: Callable[..., list[Row]]) -> list[Row]:
+    """Rows of a measurement with vLLM: from `run`, or from `module` as a program of the environment that has vLLM."""
     if importlib.util.find_spec("vllm") is not None:
-        return _measure(quick=quick)
+        return run(quick=quick)
     other = ROOT / ".venv-vllm" / "bin" / "python"
     if not other.exists():
         return [Row("vLLM", "not measured: `scripts/test` installs it into .venv-vllm")]
-    command = [str(other), "-m", "tests.bench.vllm", *(["--quick"] if quick else [])]
+    command = [str(other), "-m", module, *(["--quick"] if quick else [])]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     if done.returncode != 0:
         return [Row("vLLM", f"not measured: {done.stderr.strip().splitlines()[-1:]}")]
@@ -77,10 +90,9 @@ def measure(*, quick: bool, so_far: list[Row]) -> list[Row]:
 
 def _measure(*, quick: bool) -> list[Row]:
     rounds = 1 if quick else 3
-    tiny = {**SPEC, "engine": "vllm", "enforce_cpu": False, "model": {**SPEC["model"], "vllm": {"enforce_eager": True}}}
     with tempfile.TemporaryDirectory() as folder, deployment("--log-level", "WARNING") as (node, peer):
-        cold = publish_to_end(peer, tiny)
-        forked = [publish_to_end(peer, tiny) for _ in range(3 if quick else 10)]
+        cold = publish_to_end(peer, TINY)
+        forked = [publish_to_end(peer, TINY) for _ in range(3 if quick else 10)]
         model, size = _model(Path(folder))
         rates: dict[str, list[float]] = {name: [] for name in (*_ENGINES, *_BARE_KINDS)}
         for _ in range(rounds):
