@@ -244,6 +244,8 @@ class Supervisor:
             self.drain.by_operator(mode)
         if len(self.executor.runs):
             self.executor.parts.gateway.need()
+        warming = self._warming()
+        warming.begin()
         await self.executor.pool.warm(LIGHT)
         await self.executor.parts.gpus.check_idle_slots()
         self.reporting.look()
@@ -252,7 +254,7 @@ class Supervisor:
         self.link.registration.resume()
         self._notifier.send(READY="1", STATUS="running")
         compared = first_lines.compare_torch(self.executor, self.inventory)
-        works = [self._warming().run(), self.end.run(), *self.executor.parts.page.works()]
+        works = [warming.run(), self.end.run(), *self.executor.parts.page.works()]
         await run_all(*self.link.works(), compared, *works)
 
     def _warming(self) -> Warming:

@@ -77,8 +77,8 @@ def objection(status: Mapping[str, Any], options: LocalOptions, submissions: Seq
     offered = status.get("task_types") or []
     roots = [*(permits.get("read_roots") or []), results]
     for each in submissions:
-        for task_type in _values(each.document, "taskType"):
-            if isinstance(task_type, str) and "${" not in task_type and task_type not in offered:
+        for task_type in task_types(each.document):
+            if task_type not in offered:
                 return f"it does not offer {task_type}"
         for path in named_files(each.document):
             if not any(_is_below(path, root) for root in roots):
@@ -91,6 +91,13 @@ def objection(status: Mapping[str, Any], options: LocalOptions, submissions: Seq
         if any(map(is_s3, _texts(each.document))) and not permits.get("s3_read"):
             return "its tasks may not read from S3 (cloud.read)"
     return ""
+
+
+def task_types(document: Mapping[str, Any]) -> Iterator[str]:
+    """The task types that a document names, its stages' included."""
+    for found in _values(document, "taskType"):
+        if isinstance(found, str) and "${" not in found:
+            yield found
 
 
 def absolute(document: dict[str, Any]) -> dict[str, Any]:

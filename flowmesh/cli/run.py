@@ -6,7 +6,7 @@ import contextlib
 import functools
 import queue
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,7 +19,7 @@ from flowmesh.cli.checked_file import refuse_faults
 from flowmesh.cli.deployment import TaskFailed, Worker
 from flowmesh.cli.documents import Submission
 from flowmesh.cli.follow import Follow, Outcome
-from flowmesh.cli.hand_over import Choice, absolute, choose
+from flowmesh.cli.hand_over import Choice, absolute, choose, task_types
 from flowmesh.cli.local import LocalNode, LocalOptions
 from flowmesh.cli.pipelines.run import PipelineRun
 from flowmesh.cli.running_node import RunningNode
@@ -28,7 +28,7 @@ from flowmesh.cli.summary import summary
 from flowmesh.cli.view import View, progress_stream, view_for
 from flowmesh.errors import EXIT_OK, FlowMeshError
 from flowmesh.pipelines.document import is_pipeline
-from flowmesh.tasks.catalogue import known_types
+from flowmesh.tasks.catalogue import LIGHT, TaskType, known_types
 
 _NODES_OWN = ("node_fault", "supervisor_lost")
 """Verdicts for which the task is not at fault; the node's log is printed for them."""
@@ -97,20 +97,31 @@ def run(
         else documents.load(file, task_id)
         for file in files
     ]
-    refuse_faults(submissions, known_types(locate.settings(config)))
+    types = known_types(locate.settings(config))
     folders = [Path.cwd() if file == "-" else Path(file).absolute().parent for file in files]
     if model is not None and Path(model).is_dir():
         folders.append(Path(model))
     roots = tuple(dict.fromkeys(str(folder.resolve()) for folder in (*folders, *map(Path, read_roots))))
-    options = LocalOptions(config=config, results_dir=results_dir, read_roots=roots)
+    warm = warm_at_start(submissions, types)
+    options = LocalOptions(config=config, results_dir=results_dir, read_roots=roots, settings=warm)
     choice = Choice(None, "") if embedded else choose(options, submissions)
-    return run_all(submissions, options, choice, timeout_s=timeout, keep_going=keep_going, as_json=as_json)
+    check = functools.partial(refuse_faults, submissions, types)
+    return run_all(submissions, options, choice, check, timeout_s=timeout, keep_going=keep_going, as_json=as_json)
+
+
+def warm_at_start(submissions: Sequence[Submission], types: Mapping[str, TaskType]) -> dict[str, str]:
+    """The setting by which a temporary node imports the libraries of the first task from its start on."""
+    for name in task_types(submissions[0].document):
+        if (kind := types.get(name)) is not None and kind.environment != LIGHT:
+            return {f"environments.{kind.environment}.warm": "at start"}
+    return {}
 
 
 def run_all(
     submissions: Sequence[Submission],
     options: LocalOptions,
     choice: Choice = Choice(None, ""),  # noqa: B008 - frozen
+    check: Callable[[], None] = lambda: None,
     *,
     timeout_s: float | None = None,
     keep_going: bool = False,
@@ -120,6 +131,7 @@ def run_all(
 
     Args:
         choice: the node that runs here, if they run on it; by default a temporary one.
+        check: checks them, while a temporary node starts; whatever it raises ends that node and the command.
         timeout_s: limit for each task; None: no limit.
         keep_going: run the remaining tasks after a failure.
 
@@ -137,10 +149,11 @@ def run_all(
                 view.note(choice.why)
             with contextlib.ExitStack() as stack:
                 if choice.node is not None and choice.results_dir is not None:
+                    check()
                     each = functools.partial(run.on_running, choice.node, choice.results_dir)
                 else:
                     view.step("starting the node")
-                    node = stack.enter_context(LocalNode(options, lambda: signals.count > 1))
+                    node = _checked_meanwhile(stack, options, signals, check)
                     each = functools.partial(run.on_local, node, node.wait_idle(signals.check), options)
                 latest: FlowMeshError | None = None
                 for submission in submissions:
@@ -157,6 +170,25 @@ def run_all(
     if failure is not None:
         raise failure
     return EXIT_OK
+
+
+def _checked_meanwhile(
+    stack: contextlib.ExitStack, options: LocalOptions, signals: Signals, check: Callable[[], None]
+) -> LocalNode:
+    """A temporary node, which starts while the documents are checked. Where they are refused, nothing of it is left."""
+    checked = False
+    results_dir = locate.results_dir(options.results_dir, options.config)
+    if not results_dir.exists():
+        stack.callback(lambda: None if checked else _remove_empty(results_dir))
+    node = stack.enter_context(LocalNode(options, lambda: signals.count > 1 or not checked))
+    check()
+    checked = True
+    return node
+
+
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 class _Run:

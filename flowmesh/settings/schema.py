@@ -404,8 +404,8 @@ class EnvironmentSettings(Section, frozen=True):
     preload: tuple[ModuleName, ...] = ()
     """Modules that its fork server imports before the first task."""
     warm: Warm = True
-    """True: imported in a quiet moment after the start. "on first use": by the first task. False: the same, and its
-    fork server ends when no task has used it for ten minutes."""
+    """True: imported in a quiet moment after the start. "at start": beside the node's own start. "on first use": by the
+    first task. False: the same, and its fork server ends when no task has used it for ten minutes."""
 
 
 class TaskTypeSettings(Section, frozen=True):

@@ -74,7 +74,7 @@ CpuList = Annotated[
 ]
 
 
-Warm = bool | Literal["on first use"]
+Warm = bool | Literal["at start", "on first use"]
 """Whether an environment's libraries are imported before its first task."""
 
 

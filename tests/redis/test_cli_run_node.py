@@ -172,3 +172,52 @@ def test_a_long_tmpdir_is_no_obstacle(place, length):
     assert process.returncode == 0, err
     assert "succeeded" in out
     assert list(folder.iterdir()) == []
+
+
+CHECKED_MEANWHILE = """
+import sys, time
+from pathlib import Path
+from flowmesh.cli import documents, locate
+from flowmesh.cli.guard import guarded
+from flowmesh.cli.local import LocalOptions
+from flowmesh.cli.run import run_all, warm_at_start
+from flowmesh.errors import FieldError
+from flowmesh.tasks.catalogue import known_types
+file, config, results, mark, fault = sys.argv[1:]
+
+def check():
+    end = time.monotonic() + 60
+    while not Path(mark).exists():
+        assert time.monotonic() < end, "nothing was imported while the document was checked"
+        time.sleep(0.02)
+    if fault:
+        raise FieldError(fault, "")
+
+submissions = [documents.load(file, "t-1")]
+settings = warm_at_start(submissions, known_types(locate.settings(config)))
+options = LocalOptions(config=config, results_dir=results, settings=settings)
+sys.exit(guarded(lambda: run_all(submissions, options, check=check)))
+"""
+
+
+@pytest.mark.parametrize("fault", ["", "spec.text: not today"])
+def test_libraries_are_imported_while_the_document_is_checked(place, fault):
+    mark = place / "imported"
+    (place / "marks_its_import.py").write_text(f"open({str(mark)!r}, 'w').close()\n")
+    (place / "node.toml").write_text(
+        '[environments.own]\npreload = ["marks_its_import"]\n[task_types.echo]\nenvironment = "own"\n'
+    )
+    files = [str(place / name) for name in ("echo.yaml", "node.toml", "results", "imported")]
+    env = {**os.environ, "PYTHONPATH": f"{place}:{ROOT}", "TMPDIR": str(place / "tmp")}
+    done = subprocess.run(
+        [sys.executable, "-c", CHECKED_MEANWHILE, *files, fault],
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    if fault:
+        assert done.returncode == 1
+        assert fault in done.stderr
+        assert not (place / "results").exists()
+        assert list((place / "tmp").iterdir()) == []
+    else:
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "succeeded in " in done.stdout

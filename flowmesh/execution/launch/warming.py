@@ -84,9 +84,16 @@ class Warming:
         self._wanted_at = self._busy_at = time.monotonic()
         self._nice = NICE if linux.may_raise_priority() else 0
         self._told: set[str] = set()
+        self._begun: list[asyncio.Task[None]] = []
         self._seen = Seen()
         with contextlib.suppress(msgspec.DecodeError):
             self._seen = msgspec.json.decode(journal.find_fact(_FACT) or "{}", type=Seen)
+
+    def begin(self) -> None:
+        """Start the servers of environments that are imported beside the node's start, without waiting for them."""
+        for name in self._names():
+            if self._of(name).warm == "at start":
+                self._begun.append(asyncio.create_task(self._warm(name)))
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -106,10 +113,14 @@ class Warming:
                 await self._warm_next()
 
     async def _warm_next(self) -> None:
-        """Start one server, and wait for it; then rehearse the checks of its types."""
-        name = next((name for name in self._names() if self._of(name).warm is True and self._may(name)), None)
-        if name is None:
-            return
+        """Start one server, and wait for it."""
+        ahead = (name for name in self._names() if self._of(name).warm in (True, "at start"))
+        name = next((name for name in ahead if self._may(name)), None)
+        if name is not None:
+            await self._warm(name)
+
+    async def _warm(self, name: str) -> None:
+        """Start a server, and wait for it; then rehearse the checks of its types."""
         if problem := await self._pool.warm(name, nice=self._nice):
             self._report(name, problem)
             return
