@@ -49,6 +49,9 @@ class ReplyLine(asyncio.Protocol):
             all their replies, errors among them; fails where the connection ends before.
         """
         answer: asyncio.Future[list[Any]] = self._loop.create_future()
+        if self.ended is not None:  # since the caller has looked
+            answer.set_exception(self.ended)
+            return answer
         self._requests.append((replies, answer))
         self._transport.write(packed)
         return answer

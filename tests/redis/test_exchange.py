@@ -10,6 +10,7 @@ from redis.exceptions import ConnectionError, ReadOnlyError, ResponseError
 
 from flowmesh.bus.connection import connect, redis
 from flowmesh.bus.exchange import exchange, leave_replica
+from flowmesh.bus.replies import ReplyLine
 from tests.kit.support import RedisServer
 
 pytestmark = pytest.mark.redis
@@ -62,6 +63,16 @@ def test_a_replica_refuses_the_whole_transaction(redis_server: RedisServer) -> N
                 await exchange(client, ("DEL", "guard"), ("PUBLISH", "c", "x"), transaction=True)
         finally:
             await client.replicaof("NO", "ONE")
+
+    with_client(redis_server, work)
+
+
+def test_a_connection_that_has_ended_fails_at_once(redis_server: RedisServer) -> None:
+    async def work(client: redis.Redis) -> None:
+        line = ReplyLine(await client.connection_pool.get_connection())
+        line.end(ConnectionError("gone"))
+        with pytest.raises(ConnectionError, match="gone"):
+            await asyncio.wait_for(line.ask(b"*1\r\n$4\r\nPING\r\n", 1), 5)
 
     with_client(redis_server, work)
 
