@@ -6,7 +6,8 @@ from pathlib import Path
 
 from runners.api import Context, Preparation
 from runners.data.sources import files_ahead
-from runners.embedding.load import WHERE, embedding_source
+from runners.embedding.embedder import WHERE
+from runners.embedding.load import embedding_source
 from runners.embedding.options import DEFAULT_MODEL
 from runners.inference.task_model import parts_ahead as of_model
 from runners.models.sources import local_path
