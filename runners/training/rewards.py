@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from flowmesh.validation.names import kind, listed
+from flowmesh.validation.names import listed
 from runners.api import BadRequest, Context, MissingDependency, RunnerError
 from runners.training.data import Rows
 from runners.training.plan import Plan
@@ -183,11 +183,6 @@ def _answer_column(given: RewardFunction, where: str, rows: Rows) -> str:
     for i, answer in enumerate(decoded({column: rows.dataset[column][:]}, rows.as_json)[column]):
         if answer is None or (isinstance(answer, str) and not answer.strip()):
             raise BadRequest(f"{rows.where(i)}: column {column!r}: no answer to compare with; fill it or drop the row")
-        if not isinstance(answer, str | int | float):
-            raise BadRequest(
-                f"{rows.where(i)}: column {column!r}: a text, a number, true or false is needed, found {kind(answer)}: "
-                "no completion equals it"
-            )
     return column
 
 

@@ -57,9 +57,12 @@ def test_greedy_answers_are_those_of_transformers(forked, tiny_llama, make_conte
     assert vllm["usage"]["num_requests"] == 64
 
 
-def test_the_first_task_with_a_class_of_models_asks_no_other_process(forked, tiny_llama, make_context) -> None:
+def test_the_first_task_with_a_class_of_models_asks_no_other_process(
+    forked, tiny_llama, make_context, tmp_path
+) -> None:
     """One that imports vLLM again, to find out about the class, and keeps what it found."""
-    context = make_context(on_vllm(tiny_llama, ["one"], max_tokens=1))
+    (cache := tmp_path / "cache").mkdir()
+    context = make_context(on_vllm(tiny_llama, ["one"], max_tokens=1), cache_dir=str(cache))
     assert forked(context)["ok"]
     assert list(context.cache_dir.rglob("*")), "the caches are there"
     assert list(context.cache_dir.rglob("modelinfos")) == []

@@ -71,14 +71,10 @@ def test_rewards_that_cannot_be_loaded(make_context: Make, reward: Any, message:
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("answer", "message"),
-    [("  ", "no answer to compare with"), (["4"], "a text, a number, true or false is needed, found a list")],
-)
-def test_answers_that_no_completion_equals(make_context: Make, answer: Any, message: str) -> None:
+def test_a_blank_answer_is_none(make_context: Make) -> None:
     ctx = make_context({"model": MODEL, "data": {"prompts": ["a"]}, "reward": "exact_match"})
-    rows = Rows(dataset=Dataset.from_dict({"prompt": ["p"], "answer": [answer]}), where=lambda i: f"row {i}")
-    with pytest.raises(BadRequest, match=rf"^row 0: column 'answer': {message}"):
+    rows = Rows(dataset=Dataset.from_dict({"prompt": ["p"], "answer": ["  "]}), where=lambda i: f"row {i}")
+    with pytest.raises(BadRequest, match=r"^row 0: column 'answer': no answer to compare with"):
         rewards.load(read("ppo", ctx), ctx, "cpu", rows)
 
 
