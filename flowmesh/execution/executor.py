@@ -133,8 +133,8 @@ class Executor:
             in_use=self.runs.folders,
         )
         pruning = keep_pruned(self.settings.node, self.journal)
-        watches = self.parts.gpus.sample(), self._folders.watch(), self.parts.ahead.run()
-        return [watchdog.run(), retention.run(), pruning, *watches]
+        works = [watchdog.run(), retention.run(), pruning, self.parts.gpus.sample(), self._folders.watch()]
+        return [*works, self.parts.ahead.run()] if self.settings.tasks.prepare_next else works
 
     async def look_first(self) -> None:
         """Before tasks of an earlier supervisor are taken over: whether the node's folders are where they were."""

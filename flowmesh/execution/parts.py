@@ -143,7 +143,7 @@ def make_parts(
     cleanup = Cleanup(layout)
     jobs, delivery_children = Jobs(settings, layout), DeliveryChildren(settings, layout, helpers)
     gateway = GatewayProcess(settings, layout, helpers, functools.partial(environments.report, DELIVERY))
-    ahead = Ahead(slots, helpers, layout, gateway, enabled=settings.tasks.prepare_next)
+    ahead = Ahead(slots, helpers, layout, gateway)
     observers.add(ahead)
     return Parts(
         conditions=conditions,

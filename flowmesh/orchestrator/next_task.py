@@ -29,7 +29,7 @@ class NextTask:
     async def run(self) -> None:
         """Look until cancelled."""
         ahead = self._executor.parts.ahead
-        while ahead.enabled:
+        while True:
             await asyncio.sleep(random.uniform(*PAUSE_S))
             for slot in self._executor.slots.values():
                 if self._executor.draining is not None or not ahead.wants(slot):

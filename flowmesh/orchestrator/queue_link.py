@@ -90,7 +90,8 @@ class QueueLink(Observer):
         )
         executor.observers.add(self.claims)
         self._works.append(self.claims.run)
-        self._works.append(NextTask(executor, self.claims).run)
+        if settings.tasks.prepare_next:
+            self._works.append(NextTask(executor, self.claims).run)
         self._works.append(TakeOver(client, node_id, settings.queue.take_over_after_s).run)
         if settings.queue.pipelines:
             self.drivers = PipelineDrivers(executor, registration, client, node_id)

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import mmap
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,17 @@ def test_what_cannot_be_prepared_is_the_tasks_own_error(node: Node, peer: Orches
     assert end["type"] == "TASK_FAILED"
     assert "/no/such/file" in end["error"]
     node.wait_status("IDLE")
+
+
+def test_a_node_that_prepares_nothing_runs_as_ever(make_node, orchestrator: Orchestrator, tmp_path: Path) -> None:
+    node: Node = make_node("--set", "tasks.prepare_next=false", config=CONFIG)
+    path = cold_file(tmp_path / "weights")
+    busy = Busy(node, orchestrator)
+    task = orchestrator.dispatch("w1", {"taskType": "reading", "paths": [str(path)]})
+    time.sleep(2.5)  # more than it takes otherwise
+    assert cached(path) < SIZE
+    busy.let_go()
+    assert "prepared" not in orchestrator.wait_end(task)["payload"]["resources"]
 
 
 def test_of_the_queues_next_task_only_what_is_here_is_read(

@@ -56,21 +56,11 @@ class Prepared(msgspec.Struct):
 
 
 class Ahead(Observer):
-    """
-    Args:
-        enabled: `tasks.prepare_next`.
-    """
+    """Does nothing unless it is run (`tasks.prepare_next`)."""
 
     def __init__(
-        self,
-        slots: Mapping[str, Slot[Run]],
-        helpers: Helpers,
-        layout: Layout,
-        gateway: GatewayProcess,
-        *,
-        enabled: bool,
+        self, slots: Mapping[str, Slot[Run]], helpers: Helpers, layout: Layout, gateway: GatewayProcess
     ) -> None:
-        self.enabled = enabled
         self._slots = slots
         self._helpers = helpers
         self._layout = layout
@@ -86,7 +76,7 @@ class Ahead(Observer):
 
     def wants(self, slot: Slot[Run]) -> bool:
         """Whether a task that the queue would give to the slot next could be prepared now."""
-        return self.enabled and _is_busy(slot) and not slot.queue
+        return _is_busy(slot) and not slot.queue
 
     def offer(self, slot: Slot[Run], accepted: Accepted | None) -> None:
         """The queue would give this task to the slot next, if no other node gets it before; None: it has none."""
@@ -103,7 +93,7 @@ class Ahead(Observer):
     async def run(self) -> None:
         """Until cancelled."""
         try:
-            while self.enabled:
+            while True:
                 await asyncio.sleep(LOOK_S)
                 for worker_id, slot in self._slots.items():
                     self._look(worker_id, slot)
