@@ -50,6 +50,13 @@ local function add(id, front)
   redis.call('ZADD', P .. 'queue:classes', now_ms(), redis.call('HGET', record(id), 'class_json'))
   wake(ck)
 end
+local function last_read(key)
+  for _, group in ipairs(redis.call('XINFO', 'GROUPS', key)) do
+    for i = 1, #group, 2 do
+      if group[i] == 'last-delivered-id' then return group[i + 1] end
+    end
+  end
+end
 local function gang_place(priority, ms) return ({high = 0, normal = 1, low = 2})[priority] * 1e13 + ms end
 local function drop_entry(key, entry)
   if not key or not entry or redis.call('EXISTS', key) == 0 then return end

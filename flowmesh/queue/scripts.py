@@ -146,12 +146,7 @@ local function take(key, entry, id, ck, priority)
   return {'task', id, attempt, priority, f[8], ck}
 end
 local function next_that_can_finish(key)
-  local seen
-  for _, group in ipairs(redis.call('XINFO', 'GROUPS', key)) do
-    for i = 1, #group, 2 do
-      if group[i] == 'last-delivered-id' then seen = group[i + 1] end
-    end
-  end
+  local seen = last_read(key)
   -- from `seen` itself: Redis before 6.2 knows no ranges without their first entry
   for _, e in ipairs(redis.call('XRANGE', key, seen, '+', 'COUNT', 33)) do
     if e[1] ~= seen then
@@ -234,12 +229,7 @@ PEEK = Script.of("""
 local node, known, now = ARGV[1], ARGV[2], now_ms()
 local function next_of(key)
   if redis.call('EXISTS', key) == 0 then return nil end
-  local seen
-  for _, group in ipairs(redis.call('XINFO', 'GROUPS', key)) do
-    for i = 1, #group, 2 do
-      if group[i] == 'last-delivered-id' then seen = group[i + 1] end
-    end
-  end
+  local seen = last_read(key)
   for _, e in ipairs(redis.call('XRANGE', key, seen, '+', 'COUNT', 9)) do
     local id = e[2][2]
     local f = get(id, 'state', 'entry', 'avoid', 'avoid_until', 'stay', 'stay_until')
