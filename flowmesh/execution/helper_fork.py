@@ -20,6 +20,7 @@ def helper_fork(
     *,
     env: Mapping[str, str] | None = None,
     limits: Limits | None = None,
+    as_task: bool = False,
 ) -> Fork:
     """A child with one thread and no GPU, whose own folder is also its TMPDIR.
 
@@ -29,8 +30,9 @@ def helper_fork(
         log: a file's name in the node's folder of logs.
         env: variables besides those that every child gets.
         limits: None: none but the node's own.
+        as_task: whether it sees what tasks see of the node's environment, such as their user's home.
     """
-    output = str(layout.log_dir / log)
+    output = str(layout.log_dir.resolve() / log)  # no link is followed where it runs as the tasks' user
     return Fork(
         attempt=attempt,
         target=target,
@@ -39,7 +41,7 @@ def helper_fork(
         stdout=output,
         stderr=output,
         env=environ.for_task(
-            layout.base_env,
+            layout.task_env if as_task else layout.base_env,
             task_env=dict(env or {}),
             tmp_dir=str(folder),
             threads=1,

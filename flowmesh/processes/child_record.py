@@ -88,8 +88,8 @@ class Entry:
         """Whether it may have done something of its task: it was set up, or was given no more time for it."""
         self.second = False
         """Whether another child had this task before, and died before it had begun."""
-        self.ended_for_it = False
-        """Whether the supervisor has asked for its end."""
+        self.asked_to_end = False
+        """Whether the supervisor has sent it SIGTERM."""
         self.attempt = request.attempt
         self.pid = spare.pid
         self.pipe = spare.pipe

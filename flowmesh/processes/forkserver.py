@@ -232,12 +232,11 @@ class ForkServer:
                 self._start(request, data)
             case Terminate(attempt):
                 if entry := self._reaper.get(attempt):
-                    entry.ended_for_it = True
+                    entry.asked_to_end = True
                     if entry.running:
                         tree.send_group(entry.pid, signal.SIGTERM)
             case Kill(attempt):
                 if entry := self._reaper.get(attempt):
-                    entry.ended_for_it = True
                     self._reaper.kill(entry)
             case Forget(attempt):
                 self._reaper.forget(attempt)
@@ -280,7 +279,7 @@ class ForkServer:
             self._reaper.forget(entry.attempt)
             return
         if not entry.begun:
-            if not (entry.ended_for_it or entry.exit.oom_kills or entry.second):
+            if not (entry.asked_to_end or entry.killed_by_us or entry.exit.oom_kills or entry.second):
                 self._reaper.forget(entry.attempt)
                 self._start(entry.request, entry.data, second=True)
                 return

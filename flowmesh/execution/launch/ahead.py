@@ -19,6 +19,7 @@ from loguru import logger
 from flowmesh.errors import LaunchError
 from flowmesh.execution.admission import Accepted
 from flowmesh.execution.delivery.gateway_process import GatewayProcess
+from flowmesh.execution.helper_fork import helper_fork
 from flowmesh.execution.housekeeping.removal import remove_tree
 from flowmesh.execution.launch.preparation import task_limits
 from flowmesh.execution.layout import Layout
@@ -27,7 +28,7 @@ from flowmesh.execution.run import Run
 from flowmesh.messages.job import JOB_FILE, Job
 from flowmesh.messages.text import encode_json
 from flowmesh.node.slots import Slot
-from flowmesh.processes import environ, linux
+from flowmesh.processes import linux
 from flowmesh.processes.helper import Helpers
 from flowmesh.processes.pipe import Frame, Progress
 from flowmesh.processes.protocol import Fork
@@ -187,27 +188,13 @@ class Ahead(Observer):
             gateway=layout.gateway,
         )
         (folder / JOB_FILE).write_bytes(encode_json(job))
-        log = layout.log_dir.resolve() / f"ahead-{slot.plan.name}.log"
-        log.write_bytes(b"")
+        log = f"ahead-{slot.plan.name}.log"
+        (layout.log_dir / log).write_bytes(b"")
         for given in (folder / JOB_FILE, folder):
             layout.give(given)
-        return Fork(
-            attempt=attempt,
-            target=EVERYTHING if is_ours else WHAT_IS_HERE,
-            spool=str(folder),
-            cwd=str(layout.work_dir),
-            stdout=str(log),
-            stderr=str(log),
-            env=environ.for_task(
-                layout.task_env,
-                task_env=accepted.spec.env,
-                tmp_dir=str(folder),
-                threads=1,
-                gpus=(),
-                mark=layout.mark_of(attempt),
-            ),
-            limits=task_limits(layout, cpus=slot.plan.cpus, private_shm=False),
-        )
+        entry = EVERYTHING if is_ours else WHAT_IS_HERE
+        limits = task_limits(layout, cpus=slot.plan.cpus, private_shm=False)
+        return helper_fork(layout, attempt, entry, folder, log, env=accepted.spec.env, limits=limits, as_task=True)
 
 
 def _is_busy(slot: Slot[Run]) -> bool:
