@@ -15,7 +15,7 @@ from flowmesh.redaction import Redactor
 from runners.agent import tls
 from runners.agent.completions import error_text
 from runners.api import RunnerError
-from runners.remote.answers import Answer, BadAnswer, estimated_tokens, read_answer
+from runners.remote.answers import Answer, BadAnswer, estimated_tokens, read_answer, read_json
 from runners.remote.pace import Pace
 from runners.remote.task import PATHS, Api
 
@@ -87,7 +87,7 @@ class Client:
             EndpointError: it lists none.
         """
         try:
-            listed = await self._attempts(lambda: self._get("/models"), 0, _as_it_is)
+            listed = await self._attempts(lambda: self._get("/models"), 0, lambda got: read_json(got, "data"))
         except ItemError as error:
             raise EndpointError(f"{error}; name a model (spec.api.model)") from None
         entries = listed.get("data") if isinstance(listed, dict) else None
@@ -105,7 +105,7 @@ class Client:
         """
         kind, estimated = self._api.kind, estimated_tokens(body)
         answer: Answer = await self._attempts(
-            lambda: self._post(PATHS[kind], body), estimated, lambda got: read_answer(kind, got)
+            lambda: self._post(PATHS[kind], body), estimated, lambda got: read_answer(kind, got, body["model"])
         )
         if answer.usage is not None:
             self.pace.correct(estimated, answer.usage.prompt_tokens + answer.usage.completion_tokens)
@@ -121,10 +121,7 @@ class Client:
             self.attempts += 1
             pause_s = min(FIRST_PAUSE_S * 2**number, LONGEST_PAUSE_S) * random.uniform(0.5, 1)
             try:
-                got = await send()
-                if isinstance(got, dict) and got.get("error") and not got.get("choices"):
-                    raise BadAnswer(f"reported an error: {self._redact(error_text(got))}")
-                return read(got)
+                return read(await send())
             except openai.APIStatusError as error:
                 problem, status = self._status(error), error.status_code
                 if status not in RETRIED and status < 500:
@@ -142,7 +139,7 @@ class Client:
                     raise self._error(f"has a certificate that is not trusted ({why}); see SSL_CERT_FILE") from None
                 problem, status = f"{self._name} cannot be reached, or broke the connection off", None
             except BadAnswer as error:
-                problem, status = f"{self._name} {error}", 200
+                problem, status = f"{self._name} {self._redact(str(error))}", 200
             except (openai.OpenAIError, ValueError, httpx2.HTTPError):
                 problem, status = f"{self._name} gave an answer that cannot be read, or broke it off", 200
             if number < self._retries:
@@ -205,7 +202,3 @@ def _number(text: str) -> float | None:
     except ValueError:
         return None
     return found if found == found else None  # noqa: PLR0124 - not NaN
-
-
-def _as_it_is(body: Any) -> Any:
-    return body

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -127,6 +128,7 @@ class ApiRunner(Runner):
             ctx.log.warning(
                 "%d of %d items have no whole answer: %s", len(bad), counts.total, result["first_errors"][0]
             )
+        _warn(ctx, model, items)
         usages = [item.get("usage") or {} for item in items]
         prompt, answered, cached = (
             sum(usage.get(name, 0) for usage in usages)
@@ -147,6 +149,27 @@ class ApiRunner(Runner):
                 "cached_tokens": cached, "num_requests": client.attempts, "latency_sec": round(latency_s, 6),
             },
         }  # fmt: skip
+
+
+def _warn(ctx: Context, model: str, items: list[dict[str, Any]]) -> None:
+    """Warn of answers that may not be what was asked for: of another model, or vectors of several lengths."""
+    others = Counter(repr(name) for item in items if not _same_model(name := item.get("model", model), model))
+    lengths = Counter(len(item["embedding"]) for item in items if "embedding" in item)
+    if others:
+        ctx.log.warning("the endpoint answered with another model than %r: %s", model, _listed(others, len(items)))
+    if len(lengths) > 1:
+        listed = _listed(lengths, len(items))
+        ctx.log.warning("the vectors differ in length, so they are not of one model: %s", listed)
+
+
+def _listed(counts: Counter[Any], total: int) -> str:
+    return ", ".join(f"{each} ({count} of {total} items)" for each, count in counts.most_common(SHOWN_ERRORS))
+
+
+def _same_model(name: str, asked: str) -> bool:
+    """Whether a name may be another form of the one asked for: with a date, a provider or a folder."""
+    short = [each.lower().rpartition("/")[2] for each in (name, asked)]
+    return short[0] in short[1] or short[1] in short[0]
 
 
 def _endpoint(ctx: Context, api: Api, stack: contextlib.ExitStack) -> tuple[str, str | None, str | None]:
@@ -204,7 +227,7 @@ def body_of(api: Api, model: str, items: Items, index: int) -> dict[str, Any]:
         case "embeddings":
             return {"model": model, "input": prompt, "encoding_format": "float", **more}
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [
-        {"role": each.role, "content": each.content} for each in prompt
+        msgspec.to_builtins(each) for each in prompt  # also what an earlier turn thought, under the name it has
     ]  # fmt: skip
     if api.system_prompt is not None:
         turns = [{"role": "system", "content": api.system_prompt}, *turns]

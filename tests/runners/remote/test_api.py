@@ -110,7 +110,9 @@ def test_what_may_pass_is_tried_again_and_what_may_not_is_not(ask) -> None:
         (Say("", finish="content_filter"), "content_filter"),
         (Say(refusal="I will not."), "refusal"),
         (Say(""), "empty"),
+        (Say(" \n"), "empty"),
         (Say("x", finish="weird"), "weird"),
+        (Say("I call it.", finish="tool_calls"), "tool_calls"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -121,6 +123,65 @@ def test_an_answer_that_is_not_whole_is_not_a_success(say, why, ask) -> None:
         assert result["items"][1]["incomplete"] == why
         with pytest.raises(RunnerError, match=f"no item has a whole answer; the first: item 0: {why}"):
             ask(server, "bad", task_id="only")
+
+
+def completion(content: str, **more: Any) -> dict[str, Any]:
+    choice = {"message": {"role": "assistant", "content": content}, "finish_reason": "stop"}
+    return {"choices": [choice], "usage": {"prompt_tokens": 3, "completion_tokens": 2}, **more}
+
+
+def test_bodies_are_read_as_servers_send_them(ask) -> None:
+    second = {"index": 1, "message": {"content": "second"}, "finish_reason": "stop"}
+    bodies = {
+        "text": Raw(json.dumps(completion("plain")).encode(), "text/plain"),
+        "half a character": Raw(rb'{"choices": [{"message": {"content": "hi \ud83d"}, "finish_reason": "stop"}]}'),
+        "floats": Raw(json.dumps(completion("x", usage={"prompt_tokens": 3.0, "completion_tokens": 2.0})).encode()),
+        "two": Raw(json.dumps({"choices": [second, {**second, "index": 0, "message": {"content": "1st"}}]}).encode()),
+        "negative": Raw(json.dumps(completion("x", usage={"prompt_tokens": -3})).encode()),
+    }
+    with Server(decide=lambda body: bodies[asked(body)]) as server:
+        result = ask(server, *bodies, prices=PRICES, retries=0)
+    assert [item["output"] for item in result["items"]] == ["plain", "hi \ufffd", "x", "1st", "x"]
+    assert [item.get("cost_usd") for item in result["items"]] == [7e-6, None, 7e-6, None, None]
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (completion("a part", error={"message": "upstream died"}), "reported an error: upstream died"),
+        ({"choices": [{"error": {"message": "upstream died"}, "message": {"content": "a part"}}]}, "upstream died"),
+        ({"message": "quota exceeded"}, "reported an error: quota exceeded"),
+        ("<html>Please log in</html>", "no JSON: '<html>Please log in</html>'"),
+    ],
+)
+def test_an_error_with_status_200_is_no_answer(body, said, ask) -> None:
+    raw = Raw(body.encode(), "text/html") if isinstance(body, str) else Raw(json.dumps(body).encode())
+    with Server(decide=lambda _: raw) as server, pytest.raises(RunnerError, match=said):
+        ask(server, "a", retries=0)
+
+
+def test_another_model_and_vectors_of_several_lengths_are_named(ask, caplog) -> None:
+    def decide(body: dict[str, Any]) -> Raw:
+        if "input" in body:
+            return Raw(json.dumps({"data": [{"embedding": [0.5] * len(body["input"])}]}).encode())
+        return Raw(json.dumps(completion("x", model=asked(body))).encode())
+
+    with Server(decide=decide) as server:
+        result = ask(server, "gpt-4o", "gpt-4o-2024-08-06", "llama-7b", model="gpt-4o")
+        assert [item.get("model") for item in result["items"]] == [None, "gpt-4o-2024-08-06", "llama-7b"]
+        assert "answered with another model than 'gpt-4o': 'llama-7b' (1 of 3 items)" in caplog.text
+        ask(server, "a", "bb", "cc", endpoint="embeddings", task_id="vectors")
+        assert (
+            "the vectors differ in length, so they are not of one model: 2 (2 of 3 items), 1 (1 of 3 items)"
+            in caplog.text
+        )
+
+
+def test_what_an_earlier_turn_thought_is_sent_as_it_stands(ask) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning_content": "hm"}]
+    with Server(Say("c")) as server:
+        ask(server, data={"type": "list", "items": [[*turns, {"role": "user", "content": "d"}]]})
+    assert server.requests[0].body["messages"][:2] == turns
 
 
 def test_a_retry_pays_only_for_what_is_missing(ask) -> None:
