@@ -88,7 +88,10 @@ def _part(given: Any, where: str) -> Part:
         raise BadRequest(f"{where}.type: expected text, image_url or image (found {kind!r:.60}); leave it out")
     fields = _IMAGE_FIELDS[kind]
     _only(part, ("type", *fields), where)
-    name = next((each for each in fields if each != "detail" and each in part), fields[0])
+    places = [each for each in fields if each != "detail" and each in part]
+    if len({str(part[each]) for each in places}) > 1:
+        raise BadRequest(f"{where}.{places[1]}: another place of the image than {where}.{places[0]}; give one of them")
+    name = places[0] if places else fields[0]
     value, detail = part.get(name), part.get("detail")
     inside = f"{where}.{name}"
     if isinstance(value, dict):

@@ -30,6 +30,8 @@ MAX_PIXELS = 50_000_000
 MAX_SIDE = 32_768
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 """As Pillow names them. It has others whose readers are seldom used, or start programs (EPS)."""
+PHOTO_WITH_MORE = "MPO"
+"""A JPEG with further pictures after it, such as a camera's preview or depth: what any viewer shows is the first."""
 _DATA_URL = re.compile(r"data:(image/[\w.+*-]+)?(;[\w-]+=[\w.-]+)*;base64,", re.IGNORECASE)
 
 
@@ -57,7 +59,7 @@ class Images:
         return msgspec.structs.replace(part, digest=hashlib.sha256(data).hexdigest(), width=width, height=height)
 
     def decoded(self, part: ImagePart, where: str) -> Any:
-        """The image as both engines get it: in RGB, turned as its EXIF orientation says.
+        """The image as both engines get it: in RGB, on white where it is transparent, turned as EXIF says.
 
         Args:
             part: as `checked` returned it.
@@ -72,7 +74,7 @@ class Images:
             raise BadRequest(f"{where}: the image was changed while the task ran; send it again")
         with _opened(data, where) as image:
             try:
-                return ImageOps.exif_transpose(image).convert("RGB")
+                return _in_rgb(ImageOps.exif_transpose(image))
             except Exception as error:  # each of Pillow's readers raises its own types
                 raise BadRequest(f"{where}: the image's data are damaged: {_line(error)}") from error
 
@@ -184,9 +186,21 @@ def _opened(data: bytes, where: str) -> Any:
         raise BadRequest(f"{where}: is no image of a format that is read here: {', '.join(FORMATS)}") from None
     if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE or min(width, height) < 1:
         raise BadRequest(_too_many_pixels(where))
-    if getattr(image, "is_animated", False):
+    if getattr(image, "is_animated", False) and image.format != PHOTO_WITH_MORE:
         raise BadRequest(f"{where}: an animation; send one of its frames as an image")
     return image
+
+
+def _in_rgb(image: Any) -> Any:
+    """In RGB, as a viewer shows it: Pillow cuts 16 bits off at 255, and shows what is hidden under transparency."""
+    from PIL import Image
+
+    if image.mode.startswith("I"):
+        return image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def _too_many_pixels(where: str) -> str:

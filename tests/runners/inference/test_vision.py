@@ -118,6 +118,42 @@ def test_answers_are_the_bare_librarys_for_any_number_of_images(run, tmp_path, s
     assert result["items"][0]["metadata"]["rendered_prompt"].count("<image>") == 1
 
 
+def stored(image: Any, kind: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def with_a_hole(mode: str) -> bytes:
+    """Transparent, black beneath; its last pixel is opaque."""
+    image = Image.new("RGBA", (3, 1), (0, 0, 0, 0))
+    image.putpixel((2, 0), (0, 0, 0, 255))
+    return stored(image.convert(mode))
+
+
+GREY = (0, 0, 0), (128, 128, 128), (255, 255, 255)
+HOLE = (255, 255, 255), (255, 255, 255), (0, 0, 0)
+PREVIEW = stored(Image.new("RGB", (3, 1), "red"), "MPO", save_all=True, append_images=[Image.new("RGB", (3, 1))])
+
+
+@pytest.mark.parametrize(
+    ("data", "pixels"),
+    [
+        (stored(Image.frombytes("I;16", (3, 1), struct.pack("<3H", 0, 0x8080, 0xFFFF))), GREY),
+        (with_a_hole("RGBA"), HOLE),
+        (with_a_hole("LA"), HOLE),
+        (stored(Image.new("CMYK", (3, 1), (0, 255, 255, 0)), "JPEG"), [(255, 0, 0)] * 3),
+        (PREVIEW, [(254, 0, 0)] * 3),
+    ],
+    ids=["16 bits", "alpha", "grey and alpha", "cmyk", "a photo with a preview"],
+)
+def test_an_image_is_what_a_viewer_shows(make_context, data, pixels) -> None:
+    images = reading.Images(make_context({}))
+    part = images.checked(parts.ImagePart(data_url(data)), "here")
+    decoded = images.decoded(part, "here")
+    assert [decoded.getpixel((x, 0)) for x in range(3)] == [tuple(each) for each in pixels]
+
+
 def bomb() -> bytes:
     """A PNG whose header says 60000 × 60000."""
 
@@ -141,6 +177,10 @@ REFUSED = {
     "video": ({"type": "video_url", "video_url": {"url": "x"}}, rf"{WHERE}\.type: expected text, image_url or image"),
     "field": (image(RED, size=3), rf"{WHERE}\.image_url\.size: unknown field"),
     "detail": (image(RED, detail="best"), rf"{WHERE}\.detail: expected auto, low or high"),
+    "two places": (
+        {"type": "image", "image": RED, "path": "b.png"},
+        rf"{WHERE}\.path: another place of the image than",
+    ),
     "no place": (image(""), rf"{WHERE}\.image_url\.url: expected a data URL, a path"),
     "no base64": (image("data:image/png;base64,%%%"), rf"{WHERE}: .*not base64"),
     "not in base64": (image("data:image/png,abc"), rf"{WHERE}: expected a data URL of an image in base64"),
