@@ -125,9 +125,10 @@ class Session:
         watch = Watch(self._ctx, self._timeout_s)
         self.journal.note(index, LONE, "task", task=text)
         output, error = "", ""
+        problems: tuple[str, ...] = ()
         try:
             outcome = self._work(index, text, workspace, watch)
-            output = outcome.text
+            output, problems = outcome.text, outcome.problems
             if outcome.out_of_turns:
                 error = f"max_turns: no answer after {self._max_turns} turns; the output is what it had by then"
         except OutOfTime as late:
@@ -145,6 +146,8 @@ class Session:
             self.journal.note(index, LONE, "failed", error=error)
         else:
             self.journal.note(index, LONE, "answer", text=output)
+        if problems:
+            entry["problems"] = list(problems)
         entry["execution_time_sec"] = round(time.monotonic() - since, 6)
         return entry
 

@@ -68,6 +68,9 @@ class AgentRunner(Runner):
         if len(failed) == len(items):
             first = failed[0]["error"]
             raise RunnerError(first if len(items) == 1 else f"all {len(items)} runs failed; the first: {first}")
+        for item in items:
+            for problem in item.get("problems", ()):
+                ctx.log.warning("item %d: %s", item["index"], problem)
         prompt, completion = (sum(getattr(row, name) for row in log.rows.values()) for name in _TOKENS)
         return {
             "ok": True,

@@ -34,6 +34,8 @@ class Outcome(msgspec.Struct, frozen=True):
     text: str
     out_of_turns: bool
     """Whether it had used all its turns and was asked to conclude."""
+    problems: tuple[str, ...] = ()
+    """What a team left undone, and went on to report."""
 
 
 class Member(msgspec.Struct, frozen=True, kw_only=True):

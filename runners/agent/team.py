@@ -35,7 +35,8 @@ class Done(msgspec.Struct, frozen=True):
 
     step: Step
     text: str
-    ok: bool
+    problem: str = ""
+    """Why it is not finished; empty: it is."""
 
 
 class Unusable(ValueError):
@@ -52,12 +53,13 @@ def orchestra(config: AgentConfig, members: Mapping[str, Member], task: str, ben
     system = prompts.PLAN.format(
         members=_listed(config), max_steps=config.planner.max_steps, instructions=config.planner.instructions
     )
-    steps = _ask(bench, "planner", system, task, lambda text: _steps(text, config, members, with_worker=True))
+    planned = _ask(bench, "planner", system, task, lambda text: _steps(text, members, with_worker=True))
+    steps = planned[: config.planner.max_steps]
     bench.note("planner", "plan", steps=msgspec.to_builtins(steps))
     done: list[Done] = []
     for step in steps:
         done.append(_do(members[step.worker or ""], step, task, done, bench))
-    return _report(config, task, done, bench)
+    return _report(config, task, done, bench, len(planned))
 
 
 def workforce(config: AgentConfig, members: Mapping[str, Member], task: str, bench: Bench) -> Outcome:
@@ -70,7 +72,8 @@ def workforce(config: AgentConfig, members: Mapping[str, Member], task: str, ben
     planner = config.planner
     listed = _listed(config)
     system = prompts.BREAK_DOWN.format(members=listed, max_steps=planner.max_steps, instructions=planner.instructions)
-    steps = _ask(bench, "coordinator", system, task, lambda text: _steps(text, config, members, with_worker=False))
+    planned = _ask(bench, "coordinator", system, task, lambda text: _steps(text, members, with_worker=False))
+    steps = planned[: planner.max_steps]
     bench.note("coordinator", "plan", steps=msgspec.to_builtins(steps))
     assigning = prompts.ASSIGN.format(members=listed, instructions=planner.instructions)
     done: list[Done] = []
@@ -80,7 +83,7 @@ def workforce(config: AgentConfig, members: Mapping[str, Member], task: str, ben
             name = _ask(bench, "coordinator", assigning, step.task, lambda text: _worker(text, members))
         bench.note("coordinator", "assign", worker=name, task=step.task)
         done.append(_until_good(config, members[name], step, task=task, before=done, bench=bench))
-    return _report(config, task, done, bench)
+    return _report(config, task, done, bench, len(planned))
 
 
 def _until_good(
@@ -94,32 +97,48 @@ def _until_good(
         question = f"The step:\n{step.task}\n\nWhat the member delivered:\n{result.text}"
         good, feedback = _ask(bench, "reviewer", system, question, _verdict)
         bench.note("reviewer", "review", done=good, feedback=feedback)
-        if good and result.ok:
+        if good and not result.problem:
             return msgspec.structs.replace(result, step=step)
         wanted = (
             f"{step.task}\n\nA first attempt was not good enough: {feedback}\nIt was:\n{result.text[:BEFORE_CHARS]}"
         )
-    return Done(step, result.text, ok=False)
+    attempts = config.planner.max_attempts
+    why = f"{attempts} attempts, and the reviewer accepted none (planner.max_attempts)"
+    return Done(step, result.text, result.problem or why)
 
 
 def _do(member: Member, step: Step, task: str, before: list[Done], bench: Bench) -> Done:
-    found = _results(before)[-BEFORE_CHARS:] or "(this is the first step)"
+    found = _results(before) or "(this is the first step)"
+    if len(found) > BEFORE_CHARS:
+        found = f"({len(found) - BEFORE_CHARS} characters of earlier steps left out) …{found[-BEFORE_CHARS:]}"
     outcome = work(member, prompts.STEP.format(task=task, before=found, part=step.task), bench)
     bench.note(member.name, "step_done", task=step.task, result=outcome.text, ok=not outcome.out_of_turns)
-    return Done(step, outcome.text, ok=not outcome.out_of_turns)
+    why = f"{member.name} gave no answer in {member.max_turns} turns (max_turns)" if outcome.out_of_turns else ""
+    return Done(step, outcome.text, why)
 
 
-def _report(config: AgentConfig, task: str, done: list[Done], bench: Bench) -> Outcome:
+def _report(config: AgentConfig, task: str, done: list[Done], bench: Bench, planned: int) -> Outcome:
+    """
+    Args:
+        planned: the plan's steps; those beyond `done` were left out.
+    """
     system = prompts.REPORT.format(instructions=config.reporter.instructions)
     listen(bench, "reporter")
-    text = bench.model.say(system, f"The task:\n{task}\n\nThe team's work:\n{_results(done)}")
-    return Outcome(bench.redact(text.strip()), out_of_turns=False)
+    problems = [
+        f"step {number} was not finished: {each.problem}" for number, each in enumerate(done, start=1) if each.problem
+    ]
+    work = _results(done)
+    if planned > len(done):
+        problems.append(f"the plan has {planned} steps, and only the first {len(done)} were done (planner.max_steps)")
+        work += f"\n\n(The other {planned - len(done)} steps of the plan were not done.)"
+    text = bench.model.say(system, f"The task:\n{task}\n\nThe team's work:\n{work}")
+    return Outcome(bench.redact(text.strip()), out_of_turns=False, problems=tuple(problems))
 
 
 def _results(done: list[Done]) -> str:
     lines = []
     for number, each in enumerate(done, start=1):
-        mark = "" if each.ok else " (not finished)"
+        mark = " (not finished)" if each.problem else ""
         lines.append(f"{number}. {each.step.task}{mark}\n{each.text}")
     return "\n\n".join(lines)
 
@@ -144,10 +163,10 @@ def _ask(bench: Bench, agent: str, system: str, question: str, read: Callable[[s
     raise RunnerError(f"the {agent} gave no usable answer in {ASKED} attempts; the last: {why}")
 
 
-def _steps(text: str, config: AgentConfig, members: Mapping[str, Member], *, with_worker: bool) -> list[Step]:
+def _steps(text: str, members: Mapping[str, Member], *, with_worker: bool) -> list[Step]:
     value = _only(text, "list of steps", lambda value: isinstance(value, list) and bool(value) and _are_objects(value))
     steps = []
-    for index, each in enumerate(value[: config.planner.max_steps]):
+    for index, each in enumerate(value):
         task = each.get("task")
         if not isinstance(task, str) or not task.strip():
             raise Unusable(f"step {index} has no task")

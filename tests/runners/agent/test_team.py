@@ -107,6 +107,7 @@ def test_a_worker_out_of_turns_is_told_to_the_reporter(agents, make_context) -> 
         ran = run_agent(make_context, agents, server.url, config={"type": "orchestra", "workers": WORKERS})
     assert ran.output == "Only half."
     assert "1. look (not finished)\nnot found yet" in told[0]
+    assert ran.items[0]["problems"] == ["step 1 was not finished: reader gave no answer in 3 turns (max_turns)"]
 
 
 def test_a_plan_that_cannot_be_used_is_asked_for_again(agents, make_context) -> None:
@@ -133,16 +134,24 @@ def test_no_plan_at_all_ends_the_run(agents, make_context) -> None:
             AgentRunner().run(ctx)
 
 
-def test_a_plan_is_cut_to_its_limit(agents, make_context) -> None:
+def test_a_plan_is_cut_to_its_limit(agents, make_context, caplog) -> None:
+    told: list[str] = []
+
+    def report(_body: dict[str, Any], user: str) -> Step:
+        told.append(user)
+        return Say("z")
+
     decide = parts(
         planner=plan(*[("writer", f"step {n}") for n in range(9)]),
         writer=lambda *_: answer("y"),
-        report=lambda *_: Say("z"),
+        report=report,
     )
     config = {"type": "orchestra", "workers": WORKERS, "planner": {"max_steps": 2}}
     with Server(decide=decide).running() as server:
         ran = run_agent(make_context, agents, server.url, config=config)
     assert [entry["task"] for entry in ran.events("step_done")] == ["step 0", "step 1"]
+    assert "The other 7 steps of the plan were not done" in told[0]
+    assert "item 0: the plan has 9 steps, and only the first 2 were done (planner.max_steps)" in caplog.text
 
 
 def test_a_workforce_assigns_reviews_and_tries_again(agents, make_context) -> None:
@@ -192,6 +201,7 @@ def test_a_step_that_stays_bad_is_reported_so(agents, make_context) -> None:
     assert ran.output == "It did not work out."
     assert len(ran.events("review")) == 3
     assert "1. write (not finished)" in told[0]
+    assert "3 attempts, and the reviewer accepted none" in ran.items[0]["problems"][0]
 
 
 def test_an_endpoint_that_fails_in_the_middle_fails_the_run(agents, make_context) -> None:
