@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import io
+import re
 import zipfile
 from pathlib import PurePosixPath
 from xml.etree import ElementTree
@@ -14,6 +16,11 @@ TEXT = frozenset([
     ".txt", ".md", ".rst", ".csv", ".tsv", ".json", ".jsonl", ".yaml", ".yml", ".toml", ".ini", ".log", ".xml", ".py",
     ".js", ".ts", ".c", ".h", ".cpp", ".java", ".go", ".rs", ".sh", ".sql", ".tex",
 ])  # fmt: skip
+NO_TEXT = ("image/", "audio/", "video/", "font/")
+_MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+_DECLARED = re.compile(rb"""<(?:meta\b[^>]*?charset|\?xml\b[^>]*?encoding)\s*=\s*["']?\s*([\w.:-]+)""", re.IGNORECASE)
+_AS_ON_THE_WEB = {"iso8859-1": "cp1252", "ascii": "cp1252"}
+"""What browsers take these for."""
 MAX_XML_BYTES = 64 * 2**20
 _WORD = "{http://schemas.openxmlformats.org/wordprocessingml/2006/main}"
 
@@ -39,8 +46,11 @@ def document_text(data: bytes, name: str, content_type: str = "") -> str:
         return _docx(data)
     if kind in ("text/html", "application/xhtml+xml") or suffix in (".html", ".htm"):
         return html_text(_decoded(data, content_type), name)
+    if kind.startswith(NO_TEXT) and not kind.endswith("+xml"):
+        raise UnreadableDocument(f"{name!r} has a format that cannot be read here ({kind})")
     if (
-        suffix in TEXT
+        data.startswith(tuple(mark for mark, _ in _MARKS))
+        or suffix in TEXT
         or kind.startswith("text/")
         or kind in ("application/json", "application/xml")
         or b"\0" not in data[:4096]
@@ -50,10 +60,17 @@ def document_text(data: bytes, name: str, content_type: str = "") -> str:
 
 
 def _decoded(data: bytes, content_type: str) -> str:
-    charset = content_type.lower().partition("charset=")[2].partition(";")[0].strip(" \"'") or "utf-8-sig"
+    """Its text by its byte order mark, else the header's charset, else the one that it declares, else UTF-8."""
+    charset = content_type.lower().partition("charset=")[2].partition(";")[0].strip(" \"'")
+    declared = _DECLARED.search(data[:4096]) if data.lstrip()[:1] == b"<" else None
+    named = charset or (declared[1].decode("ascii", "replace") if declared else "")
+    if not charset and named.lower().startswith("utf-16"):  # what declares it in ASCII is not it
+        named = ""
+    marked = next((name for mark, name in _MARKS if data.startswith(mark)), None)
     try:
-        return data.decode(charset, errors="replace")
-    except LookupError:
+        known = codecs.lookup(marked or named or "utf-8").name
+        return data.decode(_AS_ON_THE_WEB.get(known, known), errors="replace")
+    except (LookupError, ValueError):  # unknown, or a codec of Python that is no charset
         return data.decode(errors="replace")
 
 

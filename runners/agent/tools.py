@@ -172,7 +172,10 @@ def _fetch_page(kit: Kit, wanted: Fetch) -> ToolSpec:
 
 def _page_text(url: str, wanted: Fetch) -> str:
     page = fetch(url, wanted)
-    return document_text(page.body, page.url, page.content_type)
+    text = document_text(page.body, page.url, page.content_type)
+    if not text.strip():
+        raise ToolRefused(f"{page.url} has no text ({len(page.body)} bytes); perhaps a script writes its content")
+    return text if page.url == url else f"[redirected to {page.url}]\n{text}"
 
 
 def _web_search(kit: Kit, wanted: WebSearch) -> ToolSpec:

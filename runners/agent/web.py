@@ -20,6 +20,7 @@ from flowmesh.redaction import Redactor
 from flowmesh.validation.json_paths import PathError, parse, walk
 from flowmesh.web.session import make_session, options_for
 from runners.agent import tls
+from runners.agent.completions import error_text
 from runners.agent.config import Fetch, SearchProvider
 from runners.agent.secrets import from_env
 from runners.api import BadRequest
@@ -107,16 +108,22 @@ def _get(url: str, wanted: Fetch) -> tuple[int, dict[str, str], bytes]:
         if (why := tls.refusal(error)) is not None:
             raise WebRefused(f"{_shown(url)} has a certificate that is not trusted ({why})") from None
         raise WebRefused(f"{_shown(url)} cannot be reached ({type(error).__name__})") from None
+    coding = answer.headers.get("Content-Encoding", "").lower()
+    if unread := {each.strip() for each in coding.split(",")} - {"", "identity", *answer.CONTENT_DECODERS}:
+        raise WebRefused(f"{_shown(url)} has an encoding that is not read here ({', '.join(sorted(unread))})")
     if len(body) > wanted.max_bytes:
         raise WebRefused(f"{_shown(url)} has more than {wanted.max_bytes} bytes")
     return answer.status, {name.lower(): value for name, value in answer.headers.items()}, body
 
 
 def _body(answer: Any, wanted: Fetch) -> bytes:
-    """The body, up to one byte over the limit. The time limit is for all of it, so that a slow trickle ends, too."""
+    """The body, up to one byte over the limit, decompressed: some servers compress what was asked for as it is.
+
+    The time limit is for all of it, so that a slow trickle ends, too.
+    """
     deadline = time.monotonic() + wanted.timeout_s
     body = bytearray()
-    while len(body) <= wanted.max_bytes and (piece := answer.read1(1 << 16, decode_content=False)):
+    while len(body) <= wanted.max_bytes and (piece := answer.read1(1 << 16, decode_content=True)):
         body += piece
         if time.monotonic() > deadline:
             raise TimeoutError
@@ -186,13 +193,24 @@ def search(query: str, count: int, provider: SearchProvider, redact: Redactor, w
     if answer.status_code != 200:
         raise WebRefused(f"the search provider answered {answer.status_code} {answer.reason}")
     try:
-        found = walk(answer.json(), parse(provider.results), "answer")
+        said = answer.json()
+        if isinstance(said, dict) and said.get("error"):
+            raise WebRefused(f"the search provider reported an error: {redact(error_text(said))}")
+        found = walk(said, parse(provider.results), "answer")
         if not isinstance(found, list):
             raise PathError(f"answer.{provider.results} is not a list")
+    except WebRefused:
+        raise
     except (ValueError, PathError) as error:
         raise WebRefused(f"the search provider's answer is not what its configuration says: {error}") from None
     names = {"title": provider.title, "url": provider.link, "snippet": provider.snippet}
-    return [{name: _field(each, path) for name, path in names.items()} for each in found[:count]]
+    results = [{name: _field(each, path) for name, path in names.items()} for each in found[:count]]
+    if results and not any(any(each.values()) for each in results):
+        raise WebRefused(
+            f"the search provider's answer is not what its configuration says: none of {len(found)} results has "
+            f"{provider.title}, {provider.link} or {provider.snippet}"
+        )
+    return results
 
 
 def check_provider(provider: SearchProvider, where: str) -> None:
@@ -221,9 +239,10 @@ def _filled(value: Any, texts: dict[str, str], count: int) -> Any:
 
 def _field(entry: Any, path: str) -> str:
     try:
-        return " ".join(str(walk(entry, parse(path), "result")).split())[:500]
+        value = walk(entry, parse(path), "result")
     except PathError:
         return ""
+    return "" if value is None else " ".join(str(value).split())[:500]
 
 
 def _shown(url: str) -> str:
