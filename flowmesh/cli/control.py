@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import select
 import socket
+import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +20,8 @@ from flowmesh.errors import FlowMeshError, ProtocolError, UnavailableError
 
 TIMEOUT_S = 10.0
 _CHUNK = 64 * 1024
+_PEER = struct.Struct("3i")
+"""struct ucred: pid, uid, gid."""
 
 T = TypeVar("T")
 
@@ -26,6 +32,30 @@ class Refused(FlowMeshError):
 
 class NotPermitted(UnavailableError):
     """The control socket belongs to another user."""
+
+
+class NodeProcess:
+    """The process that answers on a control socket, also after its program was replaced."""
+
+    def __init__(self, pid: int) -> None:
+        """
+        Args:
+            pid: 0: it is not visible from here, as in another container.
+        """
+        self._fd: int | None = None
+        with contextlib.suppress(OSError):  # EINVAL: pid 0; ESRCH: it has just ended; ENOSYS: an old kernel
+            self._fd = os.pidfd_open(pid)
+
+    def __enter__(self) -> NodeProcess:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+
+    def ended(self) -> bool:
+        """Whether it has ended; False where that is unknown."""
+        return self._fd is not None and bool(select.select([self._fd], [], [], 0)[0])
 
 
 class Control:
@@ -68,6 +98,10 @@ class Control:
             self._sock.shutdown(socket.SHUT_RDWR)
         except OSError:
             return  # it has already ended
+
+    def process(self) -> NodeProcess:
+        """The node's process; to be closed."""
+        return NodeProcess(_PEER.unpack(self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))[0])
 
     def status(self) -> NodeStatus:
         return self._ask({"op": "status"}, NodeStatus)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import datetime
 import sys
 import time
+from pathlib import Path
 
 import click
 import msgspec
 
 from flowmesh.cli import completing, locate, node_ends, notify, render
-from flowmesh.cli.control import Control
+from flowmesh.cli.control import Control, NodeProcess
 from flowmesh.cli.control_types import NodeStatus, TaskStatus
 from flowmesh.cli.render import Column
 from flowmesh.cli.view import amount
@@ -18,7 +19,10 @@ from flowmesh.errors import EXIT_OK, UnavailableError
 
 DRAIN_POLL_S = 0.5
 UPGRADE_POLL_S = 0.05
-UPGRADE_TIMEOUT_S = 30.0
+UPGRADE_TIMEOUT_S = 300.0
+"""How long a new program may take to answer: on a busy machine its start takes minutes. Tasks run on meanwhile."""
+RESTART_TIMEOUT_S = 30.0
+"""How long it may take where the node's process has ended: a service manager starts another one."""
 _WORKERS = (
     Column("WORKER", least=20),
     Column("SLOT", drop=2),
@@ -176,29 +180,44 @@ def recycle(environment: str | None, config: str | None, state_dir: str | None, 
 def upgrade(config: str | None, state_dir: str | None, as_json: bool) -> int:
     """Run the command; returns the exit code."""
     where = locate.state_dir(state_dir, config)
-    with Control(where) as control:
+    with Control(where) as control, control.process() as node:
         before = control.status()
+        asked_at = time.monotonic()
         answer = control.upgrade()
-    deadline = time.monotonic() + UPGRADE_TIMEOUT_S
-    while True:
-        try:
-            with Control(where) as control:
-                found = control.status()
-            if found.uptime_s < before.uptime_s:
-                break
-        except UnavailableError:  # the old program is gone, the new one not ready yet
-            pass
-        if time.monotonic() > deadline:
-            raise UnavailableError(
-                f"the node did not come back within {UPGRADE_TIMEOUT_S:.0f} s after the upgrade: see its log"
-            )
-        time.sleep(UPGRADE_POLL_S)
+        found = _successor(where, asked_at, node)
     if as_json:
         render.print_json({**answer, "from": before.version, "to": found.version})
     else:
         running = render.count(len(found.tasks), "task")
         print(f"{before.version} -> {found.version}, pid {found.pid}, continuing {running}")
     return EXIT_OK
+
+
+def _successor(where: Path, asked_at: float, node: NodeProcess) -> NodeStatus:
+    """Wait for the node's new program, which is the one that has started since `asked_at` (monotonic).
+
+    Args:
+        node: the old program's process, which the new one keeps.
+
+    Raises:
+        UnavailableError: it does not come.
+    """
+    deadline, limit_s = time.monotonic() + UPGRADE_TIMEOUT_S, UPGRADE_TIMEOUT_S
+    while True:
+        now = time.monotonic()
+        try:
+            with Control(where) as control:
+                found = control.status()
+            if now - found.uptime_s > asked_at:
+                return found
+        except UnavailableError:  # the old program is gone, the new one not ready yet
+            pass
+        if limit_s == UPGRADE_TIMEOUT_S and node.ended():
+            deadline, limit_s = time.monotonic() + RESTART_TIMEOUT_S, RESTART_TIMEOUT_S
+        if time.monotonic() > deadline:
+            after = "the upgrade" if limit_s == UPGRADE_TIMEOUT_S else "its process had ended"
+            raise UnavailableError(f"the node did not come back within {limit_s:.0f} s after {after}: see its log")
+        time.sleep(UPGRADE_POLL_S)
 
 
 def headline(found: NodeStatus) -> str:

@@ -313,3 +313,17 @@ def test_flowmesh_upgrade_and_recycle_work_by_hand(orchestrator: Orchestrator, m
     assert f"pid {node.pid}, continuing 1 task" in upgraded.stdout
     promises.let_go(node, task)
     assert orchestrator.wait_end(task)["type"] == "TASK_SUCCEEDED"
+
+
+def test_an_upgrade_that_takes_longer_than_the_node_had_run_is_seen(redis_server: RedisServer, make_node) -> None:
+    """As on a busy machine: the new program has run for longer than the old one when it answers first."""
+    node: Node = make_node(config="[redis]\ntimeout_s = 4.0\n")
+    assert redis_server.process is not None
+    redis_server.process.send_signal(signal.SIGSTOP)  # the new one asks it before it answers
+    try:
+        command = [sys.executable, "-m", "flowmesh.cli.main", "upgrade", "--state-dir", str(node.state_dir)]
+        upgraded = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    finally:
+        redis_server.process.send_signal(signal.SIGCONT)
+    assert upgraded.returncode == 0, upgraded.stderr
+    assert f"pid {node.pid}, continuing 0 tasks" in upgraded.stdout
