@@ -66,7 +66,7 @@ class Busy:
     """A task that has the slot until it is let go."""
 
     def __init__(self, node: Node, peer: Orchestrator) -> None:
-        self._peer = peer
+        self._node, self._peer = node, peer
         self._task = peer.dispatch("w1", {"taskType": "misbehave", "do": "wait_for", "file": "go"})
         until(lambda: node.task_pid(self._task), "it runs")
         self._go = node.results_dir / self._task / "go"
@@ -74,6 +74,17 @@ class Busy:
     def let_go(self) -> None:
         self._go.touch()
         assert self._peer.wait_end(self._task)["type"] == "TASK_SUCCEEDED"
+
+    def close(self) -> None:
+        self._go.touch()
+        self._node.wait_status("IDLE")
+
+
+@pytest.fixture
+def busy(node: Node, peer: Orchestrator) -> Iterator[Busy]:
+    """On the module's node, which is idle again after a test that failed, too."""
+    with contextlib.closing(Busy(node, peer)) as made:
+        yield made
 
 
 def cold_file(path: Path) -> Path:
@@ -109,10 +120,9 @@ def asked(files: Server) -> list[int]:
 
 
 def test_what_a_waiting_task_will_read_is_there_when_it_starts(
-    node: Node, peer: Orchestrator, files: Server, tmp_path: Path
+    node: Node, peer: Orchestrator, files: Server, busy: Busy, tmp_path: Path
 ) -> None:
     path = cold_file(tmp_path / "weights")
-    busy = Busy(node, peer)
     task = peer.dispatch("w1", {"taskType": "reading", "paths": [str(path)], "urls": [files.url("data")]})
     until(lambda: cached(path) == SIZE, "it is read")
     until(lambda: asked(files) == [200], "it is downloaded")
@@ -127,9 +137,8 @@ def test_what_a_waiting_task_will_read_is_there_when_it_starts(
 
 
 def test_a_task_that_gets_its_slot_does_not_wait_for_what_is_prepared(
-    node: Node, peer: Orchestrator, files: Server
+    node: Node, peer: Orchestrator, files: Server, busy: Busy
 ) -> None:
-    busy = Busy(node, peer)
     files.files["data"] = Served(b"download" * 1000, statuses=[503, 503, 503])
     task = peer.dispatch("w1", {"taskType": "reading", "urls": [files.url("data")]})
     until(lambda: len(files.requests) > 0, "the download has begun")
@@ -140,8 +149,9 @@ def test_a_task_that_gets_its_slot_does_not_wait_for_what_is_prepared(
 
 
 @pytest.mark.parametrize("spec", [{"paths": ["/no/such/file"]}, {"refuses": True, "paths": ["/no/such/file"]}])
-def test_what_cannot_be_prepared_is_the_tasks_own_error(node: Node, peer: Orchestrator, spec: dict[str, Any]) -> None:
-    busy = Busy(node, peer)
+def test_what_cannot_be_prepared_is_the_tasks_own_error(
+    node: Node, peer: Orchestrator, busy: Busy, spec: dict[str, Any]
+) -> None:
     (log := node.state_dir / "log" / "ahead-main.log").unlink(missing_ok=True)
     task = peer.dispatch("w1", {"taskType": "reading", **spec})
     until(lambda: log.exists() and log.stat().st_size, "it was tried")
@@ -164,11 +174,10 @@ def test_a_node_that_prepares_nothing_runs_as_ever(make_node, orchestrator: Orch
 
 
 def test_of_the_queues_next_task_only_what_is_here_is_read(
-    node: Node, server: RedisServer, peer: Orchestrator, files: Server, tmp_path: Path
+    node: Node, peer: Orchestrator, files: Server, busy: Busy, tmp_path: Path
 ) -> None:
     path = cold_file(tmp_path / "weights")
-    busy = Busy(node, peer)
-    with Client(server.url) as client:
+    with Client(node.server.url) as client:
         spec = {"taskType": "reading", "paths": [str(path)], "urls": [files.url("data")]}
         later = client.queue(
             {"spec": {"taskType": "reading", "paths": [], "name": "behind it"}}, priority="low"
