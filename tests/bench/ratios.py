@@ -78,11 +78,20 @@ def slope(steps: Sequence[float], values: Sequence[float]) -> Slope:
     return Slope(fitted.slope, error, fitted.intercept)
 
 
-def regresses(change: Ratio, noise: Ratio) -> bool:
-    """Whether new code takes more than old code.
+def regresses(news: Sequence[float], olds: Sequence[float], agains: Sequence[float]) -> bool:
+    """Whether new code takes more than old code, as far as these nodes show.
+
+    It does where it surely takes more than two nodes of the old code together, by more than these differ.
 
     Args:
-        change: new to old, in turn.
-        noise: old to old, in the same turns: what differs there is the machine's.
+        news: measured in turn with the others.
+        olds: of a node with the old code.
+        agains: of another node with the old code.
     """
-    return change.low > max(1.0, noise.high)
+    differ = ratio(agains, olds).median
+    return over_both(news, olds, agains).low > max(differ, 1 / differ)
+
+
+def over_both(news: Sequence[float], olds: Sequence[float], agains: Sequence[float]) -> Ratio:
+    """Of new code to both nodes of the old code."""
+    return ratio(news, [math.sqrt(one * other) for one, other in zip(olds, agains, strict=True)])

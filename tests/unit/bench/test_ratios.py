@@ -51,10 +51,36 @@ def test_a_slope_and_its_uncertainty() -> None:
         slope([1.0, 1.0, 2.0], [0.0, 0.0, 0.0])
 
 
-def test_a_regression_is_beyond_the_machines_noise() -> None:
-    assert regresses(Ratio(1.3, 1.2, 1.4, 20), noise=Ratio(1.0, 0.95, 1.05, 20))
-    assert not regresses(Ratio(1.3, 1.2, 1.4, 20), noise=Ratio(1.1, 0.9, 1.25, 20))
-    assert not regresses(Ratio(1.05, 0.98, 1.1, 20), noise=Ratio(1.0, 0.95, 0.97, 20))
+def _three(
+    draw: random.Random, new: float, *, turn: float, node: float
+) -> tuple[list[float], list[float], list[float]]:
+    """Values of new code and of two nodes of the old, 20 turns: what a turn and what a node varies by, as sigmas."""
+    scales = [each * draw.lognormvariate(0, node) for each in (new, 1.0, 1.0)]
+    news, olds, agains = ([scale * draw.lognormvariate(0, turn) for _ in range(20)] for scale in scales)
+    return news, olds, agains
+
+
+def test_a_regression_shows_on_a_machine_whose_values_vary_by_half() -> None:
+    draw = random.Random(11)
+    assert sum(regresses(*_three(draw, 2.0, turn=0.35, node=0.05)) for _ in range(200)) > 180
+    assert sum(regresses(*_three(draw, 1.2, turn=0.05, node=0.02)) for _ in range(200)) > 190
+
+
+def test_the_same_code_is_seldom_a_regression_and_hardly_ever_twice() -> None:
+    draw = random.Random(12)
+    for turn, node in ((0.05, 0.0), (0.35, 0.05), (0.02, 0.1)):
+        found = [regresses(*_three(draw, 1.0, turn=turn, node=node)) for _ in range(400)]
+        assert sum(found) < 100
+        assert sum(one and other for one, other in zip(found[::2], found[1::2], strict=True)) < 20
+
+
+def test_one_slow_node_of_the_old_code_hides_nothing_and_blames_nobody() -> None:
+    flat = [1.0] * 20
+    assert regresses([1.5] * 20, flat, [1.1] * 20)
+    assert not regresses([1.15] * 20, flat, [1.1] * 20)
+    assert not regresses([1.1] * 20, [1.1] * 20, flat)
+    assert not regresses([1.1] * 20, flat, [1.1] * 20)
+    assert not regresses([0.5] * 20, flat, flat)
 
 
 def test_who_is_first_changes_and_the_first_round_does_not_count() -> None:
