@@ -13,6 +13,7 @@ import msgspec
 from flowmesh.cli import completing, locate, render
 from flowmesh.cli.deployment import TaskFailed
 from flowmesh.cli.render import Column
+from flowmesh.cli.signals import continuing
 from flowmesh.cli.summary import summary
 from flowmesh.errors import EXIT_FAILURE, EXIT_OK, BusyError
 
@@ -106,18 +107,21 @@ def wait_for(client: Client, task_ids: tuple[str, ...], timeout_s: float | None,
     Raises:
         TaskFailed: the only task failed.
         BusyError: a task has not ended in time.
+        Interrupted: by Ctrl-C; the tasks continue.
     """
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     ends: list[End] = []
-    for task_id in task_ids:
-        left = None if deadline is None else max(0.01, deadline - time.monotonic())
-        try:
-            end = client.wait(task_id, left)
-        except BusyError:
-            raise BusyError(f"{task_id} has not ended after {timeout_s:g} s; it continues") from None
-        ends.append(end)
-        if not as_json:
-            _print_end(end, alone=len(task_ids) == 1)
+    open_ids = list(task_ids)
+    with continuing(open_ids):
+        for task_id in task_ids:
+            left = None if deadline is None else max(0.01, deadline - time.monotonic())
+            try:
+                ends.append(client.wait(task_id, left))
+            except BusyError:
+                raise BusyError(f"{task_id} has not ended after {timeout_s:g} s; it continues") from None
+            open_ids.remove(task_id)
+            if not as_json:
+                _print_end(ends[-1], alone=len(task_ids) == 1)
     return report_ends(ends, as_json=as_json)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import signal
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from flowmesh.errors import EXIT_BY_SIGNAL, FlowMeshError
@@ -17,6 +17,24 @@ class Interrupted(FlowMeshError):
     def __init__(self, signal_number: int, what: str) -> None:
         super().__init__(what)
         self.exit_code = EXIT_BY_SIGNAL + signal_number
+
+
+@contextlib.contextmanager
+def continuing(task_ids: Collection[str]) -> Iterator[None]:
+    """A wait for tasks of a deployment, which Ctrl-C ends: its error says that they continue, and what to do then.
+
+    Args:
+        task_ids: those that have not ended when Ctrl-C comes; none: nothing is said.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not task_ids:
+            raise
+        one = next(iter(task_ids)) if len(task_ids) == 1 else ""
+        what = f"{one} continues" if one else f"the {len(task_ids)} tasks continue"
+        how = f"`flowmesh wait {one or 'TASK…'}` waits again, `flowmesh cancel {one or 'TASK'}` ends it"
+        raise Interrupted(signal.SIGINT, f"interrupted; {what}: {how}") from None
 
 
 class Signals:

@@ -17,6 +17,7 @@ from flowmesh.cli.deployment import TaskEnd, TaskFailed
 from flowmesh.cli.documents import Submission
 from flowmesh.cli.fleet import report_ends, wait_for
 from flowmesh.cli.pipelines.remote import follow, followed_by
+from flowmesh.cli.signals import continuing
 from flowmesh.cli.view import progress_stream
 from flowmesh.cli.wait import Wait
 from flowmesh.errors import EXIT_OK, FieldError, UnavailableError
@@ -146,7 +147,8 @@ def _queue(
             if not as_json:
                 print(_queued(each), flush=True)
         if wait and len(submissions) == 1 and is_pipeline(submissions[0].document):
-            end = follow(client, submissions[0], progress_stream(as_json=as_json), timeout_s, as_json=as_json)
+            with continuing((submissions[0].task_id,)):
+                end = follow(client, submissions[0], progress_stream(as_json=as_json), timeout_s, as_json=as_json)
             return report_ends([end], as_json=as_json)
         if wait:
             return wait_for(client, tuple(each.task_id for each in submissions), timeout_s, as_json=as_json)
@@ -194,7 +196,8 @@ def _send(
                 if as_json:
                     render.print_json({"task_id": submission.task_id, "worker_id": worker.worker_id})
                 return EXIT_OK
-            end = Wait(client, events, submission.task_id, worker.worker_id, timeout_s, quiet=as_json).end()
+            with continuing((submission.task_id,)):
+                end = Wait(client, events, submission.task_id, worker.worker_id, timeout_s, quiet=as_json).end()
     return _report(end, as_json=as_json)
 
 

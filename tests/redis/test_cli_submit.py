@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ import pytest
 import redis
 
 from flowmesh.cli.embedded import EmbeddedRedis
+from flowmesh.client import Client
 from tests.kit.fake_node import HARDWARE, finish, register
 
 pytestmark = pytest.mark.redis
@@ -250,6 +252,30 @@ def test_wait_has_a_limit(flowmesh, client, tasks):
     assert "has not ended after 0.3 s" in err
     code, _, err = done(flowmesh("submit", "task.yaml", "--timeout", "1"))
     assert code == 2
+
+
+def test_ctrl_c_ends_the_wait_and_says_that_the_task_continues(flowmesh, client, server, tasks):
+    register(client, "w")
+    process = flowmesh("submit", "task.yaml", "--wait", "--task-id", "one")
+    received(tasks)
+    client.publish("tasks.events", json.dumps({"type": "TASK_STARTED", "task_id": "one", "worker_id": "w"}))
+    while process.stdout.readline() != "  started\n":
+        pass
+    process.send_signal(signal.SIGINT)
+    code, _, err = done(process)
+    how = "`flowmesh wait one` waits again, `flowmesh cancel one` ends it"
+    assert (code, err) == (130, f"flowmesh: interrupted; one continues: {how}\n")
+    finish(client, "w", "one")
+    assert done(flowmesh("submit", "task.yaml", "--queue", "--anyway", "--task-id", "two"))[0] == 0
+    assert done(flowmesh("submit", "task.yaml", "--queue", "--anyway", "--task-id", "three"))[0] == 0
+    with Client(server.url) as remover:
+        assert remover.remove("two").removed
+    process = flowmesh("wait", "two", "three")
+    assert "two failed" in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    code, _, err = done(process)
+    assert code == 130
+    assert "interrupted; three continues: `flowmesh wait three`" in err
 
 
 def test_wait_outlives_redis(tmp_path, flowmesh):

@@ -116,7 +116,7 @@ def test_the_command_shows_a_live_tree_and_leaves_the_pipeline_at_ctrl_c(fleet: 
         terminal.press("C-c")
         terminal.wait_left(130)
         shown = terminal.screen()
-        assert "seen continues; `flowmesh cancel seen` ends it" in shown
+        assert "interrupted; seen continues: `flowmesh wait seen` waits again" in shown
         assert "Traceback" not in shown
         assert "waiting" not in shown  # the tree is gone
     assert fleet.state("seen") == "running"

@@ -60,9 +60,6 @@ def follow(
                     end = client.wait(submission.task_id, END_S)
                     break
             time.sleep(POLL_S)
-    except KeyboardInterrupt:
-        view.note(f"{submission.task_id} continues; `flowmesh cancel {submission.task_id}` ends it")
-        raise
     finally:
         view.end()
     if not as_json:
