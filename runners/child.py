@@ -25,6 +25,7 @@ from flowmesh.messages.output import unused_in_output
 from flowmesh.messages.text import encode_json
 from flowmesh.processes.pipe import VERSION, Finished, Hello, Phase, Pipe
 from flowmesh.redaction import Redactor, in_document
+from flowmesh.validation.unused import unused_beside_spec
 from runners.api import Cancelled, Context, MissingDependency, Runner, RunnerError
 from runners.gpu_memory import is_shortage
 from runners.run_warnings import collected
@@ -95,7 +96,7 @@ def run(job: Job, ctx: Context) -> Outcome:
     try:
         with collected(ctx):
             try:
-                ctx.unused += unused_in_output(ctx.spec.get("output"))
+                ctx.unused += [*unused_in_output(ctx.spec.get("output")), *unused_beside_spec(job.task)]
                 result = runner_of(job.runner).run(ctx)
             finally:
                 ctx.report_unused()

@@ -148,8 +148,10 @@ class _Plain:
             limit = f"nested deeper than {MAX_DEPTH} levels" if depth > MAX_DEPTH else f"more than {MAX_VALUES} values"
             raise FieldError(f"{self._name}: {path.partition('.')[0]}: {limit} (does an alias contain itself?)", path)
         match value:
-            case None | bool() | int() | str():
+            case None | bool() | int():
                 return value
+            case str():
+                return value if value.isascii() else self._text(value, path)
             case float():
                 if math.isfinite(value):
                     return value
@@ -166,9 +168,17 @@ class _Plain:
                 self.faults.append((path, f"{path}: {kind(value)} is not allowed in a task; use text"))
                 return None
 
+    def _text(self, value: str, path: str) -> str:
+        """The text with whole characters: JSON writes one in two halves (\\ud83d\\ude00), which YAML leaves apart."""
+        try:
+            return value.encode("utf-16", "surrogatepass").decode("utf-16")
+        except UnicodeDecodeError:
+            self.faults.append((path, f"{path}: half a character (\\ud800 to \\udfff without its other half)"))
+            return ""
+
     def _key(self, key: Any, path: str) -> str:
         if isinstance(key, str):
-            return key
+            return key if key.isascii() else self._text(key, path)
         if isinstance(key, int) and not isinstance(key, bool):
             return str(key)
         where = f"{path}: " if path else ""

@@ -15,6 +15,7 @@ from flowmesh.tasks import s3_fields
 from flowmesh.tasks.catalogue import AGENT_CHECK, TaskType
 from flowmesh.validation.checked import Checked
 from flowmesh.validation.convert import convert, nearest
+from flowmesh.validation.unused import unused_beside_spec
 
 _SOME_ORCHESTRATOR = "http://orchestrator.invalid"
 """Stands for the node's setting, which fills in a destination without a URL."""
@@ -48,7 +49,7 @@ def check_task(document: dict[str, Any], types: Mapping[str, TaskType]) -> tuple
         return Checked(faults=tuple(faults)), what
     own = check_own_fields(document, kind)
     faults += [fault for fault in own.faults if fault not in faults]
-    unused = (*own.unused, *unused_in_output(spec.get("output")))
+    unused = (*own.unused, *unused_in_output(spec.get("output")), *unused_beside_spec(document))
     return Checked(faults=tuple(faults), unused=tuple(dict.fromkeys(unused))), ""
 
 

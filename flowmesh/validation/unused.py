@@ -133,6 +133,10 @@ TABLE = (
     Unused("output.destination", ("retries", "retry", "name"), "the node has its own rules"),
 )  # fmt: skip
 
+BESIDE = frozenset(
+    (*BLOCKS, "taskType", "resources", "nodes", "output", "shard", "timeoutSec", "retainLogs", "env", "resume", "lora")
+)
+"""Fields of `spec` that mean nothing beside it, where wrong indentation puts them."""
 _PREFIX = re.compile(r"^(?:merge_children\[\d+\]\.)?spec(?:\.|$)")
 _ALIASES = {"data.eval": "data", "faiss.documents": "data", "generate": "inference"}
 """Blocks that have the fields of another one."""
@@ -194,6 +198,11 @@ def _without(value: Mapping[Any, Any], schema: inspect.StructType, where: str, f
         else:
             kept[name] = item
     return kept
+
+
+def unused_beside_spec(document: Mapping[str, Any]) -> list[str]:
+    """Fields of a document that belong into its `spec` and stand beside it. Peers may have other ones there."""
+    return [f"{name} beside spec" for name, value in document.items() if name in BESIDE and value is not None]
 
 
 def _has_structs(schema: inspect.Type) -> bool:

@@ -107,6 +107,15 @@ def test_what_is_not_used_is_named_in_one_warning(make_context: Make, caplog: py
     assert caplog.text.count("fields not used") == 1
 
 
+def test_fields_beside_the_spec_are_named_as_not_used(make_context: Make) -> None:
+    """Where one level of indentation is missing; a peer's own fields and what people write are not mentioned."""
+    ctx = make_context({"taskType": "echo"}, runner=ECHO)
+    ctx.job.task.update({"timeoutSec": 5, "resources": {}, "shard": None, "status": {}, "kind": "Task", "title": "a"})
+    outcome = child.run(ctx.job, ctx)
+    assert outcome.result is not None
+    assert outcome.result["warnings"] == ["fields not used: timeoutSec beside spec, resources beside spec"]
+
+
 def test_a_merged_childs_fields_are_named_with_its_place(make_context: Make) -> None:
     pytest.importorskip("transformers", reason="needs the extra 'inference'")
     spec = {"model": MODEL, "data": LISTED, "inference": {"max_tokens": 2}}

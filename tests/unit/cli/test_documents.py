@@ -60,6 +60,15 @@ def test_codes_and_times_are_text(tmp_path):
     }  # fmt: skip
 
 
+def test_characters_in_two_halves_are_one(tmp_path):
+    """As json.dumps writes them; half a one is in no JSON."""
+    spec = {"text": "😀", "😀": ["a😀b", "\ufeff"]}
+    for name in ("a.json", "a.yaml"):
+        assert load(write(tmp_path, json.dumps({"spec": spec}), name)).document["spec"] == spec
+        with pytest.raises(FieldError, match=r"spec\.a\[1\]: half a character"):
+            load(write(tmp_path, json.dumps({"spec": {"a": ["x", "\ud83d"]}}), name))
+
+
 def test_anchors_and_merges(tmp_path):
     text = "base: &b {a: 1, c: 2}\nspec:\n  one: {<<: *b, a: 3}\n  two: *b\n"
     assert load(write(tmp_path, text)).document["spec"] == {"one": {"a": 3, "c": 2}, "two": {"a": 1, "c": 2}}

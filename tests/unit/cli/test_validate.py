@@ -98,6 +98,12 @@ def test_all_errors_at_once_each_with_its_line(tmp_path, capsys):
     ]
 
 
+def test_fields_beside_the_spec_are_warned_of(tmp_path, capsys):
+    path = tmp_path / "task.yaml"
+    path.write_text("spec:\n  taskType: echo\ntimeoutSec: 5\n")
+    assert validate(capsys, path)[1].startswith(f"{path}:3: warning: timeoutSec beside spec: not used\n")
+
+
 def test_json_has_lines_as_yaml_has(tmp_path, capsys):
     path = tmp_path / "task.json"
     document = {"spec": {"taskType": "sft", 'note "}': [{"a": 1e-5}, {}], "training": {"batch_size": 0, "beta": None}}}
