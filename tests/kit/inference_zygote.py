@@ -2,14 +2,17 @@
 
 A test process has computed with many threads, and a fork of it would hang; this one never computes.
 A line of stdin is `[job, file for the answer, whether to wait]`; for each it says the child's pid, and then, if it
-waits, that it has ended.
+waits, that it has ended. As on a node, each child has a session of its own, and nothing of it is left: what vLLM
+started there is killed when the child has ended; of one that is not waited for, at the next line or the end of stdin.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -62,21 +65,44 @@ def main() -> None:
     import torch
 
     print("ready", len(os.listdir("/proc/self/task")), torch.cuda.is_initialized(), flush=True)
-    for line in sys.stdin.buffer:
-        job, answer, waits = msgspec.json.decode(line, type=tuple[Job, str, bool])
-        pid = os.fork()
-        if pid == 0:
-            log = os.open(f"{answer}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)  # files, as on a node
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            whole = Path(f"{answer}.partial")
-            whole.write_bytes(msgspec.json.encode(work(job)))
-            whole.rename(answer)
-            os._exit(0)
-        print(pid, flush=True)
-        if waits:
-            os.waitpid(pid, 0)
-            print("ended", flush=True)
+    running: set[int] = set()
+    try:
+        for line in sys.stdin.buffer:
+            for pid in [pid for pid in running if os.waitpid(pid, os.WNOHANG)[0]]:
+                running.discard(pid)
+                end_session(pid)
+            job, answer, waits = msgspec.json.decode(line, type=tuple[Job, str, bool])
+            pid = fork(job, answer)
+            print(pid, flush=True)
+            if waits:
+                os.waitpid(pid, 0)
+                end_session(pid)
+                print("ended", flush=True)
+            else:
+                running.add(pid)
+    finally:
+        for pid in running:
+            end_session(pid)
+
+
+def fork(job: Job, answer: str) -> int:
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()
+        log = os.open(f"{answer}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)  # files, as on a node
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        whole = Path(f"{answer}.partial")
+        whole.write_bytes(msgspec.json.encode(work(job)))
+        whole.rename(answer)
+        os._exit(0)
+    return pid
+
+
+def end_session(pid: int) -> None:
+    """Kill what is left of a child's process group."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":
