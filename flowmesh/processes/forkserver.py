@@ -86,7 +86,7 @@ class ForkServer:
         self._options = options
         self._path = Path(options.socket)
         self._cgroup = None if options.cgroup is None else Path(options.cgroup)
-        self._spares = Spares(self._fork)
+        self._spares = Spares(self._fork, self._is_awaited)
         self._reaper = Reaper(self._spares, self._send_gone)
         self._in_set_up: dict[int, Entry] = {}
         """The children that have not said yet whether they could be set up, by descriptor."""
@@ -134,7 +134,7 @@ class ForkServer:
             made_of=self._options.made_of,
         )
         try:
-            self._spares.look(quiet=True)
+            self._spares.look(idle=True, quiet=True)
             while not self._finished():
                 self._turn()
             return 0 if self._supervisor.connected or self._retiring else ORPHAN_EXIT
@@ -194,8 +194,6 @@ class ForkServer:
         sweeping = self._reaper.sweeping
         pause_s = None if self._retiring else self._spares.pause_s
         happened = self._poller.poll(SWEEP_INTERVAL_S if sweeping else IDLE_S if pause_s is None else pause_s)
-        if pause_s is not None:
-            self._spares.look(quiet=not happened and not sweeping)
         self._keep_socket()
         for fd, events in happened:
             if fd == self._wakeup_read:
@@ -214,6 +212,11 @@ class ForkServer:
         self._announce_late()
         if self._reaper.reap() or self._reaper.sweeping or not happened:
             self._reaper.sweep()
+        if not self._retiring:
+            self._spares.look(idle=self._reaper.all_gone, quiet=not happened and not sweeping)
+
+    def _is_awaited(self) -> bool:
+        return bool(self._poller.poll(0))
 
     def _introduce(self) -> None:
         """Tell a supervisor that has connected what this server is, and which children it has."""

@@ -11,10 +11,9 @@ from flowmesh.processes.protocol import Fork
 
 MANY = 2
 """With only one, a task that comes right after another would wait for the kernel."""
-QUIET_S = 0.003
-"""Where none is left, they are forked after so long without an event: running tasks need the CPUs more."""
-QUIET_AT_LAST_S = 0.02
-"""After so long they are forked whether or not there are events."""
+LATE_S = 0.02
+"""Where none is left, they are forked when no task runs, or so long after the last one was given away: running tasks
+need the CPUs more, and the end of one is to be noted at once."""
 REST_S = 0.1
 """Where one is left, the other is forked after so long without an event. After a fork the server copies each page of
 memory that it writes to, so that two forks one right after the other cost little more than one."""
@@ -23,16 +22,17 @@ AGAIN_S = 1.0
 
 
 class Spares:
-    def __init__(self, fork: Callable[[], Spare]) -> None:
+    def __init__(self, fork: Callable[[], Spare], awaited: Callable[[], bool]) -> None:
         """
         Args:
             fork: forks one, or raises OSError.
+            awaited: whether the fork server has something else to do: perhaps a task has come.
         """
         self._fork = fork
+        self._awaited = awaited
         self._spares: deque[Spare] = deque()
-        self._filling = True
-        """Whether they are forked until there are MANY."""
-        self._since = 0.0
+        self._empty_at = 0.0
+        """Since when none has been left."""
         self._again_at = 0.0
         """Both monotonic."""
 
@@ -43,20 +43,29 @@ class Spares:
     @property
     def pause_s(self) -> float | None:
         """After how long without an event another one is due; None: none is."""
-        if len(self._spares) >= MANY or time.monotonic() < self._again_at:
+        now = time.monotonic()
+        if len(self._spares) >= MANY or now < self._again_at:
             return None
-        return QUIET_S if self._filling else REST_S
+        return REST_S if self._spares else max(0.0, self._empty_at + LATE_S - now)
 
-    def look(self, *, quiet: bool) -> None:
-        """Fork what is missing if it is time. An error is dropped here: the fork for the next task reports it."""
-        if not quiet and (not self._filling or time.monotonic() <= self._since + QUIET_AT_LAST_S):
+    def look(self, *, idle: bool, quiet: bool) -> None:
+        """Fork what is missing if it is time. An error is dropped here: the fork for the next task reports it.
+
+        Args:
+            idle: no task runs.
+            quiet: nothing has happened for as long as `pause_s` said.
+        """
+        now = time.monotonic()
+        due = quiet or (not self._spares and (idle or now >= self._empty_at + LATE_S))
+        if not due or now < self._again_at:
             return
         try:
             while len(self._spares) < MANY:
                 self._spares.append(self._fork())
+                if self._awaited():
+                    break
         except OSError:
             self._again_at = time.monotonic() + AGAIN_S
-        self._filling = not self._spares
 
     def hand_out(self, request: Fork, data: bytes, *, new: bool = False) -> Entry:
         """Give the task to one of them, or to a new one if there is none or they have died.
@@ -68,10 +77,10 @@ class Spares:
         Raises:
             OSError: none can be had.
         """
-        self._since = time.monotonic()
         while self._spares and not new:
             spare = self._spares.popleft()
-            self._filling = not self._spares
+            if not self._spares:
+                self._empty_at = time.monotonic()
             try:
                 return spare.take(request, data)
             except OSError:
@@ -88,7 +97,6 @@ class Spares:
         for spare in [spare for spare in self._spares if spare.pid == pid]:
             self._spares.remove(spare)
             spare.discard(reaped=True)
-            self._filling = not self._spares
             self._again_at = time.monotonic() + AGAIN_S
 
     def drop(self) -> None:
