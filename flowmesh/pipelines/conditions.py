@@ -7,6 +7,7 @@ Allowed: `and`, `or`, `not`, `== != < <= > >= in`, texts, numbers, lists, true, 
 from __future__ import annotations
 
 import ast
+import json
 import operator
 import re
 from collections.abc import Callable
@@ -18,26 +19,65 @@ from flowmesh.validation.json_paths import PathError
 
 MAX_NODES = 200
 _WORDS = {"true": True, "false": False, "null": None, "True": True, "False": False, "None": None}
-_COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
-    ast.Eq: operator.eq,
-    ast.NotEq: operator.ne,
-    ast.Lt: operator.lt,
-    ast.LtE: operator.le,
-    ast.Gt: operator.gt,
-    ast.GtE: operator.ge,
-    ast.In: lambda item, group: item in group,
-    ast.NotIn: lambda item, group: item not in group,
-}
-_NODES = (
-    ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.USub, ast.Compare, ast.Constant, ast.List,
-    ast.Tuple, ast.Name, ast.Load, ast.Call, *_COMPARE,
-)  # fmt: skip
+_NAMED_TRUTHS = frozenset(("true", "false", "yes", "no", "on", "off", "1", "0", "null", "none"))
 _REFERENCE_NAME = "_reference_{}"
 _IN_TEXT = re.compile(r" _reference_(\d{1,3}) ")
 
 
 class ConditionError(Exception):
     """An expression cannot be read or evaluated."""
+
+
+def equal(left: Any, right: Any) -> bool:
+    """Whether two values are equal.
+
+    Raises:
+        ConditionError: one is a text that spells the other, such as '5' and 5: never equal, and hardly meant so.
+    """
+    text, other = (left, right) if isinstance(left, str) else (right, left)
+    if isinstance(text, str) and isinstance(other, int | float) and _spells(text, other):
+        found = json.dumps(other)
+        raise ConditionError(f"the text {text!r} is compared with {found}, which is no text, so it is never equal")
+    return bool(left == right)
+
+
+def _spells(text: str, value: float) -> bool:
+    if isinstance(value, bool):
+        return text.strip().lower() == str(value).lower()
+    try:
+        return float(text) == value
+    except ValueError:
+        return False
+
+
+def _among(item: Any, group: Any) -> bool:
+    return any(equal(item, each) for each in group) if isinstance(group, list) else item in group
+
+
+def _truth(value: Any) -> bool:
+    """
+    Raises:
+        ConditionError: it is a text that names a truth value: it would be true as any other text, `'false'` too.
+    """
+    if isinstance(value, str) and value.strip().lower() in _NAMED_TRUTHS:
+        raise ConditionError(f"the text {value!r} is neither true nor false; compare it, as in ${{…}} == {value!r}")
+    return bool(value)
+
+
+_COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
+    ast.Eq: equal,
+    ast.NotEq: lambda left, right: not equal(left, right),
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.In: _among,
+    ast.NotIn: lambda item, group: not _among(item, group),
+}
+_NODES = (
+    ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.USub, ast.Compare, ast.Constant, ast.List,
+    ast.Tuple, ast.Name, ast.Load, ast.Call, *_COMPARE,
+)  # fmt: skip
 
 
 class Condition:
@@ -96,7 +136,7 @@ class Condition:
             ConditionError: values of these types cannot be compared.
         """
         try:
-            return bool(self._value(self._tree.body, resolve))
+            return _truth(self._value(self._tree.body, resolve))
         except TypeError as error:
             raise ConditionError(str(error)) from None
 
@@ -117,10 +157,12 @@ class Condition:
                 return [self._value(item, resolve) for item in node.elts]
             case ast.BoolOp():
                 wanted = isinstance(node.op, ast.Or)
-                return next((wanted for each in node.values if bool(self._value(each, resolve)) is wanted), not wanted)
+                return next(
+                    (wanted for each in node.values if _truth(self._value(each, resolve)) is wanted), not wanted
+                )
             case ast.UnaryOp():
                 value = self._value(node.operand, resolve)
-                return -value if isinstance(node.op, ast.USub) else not value
+                return -value if isinstance(node.op, ast.USub) else not _truth(value)
             case ast.Compare():
                 return self._compared(node, resolve)
             case ast.Call(func=ast.Name(id="len")):

@@ -11,7 +11,7 @@ import msgspec
 
 from flowmesh.errors import FieldError
 from flowmesh.pipelines import references
-from flowmesh.pipelines.conditions import Condition, ConditionError
+from flowmesh.pipelines.conditions import Condition, ConditionError, equal
 from flowmesh.pipelines.entries import Entry, all_names, is_pipeline, read_entries
 from flowmesh.pipelines.fields import MAX_STAGES, Parallel
 from flowmesh.pipelines.fields import Condition as FieldCondition
@@ -202,9 +202,9 @@ def holds(stage: Stage, results: dict[str, Any], names: tuple[str, ...]) -> bool
     if field is not None:
         reference = references.Reference(field.node, field.field, f"{field.node}.{field.field}")
         try:
-            if references.value_at(reference, results) != field.equals:
+            if not equal(references.value_at(reference, results), field.equals):
                 return False
-        except PathError as error:
+        except (PathError, ConditionError) as error:
             raise FieldError(f"{stage.entry.where}.condition: {error}", stage.entry.where) from None
     when = stage.when
     if not isinstance(when, str):

@@ -9,12 +9,14 @@ import msgspec
 from flowmesh.errors import FieldError
 from flowmesh.pipelines.fields import ALIASES, OWN, Graph, StageFields
 from flowmesh.validation.convert import convert
-from flowmesh.validation.describe import Path, dotted, found
+from flowmesh.validation.describe import Path, dotted, found, near
 from flowmesh.validation.unused import BLOCKS, is_unused
 
 _IN_SPEC = OWN - {"name"}
 _INHERITED = ("parallel", "merge")
 """Fields of a stage that the outer spec may have for all of them."""
+_MISSPELT = ("dependsOn", "dependencies", "foreach", "parallel", "condition")
+"""Of a stage's own fields those that no field of a task resembles."""
 _ONLY_IN_A_STAGE = ("when", "condition", "foreach")
 
 
@@ -109,6 +111,9 @@ def _entry(value: Any, where: str, outer: dict[str, Any]) -> Entry:
     inner = f"{where}.spec"
     own = _renamed(own, inner)
     faults: list[str] = []
+    for name in own.keys() - _IN_SPEC:
+        if meant := near(str(name), _MISSPELT):
+            faults.append(f"{where if inline else inner}.{name}: unknown field; did you mean {meant!r}?")
     for name in _IN_SPEC & own.keys():
         if fields.get(name) is not None:
             faults.append(f"{inner}.{name}: {where}.{name} is there too; use one of them")

@@ -20,16 +20,23 @@ _SHOWN = 80
 _ESCAPES = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """The end of an error: the name in `known` that was probably meant, else all of them. Ignores case, `_` and `-`."""
-    import difflib  # only errors need it
+def near(word: str, known: Iterable[str], cutoff: float = 0.85) -> str | None:
+    """The name in `known` of which `word` is probably a misspelling. Ignores case, `_` and `-`."""
+    import difflib  # only unknown fields need it
 
     folded = {_fold(name): name for name in sorted(known)}
-    if not folded:
+    match = difflib.get_close_matches(_fold(word[:200]), folded, n=1, cutoff=cutoff)
+    return folded[match[0]] if match else None
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The end of an error: the name in `known` that was probably meant, else all of them. Ignores case, `_` and `-`."""
+    names = sorted(known)
+    if not names:
         return "nothing is allowed here"
-    if match := difflib.get_close_matches(_fold(word[:200]), folded, n=1, cutoff=0.6):
-        return f"did you mean {folded[match[0]]!r}?"
-    return "known: " + ", ".join(sorted(folded.values()))
+    if meant := near(word, names, cutoff=0.6):
+        return f"did you mean {meant!r}?"
+    return "known: " + ", ".join(names)
 
 
 def _fold(word: str) -> str:

@@ -31,6 +31,9 @@ def resolve(expr):
         ("${a-b.none} == null", True),
         ("-1 < 0 and true", True),
         ("'x' not in ('y', 'z')", True),
+        ("'five' == 5 or 'Yes, it is' == true", False),
+        ("${a-b.items[0].output} != 5 and 'any text'", True),
+        ("'1' in '123'", True),
     ],
 )
 def test_expressions(text, answer):
@@ -70,6 +73,25 @@ def test_expressions(text, answer):
 def test_nothing_else_is_an_expression(text):
     with pytest.raises(ConditionError):
         Condition(text).holds(resolve)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("${a-b.count} == 5", "the text '5' is compared with 5, which is no text"),
+        ("5.0 != ${a-b.count}", "compared with 5.0"),
+        ("${a-b.count} in [1, 5]", "compared with 5"),
+        ("${a-b.said} == true", "the text 'True' is compared with true"),
+        ("${a-b.said}", "the text 'True' is neither true nor false; compare it"),
+        ("not 'false'", "the text 'false' is neither true nor false"),
+        ("true and ${a-b.count} == '5' and 'no'", "the text 'no'"),
+    ],
+)
+def test_a_text_that_spells_a_value_is_not_that_value(text, said):
+    """`'false'` would be true as any text, and `'5' == 5` never: the stage would run, or be skipped, without a word."""
+    results = {"a-b": {"count": "5", "said": "True"}}
+    with pytest.raises(ConditionError, match=said):
+        Condition(text).holds(lambda expr: value_at(split(expr, results), results))
 
 
 def test_values_are_never_code():

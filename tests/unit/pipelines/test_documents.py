@@ -92,6 +92,11 @@ def test_foreach_is_a_product_and_another_stage_goes_with_it():
         ({"stages": [{"name": "a"}, {"name": "a"}]}, "is also the name of spec.stages[0]"),
         ({"stages": [{"name": "a", "dependsOn": ["b"]}]}, "spec.stages[0].dependsOn[0]: there is no stage 'b'"),
         ({"stages": [{"name": "a", "dependsOn": ["a"]}]}, "a stage cannot wait for itself"),
+        (
+            {"stages": [{"name": "a", "dependOn": ["b"]}]},
+            "spec.stages[0].dependOn: unknown field; did you mean 'depend",
+        ),
+        ({"stages": [{"name": "a", "spec": {"paralel": {}}}]}, "spec.stages[0].spec.paralel: unknown field; did you"),
         ({"stages": [{"name": "a", "spec": {"x": "${b.result.y}"}}]}, "spec.stages[0].spec.x: ${b.result.y}: there is"),
         ({"x": "${b.result}", "stages": [{"name": "a"}]}, "spec.x: ${b.result}: there is no stage 'b'"),
         ({"stages": [{"name": "a", "spec": {"x": "${a.y}"}}]}, "uses its own result"),
