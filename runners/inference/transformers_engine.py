@@ -17,7 +17,17 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from runners.api import BadRequest
 from runners.gpu_memory import is_shortage
 from runners.inference.batches import Batch, Need, Row, plan
-from runners.inference.engine import Completion, Finished, FinishReason, GpuOutOfMemory, Output, Request, Same, Watch
+from runners.inference.engine import (
+    Completion,
+    Finished,
+    FinishReason,
+    GpuOutOfMemory,
+    Output,
+    Request,
+    Same,
+    TokenLogprob,
+    Watch,
+)
 from runners.inference.options import Sampling
 from runners.inference.sampling import Limits, NotFinite, Picker, Pickers
 from runners.inference.tokens import Reader, Texts
@@ -25,6 +35,10 @@ from runners.inference.vision import Vision, by_pixels
 from runners.models.limits import embedding_rows, positions
 from runners.models.sources import Source
 from runners.models.weights import first_not_finite, not_finite
+
+Grown = Callable[[int, int, Sequence[int], Sequence[TokenLogprob]], None]
+"""Called on the caller's thread with a request's position, the number of one of its answers, all tokens of that answer
+so far, and the logprobs that the request asks for."""
 
 
 class TransformersEngine:
@@ -53,6 +67,11 @@ class TransformersEngine:
         # Otherwise the sampling defaults of the model's authors would apply to every request.
         model.generation_config = GenerationConfig(pad_token_id=self._pad)
 
+    @property
+    def model(self) -> Any:
+        """Of Transformers."""
+        return self._model
+
     def check(self, sampling: Sampling, where: str) -> None:
         """See `Engine.check`."""
         if sampling.json_schema is not None:
@@ -62,10 +81,16 @@ class TransformersEngine:
         model = self._model
         return {"engine": self.name, "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
 
-    def generate(self, requests: Sequence[Request], watch: Watch, finished: Finished) -> None:
+    def generate(
+        self, requests: Sequence[Request], watch: Watch, finished: Finished, grown: Grown | None = None
+    ) -> None:
         """See `Engine.generate`. Batches have one adapter, and prompts and answers of similar length; each request has
-        sampling of its own."""
-        work = _Work(requests, watch, finished)
+        sampling of its own.
+
+        Args:
+            grown: called with the answers that go on, after each step. A batch that is generated again begins anew.
+        """
+        work = _Work(requests, watch, finished, grown)
         try:
             for numbers in self._groups(requests):
                 self._answer(numbers, work)
@@ -152,7 +177,12 @@ class TransformersEngine:
                 ),
             )
 
-        ending = _Ending(readers, ends, picker, room=room, watch=work.watch, ended=ended)
+        def grown(at: int, tokens: Sequence[int]) -> None:
+            if work.grown is not None:
+                asked = samplings[at].logprobs is not None
+                work.grown(batch[at].request, batch[at].copy, tokens, picker.logprobs(at) if asked else ())
+
+        ending = _Ending(readers, ends, picker, room=room, watch=work.watch, ended=ended, grown=grown)
         inputs = self._inputs(requests)
         with torch.inference_mode():
             self._model.generate(
@@ -246,9 +276,10 @@ def _kinds(samplings: Sequence[Sampling]) -> list[list[int]]:
 class _Work:
     """The requests of one call, and the answers to them so far."""
 
-    def __init__(self, requests: Sequence[Request], watch: Watch, finished: Finished) -> None:
+    def __init__(self, requests: Sequence[Request], watch: Watch, finished: Finished, grown: Grown | None) -> None:
         self.requests = requests
         self.watch = watch
+        self.grown = grown
         self.answers: dict[Row, Output] = {}
         self._finished = finished
 
@@ -272,6 +303,7 @@ class _Ending(StoppingCriteria):
         room: Sequence[int],
         watch: Watch,
         ended: Callable[[int, list[int], FinishReason], None],
+        grown: Callable[[int, list[int]], None],
     ) -> None:
         self._readers = readers
         self._ends = ends
@@ -279,6 +311,7 @@ class _Ending(StoppingCriteria):
         self._room = room
         self._watch = watch
         self._ended = ended
+        self._grown = grown
         self._tokens: list[list[int]] = [[] for _ in room]
         self._done = [False] * len(room)
 
@@ -295,6 +328,8 @@ class _Ending(StoppingCriteria):
             if reason is not None:
                 self._done[row] = True
                 self._ended(row, self._tokens[row], reason)
+            else:
+                self._grown(row, self._tokens[row])
         self._watch.step(tokens=grown)
         return torch.tensor(self._done, dtype=torch.bool, device=input_ids.device)
 

@@ -1,7 +1,7 @@
 """What stands before the library's server: the key, the paths that are served, the model's name, and counts.
 
-The servers of vLLM and Transformers have more paths than the API of OpenAI: some load another model by name, unload the
-one there is, or change the engine while it runs. Only paths that are listed here reach them.
+vLLM's server has more paths than the API of OpenAI: some load adapters by name, or change the engine while it runs. Only
+paths that are listed here reach it.
 """
 
 from __future__ import annotations

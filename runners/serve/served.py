@@ -7,7 +7,7 @@ from typing import Protocol
 from runners.api import Context, RunnerError
 from runners.inference.engines import choose
 from runners.serve.gate import App, ServedModel
-from runners.serve.task import ServeTask, check_merged
+from runners.serve.task import ServeTask
 
 
 class Served(Protocol):
@@ -55,7 +55,6 @@ def load(ctx: Context, task: ServeTask) -> Served:
     if task.serve.tool_call_parser is not None:
         ctx.unused.append("spec.serve.tool_call_parser (engine transformers)")
         ctx.report_unused()
-    check_merged(task)
-    from runners.serve.transformers_app import TransformersServed
+    from runners.serve import transformers_served
 
-    return TransformersServed.load(ctx, task)
+    return transformers_served.load(ctx, task)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import msgspec
@@ -12,6 +13,7 @@ from runners.api import BadRequest, Context
 from runners.fields import Faults, check_spec
 from runners.inference.options import InferenceOptions
 from runners.inference.task import InferenceTask, read_task
+from runners.models.adapters import LocalAdapter
 from runners.models.spec import Section
 
 MODEL_FIELDS = ("model", "checkpoint", "engine", "enforce_cpu")
@@ -70,10 +72,7 @@ def read_serve(ctx: Context, spec: dict[str, Any], where: str = "spec") -> Serve
     faults.check()
     assert task is not None, "else it was a fault"
     assert serve is not None, "else it was a fault"
-    read = ServeTask(model=task, serve=serve, name=serve.served_model_name or _name(task))
-    if task.engine == "transformers" or task.enforce_cpu:
-        check_merged(read, where)
-    return read
+    return ServeTask(model=task, serve=serve, name=serve.served_model_name or _name(task))
 
 
 def _name(task: InferenceTask) -> str:
@@ -84,15 +83,11 @@ def _name(task: InferenceTask) -> str:
     return given[:MAX_NAME] or "model"
 
 
-def check_merged(task: ServeTask, where: str = "spec") -> None:
-    """Raises BadRequest for adapters that are not merged: Transformers' server has one model."""
-    faults = Faults()
-    for number, adapter in enumerate(task.model.model.adapters or ()):
-        if adapter.apply != "merge":
-            name = f"{where}.model.adapters[{number}].apply"
-            text = f"{name}: on Transformers a served model has its adapters merged; set it to 'merge'"
-            faults.read(lambda text=text: _refuse(text))  # type: ignore[misc]
-    faults.check()
+def check_names(adapters: Sequence[LocalAdapter], name: str) -> None:
+    """Raises BadRequest for a runtime adapter that has the served model's name."""
+    for adapter in adapters:
+        if adapter.name == name:
+            raise BadRequest(f"{adapter.where}.name: {name!r} is also the served model's name; choose another")
 
 
 def address_of(serve: Serve, where: str = "spec") -> str:

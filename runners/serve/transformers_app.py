@@ -1,90 +1,153 @@
-"""Transformers' own server, as an application that a gate can stand before.
+"""A model of Transformers as an ASGI application that answers as OpenAI's API does.
 
-Its command builds the application and runs it in one step; here only its parts are used, so that the loading of the
-model, the address, the key and the signals stay with the task.
+Requests are read, sampled and answered as the lines of a batch file are (`runners.inference.openai`), by the engine of
+inference tasks. Transformers' own server honours few of OpenAI's fields, and takes the others without a word.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
-from runners.api import Context
-from runners.serve.gate import App, ServedModel
-from runners.serve.task import ServeTask
+import msgspec
 
-PINNED = "served"
-"""The name under which the application knows its one model; see `gate.Gate`."""
+from runners.api import BadRequest, Cancelled, RunnerError
+from runners.inference.openai.lines import LineFault
+from runners.serve.asked import CHAT, COMPLETION, Ask, AskReader
+from runners.serve.gate import Receive, Send
+from runners.serve.generator import Begun, Event, Generator, Job, Refused
+from runners.serve.replies import Replies, encode
 
-
-class TransformersServed:
-    """A model in this process; see `served.Served`."""
-
-    asks_usage = False
-
-    def __init__(self, app: App, name: str, source: str) -> None:
-        self.app = app
-        self.models: tuple[ServedModel, ...] = (ServedModel(name=name, pinned=PINNED),)
-        self.source = source
-
-    @classmethod
-    def load(cls, ctx: Context, task: ServeTask) -> TransformersServed:
-        """Load the model, with its adapters merged. Errors as for `served.load`."""
-        from runners.inference.loader import load_model
-        from runners.inference.lora import apply_adapters
-        from runners.inference.task_model import find_source
-        from runners.models.adapters import load_adapters
-
-        source = find_source(ctx, task.model)
-        adapters = load_adapters(ctx, task.model.model.adapters)
-        model, texts = load_model(ctx, task.model, source)
-        return cls(build(apply_adapters(model, adapters), texts.tokenizer), task.name, source.shown)
-
-    def failure(self) -> None:
-        """It has no process of its own that could end."""
-
-    def engine_numbers(self) -> dict[str, float]:
-        return {}
-
-    def close(self) -> None:
-        """It ends with this process."""
+PATHS = (CHAT, COMPLETION)
+JSON = b"application/json"
 
 
-def build(model: Any, tokenizer: Any) -> App:
-    """Make the server's application around a loaded model.
+class TransformersApp:
+    """The application. It serves POST requests to PATHS, and /health."""
 
-    Args:
-        model: of Transformers, in evaluation mode.
-        tokenizer: the model's.
+    def __init__(self, reader: AskReader, replies: Replies, generator: Generator) -> None:
+        self._reader = reader
+        self._replies = replies
+        self._generator = generator
 
-    Raises:
-        ImportError: FastAPI or uvicorn is not installed.
-    """
-    from transformers.cli.serving.chat_completion import ChatCompletionHandler
-    from transformers.cli.serving.completion import CompletionHandler
-    from transformers.cli.serving.model_manager import ModelManager, TimedModel
-    from transformers.cli.serving.response import ResponseHandler
-    from transformers.cli.serving.server import build_server
-    from transformers.cli.serving.transcription import TranscriptionHandler
-    from transformers.cli.serving.utils import GenerationState
-    from transformers.utils import logging
-    from transformers.utils.import_utils import is_serve_available
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await _live(receive, send)
+            return
+        if scope["path"] == "/health":
+            await _answer(send, 200, {})
+        elif scope["path"] not in PATHS:
+            known = ", ".join(PATHS)
+            await _refuse(
+                send, Refused(f"{scope['path']} is served on vLLM only; on Transformers there are {known}", 404)
+            )
+        else:
+            await self._complete(scope["path"], receive, send)
 
-    if not is_serve_available():
-        raise ImportError("Transformers' server needs FastAPI and uvicorn", name="fastapi")
-    for name in ("chat_completion", "completion", "response", "transcription", "model_manager"):
-        # It logs a line for each request.
-        logging.get_logger(f"transformers.cli.serving.{name}").setLevel(logging.ERROR)
-    models = ModelManager(device="cpu", trust_remote_code=False, model_timeout=-1)  # it loads nothing itself
-    models.force_model = PINNED
-    models.loaded_models[models.process_model_name(PINNED)] = TimedModel(model, timeout_seconds=-1, processor=tokenizer)
-    state = GenerationState(continuous_batching=False, compile=False, cb_config=None)
-    parts: dict[str, Any] = {"model_manager": models, "generation_state": state}
-    app: App = build_server(
-        models,
-        ChatCompletionHandler(**parts, chat_template_kwargs={}),
-        response_handler=ResponseHandler(**parts, chat_template_kwargs={}),
-        completion_handler=CompletionHandler(**parts),
-        transcription_handler=TranscriptionHandler(models, state),
-        generation_state=state,
-    )
-    return app
+    async def _complete(self, path: str, receive: Receive, send: Send) -> None:
+        given = await _body(receive)
+        if given is None:
+            return
+        try:
+            ask = await asyncio.to_thread(self._read, path, given)
+        except LineFault as fault:
+            await _refuse(send, Refused(fault.message, fault.status, fault.param))
+            return
+        except RunnerError as error:
+            await _refuse(send, Refused(str(error), 400 if isinstance(error, BadRequest) else 502))
+            return
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[Event | None] = asyncio.Queue()
+
+        def tell(event: Event | None) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        job = Job(ask, self._replies.to(ask), tell)
+        self._generator.put(job)
+        leaving = asyncio.ensure_future(_left(receive, events))
+        try:
+            await _relay(ask, events, send)
+        finally:
+            job.gone.set()
+            leaving.cancel()
+
+    def _read(self, path: str, given: dict[str, Any]) -> Ask:
+        try:
+            return self._reader.read(path, given)
+        except Cancelled:
+            raise RunnerError("the model is not served any more") from None
+
+
+async def _relay(ask: Ask, events: asyncio.Queue[Event | None], send: Send) -> None:
+    """Send a reply's events until the last one, or until the client has gone."""
+    begun = False
+    while (event := await events.get()) is not None:
+        match event:
+            case Begun() if ask.stream:
+                begun = True
+                await _start(send, 200, [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache")])
+            case Begun():
+                pass
+            case Refused() if begun:
+                await _send(send, encode(_error(event)))
+            case Refused():
+                await _refuse(send, event)
+            case _ if ask.stream:
+                await _send(send, encode(event))
+            case _:
+                await _answer(send, 200, event)
+    if begun:
+        await _send(send, b"data: [DONE]\n\n")
+        await send({"type": "http.response.body", "body": b""})
+
+
+async def _left(receive: Receive, events: asyncio.Queue[Event | None]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    events.put_nowait(None)
+
+
+async def _live(receive: Receive, send: Send) -> None:
+    while True:
+        kind = (await receive())["type"]
+        await send({"type": f"{kind}.complete"})
+        if kind == "lifespan.shutdown":
+            return
+
+
+async def _body(receive: Receive) -> dict[str, Any] | None:
+    """The request's body, which the gate has checked to be an object; None: the client has gone."""
+    data = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            return None
+        data += message.get("body", b"")
+        if not message.get("more_body"):
+            return msgspec.json.decode(bytes(data), type=dict[str, Any])
+
+
+def _error(refused: Refused) -> dict[str, Any]:
+    kind = "server_error" if refused.status >= 500 else "invalid_request_error"
+    return {"error": {"message": refused.message, "type": kind, "param": refused.param, "code": refused.status}}
+
+
+async def _refuse(send: Send, refused: Refused) -> None:
+    await _answer(send, refused.status, _error(refused))
+
+
+async def _answer(send: Send, status: int, content: dict[str, Any]) -> None:
+    body = msgspec.json.encode(content)
+    await _start(send, status, [(b"content-type", JSON), (b"content-length", str(len(body)).encode())])
+    await send({"type": "http.response.body", "body": body})
+
+
+async def _start(send: Send, status: int, headers: Sequence[tuple[bytes, bytes]]) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": list(headers)})
+
+
+async def _send(send: Send, data: bytes) -> None:
+    await send({"type": "http.response.body", "body": data, "more_body": True})

@@ -19,12 +19,12 @@ from runners.inference.vllm_engine import set_environment
 from runners.inference.vllm_failures import Logs, explain, first_line, start_failure, step_failure
 from runners.inference.vllm_prepared import prepare
 from runners.inference.vllm_processes import EngineProcesses
-from runners.models.adapters import LocalAdapter, load_adapters
+from runners.models.adapters import load_adapters
 from runners.models.sources import Source
 from runners.models.weights import not_finite
 from runners.serve.errors import ServerLost
 from runners.serve.gate import ServedModel
-from runners.serve.task import ServeTask
+from runners.serve.task import ServeTask, check_names
 from runners.serve.vllm_app import VllmApp, server_arguments
 from runners.serve.vllm_numbers import EngineNumbers
 
@@ -81,7 +81,7 @@ def load(ctx: Context, task: ServeTask) -> VllmServed:
     _check_parsers(ctx, task)
     source = find_source(ctx, task.model)
     adapters = load_adapters(ctx, task.model.model.adapters)
-    _check_names([adapter for adapter in adapters if adapter.apply == "runtime"], task.name)
+    check_names([adapter for adapter in adapters if adapter.apply == "runtime"], task.name)
     prepared = prepare(ctx, task.model, source, adapters, work=WORK)
     arguments = {"allowed_media_domains": list(NO_DOMAIN), **prepared.arguments}
     arguments |= {"served_model_name": [task.name], "disable_log_stats": True}
@@ -162,9 +162,3 @@ def _check_parsers(ctx: Context, task: ServeTask) -> None:
         if name is not None and name not in known:
             raise BadRequest(f"{where}: vLLM has no parser {str(name)[:80]!r}; {nearest(str(name), known)}")
     check_allowed(ctx, reasoning, f"{WHERE}.reasoning_parser")
-
-
-def _check_names(adapters: Sequence[LocalAdapter], name: str) -> None:
-    for adapter in adapters:
-        if adapter.name == name:
-            raise BadRequest(f"{adapter.where}.name: {name!r} is also the served model's name; choose another")

@@ -94,13 +94,13 @@ class Answers:
                     "role": "assistant", "content": content, "refusal": None, "annotations": None, "audio": None,
                     "function_call": None, "reasoning": reasoning,
                 },
-                "logprobs": None if hidden else self._chat_logprobs(output, sampling.logprobs),
+                "logprobs": None if hidden else self._logprobs(output, sampling.logprobs, chat=True),
                 "finish_reason": output.finish_reason,
                 "stop_reason": stop_reason,
                 "token_ids": None,
                 "routed_experts": None,
             })  # fmt: skip
-        body = self._body("chatcmpl", "chat.completion", model, choices, [prompt], [completion])
+        body = self._body(self.head(model, chat=True), choices, [prompt], [completion])
         if self._split is not None:
             body["usage"]["completion_tokens_details"] = {"reasoning_tokens": thought}
         return {
@@ -118,7 +118,7 @@ class Answers:
             {
                 "index": index,
                 "text": _whole_characters(output.text, reason),
-                "logprobs": self._logprobs(output, sampling.logprobs),
+                "logprobs": self._logprobs(output, sampling.logprobs, chat=False),
                 "finish_reason": output.finish_reason,
                 "stop_reason": reason,
                 "token_ids": None,
@@ -128,14 +128,27 @@ class Answers:
             }
             for index, (output, reason) in enumerate(zip(outputs, reasons, strict=True))
         ]
-        body = self._body("cmpl", "text_completion", model, choices, prompts, completions)
+        body = self._body(self.head(model, chat=False), choices, prompts, completions)
         return {**body, "kv_transfer_params": None, "ec_transfer_params": None, "metrics": None}
 
-    def _body(  # noqa: PLR0917
+    def head(self, model: str, *, chat: bool, part: bool = False) -> dict[str, Any]:
+        """What all answers begin with.
+
+        Args:
+            part: of a stream.
+        """
+        kind = "text_completion" if not chat else "chat.completion.chunk" if part else "chat.completion"
+        return {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "object": kind,
+            "created": int(time.time()),
+            "model": model,
+            "system_fingerprint": self._fingerprint,
+        }
+
+    def _body(
         self,
-        prefix: str,
-        kind: str,
-        model: str,
+        head: dict[str, Any],
         choices: list[dict[str, Any]],
         prompts: Sequence[tuple[int, ...]],
         completions: Sequence[Completion],
@@ -143,13 +156,9 @@ class Answers:
         asked = sum(map(len, prompts))
         answered = sum(len(output.token_ids) for completion in completions for output in completion.outputs)
         return {
-            "id": f"{prefix}-{uuid.uuid4().hex}",
-            "object": kind,
-            "created": int(time.time()),
-            "model": model,
+            **head,
             "choices": choices,
             "service_tier": None,
-            "system_fingerprint": self._fingerprint,
             "usage": {
                 "prompt_tokens": asked, "total_tokens": asked + answered, "completion_tokens": answered,
                 "prompt_tokens_details": None, "completion_tokens_details": None,
@@ -172,21 +181,23 @@ class Answers:
         ending = [each for each in sampling.stop if whole.startswith(each, len(output.text))]
         return next(iter(ending or [each for each in sampling.stop if each in whole] or sampling.stop), None)
 
-    def _chat_logprobs(self, output: Output, count: int | None) -> dict[str, Any] | None:
-        if count is None:
-            return None
-        return {
-            "content": [
-                {**self._token(each.token_id, each.logprob),
-                 "top_logprobs": [self._token(*pair) for pair in _ranked(each)[:count]]}
-                for each in output.logprobs or ()
-            ]
-        }  # fmt: skip
+    def _logprobs(self, output: Output, count: int | None, *, chat: bool) -> dict[str, Any] | None:
+        return None if count is None else self.logprobs(output.logprobs or (), count, chat=chat)
 
-    def _logprobs(self, output: Output, count: int | None) -> dict[str, Any] | None:
-        if count is None:
-            return None
-        steps = output.logprobs or ()
+    def logprobs(self, steps: Sequence[TokenLogprob], count: int, *, chat: bool) -> dict[str, Any]:
+        """Those of an answer's tokens, or of some that follow each other.
+
+        Args:
+            count: of the most likely tokens at each place.
+        """
+        if chat:
+            return {
+                "content": [
+                    {**self._token(each.token_id, each.logprob),
+                     "top_logprobs": [self._token(*pair) for pair in _ranked(each)[:count]]}
+                    for each in steps
+                ]
+            }  # fmt: skip
         tokens = [self._texts.token(each.token_id) for each in steps]
         return {
             "text_offset": [0, *itertools.accumulate(map(len, tokens))][: len(tokens)],

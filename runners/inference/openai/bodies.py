@@ -131,8 +131,12 @@ def read_body(given: Mapping[str, Any], into: type[Any]) -> Any:
     Raises:
         LineFault: naming the first field that is wrong; the message has all of them.
     """
-    body = {name: value for name, value in given.items() if value is not None and name not in WITHOUT_EFFECT}
-    for name in [name for name in body if name in REFUSED and name not in into.__struct_fields__]:
+    known = into.__struct_fields__
+    body = {
+        name: value for name, value in given.items()
+        if value is not None and (name not in WITHOUT_EFFECT or name in known)
+    }  # fmt: skip
+    for name in [name for name in body if name in REFUSED and name not in known]:
         value = body.pop(name)
         if value not in ([], {}) and not any(_same(value, each) for each in REFUSED[name]):
             raise LineFault(f"body.{name}: {_REASONS.get(name, 'not supported here; leave it out')}", param=name)

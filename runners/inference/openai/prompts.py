@@ -25,12 +25,15 @@ class Prompts:
         self._texts = texts
         self._takes_parts: bool | None = None
 
-    def chat(self, body: ChatBody, images: Sequence[ImagePart] = ()) -> tuple[tuple[int, ...], Pictures | None]:
+    def chat(
+        self, body: ChatBody, images: Sequence[ImagePart] = (), tools: Sequence[dict[str, Any]] = ()
+    ) -> tuple[tuple[int, ...], Pictures | None]:
         """The tokens of a chat, and its images. Text is as the template gives it, so that only it decides about special
         tokens.
 
         Args:
             images: of its messages, as `body_images` returns them.
+            tools: that the model may call.
 
         Raises:
             LineFault: a message has other parts than texts and images, or the template or the model refuses them.
@@ -51,6 +54,7 @@ class Prompts:
                 tokenize=False,
                 add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
                 continue_final_message=bool(body.continue_final_message),
+                **({"tools": list(tools)} if tools else {}),
                 **template_arguments(body),
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
@@ -153,6 +157,9 @@ class Prompts:
 def body_images(body: ChatBody, images: Images | None) -> list[ImagePart]:
     """The images of a chat's messages, read and checked.
 
+    Args:
+        images: None: the model takes none.
+
     Raises:
         LineFault: naming the part.
     """
@@ -164,7 +171,7 @@ def body_images(body: ChatBody, images: Images | None) -> list[ImagePart]:
         ):
             continue
         if images is None:
-            raise LineFault(f"{where}: holds an image, which is not taken here", param="messages")
+            raise LineFault(f"{where}: {NO_IMAGES}", param="messages")
         try:
             for number, part in enumerate(read_content(content, where)):
                 if isinstance(part, ImagePart):

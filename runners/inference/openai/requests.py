@@ -40,6 +40,8 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     key: str
     images: tuple[ImagePart, ...] = ()
     """Of its messages."""
+    tools: tuple[dict[str, Any], ...] = ()
+    """That the model may call."""
 
     @property
     def work(self) -> tuple[int, int, int]:
@@ -138,7 +140,7 @@ def requests_of(
     """
     body, wanted = asked.body, asked.sampling
     if isinstance(body, ChatBody):
-        token_ids, pictures = prompts.chat(body, asked.images)
+        token_ids, pictures = prompts.chat(body, asked.images, asked.tools)
         field, encoded = "body.messages", [token_ids]
     else:
         assert isinstance(body, CompletionBody)

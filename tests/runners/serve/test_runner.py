@@ -14,10 +14,9 @@ pytest.importorskip("uvicorn", reason="needs the extra 'serve'")
 
 from runners.serve import runner
 from runners.serve.errors import ServerLost
-from runners.serve.gate import Gate
+from runners.serve.gate import App, Gate, ServedModel
 from runners.serve.runner import Server, watch
 from runners.serve.task import Serve
-from runners.serve.transformers_app import TransformersServed
 
 
 async def broken(scope, receive, send) -> None:
@@ -39,11 +38,31 @@ async def hanging(scope, receive, send) -> None:
     await asyncio.sleep(3600)
 
 
+class Bare:
+    """An application without an engine."""
+
+    models = (ServedModel(name="m", pinned="m"),)
+    asks_usage = False
+    source = "m"
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+
+    def failure(self) -> None:
+        """Nothing is known against it."""
+
+    def engine_numbers(self) -> dict[str, float]:
+        return {}
+
+    def close(self) -> None:
+        """It has started nothing."""
+
+
 def test_three_failed_health_checks_end_the_task_with_what_was_wrong(make_context) -> None:
     ctx = make_context({})
     announced: list[int] = []
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listener:
-        served = TransformersServed(broken, "m", "m")
+        served = Bare(broken)
         gate = Gate(broken, "key", served.models, own_key="own")
         server = Server(gate, listener, "m", "own")
         try:
@@ -62,7 +81,7 @@ def test_a_server_that_hangs_with_requests_is_found(make_context, monkeypatch: p
     monkeypatch.setattr(runner, "HEALTH_TIMEOUT_S", 0.1)
     monkeypatch.setattr(runner, "STOP_S", 0)
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listener:
-        served = TransformersServed(hanging, "m", "m")
+        served = Bare(hanging)
         gate = Gate(hanging, "key", served.models, own_key="own")
         server = Server(gate, listener, "m", "own")
         host, port = listener.getsockname()

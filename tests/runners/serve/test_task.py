@@ -56,13 +56,6 @@ def test_a_task_listens_where_the_operator_allows_it(make_context, allowed: Any,
         ({"serve": {"tool_call_parser": ""}}, "spec.serve.tool_call_parser"),
         ({"model": {}}, "spec.model.source.identifier: missing"),
         ({"ttl_s": 5}, "spec.ttl_s: unknown field; it belongs into spec.serve"),
-        (
-            {
-                "engine": "transformers",
-                "model": {"source": {"identifier": "m"}, "adapters": [{"path": "builtin:tiny-lora"}]},
-            },
-            "spec.model.adapters[0].apply: on Transformers a served model has its adapters merged",
-        ),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(make_context, change: dict[str, Any], message: str) -> None:
