@@ -166,8 +166,8 @@ def _ended(outcome: Outcome, *, quiet: bool) -> int:
             code = EXIT_BY_SIGNAL + signal.SIGTERM
     for line in outcome.event.get("warnings") or ():
         _say(f"warning: {line}")
-    if not outcome.ok and not command.get("code"):
-        _say(str(outcome.error))
+    if not outcome.ok and (not command.get("code") or outcome.verdict != "error"):
+        _say(str(outcome.error))  # also where there is no such program: nothing else says so
     elif not quiet:
         _say(_used(outcome, command))
     return code

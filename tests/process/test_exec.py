@@ -170,15 +170,16 @@ def test_what_cannot_run_in_a_fork_is_told(node: Node, project: Path, tmp_path: 
 def test_exit_statuses(node: Node, project: Path, tmp_path: Path) -> None:
     """As of a shell; and 124 for the timeout, as of timeout(1)."""
     report = tmp_path / "report.json"
-    for command, options, code in (
-        (["sh", "-c", "exit 7"], [], 7),
-        (["sh", "-c", "kill -KILL $$"], [], 128 + signal.SIGKILL),
-        (["no-such-program"], [], 127),
-        (["./main.py"], [], 126),
-        (["sleep", "60"], ["--timeout", "0.3"], 124),
+    for command, options, code, said in (
+        (["sh", "-c", "exit 7"], [], 7, ""),
+        (["sh", "-c", "kill -KILL $$"], [], 128 + signal.SIGKILL, "was killed by SIGKILL"),
+        (["no-such-program"], [], 127, "there is no program 'no-such-program' in PATH"),
+        (["./main.py"], [], 126, "'./main.py' may not be executed"),
+        (["sleep", "60"], ["--timeout", "0.3"], 124, "timed out"),
     ):
         found = call(node, project, [*under(node, *options, "--report", str(report)), *command], "")
         assert found[0] == code, (command, found)
+        assert said in found[2]
         assert json.loads(report.read_text())["ok"] is False
 
 
