@@ -134,7 +134,11 @@ def _execute(script: Script, main: types.ModuleType) -> None:
         source = script.code or ""
     if script.inputs is not None:
         main.__dict__["inputs"] = script.inputs
-    exec(compile(source, name, "exec", dont_inherit=True), main.__dict__)
+    try:
+        exec(compile(source, name, "exec", dont_inherit=True), main.__dict__)
+    except SystemExit as end:
+        if end.code is not None and not (isinstance(end.code, int) and end.code & 0xFF == 0):
+            raise
     if script.result is not None and "result" in main.__dict__:
         _keep(main.__dict__["result"], script.result)
 

@@ -215,6 +215,8 @@ def test_python_code_a_function_and_a_file(node: Node, peer: Orchestrator) -> No
     wrong = failure(peer.run("w1", {**function, "inputs": {"depth": 3}}))
     assert "unexpected keyword argument 'depth'" in wrong["error"]
     assert "runners/command" not in "".join(wrong["log_tail"])
+    early = {"taskType": "python", "code": "import sys\nresult = 3\nsys.exit()\nresult = 4"}
+    assert result(node, peer.run("w1", early)).get("result") == 3
     nothing = failure(peer.run("w1", {"taskType": "python", "code": "result = object()"}))
     assert "cannot be written as JSON" in nothing["error"]
 
