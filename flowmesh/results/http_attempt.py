@@ -21,6 +21,7 @@ from flowmesh.results.http_errors import (
     innermost,
     is_unresolved,
     read_text,
+    reported_error,
     retry_after_s,
 )
 from flowmesh.results.request_bodies import Body, Patience, TryAgain, UploadError
@@ -101,6 +102,9 @@ class HttpClient:
                 if 200 <= status < 300:
                     if not stream.whole:
                         raise TryAgain(f"the server answered {status} before it had read the whole body", status)
+                    if said := reported_error(response, self._timeout_s):
+                        text = self._shown(said)
+                        raise TryAgain(f"the server answered {status}, and that it failed: {text}", status)
                     return
                 if status not in {307, 308}:
                     raise self._refusal(response, url, same_origin=same_origin, with_token=with_token)
@@ -158,10 +162,8 @@ class HttpClient:
         text = f"the server answered {status} {response.reason or ''}".rstrip()
         if 300 <= status < 400:
             return UploadError(f"{text}: only 307 and 308 keep a body; give the URL that it redirects to", status)
-        shown = "".join(c if c.isprintable() else " " for c in self._redact(read_text(response, self._timeout_s)))
-        answer = " ".join(shown.split())
-        if answer:
-            text += f": {answer[:TEXT_SHOWN]}"
+        if answer := self._shown(read_text(response, self._timeout_s)):
+            text += f": {answer}"
         if status in _RETRYABLE or status >= 500:
             return TryAgain(text, status, retry_after_s(response.headers.get("Retry-After")))
         if status in {401, 403}:
@@ -176,6 +178,11 @@ class HttpClient:
             )
             text += f"; {hint}" if hint else ""
         return UploadError(text, status)
+
+    def _shown(self, answer: str) -> str:
+        """An answer's body as part of an error."""
+        shown = "".join(c if c.isprintable() else " " for c in self._redact(answer))
+        return " ".join(shown.split())[:TEXT_SHOWN]
 
 
 def _redirect_target(url: str, response: requests.Response) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.utils
+import json
 import socket
 import ssl
 import time
@@ -33,6 +34,27 @@ def read_text(response: requests.Response, timeout_s: float) -> str:
     except (OSError, urllib3.exceptions.HTTPError):
         pass  # use what has arrived
     return data.decode("utf-8", "replace")
+
+
+def reported_error(response: requests.Response, timeout_s: float) -> str:
+    """The error in the JSON of an answer whose status says success; empty: there is none.
+
+    That is `ok` or `success` false, or an `error` without either. What is no short JSON is not waited for.
+    """
+    if "json" not in response.headers.get("Content-Type", "").lower():
+        return ""
+    length = response.headers.get("Content-Length", "")
+    if not length.isdecimal() or int(length) > _BYTES_READ:
+        return ""
+    text = read_text(response, timeout_s)
+    try:
+        said = json.loads(text)
+    except (ValueError, RecursionError):
+        return ""
+    if not isinstance(said, dict):
+        return ""
+    told = [said[name] for name in ("ok", "success") if isinstance(said.get(name), bool)]
+    return text if False in told or (not told and said.get("error")) else ""
 
 
 def retry_after_s(value: str | None) -> float:

@@ -1,7 +1,7 @@
 """What stands before the library's server: the key, the paths that are served, the model's name, and counts.
 
-vLLM's server has more paths than the API of OpenAI: some load adapters by name, or change the engine while it runs. Only
-paths that are listed here reach it.
+vLLM's server has more paths than the API of OpenAI: some load adapters by name, or change the engine while it runs.
+Only paths that are listed here reach it.
 """
 
 from __future__ import annotations

@@ -67,6 +67,41 @@ def test_what_may_pass_is_tried_again_with_the_whole_body(artifact: Path, plan: 
     assert_whole(received, artifact)
 
 
+JSON = {"Content-Type": "application/json; charset=utf-8"}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b'{"ok": false, "detail": "disk full"}', b'{"error": "disk full"}', b'{"success": false, "error": "disk full"}'],
+)
+def test_a_success_that_reports_an_error_is_none(artifact: Path, body: bytes) -> None:
+    with Server(Answer(200, body, JSON)) as server:
+        send_file(uploader(server.url), server.url, artifact)
+        assert len(server.requests) == 2
+    with (
+        Server(Answer(200, body, JSON)) as server,
+        pytest.raises(UploadError, match=r"answered 200, and that it failed: .*disk full"),
+    ):  # the time for a second attempt is up before it is due
+        send_file(uploader(server.url, within_s=10.0, first_backoff_s=100.0, max_backoff_s=100.0), server.url, artifact)
+
+
+@pytest.mark.parametrize(
+    ("body", "headers"),
+    [
+        (b'{"ok": true, "error": "a note"}', JSON),
+        (b'{"error": null}', JSON),
+        (b'{"error": "not', JSON),
+        (b'[{"error": "x"}]', JSON),
+        (b'{"error": "in a page"}', {"Content-Type": "text/html"}),
+        (b'{"error": "' + b"x" * 5000 + b'"}', JSON),
+    ],
+)
+def test_any_other_body_of_a_success_is_not_read(artifact: Path, body: bytes, headers: dict[str, str]) -> None:
+    with Server(Answer(200, body, headers)) as server:
+        send_file(uploader(server.url), server.url, artifact)
+        assert len(server.requests) == 1
+
+
 def test_an_acceptance_before_the_end_is_none(tmp_path: Path) -> None:
     """The file is larger than the buffers of both sockets, so the server has not received all of it."""
     large = tmp_path / "large.bin"
