@@ -70,11 +70,28 @@ def _items(items: list[dict[str, Any]], width: int) -> list[str]:
         if "prompt" in item:
             lines.append(f"  {label:<5} prompt  {shorten(_prompt(item['prompt']), room)}")
             label = ""
-        reason = item.get("finish_reason")
-        tail = f" ({reason})" if isinstance(reason, str) and reason != "stop" else ""
-        lines.append(f"  {label:<5} output  {shorten(item.get('output'), room - len(tail))}{tail}")
+        elif "input" in item:
+            lines.append(f"  {label:<5} input   {shorten(item['input'], room)}")
+            label = ""
+        lines += _answer(item, label, room)
     if len(items) > SHOWN_ITEMS:
         lines.append(f"  … and {len(items) - SHOWN_ITEMS} more")
+    return lines
+
+
+def _answer(item: dict[str, Any], label: str, room: int) -> list[str]:
+    """The lines for what an item got, also where that is an error beside some text."""
+    vector, error = item.get("embedding"), item.get("error")
+    message = error.get("message", error) if isinstance(error, dict) else error
+    reason = item.get("incomplete") or item.get("finish_reason")
+    tail = f" ({reason})" if isinstance(reason, str) and reason != "stop" else ""
+    lines = []
+    if isinstance(vector, list):
+        lines.append(f"  {label:<5} vector  {len(vector)} numbers")
+    elif item.get("output") or not error:
+        lines.append(f"  {label:<5} output  {shorten(item.get('output'), room - len(tail))}{tail}")
+    if error:
+        lines.append(f"  {'' if lines else label:<5} error   {shorten(message, room)}")
     return lines
 
 
@@ -106,9 +123,12 @@ def _ranked(items: list[dict[str, Any]], width: int) -> list[str]:
 
 
 def _prompt(prompt: Any) -> Any:
-    """The prompt; of a chat its last message."""
+    """The prompt; of a chat its last message, with a mark for each image."""
     last = prompt[-1] if isinstance(prompt, list) and prompt else None
-    return last["content"] if isinstance(last, dict) and isinstance(last.get("content"), str) else prompt
+    content = last.get("content") if isinstance(last, dict) else None
+    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+        return " ".join(part["text"] if isinstance(part.get("text"), str) else "[image]" for part in content)
+    return content if isinstance(content, str) else prompt
 
 
 def _queries(queries: list[dict[str, Any]], width: int) -> list[str]:
@@ -122,6 +142,8 @@ def _queries(queries: list[dict[str, Any]], width: int) -> list[str]:
             lines.append(f"        best    {shorten(best.get('payload', best.get('id')), room - 12)} of {len(found)}")
         else:
             lines.append("        best    nothing found")
+        if "output" in query:
+            lines += _answer(query, "", room)
     if len(queries) > SHOWN_ITEMS:
         lines.append(f"  … and {len(queries) - SHOWN_ITEMS} more")
     return lines

@@ -157,6 +157,26 @@ def test_a_summary_of_inference():
     assert summary({"items": items}, 80)[-1] == "  … and 2 more"
     chat = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Hi?"}]
     assert summary({"items": [{"prompt": chat, "output": "Hi."}]}, 80)[1] == "  [0]   prompt  Hi?"
+    seen = [{"role": "user", "content": [{"type": "image_url", "image_url": {}}, {"type": "text", "text": "What?"}]}]
+    assert summary({"items": [{"prompt": seen, "output": "Hi."}]}, 80)[1] == "  [0]   prompt  [image] What?"
+    odd = [
+        {"prompt": "a", "error": {"type": "refused", "message": "too long"}},
+        {"output": "half", "finish_reason": "failed", "error": "max_turns: no answer"},
+        {"prompt": "b", "output": "", "finish_reason": "stop", "incomplete": "empty"},
+        {"input": "c", "embedding": [0.5, 1.0]},
+    ]
+    assert summary({"items": odd}, 80)[1:] == [
+        "  [0]   prompt  a",
+        "        error   too long",
+        "  [1]   output  half (failed)",
+        "        error   max_turns: no answer",
+        "  [2]   prompt  b",
+        "        output   (empty)",
+        "  [3]   input   c",
+        "        vector  2 numbers",
+    ]
+    answered = {"query": "how?", "items": [{"id": "x", "payload": "so"}], "output": "So.", "finish_reason": "length"}
+    assert summary({"queries": [answered]}, 80)[-1] == "        output  So. (length)"
 
 
 def test_plain_progress_is_a_line_a_phase_and_a_tenth():
