@@ -170,7 +170,7 @@ def _settled(destination: HttpDestination, orchestrator_url: str | None, where: 
             f"{where}.method",
         )
     _check_timeout(destination, where)
-    _check_headers(destination.headers, f"{where}.headers")
+    check_headers(destination.headers, f"{where}.headers")
     return msgspec.structs.replace(destination, url=url, method=method)
 
 
@@ -197,7 +197,8 @@ def _check_timeout(destination: Remote, where: str) -> None:
         )
 
 
-def _check_headers(headers: dict[str, str], where: str) -> None:
+def check_headers(headers: dict[str, str], where: str) -> None:
+    """Raises FieldError for headers that cannot be sent, or are the connection's. Shows no value."""
     seen: set[str] = set()
     for name, value in headers.items():
         if not _TOKEN.fullmatch(name):

@@ -12,6 +12,8 @@ from urllib.parse import urlsplit
 
 from msgspec import Meta
 
+from flowmesh.errors import FieldError
+from flowmesh.messages.output import check_headers
 from flowmesh.messages.serving import names_task
 from flowmesh.web.origins import origin
 from runners.agent.secrets import from_env
@@ -131,6 +133,7 @@ def _check(api: Api, where: str) -> None:
     faults.read(lambda: _check_url(api.base_url, f"{where}.base_url"))
     if names_task(api.base_url) and api.api_key_env is not None:
         faults.read(lambda: _own_key(f"{where}.api_key_env"))
+    faults.read(lambda: _check_headers(api.headers or {}, f"{where}.headers"))
     for name in api.body or {}:
         faults.read(lambda name=name: _check_body(name, f"{where}.body.{name}"))  # type: ignore[misc]
     if api.system_prompt is not None and api.kind != "chat":
@@ -153,6 +156,13 @@ def _check_url(url: str, where: str) -> None:
         raise BadRequest(f"{where}: an http or https address is needed, such as https://HOST/v1, or task:ID")
     if parts.username or parts.password or parts.query or parts.fragment:
         raise BadRequest(f"{where}: no user, password or query belongs there; use api_key_env")
+
+
+def _check_headers(headers: dict[str, str], where: str) -> None:
+    try:
+        check_headers(headers, where)
+    except FieldError as error:
+        raise BadRequest(str(error)) from None
 
 
 def _check_body(name: str, where: str) -> None:

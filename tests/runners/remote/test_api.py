@@ -332,6 +332,13 @@ def test_completions_and_embeddings_are_read_as_what_they_are(ask) -> None:
         ({"base_url": "ftp://x"}, "spec.api.base_url"),
         ({"base_url": "http://u:p@x/v1"}, "no user, password or query"),
         ({"body": {"stream": True}}, "spec.api.body.stream"),
+        ({"headers": {"X-Name": "Zoë"}}, "spec.api.headers.X-Name: the value must be printable ASCII"),
+        ({"headers": {"X-Two": "a\nb"}}, "spec.api.headers.X-Two: the value contains a line break"),
+        ({"headers": {"X A": "b"}}, "spec.api.headers: 'X A' is not a valid header name"),
+        (
+            {"headers": {"content-length": "5"}},
+            "spec.api.headers.content-length: this header belongs to the connection",
+        ),
         ({"body": {"messages": []}}, "spec.api.body.messages: comes from spec.data"),
         ({"max_cost_usd": 1}, "spec.api.max_cost_usd: needs spec.api.prices"),
         ({"endpoint": "completions", "system_prompt": "x"}, "spec.api.system_prompt"),
