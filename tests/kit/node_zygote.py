@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import importlib
 import itertools
 import os
@@ -148,6 +149,8 @@ def main(fd: int) -> int:
     """Returns in the zygote at its end, and in each fork with the node's exit status."""
     for name in PRELOAD:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # else each node looks through all that is imported here, and copies it by that
     assert len(os.listdir("/proc/self/task")) == 1, "a fork would lose threads"
     channel = socket.socket(fileno=fd)
     channel.send(b"ready")

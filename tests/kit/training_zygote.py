@@ -6,6 +6,7 @@ As a script it is that process: one thread, started once a test session; each re
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -135,6 +136,8 @@ class Running:
 def main(fd: int) -> None:
     for name in TRAINING:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # as a node's fork server
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps; outcomes are in files
     channel = socket.socket(fileno=fd)
     channel.send(json.dumps({"threads": len(os.listdir("/proc/self/task"))}).encode())
