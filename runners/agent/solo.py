@@ -111,6 +111,8 @@ class _Agent(ToolCallingAgent):
         """See smolagents, which hands a text that is no JSON object to a tool of one argument as that argument."""
         if isinstance(arguments, Malformed):
             raise AgentToolCallError(arguments.why, self.logger)
+        if tool_name == FINAL and isinstance(arguments, dict) and _is_blank(arguments.get("answer", FINAL)):
+            raise AgentToolCallError("the answer is empty; call final_answer with the whole answer", self.logger)
         return super().execute_tool_call(tool_name, arguments)
 
     def _output(self, call: ToolCall) -> ToolOutput:
@@ -235,6 +237,10 @@ def _failure(error: AgentError) -> str:
 def _as_json(arguments: dict[str, Any]) -> str:
     """Always an object: servers read the calls of earlier turns, and refuse the request where they cannot."""
     return "{}" if isinstance(arguments, Malformed) else json.dumps(arguments, ensure_ascii=False, default=str)
+
+
+def _is_blank(answer: Any) -> bool:
+    return answer is None or (isinstance(answer, str) and not answer.strip()) or answer in ([], {})
 
 
 def _as_text(output: Any) -> str:

@@ -213,6 +213,19 @@ def test_an_answer_among_other_calls_is_refused_and_their_results_are_kept(agent
     assert [entry["result"] for entry in ran.events("tool_result")] == [results[1], results[2]]
 
 
+@pytest.mark.parametrize("nothing", [None, "", " \n", []])
+def test_an_empty_answer_is_none(nothing, agents, make_context) -> None:
+    empty = call("final_answer", answer=nothing)
+    with Server(empty, answer("42")).running() as server:
+        ran = run_agent(make_context, agents, server.url)
+        assert ran.output == "42"
+        assert "the answer is empty" in server.requests[1].results[0]
+    with Server(empty, empty, Say("")).running() as server:
+        ctx = agent_context(make_context, agents, server.url, config={"max_turns": 2}, task_id="never")
+        with pytest.raises(RunnerError, match="max_turns: no answer after 2 turns"):
+            AgentRunner().run(ctx)
+
+
 def test_running_out_of_turns_fails_the_item_and_keeps_what_there_is(agents, make_context) -> None:
     def decide(body: dict[str, Any]) -> Any:
         return call("list_files") if "tools" in body else Say("As far as I got: two.")
