@@ -21,7 +21,7 @@ from flowmesh.cli.documents import Submission
 from flowmesh.cli.follow import Follow, Outcome
 from flowmesh.cli.hand_over import absolute, choose
 from flowmesh.cli.local import LocalNode, LocalOptions
-from flowmesh.cli.signals import Signals
+from flowmesh.cli.signals import Interrupted, Signals
 from flowmesh.cli.view import View, progress_stream, view_for
 from flowmesh.errors import EXIT_OK, FlowMeshError
 
@@ -94,12 +94,21 @@ def _run(submission: Submission, options: LocalOptions, *, embedded: bool, as_js
             view.note(choice.why)
         if choice is not None and choice.node is not None:
             shown = _Shown(view, choice.node.state_dir, submission.task_id, as_json=as_json)
-            return choice.node.run(submission, happened=happened, signals=signals, seen=shown.seen)
+            outcome = choice.node.run(submission, happened=happened, signals=signals, seen=shown.seen)
+            return _not_interrupted(outcome, signals)
         view.step("starting the node")
         node = stack.enter_context(LocalNode(options, lambda: signals.count > 1))
         worker = node.wait_idle(signals.check)
         shown = _Shown(view, node.state_dir, submission.task_id, as_json=as_json)
-        return Follow(node, submission, worker, view=shown, happened=happened, signals=signals, timeout_s=None).run()
+        outcome = Follow(node, submission, worker, view=shown, happened=happened, signals=signals, timeout_s=None).run()
+        return _not_interrupted(outcome, signals)
+
+
+def _not_interrupted(outcome: Outcome, signals: Signals) -> Outcome:
+    """The outcome. Raises Interrupted where Ctrl-C came before the model was served."""
+    if signals.count and outcome.verdict == "cancelled":
+        raise Interrupted(signals.last, "interrupted before the model was served")
+    return outcome
 
 
 class _Shown:

@@ -227,13 +227,32 @@ def test_faults_of_the_document_are_named(place: Place) -> None:
         assert why in end["error"]
 
 
-def test_flowmesh_serve_prints_address_and_key_and_ends_with_ctrl_c(place: Place) -> None:
+def serving(place: Place, *options: str) -> subprocess.Popen[str]:
+    """`flowmesh serve` on the node."""
     config = place.node.home / "serve.toml"
     config.write_text(f'[node]\nstate_dir = "{place.node.state_dir}"\n')
     env = {name: value for name, value in os.environ.items() if name not in ("STATE_DIRECTORY", "REDIS_URL")}
-    command = [sys.executable, "-m", "flowmesh.cli.main", "serve", "builtin:tiny-llama", "--name", "it's"]
+    command = [sys.executable, "-m", "flowmesh.cli.main", "serve", "builtin:tiny-llama", *options]
     command += ["--config", str(config)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+
+
+def test_ctrl_c_before_the_model_is_served_is_no_failure_of_the_task(place: Place) -> None:
+    busy = [place.peer.dispatch(worker, {"taskType": "echo", "delaySec": 600}) for worker in ("w1-a", "w1-b")]
+    for each in busy:
+        until(lambda each=each: place.phase(each) == "wait", "the slot is busy")
+    with serving(place) as process:
+        until(lambda: len(place.node.ask(op="status")["tasks"]) == 3, "the model waits for a slot")
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "flowmesh: interrupted before the model was served\n")
+    for each in busy:
+        place.client.cancel(each)
+        place.peer.wait_end(each)
+
+
+def test_flowmesh_serve_prints_address_and_key_and_ends_with_ctrl_c(place: Place) -> None:
+    with serving(place, "--name", "it's") as process:
         assert process.stdout is not None
         told: list[str] = []
         while not (line := process.stdout.readline()).startswith("curl "):
