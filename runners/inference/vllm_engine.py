@@ -284,7 +284,9 @@ def set_environment(ctx: Context, *, alone: bool, eager: bool, apart: bool = Fal
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if "VLLM_CACHE_ROOT" not in os.environ:
         os.environ["VLLM_CACHE_ROOT"] = str(library_folder(ctx, COMPILED, ""))
-    if apart or not alone:
+    if alone and not apart:
+        _inspect_classes_here()
+    else:
         if ctx.gpus:
             torch.cuda.device_count()  # vLLM calls it too; with a lost GPU in the machine it initializes CUDA
         if len(os.listdir("/proc/self/task")) > 1 or cuda_started():
@@ -296,6 +298,18 @@ def set_environment(ctx: Context, *, alone: bool, eager: bool, apart: bool = Fal
         torch.compiler.set_stance("force_eager")
     if not ctx.gpus:
         torch.set_num_threads(max(ctx.threads, 1))
+
+
+def _inspect_classes_here() -> None:
+    """Have this process find out what a model's class can do.
+
+    vLLM asks another process, which imports vLLM for it, once for each class and cache: what is imported might start
+    CUDA in a process that has yet to fork. This one forks no worker.
+    """
+    from vllm.model_executor.models import registry
+
+    if hasattr(registry, "_run_in_subprocess"):  # not of its interface
+        registry._run_in_subprocess = lambda inspect: inspect()
 
 
 def _serial(request_id: str) -> int:

@@ -58,8 +58,7 @@ def main() -> None:
     if "vllm" in sys.modules:
         from vllm.model_executor.models import registry
 
-        # vLLM asks another process what a model class can do, so that CUDA stays unused here: 10 s of imports for each.
-        registry._run_in_subprocess = lambda ask: ask()
+        registry._SUBPROCESS_COMMAND = ["false"]  # which imports vLLM to look at a model's class: no task may need that
     gc.collect()
     gc.freeze()
     import torch
