@@ -72,8 +72,18 @@ def load_graph(ctx: Context, section: dict[str, Any], shard: Shard | None, spec:
         (column.label, as_text(column_value(column, upstream, f"{here}.columns[{i}]")))
         for i, column in enumerate(template.columns or ())
     ]
+    for i, (label, value) in enumerate(columns):
+        if value.strip() in ("", "null"):
+            found = value.strip() or "empty"
+            ctx.log.warning("%s.columns[%d]: %r is %s in the prompt; give it a default", here, i, label, found)
     if template.text is not None:
         prompt = fill(template.text, columns, options, f"{here}.text")
+        used = {match["name"] for match in _PLACEHOLDER.finditer(template.text)}
+        ctx.unused += [
+            f"{here}.columns[{i}]" for i in range(len(columns)) if not {f"col{i}_value", f"col{i}_label"} & used
+        ]
+        given = [name for name in ("role", "intro", "closing") if getattr(options, name)]
+        ctx.unused += [f"{here}.options.{name}" for name in given if name not in used]
     elif template.name is None:
         raise BadRequest(f"{here}: needs a `text`, or a `name`: {', '.join(BUILT_IN)}")
     elif template.name not in BUILT_IN:

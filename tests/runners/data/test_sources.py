@@ -185,6 +185,24 @@ def test_an_inline_template(load) -> None:
     assert prompt == 'Say Draft=first {col1_value}; 7; -. {col0_label} {"json": {"a": 1}} a judge!'
 
 
+def test_what_a_template_leaves_out_and_what_is_empty_is_named(make_context, caplog) -> None:
+    columns = [
+        {"label": "Draft", "expr": "draft.items[1].output"},
+        {"label": "Left out", "expr": "draft.usage.total_tokens"},
+        {"label": "Nothing", "expr": "gone.output"},
+    ]
+    template = {"text": "{role}: {col0_value} {col2_value}", "columns": columns, "options": {"role": "a", "intro": "b"}}
+    spec = {
+        "data": {"type": "graph_template", "template": template},
+        "_upstreamResults": {**UPSTREAM, "gone": {"output": None}},
+    }
+    ctx = make_context(spec)
+    assert load_items(ctx, spec).prompts == ("a: second null",)
+    assert ctx.unused == ["spec.data.template.columns[1]", "spec.data.template.options.intro"]
+    assert "spec.data.template.columns[2]: 'Nothing' is null in the prompt; give it a default" in caplog.text
+    assert caplog.text.count("in the prompt") == 1
+
+
 def test_the_built_in_briefing(load) -> None:
     columns = [{"label": "One", "expr": "draft.items[0].output"}, {"label": "Two", "expr": "draft.items[-1].output"}]
     options = {"role": "an editor", "intro": "Compare.", "closing": "Decide."}
