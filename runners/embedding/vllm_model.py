@@ -1,4 +1,5 @@
-"""An embedding model on vLLM's pooling, with the methods of `Embedder` that a task of the type `embedding` uses.
+"""An embedding model on vLLM's pooling, with the methods of `Embedder` that tasks of the type `embedding` and the lines
+of batch files use.
 
 vLLM reads the pooling from a model's modules as sentence-transformers does. What it would read otherwise is refused.
 """
@@ -14,7 +15,7 @@ import numpy as np
 import psutil
 
 from runners.api import BadRequest, Context
-from runners.embedding.embedder import Vectors, pack
+from runners.embedding.embedder import Input, Vectors, pack
 from runners.embedding.load import MODULES
 from runners.embedding.options import EmbeddingOptions
 from runners.inference.batches import cache_bytes_per_token
@@ -37,6 +38,7 @@ class VllmEmbedder:
 
     as_chat = False
     made_up = False
+    takes_ids = True
 
     def __init__(self, llm: Any, files: ModelFiles, options: EmbeddingOptions, source: Source) -> None:
         self._llm = llm
@@ -70,6 +72,10 @@ class VllmEmbedder:
         """See `Embedder.count_as_embedded`."""
         return self.count([text], prompt)[0]
 
+    def check_ids(self, token_ids: Sequence[int], where: str) -> None:
+        """See `Embedder.check_ids`."""
+        check_token_ids(token_ids, self._vocabulary, self.tokenizer, where)
+
     def batches(self, lengths: Sequence[int], most: int | None = None) -> list[list[int]]:
         """See `Embedder.batches`."""
         return pack(lengths, self._batch_tokens, most)
@@ -81,14 +87,16 @@ class VllmEmbedder:
     def pool(self, mode: str) -> None:
         """vLLM was started with it."""
 
-    def encode(self, inputs: Sequence[str], prompt: str) -> Vectors:
+    def encode(self, inputs: Sequence[Input], prompt: str) -> Vectors:
         """See `Embedder.encode`."""
         from vllm.pooling_params import PoolingParams
 
-        whole = [prompt + text for text in inputs]
-        cut = self.tokenizer(whole, truncation=True, max_length=self.max_tokens, verbose=False)["input_ids"]
+        rows: Sequence[Sequence[int]] = [each for each in inputs if not isinstance(each, str)]
+        if not rows:
+            whole = [prompt + text for text in inputs if isinstance(text, str)]
+            rows = self.tokenizer(whole, truncation=True, max_length=self.max_tokens, verbose=False)["input_ids"]
         outputs = self._llm.embed(
-            [{"prompt_token_ids": list(ids)} for ids in cut], use_tqdm=False,
+            [{"prompt_token_ids": list(ids)} for ids in rows], use_tqdm=False,
             pooling_params=PoolingParams(use_activation=self.normalizes),
         )  # fmt: skip
         return np.array([each.outputs.embedding for each in outputs], dtype=np.float32)
@@ -113,10 +121,11 @@ class ModelFiles:
         BadRequest: they say what vLLM does not do.
     """
 
-    def __init__(self, source: Source, *, trust: bool) -> None:
+    def __init__(self, source: Source, *, trust: bool, otherwise: str) -> None:
         from transformers import AutoTokenizer
 
         self._source = source
+        self._otherwise = otherwise
         listed = self._json(MODULES)
         if listed is None:
             raise self._unfit("has no modules.json, so nothing says how its vectors are made")
@@ -154,7 +163,7 @@ class ModelFiles:
 
     def _unfit(self, why: str) -> BadRequest:
         return BadRequest(
-            f"spec.engine: {self._source.shown!r} {why}; vLLM would give other vectors: set it to sentence_transformers"
+            f"spec.engine: {self._source.shown!r} {why}; vLLM would give other vectors: set it to {self._otherwise}"
         )
 
 
@@ -163,8 +172,18 @@ _LEGACY = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens", 
            "mean_sqrt_len_tokens": "pooling_mode_mean_sqrt_len_tokens"}  # fmt: skip
 
 
-def load_vllm(ctx: Context, source: Source, options: EmbeddingOptions, *, trust: bool) -> VllmEmbedder:
+def load_vllm(
+    ctx: Context,
+    source: Source,
+    options: EmbeddingOptions,
+    *,
+    trust: bool,
+    otherwise: str = "sentence_transformers",
+) -> VllmEmbedder:
     """The task's model on vLLM.
+
+    Args:
+        otherwise: the name that the document has for the other engine.
 
     Raises:
         BadRequest: there is no such model, its weights are incomplete, or vLLM's vectors would be others.
@@ -172,7 +191,7 @@ def load_vllm(ctx: Context, source: Source, options: EmbeddingOptions, *, trust:
     """
     from transformers import AutoConfig, AutoModel
 
-    files = ModelFiles(source, trust=trust)
+    files = ModelFiles(source, trust=trust, otherwise=otherwise)
     if options.pooling is not None and options.pooling not in POOLINGS:
         known = ", ".join(POOLINGS)
         raise BadRequest(f"spec.embedding.pooling: {options.pooling!r} is not one of vLLM's ({known})")

@@ -1,4 +1,4 @@
-"""Answers the lines of a batch file that ask for embeddings, with sentence-transformers.
+"""Answers the lines of a batch file that ask for embeddings, with sentence-transformers, or vLLM if the task says so.
 
 Some thousand inputs are in memory at once, with their vectors. They are embedded in batches of similar length; a line
 is written when the last of its inputs is embedded.
@@ -16,7 +16,8 @@ import numpy as np
 from runners.api import BadRequest, Context, MissingDependency
 from runners.embedding.embedder import Embedder, Input, Vectors
 from runners.embedding.load import embedding_source, load_source, model_digest, usable_device
-from runners.embedding.options import Embedding
+from runners.embedding.options import Embedding, EmbeddingOptions
+from runners.embedding.vllm_model import VllmEmbedder, load_vllm
 from runners.inference.engine import Watch
 from runners.inference.engines import note_unused
 from runners.inference.openai.answers import refused, served
@@ -33,6 +34,8 @@ from runners.models.sources import Source, check_no_revision
 from runners.rows.keys import key_of
 from runners.rows.log import RowLog
 
+OF_VLLM = ("dtype", "trust_remote_code", "max_model_len")
+"""Engine arguments that an embedding model takes."""
 WINDOW_INPUTS = 4096
 WINDOW_BYTES = 256 * 2**20
 """Limits of what is in memory at once: of inputs, and of the bytes of their texts and vectors."""
@@ -66,13 +69,14 @@ class Embeddings:
             RunnerError: the model hub cannot be reached.
         """
         check_options(ctx, task)
-        if importlib.util.find_spec("sentence_transformers") is None:
-            raise MissingDependency("sentence_transformers", "embeddings of a batch file", extra="rag")
+        library, extra = ("vllm", "vllm") if task.engine == "vllm" else ("sentence_transformers", "rag")
+        if importlib.util.find_spec(library) is None:
+            raise MissingDependency(library, "embeddings of a batch file", extra=extra)
         self._ctx = ctx
         self._task = task
         self.source = _source(ctx, task)
-        options = task.transformers
-        identity = key_of("embedding", model_digest(self.source), options.dtype)
+        kind = ("vllm", task.vllm.get("dtype")) if task.engine == "vllm" else (task.transformers.dtype,)
+        identity = key_of("embedding", model_digest(self.source), *kind)
         self.reader = EmbeddingReader(tuple(dict.fromkeys((*names, self.source.shown))), identity)
 
     def answer(self, lines: Lines[AskedVectors], log: RowLog) -> Answered:
@@ -88,15 +92,18 @@ class Embeddings:
 def check_options(ctx: Context, task: InferenceTask) -> None:
     """Raises BadRequest for what the document asks for, and embeddings do not have."""
     options = task.transformers
-    if task.engine == "vllm":
-        raise BadRequest("spec.engine: 'vllm' does not embed the lines of a batch file here; set it to 'transformers'")
     if task.model.adapters:
         raise BadRequest("spec.model.adapters: not for embeddings; merge them into the model, and name the result")
     for name in ("load_in_8bit", "load_in_4bit"):
         if getattr(options, name):
             raise BadRequest(f"spec.model.transformers.{name}: not for embeddings; leave it out")
+    for name in task.vllm if task.engine == "vllm" else ():
+        if name not in OF_VLLM:
+            raise BadRequest(
+                f"spec.model.vllm.{name}: not for embeddings; leave it out ({', '.join(OF_VLLM)} are taken)"
+            )
     ctx.unused += [f"spec.inference.{name} (embeddings)" for name in task_defaults(ctx)]
-    note_unused(ctx, task, "transformers")
+    note_unused(ctx, task, "vllm" if task.engine == "vllm" else "transformers")
 
 
 def _source(ctx: Context, task: InferenceTask) -> Source:
@@ -114,7 +121,23 @@ def _source(ctx: Context, task: InferenceTask) -> Source:
     return source
 
 
-def _load(ctx: Context, task: InferenceTask, source: Source) -> Embedder:
+def _load(ctx: Context, task: InferenceTask, source: Source) -> Embedder | VllmEmbedder:
+    embedder = _load_vllm(ctx, task, source) if task.engine == "vllm" else _load_library(ctx, task, source)
+    shown = " ".join(f"{name}={value}" for name, value in embedder.describe().items())
+    ctx.log.info("embedding model loaded %s", shown)
+    return embedder
+
+
+def _load_vllm(ctx: Context, task: InferenceTask, source: Source) -> VllmEmbedder:
+    trust = may_run_code(ctx, source, task.vllm.get("trust_remote_code"), "spec.model.vllm.trust_remote_code")
+    dtype, longest = task.vllm.get("dtype"), task.vllm.get("max_model_len")
+    if longest is not None and not (type(longest) is int and longest > 0):
+        raise BadRequest(f"spec.model.vllm.max_model_len: expected an integer >= 1, found {longest!r:.60}")
+    options = EmbeddingOptions(dtype=None if dtype == "auto" else dtype, max_seq_length=longest)
+    return load_vllm(ctx, source, options, trust=trust, otherwise="transformers")
+
+
+def _load_library(ctx: Context, task: InferenceTask, source: Source) -> Embedder:
     options = task.transformers
     wanted = {
         "dtype": DTYPES.get(options.dtype or "", options.dtype),
@@ -122,19 +145,18 @@ def _load(ctx: Context, task: InferenceTask, source: Source) -> Embedder:
     }
     on_cpu = task.enforce_cpu or options.device_map == "cpu"
     trust = may_run_code(ctx, source, options.trust_remote_code, "spec.model.transformers.trust_remote_code")
-    embedder = load_source(
+    return load_source(
         ctx, source, Embedding(), device="cpu" if on_cpu else usable_device(ctx), trust_remote_code=trust,
         model_options={name: value for name, value in wanted.items() if value is not None},
     )  # fmt: skip
-    shown = " ".join(f"{name}={value}" for name, value in embedder.describe().items())
-    ctx.log.info("embedding model loaded %s", shown)
-    return embedder
 
 
 class _Batch:
     """The lines of one task that have no answer yet."""
 
-    def __init__(self, ctx: Context, embedder: Embedder, lines: Lines[AskedVectors], log: RowLog) -> None:
+    def __init__(
+        self, ctx: Context, embedder: Embedder | VllmEmbedder, lines: Lines[AskedVectors], log: RowLog
+    ) -> None:
         self._ctx = ctx
         self._embedder = embedder
         self._lines = lines

@@ -196,6 +196,36 @@ def test_vectors_that_may_be_cut(run, tiny_llama, tmp_path, reference) -> None:
 
 @pytest.mark.vllm
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed here")
+def test_vectors_on_vllm_are_those_of_the_library(forked, make_context, tmp_path, reference) -> None:
+    ids = [reference.tokenizer(text)["input_ids"] for text in TEXTS]
+    lines = [
+        embedding("all", TEXTS),
+        embedding("ids", ids),
+        embedding("mixed", [TEXTS[0], ids[2]]),
+        embedding("long", "word " * 300),
+        embedding("wide", dimensions=512),
+        embedding("beyond", [99_999]),
+        chat("chat"),
+    ]
+    ctx = make_context(spec_of(write(tmp_path / "batch.jsonl", *lines), engine="vllm"))
+    result = forked(ctx)
+    bodies = {line["custom_id"]: line["response"]["body"] for line in read(ctx.artifacts_dir / "output.jsonl")}
+    expected, counts = reference.encode(TEXTS), [len(each) for each in ids]
+    for name, rows in (("all", [0, 1, 2]), ("ids", [0, 1, 2]), ("mixed", [0, 2])):
+        assert np.allclose(vectors(bodies[name]), expected[rows], atol=5e-6), name
+        assert bodies[name]["usage"]["prompt_tokens"] == sum(counts[row] for row in rows)
+    assert result["embedding"]["engine"] == "vllm"
+    assert result["request_counts"] == {"total": 7, "completed": 3, "failed": 4}
+    messages = {
+        line["custom_id"]: line["error"]["error"]["message"] for line in read(ctx.artifacts_dir / "errors.jsonl")
+    }
+    assert "has 302 tokens; the model takes 256" in messages["long"]
+    assert "the model's vectors have 384" in messages["wide"]
+    assert "has embeddings for 30522 tokens" in messages["beyond"]
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed here")
 def test_the_fields_are_vllms() -> None:
     from vllm.entrypoints.pooling.embed.protocol import EmbeddingResponse
 
@@ -215,13 +245,19 @@ def test_nan(run, tiny_llama, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"engine": "vllm"}, r"spec\.engine: 'vllm' does not embed .* 'transformers'"),
         ({"model": "no/such/model"}, r"spec\.model\.source\.identifier: there is no folder"),
     ],
 )
 def test_what_does_not_embed(run, fields, named) -> None:
     with pytest.raises(BadRequest, match=named):
         run(embedding("a"), **fields)
+
+
+def test_engine_arguments_that_embeddings_do_not_take(make_context, tmp_path) -> None:
+    spec = spec_of(write(tmp_path / "batch.jsonl", embedding("a")), engine="vllm")
+    spec["model"]["vllm"] = {"dtype": "float32", "enforce_eager": True}
+    with pytest.raises(BadRequest, match=r"spec\.model\.vllm\.enforce_eager: not for embeddings; leave it out"):
+        InferenceRunner().run(make_context(spec))
 
 
 def test_the_extra_that_is_missing(run, monkeypatch) -> None:
