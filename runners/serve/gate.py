@@ -10,12 +10,13 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping, Sequence
 from types import MappingProxyType
 from typing import Any, Protocol
 
 import msgspec
 
+from runners.inference.openai.bodies import not_honoured
 from runners.serve.numbers import Times
 
 Message = MutableMapping[str, Any]
@@ -56,6 +57,8 @@ class Gate:
         models: at least one; the first is that of requests without a name.
         asks_usage: whether the library's server reports the tokens of a stream only to those who ask for it. The gate
             then asks, and keeps the report from clients that did not.
+        fields: of requests, by path, that the library's server reads; it takes others without a word, so the gate
+            refuses those that ask for something. A path without: it refuses them itself.
         own_key: the key of the task's own checks, whose requests are not counted. Empty: there are none.
         clock: seconds that never go back.
         numbers, times: what an earlier gate of the same address has counted.
@@ -77,6 +80,7 @@ class Gate:
         models: Sequence[ServedModel],
         *,
         asks_usage: bool = False,
+        fields: Mapping[str, Collection[str]] = MappingProxyType({}),
         own_key: str = "",
         numbers: Mapping[str, float] = MappingProxyType({}),
         times: Mapping[str, Sequence[float]] = MappingProxyType({}),
@@ -90,6 +94,7 @@ class Gate:
         self._models = {model.name: model for model in models}
         self._default = models[0]
         self._asks_usage = asks_usage
+        self._fields = fields
         self._clock = clock
         self._idle_since = self._moved = clock()
         self.requests = int(numbers.get("requests", 0))
@@ -192,6 +197,9 @@ class Gate:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             await _refuse(send, 400, "the request's body is not a JSON object")
             return
+        if (fault := self._fault(body, scope["path"])) is not None:
+            await _refuse(send, 400, f"{fault[0]}: {fault[1]}", param=fault[0])
+            return
         named = body.get("model")
         model = self._default if named is None else self._models.get(named) if isinstance(named, str) else None
         if model is None:
@@ -213,6 +221,13 @@ class Gate:
             return {"type": "http.request", "body": asked, "more_body": False}
 
         await self._app({**scope, "headers": headers}, replayed, send)
+
+    def _fault(self, body: dict[str, Any], path: str) -> tuple[str, str] | None:
+        """A field that the library's server would ignore or take for another value, and what is wrong with it."""
+        if not isinstance(body.get("stream"), bool | None):
+            return "stream", "expected true or false"
+        name = not_honoured(body, self._fields[path]) if path in self._fields else None
+        return None if name is None else (name[:80], f"not a field of {path} here; leave it out")
 
     def _completed(self, body: dict[str, Any], model: ServedModel, path: str, reply: _Reply) -> dict[str, Any]:
         """A request's body as the library's server gets it."""
@@ -280,8 +295,9 @@ class _Reply:
 _REPLACED = (b"content-length", b"content-type", b"transfer-encoding", b"authorization")
 
 
-async def _refuse(send: Send, status: int, text: str, code: str | None = None) -> None:
-    await _answer(send, status, {"error": {"message": text, "type": "invalid_request_error", "code": code or status}})
+async def _refuse(send: Send, status: int, text: str, code: str | None = None, param: str | None = None) -> None:
+    error = {"message": text, "type": "invalid_request_error", "param": param, "code": code or status}
+    await _answer(send, status, {"error": error})
 
 
 async def _answer(send: Send, status: int, content: dict[str, Any]) -> None:

@@ -67,8 +67,8 @@ class ServingRunner(Runner):
         served = load(ctx, task)
         own_key = secrets.token_urlsafe(32)
         gate = Gate(
-            served.app, place.key, served.models, asks_usage=served.asks_usage, own_key=own_key,
-            numbers=place.numbers, times=place.times,
+            served.app, place.key, served.models, asks_usage=served.asks_usage, fields=served.fields,
+            own_key=own_key, numbers=place.numbers, times=place.times,
         )  # fmt: skip
         ctx.take_listener()
         server = Server(gate, place.listener, served.models[0].name, own_key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import Protocol
 
 from runners.api import Context, RunnerError
@@ -23,6 +24,10 @@ class Served(Protocol):
 
     @property
     def asks_usage(self) -> bool:
+        """See `gate.Gate`."""
+
+    @property
+    def fields(self) -> Mapping[str, Collection[str]]:
         """See `gate.Gate`."""
 
     @property

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
+
 from runners.api import Context, RunnerError
 from runners.inference.engines import note_unused
 from runners.inference.loader import load as load_engine
@@ -30,6 +33,7 @@ class TransformersServed:
     """See `served.Served`."""
 
     asks_usage = True
+    fields: Mapping[str, Collection[str]] = MappingProxyType({})
 
     def __init__(self, app: App, models: tuple[ServedModel, ...], source: str, generator: Generator) -> None:
         self.app = app

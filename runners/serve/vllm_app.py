@@ -54,6 +54,30 @@ class VllmApp:
         return built
 
 
+def request_fields(*, calls_tools: bool) -> dict[str, frozenset[str]]:
+    """The fields that vLLM's server reads, by path. It takes others with a line in its log.
+
+    Args:
+        calls_tools: whether it reads the model's calls of tools; for chats it refuses tools by itself if not.
+    """
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+
+    kinds: dict[str, Any] = {
+        "/v1/chat/completions": ChatCompletionRequest,
+        "/v1/completions": CompletionRequest,
+        "/v1/responses": ResponsesRequest,
+    }
+    found = {
+        path: frozenset(kind.model_fields) | {field.alias for field in kind.model_fields.values() if field.alias}
+        for path, kind in kinds.items()
+    }
+    if not calls_tools:
+        found["/v1/responses"] -= {"tools"}
+    return found
+
+
 def server_arguments(
     path: str, name: str, adapters: Sequence[LocalAdapter], config: Any, tool_call_parser: str | None
 ) -> Namespace:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from flowmesh.messages.job import Fault
@@ -25,7 +25,7 @@ from runners.models.weights import not_finite
 from runners.serve.errors import ServerLost
 from runners.serve.gate import ServedModel
 from runners.serve.task import ServeTask, check_names
-from runners.serve.vllm_app import VllmApp, server_arguments
+from runners.serve.vllm_app import VllmApp, request_fields, server_arguments
 from runners.serve.vllm_numbers import EngineNumbers
 
 METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
@@ -41,11 +41,18 @@ class VllmServed:
 
     asks_usage = True
 
-    def __init__(
-        self, engine: Any, app: VllmApp, models: tuple[ServedModel, ...], source: Source, numbers: EngineNumbers
+    def __init__(  # noqa: PLR0917
+        self,
+        engine: Any,
+        app: VllmApp,
+        models: tuple[ServedModel, ...],
+        source: Source,
+        numbers: EngineNumbers,
+        fields: Mapping[str, Collection[str]],
     ) -> None:
         self.app = app
         self.models = models
+        self.fields = fields
         self.source = source.shown
         self._engine = engine
         self._source = source
@@ -100,7 +107,8 @@ def load(ctx: Context, task: ServeTask) -> VllmServed:
     models = [
         ServedModel(name=name or task.name, pinned=name or task.name, ends=ends_of(adapters, name)) for name in names
     ]
-    return VllmServed(engine, app, tuple(models), source, numbers)
+    fields = request_fields(calls_tools=task.serve.tool_call_parser is not None)
+    return VllmServed(engine, app, tuple(models), source, numbers, fields)
 
 
 def start(arguments: dict[str, Any], source: Source, numbers: EngineNumbers, *, asked: Sequence[str]) -> Any:

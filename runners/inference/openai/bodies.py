@@ -5,7 +5,7 @@ Names and defaults are those of vLLM's server, which has OpenAI's and some of it
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -137,13 +137,32 @@ def read_body(given: Mapping[str, Any], into: type[Any]) -> Any:
         if value is not None and (name not in WITHOUT_EFFECT or name in known)
     }  # fmt: skip
     for name in [name for name in body if name in REFUSED and name not in known]:
-        value = body.pop(name)
-        if value not in ([], {}) and not any(_same(value, each) for each in REFUSED[name]):
+        if not _asks_for_nothing(name, body.pop(name)):
             raise LineFault(f"body.{name}: {_REASONS.get(name, 'not supported here; leave it out')}", param=name)
     try:
         return convert(body, into, where="body")
     except FieldError as error:
         raise LineFault(str(error), param=error.path.removeprefix("body.")) from None
+
+
+def not_honoured(given: Mapping[str, Any], known: Collection[str]) -> str | None:
+    """The first field of a body that asks for something, and that its server does not read; None: there is none.
+
+    Args:
+        known: fields that the server reads.
+    """
+    return next(
+        (
+            name for name, value in given.items()
+            if name not in known and name not in WITHOUT_EFFECT and value is not None
+            and not (name in REFUSED and _asks_for_nothing(name, value))
+        ),
+        None,
+    )  # fmt: skip
+
+
+def _asks_for_nothing(name: str, value: Any) -> bool:
+    return value in ([], {}) or any(_same(value, each) for each in REFUSED[name])
 
 
 def _same(value: Any, other: Any) -> bool:

@@ -8,6 +8,7 @@ import json
 import socket
 import threading
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 
@@ -24,12 +25,10 @@ ANSWER = b'{"id": "1", "object": "text_completion", "created": 1, "model": "m", 
 class Server:
     """An application behind a gate; `/v1/responses` waits for `release`, `/v1/chat/completions` answers with 500."""
 
-    def __init__(
-        self, models: Sequence[ServedModel] = (), events: Sequence[bytes] = (), *, asks_usage: bool = False
-    ) -> None:
+    def __init__(self, models: Sequence[ServedModel] = (), events: Sequence[bytes] = (), **options: Any) -> None:
         self.events = events
         self.now = 100.0
-        self.gate = Gate(self.app, KEY, models or [MODEL], asks_usage=asks_usage, own_key="own", clock=lambda: self.now)
+        self.gate = Gate(self.app, KEY, models or [MODEL], **options, own_key="own", clock=lambda: self.now)
         self.reached: list[str] = []
         self.bodies: list[dict[str, object]] = []
         self.started = threading.Event()
@@ -167,6 +166,23 @@ def test_each_model_gets_its_own_name_and_end_tokens() -> None:
         {"model": "lora", "ignore_eos": True},
         {"model": "pinned", "prompt": "x"},
     ]
+
+
+def test_fields_that_the_library_would_ignore_are_refused_by_name() -> None:
+    fields = {"/v1/completions": ["model", "prompt"]}
+    with contextlib.closing(Server(fields=fields)) as server:
+        client = server.client()
+        for name, value in (("foo", 1), ("functions", [{"name": "f"}]), ("modalities", ["audio"])):
+            with pytest.raises(openai.BadRequestError, match=f"{name}: not a field of /v1/completions here") as refused:
+                client.post("/completions", cast_to=object, body={"prompt": "x", name: value})
+            assert refused.value.param == name
+        with pytest.raises(openai.BadRequestError, match="stream: expected true or false"):
+            client.post("/completions", cast_to=object, body={"prompt": "x", "stream": "yes"})
+        nothing = {"foo": None, "user": "me", "functions": [], "modalities": ["text"], "function_call": "none"}
+        client.post("/completions", cast_to=object, body={"prompt": "x", **nothing})
+        with pytest.raises(openai.InternalServerError):
+            client.post("/chat/completions", cast_to=object, body={"foo": 1})
+    assert len(server.bodies) == 2
 
 
 EVENTS = (

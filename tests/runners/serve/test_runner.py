@@ -47,6 +47,7 @@ class Bare:
 
     def __init__(self, app: App) -> None:
         self.app = app
+        self.fields: dict[str, list[str]] = {}
 
     def failure(self) -> None:
         """Nothing is known against it."""
