@@ -1,327 +1,121 @@
-"""How far one Redis reaches: a thousand nodes with the node's own code for Redis, and what a task costs.
+"""How far one Redis reaches: a thousand nodes with the node's own code for Redis, at rates up to the machine's.
 
-Every node receives every dispatch and every worker's event. A thousand nodes at a hundred tasks a second are 500 MB/s,
-more than a small machine can receive; so costs are measured by the message, at several sizes and rates, and added up.
+Every node receives every dispatch on the channel, and every worker's event. All nodes, Redis and who sends are on this
+machine, so its processors end the ladder of rates. For the rate wanted there are fewer nodes, and in place of the
+others as many subscribers that only read; beside it stands what the highest rate that was kept up with comes to.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import json
-import random
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
-from flowmesh.bus.stream import FIELD, stream_key
-from flowmesh.client import Client
-from flowmesh.messages.wire import EVENTS_CHANNEL, WorkerEvent, encode, utc_now
-from tests.bench.measure import ECHO, Row, cpu_s, ms, percentile
-from tests.bench.ratios import slope
-from tests.bench.wire_nodes import INTERVAL_S
-from tests.kit.paths import ROOT
-from tests.kit.support import Orchestrator, RedisServer, until
+from tests.bench.measure import Row, ms
+from tests.bench.simulated import Deployment, Load, deployment
 
-DOCUMENT_BYTES = 5000
 RATE = 100.0
-"""Tasks a second that the costs are added up for."""
-NODES = 1000
-STATUSES = 2
-"""Events of the worker that each task brings: it runs, it is idle."""
+"""Tasks a second that the goal is for."""
+RATES = (5.0, 10.0, 20.0, 40.0, RATE)
 FULL = 0.7
 """The share of a core up to which a Redis is worth using: it has one thread for commands."""
-MOST_MEMORY = 2 << 30
-"""Of Redis: what subscribers have not read yet is in its memory."""
+WAYS = ("channel", "streams", "queue")
 
 
 def measure(*, quick: bool, so_far: list[Row]) -> list[Row]:
-    seconds = 3.0 if quick else 10.0
-    counts = (20, 40, 80) if quick else (100, 300, 1000)
-    dispatch, event = (_fan_out(counts, message, seconds) for message in (_task("nobody"), _status("nobody")))
-    node = _node_costs(10 if quick else 20, seconds)
-    whole = _Whole(100 if quick else NODES, seconds)
-    return [*dispatch.rows("5 KB dispatch"), *event.rows("300 B event"), *node.rows(), *whole.rows(),
-            *_reach(dispatch, event, node, whole)]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Delivery:
-    """What it costs Redis to pass one message on, by the number of subscribers."""
-
-    each_s: dict[int, float]
-    rates: dict[int, float]
-    shares: dict[int, float]
-    per_s: float
-    """Of one more subscriber, from the line through all sizes."""
-    error_s: float
-
-    def rows(self, what: str) -> list[Row]:
-        most = max(self.each_s)
-        sizes = ", ".join(f"{count}: {1e6 * each:.2f} µs" for count, each in self.each_s.items())
-        return [
-            Row(
-                f"Redis, CPU time of a {what} for one more subscriber",
-                f"{1e6 * self.per_s:.2f} ± {1e6 * self.error_s:.2f} µs",
-                f"for each of {sizes}; with {most}: {self.rates[most]:.0f}/s, {self.shares[most]:.0%} of a core",
-                number=self.per_s,
-            )
-        ]
-
-
-def _fan_out(counts: tuple[int, ...], message: bytes, seconds: float) -> Delivery:
-    channel = EVENTS_CHANNEL if b'"STATUS"' in message else "tasks"
-    each_s, rates, shares, costs = {}, {}, {}, {}
-    for count in counts:
-        with _server() as server, _program("tests.bench.sinks", str(server.path), str(count), channel):
-            before, began = cpu_s(_pid(server)), time.monotonic()
-            publish = functools.partial(server.client().publish, channel, message)
-            sent = _paced(RATE, seconds, publish, functools.partial(_fits, server))
-            until(functools.partial(_is_through, server), "everything is delivered", 120)
-            took_s, used_s = time.monotonic() - began, cpu_s(_pid(server)) - before
-            costs[count] = used_s / sent
-            each_s[count], rates[count], shares[count] = used_s / sent / count, sent / took_s, used_s / took_s
-    line = slope(list(costs), list(costs.values()))
-    return Delivery(each_s, rates, shares, line.per_step, line.error)
-
-
-@dataclass(frozen=True)
-class NodeCosts:
-    """CPU time of one node."""
-
-    rest: float
-    """The share of a core without any message."""
-    dispatch_s: dict[float, float]
-    event_s: dict[float, float]
-    """For a message that is not for it, by how many come in a second."""
-
-    def rows(self) -> list[Row]:
-        def by_rate(costs: dict[float, float]) -> str:
-            return ", ".join(f"{1e6 * cost:.0f} µs at {rate:.0f}/s" for rate, cost in costs.items())
-
-        return [
-            Row("a node, share of a core without messages", f"{self.rest:.3%}", number=self.rest),
-            Row("a node, CPU time of a 5 KB dispatch for another one", by_rate(self.dispatch_s)),
-            Row("a node, CPU time of another one's 300 B event", by_rate(self.event_s)),
-        ]
-
-
-def _node_costs(count: int, seconds: float) -> NodeCosts:
-    with _server() as server, _nodes(server, 0, count) as pid:
-        redis = server.client()
-
-        def share(rate: float, send: Callable[[], object]) -> tuple[float, int]:
-            before, began = cpu_s(pid), time.monotonic()
-            sent = _paced(rate, seconds, send, lambda: True) if rate else 0
-            time.sleep(max(0.5, began + seconds - time.monotonic()))
-            return (cpu_s(pid) - before) / count / (time.monotonic() - began), sent
-
-        rest, _ = share(0, lambda: None)
-        costs: list[dict[float, float]] = []
-        for channel, message in (("tasks", _task("nobody")), (EVENTS_CHANNEL, _status("nobody"))):
-            found = {}
-            for rate in (RATE / 4, RATE / 2, RATE, 2 * RATE):
-                began = time.monotonic()
-                used, sent = share(rate, functools.partial(redis.publish, channel, message))
-                found[rate] = max(0.0, used - rest) * (time.monotonic() - began) / sent
-            costs.append(found)
-    return NodeCosts(rest, *costs)
-
-
-class _Whole:
-    """All nodes at once, with few tasks: by the channel, by a stream of each worker, and from the queue."""
-
-    WAYS = ("channel", "streams", "queue")
-
-    def __init__(self, count: int, seconds: float) -> None:
-        self.count = count
-        self.rate = 4.0
-        self.redis_s: dict[str, float] = {}
-        self.lines: list[Row] = []
-        with _server() as server, contextlib.ExitStack() as stack:
-            each = (count + 3) // 4
-            pids = [stack.enter_context(_nodes(server, first, each)) for first in range(0, 4 * each, each)]
-            self.count = 4 * each
-            peer, client = Orchestrator(server), stack.enter_context(Client(server.url))
-            self._server, self._pids, self._peer, self._seconds = server, pids, peer, 2 * seconds
-            time.sleep(seconds)
-            self.rest = self._measured(lambda: None)
-            sends = self._channel(peer), self._streams(server), self._queue(client)
-            for way, send in zip(self.WAYS, sends, strict=True):
-                self._measured(send, way)
-
-    def rows(self) -> list[Row]:
-        return self.lines
-
-    def _measured(self, send: Callable[[], str | None], way: str = "") -> float:
-        """Redis' share of a core. With a way: also what a task adds to it."""
-        server, pids, peer = self._server, self._pids, self._peer
-        redis = server.client()
-        before, began = (cpu_s(_pid(server)), sum(map(cpu_s, pids)), redis.info("stats")), time.monotonic()
-        sent_at: dict[str, float] = {}
-        taken: list[float] = []
-
-        def heard() -> None:
-            peer.hear()
-            now = time.monotonic()
-            for event in peer.task_events:
-                if event["type"] == "TASK_SUCCEEDED" and (at := sent_at.pop(event["task_id"], None)):
-                    taken.append(now - at)
-            peer.task_events.clear()
-            peer.worker_events.clear()
-
-        def one() -> None:
-            if task_id := send():
-                sent_at[task_id] = time.monotonic()
-
-        sent = _paced(self.rate, self._seconds, one, lambda: True, meanwhile=heard)
-        end = time.monotonic() + 120
-        while sent_at and time.monotonic() < end:
-            heard()
-            time.sleep(0.005)
-        if sent_at:
-            raise RuntimeError(f"{len(sent_at)} of {sent} tasks have not ended ({way})")
-        took_s = time.monotonic() - began
-        share = (cpu_s(_pid(server)) - before[0]) / took_s
-        node = (sum(map(cpu_s, pids)) - before[1]) / took_s / self.count
-        after = redis.info("stats")
-        out = (after["total_net_output_bytes"] - before[2]["total_net_output_bytes"]) / took_s
-        what = f"{self.count} nodes, {self.rate:g} tasks/s of 5 KB by {way}" if way else f"{self.count} nodes at rest"
-        against = f"Redis sends {out / 1e6:.2f} MB/s"
-        if way:
-            self.redis_s[way] = max(0.0, share - self.rest) * took_s / sent
-            against += (
-                f"; {1e3 * self.redis_s[way]:.2f} ms of its CPU time a task; end after {ms(percentile(taken, 0.5))}"
-            )
-        self.lines.append(Row(what, f"Redis {share:.1%}, a node {node:.3%} of a core", against))
-        return share
-
-    def _worker(self) -> str:
-        return f"w{random.randrange(self.count)}"
-
-    def _channel(self, peer: Orchestrator) -> Callable[[], str]:
-        return lambda: peer.dispatch(self._worker(), {"taskType": "echo", "text": "y" * DOCUMENT_BYTES})
-
-    def _streams(self, server: RedisServer) -> Callable[[], str]:
-        redis = server.client()
-
-        def send() -> str:
-            worker = self._worker()
-            message = _task(worker)
-            redis.xadd(stream_key(worker), {FIELD: message})
-            return str(json.loads(message)["task_id"])
-
-        return send
-
-    def _queue(self, client: Client) -> Callable[[], str]:
-        document = {"spec": {**ECHO["spec"], "text": "y" * DOCUMENT_BYTES}}
-        return lambda: client.queue(document, anyway=True).task_id
-
-
-def _reach(dispatch: Delivery, event: Delivery, node: NodeCosts, whole: _Whole) -> list[Row]:
-    """Added up for RATE tasks/s; the costs by the message, and what a node costs Redis at rest, are from above."""
-    per_node = whole.rest / whole.count
-    rows = []
-    for way in _Whole.WAYS:
-        messages = dispatch.per_s if way == "channel" else 0.0
-        by_node = RATE * (messages + STATUSES * event.per_s) + per_node
-        fan_out_s = (messages + STATUSES * event.per_s) * whole.count
-        fixed = RATE * max(0.0, whole.redis_s[way] - fan_out_s)
-        nodes = max(0.0, FULL - fixed) / by_node
-        share = fixed + NODES * by_node
-        rows.append(
-            Row(
-                f"added up: {NODES} nodes, {RATE:.0f} tasks/s by {way}",
-                f"Redis {share:.0%} of a core",
-                f"{FULL:.0%} of a core is reached with {nodes:.0f} nodes at {RATE:.0f} tasks/s",
-                number=share,
-            )
-        )
-    events = STATUSES * RATE + NODES / INTERVAL_S
-    event_s = node.event_s[2 * RATE]
-    for way, messages in (("channel", RATE * node.dispatch_s[RATE]), ("streams or queue", 0.0)):
-        share = node.rest + messages + events * event_s
-        rows.append(
-            Row(f"added up: a node among them, by {way}", f"{share:.2%} of a core", aim="at most 1 %", number=share)
-        )
+    count, few, seconds = (100, 10, 3.0) if quick else (1000, 100, 6.0)
+    with deployment(count) as whole:
+        rest = whole.rest(2 * seconds)
+        rows = [_at_rest(whole, rest)]
+        ladders = {way: _ladder(whole, way, seconds) for way in WAYS}
+    rows += [_step(count, way, load) for way in WAYS for load in ladders[way]]
+    with deployment(few) as mixed:
+        fixed = {way: mixed.measured(RATE, seconds, mixed.sends[way]) for way in WAYS}
+        mixed.add_readers(count - few)
+        reading = mixed.rest(seconds)
+        full = {way: mixed.measured(RATE, seconds, mixed.sends[way]) for way in WAYS}
+    some = f"{few} nodes and {count - few} that only read"
+    rows.append(Row(f"{some}, at rest", _without_nodes(reading), _sent(reading)))
+    for way in WAYS:
+        against = f"{_cost(full[way])}; {few} nodes alone: Redis {fixed[way].redis:.0%}"
+        rows.append(Row(f"{some}, {RATE:g} tasks/s by {way}", _value(full[way], _without_nodes), against))
+    for way in WAYS:
+        rows.append(_reckoned(way, rest, ladders[way], whole=count, few=few, fixed=fixed[way], full=full[way]))
     return rows
 
 
-def _task(worker: str) -> bytes:
-    task_id = f"task-{random.getrandbits(48):012x}"
-    document = {"apiVersion": "flowmesh/v1", "kind": "Task", "spec": {"taskType": "echo", "text": "y" * DOCUMENT_BYTES}}
-    message = {"task_id": task_id, "task": document, "task_type": "echo", "assigned_worker": worker,
-               "dispatched_at": utc_now(), "parent_task_id": None}  # fmt: skip
-    return json.dumps(message).encode()
+def _ladder(whole: Deployment, way: str, seconds: float) -> list[Load]:
+    """Rates up to the first that is not kept up with."""
+    found: list[Load] = []
+    for rate in RATES:
+        found.append(whole.measured(rate, seconds, whole.sends[way]))
+        if not found[-1].kept_up:
+            break
+    return found
 
 
-def _status(worker: str) -> bytes:
-    payload = {"task_id": "task-0123456789ab", "note": "n" * 80}
-    return encode(WorkerEvent(type="STATUS", ts=utc_now(), worker_id=worker, status="RUNNING", payload=payload))
+def _reckoned(way: str, rest: Load, ladder: Sequence[Load], *, whole: int, few: int, fixed: Load, full: Load) -> Row:
+    """What RATE comes to, from the highest rate that was kept up with, and how far FULL reaches.
+
+    Args:
+        whole: how many nodes `rest` and `ladder` are of.
+        few: how many nodes `fixed` is of; in `full` there are readers beside them, `whole` in all.
+    """
+    what = f"{whole} nodes, {RATE:g} tasks/s by {way}"
+    kept_up = [load for load in ladder if load.kept_up]
+    if not kept_up:
+        return Row(f"reckoned: {what}", "not reckoned: no rate was kept up with", aim="a node at most 1 %")
+    best = kept_up[-1]
+    per_task, per_node, per_real = (
+        (getattr(best, name) - getattr(rest, name)) / best.reached for name in ("redis", "node", "real_node")
+    )
+    redis = rest.redis + RATE * per_task
+    node, real = rest.node + RATE * per_node, rest.real_node + RATE * per_real
+    tasks = max(0.0, FULL - rest.redis) / per_task if per_task > 0 else 0.0
+    reach = f"{FULL:.0%} of a core is reached with {tasks:.0f} tasks/s of {whole} nodes"
+    if full.kept_up and fixed.kept_up and full.redis > fixed.redis:
+        most = few + max(0.0, FULL - fixed.redis) * (whole - few) / (full.redis - fixed.redis)
+        reach += (
+            f", and with {most:.0f} nodes at {RATE:g} tasks/s; measured with readers {full.redis / redis:.2f} × this"
+        )
+    return Row(
+        f"reckoned from {best.reached:.0f} tasks/s: {what}",
+        f"Redis {redis:.0%}, a node {node:.2%}, the real one {real:.2%} of a core",
+        reach,
+        "a node at most 1 %",
+        redis,
+    )
 
 
-def _paced(
-    rate: float,
-    seconds: float,
-    send: Callable[[], object],
-    may: Callable[[], bool],
-    meanwhile: Callable[[], object] = lambda: None,
-) -> int:
-    """Call `send` at a rate, or as often as `may` and the machine allow; returns how often."""
-    due = began = time.monotonic()
-    sent = 0
-    while (now := time.monotonic()) < began + seconds:
-        meanwhile()
-        if now < due:
-            time.sleep(min(0.005, due - now))
-        elif may():
-            send()
-            sent += 1
-            due = max(due + 1 / rate, now - 1.0)
-    return sent
+def _at_rest(whole: Deployment, rest: Load) -> Row:
+    memory = f"memory of a simulated node {whole.node_bytes() / 1e6:.2f} MB, of Redis {_used(whole) / 1e6:.0f} MB"
+    return Row(f"{whole.count} nodes at rest", _shares(rest), f"{_sent(rest)}; {memory}")
 
 
-def _fits(server: RedisServer) -> bool:
-    return int(server.client().info("memory")["used_memory"]) < MOST_MEMORY
+def _step(count: int, way: str, load: Load) -> Row:
+    return Row(
+        f"{count} nodes, {load.asked:g} tasks/s of 5 KB by {way}", _value(load, _shares), _cost(load), number=load.redis
+    )
 
 
-def _is_through(server: RedisServer) -> bool:
-    """Whether all has been read that was published."""
-    return not any(int(client["omem"]) > 0 for client in server.client().client_list())
+def _value(load: Load, shares: Callable[[Load], str]) -> str:
+    return shares(load) if load.kept_up else f"not kept up with, {load.reached:.1f}/s: {shares(load)}"
 
 
-def _pid(server: RedisServer) -> int:
-    assert server.process is not None
-    return server.process.pid
+def _shares(load: Load) -> str:
+    return f"Redis {load.redis:.1%}, a node {load.node:.3%}, the real one {load.real_node:.2%} of a core"
 
 
-@contextlib.contextmanager
-def _server() -> Iterator[RedisServer]:
-    server = RedisServer()
-    try:
-        server.client().config_set("client-output-buffer-limit", "pubsub 256mb 256mb 60")
-        yield server
-    finally:
-        server.close()
+def _without_nodes(load: Load) -> str:
+    """A few nodes have all the tasks: more each than with a thousand."""
+    return f"Redis {load.redis:.1%}, the real node {load.real_node:.2%} of a core"
 
 
-@contextlib.contextmanager
-def _nodes(server: RedisServer, first: int, count: int) -> Iterator[int]:
-    with _program("tests.bench.wire_nodes", server.url, str(first), str(count)) as pid:
-        yield pid
+def _cost(load: Load) -> str:
+    return f"{_sent(load)}; end after {ms(load.end_s)}"
 
 
-@contextlib.contextmanager
-def _program(*arguments: str) -> Iterator[int]:
-    """A program of ours, ready; yields its pid."""
-    command = [sys.executable, "-m", *arguments]
-    process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    try:
-        assert process.stdout is not None
-        if process.stdout.readline() != b"ready\n":
-            raise RuntimeError(f"{arguments[0]} ended with {process.wait()}")
-        yield process.pid
-    finally:
-        process.communicate()
+def _sent(load: Load) -> str:
+    return f"Redis sends {load.out_bytes / 1e6:.1f} MB/s; all cores busy for {load.machine:.0%}"
+
+
+def _used(whole: Deployment) -> int:
+    return int(whole.server.client().info("memory")["used_memory"])

@@ -15,6 +15,7 @@ import random
 import sys
 import threading
 import types
+from collections.abc import Callable
 from typing import Any
 
 from loguru import logger
@@ -39,9 +40,10 @@ from flowmesh.orchestrator.dispatcher import Dispatcher
 from flowmesh.orchestrator.wake_ups import POLL_S, WakeUps
 from flowmesh.queue import names, scripts
 from flowmesh.queue.classes import class_of
-from tests.bench.measure import ECHO
 from tests.kit.fake_node import HARDWARE
 
+SPEC: dict[str, Any] = {"taskType": "echo", "resources": {"tags": ["simulated"]}}
+"""Of the tasks that these nodes take from the queue; a real one beside them does not."""
 INTERVAL_S = 30.0
 """Between two heartbeats, as by default."""
 TIMEOUT_S = 60.0
@@ -88,7 +90,7 @@ class WireNode(Dispatcher):
         listener = connect(url, name=f"{worker_id}-sub", **reach)  # type: ignore[arg-type]
         queue_listener = connect(url, name=f"{worker_id}-queue-sub", **reach)  # type: ignore[arg-type]
         identity = Identity(
-            worker_id=worker_id, pid=1, started_at=utc_now(), cost_per_hour=1.0, tags=(), owner=worker_id,
+            worker_id=worker_id, pid=1, started_at=utc_now(), cost_per_hour=1.0, tags=("simulated",), owner=worker_id,
             env={"task_types": ["echo"], "HEARTBEAT_INTERVAL_SEC": INTERVAL_S}, hardware=HARDWARE,
         )  # fmt: skip
         self.presence = Presence(
@@ -111,12 +113,18 @@ class WireNode(Dispatcher):
 
     @property
     def ready(self) -> bool:
-        return self.presence.up and self.presence.status.word == "IDLE" and all(each.up for each in self._subscribers)
+        reading = self._stream.up and all(each.up for each in self._subscribers)
+        return reading and self.presence.up and self.presence.status.word == "IDLE"
 
-    async def run(self) -> None:
-        """Until cancelled."""
-        listening = [each.run() for each in self._subscribers]
-        await asyncio.gather(*listening, self.presence.run(), self._outbox.run(), self._stream.run(), self._claim())
+    async def run(self, registered: asyncio.Event) -> None:
+        """Until cancelled. It subscribes when `registered` is set."""
+
+        async def take_tasks() -> None:
+            await registered.wait()
+            listening = [each.run() for each in self._subscribers]
+            await asyncio.gather(*listening, self._outbox.run(), self._stream.run(), self._claim())
+
+        await asyncio.gather(self.presence.run(), take_tasks())
 
     def take(self, data: bytes, entry: str | None = None) -> bool:
         to = address(data)
@@ -138,7 +146,7 @@ class WireNode(Dispatcher):
 
     async def _claim(self) -> None:
         """As orchestrator.claims does it for one class, which all tasks here have."""
-        key, wake_ups, never = class_of(ECHO).key, WakeUps(self._blocked), asyncio.Event()
+        key, wake_ups, never = class_of({"spec": SPEC}).key, WakeUps(self._blocked), asyncio.Event()
         await asyncio.sleep(random.uniform(0, POLL_S[1]))
         while True:
             with contextlib.suppress(RedisError):
@@ -176,14 +184,20 @@ async def main(url: str, first: int, count: int) -> None:
     loop = asyncio.get_running_loop()
     threading.Thread(target=lambda: (sys.stdin.read(), loop.call_soon_threadsafe(ended.set)), daemon=True).start()
     nodes = [WireNode(url, f"w{number}") for number in range(first, first + count)]
-    running = []
+    registered, running = asyncio.Event(), []
     for node in nodes:
-        running.append(asyncio.create_task(node.run()))
-        await asyncio.sleep(0.005)  # not all at once: Redis accepts a bounded number of connections a moment
-    while not all(node.ready for node in nodes):
-        if failed := [task for task in running if task.done()]:
-            failed[0].result()
-        await asyncio.sleep(0.1)
+        running.append(asyncio.create_task(node.run(registered)))
+        await asyncio.sleep(INTERVAL_S / count)  # their heartbeats then come evenly, as those of nodes of all ages do
+
+    async def until(condition: Callable[[WireNode], bool]) -> None:
+        while not all(map(condition, nodes)):
+            if failed := [task for task in running if task.done()]:
+                failed[0].result()
+            await asyncio.sleep(0.1)
+
+    await until(lambda node: node.presence.up)
+    registered.set()  # only now: each registration is a message to all that are subscribed
+    await until(lambda node: node.ready)
     print("ready", flush=True)
     await ended.wait()
     os._exit(0)  # nothing here has to be put in order
