@@ -1,8 +1,14 @@
-"""The jobs that other systems are given. With Celery, also its application: `celery -A tests.bench.peer_jobs`."""
+"""The jobs that other systems are given. With Celery, also its application: `celery -A tests.bench.peer_jobs`.
+
+A program: `python -m tests.bench.peer_jobs PATH` is RQ's worker on Redis' socket, with the imports of inference done
+before it forks.
+"""
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 
 PROMPTS = ["one", "two words", "three more words"]
 TOKENS = 8
@@ -26,6 +32,17 @@ def infer(model: str) -> int:
     return len(tokenizer.batch_decode(out))
 
 
+def preload() -> None:
+    """Import what a node's fork server imports for the same task, but for the node's own modules."""
+    from runners.inference.preload import TRANSFORMERS
+
+    for name in TRANSFORMERS:
+        if not name.startswith("runners."):
+            importlib.import_module(name)
+
+
+if "BENCH_PRELOAD" in os.environ:
+    preload()
 if "BENCH_BROKER" in os.environ:
     from celery import Celery
 
@@ -33,3 +50,10 @@ if "BENCH_BROKER" in os.environ:
     app.conf.worker_prefetch_multiplier = 1
     app.task(nothing, name="nothing")
     app.task(infer, name="infer")
+
+if __name__ == "__main__":
+    import redis
+    import rq
+
+    preload()
+    rq.Worker(["default"], connection=redis.Redis(unix_socket_path=sys.argv[1])).work(logging_level="ERROR")
