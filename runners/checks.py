@@ -22,7 +22,7 @@ NOWHERE = "/nonexistent"
 def echo(task: dict[str, Any], task_type: str) -> Checked:
     from runners.echo import read_delay
 
-    return _checked(task, task_type, lambda ctx: read_delay(ctx.spec))
+    return _checked(task, task_type, read_delay)
 
 
 def command(task: dict[str, Any], task_type: str) -> Checked:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from runners.api import BadRequest, Context, Runner
-from runners.fields import COMMON, Faults, near
+from runners.fields import COMMON, Faults, check_resources, near
 
 TICK_S = 0.1
 KNOWN = (*COMMON, "delaySec")
@@ -14,7 +14,7 @@ KNOWN = (*COMMON, "delaySec")
 
 class EchoRunner(Runner):
     def run(self, ctx: Context) -> dict[str, Any]:
-        delay_s = read_delay(ctx.spec)
+        delay_s = read_delay(ctx)
         if delay_s:
             ctx.phase("wait")
             waited = 0.0
@@ -28,13 +28,14 @@ class EchoRunner(Runner):
         return {"ok": True, "echo": ctx.spec, **place}
 
 
-def read_delay(spec: dict[str, Any]) -> float:
+def read_delay(ctx: Context) -> float:
     """Check the document; returns its delay in seconds.
 
     Raises:
         BadRequest: naming all fields that are wrong.
     """
-    faults = Faults()
+    faults, spec = Faults(), ctx.spec
+    faults.read(lambda: check_resources(ctx, spec.get("resources"), "spec.resources"))
     for name in spec:
         faults.read(lambda name=name: _check_name(str(name)))  # type: ignore[misc]
     delay_s = faults.read(lambda: _delay(spec.get("delaySec", 0)))

@@ -67,7 +67,7 @@ def check_spec(
                     raise BadRequest(f"{where}.{name}: unknown field; it belongs into {where}.{section}")
         ctx.unused.append(f"{where}.{name}")
 
-    faults.read(lambda: _check_resources(ctx, spec.get("resources"), Resources, f"{where}.resources"))
+    faults.read(lambda: check_resources(ctx, spec.get("resources"), f"{where}.resources"))
     for name, value in spec.items():
         if name not in known and not str(name).startswith("_"):
             faults.read(lambda name=name, value=value: check(str(name), value))  # type: ignore[misc]
@@ -89,7 +89,7 @@ def _fold(name: str) -> str:
     return name.lower().replace("_", "").replace("-", "")
 
 
-def _check_resources(ctx: Context, value: Any, into: type[Any], where: str) -> None:
+def check_resources(ctx: Context, value: Any, where: str, into: type[Any] = Resources) -> None:
     """The same for the blocks in `spec.resources`, where the orchestrator may have fields of its own, too."""
     if not isinstance(value, dict):
         return  # null; the node has refused what is no mapping
@@ -105,5 +105,5 @@ def _check_resources(ctx: Context, value: Any, into: type[Any], where: str) -> N
         if name not in into.__struct_encode_fields__:
             faults.read(lambda name=name: check(str(name)))  # type: ignore[misc]
         elif name in known:
-            faults.read(lambda name=name, inner=inner: _check_resources(ctx, inner, known[name], f"{where}.{name}"))  # type: ignore[misc]
+            faults.read(lambda name=name, inner=inner: check_resources(ctx, inner, f"{where}.{name}", known[name]))  # type: ignore[misc]
     faults.check()

@@ -107,6 +107,18 @@ def test_what_is_not_used_is_named_in_one_warning(make_context: Make, caplog: py
     assert caplog.text.count("fields not used") == 1
 
 
+def test_echo_knows_the_fields_of_resources(make_context: Make) -> None:
+    """A probe that asks for a GPU in a misspelt field would be taken by any worker."""
+    spec = {"taskType": "echo", "resources": {"replicas": 2, "hardware": {"gpu": {"cuont": 1}, "cpuu": 2}}}
+    message = faults(run(make_context, ECHO, spec))
+    assert "spec.resources.hardware.gpu.cuont: unknown field; did you mean 'count'?" in message
+    assert "spec.resources.hardware.cpuu: unknown field; did you mean 'cpu'?" in message
+    del spec["resources"]["hardware"]  # type: ignore[attr-defined]
+    outcome = run(make_context, ECHO, spec)
+    assert outcome.result is not None
+    assert outcome.result["warnings"] == ["fields not used: spec.resources.replicas"]
+
+
 def test_fields_beside_the_spec_are_named_as_not_used(make_context: Make) -> None:
     """Where one level of indentation is missing; a peer's own fields and what people write are not mentioned."""
     ctx = make_context({"taskType": "echo"}, runner=ECHO)
