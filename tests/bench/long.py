@@ -29,10 +29,9 @@ OPEN = 4
 WARM = 0.2
 """The share of the run before the first sample that counts: caches and kept results fill up."""
 FULL = 12_000
-"""Tasks after which all counts where more run: the journal keeps the last 10,000 (tasks.journal), and no more."""
-FILL = 6_000
-"""Echo tasks before mixed ones: SQLite's page cache is full after 1,500 tasks, and Python's table of interned strings
-has grown once within 5,000. That is 1 to 2 MB of each, which over a few hundred tasks looks like a leak."""
+"""Tasks after which all counts where more run: the journal keeps the last 10,000 (tasks.journal), and no more.
+SQLite's page cache is full after 1,500, and Python's table of interned strings has grown once within 5,000: 1 to 2 MB
+each, which over a few hundred tasks look like a leak."""
 SAMPLES = 80
 DEADLINE_S = 600.0
 """For an end, or for a start after the imports of a fork server."""
@@ -62,7 +61,7 @@ def measure(*, quick: bool, so_far: list[Row]) -> list[Row]:
     rows = run(2_000 if quick else 20_000, itertools.repeat("echo"), "echo")
     if importlib.util.find_spec("trl") is None:
         return [*rows, Row("mixed tasks", "not measured: trl is not installed")]
-    return rows + run(60 if quick else 300, itertools.cycle(MIXED), "mixed", fill=FILL // 10 if quick else FILL)
+    return rows + run(60 if quick else 300, itertools.cycle(MIXED), "mixed", fill=FULL // 10 if quick else FULL)
 
 
 def run(count: int, kinds: Iterator[str], what: str, *, fill: int = 0) -> list[Row]:
