@@ -59,7 +59,7 @@ def read_answer(kind: Endpoint, body: Any, model: str) -> Answer:
             return Answer({**_vector(body), **other}, _usage(body.get("usage")))
         choice = next((each for each in body["choices"] if each.get("index") in (0, None)), body["choices"][0])
         _refuse_error(choice)
-        choice = _whole_characters(choice)
+        choice = _encodable(choice)
         usage = _usage(body.get("usage"))
         reason = str(choice.get("finish_reason") or "")
         if kind == "completions":
@@ -156,8 +156,16 @@ def _refuse_error(body: Any, needed: str = "") -> None:
         raise BadAnswer(f"reported an error: {error_text(body)}")
 
 
-def _whole_characters(value: Any) -> Any:
+def _encodable(value: Any) -> Any:
     """The JSON value with whole characters in its texts: an endpoint may cut one in two, which no row can hold."""
+    try:
+        msgspec.json.encode(value)
+    except UnicodeEncodeError:
+        return _whole_characters(value)
+    return value
+
+
+def _whole_characters(value: Any) -> Any:
     match value:
         case str():
             return value if value.isascii() else encodable(value)
