@@ -16,7 +16,7 @@ from tests.kit.support import ROOT, Node, Orchestrator, until
 pytestmark = pytest.mark.redis
 
 RUNNER = """
-import os, sys, threading
+import gc, os, sys, threading
 from runners.api import Runner
 import {module}
 
@@ -24,7 +24,7 @@ class Probe(Runner):
     def run(self, ctx):
         while "gate" in ctx.spec and not os.path.exists(ctx.spec["gate"]):
             ctx.sleep(0.05)
-        told = {{"probed": os.environ.get("PROBED"), "prefix": sys.prefix}}
+        told = {{"probed": os.environ.get("PROBED"), "prefix": sys.prefix, "collects": gc.isenabled()}}
         return {{**told, "value": {module}.VALUE, "preloaded": {module}.PID != os.getpid()}}
 """
 
@@ -66,6 +66,15 @@ def test_another_interpreter_runs_its_tasks_with_its_own_packages(
     assert result["prefix"] == str(tmp_path / "venv")
     assert result["value"] == 1
     assert result["preloaded"] is True
+
+
+def test_garbage_is_looked_for_in_a_task_and_not_while_libraries_are_imported(
+    orchestrator: Orchestrator, make_node, tmp_path: Path
+) -> None:
+    body = BODY.replace("VALUE = 1", "import gc\nVALUE = gc.isenabled()")
+    node: Node = make_node(config=config(make_environment(tmp_path / "venv", "only_there", body), "only_there"))
+    assert orchestrator.run("w1", {"taskType": "probe"}, task_id="p")["type"] == "TASK_SUCCEEDED"
+    assert (node.result("p")["value"], node.result("p")["collects"]) == (False, True)
 
 
 def test_a_server_whose_packages_changed_is_replaced(orchestrator: Orchestrator, make_node, tmp_path: Path) -> None:
