@@ -53,12 +53,14 @@ def work(job: Job) -> dict[str, object]:
 
 
 def main() -> None:
+    gc.disable()
     for name in getattr(preload, sys.argv[1]):
         importlib.import_module(name)
     if "vllm" in sys.modules:
         from vllm.model_executor.models import registry
 
         registry._SUBPROCESS_COMMAND = ["false"]  # which imports vLLM to look at a model's class: no task may need that
+    gc.enable()
     gc.collect()
     gc.freeze()
     import torch

@@ -134,8 +134,10 @@ class Running:
 
 
 def main(fd: int) -> None:
+    gc.disable()
     for name in TRAINING:
         importlib.import_module(name)
+    gc.enable()
     gc.collect()
     gc.freeze()  # as a node's fork server
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps; outcomes are in files
