@@ -130,7 +130,10 @@ def _tasks(ctx: Context, spec: dict[str, Any]) -> tuple[tuple[str, ...], tuple[d
         raise BadRequest("spec.task: missing; give a task or spec.data")
     if isinstance(data, dict) and data.get("type") == "static":
         _no_shard(spec)
-        return (ctx.check(data, StaticData, "spec.data").task,), (None,), False
+        task = ctx.check(data, StaticData, "spec.data").task
+        if not task.strip():
+            raise BadRequest("spec.data.task: expected a text, found white space")
+        return (task,), (None,), False
     items = load_items(ctx, spec)
     for prompt, where in zip(items.prompts, items.wheres, strict=True):
         if not isinstance(prompt, str) or not prompt.strip():

@@ -433,6 +433,7 @@ def test_a_key_that_is_not_set_is_named(agents, make_context) -> None:
         ({"task": 3}, "spec.task: expected a text"),
         ({"task": "x", "data": {"type": "static", "task": "y"}}, "spec.task: spec.data is given, too"),
         ({"data": {"type": "statik"}, "task": None}, "spec.data.type: unknown source"),
+        ({"data": {"type": "static", "task": " "}}, "spec.data.task: expected a text, found white space"),
         ({"configName": "tets"}, "spec.configName: unknown agent configuration 'tets'; did you mean 'test'"),
         ({"configName": "../x"}, "unknown agent configuration '../x'"),
         ({"configName": "test", "agent": {"configName": "other"}}, "but spec.agent.configName says 'other'"),
