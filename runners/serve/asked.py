@@ -171,6 +171,16 @@ class AskReader:
         return body.tools
 
 
+def names_images(given: dict[str, Any]) -> bool:
+    """Whether a body may name images, so that reading it takes its time."""
+    messages = given.get("messages")
+    contents = (
+        [each.get("content") for each in messages if isinstance(each, dict)] if isinstance(messages, list) else []
+    )
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return any(isinstance(each, dict) and each.get("type") != "text" for each in parts)
+
+
 def _of_server(given: dict[str, Any]) -> OfServer:
     found = {name: given[name] for name in OfServer.__struct_fields__ if given.get(name) is not None}
     try:

@@ -15,7 +15,7 @@ import msgspec
 
 from runners.api import BadRequest, Cancelled, RunnerError
 from runners.inference.openai.lines import LineFault
-from runners.serve.asked import CHAT, COMPLETION, Ask, AskReader
+from runners.serve.asked import CHAT, COMPLETION, Ask, AskReader, names_images
 from runners.serve.gate import Receive, Send
 from runners.serve.generator import Begun, Event, Generator, Job, Refused
 from runners.serve.replies import Replies, encode
@@ -51,7 +51,10 @@ class TransformersApp:
         if given is None:
             return
         try:
-            ask = await asyncio.to_thread(self._read, path, given)
+            if names_images(given):  # there are few threads for all: texts do not wait for downloads
+                ask = await asyncio.to_thread(self._read, path, given)
+            else:
+                ask = self._read(path, given)
         except LineFault as fault:
             await _refuse(send, Refused(fault.message, fault.status, fault.param))
             return
