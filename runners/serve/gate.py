@@ -36,6 +36,7 @@ _READ = re.compile(rb'"(?:prompt|input)_tokens":\s*(\d{1,12})')
 
 _USAGE_EVENT = re.compile(rb'data: \{[^\n]*"choices":\[\],[^\n]*"usage":\{[^\n]*\}\s*')
 """The last event of a stream whose usage was asked for."""
+_ERROR_EVENT = b'data: {"error":'
 
 
 class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,7 +66,7 @@ class Gate:
 
     Attributes:
         requests: requests to the model so far, with those that failed.
-        failed: those that were answered with a status of 500 and above, or with none.
+        failed: those that were answered with a status of 500 and above, or with none, and streams with an error.
         running: requests to the model that are being answered now.
         tokens: tokens of answers, as the server reported them; a stream that ended early reports none.
         prompt_tokens: those of the requests, likewise.
@@ -170,7 +171,7 @@ class Gate:
             await self._ask(scope, receive, reply)
         finally:
             self.running -= 1
-            self.failed += reply.status == 0 or reply.status >= 500
+            self.failed += reply.status == 0 or reply.status >= 500 or reply.broke_off
             self.duration.add(self._clock() - since)
             self.tokens += reply.tokens(_TOKENS)
             self.prompt_tokens += reply.tokens(_READ)
@@ -255,6 +256,7 @@ class _Reply:
 
     Attributes:
         status: of the answer; 0 before it begins.
+        broke_off: whether an event of the stream was an error.
         hides_usage: whether the event of a stream that has only the usage is kept from the client.
     """
 
@@ -264,11 +266,13 @@ class _Reply:
         self._last = b""
         self._streams = False  # until its first part has come
         self.status = 0
+        self.broke_off = False
         self.hides_usage = False
 
     async def __call__(self, message: Message) -> None:
         body = message.get("body", b"")
         first = False
+        self.broke_off = self.broke_off or body.startswith(_ERROR_EVENT)
         if message["type"] == "http.response.start":
             self.status = message["status"]
             self._streams = self.status < 400 and any(

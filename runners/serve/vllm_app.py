@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import MutableMapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from runners.inference.vllm_finite import FiniteLogits
@@ -50,6 +51,7 @@ class VllmApp:
         tasks = await engine.get_supported_tasks()
         app = build_app(self._arguments, tasks, engine.model_config)
         await init_app_state(engine, app.state, self._arguments, tasks)
+        app.state.server = SimpleNamespace(should_exit=False)  # set when the engine died; `VllmServed.failure` notices
         built: App = app
         return built
 

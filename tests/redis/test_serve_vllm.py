@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import importlib.util
+import json
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -119,6 +123,11 @@ def test_the_openai_client_uses_a_model_and_nothing_outlives_a_sigkill(place: Pl
         assert told[-1].usage == whole.usage
         tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
         assert client.chat.completions.create(**asked, tools=[tool]).choices
+        for name, value in (("foo", 1), ("functions", [tool["function"]]), ("generation_config", "{}")):
+            with pytest.raises(openai.BadRequestError, match=f"{name}: not a field of /v1/chat/completions here"):
+                client.chat.completions.create(**asked, extra_body={name: value})
+        seeded = [client.chat.completions.create(**asked | {"temperature": 1}, seed=7, user="me") for _ in range(2)]
+        assert seeded[0].choices[0].message.content == seeded[1].choices[0].message.content
         picture = {"type": "image_url", "image_url": {"url": "file:///etc/hostname"}}
         with pytest.raises(openai.BadRequestError):
             client.chat.completions.create(**asked | {"messages": [{"role": "user", "content": [picture]}]})
@@ -157,14 +166,92 @@ def test_adapters_are_models_and_the_death_of_the_engine_ends_the_task(place: Pl
             for name in ("tuned", "weak", "tuned")
         ]
         assert texts[0] == texts[2] != texts[1]
+        with ThreadPoolExecutor(8) as pool:
+            names = ("tuned", "weak") * 4
+            asked = [
+                pool.submit(client.completions.create, model=name, prompt="hello", max_tokens=8, temperature=0)
+                for name in names
+            ]
+            assert [each.result().choices[0].text for each in asked] == texts[:2] * 4, "in one batch, too"
         with pytest.raises(openai.NotFoundError, match="use 'tuned' or 'weak'"):
             client.completions.create(model="tiny", prompt="hello")
-    _, _, engine = tree  # below the task and the serving process
+    engine = engine_of(tree[0])
     in_mid_generation(endpoint, lambda: os.kill(engine, signal.SIGKILL))
     end = place.peer.wait_end("adapted")
     assert end["payload"]["error_kind"] == "crash"
     assert f"a process of vLLM's engine (pid {engine}) died" in end["error"]
     until(lambda: not place.left(tree), "all its processes are gone", 5)
+
+
+def engine_of(task: int) -> int:
+    """The process of a task's engine: below its serving process, where Python may track shared memory in another."""
+    _, *under = below(task)
+    (found,) = [pid for pid in under if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return found
+
+
+class Asking(threading.Thread):
+    """A long request, and what came of it: status, answer, or the error of the connection."""
+
+    def __init__(self, endpoint: Endpoint, *, stream: bool) -> None:
+        super().__init__()
+        self._endpoint = endpoint
+        self._stream = stream
+        self.begun = threading.Event()
+        self.status = 0
+        self.answer = b""
+        self.broke: Exception | None = None
+
+    def run(self) -> None:
+        parts = urlsplit(self._endpoint.base_url)
+        with contextlib.closing(http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=60)) as client:
+            body = {"prompt": "hello", "max_tokens": 500, "n": 4, "ignore_eos": True, "stream": self._stream}
+            headers = {"Authorization": f"Bearer {self._endpoint.api_key}"}
+            client.request("POST", "/v1/completions", json.dumps(body), headers)
+            try:
+                answer = client.getresponse()
+                self.status = answer.status
+                while part := answer.read1(65536):
+                    self.answer += part
+                    self.begun.set()
+            except (OSError, http.client.HTTPException) as error:
+                self.broke = error
+
+
+def test_an_engine_that_dies_is_started_again_and_requests_under_way_get_an_error(place: Place) -> None:
+    endpoint, tree = place.serve("again", restarts=1)
+    labels = '{task="again",model="tiny"}'
+    task, serving, engine = tree[0], tree[1], engine_of(tree[0])
+    streamed, whole = Asking(endpoint, stream=True), Asking(endpoint, stream=False)
+    streamed.start()
+    assert streamed.begun.wait(60)
+    assert streamed.status == 200, streamed.answer
+    os.kill(engine, signal.SIGSTOP)  # so that both are under way when it dies
+    whole.start()
+    until(lambda: place.node.metric(f"flowmesh_endpoint_running{labels}") == 2, "both are being answered")
+    os.kill(engine, signal.SIGKILL)
+    for each in (streamed, whole):
+        each.join(60)
+        assert not each.is_alive()
+    assert streamed.broke is whole.broke is None
+    assert b'"error"' in streamed.answer
+    assert whole.status == 500
+    assert b"EngineCore encountered an issue" in whole.answer
+    until(lambda: place.node.metric(f"flowmesh_endpoint_restarts_total{labels}") == 1, "it is started again", LOADED_S)
+    until(lambda: place.node.metric(f"flowmesh_endpoint_up{labels}") == 1, "it serves again", LOADED_S)
+    assert place.client.endpoint("again", wait_s=LOADED_S) == endpoint
+    assert not [pid for pid in tree[1:] if alive(pid)]
+    assert place.node.task_pid("again") == task
+    tree += below(task)
+    assert engine_of(task) not in (engine, serving), "there is one, a new one"
+    with user(endpoint) as client:
+        answer = client.completions.create(model="tiny", prompt="hello", max_tokens=4, temperature=0)
+    assert answer.usage is not None
+    place.client.cancel("again")
+    assert place.peer.wait_end("again")["type"] == "TASK_SUCCEEDED"
+    result = place.node.result("again")
+    assert (result["restarts"], result["requests"]) == (1, 3)
+    assert not place.left(tree)
 
 
 def test_an_idle_server_ends_as_a_success_with_its_counts(place: Place) -> None:

@@ -192,6 +192,17 @@ EVENTS = (
 )
 
 
+def test_a_stream_that_ends_in_an_error_has_failed() -> None:
+    with (
+        contextlib.closing(
+            Server(events=[EVENTS[0], b'data: {"error": {"message": "it died", "code": 500}}\n\n'])
+        ) as server,
+        pytest.raises(openai.APIError, match="it died"),
+    ):
+        list(server.client().completions.create(model="m", prompt="x", stream=True))
+    assert (server.gate.requests, server.gate.failed) == (1, 1)
+
+
 @pytest.mark.parametrize("wanted", [False, True])
 def test_tokens_of_streams_are_counted_and_shown_to_those_who_ask(wanted: bool) -> None:
     """As vLLM's server has it: it reports usage to those who ask for it."""
