@@ -103,10 +103,13 @@ class Feed(asyncio.Protocol):
     Args:
         connection: connected and logged in, with no answer outstanding.
         on_push: called in the order of the messages. What it raises ends the feed.
+        gather_s: after each read nothing is read for so long, so that many messages cost one wake-up. 0: all is read
+            as it comes.
     """
 
-    def __init__(self, connection: Any, on_push: Callable[[Push], None]) -> None:
+    def __init__(self, connection: Any, on_push: Callable[[Push], None], *, gather_s: float = 0.0) -> None:
         loop = asyncio.get_running_loop()
+        self._later = loop.call_later
         self._now = loop.time
         self.heard_at = loop.time()
         """When something came last, by the loop's clock."""
@@ -114,7 +117,9 @@ class Feed(asyncio.Protocol):
         """Why nothing more will come."""
         self._parser = Parser()
         self._on_push = on_push
+        self._gather_s = gather_s
         transport = connection._writer.transport  # there is no public way to it
+        self._transport = transport
         self._before = transport.get_protocol()
         """Still told of what concerns writing and the end, for who sends and closes."""
         transport.set_protocol(self)
@@ -123,6 +128,9 @@ class Feed(asyncio.Protocol):
         self.heard_at = self._now()
         if self.ended.done():
             return
+        if self._gather_s:
+            self._transport.pause_reading()
+            self._later(self._gather_s, self._transport.resume_reading)
         try:
             for push in self._parser.feed(data):
                 self._on_push(push)

@@ -29,6 +29,7 @@ class Subscriber:
         on_unsubscribed: called when the subscription breaks.
         silence_s: after this time without a message the connection is checked with a PING.
         what: for the log, where it is not the tasks' channel.
+        gather_s: how long messages may wait for others, with which they are read at once.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Subscriber:
         *,
         silence_s: float,
         what: str = "",
+        gather_s: float = 0.0,
     ) -> None:
         self.up = False
         """Whether the subscription is confirmed and unbroken."""
@@ -51,6 +53,7 @@ class Subscriber:
         self._on_subscribed = on_subscribed
         self._on_unsubscribed = on_unsubscribed
         self._silence_s = silence_s
+        self._gather_s = gather_s
         self._subscribed_before = False
         self._awaited = 0
         """Channels whose subscription is not confirmed yet."""
@@ -76,7 +79,7 @@ class Subscriber:
         connection = await pool.get_connection()  # type: ignore[no-untyped-call]
         try:
             self._awaited = len(self._handlers)
-            feed = Feed(connection, self._on_push)
+            feed = Feed(connection, self._on_push, gather_s=self._gather_s)
             await connection.send_command("SUBSCRIBE", *self._handlers, check_health=False)
             await self._watch(feed, connection)
         finally:

@@ -25,6 +25,9 @@ from flowmesh.orchestrator.registration import Registration
 from flowmesh.orchestrator.waiting_tasks import WaitingTasks
 from flowmesh.orchestrator.worker_description import NodeDescription
 
+GATHER_S = 0.05
+"""How long other workers' events may wait to be read. With many nodes, a wake-up for each costs more than they do."""
+
 
 class Link(Observer):
     """
@@ -44,8 +47,8 @@ class Link(Observer):
         )
         users = 2 * len(executor.slots) + 3  # each worker's status and heartbeat, outbox, waiting tasks, endpoints
         client = reach(name=f"flowmesh-{name}-bus", users=users)
-        listener = reach(name=f"flowmesh-{name}-sub")
-        self._clients = [client, listener]
+        listener, events = reach(name=f"flowmesh-{name}-sub"), reach(name=f"flowmesh-{name}-events")
+        self._clients = [client, listener, events]
         self._slots = executor.slots
         self.registration = Registration(node, executor, client)
         self.outbox = Outbox(
@@ -61,11 +64,19 @@ class Link(Observer):
             {
                 redis.task_topic: dispatcher.on_message,
                 control_channel.CHANNEL: functools.partial(control_channel.on_message, executor),
-                EVENTS_CHANNEL: self.registration.on_worker_event,
             },
             self.registration.on_subscribed,
             self.registration.on_unsubscribed,
             silence_s=redis.health_check_interval_s,
+        )
+        self._others = Subscriber(
+            events,
+            {EVENTS_CHANNEL: self.registration.on_worker_event},
+            lambda _gap: None,  # the registration is checked every few seconds, too
+            lambda: None,
+            silence_s=redis.health_check_interval_s,
+            what=EVENTS_CHANNEL,
+            gather_s=GATHER_S,
         )
         self._streams: list[Stream] = []
         for worker_id, slot in executor.slots.items() if redis.stream else ():
@@ -86,12 +97,13 @@ class Link(Observer):
     @property
     def up(self) -> bool:
         """Whether everything that talks to Redis can."""
-        ups = [self._intake.up, *(each.up for each in self.registration.presences.values())]
+        ups = [self._intake.up, self._others.up, *(each.up for each in self.registration.presences.values())]
         return not self.troubles() and all(ups) and all(stream.up for stream in self._streams)
 
     def troubles(self) -> list[str]:
         """What does not work, and why; empty if all does."""
-        troubles = [self._intake.trouble, self.outbox.trouble, *(stream.trouble for stream in self._streams)]
+        troubles = [self._intake.trouble, self._others.trouble, self.outbox.trouble]
+        troubles += [stream.trouble for stream in self._streams]
         for presence in self.registration.presences.values():
             troubles += presence.trouble, presence.beats
         reasons = [trouble.reason for trouble in troubles if trouble] + self.queue.troubles()
@@ -101,7 +113,7 @@ class Link(Observer):
         """What runs for as long as the node takes tasks."""
         presences = [presence.run() for presence in self.registration.presences.values()]
         streams = [stream.run() for stream in self._streams]
-        own = self._intake.run(), self._waiting.run(), self._endpoints.run()
+        own = self._intake.run(), self._others.run(), self._waiting.run(), self._endpoints.run()
         return [*own, *presences, *streams, *self.queue.works()]
 
     async def send_events(self) -> None:

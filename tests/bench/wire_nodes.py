@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import os
 import random
@@ -37,6 +38,7 @@ from flowmesh.messages.wire import (
 )
 from flowmesh.orchestrator.control_channel import CHANNEL as CONTROL
 from flowmesh.orchestrator.dispatcher import Dispatcher
+from flowmesh.orchestrator.link import GATHER_S
 from flowmesh.orchestrator.wake_ups import POLL_S, WakeUps
 from flowmesh.queue import names, scripts
 from flowmesh.queue.classes import class_of
@@ -88,6 +90,7 @@ class WireNode(Dispatcher):
         self._blocked = connect(url, name=f"{worker_id}-wait", **reach)  # type: ignore[arg-type]
         streaming = connect(url, name=f"{worker_id}-stream", **reach)  # type: ignore[arg-type]
         listener = connect(url, name=f"{worker_id}-sub", **reach)  # type: ignore[arg-type]
+        event_listener = connect(url, name=f"{worker_id}-events", **reach)  # type: ignore[arg-type]
         queue_listener = connect(url, name=f"{worker_id}-queue-sub", **reach)  # type: ignore[arg-type]
         identity = Identity(
             worker_id=worker_id, pid=1, started_at=utc_now(), cost_per_hour=1.0, tags=("simulated",), owner=worker_id,
@@ -104,10 +107,12 @@ class WireNode(Dispatcher):
         )
         self._events = Events()
         self._outbox = Outbox(self._client, self._events, lambda _sent: None, guard=f"{worker_key(worker_id)}:guard")
-        handlers = {"tasks": self.on_message, CONTROL: _ignore, EVENTS_CHANNEL: self.presence.on_event}
+        tasks, events = {"tasks": self.on_message, CONTROL: _ignore}, {EVENTS_CHANNEL: self.presence.on_event}
+        aside = functools.partial(Subscriber, on_subscribed=_ignore, on_unsubscribed=lambda: None, silence_s=INTERVAL_S)
         self._subscribers = [
-            Subscriber(listener, handlers, self._subscribed, lambda: None, silence_s=INTERVAL_S),
-            Subscriber(queue_listener, {names.CHANNEL: _ignore}, lambda _gap: None, lambda: None, silence_s=INTERVAL_S),
+            Subscriber(listener, tasks, self._subscribed, lambda: None, silence_s=INTERVAL_S),
+            aside(event_listener, events, gather_s=GATHER_S),
+            aside(queue_listener, {names.CHANNEL: _ignore}),
         ]
         self._stream = Stream(streaming, worker_id, self.take, block_s=TIMEOUT_S / 2)
 
@@ -175,7 +180,7 @@ async def _metrics() -> dict[str, Any]:
     return METRICS
 
 
-def _ignore(_data: bytes) -> None:
+def _ignore(_data: object) -> None:
     pass
 
 
