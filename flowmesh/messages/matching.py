@@ -12,6 +12,9 @@ from flowmesh.validation.convert import convert
 
 WHERE = "spec.resources.hardware"
 
+LEAST_BYTES = 1 << 20
+"""Less is no size of memory that a task asks for."""
+
 _QUANTITY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kKMGTP]?)(i?)[bB]?\s*", re.ASCII)
 _CORES = re.compile(r"\s*(\d+(?:\.\d+)?)(m?)\s*", re.ASCII)
 _POWER = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4, "P": 5}
@@ -67,12 +70,17 @@ def parse_bytes(value: str | int, field: str) -> int:
     """A memory size in bytes, from "64Gi" (2^30), "64G" or "64GB" (10^9), or plain bytes.
 
     Raises:
-        FieldError: the value has another form.
+        FieldError: the value has another form, or is a number without a unit that is no size of memory in bytes: it
+            was meant in another unit, and everything would fit it.
     """
     found = _QUANTITY.fullmatch(str(value))
     if found is None or (found[3] and not found[2]):
         raise FieldError(f"{field}: invalid size {value!r}; write it as 64Gi, 64GB or in bytes", field)
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** _POWER[found[2].upper()])
+    size = int(float(found[1]) * (1024 if found[3] else 1000) ** _POWER[found[2].upper()])
+    if not found[2] and 0 < float(found[1]) < LEAST_BYTES:
+        number = found[1]
+        raise FieldError(f"{field}: {value!r} is {number} bytes; with a unit it is {number}Gi or {number}GB", field)
+    return size
 
 
 def parse_cores(value: str | float, field: str) -> float:

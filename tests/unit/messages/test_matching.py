@@ -31,7 +31,7 @@ H100, T4 = ("NVIDIA H100 80GB HBM3", 80), ("Tesla T4", 15)
     [
         {},
         {"cpu": "16", "memory": "64Gi"},
-        {"cpu": 4, "memory": 1024},
+        {"cpu": 4, "memory": 1 << 30},
         {"cpu": "500m"},
         {"gpu": {"count": 0}},
         {"gpu": {}},
@@ -74,7 +74,7 @@ def test_every_reason_is_told():
 
 @pytest.mark.parametrize("broken", [{}, {"cpu": None, "memory": 3, "gpu": {"gpus": [None, "x"]}}, {"gpu": []}])
 def test_hardware_that_is_not_told_is_not_there(broken):
-    assert len(match(broken, {"cpu": 1, "memory": 1, "gpu": {"count": 1}})) == 3
+    assert len(match(broken, {"cpu": 1, "memory": 1 << 30, "gpu": {"count": 1}})) == 3
     assert match(broken, {}) == []
 
 
@@ -105,8 +105,9 @@ def test_a_requirement_that_cannot_be_read_names_its_field(wanted, field):
         ("64G", 64 * 10**9),
         ("64GB", 64 * 10**9),
         ("1.5Ki", 1536),
-        (7, 7),
-        ("7", 7),
+        (7_000_000, 7_000_000),
+        ("7000000", 7_000_000),
+        (0, 0),
         ("512Mi", GIB // 2),
         ("1Ti", 1024 * GIB),
         ("2k", 2000),
@@ -121,6 +122,12 @@ def test_sizes(text, size):
 def test_no_sizes(text):
     with pytest.raises(FieldError, match=r"^f: "):
         parse_bytes(text, "f")
+
+
+@pytest.mark.parametrize("value", ["80", 80, "80B", "0.5", 1048575])
+def test_a_number_without_unit_that_no_memory_has_is_refused(value):
+    with pytest.raises(FieldError, match=r"^f: .* bytes; with a unit it is [\d.]+Gi or "):
+        parse_bytes(value, "f")
 
 
 @given(st.text())

@@ -39,7 +39,7 @@ def test_equal_needs_are_one_class(one: dict[str, Any], other: dict[str, Any] | 
 
 
 def test_other_needs_are_another_class() -> None:
-    all_ = [of(), of({"cpu": 2}), of({"memory": 2}), of({"gpu": {"count": 2}}), of(task_type="sft"), of(tags=["a"])]
+    all_ = [of(), of({"cpu": 2}), of({"memory": "2Gi"}), of({"gpu": {"count": 2}}), of(task_type="sft"), of(tags=["a"])]
     assert len({each.key for each in all_}) == len(all_)
     assert of(tags=["b", "a", "a"]) == of(tags=["a", "b"])
 
