@@ -113,14 +113,21 @@ class VllmEngine:
         Args:
             requests: by their number, which `finished` gets.
         """
+        from vllm.v1.engine.exceptions import EngineDeadError
+
         prompts = [self._prompt(request) for request in requests.values()]
         loras = [self._adapters[each.adapter] if each.adapter else None for each in requests.values()]
         resolved = Same(self._texts.resolved)
         params = Same(lambda each: sampling_params(each, special=self._texts.names_special(each.stop)))
         samplings = {number: resolved(request.sampling) for number, request in requests.items()}
+        logs = Logs()
         try:
             own = [params(_with_ends(samplings[number], each.ends)) for number, each in requests.items()]
             ids = self._llm.enqueue(prompts, own, lora_request=loras, use_tqdm=False)
+        except RunnerError:
+            raise  # from `EngineProcesses`
+        except EngineDeadError as error:
+            raise step_failure(error, logs) from error
         except Exception as error:  # each of its grammar libraries raises its own types
             if all(each.json_schema is None for each in samplings.values()):
                 raise
@@ -221,6 +228,8 @@ def start(path: str, revision: str | None, source: Source, arguments: dict[str, 
     from vllm import LLM
 
     logs = Logs()
+    if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0":  # the engine runs in this process
+        _inspect_classes_here()
     try:
         return LLM(model=path, tokenizer=source.tokenizer or source.path, revision=revision, **arguments)
     except pydantic.ValidationError as error:
@@ -284,9 +293,7 @@ def set_environment(ctx: Context, *, alone: bool, eager: bool, apart: bool = Fal
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if "VLLM_CACHE_ROOT" not in os.environ:
         os.environ["VLLM_CACHE_ROOT"] = str(library_folder(ctx, COMPILED, ""))
-    if alone and not apart:
-        _inspect_classes_here()
-    else:
+    if not alone or apart:
         if ctx.gpus:
             torch.cuda.device_count()  # vLLM calls it too; with a lost GPU in the machine it initializes CUDA
         if len(os.listdir("/proc/self/task")) > 1 or cuda_started():

@@ -123,6 +123,8 @@ def test_a_cgroup_that_somebody_removed_is_made_again(orchestrator: Orchestrator
     orchestrator.run("w1", {"taskType": "echo"})
     (server,) = node.servers()
     until(lambda: len(spares(server)) == 2, "its spares wait")
+    own = _cgroup_of(server)
+    until(lambda: all(_cgroup_of(spare) != own for spare in spares(server)), "they are in cgroups of their own")
     pid = spares(server)[0]
     base = Path(_cgroup_of(pid)).parent
     os.kill(server, signal.SIGSTOP)

@@ -198,11 +198,13 @@ def test_a_process_with_threads_is_not_forked_by_vllm(make_context, monkeypatch)
     done = threading.Event()
     thread = threading.Thread(target=done.wait)
     thread.start()
-    set_environment(make_context({}, gpus=("GPU-0", "GPU-1")), alone=True, eager=False)
-    assert "VLLM_WORKER_MULTIPROC_METHOD" not in os.environ
-    set_environment(make_context({}, gpus=("GPU-0", "GPU-1")), alone=False, eager=False)
-    done.set()
-    thread.join()
+    try:
+        set_environment(make_context({}, gpus=("GPU-0", "GPU-1")), alone=True, eager=False)
+        assert "VLLM_WORKER_MULTIPROC_METHOD" not in os.environ
+        set_environment(make_context({}, gpus=("GPU-0", "GPU-1")), alone=False, eager=False)
+    finally:
+        done.set()
+        thread.join()
     assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
 
 

@@ -12,6 +12,7 @@ import os
 import signal
 from base64 import b64encode
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -262,3 +263,36 @@ def test_a_dead_engine_process_ends_the_task(forked, tiny_llama, make_context) -
     for child in family:  # vLLM's workers outlive their engine; on a node they are swept
         with contextlib.suppress(psutil.NoSuchProcess):
             child.kill()
+
+
+@pytest.mark.parametrize("json_schema", [None, {"type": "object"}])
+def test_an_engine_that_is_dead_before_it_has_the_prompts_is_no_fault_of_the_task(json_schema: Any) -> None:
+    """It was a bug of ours without a schema, and a fault of the schema with one."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    from runners.inference.engine import Request
+    from runners.inference.options import InferenceOptions, sampling_of
+    from runners.inference.vllm_engine import VllmEngine
+    from runners.models.sources import Source
+
+    def enqueue(*_: Any, **__: Any) -> None:
+        raise EngineDeadError
+
+    config = SimpleNamespace(device_config=SimpleNamespace(device_type="cuda"))
+    llm: Any = SimpleNamespace(
+        enqueue=enqueue,
+        llm_engine=SimpleNamespace(vllm_config=config),
+        model_config=SimpleNamespace(max_model_len=64, get_vocab_size=lambda: 8),
+    )
+    texts: Any = SimpleNamespace(resolved=lambda sampling: sampling, names_special=lambda _stop: False)
+    processes: Any = SimpleNamespace(watched=contextlib.nullcontext)
+    source = Source(path="m", revision=None, shown="m", where="spec.model")
+    engine = VllmEngine(llm, texts, {}, processes, source)
+    watch: Any = None
+    with pytest.raises(RunnerError, match=r"vLLM's engine failed while generating: EngineDeadError") as caught:
+        engine.generate(
+            [Request((1, 2), sampling_of(InferenceOptions(json_schema=json_schema)))],
+            watch,
+            lambda _number, _answer: None,
+        )
+    assert type(caught.value) is RunnerError
