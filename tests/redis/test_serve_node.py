@@ -51,8 +51,8 @@ class TwoSlots(Node):
     def start(self, *, wait: bool = True) -> Node:
         super().start(wait=False)
         client = self.server.client()
-        pid = str(self.pid).encode()
-        until(lambda: all(client.hget(f"worker:w1-{slot}", "pid") == pid for slot in "ab"), "both workers are there")
+        idle = [str(self.pid).encode(), b"IDLE"]  # before it is, dispatches are not received
+        until(lambda: all(client.hmget(f"worker:w1-{slot}", "pid", "status") == idle for slot in "ab"), "both are idle")
         return self
 
 
