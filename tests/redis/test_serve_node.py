@@ -51,8 +51,12 @@ class TwoSlots(Node):
     def start(self, *, wait: bool = True) -> Node:
         super().start(wait=False)
         client = self.server.client()
-        idle = [str(self.pid).encode(), b"IDLE"]  # before it is, dispatches are not received
-        until(lambda: all(client.hmget(f"worker:w1-{slot}", "pid", "status") == idle for slot in "ab"), "both are idle")
+
+        def there(worker: str) -> bool:
+            pid, status = client.hmget(f"worker:{worker}", "pid", "status")
+            return pid == str(self.pid).encode() and status in (b"IDLE", b"RUNNING")  # before, dispatches are lost
+
+        until(lambda: there("w1-a") and there("w1-b"), "both workers are there")
         return self
 
 
