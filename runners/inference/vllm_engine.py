@@ -293,7 +293,7 @@ def set_environment(ctx: Context, *, alone: bool, eager: bool, apart: bool = Fal
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if "VLLM_CACHE_ROOT" not in os.environ:
         os.environ["VLLM_CACHE_ROOT"] = str(library_folder(ctx, COMPILED, ""))
-    if not alone or apart:
+    if apart or not alone:
         if ctx.gpus:
             torch.cuda.device_count()  # vLLM calls it too; with a lost GPU in the machine it initializes CUDA
         if len(os.listdir("/proc/self/task")) > 1 or cuda_started():
